@@ -1,0 +1,75 @@
+"""Every key of a run, with its default. Other configs start from this one and change what they need:
+
+  python -m stdit_jax.train --config configs/NAME.py [--config.output=runs/x --config.optimizer.learning_rate=1e-4 ...]
+
+A key that is not here is refused. Configs import only ml_collections, so that `data/` can read them too.
+"""
+
+import ml_collections
+
+
+def get_config():
+  """The default run: STDiT-3 by rectified flow; a table, buckets, weights and steps have to be given."""
+  config = ml_collections.ConfigDict()
+  config.output = "runs/base"  # folder of the run: checkpoints, metrics, samples; belongs to one run
+  config.seed = 42
+  config.task = "denoiser"  # or "autoencoder": what is trained
+  config.platform = ""  # "cpu", "gpu" or "tpu": refuse to run anywhere else; "" takes what is there
+  config.mesh = dict(data=-1, fsdp=1)  # devices per axis; -1 takes the rest
+  config.max_tokens_per_device = 0  # larger batches are split into micro batches that accumulate; 0: never
+
+  # Where to start: a run folder of ours or safetensors in the original layout; "" is the original initialisation.
+  config.init = ""
+  config.init_strict = True  # False: load what fits, report the rest
+  config.restart_data = False  # start the data order anew when the table, the buckets or the model changed since the checkpoint
+
+  # Denoiser: a name of stdit_jax.models.stdit.TABLE and fields that replace its own (dtype, remat, scan, depth, ...).
+  config.model = dict(name="STDiT3-XL/2", fields=dict(dtype="float32", remat="none"))
+
+  # Text: a name of stdit_jax.models.t5.TABLE; `where` is "step" (in the training step), "ahead" (a program of its own before
+  # it) or "disk" (column `text_features` of the table). `train` puts it into the trained state; needs "step".
+  # `tokenizer`: "byt5" (bytes, needs no file) or a folder that transformers' AutoTokenizer reads.
+  config.text_encoder = dict(
+    name="xxl", weights="", tokenizer="", max_length=300, where="ahead", train=False, dtype="float32",
+    clean_captions=False,  # clean training captions as prompts are cleaned; the original expects clean tables
+  )  # fmt: skip
+
+  # Image autoencoder: a name of stdit_jax.autoencoders.image_kl.TABLE and its weights (safetensors).
+  config.autoencoder = dict(
+    name="sd-kl-f8", fields=ml_collections.ConfigDict(), weights="", sample_posterior=True, micro_batch=4, dtype="float32",
+    crop=128, kl_weight=1e-6, reconstruction="l1",  # the last three: only when it is what is trained
+  )  # fmt: skip
+
+  # Diffusion: "rectified-flow" or "iddpm", and the fields of its class in stdit_jax/diffusion.
+  config.diffusion = dict(
+    name="rectified-flow", fields=dict(sample_method="logit-normal", use_timestep_transform=True)
+  )  # fmt: skip
+  config.caption_dropout = 0.1  # share of samples that see the null caption
+  config.mask_ratios = ml_collections.ConfigDict()  # strategy -> share; what is left over to 1 is "identity"
+
+  # Data: data/config.py says what each field means.
+  config.data = dict(
+    tables=(), buckets=(), reference_devices=1, seed=42, frame_interval=1, drop_last=True, captions="required",
+    max_caption_length=20_000, resize="area", scores=("aes", "flow", "cmotion"), score_drop=0.2, fps_rule="exact",
+    workers=2, read_ahead=None, max_bad_rows=0.1,
+  )  # fmt: skip
+
+  config.optimizer = dict(
+    learning_rate=1e-4, warmup_steps=1000, schedule="constant", b1=0.9, b2=0.999, eps=1e-15,
+    weight_decay=0.0, clip_norm=1.0, accumulate=1,
+  )  # fmt: skip
+  config.train = ".*"  # regular expression over parameter names: which parameters train
+  config.ema_decay = 0.99
+
+  # A run is a list of stages: name, steps, and keys above (dotted) that the stage changes, e.g.
+  # dict(name="second", steps=1000, keep_optimizer=True, **{"optimizer.learning_rate": 5e-5}).
+  config.stages = (dict(name="main", steps=1000),)
+
+  config.log_every = 10
+  config.checkpoint_every = 200
+  config.keep_checkpoints = 3
+  config.sample_every = 0  # optimizer steps; 0: no sample videos while training
+  config.sample = dict(
+    prompts=(), resolution="144p", aspect_ratio="9:16", num_frames=16, fps=24, steps=30, guidance_scale=7.0, seed=0
+  )  # fmt: skip
+  return config

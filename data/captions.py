@@ -1,0 +1,214 @@
+"""Captions: cleaning, score suffixes, tokens.
+
+Cleaning is that of Open-Sora 1.1 and 1.2 (`text_preprocessing`, from DeepFloyd IF and PixArt), pattern by pattern: at
+inference every prompt goes through it twice. Training captions are *not* cleaned, as in the original: its data tool has
+an option that cleans the table beforehand.
+"""
+
+import functools
+import html
+import math
+import pathlib
+import re
+import urllib.parse
+import warnings
+
+import bs4
+import ftfy
+import numpy as np
+
+# A caption that looks like a file name or an address is no mistake here.
+warnings.filterwarnings("ignore", category=bs4.MarkupResemblesLocatorWarning)
+
+_HOST = r"[a-zA-Z0-9.\-]+[.](?:com|co|ru|net|org|edu|gov|it)[\w/-]*\b\/?(?!@)"
+_FORMATS = "png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4"
+
+
+def _rules(*rows):
+  return tuple((re.compile(pattern), replacement) for pattern, replacement in rows)
+
+
+# (pattern, replacement), in order. The order matters: cleaning is not idempotent.
+_BEFORE_HTML = _rules(
+  ("<person>", "person"),
+  (rf"\b(?:https?:(?:\/{{1,3}}|[a-zA-Z0-9%])|{_HOST})", ""),  # only the scheme of an address with one; bare hosts whole
+  (rf"\b(?:www:(?:\/{{1,3}}|[a-zA-Z0-9%])|{_HOST})", ""),
+)
+_AFTER_HTML = _rules(
+  (r"@[\w\d]+\b", ""),  # nick names
+  ("[\u31c0-\u9fff]+", ""),  # CJK strokes, enclosed letters, compatibility, ideographs; kana and hangul stay
+  (
+    "[\u002d\u058a\u05be\u1400\u1806\u2010-\u2015\u2e17\u2e1a\u2e3a\u2e3b\u2e40\u301c\u3030\u30a0\ufe31\ufe32\ufe58\ufe63\uff0d]+",
+    "-",
+  ),
+  ("[`´«»“”¨]", '"'),
+  ("[‘’]", "'"),
+  ("&quot;?", ""),
+  ("&amp", ""),
+  (r"\d{1,3}\.\d{1,3}\.\d{1,3}\.\d{1,3}", " "),  # IPv4 addresses
+  (r"\d:\d\d\s+$", ""),  # article ids
+  (r"\\n", " "),  # a backslash and an n
+  (r"#\d{1,3}\b", ""),
+  (r"#\d{5,}\b", ""),
+  (r"\b\d{6,}\b", ""),
+  (rf"\S+\.(?:{_FORMATS})", ""),  # file names
+  ("[\"']{2,}", '"'),
+  (r"\.{2,}", " "),
+  (r"[#®•©™&@·º½¾¿¡§~)(\]\[}{|\\/*]+", " "),
+  (r"\s+\.\s+", " "),
+)
+_AFTER_REPAIR = _rules(
+  (r"\b[a-zA-Z]{1,3}\d{3,15}\b", ""),  # jc6640
+  (r"\b[a-zA-Z]+\d+[a-zA-Z]+\b", ""),  # jc6640vc
+  (r"\b\d+[a-zA-Z]+\d+\b", ""),  # 6640vc231
+  (r"(?:worldwide\s+)?(?:free\s+)?shipping", ""),
+  (r"(?:free\s)?download(?:\sfree)?", ""),
+  (r"\bclick\b\s(?:for|on)\s\w+", ""),
+  (rf"\b(?:{_FORMATS})(?:\simages?)?", ""),
+  (r"\bpage\s+\d+\b", ""),
+  (r"\b\d*[a-zA-Z]+\d+[a-zA-Z]+\d+[a-zA-Z\d]*\b", " "),  # j2d1a2a
+  (r"\b\d+\.?\d*[xх×]\d+\.?\d*\b", ""),  # 1920x1080, also with the Cyrillic letter
+  (r"\b\s+:\s+", ": "),
+  (r"(\D[,./])\b", r"\1 "),
+  (r"\s+", " "),
+  (r"""^["']([\w\W]+)["']$""", r"\1"),
+  (r"^['_,\-:;]", ""),
+  (r"['_,\-:+]$", ""),
+  (r"^\.\S+$", ""),
+)
+
+
+def _apply(rules, text):
+  for pattern, replacement in rules:
+    text = pattern.sub(replacement, text)
+  return text
+
+
+def basic_clean(text):
+  """Repairs broken Unicode (ftfy), resolves HTML entities twice, strips."""
+  return html.unescape(html.unescape(ftfy.fix_text(text))).strip()
+
+
+def clean_once(text):
+  """One pass of the original's `clean_caption`: lower-cased text without addresses, markup, ids, advertising."""
+  text = _apply(_BEFORE_HTML, urllib.parse.unquote_plus(str(text)).strip().lower())
+  text = _apply(_AFTER_HTML, bs4.BeautifulSoup(text, features="html.parser").text)
+  if len(re.findall("[-_]", text)) > 3:  # words-joined-by-dashes are a sentence
+    text = re.sub("[-_]", " ", text)
+  return _apply(_AFTER_REPAIR, basic_clean(text)).strip()
+
+
+def clean_caption(text, clean=True):
+  """What the models see of a prompt: two passes of `clean_once`; clean=False only lower-cases and strips."""
+  return clean_once(clean_once(text)) if clean else text.lower().strip()
+
+
+# ---------------------------------------------------------------------------------------------------------------- scores
+
+_CAMERA_MOTIONS = ("pan left", "pan right", "tilt up", "tilt down", "zoom in", "zoom out", "static")
+
+
+def _present(value):
+  return value is not None and not (isinstance(value, (float, np.floating)) and math.isnan(value))
+
+
+def add_scores(text, scores, rng, drop_probability=0.2):
+  """A training caption with its scores, as the data tool of Open-Sora 1.2 writes them.
+
+  `{text} Camera motion: pan left. [aesthetic score: 5.3, motion score: 2.0]`; each of the two scores is dropped with
+  `drop_probability`, camera motion never. The original refuses other camera classes ("pan_left+zoom_in", "Undetermined"),
+  we leave them out.
+
+  Args:
+    scores: columns of the metadata table: {"aes": number, "flow": number, "cmotion": "pan_left"}; None and NaN are missing.
+    rng: numpy Generator; two draws whatever is present, so that columns don't shift later draws.
+  """
+  camera = scores.get("cmotion")
+  camera = camera.replace("_", " ") if isinstance(camera, str) else None
+  if camera in _CAMERA_MOTIONS:
+    text = f"{text} Camera motion: {camera}."
+  keep = rng.random(2) >= drop_probability
+  columns = (("aes", "aesthetic score"), ("flow", "motion score"))
+  parts = [
+    f"{name}: {scores[column]:.1f}" for (column, name), kept in zip(columns, keep) if kept and _present(scores.get(column))
+  ]
+  return f"{text} [{', '.join(parts)}]" if parts else text
+
+
+def append_scores(prompt, aes=None, flow=None, camera_motion=None):
+  """A prompt with the wished scores (`append_score_to_prompts` of Open-Sora 1.2); what the prompt names already stays.
+
+  aes: 4.5 to 6.5, flow: 0 to 100 (more is more motion), camera_motion: "pan left", "zoom in", ... Cleaning comes after.
+  """
+  wishes = (
+    ("aesthetic score", None if aes is None else f"{aes:.1f}"),
+    ("motion score", None if flow is None else f"{flow:.1f}"),
+    ("camera motion", camera_motion),
+  )
+  suffixes = [f" {name}: {value}." for name, value in wishes if value is not None and f"{name}:" not in prompt]
+  return prompt + "".join(suffixes)
+
+
+# ---------------------------------------------------------------------------------------------------------------- tokens
+
+
+_PIECES = ("tokenizer.json", "spiece.model")
+_NEEDED = f"it needs tokenizer_config.json and one of {', '.join(_PIECES)}"
+
+
+@functools.cache
+def load_tokenizer(spec):
+  """The Hugging Face tokenizer `spec`: "byt5" (bytes, needs no file) or a local folder. Nothing is downloaded.
+
+  Raises ValueError in one line for a folder that is missing or incomplete; code from the folder is never run.
+  """
+  import transformers  # seconds to import: only who tokenizes pays
+
+  if spec == "byt5":
+    return transformers.ByT5Tokenizer()
+  folder = pathlib.Path(spec)
+  if not spec or not folder.is_dir():
+    raise ValueError(f"tokenizer {str(spec)!r} is neither 'byt5' nor a folder on this machine.")
+  try:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+  except Exception as error:  # the library raises whatever its parts raise
+    reason = " ".join(str(error).split())[:200]
+    raise ValueError(f"tokenizer folder {folder} can't be read, {_NEEDED}: {reason}") from None
+  # Without its pieces the library makes a tokenizer that knows no word, and says nothing.
+  if not isinstance(tokenizer, transformers.ByT5Tokenizer) and not any((folder / name).is_file() for name in _PIECES):
+    raise ValueError(f"tokenizer folder {folder} is incomplete, {_NEEDED}.")
+  if tokenizer.pad_token_id is None:
+    raise ValueError(f"tokenizer folder {folder}: no pad_token in tokenizer_config.json; T5 tokenizers have '<pad>'.")
+  return tokenizer
+
+
+def to_text(caption):
+  """str of a table's cell: bytes are decoded, missing values are "", what is no UTF-8 becomes the replacement sign."""
+  if not _present(caption):
+    return ""
+  if isinstance(caption, bytes):
+    return caption.decode("utf-8", "replace")
+  return re.sub("[\ud800-\udfff]", "\ufffd", str(caption))
+
+
+class Tokenize:
+  """caption -> (ids int32 `[max_length]`, mask bool `[max_length]`), padded, or cut so that the end token stays.
+
+  Of a caption only the first 100 characters per token are read, far more than tokens hold: what is longer is an accident.
+  Picklable: a worker loads the tokenizer with its first caption.
+  """
+
+  def __init__(self, spec, max_length):
+    if max_length < 1:
+      raise ValueError(f"max_length must be at least 1 token, not {max_length}.")
+    self.spec, self.max_length = str(spec), int(max_length)
+
+  @property
+  def vocab_size(self):
+    """Ids are below this: the encoder's vocab_size must not be smaller."""
+    return len(load_tokenizer(self.spec))
+
+  def __call__(self, caption):
+    text = to_text(caption)[: 100 * self.max_length]
+    tokens = load_tokenizer(self.spec)(text, max_length=self.max_length, padding="max_length", truncation=True)
+    return np.asarray(tokens["input_ids"], np.int32), np.asarray(tokens["attention_mask"], bool)

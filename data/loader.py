@@ -1,0 +1,274 @@
+"""The loader: decoded samples of this process, step by step, in the order of the plan.
+
+grain reads ahead, row by row, in worker processes; rows are grouped into steps here. The whole state is one number, the
+next global micro step, and means the same on any number of processes: shard i of n reads the i-th n-th part of every step.
+"""
+
+import bisect
+import dataclasses
+import logging
+import math
+import os
+
+import numpy as np
+
+from data import aspect_ratios, plan, sources, video
+
+log = logging.getLogger("data")
+
+_ENDLESS = 1 << 40  # grain wants a length
+_AHEAD_BYTES = 2 << 30
+_CAPTION, _CLIP, _SCORES = 3, 4, 5  # purposes of a row's random numbers
+
+
+@dataclasses.dataclass
+class Sample:
+  """One row, decoded.
+
+  pixels uint8 [T, H, W, 3]; num_frames, height, width: those of the pixels; fps: what the model is told; weight 1, or 0 with
+  `error` for a row that could not be decoded (pixels are zero then); sample_id (epoch, slot in the epoch's plan); row: number
+  of the row in its table; text_ids, text_mask: what `tokenize` gave, or None; text_features float [L, C] or None.
+  """
+
+  pixels: np.ndarray
+  caption: str
+  num_frames: int
+  height: int
+  width: int
+  fps: float
+  weight: float
+  sample_id: tuple
+  row: int
+  path: str
+  error: str = ""
+  text_ids: np.ndarray | None = None
+  text_mask: np.ndarray | None = None
+  text_features: np.ndarray | None = None
+
+
+@dataclasses.dataclass
+class LoadedStep:
+  """One micro step: bucket (resolution, frames), its global number, its global batch size, this shard's samples."""
+
+  bucket: tuple
+  step: int
+  epoch: int
+  batch_size: int
+  samples: list
+
+
+def make_loader(config, folder, *, shard=(0, 1), start=0, tokenize=None, epochs=None):
+  """-> `Loader`, an iterator of `LoadedStep`.
+
+  Args:
+    config: a `DataConfig`.
+    folder: where tables and plans are kept; processes may share it.
+    shard: (number of this part, number of parts) of every batch.
+    start: global micro step to begin with.
+    tokenize: picklable caption -> (ids, mask), called in the workers; None = no ids.
+    epochs: end after so many epochs, None = never.
+
+  Raises ValueError when nothing fits, a batch cannot be split, or the files of the table are not there.
+  """
+  config.validate()
+  try:
+    os.makedirs(folder, exist_ok=True)
+    table = sources.open_table(config, folder)
+    sequence = plan.PlanSequence(table, config, folder)
+    first = sequence.plan(0)
+  except OSError as e:
+    raise ValueError(f"data folder {folder} or a table cannot be used: {e.filename or ''} {e.strerror or e}") from None
+  index, count = shard
+  if not 0 <= index < count:
+    raise ValueError(f"shard {shard} is no (number, count) pair")
+  for b in config.parsed_buckets():
+    if b.batch_size and b.batch_size % count:
+      raise ValueError(f"batch size {b.batch_size} of bucket {b.name} cannot be split into {count} equal parts (processes)")
+  _check_files(table, first)
+  return Loader(sequence, shard, start, tokenize, epochs)
+
+
+def _check_files(table, first):
+  """A table of another machine, or with a wrong folder, has none of its files: said now rather than row by row."""
+  paths = {table.row(first.slot(i)[0]).path for i in range(min(64, first.num_slots))}
+  if not any("://" in p or os.path.exists(p) for p in paths):
+    raise ValueError(
+      f"none of the first {len(paths)} files exists, such as {min(paths)}; relative paths belong to the table's folder"
+    )
+
+
+class Loader:
+  """Iterator of `LoadedStep`; `state` is the next micro step. Close it, or use it in a `with` block."""
+
+  def __init__(self, sequence, shard, start, tokenize, epochs):
+    self.plans, self.shard, self.state, self.epochs = sequence, shard, start, epochs
+    self.bad_rows, self.rows_read = {}, 0
+    config, table = sequence.config, sequence.table
+    usable = sequence.report(0)
+    usable = usable.rows - sum(n for reason, n in usable.dropped.items() if reason in sources.PROBLEMS)
+    limit = config.max_bad_rows
+    self.max_bad_rows = math.ceil(limit * min(usable, table.num_rows)) if isinstance(limit, float) else limit
+    epoch, step = sequence.locate(start)
+    first = sequence.plan(epoch).slots(step)[0] // shard[1] if epochs is None or epoch < epochs else 0
+    sequence.prepare(epoch + 1)
+    source = RowSource(sequence, shard, epoch, first, epochs)
+    self._rows = _read_ahead(source, RowDecoder(config, table, tokenize), config, shard[1])
+
+  @property
+  def report(self):
+    return self.plans.report(0)
+
+  def __iter__(self):
+    return self
+
+  def __next__(self):
+    epoch, index = self.plans.locate(self.state)
+    if self._rows is None or (self.epochs is not None and epoch >= self.epochs):
+      raise StopIteration
+    current = self.plans.plan(epoch)
+    if not index:
+      self.plans.prepare(epoch + 1)
+    bucket = current.bucket(index)
+    samples = []
+    for _ in range(bucket.batch_size // self.shard[1]):
+      element = next(self._rows)
+      sample = Sample(**{**element, "sample_id": tuple(element["sample_id"].tolist())})
+      # Rows come in the plan's order or the loader is wrong: a batch of mixed buckets must not go unnoticed.
+      assert (sample.sample_id[0], sample.num_frames) == (epoch, bucket.num_frames), (sample.sample_id, epoch, index)
+      self._count(sample)
+      samples.append(sample)
+    loaded = LoadedStep((bucket.resolution, bucket.num_frames), self.state, epoch, bucket.batch_size, samples)
+    self.state += 1
+    return loaded
+
+  def _count(self, sample):
+    self.rows_read += 1
+    if not sample.error or sample.path in self.bad_rows:
+      return
+    self.bad_rows[sample.path] = sample.error
+    log.warning("skipped %s: %s", sample.path, sample.error)
+    if len(self.bad_rows) > self.max_bad_rows:
+      path, error = next(iter(self.bad_rows.items()))
+      number = f"{len(self.bad_rows)} files cannot be decoded, more than data.max_bad_rows allows ({self.max_bad_rows})"
+      raise ValueError(f"{number}; first: {path}: {error}")
+
+  def close(self):
+    if self._rows is not None and hasattr(self._rows, "close"):
+      self._rows.close()
+    self._rows = None
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    self.close()
+
+
+def _read_ahead(source, decode, config, shards):
+  """grain's iterator over decoded rows, with worker processes or threads."""
+  import grain  # here, since grain imports jax where it is installed, which `data` does without
+  from absl import flags
+
+  dataset = grain.MapDataset.source(source).map(decode)
+  used = [b for b in config.parsed_buckets() if b.batch_size]
+  largest = max(b.batch_size // shards for b in used)
+  row_bytes = max(b.num_frames * 3 * aspect_ratios.NUM_PIXELS[b.resolution] for b in used)
+  ahead = config.read_ahead or max(2, min(2 * largest, _AHEAD_BYTES // row_bytes))
+  if not config.workers:
+    threads = min(ahead, os.cpu_count() or 1)
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)))
+  if not flags.FLAGS.is_parsed():  # grain reads absl flags, which only programs with app.run have parsed
+    flags.FLAGS.mark_as_parsed()
+  rows = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+  options = grain.MultiprocessingOptions(num_workers=config.workers, per_worker_buffer_size=-(-ahead // config.workers))
+  return iter(rows.mp_prefetch(options))
+
+
+class RowSource:
+  """The rows of one shard in the order of the plan, from a place in an epoch on: element -> (epoch, slot, ...). Picklable."""
+
+  def __init__(self, sequence, shard, epoch, first, epochs):
+    self.plans, self.shard, self.epoch, self.epochs = sequence, shard, epoch, epochs
+    self._ends, self._first = [], first  # ends of the epochs from `epoch` on, in elements
+
+  def __len__(self):
+    return _ENDLESS
+
+  def __repr__(self):
+    return f"RowSource(shard={self.shard})"
+
+  def __getitem__(self, element):
+    element += self._first
+    with self.plans.lock:
+      while not self._ends or element >= self._ends[-1]:
+        epoch = self.epoch + len(self._ends)
+        if self.epochs is not None and epoch >= self.epochs:
+          return ()  # grain passes over None, for ever
+        slots = self.plans.plan(epoch).num_slots // self.shard[1]
+        self._ends.append(slots + (self._ends[-1] if self._ends else 0))
+      number = bisect.bisect_right(self._ends, element)
+      current = self.plans.plan(self.epoch + number)
+    within = element - (self._ends[number - 1] if number else 0)
+    index, count = self.shard
+    # All batches divide by `count`: a shard's elements before this step are its first slot / count.
+    *_, step = current.slot(within * count)
+    begin, end = current.slots(step)
+    slot = begin + index * (end - begin) // count + within - begin // count
+    row, key, bucket, _ = current.slot(slot)
+    return self.epoch + number, slot, row, key, bucket
+
+
+class RowDecoder:
+  """(epoch, slot, slot row, aspect-ratio key, bucket) -> the fields of a `Sample`, as a dict. Picklable."""
+
+  def __init__(self, config, table, tokenize):
+    self.config, self.table, self.tokenize = config, table, tokenize
+
+  def __call__(self, element):
+    if not element:
+      return {"end": np.zeros(1)}
+    epoch, slot, slot_row, key, bucket = element
+    row = self.table.row(slot_row)
+    height, width = aspect_ratios.size(bucket.resolution, key)
+    fields = {"caption": "", "num_frames": bucket.num_frames, "height": height, "width": width, "fps": video.DEFAULT_FPS}
+    fields |= {"weight": 1.0, "sample_id": np.array([epoch, slot]), "row": self.table.locate(slot_row)[1], "path": row.path}
+    try:
+      fields["caption"] = self._caption(row, epoch, slot_row)
+      fields["fps"] = self._fps(row, bucket.num_frames)
+      fields["pixels"] = self._pixels(row, bucket.num_frames, (height, width), self._rng(epoch, slot_row, _CLIP))
+      if row.text_features:
+        fields["text_features"] = sources.text_embedding(row.text_features)
+    except video.BadVideo as e:
+      fields.update(pixels=np.zeros((bucket.num_frames, height, width, 3), np.uint8), weight=0.0, error=str(e))
+    except OSError as e:
+      raise RuntimeError(f"reading {row.path} failed again and again: {e.strerror or e}") from e
+    if self.tokenize:
+      fields["text_ids"], fields["text_mask"] = self.tokenize(fields["caption"])
+    return fields
+
+  def _rng(self, epoch, slot_row, purpose):
+    return np.random.default_rng([self.config.seed, epoch, slot_row, purpose])
+
+  def _caption(self, row, epoch, slot_row):
+    caption = ""
+    if row.captions:
+      caption = row.captions[int(self._rng(epoch, slot_row, _CAPTION).integers(len(row.captions)))]
+    scores = {k: row.scores[k] for k in self.config.scores if k in row.scores}
+    if scores and caption:
+      from data import captions
+
+      caption = captions.add_scores(caption, scores, self._rng(epoch, slot_row, _SCORES), self.config.score_drop)
+    return caption
+
+  def _fps(self, row, num_frames):
+    """Images are told 120; 1.1 tells the file's own rate, 1.2 divides it by the interval and rounds down."""
+    if num_frames == 1:
+      return video.IMAGE_FPS
+    rate = row.fps or video.frame_rate(row.path)
+    return {"exact": rate / self.config.frame_interval, "1.2": rate // self.config.frame_interval, "1.1": rate}[
+      self.config.fps_rule
+    ]
+
+  def _pixels(self, row, num_frames, size, rng):
+    indices = row.start + video.clip_indices(row.num_frames, num_frames, self.config.frame_interval, rng)
+    return video.read_frames(row.path, indices, size=size, resize=self.config.resize, crop=row.crop)

@@ -1,0 +1,287 @@
+"""The plan: which rows form which global step, a function of (seed, table, config) alone.
+
+Every process derives the same plan and reads its own rows of it. An epoch: each row goes to a bucket (`buckets.assign`), the
+rows of a bucket are shuffled and laid out in batches of the bucket's global size, the batches of all buckets are shuffled.
+A *micro step* is one batch of one bucket; steps are counted on over the epochs. A *slot* is a place in an epoch's plan.
+Everything random comes from (seed, epoch), so that the position in the data is one number: the next micro step.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import threading
+
+import numpy as np
+
+from data import aspect_ratios, buckets, sources
+
+_VERSION = 1  # of the plan files and of the algorithm: part of the fingerprint
+_RATIOS = 64  # a slot's value is slot row * _RATIOS + index of the aspect ratio
+assert max(map(len, aspect_ratios.SIZES.values())) <= _RATIOS
+
+
+def describe(config, table):
+  """Everything the plan depends on, as a JSON-able dict: what a checkpoint stores (with `digest`)."""
+  tables = [{"fingerprint": p.fingerprint, "weight": p.weight} for p in table.parts]
+  parsed = [[b.resolution, b.num_frames, b.keep_prob, b.duration_prob, b.batch_size] for b in config.parsed_buckets()]
+  plain = {k: getattr(config, k) for k in ("seed", "frame_interval", "drop_last", "captions", "max_caption_length")}
+  return {"version": _VERSION, "tables": tables, "buckets": parsed, **plain}
+
+
+def digest(description):
+  """sha256 of a description."""
+  return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
+
+
+def changed_keys(old, new):
+  """What differs between two descriptions, one text per key: ["seed: 42 -> 43", ...]; empty if nothing does."""
+  changes = []
+  for key in sorted({*old, *new}):
+    # Through JSON, since a checkpoint's description has been there: tuples are lists.
+    a, b = (json.loads(json.dumps(d.get(key))) for d in (old, new))
+    if a == b:
+      continue
+    if key == "tables" and isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+      parts = [f"[{i}].{k}" for i, (x, y) in enumerate(zip(a, b)) for k in ("fingerprint", "weight") if x.get(k) != y.get(k)]
+      changes.append("tables" + ", ".join(parts) + " (contents of the table)" * any("finger" in p for p in parts))
+    elif key == "buckets" and a and b:
+      named = [{f"{r[0]} x {r[1]}": r for r in rows} for rows in (a, b)]
+      changes.append("buckets: " + ", ".join(n for n in {**named[0], **named[1]} if named[0].get(n) != named[1].get(n)))
+    else:
+      changes.append(f"{key}: {json.dumps(a)} -> {json.dumps(b)}")
+  return changes
+
+
+@dataclasses.dataclass(frozen=True)
+class BucketReport:
+  """Where the rows of an epoch went. `str(report)` is a table.
+
+  buckets: per bucket name, rows, batch_size, steps, refused (rows that fitted but were passed on by its keep
+  probability), incomplete (rows dropped since they fill no batch, or, negative, rows repeated to fill one).
+  dropped: {reason: rows} over the table.
+  """
+
+  rows: int
+  buckets: tuple
+  dropped: dict
+  examples: dict = dataclasses.field(default_factory=dict)
+
+  @property
+  def steps(self):
+    return sum(b["steps"] for b in self.buckets)
+
+  def __str__(self):
+    lines = [f"{'bucket':>12} {'rows':>10} {'batch':>6} {'steps':>8} {'refused':>10} {'incomplete':>10}"]
+    for b in self.buckets:
+      batch = "-" if b["batch_size"] is None else b["batch_size"]
+      lines.append(f"{b['name']:>12} {b['rows']:>10,} {batch:>6} {b['steps']:>8,} {b['refused']:>10,} {b['incomplete']:>10,}")
+    used = sum(b["rows"] for b in self.buckets)
+    lines.append(
+      f"{self.rows:,} rows: {used:,} in buckets, {self.steps:,} steps" + (f"; {self.losses()}" if self.losses() else "")
+    )
+    lines += [f"  {reason}: first {example}" for reason, example in self.examples.items()]
+    return "\n".join(lines)
+
+  def losses(self):
+    """The dropped rows in one line."""
+    return "dropped: " + ", ".join(f"{n:,} {reason}" for reason, n in self.dropped.items()) if self.dropped else ""
+
+
+def build_epoch(table, config, epoch):
+  """The plan of one epoch -> (int64 array as `Plan` reads it, `BucketReport`). ValueError if it has no step."""
+  parsed = config.parsed_buckets()
+  frames, height, width, problem = (table.column(k) for k in ("num_frames", "height", "width", "problem"))
+  left_out = table.left_out(config.seed, epoch)
+  unusable = (problem > 0) | left_out
+  frames, height, width = (np.where(unusable, 0, x).astype(np.int32) for x in (frames, height, width))
+  bucket, ratio, reason, refused = buckets.assign(
+    frames, height, width, (config.seed, epoch, 0), parsed, frame_interval=config.frame_interval
+  )
+  dropped = {}
+  for code in (buckets.TOO_SMALL, buckets.TOO_SHORT, buckets.NOT_KEPT):
+    dropped[buckets.REASONS[code]] = int(((reason == code) & ~unusable).sum())
+  dropped["left out this epoch (table weight)"] = int(left_out.sum())
+  for code in np.unique(problem[problem > 0]):
+    dropped[sources.PROBLEMS[code]] = int(((problem == code) & ~left_out).sum())
+  lines, steps, begins, slots, begin, incomplete = [], [], [], [], 0, 0
+  for i, b in enumerate(parsed):
+    rows = np.flatnonzero(bucket == i)
+    count, line_rows = 0, len(rows)
+    if len(rows):
+      rows = np.random.default_rng([config.seed, epoch, i, 1]).permutation(rows)
+      count = len(rows) // b.batch_size if config.drop_last else -(-len(rows) // b.batch_size)
+      rows = np.resize(rows, count * b.batch_size)  # drops what is over, or repeats from the start
+      slots.append(rows * _RATIOS + ratio[rows])
+      steps.append(np.full(count, i))
+      begins.append(begin + np.arange(count) * b.batch_size)
+      begin += len(rows)
+    over = line_rows - count * (b.batch_size or 0)
+    incomplete += max(over, 0)
+    lines.append({"name": b.name, "rows": line_rows, "batch_size": b.batch_size, "steps": count,
+                  "refused": int(refused[i]), "incomplete": over})  # fmt: skip
+  dropped["incomplete batch"] = incomplete
+  report = BucketReport(len(frames), tuple(lines), {k: v for k, v in dropped.items() if v}, table.problem_examples())
+  if not report.steps:
+    raise ValueError(_nothing_fits(report, parsed, epoch, height, width, frames))
+  steps, begins, slots = np.concatenate(steps), np.concatenate(begins), np.concatenate(slots)
+  order = np.random.default_rng([config.seed, epoch, 2]).permutation(len(steps))
+  return _laid_out(steps[order], begins[order], slots, np.array([b.batch_size or 0 for b in parsed])), report
+
+
+def _laid_out(steps, begins, slots, sizes):
+  """[number of steps, number of slots, bucket of each step, first slot of each step and the end, slots in step order]."""
+  lengths = sizes[steps]
+  ends = np.cumsum(lengths)
+  source = np.repeat(begins - (ends - lengths), lengths) + np.arange(ends[-1])
+  return np.concatenate([[len(steps), ends[-1]], steps, [0], ends, slots[source]]).astype(np.int64)
+
+
+def _nothing_fits(report, parsed, epoch, height, width, frames):
+  text = f"epoch {epoch} has no step: {report.rows:,} rows, {report.losses() or 'none fits a bucket'}"
+  smallest = min(parsed, key=lambda b: aspect_ratios.NUM_PIXELS[b.resolution])
+  least = int(np.ceil(buckets.PIXEL_TOLERANCE * aspect_ratios.NUM_PIXELS[smallest.resolution]))
+  largest, longest = int((height.astype(np.int64) * width).max()), int(frames.max())
+  shortest = min(b.num_frames for b in parsed)
+  if largest < least:
+    text += f"; {smallest.resolution} needs {least:,} pixels, the largest row has {largest:,}"
+  if 1 < longest <= shortest:
+    text += f"; the shortest bucket has {shortest} frames, the longest row {longest} (it needs more than the bucket)"
+  if "incomplete batch" in report.dropped:
+    text += "; lower batch_size (or reference_devices) or set drop_last=False"
+  return text
+
+
+class Plan:
+  """One epoch's plan, memory-mapped."""
+
+  def __init__(self, path, parsed):
+    data = np.load(path, mmap_mode="r")
+    self.num_steps, self.num_slots = int(data[0]), int(data[1])
+    self._bucket = data[2 : 2 + self.num_steps]
+    self._begin = data[2 + self.num_steps : 3 + 2 * self.num_steps]
+    self._slots = data[3 + 2 * self.num_steps :]
+    self._buckets = parsed
+
+  def bucket(self, step):
+    return self._buckets[self._bucket[step]]
+
+  def slots(self, step):
+    """(first slot, end) of a step."""
+    return int(self._begin[step]), int(self._begin[step + 1])
+
+  def slot(self, slot):
+    """-> (slot row of the table, aspect-ratio key, bucket, step)."""
+    step = int(np.searchsorted(self._begin, slot, "right")) - 1
+    value, bucket = int(self._slots[slot]), self.bucket(step)
+    return value // _RATIOS, list(aspect_ratios.SIZES[bucket.resolution])[value % _RATIOS], bucket, step
+
+  def rows(self, step):
+    """Slot rows of a step, int64 [batch size]."""
+    begin, end = self.slots(step)
+    return np.asarray(self._slots[begin:end]) // _RATIOS
+
+
+class PlanSequence:
+  """The plans of all epochs: files in `folder`, made when needed, by whoever needs them first. Picklable.
+
+  Steps are counted over epochs: `locate` gives the epoch and the step in it of a global micro step.
+  """
+
+  def __init__(self, table, config, folder):
+    self.table, self.config = table, config
+    self.description = describe(config, table)
+    self.digest = digest(self.description)
+    self.folder = os.path.join(folder, f"plan-{self.digest[:16]}")
+    self._forget()
+
+  def _forget(self):
+    self.lock = threading.RLock()
+    self._plans, self._starts, self._threads = {}, [0], {}
+    self._parsed = self.config.parsed_buckets()
+
+  def __getstate__(self):
+    return {k: v for k, v in self.__dict__.items() if not k.startswith("_") and k != "lock"}
+
+  def __setstate__(self, state):
+    self.__dict__.update(state)
+    self._forget()
+
+  def _path(self, epoch, suffix):
+    return os.path.join(self.folder, f"epoch-{epoch:04d}{suffix}")
+
+  def plan(self, epoch):
+    """The epoch's `Plan`; built now if nobody did."""
+    with self.lock:
+      if epoch not in self._plans:
+        thread = self._threads.pop(epoch, None)
+        if thread:
+          thread.join()
+        plan = None
+        with contextlib.suppress(FileNotFoundError):
+          plan = Plan(self._path(epoch, ".npy"), self._parsed)
+        if plan is None:
+          self._build(epoch)
+          plan = Plan(self._path(epoch, ".npy"), self._parsed)
+        self._plans[epoch] = plan
+        for old in [e for e in self._plans if e < epoch - 1]:
+          del self._plans[old]
+          with contextlib.suppress(OSError):  # whoever needs it once more builds it again
+            os.unlink(self._path(old, ".npy"))
+      return self._plans[epoch]
+
+  def report(self, epoch=0):
+    """The epoch's `BucketReport`."""
+    path = self._path(epoch, ".json")
+    if not os.path.exists(path):
+      self._build(epoch)
+    with open(path) as f:
+      values = json.load(f)
+    return BucketReport(values["rows"], tuple(values["buckets"]), values["dropped"], values["examples"])
+
+  def prepare(self, epoch):
+    """Starts building an epoch's plan in the background. Mistakes show up when the plan is asked for."""
+    with self.lock:
+      if epoch not in self._plans and epoch not in self._threads and not os.path.exists(self._path(epoch, ".npy")):
+        self._threads[epoch] = threading.Thread(target=self._build_quietly, args=(epoch,), daemon=True)
+        self._threads[epoch].start()
+
+  def first_step(self, epoch):
+    """Global number of the epoch's first step."""
+    with self.lock:
+      while len(self._starts) <= epoch:
+        done = len(self._starts) - 1
+        self._starts.append(self._starts[-1] + self.report(done).steps)
+      return self._starts[epoch]
+
+  def locate(self, step):
+    """-> (epoch, step in it) of a global micro step."""
+    epoch = max(0, int(np.searchsorted(self._starts, step, "right")) - 1)
+    while self.first_step(epoch + 1) <= step:
+      epoch += 1
+    return epoch, step - self.first_step(epoch)
+
+  def _build_quietly(self, epoch):
+    with contextlib.suppress(Exception):  # `plan` builds again, in the thread that can report it
+      self._build(epoch)
+
+  def _build(self, epoch):
+    data, report = build_epoch(self.table, self.config, epoch)
+    os.makedirs(self.folder, exist_ok=True)
+    text = json.dumps(dataclasses.asdict(report))
+    # The report first: a plan that is there has one.
+    _write(self._path(epoch, ".json"), lambda f: f.write(text.encode()))
+    _write(self._path(epoch, ".npy"), lambda f: np.save(f, data, allow_pickle=False))
+
+
+def _write(path, write):
+  """Writes a file under a temporary name of its own, then renames it: readers find it whole or not at all."""
+  temporary = f"{path}.{os.getpid()}.{threading.get_ident()}.tmp"
+  try:
+    with open(temporary, "wb") as f:
+      write(f)
+    os.replace(temporary, path)
+  finally:
+    if os.path.exists(temporary):
+      os.unlink(temporary)

@@ -1,0 +1,39 @@
+"""Latents <-> tokens: the one patchify of the project, for NumPy arrays on the host and JAX arrays on the device.
+
+Tokens are `[..., time, space, patch values]`. Space runs over rows, then columns (columns fastest); the values of one
+patch are ordered (patch time, patch row, patch column, channel), channels fastest, which is the order in which the
+Open-Sora models write their output. Latents that are no multiple of the patch are padded with zeros at the end of each
+axis (bottom, right, last), as the original pads (Open-Sora 1.1/1.2, `PatchEmbed3D`).
+"""
+
+import einops
+import numpy as np
+
+
+def grid_size(latent_size, patch_size=(1, 2, 2)):
+  """Size of the token grid (T, rows, columns) of latents of size (time, height, width)."""
+  return tuple(-(-n // p) for n, p in zip(latent_size, patch_size, strict=True))
+
+
+def patchify(latents, patch_size=(1, 2, 2)):
+  """`[..., T, H, W, C]` -> tokens `[..., T', rows * columns, pt * ph * pw * C]`, zero-padded to whole patches."""
+  *batch, t, h, w, _ = latents.shape
+  pt, ph, pw = patch_size
+  t_grid, rows, columns = grid_size((t, h, w), patch_size)
+  pad = [(0, t_grid * pt - t), (0, rows * ph - h), (0, columns * pw - w), (0, 0)]
+  if any(after for _, after in pad):
+    xp = np if isinstance(latents, np.ndarray) else latents.__array_namespace__()
+    latents = xp.pad(latents, [(0, 0)] * len(batch) + pad)
+  return einops.rearrange(latents, "... (t pt) (h ph) (w pw) c -> ... t (h w) (pt ph pw c)", pt=pt, ph=ph, pw=pw)
+
+
+def unpatchify(tokens, latent_size, patch_size=(1, 2, 2)):
+  """The inverse: tokens `[..., T', S, pt * ph * pw * C]` -> latents `[..., T, H, W, C]`; S may hold padding at its end."""
+  pt, ph, pw = patch_size
+  t_grid, rows, columns = grid_size(latent_size, patch_size)
+  tokens = tokens[..., :t_grid, : rows * columns, :]
+  latents = einops.rearrange(
+    tokens, "... t (h w) (pt ph pw c) -> ... (t pt) (h ph) (w pw) c", h=rows, w=columns, pt=pt, ph=ph, pw=pw
+  )
+  t, h, w = latent_size
+  return latents[..., :t, :h, :w, :]

@@ -1,0 +1,398 @@
+"""Frames of video and image files: how many there are, and exactly those that are asked for, resized and cropped.
+
+Frames are counted in the order of presentation, whatever the file's time stamps are (variable frame rates, edit lists,
+B-frames). All sizes are those of the picture as it is displayed: a rotation flag of the file or the Exif orientation of a
+photo is applied; pixels that are not square are taken as square, as in the original. Files that cannot be used raise
+`BadVideo` with one clear reason; passing I/O errors are retried.
+"""
+
+import dataclasses
+import errno
+import functools
+import os
+import threading
+import time
+
+import av
+import numpy as np
+from PIL import Image, ImageOps
+
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+VIDEO_EXTENSIONS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".ogv", ".ts", ".gif")
+IMAGE_FPS = 120.0  # what the models are told about images
+DEFAULT_FPS = 24.0  # files that don't know theirs
+RESIZE_MODES = ("area", "original")
+
+_SEEK_GAP = 250  # wanted frames further apart than this are sought one by one
+_HD_HEIGHT = 720  # pictures of this height and more use the colours of BT.709 if the file names none
+_PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ECONNRESET, errno.ECONNABORTED, errno.EBUSY,
+            errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENOTCONN, errno.ENETDOWN, errno.EPIPE}  # fmt: skip
+RETRY_DELAYS = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds between the attempts
+
+# Without the two flags the conversion of unscaled pictures is about one level too dark.
+_SCALER = av.video.reformatter.Interpolation.AREA | av.video.reformatter.Interpolation.ACCURATE_RND
+_SCALER |= av.video.reformatter.Interpolation.FULL_CHR_H_INT
+
+_local = threading.local()
+
+
+class BadVideo(Exception):  # noqa: N818 - it names the file's fault, not the program's
+  """A file that cannot be used, with one reason: missing, empty, no video, cut short..."""
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoInfo:
+  """What `probe` finds: frames, height and width as displayed, frames per second (IMAGE_FPS for images)."""
+
+  num_frames: int
+  height: int
+  width: int
+  fps: float
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Index:
+  num_frames: int
+  fps: float
+  times: np.ndarray | None  # sorted time stamps of all frames; None: they have none, frames must be counted
+  cut_short: str  # "" or why the file must be thought incomplete
+
+
+def is_image(path):
+  return str(path).lower().endswith(IMAGE_EXTENSIONS)
+
+
+def retry(function, *args, **kwargs):
+  """`function(...)`, again after a passing I/O error (network file systems); raises OSError when it lasts."""
+  for delay in (*RETRY_DELAYS, None):
+    try:
+      return function(*args, **kwargs)
+    except OSError as e:
+      if e.errno not in _PASSING or delay is None:
+        raise
+    time.sleep(delay)
+
+
+def probe(path, decode=False):
+  """Reads size, frame count and rate of a file; BadVideo if it is none that can be trained on.
+
+  The packets of a video are counted and its first frame is decoded; `decode=True` decodes all frames.
+  """
+  path = str(path)
+  if is_image(path):
+    image = _read_image(path)
+    return VideoInfo(1, *image.shape[:2], IMAGE_FPS)
+  index = _index(path)
+  if index.cut_short:
+    raise BadVideo(index.cut_short)
+  height, width = read_frames(path, [0]).shape[1:3]
+  if decode:
+    read_frames(path, size=(16, 16))  # small, so that a whole film fits into memory
+  return VideoInfo(index.num_frames, height, width, index.fps)
+
+
+def clip_indices(total, num_frames, frame_interval, rng):
+  """Frames of a random clip of `num_frames` frames out of `total`, as Open-Sora takes them (`TemporalRandomCrop`).
+
+  A window of num_frames * frame_interval frames starts uniformly in [0, max(0, total - window - 1)]; its frames are
+  linspace over the window, cut to whole numbers (short files are stretched). With interval 1 and a file that is long
+  enough they follow each other.
+  """
+  window = num_frames * frame_interval
+  start = int(rng.integers(0, max(0, total - window - 1) + 1))
+  return np.linspace(start, min(start + window, total) - 1, num_frames).astype(np.int64)
+
+
+def read_clip(path, start, num_frames, frame_interval=1, **how):
+  """`num_frames` frames from `start` on, every `frame_interval`-th: uint8 [T, H, W, 3]. `how`: see `read_frames`."""
+  return read_frames(path, start + frame_interval * np.arange(num_frames), **how)
+
+
+def read_frames(path, indices=None, *, size=None, resize="area", crop=None):
+  """The frames with these numbers (all if None), resized to cover `size` and cropped at the centre.
+
+  Args:
+    path: video or image file.
+    indices: ascending frame numbers (equal ones allowed). Images have frame 0 only.
+    size: (height, width) of the result, None = as in the file.
+    resize: "area" (averages over pixels, for speed and without aliasing) or "original" (Open-Sora's: bilinear without
+      antialiasing for videos, bicubic for images).
+    crop: (x, y, width, height) of the displayed picture that is used, None = all.
+
+  Returns:
+    uint8 [T, height, width, 3].
+
+  Raises:
+    BadVideo: the file cannot be used. OSError: passing I/O errors that lasted.
+  """
+  if resize not in RESIZE_MODES:
+    raise ValueError(f"resize {resize!r} is none of {', '.join(RESIZE_MODES)}")
+  path = str(path)
+  if is_image(path):
+    wanted = np.zeros(1, np.int64) if indices is None else np.asarray(indices, np.int64)
+    if wanted.any():
+      raise BadVideo("an image has one frame only")
+    picture = _fit_image(_cut(_read_image(path), crop), size, resize)
+    return np.repeat(picture[None], len(wanted), 0)
+  index = _index(path)
+  total = index.num_frames
+  wanted = np.arange(total) if indices is None else np.asarray(indices, np.int64)
+  if len(wanted) and (wanted[0] < 0 or wanted[-1] >= total):
+    raise BadVideo(
+      f"frame {wanted[-1]} is asked for, the file has {total}" + (f" ({index.cut_short})" if index.cut_short else "")
+    )
+  fit = functools.partial(_fit_frame, size=size, resize=resize, crop=crop)
+  runs = np.split(wanted, np.nonzero(np.diff(wanted) > _SEEK_GAP)[0] + 1)
+  return np.concatenate([retry(_translated, _read_run, path, index.times, run, fit) for run in runs])
+
+
+def _translated(function, path, *args):
+  """Calls function(path, ...); errors of the file become BadVideo, passing I/O errors OSError."""
+  try:
+    return function(path, *args)
+  except FileNotFoundError:
+    raise BadVideo("no such file") from None
+  except PermissionError:
+    raise BadVideo("no permission to read the file") from None
+  except IsADirectoryError:
+    raise BadVideo("is a folder") from None
+  except av.error.FFmpegError as e:
+    if e.errno in _PASSING:  # FFmpeg says EIO for damaged files too: only a plain read that fails is an I/O error
+      _read_through(path)
+    raise BadVideo(f"not a video, or damaged or cut short ({e.strerror})") from None
+  except (Image.DecompressionBombError, Image.UnidentifiedImageError, SyntaxError, ValueError) as e:
+    raise BadVideo(f"cannot be read ({(str(e) or type(e).__name__).splitlines()[0]})") from None
+  except OSError as e:
+    if e.errno is None:  # Pillow's way to say that a file is damaged
+      raise BadVideo(f"damaged or cut short ({e})") from None
+    raise
+
+
+def _read_through(path):
+  if "://" not in path:
+    with open(path, "rb") as f:
+      while f.read(1 << 24):
+        pass
+
+
+def _check_file(path):
+  """(size, time of change) of a local file; raises if it is missing or empty."""
+  if "://" in path:
+    return 0, 0
+  stat = os.stat(path)
+  if os.path.isdir(path):
+    raise BadVideo("is a folder")
+  if not stat.st_size:
+    raise BadVideo("the file is empty (0 bytes)")
+  return stat.st_size, stat.st_mtime_ns
+
+
+def _open(path):
+  """-> (container, its video stream)."""
+  _check_file(path)
+  container = av.open(path, metadata_errors="replace")
+  for stream in container.streams.video:
+    if not stream.disposition & av.stream.Disposition.attached_pic:
+      # Worker processes are the parallelism: threads of one decoder would only fill the read-ahead that a clip drops.
+      stream.codec_context.thread_count = 1
+      return container, stream
+  audio = bool(container.streams.audio)
+  container.close()
+  raise BadVideo("has no video stream" + (" (audio only)" if audio else ""))
+
+
+def _index(path):
+  return _cached_index(path, *retry(_translated, _check_file, path))
+
+
+@functools.lru_cache(512)
+def _cached_index(path, _size, _changed):
+  return retry(_translated, _build_index, path)
+
+
+def _build_index(path):
+  """Time stamps of all frames from the packets, without decoding."""
+  container, stream = _open(path)
+  with container:
+    times, packets = [], 0
+    for packet in container.demux(stream):
+      if packet.size:
+        packets += 1
+        if not packet.is_discard:
+          times.append(packet.pts)
+    fps = float(stream.average_rate or stream.guessed_rate or DEFAULT_FPS)
+    cut_short = ""
+    if container.format.name.startswith("mov") and packets < stream.frames:
+      cut_short = f"cut short: {packets} of {stream.frames} frames are there"
+  if not times:
+    raise BadVideo("has no frames" + (f" ({cut_short})" if cut_short else ""))
+  if None in times or len(set(times)) < len(times):
+    times = _decoded_times(path)
+  return _Index(len(times), fps, None if None in times else np.sort(np.array(times, np.int64)), cut_short)
+
+
+def _decoded_times(path):
+  container, stream = _open(path)
+  with container:
+    times = [frame.pts for frame in container.decode(stream)]
+  return times if len(set(times)) == len(times) else [None] * len(times)
+
+
+def _read_run(path, times, wanted, fit):
+  """One seek, then forward: the fitted frames `wanted` (ascending) as an array [T, H, W, 3]."""
+  if not len(wanted):
+    return np.zeros((0, 1, 1, 3), np.uint8)
+  first, last = int(wanted[0]), int(wanted[-1])
+  found = {}
+  # Where a seek leaves out frames (a key frame that isn't clean, a wrong index), an earlier start finds them.
+  for back in (0, _SEEK_GAP, None):
+    begin = 0 if back is None or times is None else max(0, first - back)
+    found = _decode_range(path, times, begin, set(wanted.tolist()), last, fit)
+    if len(found) == len(set(wanted.tolist())):
+      return np.stack([found[i] for i in wanted.tolist()])
+    if not begin:
+      break
+  missing = next(i for i in wanted.tolist() if i not in found)
+  raise BadVideo(f"frame {missing} cannot be decoded (damaged or cut short)")
+
+
+def _decode_range(path, times, begin, wanted, last, fit):
+  """Decodes from the key frame at or before frame `begin` to frame `last` -> {number: fitted frame}."""
+  container, stream = _open(path)
+  found = {}
+  with container:
+    if begin:
+      container.seek(int(times[begin]), stream=stream)
+    stop = None if times is None else times[last]
+    # On the way to the first wanted frame, frames that no other one refers to need no decoding. (Codecs with hidden or
+    # layered frames can't tell them by the packet.)
+    skips = times is not None and stream.codec_context.name in ("h264", "mpeg4", "mpeg2video")
+    count = 0
+    try:
+      for packet in container.demux(stream):
+        if skips and packet.pts is not None:
+          stream.codec_context.skip_frame = "NONREF" if packet.pts < times[min(wanted)] else "DEFAULT"
+        for frame in packet.decode():
+          number = count if times is None else _number(times, frame.pts)
+          count += 1
+          if number in wanted and not frame.is_corrupt:
+            found[number] = fit(frame)
+          if number >= last or (stop is not None and frame.pts is not None and frame.pts > stop):
+            return found
+    except av.error.InvalidDataError:
+      pass  # what is missing then is reported by the caller, with the frame's number
+  return found
+
+
+def _number(times, pts):
+  """Frame number of a time stamp, -1 if no frame has it."""
+  number = -1 if pts is None else int(np.searchsorted(times, pts))
+  return number if 0 <= number < len(times) and times[number] == pts else -1
+
+
+def _read_image(path):
+  """uint8 [H, W, 3] of an image file, as displayed; transparency is dropped, as in the original."""
+
+  def read(path):
+    _check_file(path)
+    with Image.open(path) as image:
+      image = ImageOps.exif_transpose(image)
+      if image.mode.startswith("I"):  # 16 bits per pixel: Pillow's own conversion saturates
+        return np.repeat((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)[..., None], 3, -1)
+      return np.asarray(image.convert("RGB"))
+
+  return retry(_translated, read, path)
+
+
+def _cut(picture, crop):
+  if crop is None:
+    return picture
+  x, y, w, h = (int(v) for v in crop)
+  if x < 0 or y < 0 or w < 1 or h < 1 or x + w > picture.shape[1] or y + h > picture.shape[0]:
+    raise BadVideo(f"crop x={x} y={y} width={w} height={h} leaves the picture of {picture.shape[1]} x {picture.shape[0]}")
+  return picture[y : y + h, x : x + w]
+
+
+def cover_size(height, width, target):
+  """Smallest (height, width) of about the same shape that covers target = (height, width), rounded as in the original."""
+  rh, rw = target[0] / height, target[1] / width
+  return (target[0], round(width * rh)) if rh > rw else (round(height * rw), target[1])
+
+
+def _reformat(frame, height, width, **colors):
+  """Scales and converts a frame with this thread's one scaler (a new one per frame costs a third of the speed)."""
+  if not hasattr(_local, "reformatter"):
+    _local.reformatter = av.video.reformatter.VideoReformatter()
+  args = {"interpolation": _SCALER, "threads": 1, **colors}
+  return _local.reformatter.reformat(frame, width, height, "rgb24", **args).to_ndarray()
+
+
+def _fit_frame(frame, size, resize, crop):
+  """One decoded frame -> uint8 [H, W, 3], rotated, cut to `crop`, resized and cropped to `size`."""
+  turns = frame.rotation // 90 % 4  # counter-clockwise
+  if resize == "original" or size is None or crop is not None:
+    picture = np.rot90(_to_rgb(frame) if resize == "area" else frame.to_ndarray(format="rgb24"), turns)
+    picture = _cut(picture, crop)
+    if size is None:
+      return np.ascontiguousarray(picture)
+    return resize_crop_bilinear(picture, size) if resize == "original" else _area(picture, size)
+  # The usual case: one call of the scaler, from the decoder's format, before the small picture is turned.
+  target = tuple(size)[::-1] if turns % 2 else tuple(size)
+  covered = cover_size(frame.height, frame.width, target)
+  return np.ascontiguousarray(np.rot90(_centre(_to_rgb(frame, covered), target), turns))
+
+
+def _to_rgb(frame, size=None):
+  """A frame as uint8 [H, W, 3], averaged to `size`, with the colours that the file names."""
+  h, w = size or (frame.height, frame.width)
+  colors = frame.colorspace
+  source = None
+  if frame.format.name.startswith("yuv") and colors not in (1, 4, 5, 6, 7, 9, 10):  # none named: as players decide
+    source = "ITU709" if frame.height >= _HD_HEIGHT else "ITU601"
+  return _reformat(frame, h, w, src_colorspace=source)
+
+
+def _area(picture, size):
+  covered = cover_size(*picture.shape[:2], size)
+  if covered != picture.shape[:2]:
+    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+    picture = _reformat(frame, *covered)
+  return np.ascontiguousarray(_centre(picture, size))
+
+
+def _centre(picture, size):
+  y, x = (picture.shape[0] - size[0]) // 2, (picture.shape[1] - size[1]) // 2
+  return picture[y : y + size[0], x : x + size[1]]
+
+
+def _fit_image(picture, size, resize):
+  if size is None:
+    return picture
+  if resize == "area":
+    return _area(picture, size)
+  h, w = cover_size(*picture.shape[:2], size)
+  picture = np.asarray(Image.fromarray(picture).resize((w, h), Image.Resampling.BICUBIC))
+  y, x = round((h - size[0]) / 2), round((w - size[1]) / 2)
+  return np.ascontiguousarray(picture[y : y + size[0], x : x + size[1]])
+
+
+def resize_crop_bilinear(picture, size):
+  """Open-Sora's resize-crop of one video frame: bilinear, align_corners False, no antialiasing; uint8 in and out."""
+  covered = cover_size(*picture.shape[:2], size)
+  weights = []
+  for axis in range(2):
+    offset = (covered[axis] - size[axis]) // 2
+    scale = picture.shape[axis] / covered[axis]
+    at = np.maximum((np.arange(offset, offset + size[axis]) + 0.5) * scale - 0.5, 0)
+    low = np.minimum(at.astype(np.int64), picture.shape[axis] - 1)
+    weights.append((low, np.minimum(low + 1, picture.shape[axis] - 1), (at - low).astype(np.float32)))
+  (y0, y1, wy), (x0, x1, wx) = weights
+  wy, wx = wy[:, None, None], wx[:, None]
+  rows = [picture[y].astype(np.float32) for y in (y0, y1)]
+  top, bottom = (r[:, x0] * (1 - wx) + r[:, x1] * wx for r in rows)
+  return np.rint(top * (1 - wy) + bottom * wy).astype(np.uint8)
+
+
+def frame_rate(path):
+  """Frames per second of a file (IMAGE_FPS for images)."""
+  return IMAGE_FPS if is_image(path) else _index(str(path)).fps

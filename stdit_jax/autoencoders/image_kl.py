@@ -1,0 +1,399 @@
+"""The KL-f8 image autoencoder of Stable Diffusion and SDXL, frame by frame over videos.
+
+Architecture: Rombach et al. 2022 (latent diffusion), as `diffusers.AutoencoderKL`: residual convolution blocks, four
+levels, one attention in the middle, a Gaussian posterior of 4 channels at an eighth of the resolution.
+
+    frames [N,H,W,3] in [-1,1] --Encoder--> moments --> mean, logvar [N,H/8,W/8,4] --sample--> z --Decoder--> [N,H,W,3]
+
+Sides that are no multiple of 8 are floored level by level, as PyTorch's strided convolutions floor them: 240 x 426 pixels
+are 30 x 53 latents and come back as 240 x 424.
+
+Parameter names follow diffusers, one rule for all of them. From a diffusers name to ours:
+
+  1. split at the dots; a number is joined to the word before it: `down_blocks.0` -> `down_blocks_0`, `to_out.0` -> `to_out_0`;
+  2. the last word: `bias` stays; `weight` is `scale` if it is 1-D (norms), `kernel` otherwise;
+  3. 4-D kernels are transposed [out,in,kh,kw] -> [kh,kw,in,out] (2,3,1,0), 2-D kernels [out,in] -> [in,out].
+
+`encoder.mid_block.attentions.0.to_out.0.weight` is `params/encoder/mid_block/attentions_0/to_out_0/kernel`. No name of
+ours ends in `_<number>` otherwise, so the rule inverts: `_<number>` at the end of a word -> `.<number>`. Files written by
+diffusers before 0.18 say `query, key, value, proj_attn` for `to_q, to_k, to_v, to_out.0`, the original LDM
+files hold the four as 1 x 1 convolutions [out,in,1,1].
+
+Two scales of latents: `ImageKL.encode`/`decode` work on raw latents, every function below them on normalised ones,
+(z - shift) * scaling_factor / scale, which is what the denoisers see.
+"""
+
+import dataclasses
+import functools
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageKLConfig:
+  """One autoencoder. The field names are those of diffusers' `config.json` where both have the field.
+
+  `shift` (diffusers: shift_factor or latents_mean) and `scale` (latents_std) are one number or one per latent channel.
+  """
+
+  block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+  layers_per_block: int = 2
+  in_channels: int = 3
+  out_channels: int = 3
+  latent_channels: int = 4
+  norm_num_groups: int = 32
+  mid_block_add_attention: bool = True
+  use_quant_conv: bool = True
+  use_post_quant_conv: bool = True
+  scaling_factor: float = 0.18215
+  shift: float | tuple[float, ...] = 0.0
+  scale: float | tuple[float, ...] = 1.0
+
+  def __post_init__(self):
+    for channels in self.block_out_channels:
+      if channels % self.norm_num_groups:
+        raise ValueError(
+          f"ImageKLConfig: block_out_channels {self.block_out_channels} must be multiples of norm_num_groups="
+          f"{self.norm_num_groups}; {channels} is not."
+        )
+    for name in ("shift", "scale"):
+      value = getattr(self, name)
+      if not isinstance(value, (int, float)) and len(value) != self.latent_channels:
+        raise ValueError(f"ImageKLConfig: {name} needs one number or {self.latent_channels} (latent_channels), not {value}.")
+
+  @property
+  def downsampling(self):
+    """Pixels per latent along a side: 8 for four levels."""
+    return 2 ** (len(self.block_out_channels) - 1)
+
+  def latent_size(self, height, width):
+    """(height, width) of the latents of a picture of this size in pixels."""
+    return height // self.downsampling, width // self.downsampling
+
+
+# Open-Sora multiplies the SDXL latents of 1.2 by 0.18215 as well (SDXL's own factor is 0.13025), and trained in that space.
+TABLE = {
+  "sd-kl-f8": ImageKLConfig(),
+  "sdxl-kl-f8": ImageKLConfig(scaling_factor=0.13025),
+  "small-kl-f8": ImageKLConfig(block_out_channels=(16, 32, 64, 96), layers_per_block=1, norm_num_groups=8, scaling_factor=1.0),
+  "tiny-kl-f8": ImageKLConfig(block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4),
+}
+
+
+def get_config(name, **overrides):
+  """The named config with fields replaced; raises ValueError with the allowed names or fields."""
+  if name not in TABLE:
+    raise ValueError(f"Unknown image autoencoder {name!r}; known: {', '.join(TABLE)}.")
+  fields = {field.name for field in dataclasses.fields(ImageKLConfig)}
+  if unknown := sorted(set(overrides) - fields):
+    raise ValueError(f"ImageKLConfig has no field {', '.join(unknown)}; fields: {', '.join(sorted(fields))}.")
+  overrides = {key: tuple(value) if isinstance(value, list) else value for key, value in overrides.items()}
+  return dataclasses.replace(TABLE[name], **overrides)
+
+
+# ---------------------------------------------------------------------------------------------------------------- layers
+
+
+def _conv(name, x, features, size=3, stride=1, dtype=None):
+  """Convolution of [N,H,W,C]. With stride 2 the padding is asymmetric, one row below and one column to the right."""
+  before, after = (0, 1) if stride == 2 else (size // 2, size // 2)
+  return nn.Conv(
+    features,
+    (size, size),
+    stride,
+    ((before, after), (before, after)),
+    dtype=dtype,
+    name=name,
+  )(x)
+
+
+class GroupNorm(nn.Module):
+  """Group normalisation over (H, W, channels of the group), eps 1e-6, computed in float32.
+
+  Sums run over H and W per channel first and then over the few channels of a group: reshaping [.., C] to
+  [.., groups, C/groups] at full resolution is far slower on CPUs.
+  """
+
+  groups: int
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x):
+    n, channels = x.shape[0], x.shape[-1]
+    scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
+    bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
+
+    def group_mean(values):  # [N,H,W,C] -> [N,1,1,C]
+      mean = values.mean((1, 2)).reshape(n, self.groups, -1).mean(-1)
+      return jnp.repeat(mean, channels // self.groups, axis=-1)[:, None, None]
+
+    x = x.astype(jnp.float32)
+    x = x - group_mean(x)
+    return (x * (jax.lax.rsqrt(group_mean(x * x) + 1e-6) * scale) + bias).astype(self.dtype)
+
+
+class ResnetBlock(nn.Module):
+  """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1 x 1 convolution of x where the channels change."""
+
+  features: int
+  groups: int
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x):
+    h = nn.silu(GroupNorm(self.groups, self.dtype, name="norm1")(x))
+    h = _conv("conv1", h, self.features, dtype=self.dtype)
+    h = nn.silu(GroupNorm(self.groups, self.dtype, name="norm2")(h))
+    h = _conv("conv2", h, self.features, dtype=self.dtype)
+    if x.shape[-1] != self.features:
+      x = _conv("conv_shortcut", x, self.features, size=1, dtype=self.dtype)
+    return x + h
+
+
+class Attention(nn.Module):
+  """One-head self-attention over all H * W positions, softmax in float32, with a residual connection."""
+
+  groups: int
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x):
+    n, height, width, channels = x.shape
+
+    def dense(name, values):
+      return nn.Dense(channels, dtype=self.dtype, name=name)(values)
+
+    h = GroupNorm(self.groups, self.dtype, name="group_norm")(x).reshape(n, height * width, channels)
+    query, key, value = (dense(name, h) for name in ("to_q", "to_k", "to_v"))
+    logits = jnp.einsum("nqc,nkc->nqk", query * channels**-0.5, key, preferred_element_type=jnp.float32)
+    h = jnp.einsum("nqk,nkc->nqc", jax.nn.softmax(logits).astype(self.dtype), value)
+    return x + dense("to_out_0", h).reshape(x.shape)
+
+
+class MidBlock(nn.Module):
+  config: ImageKLConfig
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x):
+    groups = self.config.norm_num_groups
+    x = ResnetBlock(x.shape[-1], groups, self.dtype, name="resnets_0")(x)
+    if self.config.mid_block_add_attention:
+      x = Attention(groups, self.dtype, name="attentions_0")(x)
+    return ResnetBlock(x.shape[-1], groups, self.dtype, name="resnets_1")(x)
+
+
+class Sampler(nn.Module):
+  """Halves a side with a strided convolution (stride 2) or doubles it, nearest neighbour first (stride 1)."""
+
+  stride: int
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x):
+    if self.stride == 1:
+      n, height, width, channels = x.shape
+      x = jnp.broadcast_to(x[:, :, None, :, None], (n, height, 2, width, 2, channels))
+      x = x.reshape(n, height * 2, width * 2, channels)
+    return _conv("conv", x, x.shape[-1], stride=self.stride, dtype=self.dtype)
+
+
+class Level(nn.Module):
+  """The blocks of one resolution, then the way to the next one (`sampler`: "downsamplers_0", "upsamplers_0" or "")."""
+
+  features: int
+  layers: int
+  groups: int
+  sampler: str
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x):
+    for i in range(self.layers):
+      x = ResnetBlock(self.features, self.groups, self.dtype, name=f"resnets_{i}")(x)
+    if self.sampler:
+      x = Sampler(2 if self.sampler == "downsamplers_0" else 1, self.dtype, name=self.sampler)(x)
+    return x
+
+
+class Encoder(nn.Module):
+  config: ImageKLConfig
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x):
+    c, levels = self.config, len(self.config.block_out_channels)
+    x = _conv("conv_in", x, c.block_out_channels[0], dtype=self.dtype)
+    for i, features in enumerate(c.block_out_channels):
+      sampler = "downsamplers_0" if i < levels - 1 else ""
+      x = Level(features, c.layers_per_block, c.norm_num_groups, sampler, self.dtype, name=f"down_blocks_{i}")(x)
+    x = MidBlock(c, self.dtype, name="mid_block")(x)
+    x = nn.silu(GroupNorm(c.norm_num_groups, self.dtype, name="conv_norm_out")(x))
+    return _conv("conv_out", x, 2 * c.latent_channels, dtype=self.dtype)
+
+
+class Decoder(nn.Module):
+  config: ImageKLConfig
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, z):
+    c, levels = self.config, len(self.config.block_out_channels)
+    x = _conv("conv_in", z, c.block_out_channels[-1], dtype=self.dtype)
+    x = MidBlock(c, self.dtype, name="mid_block")(x)
+    for i, features in enumerate(reversed(c.block_out_channels)):
+      sampler = "upsamplers_0" if i < levels - 1 else ""
+      x = Level(features, c.layers_per_block + 1, c.norm_num_groups, sampler, self.dtype, name=f"up_blocks_{i}")(x)
+    x = nn.silu(GroupNorm(c.norm_num_groups, self.dtype, name="conv_norm_out")(x))
+    return _conv("conv_out", x, c.out_channels, dtype=self.dtype)
+
+
+# ----------------------------------------------------------------------------------------------------------- autoencoder
+
+
+class ImageKL(nn.Module):
+  """The autoencoder: `model.apply(variables, frames, method="encode")`, `method="decode"`, or both in one call.
+
+  Parameters are float32; `dtype` is that of the convolutions (norms, softmax and the results are float32).
+  """
+
+  config: ImageKLConfig
+  dtype: jnp.dtype = jnp.float32
+
+  def setup(self):
+    self.encoder = Encoder(self.config, self.dtype)
+    self.decoder = Decoder(self.config, self.dtype)
+    latent = self.config.latent_channels
+    if self.config.use_quant_conv:
+      self.quant_conv = nn.Conv(2 * latent, (1, 1), dtype=self.dtype)
+    if self.config.use_post_quant_conv:
+      self.post_quant_conv = nn.Conv(latent, (1, 1), dtype=self.dtype)
+
+  def encode(self, x):
+    """`[N,H,W,3]` in [-1, 1] -> raw posterior (mean, logvar), float32 `[N,H/8,W/8,C]`; logvar is clipped to [-30, 20].
+
+    Raises ValueError for another number of channels or sides too short for one latent.
+    """
+    c = self.config
+    if x.ndim != 4 or x.shape[-1] != c.in_channels or min(x.shape[1:3]) < c.downsampling:
+      raise ValueError(f"encode needs frames [N,H,W,{c.in_channels}] with sides of at least {c.downsampling}, not {x.shape}.")
+    moments = self.encoder(x)
+    if c.use_quant_conv:
+      moments = self.quant_conv(moments)
+    mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
+    return mean, jnp.clip(logvar, -30.0, 20.0)
+
+  def decode(self, z):
+    """Raw latents `[N,h,w,C]` -> pixels, float32 `[N,8h,8w,3]`, about [-1, 1], not clipped."""
+    if z.ndim != 4 or z.shape[-1] != self.config.latent_channels:
+      raise ValueError(f"decode needs latents [N,h,w,{self.config.latent_channels}], not {z.shape}.")
+    if self.config.use_post_quant_conv:
+      z = self.post_quant_conv(z)
+    return self.decoder(z).astype(jnp.float32)
+
+  def __call__(self, x, noise=None):
+    """-> (reconstruction, mean, logvar) from mean + std * noise `[N,H/8,W/8,C]`, from the mean alone without noise."""
+    mean, logvar = self.encode(x)
+    z = mean if noise is None else mean + jnp.exp(0.5 * logvar) * noise
+    return self.decode(z), mean, logvar
+
+
+def init_shapes(config):
+  """The tree of `init` as shapes: nothing is allocated."""
+  side = 2 * config.downsampling
+  return jax.eval_shape(ImageKL(config).init, jax.random.key(0), jnp.zeros((1, side, side, config.in_channels)))
+
+
+def init(model, key):
+  """Fresh variables {"params": ...} as the original starts: kernels and biases U(+-1/sqrt(fan in)), PyTorch's default.
+
+  All values are cut from one draw: the usual key per tensor costs XLA on CPUs a quarter of a minute of compilation.
+  """
+  shapes = flax.traverse_util.flatten_dict(init_shapes(model.config))
+  draw = jax.random.uniform(key, (sum(leaf.size for leaf in shapes.values()),), jnp.float32, -1.0, 1.0)
+  values, start = {}, 0
+  for path, leaf in shapes.items():
+    kernel = shapes.get((*path[:-1], "kernel"))
+    if kernel is None:  # a norm
+      values[path] = jnp.full(leaf.shape, float(path[-1] == "scale"))
+    else:
+      fan_in = kernel.size // kernel.shape[-1]
+      values[path] = draw[start : start + leaf.size].reshape(leaf.shape) * fan_in**-0.5
+    start += leaf.size
+  return flax.traverse_util.unflatten_dict(values)
+
+
+def normalise(config, z):
+  """Raw latents `[..., C]` -> the scale the denoisers see: (z - shift) * scaling_factor / scale."""
+  return (z - jnp.asarray(config.shift)) * (config.scaling_factor / jnp.asarray(config.scale))
+
+
+def denormalise(config, z):
+  """The inverse of `normalise`."""
+  return z * (jnp.asarray(config.scale) / config.scaling_factor) + jnp.asarray(config.shift)
+
+
+def to_float(frames):
+  """uint8 pixels -> float32 in [-1, 1]; floats pass."""
+  return frames.astype(jnp.float32) / 127.5 - 1.0 if frames.dtype == jnp.uint8 else frames
+
+
+def to_uint8(frames):
+  """Floats in [-1, 1] -> uint8 pixels, clipped and rounded."""
+  return jnp.round((jnp.clip(frames, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
+
+
+def encode_frames(model, variables, frames):
+  """Frames `[N,H,W,3]` (uint8, or float in [-1, 1]) -> normalised posterior (mean, std), float32 `[N,H/8,W/8,C]`."""
+  mean, logvar = model.apply(variables, to_float(frames), method="encode")
+  std = jnp.exp(0.5 * logvar) * (model.config.scaling_factor / jnp.asarray(model.config.scale))
+  return normalise(model.config, mean), std
+
+
+def decode_frames(model, variables, latents):
+  """Normalised latents `[N,h,w,C]` -> pixels, float32 `[N,8h,8w,3]`, about [-1, 1]."""
+  return model.apply(variables, denormalise(model.config, latents), method="decode")
+
+
+_encode_program = jax.jit(encode_frames, static_argnums=0)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _decode_program(model, variables, latents):
+  return to_uint8(decode_frames(model, variables, latents))
+
+
+def _in_micro_batches(program, values, micro_batch):
+  """Runs program([micro_batch, ...]) over the first axis; the last batch is filled with its last frame, then cut."""
+  if micro_batch < 1:
+    raise ValueError(f"micro_batch must be at least 1, not {micro_batch}.")
+  outputs = []
+  for start in range(0, len(values), micro_batch):
+    batch = values[start : start + micro_batch]
+    if missing := micro_batch - len(batch):
+      batch = np.concatenate([batch, np.repeat(np.asarray(batch[-1:]), missing, axis=0)])
+    outputs.append(program(batch))
+  return jax.tree.map(lambda *parts: np.concatenate([np.asarray(part) for part in parts])[: len(values)], *outputs)
+
+
+def encode_video(model, variables, frames, micro_batch=4):
+  """Frames `[T,H,W,3]` (or with more leading axes) -> normalised (mean, std), NumPy float32 `[T,H/8,W/8,C]`.
+
+  One compiled program per (H, W): every call of it has `micro_batch` frames. This bounds memory and changes no value.
+  """
+  *lead, height, width, channels = frames.shape
+  program = functools.partial(_encode_program, model, variables)
+  moments = _in_micro_batches(program, frames.reshape(-1, height, width, channels), micro_batch)
+  return tuple(part.reshape(*lead, *part.shape[1:]) for part in moments)
+
+
+def decode_video(model, variables, latents, micro_batch=4):
+  """Normalised latents `[T,h,w,C]` (or with more leading axes) -> NumPy uint8 `[T,8h,8w,3]`, in micro batches likewise."""
+  *lead, height, width, channels = latents.shape
+  program = functools.partial(_decode_program, model, variables)
+  frames = _in_micro_batches(program, latents.reshape(-1, height, width, channels), micro_batch)
+  return frames.reshape(*lead, *frames.shape[1:])

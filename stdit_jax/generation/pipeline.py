@@ -1,0 +1,145 @@
+"""From prompts to pixels: text encoder, sampler, autoencoder. The same for sampling while training and from the command line."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from data.tokens import grid_size, patchify, unpatchify
+from stdit_jax.autoencoders import image_kl
+from stdit_jax.diffusion.guidance import guided
+from stdit_jax.diffusion.noise import Purpose, fold_in, sample_keys, token_noise
+from stdit_jax.diffusion.rectified_flow import RectifiedFlow
+
+# Open-Sora shows images to the model with this frame rate (`IMG_FPS`).
+IMAGE_FPS = 120
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """One video to make. One seed makes one noise, whatever batch or mesh it is drawn in.
+
+  Attributes: prompt; height, width in pixels; num_frames (1 = image); fps the video shall have; seed, 0 to 2^32 - 1.
+  """
+
+  prompt: str
+  height: int
+  width: int
+  num_frames: int
+  fps: float = 24.0
+  seed: int = 0
+
+
+class Pipeline:
+  """Everything that sampling needs, on the default device; programs are compiled once per size and batch.
+
+  Args:
+    objective: a `training.objectives.DenoiserObjective`: the models and the diffusion that were trained.
+    params, frozen: its parameters; `frozen` may hold a text encoder.
+    autoencoder: (model, variables).
+    tokenize: `caption -> (ids, mask)`.
+    text_params: parameters of a text encoder that is in neither.
+    guided_channels: latent channels under guidance; None = all (Open-Sora 1.2), 3 as Open-Sora 1.0 and 1.1.
+  """
+
+  def __init__(self, objective, params, frozen, autoencoder, tokenize, text_params=None, guided_channels=None):
+    self.objective, self.tokenize, self.guided_channels = objective, tokenize, guided_channels
+    self.model, self.diffusion = objective.model, objective.diffusion
+    self.autoencoder, self.autoencoder_variables = autoencoder
+    self.set_weights(params, frozen, text_params)
+    self._text = jax.jit(lambda p, ids, mask: objective.text.apply({"params": p}, ids, mask))
+    self._step = jax.jit(self._sampler_step, static_argnames=("diffusion", "guidance_scale", "latent_size"))
+
+  def set_weights(self, params, frozen, text_params=None):
+    """Other weights of the same models; nothing is compiled again."""
+    self.variables = {"params": params["denoiser"], "constants": frozen["denoiser"]}
+    self.text_params = params.get("text_encoder", frozen.get("text_encoder", text_params))
+
+  def latent_size(self, request):
+    """(T, H, W) of the latents of a request."""
+    return (request.num_frames, *self.autoencoder.config.latent_size(request.height, request.width))
+
+  def embed(self, prompts):
+    """Prompts -> (features `[B, L, C]`, mask `[B, L]`)."""
+    ids, mask = (jnp.asarray(np.stack(part)) for part in zip(*(self.tokenize(p) for p in prompts)))
+    return self._text(self.text_params, ids, mask), mask
+
+  def generate(self, requests, steps=30, guidance_scale=7.0, progress=lambda steps: steps):
+    """Videos of equal size, uint8 `[T, 8h, 8w, 3]` each, in the order of `requests`.
+
+    Args:
+      progress: wraps the iterable of sampler steps, e.g. a tqdm bar.
+    """
+    first = requests[0]
+    if any(dataclasses.replace(r, prompt=first.prompt, seed=first.seed) != first for r in requests):
+      raise ValueError("requests of one batch must have the same size, frames and fps")
+    latents = self.sample_latents(requests, steps, guidance_scale, progress)
+    return [
+      image_kl.decode_video(self.autoencoder, self.autoencoder_variables, np.asarray(z)) for z in latents
+    ]
+
+  def sample_latents(self, requests, steps, guidance_scale, progress):
+    """Normalised latents `[B, T, h, w, C]`."""
+    first, batch = requests[0], len(requests)
+    size, config = self.latent_size(first), self.model.config
+    text, text_mask = self.embed([r.prompt for r in requests])
+    fps = IMAGE_FPS if first.num_frames == 1 else first.fps
+    numbers = {"height": first.height, "width": first.width, "num_frames": first.num_frames, "fps": fps}
+    conditions = {name: jnp.full((batch,), value, jnp.float32) for name, value in numbers.items()}
+    conditions |= {"text": text, "text_mask": text_mask}
+
+    diffusion = self.diffusion.for_sampling(steps)
+    sides = (np.full((batch,), n, np.float32) for n in (first.height, first.width, first.num_frames, size[0]))
+    timesteps = diffusion.sampling_timesteps(steps, *sides)
+    # The request's seed takes the place of a training sample's slot: a batch may hold several seeds.
+    seeds = np.asarray([(0, r.seed) for r in requests], np.uint32)
+    x = latent_noise(config, sample_keys(0, seeds, Purpose.SAMPLING_START), size)
+    step_keys = sample_keys(0, seeds, Purpose.SAMPLING_STEP)
+    for i in progress(range(steps)):
+      noise = None if isinstance(diffusion, RectifiedFlow) else latent_noise(config, fold_in(step_keys, i), size)
+      x = self._step(
+        self.variables, x, timesteps[i], timesteps[i + 1], noise, conditions,
+        diffusion=diffusion, guidance_scale=float(guidance_scale), latent_size=size,
+      )  # fmt: skip
+      x.block_until_ready()
+    return unpatchify(x, size, config.patch_size)
+
+  def _sampler_step(self, variables, x, t, t_next, noise, conditions, *, diffusion, guidance_scale, latent_size):
+    config, batch = self.model.config, x.shape[0]
+    grid = jnp.tile(jnp.asarray(grid_size(latent_size, config.patch_size), jnp.int32), (2 * batch, 1))
+    # Elements past an odd border are no latents: they stay zero, as the original pads (STDiT `PatchEmbed3D`).
+    inside = image_valid(latent_size, config.patch_size, config.in_channels)
+    twice = {name: jnp.concatenate([value, value]) for name, value in conditions.items()}
+    text, text_mask = twice.pop("text"), twice.pop("text_mask")
+    drop = jnp.arange(2 * batch) >= batch
+
+    def denoise(x, t, x_mask):
+      return self.model.apply(
+        variables, x, t, text, text_mask, grid=grid, x_mask=x_mask, drop_text=drop, **twice
+      )
+
+    step_model = guided(
+      denoise, guidance_scale, num_channels=config.in_channels, guided_channels=self.guided_channels
+    )
+    valid = jnp.broadcast_to(inside, x.shape)
+    x, _ = diffusion.step(step_model, x, t, t_next, num_channels=config.in_channels, noise=noise, valid=valid)
+    return x
+
+
+def image_valid(latent_size, patch_size, channels):
+  """bool `[T, S, P]`: which token elements of latents of one size are latents, and not padding of an odd border."""
+  return patchify(np.ones((*latent_size, channels), bool), patch_size)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def latent_noise(config, keys, size):
+  """Standard normal tokens `[B, T, S, P]` for latents of one size, from one key per sample."""
+  grid = grid_size(size, config.patch_size)
+
+  def tile(numbers):
+    return jnp.tile(jnp.asarray(numbers, jnp.int32), (keys.shape[0], 1))
+
+  shape = (grid[0], grid[1] * grid[2], config.patch_values)
+  return token_noise(keys, tile(size), shape, tile(grid), config.patch_size, config.in_channels)

@@ -1,0 +1,95 @@
+"""Names of the Open-Sora denoisers: STDiT (tag v1.0.0), STDiT-2 (v1.1.0), STDiT-3 (v1.2.0).
+
+PyTorch layouts: Linear [out, in]; the patch embedding is a Conv3d [D, C, t, y, x].
+"""
+
+import functools
+
+import numpy as np
+
+from stdit_jax.interop.mapping import Layout
+
+_EMBEDDERS = (
+  ("timestep_embed", "t_embedder"),
+  ("fps_embed", "fps_embedder"),
+  ("frames_embed", "fl_embedder"),
+  ("size_embed", "csize_embedder"),
+  ("aspect_embed", "ar_embedder"),
+)
+
+_BLOCK = (
+  ("modulation", "scale_shift_table", "same"),
+  ("temporal_modulation", "scale_shift_table_temporal", "same"),
+  ("attention/qkv", "attn.qkv", "qkv"),
+  ("attention/query_norm", "attn.q_norm", "norm"),
+  ("attention/key_norm", "attn.k_norm", "norm"),
+  ("attention/out", "attn.proj", "heads_out"),
+  ("temporal_attention/qkv", "attn_temp.qkv", "qkv"),
+  ("temporal_attention/query_norm", "attn_temp.q_norm", "norm"),
+  ("temporal_attention/key_norm", "attn_temp.k_norm", "norm"),
+  ("temporal_attention/out", "attn_temp.proj", "heads_out"),
+  ("cross_attention/query", "cross_attn.q_linear", "heads"),
+  ("cross_attention/key_value", "cross_attn.kv_linear", "qkv"),
+  ("cross_attention/out", "cross_attn.proj", "heads_out"),
+  ("mlp/fc1", "mlp.fc1", "linear"),
+  ("mlp/fc2", "mlp.fc2", "linear"),
+)
+
+ROWS = (
+  ("params/patch_embed", "x_embedder.proj", "patch"),
+  *((f"params/{ours}/fc1", f"{theirs}.mlp.0", "linear") for ours, theirs in _EMBEDDERS),
+  *((f"params/{ours}/fc2", f"{theirs}.mlp.2", "linear") for ours, theirs in _EMBEDDERS),
+  ("params/timestep_modulation", "t_block.1", "linear"),
+  ("params/temporal_modulation", "t_block_temp.1", "linear"),
+  ("params/caption_embed/fc1", "y_embedder.y_proj.fc1", "linear"),
+  ("params/caption_embed/fc2", "y_embedder.y_proj.fc2", "linear"),
+  *(
+    (f"params/{stack}/*/{o}", f"{stack}.*.{t}", k)
+    for stack in ("blocks", "spatial_blocks", "temporal_blocks")
+    for o, t, k in _BLOCK
+  ),
+  ("params/final_layer/modulation", "final_layer.scale_shift_table", "same"),
+  ("params/final_layer/linear", "final_layer.linear", "linear"),
+  ("{collection}/null_caption", "y_embedder.y_embedding", "rows"),
+  ("constants/rope_frequencies", "rope.freqs", "same"),
+)
+
+
+def _sizes(config):
+  t, y, x = config.patch_size
+  return {"t": t, "y": y, "x": x}
+
+
+def _sin_cos(positions, features):
+  """[n] positions -> [n, features]: sines, then cosines, of frequencies 10000^(-2k / features), in float64."""
+  angles = np.outer(positions, 1.0 / 10000 ** (np.arange(features // 2) / (features / 2)))
+  return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+
+
+def _spatial_table(config):
+  """[1, S, D] of STDiT 1.0: columns in the first half of the features, rows in the second."""
+  rows, columns = (config.input_size[i] // config.patch_size[i] for i in (1, 2))
+  row, column = np.meshgrid(np.arange(rows) / config.space_scale, np.arange(columns) / config.space_scale, indexing="ij")
+  halves = [_sin_cos(side.ravel(), config.hidden_size // 2) for side in (column, row)]
+  return np.concatenate(halves, axis=1).astype(np.float32)[None]
+
+
+def _temporal_table(config):
+  """[1, T, D] of STDiT 1.0."""
+  frames = np.arange(config.input_size[0] // config.patch_size[0]) / config.time_scale
+  return _sin_cos(frames, config.hidden_size).astype(np.float32)[None]
+
+
+def _computed(config):
+  """The two position tables that only checkpoints of STDiT 1.0 hold; our models compute positions."""
+  if not hasattr(config, "input_size"):
+    return {}
+  return {
+    "pos_embed": functools.partial(_spatial_table, config),
+    "pos_embed_temporal": functools.partial(_temporal_table, config),
+  }
+
+
+OPEN_SORA = Layout("open-sora", ROWS, prefixes=("module.", ""), sizes=_sizes, computed=_computed)
+# What Open-Sora's own loader drops before a non-strict load.
+POSITION_TABLES = ("pos_embed", "pos_embed_temporal")

@@ -1,0 +1,194 @@
+"""Layers that several denoisers share. Each says which original it computes; float32 islands are norms, softmax,
+rotations and sinusoids, everything else runs in `dtype` over float32 parameters."""
+
+import math
+
+import einops
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from stdit_jax.parallel.attention import attend
+
+MAX_PERIOD = 10000.0
+
+
+def xavier_uniform(fan_in, fan_out):
+  """Uniform in +-sqrt(6 / (fan_in + fan_out)), whatever the shape: fused, per-head kernels are one matrix in the original."""
+  bound = math.sqrt(6.0 / (fan_in + fan_out))
+  return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def torch_uniform(fan_in):
+  """Uniform in +-1/sqrt(fan_in): PyTorch's default for the weight (kaiming with a = sqrt(5)) and bias of a layer."""
+  bound = 1.0 / math.sqrt(fan_in)
+  return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+class Linear(nn.Module):
+  """`[..., *inputs] -> [..., *features]`, a matrix product over the last `num_inputs` axes.
+
+  The kernel is stored `[*inputs, *features]` (heads as axes of their own, so that they can be sharded); its default
+  initialisation is Xavier uniform over the whole fused matrix with a zero bias, as `_basic_init` in Open-Sora 1.0-1.2.
+  """
+
+  features: tuple[int, ...]
+  num_inputs: int = 1
+  kernel_init: nn.initializers.Initializer | None = None
+  bias_init: nn.initializers.Initializer = nn.initializers.zeros
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x):
+    inputs = x.shape[-self.num_inputs :]
+    kernel_init = self.kernel_init or xavier_uniform(math.prod(inputs), math.prod(self.features))
+    kernel = self.param("kernel", kernel_init, (*inputs, *self.features)).astype(self.dtype)
+    bias = self.param("bias", self.bias_init, self.features).astype(self.dtype)
+    contract = tuple(range(x.ndim - self.num_inputs, x.ndim)), tuple(range(self.num_inputs))
+    return jax.lax.dot_general(x.astype(self.dtype), kernel, (contract, ((), ()))) + bias
+
+
+class Mlp(nn.Module):
+  """Linear, activation, linear (`fc1`, `fc2`)."""
+
+  hidden: int
+  features: int
+  activation: str = "gelu"
+  fc1_init: nn.initializers.Initializer | None = None
+  fc2_init: nn.initializers.Initializer | None = None
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x):
+    x = Linear((self.hidden,), kernel_init=self.fc1_init, dtype=self.dtype, name="fc1")(x)
+    x = nn.silu(x) if self.activation == "silu" else nn.gelu(x, approximate=True)
+    return Linear((self.features,), kernel_init=self.fc2_init, dtype=self.dtype, name="fc2")(x)
+
+
+def layer_norm(x, eps=1e-6):
+  """LayerNorm over the last axis without scale and bias, computed in float32; keeps the dtype of `x`."""
+  y = x.astype(jnp.float32)
+  y = y - y.mean(-1, keepdims=True)
+  y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + eps)
+  return y.astype(x.dtype)
+
+
+def modulate(x, shift, scale):
+  """adaLN: `x * (1 + scale) + shift` (DiT, section 3.2)."""
+  return x * (1 + scale) + shift
+
+
+class RMSNorm(nn.Module):
+  """Root-mean-square norm over the last axis: float32 inside, back to the input dtype *before* the weight (as Llama)."""
+
+  eps: float = 1e-6
+
+  @nn.compact
+  def __call__(self, x):
+    scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+    return y.astype(x.dtype) * scale.astype(x.dtype)
+
+
+# Frequencies are computed on the host, in the originals' order of float32 roundings and with exactly rounded functions:
+# a last-digit error in a frequency, times a timestep of 1000, is an error of 1e-5 in the embedding.
+
+
+def sinusoid(values, dim=256):
+  """`[...] -> [..., dim]` float32: [cos, sin] of `values` times `dim / 2` frequencies 10000^(-2k / dim) (DiT)."""
+  half = dim // 2
+  exponents = np.float32(-math.log(MAX_PERIOD)) * np.arange(half, dtype=np.float32) / np.float32(half)
+  frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
+  angles = values.astype(jnp.float32)[..., None] * frequencies
+  return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def even_frequencies(dim):
+  """`[dim / 2]` frequencies 10000^(-2k / dim)."""
+  exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
+  return np.float32(1) / (MAX_PERIOD ** exponents.astype(np.float64)).astype(np.float32)
+
+
+def interleaved_sin_cos(positions, dim):
+  """`[...] -> [..., dim]` float32: [sin, cos] with `dim / 2` frequencies 10000^(-2k / dim) (Open-Sora)."""
+  angles = positions.astype(jnp.float32)[..., None] * even_frequencies(dim)
+  return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+def rope_frequencies(head_dim):
+  """`[head_dim / 2]` frequencies 10000^(-2j / head_dim) (RoFormer, section 3.2.2; `rope.freqs` of Open-Sora 1.1 and 1.2)."""
+  return jnp.asarray(even_frequencies(head_dim))
+
+
+def apply_rope(x, frequencies):
+  """Rotates adjacent pairs of channels of `x [..., time, heads, head_dim]` by time * frequency, in float32.
+
+  The interleaved layout of rotary_embedding_torch 0.5: pair j is channels (2j, 2j + 1).
+  """
+  time, _, head_dim = x.shape[-3:]
+  angles = jnp.arange(time, dtype=jnp.float32)[:, None] * frequencies.astype(jnp.float32)
+  cos, sin = jnp.cos(angles)[:, None, :], jnp.sin(angles)[:, None, :]
+  even, odd = jnp.moveaxis(x.astype(jnp.float32).reshape(*x.shape[:-1], head_dim // 2, 2), -1, 0)
+  rotated = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
+  return rotated.reshape(x.shape).astype(x.dtype)
+
+
+class SelfAttention(nn.Module):
+  """Self attention over one axis of `[batch, time, space, features]`.
+
+  Attributes:
+    axis: "space" (every frame for itself) or "time" (every position for itself).
+    qk_norm: RMS norm of queries and keys over the head dimension.
+    rope_first: rotate before the norm (Open-Sora 1.1, `qk_norm_legacy`) instead of after it (1.2).
+  """
+
+  num_heads: int
+  axis: str
+  qk_norm: bool = False
+  rope_first: bool = False
+  out_init: nn.initializers.Initializer | None = None
+  implementation: str = "auto"
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x, token_valid=None, rope=None):
+    """x `[B, T, S, D]`, token_valid `[B, T, S]` bool or None, rope: frequencies `[head_dim / 2]` or None -> `[B, T, S, D]`."""
+    b, _, _, features = x.shape
+    head_dim = features // self.num_heads
+    qkv = Linear((3, self.num_heads, head_dim), dtype=self.dtype, name="qkv")(x)
+    to_sequences = "b t s n h d -> n (b t) s h d" if self.axis == "space" else "b t s n h d -> n (b s) t h d"
+    query, key, value = einops.rearrange(qkv, to_sequences)
+    if rope is not None and self.rope_first:
+      query, key = apply_rope(query, rope), apply_rope(key, rope)
+    if self.qk_norm:
+      query, key = RMSNorm(name="query_norm")(query), RMSNorm(name="key_norm")(key)
+    if rope is not None and not self.rope_first:
+      query, key = apply_rope(query, rope), apply_rope(key, rope)
+    if token_valid is not None:
+      token_valid = einops.rearrange(token_valid, "b t s -> (b t) s" if self.axis == "space" else "b t s -> (b s) t")
+    y = attend(query, key, value, token_valid, self.implementation)
+    y = einops.rearrange(y, "(b t) s h d -> b t s h d" if self.axis == "space" else "(b s) t h d -> b t s h d", b=b)
+    return Linear((features,), 2, self.out_init, dtype=self.dtype, name="out")(y)
+
+
+class CrossAttention(nn.Module):
+  """Attention of all tokens of a sample to its valid text tokens: no norm, no gate (PixArt; Open-Sora 1.0-1.2)."""
+
+  num_heads: int
+  out_init: nn.initializers.Initializer | None = None
+  implementation: str = "auto"
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x, text, text_mask):
+    """x `[B, T, S, D]`, text `[B, L, D]`, text_mask `[B, L]` bool -> `[B, T, S, D]`."""
+    _, t, _, features = x.shape
+    heads = (self.num_heads, features // self.num_heads)
+    query = Linear(heads, dtype=self.dtype, name="query")(x)
+    key_value = Linear((2, *heads), dtype=self.dtype, name="key_value")(text)
+    query = einops.rearrange(query, "b t s h d -> b (t s) h d")
+    y = attend(query, key_value[:, :, 0], key_value[:, :, 1], text_mask, self.implementation)
+    y = einops.rearrange(y, "b (t s) h d -> b t s h d", t=t)
+    return Linear((features,), 2, self.out_init, dtype=self.dtype, name="out")(y)

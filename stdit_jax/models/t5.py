@@ -1,0 +1,272 @@
+"""The T5 v1.1 text encoder: caption tokens -> features, one row per token.
+
+Raffel et al. 2020 and the T5 v1.1 notes (gated GELU, no attention scaling, RMS norms without mean, relative position
+buckets shared by all layers). Numbers as `transformers.T5EncoderModel`; ByT5 and the released Open-Sora text encoders
+(`DeepFloyd/t5-v1_1-xxl`) are this model. No dropout: the original runs it frozen, in eval mode.
+
+Parameters, in brackets the PyTorch names; `i` is the layer, which is the leading axis of everything under `blocks`:
+
+  token_embedding [V,D]                    (shared.weight; encoder.embed_tokens.weight is the same tensor)
+  relative_bias [buckets,heads]            (encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight)
+  blocks.attention_norm.scale [D]          (encoder.block.i.layer.0.layer_norm.weight)
+  blocks.attention.{query,key,value}.kernel [D,heads,d]    (encoder.block.i.layer.0.SelfAttention.{q,k,v}.weight [heads*d,D])
+  blocks.attention.out.kernel [heads,d,D]  (encoder.block.i.layer.0.SelfAttention.o.weight [D,heads*d])
+  blocks.mlp_norm.scale [D]                (encoder.block.i.layer.1.layer_norm.weight)
+  blocks.mlp.gate.kernel [D,F]             (encoder.block.i.layer.1.DenseReluDense.wi_0.weight [F,D]; gated only)
+  blocks.mlp.up.kernel [D,F]               (....wi_1.weight; wi.weight where not gated)
+  blocks.mlp.down.kernel [F,D]             (....wo.weight [D,F])
+  final_norm.scale [D]                     (encoder.final_layer_norm.weight)
+"""
+
+import dataclasses
+import functools
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from stdit_jax.parallel.shardings import BATCH_AXES, constrain
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+REMAT_POLICIES = {
+  "none": None,  # keep every activation
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep the matrix products, recompute the rest
+  "full": jax.checkpoint_policies.nothing_saveable,  # keep block inputs only
+}
+FEED_FORWARDS = ("gated-gelu", "relu")
+
+
+@dataclasses.dataclass(frozen=True)
+class T5Config:
+  """Sizes, named as in Hugging Face's `config.json`.
+
+  Attributes:
+    feed_forward_proj: "gated-gelu" (v1.1) or "relu" (v1.0).
+    dtype: what is computed in; norms, softmax and position bias are float32.
+    param_dtype: what parameters are created and loaded in; bfloat16 halves the memory of a frozen XXL.
+    scan: run the blocks as one `lax.scan`; False unrolls them (debugging), same numbers.
+    remat: what the backward pass keeps of a block, one of REMAT_POLICIES.
+  """
+
+  d_model: int = 4096
+  num_layers: int = 24
+  num_heads: int = 64
+  d_kv: int = 64
+  d_ff: int = 10240
+  vocab_size: int = 32128
+  relative_attention_num_buckets: int = 32
+  relative_attention_max_distance: int = 128
+  layer_norm_epsilon: float = 1e-6
+  feed_forward_proj: str = "gated-gelu"
+  dtype: str = "float32"
+  param_dtype: str = "float32"
+  scan: bool = True
+  remat: str = "none"
+
+  def __post_init__(self):
+    for field, allowed in (
+      ("feed_forward_proj", FEED_FORWARDS),
+      ("dtype", tuple(DTYPES)),
+      ("param_dtype", tuple(DTYPES)),
+      ("remat", tuple(REMAT_POLICIES)),
+    ):
+      if getattr(self, field) not in allowed:
+        raise ValueError(f"T5Config: {field} is {getattr(self, field)!r}; allowed: {', '.join(allowed)}")
+    buckets, distance = self.relative_attention_num_buckets, self.relative_attention_max_distance
+    if buckets < 4 or buckets % 4 or distance <= buckets // 4:
+      raise ValueError(
+        f"T5Config: {buckets} relative_attention_num_buckets and relative_attention_max_distance {distance}: buckets must "
+        "be a multiple of 4 (half per direction, half of those exact), the distance more than a quarter of them"
+      )
+
+
+class RMSNorm(nn.Module):
+  """`x / rms(x) * scale`: float32 inside, back to the compute dtype before the scale (`T5LayerNorm`)."""
+
+  config: T5Config
+
+  @nn.compact
+  def __call__(self, x):
+    dtype = DTYPES[self.config.dtype]
+    scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), DTYPES[self.config.param_dtype])
+    x = x.astype(jnp.float32)
+    x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.config.layer_norm_epsilon)
+    return x.astype(dtype) * scale.astype(dtype)
+
+
+class Linear(nn.Module):
+  """A matrix product without bias; `equation` is the einsum, `std` that of the normal initialisation."""
+
+  config: T5Config
+  equation: str
+  shape: tuple[int, ...]
+  std: float
+
+  @nn.compact
+  def __call__(self, x):
+    init = nn.initializers.normal(self.std)
+    kernel = self.param("kernel", init, self.shape, DTYPES[self.config.param_dtype])
+    return jnp.einsum(self.equation, x, kernel.astype(DTYPES[self.config.dtype]))
+
+
+class Attention(nn.Module):
+  """Self-attention of `x [B,L,D]`, bias `[heads,L,L]` float32, key mask `[B,L]` bool or None; logits are not scaled."""
+
+  config: T5Config
+
+  @nn.compact
+  def __call__(self, x, bias, mask):
+    c = self.config
+    heads, into, out = (c.d_model, c.num_heads, c.d_kv), "bld,dhk->blhk", "blhk,hkd->bld"
+    query = Linear(c, into, heads, (c.d_model * c.d_kv) ** -0.5, name="query")(x)
+    key = Linear(c, into, heads, c.d_model**-0.5, name="key")(x)
+    value = Linear(c, into, heads, c.d_model**-0.5, name="value")(x)
+    logits = jnp.einsum("bqhk,bmhk->bhqm", query, key, preferred_element_type=jnp.float32) + bias
+    if mask is not None:
+      logits = jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
+    probabilities = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
+    x = jnp.einsum("bhqm,bmhk->bqhk", probabilities, value)
+    return Linear(c, out, (*heads[1:], c.d_model), (c.num_heads * c.d_kv) ** -0.5, name="out")(x)
+
+
+class Mlp(nn.Module):
+  """gelu(gate(x)) * up(x) (v1.1) or relu(up(x)) (v1.0), then down."""
+
+  config: T5Config
+
+  @nn.compact
+  def __call__(self, x):
+    c, shape = self.config, (self.config.d_model, self.config.d_ff)
+    h = Linear(c, "bld,df->blf", shape, c.d_model**-0.5, name="up")(x)
+    if c.feed_forward_proj == "relu":
+      h = nn.relu(h)
+    else:
+      h = h * nn.gelu(Linear(c, "bld,df->blf", shape, c.d_model**-0.5, name="gate")(x), approximate=True)
+    return Linear(c, "blf,fd->bld", shape[::-1], c.d_ff**-0.5, name="down")(h)
+
+
+class Block(nn.Module):
+  """Pre-norm attention and MLP, each with a residual connection."""
+
+  config: T5Config
+
+  @nn.compact
+  def __call__(self, x, bias, mask):
+    x = x + Attention(self.config, name="attention")(RMSNorm(self.config, name="attention_norm")(x), bias, mask)
+    return x + Mlp(self.config, name="mlp")(RMSNorm(self.config, name="mlp_norm")(x))
+
+
+def relative_buckets(distance, num_buckets, max_distance):
+  """Bucket of (key position - query position), int `[...]` -> `[...]`.
+
+  Half of the buckets are for keys behind the query. In each direction the first half of the buckets are distances 0, 1, 2,
+  ... one by one, the others grow by a constant factor up to `max_distance`; what is farther shares the last one.
+  """
+  half = num_buckets // 2
+  exact = half // 2
+  behind = jnp.where(distance > 0, half, 0)
+  distance = jnp.abs(distance)
+  # As the original, in float32 and truncated: where a power lands on a whole number the rounding decides.
+  steps = jnp.log(jnp.maximum(distance, 1).astype(jnp.float32) / exact) / math.log(max_distance / exact) * (half - exact)
+  far = jnp.minimum(exact + steps.astype(jnp.int32), half - 1)
+  return behind + jnp.where(distance < exact, distance, far)
+
+
+def relative_bias(table, length, max_distance):
+  """Table `[buckets, heads]` -> float32 bias `[heads, length, length]` (query, key).
+
+  One value per distance, laid out along the diagonals by repeating and reshaping: the gradient of a gather of length^2
+  rows would be a scatter, which accelerators do slowly.
+  """
+  num_buckets, heads = table.shape
+  buckets = relative_buckets(jnp.arange(1 - length, length), num_buckets, max_distance)
+  values = jnp.einsum(
+    "nb,bh->hn", jax.nn.one_hot(buckets, num_buckets), table.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
+  )
+  # Rows of 2L values read again with a period of 2L - 1: row q is shifted by q to the right.
+  rows = jnp.tile(jnp.pad(values, ((0, 0), (0, 1))), (1, length))[:, : length * (2 * length - 1)]
+  return rows.reshape(heads, length, 2 * length - 1)[:, :, length - 1 :]
+
+
+class T5Encoder(nn.Module):
+  """`model.apply({"params": ...}, ids, mask)`; config and mesh are all it holds."""
+
+  config: T5Config
+  mesh: Mesh | None = None
+
+  @nn.compact
+  def __call__(self, ids, mask=None):
+    """Token ids `[B,L]` and validity `[B,L]` (bool or 0/1; None: all) -> features `[B,L,D]` in the compute dtype.
+
+    Invalid tokens never reach valid ones; their own rows mean nothing. Any L >= 1; ids must lie in the vocabulary
+    (what lies outside reads NaN, which shows in the loss, instead of some other word).
+    """
+    c, dtype, param_dtype = self.config, DTYPES[self.config.dtype], DTYPES[self.config.param_dtype]
+    embedding = self.param("token_embedding", nn.initializers.normal(1.0), (c.vocab_size, c.d_model), param_dtype)
+    buckets = (c.relative_attention_num_buckets, c.num_heads)
+    table = self.param("relative_bias", nn.initializers.normal(c.d_model**-0.5), buckets, param_dtype)
+
+    x = constrain(jnp.take(embedding, ids, axis=0, mode="fill").astype(dtype), self.mesh, BATCH_AXES, None, None)
+    bias = relative_bias(table, ids.shape[1], c.relative_attention_max_distance)
+    x = self.run_blocks(x, bias, None if mask is None else jnp.asarray(mask, bool))
+    return RMSNorm(c, name="final_norm")(x)
+
+  def run_blocks(self, x, bias, mask):
+    """The stack of layers over parameters stacked in depth: one `lax.scan`, or unrolled, with remat by name."""
+    c, block = self.config, Block(self.config, parent=None)
+
+    def init(key):
+      return jax.vmap(lambda k: block.init(k, x, bias, mask)["params"])(jax.random.split(key, c.num_layers))
+
+    stacked = self.param("blocks", init)
+
+    def layer(x, params):
+      return constrain(block.apply({"params": params}, x, bias, mask), self.mesh, BATCH_AXES, None, None), None
+
+    if c.remat != "none":
+      layer = jax.checkpoint(layer, policy=REMAT_POLICIES[c.remat], prevent_cse=not c.scan)
+    if c.scan:
+      return jax.lax.scan(layer, x, stacked)[0]
+    for i in range(c.num_layers):
+      x, _ = layer(x, jax.tree.map(lambda leaf: leaf[i], stacked))  # noqa: B023
+    return x
+
+
+TABLE = {
+  "small": T5Config(d_model=512, num_layers=8, num_heads=6, d_ff=1024),
+  "base": T5Config(d_model=768, num_layers=12, num_heads=12, d_ff=2048),
+  "large": T5Config(d_model=1024, num_layers=24, num_heads=16, d_ff=2816),
+  "xl": T5Config(d_model=2048, num_layers=24, num_heads=32, d_ff=5120),
+  "xxl": T5Config(),
+  # Bytes instead of words (ByT5Tokenizer): trained with the denoiser in the quick start and the small configs.
+  "byt5-mini": T5Config(d_model=192, num_layers=4, num_heads=4, d_kv=48, d_ff=512, vocab_size=384),
+  "byt5-tiny": T5Config(d_model=64, num_layers=2, num_heads=4, d_kv=16, d_ff=128, vocab_size=384),
+}
+
+
+def get_config(name, **overrides):
+  """The named configuration with some fields replaced; ValueError names the allowed ones."""
+  if name not in TABLE:
+    raise ValueError(f"unknown text encoder {name!r}; allowed: {', '.join(TABLE)}")
+  fields = {f.name for f in dataclasses.fields(T5Config)}
+  for key in overrides:
+    if key not in fields:
+      raise ValueError(f"text encoder {name}: unknown field {key!r}; allowed: {', '.join(sorted(fields))}")
+  return dataclasses.replace(TABLE[name], **overrides)
+
+
+def build(config, mesh=None):
+  """The encoder of a configuration."""
+  return T5Encoder(config, mesh)
+
+
+def init(config, key):
+  """Variables {"params": ...} with the original initialisation (factor 1.0, `T5PreTrainedModel._init_weights`)."""
+  return build(config).init(key, jnp.zeros((1, 1), jnp.int32))
+
+
+def init_shapes(config):
+  """The tree of `init` as shapes: nothing is allocated."""
+  return jax.eval_shape(functools.partial(init, config), jax.random.key(0))

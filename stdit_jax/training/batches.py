@@ -1,0 +1,135 @@
+"""From the loader's rows to the arrays that cross the jit boundary.
+
+Process-local work, on the process's own devices: pixels are encoded by the autoencoder in micro batches of frames of equal
+size (one program per pixel size), turned into tokens, padded to the one length of their (resolution, frames) bucket and
+joined over processes.
+"""
+
+import collections
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from data.aspect_ratios import max_tokens
+from data.tokens import grid_size, patchify
+from stdit_jax.autoencoders import image_kl
+from stdit_jax.parallel.shardings import BATCH_AXES
+
+
+def to_global(batch, mesh):
+  """This process's rows of every array -> global arrays, batch split over the mesh."""
+  sharding = NamedSharding(mesh, P(BATCH_AXES))
+  return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
+
+
+def sample_fields(samples):
+  """What every batch holds of its samples: weight and identity."""
+  return {
+    "weight": np.asarray([s.weight for s in samples], np.float32),
+    "sample_id": np.asarray([s.sample_id for s in samples], np.uint32),
+  }
+
+
+class FrameEncoder:
+  """Encodes frames to normalised posterior means and deviations: `micro_batch` frames at a time, one program per size."""
+
+  def __init__(self, model, variables, micro_batch, counter):
+    if micro_batch < 1:
+      raise ValueError(f"config: autoencoder.micro_batch is {micro_batch}; allowed: at least 1")
+    self.model, self.micro_batch, self._counter = model, micro_batch, counter
+    self._variables = [jax.device_put(variables, device) for device in jax.local_devices()]
+    self._programs = {}
+
+  def __call__(self, frames):
+    """uint8 `[N, H, W, 3]` -> (mean, std), float32 NumPy `[N, H/8, W/8, C]`. Micro batches go round the local devices."""
+    size = frames.shape[1:3]
+    if size not in self._programs:
+      encode = self._counter.counted(f"encode {size[0]}x{size[1]}", lambda v, x: image_kl.encode_frames(self.model, v, x))
+      self._programs[size] = jax.jit(encode)
+    parts = []
+    for i, start in enumerate(range(0, len(frames), self.micro_batch)):
+      part = frames[start : start + self.micro_batch]
+      part = np.concatenate([part, np.repeat(part[-1:], self.micro_batch - len(part), axis=0)])
+      parts.append(self._programs[size](self._variables[i % len(self._variables)], part))
+    return tuple(np.concatenate([np.asarray(p[i]) for p in parts])[: len(frames)] for i in (0, 1))
+
+
+class DenoiserBatches:
+  """Makes the denoiser's batches: latents as tokens with their sizes, conditions, text."""
+
+  def __init__(self, config, model_config, encoder, mesh, embed=None):
+    self.config, self.model, self.encoder, self.mesh = config, model_config, encoder, mesh
+    self._embed = embed  # text encoder ahead of the step: (ids, mask) -> features
+
+  def num_tokens(self, resolution):
+    """S, tokens per frame of a resolution name: the largest over its aspect ratios."""
+    return max_tokens(resolution, self.encoder.model.config.downsampling, self.model.patch_size[1])
+
+  def __call__(self, step):
+    """One global batch from this process's `data.loader.LoadedStep`."""
+    samples, (resolution, frames) = step.samples, step.bucket
+    latents = self._encode([s.pixels for s in samples])
+    shape = (len(samples), frames, self.num_tokens(resolution), self.model.patch_values)
+    names = ("latents_mean", "latents_std")[: 2 if self.config.autoencoder.sample_posterior else 1]
+    batch = {name: np.zeros(shape, np.float32) for name in names}
+    sizes = np.asarray([mean.shape[:3] for mean, _ in latents], np.int32)
+    for i, moments in enumerate(latents):
+      for name, values in zip(names, moments):
+        tokens = patchify(values, self.model.patch_size)
+        batch[name][i, :, : tokens.shape[1]] = tokens
+    batch["latent_size"] = sizes
+    batch["grid"] = np.asarray([grid_size(size, self.model.patch_size) for size in sizes], np.int32)
+    for name in ("height", "width", "num_frames", "fps"):
+      batch[name] = np.asarray([getattr(s, name) for s in samples], np.float32)
+    batch |= self._text(samples)
+    return to_global(batch | sample_fields(samples), self.mesh)
+
+  def _encode(self, clips):
+    """Latents (mean, std) per clip `[T, h, w, C]`; frames of equal size share micro batches."""
+    by_size = collections.defaultdict(list)
+    for i, clip in enumerate(clips):
+      by_size[clip.shape[1:3]].append(i)
+    latents = [None] * len(clips)
+    for members in by_size.values():
+      moments = self.encoder(np.concatenate([clips[i] for i in members]))
+      ends = np.cumsum([len(clips[i]) for i in members])[:-1]
+      for i, *parts in zip(members, *(np.split(m, ends) for m in moments)):
+        latents[i] = parts
+    return latents
+
+  def _text(self, samples):
+    mask = np.stack([s.text_mask for s in samples])
+    if self.config.text_encoder.where == "disk":
+      return {"text": np.stack([s.text for s in samples]), "text_mask": mask}
+    ids = np.stack([s.text_ids for s in samples])
+    if self._embed is not None:
+      return {"text": np.asarray(self._embed(ids, mask)), "text_mask": mask}
+    return {"text_ids": ids, "text_mask": mask}
+
+
+class AutoencoderBatches:
+  """Makes the autoencoder's batches: a random square crop of every clip, at a place that is the sample's own."""
+
+  def __init__(self, config, mesh):
+    self.config, self.mesh = config, mesh
+
+  def __call__(self, step):
+    crop = self.config.autoencoder.crop
+    pixels = []
+    for s in step.samples:
+      height, width = s.pixels.shape[1:3]
+      if min(height, width) < crop:
+        raise ValueError(f"config: autoencoder.crop={crop} does not fit into the {height}x{width} frames of {step.bucket[0]}")
+      rng = np.random.default_rng([self.config.seed, *map(int, s.sample_id)])
+      top, left = rng.integers(height - crop + 1), rng.integers(width - crop + 1)
+      pixels.append(s.pixels[:, top : top + crop, left : left + crop])
+    return to_global({"pixels": np.stack(pixels)} | sample_fields(step.samples), self.mesh)
+
+
+def text_ahead(model, params):
+  """The text encoder as a program of its own: `(ids, mask) -> features`, float32."""
+  program = jax.jit(lambda p, ids, mask: model.apply({"params": p}, ids, mask).astype(jnp.float32))
+  return lambda ids, mask: program(params, ids, mask)

@@ -1,0 +1,118 @@
+"""Orbax checkpoints of a run: parameters, average, optimizer and position as separate items, written asynchronously.
+
+`<output>/config.json` is the whole configuration, `<output>/checkpoints/<step>/` a checkpoint: it is whole or not there.
+Items apart let a reader take only the averaged parameters (jax-practice: one big item can't be restored in part).
+"""
+
+import json
+import os
+import pathlib
+
+import jax
+import ml_collections
+import orbax.checkpoint as ocp
+
+CONFIG = "config.json"
+
+
+def plain(config):
+  """A ConfigDict as JSON-able values: tuples become lists."""
+  return json.loads(json.dumps(config.to_dict() if hasattr(config, "to_dict") else config))
+
+
+def write_text(path, text):
+  """Writes a file under a temporary name, then renames it: never half a file."""
+  path = pathlib.Path(path)
+  temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+  temporary.write_text(text)
+  os.replace(temporary, path)
+
+
+class Checkpoints:
+  """The checkpoints of one run folder."""
+
+  def __init__(self, output, keep=3):
+    self.folder = pathlib.Path(output).absolute() / "checkpoints"
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True, create=True)
+    self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+  def latest(self):
+    """Step of the newest whole checkpoint, or None."""
+    return self._manager.latest_step()
+
+  def save(self, step, state, constants, position):
+    """Starts writing; returns as soon as the arrays are copied off the device."""
+    if self.latest() == step:
+      return
+    items = {**state, **({"constants": constants} if constants else {})}
+    arrays = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+    self._manager.save(step, args=ocp.args.Composite(position=ocp.args.JsonSave(position), **arrays))
+
+  def position(self, step):
+    """The JSON written with the checkpoint: step, data position and fingerprints."""
+    return self._manager.restore(step, args=ocp.args.Composite(position=ocp.args.JsonRestore()))["position"]
+
+  def restore(self, step, state_shapes, constants_shapes):
+    """(state, constants) into the given shapes with shardings, on whatever mesh they name."""
+    items = {**state_shapes, **({"constants": constants_shapes} if constants_shapes else {})}
+    args = {name: ocp.args.StandardRestore(shapes) for name, shapes in items.items()}
+    restored = self._manager.restore(step, args=ocp.args.Composite(**args))
+    return {name: restored[name] for name in state_shapes}, restored.get("constants") or {}
+
+  def wait(self):
+    """Returns when everything is on disk."""
+    self._manager.wait_until_finished()
+
+  def close(self):
+    self._manager.close()
+
+
+def is_run_folder(path):
+  """Whether `path` is the folder of a training run of ours."""
+  path = pathlib.Path(path)
+  return (path / CONFIG).is_file() and (path / "checkpoints").is_dir()
+
+
+def read_config(folder):
+  """The configuration of a run folder; ValueError when there is none."""
+  path = pathlib.Path(folder) / CONFIG
+  try:
+    return ml_collections.ConfigDict(json.loads(path.read_text()))
+  except FileNotFoundError:
+    raise ValueError(f"{folder} is no run folder: it has no {CONFIG}; give the `output` folder of a training run") from None
+  except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    raise ValueError(f"{path} is damaged: {error}") from None
+
+
+def load_weights(folder, item="ema", step=None):
+  """Weights of a run folder: ({"denoiser": ..., ...}, constants, step), NumPy-like arrays on the default device.
+
+  Args:
+    folder: the run's `output`.
+    item: "ema" (averaged) or "params".
+    step: a checkpoint's step, the latest by default.
+
+  Raises:
+    ValueError: no run folder, no checkpoint, no such step.
+  """
+  if item not in ("ema", "params"):
+    raise ValueError(f"weights {item!r} are unknown; allowed: 'ema', 'params'")
+  read_config(folder)
+  checkpoints = Checkpoints(folder)
+  try:
+    steps = checkpoints._manager.all_steps()
+    step = max(steps, default=None) if step is None else step
+    if step not in steps:
+      raise ValueError(f"{folder} has no checkpoint of step {step}; there are {sorted(steps) or 'none'}")
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    metadata = checkpoints._manager.item_metadata(step)
+
+    def read(name):
+      shapes = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=device), metadata[name])
+      args = ocp.args.Composite(**{name: ocp.args.StandardRestore(shapes)})
+      return checkpoints._manager.restore(step, args=args)[name]
+
+    constants = read("constants") if "constants" in metadata else {}
+    return read(item), constants, step
+  finally:
+    checkpoints.close()

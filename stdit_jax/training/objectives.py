@@ -1,0 +1,169 @@
+"""What is trained: a denoiser (with or without its text encoder), or an image autoencoder. One class each, one interface.
+
+An objective gives the shapes and initial values of `params` (trained, averaged, checkpointed) and `frozen` (constants beside
+them), and the loss per sample of one batch. Everything random comes from the sample's own key.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from stdit_jax.autoencoders import image_kl, losses
+from stdit_jax.diffusion.frame_masks import FrameMasks
+from stdit_jax.diffusion.iddpm import IDDPM
+from stdit_jax.diffusion.noise import Purpose, element_index, sample_keys, token_noise
+from stdit_jax.diffusion.rectified_flow import RectifiedFlow
+from stdit_jax.models import stdit, t5
+
+DIFFUSIONS = {"rectified-flow": RectifiedFlow, "iddpm": IDDPM}
+
+
+def make_diffusion(config):
+  """The formulation of `config.diffusion`; ValueError names unknown names and fields."""
+  if config.name not in DIFFUSIONS:
+    raise ValueError(f"config: diffusion.name is {config.name!r}; allowed: {', '.join(DIFFUSIONS)}")
+  kind = DIFFUSIONS[config.name]
+  unknown = sorted(set(config.fields) - set(kind.__dataclass_fields__))
+  if unknown:
+    raise ValueError(f"config: diffusion.fields.{unknown[0]} is unknown; allowed: {', '.join(kind.__dataclass_fields__)}")
+  return kind(**config.fields)
+
+
+def text_model(config):
+  """The T5 encoder of `config.text_encoder`, None when embeddings come from disk."""
+  if config.where == "disk":
+    return None
+  return t5.build(t5.get_config(config.name, dtype=config.dtype))
+
+
+def autoencoder_model(config):
+  """The image autoencoder of `config.autoencoder`."""
+  return image_kl.ImageKL(image_kl.get_config(config.name, **config.fields), stdit.DTYPES[config.dtype])
+
+
+class DenoiserObjective:
+  """Diffusion loss of an STDiT over latents; `params` = denoiser (and text encoder when it trains)."""
+
+  def __init__(self, config, mesh=None):
+    self.config = config
+    self.model = stdit.build(stdit.get_config(config.model.name, **config.model.fields), mesh)
+    self.text = text_model(config.text_encoder)
+    self.diffusion = make_diffusion(config.diffusion)
+    self.frame_masks = FrameMasks.create(config.mask_ratios)
+    self._check()
+
+  def _check(self):
+    model, text = self.model.config, self.config.text_encoder
+    if self.text is not None and self.text.config.d_model != model.caption_channels:
+      raise ValueError(
+        f"config: text encoder {text.name!r} gives {self.text.config.d_model} features, but the denoiser takes "
+        f"caption_channels={model.caption_channels}; set model.fields.caption_channels={self.text.config.d_model}"
+      )
+    if text.max_length != model.model_max_length:
+      raise ValueError(
+        f"config: text_encoder.max_length is {text.max_length}, but the denoiser's null caption has "
+        f"model_max_length={model.model_max_length}; make them equal"
+      )
+    if isinstance(model, stdit.STDiT1Config) and any(n != "identity" and p > 0 for n, p in self._ratios()):
+      raise ValueError("config: STDiT (1.0) has no frame masks; leave mask_ratios empty")
+
+  def _ratios(self):
+    return zip(self.frame_masks.names, self.frame_masks.probabilities)
+
+  def init(self, key):
+    """-> (params, frozen) with the original initialisation; jit it with sharded outputs."""
+    denoiser_key, text_key = jax.random.split(key)
+    variables = stdit.init(self.model.config, denoiser_key)
+    params, frozen = {"denoiser": variables["params"]}, {"denoiser": variables["constants"]}
+    if self.text is not None and self.config.text_encoder.where == "step":
+      text_params = t5.init(self.text.config, text_key)["params"]
+      (params if self.config.text_encoder.train else frozen)["text_encoder"] = text_params
+    return params, frozen
+
+  def embed_text(self, params, frozen, batch):
+    """Text features `[B, L, C]`: those of the batch, or those of the encoder in the step."""
+    if "text" in batch:
+      return batch["text"]
+    weights = params.get("text_encoder", frozen.get("text_encoder"))
+    return self.text.apply({"params": weights}, batch["text_ids"], batch["text_mask"])
+
+  def loss(self, params, frozen, batch):
+    """-> (loss per sample `[B]`, further values per sample)."""
+    model, size, grid = self.model.config, batch["latent_size"], batch["grid"]
+    keys = functools.partial(sample_keys, self.config.seed, batch["sample_id"])
+    shape = batch["latents_mean"].shape[1:]
+    _, valid = element_index(size, grid, shape, model.patch_size)
+
+    def noise(purpose):
+      return token_noise(keys(purpose), size, shape, grid, model.patch_size, model.in_channels)
+
+    x0 = batch["latents_mean"]
+    if "latents_std" in batch:
+      x0 = x0 + batch["latents_std"] * noise(Purpose.POSTERIOR)
+    t = self.diffusion.sample_timesteps(
+      keys(Purpose.TIMESTEP), batch["height"], batch["width"], batch["num_frames"], size[:, 0].astype(jnp.float32)
+    )
+    masked = shape[0] > 1 and any(name != "identity" and p > 0 for name, p in self._ratios())
+    frame_mask = self.frame_masks.draw(keys(Purpose.FRAME_MASK), shape[0]) if masked else None
+    drop = jax.vmap(jax.random.uniform)(keys(Purpose.DROP_TEXT)) < self.config.caption_dropout
+    text = self.embed_text(params, frozen, batch)
+
+    def denoise(x, t, x_mask):
+      return self.model.apply(
+        {"params": params["denoiser"], "constants": frozen["denoiser"]},
+        x, t, text, batch["text_mask"], grid=grid, x_mask=x_mask, valid=valid, drop_text=drop,
+        **{name: batch[name] for name in ("height", "width", "num_frames", "fps")},
+      )  # fmt: skip
+
+    loss = self.diffusion.loss(
+      denoise, x0, noise(Purpose.NOISE), t, num_channels=model.in_channels, frame_mask=frame_mask, valid=valid
+    )
+    return loss, {}
+
+
+class AutoencoderObjective:
+  """Reconstruction and KL terms of the image autoencoder over random crops; the latents it learns are scaled by config."""
+
+  def __init__(self, config, mesh=None):
+    del mesh  # activations follow the batch
+    self.config = config
+    self.model = autoencoder_model(config.autoencoder)
+    crop, factor = config.autoencoder.crop, self.model.config.downsampling
+    if crop % factor or crop < factor:
+      raise ValueError(f"config: autoencoder.crop is {crop}; allowed: multiples of {factor}")
+    if config.autoencoder.reconstruction not in losses.KINDS:
+      raise ValueError(
+        f"config: autoencoder.reconstruction is {config.autoencoder.reconstruction!r}; allowed: {', '.join(losses.KINDS)}"
+      )
+
+  def init(self, key):
+    return {"autoencoder": image_kl.init(self.model, key)["params"]}, {}
+
+  def loss(self, params, frozen, batch):
+    """Batch: pixels uint8 `[B, T, crop, crop, 3]`. -> (loss per sample, reconstruction error, KL, squared error)."""
+    config = self.config.autoencoder
+    frames = image_kl.to_float(batch["pixels"])
+    b, t = frames.shape[:2]
+    side = config.crop // self.model.config.downsampling
+    shape = (t, side, side, self.model.config.latent_channels)
+    keys = sample_keys(self.config.seed, batch["sample_id"], Purpose.POSTERIOR)
+    noise = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+
+    def flat(x):
+      return x.reshape(b * t, *x.shape[2:])
+
+    def per_sample(x):
+      return x.reshape(b, t, *x.shape[1:])
+
+    reconstruction, mean, logvar = (
+      per_sample(x) for x in self.model.apply({"params": params["autoencoder"]}, flat(frames), flat(noise))
+    )
+    error = losses.reconstruction_error(reconstruction, frames, config.reconstruction)
+    kl = losses.kl_divergence(mean, logvar)
+    loss = error + config.kl_weight * kl / frames[0].size
+    squared = losses.reconstruction_error(reconstruction, frames, "l2")
+    return loss, {"reconstruction": error, "kl": kl / mean[0].size, "squared_error": squared}
+
+
+OBJECTIVES = {"denoiser": DenoiserObjective, "autoencoder": AutoencoderObjective}

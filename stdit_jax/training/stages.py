@@ -1,0 +1,150 @@
+"""The configuration of a run, checked whole before anything compiles, and the list of stages it makes.
+
+A stage is the run's configuration with a few keys changed. The loop knows from the number of optimizer steps alone in
+which stage it is, at which step of it, and which micro step of the data comes next.
+"""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Mapping
+
+import ml_collections
+
+from configs import base
+
+# Below these keys the fields belong to a dataclass or table of their own, which checks them.
+_FREE = ("model.fields", "autoencoder.fields", "diffusion.fields", "mask_ratios")
+# What a stage must not change: it would be another model, another mesh, another run.
+_FIXED = (
+  "output", "seed", "task", "platform", "mesh", "model", "text_encoder", "autoencoder", "init", "stages", "keep_checkpoints",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """One stage of a run: `config` with the stage's changes, run for `steps` optimizer steps, the first being `start`."""
+
+  name: str
+  index: int
+  start: int
+  steps: int
+  keep_optimizer: bool
+  config: ml_collections.ConfigDict
+
+
+def check_keys(config, reference=None, prefix=""):
+  """Raises ValueError for a key that `configs/base.py` does not have, naming the nearest one, and for missing ones."""
+  reference = base.get_config() if reference is None else reference
+  for key in config:
+    name = f"{prefix}{key}"
+    if key not in reference:
+      near = difflib.get_close_matches(key, list(reference), 1)
+      hint = f"did you mean {prefix}{near[0]}?" if near else f"allowed: {', '.join(sorted(reference))}"
+      raise ValueError(f"config: unknown key {name!r}; {hint}")
+    nested = isinstance(reference[key], ml_collections.ConfigDict)
+    if nested and not isinstance(config[key], ml_collections.ConfigDict):
+      raise ValueError(f"config: {name} must be a group of keys ({', '.join(reference[key])}), not {config[key]!r}")
+    if nested and name not in _FREE:
+      check_keys(config[key], reference[key], f"{name}.")
+  for key in reference:
+    if key not in config:
+      raise ValueError(f"config: key {prefix}{key} is missing; configs/base.py has its default")
+
+
+def _number(config, key, low, high=None, whole=False):
+  value = config
+  for part in key.split("."):
+    value = value[part]
+  kind = int if whole else (int, float)
+  if isinstance(value, bool) or not isinstance(value, kind) or value < low or (high is not None and value > high):
+    allowed = f"{'a whole number' if whole else 'a number'} of at least {low}" + ("" if high is None else f", at most {high}")
+    raise ValueError(f"config: {key} is {value!r}; allowed: {allowed}")
+
+
+def check_values(config):
+  """Raises ValueError for the first value that is out of range."""
+  for key, allowed in (
+    ("task", ("denoiser", "autoencoder")),
+    ("platform", ("", "cpu", "gpu", "tpu")),
+  ):
+    if config[key] not in allowed:
+      raise ValueError(f"config: {key} is {config[key]!r}; allowed: {', '.join(repr(a) for a in allowed)}")
+  if config.text_encoder.where not in ("step", "ahead", "disk"):
+    raise ValueError(f"config: text_encoder.where is {config.text_encoder.where!r}; allowed: 'step', 'ahead', 'disk'")
+  if config.text_encoder.train and config.text_encoder.where != "step":
+    raise ValueError("config: text_encoder.train needs text_encoder.where='step': embeddings made before the step can't train")
+  for schedule in (config.optimizer.schedule,):
+    if schedule not in ("constant", "cosine"):
+      raise ValueError(f"config: optimizer.schedule is {schedule!r}; allowed: 'constant', 'cosine'")
+  _number(config, "caption_dropout", 0, 1)
+  _number(config, "ema_decay", 0, 1)
+  _number(config, "seed", 0, 2**32 - 1, whole=True)
+  _number(config, "max_tokens_per_device", 0, whole=True)
+  for key in ("learning_rate", "warmup_steps", "clip_norm", "eps", "weight_decay"):
+    _number(config, f"optimizer.{key}", 0)
+  for key in ("b1", "b2"):
+    _number(config, f"optimizer.{key}", 0, 1)
+  _number(config, "optimizer.accumulate", 1, whole=True)
+  for key in ("log_every", "checkpoint_every", "keep_checkpoints"):
+    _number(config, key, 1, whole=True)
+  _number(config, "sample_every", 0, whole=True)
+  try:
+    re.compile(config.train)
+  except re.error as error:
+    raise ValueError(f"config: train is no regular expression: {config.train!r} ({error})") from None
+
+
+def make_stages(config):
+  """Checks the whole configuration and returns its stages.
+
+  Raises:
+    ValueError: unknown or missing keys, values out of range, a stage that changes what it must not, no stage.
+  """
+  check_keys(config)
+  if not config.stages:
+    raise ValueError("config: stages is empty; a run needs at least one, e.g. (dict(name='main', steps=1000),)")
+  stages, start = [], 0
+  for index, changes in enumerate(config.stages):
+    if not isinstance(changes, Mapping):
+      raise ValueError(f"config: stages[{index}] is {changes!r}; every stage is a dict such as dict(name='main', steps=1000)")
+    changes = dict(changes)
+    try:
+      name, steps = changes.pop("name"), changes.pop("steps")
+    except KeyError as error:
+      raise ValueError(f"config: stage {index} has no {error}; every stage needs name and steps") from None
+    if not isinstance(steps, int) or steps < 1:
+      raise ValueError(f"config: stage {name!r}: steps is {steps!r}; allowed: a whole number of at least 1")
+    keep_optimizer = changes.pop("keep_optimizer", True)
+    own = ml_collections.ConfigDict(config.to_dict())
+    for key, value in changes.items():
+      if key.split(".")[0] in _FIXED:
+        raise ValueError(f"config: stage {name!r} changes {key}, which belongs to the whole run")
+      with_near_key(own, key, f"stage {name!r}")
+      with own.ignore_type():
+        own.update_from_flattened_dict({key: value})
+    check_values(own)
+    own.stages = ()
+    stages.append(Stage(name, index, start, steps, keep_optimizer, own.lock()))
+    start += steps
+  return stages
+
+
+def with_near_key(config, key, where):
+  """Raises ValueError when the dotted `key` is not in `config`, naming the nearest one."""
+  prefix = ""
+  for part in key.split("."):
+    if not isinstance(config, ml_collections.ConfigDict) or (part not in config and f"{prefix}".rstrip(".") not in _FREE):
+      near = difflib.get_close_matches(part, list(config) if isinstance(config, ml_collections.ConfigDict) else [], 1)
+      raise ValueError(f"config: {where}: unknown key {key!r}" + (f"; did you mean {prefix}{near[0]}?" if near else ""))
+    config = config.get(part)
+    prefix += f"{part}."
+
+
+def stage_of(stages, step):
+  """The stage that optimizer step `step` belongs to; the last one when the run is over."""
+  return next((stage for stage in stages if step < stage.start + stage.steps), stages[-1])
+
+
+def total_steps(stages):
+  return stages[-1].start + stages[-1].steps

@@ -1,0 +1,69 @@
+"""What a run carries from step to step: parameters, their moving average, the optimizer's moments. All float32."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from stdit_jax.parallel.shardings import path_name, tree_shardings
+
+
+def learning_rate(config, start, steps):
+  """Learning rate as a function of the optimizer step of the whole run, for a stage of `steps` steps from `start`.
+
+  Linear warm-up as in Open-Sora 1.2, lr * (k + 1) / (W + 1) while k < W, counted from the start of the stage; then
+  constant, or a cosine down to 0 at its end.
+  """
+  peak, warmup = config.learning_rate, config.warmup_steps
+
+  def schedule(step):
+    k = jnp.asarray(step - start, jnp.float32)
+    rate = peak * jnp.minimum(1.0, (k + 1) / (warmup + 1))
+    if config.schedule == "cosine":
+      progress = jnp.clip((k - warmup) / max(steps - warmup, 1), 0.0, 1.0)
+      rate = rate * 0.5 * (1 + jnp.cos(jnp.pi * progress))
+    return rate
+
+  return schedule
+
+
+def make_optimizer(config):
+  """AdamW without its learning rate: the update program multiplies by it, so that stages share one state.
+
+  Adam with decoupled weight decay; Open-Sora 1.2 uses betas (0.9, 0.999), eps 1e-15, no decay, clipping at norm 1.
+  """
+  return optax.chain(
+    optax.scale_by_adam(config.b1, config.b2, config.eps),
+    optax.add_decayed_weights(config.weight_decay),
+  )
+
+
+def trainable(params, pattern):
+  """Tree of bools: which parameters' names match the regular expression `pattern`.
+
+  Raises ValueError when none does.
+  """
+  chosen = jax.tree_util.tree_map_with_path(lambda path, _: bool(re.search(pattern, path_name(path))), params)
+  if not any(jax.tree.leaves(chosen)):
+    names = sorted({path_name(path).split("/")[1] for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]})
+    raise ValueError(f"config: train={pattern!r} matches no parameter; there are {', '.join(names)}")
+  return chosen
+
+
+def new_state(params, optimizer):
+  """State of step 0: the average starts at the parameters, as Open-Sora copies them."""
+  # Weakly typed initial values would make every program trace again after the first update.
+  params = jax.tree.map(lambda p: jax.lax.convert_element_type(p, p.dtype), params)
+  return {"params": params, "ema": jax.tree.map(jnp.copy, params), "opt": optimizer.init(params)}
+
+
+def state_shapes(param_shapes, optimizer):
+  """The state as shapes with shardings left out; nothing is allocated."""
+  return jax.eval_shape(lambda p: new_state(p, optimizer), param_shapes)
+
+
+def with_shardings(shapes, mesh):
+  """ShapeDtypeStructs that carry their NamedSharding: what checkpoints restore into."""
+  shardings = tree_shardings(shapes, mesh)
+  return jax.tree.map(lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), shapes, shardings)

@@ -1,0 +1,153 @@
+"""The two programs that train: a gradient program per (resolution, frames), one update program per stage.
+
+A micro step is one bucket's batch; its gradient, normalised by the batch's own weight, is added to an accumulator. An
+optimizer step is `accumulate` micro steps of equal weight. Programs count their traces: nothing in the loop retraces.
+"""
+
+import collections
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from stdit_jax.parallel.shardings import BATCH_AXES, constrain, tree_shardings
+
+
+class TraceCounter:
+  """Counts how often each program is traced; the loop asserts on it, so that a silent recompilation is an error."""
+
+  def __init__(self):
+    self.counts = collections.Counter()
+
+  def counted(self, name, function):
+    """`function`, which runs only while JAX traces it, with its traces counted under `name`."""
+
+    @functools.wraps(function)
+    def traced(*args):
+      self.counts[name] += 1
+      return function(*args)
+
+    return traced
+
+  def check(self):
+    """Raises RuntimeError when a program was traced more than once."""
+    again = {name: n for name, n in self.counts.items() if n > 1}
+    if again:
+      raise RuntimeError(f"programs were traced more than once (shapes or dtypes changed between steps): {again}")
+
+
+def new_accumulator(params):
+  """Sum of the gradients of the micro steps so far, and how many had weight."""
+  return {"gradients": jax.tree.map(jnp.zeros_like, params), "count": jnp.zeros((), jnp.float32)}
+
+
+def accumulate_gradients(loss, mesh, micro_batches, params, frozen, batch, accumulator):
+  """Adds the gradient of one bucket's batch to the accumulator.
+
+  Args:
+    loss: `(params, frozen, batch) -> (loss per sample [b], dict of values per sample)`.
+    micro_batches: parts into which the batch is split, one after the other; they share the batch's total weight, so that
+      the split changes nothing.
+    batch: dict of arrays with the global batch in front; `weight` is 0 for rows that could not be decoded.
+
+  Returns:
+    (accumulator, metrics): metrics of the batch, weighted means.
+  """
+
+  def weighted(params, part):
+    per_sample, values = loss(params, frozen, part)
+    counts = part["weight"] > 0
+    total = lambda v: jnp.sum(jnp.where(counts, v * part["weight"], 0.0))  # noqa: E731
+    return total(per_sample), {"loss": total(per_sample), **{name: total(v) for name, v in values.items()}}
+
+  gradient = jax.grad(weighted, has_aux=True)
+  if micro_batches == 1:
+    gradients, sums = gradient(params, batch)
+  else:
+    # Row i * k + j goes to part j: every part takes rows from every device.
+    def split(x):
+      x = jnp.swapaxes(x.reshape(-1, micro_batches, *x.shape[1:]), 0, 1)
+      return constrain(x, mesh, None, BATCH_AXES, *[None] * (x.ndim - 2))
+
+    def add(carry, part):
+      return jax.tree.map(jnp.add, carry, gradient(params, part)), None
+
+    parts = jax.tree.map(split, batch)
+    zero = jax.tree.map(
+      lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], parts))
+    )
+    (gradients, sums), _ = jax.lax.scan(add, zero, parts)
+
+  weight = batch["weight"].sum()
+  scale = jnp.where(weight > 0, 1.0 / jnp.where(weight > 0, weight, 1.0), 0.0)
+  accumulator = {
+    "gradients": jax.tree.map(lambda a, g: a + g * scale, accumulator["gradients"], gradients),
+    "count": accumulator["count"] + (weight > 0),
+  }
+  return accumulator, {**{name: value * scale for name, value in sums.items()}, "weight": weight}
+
+
+def update(optimizer, trainable, schedule, clip_norm, ema_decay, state, accumulator, step):
+  """One optimizer step from the accumulated gradients; without weight, or with a gradient that is not finite, no step.
+
+  Clipping by the global norm over the parameters that train, AdamW, then the moving average
+  `ema = decay * ema + (1 - decay) * params`, every step, in float32 (Open-Sora 1.2 `update_ema`).
+
+  Returns:
+    (state, zeroed accumulator, metrics)
+  """
+  count = jnp.maximum(accumulator["count"], 1.0)
+  gradients = jax.tree.map(lambda g, t: g / count if t else jnp.zeros_like(g), accumulator["gradients"], trainable)
+  norm = optax.tree.norm(gradients)
+  good = jnp.isfinite(norm) & (accumulator["count"] > 0)
+  clip = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-12)) if clip_norm else 1.0
+  gradients = jax.tree.map(lambda g: jnp.where(good, g * clip, 0.0), gradients)
+
+  rate = schedule(step)
+  updates, opt = optimizer.update(gradients, state["opt"], state["params"])
+  params = jax.tree.map(lambda p, u, t: p - rate * u if t else p, state["params"], updates, trainable)
+  ema = jax.tree.map(lambda e, p: e * ema_decay + p * (1 - ema_decay), state["ema"], params)
+  new = {"params": params, "ema": ema, "opt": opt}
+  state = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, state)
+  metrics = {"gradient_norm": norm, "learning_rate": rate, "stepped": good}
+  return state, jax.tree.map(jnp.zeros_like, accumulator), metrics
+
+
+class Programs:
+  """The jitted programs of one stage, made once and kept: state and accumulator are donated and stay where they are."""
+
+  def __init__(self, loss, mesh, state_shapes, frozen_shapes, optimizer, trainable, schedule, stage_config, counter, name):
+    self.mesh = mesh
+    self._loss, self._counter, self._name = loss, counter, name
+    self._replicated = NamedSharding(mesh, P())
+    self._batch = NamedSharding(mesh, P(BATCH_AXES))
+    self._state = tree_shardings(state_shapes, mesh)
+    self._frozen = tree_shardings(frozen_shapes, mesh)
+    self._accumulator = {"gradients": self._state["params"], "count": self._replicated}
+    self.gradients = {}
+    self.new_accumulator = jax.jit(new_accumulator, out_shardings=self._accumulator)
+    self.update = jax.jit(
+      counter.counted(
+        f"{name}: update",
+        functools.partial(
+          update, optimizer, trainable, schedule, stage_config.optimizer.clip_norm, stage_config.ema_decay
+        ),
+      ),
+      in_shardings=(self._state, self._accumulator, self._replicated),
+      out_shardings=(self._state, self._accumulator, self._replicated),
+      donate_argnums=(0, 1),
+    )
+
+  def make_gradient(self, bucket, micro_batches):
+    """Adds the program of a (resolution, frames) bucket to `gradients`:
+    `(params, frozen, batch, accumulator) -> (accumulator, metrics)`."""
+    function = functools.partial(accumulate_gradients, self._loss, self.mesh, micro_batches)
+    self.gradients[bucket] = jax.jit(
+      self._counter.counted(f"{self._name}: gradient {bucket[0]} x {bucket[1]}", function),
+      in_shardings=(self._state["params"], self._frozen, self._batch, self._accumulator),
+      out_shardings=(self._accumulator, self._replicated),
+      donate_argnums=(3,),
+    )

@@ -1,0 +1,75 @@
+"""Where the weights of a run come from: a run folder of ours, or safetensors in the original layouts."""
+
+import pathlib
+
+import jax
+
+from stdit_jax.autoencoders import image_kl
+from stdit_jax.interop import load_variables
+from stdit_jax.models import t5
+from stdit_jax.parallel.shardings import path_name
+from stdit_jax.training.checkpoints import is_run_folder, load_weights
+
+
+def need_file(path, key):
+  """Raises ValueError when a file or folder that the configuration names is missing."""
+  if not path:
+    raise ValueError(f"config: {key} is empty; give a safetensors file or a folder of them (see python -m stdit_jax.convert)")
+  if not pathlib.Path(path).exists():
+    raise ValueError(f"config: {key}={path!r} does not exist")
+  return path
+
+
+def load_autoencoder(config, model):
+  """Variables of the image autoencoder from `autoencoder.weights` (names of diffusers)."""
+  path = need_file(config.autoencoder.weights, "autoencoder.weights")
+  return load_variables(path, "diffusers", image_kl.init_shapes(model.config), config=model.config)
+
+
+def load_text_encoder(config, model):
+  """Parameters of the T5 encoder from `text_encoder.weights` (names of Hugging Face)."""
+  path = need_file(config.text_encoder.weights, "text_encoder.weights")
+  return load_variables(path, "t5", t5.init_shapes(model.config), config=model.config)["params"]
+
+
+def initial_weights(objective, config, key, shardings):
+  """(params, frozen) of step 0 with the given shardings: the original initialisation, then what `init` and
+  `text_encoder.weights` name.
+
+  Raises CheckpointError or ValueError when a file is missing, broken or of another model.
+  """
+  params, frozen = jax.jit(objective.init, out_shardings=shardings)(key)
+  if config.task == "denoiser" and config.text_encoder.where == "step" and config.text_encoder.weights:
+    home, place = (params, shardings[0]) if config.text_encoder.train else (frozen, shardings[1])
+    home["text_encoder"] = jax.device_put(load_text_encoder(config, objective.text), place["text_encoder"])
+  if not config.init:
+    return params, frozen
+  path = need_file(config.init, "init")
+  if is_run_folder(path):
+    loaded, constants, _ = load_weights(path)
+    loaded = {name: loaded[name] for name in params if name in loaded}
+    check_same_shapes({name: params[name] for name in loaded}, loaded, path)
+    params |= jax.device_put(loaded, {name: shardings[0][name] for name in loaded})
+    frozen |= jax.device_put(constants, {name: shardings[1][name] for name in constants})
+    return params, frozen
+  name, layout = ("denoiser", "open-sora") if config.task == "denoiser" else ("autoencoder", "diffusers")
+  current = {"params": params[name]} | ({"constants": frozen[name]} if name in frozen else {})
+  place = {"params": shardings[0][name]} | ({"constants": shardings[1][name]} if name in frozen else {})
+  loaded = load_variables(
+    path, layout, current, config=objective.model.config, strict=config.init_strict, shardings=place
+  )
+  params[name] = loaded["params"]
+  if name in frozen:
+    frozen[name] = loaded["constants"]
+  return params, frozen
+
+
+def check_same_shapes(expected, found, where):
+  """Raises ValueError naming the first parameters of `found` that differ from the model's."""
+  ours, theirs = (
+    {path_name(p): tuple(x.shape) for p, x in jax.tree_util.tree_flatten_with_path(tree)[0]} for tree in (expected, found)
+  )
+  wrong = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+  if wrong:
+    details = "; ".join(f"{n}: {theirs.get(n, 'missing')}, model has {ours.get(n, 'none')}" for n in wrong[:5])
+    raise ValueError(f"{where} belongs to another model: {len(wrong)} parameters differ ({details})")

@@ -1,0 +1,160 @@
+"""STDiT-3 in JAX against its nearest PyTorch peer of the same size, in one run: `python -m tests.benchmarks.denoiser`.
+
+Both: float32, width 1152, 16 heads, 4 spatial + 4 temporal blocks, 5 frames of 9 x 16 tokens, 300 text tokens, batch 1,
+two threads. The peer is `LatteTransformer3DModel` of diffusers; it has no cross attention in its temporal blocks, but
+projects the caption to keys and values once per frame. Both counts of matrix-product FLOPs are by formula, of the work as
+each model is written, so that the figure of merit is seconds per counted FLOP. A training step is loss, gradients and
+AdamW; its count is three forward passes. Repetitions of all four programs are interleaved; medians are reported, so load
+on the machine hits both alike.
+"""
+
+import argparse
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import torch
+from diffusers import LatteTransformer3DModel
+
+from stdit_jax.models import stdit
+
+WIDTH, HEADS, DEPTH, FRAMES, ROWS, COLUMNS, TEXT, CAPTION, CHANNELS = 1152, 16, 4, 5, 9, 16, 300, 4096, 4
+TOKENS = FRAMES * ROWS * COLUMNS
+
+
+def block_flops(span, text_tokens, text_rows):
+  """Forward FLOPs of one block: self attention over `span` tokens, cross attention, MLP (two FLOPs a multiply-add)."""
+  self_attention = 8 * TOKENS * WIDTH**2 + 4 * TOKENS * span * WIDTH
+  cross_attention = 4 * TOKENS * WIDTH**2 + 4 * text_rows * WIDTH**2 + 4 * TOKENS * text_tokens * WIDTH
+  return self_attention + (cross_attention if text_tokens else 0) + 16 * TOKENS * WIDTH**2
+
+
+def outer_flops(embedders):
+  """Forward FLOPs outside the blocks: patches, caption, final layer, timestep-like `embedders` and the modulation."""
+  patches = 2 * TOKENS * WIDTH * (4 * CHANNELS + 8 * CHANNELS)
+  caption = 2 * TEXT * (CAPTION + WIDTH) * WIDTH
+  return patches + caption + 2 * embedders * (256 + WIDTH) * WIDTH + 12 * WIDTH**2
+
+
+def our_flops():
+  blocks = block_flops(ROWS * COLUMNS, TEXT, TEXT) + block_flops(FRAMES, TEXT, TEXT)
+  return DEPTH * blocks + outer_flops(embedders=2)
+
+
+def latte_flops():
+  blocks = block_flops(ROWS * COLUMNS, TEXT, TEXT * FRAMES) + block_flops(FRAMES, 0, 0)
+  return DEPTH * blocks + outer_flops(embedders=1)
+
+
+def our_programs(rng):
+  """-> forward, training step: functions without arguments that end when the device is done."""
+  config = stdit.STDiT3Config(WIDTH, DEPTH, num_heads=HEADS, caption_channels=CAPTION, model_max_length=TEXT)
+  model = stdit.build(config)
+  variables = jax.jit(stdit.init, static_argnums=0)(config, jax.random.key(0))
+  optimizer = optax.adamw(1e-4)
+  one = jnp.ones((1,))
+  text_mask, valid = jnp.ones((1, TEXT), bool), jnp.ones((1, FRAMES, ROWS * COLUMNS, 4 * CHANNELS), bool)
+  conditions = {"grid": jnp.asarray([[FRAMES, ROWS, COLUMNS]]), "height": 144 * one, "width": 256 * one, "fps": 24 * one}
+  tokens, text, target = (
+    jnp.asarray(rng.standard_normal(shape, np.float32))
+    for shape in ((1, FRAMES, ROWS * COLUMNS, 4 * CHANNELS), (1, TEXT, CAPTION), (1, FRAMES, ROWS * COLUMNS, 8 * CHANNELS))
+  )
+
+  def apply(params, tokens, text, valid, text_mask):
+    inputs = {"params": params, "constants": variables["constants"]}
+    return model.apply(inputs, tokens, 500 * one, text, text_mask, valid=valid, **conditions)
+
+  def update(state, tokens, text, valid, text_mask, target):
+    params, moments = state
+    loss, grads = jax.value_and_grad(lambda p: jnp.square(apply(p, tokens, text, valid, text_mask) - target).mean())(params)
+    updates, moments = optimizer.update(grads, moments, params)
+    return (optax.apply_updates(params, updates), moments), loss
+
+  forward_jit, update_jit = jax.jit(apply), jax.jit(update, donate_argnums=0)
+  params = variables["params"]
+  state = jax.tree.map(jnp.copy, (params, optimizer.init(params)))
+
+  def forward():
+    jax.block_until_ready(forward_jit(params, tokens, text, valid, text_mask))
+
+  def step():
+    nonlocal state
+    state, loss = update_jit(state, tokens, text, valid, text_mask, target)
+    jax.block_until_ready((state, loss))
+
+  return forward, step
+
+
+def latte_programs(rng):
+  """The same of PyTorch; AdamW is its fused implementation, the fastest it has."""
+  torch.manual_seed(0)
+  model = LatteTransformer3DModel(
+    num_attention_heads=HEADS, attention_head_dim=WIDTH // HEADS, in_channels=CHANNELS, out_channels=2 * CHANNELS,
+    num_layers=DEPTH, cross_attention_dim=WIDTH, attention_bias=True, sample_size=64, patch_size=2,
+    activation_fn="gelu-approximate", norm_type="ada_norm_single", norm_elementwise_affine=False, norm_eps=1e-6,
+    caption_channels=CAPTION, video_length=FRAMES,
+  )  # fmt: skip
+  optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+  latents, text, target = (
+    torch.from_numpy(rng.standard_normal(shape, np.float32))
+    for shape in (
+      (1, CHANNELS, FRAMES, 2 * ROWS, 2 * COLUMNS), (1, TEXT, CAPTION), (1, 2 * CHANNELS, FRAMES, 2 * ROWS, 2 * COLUMNS),
+    )
+  )  # fmt: skip
+  timestep = torch.tensor([500])
+
+  def apply():
+    return model(latents, timestep=timestep, encoder_hidden_states=text).sample
+
+  def forward():
+    with torch.inference_mode():
+      apply()
+
+  def step():
+    optimizer.zero_grad(set_to_none=True)
+    torch.nn.functional.mse_loss(apply(), target).backward()
+    optimizer.step()
+
+  return forward, step
+
+
+def measure(programs, repeats):
+  """{name: median seconds} over interleaved repetitions, after two warm-up calls each."""
+  for program in programs.values():
+    program()
+    program()
+  seconds = {name: [] for name in programs}
+  for _ in range(repeats):
+    for name, program in programs.items():
+      start = time.perf_counter()
+      program()
+      seconds[name].append(time.perf_counter() - start)
+  return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--repeats", type=int, default=9)
+  arguments = parser.parse_args()
+  torch.set_num_threads(2)
+  rng = np.random.default_rng(0)
+  ours, latte = our_programs(rng), latte_programs(rng)
+  names = "forward", "training step"
+  programs = {(who, what): f for who, fs in (("ours", ours), ("Latte", latte)) for what, f in zip(names, fs)}
+  # Interleaved by what is timed, so that the two sides of each ratio run next to each other.
+  seconds = measure({key: programs[key] for key in sorted(programs, key=lambda key: key[1])}, arguments.repeats)
+  flops = {"ours": our_flops(), "Latte": latte_flops()}
+  print(f"{'':14} {'model':6} {'GFLOP':>8} {'seconds':>9} {'ns/kFLOP':>9} {'GFLOP/s':>8} {'ratio':>6}")
+  for what, passes in zip(names, (1, 3)):
+    per_flop = {who: seconds[who, what] / (passes * flops[who]) for who in flops}
+    for who, value in per_flop.items():
+      ratio = f"{value / per_flop['Latte']:6.3f}" if who == "ours" else ""
+      count = passes * flops[who] / 1e9
+      print(f"{what:14} {who:6} {count:8.1f} {seconds[who, what]:9.3f} {value * 1e12:9.4f} {1e-9 / value:8.1f} {ratio}")
+
+
+if __name__ == "__main__":
+  main()

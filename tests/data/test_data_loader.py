@@ -1,0 +1,208 @@
+"""The loader: the same sequence on any number of processes and workers, from any step; bad rows have weight 0."""
+
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from PIL import Image
+
+from data import loader, plan, sources, video
+from data.config import DataConfig
+from tests.data import files
+
+BUCKETS = (("144p", 17, (1.0, 0.5), 2), ("144p", 9, 1.0, 4), ("144p", 1, 1.0, 2))
+
+
+def tokenize(caption):
+  """Bytes, 16 of them."""
+  ids = np.zeros(16, np.int32)
+  data = caption.encode()[:16]
+  ids[: len(data)] = list(data)
+  return ids, ids > 0
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """Ten clips, three images, and a table of them."""
+  folder = tmp_path_factory.mktemp("loader")
+  rows = []
+  for i in range(10):
+    h, w = [(144, 256), (256, 144), (192, 192)][i % 3]
+    files.write_video(folder / f"{i}.mp4", frames=24 + i, height=h, width=w)
+    rows.append({"path": f"{i}.mp4", "text": f"clip {i}", "text_2": f"film {i}", "num_frames": 24 + i, "height": h, "width": w})
+  for i in range(3):
+    Image.fromarray(files.picture(i, 200, 300)).save(folder / f"{i}.png")
+    rows.append({"path": f"{i}.png", "text": f"image {i}", "num_frames": 1, "height": 200, "width": 300})
+  rows[4] |= {"start": 4, "end": 24, "crop": "0,0,256,144", "path": "3.mp4", "height": 144, "width": 256}
+  files.write_csv(folder / "t.csv", rows)
+  files.write_csv(
+    folder / "bad.csv", [*rows, {**rows[0], "path": "missing.mp4"}, {**rows[0], "num_frames": 90, "text": "too long"}]
+  )
+  return folder
+
+
+def config_of(folder, table="t.csv", **settings):
+  return DataConfig.create({"tables": (str(folder / table),), "buckets": BUCKETS, "workers": 0, **settings})
+
+
+def load(folder, steps, config=None, **how):
+  with loader.make_loader(config or config_of(folder), str(folder / "cache"), **how) as steps_of:
+    return [step for step, _ in zip(steps_of, range(steps))]
+
+
+def assert_same(a, b):
+  assert (a.bucket, a.step, a.epoch, a.batch_size) == (b.bucket, b.step, b.epoch, b.batch_size)
+  assert len(a.samples) == len(b.samples)
+  for x, y in zip(a.samples, b.samples):
+    for name, value in vars(x).items():
+      np.testing.assert_array_equal(value, getattr(y, name), err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def sequence(folder):
+  """16 steps, more than three epochs."""
+  return load(folder, 16, tokenize=tokenize)
+
+
+def test_samples_are_what_the_table_says(folder, sequence):
+  table = sources.open_table(config_of(folder), str(folder / "cache"))
+  assert [s.step for s in sequence] == list(range(16))
+  assert sequence[-1].epoch >= 2
+  slots = [s.sample_id for step in sequence for s in step.samples]
+  assert len(set(slots)) == len(slots)
+  captions = set()
+  for step in sequence:
+    assert len(step.samples) == step.batch_size
+    for s in step.samples:
+      row = table.row(s.row)
+      assert s.pixels.shape == (step.bucket[1], s.height, s.width, 3)
+      assert (s.height > s.width) == (row.height > row.width)
+      assert (s.weight, s.error, s.path) == (1.0, "", row.path)
+      assert s.caption in row.captions
+      captions.add(s.caption.split()[0])
+      np.testing.assert_array_equal(s.text_ids, tokenize(s.caption)[0])
+      assert s.fps == (120 if s.num_frames == 1 else 24)
+      if s.num_frames > 1:
+        numbers = [files.number_of(f) for f in s.pixels]
+        assert numbers == list(range(numbers[0], numbers[0] + s.num_frames))
+        assert row.start <= numbers[0] and numbers[-1] < row.start + row.num_frames  # noqa: PT018
+  assert captions == {"clip", "film", "image"}
+
+
+def test_resume_from_any_step(folder, sequence):
+  for start in range(16):
+    for a, b in zip(load(folder, 2, start=start, tokenize=tokenize), sequence[start:]):
+      assert_same(a, b)
+
+
+def test_two_processes_make_one(folder, sequence):
+  """Two shards joined are the batches of one; a run may go on with another number of them."""
+  halves = [load(folder, 6, shard=(i, 2), start=5, tokenize=tokenize) for i in range(2)]
+  for whole, *parts in zip(sequence[5:], *halves):
+    assert [len(p.samples) for p in parts] == [whole.batch_size // 2] * 2
+    parts[0].samples += parts[1].samples
+    assert_same(whole, parts[0])
+
+
+def test_worker_processes_change_nothing(folder, sequence):
+  config = config_of(folder, workers=2)
+  with loader.make_loader(config, str(folder / "cache"), start=1, tokenize=tokenize) as steps:
+    for want in sequence[1:12]:
+      assert_same(next(steps), want)
+    assert steps.state == 12
+
+
+def test_it_ends_after_epochs(folder):
+  steps = load(folder, 100, epochs=2)
+  sequence = plan.PlanSequence(
+    sources.open_table(config_of(folder), str(folder / "cache")), config_of(folder), str(folder / "cache")
+  )
+  assert len(steps) == sequence.first_step(2)
+  assert load(folder, 100, epochs=2, start=len(steps)) == []
+
+
+def test_bad_rows_weigh_nothing(folder):
+  config = config_of(folder, "bad.csv", max_bad_rows=2)
+  with loader.make_loader(config, str(folder / "cache"), epochs=2) as steps:
+    samples = [s for step in steps for s in step.samples]
+    # The row that is longer in the table than its file fails where the clip lies beyond the file's end.
+    assert steps.bad_rows[str(folder / "missing.mp4")] == "no such file"
+    assert set(steps.bad_rows) <= {str(folder / "missing.mp4"), str(folder / "0.mp4")}
+  bad = [s for s in samples if s.error]
+  assert bad
+  for s in bad:
+    assert s.weight == 0
+    assert not s.pixels.any()
+    assert s.pixels.shape == (s.num_frames, s.height, s.width, 3)
+  assert all(s.weight == 1 for s in samples if not s.error)
+  strict = config_of(folder, "bad.csv", max_bad_rows=0, buckets=(("144p", 9, 1.0, 2),))
+  with pytest.raises(
+    ValueError, match=r"1 files cannot be decoded, more than data.max_bad_rows allows .0.; first: .*missing.mp4"
+  ):
+    load(folder, 12, strict)
+
+
+def test_an_error_that_lasts_is_fatal(folder, monkeypatch):
+  def broken(*_, **__):
+    raise OSError(5, "Input/output error")
+
+  monkeypatch.setattr(video, "read_frames", broken)
+  with pytest.raises(RuntimeError, match="failed again and again: Input/output error"):
+    load(folder, 1)
+
+
+def test_text_features_and_scores(folder, monkeypatch):
+  y = np.arange(12, dtype=np.float32).reshape(3, 4)
+  safetensors.numpy.save_file({"y": y}, folder / "y.safetensors")
+  row = {
+    "path": "0.mp4",
+    "text": "a cat",
+    "num_frames": 24,
+    "height": 144,
+    "width": 256,
+    "aes": 5.5,
+    "flow": "",
+    "cmotion": "static",
+  }
+  files.write_csv(folder / "f.csv", [{**row, "text_features": "y.safetensors"}, {**row, "text_features": "none.safetensors"}])
+  seen = []
+  captions = pytest.importorskip("data.captions")
+  monkeypatch.setattr(captions, "add_scores", lambda text, scores, rng, p: seen.append((scores, p)) or text + "!")
+  config = config_of(folder, "f.csv", buckets=(("144p", 9, 1.0, 2),), max_bad_rows=1.0)
+  (step,) = load(folder, 1, config)
+  good, bad = sorted(step.samples, key=lambda s: s.row)
+  np.testing.assert_array_equal(good.text_features, y)
+  assert good.caption == "a cat!"
+  assert seen[0] == ({"aes": 5.5, "cmotion": "static"}, 0.2)
+  assert (bad.weight, "no such file" in bad.error) == (0.0, True)
+  seen.clear()
+  assert load(folder, 1, config_of(folder, "f.csv", buckets=(("144p", 9, 1.0, 2),), scores=()))[0].samples[0].caption == "a cat"
+
+
+def test_fps_rules(folder):
+  element = (0, 0, 0, "0.56", config_of(folder).parsed_buckets()[1])
+  for rule, want in (("exact", 24 / 5), ("1.2", 4.0), ("1.1", 24.0)):
+    config = config_of(folder, fps_rule=rule, frame_interval=5)
+    table = sources.open_table(config, str(folder / "cache"))
+    assert loader.RowDecoder(config, table, None)(element)["fps"] == want
+
+
+def test_data_imports_no_jax():
+  names = ["aspect_ratios", "buckets", "config", "loader", "plan", "probe", "sources", "video"]
+  code = (
+    f"import sys; from data import {', '.join(names)}; sys.exit(any(m in sys.modules for m in ('jax', 'flax', 'stdit_jax')))"
+  )
+  assert subprocess.run([sys.executable, "-c", code], cwd=pathlib.Path(__file__).parents[2], check=False).returncode == 0
+
+
+def test_mistakes(folder, tmp_path):
+  with pytest.raises(ValueError, match="batch size 4 of bucket 144p x 9 cannot be split into 3"):
+    load(folder, 1, config_of(folder, buckets=BUCKETS[1:2]), shard=(0, 3))
+  with pytest.raises(ValueError, match=r"data folder .* cannot be used: .*(Not a directory|File exists)"):
+    loader.make_loader(config_of(folder), str(folder / "t.csv"))
+  files.write_csv(tmp_path / "t.csv", [{"path": "gone.mp4", "text": "x", "num_frames": 24, "height": 144, "width": 256}])
+  with pytest.raises(ValueError, match="none of the first 1 files exists"):
+    load(tmp_path, 1, config_of(tmp_path, buckets=(("144p", 9, 1.0, 1),)))

@@ -1,0 +1,222 @@
+"""Metadata tables: columns, ranges, crops, captions, weights, and one clear line for every mistake."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from data import probe, sources
+from data.config import DataConfig
+from tests.data import files
+
+BASE = {"path": "a.mp4", "text": "a cat", "num_frames": 60, "height": 144, "width": 256}
+BUCKETS = (("144p", 17, 1.0, 2),)
+
+
+def open_table(folder, *tables, **settings):
+  config = DataConfig(tables=tables, buckets=BUCKETS, **settings)
+  config.validate()
+  return sources.open_table(config, str(folder / "cache"))
+
+
+def table_of(tmp_path, rows, **settings):
+  return open_table(tmp_path, files.write_csv(tmp_path / "t.csv", rows), **settings)
+
+
+def problems(table):
+  return [sources.PROBLEMS[c] for c in table.column("problem")]
+
+
+def test_row_of_every_format(tmp_path):
+  rows = [
+    {**BASE, "fps": 24.0, "aes": 5.5, "cmotion": "static"},
+    {**BASE, "path": "/b.png", "num_frames": 1, "fps": None, "aes": None, "cmotion": None},
+  ]
+  files.write_csv(tmp_path / "t.csv", [{k: "" if v is None else v for k, v in r.items()} for r in rows])
+  pa.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet")
+  (tmp_path / "t.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+  for suffix in sources.FORMATS:
+    table = open_table(tmp_path, str(tmp_path / ("t" + suffix)))
+    assert len(table) == 2
+    first, second = table.row(0), table.row(1)
+    assert first == sources.Row(
+      str(tmp_path / "a.mp4"), ("a cat",), 60, 144, 256, 24.0, 0, None, {"aes": 5.5, "cmotion": "static"}, None
+    )
+    assert (second.path, second.num_frames, second.fps, second.scores) == ("/b.png", 1, None, {})
+
+
+def test_ranges_and_crops(tmp_path):
+  rows = [
+    {**BASE, "start": 10, "end": 40, "crop": "16,0,144,144"},
+    {**BASE, "start": 20, "end": "", "crop": "[0, 8, 100, 120]"},
+    {**BASE, "num_frames": 30, "start": 100, "end": 130, "crop": ""},  # num_frames counts the range
+    {**BASE, "start": 10, "end": 61, "crop": ""},
+    {**BASE, "start": 10, "end": 10, "crop": ""},
+    {**BASE, "start": "", "end": "", "crop": "200,0,57,144"},
+    {**BASE, "start": "", "end": "", "crop": "left half"},
+  ]
+  table = table_of(tmp_path, rows)
+  row = table.row(0)
+  assert (row.start, row.num_frames, row.height, row.width, row.crop) == (10, 30, 144, 144, (16, 0, 144, 144))
+  row = table.row(1)
+  assert (row.start, row.num_frames, row.height, row.width, row.crop) == (20, 40, 120, 100, (0, 8, 100, 120))
+  assert (table.row(2).start, table.row(2).num_frames) == (100, 30)
+  assert problems(table) == ["", "", ""] + [sources.PROBLEMS[4]] * 2 + [sources.PROBLEMS[5]] * 2
+  listed = pa.Table.from_pylist([{**BASE, "crop": [16, 0, 144, 144]}, {**BASE, "crop": None}])
+  pa.parquet.write_table(listed, tmp_path / "t.parquet")
+  table = open_table(tmp_path, str(tmp_path / "t.parquet"))
+  assert [table.row(i).crop for i in range(2)] == [(16, 0, 144, 144), None]
+
+
+def test_several_captions(tmp_path):
+  table = table_of(tmp_path, [{**BASE, "text_2": "another", "text_3": ""}, {**BASE, "text_2": "", "text_3": " third "}])
+  assert [table.row(i).captions for i in range(2)] == [("a cat", "another"), ("a cat", "third")]
+  pa.parquet.write_table(
+    pa.Table.from_pylist([{**BASE, "text": ["one", "", "two"]}, {**BASE, "text": []}]), tmp_path / "t.parquet"
+  )
+  table = open_table(tmp_path, str(tmp_path / "t.parquet"))
+  assert [table.row(i).captions for i in range(2)] == [("one", "two"), ()]
+  assert problems(table) == ["", "caption is empty"]
+
+
+def test_bad_cells_are_counted(tmp_path):
+  rows = [BASE, {**BASE, "num_frames": "many"}, {**BASE, "num_frames": 0}, {**BASE, "height": "nan"}, {**BASE, "text": "  "}]
+  rows += [{**BASE, "text": "x" * 200}, {**BASE, "path": ""}, {**BASE, "num_frames": "60.0", "text": 'two\nlines, "quoted" é'}]
+  path = files.write_csv(tmp_path / "t.csv", rows)
+  with open(path, "ab") as f:
+    f.write(b"a.mp4,caf\xe9,60,144,256\r\n")
+  table = open_table(tmp_path, path, max_caption_length=100)
+  p = sources.PROBLEMS
+  assert problems(table) == ["", p[2], p[2], p[3], p[7], p[8], p[1], "", p[6]]
+  assert table.row(7).captions == ('two\nlines, "quoted" é',)
+  assert table.problem_examples()[p[2]].endswith("t.csv row 2 (a.mp4)")
+  assert problems(open_table(tmp_path, path, captions="optional"))[4] == ""
+
+
+def test_one_odd_cell_changes_nothing_else(tmp_path):
+  """Numbers are read cell by cell, not as a guessed type: a text in row 70,000 leaves the others numbers."""
+  rows = [BASE] * 70_000 + [{**BASE, "width": "wide"}]
+  table = table_of(tmp_path, rows)
+  assert (table.column("width")[:-1] == 256).all()
+  assert problems(table)[-1] == sources.PROBLEMS[3]
+
+
+def test_a_huge_caption_is_left_out(tmp_path):
+  table = table_of(tmp_path, [BASE, {**BASE, "text": "long " * 1_000_000}, BASE])
+  assert problems(table) == ["", "caption is too long", ""]
+
+
+def test_weights(tmp_path):
+  a = files.write_csv(tmp_path / "a.csv", [BASE] * 4)
+  b = files.write_csv(tmp_path / "b.csv", [{**BASE, "path": "b.mp4"}] * 400)
+  table = open_table(tmp_path, (a, 2.5), (b, 0.25))
+  assert len(table) == 12 + 400
+  assert [table.locate(i) for i in (0, 3, 4, 11, 12, 411)] == [(0, 0), (0, 3), (0, 0), (0, 3), (1, 0), (1, 399)]
+  assert table.row(12).path.endswith("b.mp4")
+  left_out = table.left_out(1, 0)
+  assert not left_out[:8].any()
+  assert 250 < left_out[12:].sum() < 350
+  np.testing.assert_array_equal(left_out, table.left_out(1, 0))
+  assert (left_out != table.left_out(1, 1)).any()
+
+
+def test_the_fingerprint_is_of_the_contents(tmp_path):
+  tables = []
+  for name in ("one", "two", "three"):
+    (tmp_path / name).mkdir()
+    row = BASE if name != "three" else {**BASE, "text": "a dog"}
+    tables.append(open_table(tmp_path, files.write_csv(tmp_path / name / "t.csv", [row])))
+  assert tables[0].fingerprints == tables[1].fingerprints != tables[2].fingerprints
+  # The same contents share one Arrow file, and paths still belong to each table's own folder.
+  assert tables[1].row(0).path == str(tmp_path / "two" / "a.mp4")
+
+
+@pytest.mark.parametrize(
+  ("rows", "message"),
+  [
+    ([{"path": "a.mp4", "text": "x"}], "no column 'num_frames', 'height', 'width'.*python -m data.probe .*t.csv"),
+    ([{k: v for k, v in BASE.items() if k != "text"}], "no column 'text' .it has 'path'"),
+    ([{"file": "a.mp4", **{k: v for k, v in BASE.items() if k != "path"}}], "no column 'path'"),
+  ],
+)
+def test_missing_columns(tmp_path, rows, message):
+  with pytest.raises(ValueError, match=message) as error:
+    table_of(tmp_path, rows)
+  assert "\n" not in str(error.value)
+
+
+def test_bad_tables(tmp_path):
+  (tmp_path / "short.csv").write_text("path,text,num_frames,height,width\na.mp4,cat,60,144\n")
+  (tmp_path / "empty.csv").write_text("path,text,num_frames,height,width\n")
+  (tmp_path / "no.parquet").write_text("hello")
+  (tmp_path / "t.xls").write_text("hello")
+  mistakes = {
+    "short.csv": "cannot be read: CSV parse error: Expected 5 columns, got 4",
+    "empty.csv": "(has no rows|cannot be read: Empty CSV)",
+    "no.parquet": "cannot be read",
+    "t.xls": "must end in .parquet, .csv, .jsonl",
+    "missing.csv": "does not exist",
+  }
+  for name, message in mistakes.items():
+    with pytest.raises(ValueError, match=message) as error:
+      open_table(tmp_path, str(tmp_path / name))
+    assert "\n" not in str(error.value)
+    assert not list((tmp_path / "cache").glob("*.tmp")) if (tmp_path / "cache").exists() else True
+
+
+def test_config_mistakes():
+  good = {"tables": ("a.csv",), "buckets": BUCKETS}
+  DataConfig.create(good)
+  for change, message in (
+    ({"bukets": ()}, "unknown data key 'bukets', did you mean 'buckets'"),
+    ({"resize": "nearest"}, "data.resize = 'nearest' is none of 'area', 'original'"),
+    ({"workers": -1}, "data.workers = -1 is no whole number from 0 up"),
+    ({"max_bad_rows": 1.5}, "data.max_bad_rows = 1.5"),
+    ({"tables": ()}, "data.tables needs at least one table"),
+    ({"tables": (("a.csv", 0),)}, "weight above 0"),
+    ({"buckets": ()}, "bucket table is empty"),
+    ({"scores": ("aesthetic",)}, "none of aes, flow, cmotion"),
+    ({"fps_rule": "2.0"}, "data.fps_rule"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      DataConfig.create({**good, **change})
+
+
+def test_probe_folder_and_table(tmp_path, capsys):
+  (tmp_path / "clips").mkdir()
+  files.write_video(tmp_path / "clips" / "a.mp4", frames=13)
+  files.write_video(tmp_path / "clips" / "turned.mp4", frames=20, rotation=90)
+  (tmp_path / "clips" / "bad.mp4").write_text("no video")
+  assert probe.main([str(tmp_path / "clips"), "-o", str(tmp_path / "t.csv"), "--workers", "1"]) == 0
+  out, err = capsys.readouterr()
+  assert "2 files probed, 1 left out" in out
+  assert "left out clips/bad.mp4: not a video" in err
+  table = open_table(tmp_path, str(tmp_path / "t.csv"), captions="optional")
+  assert [(r.path, r.num_frames, r.height, r.width, r.fps) for r in map(table.row, range(2))] == [
+    (str(tmp_path / "clips" / "a.mp4"), 13, 48, 64, 24.0),
+    (str(tmp_path / "clips" / "turned.mp4"), 20, 64, 48, 24.0),
+  ]
+  # A table without the columns gets them; its other columns stay.
+  path = files.write_csv(tmp_path / "u.csv", [{"path": "clips/a.mp4", "text": "é", "note": "kept"}])
+  with pytest.raises(ValueError, match=r"python -m data\.probe"):
+    open_table(tmp_path, path)
+  assert probe.main([path, "-o", str(tmp_path / "v.parquet")]) == 0
+  assert open_table(tmp_path, str(tmp_path / "v.parquet")).row(0).captions == ("é",)
+  assert pa.parquet.read_table(tmp_path / "v.parquet")["note"].to_pylist() == ["kept"]
+  # Ranges and crops that don't fit their files are left out.
+  cuts = [
+    {"start": 2, "end": 13, "crop": "0,0,32,32"},
+    {"start": 2, "end": 14, "crop": ""},
+    {"start": "", "end": "", "crop": "0,0,65,48"},
+  ]
+  path = files.write_csv(tmp_path / "cuts.csv", [{"path": "clips/a.mp4", "text": "x", **c} for c in cuts])
+  assert probe.main([path]) == 0
+  row = open_table(tmp_path, path).row(0)
+  assert (row.start, row.num_frames, row.height, row.width) == (2, 11, 32, 32)
+  err = capsys.readouterr().err
+  assert err.count("left out clips/a.mp4: start and end don't fit") == 1
+  assert err.count("left out clips/a.mp4: crop") == 1
+  assert probe.main([str(tmp_path / "nothing.csv")]) == 2
+  assert "does not exist" in capsys.readouterr().err

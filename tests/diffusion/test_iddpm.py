@@ -1,0 +1,264 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from stdit_jax.diffusion import elements
+from stdit_jax.diffusion.guidance import guided
+from stdit_jax.diffusion.iddpm import IDDPM, space_timesteps
+from tests.diffusion.common import FAST_COMPILE, cases_of, from_tokens, keys_of, loop_inputs, recording, to_tokens, validity
+from tests.helpers import load_golden, load_golden_model, load_json, relative_error
+
+load_golden = functools.cache(load_golden)
+
+
+# Schedules.
+
+
+def test_timestep_maps():
+  golden = load_json("iddpm.json")
+  for steps, expected in golden["timestep_map"].items():
+    assert IDDPM(respacing=steps).timestep_map.tolist() == expected
+    assert IDDPM().for_sampling(int(steps)).timestep_map.tolist() == expected
+  for text, expected in golden["space_timesteps"].items():
+    total, respacing = text.split(":") if ":" in text else ("num_timesteps=1000", text)
+    assert space_timesteps(int(total.removeprefix("num_timesteps=")), respacing) == expected
+  assert space_timesteps(1000, None) == space_timesteps(1000, "") == list(range(1000))
+
+
+def _tables():
+  golden, _ = load_golden("iddpm")
+  return sorted({key.split("/")[0] for key in golden if key.startswith(("base", "respaced"))})
+
+
+@pytest.mark.parametrize("group", _tables())
+def test_tables(group):
+  golden = cases_of(load_golden("iddpm")[0], group)
+  kind, precision = group.split("_")
+  steps = int(kind.removeprefix("base").removeprefix("respaced"))
+  ours = IDDPM(respacing=steps, tables=precision).schedule
+  assert set(ours) == set(golden)
+  for name, expected in golden.items():
+    assert ours[name].dtype == expected.dtype
+    limit = 1e-12 if precision == "float64" else 1e-6
+    elementwise = np.abs(ours[name] - expected) <= limit * np.maximum(np.abs(expected), 1e-30)
+    assert relative_error(ours[name], expected) < limit
+    assert elementwise.all(), (name, np.flatnonzero(~elementwise))
+
+
+def test_stored_table_samples():
+  golden = load_json("iddpm.json")
+  for group, tables, limit in (("base1000_samples", "float64", 1e-12), ("respaced1000_float32_samples", "float32", 1e-6)):
+    for name, values in golden[group].items():
+      for i, value in values.items():
+        assert IDDPM(tables=tables).schedule[name][int(i)] == pytest.approx(value, rel=limit)
+
+
+def test_single_step_and_bad_settings():
+  one = IDDPM(respacing=1)
+  assert all(np.isfinite(table).all() for table in one.schedule.values())
+  for bad in ("1001", "ddim7000", "0", "a", "10,-1", "ddim5,5", "600,600"):
+    with pytest.raises(ValueError, match="respacing"):
+      IDDPM(respacing=bad)
+  with pytest.raises(ValueError, match="no integer stride"):
+    IDDPM(respacing="ddim600")
+  with pytest.raises(ValueError, match="'float32', 'float64'"):
+    IDDPM(tables="bfloat16")
+  with pytest.raises(ValueError, match=r"open-sora-1\.1"):
+    IDDPM(compat="open-sora-1.2")
+  with pytest.raises(ValueError, match="for_sampling"):
+    IDDPM().sampling_timesteps(100, np.ones(2))
+  np.testing.assert_array_equal(IDDPM(respacing=3).sampling_timesteps(3, np.ones(2))[:, 1], [2, 1, 0, -1])
+  t = np.asarray(IDDPM().sample_timesteps(keys_of(20000)))
+  assert set(np.unique(t)) == set(range(1000))
+  assert abs(t.mean() - 499.5) < 4 * 1000 / np.sqrt(12 * len(t))
+
+
+# Losses and single steps on stored model outputs.
+
+
+def _give(layout):
+  return to_tokens if layout == "tokens" else lambda x: np.moveaxis(x, 1, -1)
+
+
+def _loss_inputs(layout):
+  case, give = cases_of(load_golden("iddpm")[0], "loss"), _give(layout)
+  x0, noise, output = (jnp.asarray(give(case[f"in/{n}"])) for n in ("x_start", "noise", "model_output"))
+  valid = validity(case["in/x_start"].shape) if layout == "tokens" else None
+  return case, give, x0, noise, output, valid
+
+
+LAYOUTS = pytest.mark.parametrize("layout", ["tokens", "latents"])
+
+
+@LAYOUTS
+@pytest.mark.parametrize("tables", ["float32", "float64"])
+def test_loss(layout, tables):
+  case, give, x0, noise, output, valid = _loss_inputs(layout)
+  t, diffusion = jnp.asarray(case["in/t"]), IDDPM(tables=tables)
+  stored = case if tables == "float32" else cases_of(load_golden("iddpm")[0], "loss_float64_tables")
+  for name, mask in (("nomask", None), ("mask", jnp.asarray(case["in/mask"]))):
+    seen = {}
+
+    def denoise(x_t, t, x_mask, seen=seen):
+      seen.update(x_t=x_t, t=t)
+      return output
+
+    terms = diffusion.loss_terms(denoise, x0, noise, t, num_channels=4, frame_mask=mask, valid=valid)
+    np.testing.assert_array_equal(seen["t"], case[f"{name}/t_sent_to_model"])
+    assert relative_error(seen["x_t"], give(case[f"{name}/x_t"])) < 1e-5
+    for term in ("mse", "loss", "vb"):
+      expected, at_zero = stored[f"{name}/{term}"], np.asarray(t) == 0
+      # float64 tables: the stored losses also ran in float64, ours in float32 (README: vb at t = 0 within 1e-4).
+      error = np.abs(terms[term] - expected) / np.abs(expected)
+      assert (error <= np.where(at_zero & (term != "mse"), 1e-4, 1e-5)).all(), (term, error)
+    loss = diffusion.loss(denoise, x0, noise, t, num_channels=4, frame_mask=mask, valid=valid)
+    np.testing.assert_array_equal(loss, terms["loss"])
+
+
+@LAYOUTS
+def test_distributions(layout):
+  case, give, x0, noise, output, _ = _loss_inputs(layout)
+  t, diffusion = jnp.asarray(case["in/t"]), IDDPM()
+  x = diffusion.add_noise(x0, noise, t)
+  valid = np.ones(x.shape, bool) if layout == "latents" else validity(case["in/x_start"].shape)
+
+  def check(ours, expected):
+    assert relative_error(np.where(valid, ours, 0), give(expected)) < 1e-5
+
+  check(x, case["q_sample"])
+  mean, variance, log_variance = diffusion.posterior(x0, x, t)
+  check(mean, case["posterior_mean"])
+  check(jnp.broadcast_to(variance, x.shape), case["posterior_variance"])
+  check(jnp.broadcast_to(log_variance, x.shape), case["posterior_log_variance_clipped"])
+  for group, clip in (("p_mean_variance", False), ("p_mean_variance_clipped", True)):
+    ours = diffusion.p_mean_variance(output, x, t, num_channels=4, clip_denoised=clip)
+    for name, expected in cases_of(load_golden("iddpm")[0], group).items():
+      check(ours["pred_x0" if name == "pred_xstart" else name], expected)
+
+
+def test_gradient_of_the_bound_reaches_the_variance_only():
+  case, _, x0, noise, output, _ = _loss_inputs("latents")
+  t = jnp.asarray(case["in/t"])
+
+  def gradient(term):
+    return jax.grad(lambda out: IDDPM().loss_terms(lambda *_: out, x0, noise, t, num_channels=4)[term].sum())(output)
+
+  vb, mse = gradient("vb"), gradient("mse")
+  assert not np.asarray(vb[..., :4]).any()
+  assert np.asarray(vb[..., 4:]).any(axis=(1, 2, 3, 4)).all()
+  assert np.asarray(mse[..., :4]).all()
+  assert not np.asarray(mse[..., 4:]).any()
+
+
+def test_loss_ignores_padding():
+  case, _, x0, noise, output, valid = _loss_inputs("tokens")
+  pad = [(0, 0), (0, 1), (0, 3), (0, 0)]
+  x0, noise = (jnp.where(np.pad(valid, pad), jnp.pad(a, pad), 5.0) for a in (x0, noise))
+  output, valid = jnp.pad(output, pad, constant_values=3.0), np.pad(valid, pad)
+  mask = jnp.pad(jnp.asarray(case["in/mask"]), [(0, 0), (0, 1)], constant_values=True)
+
+  def denoise(x_t, t, x_mask):
+    assert not np.asarray(x_t)[~valid].any()
+    return output
+
+  loss = IDDPM().loss(denoise, x0, noise, jnp.asarray(case["in/t"]), num_channels=4, frame_mask=mask, valid=valid)
+  assert relative_error(loss, case["mask/loss"]) < 1e-5
+
+
+@LAYOUTS
+@pytest.mark.parametrize("index", [0, 1, 25, 30, 50, 75, 99])
+def test_sampling_step(layout, index):
+  case, give = cases_of(load_golden("iddpm")[0], "p_sample"), _give(layout)
+  diffusion = IDDPM(compat="open-sora-1.1").for_sampling(100)
+  x, output = jnp.asarray(give(case["in/x"])), jnp.asarray(give(case["in/model_output"]))
+  valid = validity(case["in/x"].shape) if layout == "tokens" else None
+  plain, mask = cases_of(case, f"t{index}/plain"), cases_of(case, f"t{index}/mask")
+  seen = {}
+
+  def denoise(x, t, x_mask):
+    seen.update(x=x, t=t, x_mask=x_mask)
+    return output
+
+  sample, edit = diffusion.step(denoise, x, index, num_channels=4, noise=give(plain["in/noise"]), valid=valid)
+  assert edit is None
+  assert relative_error(sample, give(plain["sample"])) < 1e-5
+  assert (np.asarray(seen["t"]) == diffusion.timestep_map[index]).all()
+  _, x0 = diffusion.ancestral(output, x, jnp.full(4, index), give(plain["in/noise"]), num_channels=4)
+  assert relative_error(x0 if valid is None else np.where(valid, x0, 0), give(plain["pred_xstart"])) < 1e-5
+
+  noises = {"noise": jnp.asarray(give(mask["in/noise"])), "frame_noise": jnp.asarray(give(mask["in/noise_add"]))}
+  start = elements.start_edit(case["in/mask"])
+  sample, _ = diffusion.step(denoise, x, index, num_channels=4, edit=start, valid=valid, **noises)
+  assert relative_error(seen["x"], give(mask["model_input"])) < 1e-5
+  np.testing.assert_array_equal(seen["x_mask"], mask["x_mask"])
+  assert relative_error(sample, give(mask["sample"])) < 1e-5
+
+  # The default differs in one thing: frames of ratio 0 are never touched.
+  mended = IDDPM().for_sampling(100)
+  mended, _ = mended.step(denoise, x, index, num_channels=4, edit=start, valid=valid, **noises)
+  kept = np.asarray(case["in/mask"]) == 0
+  np.testing.assert_array_equal(np.asarray(mended)[kept], np.asarray(x)[kept])
+  np.testing.assert_array_equal(np.asarray(mended)[~kept], np.asarray(sample)[~kept])
+
+
+def test_ddim_step():
+  golden = load_golden("iddpm")[0]
+  case = cases_of(golden, "p_sample")
+  diffusion, give = IDDPM(respacing="100"), _give("latents")
+  x, output = jnp.asarray(give(case["in/x"])), jnp.asarray(give(case["in/model_output"]))
+  sample, _ = diffusion.ddim(output, x, jnp.full(4, 12), num_channels=4)
+  assert relative_error(sample, give(golden["ddim/t12_eta0/sample"])) < 1e-5
+  # With eta = 1 and the lower variance bound, DDIM has the mean and the variance of the ancestral step.
+  noise = jnp.asarray(give(case["t25/plain/in/noise"]))
+  low = output.at[..., 4:].set(-1.0)
+  ddim, _ = diffusion.ddim(low, x, jnp.full(4, 25), num_channels=4, eta=1.0, noise=noise)
+  ancestral, _ = diffusion.ancestral(low, x, jnp.full(4, 25), noise, num_channels=4)
+  assert relative_error(ddim, ancestral) < 1e-4
+  with pytest.raises(ValueError, match="needs noise"):
+    diffusion.ddim(output, x, jnp.full(4, 12), num_channels=4, eta=0.5)
+  with pytest.raises(ValueError, match="needs noise"):
+    diffusion.step(lambda *_: output, x, 12, num_channels=4)
+
+
+# Through the model.
+
+
+@functools.cache
+def _model():
+  return load_golden_model("stdit2_tiny")
+
+
+@pytest.mark.parametrize("name", ["steps4_cfg7_ch3", "steps4_cfg7_chNone", "steps4_cfg7_ch3_mask", "steps10_cfg4_ch3_mask"])
+def test_sampling_loop(name):
+  golden, metadata = load_golden("iddpm_sample")
+  case, settings = cases_of(golden, name), metadata["cases"][name]
+  z, num_steps, draws = case["in/z"], settings["num_sampling_steps"], settings["noise_draws_per_step"]
+  batch, size = len(z), z.shape[2:]
+  model, variables = _model()
+  inputs, valid = loop_inputs(case, variables), jnp.asarray(validity(z.shape))
+  diffusion = IDDPM(compat="open-sora-1.1").for_sampling(num_steps)
+
+  @functools.partial(jax.jit, compiler_options=FAST_COMPILE)
+  def step(x, index, noises, edit):
+    shown = {}
+    call = recording(lambda x, t, x_mask: model.apply(variables, x, t, x_mask=x_mask, **inputs), shown)
+    denoise = guided(call, settings["cfg_scale"], num_channels=4, guided_channels=settings["cfg_channel"])
+    x, edit = diffusion.step(denoise, x, index, num_channels=4, edit=edit, valid=valid, **noises)
+    return shown, x, edit
+
+  x = jnp.asarray(to_tokens(z))
+  edit = elements.start_edit(case["in/mask"]) if "in/mask" in case else None
+  indices = diffusion.sampling_timesteps(num_steps, case["in/height"])
+  for i in range(num_steps):
+    drawn = [jnp.asarray(to_tokens(noise[:batch])) for noise in case["in/noise"][i * draws : (i + 1) * draws]]
+    noises = {"noise": drawn[-1], "frame_noise": drawn[0] if edit is not None else None}
+    shown, x, edit = step(x, indices[i], noises, edit)
+    assert relative_error(from_tokens(shown["x"], size), case[f"step{i}/model_input"]) < 1e-5
+    assert relative_error(from_tokens(shown["output"], size), case[f"step{i}/model_output"]) < 1e-5
+    np.testing.assert_array_equal(shown["t"], case[f"step{i}/t"])
+    if edit is not None:
+      np.testing.assert_array_equal(shown["x_mask"], case[f"step{i}/x_mask"])
+  assert relative_error(from_tokens(x, size), case["out"]) < 1e-5

@@ -1,0 +1,68 @@
+"""Reference values of the original PyTorch modules: loading, layouts, comparison."""
+
+import json
+import pathlib
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import safe_open
+
+from stdit_jax.models import stdit
+
+REFERENCE = pathlib.Path(__file__).parent / "reference" / "open_sora"
+
+# Fields of the originals' constructors that our configurations don't have: fixed in all released models.
+_NOT_OURS = {"class_dropout_prob"}
+_CONFIGS = {"stdit1_tiny": stdit.STDiT1Config, "stdit2_tiny": stdit.STDiT2Config, "stdit3_tiny": stdit.STDiT3Config}
+
+# For `jax.jit(compiler_options=...)` of tests: compiles a tiny model in a sixth of the time, the program itself is slower.
+QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+
+
+def load_json(name):
+  return json.loads((REFERENCE / name).read_text())
+
+
+def load_golden(name):
+  """-> (dict of NumPy arrays, metadata with JSON values parsed) of `<name>.safetensors`."""
+  with safe_open(REFERENCE / f"{name}.safetensors", "numpy") as f:
+    metadata = {}
+    for key, value in (f.metadata() or {}).items():
+      try:
+        metadata[key] = json.loads(value)
+      except json.JSONDecodeError:
+        metadata[key] = value
+    return {key: f.get_tensor(key) for key in f.keys()}, metadata  # noqa: SIM118
+
+
+def load_golden_model(name, **overrides):
+  """-> (model, variables) of `stdit1_tiny`, `stdit2_tiny` or `stdit3_tiny` with the reference weights."""
+  from stdit_jax.interop import load_variables
+
+  _, metadata = load_golden(name)
+  arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in metadata["constructor"].items() if k not in _NOT_OURS}
+  config = _CONFIGS[name](**{**arguments, **overrides})
+  path = REFERENCE / f"{name}.safetensors"
+  # Without the norms of queries and keys their weights are left over: not an error here.
+  strict = overrides.get("qk_norm", True)
+  variables = load_variables(
+    path, "open-sora", stdit.init_shapes(config), config=config, strict=strict, log=lambda message: None
+  )
+  return stdit.build(config), variables
+
+
+def to_ours(x):
+  """NCTHW -> channels last."""
+  return jnp.moveaxis(jnp.asarray(x), 1, -1)
+
+
+def to_theirs(x):
+  """channels last -> NCTHW."""
+  return np.moveaxis(np.asarray(x), -1, 1)
+
+
+def relative_error(a, b):
+  """max |a - b| / max |b|, the measure of the reference set's tolerances."""
+  a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+  assert a.shape == b.shape, f"{a.shape} != {b.shape}"
+  return np.abs(a - b).max() / max(np.abs(b).max(), 1e-30)

@@ -1,0 +1,228 @@
+"""The layout tables: names and shapes of the real sizes, bit-exact round trips, and the PyTorch classes."""
+
+import json
+import pathlib
+import re
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+from stdit_jax.autoencoders import image_kl
+from stdit_jax.interop import CheckpointError, export_tensors, foreign_spec, load_variables, mapping, models, open_checkpoint
+from stdit_jax.interop import save_variables as save
+from stdit_jax.interop.mapping import AXES, Entry, Mismatch
+from stdit_jax.models import stdit, t5
+
+REFERENCE = pathlib.Path(__file__).parents[1] / "reference" / "open_sora"
+CONFIGS = {"stdit1_tiny": stdit.STDiT1Config, "stdit2_tiny": stdit.STDiT2Config, "stdit3_tiny": stdit.STDiT3Config}
+
+
+def golden(name):
+  """-> (path, config) of one of the tiny reference checkpoints."""
+  path = REFERENCE / f"{name}.safetensors"
+  arguments = json.loads(open_checkpoint(path).metadata["constructor"])
+  del arguments["class_dropout_prob"]
+  return path, CONFIGS[name](**{k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()})
+
+
+def random_tree(shapes, seed=0, dtype=np.float32):
+  random = np.random.default_rng(seed)
+  return jax.tree.map(lambda s: random.standard_normal(s.shape, np.float32).astype(dtype), shapes)
+
+
+def assert_same(found, expected):
+  assert set(found) == set(expected)
+  for name, array in expected.items():
+    array = np.asarray(array)
+    assert found[name].dtype == array.dtype, name
+    assert found[name].shape == array.shape, name
+    assert found[name].tobytes() == array.tobytes(), name
+
+
+@pytest.mark.parametrize("name", models.KEY_TABLES)
+def test_exported_names_and_shapes_are_those_of_the_real_sizes(name):
+  config = stdit.TABLE[name]
+  spec = foreign_spec("open-sora", stdit.init_shapes(config), config)
+  assert spec == models.read_key_table(REFERENCE / "keys" / models.KEY_TABLES[name])
+  assert spec == models.shipped_key_table(name)
+
+
+def test_names_and_shapes_of_the_image_autoencoder_in_open_sora():
+  table = models.read_key_table(REFERENCE / "keys" / "vae_pipeline_v1_2.json")
+  prefix = "spatial_vae.module."
+  expected = {name.removeprefix(prefix): shape for name, shape in table.items() if name.startswith(prefix)}
+  assert foreign_spec("diffusers", image_kl.init_shapes(image_kl.get_config("sdxl-kl-f8"))) == expected
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_golden_weights_come_back_bit_for_bit(name, tmp_path):
+  path, config = golden(name)
+  variables = load_variables(path, "open-sora", stdit.init_shapes(config), config=config)
+  original = open_checkpoint(path)
+  expected = {tensor: original.read(tensor) for tensor in original.tensors}
+  assert_same(dict(export_tensors("open-sora", variables, config)), expected)
+  # Also through our own layout, in a file, with a layer per tensor.
+  save(tmp_path / "x.safetensors", "native", variables)
+  native = open_checkpoint(tmp_path / "x.safetensors")
+  stack = "spatial_blocks" if name == "stdit3_tiny" else "blocks"
+  assert native.tensors[f"params/{stack}/1/mlp/fc1/kernel"].shape == (config.hidden_size, config.hidden_size * 4)
+  again = load_variables(tmp_path / "x.safetensors", "native", stdit.init_shapes(config))
+  assert jax.tree.all(jax.tree.map(lambda a, b: np.asarray(a).tobytes() == np.asarray(b).tobytes(), again, variables))
+  # and of several layouts the right one is found
+  load_variables(tmp_path / "x.safetensors", ("open-sora", "native"), stdit.init_shapes(config))
+
+
+def test_linear_kernels_lie_as_documented():
+  path, config = golden("stdit3_tiny")
+  ours, theirs = load_variables(path, "open-sora", stdit.init_shapes(config)), open_checkpoint(path)
+  block = ours["params"]["spatial_blocks"]
+  heads, d = config.num_heads, config.head_dim
+  qkv = theirs.read("spatial_blocks.1.attn.qkv.weight")  # rows: (which, head, feature)
+  np.testing.assert_array_equal(block["attention"]["qkv"]["kernel"][1][:, 2, 3, 5], qkv[2 * heads * d + 3 * d + 5])
+  out = theirs.read("spatial_blocks.0.attn.proj.weight")
+  np.testing.assert_array_equal(block["attention"]["out"]["kernel"][0][3, 5], out[:, 3 * d + 5])
+  patch = theirs.read("x_embedder.proj.weight")  # [D, C, 1, 2, 2]; ours (row, column, channel)
+  np.testing.assert_array_equal(ours["params"]["patch_embed"]["kernel"][(1 * 2 + 0) * 4 + 3], patch[:, 3, 0, 1, 0])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_every_layout_of_a_random_tree_comes_back(family, dtype, tmp_path):
+  name = {"stdit": "STDiT2-tiny/2", "image_kl": "tiny-kl-f8", "t5": "byt5-tiny"}[family.split(".")[-1]]
+  config, module = models.find_model(name, {})
+  assert module == family
+  shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype), models.shapes(config, module))
+  tree = random_tree(shapes, dtype=dtype)
+  for layout in models.FAMILIES[family]:
+    if layout == "t5-v1.0":
+      continue
+    path = tmp_path / f"{layout}.safetensors"
+    save(path, layout, tree, config=config)
+    again = load_variables(path, layout, shapes, config=config)
+    assert_same(*({k: np.asarray(v) for k, v in mapping.flatten(t).items()} for t in (again, tree)))
+
+
+@pytest.mark.parametrize("axes", AXES)
+def test_axes_are_exactly_invertible(axes):
+  lengths = {"n": 3, "h": 2, "d": 5, "i": 7, "o": 11, "y": 2, "x": 3, "c": 4, "t": 1}
+  if not AXES[axes]:
+    return
+  foreign, ours = mapping._sides(axes)
+  shape = [int(np.prod([lengths[a] for a in group])) for group in foreign]
+  array = np.random.default_rng(0).permutation(int(np.prod(shape))).reshape(shape)
+  our_shape = tuple(int(np.prod([lengths[a] for a in group])) for group in ours)
+  entry = Entry("x", None, ("x",), axes, our_shape, np.dtype(int))
+  there = mapping.to_ours(entry, array)
+  assert there.shape == our_shape
+  assert mapping.foreign_shape(entry, lengths) == tuple(shape)
+  np.testing.assert_array_equal(mapping.to_foreign(entry, there, lengths), array)
+  with pytest.raises(Mismatch):
+    mapping.to_ours(entry, array[:-1])
+
+
+def test_a_path_without_a_row_is_an_error():
+  with pytest.raises(CheckpointError, match="no name for our parameter 'params/new/kernel'"):
+    foreign_spec("open-sora", {"params": {"new": {"kernel": np.zeros(3)}}})
+  with pytest.raises(ValueError, match="unknown layout 'opensora'; allowed: native"):
+    foreign_spec("opensora", {})
+
+
+# The PyTorch classes.
+
+
+def test_autoencoder_of_diffusers_loads_ours_strictly(tmp_path):
+  diffusers = pytest.importorskip("diffusers")
+  torch = pytest.importorskip("torch")
+  config = image_kl.ImageKLConfig(block_out_channels=(8, 16, 16), layers_per_block=2, norm_num_groups=4)
+  theirs = diffusers.AutoencoderKL(
+    block_out_channels=config.block_out_channels,
+    layers_per_block=config.layers_per_block,
+    norm_num_groups=config.norm_num_groups,
+    down_block_types=("DownEncoderBlock2D",) * 3,
+    up_block_types=("UpDecoderBlock2D",) * 3,
+  )
+  theirs.save_pretrained(tmp_path)
+  shapes = image_kl.init_shapes(config)
+  variables = load_variables(tmp_path, "diffusers", shapes)
+  exported = dict(export_tensors("diffusers", variables))
+  assert_same(exported, theirs.state_dict())
+  theirs.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in exported.items()}, strict=True)
+
+  # Names of diffusers before 0.18, and inside Open-Sora 1.2's video autoencoder.
+  old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+  old_names = {re.sub(r"to_(q|k|v|out\.0)", lambda m: old[m[0]], name): array for name, array in exported.items()}
+  assert len(set(old_names) - set(exported)) == 16
+  in_pipeline = {f"spatial_vae.module.{k}": v for k, v in exported.items()} | {"temporal_vae.x": np.ones(2, np.float32)}
+  for i, tensors in enumerate((old_names, in_pipeline)):
+    path = tmp_path / f"variant{i}.safetensors"
+    write_all(path, tensors)
+    assert_same(dict(export_tensors("diffusers", load_variables(path, "diffusers", shapes))), exported)
+
+
+def write_all(path, tensors):
+  from stdit_jax.interop import write_checkpoint
+
+  tensors = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+  write_checkpoint(path, {name: (a.shape, a.dtype) for name, a in tensors.items()}, tensors.items())
+
+
+def to_original_names(name):
+  """diffusers -> latent-diffusion names for three levels, as diffusers' own conversion script, written out by hand."""
+  name = re.sub(r"down_blocks\.(\d)\.resnets", r"down.\1.block", name)
+  name = re.sub(r"down_blocks\.(\d)\.downsamplers\.0", r"down.\1.downsample", name)
+  name = re.sub(r"up_blocks\.(\d)\.resnets", lambda m: f"up.{2 - int(m[1])}.block", name)
+  name = re.sub(r"up_blocks\.(\d)\.upsamplers\.0", lambda m: f"up.{2 - int(m[1])}.upsample", name)
+  name = re.sub(r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}", name)
+  name = name.replace("mid_block.attentions.0", "mid.attn_1").replace("group_norm", "norm").replace("to_out.0", "proj_out")
+  name = re.sub(r"to_([qkv])\.", r"\1.", name)
+  return name.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
+
+
+@pytest.mark.parametrize("prefix", ["", "first_stage_model."])
+def test_names_of_the_original_autoencoder(prefix, tmp_path):
+  config = image_kl.ImageKLConfig(block_out_channels=(8, 16, 16), layers_per_block=2, norm_num_groups=4)
+  shapes = image_kl.init_shapes(config)
+  tree = random_tree(shapes)
+  expected = {}
+  for name, array in export_tensors("diffusers", tree):
+    new = to_original_names(name)
+    expected[new] = array[:, :, None, None] if "attn_1" in new and array.ndim == 2 else array
+  assert_same(dict(export_tensors("ldm", tree)), expected)
+  others = {"loss.logvar": np.zeros(1, np.float32)} | ({"cond_stage_model.x": np.zeros(1, np.float32)} if prefix else {})
+  write_all(tmp_path / "x.safetensors", {prefix + name: array for name, array in expected.items()} | others)
+  again = load_variables(tmp_path / "x.safetensors", "ldm", shapes)
+  assert_same(*({k: np.asarray(v) for k, v in mapping.flatten(t).items()} for t in (again, tree)))
+
+
+@pytest.mark.parametrize(("layout", "projection"), [("t5", "gated-gelu"), ("t5-v1.0", "relu")])
+def test_t5_of_transformers_loads_ours_strictly(layout, projection, tmp_path):
+  transformers = pytest.importorskip("transformers")
+  import safetensors.torch
+  import torch
+
+  sizes = {"d_model": 32, "d_kv": 6, "d_ff": 48, "num_layers": 3, "num_heads": 4, "vocab_size": 50}
+  theirs = transformers.T5EncoderModel(transformers.T5Config(**sizes, feed_forward_proj=projection))
+  theirs.save_pretrained(tmp_path / "theirs")
+  shapes = t5.init_shapes(t5.T5Config(**sizes, feed_forward_proj=projection))
+  variables = load_variables(tmp_path / "theirs", layout, shapes)
+  (written,) = save(tmp_path / "ours" / "model.safetensors", layout, variables)
+  # Tied tensors are written once; this is how safetensors loads them strictly.
+  again = transformers.T5EncoderModel(theirs.config)
+  assert safetensors.torch.load_model(again, written, strict=True) == (set(), [])
+  assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), theirs.state_dict().values()))
+  (tmp_path / "ours" / "config.json").write_text((tmp_path / "theirs" / "config.json").read_text())
+  loaded, info = transformers.T5EncoderModel.from_pretrained(tmp_path / "ours", output_loading_info=True)
+  assert not info["missing_keys"]
+  assert not info["unexpected_keys"]
+  assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), theirs.state_dict().values()))
+
+  # Both names of the embedding in the file (equal, then not), and the decoder that a full T5 has.
+  state = {name: value.numpy() for name, value in theirs.state_dict().items()} | {"decoder.x": np.ones(1, np.float32)}
+  assert {"shared.weight", "encoder.embed_tokens.weight"} <= set(state)
+  write_all(tmp_path / "both.safetensors", state)
+  load_variables(tmp_path / "both.safetensors", layout, shapes)
+  write_all(tmp_path / "differ.safetensors", state | {"shared.weight": state["shared.weight"] + 1})
+  with pytest.raises(CheckpointError, match="should be one tensor but differ"):
+    load_variables(tmp_path / "differ.safetensors", layout, shapes)

@@ -1,0 +1,223 @@
+"""STDiT, STDiT-2, STDiT-3 against the reference values: outputs, every stored activation, gradients, caption dropout."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from stdit_jax.interop import export_tensors
+from stdit_jax.models import stdit
+from tests.helpers import QUICK_COMPILE, load_golden, load_golden_model, relative_error, to_ours, to_theirs
+
+MODELS = ("stdit1_tiny", "stdit2_tiny", "stdit3_tiny")
+TOLERANCE, GRADIENT_TOLERANCE = 5e-6, 2e-5  # required: 2e-5 and 1e-4
+
+golden = functools.cache(load_golden)
+golden_model = functools.cache(load_golden_model)
+CASES = [(name, case) for name in MODELS for case in golden(f"{name}_cases")[1]["cases"]]
+
+# Names of the reference activations -> ours.
+STEM = {
+  "tokens_in": "tokens_in",
+  "pos_emb": "pos_emb",
+  "x_embedder": "patch_embed",
+  "y_embedder": "caption_embed",
+  "t_embedder": "timestep_embed",
+  "t_block": "timestep_modulation",
+  "t_block_temp": "temporal_modulation",
+  "fps_embedder": "fps_embed",
+  "fl_embedder": "frames_embed",
+  "csize_embedder": "size_embed",
+  "ar_embedder": "aspect_embed",
+  "final_layer": "final_layer",
+}
+STACKS = {"block": "blocks", "spatial": "spatial_blocks", "temporal": "temporal_blocks"}
+BRANCHES = {"attn": "attention", "attn_temp": "temporal_attention", "cross_attn": "cross_attention", "mlp": "mlp"}
+
+
+class Capturing:
+  """A model that keeps the intermediate values of its last call."""
+
+  def __init__(self, model):
+    self.model, self.config = model, model.config
+
+  def apply(self, *args, **kwargs):
+    out, state = self.model.apply(*args, **kwargs, capture_intermediates=True, mutable="intermediates")
+    self.intermediates = state["intermediates"]
+    return out
+
+
+def case_inputs(name, case):
+  """-> (arguments of denoise_latents after the variables, keyword arguments) of a reference case."""
+  data, _ = golden(f"{name}_cases")
+  value = {key.rsplit("/", 1)[1]: data[key] for key in data if key.startswith(f"{case}/in/")}
+  mask = value["mask"].astype(bool) if "mask" in value else None
+  conditions = {key: value[key] for key in ("height", "width", "num_frames", "fps", "x_mask") if key in value}
+  if "ar" in value:
+    conditions["aspect_ratio"] = value["ar"]
+  return (to_ours(value["x"]), value["timestep"], value["y"][:, 0], mask), conditions
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run(model, variables, args, conditions):
+  return stdit.denoise_latents(model, variables, *args, **conditions)
+
+
+@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK_COMPILE)
+def run_capturing(model, variables, args, conditions):
+  model = Capturing(model)
+  out = stdit.denoise_latents(model, variables, *args, **conditions)
+  return out, model.intermediates
+
+
+def activation(intermediates, name):
+  """Our value of the reference activation `name`, e.g. `t_block.1` (second call), `spatial0_attn`."""
+  name, _, call = name.partition(".")
+  if name in STEM:
+    value = intermediates[STEM[name]]
+    if name in ("tokens_in", "pos_emb"):
+      return value[0][:1] if name == "pos_emb" else value[0]
+    calls = value["__call__"]
+    return jnp.concatenate(calls, axis=-1) if name == "csize_embedder" else calls[int(call or 0)]
+  stack, layer, branch = re.fullmatch(r"(block|spatial|temporal)(\d+)_?(\w*)", name).groups()
+  value = intermediates[STACKS[stack]][int(layer)]
+  value = (value[BRANCHES[branch]] if branch else value)["__call__"][0]
+  over_time = branch == "attn_temp" or (stack, branch) == ("temporal", "attn")
+  return jnp.swapaxes(value, 1, 2) if over_time else value
+
+
+@pytest.mark.parametrize(("name", "case"), CASES)
+def test_outputs_and_activations(name, case):
+  data, _ = golden(f"{name}_cases")
+  args, conditions = case_inputs(name, case)
+  # The position scale of the originals is that of the first sample, which shows where sizes are mixed.
+  model, variables = golden_model(name, scan=False, compat="open-sora" if case == "cond_mixed" else None)
+  out, intermediates = run_capturing(model, variables, args, conditions)
+  errors = {"out": relative_error(to_theirs(out), data[f"{case}/out"])}
+  for key in data:
+    if key.startswith(f"{case}/act/"):
+      ours = activation(intermediates, key.rsplit("/", 1)[1])
+      errors[key] = relative_error(np.reshape(ours, data[key].shape), data[key])
+  assert len(errors) > (1 if "plain_" not in case else 0)
+  worst = max(errors, key=errors.get)
+  assert errors[worst] < TOLERANCE, (worst, errors[worst])
+
+
+@pytest.mark.parametrize(
+  ("name", "file", "key", "overrides"),
+  [
+    ("stdit2_tiny", "stdit2_tiny_cases", "out_qk_norm_false", {"qk_norm": False}),
+    ("stdit3_tiny", "stdit3_tiny_cases", "out_qk_norm_false", {"qk_norm": False}),
+    ("stdit2_tiny", "stdit2_v12_norm_order", "out_qk_norm_legacy_true", {"qk_norm_legacy": True}),
+    ("stdit2_tiny", "stdit2_v12_norm_order", "out_qk_norm_legacy_false", {"qk_norm_legacy": False}),
+  ],
+)
+def test_options(name, file, key, overrides):
+  model, variables = golden_model(name, **overrides)
+  out = run(model, variables, *case_inputs(name, "plain"))
+  assert relative_error(to_theirs(out), golden(file)[0][f"plain/{key}"]) < TOLERANCE
+
+
+def test_positions_scale_per_sample_unless_compat():
+  """In a batch of mixed sizes only the first sample equals the original's, whose scale is the first sample's."""
+  reference = golden("stdit3_tiny_cases")[0]["cond_mixed/out"]
+  out = to_theirs(run(*golden_model("stdit3_tiny"), *case_inputs("stdit3_tiny", "cond_mixed")))
+  assert relative_error(out[:1], reference[:1]) < TOLERANCE
+  assert relative_error(out[1:], reference[1:]) > 1e-3
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients(name):
+  data, metadata = golden(f"{name}_cases")
+  model, variables = golden_model(name)
+  (x, t, y, mask), conditions = case_inputs(name, metadata["gradient_case"])
+  cotangent = to_ours(data["grad/cotangent"])
+
+  @functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
+  def gradients(params, x, y):
+    def loss(params, x, y):
+      variables_ = {**variables, "params": params}
+      return jnp.sum(stdit.denoise_latents(model, variables_, x, t, y, mask, **conditions) * cotangent)
+
+    return jax.grad(loss, argnums=(0, 1, 2))(params, x, y)
+
+  d_params, d_x, d_y = gradients(variables["params"], x, y)
+  exported = dict(export_tensors("open-sora", {**variables, "params": d_params}, model.config))
+  errors = {
+    "x": relative_error(to_theirs(d_x), data["grad/d_x"]),
+    "y": relative_error(d_y[:, None], data["grad/d_y"]),
+  }
+  for key in data:
+    if key.startswith("grad/param/"):
+      errors[key] = relative_error(exported[key.removeprefix("grad/param/")], data[key])
+  assert len(errors) > 25
+  worst = max(errors, key=errors.get)
+  assert errors[worst] < GRADIENT_TOLERANCE, (worst, errors[worst])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_dropped_captions_become_the_null_caption(name):
+  data, _ = golden(f"{name}_cases")
+  model, variables = golden_model(name, scan=False)
+  drop = data["caption_drop/in/force_drop_ids"] == 1
+  args, conditions = stdit.example_inputs(model.config, batch=len(drop))
+  args = (*args[:2], data["caption_drop/in/y"][:, 0], args[3])
+
+  @functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
+  def embedded(variables):
+    _, state = model.apply(variables, *args, **conditions, drop_text=drop, capture_intermediates=True, mutable="intermediates")
+    return state["intermediates"]["caption_embed"]["__call__"][0]
+
+  assert relative_error(embedded(variables)[:, None], data["caption_drop/out"]) < TOLERANCE
+
+
+def test_null_caption_is_cut_to_a_shorter_text():
+  model, variables = golden_model("stdit3_tiny")
+  args, conditions = stdit.example_inputs(model.config, batch=1)
+  (tokens, t, text, mask), null = args, variables["constants"]["null_caption"]
+
+  @functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
+  def apply(text, drop):
+    return model.apply(variables, tokens, t, text, mask[:, :5], **conditions, drop_text=drop)
+
+  dropped, given = apply(text[:, :5], jnp.ones(1, bool)), apply(null[None, :5], jnp.zeros(1, bool))
+  np.testing.assert_array_equal(dropped, given)
+
+
+def test_stdit1_refuses_frame_masks():
+  model, variables = golden_model("stdit1_tiny")
+  args, conditions = stdit.example_inputs(model.config)
+  with pytest.raises(ValueError, match="no frame masks"):
+    model.apply(variables, *args, **conditions, x_mask=jnp.ones((1, 1), bool))
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"num_heads": 5}, "does not divide by num_heads"),
+    ({"num_heads": 32, "hidden_size": 1120}, "rotary embedding needs an even"),
+    ({"hidden_size": 1122, "num_heads": 2}, "does not divide by 4"),
+    ({"dtype": "float64"}, "dtype is 'float64'; allowed: float32, bfloat16"),
+    ({"remat": "some"}, "allowed: none, dots, full"),
+    ({"attention": "flash"}, "attention is 'flash'; allowed"),
+    ({"compat": "latte"}, "allowed: None, open-sora"),
+    ({"patch_size": (2, 2, 2)}, "one latent frame only"),
+    ({"widht": 3}, "unknown field 'widht'; allowed: .*hidden_size"),
+  ],
+)
+def test_bad_configurations_get_one_clear_line(changes, message):
+  with pytest.raises(ValueError, match=message) as error:
+    stdit.get_config("STDiT3-XL/2", **changes)
+  assert "\n" not in str(error.value)
+
+
+def test_unknown_names_and_sizes():
+  with pytest.raises(ValueError, match="allowed: STDiT-XL/2"):
+    stdit.get_config("STDiT4")
+  with pytest.raises(ValueError, match="divide by 3"):
+    stdit.get_config("STDiT2-XL/2", hidden_size=64, num_heads=2)
+  assert dataclasses.is_dataclass(stdit.get_config("STDiT3-3B/2", scan=False))
