@@ -10,7 +10,9 @@ The draws are those of `np.random.default_rng(seed + bucket number).random()`, b
 """
 
 import dataclasses
+import os
 from collections.abc import Mapping
+from concurrent import futures
 
 import numpy as np
 
@@ -120,9 +122,9 @@ def assign(num_frames, height, width, seeds, buckets, *, frame_interval=1):
   """
   n = len(num_frames)
   bucket, ratio, reason = np.full(n, -1, np.int16), np.full(n, -1, np.int8), np.zeros(n, np.int8)
-  refused = np.zeros(len(buckets), np.int64)
-  for i in range(0, n, _CHUNK):
-    part = slice(i, min(i + _CHUNK, n))
+
+  def run(begin):
+    part = slice(begin, min(begin + _CHUNK, n))
     if isinstance(seeds, tuple):
       seed, epoch, first = seeds
       part_seeds = row_seeds(seed, epoch, np.arange(first + part.start, first + part.stop), buckets)
@@ -130,17 +132,23 @@ def assign(num_frames, height, width, seeds, buckets, *, frame_interval=1):
       part_seeds = np.asarray(seeds[part], np.uint64)
     interval = frame_interval[part] if np.ndim(frame_interval) else frame_interval
     rows = (np.asarray(a[part], np.int64) for a in (num_frames, height, width))
-    bucket[part], ratio[part], reason[part] = _assign_chunk(*rows, part_seeds, buckets, interval, refused)
+    bucket[part], ratio[part], reason[part], refused = _assign_chunk(*rows, part_seeds, buckets, interval)
+    return refused
+
+  # NumPy's arithmetic runs outside the interpreter's lock: threads share the work.
+  with futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+    refused = sum(pool.map(run, range(0, n, _CHUNK)), np.zeros(len(buckets), np.int64))
   return bucket, ratio, reason, refused
 
 
-def _assign_chunk(frames, height, width, seeds, buckets, interval, refused):
-  """`assign` for one chunk; adds to `refused`."""
+def _assign_chunk(frames, height, width, seeds, buckets, interval):
+  """`assign` for one chunk."""
   n = len(frames)
   interval = np.broadcast_to(interval, n)
   pixels, image = height * width, frames == 1
   bucket, ratio = np.full(n, -1, np.int16), np.full(n, -1, np.int8)
   reason = np.full(n, TOO_SMALL, np.int8)
+  refused = np.zeros(len(buckets), np.int64)
   todo = np.arange(n)  # rows still undecided
   for name in dict.fromkeys(b.resolution for b in buckets):
     here = todo[pixels[todo] >= PIXEL_TOLERANCE * aspect_ratios.NUM_PIXELS[name]]
@@ -167,7 +175,7 @@ def _assign_chunk(frames, height, width, seeds, buckets, interval, refused):
       bucket[chosen], reason[chosen] = index, FITS
       ratio[chosen] = aspect_ratios.closest_ratios(height[chosen], width[chosen], name)
     todo = todo[bucket[todo] < 0]
-  return bucket, ratio, reason
+  return bucket, ratio, reason, refused
 
 
 # Constants of NumPy's SeedSequence (after M. E. O'Neill's seed_seq_fe) and of PCG64 (XSL-RR 128/64).
@@ -203,8 +211,9 @@ def _seed_sequence(seeds):
     nonlocal const
     value = value ^ np.uint32(const)
     const = const * _MULT_A & 0xFFFFFFFF
-    value = value * np.uint32(const)
-    return value ^ (value >> np.uint32(16))
+    value *= np.uint32(const)
+    value ^= value >> np.uint32(16)
+    return value
 
   # A seed below 2**32 is one word of entropy, but missing words count as zeros: both cases are one.
   zero = np.zeros(seeds.shape, np.uint32)
@@ -213,20 +222,26 @@ def _seed_sequence(seeds):
   for source in range(4):
     for target in range(4):
       if source != target:
-        mixed = pool[target] * np.uint32(_MIX_L) - hashed(pool[source]) * np.uint32(_MIX_R)
-        pool[target] = mixed ^ (mixed >> np.uint32(16))
+        other = hashed(pool[source])
+        other *= np.uint32(_MIX_R)
+        pool[target] *= np.uint32(_MIX_L)
+        pool[target] -= other
+        pool[target] ^= pool[target] >> np.uint32(16)
   const, out = _INIT_B, []
   for i in range(8):
     value = pool[i % 4] ^ np.uint32(const)
     const = const * _MULT_B & 0xFFFFFFFF
-    value = value * np.uint32(const)
-    out.append((value ^ (value >> np.uint32(16))).astype(np.uint64))
+    value *= np.uint32(const)
+    value ^= value >> np.uint32(16)
+    out.append(value.astype(np.uint64))
   return [out[i] | (out[i + 1] << np.uint64(32)) for i in range(0, 8, 2)]
 
 
 def _add128(a_high, a_low, b_high, b_low):
   low = a_low + b_low
-  return a_high + b_high + (low < a_low), low
+  high = a_high + b_high
+  high += low < a_low
+  return high, low
 
 
 def _pcg_step(high, low, inc_high, inc_low):

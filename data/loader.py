@@ -5,10 +5,15 @@ next global micro step, and means the same on any number of processes: shard i o
 """
 
 import bisect
+import contextlib
 import dataclasses
 import logging
 import math
+import multiprocessing
 import os
+import sys
+import threading
+import time
 
 import numpy as np
 
@@ -131,7 +136,7 @@ class Loader:
     bucket = current.bucket(index)
     samples = []
     for _ in range(bucket.batch_size // self.shard[1]):
-      element = next(self._rows)
+      element = self._next_row()
       sample = Sample(**{**element, "sample_id": tuple(element["sample_id"].tolist())})
       # Rows come in the plan's order or the loader is wrong: a batch of mixed buckets must not go unnoticed.
       assert (sample.sample_id[0], sample.num_frames) == (epoch, bucket.num_frames), (sample.sample_id, epoch, index)
@@ -140,6 +145,13 @@ class Loader:
     loaded = LoadedStep((bucket.resolution, bucket.num_frames), self.state, epoch, bucket.batch_size, samples)
     self.state += 1
     return loaded
+
+  def _next_row(self):
+    # grain starts its workers one by one while the first rows are asked for.
+    if self.rows_read < self.plans.config.workers:
+      with _main_hidden():
+        return next(self._rows)
+    return next(self._rows)
 
   def _count(self, sample):
     self.rows_read += 1
@@ -162,6 +174,19 @@ class Loader:
 
   def __exit__(self, *_):
     self.close()
+
+
+@contextlib.contextmanager
+def _main_hidden():
+  """Worker processes would import the main program again (jax and all of training): they need nothing of it."""
+  main = sys.modules["__main__"]
+  hidden = {name: main.__dict__[name] for name in ("__spec__", "__file__") if name in main.__dict__}
+  main.__spec__ = None
+  main.__dict__.pop("__file__", None)
+  try:
+    yield
+  finally:
+    main.__dict__.update(hidden)
 
 
 def _read_ahead(source, decode, config, shards):
@@ -218,11 +243,28 @@ class RowSource:
     return self.epoch + number, slot, row, key, bucket
 
 
+def _end_with_parent():
+  """A worker whose training was killed would wait for ever, with its memory: it looks for its parent now and then."""
+  parent = os.getppid()
+
+  def watch():
+    while os.getppid() == parent:
+      time.sleep(2)
+    os._exit(1)
+
+  if multiprocessing.parent_process() is not None:
+    threading.Thread(target=watch, daemon=True).start()
+
+
 class RowDecoder:
   """(epoch, slot, slot row, aspect-ratio key, bucket) -> the fields of a `Sample`, as a dict. Picklable."""
 
   def __init__(self, config, table, tokenize):
     self.config, self.table, self.tokenize = config, table, tokenize
+
+  def __setstate__(self, state):
+    self.__dict__.update(state)
+    _end_with_parent()  # unpickled: this is a worker process
 
   def __call__(self, element):
     if not element:

@@ -6,16 +6,20 @@ import pathlib
 import sys
 
 
+class InputError(ValueError):
+  """A user's mistake that only shows while the run is under way, where a ValueError may also be ours."""
+
+
 @contextlib.contextmanager
-def one_line_errors(prefix="error"):
-  """Turns errors about what the user gave (ValueError and its kin, files) into one line on stderr and exit code 2."""
+def one_line_errors(kinds=(ValueError, OSError)):
+  """Turns errors about what the user gave into one line on stderr and exit code 2; STDIT_JAX_TRACEBACK=1 shows where."""
   try:
     yield
-  except (ValueError, OSError) as error:
+  except kinds as error:
     if os.environ.get("STDIT_JAX_TRACEBACK"):
       raise
     text = " ".join(str(error).split()) if not isinstance(error, ValueError) else str(error)
-    print(f"{prefix}: {text}", file=sys.stderr)
+    print(f"error: {text}", file=sys.stderr)
     raise SystemExit(2) from None
 
 

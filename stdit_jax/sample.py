@@ -53,7 +53,7 @@ def make_parser():
   how = parser.add_argument_group("how")
   how.add_argument("--steps", type=int, help="sampler steps")
   how.add_argument("--guidance-scale", type=float, help="classifier-free guidance; 1 is none")
-  how.add_argument("--guidance-channels", type=int, help="guide only the first latent channels; 3 as Open-Sora 1.1 (default: all)")
+  how.add_argument("--guidance-channels", type=int, help="guide only so many latent channels; Open-Sora 1.1: 3 (default: all)")
   how.add_argument("--batch-size", type=int, default=1, help="videos made together")
   how.add_argument("--output", default="samples", help="folder for the files (default: samples)")
   how.add_argument("--format", default="mp4", choices=("mp4", "gif", "webp"), help="of videos; images are png")
@@ -62,7 +62,11 @@ def make_parser():
 
 
 def read_prompts(args):
-  """All prompts of the command line; ValueError when there are none or the file is not text."""
+  """All prompts of the command line; ValueError when there are none, the file is not text, or a count is below 1."""
+  for name in ("num_samples", "batch_size", "steps"):
+    value = getattr(args, name)
+    if value is not None and value < 1:
+      raise ValueError(f"--{name.replace('_', '-')} is {value}; allowed: at least 1")
   prompts = list(args.prompt)
   if args.prompt_file:
     try:
@@ -95,10 +99,10 @@ def make_requests(args, config, downsampling):
     resolution = args.resolution or defaults.resolution
     height, width = aspect_ratios.size(resolution, args.aspect_ratio or defaults.aspect_ratio)
   num_frames = aspect_ratios.get_num_frames(args.num_frames or defaults.num_frames)
-  fps = args.fps or defaults.fps
-  for name, value, low in (("num-samples", args.num_samples, 1), ("seed", args.seed, 0), ("batch-size", args.batch_size, 1)):
-    if value < low:
-      raise ValueError(f"--{name} is {value}; allowed: at least {low}")
+  fps = defaults.fps if args.fps is None else args.fps
+  last_seed = args.seed + args.num_samples - 1
+  if args.seed < 0 or last_seed >= 2**32:
+    raise ValueError(f"--seed: seeds are {args.seed} to {last_seed}; allowed: 0 to {2**32 - 1}")
   if not 0 < fps <= 240:
     raise ValueError(f"--fps is {fps}; allowed: above 0, at most 240")
   requests = []
@@ -160,8 +164,10 @@ def read_config_file(path):
     return runpy.run_path(path)["get_config"]()
   except KeyError:
     raise ValueError(f"{path} has no get_config()") from None
-  except SyntaxError as error:
-    raise ValueError(f"{path} is no configuration: {error}") from None
+  except OSError as error:
+    raise ValueError(f"--config {path} can't be read: {error.strerror}") from None
+  except Exception as error:  # whatever the file's own code raises
+    raise ValueError(f"{path} is no configuration: {type(error).__name__}: {error}") from None
 
 
 def main(argv=None):
@@ -176,7 +182,8 @@ def main(argv=None):
     pipeline.diffusion.for_sampling(steps)
     output = pathlib.Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
-  run_requests(pipeline, requests, steps, scale, args, described)
+  with one_line_errors((OSError,)):
+    run_requests(pipeline, requests, steps, scale, args, described)
 
 
 def run_requests(pipeline, requests, steps, scale, args, described):

@@ -12,7 +12,7 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from stdit_jax.cli import one_line_errors, use_compilation_cache
+from stdit_jax.cli import InputError, one_line_errors, use_compilation_cache
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File with get_config(), e.g. configs/quickstart.py")
 
@@ -45,13 +45,16 @@ def main(_):
       import jax
 
       jax.distributed.initialize()  # one process per host: set on pods by launch/
+    from stdit_jax.interop import CheckpointError
     from stdit_jax.training.loop import Run
     from stdit_jax.training.sampling import Sampler
 
     run = Run(_CONFIG.value)
     on_sample = Sampler(run) if run.config.sample_every else None
+    started = run.start()
   try:
-    run.train(on_sample)
+    with one_line_errors((InputError, CheckpointError, OSError)):
+      run.train(on_sample, started)
   except KeyboardInterrupt:
     print("interrupted; the same command resumes from the newest checkpoint", file=sys.stderr)
     raise SystemExit(130) from None

@@ -3,11 +3,13 @@
 import json
 import pathlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import safe_open
 
 from stdit_jax.models import stdit
+from stdit_jax.models.layers import rope_frequencies
 
 REFERENCE = pathlib.Path(__file__).parent / "reference" / "open_sora"
 
@@ -49,6 +51,17 @@ def load_golden_model(name, **overrides):
     path, "open-sora", stdit.init_shapes(config), config=config, strict=strict, log=lambda message: None
   )
   return stdit.build(config), variables
+
+
+def random_variables(config, seed=0):
+  """Variables of a denoiser with every parameter redrawn, so that none that starts at zero hides a mistake."""
+  shapes = stdit.init_shapes(config)
+  rng = np.random.default_rng(seed)
+  draw = lambda s: jnp.asarray(rng.standard_normal(s.shape, np.float32) * (0.2 if len(s.shape) < 3 else 0.1))  # noqa: E731
+  constants = {"null_caption": draw(shapes["constants"]["null_caption"])}
+  if "rope_frequencies" in shapes["constants"]:
+    constants["rope_frequencies"] = rope_frequencies(config.head_dim)
+  return {"params": jax.tree.map(draw, shapes["params"]), "constants": constants}
 
 
 def to_ours(x):

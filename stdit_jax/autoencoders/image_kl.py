@@ -79,7 +79,7 @@ class ImageKLConfig:
 TABLE = {
   "sd-kl-f8": ImageKLConfig(),
   "sdxl-kl-f8": ImageKLConfig(scaling_factor=0.13025),
-  "small-kl-f8": ImageKLConfig(block_out_channels=(16, 32, 64, 96), layers_per_block=1, norm_num_groups=8, scaling_factor=1.0),
+  "small-kl-f8": ImageKLConfig(block_out_channels=(16, 32, 64, 96), layers_per_block=1, norm_num_groups=2, scaling_factor=1.0),
   "tiny-kl-f8": ImageKLConfig(block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4),
 }
 

@@ -1,4 +1,4 @@
-"""From prompts to pixels: text encoder, sampler, autoencoder. The same for sampling while training and from the command line."""
+"""From prompts to pixels: text encoder, sampler, autoencoder. One for sampling while training and from the command line."""
 
 import dataclasses
 import functools
@@ -33,7 +33,7 @@ class Request:
 
 
 class Pipeline:
-  """Everything that sampling needs, on the default device; programs are compiled once per size and batch.
+  """Everything that sampling needs, on one device; programs are compiled once per size and batch.
 
   Args:
     objective: a `training.objectives.DenoiserObjective`: the models and the diffusion that were trained.

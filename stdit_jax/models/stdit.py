@@ -533,6 +533,11 @@ def get_config(name, **overrides):
   for key in overrides:
     if key not in fields:
       raise ValueError(f"denoiser {name}: unknown field {key!r}; allowed: {', '.join(sorted(fields))}")
+    default, value = getattr(TABLE[name], key), overrides[key]
+    kinds = {float: (int, float), tuple: (list, tuple), type(None): (str, type(None))}.get(type(default), (type(default),))
+    if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool):
+      raise ValueError(f"denoiser {name}: {key} is {value!r}; needed is a value like {default!r}")
+  overrides = {key: tuple(value) if isinstance(value, list) else value for key, value in overrides.items()}
   return dataclasses.replace(TABLE[name], **overrides)
 
 

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from data.aspect_ratios import max_tokens
 from data.tokens import grid_size, patchify
 from stdit_jax.autoencoders import image_kl
+from stdit_jax.cli import InputError
 from stdit_jax.parallel.shardings import BATCH_AXES
 
 
@@ -101,13 +102,33 @@ class DenoiserBatches:
     return latents
 
   def _text(self, samples):
-    mask = np.stack([s.text_mask for s in samples])
     if self.config.text_encoder.where == "disk":
-      return {"text": np.stack([s.text for s in samples]), "text_mask": mask}
+      return self._text_of_disk(samples)
+    mask = np.stack([s.text_mask for s in samples])
     ids = np.stack([s.text_ids for s in samples])
     if self._embed is not None:
       return {"text": np.asarray(self._embed(ids, mask)), "text_mask": mask}
     return {"text_ids": ids, "text_mask": mask}
+
+
+  def _text_of_disk(self, samples):
+    """Embeddings `[length, C]` of every sample, cut or padded to the one length; none for rows that could not be read."""
+    length, channels = self.model.model_max_length, self.model.caption_channels
+    text = np.zeros((len(samples), length, channels), np.float32)
+    mask = np.zeros((len(samples), length), bool)
+    for i, s in enumerate(samples):
+      if s.text_features is None:
+        if s.weight:
+          raise InputError(f"{s.path}: the table has no text_features for this row; text_encoder.where='disk' needs the column")
+        continue
+      if s.text_features.shape[1] != channels:
+        raise InputError(
+          f"{s.path}: its text_features have {s.text_features.shape[1]} channels, but the denoiser takes "
+          f"caption_channels={channels}; set model.fields.caption_channels"
+        )
+      rows = s.text_features[:length]
+      text[i, : len(rows)], mask[i, : len(rows)] = rows, True
+    return {"text": text, "text_mask": mask}
 
 
 class AutoencoderBatches:
@@ -122,7 +143,7 @@ class AutoencoderBatches:
     for s in step.samples:
       height, width = s.pixels.shape[1:3]
       if min(height, width) < crop:
-        raise ValueError(f"config: autoencoder.crop={crop} does not fit into the {height}x{width} frames of {step.bucket[0]}")
+        raise InputError(f"config: autoencoder.crop={crop} does not fit into the {height}x{width} frames of {step.bucket[0]}")
       rng = np.random.default_rng([self.config.seed, *map(int, s.sample_id)])
       top, left = rng.integers(height - crop + 1), rng.integers(width - crop + 1)
       pixels.append(s.pixels[:, top : top + crop, left : left + crop])

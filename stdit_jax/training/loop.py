@@ -13,6 +13,7 @@ import pathlib
 import jax
 import numpy as np
 
+from stdit_jax.cli import InputError
 from stdit_jax.parallel.mesh import make_mesh
 from stdit_jax.parallel.shardings import tree_shardings
 from stdit_jax.training import batches, weights
@@ -33,7 +34,10 @@ def say(text):
 
 def check_platform(wanted):
   """Raises ValueError when the devices are not of the platform the config asks for."""
-  found = jax.default_backend()
+  try:
+    found = jax.default_backend()
+  except RuntimeError as error:  # JAX_PLATFORMS names one that is not there
+    raise ValueError(f"JAX finds no devices: {str(error).splitlines()[0]}") from None
   if wanted and found != wanted:
     raise ValueError(f"config: platform is {wanted!r}, but JAX finds only {found!r} devices ({jax.device_count()} of them)")
 
@@ -44,32 +48,41 @@ def check_output(folder, config):
   Returns the keys of the configuration that changed since the run began.
   """
   folder = pathlib.Path(folder)
+  path = folder / CONFIG
   try:
+    if not path.exists() and (others := _foreign(folder)):
+      raise ValueError(
+        f"config: output={str(folder)!r} holds {', '.join(others[:3])} and no {CONFIG}: it is no run of ours; "
+        "give another folder"
+      )
     folder.mkdir(parents=True, exist_ok=True)
     probe = folder / ".writable"
     probe.write_text("")
     probe.unlink()
-  except OSError as error:
-    raise ValueError(f"config: output={str(folder)!r} can't be written: {error.strerror}; give another folder") from None
-  path = folder / CONFIG
-  if not path.exists():
-    others = sorted(p.name for p in folder.iterdir())
-    if others:
-      raise ValueError(
-        f"config: output={str(folder)!r} holds {', '.join(others[:3])} and no {CONFIG}: it is no run of ours; give another folder"
-      )
-    return []
-  try:
+    if not path.exists():
+      return []
     old = json.loads(path.read_text())
-  except json.JSONDecodeError as error:
+  except OSError as error:
+    raise ValueError(f"config: output={str(folder)!r} can't be used: {error.strerror}; give another folder") from None
+  except (json.JSONDecodeError, UnicodeDecodeError) as error:
     raise ValueError(f"{path} is damaged ({error}); give another output folder") from None
   changed = sorted(_changed(old, plain(config)))
   for key in changed:
     if key.split(".")[0] in ("model", "task", "seed") or key in ("text_encoder.name", "text_encoder.train", "autoencoder.name"):
       raise ValueError(
-        f"config: output={str(folder)!r} belongs to another run: {key} differs; give another output folder, or the config of that run"
+        f"config: output={str(folder)!r} belongs to another run: {key} differs; give another output folder, or the config "
+        "of that run"
       )
   return changed
+
+
+def _foreign(folder):
+  """Names in a folder that no run of ours put there before its first checkpoint: a run may have been stopped early."""
+  if not folder.exists():
+    return []
+  plans = [p for p in (folder / "data").glob("*") if not p.name.startswith(("table-", "plan-", "tmp"))]
+  own = {"checkpoints", ".writable"} | (set() if plans else {"data"})
+  return sorted(p.name for p in folder.iterdir() if p.name not in own and not p.name.startswith(f"{CONFIG}.tmp"))
 
 
 def _changed(old, new, prefix=""):
@@ -89,7 +102,7 @@ def constants(frozen):
 class Run:
   """A run, put together and checked; `train` runs it to its end.
 
-  Attributes: config, stages, mesh, objective (of the first stage), optimizer, shapes of state and frozen, data per stage.
+  Attributes: config, stages, mesh; objectives, optimizers and data per stage; shapes of state and frozen.
   """
 
   def __init__(self, config):
@@ -98,9 +111,9 @@ class Run:
     check_platform(config.platform)
     self.mesh = make_mesh(config.mesh)
     self.objectives = [OBJECTIVES[config.task](stage.config, self.mesh) for stage in self.stages]
-    self.optimizer = make_optimizer(config.optimizer)
+    self.optimizers = [make_optimizer(stage.config.optimizer) for stage in self.stages]  # their states are alike
     params, self.frozen_shapes = jax.eval_shape(self.objectives[0].init, jax.random.key(0))
-    self.state_shapes = state_shapes(params, self.optimizer)
+    self.state_shapes = state_shapes(params, self.optimizers[0])
     self.shardings = tree_shardings(self.state_shapes, self.mesh), tree_shardings(self.frozen_shapes, self.mesh)
     self.trainable = [trainable(params, stage.config.train) for stage in self.stages]
     self._check_weights()
@@ -131,7 +144,7 @@ class Run:
       params, frozen = weights.initial_weights(
         self.objectives[0], self.config, key, (self.shardings[0]["params"], self.shardings[1])
       )
-      state = jax.jit(lambda p: new_state(p, self.optimizer), out_shardings=self.shardings[0])(params)
+      state = jax.jit(lambda p: new_state(p, self.optimizers[0]), out_shardings=self.shardings[0])(params)
       write_text(pathlib.Path(self.config.output) / CONFIG, json.dumps(plain(self.config), indent=1))
       return state, frozen, 0
     position = self.checkpoints.position(step)
@@ -156,23 +169,25 @@ class Run:
 
   # Run.
 
-  def train(self, on_sample=None):
+  def train(self, on_sample=None, started=None):
     """Runs all stages to the end.
 
     Args:
       on_sample: `(step, state, frozen)`, called every `sample_every` steps and at the end.
+      started: what `start` returned; called here otherwise.
 
     Returns:
       the final state.
     """
-    state, frozen, step = self.start()
+    state, frozen, step = started or self.start()
     total = total_steps(self.stages)
     metrics = Metrics(self.config.output, step, total, active=jax.process_index() == 0)
     try:
       for stage in self.stages:
         if step < stage.start + stage.steps:
           if step == stage.start and step > 0 and not stage.keep_optimizer:
-            state["opt"] = jax.jit(self.optimizer.init, out_shardings=self.shardings[0]["opt"])(state["params"])
+            optimizer = self.optimizers[stage.index]
+            state["opt"] = jax.jit(optimizer.init, out_shardings=self.shardings[0]["opt"])(state["params"])
           state, step = self._run_stage(stage, state, frozen, step, metrics, on_sample)
       self.save(step, state, frozen)
       self.checkpoints.wait()
@@ -189,8 +204,8 @@ class Run:
     config, data, objective = stage.config, self.data[stage.index], self.objectives[stage.index]
     frozen_shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), frozen)
     programs = Programs(
-      objective.loss, self.mesh, self.state_shapes, frozen_shapes, self.optimizer, self.trainable[stage.index],
-      learning_rate(config.optimizer, stage.start, stage.steps), config, self.counter, stage.name,
+      objective.loss, self.mesh, self.state_shapes, frozen_shapes, self.optimizers[stage.index],
+      self.trainable[stage.index], learning_rate(config.optimizer, stage.start, stage.steps), config, self.counter, stage.name,
     )  # fmt: skip
     make_batch = self._batch_maker(stage, state)
     accumulate = config.optimizer.accumulate
@@ -230,7 +245,10 @@ class Run:
     return state, step
 
   def _next_batch(self, rows, make_batch):
-    loaded = next(rows)
+    try:
+      loaded = next(rows)
+    except ValueError as error:  # too many files that can't be decoded
+      raise InputError(str(error)) from error
     return loaded, make_batch(loaded)
 
   def _gradient_program(self, programs, bucket, arrays, data, config):

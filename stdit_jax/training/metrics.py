@@ -2,6 +2,7 @@
 
 import collections
 import json
+import math
 import pathlib
 import time
 
@@ -68,7 +69,8 @@ class Metrics:
     mean_rate = (step - self._first) / max(now - self._start, 1e-9)
     self._last_time, self._last_step = now, step
     left = duration((self._total - step) / mean_rate) if mean_rate else "?"
-    self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
+    finite = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
+    self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **finite}) + "\n")
     self._file.flush()
     for name, value in values.items():
       self._board.add_scalar(name.replace(" ", "_"), value, step)

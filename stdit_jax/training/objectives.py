@@ -27,6 +27,11 @@ def make_diffusion(config):
   unknown = sorted(set(config.fields) - set(kind.__dataclass_fields__))
   if unknown:
     raise ValueError(f"config: diffusion.fields.{unknown[0]} is unknown; allowed: {', '.join(kind.__dataclass_fields__)}")
+  for key, value in config.fields.items():
+    default = kind.__dataclass_fields__[key].default
+    allowed = {float: (int, float), type(None): (str, int, type(None))}.get(type(default), (type(default),))
+    if not isinstance(value, allowed) or isinstance(value, bool) != isinstance(default, bool):
+      raise ValueError(f"config: diffusion.fields.{key} is {value!r}; needed is a value like {default!r}")
   return kind(**config.fields)
 
 
@@ -38,7 +43,9 @@ def text_model(config):
 
 
 def autoencoder_model(config):
-  """The image autoencoder of `config.autoencoder`."""
+  """The image autoencoder of `config.autoencoder`; ValueError for an unknown name, field or dtype."""
+  if config.dtype not in stdit.DTYPES:
+    raise ValueError(f"config: autoencoder.dtype is {config.dtype!r}; allowed: {', '.join(stdit.DTYPES)}")
   return image_kl.ImageKL(image_kl.get_config(config.name, **config.fields), stdit.DTYPES[config.dtype])
 
 
@@ -145,21 +152,20 @@ class AutoencoderObjective:
     config = self.config.autoencoder
     frames = image_kl.to_float(batch["pixels"])
     b, t = frames.shape[:2]
-    side = config.crop // self.model.config.downsampling
-    shape = (t, side, side, self.model.config.latent_channels)
-    keys = sample_keys(self.config.seed, batch["sample_id"], Purpose.POSTERIOR)
-    noise = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
-
-    def flat(x):
-      return x.reshape(b * t, *x.shape[2:])
+    noise = None
+    if config.sample_posterior:
+      side = config.crop // self.model.config.downsampling
+      shape = (t, side, side, self.model.config.latent_channels)
+      keys = sample_keys(self.config.seed, batch["sample_id"], Purpose.POSTERIOR)
+      noise = jax.vmap(lambda key: jax.random.normal(key, shape))(keys).reshape(b * t, *shape[1:])
 
     def per_sample(x):
       return x.reshape(b, t, *x.shape[1:])
 
     reconstruction, mean, logvar = (
-      per_sample(x) for x in self.model.apply({"params": params["autoencoder"]}, flat(frames), flat(noise))
+      per_sample(x) for x in self.model.apply({"params": params["autoencoder"]}, frames.reshape(b * t, *frames.shape[2:]), noise)
     )
-    error = losses.reconstruction_error(reconstruction, frames, config.reconstruction)
+    error = losses.reconstruction_error(reconstruction, frames, config.reconstruction, config.chroma_weight)
     kl = losses.kl_divergence(mean, logvar)
     loss = error + config.kl_weight * kl / frames[0].size
     squared = losses.reconstruction_error(reconstruction, frames, "l2")

@@ -17,8 +17,12 @@ from configs import base
 _FREE = ("model.fields", "autoencoder.fields", "diffusion.fields", "mask_ratios")
 # What a stage must not change: it would be another model, another mesh, another run.
 _FIXED = (
-  "output", "seed", "task", "platform", "mesh", "model", "text_encoder", "autoencoder", "init", "stages", "keep_checkpoints",
+  "output", "seed", "task", "platform", "mesh", "model", "text_encoder", "autoencoder.name", "autoencoder.fields",
+  "autoencoder.weights", "init", "stages", "keep_checkpoints",
 )  # fmt: skip
+
+
+_KINDS = {str: "a text", int: "a whole number", float: "a number", bool: "True or False", tuple: "a list or tuple"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +56,21 @@ def check_keys(config, reference=None, prefix=""):
       raise ValueError(f"config: key {prefix}{key} is missing; configs/base.py has its default")
 
 
+def check_types(config, reference, prefix=""):
+  """Raises ValueError for the first value that is of another type than its default in `reference`."""
+  for key, default in reference.items():
+    name, value = f"{prefix}{key}", config[key]
+    if isinstance(default, ml_collections.ConfigDict):
+      if name not in _FREE:
+        check_types(value, default, f"{name}.")
+      continue
+    if default is None or name in ("data.tables", "data.buckets", "data.max_bad_rows"):
+      continue  # of several types: checked by data.config
+    allowed = {float: (int, float), tuple: (list, tuple)}.get(type(default), (type(default),))
+    if not isinstance(value, allowed) or isinstance(value, bool) != isinstance(default, bool):
+      raise ValueError(f"config: {name} is {value!r}; it must be {_KINDS[type(default)]}, like {default!r}")
+
+
 def _number(config, key, low, high=None, whole=False):
   value = config
   for part in key.split("."):
@@ -63,7 +82,8 @@ def _number(config, key, low, high=None, whole=False):
 
 
 def check_values(config):
-  """Raises ValueError for the first value that is out of range."""
+  """Raises ValueError for the first value that is of another type or out of range."""
+  check_types(config, base.get_config())
   for key, allowed in (
     ("task", ("denoiser", "autoencoder")),
     ("platform", ("", "cpu", "gpu", "tpu")),
@@ -113,12 +133,14 @@ def make_stages(config):
       name, steps = changes.pop("name"), changes.pop("steps")
     except KeyError as error:
       raise ValueError(f"config: stage {index} has no {error}; every stage needs name and steps") from None
-    if not isinstance(steps, int) or steps < 1:
+    if any(stage.name == name for stage in stages):
+      raise ValueError(f"config: two stages are called {name!r}; give each its own name")
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
       raise ValueError(f"config: stage {name!r}: steps is {steps!r}; allowed: a whole number of at least 1")
     keep_optimizer = changes.pop("keep_optimizer", True)
     own = ml_collections.ConfigDict(config.to_dict())
     for key, value in changes.items():
-      if key.split(".")[0] in _FIXED:
+      if any(key == fixed or key.startswith(f"{fixed}.") for fixed in _FIXED):
         raise ValueError(f"config: stage {name!r} changes {key}, which belongs to the whole run")
       with_near_key(own, key, f"stage {name!r}")
       with own.ignore_type():

@@ -94,7 +94,8 @@ def update(optimizer, trainable, schedule, clip_norm, ema_decay, state, accumula
   """One optimizer step from the accumulated gradients; without weight, or with a gradient that is not finite, no step.
 
   Clipping by the global norm over the parameters that train, AdamW, then the moving average
-  `ema = decay * ema + (1 - decay) * params`, every step, in float32 (Open-Sora 1.2 `update_ema`).
+  `ema = decay * ema + (1 - decay) * params`, every step, in float32 (Open-Sora 1.2 `update_ema`), written so that the
+  average of a parameter that does not train stays that parameter, bit for bit.
 
   Returns:
     (state, zeroed accumulator, metrics)
@@ -109,7 +110,7 @@ def update(optimizer, trainable, schedule, clip_norm, ema_decay, state, accumula
   rate = schedule(step)
   updates, opt = optimizer.update(gradients, state["opt"], state["params"])
   params = jax.tree.map(lambda p, u, t: p - rate * u if t else p, state["params"], updates, trainable)
-  ema = jax.tree.map(lambda e, p: e * ema_decay + p * (1 - ema_decay), state["ema"], params)
+  ema = jax.tree.map(lambda e, p: e + (p - e) * (1 - ema_decay), state["ema"], params)
   new = {"params": params, "ema": ema, "opt": opt}
   state = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, state)
   metrics = {"gradient_norm": norm, "learning_rate": rate, "stepped": good}

@@ -123,7 +123,7 @@ def test_report_prints_a_table(tmp_path, table_path):
   [
     (("1080p", 17, 1.0, 1), "294 too small.*; 1080p needs 1,658,880 pixels, the largest row has 102,240"),
     (("144p", 99, 1.0, 1), "too short.*shortest bucket has 99 frames, the longest row 30"),
-    (("144p", 9, 1.0, 999), "124 incomplete batch, 6 caption is empty; lower batch_size"),
+    (("144p", 9, 1.0, 999), "6 caption is empty, 124 incomplete batch; lower batch_size"),
     (("144p", 9, 0.0, 1), "keep probability"),
   ],
 )

@@ -30,7 +30,9 @@ def _draw(masks, num_frames):
 
 
 def _counts(drawn):
-  return collections.Counter("".join("01"[int(v)] for v in row) for row in drawn)
+  length = drawn.shape[1]
+  values, counts = np.unique(drawn @ (1 << np.arange(length)[::-1]), return_counts=True)
+  return collections.Counter({f"{value:0{length}b}": int(count) for value, count in zip(values, counts, strict=True)})
 
 
 def _close(ours, theirs):

@@ -14,7 +14,8 @@ from stdit_jax.models import stdit
 from tests.helpers import QUICK_COMPILE, load_golden, load_golden_model, relative_error, to_ours, to_theirs
 
 MODELS = ("stdit1_tiny", "stdit2_tiny", "stdit3_tiny")
-TOLERANCE, GRADIENT_TOLERANCE = 5e-6, 2e-5  # required: 2e-5 and 1e-4
+# Required: 2e-5 and 1e-4. Last digits of the sinusoid frequencies set the limit (`t_embedder.mlp.0.weight`).
+TOLERANCE, GRADIENT_TOLERANCE = 5e-6, 5e-5
 
 golden = functools.cache(load_golden)
 golden_model = functools.cache(load_golden_model)

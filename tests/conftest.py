@@ -1,0 +1,40 @@
+"""Shared by the tests that train and sample: data and weights made once per session, quick compilation."""
+
+import functools
+import pathlib
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def assets(tmp_path_factory):
+  """Folder of `tests.tiny_run.make_assets`. Whoever uses it compiles through one cache, subprocesses too."""
+  import jax
+
+  from tests import tiny_run
+
+  folder = tmp_path_factory.mktemp("assets")
+  old = jax.config.jax_compilation_cache_dir
+  jax.config.update("jax_compilation_cache_dir", str(folder / "xla"))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+  tiny_run.make_assets(folder)
+  yield pathlib.Path(folder)
+  jax.config.update("jax_compilation_cache_dir", old)
+
+
+@pytest.fixture(scope="package")
+def quick_compile():
+  """Programs made by `jax.jit` from here on are compiled without optimisation: tiny models spend all their time there."""
+  import jax
+
+  from tests.helpers import QUICK_COMPILE
+
+  jit = jax.jit
+
+  @functools.wraps(jit)
+  def quick(*args, **options):
+    return jit(*args, **{"compiler_options": QUICK_COMPILE, **options})
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(jax, "jit", quick)
+    yield

@@ -1,0 +1,171 @@
+"""What must not change a denoiser's numbers: padding, company in the batch, scan, jit, remat."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from data.tokens import grid_size, patchify
+from stdit_jax.models import stdit
+from tests.helpers import QUICK_COMPILE, random_variables, relative_error
+
+SIZES = {"hidden_size": 48, "depth": 2, "num_heads": 2, "caption_channels": 16, "model_max_length": 6, "in_channels": 2}
+CONFIGS = {
+  "STDiT": stdit.STDiT1Config(**SIZES),
+  "STDiT2": stdit.STDiT2Config(**SIZES),
+  "STDiT3": stdit.STDiT3Config(**SIZES),
+}
+# Latent sizes (T, H, W) with odd sides, whose border tokens are half padding; a video, a wide one, an image.
+LATENT_SIZES = (3, 5, 7), (2, 3, 10), (1, 6, 4)
+TOLERANCE = 1e-5
+
+
+def sample(index, config, frames, tokens, text, junk):
+  """Sample number `index` alone, padded to `frames`, `tokens` and `text`, with `junk` wherever it is not valid."""
+  rng = np.random.default_rng(index)
+  size = LATENT_SIZES[index]
+  kept = (4, 6, 1)[index]
+  values = patchify(rng.standard_normal((*size, config.in_channels), np.float32))
+  cotangent = rng.standard_normal((*values.shape[:2], config.patch_positions * config.out_channels), np.float32)
+  valid = patchify(np.ones((*size, config.in_channels), bool))
+  valid_out = np.repeat(valid[..., :: config.in_channels], config.out_channels, axis=-1)
+  caption = rng.standard_normal((kept, config.caption_channels), np.float32)
+
+  def pad(x, fill=0):
+    return np.pad(x, [(0, frames - x.shape[0]), (0, tokens - x.shape[1]), (0, 0)], constant_values=fill)
+
+  pixels = ((240, 426, 51, 24), (144, 256, 16, 8), (512, 512, 1, 120))[index]
+  named = zip(("height", "width", "num_frames", "fps"), np.float32(pixels))
+  batch = {
+    "tokens": np.where(pad(valid), pad(values), junk),
+    "valid": pad(valid),
+    "t": np.float32((800, 30.5, 512)[index]),
+    "text": np.pad(caption, [(0, text - kept), (0, 0)], constant_values=junk),
+    "text_mask": np.arange(text) < kept,
+    "grid": np.int32(grid_size(size)),
+    "cotangent": np.where(pad(valid_out), pad(cotangent), 0),
+    **dict(named),
+  }
+  if not isinstance(config, stdit.STDiT1Config):
+    batch["x_mask"] = np.arange(frames) != index % 2  # a clean frame: the second, the first, the second (padding)
+  return jax.tree.map(lambda x: np.asarray(x)[None], batch)
+
+
+def join(samples):
+  return jax.tree.map(lambda *rows: np.concatenate(rows), *samples)
+
+
+def outputs_and_gradients(model, variables, batch):
+  """-> output at valid elements (0 elsewhere), gradients of its product with the cotangent for parameters and tokens."""
+  batch = dict(batch)
+  tokens, t, text, text_mask, cotangent = (batch.pop(key) for key in ("tokens", "t", "text", "text_mask", "cotangent"))
+
+  def loss(params, tokens):
+    out = model.apply({**variables, "params": params}, tokens, t, text, text_mask, **batch)
+    return jnp.sum(out * cotangent), jnp.where(cotangent != 0, out, 0)
+
+  (_, out), gradients = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(variables["params"], tokens)
+  return out, *gradients
+
+
+run = functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK_COMPILE)(outputs_and_gradients)
+
+
+def assert_gradients_equal(a, b):
+  """Every tensor to TOLERANCE of its own largest gradient."""
+  errors = {
+    jax.tree_util.keystr(path): relative_error(x, y)
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True)
+  }
+  worst = max(errors, key=errors.get)
+  assert errors[worst] < TOLERANCE, (worst, errors[worst])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_padding_and_company_change_nothing(name):
+  """Three samples of different sizes in one padded batch equal each alone, without any padding but half-empty tokens."""
+  config = CONFIGS[name]
+  model, variables = stdit.build(config), random_variables(config)
+  mixed = join([sample(i, config, frames=4, tokens=14, text=6, junk=1e3) for i in range(3)])
+  out, d_params, d_tokens = run(model, variables, mixed)
+  assert np.all(np.asarray(d_tokens)[~mixed["valid"]] == 0)
+
+  summed = None
+  for i, size in enumerate(LATENT_SIZES):
+    frames, rows, columns = grid_size(size)
+    alone = sample(i, config, frames, rows * columns, text=(4, 6, 1)[i], junk=0)
+    out_alone, d_params_alone, d_tokens_alone = run(model, variables, alone)
+    assert relative_error(out[i, :frames, : rows * columns], out_alone[0]) < TOLERANCE
+    assert relative_error(d_tokens[i, :frames, : rows * columns], d_tokens_alone[0]) < TOLERANCE
+    summed = d_params_alone if summed is None else jax.tree.map(jnp.add, summed, d_params_alone)
+  assert_gradients_equal(d_params, summed)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_scan_jit_and_remat_change_nothing(name):
+  config = CONFIGS[name]
+  variables = random_variables(config)
+  batch = join([sample(i, config, frames=3, tokens=12, text=6, junk=0) for i in (0, 1)])
+  expected = run(stdit.build(config), variables, batch)
+
+  def check(result):
+    assert relative_error(result[0], expected[0]) < TOLERANCE
+    assert_gradients_equal(result[1:], expected[1:])
+
+  for changes in ({"scan": False}, {"remat": "dots"}, {"remat": "full"}):
+    check(run(stdit.build(dataclasses.replace(config, **changes)), variables, batch))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_debugging_path_without_jit_and_scan(name):
+  config = dataclasses.replace(CONFIGS[name], scan=False)
+  variables = random_variables(config)
+  batch = sample(0, config, frames=3, tokens=12, text=6, junk=0)
+  batch.pop("cotangent")
+  args = tuple(batch.pop(key) for key in ("tokens", "t", "text", "text_mask"))
+  expected = jax.jit(stdit.build(CONFIGS[name]).apply, compiler_options=QUICK_COMPILE)(variables, *args, **batch)
+  with jax.disable_jit():
+    out = stdit.build(config).apply(variables, *args, **batch)
+  valid = batch["valid"].any(-1)
+  assert relative_error(out[valid], expected[valid]) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_bfloat16_keeps_float32_islands(name):
+  """bfloat16 results are near, float32 comes out, and no exp, rsqrt, sin or cos ever sees half precision."""
+  config = CONFIGS[name]
+  variables = random_variables(config)
+  batch = join([sample(i, config, frames=3, tokens=12, text=6, junk=0) for i in (0, 1)])
+  half = stdit.build(dataclasses.replace(config, dtype="bfloat16"))
+  exact, rounded = run(stdit.build(config), variables, batch), run(half, variables, batch)
+  assert rounded[0].dtype == jnp.float32
+  assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(rounded[1]))
+  assert 1e-4 < relative_error(rounded[0], exact[0]) < 5e-2
+
+  def equations(jaxpr):
+    for equation in jaxpr.eqns:
+      yield equation
+      for value in jax.tree.leaves(equation.params, is_leaf=lambda v: hasattr(v, "jaxpr")):
+        if hasattr(value, "jaxpr") or hasattr(value, "eqns"):
+          yield from equations(getattr(value, "jaxpr", value))
+
+  jaxpr = jax.make_jaxpr(functools.partial(outputs_and_gradients, half))(variables, batch).jaxpr
+  islands = [e for e in equations(jaxpr) if e.primitive.name in ("exp", "rsqrt", "sin", "cos")]
+  assert {e.primitive.name for e in islands} == {"exp", "rsqrt", "sin", "cos"}
+  assert all(e.invars[0].aval.dtype == jnp.float32 for e in islands)
+  dots = [e for e in equations(jaxpr) if e.primitive.name == "dot_general"]
+  assert sum(e.invars[0].aval.dtype == jnp.bfloat16 for e in dots) > len(dots) / 2
+
+
+def test_a_row_without_valid_tokens_stays_finite():
+  """A row of weight 0 has no valid element and no text: its output means nothing, but must not poison the batch."""
+  config = CONFIGS["STDiT3"]
+  model, variables = stdit.build(config), random_variables(config)
+  batch = join([sample(i, config, frames=3, tokens=12, text=6, junk=0) for i in (0, 1)])
+  batch["valid"][1], batch["text_mask"][1], batch["cotangent"][1] = False, False, 0
+  batch["grid"][1], batch["height"][1], batch["width"][1] = 1, 1, 1
+  out, d_params, _ = run(model, variables, batch)
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((out, d_params)))

@@ -1,0 +1,101 @@
+"""One program over eight CPU devices equals one device: outputs, gradients, placement.
+
+This file sets its device count itself: a process with fewer devices runs the file again in a child that has eight.
+"""
+
+import functools
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from stdit_jax.models import stdit
+from stdit_jax.parallel.mesh import make_mesh, mesh_sizes
+from stdit_jax.parallel.shardings import BATCH_AXES, tree_shardings
+from tests.helpers import QUICK_COMPILE, random_variables, relative_error
+from tests.models.test_invariants import CONFIGS, join, outputs_and_gradients, sample
+
+DEVICES = 8
+needs_devices = pytest.mark.skipif(jax.device_count() < DEVICES, reason="runs in the child process")
+
+
+@pytest.mark.skipif(jax.device_count() >= DEVICES, reason="is the child process")
+def test_in_a_process_with_eight_devices():
+  flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
+  environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+  command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-k", "not in_a_process", __file__]
+  child = subprocess.run(command, env=environment, capture_output=True, text=True)
+  assert child.returncode == 0, child.stdout[-5000:] + child.stderr[-2000:]
+  assert "skipped" not in child.stdout
+
+
+@needs_devices
+@pytest.mark.parametrize("name", ["STDiT2", "STDiT3"])
+def test_eight_devices_equal_one(name):
+  config = CONFIGS[name]
+  variables = random_variables(config)
+  batch = join([sample(i % 3, config, frames=3, tokens=12, text=6, junk=0) for i in range(DEVICES)])
+  run = functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK_COMPILE)(outputs_and_gradients)
+  expected = run(stdit.build(config), variables, batch)
+
+  mesh = make_mesh({"data": 2, "fsdp": 4})
+  placed = jax.device_put(variables, tree_shardings(variables, mesh))
+  split = jax.device_put(batch, NamedSharding(mesh, P(BATCH_AXES)))
+  result = run(stdit.build(config, mesh), placed, split)
+  for ours, theirs in zip(jax.tree.leaves(result), jax.tree.leaves(expected), strict=True):
+    assert relative_error(ours, theirs) < 1e-5
+
+  fc1 = placed["params"]["blocks" if name == "STDiT2" else "spatial_blocks"]["mlp"]["fc1"]["kernel"]
+  assert fc1.addressable_shards[0].data.size == fc1.size // 4
+  assert len(split["tokens"].sharding.device_set) == DEVICES
+  assert split["tokens"].addressable_shards[0].data.shape[0] == 1
+  assert result[0].addressable_shards[0].data.shape[0] == 1
+
+
+@needs_devices
+def test_constraints_are_in_the_program():
+  """Tokens in, tokens after the embedding, after every layer (the scan's body counts once), tokens out."""
+  config = CONFIGS["STDiT3"]
+  args, conditions = stdit.example_inputs(config, batch=DEVICES)
+
+  def constraints(mesh):
+    model = stdit.build(config, mesh)
+    lowered = jax.jit(lambda v: model.apply(v, *args, **conditions)).lower(stdit.init_shapes(config))
+    return lowered.as_text().count("sharding_constraint")
+
+  assert constraints(make_mesh({"data": 2, "fsdp": 4})) == 4
+  assert constraints(None) == 0
+
+
+@needs_devices
+def test_shardings_of_a_whole_tree():
+  config = CONFIGS["STDiT3"]
+  mesh = make_mesh({"data": 1, "fsdp": 8})
+  shapes = stdit.init_shapes(config)
+  state = {"params": shapes["params"], "opt": [{"mu": shapes["params"]}], "step": jax.ShapeDtypeStruct((), np.int32)}
+  shardings = tree_shardings(state, mesh)
+  assert shardings["step"].spec == P()
+  assert shardings["opt"][0]["mu"] == shardings["params"]
+  with pytest.raises(ValueError, match=r"'odd/blocks/mlp/fc1/kernel': dimension 1 .* 8 devices of mesh axis 'fsdp'"):
+    tree_shardings({"odd": {"blocks": {"mlp": {"fc1": {"kernel": np.zeros((2, 12, 4))}}}}}, mesh)
+  with pytest.raises(ValueError, match="no sharding rule matches the parameter 'params/adapter/kernel'"):
+    tree_shardings({"params": {"adapter": {"kernel": np.zeros((2, 8))}}}, mesh)
+
+
+def test_mesh_sizes():
+  assert mesh_sizes({"data": -1, "fsdp": 4}, 8) == {"data": 2, "fsdp": 4}
+  assert mesh_sizes({"fsdp": 1}, 1) == {"data": 1, "fsdp": 1}
+  for sizes, message in (
+    ({"data": 3}, "does not make 8 devices"),
+    ({"data": -1, "fsdp": 3}, "factors of 8"),
+    ({"data": -1, "fsdp": -1}, "at most one -1"),
+    ({"data": 0}, "must be positive"),
+    ({"model": 2}, "unknown axis 'model'; allowed: data, fsdp"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      mesh_sizes(sizes, 8)

@@ -1,0 +1,58 @@
+"""The sharding table: every parameter of every size has a rule and divides; what has none or does not is refused."""
+
+import types
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from stdit_jax.models import stdit, t5
+from stdit_jax.parallel.shardings import path_name, spec_for
+
+DENOISERS = ("STDiT-XL/2", "STDiT2-XL/2", "STDiT3-XL/2", "STDiT3-3B/2")
+
+
+def fake_mesh(fsdp):
+  return types.SimpleNamespace(shape={"data": 2, "fsdp": fsdp})
+
+
+@pytest.mark.parametrize("fsdp", [8, 16])
+@pytest.mark.parametrize("name", [*DENOISERS, *(f"T5 {size}" for size in ("small", "base", "large", "xl", "xxl", "byt5-mini"))])
+def test_every_parameter_has_a_rule_and_divides(name, fsdp):
+  """And what stays whole on every device is a small part of the model."""
+  if name.startswith("T5 "):
+    shapes, prefix = t5.init_shapes(t5.get_config(name[3:])), "text_encoder/"
+  else:
+    shapes, prefix = stdit.init_shapes(stdit.get_config(name)), ""
+  whole = total = 0
+  for path, leaf in jax.tree_util.tree_leaves_with_path(shapes["params"]):
+    spec = spec_for(f"params/{prefix}{path_name(path)}", leaf.shape, fake_mesh(fsdp))
+    assert len(spec) <= len(leaf.shape)
+    total += np.prod(leaf.shape)
+    whole += np.prod(leaf.shape) if "fsdp" not in spec else 0
+  assert whole < 0.01 * total or total < 1e7
+  for path, leaf in jax.tree_util.tree_leaves_with_path(shapes.get("constants", {})):
+    assert spec_for(f"constants/{path_name(path)}", leaf.shape, fake_mesh(fsdp)) == P()
+
+
+def test_optimizer_state_follows_by_its_path():
+  name = "opt/0/mu/spatial_blocks/mlp/fc1/kernel"
+  assert spec_for(name, (28, 1152, 4608), fake_mesh(8)) == P(None, "fsdp")
+
+
+def test_a_parameter_without_a_rule_is_refused():
+  with pytest.raises(
+    ValueError, match=r"no sharding rule matches the parameter 'params/blocks/adapter/down' of shape \(4, 8\)"
+  ):
+    spec_for("params/blocks/adapter/down", (4, 8), fake_mesh(8))
+  with pytest.raises(ValueError, match="no sharding rule"):
+    spec_for("params/text_encoder/new_table", (4, 8), fake_mesh(8))
+
+
+def test_a_dimension_that_does_not_divide_is_refused_by_name():
+  message = (
+    r"'params/blocks/mlp/fc1/kernel': dimension 1 of \(28, 1152, 4608\) does not divide by the 7 devices of mesh axis 'fsdp'"
+  )
+  with pytest.raises(ValueError, match=message):
+    spec_for("params/blocks/mlp/fc1/kernel", (28, 1152, 4608), fake_mesh(7))

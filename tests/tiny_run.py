@@ -1,0 +1,111 @@
+"""A run small enough to train in tests: real clips and images of three aspect ratios, tiny models, a config of them."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+from PIL import Image
+from safetensors.numpy import save_file
+
+from configs import base
+from stdit_jax.autoencoders import image_kl
+from stdit_jax.interop import save_variables
+from stdit_jax.models import t5
+from tests.data import files
+
+ROOT = pathlib.Path(__file__).parents[1]
+MAX_LENGTH = 16
+SIZES = ((144, 256), (256, 144), (192, 192))
+
+
+def make_assets(folder):
+  """Six clips of two seconds, six images, their tables, and safetensors of a tiny autoencoder and text encoder."""
+  rows = []
+  for i in range(6):
+    height, width = SIZES[i % 3]
+    files.write_video(folder / f"{i}.mp4", frames=48, height=height, width=width)
+    rows.append({"path": f"{i}.mp4", "text": f"clip {i} of columns", "num_frames": 48, "height": height, "width": width})
+  for i in range(6):
+    height, width = SIZES[i % 3]
+    Image.fromarray(files.picture(10 + i, height, width)).save(folder / f"{i}.png")
+    rows.append({"path": f"{i}.png", "text": f"picture {i}", "num_frames": 1, "height": height, "width": width})
+  for i, row in enumerate(rows):
+    row |= {"fps": 24, "text_features": f"text{i}.safetensors"}
+    features = np.random.default_rng(i).standard_normal((5 + i, 64), np.float32)
+    save_file({"y": features}, folder / row["text_features"])
+  files.write_csv(folder / "features.csv", rows)
+  rows = [{k: v for k, v in row.items() if k != "text_features"} for row in rows]
+  files.write_csv(folder / "table.csv", rows)
+  files.write_csv(folder / "other.csv", rows[:-1])
+  files.write_csv(folder / "no_text.csv", [{k: v for k, v in row.items() if k != "text"} for row in rows])
+  (folder / "broken.png").write_bytes(b"no picture")
+  files.write_csv(folder / "broken.csv", [rows[8], {**rows[8], "path": "broken.png"}])
+  files.write_csv(folder / "gone.csv", [{**row, "path": f"gone{i}.mp4"} for i, row in enumerate(rows)])
+
+  config = image_kl.get_config("tiny-kl-f8")
+  variables = jax.jit(lambda key: image_kl.init(image_kl.ImageKL(config), key))(jax.random.key(1))
+  save_variables(folder / "autoencoder.safetensors", "diffusers", variables, config=config)
+  config = t5.get_config("byt5-tiny")
+  variables = jax.jit(lambda key: t5.init(config, key))(jax.random.key(2))
+  save_variables(folder / "t5.safetensors", "t5", variables, config=config)
+
+
+def tiny_config(assets, output, **changes):
+  """The config of a run: STDiT-3 of width 48, byte-level T5 trained with it, images and clips of 4 frames, batches of 2.
+
+  `changes`: dotted keys, dots written as double underscores.
+  """
+  config = base.get_config()
+  config.output = str(output)
+  config.model.name = "STDiT3-tiny/2"
+  config.model.fields.update(hidden_size=48, depth=1, model_max_length=MAX_LENGTH)
+  config.text_encoder.update(name="byt5-tiny", tokenizer="byt5", max_length=MAX_LENGTH, where="step", train=True)
+  config.autoencoder.update(name="tiny-kl-f8", weights=str(assets / "autoencoder.safetensors"))
+  config.data.tables = ((str(assets / "table.csv"), 1),)
+  config.data.buckets = (("144p", 1, 1.0, 2), ("144p", 4, 1.0, 2))
+  config.data.workers = 0
+  config.data.frame_interval = 3
+  config.mask_ratios = {"random": 0.3, "image_head": 0.2}
+  config.caption_dropout = 0.3
+  config.optimizer.update(learning_rate=1e-3, warmup_steps=3, eps=1e-8)
+  config.stages = ({"name": "tiny", "steps": 4},)
+  config.log_every = 1
+  config.checkpoint_every = 2
+  config.sample.update(
+    prompts=("a picture",), resolution="144p", aspect_ratio="1:1", num_frames=4, fps=8, steps=2, guidance_scale=2.0
+  )  # fmt: skip
+  with config.ignore_type():
+    config.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
+  return config
+
+
+def environment(**more):
+  """For subprocesses: this folder's code, the compilation cache of the tests, one CPU device unless said otherwise."""
+  cache = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir or ""}
+  path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+  return {**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu", **cache, **more}
+
+
+def write_config(path, assets, output, **changes):
+  """A configuration file whose get_config() is `tiny_config` with these changes."""
+  path.write_text(
+    "import pathlib\nfrom tests.tiny_run import tiny_config\n\n\ndef get_config():\n"
+    f"  return tiny_config(pathlib.Path({str(assets)!r}), {str(output)!r}, **{changes!r})\n"
+  )
+  return path
+
+
+def run_module(name, *arguments, **more):
+  """`python -m name arguments` -> CompletedProcess with text."""
+  command = [sys.executable, "-m", name, *map(str, arguments)]
+  return subprocess.run(command, cwd=ROOT, env=environment(**more), capture_output=True, text=True, timeout=300)
+
+
+def eight_config(assets, output, steps=2, **changes):
+  """Images in batches that eight devices share, for `steps` steps."""
+  buckets = (("144p", 1, 1.0, 8),)
+  settings = {"data__buckets": buckets, "data__drop_last": False, "stages": ({"name": "devices", "steps": steps},)}
+  return tiny_config(assets, output, **settings, **changes)

@@ -1,0 +1,65 @@
+"""A process of its own with eight CPU devices, started by test_devices.py: python -m tests.training.on_devices FOLDER."""
+
+import pathlib
+import sys
+
+import jax
+import numpy as np
+from safetensors.numpy import save_file
+
+from stdit_jax.diffusion.noise import sample_keys, token_noise
+from stdit_jax.parallel.mesh import make_mesh
+from stdit_jax.parallel.shardings import path_name
+from stdit_jax.training import loop, step
+from stdit_jax.training.batches import to_global
+from stdit_jax.training.state import learning_rate
+from tests.tiny_run import eight_config
+
+
+def one_micro_step(run, mesh, state, frozen, batch):
+  """(gradients, loss, noise bits) of a batch on a mesh."""
+  objective = loop.OBJECTIVES["denoiser"](run.stages[0].config, mesh)
+  config = run.stages[0].config
+  programs = step.Programs(
+    objective.loss, mesh, run.state_shapes, run.frozen_shapes, run.optimizers[0], run.trainable[0],
+    learning_rate(config.optimizer, 0, 4), config, step.TraceCounter(), "devices",
+  )  # fmt: skip
+  programs.make_gradient(("144p", 1), 1)
+  placed, constants = jax.device_put((state["params"], frozen), (programs._state["params"], programs._frozen))
+  arrays = to_global(batch, mesh)
+  accumulator, values = programs.gradients["144p", 1](placed, constants, arrays, programs.new_accumulator(placed))
+  shape = batch["latents_mean"].shape[1:]
+  noise = jax.jit(lambda b: token_noise(sample_keys(42, b["sample_id"], 1), b["latent_size"], shape, b["grid"]))(arrays)
+  gradients = {path_name(p): np.asarray(g) for p, g in jax.tree_util.tree_flatten_with_path(accumulator["gradients"])[0]}
+  kernel = placed["denoiser"]["spatial_blocks"]["mlp"]["fc1"]["kernel"]
+  split = np.asarray(kernel.size // kernel.addressable_shards[0].data.size)
+  return {**gradients, "loss": np.asarray(values["loss"]), "noise": np.asarray(noise), "split": split}
+
+
+def main(folder):
+  assets, folder = folder / "assets", folder / "devices"
+  assert jax.device_count() == 8
+  run = loop.Run(eight_config(assets, folder / "eight", mesh={"data": 2, "fsdp": 4}))
+  state, frozen, _ = run.start()
+  rng = np.random.default_rng(0)
+  host = jax.tree.map(lambda p: np.asarray(p) + 0.1 * rng.standard_normal(p.shape, np.float32), state["params"])
+  with run.data[0].loader(0) as rows:
+    batch = jax.tree.map(np.asarray, run._batch_maker(run.stages[0], state)(next(rows)))
+  frozen_host = jax.tree.map(np.asarray, frozen)
+  eight = one_micro_step(run, run.mesh, {"params": host}, frozen_host, batch)
+  one_device = make_mesh({"data": 1, "fsdp": 1}, jax.devices()[:1])
+  one = one_micro_step(run, one_device, {"params": host}, frozen_host, batch)
+  save_file(eight, folder / "eight.safetensors")
+  save_file(one, folder / "one.safetensors")
+
+  run.train(started=(state, frozen, 0))  # a checkpoint of eight devices
+  resumed = loop.Run(eight_config(assets, folder / "single", mesh={"data": 4, "fsdp": 2}, steps=3))
+  state, frozen, at = resumed.start()  # and one of a single device
+  assert at == 2, at
+  params = {path_name(p): np.asarray(x) for p, x in jax.tree_util.tree_flatten_with_path(state["params"])[0]}
+  save_file(params, folder / "resumed.safetensors")
+  resumed.train(started=(state, frozen, at))
+
+
+if __name__ == "__main__":
+  main(pathlib.Path(sys.argv[1]))

@@ -1,0 +1,236 @@
+"""What a user gets wrong is one clear line before anything is compiled, and nothing is written where it doesn't belong."""
+
+import json
+import os
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+
+from configs import base
+from stdit_jax.interop import CheckpointError
+from stdit_jax.training.loop import Run
+from stdit_jax.training.sampling import Sampler
+from stdit_jax.training.stages import make_stages
+from tests.tiny_run import run_module, tiny_config, write_config
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+# (dotted keys with __, expected words in this order)
+WRONG = [
+  ({"optimizer__learning_rat": 1.0}, "unknown key 'optimizer.learning_rat'; did you mean optimizer.learning_rate"),
+  ({"optimiser": {"b1": 0.9}}, "unknown key 'optimiser'; did you mean optimizer"),
+  ({"optimizer": 3}, "optimizer must be a group of keys"),
+  ({"optimizer__learning_rate": "fast"}, "optimizer.learning_rate is 'fast'; it must be a number"),
+  ({"optimizer__learning_rate": -1.0}, "optimizer.learning_rate is -1.0; allowed: a number of at least 0"),
+  ({"optimizer__schedule": "linear"}, "optimizer.schedule is 'linear'; allowed: 'constant', 'cosine'"),
+  ({"optimizer__accumulate": 0}, "optimizer.accumulate is 0; allowed: a whole number of at least 1"),
+  ({"log_every": 0}, "log_every is 0"),
+  ({"log_every": 1.5}, "log_every is 1.5; it must be a whole number"),
+  ({"init_strict": "no"}, "init_strict is 'no'; it must be True or False"),
+  ({"seed": True}, "seed is True; it must be a whole number"),
+  ({"caption_dropout": 1.5}, "caption_dropout is 1.5; allowed: a number of at least 0, at most 1"),
+  ({"task": "denoise"}, "task is 'denoise'; allowed: 'denoiser', 'autoencoder'"),
+  ({"train": "("}, "train is no regular expression"),
+  ({"train": "^nothing$"}, "train='^nothing$' matches no parameter; there are"),
+  ({"platform": "tpu"}, "platform is 'tpu', but JAX finds only 'cpu' devices"),
+  ({"platform": "cuda"}, "platform is 'cuda'; allowed: '', 'cpu', 'gpu', 'tpu'"),
+  ({"model__name": "STDiT3-tini/2"}, "unknown denoiser 'STDiT3-tini/2'; allowed: STDiT-XL/2"),
+  ({"model__fields__dept": 3}, "unknown field 'dept'; allowed:"),
+  ({"model__fields__depth": "two"}, "depth is 'two'; needed is a value like 2"),
+  ({"model__fields__hidden_size": 50}, "hidden_size 50 does not divide"),
+  ({"model__fields__dtype": "float8"}, "dtype is 'float8'; allowed: float32, bfloat16"),
+  ({"model__fields__caption_channels": 32}, "gives 64 features, but the denoiser takes caption_channels=32; set"),
+  ({"model__fields__model_max_length": 9}, "text_encoder.max_length is 16, but the denoiser's null caption has model_max_length=9"),
+  ({"text_encoder__name": "xxxl"}, "unknown text encoder 'xxxl'; allowed: small"),
+  ({"text_encoder__where": "here"}, "text_encoder.where is 'here'; allowed: 'step', 'ahead', 'disk'"),
+  ({"text_encoder__where": "ahead"}, "text_encoder.train needs text_encoder.where='step'"),
+  ({"text_encoder__train": False}, "text_encoder.weights is empty; give a safetensors file"),
+  ({"text_encoder__tokenizer": "/no/folder"}, "tokenizer '/no/folder' is neither 'byt5' nor a folder"),
+  ({"autoencoder__name": "kl-f9"}, "image autoencoder 'kl-f9'"),
+  ({"autoencoder__dtype": "int8"}, "autoencoder.dtype is 'int8'; allowed: float32, bfloat16"),
+  ({"autoencoder__weights": ""}, "autoencoder.weights is empty"),
+  ({"autoencoder__weights": "/no/file.safetensors"}, "autoencoder.weights='/no/file.safetensors' does not exist"),
+  ({"init": "/no/run"}, "init='/no/run' does not exist"),
+  ({"diffusion__name": "ddpm"}, "diffusion.name is 'ddpm'; allowed: rectified-flow, iddpm"),
+  ({"diffusion__fields": {"loca": 1.0}}, "diffusion.fields.loca is unknown; allowed:"),
+  ({"diffusion__fields": {"loc": "x"}}, "diffusion.fields.loc is 'x'; needed is a value like 0.0"),
+  ({"mask_ratios": {"rendom": 0.1}}, "mask_ratios: unknown name rendom; allowed: identity, random"),
+  ({"mask_ratios": {"random": 0.7, "image_head": 0.6}}, "mask_ratios sum to 1.3, more than 1"),
+  ({"mesh": {"data": 3, "fsdp": 1}}, "mesh: {'data': 3, 'fsdp': 1} does not make 1 devices"),
+  ({"mesh__model": 2}, "unknown key 'mesh.model'"),
+  ({"data__bucket": ()}, "unknown key 'data.bucket'; did you mean data.buckets"),
+  ({"data__buckets": ()}, "the bucket table is empty"),
+  ({"data__buckets": (("145p", 1, 1.0, 2),)}, "unknown resolution '145p' (did you mean '144p'?)"),
+  ({"data__buckets": (("720p", 1, 1.0, 2),)}, "epoch 0 has no step"),
+  ({"data__resize": "bicubic"}, "data.resize = 'bicubic' is none of"),
+  ({"data__tables": ("/no/table.csv",)}, "table /no/table.csv does not exist"),
+  ({"stages": ()}, "stages is empty"),
+  ({"stages": ({"name": "a"},)}, "stage 0 has no 'steps'"),
+  ({"stages": ({"name": "a", "steps": 0},)}, "stage 'a': steps is 0"),
+  ({"stages": ({"name": "a", "steps": 1}, {"name": "a", "steps": 1})}, "two stages are called 'a'"),
+  ({"stages": ({"name": "a", "steps": 1, "seed": 3},)}, "stage 'a' changes seed, which belongs to the whole run"),
+  ({"stages": ({"name": "a", "steps": 1, "optimizer.b3": 3},)}, "stage 'a': unknown key 'optimizer.b3'; did you mean optimizer.b1"),
+  ({"stages": ({"name": "a", "steps": 1, "ema_decay": 2.0},)}, "ema_decay is 2.0"),
+  ({"stages": ("first",)}, "stages[0] is 'first'; every stage is a dict"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "words"), WRONG, ids=lambda v: v[:40] if isinstance(v, str) else "")
+def test_one_line_says_what_is_wrong(assets, tmp_path, changes, words):
+  with pytest.raises(ValueError, match=".") as error:
+    Run(tiny_config(assets, tmp_path / "run", **changes))
+  text = str(error.value)
+  assert words in text
+  assert "\n" not in text
+  assert not (tmp_path / "run" / "config.json").exists()
+  assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_missing_keys_tables_columns_and_files(assets, tmp_path):
+  config = tiny_config(assets, tmp_path / "a")
+  del config.optimizer.b1
+  with pytest.raises(ValueError, match=r"key optimizer.b1 is missing; configs/base.py has its default"):
+    make_stages(config)
+  for table, words in (("no_text", "has no column 'text'"), ("gone", "none of the first 12 files exists")):
+    run = None
+    with pytest.raises(ValueError, match=words):
+      run = Run(tiny_config(assets, tmp_path / table, data__tables=(str(assets / f"{table}.csv"),)))
+      run.data[0].loader(0)
+    assert (run is None) == (table == "no_text")
+  with pytest.raises(ValueError, match=r"needs task='denoiser'|prompts is empty"):
+    Sampler(Run(tiny_config(assets, tmp_path / "s", sample__prompts=())))
+  make_stages(base.get_config())  # the defaults themselves are fine
+
+
+def test_wrong_data_can_be_corrected_and_the_same_folder_used(assets, tmp_path):
+  """The table has been read into the folder by then: it is still nobody else's."""
+  with pytest.raises(ValueError, match="epoch 0 has no step"):
+    Run(tiny_config(assets, tmp_path / "run", data__buckets=(("720p", 1, 1.0, 2),)))
+  assert list((tmp_path / "run" / "data").iterdir())
+  Run(tiny_config(assets, tmp_path / "run"))
+
+
+def test_output_folders_that_are_not_ours(assets, tmp_path):
+  foreign = tmp_path / "foreign"
+  foreign.mkdir()
+  (foreign / "thesis.tex").write_text("words")
+  with pytest.raises(ValueError, match=r"holds thesis.tex and no config.json: it is no run of ours; give another folder"):
+    Run(tiny_config(assets, foreign))
+  assert [p.name for p in foreign.iterdir()] == ["thesis.tex"]
+  other = tmp_path / "other"
+  (other / "data").mkdir(parents=True)
+  (other / "data" / "film.mp4").write_text("words")
+  with pytest.raises(ValueError, match="holds data"):
+    Run(tiny_config(assets, other))
+  with pytest.raises(ValueError, match="can't be used: Not a directory"):
+    Run(tiny_config(assets, foreign / "thesis.tex" / "run"))
+  with pytest.raises(ValueError, match="can't be used"):
+    Run(tiny_config(assets, "/proc/run"))
+  if os.getuid():  # root may write everywhere
+    foreign.chmod(0o500)
+    with pytest.raises(ValueError, match="can't be used: Permission denied"):
+      Run(tiny_config(assets, foreign / "run"))
+  damaged = tmp_path / "damaged"
+  damaged.mkdir()
+  (damaged / "config.json").write_text("{")
+  with pytest.raises(ValueError, match=r"config.json is damaged"):
+    Run(tiny_config(assets, damaged))
+
+
+def test_safetensors_that_are_broken(assets, tmp_path):
+  whole = (assets / "autoencoder.safetensors").read_bytes()
+  nan = np.frombuffer(whole, np.uint8).copy()
+  nan[-4:] = np.frombuffer(np.float32(np.nan).tobytes(), np.uint8)
+  for name, content, words in (
+    ("short", whole[: len(whole) // 2], "short.safetensors"),
+    ("lying", b"\xff" * 8 + whole[8:], "lying.safetensors"),
+    ("nan", nan.tobytes(), "nan.safetensors"),
+  ):
+    (tmp_path / f"{name}.safetensors").write_bytes(content)
+    run = Run(tiny_config(assets, tmp_path / name, autoencoder__weights=str(tmp_path / f"{name}.safetensors")))
+    with pytest.raises(CheckpointError, match=words):
+      run._batch_maker(run.stages[0], None)
+
+
+@pytest.fixture(scope="module")
+def trained(assets, tmp_path_factory):
+  """Folder of a run of one step."""
+  folder = tmp_path_factory.mktemp("trained") / "run"
+  Run(tiny_config(assets, folder, **ONE)).train()
+  return folder
+
+
+ONE = {"stages": ({"name": "one", "steps": 1},), "data__buckets": (("144p", 1, 1.0, 2),)}
+
+
+def test_another_run_in_the_folder(assets, trained):
+  before = sorted(p.name for p in trained.iterdir())
+  for changes, key in (
+    ({"model__fields__depth": 2}, "model.fields.depth"),
+    ({"seed": 1}, "seed"),
+    ({"text_encoder__train": False, "text_encoder__weights": str(assets / "t5.safetensors")}, "text_encoder.train"),
+  ):
+    with pytest.raises(ValueError, match=rf"belongs to another run: {key} differs; give another output folder"):
+      Run(tiny_config(assets, trained, **ONE, **changes))
+  assert sorted(p.name for p in trained.iterdir()) == before
+
+
+def test_init_from_a_run_of_another_model(assets, trained, tmp_path):
+  for changes in ({"model__fields__depth": 2}, {"model__fields__hidden_size": 72}):
+    with pytest.raises(ValueError, match=r"belongs to another model: \d+ parameters differ"):
+      Run(tiny_config(assets, tmp_path / "run", init=str(trained), **ONE, **changes)).start()
+  longer = {"model__fields__model_max_length": 20, "text_encoder__max_length": 20}
+  with pytest.raises(ValueError, match="denoiser/null_caption"):
+    Run(tiny_config(assets, tmp_path / "run", init=str(trained), **ONE, **longer)).start()
+
+
+def test_data_that_changed_since_the_checkpoint_names_the_keys(assets, trained, tmp_path):
+  folder = tmp_path / "run"
+  shutil.copytree(trained, folder)
+  longer = {**ONE, "stages": ({"name": "one", "steps": 2},)}
+  for changes, words in (
+    ({"data__tables": (str(assets / "other.csv"),)}, "contents of the table"),
+    ({"data__seed": 1, "data__frame_interval": 1}, r"frame_interval: 3 -> 1; seed: 42 -> 1"),
+    ({"data__buckets": (("144p", 1, 1.0, 3),)}, "buckets: 144p x 1"),
+  ):
+    with pytest.raises(ValueError, match=rf"is not that of the checkpoint .*{words}.*restart_data=True"):
+      Run(tiny_config(assets, folder, **{**longer, **changes})).start()
+  changes = {**longer, "data__seed": 1}
+  _, _, step = Run(tiny_config(assets, folder, restart_data=True, **changes)).start()
+  assert step == 1
+
+
+# ------------------------------------------------------------------------------------------------- through the command line
+
+
+def refused(result, *words):
+  """Asserts one line 'error: ...' on stderr with these words and exit code 2."""
+  lines = [line for line in result.stderr.splitlines() if line.strip()]
+  assert result.returncode == 2, result.stderr[-2000:]
+  assert len(lines) == 1, result.stderr[-2000:]
+  assert lines[0].startswith("error: ")
+  for word in words:
+    assert word in lines[0]
+
+
+def test_the_command_line(assets, trained, tmp_path):
+  config = write_config(tmp_path / "config.py", assets, tmp_path / "run", **ONE)
+  broken = tmp_path / "broken.py"
+  broken.write_text("def get_config(:\n")
+  train = "stdit_jax.train"
+  refused(run_module(train, "--confg", config), "confg")
+  refused(run_module(train), "give a configuration: --config configs/quickstart.py")
+  refused(run_module(train, "--config", config, "--config.optimizer.learning_rat=1"), "learning_rat")
+  refused(run_module(train, "--config", config, "--config.log_every=often"), "log_every")
+  refused(run_module(train, "--config", broken), "broken.py", "syntax")
+  refused(run_module(train, "--config", tmp_path / "none.py"), "none.py")
+  refused(run_module(train, "--config", config, "more"), "unexpected argument 'more'")
+  # From here on the whole chain: checks, then what only the checkpoint shows, then what only the run shows.
+  refused(run_module(train, "--config", config, "--config.caption_dropout=3"), "caption_dropout is 3")
+  refused(run_module(train, "--config", config, "--config.platform=cpu", JAX_PLATFORMS="tpu"), "JAX finds no devices")
+  assert not (tmp_path / "run").exists()
+  changed = write_config(tmp_path / "changed.py", assets, trained, **ONE, data__seed=5)
+  refused(run_module(train, "--config", changed), "seed: 42 -> 5", "restart_data")
+  assert json.loads((pathlib.Path(trained) / "config.json").read_text())["data"]["seed"] == 42

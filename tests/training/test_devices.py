@@ -1,0 +1,68 @@
+"""Eight devices give the losses, gradients and noise of one; a checkpoint of one mesh resumes on the other."""
+
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from stdit_jax.parallel.shardings import path_name
+from stdit_jax.training.checkpoints import load_weights
+from stdit_jax.training.loop import Run
+from tests.tiny_run import ROOT, eight_config, environment
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+
+
+def by_name(tree):
+  return {path_name(path): np.asarray(x) for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+@pytest.fixture(scope="module")
+def folder(assets, tmp_path_factory):
+  """What the process with eight devices left behind: results, and runs of eight devices and of one, resumed on eight."""
+  folder = tmp_path_factory.mktemp("on_devices")
+  (folder / "assets").symlink_to(assets)
+  Run(eight_config(folder / "assets", folder / "devices" / "single")).train()
+  command = [sys.executable, "-m", "tests.training.on_devices", str(folder)]
+  result = subprocess.run(command, cwd=ROOT, env=environment(XLA_FLAGS=FLAGS), capture_output=True, text=True, timeout=300)
+  assert result.returncode == 0, result.stderr[-3000:]
+  return folder
+
+
+def test_same_loss_gradients_and_noise(folder):
+  one, eight = (load_file(folder / "devices" / f"{name}.safetensors") for name in ("one", "eight"))
+  assert (one.pop("split"), eight.pop("split")) == (1, 4)
+  assert one.pop("noise").tobytes() == eight.pop("noise").tobytes()
+  np.testing.assert_allclose(eight.pop("loss"), one.pop("loss"), rtol=1e-5)
+  assert one.keys() == eight.keys()
+  largest = {}
+  for name, g in one.items():
+    group = name.rsplit("/", 1)[0]
+    largest[group] = max(largest.get(group, 0), np.abs(g).max())
+  for name, g in one.items():
+    assert np.abs(eight[name] - g).max() <= 1e-5 * largest[name.rsplit("/", 1)[0]], name
+
+
+def test_a_checkpoint_of_one_mesh_resumes_on_the_other(folder):
+  devices = folder / "devices"
+  single, _, _ = load_weights(devices / "single", "params", 2)
+  resumed = load_file(devices / "resumed.safetensors")
+  assert resumed.keys() == by_name(single).keys()
+  for name, value in by_name(single).items():
+    assert value.tobytes() == resumed[name].tobytes(), name
+  assert load_weights(devices / "single")[2] == 3  # it went on there
+
+  run = Run(eight_config(folder / "assets", devices / "eight", steps=3))
+  state, frozen, step = run.start()
+  assert step == 2
+  saved, _, _ = load_weights(devices / "eight", "ema", 2)
+  jax.tree.map(np.testing.assert_array_equal, state["ema"], saved)
+  run.train(started=(state, frozen, step))
+  # Both came the same way by different meshes.
+  ours, theirs = (by_name(load_weights(devices / name, "params", 3)[0]) for name in ("eight", "single"))
+  for name, value in ours.items():
+    np.testing.assert_allclose(theirs[name], value, atol=2e-5, err_msg=name)

@@ -1,0 +1,123 @@
+"""A run that is killed and resumed ends with the same bits as the one left alone, over stages, buckets and epochs."""
+
+import json
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from stdit_jax.training.loop import Run
+from tests.tiny_run import ROOT, environment, tiny_config, write_config
+
+STEPS = 20
+STAGES = (
+  {"name": "first", "steps": 12, "optimizer.accumulate": 2},
+  {"name": "second", "steps": 8, "keep_optimizer": False, "optimizer.learning_rate": 2e-3, "optimizer.b1": 0.8,
+   "data.buckets": (("144p", 4, 1.0, 2),), "mask_ratios": {"quarter_tail": 0.5}},
+)  # fmt: skip
+# Quick compilation, as `tests.helpers.QUICK_COMPILE`.
+FLAGS = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"}
+
+
+def start(config, log):
+  command = [sys.executable, "-m", "stdit_jax.train", "--config", str(config)]
+  return subprocess.Popen(command, cwd=ROOT, env=environment(**FLAGS), stdout=log.open("a"), stderr=subprocess.STDOUT)
+
+
+def finish(config, log):
+  assert start(config, log).wait(240) == 0, log.read_text()[-3000:]
+
+
+def kill_when(config, log, condition, what):
+  """Starts the run and kills it as soon as `condition()`; it must not have ended before."""
+  process = start(config, log)
+  try:
+    end = time.monotonic() + 240
+    while not condition():
+      assert process.poll() is None, f"ended before {what}: {log.read_text()[-3000:]}"
+      assert time.monotonic() < end, f"never {what}"
+      time.sleep(0.001)
+  finally:
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def items(output):
+  """The last checkpoint's params, ema and opt as NumPy trees."""
+  folder = pathlib.Path(output) / "checkpoints" / str(STEPS)
+  with ocp.StandardCheckpointer() as checkpointer:
+    return {name: jax.tree.map(np.asarray, checkpointer.restore(folder / name)) for name in ("params", "ema", "opt")}
+
+
+def metrics(output):
+  lines = [json.loads(line) for line in (pathlib.Path(output) / "metrics.jsonl").read_text().splitlines()]
+  return [line["step"] for line in lines], [{k: v for k, v in line.items() if k != "time"} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def left_alone(assets, tmp_path_factory):
+  folder = tmp_path_factory.mktemp("resume")
+  settings = {"stages": STAGES, "checkpoint_every": 3, "keep_checkpoints": 20}
+  config = write_config(folder / "config.py", assets, folder / "alone", **settings)
+  finish(config, folder / "alone.log")
+  return folder, settings
+
+
+def test_killed_at_any_step_and_resumed_ends_with_the_same_bits(assets, left_alone):
+  folder, settings = left_alone
+  output, log = folder / "killed", folder / "killed.log"
+  config = write_config(folder / "killed.py", assets, output, **settings)
+  checkpoints = output / "checkpoints"
+
+  def writes_a_checkpoint():
+    return checkpoints.is_dir() and any("tmp" in p.name for p in checkpoints.iterdir())
+
+  kill_when(config, log, writes_a_checkpoint, "wrote a checkpoint")
+  assert (output / "config.json").is_file()
+  # Between two checkpoints, in the second stage: steps are lost and made again.
+  kill_when(config, log, lambda: (checkpoints / "15").is_dir() and max(metrics_steps(output), default=0) >= 16, "came to 16")
+  finish(config, log)
+  assert "resumed from step 15" in log.read_text()
+
+  alone, killed = items(folder / "alone"), items(output)
+  paths = jax.tree_util.tree_flatten_with_path(alone)[0]
+  assert len(paths) > 100
+  for (path, a), b in zip(paths, jax.tree.leaves(killed), strict=True):
+    assert a.tobytes() == b.tobytes(), f"{jax.tree_util.keystr(path)} differs by {np.abs(a - b).max()}"
+  steps, lines = metrics(output)
+  assert steps == list(range(1, STEPS + 1))
+  assert lines == metrics(folder / "alone")[1]
+  assert sorted(p.name for p in checkpoints.iterdir()) == sorted(str(s) for s in (3, 6, 9, 12, 15, 18, 20))
+
+
+def metrics_steps(output):
+  try:
+    return [json.loads(line)["step"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+  except (FileNotFoundError, json.JSONDecodeError):
+    return []
+
+
+def test_a_finished_run_is_left_as_it_is(assets, left_alone):
+  folder, settings = left_alone
+  before = items(folder / "alone")
+  state = Run(tiny_config(assets, folder / "alone", **settings)).train()
+  assert [a.tobytes() == np.asarray(b).tobytes() for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(state))]
+  jax.tree.map(np.testing.assert_array_equal, items(folder / "alone"), before)
+  assert metrics(folder / "alone")[0] == list(range(1, STEPS + 1))
+
+
+def test_stages_change_rate_buckets_and_optimizer(left_alone):
+  folder, _ = left_alone
+  _, lines = metrics(folder / "alone")
+  rates = [line["learning_rate"] for line in lines]
+  np.testing.assert_allclose(rates[:5], 1e-3 * np.array([0.25, 0.5, 0.75, 1, 1]), rtol=1e-6)
+  np.testing.assert_allclose(rates[12:17], 2e-3 * np.array([0.25, 0.5, 0.75, 1, 1]), rtol=1e-6)
+  assert not any("loss/144p x 1" in line for line in lines[12:])
+  assert any("loss/144p x 1" in line for line in lines[:12])
+  assert int(items(folder / "alone")["opt"][0]["count"]) == 8  # the second stage began with a fresh optimizer

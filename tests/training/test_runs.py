@@ -1,0 +1,154 @@
+"""Whole runs in this process: traces, text from everywhere, IDDPM, where weights come from, bad rows, the autoencoder."""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from stdit_jax.cli import InputError
+from stdit_jax.interop import CheckpointError, save_variables
+from stdit_jax.training.checkpoints import load_weights
+from stdit_jax.training.loop import Run
+from stdit_jax.training.sampling import Sampler
+from tests.tiny_run import tiny_config
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+ONE_STEP = {"stages": ({"name": "one", "steps": 1},), "data__buckets": (("144p", 1, 1.0, 2),)}
+
+
+def metrics_of(run):
+  return [json.loads(line) for line in (pathlib.Path(run.config.output) / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def first(assets, tmp_path_factory):
+  """(run, final state) of the tiny configuration."""
+  run = Run(tiny_config(assets, tmp_path_factory.mktemp("runs") / "first"))
+  return run, jax.tree.map(np.asarray, run.train())
+
+
+def test_every_program_is_traced_once(first):
+  run, _ = first
+  gradients = {f"tiny: gradient 144p x {frames}": 1 for frames in (1, 4)}
+  encodes = {f"encode {h}x{w}": 1 for h, w in ((144, 256), (256, 144), (192, 192))}
+  assert dict(run.counter.counts) == {**gradients, "tiny: update": 1, **encodes}
+
+
+def test_a_run_writes_its_configuration_metrics_and_checkpoints(first):
+  run, state = first
+  folder = pathlib.Path(run.config.output)
+  assert [line["step"] for line in metrics_of(run)] == [1, 2, 3, 4]
+  assert {"loss", "gradient_norm", "learning_rate", "stepped"} <= set(metrics_of(run)[0])
+  assert json.loads((folder / "config.json").read_text())["model"]["fields"]["hidden_size"] == 48
+  assert list((folder / "tensorboard").iterdir())
+  assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves((state["params"], state["ema"])))
+  for item, step in (("params", 4), ("ema", 4), ("params", 2)):
+    loaded, constants, found = load_weights(folder, item, step)
+    assert found == step
+    assert list(constants) == ["denoiser"]
+    if step == 4:
+      jax.tree.map(np.testing.assert_array_equal, loaded, state[item])
+  with pytest.raises(ValueError, match=r"no checkpoint of step 3; there are \[2, 4\]"):
+    load_weights(folder, "ema", 3)
+
+
+def test_text_from_the_step_from_ahead_of_it_and_from_disk(assets, tmp_path):
+  losses, states = {}, {}
+  for name, where, settings in (
+    ("trained from weights", "step", {"text_encoder__train": True}),
+    ("frozen", "step", {}),
+    ("ahead", "ahead", {}),
+    ("disk", "disk", {"data__tables": str(assets / "features.csv")}),
+  ):
+    weights = {"text_encoder__weights": str(assets / "t5.safetensors"), "text_encoder__train": False}
+    run = Run(tiny_config(assets, tmp_path / name, text_encoder__where=where, **{**ONE_STEP, **weights, **settings}))
+    states[name] = run.train()
+    losses[name] = metrics_of(run)[0]["loss"]
+  # The encoder's weights are the same everywhere, so are data and noise.
+  np.testing.assert_allclose(losses["frozen"], losses["ahead"], rtol=1e-6)
+  np.testing.assert_allclose(losses["frozen"], losses["trained from weights"], rtol=1e-6)
+  assert losses["disk"] != losses["ahead"]
+  assert np.isfinite(losses["disk"])
+  assert {name for name, state in states.items() if "text_encoder" in state["params"]} == {"trained from weights"}
+  for a, b in zip(*(jax.tree.leaves(states[name]["params"]["denoiser"]) for name in ("frozen", "ahead"))):
+    np.testing.assert_allclose(a, b, atol=1e-6)
+  resumed, frozen, step = Run(
+    tiny_config(assets, tmp_path / "frozen", text_encoder__where="step", **{**ONE_STEP, **weights})
+  ).start()
+  assert step == 1
+  assert "text_encoder" in frozen
+  assert "text_encoder" not in resumed["params"]
+
+
+def test_iddpm_trains_and_samples(assets, tmp_path):
+  config = tiny_config(
+    assets, tmp_path / "iddpm", **ONE_STEP, model__name="STDiT2-tiny/2", diffusion={"name": "iddpm", "fields": {}},
+    mask_ratios={"mask_no": 0.5, "mask_image_head": 0.5}, sample_every=1, sample__num_frames=1,
+  )  # fmt: skip
+  run = Run(config)
+  run.train(Sampler(run))
+  assert np.isfinite(metrics_of(run)[0]["loss"])
+  samples = tmp_path / "iddpm" / "samples"
+  assert Image.open(samples / "step0000001-0.png").size == (192, 192)
+  settings = json.loads((samples / "step0000001-0.json").read_text())
+  assert settings["step"] == 1
+  assert settings["prompt"] == "a picture"
+
+
+def start(config):
+  params_and_frozen = Run(config).start()
+  return jax.tree.map(np.asarray, params_and_frozen[0]), jax.tree.map(np.asarray, params_and_frozen[1])
+
+
+def test_init_from_a_run_and_from_safetensors(assets, first, tmp_path, capsys):
+  run, state = first
+  own = start(tiny_config(assets, tmp_path / "own", **ONE_STEP))[0]["params"]
+  of_run, frozen = start(tiny_config(assets, tmp_path / "run", init=str(run.config.output), **ONE_STEP))
+  for tree in (of_run["params"], of_run["ema"]):
+    jax.tree.map(np.testing.assert_array_equal, tree, state["ema"])
+  assert not np.asarray(of_run["opt"][0].count)
+
+  model = run.objectives[0].model.config
+  file = tmp_path / "denoiser.safetensors"
+  save_variables(file, "open-sora", {"params": state["params"]["denoiser"], "constants": frozen["denoiser"]}, config=model)
+  params, constants = start(tiny_config(assets, tmp_path / "file", init=str(file), **ONE_STEP))
+  jax.tree.map(np.testing.assert_array_equal, params["params"]["denoiser"], state["params"]["denoiser"])
+  jax.tree.map(np.testing.assert_array_equal, params["params"]["text_encoder"], own["text_encoder"])
+  jax.tree.map(np.testing.assert_array_equal, constants["denoiser"], frozen["denoiser"])
+
+  deeper = {"init": str(file), "model__fields__depth": 2, **ONE_STEP}
+  with pytest.raises(CheckpointError, match="missing"):
+    start(tiny_config(assets, tmp_path / "strict", **deeper))
+  capsys.readouterr()
+  params, _ = start(tiny_config(assets, tmp_path / "lenient", init_strict=False, **deeper))
+  report = capsys.readouterr().out
+  assert "missing" in report
+  assert "spatial_blocks.1" in report
+  blocks = params["params"]["denoiser"]["spatial_blocks"]["mlp"]["fc1"]["kernel"]
+  np.testing.assert_array_equal(blocks[:1], state["params"]["denoiser"]["spatial_blocks"]["mlp"]["fc1"]["kernel"])
+  assert np.abs(blocks[1]).max() > 0
+
+
+def test_rows_that_cannot_be_decoded_are_counted_and_skipped_up_to_the_limit(assets, tmp_path, capsys):
+  table = {**ONE_STEP, "data__tables": str(assets / "broken.csv")}
+  run = Run(tiny_config(assets, tmp_path / "some", data__max_bad_rows=1, **table))
+  run.train()
+  assert metrics_of(run)[0]["stepped"] == 1
+  assert np.isfinite(metrics_of(run)[0]["loss"])
+  assert "1 bad files" in capsys.readouterr().out
+  with pytest.raises(InputError, match=r"1 files cannot be decoded.*broken.png"):
+    Run(tiny_config(assets, tmp_path / "none", data__max_bad_rows=0, **table)).train()
+
+
+def test_the_autoencoder_trains(assets, first, tmp_path):
+  settings = {"task": "autoencoder", "autoencoder__crop": 16, "data__captions": "optional"}
+  settings["autoencoder__fields"] = {"block_out_channels": (8, 8)}
+  run = Run(tiny_config(assets, tmp_path / "autoencoder", **settings, **ONE_STEP))
+  run.train()
+  assert {"loss", "reconstruction", "kl", "squared_error"} <= set(metrics_of(run)[0])
+  with pytest.raises(ValueError, match="is a run of autoencoder, not of the denoiser"):
+    Run(tiny_config(assets, tmp_path / "other", init=str(tmp_path / "autoencoder"), **ONE_STEP)).start()

@@ -1,0 +1,322 @@
+"""The gradient and update programs: against direct gradients of the model on plain latents, and a NumPy/PyTorch optimizer."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+import torch
+
+from data.tokens import unpatchify
+from stdit_jax.diffusion.noise import Purpose, sample_keys
+from stdit_jax.models.stdit import denoise_latents
+from stdit_jax.parallel.mesh import make_mesh
+from stdit_jax.training import state as states
+from stdit_jax.training import step
+from stdit_jax.training.batches import to_global
+from stdit_jax.training.loop import Run
+from tests.helpers import relative_error
+from tests.tiny_run import tiny_config
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
+@pytest.fixture(scope="module")
+def made(assets, tmp_path_factory):
+  """(run, state with redrawn parameters, frozen, one NumPy batch per bucket: the three aspect ratios mixed)."""
+  config = tiny_config(
+    assets, tmp_path_factory.mktemp("step") / "run", data__buckets=(("144p", 1, 1.0, 3), ("144p", 4, 1.0, 3))
+  )
+  run = Run(config)
+  state, frozen, _ = run.start()
+  rng = np.random.default_rng(0)
+  # Parameters that start at zero would hide mistakes.
+  params = jax.tree.map(lambda p: p + 0.1 * rng.standard_normal(p.shape, np.float32), state["params"])
+  make_batch = run._batch_maker(run.stages[0], state)
+  batches = {}
+  with run.data[0].loader(0) as rows:
+    while len(batches) < 2:
+      loaded = next(rows)
+      batches[loaded.bucket] = jax.tree.map(np.asarray, make_batch(loaded))
+  return run, states.new_state(params, run.optimizers[0]), frozen, batches
+
+
+def programs_of(run, state, frozen, counter=None, **stage):
+  shapes = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)  # noqa: E731
+  config = ml_collections.ConfigDict(run.stages[0].config.to_dict() | stage)
+  return step.Programs(
+    run.objectives[0].loss, run.mesh, run.state_shapes, shapes(frozen), run.optimizers[0], run.trainable[0],
+    states.learning_rate(config.optimizer, 0, 4), config, counter or step.TraceCounter(), "test",
+  )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def programs(made):
+  """Gradient programs of both buckets, whole, and of the clips in three parts."""
+  run, state, frozen, batches = made
+  made_programs = programs_of(run, state, frozen)
+  made_programs.state = jax.device_put(state, made_programs._state)  # as `Run.start` places it
+  for bucket in batches:
+    made_programs.make_gradient(bucket, 1)
+  made_programs.whole = dict(made_programs.gradients)
+  made_programs.make_gradient(("144p", 4), 3)
+  made_programs.parts = made_programs.gradients[("144p", 4)]
+  return made_programs
+
+
+def gradient_of(made, programs, program, batch, accumulator=None):
+  run, _, frozen, _ = made
+  params = programs.state["params"]
+  accumulator = programs.new_accumulator(params) if accumulator is None else accumulator
+  return program(params, frozen, to_global(batch, run.mesh), accumulator)
+
+
+def assert_close_groups(ours, theirs, tolerance=1e-5):
+  """Relative to the largest gradient of the tensor group: the parameters of one module."""
+  flat = lambda tree: jax.tree_util.tree_flatten_with_path(tree)[0]  # noqa: E731
+  largest = {}
+  for path, value in flat(theirs):
+    largest[path[:-1]] = max(largest.get(path[:-1], 0), float(np.abs(value).max()))
+  for (path, a), (_, b) in zip(flat(ours), flat(theirs), strict=True):
+    error = np.abs(np.asarray(a) - np.asarray(b)).max()
+    assert error <= tolerance * max(largest[path[:-1]], 1e-30), jax.tree_util.keystr(path)
+
+
+def direct_loss(run, frozen, batch, row, params):
+  """Rectified-flow loss of one row, written down anew on its own unpadded latents, from the published rule of the keys."""
+  config, model = run.config, run.objectives[0].model
+  size = tuple(int(n) for n in batch["latent_size"][row])
+  seen = {name: jnp.asarray(batch[name][row : row + 1]) for name in ("height", "width", "num_frames", "fps", "text_mask")}
+  latents = lambda name: unpatchify(jnp.asarray(batch[name][row : row + 1]), size, (1, 2, 2))  # noqa: E731
+  key = lambda purpose: sample_keys(config.seed, batch["sample_id"][row : row + 1], purpose)  # noqa: E731
+  noise = lambda purpose: jax.random.normal(key(purpose)[0], (*size, 4))[None]  # noqa: E731
+
+  x0 = latents("latents_mean") + latents("latents_std") * noise(Purpose.POSTERIOR)
+  s = jax.nn.sigmoid(jax.random.normal(key(Purpose.TIMESTEP)[0], ()))
+  ratio = jnp.sqrt(seen["height"] * seen["width"] / 512**2) * jnp.sqrt(size[0])
+  t = ratio * s / (1 + (ratio - 1) * s)
+  mask = run.objectives[0].frame_masks.draw(key(Purpose.FRAME_MASK), size[0]) if size[0] > 1 else jnp.ones((1, 1), bool)
+  here = mask[:, :, None, None, None]
+  e = noise(Purpose.NOISE)
+  x_t = jnp.where(here, (1 - t) * x0 + t * e, x0)
+  drop = jax.vmap(jax.random.uniform)(key(Purpose.DROP_TEXT)) < config.caption_dropout
+  text = run.objectives[0].text.apply(
+    {"params": params["text_encoder"]}, jnp.asarray(batch["text_ids"][row : row + 1]), seen["text_mask"]
+  )
+  variables = {"params": params["denoiser"], "constants": frozen["denoiser"]}
+  text_mask = seen.pop("text_mask")
+  out = denoise_latents(model, variables, x_t, t * 1000, text, text_mask, x_mask=mask, drop_text=drop, **seen)
+  error = jnp.square(out[..., :4] - (x0 - e))
+  return jnp.sum(jnp.where(here, error, 0)) / (mask.sum() * error[0, 0].size)
+
+
+@pytest.mark.parametrize("frames", [4, 1])
+def test_mixed_aspect_ratios_give_the_direct_gradients_of_every_sample_alone(made, programs, frames):
+  run, state, frozen, batches = made
+  batch = batches["144p", frames]
+  assert len({tuple(size) for size in batch["latent_size"]}) > 1
+
+  def losses(params):
+    rows = jnp.stack([direct_loss(run, frozen, batch, row, params) for row in range(3)])
+    return rows.mean(), rows
+
+  accumulator, values = gradient_of(made, programs, programs.whole["144p", frames], batch)
+  if frames == 1:
+    _, rows = jax.jit(losses)(state["params"])
+  else:
+    expected, rows = jax.jit(jax.grad(losses, has_aux=True))(state["params"])
+    assert_close_groups(accumulator["gradients"], expected)
+  np.testing.assert_allclose(values["loss"], rows.mean(), rtol=1e-5)
+  if frames == 4:
+    # One row counts: the loss of that sample alone.
+    for row in range(3):
+      alone = {**batch, "weight": np.eye(3, dtype=np.float32)[row]}
+      _, values = gradient_of(made, programs, programs.whole["144p", frames], alone)
+      np.testing.assert_allclose(values["loss"], rows[row], rtol=1e-5)
+
+
+def test_micro_batches_change_nothing(made, programs):
+  batch = {**made[3]["144p", 4], "weight": np.array([1, 0, 1], np.float32)}
+  whole, values = gradient_of(made, programs, programs.whole["144p", 4], batch)
+  parts, of_parts = gradient_of(made, programs, programs.parts, batch)
+  np.testing.assert_allclose(of_parts["loss"], values["loss"], rtol=1e-5)
+  assert float(of_parts["weight"]) == float(values["weight"]) == 2
+  assert_close_groups(parts["gradients"], whole["gradients"])
+
+
+def test_micro_batch_count_follows_the_limit(made):
+  run, _, _, batches = made
+  data, batch = run.data[0], batches["144p", 4]
+  _, frames, space, _ = batch["latents_mean"].shape
+  assert data.micro_batches(batch, 0) == 1
+  assert data.micro_batches(batch, 3 * frames * space) == 1
+  assert data.micro_batches(batch, 3 * frames * space - 1) == 3  # 3 rows divide into 1 or 3 parts only
+  assert data.micro_batches(batch, 1) == 3
+
+
+def test_rows_without_weight_have_no_influence(made, programs):
+  batch = made[3]["144p", 4]
+  weight = np.array([1, 0, 1], np.float32)
+  results = []
+  for filler in (0.0, 1e6):
+    rows = {**batch, "weight": weight}
+    for name in ("latents_mean", "latents_std"):
+      rows[name] = batch[name].copy()
+      rows[name][1] = filler
+    results.append(gradient_of(made, programs, programs.whole["144p", 4], rows))
+  jax.tree.map(np.testing.assert_array_equal, *results)
+  assert np.isfinite(results[0][1]["loss"])
+
+
+def test_accumulation_over_buckets_is_the_mean_and_a_batch_without_weight_does_not_count(made, programs):
+  batches = made[3]
+  single = [gradient_of(made, programs, programs.whole[b], batches[b])[0]["gradients"] for b in batches]
+  accumulator = None
+  for bucket in batches:
+    accumulator, _ = gradient_of(made, programs, programs.whole[bucket], batches[bucket], accumulator)
+  first = next(iter(batches))
+  empty = {**batches[first], "weight": np.zeros(3, np.float32)}
+  accumulator, values = gradient_of(made, programs, programs.whole[first], empty, accumulator)
+  assert float(accumulator["count"]) == 2
+  assert float(values["weight"]) == 0
+  mean = jax.tree.map(lambda a: a / accumulator["count"], accumulator["gradients"])
+  assert_close_groups(mean, jax.tree.map(lambda *g: sum(g) / 2, *single))
+
+
+def test_a_second_trace_is_an_error(made):
+  run = made[0]
+  counter = step.TraceCounter()
+  toy = step.Programs(
+    lambda params, frozen, batch: (batch["x"][:, 0] * params["denoiser/final_layer/linear/bias"][0], {}),
+    run.mesh, {"params": {"denoiser/final_layer/linear/bias": jnp.ones(1)}}, {}, None, None, None,
+    run.stages[0].config, counter, "toy",
+  )  # fmt: skip
+  toy.make_gradient(("144p", 1), 1)
+  params = {"denoiser/final_layer/linear/bias": jnp.ones(1)}
+
+  def call(width):
+    batch = {"x": np.ones((2, width), np.float32), "weight": np.ones(2, np.float32)}
+    toy.gradients["144p", 1](params, {}, to_global(batch, run.mesh), step.new_accumulator(params))
+
+  call(3)
+  call(3)
+  counter.check()
+  call(4)
+  with pytest.raises(RuntimeError, match=r"toy: gradient 144p x 1.*2"):
+    counter.check()
+
+
+# ---------------------------------------------------------------------------------------------------------- update program
+
+
+OPTIMIZER = {
+  "learning_rate": 0.02, "b1": 0.8, "b2": 0.95, "eps": 1e-6, "weight_decay": 0.1, "clip_norm": 1.5, "warmup_steps": 3,
+}  # fmt: skip
+PARAMS = {"a": {"w": np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4)}, "b": {"w": np.ones(5, np.float32)}}
+
+
+def toy_update(pattern=".*", decay=0.9, **settings):
+  """(update program, state at step 0) of the toy parameters."""
+  config = ml_collections.ConfigDict({**OPTIMIZER, "schedule": "constant", **settings})
+  optimizer = states.make_optimizer(config)
+  schedule = states.learning_rate(config, 0, 100)
+  chosen = states.trainable(PARAMS, pattern)
+  program = functools.partial(step.update, optimizer, chosen, schedule, config.clip_norm, decay)
+  return jax.jit(program), states.new_state(jax.tree.map(jnp.asarray, PARAMS), optimizer)
+
+
+def accumulated(gradients, count=2.0):
+  """What `count` micro steps with this mean gradient leave behind."""
+  return {"gradients": jax.tree.map(lambda g: jnp.asarray(g) * count, gradients), "count": jnp.float32(count)}
+
+
+def random_gradients(number, scale=1.0):
+  rng = np.random.default_rng(number)
+  return jax.tree.map(lambda p: rng.standard_normal(p.shape, np.float32) * scale, PARAMS)
+
+
+def test_clipping_adamw_and_average_against_pytorch():
+  update, state = toy_update()
+  theirs = [torch.nn.Parameter(torch.from_numpy(p.copy())) for p in jax.tree.leaves(PARAMS)]
+  settings = {"lr": 1.0, "betas": (OPTIMIZER["b1"], OPTIMIZER["b2"]), "eps": OPTIMIZER["eps"]}
+  reference = torch.optim.AdamW(theirs, **settings, weight_decay=OPTIMIZER["weight_decay"])
+  average = [p.detach().numpy().copy() for p in theirs]
+  for k in range(8):
+    gradients = random_gradients(k, scale=0.1 if k % 2 else 2.0)  # not clipped, clipped
+    for group in reference.param_groups:
+      group["lr"] = OPTIMIZER["learning_rate"] * min(1, (k + 1) / (OPTIMIZER["warmup_steps"] + 1))
+    for p, g in zip(theirs, jax.tree.leaves(gradients)):
+      p.grad = torch.from_numpy(g.copy())
+    norm = torch.nn.utils.clip_grad_norm_(theirs, OPTIMIZER["clip_norm"])
+    reference.step()
+    average = [0.9 * e + np.float32(0.1) * p.detach().numpy() for e, p in zip(average, theirs)]
+    state, accumulator, metrics = update(state, accumulated(gradients), np.int32(k))
+    np.testing.assert_allclose(metrics["gradient_norm"], norm, rtol=1e-6)
+    np.testing.assert_allclose(metrics["learning_rate"], reference.param_groups[0]["lr"], rtol=1e-6)
+    assert not any(np.asarray(x).any() for x in jax.tree.leaves(accumulator))
+  for ours, p, e, ema in zip(jax.tree.leaves(state["params"]), theirs, average, jax.tree.leaves(state["ema"])):
+    assert relative_error(ours, p.detach().numpy()) < 2e-6
+    assert relative_error(ema, e) < 2e-6
+    assert ema.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("case", ["no weight", "nan", "inf"])
+def test_no_step_leaves_every_bit(case):
+  update, state = toy_update()
+  state, _, _ = update(state, accumulated(random_gradients(0)), np.int32(0))
+  before = jax.tree.map(np.asarray, state)
+  gradients = random_gradients(1)
+  if case != "no weight":
+    gradients["b"]["w"][2] = float(case)
+  after, accumulator, metrics = update(state, accumulated(gradients, 0.0 if case == "no weight" else 1.0), np.int32(1))
+  assert not metrics["stepped"]
+  jax.tree.map(np.testing.assert_array_equal, after, before)
+  assert not any(np.asarray(x).any() for x in jax.tree.leaves(accumulator))
+
+
+def test_train_freezes_exactly_the_others():
+  update, state = toy_update(pattern=r"^b/", clip_norm=1.0)
+  gradients = random_gradients(3, scale=5.0)
+  for k in range(3):
+    state, _, metrics = update(state, accumulated(gradients), np.int32(k))
+  np.testing.assert_array_equal(state["params"]["a"]["w"], PARAMS["a"]["w"])
+  np.testing.assert_array_equal(state["ema"]["a"]["w"], PARAMS["a"]["w"])
+  assert not np.asarray(state["opt"][0].mu["a"]["w"]).any()
+  assert (np.asarray(state["params"]["b"]["w"]) != PARAMS["b"]["w"]).all()
+  np.testing.assert_allclose(metrics["gradient_norm"], np.linalg.norm(gradients["b"]["w"]), rtol=1e-6)
+  with pytest.raises(ValueError, match="matches no parameter"):
+    states.trainable(PARAMS, "c")
+
+
+def test_learning_rate_warms_up_from_the_start_of_the_stage_then_holds_or_falls():
+  config = ml_collections.ConfigDict({**OPTIMIZER, "schedule": "constant"})
+  rate = states.learning_rate(config, 10, 20)
+  np.testing.assert_allclose([rate(10 + k) for k in range(6)], 0.02 * np.array([0.25, 0.5, 0.75, 1, 1, 1]), rtol=1e-6)
+  config.schedule = "cosine"
+  rate = states.learning_rate(config, 10, 20)
+  np.testing.assert_allclose(rate(12), 0.015, rtol=1e-6)
+  np.testing.assert_allclose(rate(13 + 17 / 2), 0.01, rtol=1e-5)
+  np.testing.assert_allclose(rate(30), 0, atol=1e-9)
+
+
+def test_weighted_losses_of_a_toy_model_and_micro_batches():
+  """A batch of 8 in 1, 2, 4 and 8 parts: the weighted mean gradient that NumPy gives."""
+  mesh = make_mesh({"data": 1, "fsdp": 1}, jax.devices()[:1])
+  rng = np.random.default_rng(0)
+  x = rng.standard_normal((8, 3)).astype(np.float32)
+  weight = np.array([1, 1, 0, 1, 0, 1, 1, 1], np.float32)
+  w = np.array([0.5, -1, 2], np.float32)
+  error = x @ w - 1
+  expected = (2 * (error * weight)[:, None] * x).sum(0) / weight.sum()
+
+  def loss(params, frozen, batch):
+    return jnp.square(batch["x"] @ params["w"] - 1), {}
+
+  for parts in (1, 2, 4, 8):
+    run = jax.jit(functools.partial(step.accumulate_gradients, loss, mesh, parts))
+    params = {"w": jnp.asarray(w)}
+    accumulator, values = run(params, {}, {"x": x, "weight": weight}, step.new_accumulator(params))
+    np.testing.assert_allclose(accumulator["gradients"]["w"], expected, rtol=1e-5)
+    np.testing.assert_allclose(values["loss"], (error**2 * weight).sum() / weight.sum(), rtol=1e-5)
