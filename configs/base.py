@@ -38,7 +38,7 @@ def get_config():
   config.autoencoder = dict(
     name="sd-kl-f8", fields=ml_collections.ConfigDict(), weights="", sample_posterior=True, micro_batch=4, dtype="float32",
     # Only when it is what is trained: side of the random crops, weights of the loss, "l1" or "l2".
-    crop=128, kl_weight=1e-6, reconstruction="l1", chroma_weight=1.0,
+    crop=128, kl_weight=1e-6, reconstruction="l1",
   )  # fmt: skip
 
   # Diffusion: "rectified-flow" or "iddpm", and the fields of its class in stdit_jax/diffusion.

@@ -1,7 +1,7 @@
 """The quick start's model with more of everything: longer clips, more steps, a night on two cores at most.
 
-  python -m stdit_jax.train --config configs/film.py
-  python -m stdit_jax.sample --run runs/film --prompt "A big gray rabbit stands in a green meadow."
+python -m stdit_jax.train --config configs/film.py
+python -m stdit_jax.sample --run runs/film --prompt "A big gray rabbit stands in a green meadow."
 """
 
 from configs import quickstart

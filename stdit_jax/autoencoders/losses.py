@@ -10,21 +10,11 @@ import jax.numpy as jnp
 KINDS = ("l1", "l2")
 
 
-LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
-
-
-def reconstruction_error(prediction, target, kind="l1", chroma_weight=1.0):
-  """Mean absolute ("l1") or squared ("l2") error of pixels `[N, ..., 3]` per sample -> float32 `[N]`.
-
-  chroma_weight multiplies what is left of the error of a pixel without its luma. From scratch a small autoencoder spends
-  its first thousands of steps on luma alone, which holds most of the variance: a weight above 1 brings the colours early.
-  """
+def reconstruction_error(prediction, target, kind="l1"):
+  """Mean absolute ("l1") or squared ("l2") error of `[N, ...]` per sample -> float32 `[N]`."""
   if kind not in KINDS:
     raise ValueError(f"Unknown reconstruction loss {kind!r}; allowed: {', '.join(KINDS)}.")
   error = (prediction - target).astype(jnp.float32)
-  if chroma_weight != 1:
-    luma = (error * jnp.asarray(LUMA)).sum(-1, keepdims=True)
-    error = luma + chroma_weight * (error - luma)
   error = jnp.abs(error) if kind == "l1" else error * error
   return error.mean(tuple(range(1, error.ndim)))
 

@@ -43,9 +43,7 @@ def write_media(path, frames, fps, settings):
         pictures[0].save(temporary, pnginfo=info)
       else:
         own = {"comment": comment.encode()} if kind == "gif" else {"quality": 90, "method": 4, "xmp": comment.encode()}
-        pictures[0].save(
-          temporary, save_all=True, append_images=pictures[1:], duration=round(1000 / fps), loop=0, **own
-        )
+        pictures[0].save(temporary, save_all=True, append_images=pictures[1:], duration=round(1000 / fps), loop=0, **own)
     os.replace(temporary, path)
   finally:
     temporary.unlink(missing_ok=True)

@@ -48,6 +48,9 @@ class Pipeline:
     self.objective, self.tokenize, self.guided_channels = objective, tokenize, guided_channels
     self.model, self.diffusion = objective.model, objective.diffusion
     self.autoencoder, self.autoencoder_variables = autoencoder
+    channels = self.model.config.in_channels
+    if guided_channels is not None and not 1 <= guided_channels <= channels:
+      raise ValueError(f"guided_channels is {guided_channels}; allowed: 1 to {channels} (latent channels), or none for all")
     self.set_weights(params, frozen, text_params)
     self._text = jax.jit(lambda p, ids, mask: objective.text.apply({"params": p}, ids, mask))
     self._step = jax.jit(self._sampler_step, static_argnames=("diffusion", "guidance_scale", "latent_size"))
@@ -76,9 +79,7 @@ class Pipeline:
     if any(dataclasses.replace(r, prompt=first.prompt, seed=first.seed) != first for r in requests):
       raise ValueError("requests of one batch must have the same size, frames and fps")
     latents = self.sample_latents(requests, steps, guidance_scale, progress)
-    return [
-      image_kl.decode_video(self.autoencoder, self.autoencoder_variables, np.asarray(z)) for z in latents
-    ]
+    return [image_kl.decode_video(self.autoencoder, self.autoencoder_variables, np.asarray(z)) for z in latents]
 
   def sample_latents(self, requests, steps, guidance_scale, progress):
     """Normalised latents `[B, T, h, w, C]`."""
@@ -116,13 +117,9 @@ class Pipeline:
     drop = jnp.arange(2 * batch) >= batch
 
     def denoise(x, t, x_mask):
-      return self.model.apply(
-        variables, x, t, text, text_mask, grid=grid, x_mask=x_mask, drop_text=drop, **twice
-      )
+      return self.model.apply(variables, x, t, text, text_mask, grid=grid, x_mask=x_mask, drop_text=drop, **twice)
 
-    step_model = guided(
-      denoise, guidance_scale, num_channels=config.in_channels, guided_channels=self.guided_channels
-    )
+    step_model = guided(denoise, guidance_scale, num_channels=config.in_channels, guided_channels=self.guided_channels)
     valid = jnp.broadcast_to(inside, x.shape)
     x, _ = diffusion.step(step_model, x, t, t_next, num_channels=config.in_channels, noise=noise, valid=valid)
     return x

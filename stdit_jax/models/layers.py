@@ -45,8 +45,10 @@ class Linear(nn.Module):
     kernel_init = self.kernel_init or xavier_uniform(math.prod(inputs), math.prod(self.features))
     kernel = self.param("kernel", kernel_init, (*inputs, *self.features)).astype(self.dtype)
     bias = self.param("bias", self.bias_init, self.features).astype(self.dtype)
-    contract = tuple(range(x.ndim - self.num_inputs, x.ndim)), tuple(range(self.num_inputs))
-    return jax.lax.dot_general(x.astype(self.dtype), kernel, (contract, ((), ()))) + bias
+    # One plain matrix product: with axes of its own for heads, the kernel and its gradient are transposed in every step.
+    lead, outputs = x.shape[: -self.num_inputs], math.prod(self.features)
+    y = x.astype(self.dtype).reshape(*lead, math.prod(inputs)) @ kernel.reshape(math.prod(inputs), outputs)
+    return y.reshape(*lead, *self.features) + bias
 
 
 class Mlp(nn.Module):

@@ -31,9 +31,9 @@ from stdit_jax.parallel.attention import IMPLEMENTATIONS
 from stdit_jax.parallel.shardings import BATCH_AXES, constrain
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-REMAT_POLICIES = {
-  "none": None,  # keep every activation
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep the matrix products, recompute the rest
+REMAT_POLICIES = {  # elementwise work is always recomputed: cheaper than to write it to memory and read it back
+  "none": jax.checkpoint_policies.dots_saveable,  # keep every matrix product
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep those with parameters, not attention
   "full": jax.checkpoint_policies.nothing_saveable,  # keep block inputs only
 }
 COMPAT = (None, "open-sora")
@@ -426,7 +426,7 @@ class STDiT(nn.Module):
       return constrain(x, self.mesh, BATCH_AXES, None, None, None), None
 
     is_first = jnp.arange(cfg.depth) == 0
-    if cfg.remat != "none":
+    if not capture:  # captured values could not leave a checkpointed layer
       layer = jax.checkpoint(layer, policy=REMAT_POLICIES[cfg.remat], prevent_cse=not cfg.scan)
     if cfg.scan:
       return jax.lax.scan(layer, x, (stacked, is_first))[0]

@@ -110,7 +110,6 @@ class DenoiserBatches:
       return {"text": np.asarray(self._embed(ids, mask)), "text_mask": mask}
     return {"text_ids": ids, "text_mask": mask}
 
-
   def _text_of_disk(self, samples):
     """Embeddings `[length, C]` of every sample, cut or padded to the one length; none for rows that could not be read."""
     length, channels = self.model.model_max_length, self.model.caption_channels

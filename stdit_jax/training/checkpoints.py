@@ -34,7 +34,10 @@ class Checkpoints:
   def __init__(self, output, keep=3):
     self.folder = pathlib.Path(output).absolute() / "checkpoints"
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True, create=True)
-    self._manager = ocp.CheckpointManager(self.folder, options=options)
+    # Named handlers: without them a fresh process can't read what shapes an item has, only on the devices that wrote it.
+    handlers = {name: ocp.StandardCheckpointHandler() for name in ("params", "ema", "opt", "constants")}
+    handlers["position"] = ocp.JsonCheckpointHandler()
+    self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
   def latest(self):
     """Step of the newest whole checkpoint, or None."""
@@ -108,11 +111,11 @@ def load_weights(folder, item="ema", step=None):
     metadata = checkpoints._manager.item_metadata(step)
 
     def read(name):
-      shapes = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=device), metadata[name])
+      shapes = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=device), metadata[name].tree)
       args = ocp.args.Composite(**{name: ocp.args.StandardRestore(shapes)})
       return checkpoints._manager.restore(step, args=args)[name]
 
-    constants = read("constants") if "constants" in metadata else {}
+    constants = read("constants") if metadata.get("constants") is not None else {}
     return read(item), constants, step
   finally:
     checkpoints.close()

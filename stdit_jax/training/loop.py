@@ -36,8 +36,9 @@ def check_platform(wanted):
   """Raises ValueError when the devices are not of the platform the config asks for."""
   try:
     found = jax.default_backend()
-  except RuntimeError as error:  # JAX_PLATFORMS names one that is not there
-    raise ValueError(f"JAX finds no devices: {str(error).splitlines()[0]}") from None
+  except (RuntimeError, AssertionError) as error:  # JAX_PLATFORMS names one that is not there
+    reason = str(error).splitlines()[0] if str(error) else f"JAX_PLATFORMS is {jax.config.jax_platforms!r}"
+    raise ValueError(f"JAX finds no devices: {reason}") from None
   if wanted and found != wanted:
     raise ValueError(f"config: platform is {wanted!r}, but JAX finds only {found!r} devices ({jax.device_count()} of them)")
 
@@ -129,6 +130,11 @@ class Run:
     if config.init:
       weights.need_file(config.init, "init")
     if config.task == "denoiser":
+      latent = autoencoder_model(config.autoencoder).config.latent_channels
+      if latent != (taken := self.objectives[0].model.config.in_channels):
+        raise ValueError(
+          f"config: the autoencoder's latents have {latent} channels, but the denoiser takes {taken} (in_channels)"
+        )
       weights.need_file(config.autoencoder.weights, "autoencoder.weights")
       where = config.text_encoder.where
       if where == "ahead" or (where == "step" and not config.text_encoder.train):

@@ -163,9 +163,10 @@ class AutoencoderObjective:
       return x.reshape(b, t, *x.shape[1:])
 
     reconstruction, mean, logvar = (
-      per_sample(x) for x in self.model.apply({"params": params["autoencoder"]}, frames.reshape(b * t, *frames.shape[2:]), noise)
+      per_sample(x)
+      for x in self.model.apply({"params": params["autoencoder"]}, frames.reshape(b * t, *frames.shape[2:]), noise)
     )
-    error = losses.reconstruction_error(reconstruction, frames, config.reconstruction, config.chroma_weight)
+    error = losses.reconstruction_error(reconstruction, frames, config.reconstruction)
     kl = losses.kl_divergence(mean, logvar)
     loss = error + config.kl_weight * kl / frames[0].size
     squared = losses.reconstruction_error(reconstruction, frames, "l2")

@@ -133,9 +133,7 @@ class Programs:
     self.update = jax.jit(
       counter.counted(
         f"{name}: update",
-        functools.partial(
-          update, optimizer, trainable, schedule, stage_config.optimizer.clip_norm, stage_config.ema_decay
-        ),
+        functools.partial(update, optimizer, trainable, schedule, stage_config.optimizer.clip_norm, stage_config.ema_decay),
       ),
       in_shardings=(self._state, self._accumulator, self._replicated),
       out_shardings=(self._state, self._accumulator, self._replicated),

@@ -59,9 +59,7 @@ def initial_weights(objective, config, key, shardings):
   name, layout = ("denoiser", "open-sora") if config.task == "denoiser" else ("autoencoder", "diffusers")
   current = {"params": params[name]} | ({"constants": frozen[name]} if name in frozen else {})
   place = {"params": shardings[0][name]} | ({"constants": shardings[1][name]} if name in frozen else {})
-  loaded = load_variables(
-    path, layout, current, config=objective.model.config, strict=config.init_strict, shardings=place
-  )
+  loaded = load_variables(path, layout, current, config=objective.model.config, strict=config.init_strict, shardings=place)
   params[name] = loaded["params"]
   if name in frozen:
     frozen[name] = loaded["constants"]

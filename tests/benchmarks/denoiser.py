@@ -4,8 +4,9 @@ Both: float32, width 1152, 16 heads, 4 spatial + 4 temporal blocks, 5 frames of 
 two threads. The peer is `LatteTransformer3DModel` of diffusers; it has no cross attention in its temporal blocks, but
 projects the caption to keys and values once per frame. Both counts of matrix-product FLOPs are by formula, of the work as
 each model is written, so that the figure of merit is seconds per counted FLOP. A training step is loss, gradients and
-AdamW; its count is three forward passes. Repetitions of all four programs are interleaved; medians are reported, so load
-on the machine hits both alike.
+AdamW; its count is three forward passes. Repetitions of all four programs are interleaved and medians are reported, so
+that load on the machine hits both alike; the ratio of CPU seconds (over all threads) beside that of wall-clock seconds
+tells whether it did.
 """
 
 import argparse
@@ -122,17 +123,17 @@ def latte_programs(rng):
 
 
 def measure(programs, repeats):
-  """{name: median seconds} over interleaved repetitions, after two warm-up calls each."""
+  """{name: (median seconds, median CPU seconds of all threads)} over interleaved repetitions, after two calls each."""
   for program in programs.values():
     program()
     program()
   seconds = {name: [] for name in programs}
   for _ in range(repeats):
     for name, program in programs.items():
-      start = time.perf_counter()
+      wall, cpu = time.perf_counter(), time.process_time()
       program()
-      seconds[name].append(time.perf_counter() - start)
-  return {name: statistics.median(values) for name, values in seconds.items()}
+      seconds[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+  return {name: tuple(map(statistics.median, zip(*values))) for name, values in seconds.items()}
 
 
 def main():
@@ -147,13 +148,15 @@ def main():
   # Interleaved by what is timed, so that the two sides of each ratio run next to each other.
   seconds = measure({key: programs[key] for key in sorted(programs, key=lambda key: key[1])}, arguments.repeats)
   flops = {"ours": our_flops(), "Latte": latte_flops()}
-  print(f"{'':14} {'model':6} {'GFLOP':>8} {'seconds':>9} {'ns/kFLOP':>9} {'GFLOP/s':>8} {'ratio':>6}")
+  print(f"{'':14} {'model':6} {'GFLOP':>8} {'seconds':>9} {'CPU s':>7} {'GFLOP/s':>8}  seconds per FLOP, ours / Latte")
   for what, passes in zip(names, (1, 3)):
-    per_flop = {who: seconds[who, what] / (passes * flops[who]) for who in flops}
-    for who, value in per_flop.items():
-      ratio = f"{value / per_flop['Latte']:6.3f}" if who == "ours" else ""
-      count = passes * flops[who] / 1e9
-      print(f"{what:14} {who:6} {count:8.1f} {seconds[who, what]:9.3f} {value * 1e12:9.4f} {1e-9 / value:8.1f} {ratio}")
+    for who in ("Latte", "ours"):
+      count, (wall, cpu) = passes * flops[who], seconds[who, what]
+      print(f"{what:14} {who:6} {count / 1e9:8.1f} {wall:9.3f} {cpu:7.2f} {count / wall / 1e9:8.1f}", end="")
+      per_flop = [
+        time / count / (other / (passes * flops["Latte"])) for time, other in zip((wall, cpu), seconds["Latte", what])
+      ]
+      print(f"  wall {per_flop[0]:.3f}, CPU {per_flop[1]:.3f}" if who == "ours" else "")
 
 
 if __name__ == "__main__":

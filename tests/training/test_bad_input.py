@@ -42,7 +42,8 @@ WRONG = [
   ({"model__fields__hidden_size": 50}, "hidden_size 50 does not divide"),
   ({"model__fields__dtype": "float8"}, "dtype is 'float8'; allowed: float32, bfloat16"),
   ({"model__fields__caption_channels": 32}, "gives 64 features, but the denoiser takes caption_channels=32; set"),
-  ({"model__fields__model_max_length": 9}, "text_encoder.max_length is 16, but the denoiser's null caption has model_max_length=9"),
+  ({"model__fields__model_max_length": 9}, "text_encoder.max_length is 16, but the denoiser's null caption has model_max"),
+  ({"model__fields__in_channels": 8}, "the autoencoder's latents have 4 channels, but the denoiser takes 8"),
   ({"text_encoder__name": "xxxl"}, "unknown text encoder 'xxxl'; allowed: small"),
   ({"text_encoder__where": "here"}, "text_encoder.where is 'here'; allowed: 'step', 'ahead', 'disk'"),
   ({"text_encoder__where": "ahead"}, "text_encoder.train needs text_encoder.where='step'"),
@@ -71,7 +72,7 @@ WRONG = [
   ({"stages": ({"name": "a", "steps": 0},)}, "stage 'a': steps is 0"),
   ({"stages": ({"name": "a", "steps": 1}, {"name": "a", "steps": 1})}, "two stages are called 'a'"),
   ({"stages": ({"name": "a", "steps": 1, "seed": 3},)}, "stage 'a' changes seed, which belongs to the whole run"),
-  ({"stages": ({"name": "a", "steps": 1, "optimizer.b3": 3},)}, "stage 'a': unknown key 'optimizer.b3'; did you mean optimizer.b1"),
+  ({"stages": ({"name": "a", "steps": 1, "optimizer.warmup": 3},)}, "stage 'a': unknown key 'optimizer.warmup'; did you mean"),
   ({"stages": ({"name": "a", "steps": 1, "ema_decay": 2.0},)}, "ema_decay is 2.0"),
   ({"stages": ("first",)}, "stages[0] is 'first'; every stage is a dict"),
 ]  # fmt: skip
@@ -79,7 +80,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("changes", "words"), WRONG, ids=lambda v: v[:40] if isinstance(v, str) else "")
 def test_one_line_says_what_is_wrong(assets, tmp_path, changes, words):
-  with pytest.raises(ValueError, match=".") as error:
+  with pytest.raises(ValueError, match=r".") as error:
     Run(tiny_config(assets, tmp_path / "run", **changes))
   text = str(error.value)
   assert words in text
@@ -94,11 +95,9 @@ def test_missing_keys_tables_columns_and_files(assets, tmp_path):
   with pytest.raises(ValueError, match=r"key optimizer.b1 is missing; configs/base.py has its default"):
     make_stages(config)
   for table, words in (("no_text", "has no column 'text'"), ("gone", "none of the first 12 files exists")):
-    run = None
+    config = tiny_config(assets, tmp_path / table, data__tables=(str(assets / f"{table}.csv"),))
     with pytest.raises(ValueError, match=words):
-      run = Run(tiny_config(assets, tmp_path / table, data__tables=(str(assets / f"{table}.csv"),)))
-      run.data[0].loader(0)
-    assert (run is None) == (table == "no_text")
+      Run(config).data[0].loader(0)
   with pytest.raises(ValueError, match=r"needs task='denoiser'|prompts is empty"):
     Sampler(Run(tiny_config(assets, tmp_path / "s", sample__prompts=())))
   make_stages(base.get_config())  # the defaults themselves are fine
@@ -178,9 +177,8 @@ def test_another_run_in_the_folder(assets, trained):
 
 
 def test_init_from_a_run_of_another_model(assets, trained, tmp_path):
-  for changes in ({"model__fields__depth": 2}, {"model__fields__hidden_size": 72}):
-    with pytest.raises(ValueError, match=r"belongs to another model: \d+ parameters differ"):
-      Run(tiny_config(assets, tmp_path / "run", init=str(trained), **ONE, **changes)).start()
+  with pytest.raises(ValueError, match=r"belongs to another model: \d+ parameters differ"):
+    Run(tiny_config(assets, tmp_path / "run", init=str(trained), **ONE, model__fields__depth=2)).start()
   longer = {"model__fields__model_max_length": 20, "text_encoder__max_length": 20}
   with pytest.raises(ValueError, match="denoiser/null_caption"):
     Run(tiny_config(assets, tmp_path / "run", init=str(trained), **ONE, **longer)).start()
@@ -220,16 +218,17 @@ def test_the_command_line(assets, trained, tmp_path):
   broken = tmp_path / "broken.py"
   broken.write_text("def get_config(:\n")
   train = "stdit_jax.train"
-  refused(run_module(train, "--confg", config), "confg")
+  refused(run_module(train, "--confg", "configs/quickstart.py"), "confg")
   refused(run_module(train), "give a configuration: --config configs/quickstart.py")
-  refused(run_module(train, "--config", config, "--config.optimizer.learning_rat=1"), "learning_rat")
-  refused(run_module(train, "--config", config, "--config.log_every=often"), "log_every")
+  quick = "configs/quickstart.py"  # nothing of it is reached
+  refused(run_module(train, "--config", quick, "--config.optimizer.learning_rat=1"), "learning_rat")
+  refused(run_module(train, "--config", quick, "--config.log_every=often"), "log_every")
+  refused(run_module(train, "--config", quick, "more"), "unexpected argument 'more'")
   refused(run_module(train, "--config", broken), "broken.py", "syntax")
   refused(run_module(train, "--config", tmp_path / "none.py"), "none.py")
-  refused(run_module(train, "--config", config, "more"), "unexpected argument 'more'")
-  # From here on the whole chain: checks, then what only the checkpoint shows, then what only the run shows.
+  # From here on the whole chain: values, devices, what only the checkpoint shows.
   refused(run_module(train, "--config", config, "--config.caption_dropout=3"), "caption_dropout is 3")
-  refused(run_module(train, "--config", config, "--config.platform=cpu", JAX_PLATFORMS="tpu"), "JAX finds no devices")
+  refused(run_module(train, "--config", config, "--config.platform=gpu", JAX_PLATFORMS="cuda"), "JAX finds no devices")
   assert not (tmp_path / "run").exists()
   changed = write_config(tmp_path / "changed.py", assets, trained, **ONE, data__seed=5)
   refused(run_module(train, "--config", changed), "seed: 42 -> 5", "restart_data")

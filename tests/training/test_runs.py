@@ -74,8 +74,6 @@ def test_text_from_the_step_from_ahead_of_it_and_from_disk(assets, tmp_path):
   assert losses["disk"] != losses["ahead"]
   assert np.isfinite(losses["disk"])
   assert {name for name, state in states.items() if "text_encoder" in state["params"]} == {"trained from weights"}
-  for a, b in zip(*(jax.tree.leaves(states[name]["params"]["denoiser"]) for name in ("frozen", "ahead"))):
-    np.testing.assert_allclose(a, b, atol=1e-6)
   resumed, frozen, step = Run(
     tiny_config(assets, tmp_path / "frozen", text_encoder__where="step", **{**ONE_STEP, **weights})
   ).start()

@@ -1,0 +1,77 @@
+"""Files: frames come back, settings are inside and beside them, nothing half written stays."""
+
+import json
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from stdit_jax.generation.media import contact_sheet, write_media
+from tests.data.files import number_of, picture
+
+SETTINGS = {"prompt": 'a "gräu" rabbit\n☂', "seed": 7}
+
+
+def frames(height=48, width=64, count=5):
+  return np.stack([picture(i, height, width) for i in range(count)])
+
+
+def files_in(folder):
+  return sorted(p.name for p in folder.iterdir())
+
+
+def test_mp4(tmp_path):
+  write_media(tmp_path / "a.mp4", frames(49, 65), 12.5, SETTINGS)
+  with av.open(str(tmp_path / "a.mp4")) as container:
+    stream = container.streams.video[0]
+    assert float(stream.average_rate) == 12.5
+    decoded = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+    assert json.loads(container.metadata["comment"]) == SETTINGS
+  assert [frame.shape for frame in decoded] == [(48, 64, 3)] * 5  # even sides
+  assert [number_of(frame) for frame in decoded] == list(range(5))
+  assert json.loads((tmp_path / "a.json").read_text()) == SETTINGS
+  assert files_in(tmp_path) == ["a.json", "a.mp4"]
+
+
+@pytest.mark.parametrize("kind", ["gif", "webp"])
+def test_animated_pictures(tmp_path, kind):
+  write_media(tmp_path / f"a.{kind}", frames(), 10, SETTINGS)
+  with Image.open(tmp_path / f"a.{kind}") as image:
+    assert image.n_frames == 5
+    assert image.size == (64, 48)
+    numbers = []
+    for i in range(5):
+      image.seek(i)
+      numbers.append(number_of(np.asarray(image.convert("RGB"))))
+      assert image.info["duration"] == 100
+    image.seek(0)
+    comment = image.info["comment"] if kind == "gif" else image.info["xmp"]
+    assert json.loads(comment) == SETTINGS
+    assert image.info["loop"] == 0
+  assert numbers == list(range(5))
+  assert files_in(tmp_path) == sorted(["a.json", f"a.{kind}"])
+
+
+def test_png(tmp_path):
+  write_media(tmp_path / "new" / "a.png", frames(count=1), 24, SETTINGS)
+  with Image.open(tmp_path / "new" / "a.png") as image:
+    np.testing.assert_array_equal(np.asarray(image), frames(count=1)[0])
+    assert json.loads(image.text["Comment"]) == SETTINGS
+  with pytest.raises(ValueError, match="5 frames don't fit into a png; choose one of mp4, gif, webp"):
+    write_media(tmp_path / "a.png", frames(), 24, SETTINGS)
+  with pytest.raises(ValueError, match="unknown ending; allowed: mp4, gif, webp, png"):
+    write_media(tmp_path / "a.avi", frames(), 24, SETTINGS)
+  assert files_in(tmp_path) == ["new"]
+
+
+def test_a_failure_leaves_nothing_behind(tmp_path):
+  with pytest.raises(Exception, match=r"."):
+    write_media(tmp_path / "a.mp4", frames().astype(np.float64), 24, SETTINGS)
+  assert files_in(tmp_path) == []
+
+
+def test_contact_sheet():
+  sheet = contact_sheet([frames(), frames()], columns=3)
+  assert sheet.size == (3 * 64, 2 * 48)
+  assert [number_of(np.asarray(sheet)[:48, x * 64 : (x + 1) * 64]) for x in range(3)] == [0, 2, 4]
