@@ -9,8 +9,9 @@ import os
 import pathlib
 
 import jax
-import ml_collections
 import orbax.checkpoint as ocp
+
+from configs import base
 
 CONFIG = "config.json"
 
@@ -77,10 +78,13 @@ def is_run_folder(path):
 
 
 def read_config(folder):
-  """The configuration of a run folder; ValueError when there is none."""
+  """The configuration of a run folder, keys that it is too old to have at their defaults; ValueError when there is none."""
   path = pathlib.Path(folder) / CONFIG
   try:
-    return ml_collections.ConfigDict(json.loads(path.read_text()))
+    config = base.get_config()
+    with config.unlocked(), config.ignore_type():
+      config.update(json.loads(path.read_text()))
+    return config
   except FileNotFoundError:
     raise ValueError(f"{folder} is no run folder: it has no {CONFIG}; give the `output` folder of a training run") from None
   except (json.JSONDecodeError, UnicodeDecodeError) as error:

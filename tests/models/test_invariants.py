@@ -86,7 +86,7 @@ def assert_gradients_equal(a, b):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_padding_and_company_change_nothing(name):
-  """Three samples of different sizes in one padded batch equal each alone, without any padding but half-empty tokens."""
+  """Three samples of different sizes in one padded batch equal each alone (the two videos there without any padding)."""
   config = CONFIGS[name]
   model, variables = stdit.build(config), random_variables(config)
   mixed = join([sample(i, config, frames=4, tokens=14, text=6, junk=1e3) for i in range(3)])
@@ -96,10 +96,11 @@ def test_padding_and_company_change_nothing(name):
   summed = None
   for i, size in enumerate(LATENT_SIZES):
     frames, rows, columns = grid_size(size)
-    alone = sample(i, config, frames, rows * columns, text=(4, 6, 1)[i], junk=0)
+    shape = (3, 12, 4) if i == 2 else (frames, rows * columns, (4, 6)[i])  # the third shares the program of the first
+    alone = sample(i, config, *shape, junk=0)
     out_alone, d_params_alone, d_tokens_alone = run(model, variables, alone)
-    assert relative_error(out[i, :frames, : rows * columns], out_alone[0]) < TOLERANCE
-    assert relative_error(d_tokens[i, :frames, : rows * columns], d_tokens_alone[0]) < TOLERANCE
+    for ours, theirs in ((out[i], out_alone[0]), (d_tokens[i], d_tokens_alone[0])):
+      assert relative_error(ours[:frames, : rows * columns], theirs[:frames, : rows * columns]) < TOLERANCE
     summed = d_params_alone if summed is None else jax.tree.map(jnp.add, summed, d_params_alone)
   assert_gradients_equal(d_params, summed)
 
@@ -108,7 +109,7 @@ def test_padding_and_company_change_nothing(name):
 def test_scan_jit_and_remat_change_nothing(name):
   config = CONFIGS[name]
   variables = random_variables(config)
-  batch = join([sample(i, config, frames=3, tokens=12, text=6, junk=0) for i in (0, 1)])
+  batch = sample(0, config, frames=3, tokens=12, text=4, junk=0)
   expected = run(stdit.build(config), variables, batch)
 
   def check(result):
@@ -138,7 +139,7 @@ def test_bfloat16_keeps_float32_islands(name):
   """bfloat16 results are near, float32 comes out, and no exp, rsqrt, sin or cos ever sees half precision."""
   config = CONFIGS[name]
   variables = random_variables(config)
-  batch = join([sample(i, config, frames=3, tokens=12, text=6, junk=0) for i in (0, 1)])
+  batch = sample(0, config, frames=3, tokens=12, text=4, junk=0)
   half = stdit.build(dataclasses.replace(config, dtype="bfloat16"))
   exact, rounded = run(stdit.build(config), variables, batch), run(half, variables, batch)
   assert rounded[0].dtype == jnp.float32
@@ -164,7 +165,7 @@ def test_a_row_without_valid_tokens_stays_finite():
   """A row of weight 0 has no valid element and no text: its output means nothing, but must not poison the batch."""
   config = CONFIGS["STDiT3"]
   model, variables = stdit.build(config), random_variables(config)
-  batch = join([sample(i, config, frames=3, tokens=12, text=6, junk=0) for i in (0, 1)])
+  batch = join([sample(i, config, frames=4, tokens=14, text=6, junk=0) for i in range(3)])
   batch["valid"][1], batch["text_mask"][1], batch["cotangent"][1] = False, False, 0
   batch["grid"][1], batch["height"][1], batch["width"][1] = 1, 1, 1
   out, d_params, _ = run(model, variables, batch)
