@@ -108,4 +108,6 @@ def eight_config(assets, output, steps=2, **changes):
   """Images in batches that eight devices share, for `steps` steps."""
   buckets = (("144p", 1, 1.0, 8),)
   settings = {"data__buckets": buckets, "data__drop_last": False, "stages": ({"name": "devices", "steps": steps},)}
+  # A tiny eps makes full steps of rounding noise where the gradient is zero: key biases of the cross attention.
+  settings["optimizer__eps"] = 1e-4
   return tiny_config(assets, output, **settings, **changes)
