@@ -205,7 +205,7 @@ def run_requests(pipeline, requests, steps, scale, args, described):
     label = f"{start + 1}-{start + len(batch)}/{len(todo)}"
 
     def progress(iterable, label=label):
-      return tqdm(iterable, desc=f"denoise {label} (compiles first)", unit="step", leave=False, file=sys.stderr)
+      return tqdm(iterable, desc=f"denoise {label}", unit="step", leave=False, file=sys.stderr, disable=None)
 
     videos = pipeline.generate([requests[i][1] for i in batch], steps, scale, progress)
     for i, frames in zip(batch, videos):
