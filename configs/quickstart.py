@@ -3,7 +3,7 @@
   bash launch/quickstart.sh            # prepares the film, trains this, samples, exports
   python -m stdit_jax.train --config configs/quickstart.py
 
-About 6 minutes of training on two cores. The samples show colours and layout of the film's scenes; configs/film.py is the
+About 6 minutes of training on two cores: the samples show the colours of the film and little more; configs/film.py is the
 same for a night.
 """
 
