@@ -28,7 +28,8 @@ def get_config():
   config.data.captions = "optional"
   config.optimizer.update(learning_rate=3e-4, b2=0.95, warmup_steps=20, schedule="cosine", eps=1e-8)
   config.ema_decay = 0.99
-  # A higher learning rate learns luma and stays there; posterior noise from the start drowns what the latents say at first.
+  # Without posterior noise first, with it then. At learning rates of 1.5e-3 and 2e-3 the error stayed at that of gray pictures
+  # past 400 steps, with noise and without; at 3e-4 (and b2 = 0.95) colours came after about 450. Not separated further.
   config.stages = (
     dict(name="mean", steps=1300, **{"autoencoder.sample_posterior": False}),
     dict(name="sampled", steps=300, **{"optimizer.learning_rate": 1e-4, "optimizer.warmup_steps": 20}),

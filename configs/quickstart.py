@@ -31,7 +31,7 @@ def get_config():
   config.data.buckets = (("144p", 1, 1.0, 4), ("144p", 4, 1.0, 1), ("144p", 8, (1.0, 0.5), 1))
   config.data.frame_interval = 3
   config.data.workers = 1
-  # Uniform timesteps: the published logit-normal ones hardly visit pure noise, where a sample gets its colours and layout.
+  # Uniform timesteps: the published logit-normal ones hardly visit pure noise in so few steps. Not compared by itself.
   config.diffusion.fields = dict(sample_method="uniform", use_timestep_transform=False)
   config.mask_ratios = dict(image_head=0.05, random=0.05)
   config.optimizer.update(learning_rate=1.5e-3, b2=0.95, warmup_steps=30, schedule="cosine", eps=1e-8)
