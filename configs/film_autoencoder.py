@@ -7,7 +7,7 @@
   python tests/benchmarks/autoencoder.py --weights data/film/autoencoder.safetensors --images data/film/prepared/images
 
 1.7 M parameters, random 96 x 96 crops of 144p frames, squared error and KL 1e-6 (no perceptual term: pictures are soft).
-Half an hour on two cores for the colours and the large shapes, about 23 dB; details take far more steps. The last command
+Half an hour on two cores for the colours and the large shapes, 22 dB; details take far more steps. The last command
 prints the quality, and shift and scale of the latents for `autoencoder.fields`.
 """
 

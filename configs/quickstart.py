@@ -10,9 +10,9 @@ same for a night.
 from configs import base
 
 PROMPTS = (
-  "A big gray rabbit stands in a green meadow.",
   "A pink sky over a sunny green meadow with blue hills and tall green trees on the right.",
   "A purple bird with an orange beak stands on a branch in front of a lilac sky and sings.",
+  "A big gray rabbit stands in a yellow meadow under a pink sky.",
 )
 
 

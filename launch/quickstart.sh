@@ -33,8 +33,9 @@ make_environment requirements.txt
 began=$SECONDS
 
 if [ -z "$clips" ]; then
-  data=data/film/prepared run=runs/quickstart prompts=data/film/prompts.txt
+  data=data/film/prepared run=runs/quickstart prompts=data/film/prepared/prompts.txt
   python -m data.prepare.film --output "$data"
+  python -c 'from configs.quickstart import PROMPTS; print(*PROMPTS, sep="\n")' > "$prompts"
 else
   name=$(basename "$clips")-$(echo "$clips" | sha256sum | cut -c1-6)
   data=runs/data-$name run=runs/quickstart-$name prompts=runs/data-$name/prompts.txt

@@ -14,13 +14,14 @@ from ml_collections import config_flags
 
 from stdit_jax.cli import InputError, one_line_errors, use_compilation_cache
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "File with get_config(), e.g. configs/quickstart.py")
+_HELP = "file with get_config(), e.g. configs/quickstart.py"
+_CONFIG = config_flags.DEFINE_config_file("config", None, _HELP)
 
 
 def parse_flags(argv):
   """absl's parser; a mistyped flag or key is one line. -h and --help print the above and the flags."""
   if any(a in ("-h", "--help", "--helpfull") for a in argv[1:]):
-    print(f"{__doc__}\nflags:\n  --config FILE        {_CONFIG.help if hasattr(_CONFIG, 'help') else 'the configuration'}")
+    print(f"{__doc__}\nflags:\n  --config FILE        {_HELP}")
     print("  --config.KEY=VALUE   replaces one key; the keys are in configs/base.py")
     raise SystemExit(0)
   try:
