@@ -31,7 +31,7 @@ from stdit_jax.parallel.attention import IMPLEMENTATIONS
 from stdit_jax.parallel.shardings import BATCH_AXES, constrain
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-REMAT_POLICIES = {  # elementwise work is always recomputed: cheaper than to write it to memory and read it back
+REMAT_POLICIES = {  # elementwise work is always recomputed, which takes less memory
   "none": jax.checkpoint_policies.dots_saveable,  # keep every matrix product
   "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep those with parameters, not attention
   "full": jax.checkpoint_policies.nothing_saveable,  # keep block inputs only
