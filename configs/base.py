@@ -30,13 +30,15 @@ def get_config():
   # it) or "disk" (column `text_features` of the table). `train` puts it into the trained state; needs "step".
   # `tokenizer`: "byt5" (bytes, needs no file) or a folder that transformers' AutoTokenizer reads.
   config.text_encoder = dict(
-    name="xxl", weights="", tokenizer="", max_length=300, where="ahead", train=False, dtype="float32",
+    name="xxl", weights="", tokenizer="", max_length=300, where="ahead", train=False,
+    fields=ml_collections.ConfigDict(),  # of stdit_jax.models.t5.T5Config: dtype, param_dtype, remat, ...
     clean_captions=False,  # clean training captions as prompts are cleaned; the original expects clean tables
   )  # fmt: skip
 
   # Image autoencoder: a name of stdit_jax.autoencoders.image_kl.TABLE and its weights (safetensors).
   config.autoencoder = dict(
     name="sd-kl-f8", fields=ml_collections.ConfigDict(), weights="", sample_posterior=True, micro_batch=4, dtype="float32",
+    cache_gb=0.0,  # host memory per process for latents of clips that come again (data.windows_per_row, images)
     # Only when it is what is trained: side of the random crops, weights of the loss, "l1" or "l2".
     crop=128, kl_weight=1e-6, reconstruction="l1",
   )  # fmt: skip
@@ -51,13 +53,14 @@ def get_config():
   # Data: data/config.py says what each field means.
   config.data = dict(
     tables=(), buckets=(), reference_devices=1, seed=42, frame_interval=1, drop_last=True, captions="required",
-    max_caption_length=20_000, resize="area", scores=("aes", "flow", "cmotion"), score_drop=0.2, fps_rule="exact",
-    workers=2, read_ahead=None, max_bad_rows=0.1,
+    max_caption_length=20_000, windows_per_row=0, resize="area", scores=("aes", "flow", "cmotion"), score_drop=0.2,
+    fps_rule="exact", workers=2, read_ahead=None, max_bad_rows=0.1,
   )  # fmt: skip
 
   config.optimizer = dict(
     learning_rate=1e-4, warmup_steps=1000, schedule="constant", b1=0.9, b2=0.999, eps=1e-15,
     weight_decay=0.0, clip_norm=1.0, accumulate=1,
+    scales=(),  # (regular expression over parameter names, factor of the learning rate); the first that matches counts
   )  # fmt: skip
   config.train = ".*"  # regular expression over parameter names: which parameters train
   config.ema_decay = 0.99

@@ -26,6 +26,8 @@ class DataConfig:
   captions: "required" leaves out rows without a caption, "optional" takes them with an empty one (autoencoders).
   max_caption_length: rows with longer captions (characters) are left out; far shorter ones are cut by the tokenizer.
 
+  windows_per_row: clips (places in time) that a row is cut into, which come round epoch after epoch, so that their latents
+    can be kept; 0 = another place in every epoch, as the original.
   resize: "area" or "original" (`video.read_frames`).
   scores: score columns that are written behind captions ("aesthetic score: 6.5."), those that the tables have; () = none.
   score_drop: probability of leaving out each of them.
@@ -44,6 +46,7 @@ class DataConfig:
   captions: str = "required"
   max_caption_length: int = 20_000
 
+  windows_per_row: int = 0
   resize: str = "area"
   scores: tuple = SCORES
   score_drop: float = 0.2
@@ -70,7 +73,9 @@ class DataConfig:
     """Raises ValueError with one line that names the key, what is wrong and what is allowed."""
     self.table_weights()
     self.parsed_buckets()
-    for key, low in (("reference_devices", 1), ("frame_interval", 1), ("seed", 0), ("workers", 0), ("max_caption_length", 1)):
+    for key, low in (("reference_devices", 1), ("frame_interval", 1), ("seed", 0), ("workers", 0)):
+      _check_whole(key, getattr(self, key), low)
+    for key, low in (("max_caption_length", 1), ("windows_per_row", 0)):
       _check_whole(key, getattr(self, key), low)
     if self.read_ahead is not None:
       _check_whole("read_ahead", self.read_ahead, 1)

@@ -13,7 +13,6 @@ import multiprocessing
 import os
 import sys
 import threading
-import time
 
 import numpy as np
 
@@ -244,15 +243,14 @@ class RowSource:
 
 
 def _end_with_parent():
-  """A worker whose training was killed would wait for ever, with its memory: it looks for its parent now and then."""
-  parent = os.getppid()
+  """A worker whose training was killed would wait for ever, with its memory: it waits for its parent's end, too."""
+  parent = multiprocessing.parent_process()
 
   def watch():
-    while os.getppid() == parent:
-      time.sleep(2)
+    parent.join()
     os._exit(1)
 
-  if multiprocessing.parent_process() is not None:
+  if parent is not None:
     threading.Thread(target=watch, daemon=True).start()
 
 
@@ -277,7 +275,8 @@ class RowDecoder:
     try:
       fields["caption"] = self._caption(row, epoch, slot_row)
       fields["fps"] = self._fps(row, bucket.num_frames)
-      fields["pixels"] = self._pixels(row, bucket.num_frames, (height, width), self._rng(epoch, slot_row, _CLIP))
+      window = epoch % self.config.windows_per_row if self.config.windows_per_row else epoch
+      fields["pixels"] = self._pixels(row, bucket.num_frames, (height, width), self._rng(window, slot_row, _CLIP))
       if row.text_features:
         fields["text_features"] = sources.text_embedding(row.text_features)
     except video.BadVideo as e:

@@ -49,7 +49,9 @@ PY
 fi
 
 train=(python -m stdit_jax.train --config configs/quickstart.py "--config.output=$run" "--config.data.tables=(('$data/table.csv',1),)")
-[ -z "$steps" ] || train+=("--config.stages=({'name':'quickstart','steps':$steps},)")
+if [ -n "$steps" ]; then
+  train+=("--config.stages=({'name':'quickstart','steps':$steps},)" "--config.checkpoint_every=$(((steps + 1) / 2))")
+fi
 if [ -n "$interrupt" ] && [ ! -d "$run/checkpoints" ]; then
   echo "training until the first checkpoint, then interrupting it ..."
   "${train[@]}" &

@@ -111,3 +111,12 @@ def eight_config(assets, output, steps=2, **changes):
   # A tiny eps makes full steps of rounding noise where the gradient is zero: key biases of the cross attention.
   settings["optimizer__eps"] = 1e-4
   return tiny_config(assets, output, **settings, **changes)
+
+
+def frozen_text(assets, where):
+  """Changes of a config: the text encoder's weights from a file, not trained."""
+  return {
+    "text_encoder__where": where,
+    "text_encoder__train": False,
+    "text_encoder__weights": str(assets / "t5.safetensors"),
+  }

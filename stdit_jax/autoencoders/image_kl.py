@@ -32,6 +32,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from stdit_jax import fields
+
 
 @dataclasses.dataclass(frozen=True)
 class ImageKLConfig:
@@ -85,14 +87,8 @@ TABLE = {
 
 
 def get_config(name, **overrides):
-  """The named config with fields replaced; raises ValueError with the allowed names or fields."""
-  if name not in TABLE:
-    raise ValueError(f"Unknown image autoencoder {name!r}; known: {', '.join(TABLE)}.")
-  fields = {field.name for field in dataclasses.fields(ImageKLConfig)}
-  if unknown := sorted(set(overrides) - fields):
-    raise ValueError(f"ImageKLConfig has no field {', '.join(unknown)}; fields: {', '.join(sorted(fields))}.")
-  overrides = {key: tuple(value) if isinstance(value, list) else value for key, value in overrides.items()}
-  return dataclasses.replace(TABLE[name], **overrides)
+  """The named configuration with some fields replaced; ValueError names the allowed ones."""
+  return fields.replace(fields.choose(TABLE, name, "image autoencoder"), overrides, f"image autoencoder {name}")
 
 
 # ---------------------------------------------------------------------------------------------------------------- layers

@@ -40,12 +40,6 @@ def find_model(name: str, overrides: dict, layouts=()) -> tuple[object, str]:
     which = f" with layout {' and '.join(layouts)}" if layouts else ""
     raise ValueError(f"{what}{which} is called {name!r}; known: {', '.join(known)}")
   module = importlib.import_module(found[0])
-  overrides = {key: tuple(value) if isinstance(value, list) else value for key, value in overrides.items()}
-  for key, value in overrides.items():
-    default = getattr(module.TABLE[name], key, None)
-    kind = (int, float) if isinstance(default, float) else type(default)
-    if default is not None and (not isinstance(value, kind) or isinstance(value, bool) != isinstance(default, bool)):
-      raise ValueError(f"model {name}: {key} is {value!r}; needed is a value like {default!r}")
   return module.get_config(name, **overrides), found[0]
 
 

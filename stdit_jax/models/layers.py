@@ -13,6 +13,13 @@ from stdit_jax.parallel.attention import attend
 
 MAX_PERIOD = 10000.0
 
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+REMAT_POLICIES = {  # what the backward pass keeps of a block; elementwise work is always recomputed, which takes less memory
+  "none": jax.checkpoint_policies.dots_saveable,  # every matrix product
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # those with parameters, not attention
+  "full": jax.checkpoint_policies.nothing_saveable,  # block inputs only
+}
+
 
 def xavier_uniform(fan_in, fan_out):
   """Uniform in +-sqrt(6 / (fan_in + fan_out)), whatever the shape: fused, per-head kernels are one matrix in the original."""

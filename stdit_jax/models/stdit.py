@@ -15,7 +15,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from data.tokens import grid_size, patchify, unpatchify
+from stdit_jax import fields
 from stdit_jax.models.layers import (
+  DTYPES,
+  REMAT_POLICIES,
   CrossAttention,
   Linear,
   Mlp,
@@ -30,12 +33,6 @@ from stdit_jax.models.layers import (
 from stdit_jax.parallel.attention import IMPLEMENTATIONS
 from stdit_jax.parallel.shardings import BATCH_AXES, constrain
 
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-REMAT_POLICIES = {  # elementwise work is always recomputed, which takes less memory
-  "none": jax.checkpoint_policies.dots_saveable,  # keep every matrix product
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep those with parameters, not attention
-  "full": jax.checkpoint_policies.nothing_saveable,  # keep block inputs only
-}
 COMPAT = (None, "open-sora")
 
 
@@ -516,7 +513,9 @@ TABLE = {
   "STDiT3-3B/2": STDiT3Config(hidden_size=1872, num_heads=26),
   # Small ones: for tests, and for the quick start on two cores.
   "STDiT3-S/2": STDiT3Config(hidden_size=288, depth=6, num_heads=4, caption_channels=192, model_max_length=120),
-  "STDiT3-mini/2": STDiT3Config(hidden_size=192, depth=4, num_heads=4, caption_channels=192, model_max_length=120),
+  "STDiT3-mini/4": STDiT3Config(
+    hidden_size=192, depth=4, num_heads=4, patch_size=(1, 4, 4), caption_channels=192, model_max_length=120
+  ),
   "STDiT3-tiny/2": STDiT3Config(hidden_size=96, depth=2, num_heads=4, caption_channels=64, model_max_length=12),
   "STDiT2-tiny/2": STDiT2Config(hidden_size=96, depth=2, num_heads=4, caption_channels=64, model_max_length=12),
   "STDiT-tiny/2": STDiT1Config(
@@ -527,18 +526,7 @@ TABLE = {
 
 def get_config(name, **overrides):
   """The named configuration with some fields replaced; ValueError names the allowed ones."""
-  if name not in TABLE:
-    raise ValueError(f"unknown denoiser {name!r}; allowed: {', '.join(TABLE)}")
-  fields = {f.name for f in dataclasses.fields(TABLE[name])}
-  for key in overrides:
-    if key not in fields:
-      raise ValueError(f"denoiser {name}: unknown field {key!r}; allowed: {', '.join(sorted(fields))}")
-    default, value = getattr(TABLE[name], key), overrides[key]
-    kinds = {float: (int, float), tuple: (list, tuple), type(None): (str, type(None))}.get(type(default), (type(default),))
-    if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool):
-      raise ValueError(f"denoiser {name}: {key} is {value!r}; needed is a value like {default!r}")
-  overrides = {key: tuple(value) if isinstance(value, list) else value for key, value in overrides.items()}
-  return dataclasses.replace(TABLE[name], **overrides)
+  return fields.replace(fields.choose(TABLE, name, "denoiser"), overrides, f"denoiser {name}")
 
 
 def build(config, mesh=None):

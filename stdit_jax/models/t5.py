@@ -27,14 +27,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from stdit_jax import fields
+from stdit_jax.models.layers import DTYPES, REMAT_POLICIES
 from stdit_jax.parallel.shardings import BATCH_AXES, constrain
 
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
-REMAT_POLICIES = {
-  "none": None,  # keep every activation
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep the matrix products, recompute the rest
-  "full": jax.checkpoint_policies.nothing_saveable,  # keep block inputs only
-}
 FEED_FORWARDS = ("gated-gelu", "relu")
 
 
@@ -46,6 +42,8 @@ class T5Config:
     feed_forward_proj: "gated-gelu" (v1.1) or "relu" (v1.0).
     dtype: what is computed in; norms, softmax and position bias are float32.
     param_dtype: what parameters are created and loaded in; bfloat16 halves the memory of a frozen XXL.
+    relative_bias_std: deviation of the initial position biases; None: d_model ** -0.5, as the original. With larger ones
+      every head starts out attending to distances of its own, so that an untrained encoder tells words, not only letters.
     scan: run the blocks as one `lax.scan`; False unrolls them (debugging), same numbers.
     remat: what the backward pass keeps of a block, one of REMAT_POLICIES.
   """
@@ -60,6 +58,7 @@ class T5Config:
   relative_attention_max_distance: int = 128
   layer_norm_epsilon: float = 1e-6
   feed_forward_proj: str = "gated-gelu"
+  relative_bias_std: float | None = None
   dtype: str = "float32"
   param_dtype: str = "float32"
   scan: bool = True
@@ -206,7 +205,8 @@ class T5Encoder(nn.Module):
     c, dtype, param_dtype = self.config, DTYPES[self.config.dtype], DTYPES[self.config.param_dtype]
     embedding = self.param("token_embedding", nn.initializers.normal(1.0), (c.vocab_size, c.d_model), param_dtype)
     buckets = (c.relative_attention_num_buckets, c.num_heads)
-    table = self.param("relative_bias", nn.initializers.normal(c.d_model**-0.5), buckets, param_dtype)
+    bias_std = c.d_model**-0.5 if c.relative_bias_std is None else c.relative_bias_std
+    table = self.param("relative_bias", nn.initializers.normal(bias_std), buckets, param_dtype)
 
     x = constrain(jnp.take(embedding, ids, axis=0, mode="fill").astype(dtype), self.mesh, BATCH_AXES, None, None)
     bias = relative_bias(table, ids.shape[1], c.relative_attention_max_distance)
@@ -225,8 +225,7 @@ class T5Encoder(nn.Module):
     def layer(x, params):
       return constrain(block.apply({"params": params}, x, bias, mask), self.mesh, BATCH_AXES, None, None), None
 
-    if c.remat != "none":
-      layer = jax.checkpoint(layer, policy=REMAT_POLICIES[c.remat], prevent_cse=not c.scan)
+    layer = jax.checkpoint(layer, policy=REMAT_POLICIES[c.remat], prevent_cse=not c.scan)
     if c.scan:
       return jax.lax.scan(layer, x, stacked)[0]
     for i in range(c.num_layers):
@@ -241,20 +240,14 @@ TABLE = {
   "xl": T5Config(d_model=2048, num_layers=24, num_heads=32, d_ff=5120),
   "xxl": T5Config(),
   # Bytes instead of words (ByT5Tokenizer): trained with the denoiser in the quick start and the small configs.
-  "byt5-mini": T5Config(d_model=192, num_layers=4, num_heads=4, d_kv=48, d_ff=512, vocab_size=384),
+  "byt5-mini": T5Config(d_model=192, num_layers=2, num_heads=4, d_kv=48, d_ff=384, vocab_size=384, relative_bias_std=3.0),
   "byt5-tiny": T5Config(d_model=64, num_layers=2, num_heads=4, d_kv=16, d_ff=128, vocab_size=384),
 }
 
 
 def get_config(name, **overrides):
   """The named configuration with some fields replaced; ValueError names the allowed ones."""
-  if name not in TABLE:
-    raise ValueError(f"unknown text encoder {name!r}; allowed: {', '.join(TABLE)}")
-  fields = {f.name for f in dataclasses.fields(T5Config)}
-  for key in overrides:
-    if key not in fields:
-      raise ValueError(f"text encoder {name}: unknown field {key!r}; allowed: {', '.join(sorted(fields))}")
-  return dataclasses.replace(TABLE[name], **overrides)
+  return fields.replace(fields.choose(TABLE, name, "text encoder"), overrides, f"text encoder {name}")
 
 
 def build(config, mesh=None):

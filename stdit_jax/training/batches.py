@@ -6,6 +6,7 @@ joined over processes.
 """
 
 import collections
+import hashlib
 
 import jax
 import jax.numpy as jnp
@@ -34,18 +35,63 @@ def sample_fields(samples):
   }
 
 
-class FrameEncoder:
-  """Encodes frames to normalised posterior means and deviations: `micro_batch` frames at a time, one program per size."""
+class LatentCache:
+  """Latents of clips by their pixels, the least recently used dropped first, within so many bytes."""
 
-  def __init__(self, model, variables, micro_batch, counter):
-    if micro_batch < 1:
-      raise ValueError(f"config: autoencoder.micro_batch is {micro_batch}; allowed: at least 1")
-    self.model, self.micro_batch, self._counter = model, micro_batch, counter
+  def __init__(self, limit):
+    self.limit, self.bytes, self.hits, self._entries = limit, 0, 0, collections.OrderedDict()
+
+  @staticmethod
+  def key(clip):
+    """Of the pixels themselves: right whatever row, window or crop they come from."""
+    return clip.shape, hashlib.blake2b(np.ascontiguousarray(clip), digest_size=16).digest()
+
+  def get(self, key):
+    """(mean, std) `[T, h, w, C]`, or None."""
+    if key not in self._entries:
+      return None
+    self.hits += 1
+    self._entries.move_to_end(key)
+    return self._entries[key]
+
+  def put(self, key, latents):
+    size = sum(part.nbytes for part in latents)
+    if key in self._entries or size > self.limit:
+      return
+    self._entries[key] = latents
+    self.bytes += size
+    while self.bytes > self.limit:
+      self.bytes -= sum(part.nbytes for part in self._entries.popitem(last=False)[1])
+
+
+class ClipEncoder:
+  """Encodes clips to normalised posterior means and deviations: `micro_batch` frames at a time, one program per size."""
+
+  def __init__(self, model, variables, config, counter):
+    self.model, self.micro_batch, self._counter = model, config.micro_batch, counter
     self._variables = [jax.device_put(variables, device) for device in jax.local_devices()]
     self._programs = {}
+    self.cache = LatentCache(config.cache_gb * 2**30)
 
-  def __call__(self, frames):
-    """uint8 `[N, H, W, 3]` -> (mean, std), float32 NumPy `[N, H/8, W/8, C]`. Micro batches go round the local devices."""
+  def __call__(self, clips):
+    """uint8 `[T, H, W, 3]` each -> list of (mean, std), float32 NumPy `[T, H/8, W/8, C]`; frames of equal size share micro
+    batches."""
+    keys = [self.cache.key(clip) if self.cache.limit else None for clip in clips]
+    latents = [self.cache.get(key) for key in keys]
+    by_size = collections.defaultdict(list)
+    for i, clip in enumerate(clips):
+      if latents[i] is None:
+        by_size[clip.shape[1:3]].append(i)
+    for members in by_size.values():
+      moments = self._encode(np.concatenate([clips[i] for i in members]))
+      ends = np.cumsum([len(clips[i]) for i in members])[:-1]
+      for i, *parts in zip(members, *(np.split(m, ends) for m in moments)):
+        latents[i] = [part.copy() for part in parts]
+        self.cache.put(keys[i], latents[i])
+    return latents
+
+  def _encode(self, frames):
+    """uint8 `[N, H, W, 3]` -> (mean, std) of all frames. Micro batches go round the local devices."""
     size = frames.shape[1:3]
     if size not in self._programs:
       encode = self._counter.counted(f"encode {size[0]}x{size[1]}", lambda v, x: image_kl.encode_frames(self.model, v, x))
@@ -63,7 +109,7 @@ class DenoiserBatches:
 
   def __init__(self, config, model_config, encoder, mesh, embed=None):
     self.config, self.model, self.encoder, self.mesh = config, model_config, encoder, mesh
-    self._embed = embed  # text encoder ahead of the step: (ids, mask) -> features
+    self._embed = embed  # text encoder ahead of the step: global ids and mask -> global features
 
   def num_tokens(self, resolution):
     """S, tokens per frame of a resolution name: the largest over its aspect ratios."""
@@ -72,7 +118,7 @@ class DenoiserBatches:
   def __call__(self, step):
     """One global batch from this process's `data.loader.LoadedStep`."""
     samples, (resolution, frames) = step.samples, step.bucket
-    latents = self._encode([s.pixels for s in samples])
+    latents = self.encoder([s.pixels for s in samples])
     shape = (len(samples), frames, self.num_tokens(resolution), self.model.patch_values)
     names = ("latents_mean", "latents_std")[: 2 if self.config.autoencoder.sample_posterior else 1]
     batch = {name: np.zeros(shape, np.float32) for name in names}
@@ -85,30 +131,15 @@ class DenoiserBatches:
     batch["grid"] = np.asarray([grid_size(size, self.model.patch_size) for size in sizes], np.int32)
     for name in ("height", "width", "num_frames", "fps"):
       batch[name] = np.asarray([getattr(s, name) for s in samples], np.float32)
-    batch |= self._text(samples)
-    return to_global(batch | sample_fields(samples), self.mesh)
-
-  def _encode(self, clips):
-    """Latents (mean, std) per clip `[T, h, w, C]`; frames of equal size share micro batches."""
-    by_size = collections.defaultdict(list)
-    for i, clip in enumerate(clips):
-      by_size[clip.shape[1:3]].append(i)
-    latents = [None] * len(clips)
-    for members in by_size.values():
-      moments = self.encoder(np.concatenate([clips[i] for i in members]))
-      ends = np.cumsum([len(clips[i]) for i in members])[:-1]
-      for i, *parts in zip(members, *(np.split(m, ends) for m in moments)):
-        latents[i] = parts
-    return latents
+    batch = to_global(batch | self._text(samples) | sample_fields(samples), self.mesh)
+    if self._embed is not None:
+      batch["text"] = self._embed(batch.pop("text_ids"), batch["text_mask"])
+    return batch
 
   def _text(self, samples):
     if self.config.text_encoder.where == "disk":
       return self._text_of_disk(samples)
-    mask = np.stack([s.text_mask for s in samples])
-    ids = np.stack([s.text_ids for s in samples])
-    if self._embed is not None:
-      return {"text": np.asarray(self._embed(ids, mask)), "text_mask": mask}
-    return {"text_ids": ids, "text_mask": mask}
+    return {name: np.stack([getattr(s, name) for s in samples]) for name in ("text_ids", "text_mask")}
 
   def _text_of_disk(self, samples):
     """Embeddings `[length, C]` of every sample, cut or padded to the one length; none for rows that could not be read."""
@@ -150,6 +181,7 @@ class AutoencoderBatches:
 
 
 def text_ahead(model, params):
-  """The text encoder as a program of its own: `(ids, mask) -> features`, float32."""
-  program = jax.jit(lambda p, ids, mask: model.apply({"params": p}, ids, mask).astype(jnp.float32))
+  """The text encoder as a program of its own: global `(ids, mask) -> features`, float32."""
+  batch = NamedSharding(model.mesh, P(BATCH_AXES))
+  program = jax.jit(lambda p, ids, mask: model.apply({"params": p}, ids, mask).astype(jnp.float32), out_shardings=batch)
   return lambda ids, mask: program(params, ids, mask)

@@ -22,7 +22,14 @@ from stdit_jax.training.metrics import Averages, Metrics
 from stdit_jax.training.objectives import OBJECTIVES, autoencoder_model
 from stdit_jax.training.stage_data import StageData
 from stdit_jax.training.stages import make_stages, stage_of, total_steps
-from stdit_jax.training.state import learning_rate, make_optimizer, new_state, state_shapes, trainable, with_shardings
+from stdit_jax.training.state import (
+  learning_rate,
+  learning_rate_scales,
+  make_optimizer,
+  new_state,
+  state_shapes,
+  with_shardings,
+)
 from stdit_jax.training.step import Programs, TraceCounter
 
 
@@ -116,13 +123,13 @@ class Run:
     params, self.frozen_shapes = jax.eval_shape(self.objectives[0].init, jax.random.key(0))
     self.state_shapes = state_shapes(params, self.optimizers[0])
     self.shardings = tree_shardings(self.state_shapes, self.mesh), tree_shardings(self.frozen_shapes, self.mesh)
-    self.trainable = [trainable(params, stage.config.train) for stage in self.stages]
+    self.scales = [learning_rate_scales(params, s.config.train, s.config.optimizer.scales) for s in self.stages]
     self._check_weights()
     self.changed = check_output(config.output, config)
     self.data = [StageData(stage, config.output, self.mesh) for stage in self.stages]
     self.counter = TraceCounter()
     self.checkpoints = Checkpoints(config.output, config.keep_checkpoints)
-    self._encoder = None
+    self.encoder = None
 
   def _check_weights(self):
     """Everything that has to be read is there, before anything compiles."""
@@ -162,8 +169,7 @@ class Run:
       step, with_shardings(self.state_shapes, self.mesh), with_shardings(constants(self.frozen_shapes), self.mesh)
     )
     if "text_encoder" in self.frozen_shapes:
-      loaded = weights.load_text_encoder(self.config, self.objectives[0].text)
-      frozen["text_encoder"] = jax.device_put(loaded, self.shardings[1]["text_encoder"])
+      frozen["text_encoder"] = weights.load_text_encoder(self.config, self.objectives[0].text)
     say(f"resumed from step {step} of {self.config.output}")
     return state, frozen, step
 
@@ -211,7 +217,7 @@ class Run:
     frozen_shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), frozen)
     programs = Programs(
       objective.loss, self.mesh, self.state_shapes, frozen_shapes, self.optimizers[stage.index],
-      self.trainable[stage.index], learning_rate(config.optimizer, stage.start, stage.steps), config, self.counter, stage.name,
+      self.scales[stage.index], learning_rate(config.optimizer, stage.start, stage.steps), config, self.counter, stage.name,
     )  # fmt: skip
     make_batch = self._batch_maker(stage, state)
     accumulate = config.optimizer.accumulate
@@ -268,11 +274,11 @@ class Run:
     config = stage.config
     if config.task == "autoencoder":
       return batches.AutoencoderBatches(config, self.mesh)
-    if self._encoder is None:
+    if self.encoder is None:
       model = autoencoder_model(config.autoencoder)
       variables = weights.load_autoencoder(config, model)
-      self._encoder = batches.FrameEncoder(model, variables, config.autoencoder.micro_batch, self.counter)
+      self.encoder = batches.ClipEncoder(model, variables, config.autoencoder, self.counter)
     objective, embed = self.objectives[stage.index], None
     if config.text_encoder.where == "ahead":
       embed = batches.text_ahead(objective.text, weights.load_text_encoder(config, objective.text))
-    return batches.DenoiserBatches(config, objective.model.config, self._encoder, self.mesh, embed)
+    return batches.DenoiserBatches(config, objective.model.config, self.encoder, self.mesh, embed)

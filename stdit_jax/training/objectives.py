@@ -9,44 +9,35 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from stdit_jax import fields
 from stdit_jax.autoencoders import image_kl, losses
 from stdit_jax.diffusion.frame_masks import FrameMasks
 from stdit_jax.diffusion.iddpm import IDDPM
 from stdit_jax.diffusion.noise import Purpose, element_index, sample_keys, token_noise
 from stdit_jax.diffusion.rectified_flow import RectifiedFlow
 from stdit_jax.models import stdit, t5
+from stdit_jax.models.layers import DTYPES
 
 DIFFUSIONS = {"rectified-flow": RectifiedFlow, "iddpm": IDDPM}
 
 
 def make_diffusion(config):
   """The formulation of `config.diffusion`; ValueError names unknown names and fields."""
-  if config.name not in DIFFUSIONS:
-    raise ValueError(f"config: diffusion.name is {config.name!r}; allowed: {', '.join(DIFFUSIONS)}")
-  kind = DIFFUSIONS[config.name]
-  unknown = sorted(set(config.fields) - set(kind.__dataclass_fields__))
-  if unknown:
-    raise ValueError(f"config: diffusion.fields.{unknown[0]} is unknown; allowed: {', '.join(kind.__dataclass_fields__)}")
-  for key, value in config.fields.items():
-    default = kind.__dataclass_fields__[key].default
-    allowed = {float: (int, float), type(None): (str, int, type(None))}.get(type(default), (type(default),))
-    if not isinstance(value, allowed) or isinstance(value, bool) != isinstance(default, bool):
-      raise ValueError(f"config: diffusion.fields.{key} is {value!r}; needed is a value like {default!r}")
-  return kind(**config.fields)
+  return fields.replace(fields.choose(DIFFUSIONS, config.name, "diffusion.name")(), config.fields, "config: diffusion.fields")
 
 
-def text_model(config):
+def text_model(config, mesh=None):
   """The T5 encoder of `config.text_encoder`, None when embeddings come from disk."""
   if config.where == "disk":
     return None
-  return t5.build(t5.get_config(config.name, dtype=config.dtype))
+  return t5.build(t5.get_config(config.name, **config.fields), mesh)
 
 
 def autoencoder_model(config):
   """The image autoencoder of `config.autoencoder`; ValueError for an unknown name, field or dtype."""
-  if config.dtype not in stdit.DTYPES:
-    raise ValueError(f"config: autoencoder.dtype is {config.dtype!r}; allowed: {', '.join(stdit.DTYPES)}")
-  return image_kl.ImageKL(image_kl.get_config(config.name, **config.fields), stdit.DTYPES[config.dtype])
+  if config.dtype not in DTYPES:
+    raise ValueError(f"config: autoencoder.dtype is {config.dtype!r}; allowed: {', '.join(DTYPES)}")
+  return image_kl.ImageKL(image_kl.get_config(config.name, **config.fields), DTYPES[config.dtype])
 
 
 class DenoiserObjective:
@@ -55,7 +46,7 @@ class DenoiserObjective:
   def __init__(self, config, mesh=None):
     self.config = config
     self.model = stdit.build(stdit.get_config(config.model.name, **config.model.fields), mesh)
-    self.text = text_model(config.text_encoder)
+    self.text = text_model(config.text_encoder, mesh)
     self.diffusion = make_diffusion(config.diffusion)
     self.frame_masks = FrameMasks.create(config.mask_ratios)
     self._check()

@@ -12,9 +12,10 @@ from collections.abc import Mapping
 import ml_collections
 
 from configs import base
+from stdit_jax.fields import is_of_type
 
 # Below these keys the fields belong to a dataclass or table of their own, which checks them.
-_FREE = ("model.fields", "autoencoder.fields", "diffusion.fields", "mask_ratios")
+_FREE = ("model.fields", "text_encoder.fields", "autoencoder.fields", "diffusion.fields", "mask_ratios")
 # What a stage must not change: it would be another model, another mesh, another run.
 _FIXED = (
   "output", "seed", "task", "platform", "mesh", "model", "text_encoder", "autoencoder.name", "autoencoder.fields",
@@ -66,8 +67,7 @@ def check_types(config, reference, prefix=""):
       continue
     if default is None or name in ("data.tables", "data.buckets", "data.max_bad_rows"):
       continue  # of several types: checked by data.config
-    allowed = {float: (int, float), tuple: (list, tuple)}.get(type(default), (type(default),))
-    if not isinstance(value, allowed) or isinstance(value, bool) != isinstance(default, bool):
+    if not is_of_type(value, type(default)):
       raise ValueError(f"config: {name} is {value!r}; it must be {_KINDS[type(default)]}, like {default!r}")
 
 
@@ -79,6 +79,13 @@ def _number(config, key, low, high=None, whole=False):
   if isinstance(value, bool) or not isinstance(value, kind) or value < low or (high is not None and value > high):
     allowed = f"{'a whole number' if whole else 'a number'} of at least {low}" + ("" if high is None else f", at most {high}")
     raise ValueError(f"config: {key} is {value!r}; allowed: {allowed}")
+
+
+def _regular_expression(key, pattern):
+  try:
+    re.compile(pattern)
+  except (re.error, TypeError) as error:
+    raise ValueError(f"config: {key} is no regular expression: {pattern!r} ({error})") from None
 
 
 def check_values(config):
@@ -109,10 +116,13 @@ def check_values(config):
   for key in ("log_every", "checkpoint_every", "keep_checkpoints"):
     _number(config, key, 1, whole=True)
   _number(config, "sample_every", 0, whole=True)
-  try:
-    re.compile(config.train)
-  except re.error as error:
-    raise ValueError(f"config: train is no regular expression: {config.train!r} ({error})") from None
+  _number(config, "autoencoder.cache_gb", 0)
+  _number(config, "autoencoder.micro_batch", 1, whole=True)
+  _regular_expression("train", config.train)
+  for entry in config.optimizer.scales:
+    if not isinstance(entry, (tuple, list)) or len(entry) != 2 or not is_of_type(entry[1], float) or entry[1] <= 0:
+      raise ValueError(f"config: optimizer.scales has {entry!r}; allowed: (regular expression, factor above 0)")
+    _regular_expression("optimizer.scales", entry[0])
 
 
 def make_stages(config):

@@ -39,16 +39,29 @@ def make_optimizer(config):
   )
 
 
-def trainable(params, pattern):
-  """Tree of bools: which parameters' names match the regular expression `pattern`.
+def learning_rate_scales(params, train, scales=()):
+  """Tree of floats: what the learning rate is multiplied by for every parameter, 0.0 for those that do not train.
 
-  Raises ValueError when none does.
+  Args:
+    train: regular expression, searched in parameter names: which parameters train.
+    scales: (regular expression, factor) pairs; the first that matches counts, 1.0 without any.
+
+  Raises:
+    ValueError: an expression that matches no parameter.
   """
-  chosen = jax.tree_util.tree_map_with_path(lambda path, _: bool(re.search(pattern, path_name(path))), params)
-  if not any(jax.tree.leaves(chosen)):
-    names = sorted({path_name(path).split("/")[1] for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]})
-    raise ValueError(f"config: train={pattern!r} matches no parameter; there are {', '.join(names)}")
-  return chosen
+
+  def scale(path, _):
+    name = path_name(path)
+    if not re.search(train, name):
+      return 0.0
+    return next((float(factor) for pattern, factor in scales if re.search(pattern, name)), 1.0)
+
+  names = [path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
+  for key, pattern in (("train", train), *(("optimizer.scales", pattern) for pattern, _ in scales)):
+    if not any(re.search(pattern, name) for name in names):
+      known = sorted({"/".join(name.split("/")[:2]) for name in names})
+      raise ValueError(f"config: {key}={pattern!r} matches no parameter; there are {', '.join(known)}")
+  return jax.tree_util.tree_map_with_path(scale, params)
 
 
 def new_state(params, optimizer):

@@ -44,13 +44,14 @@ def new_accumulator(params):
   return {"gradients": jax.tree.map(jnp.zeros_like, params), "count": jnp.zeros((), jnp.float32)}
 
 
-def accumulate_gradients(loss, mesh, micro_batches, params, frozen, batch, accumulator):
+def accumulate_gradients(loss, mesh, micro_batches, scales, params, frozen, batch, accumulator):
   """Adds the gradient of one bucket's batch to the accumulator.
 
   Args:
     loss: `(params, frozen, batch) -> (loss per sample [b], dict of values per sample)`.
     micro_batches: parts into which the batch is split, one after the other; they share the batch's total weight, so that
       the split changes nothing.
+    scales: tree of learning rate scales like `params`; where it is 0.0 no gradient is computed, it is zero.
     batch: dict of arrays with the global batch in front; `weight` is 0 for rows that could not be decoded.
 
   Returns:
@@ -58,6 +59,7 @@ def accumulate_gradients(loss, mesh, micro_batches, params, frozen, batch, accum
   """
 
   def weighted(params, part):
+    params = jax.tree.map(lambda p, s: p if s else jax.lax.stop_gradient(p), params, scales)
     per_sample, values = loss(params, frozen, part)
     counts = part["weight"] > 0
     total = lambda v: jnp.sum(jnp.where(counts, v * part["weight"], 0.0))  # noqa: E731
@@ -90,7 +92,7 @@ def accumulate_gradients(loss, mesh, micro_batches, params, frozen, batch, accum
   return accumulator, {**{name: value * scale for name, value in sums.items()}, "weight": weight}
 
 
-def update(optimizer, trainable, schedule, clip_norm, ema_decay, state, accumulator, step):
+def update(optimizer, scales, schedule, clip_norm, ema_decay, state, accumulator, step):
   """One optimizer step from the accumulated gradients; without weight, or with a gradient that is not finite, no step.
 
   Clipping by the global norm over the parameters that train, AdamW, then the moving average
@@ -101,7 +103,7 @@ def update(optimizer, trainable, schedule, clip_norm, ema_decay, state, accumula
     (state, zeroed accumulator, metrics)
   """
   count = jnp.maximum(accumulator["count"], 1.0)
-  gradients = jax.tree.map(lambda g, t: g / count if t else jnp.zeros_like(g), accumulator["gradients"], trainable)
+  gradients = jax.tree.map(lambda g, s: g / count if s else jnp.zeros_like(g), accumulator["gradients"], scales)
   norm = optax.tree.norm(gradients)
   good = jnp.isfinite(norm) & (accumulator["count"] > 0)
   clip = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-12)) if clip_norm else 1.0
@@ -109,7 +111,7 @@ def update(optimizer, trainable, schedule, clip_norm, ema_decay, state, accumula
 
   rate = schedule(step)
   updates, opt = optimizer.update(gradients, state["opt"], state["params"])
-  params = jax.tree.map(lambda p, u, t: p - rate * u if t else p, state["params"], updates, trainable)
+  params = jax.tree.map(lambda p, u, s: p - rate * s * u if s else p, state["params"], updates, scales)
   ema = jax.tree.map(lambda e, p: e + (p - e) * (1 - ema_decay), state["ema"], params)
   new = {"params": params, "ema": ema, "opt": opt}
   state = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, state)
@@ -120,9 +122,9 @@ def update(optimizer, trainable, schedule, clip_norm, ema_decay, state, accumula
 class Programs:
   """The jitted programs of one stage, made once and kept: state and accumulator are donated and stay where they are."""
 
-  def __init__(self, loss, mesh, state_shapes, frozen_shapes, optimizer, trainable, schedule, stage_config, counter, name):
+  def __init__(self, loss, mesh, state_shapes, frozen_shapes, optimizer, scales, schedule, stage_config, counter, name):
     self.mesh = mesh
-    self._loss, self._counter, self._name = loss, counter, name
+    self._loss, self._scales, self._counter, self._name = loss, scales, counter, name
     self._replicated = NamedSharding(mesh, P())
     self._batch = NamedSharding(mesh, P(BATCH_AXES))
     self._state = tree_shardings(state_shapes, mesh)
@@ -133,7 +135,7 @@ class Programs:
     self.update = jax.jit(
       counter.counted(
         f"{name}: update",
-        functools.partial(update, optimizer, trainable, schedule, stage_config.optimizer.clip_norm, stage_config.ema_decay),
+        functools.partial(update, optimizer, scales, schedule, stage_config.optimizer.clip_norm, stage_config.ema_decay),
       ),
       in_shardings=(self._state, self._accumulator, self._replicated),
       out_shardings=(self._state, self._accumulator, self._replicated),
@@ -143,7 +145,7 @@ class Programs:
   def make_gradient(self, bucket, micro_batches):
     """Adds the program of a (resolution, frames) bucket to `gradients`:
     `(params, frozen, batch, accumulator) -> (accumulator, metrics)`."""
-    function = functools.partial(accumulate_gradients, self._loss, self.mesh, micro_batches)
+    function = functools.partial(accumulate_gradients, self._loss, self.mesh, micro_batches, self._scales)
     self.gradients[bucket] = jax.jit(
       self._counter.counted(f"{self._name}: gradient {bucket[0]} x {bucket[1]}", function),
       in_shardings=(self._state["params"], self._frozen, self._batch, self._accumulator),

@@ -7,7 +7,7 @@ import jax
 from stdit_jax.autoencoders import image_kl
 from stdit_jax.interop import load_variables
 from stdit_jax.models import t5
-from stdit_jax.parallel.shardings import path_name
+from stdit_jax.parallel.shardings import path_name, tree_shardings
 from stdit_jax.training.checkpoints import is_run_folder, load_weights
 
 
@@ -27,9 +27,10 @@ def load_autoencoder(config, model):
 
 
 def load_text_encoder(config, model):
-  """Parameters of the T5 encoder from `text_encoder.weights` (names of Hugging Face)."""
+  """Parameters of the T5 encoder from `text_encoder.weights` (names of Hugging Face), laid over the model's mesh."""
   path = need_file(config.text_encoder.weights, "text_encoder.weights")
-  return load_variables(path, "t5", t5.init_shapes(model.config), config=model.config)["params"]
+  shapes = t5.init_shapes(model.config)
+  return load_variables(path, "t5", shapes, config=model.config, shardings=tree_shardings(shapes, model.mesh))["params"]
 
 
 def initial_weights(objective, config, key, shardings):
@@ -40,8 +41,8 @@ def initial_weights(objective, config, key, shardings):
   """
   params, frozen = jax.jit(objective.init, out_shardings=shardings)(key)
   if config.task == "denoiser" and config.text_encoder.where == "step" and config.text_encoder.weights:
-    home, place = (params, shardings[0]) if config.text_encoder.train else (frozen, shardings[1])
-    home["text_encoder"] = jax.device_put(load_text_encoder(config, objective.text), place["text_encoder"])
+    home = params if config.text_encoder.train else frozen
+    home["text_encoder"] = load_text_encoder(config, objective.text)
   if not config.init:
     return params, frozen
   path = need_file(config.init, "init")

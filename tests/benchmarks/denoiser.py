@@ -6,7 +6,8 @@ projects the caption to keys and values once per frame. Both counts of matrix-pr
 each model is written, so that the figure of merit is seconds per counted FLOP. A training step is loss, gradients and
 AdamW; its count is three forward passes. Repetitions of all four programs are interleaved and medians are reported, so
 that load on the machine hits both alike; the ratio of CPU seconds (over all threads) beside that of wall-clock seconds
-tells whether it did.
+tells whether it did. Beside them one matrix product of the MLP alone, by XLA and by PyTorch: the ratio that is left when
+nothing but products remains.
 """
 
 import argparse
@@ -122,6 +123,14 @@ def latte_programs(rng):
   return forward, step
 
 
+def product_programs(rng):
+  """The first product of the MLP, `[tokens, width] x [width, 4 width]`, by XLA and by PyTorch."""
+  x, kernel = (rng.standard_normal(shape, np.float32) for shape in ((TOKENS, WIDTH), (WIDTH, 4 * WIDTH)))
+  ours, theirs = (jnp.asarray(x), jnp.asarray(kernel)), (torch.from_numpy(x), torch.from_numpy(kernel))
+  multiply = jax.jit(jnp.matmul)
+  return (lambda: jax.block_until_ready(multiply(*ours)),), (lambda: torch.matmul(*theirs),)
+
+
 def measure(programs, repeats):
   """{name: (median seconds, median CPU seconds of all threads)} over interleaved repetitions, after two calls each."""
   for program in programs.values():
@@ -142,21 +151,19 @@ def main():
   arguments = parser.parse_args()
   torch.set_num_threads(2)
   rng = np.random.default_rng(0)
-  ours, latte = our_programs(rng), latte_programs(rng)
-  names = "forward", "training step"
-  programs = {(who, what): f for who, fs in (("ours", ours), ("Latte", latte)) for what, f in zip(names, fs)}
+  flops = {"forward": (our_flops(), latte_flops()), "training step": (3 * our_flops(), 3 * latte_flops())}
+  flops["one product"] = (8 * TOKENS * WIDTH**2,) * 2
+  programs = [*zip(our_programs(rng), latte_programs(rng)), *zip(*product_programs(rng))]
   # Interleaved by what is timed, so that the two sides of each ratio run next to each other.
-  seconds = measure({key: programs[key] for key in sorted(programs, key=lambda key: key[1])}, arguments.repeats)
-  flops = {"ours": our_flops(), "Latte": latte_flops()}
-  print(f"{'':14} {'model':6} {'GFLOP':>8} {'seconds':>9} {'CPU s':>7} {'GFLOP/s':>8}  seconds per FLOP, ours / Latte")
-  for what, passes in zip(names, (1, 3)):
-    for who in ("Latte", "ours"):
-      count, (wall, cpu) = passes * flops[who], seconds[who, what]
-      print(f"{what:14} {who:6} {count / 1e9:8.1f} {wall:9.3f} {cpu:7.2f} {count / wall / 1e9:8.1f}", end="")
-      per_flop = [
-        time / count / (other / (passes * flops["Latte"])) for time, other in zip((wall, cpu), seconds["Latte", what])
-      ]
-      print(f"  wall {per_flop[0]:.3f}, CPU {per_flop[1]:.3f}" if who == "ours" else "")
+  programs = {(what, who): f for what, pair in zip(flops, programs) for who, f in zip(("ours", "PyTorch"), pair)}
+  seconds = measure(programs, arguments.repeats)
+  print(f"{'':14} {'':8} {'GFLOP':>8} {'seconds':>9} {'CPU s':>7} {'GFLOP/s':>8}  seconds per FLOP, ours / PyTorch")
+  for what, counts in flops.items():
+    rows = [(count, *seconds[what, who]) for who, count in zip(("ours", "PyTorch"), counts)]
+    for who, (count, wall, cpu) in zip(("ours", "PyTorch"), rows):
+      print(f"{what:14} {who:8} {count / 1e9:8.1f} {wall:9.3f} {cpu:7.2f} {count / wall / 1e9:8.1f}")
+    ratio = [ours / rows[0][0] / (theirs / rows[1][0]) for ours, theirs in zip(*(row[1:] for row in rows))]
+    print(f"{'':50}  wall {ratio[0]:.3f}, CPU {ratio[1]:.3f}")
 
 
 if __name__ == "__main__":

@@ -206,3 +206,23 @@ def test_mistakes(folder, tmp_path):
   files.write_csv(tmp_path / "t.csv", [{"path": "gone.mp4", "text": "x", "num_frames": 24, "height": 144, "width": 256}])
   with pytest.raises(ValueError, match="none of the first 1 files exists"):
     load(tmp_path, 1, config_of(tmp_path, buckets=(("144p", 9, 1.0, 1),)))
+
+
+def test_windows_come_round(folder):
+  def clips(epochs, **settings):
+    """{(row, bucket): [pixels of every epoch]}"""
+    steps = loader.make_loader(config_of(folder, drop_last=False, **settings), str(folder / "cache"), epochs=epochs)
+    found = {}
+    with steps:
+      for step in steps:
+        for s in step.samples:
+          found.setdefault((s.row, s.num_frames), {})[step.epoch] = s.pixels
+    return [pixels for pixels in found.values() if len(pixels) == epochs and len(pixels[0]) > 1]
+
+  two = clips(3, windows_per_row=2)
+  assert two
+  assert all(np.array_equal(pixels[0], pixels[2]) for pixels in two)
+  assert any(not np.array_equal(pixels[0], pixels[1]) for pixels in two)
+  one = clips(2, windows_per_row=1)
+  assert all(np.array_equal(pixels[0], pixels[1]) for pixels in one)
+  assert any(not np.array_equal(pixels[0], pixels[1]) for pixels in clips(2))

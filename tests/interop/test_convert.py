@@ -1,6 +1,7 @@
 """`python -m stdit_jax.convert`: conversions, checks, and one line for each mistake."""
 
 import json
+import resource
 
 import jax
 import jax.numpy as jnp
@@ -143,6 +144,19 @@ def test_another_model_and_broken_files(capsys, tmp_path):
     assert code == 1
     assert "from safetensors.torch import save_file" in error
   assert sorted(p.name for p in tmp_path.iterdir()) == ["cut.safetensors"]
+
+
+def test_a_disk_that_is_full_keeps_no_half_file(capsys, tmp_path):
+  path = REFERENCE / "stdit3_tiny.safetensors"
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size // 2, limits[1]))  # what lies beyond fails to be written
+  try:
+    code, _, error = run(capsys, "--input", path, "--output", tmp_path / "y.safetensors", "--model", "STDiT3-tiny/2")
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  assert (code, error.count("\n")) == (1, 1)
+  assert "y.safetensors: can't be written: File too large" in error
+  assert list(tmp_path.iterdir()) == []
 
 
 def test_unexpected_tensors_may_be_left_out(capsys, tmp_path):

@@ -13,7 +13,8 @@ from stdit_jax.parallel.shardings import path_name
 from stdit_jax.training import loop, step
 from stdit_jax.training.batches import to_global
 from stdit_jax.training.state import learning_rate
-from tests.tiny_run import eight_config
+from stdit_jax.training.weights import load_text_encoder
+from tests.tiny_run import eight_config, frozen_text
 
 
 def one_micro_step(run, mesh, state, frozen, batch):
@@ -21,7 +22,7 @@ def one_micro_step(run, mesh, state, frozen, batch):
   objective = loop.OBJECTIVES["denoiser"](run.stages[0].config, mesh)
   config = run.stages[0].config
   programs = step.Programs(
-    objective.loss, mesh, run.state_shapes, run.frozen_shapes, run.optimizers[0], run.trainable[0],
+    objective.loss, mesh, run.state_shapes, run.frozen_shapes, run.optimizers[0], run.scales[0],
     learning_rate(config.optimizer, 0, 4), config, step.TraceCounter(), "devices",
   )  # fmt: skip
   programs.make_gradient(("144p", 1), 1)
@@ -59,6 +60,13 @@ def main(folder):
   params = {path_name(p): np.asarray(x) for p, x in jax.tree_util.tree_flatten_with_path(state["params"])[0]}
   save_file(params, folder / "resumed.safetensors")
   resumed.train(started=(state, frozen, at))
+
+  # The text encoder in a program of its own, split as the denoiser is.
+  ahead = loop.Run(eight_config(assets, folder / "ahead", steps=1, mesh={"data": 2, "fsdp": 4}, **frozen_text(assets, "ahead")))
+  text = load_text_encoder(ahead.config, ahead.objectives[0].text)
+  kernel = text["blocks"]["mlp"]["up"]["kernel"]
+  assert kernel.size // kernel.addressable_shards[0].data.size == 4
+  ahead.train()
 
 
 if __name__ == "__main__":

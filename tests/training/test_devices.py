@@ -1,5 +1,6 @@
 """Eight devices give the losses, gradients and noise of one; a checkpoint of one mesh resumes on the other."""
 
+import json
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ from safetensors.numpy import load_file
 from stdit_jax.parallel.shardings import path_name
 from stdit_jax.training.checkpoints import load_weights
 from stdit_jax.training.loop import Run
-from tests.tiny_run import ROOT, eight_config, environment
+from tests.tiny_run import ROOT, eight_config, environment, frozen_text
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
@@ -27,6 +28,7 @@ def folder(assets, tmp_path_factory):
   folder = tmp_path_factory.mktemp("on_devices")
   (folder / "assets").symlink_to(assets)
   Run(eight_config(folder / "assets", folder / "devices" / "single")).train()
+  Run(eight_config(folder / "assets", folder / "devices" / "in_step", steps=1, **frozen_text(assets, "step"))).train()
   command = [sys.executable, "-m", "tests.training.on_devices", str(folder)]
   # Collectives hold a thread of XLA's pool while they wait for the other devices: with few cores they would wait for ever.
   own = environment(XLA_FLAGS=FLAGS, NPROC="64")
@@ -68,3 +70,11 @@ def test_a_checkpoint_of_one_mesh_resumes_on_the_other(folder):
   ours, theirs = (by_name(load_weights(devices / name, "params", 3)[0]) for name in ("eight", "single"))
   for name, value in ours.items():
     np.testing.assert_allclose(theirs[name], value, atol=2e-5, err_msg=name)
+
+
+def test_a_sharded_text_encoder_ahead_of_the_step(folder):
+  losses = [
+    json.loads((folder / "devices" / name / "metrics.jsonl").read_text().splitlines()[0])["loss"]
+    for name in ("in_step", "ahead")
+  ]
+  np.testing.assert_allclose(*losses, rtol=1e-5)

@@ -121,3 +121,38 @@ def test_stages_change_rate_buckets_and_optimizer(left_alone):
   assert not any("loss/144p x 1" in line for line in lines[12:])
   assert any("loss/144p x 1" in line for line in lines[:12])
   assert int(items(folder / "alone")["opt"][0]["count"]) == 8  # the second stage began with a fresh optimizer
+
+
+def test_workers_end_with_their_killed_training(assets, tmp_path):
+  config = write_config(
+    tmp_path / "config.py", assets, tmp_path / "run", data__workers=1, stages=({"name": "long", "steps": 10**6},)
+  )
+  log, worker = tmp_path / "log", []
+
+  def children():
+    """Ids of the run's processes that are loader workers: those that began as `spawn_main`."""
+    found = []
+    for path in pathlib.Path("/proc").glob("[0-9]*"):
+      try:
+        command, parent = (path / "cmdline").read_bytes(), int((path / "stat").read_text().rpartition(")")[2].split()[1])
+      except OSError:
+        continue
+      if b"spawn_main" in command and parent == process.pid:
+        found.append(path)
+    return found
+
+  process = start(config, log)
+  try:
+    end = time.monotonic() + 120
+    while not (worker and (tmp_path / "run" / "metrics.jsonl").exists()):
+      assert process.poll() is None, log.read_text()[-3000:]
+      assert time.monotonic() < end
+      worker = children() or worker
+      time.sleep(0.05)
+  finally:
+    process.kill()
+    process.wait()
+  end = time.monotonic() + 20
+  while any(path.exists() for path in worker):
+    assert time.monotonic() < end, "a worker outlives its training"
+    time.sleep(0.1)

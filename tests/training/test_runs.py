@@ -56,6 +56,18 @@ def test_a_run_writes_its_configuration_metrics_and_checkpoints(first):
     load_weights(folder, "ema", 3)
 
 
+def test_kept_latents_change_nothing(assets, tmp_path):
+  states = []
+  for gigabytes in (0.0, 4e-4, 1.0):  # nothing, some of it, everything
+    steps = {"stages": ({"name": "epochs", "steps": 12},), "data__windows_per_row": 1, "checkpoint_every": 12}
+    run = Run(tiny_config(assets, tmp_path / str(gigabytes), autoencoder__cache_gb=gigabytes, **steps))
+    states.append(jax.tree.map(np.asarray, run.train()))
+    assert (run.encoder.cache.hits > 0) == (gigabytes > 0)
+    assert run.encoder.cache.bytes <= gigabytes * 2**30
+  jax.tree.map(np.testing.assert_array_equal, *states[:2])
+  jax.tree.map(np.testing.assert_array_equal, *states[1:])
+
+
 def test_text_from_the_step_from_ahead_of_it_and_from_disk(assets, tmp_path):
   losses, states = {}, {}
   for name, where, settings in (

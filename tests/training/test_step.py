@@ -47,7 +47,7 @@ def programs_of(run, state, frozen, counter=None, **stage):
   shapes = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)  # noqa: E731
   config = ml_collections.ConfigDict(run.stages[0].config.to_dict() | stage)
   return step.Programs(
-    run.objectives[0].loss, run.mesh, run.state_shapes, shapes(frozen), run.optimizers[0], run.trainable[0],
+    run.objectives[0].loss, run.mesh, run.state_shapes, shapes(frozen), run.optimizers[0], run.scales[0],
     states.learning_rate(config.optimizer, 0, 4), config, counter or step.TraceCounter(), "test",
   )  # fmt: skip
 
@@ -190,8 +190,8 @@ def test_a_second_trace_is_an_error(made):
   counter = step.TraceCounter()
   toy = step.Programs(
     lambda params, frozen, batch: (batch["x"][:, 0] * params["denoiser/final_layer/linear/bias"][0], {}),
-    run.mesh, {"params": {"denoiser/final_layer/linear/bias": jnp.ones(1)}}, {}, None, None, None,
-    run.stages[0].config, counter, "toy",
+    run.mesh, {"params": {"denoiser/final_layer/linear/bias": jnp.ones(1)}}, {}, None,
+    {"denoiser/final_layer/linear/bias": 1.0}, None, run.stages[0].config, counter, "toy",
   )  # fmt: skip
   toy.make_gradient(("144p", 1), 1)
   params = {"denoiser/final_layer/linear/bias": jnp.ones(1)}
@@ -217,12 +217,12 @@ OPTIMIZER = {
 PARAMS = {"a": {"w": np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4)}, "b": {"w": np.ones(5, np.float32)}}
 
 
-def toy_update(pattern=".*", decay=0.9, **settings):
+def toy_update(pattern=".*", decay=0.9, scales=(), **settings):
   """(update program, state at step 0) of the toy parameters."""
   config = ml_collections.ConfigDict({**OPTIMIZER, "schedule": "constant", **settings})
   optimizer = states.make_optimizer(config)
   schedule = states.learning_rate(config, 0, 100)
-  chosen = states.trainable(PARAMS, pattern)
+  chosen = states.learning_rate_scales(PARAMS, pattern, scales)
   program = functools.partial(step.update, optimizer, chosen, schedule, config.clip_norm, decay)
   return jax.jit(program), states.new_state(jax.tree.map(jnp.asarray, PARAMS), optimizer)
 
@@ -287,7 +287,20 @@ def test_train_freezes_exactly_the_others():
   assert (np.asarray(state["params"]["b"]["w"]) != PARAMS["b"]["w"]).all()
   np.testing.assert_allclose(metrics["gradient_norm"], np.linalg.norm(gradients["b"]["w"]), rtol=1e-6)
   with pytest.raises(ValueError, match="matches no parameter"):
-    states.trainable(PARAMS, "c")
+    states.learning_rate_scales(PARAMS, "c")
+
+
+def test_scales_of_the_learning_rate():
+  moved = []
+  for scales in ((), (("^b/", 0.25), ("w$", 1.0))):
+    update, state = toy_update(scales=scales)
+    for k in range(3):
+      state, _, _ = update(state, accumulated(random_gradients(0)), np.int32(k))
+    moved.append(jax.tree.map(lambda p, q: np.asarray(p) - q, state["params"], PARAMS))
+  np.testing.assert_array_equal(moved[0]["a"]["w"], moved[1]["a"]["w"])
+  np.testing.assert_allclose(moved[1]["b"]["w"], 0.25 * moved[0]["b"]["w"], rtol=2e-2)  # weight decay follows what moved
+  with pytest.raises(ValueError, match=r"optimizer\.scales='z' matches no parameter"):
+    states.learning_rate_scales(PARAMS, ".*", (("z", 0.5),))
 
 
 def test_learning_rate_warms_up_from_the_start_of_the_stage_then_holds_or_falls():
@@ -315,8 +328,12 @@ def test_weighted_losses_of_a_toy_model_and_micro_batches():
     return jnp.square(batch["x"] @ params["w"] - 1), {}
 
   for parts in (1, 2, 4, 8):
-    run = jax.jit(functools.partial(step.accumulate_gradients, loss, mesh, parts))
+    run = jax.jit(functools.partial(step.accumulate_gradients, loss, mesh, parts, {"w": 1.0}))
     params = {"w": jnp.asarray(w)}
     accumulator, values = run(params, {}, {"x": x, "weight": weight}, step.new_accumulator(params))
     np.testing.assert_allclose(accumulator["gradients"]["w"], expected, rtol=1e-5)
     np.testing.assert_allclose(values["loss"], (error**2 * weight).sum() / weight.sum(), rtol=1e-5)
+  frozen, _ = step.accumulate_gradients(
+    loss, mesh, 1, {"w": 0.0}, params, {}, {"x": x, "weight": weight}, step.new_accumulator(params)
+  )
+  assert not frozen["gradients"]["w"].any()
