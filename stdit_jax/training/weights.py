@@ -27,10 +27,12 @@ def load_autoencoder(config, model):
 
 
 def load_text_encoder(config, model):
-  """Parameters of the T5 encoder from `text_encoder.weights` (names of Hugging Face), laid over the model's mesh."""
+  """Parameters of the T5 encoder from `text_encoder.weights` (names of Hugging Face), laid over the model's mesh if it has
+  one."""
   path = need_file(config.text_encoder.weights, "text_encoder.weights")
   shapes = t5.init_shapes(model.config)
-  return load_variables(path, "t5", shapes, config=model.config, shardings=tree_shardings(shapes, model.mesh))["params"]
+  shardings = tree_shardings(shapes, model.mesh) if model.mesh else None
+  return load_variables(path, "t5", shapes, config=model.config, shardings=shardings)["params"]
 
 
 def initial_weights(objective, config, key, shardings):

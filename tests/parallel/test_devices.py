@@ -27,7 +27,8 @@ needs_devices = pytest.mark.skipif(jax.device_count() < DEVICES, reason="runs in
 @pytest.mark.skipif(jax.device_count() >= DEVICES, reason="is the child process")
 def test_in_a_process_with_eight_devices():
   flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
-  environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+  # NPROC: collectives hold a thread of XLA's pool while they wait for the other devices (as in tests/training/test_devices.py).
+  environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "NPROC": "64"}
   command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-k", "not in_a_process", __file__]
   child = subprocess.run(command, env=environment, capture_output=True, text=True)
   assert child.returncode == 0, child.stdout[-5000:] + child.stderr[-2000:]
