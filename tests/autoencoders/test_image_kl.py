@@ -216,7 +216,7 @@ def test_bad_input_is_refused():
     model.apply(variables, jnp.zeros((1, 2, 2, 3)), method="decode")
   with pytest.raises(ValueError, match="allowed: sd-kl-f8"):
     image_kl.get_config("kl")
-  with pytest.raises(ValueError, match="unknown field .width"):
+  with pytest.raises(ValueError, match=r"unknown field .width"):
     image_kl.get_config("tiny-kl-f8", width=3)
   with pytest.raises(ValueError, match="multiples of norm_num_groups"):
     image_kl.get_config("tiny-kl-f8", block_out_channels=(6, 12))
