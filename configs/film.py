@@ -1,4 +1,4 @@
-"""The quick start with more of everything: a wider model of smaller patches, longer clips, a night on two cores at most.
+"""The quick start with more of everything: a wider model of smaller patches, longer clips. Not run to its end yet.
 
 python -m stdit_jax.train --config configs/film.py
 python -m stdit_jax.sample --run runs/film --prompt "A big gray rabbit stands in a green meadow."

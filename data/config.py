@@ -73,9 +73,15 @@ class DataConfig:
     """Raises ValueError with one line that names the key, what is wrong and what is allowed."""
     self.table_weights()
     self.parsed_buckets()
-    for key, low in (("reference_devices", 1), ("frame_interval", 1), ("seed", 0), ("workers", 0)):
-      _check_whole(key, getattr(self, key), low)
-    for key, low in (("max_caption_length", 1), ("windows_per_row", 0)):
+    whole = {
+      "reference_devices": 1,
+      "frame_interval": 1,
+      "seed": 0,
+      "workers": 0,
+      "max_caption_length": 1,
+      "windows_per_row": 0,
+    }
+    for key, low in whole.items():
       _check_whole(key, getattr(self, key), low)
     if self.read_ahead is not None:
       _check_whole("read_ahead", self.read_ahead, 1)

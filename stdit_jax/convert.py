@@ -11,13 +11,12 @@ import pathlib
 import sys
 import time
 
-import jax.numpy as jnp
 import numpy as np
 
 from stdit_jax.interop import mapping, models, weights
 from stdit_jax.interop.safetensors_io import CheckpointError, open_checkpoint, refuse_pickle, write_checkpoint
+from stdit_jax.models.layers import DTYPES
 
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 RUN_PARTS = {"denoiser": "model", "text_encoder": "text_encoder", "autoencoder": "autoencoder"}  # key in the run's config
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "": 1}
 

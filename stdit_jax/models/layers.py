@@ -14,6 +14,7 @@ from stdit_jax.parallel.attention import attend
 MAX_PERIOD = 10000.0
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+COMPUTE_DTYPES = ("float32", "bfloat16")  # of what trains: float16 would need its loss scaled
 REMAT_POLICIES = {  # what the backward pass keeps of a block; elementwise work is always recomputed, which takes less memory
   "none": jax.checkpoint_policies.dots_saveable,  # every matrix product
   "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # those with parameters, not attention

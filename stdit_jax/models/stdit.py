@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from data.tokens import grid_size, patchify, unpatchify
 from stdit_jax import fields
 from stdit_jax.models.layers import (
+  COMPUTE_DTYPES,
   DTYPES,
   REMAT_POLICIES,
   CrossAttention,
@@ -74,7 +75,7 @@ class STDiTConfig:
     if self.head_dim % 2:
       raise ValueError(f"{name}: hidden_size / num_heads is {self.head_dim}, but rotary embedding needs an even number")
     for field, allowed in (
-      ("dtype", tuple(DTYPES)),
+      ("dtype", COMPUTE_DTYPES),
       ("remat", tuple(REMAT_POLICIES)),
       ("attention", IMPLEMENTATIONS),
       ("compat", COMPAT),

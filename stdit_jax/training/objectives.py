@@ -16,7 +16,7 @@ from stdit_jax.diffusion.iddpm import IDDPM
 from stdit_jax.diffusion.noise import Purpose, element_index, sample_keys, token_noise
 from stdit_jax.diffusion.rectified_flow import RectifiedFlow
 from stdit_jax.models import stdit, t5
-from stdit_jax.models.layers import DTYPES
+from stdit_jax.models.layers import COMPUTE_DTYPES, DTYPES
 
 DIFFUSIONS = {"rectified-flow": RectifiedFlow, "iddpm": IDDPM}
 
@@ -35,8 +35,8 @@ def text_model(config, mesh=None):
 
 def autoencoder_model(config):
   """The image autoencoder of `config.autoencoder`; ValueError for an unknown name, field or dtype."""
-  if config.dtype not in DTYPES:
-    raise ValueError(f"config: autoencoder.dtype is {config.dtype!r}; allowed: {', '.join(DTYPES)}")
+  if config.dtype not in COMPUTE_DTYPES:
+    raise ValueError(f"config: autoencoder.dtype is {config.dtype!r}; allowed: {', '.join(COMPUTE_DTYPES)}")
   return image_kl.ImageKL(image_kl.get_config(config.name, **config.fields), DTYPES[config.dtype])
 
 

@@ -19,7 +19,8 @@ _FREE = ("model.fields", "text_encoder.fields", "autoencoder.fields", "diffusion
 # What a stage must not change: it would be another model, another mesh, another run.
 _FIXED = (
   "output", "seed", "task", "platform", "mesh", "model", "text_encoder", "autoencoder.name", "autoencoder.fields",
-  "autoencoder.weights", "init", "stages", "keep_checkpoints",
+  "autoencoder.weights", "autoencoder.dtype", "autoencoder.micro_batch", "autoencoder.cache_gb", "init", "stages",
+  "keep_checkpoints",
 )  # fmt: skip
 
 
