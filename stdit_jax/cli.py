@@ -1,6 +1,7 @@
 """What the entry points share: a user's mistake is one clear line, never a traceback."""
 
 import contextlib
+import ctypes
 import os
 import pathlib
 import sys
@@ -31,3 +32,18 @@ def use_compilation_cache():
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "stdit_jax" / "xla"
     jax.config.update("jax_compilation_cache_dir", str(cache))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+def keep_freed_memory():
+  """On a CPU, lets the C library keep what is freed: a training step is 10 % faster (tests/benchmarks/denoiser.py).
+
+  XLA's CPU client allocates its work space anew in every execution, and glibc gives blocks of that size back to the kernel at
+  once, so that every step would touch hundreds of thousands of fresh pages. Does nothing with another C library. Call it
+  when the devices are known, after `jax.distributed.initialize`.
+  """
+  import jax
+
+  mmap_max, trim_threshold = -4, -1  # M_MMAP_MAX, M_TRIM_THRESHOLD of malloc.h
+  if jax.default_backend() == "cpu" and hasattr(library := ctypes.CDLL(None), "mallopt"):
+    library.mallopt(mmap_max, 0)  # no mappings of their own, which free() would end
+    library.mallopt(trim_threshold, -1)  # never

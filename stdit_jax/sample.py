@@ -13,7 +13,7 @@ import re
 import sys
 import time
 
-from stdit_jax.cli import one_line_errors, use_compilation_cache
+from stdit_jax.cli import keep_freed_memory, one_line_errors, use_compilation_cache
 
 
 class _Parser(argparse.ArgumentParser):
@@ -175,6 +175,7 @@ def main(argv=None):
   with one_line_errors():
     read_prompts(args)
     use_compilation_cache()
+    keep_freed_memory()
     pipeline, config, described = load_pipeline(args)
     requests = make_requests(args, config, pipeline.autoencoder.config.downsampling)
     steps = args.steps or config.sample.steps

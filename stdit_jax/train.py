@@ -7,15 +7,29 @@ checkpoint in `output`. On a pod the same command runs on every host (see launch
 """
 
 import os
+import re
 import sys
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from stdit_jax.cli import InputError, one_line_errors, use_compilation_cache
+from stdit_jax.cli import InputError, keep_freed_memory, one_line_errors, use_compilation_cache
 
 _HELP = "file with get_config(), e.g. configs/quickstart.py"
 _CONFIG = config_flags.DEFINE_config_file("config", None, _HELP)
+
+
+def describe(error, argv):
+  """One line about what the parser refused. Of an unknown key ml_collections gives only its quoted name, and a near one."""
+  text = " ".join(str(error).replace("\\n", " ").split())
+  if not (unknown := re.match(r"""["'\\]+(\w+)["'\\]+(.*?)["']*$""", text)):
+    return text
+  key, hint = unknown.groups()
+  given = next((a for a in argv if key in a.split("=")[0].split(".")), key)
+  return (
+    f"{given}: there is no key {key!r}.{hint} Keys are in configs/base.py; those of model.fields and other `fields` that "
+    "your file does not set have to be added there"
+  )
 
 
 def parse_flags(argv):
@@ -27,7 +41,7 @@ def parse_flags(argv):
   try:
     rest = flags.FLAGS(argv)
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError, ImportError) as error:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"error: {describe(error, argv)}", file=sys.stderr)
     raise SystemExit(2) from None
   if len(rest) > 1:
     print(f"error: unexpected argument {rest[1]!r}; give keys as --config.KEY=VALUE", file=sys.stderr)
@@ -52,6 +66,7 @@ def main(_):
 
     run = Run(_CONFIG.value)
     on_sample = Sampler(run) if run.config.sample_every else None
+    keep_freed_memory()
     started = run.start()
   try:
     with one_line_errors((InputError, CheckpointError, OSError)):

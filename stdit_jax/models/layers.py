@@ -9,14 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stdit_jax.parallel.attention import attend
+from stdit_jax.parallel.attention import WEIGHTS, attend
 
 MAX_PERIOD = 10000.0
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 COMPUTE_DTYPES = ("float32", "bfloat16")  # of what trains: float16 would need its loss scaled
 REMAT_POLICIES = {  # what the backward pass keeps of a block; elementwise work is always recomputed, which takes less memory
-  "none": jax.checkpoint_policies.dots_saveable,  # every matrix product
+  # every matrix product, and attention weights
+  "none": jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_saveable, jax.checkpoint_policies.save_only_these_names(WEIGHTS)
+  ),
   "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # those with parameters, not attention
   "full": jax.checkpoint_policies.nothing_saveable,  # block inputs only
 }
@@ -168,8 +171,8 @@ class SelfAttention(nn.Module):
     b, _, _, features = x.shape
     head_dim = features // self.num_heads
     qkv = Linear((3, self.num_heads, head_dim), dtype=self.dtype, name="qkv")(x)
-    to_sequences = "b t s n h d -> n (b t) s h d" if self.axis == "space" else "b t s n h d -> n (b s) t h d"
-    query, key, value = einops.rearrange(qkv, to_sequences)
+    to_sequences = "b t s 1 h d -> (b t) s h d" if self.axis == "space" else "b t s 1 h d -> (b s) t h d"
+    query, key, value = (einops.rearrange(x, to_sequences) for x in jax.lax.split(qkv, (1, 1, 1), axis=3))
     if rope is not None and self.rope_first:
       query, key = apply_rope(query, rope), apply_rope(key, rope)
     if self.qk_norm:
@@ -199,6 +202,7 @@ class CrossAttention(nn.Module):
     query = Linear(heads, dtype=self.dtype, name="query")(x)
     key_value = Linear((2, *heads), dtype=self.dtype, name="key_value")(text)
     query = einops.rearrange(query, "b t s h d -> b (t s) h d")
-    y = attend(query, key_value[:, :, 0], key_value[:, :, 1], text_mask, self.implementation)
+    key, value = (x[:, :, 0] for x in jax.lax.split(key_value, (1, 1), axis=2))
+    y = attend(query, key, value, text_mask, self.implementation)
     y = einops.rearrange(y, "b (t s) h d -> b t s h d", t=t)
     return Linear((features,), 2, self.out_init, dtype=self.dtype, name="out")(y)

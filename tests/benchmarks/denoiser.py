@@ -21,6 +21,7 @@ import optax
 import torch
 from diffusers import LatteTransformer3DModel
 
+from stdit_jax.cli import keep_freed_memory
 from stdit_jax.models import stdit
 
 WIDTH, HEADS, DEPTH, FRAMES, ROWS, COLUMNS, TEXT, CAPTION, CHANNELS = 1152, 16, 4, 5, 9, 16, 300, 4096, 4
@@ -150,6 +151,7 @@ def main():
   parser.add_argument("--repeats", type=int, default=9)
   arguments = parser.parse_args()
   torch.set_num_threads(2)
+  keep_freed_memory()  # as train and sample do
   rng = np.random.default_rng(0)
   flops = {"forward": (our_flops(), latte_flops()), "training step": (3 * our_flops(), 3 * latte_flops())}
   flops["one product"] = (8 * TOKENS * WIDTH**2,) * 2

@@ -221,7 +221,8 @@ def test_the_command_line(assets, trained, tmp_path):
   refused(run_module(train, "--confg", "configs/quickstart.py"), "confg")
   refused(run_module(train), "give a configuration: --config configs/quickstart.py")
   quick = "configs/quickstart.py"  # nothing of it is reached
-  refused(run_module(train, "--config", quick, "--config.optimizer.learning_rat=1"), "learning_rat")
+  refused(run_module(train, "--config", quick, "--config.optimizer.learning_rat=1"), "no key 'learning_rat'", '"learning_rate"')
+  refused(run_module(train, "--config", quick, "--config.model.fields.depht=1"), "model.fields.depht=1: there is no key")
   refused(run_module(train, "--config", quick, "--config.log_every=often"), "log_every")
   refused(run_module(train, "--config", quick, "more"), "unexpected argument 'more'")
   refused(run_module(train, "--config", broken), "broken.py", "syntax")

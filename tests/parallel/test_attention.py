@@ -1,0 +1,80 @@
+"""The implementations of attention agree in value and gradient; remat keeps what its policy says."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from stdit_jax.models.layers import REMAT_POLICIES
+from stdit_jax.parallel.attention import attend
+from tests.helpers import relative_error
+
+SHAPES = {"space": (3, 20, 20, 2, 72), "time": (24, 5, 5, 4, 24), "text": (2, 30, 12, 3, 8)}
+
+
+def inputs(name, dtype=jnp.float32, offset=0.0):
+  """query, key, value and a cotangent; values with a common offset, as a trained model's have."""
+  batch, queries, keys, heads, head_dim = SHAPES[name]
+  rng = np.random.default_rng(0)
+  draw = lambda n: jnp.asarray(rng.standard_normal((batch, n, heads, head_dim)), dtype)  # noqa: E731
+  return 3 * draw(queries), draw(keys), draw(keys) + offset, draw(queries)
+
+
+def masks(name):
+  """None, padding at the end, and a first sequence without any valid key."""
+  batch, _, keys, _, _ = SHAPES[name]
+  padding = np.arange(keys) < np.random.default_rng(1).integers(1, keys + 1, (batch, 1))
+  return {"none": None, "padding": padding, "empty": padding & (np.arange(batch) > 0)[:, None]}
+
+
+@functools.partial(jax.jit, static_argnums=5)
+def value_and_gradients(query, key, value, cotangent, mask, implementation):
+  y, pull = jax.vjp(lambda *args: attend(*args, mask, implementation), query, key, value)
+  return y, *pull(cotangent)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("mask", ["none", "padding", "empty"])
+def test_einsum_agrees_with_jax(name, mask):
+  mask = masks(name)[mask]
+  args = inputs(name, offset=2.0)
+  for ours, theirs in zip(*(value_and_gradients(*args, mask, which) for which in ("einsum", "xla"))):
+    assert ours.dtype == theirs.dtype
+    assert relative_error(ours, theirs) < 2e-6
+
+
+def test_masked_keys_get_nothing():
+  query, key, value, cotangent = inputs("text")
+  mask = masks("text")["padding"]
+  junk = jnp.where(mask[:, :, None, None], 0, 1e4)
+  clean, dirty = (value_and_gradients(query, key + x, value + x, cotangent, mask, "einsum") for x in (0, junk))
+  for a, b in zip(clean, dirty):
+    np.testing.assert_array_equal(a, b)
+  for gradient in clean[2:]:
+    assert not np.asarray(gradient)[~mask].any()
+
+
+def test_softmax_is_float32_in_half_precision():
+  """bfloat16 in and out: nearer to the float32 result than the rounding of its inputs and weights allows for."""
+  half = value_and_gradients(*inputs("space", jnp.bfloat16), None, "einsum")
+  full = value_and_gradients(*(x.astype(jnp.float32) for x in inputs("space", jnp.bfloat16)), None, "einsum")
+  for a, b in zip(half, full):
+    assert a.dtype == jnp.bfloat16
+    assert relative_error(a.astype(jnp.float32), b) < 2e-2
+
+
+@pytest.mark.parametrize(("policy", "softmaxes"), [("none", 1), ("dots", 2), ("full", 2)])
+def test_remat_policies(policy, softmaxes):
+  """How often a layer's softmax is computed for its gradient: "none" keeps the weights."""
+  query, key, value, cotangent = inputs("time")
+  layer = jax.checkpoint(lambda q: attend(q, key, value, None, "einsum"), policy=REMAT_POLICIES[policy])
+  program = jax.make_jaxpr(jax.grad(lambda q: (layer(q) * cotangent).sum()))(query)
+  assert str(program).count(" exp ") == softmaxes
+
+
+def test_unknown_implementation():
+  query, key, value, _ = inputs("time")
+  with pytest.raises(ValueError, match="'flash' is unknown; allowed: auto, einsum, xla, cudnn"):
+    attend(query, key, value, None, "flash")
