@@ -1,8 +1,8 @@
 """The quick start with four times the tokens and more steps: an hour on two cores, most of it on images.
 
-  python -m data.prepare.film --output data/film/prepared
-  python -m stdit_jax.train --config configs/film.py
-  python -m stdit_jax.sample --run runs/film --prompt "A big gray rabbit stands in a green meadow."
+python -m data.prepare.film --output data/film/prepared
+python -m stdit_jax.train --config configs/film.py
+python -m stdit_jax.sample --run runs/film --prompt "A big gray rabbit stands in a green meadow."
 """
 
 from configs import quickstart

@@ -4,14 +4,17 @@
 Items apart let a reader take only the averaged parameters (jax-practice: one big item can't be restored in part).
 """
 
+import contextlib
 import json
 import os
 import pathlib
+import re
 
 import jax
 import orbax.checkpoint as ocp
 
 from configs import base
+from stdit_jax.cli import InputError
 
 CONFIG = "config.json"
 
@@ -50,7 +53,8 @@ class Checkpoints:
       return
     items = {**state, **({"constants": constants} if constants else {})}
     arrays = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
-    self._manager.save(step, args=ocp.args.Composite(position=ocp.args.JsonSave(position), **arrays))
+    with self._writing():
+      self._manager.save(step, args=ocp.args.Composite(position=ocp.args.JsonSave(position), **arrays))
 
   def position(self, step):
     """The JSON written with the checkpoint: step, data position and fingerprints."""
@@ -65,10 +69,24 @@ class Checkpoints:
 
   def wait(self):
     """Returns when everything is on disk."""
-    self._manager.wait_until_finished()
+    with self._writing():
+      self._manager.wait_until_finished()
 
   def close(self):
-    self._manager.close()
+    with self._writing():
+      self._manager.close()
+
+  @contextlib.contextmanager
+  def _writing(self):
+    """A full disk and its like, which orbax reports when it is next called, as one clear line."""
+    try:
+      yield
+    except (OSError, RuntimeError, ValueError) as error:
+      reason = re.sub(r"\W*\[os_error_code.*", "", " ".join(str(error).split()))[-200:]  # it comes last
+      raise InputError(
+        f"a checkpoint could not be written to {self.folder}: {reason}. Make room there or "
+        "mend it; the same command then goes on from the newest whole checkpoint"
+      ) from error
 
 
 def is_run_folder(path):

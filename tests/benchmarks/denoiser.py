@@ -7,7 +7,8 @@ each model is written, so that the figure of merit is seconds per counted FLOP. 
 AdamW; its count is three forward passes. Repetitions of all four programs are interleaved and medians are reported, so
 that load on the machine hits both alike; the ratio of CPU seconds (over all threads) beside that of wall-clock seconds
 tells whether it did. Beside them one matrix product of the MLP alone, by XLA and by PyTorch: the ratio that is left when
-nothing but products remains.
+nothing but products remains. Freed memory is kept for both, as `train` and `sample` do
+(`stdit_jax.cli.keep_freed_memory`).
 """
 
 import argparse
@@ -151,7 +152,7 @@ def main():
   parser.add_argument("--repeats", type=int, default=9)
   arguments = parser.parse_args()
   torch.set_num_threads(2)
-  keep_freed_memory()  # as train and sample do
+  keep_freed_memory()
   rng = np.random.default_rng(0)
   flops = {"forward": (our_flops(), latte_flops()), "training step": (3 * our_flops(), 3 * latte_flops())}
   flops["one product"] = (8 * TOKENS * WIDTH**2,) * 2

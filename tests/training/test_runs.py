@@ -56,6 +56,17 @@ def test_a_run_writes_its_configuration_metrics_and_checkpoints(first):
     load_weights(folder, "ema", 3)
 
 
+def test_bfloat16_compute_over_float32_state(first, assets, tmp_path):
+  """The same losses to the precision of bfloat16; parameters, average and moments stay float32."""
+  half = {"model__fields__dtype": "bfloat16", "autoencoder__dtype": "bfloat16", "text_encoder__fields": {"dtype": "bfloat16"}}
+  run = Run(tiny_config(assets, tmp_path / "half", **half))
+  state = run.train()
+  assert {leaf.dtype for leaf in jax.tree.leaves(state) if leaf.ndim} == {np.dtype(np.float32)}
+  ours, theirs = ([line["loss"] for line in metrics_of(r)] for r in (run, first[0]))
+  np.testing.assert_allclose(ours, theirs, rtol=2e-2)
+  assert ours != theirs
+
+
 def test_kept_latents_change_nothing(assets, tmp_path):
   states = []
   for gigabytes in (0.0, 4e-4, 1.0):  # nothing, some of it, everything
