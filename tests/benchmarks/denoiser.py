@@ -1,14 +1,13 @@
 """STDiT-3 in JAX against its nearest PyTorch peer of the same size, in one run: `python -m tests.benchmarks.denoiser`.
 
-Both: float32, width 1152, 16 heads, 4 spatial + 4 temporal blocks, 5 frames of 9 x 16 tokens, 300 text tokens, batch 1,
-two threads. The peer is `LatteTransformer3DModel` of diffusers; it has no cross attention in its temporal blocks, but
-projects the caption to keys and values once per frame. Both counts of matrix-product FLOPs are by formula, of the work as
-each model is written, so that the figure of merit is seconds per counted FLOP. A training step is loss, gradients and
-AdamW; its count is three forward passes. Repetitions of all four programs are interleaved and medians are reported, so
-that load on the machine hits both alike; the ratio of CPU seconds (over all threads) beside that of wall-clock seconds
-tells whether it did. Beside them one matrix product of the MLP alone, by XLA and by PyTorch: the ratio that is left when
-nothing but products remains. Freed memory is kept for both, as `train` and `sample` do
-(`stdit_jax.cli.keep_freed_memory`).
+Both: float32, width 1152, 16 heads, 4 spatial + 4 temporal blocks, 5 frames of 9 x 16 tokens, 300 text tokens, batch 1, two
+threads. All tokens count, neither gets masks. The peer is `LatteTransformer3DModel` of diffusers; it has no cross attention in
+its temporal blocks, but projects the caption to keys and values once per frame. Both counts of matrix-product FLOPs are by
+formula, of the work as each model is written, so that the figure of merit is seconds per counted FLOP. A training step is loss,
+gradients and AdamW; its count is three forward passes. Repetitions of all programs are interleaved and medians are reported, so
+that load on the machine hits both alike; the ratio of CPU seconds (over all threads) beside that of wall-clock seconds tells
+whether it did. Beside them one matrix product of the MLP alone, by XLA and by PyTorch: the ratio that is left when nothing but
+products remains. Freed memory is kept for both, as `train` and `sample` do (`stdit_jax.cli.keep_freed_memory`).
 """
 
 import argparse
@@ -24,6 +23,7 @@ from diffusers import LatteTransformer3DModel
 
 from stdit_jax.cli import keep_freed_memory
 from stdit_jax.models import stdit
+from stdit_jax.models.layers import REMAT_POLICIES
 
 WIDTH, HEADS, DEPTH, FRAMES, ROWS, COLUMNS, TEXT, CAPTION, CHANNELS = 1152, 16, 4, 5, 9, 16, 300, 4096, 4
 TOKENS = FRAMES * ROWS * COLUMNS
@@ -53,27 +53,25 @@ def latte_flops():
   return DEPTH * blocks + outer_flops(embedders=1)
 
 
-def our_programs(rng):
+def our_programs(rng, remat):
   """-> forward, training step: functions without arguments that end when the device is done."""
-  config = stdit.STDiT3Config(WIDTH, DEPTH, num_heads=HEADS, caption_channels=CAPTION, model_max_length=TEXT)
+  config = stdit.STDiT3Config(WIDTH, DEPTH, num_heads=HEADS, caption_channels=CAPTION, model_max_length=TEXT, remat=remat)
   model = stdit.build(config)
   variables = jax.jit(stdit.init, static_argnums=0)(config, jax.random.key(0))
   optimizer = optax.adamw(1e-4)
   one = jnp.ones((1,))
-  text_mask, valid = jnp.ones((1, TEXT), bool), jnp.ones((1, FRAMES, ROWS * COLUMNS, 4 * CHANNELS), bool)
   conditions = {"grid": jnp.asarray([[FRAMES, ROWS, COLUMNS]]), "height": 144 * one, "width": 256 * one, "fps": 24 * one}
   tokens, text, target = (
     jnp.asarray(rng.standard_normal(shape, np.float32))
     for shape in ((1, FRAMES, ROWS * COLUMNS, 4 * CHANNELS), (1, TEXT, CAPTION), (1, FRAMES, ROWS * COLUMNS, 8 * CHANNELS))
   )
 
-  def apply(params, tokens, text, valid, text_mask):
-    inputs = {"params": params, "constants": variables["constants"]}
-    return model.apply(inputs, tokens, 500 * one, text, text_mask, valid=valid, **conditions)
+  def apply(params, tokens, text):
+    return model.apply({"params": params, "constants": variables["constants"]}, tokens, 500 * one, text, None, **conditions)
 
-  def update(state, tokens, text, valid, text_mask, target):
+  def update(state, tokens, text, target):
     params, moments = state
-    loss, grads = jax.value_and_grad(lambda p: jnp.square(apply(p, tokens, text, valid, text_mask) - target).mean())(params)
+    loss, grads = jax.value_and_grad(lambda p: jnp.square(apply(p, tokens, text) - target).mean())(params)
     updates, moments = optimizer.update(grads, moments, params)
     return (optax.apply_updates(params, updates), moments), loss
 
@@ -82,11 +80,11 @@ def our_programs(rng):
   state = jax.tree.map(jnp.copy, (params, optimizer.init(params)))
 
   def forward():
-    jax.block_until_ready(forward_jit(params, tokens, text, valid, text_mask))
+    jax.block_until_ready(forward_jit(params, tokens, text))
 
   def step():
     nonlocal state
-    state, loss = update_jit(state, tokens, text, valid, text_mask, target)
+    state, loss = update_jit(state, tokens, text, target)
     jax.block_until_ready((state, loss))
 
   return forward, step
@@ -150,13 +148,14 @@ def measure(programs, repeats):
 def main():
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--repeats", type=int, default=9)
+  parser.add_argument("--remat", default="none", choices=tuple(REMAT_POLICIES), help="what our backward pass keeps")
   arguments = parser.parse_args()
   torch.set_num_threads(2)
   keep_freed_memory()
   rng = np.random.default_rng(0)
   flops = {"forward": (our_flops(), latte_flops()), "training step": (3 * our_flops(), 3 * latte_flops())}
   flops["one product"] = (8 * TOKENS * WIDTH**2,) * 2
-  programs = [*zip(our_programs(rng), latte_programs(rng)), *zip(*product_programs(rng))]
+  programs = [*zip(our_programs(rng, arguments.remat), latte_programs(rng)), *zip(*product_programs(rng))]
   # Interleaved by what is timed, so that the two sides of each ratio run next to each other.
   programs = {(what, who): f for what, pair in zip(flops, programs) for who, f in zip(("ours", "PyTorch"), pair)}
   seconds = measure(programs, arguments.repeats)
