@@ -1,7 +1,7 @@
 """PyTorch safetensors in and out, one tensor at a time.
 
 python -m stdit_jax.convert --input model.safetensors --output open_sora/ --model STDiT3-XL/2 --to native
-python -m stdit_jax.convert --input runs/film --output film.safetensors --model STDiT3-S/2 --to open-sora
+python -m stdit_jax.convert --input runs/film --output film.safetensors --to open-sora
 python -m stdit_jax.convert --check --model STDiT3-XL/2
 """
 

@@ -513,7 +513,6 @@ TABLE = {
   "STDiT3-XL/2": STDiT3Config(),
   "STDiT3-3B/2": STDiT3Config(hidden_size=1872, num_heads=26),
   # Small ones: for tests, and for the quick start on two cores.
-  "STDiT3-S/2": STDiT3Config(hidden_size=288, depth=6, num_heads=4, caption_channels=192, model_max_length=120),
   "STDiT3-mini/2": STDiT3Config(hidden_size=192, depth=4, num_heads=4, caption_channels=192, model_max_length=120),
   "STDiT3-mini/4": STDiT3Config(
     hidden_size=192, depth=4, num_heads=4, patch_size=(1, 4, 4), caption_channels=192, model_max_length=120

@@ -1,6 +1,7 @@
 """The implementations of attention agree in value and gradient; remat keeps what its policy says."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +58,9 @@ def test_masked_keys_get_nothing():
 
 
 def test_softmax_is_float32_in_half_precision():
-  """bfloat16 in and out: nearer to the float32 result than the rounding of its inputs and weights allows for."""
+  """bfloat16 in and out agrees with float32 throughout, and the exponential is taken in float32."""
+  program = str(jax.make_jaxpr(lambda q, k, v, _: attend(q, k, v, None, "einsum"))(*inputs("space", jnp.bfloat16)))
+  assert re.findall(r":(\w+)\[[\d,]+\] = exp ", program) == ["f32"]
   half = value_and_gradients(*inputs("space", jnp.bfloat16), None, "einsum")
   full = value_and_gradients(*(x.astype(jnp.float32) for x in inputs("space", jnp.bfloat16)), None, "einsum")
   for a, b in zip(half, full):
