@@ -35,15 +35,16 @@ def use_compilation_cache():
 
 
 def keep_freed_memory():
-  """On a CPU, lets the C library keep what is freed.
+  """On a CPU, lets the C library keep what is freed. Call it before the first use of a device.
 
   XLA's CPU client allocates its work space anew in every execution, and glibc gives blocks of that size back to the kernel at
-  once, so that every step would touch hundreds of thousands of fresh pages (the training step of tests/benchmarks/denoiser.py
-  on one core: 9.4 s, with memory kept 8.5 s). Does nothing with another C library. Call it when the devices are known, after
-  `jax.distributed.initialize`.
+  once, so that every step would touch hundreds of thousands of fresh pages. Programs run in the thread that calls them,
+  because glibc maps large blocks for any other thread, whatever it is told (the training step of
+  tests/benchmarks/denoiser.py: 433 000 page faults and 4.8 s, with both measures none and 4.3 s).
   """
   import jax
 
+  jax.config.update("jax_cpu_enable_async_dispatch", False)
   mmap_max, trim_threshold = -4, -1  # M_MMAP_MAX, M_TRIM_THRESHOLD of malloc.h
   if jax.default_backend() == "cpu" and hasattr(library := ctypes.CDLL(None), "mallopt"):
     library.mallopt(mmap_max, 0)  # no mappings of their own, which free() would end

@@ -60,13 +60,13 @@ def main(_):
       import jax
 
       jax.distributed.initialize()  # one process per host: set on pods by launch/
+    keep_freed_memory()
     from stdit_jax.interop import CheckpointError
     from stdit_jax.training.loop import Run
     from stdit_jax.training.sampling import Sampler
 
     run = Run(_CONFIG.value)
     on_sample = Sampler(run) if run.config.sample_every else None
-    keep_freed_memory()
     started = run.start()
   try:
     with one_line_errors((InputError, CheckpointError, OSError)):

@@ -28,6 +28,7 @@ from stdit_jax.models.layers import (
   layer_norm,
   modulate,
   rope_frequencies,
+  run_layers,
   sinusoid,
   torch_uniform,
 )
@@ -44,7 +45,7 @@ class STDiTConfig:
   Attributes:
     input_sq_size: side in pixels at which the spatial position embedding has unit scale (STDiT-2/3).
     pred_sigma: predict C more channels (the variance of IDDPM; ignored by rectified flow).
-    scan: run the blocks as one `lax.scan`; False unrolls them (debugging: one name per block in a profile).
+    scan: run the blocks as one `lax.scan`; False unrolls them (debugging: one name per block in a profile; faster on a CPU).
     remat: what the backward pass keeps of a block, one of REMAT_POLICIES.
     compat: "open-sora" scales positions by the size of the *first* sample of the batch, as the originals do; by default
       every sample has its own.
@@ -421,16 +422,10 @@ class STDiT(nn.Module):
           self.sow("intermediates", name, state["intermediates"])
         else:
           x = module.apply({"params": p}, x, conditions, is_first)
-      return constrain(x, self.mesh, BATCH_AXES, None, None, None), None
+      return constrain(x, self.mesh, BATCH_AXES, None, None, None)
 
-    is_first = jnp.arange(cfg.depth) == 0
-    if not capture:  # captured values could not leave a checkpointed layer
-      layer = jax.checkpoint(layer, policy=REMAT_POLICIES[cfg.remat], prevent_cse=not cfg.scan)
-    if cfg.scan:
-      return jax.lax.scan(layer, x, (stacked, is_first))[0]
-    for i in range(cfg.depth):
-      x, _ = layer(x, jax.tree.map(lambda leaf: leaf[i], (stacked, is_first)))  # noqa: B023
-    return x
+    remat = "none" if capture else cfg.remat  # captured values could not leave a checkpointed layer
+    return run_layers(layer, x, (stacked, jnp.arange(cfg.depth) == 0), cfg.scan, remat)
 
 
 class STDiT1(STDiT):

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from stdit_jax import fields
-from stdit_jax.models.layers import DTYPES, REMAT_POLICIES
+from stdit_jax.models.layers import DTYPES, REMAT_POLICIES, run_layers
 from stdit_jax.parallel.shardings import BATCH_AXES, constrain
 
 FEED_FORWARDS = ("gated-gelu", "relu")
@@ -223,14 +223,9 @@ class T5Encoder(nn.Module):
     stacked = self.param("blocks", init)
 
     def layer(x, params):
-      return constrain(block.apply({"params": params}, x, bias, mask), self.mesh, BATCH_AXES, None, None), None
+      return constrain(block.apply({"params": params}, x, bias, mask), self.mesh, BATCH_AXES, None, None)
 
-    layer = jax.checkpoint(layer, policy=REMAT_POLICIES[c.remat], prevent_cse=not c.scan)
-    if c.scan:
-      return jax.lax.scan(layer, x, stacked)[0]
-    for i in range(c.num_layers):
-      x, _ = layer(x, jax.tree.map(lambda leaf: leaf[i], stacked))  # noqa: B023
-    return x
+    return run_layers(layer, x, stacked, c.scan, c.remat)
 
 
 TABLE = {

@@ -6,9 +6,7 @@ formula itself. "xla" is the formula as `jax.nn.dot_product_attention` writes it
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
-WEIGHTS = "attention_weights"  # what the backward pass of "einsum" needs, by the name that remat policies know
 IMPLEMENTATIONS = ("auto", "einsum", "xla", "cudnn")
 
 
@@ -54,9 +52,9 @@ def _weigh_forward(query, key, value, key_mask):
     logits = jnp.where(key_mask[:, None, None, :], logits, 0.7 * jnp.finfo(jnp.float32).min)
   weights = jnp.exp(logits - logits.max(-1, keepdims=True))
   total = weights.sum(-1, keepdims=True)
-  weights = checkpoint_name(weights.astype(value.dtype), WEIGHTS)
+  weights = weights.astype(value.dtype)
   y = jnp.einsum("bnqk,bnkh->bnqh", weights, value, preferred_element_type=jnp.float32)
-  return (y / total).astype(value.dtype), (query, key, value, key_mask, weights, checkpoint_name(total, WEIGHTS))
+  return (y / total).astype(value.dtype), (query, key, value, key_mask, weights, total)
 
 
 def _weigh_backward(saved, dy):

@@ -53,9 +53,10 @@ def latte_flops():
   return DEPTH * blocks + outer_flops(embedders=1)
 
 
-def our_programs(rng, remat):
+def our_programs(rng, remat, scan):
   """-> forward, training step: functions without arguments that end when the device is done."""
-  config = stdit.STDiT3Config(WIDTH, DEPTH, num_heads=HEADS, caption_channels=CAPTION, model_max_length=TEXT, remat=remat)
+  sizes = {"num_heads": HEADS, "caption_channels": CAPTION, "model_max_length": TEXT}
+  config = stdit.STDiT3Config(WIDTH, DEPTH, **sizes, remat=remat, scan=scan)
   model = stdit.build(config)
   variables = jax.jit(stdit.init, static_argnums=0)(config, jax.random.key(0))
   optimizer = optax.adamw(1e-4)
@@ -149,13 +150,14 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--repeats", type=int, default=9)
   parser.add_argument("--remat", default="none", choices=tuple(REMAT_POLICIES), help="what our backward pass keeps")
+  parser.add_argument("--scan", action="store_true", help="our blocks as one loop, as pods need it, instead of unrolled")
   arguments = parser.parse_args()
   torch.set_num_threads(2)
   keep_freed_memory()
   rng = np.random.default_rng(0)
   flops = {"forward": (our_flops(), latte_flops()), "training step": (3 * our_flops(), 3 * latte_flops())}
   flops["one product"] = (8 * TOKENS * WIDTH**2,) * 2
-  programs = [*zip(our_programs(rng, arguments.remat), latte_programs(rng)), *zip(*product_programs(rng))]
+  programs = [*zip(our_programs(rng, arguments.remat, arguments.scan), latte_programs(rng)), *zip(*product_programs(rng))]
   # Interleaved by what is timed, so that the two sides of each ratio run next to each other.
   programs = {(what, who): f for what, pair in zip(flops, programs) for who, f in zip(("ours", "PyTorch"), pair)}
   seconds = measure(programs, arguments.repeats)

@@ -116,7 +116,7 @@ def test_scan_jit_and_remat_change_nothing(name):
     assert relative_error(result[0], expected[0]) < TOLERANCE
     assert_gradients_equal(result[1:], expected[1:])
 
-  for changes in ({"scan": False}, {"remat": "dots"}, {"remat": "full"}):
+  for changes in ({"scan": False}, {"remat": "dots"}, {"remat": "full"}, {"remat": "offload"}):
     check(run(stdit.build(dataclasses.replace(config, **changes)), variables, batch))
 
 

@@ -203,7 +203,7 @@ def test_stdit1_refuses_frame_masks():
     ({"num_heads": 32, "hidden_size": 1120}, "rotary embedding needs an even"),
     ({"hidden_size": 1122, "num_heads": 2}, "does not divide by 4"),
     ({"dtype": "float64"}, "dtype is 'float64'; allowed: float32, bfloat16"),
-    ({"remat": "some"}, "allowed: none, dots, full"),
+    ({"remat": "some"}, "allowed: none, dots, full, offload"),
     ({"attention": "flash"}, "attention is 'flash'; allowed"),
     ({"compat": "latte"}, "allowed: None, open-sora"),
     ({"patch_size": (2, 2, 2)}, "one latent frame only"),

@@ -1,4 +1,4 @@
-"""The implementations of attention agree in value and gradient; remat keeps what its policy says."""
+"""The implementations of attention agree in value and gradient."""
 
 import functools
 import re
@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stdit_jax.models.layers import REMAT_POLICIES
 from stdit_jax.parallel.attention import attend
 from tests.helpers import relative_error
 
@@ -66,15 +65,6 @@ def test_softmax_is_float32_in_half_precision():
   for a, b in zip(half, full):
     assert a.dtype == jnp.bfloat16
     assert relative_error(a.astype(jnp.float32), b) < 2e-2
-
-
-@pytest.mark.parametrize(("policy", "softmaxes"), [("none", 1), ("dots", 2), ("full", 2)])
-def test_remat_policies(policy, softmaxes):
-  """How often a layer's softmax is computed for its gradient: "none" keeps the weights."""
-  query, key, value, cotangent = inputs("time")
-  layer = jax.checkpoint(lambda q: attend(q, key, value, None, "einsum"), policy=REMAT_POLICIES[policy])
-  program = jax.make_jaxpr(jax.grad(lambda q: (layer(q) * cotangent).sum()))(query)
-  assert str(program).count(" exp ") == softmaxes
 
 
 def test_unknown_implementation():
