@@ -19,6 +19,7 @@ from data.tokens import grid_size, patchify
 from stdit_jax.autoencoders import image_kl
 from stdit_jax.cli import InputError
 from stdit_jax.parallel.shardings import BATCH_AXES
+from stdit_jax.training.objectives import autoencoder_model
 
 
 def to_global(batch, mesh):
@@ -104,6 +105,56 @@ class ClipEncoder:
     return tuple(np.concatenate([np.asarray(p[i]) for p in parts])[: len(frames)] for i in (0, 1))
 
 
+def denoiser_shapes(config, model, downsampling, bucket, rows):
+  """Shapes of the arrays of one batch of a denoiser, from which programs are compiled before any data is there.
+
+  Args:
+    config: of the stage; model: configuration of the denoiser.
+    downsampling: of the autoencoder, pixels per latent.
+    bucket: (resolution, frames); rows: samples in the batch.
+
+  Returns:
+    {name: ShapeDtypeStruct}; text as features, unless the encoder runs in the step.
+  """
+  resolution, frames = bucket
+  tokens = (rows, frames, max_tokens(resolution, downsampling, model.patch_size[1]), model.patch_values)
+  length = model.model_max_length
+  text = {"text_ids": ((rows, length), jnp.int32)}
+  if config.text_encoder.where != "step":
+    text = {"text": ((rows, length, model.caption_channels), jnp.float32)}
+  means = ("latents_mean", "latents_std")[: 2 if config.autoencoder.sample_posterior else 1]
+  shapes = {
+    **dict.fromkeys(means, (tokens, jnp.float32)),
+    "latent_size": ((rows, 3), jnp.int32),
+    "grid": ((rows, 3), jnp.int32),
+    **dict.fromkeys(("height", "width", "num_frames", "fps", "weight"), ((rows,), jnp.float32)),
+    **text,
+    "text_mask": ((rows, length), jnp.bool_),
+    "sample_id": ((rows, 2), jnp.uint32),
+  }
+  return {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
+
+
+def autoencoder_shapes(config, bucket, rows):
+  """Shapes of the arrays of one batch of an autoencoder, as `denoiser_shapes`."""
+  crop = config.autoencoder.crop
+  shapes = {
+    "pixels": ((rows, bucket[1], crop, crop, 3), jnp.uint8),
+    "weight": ((rows,), jnp.float32),
+    "sample_id": ((rows, 2), jnp.uint32),
+  }
+  return {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
+
+
+def batch_shapes(config, objective, bucket, rows):
+  """`denoiser_shapes` or `autoencoder_shapes`, by the task of the stage."""
+  if config.task == "autoencoder":
+    return autoencoder_shapes(config, bucket, rows)
+  return denoiser_shapes(
+    config, objective.model.config, autoencoder_model(config.autoencoder).config.downsampling, bucket, rows
+  )
+
+
 class DenoiserBatches:
   """Makes the denoiser's batches: latents as tokens with their sizes, conditions, text."""
 
@@ -111,22 +162,17 @@ class DenoiserBatches:
     self.config, self.model, self.encoder, self.mesh = config, model_config, encoder, mesh
     self._embed = embed  # text encoder ahead of the step: global ids and mask -> global features
 
-  def num_tokens(self, resolution):
-    """S, tokens per frame of a resolution name: the largest over its aspect ratios."""
-    return max_tokens(resolution, self.encoder.model.config.downsampling, self.model.patch_size[1])
-
   def __call__(self, step):
     """One global batch from this process's `data.loader.LoadedStep`."""
-    samples, (resolution, frames) = step.samples, step.bucket
+    samples = step.samples
     latents = self.encoder([s.pixels for s in samples])
-    shape = (len(samples), frames, self.num_tokens(resolution), self.model.patch_values)
-    names = ("latents_mean", "latents_std")[: 2 if self.config.autoencoder.sample_posterior else 1]
-    batch = {name: np.zeros(shape, np.float32) for name in names}
+    shapes = denoiser_shapes(self.config, self.model, self.encoder.model.config.downsampling, step.bucket, len(samples))
+    batch = {name: np.zeros(s.shape, s.dtype) for name, s in shapes.items() if name.startswith("latents")}
     sizes = np.asarray([mean.shape[:3] for mean, _ in latents], np.int32)
     for i, moments in enumerate(latents):
-      for name, values in zip(names, moments):
+      for latents_part, values in zip(batch.values(), moments):
         tokens = patchify(values, self.model.patch_size)
-        batch[name][i, :, : tokens.shape[1]] = tokens
+        latents_part[i, :, : tokens.shape[1]] = tokens
     batch["latent_size"] = sizes
     batch["grid"] = np.asarray([grid_size(size, self.model.patch_size) for size in sizes], np.int32)
     for name in ("height", "width", "num_frames", "fps"):

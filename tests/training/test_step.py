@@ -15,7 +15,7 @@ from stdit_jax.models.stdit import denoise_latents
 from stdit_jax.parallel.mesh import make_mesh
 from stdit_jax.training import state as states
 from stdit_jax.training import step
-from stdit_jax.training.batches import to_global
+from stdit_jax.training.batches import batch_shapes, to_global
 from stdit_jax.training.loop import Run
 from tests.helpers import relative_error
 from tests.tiny_run import tiny_config
@@ -71,6 +71,13 @@ def gradient_of(made, programs, program, batch, accumulator=None):
   params = programs.state["params"]
   accumulator = programs.new_accumulator(params) if accumulator is None else accumulator
   return program(params, frozen, to_global(batch, run.mesh), accumulator)
+
+
+def test_batches_have_the_shapes_that_programs_are_compiled_for(made):
+  run, _, _, batches = made
+  for bucket, batch in batches.items():
+    shapes = batch_shapes(run.stages[0].config, run.objectives[0], bucket, len(batch["weight"]))
+    assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {k: (v.shape, v.dtype) for k, v in shapes.items()}
 
 
 def assert_close_groups(ours, theirs, tolerance=1e-5):
