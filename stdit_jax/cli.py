@@ -45,7 +45,11 @@ def keep_freed_memory():
   import jax
 
   jax.config.update("jax_cpu_enable_async_dispatch", False)
+  try:
+    platform = jax.default_backend()
+  except (RuntimeError, AssertionError):  # JAX_PLATFORMS names one that is not there; whoever needs the devices says so
+    return
   mmap_max, trim_threshold = -4, -1  # M_MMAP_MAX, M_TRIM_THRESHOLD of malloc.h
-  if jax.default_backend() == "cpu" and hasattr(library := ctypes.CDLL(None), "mallopt"):
+  if platform == "cpu" and hasattr(library := ctypes.CDLL(None), "mallopt"):
     library.mallopt(mmap_max, 0)  # no mappings of their own, which free() would end
     library.mallopt(trim_threshold, -1)  # never

@@ -117,8 +117,8 @@ class Run:
     self.config = config
     self.stages = make_stages(config)
     check_platform(config.platform)
-    self.mesh = make_mesh(config.mesh)
-    self.objectives = [OBJECTIVES[config.task](stage.config, self.mesh) for stage in self.stages]
+    self.mesh = make_mesh(config.mesh, slices=config.slices)
+    self.objectives = [OBJECTIVES[config.task](stage.config) for stage in self.stages]
     self.optimizers = [make_optimizer(stage.config.optimizer) for stage in self.stages]  # their states are alike
     params, self.frozen_shapes = jax.eval_shape(self.objectives[0].init, jax.random.key(0))
     self.state_shapes = state_shapes(params, self.optimizers[0])
@@ -126,7 +126,7 @@ class Run:
     self.scales = [learning_rate_scales(params, s.config.train, s.config.optimizer.scales) for s in self.stages]
     self._check_weights()
     self.changed = check_output(config.output, config)
-    self.data = [StageData(stage, config.output, self.mesh) for stage in self.stages]
+    self.data = [StageData(s, config.output, self.mesh, o) for s, o in zip(self.stages, self.objectives)]
     self.counter = TraceCounter()
     self.checkpoints = Checkpoints(config.output, config.keep_checkpoints)
     self.encoder = None
@@ -155,7 +155,7 @@ class Run:
     if step is None:
       key = jax.random.key(self.config.seed)
       params, frozen = weights.initial_weights(
-        self.objectives[0], self.config, key, (self.shardings[0]["params"], self.shardings[1])
+        self.objectives[0], self.config, key, (self.shardings[0]["params"], self.shardings[1]), self.mesh
       )
       state = jax.jit(lambda p: new_state(p, self.optimizers[0]), out_shardings=self.shardings[0])(params)
       write_text(pathlib.Path(self.config.output) / CONFIG, json.dumps(plain(self.config), indent=1))
@@ -169,7 +169,7 @@ class Run:
       step, with_shardings(self.state_shapes, self.mesh), with_shardings(constants(self.frozen_shapes), self.mesh)
     )
     if "text_encoder" in self.frozen_shapes:
-      frozen["text_encoder"] = weights.load_text_encoder(self.config, self.objectives[0].text)
+      frozen["text_encoder"] = weights.load_text_encoder(self.config, self.objectives[0].text, self.mesh)
     say(f"resumed from step {step} of {self.config.output}")
     return state, frozen, step
 
@@ -232,7 +232,7 @@ class Run:
       while step < stage.start + stage.steps:
         for micro in range(accumulate):
           loaded, arrays = batch
-          program = self._gradient_program(programs, loaded.bucket, arrays, data, config)
+          program = self._gradient_program(programs, loaded.bucket, arrays, data)
           accumulator, values = program(state["params"], frozen, arrays, accumulator)
           weight = values.pop("weight")
           for name, value in values.items():
@@ -263,22 +263,22 @@ class Run:
       raise InputError(str(error)) from error
     return loaded, make_batch(loaded)
 
-  def _gradient_program(self, programs, bucket, arrays, data, config):
+  def _gradient_program(self, programs, bucket, arrays, data):
     """The gradient program of a bucket; says so when it is about to compile."""
     if bucket not in programs.gradients:
       say(f"compiling the gradient program of {bucket[0]} x {bucket[1]} frames ...")
-      programs.make_gradient(bucket, data.micro_batches(arrays, config.max_tokens_per_device))
+      programs.make_gradient(bucket, tuple(arrays), data.micro_batches[bucket], data.layouts[bucket])
     return programs.gradients[bucket]
 
   def _batch_maker(self, stage, state):
-    config = stage.config
+    config, layouts = stage.config, self.data[stage.index].layouts
     if config.task == "autoencoder":
-      return batches.AutoencoderBatches(config, self.mesh)
+      return batches.AutoencoderBatches(config, layouts)
     if self.encoder is None:
       model = autoencoder_model(config.autoencoder)
       variables = weights.load_autoencoder(config, model)
       self.encoder = batches.ClipEncoder(model, variables, config.autoencoder, self.counter)
     objective, embed = self.objectives[stage.index], None
     if config.text_encoder.where == "ahead":
-      embed = batches.text_ahead(objective.text, weights.load_text_encoder(config, objective.text))
-    return batches.DenoiserBatches(config, objective.model.config, self.encoder, self.mesh, embed)
+      embed = batches.text_ahead(objective.text, weights.load_text_encoder(config, objective.text, self.mesh))
+    return batches.DenoiserBatches(config, objective.model.config, self.encoder, layouts, embed)
