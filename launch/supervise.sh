@@ -4,8 +4,8 @@
 #   bash launch/supervise.sh python -m stdit_jax.train --config configs/film.py
 #
 # Exit code 75 (EX_TEMPFAIL) means "saved after a preemption, or a peer is gone: start me again". A program that a signal
-# ended (out of memory, an abort of the runtime: 128 and above) is started again too, because its peers start again and would
-# wait for it. 0 is finished and 2 the user's mistake; these and every other code end the supervision.
+# ended (128 and above) is started again too: out of memory, or JAX's runtime, which aborts (134) when it loses a peer; the
+# peers start again and would wait for it. 0 is finished and 2 the user's mistake; these and all others end the supervision.
 # SIGTERM and SIGINT are passed on as SIGTERM, so that the program can save; then it is not started again and 143 returned.
 #
 # STDIT_JAX_RESTART_WAIT: seconds between two starts (10). It gives up when 10 starts in a row lasted less than a minute.
@@ -44,7 +44,8 @@ while :; do
     exit "$code"
   fi
   echo "ended with exit code $code: starting again" >&2
-  sleep "${STDIT_JAX_RESTART_WAIT:-10}" &
-  wait $! || kill $! 2> /dev/null || true
-  [ -z "$stopping" ] || exit 143
+  for ((waited = 0; waited < ${STDIT_JAX_RESTART_WAIT:-10}; waited++)); do
+    sleep 1
+    [ -z "$stopping" ] || exit 143
+  done
 done

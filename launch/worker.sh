@@ -46,11 +46,12 @@ start() {
     echo "$(hostname): training already"
     return
   fi
+  rm -f "$home/pids"
   quote "$@" > "$home/command"
   echo interrupted > "$home/state" # what is true if the machine goes down before anything else is written
   setsid nohup bash "$code_folder/launch/worker.sh" background "$@" >> "$home/train.log" 2>&1 < /dev/null &
   local pid=$!
-  while kill -0 "$pid" 2> /dev/null && ! running; do sleep 0.1; done # so that a status right after this one is right
+  while kill -0 "$pid" 2> /dev/null && [ ! -s "$home/pids" ]; do sleep 0.1; done # a status or stop right after this is right
   echo "$(hostname): started, log in $home/train.log"
 }
 
@@ -59,17 +60,11 @@ start() {
 background() {
   exec 9> "$home/lock"
   flock -w 10 9 || exit 0 # `running` holds it for a moment
-  echo $$ > "$home/pid"
   cd "$code_folder"
-  local code=0 supervisor=''
-  trap '[ -z "$supervisor" ] || kill -TERM "$supervisor"' TERM
+  local code=0
   bash launch/supervise.sh "$home/venv/bin/python" -m stdit_jax.train "$@" &
-  supervisor=$!
-  wait "$supervisor" || code=$?
-  while kill -0 "$supervisor" 2> /dev/null; do
-    code=0
-    wait "$supervisor" || code=$?
-  done
+  echo "$$ $!" > "$home/pids"
+  wait $! || code=$?
   case $code in
     0) echo finished > "$home/state" ;;
     143) ;; # stopped by `stop`, which says so, or by a shutdown, which is an interruption
@@ -79,16 +74,16 @@ background() {
 
 stop() {
   if running; then
-    local pid waited=0
-    pid=$(cat "$home/pid")
-    kill -TERM "$pid" 2> /dev/null || true
+    local group supervisor waited=0
+    read -r group supervisor < "$home/pids"
+    kill -TERM "$supervisor" 2> /dev/null || true
     while running && [ "$waited" -lt "${STDIT_JAX_STOP_WAIT:-300}" ]; do
       sleep 1
       waited=$((waited + 1))
     done
     if running; then
       echo "$(hostname): still there after $waited s: killed" >&2
-      kill -KILL -- "-$pid" 2> /dev/null || true
+      kill -KILL -- "-$group" 2> /dev/null || true
       sleep 1
     fi
   fi
