@@ -212,21 +212,24 @@ on_workers() {
 }
 
 code=stdit_jax/code # in the home folder of a worker, where ssh begins
-copy() {
-  local folder archive command=("${ssh[@]}" scp)
-  if [ -n "$dry_run" ]; then folder=/tmp; else folder=$(mktemp -d); fi
-  archive=$folder/stdit_jax.tar.gz
+archive=''
+pack() {
   if [ -n "$dry_run" ]; then
-    echo "git ls-files -z --cached --others --exclude-standard | tar -czf $(quote "$archive") --null -T -"
+    archive=/tmp/stdit_jax.tar.gz
+    echo "git ls-files -z --cached --others --exclude-standard | tar -czf $archive --null -T -"
   else
-    pack_code "$archive" || return 1
+    archive=$(mktemp -d)/stdit_jax.tar.gz
+    trap 'rm -rf "$(dirname "$archive")"' EXIT
+    pack_code "$archive"
   fi
-  command+=("$archive" "$name:" "${place[@]}")
+}
+
+copy() {
+  local command=("${ssh[@]}" scp "$archive" "$name:" "${place[@]}")
   [ -z "$multislice" ] || command+=(--node=all)
   [ -z "$reach" ] || command+=("$reach")
   run "${command[@]}" --worker=all &&
-    on_workers all all "rm -rf $code && mkdir -p $code && tar -xzf stdit_jax.tar.gz -C $code" || return 1
-  [ -n "$dry_run" ] || rm -r "$folder"
+    on_workers all all "rm -rf $code && mkdir -p $code && tar -xzf stdit_jax.tar.gz -C $code"
 }
 
 install() {
@@ -297,6 +300,7 @@ tend() {
 watch() {
   local last='' was_active='' refused=0
   trouble=0 untended=yes
+  pack # once: a training that is resumed next week runs the code it began with, whatever is edited here meanwhile
   while :; do
     if look; then
       [ "$state" = "$last" ] || note "$name is $state"
@@ -324,6 +328,7 @@ watch() {
 }
 
 dry_watch() {
+  pack
   look
   create_machine
   echo "# ... looks again every $poll s until it is there; then, whenever a worker has nothing on it:"
@@ -386,6 +391,10 @@ main() {
       check_train
       if [ -n "$dry_run" ]; then dry_watch; else watch; fi
       ;;
-    *) "$verb" ;; # copy, install or stop
+    copy)
+      pack
+      copy
+      ;;
+    *) "$verb" ;; # install or stop
   esac
 }

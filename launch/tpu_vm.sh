@@ -23,4 +23,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 multislice=''
 # shellcheck source=launch/tpu_common.sh
 source launch/tpu_common.sh
-main "$@"
+{ # in one piece: bash reads a script as it goes, and this one may have been edited by the time a watch ends
+  main "$@"
+  exit
+}

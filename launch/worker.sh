@@ -24,6 +24,7 @@ find_python() {
   if python3 -c 'import sys, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2> /dev/null; then
     echo python3
   else
+    export UV_PYTHON_PREFERENCE=only-managed
     [ -x "$home/uv/bin/uv" ] || python3 -m pip install -q --target "$home/uv" uv >&2
     "$home/uv/bin/uv" python install -q 3.12 >&2
     "$home/uv/bin/uv" python find 3.12
