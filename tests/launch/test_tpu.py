@@ -248,8 +248,7 @@ def test_from_nothing_through_a_preemption_to_the_end(stand_ins):
   stand_ins.environment |= {"PYTHON": str(stand_ins.program("python", PYTHON)), "STDIT_JAX_RESTART_WAIT": "0"}
   stand_ins.script(training0=[75, "preempted", 0], training1=[75, "preempted", 75, 0])
   odd = "--config.sample.prompts=('it''s \"a\" $HOME\n',)"
-  options = [word.replace("0", "1") if word == "0" else word for word in TRAIN]  # a second between two looks
-  result = stand_ins.run("tpu_vm.sh", "watch", *POD, "--queued", *options, odd)
+  result = stand_ins.run("tpu_vm.sh", "watch", *POD, "--queued", *TRAIN, odd)
   assert result.stdout.splitlines()[-1].endswith("training has finished")
   assert deeds(stand_ins) == ["create", *PREPARED, "delete", "create", *PREPARED]
   trained = [call for call in stand_ins.calls if "train" in call]
