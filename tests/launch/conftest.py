@@ -5,4 +5,6 @@ from tests.launch.stand_ins import StandIns
 
 @pytest.fixture
 def stand_ins(tmp_path):
-  return StandIns(tmp_path)
+  programs = StandIns(tmp_path)
+  yield programs
+  programs.close()

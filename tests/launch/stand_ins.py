@@ -1,8 +1,10 @@
 """Stand-ins for gcloud, kubectl, docker and the Python of a worker: programs that record how they are called, as JSON lines."""
 
+import contextlib
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import textwrap
@@ -59,6 +61,7 @@ class StandIns:
     self.folder = folder
     self.bin = folder / "bin"
     self.bin.mkdir()
+    self.started = []
     self.environment = {**os.environ, "PATH": f"{self.bin}:{os.environ['PATH']}", "STAND_INS": str(folder)}
     for name in ("STDIT_JAX_HOME", "STDIT_JAX_VENV", "PYTHON"):
       self.environment.pop(name, None)
@@ -81,6 +84,18 @@ class StandIns:
     )
     assert result.returncode == code, (result.returncode, result.stdout, result.stderr)
     return result
+
+  def start(self, script, *arguments, **options):
+    """Starts launch/SCRIPT as the leader of a process group, which `close` ends whatever became of the test."""
+    command = ["bash", str(ROOT / "launch" / script), *arguments]
+    self.started.append(subprocess.Popen(command, env=self.environment, start_new_session=True, text=True, **options))
+    return self.started[-1]
+
+  def close(self):
+    for process in self.started:
+      with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+      process.wait()
 
   @property
   def calls(self):

@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from tests.launch.stand_ins import ROOT, wait_for
+from tests.launch.stand_ins import wait_for
 
 PROGRAM = """
 record(started=sys.argv[1:])
@@ -50,8 +50,7 @@ def test_restarts(stand_ins, codes, starts, code):
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_it_save_and_is_the_end(stand_ins, how):
   program = stand_ins.program("train", WAITING)
-  command = ["bash", str(ROOT / "launch" / "supervise.sh"), str(program)]
-  supervisor = subprocess.Popen(command, env=stand_ins.environment, start_new_session=True)
+  supervisor = stand_ins.start("supervise.sh", str(program))
   wait_for(lambda: stand_ins.calls)
   supervisor.send_signal(how)
   assert supervisor.wait(10) == 143
@@ -62,8 +61,7 @@ def test_a_signal_between_two_starts_is_the_end(stand_ins):
   program = stand_ins.program("train", PROGRAM)
   stand_ins.script(codes=[75])
   stand_ins.environment["STDIT_JAX_RESTART_WAIT"] = "30"
-  command = ["bash", str(ROOT / "launch" / "supervise.sh"), str(program)]
-  supervisor = subprocess.Popen(command, env=stand_ins.environment, stderr=subprocess.PIPE, text=True)
+  supervisor = stand_ins.start("supervise.sh", str(program), stderr=subprocess.PIPE)
   assert supervisor.stderr.readline() == "ended with exit code 75: starting again\n"
   supervisor.send_signal(signal.SIGTERM)
   assert supervisor.wait(5) == 143
