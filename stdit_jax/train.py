@@ -6,14 +6,13 @@ Every key of the configuration is in configs/base.py. Stop it at any time: the s
 checkpoint in `output`. On a pod the same command runs on every host (see launch/).
 """
 
-import os
 import re
 import sys
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from stdit_jax.cli import InputError, keep_freed_memory, one_line_errors, use_compilation_cache
+from stdit_jax.cli import InputError, connect_processes, keep_freed_memory, one_line_errors, use_compilation_cache
 
 _HELP = "file with get_config(), e.g. configs/quickstart.py"
 _CONFIG = config_flags.DEFINE_config_file("config", None, _HELP)
@@ -56,10 +55,7 @@ def main(_):
   logging.set_verbosity(logging.WARNING)  # orbax reports every step of a checkpoint at INFO
   with one_line_errors():
     use_compilation_cache()
-    if os.environ.get("STDIT_JAX_DISTRIBUTED"):
-      import jax
-
-      jax.distributed.initialize()  # one process per host: set on pods by launch/
+    connect_processes()
     keep_freed_memory()
     from stdit_jax.interop import CheckpointError
     from stdit_jax.training.loop import Run
