@@ -34,7 +34,7 @@ from stdit_jax.models.layers import (
   torch_uniform,
 )
 from stdit_jax.parallel.attention import IMPLEMENTATIONS
-from stdit_jax.parallel.shardings import Layout, constrain
+from stdit_jax.parallel.shardings import Layout, constrain, gather_layer
 
 COMPAT = (None, "open-sora")
 
@@ -465,6 +465,7 @@ class STDiT(nn.Module):
     def layer(x, per_layer):
       params, is_first = per_layer
       for name, module, p in zip(names, modules, params):
+        p = gather_layer(p, name, self.layout, DTYPES[cfg.dtype])
         if capture and not cfg.scan:
           x, state = module.apply({"params": p}, x, conditions, is_first, capture_intermediates=True, mutable="intermediates")
           self.sow("intermediates", name, state["intermediates"])

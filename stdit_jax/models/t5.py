@@ -28,7 +28,7 @@ import jax.numpy as jnp
 
 from stdit_jax import fields
 from stdit_jax.models.layers import DTYPES, REMAT_POLICIES, run_layers
-from stdit_jax.parallel.shardings import Layout, constrain
+from stdit_jax.parallel.shardings import Layout, constrain, gather_layer
 
 FEED_FORWARDS = ("gated-gelu", "relu")
 
@@ -227,6 +227,7 @@ class T5Encoder(nn.Module):
     stacked = self.param("blocks", init)
 
     def layer(x, params):
+      params = gather_layer(params, "blocks", self.layout, DTYPES[c.dtype])
       return constrain(block.apply({"params": params}, x, bias, mask), self.layout, "batch", None, None)
 
     return run_layers(layer, x, stacked, c.scan, c.remat)

@@ -2,10 +2,12 @@
 paths, and one layout per program for activations."""
 
 import dataclasses
+import functools
 import math
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -73,23 +75,65 @@ def constrain(x, layout, *names):
   return jax.lax.with_sharding_constraint(x, layout.sharding(*names))
 
 
+def gather_layer(params, prefix, layout, dtype):
+  """The parameters of one layer as its products take them: cast to `dtype`, then whole along `fsdp`.
+
+  Said here, inside the loop over depth, because XLA would otherwise gather float32, gather all layers before the loop, or sum
+  gradients over all devices and cut them afterwards: backwards, the gradient leaves as it is stored, by one reduce-scatter.
+
+  Args:
+    params: tree of one layer, without the depth in front.
+    prefix: name of the stack, for the rules.
+  """
+  if layout is None:
+    return params
+  mesh = layout.mesh
+
+  def gather(path, x):
+    spec = spec_for(f"{prefix}/{path_name(path)}", (1, *x.shape), mesh)[1:]
+    if "fsdp" not in str(spec):
+      return x
+    whole = ["tensor" if axes in ("tensor", ("tensor", "fsdp")) else None for axes in spec]
+    return _gather(x, NamedSharding(mesh, P(*spec)), NamedSharding(mesh, P(*whole)), dtype)
+
+  return jax.tree_util.tree_map_with_path(gather, params)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather(x, split, whole, dtype):
+  x = jax.lax.with_sharding_constraint(x.astype(dtype), split)
+  return jax.lax.with_sharding_constraint(x, whole)
+
+
+def _gather_forward(x, split, whole, dtype):
+  return _gather(x, split, whole, dtype), jnp.zeros((0,), x.dtype)
+
+
+def _gather_backward(split, _whole, _dtype, like, gradient):
+  return (jax.lax.with_sharding_constraint(gradient, split).astype(like.dtype),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
+
+
 def path_name(path):
   """'params/spatial_blocks/mlp/fc1/kernel' of a jax key path."""
   return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
-# (regex searched in the path, mesh axes of every dimension from the first, the same where heads don't divide by `tensor`).
-# Stacked blocks carry the depth in front; every large matrix is split over `fsdp` along one of its feature sides, which are
-# multiples of 16 in all published sizes. Heads that do not divide are padded where they are computed (`layers.Linear`), and
-# stored split over both axes along the feature side.
+# (regex searched in the path, mesh axes of every dimension from the first, the same where those don't divide). Stacked blocks
+# carry the depth in front; every large matrix is split over `fsdp` along one of its feature sides, which are multiples of 16 in
+# all published sizes: along rows, not columns, since a TPU scatters a bfloat16 gradient only in whole tiles of 16 rows or 128
+# columns, and otherwise sums it everywhere, at twice the bytes (width 1152: fsdp=8 makes whole tiles, 16 does not).
+# Heads that don't divide are padded where they are computed (`layers.Linear`), and stored split along the feature side.
 RULES = (
   # blocks of the STDiTs and of T5
   (r"blocks/.*qkv/kernel$", P(None, "fsdp", None, "tensor"), P(None, ("fsdp", "tensor"))),
   (r"blocks/.*key_value/kernel$", P(None, "fsdp", None, "tensor"), P(None, ("fsdp", "tensor"))),
   (r"blocks/.*(query|key|value)/kernel$", P(None, "fsdp", "tensor"), P(None, ("fsdp", "tensor"))),
-  (r"blocks/.*attention/out/kernel$", P(None, "tensor", None, "fsdp"), P(None, None, None, ("fsdp", "tensor"))),
+  (r"blocks/.*attention/out/kernel$", P(None, ("tensor", "fsdp")), P(None, None, None, ("fsdp", "tensor"))),
   (r"blocks/mlp/(fc1|gate|up)/kernel$", P(None, "fsdp", "tensor")),
-  (r"blocks/mlp/(fc2|down)/kernel$", P(None, "tensor", "fsdp")),
+  (r"blocks/mlp/(fc2|down)/kernel$", P(None, ("tensor", "fsdp"))),
   (r"blocks/.*(bias|norm/scale|modulation)$", P()),
   # outside the blocks of the STDiTs
   (r"(timestep|temporal)_modulation/kernel$", P("fsdp")),
@@ -112,11 +156,14 @@ def spec_for(name, shape, mesh, rules=RULES):
   specs = next((specs for pattern, *specs in rules if re.search(pattern, name)), None)
   if specs is None:
     raise ValueError(f"no sharding rule matches the parameter {name!r} of shape {shape}; add one to parallel/shardings.py")
-  heads_divide = all(shape[dim] % mesh.shape["tensor"] == 0 for dim, axes in enumerate(specs[0]) if axes == "tensor")
-  spec = specs[0] if heads_divide or len(specs) == 1 else specs[1]
+
+  def parts(axes):
+    return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
+
+  divides = all(shape[dim] % parts(axes) == 0 for dim, axes in enumerate(specs[0]))
+  spec = specs[0] if divides else specs[-1]
   for dim, axes in enumerate(spec):
-    size = math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
-    if shape[dim] % size:
+    if shape[dim] % (size := parts(axes)):
       raise ValueError(
         f"parameter {name!r}: dimension {dim} of {shape} does not divide by the {size} devices of mesh axis {axes!r}; "
         f"choose sizes that divide {shape[dim]}"

@@ -16,6 +16,7 @@ import numpy as np
 from data.aspect_ratios import max_tokens
 from data.tokens import grid_size, patchify
 from stdit_jax.autoencoders import image_kl
+from stdit_jax.autoencoders.temporal import latent_frames
 from stdit_jax.cli import InputError
 from stdit_jax.training.objectives import autoencoder_model
 
@@ -134,6 +135,8 @@ def denoiser_shapes(config, model, downsampling, bucket, rows, token_parts=1):
   """
   resolution, frames = bucket
   space = max_tokens(resolution, downsampling, model.patch_size[1])
+  if config.autoencoder.temporal:
+    frames = latent_frames(frames)
   tokens = (rows, frames, space + -space % token_parts, model.patch_values)
   length = model.model_max_length
   text = {"text_ids": ((rows, length), jnp.int32)}
@@ -167,9 +170,8 @@ def batch_shapes(config, objective, bucket, rows, token_parts=1):
   """`denoiser_shapes` or `autoencoder_shapes`, by the task of the stage."""
   if config.task == "autoencoder":
     return autoencoder_shapes(config, bucket, rows)
-  return denoiser_shapes(
-    config, objective.model.config, autoencoder_model(config.autoencoder).config.downsampling, bucket, rows
-  )
+  downsampling = autoencoder_model(config.autoencoder).config.downsampling
+  return denoiser_shapes(config, objective.model.config, downsampling, bucket, rows, token_parts)
 
 
 class DenoiserBatches:

@@ -6,6 +6,7 @@ which stage it is, at which step of it, and which micro step of the data comes n
 
 import dataclasses
 import difflib
+import functools
 import re
 from collections.abc import Mapping
 
@@ -21,7 +22,8 @@ _PARTIAL = ("mesh.", "slices.")
 # What a stage must not change: it would be another model, another mesh, another run.
 _FIXED = (
   "output", "seed", "task", "platform", "mesh", "slices", "model", "text_encoder", "autoencoder.name", "autoencoder.fields",
-  "autoencoder.weights", "autoencoder.dtype", "autoencoder.micro_batch", "autoencoder.cache_gb", "init", "stages",
+  "autoencoder.weights", "autoencoder.dtype", "autoencoder.temporal", "autoencoder.micro_batch", "autoencoder.cache_gb", "init",
+  "stages",
   "keep_checkpoints",
 )  # fmt: skip
 
@@ -100,9 +102,11 @@ def check_values(config):
     ("task", ("denoiser", "autoencoder")),
     ("platform", ("", "cpu", "gpu", "tpu")),
     ("split_tokens", ("auto", "never", "always")),
+    ("autoencoder.temporal", ("", "open-sora-1.2")),
   ):
-    if config[key] not in allowed:
-      raise ValueError(f"config: {key} is {config[key]!r}; allowed: {', '.join(repr(a) for a in allowed)}")
+    value = functools.reduce(lambda group, part: group[part], key.split("."), config)
+    if value not in allowed:
+      raise ValueError(f"config: {key} is {value!r}; allowed: {', '.join(repr(a) for a in allowed)}")
   if config.text_encoder.where not in ("step", "ahead", "disk"):
     raise ValueError(f"config: text_encoder.where is {config.text_encoder.where!r}; allowed: 'step', 'ahead', 'disk'")
   if config.text_encoder.train and config.text_encoder.where != "step":

@@ -127,6 +127,10 @@ class Programs:
   def __init__(self, loss, mesh, state_shapes, frozen_shapes, optimizer, scales, schedule, stage_config, counter, name):
     self._loss, self._scales, self._counter, self._name = loss, scales, counter, name
     self._replicated = NamedSharding(mesh, P())
+    # Products of gathered kernels stay whole: as a loop over pieces ("windowed einsum"), which the TPU's compiler prefers, the
+    # gradients of a layer cross the interconnect twice.
+    tpu = mesh.devices.flat[0].platform == "tpu"
+    self._options = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"} if tpu else None
     self._state = tree_shardings(state_shapes, mesh)
     self._frozen = tree_shardings(frozen_shapes, mesh)
     self._accumulator = {"gradients": self._state["params"], "count": self._replicated}
@@ -149,6 +153,7 @@ class Programs:
     batch = {name: layout.sharding(*array_axes(name)) for name in names}
     self.gradients[bucket] = jax.jit(
       self._counter.counted(f"{self._name}: gradient {bucket[0]} x {bucket[1]}", function),
+      compiler_options=self._options,
       in_shardings=(self._state["params"], self._frozen, batch, self._accumulator),
       out_shardings=(self._accumulator, self._replicated),
       donate_argnums=(3,),

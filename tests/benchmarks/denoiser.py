@@ -22,7 +22,7 @@ import torch
 from diffusers import LatteTransformer3DModel
 
 from stdit_jax.cli import keep_freed_memory
-from stdit_jax.models import stdit
+from stdit_jax.models import flops, stdit
 from stdit_jax.models.layers import REMAT_POLICIES
 
 WIDTH, HEADS, DEPTH, FRAMES, ROWS, COLUMNS, TEXT, CAPTION, CHANNELS = 1152, 16, 4, 5, 9, 16, 300, 4096, 4
@@ -37,15 +37,10 @@ def block_flops(span, text_tokens, text_rows):
 
 
 def outer_flops(embedders):
-  """Forward FLOPs outside the blocks: patches, caption, final layer, timestep-like `embedders` and the modulation."""
+  """Forward FLOPs of the peer outside the blocks: patches, caption, final layer, timestep-like `embedders`, modulation."""
   patches = 2 * TOKENS * WIDTH * (4 * CHANNELS + 8 * CHANNELS)
   caption = 2 * TEXT * (CAPTION + WIDTH) * WIDTH
   return patches + caption + 2 * embedders * (256 + WIDTH) * WIDTH + 12 * WIDTH**2
-
-
-def our_flops():
-  blocks = block_flops(ROWS * COLUMNS, TEXT, TEXT) + block_flops(FRAMES, TEXT, TEXT)
-  return DEPTH * blocks + outer_flops(embedders=2)
 
 
 def latte_flops():
@@ -53,10 +48,14 @@ def latte_flops():
   return DEPTH * blocks + outer_flops(embedders=1)
 
 
+def our_config(**fields):
+  sizes = {"num_heads": HEADS, "caption_channels": CAPTION, "model_max_length": TEXT}
+  return stdit.STDiT3Config(WIDTH, DEPTH, **sizes, **fields)
+
+
 def our_programs(rng, remat, scan):
   """-> forward, training step: functions without arguments that end when the device is done."""
-  sizes = {"num_heads": HEADS, "caption_channels": CAPTION, "model_max_length": TEXT}
-  config = stdit.STDiT3Config(WIDTH, DEPTH, **sizes, remat=remat, scan=scan)
+  config = our_config(remat=remat, scan=scan)
   model = stdit.build(config)
   variables = jax.jit(stdit.init, static_argnums=0)(config, jax.random.key(0))
   optimizer = optax.adamw(1e-4)
@@ -155,15 +154,16 @@ def main():
   torch.set_num_threads(2)
   keep_freed_memory()
   rng = np.random.default_rng(0)
-  flops = {"forward": (our_flops(), latte_flops()), "training step": (3 * our_flops(), 3 * latte_flops())}
-  flops["one product"] = (8 * TOKENS * WIDTH**2,) * 2
+  ours = flops.forward(our_config(), FRAMES, ROWS * COLUMNS, TEXT)
+  counts = {"forward": (ours, latte_flops()), "training step": (3 * ours, 3 * latte_flops())}
+  counts["one product"] = (8 * TOKENS * WIDTH**2,) * 2
   programs = [*zip(our_programs(rng, arguments.remat, arguments.scan), latte_programs(rng)), *zip(*product_programs(rng))]
   # Interleaved by what is timed, so that the two sides of each ratio run next to each other.
-  programs = {(what, who): f for what, pair in zip(flops, programs) for who, f in zip(("ours", "PyTorch"), pair)}
+  programs = {(what, who): f for what, pair in zip(counts, programs) for who, f in zip(("ours", "PyTorch"), pair)}
   seconds = measure(programs, arguments.repeats)
   print(f"{'':14} {'':8} {'GFLOP':>8} {'seconds':>9} {'CPU s':>7} {'GFLOP/s':>8}  seconds per FLOP, ours / PyTorch")
-  for what, counts in flops.items():
-    rows = [(count, *seconds[what, who]) for who, count in zip(("ours", "PyTorch"), counts)]
+  for what, pair in counts.items():
+    rows = [(count, *seconds[what, who]) for who, count in zip(("ours", "PyTorch"), pair)]
     for who, (count, wall, cpu) in zip(("ours", "PyTorch"), rows):
       print(f"{what:14} {who:8} {count / 1e9:8.1f} {wall:9.3f} {cpu:7.2f} {count / wall / 1e9:8.1f}")
     ratio = [ours / rows[0][0] / (theirs / rows[1][0]) for ours, theirs in zip(*(row[1:] for row in rows))]

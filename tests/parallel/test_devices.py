@@ -75,7 +75,7 @@ def test_eight_devices_equal_one(name, mesh):
 def test_constraints_are_in_the_program():
   """Tokens in and out, embedded, after a layer, and what goes into a block (the scan's body counts once); queries, keys and
   values of both attentions; both sides of every linear layer: patches, two of the caption, of timestep and fps, one of the
-  modulation, seven a block, final."""
+  modulation, seven a block, final; every kernel of a block before and after it is gathered."""
   config = CONFIGS["STDiT3"]
   args, conditions = stdit.example_inputs(config, batch=DEVICES)
 
@@ -84,7 +84,9 @@ def test_constraints_are_in_the_program():
     lowered = jax.jit(lambda v: model.apply(v, *args, **conditions)).lower(stdit.init_shapes(config))
     return lowered.as_text().count("sharding_constraint")
 
-  assert constraints(Layout(make_mesh({"data": 2, "fsdp": 4}))) == 4 + 2 * (1 + 2 * 3) + 2 * (1 + 3 * 2 + 1 + 2 * 7 + 1)
+  assert (
+    constraints(Layout(make_mesh({"data": 2, "fsdp": 4}))) == 4 + 2 * (1 + 2 * 3) + 2 * (1 + 3 * 2 + 1 + 2 * 7 + 1) + 2 * 2 * 7
+  )
   assert constraints(None) == 0
 
 

@@ -1,0 +1,120 @@
+"""Programs compiled for TPUs without one: what they move, what they need, what the command says. Needs libtpu."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from stdit_jax.parallel import hlo
+from stdit_jax.parallel.topology import parse_topology
+from tests.tiny_run import ROOT
+
+SMALL = ("--config.model.fields.hidden_size=1024", "--config.model.fields.num_heads=8", "--config.model.fields.depth=4")
+
+
+def plan(cache, *arguments):
+  command = [sys.executable, "-m", "stdit_jax.plan", "--config", "configs/open_sora_1_2.py", "--cache", str(cache), *arguments]
+  environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+  return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+
+
+def test_fsdp_moves_no_more_than_it_must(tmp_path):
+  """Inside the scan each layer's kernels are gathered twice, in bfloat16, and their gradients scattered once; what is summed
+  beside them is biases and norms; activations stay where they are. The second call compiles nothing."""
+  pytest.importorskip("libtpu")
+  arguments = (*SMALL, "--config.mesh.data=1", "--topology", "v5e:2x4", "--bucket", "144p:1:8", "--stage", "stage1")
+  first = plan(tmp_path / "cache", *arguments, "--output", str(tmp_path / "plan.json"))
+  assert first.returncode == 0, first.stderr
+  assert "1 of 1 buckets fit" in first.stdout
+  (result,) = json.loads((tmp_path / "plan.json").read_text())
+  kernels = 2 * 16 * 1024**2 * 2  # two blocks of 16 width^2, bfloat16
+  assert result["in_loop"]["all-gather"] == 2 * kernels
+  assert result["in_loop"]["reduce-scatter"] == kernels
+  assert result["in_loop"]["all-reduce"] < 0.002 * kernels
+  assert result["in_loop"]["all-to-all"] == result["in_loop"]["collective-permute"] == 0
+  state = sum(result["resident"][name] for name in ("parameters", "average", "optimizer", "gradients"))
+  assert state < result["peak"] < result["limit"]
+  again = plan(tmp_path / "cache", *arguments)
+  assert again.returncode == 0
+  assert next(line for line in again.stdout.splitlines() if "144p x 1 " in line) in first.stdout
+  assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_split_tokens_go_by_all_to_all(tmp_path):
+  """Between attention over space and over time tokens change places, twice a layer and pass; kernels are gathered as ever."""
+  pytest.importorskip("libtpu")
+  mesh = ("--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.mesh.sequence=4", "--config.split_tokens=always")
+  made = plan(
+    tmp_path / "cache", *SMALL, *mesh, "--topology", "v5e:2x4", "--bucket", "144p:51:2", "--stage", "stage1",
+    "--output", str(tmp_path / "plan.json"),
+  )  # fmt: skip
+  assert made.returncode == 0, made.stderr
+  (result,) = json.loads((tmp_path / "plan.json").read_text())
+  assert result["split_tokens"]
+  tokens = 16 * 152 * 1024 * 2 // 4  # of one sample on one device: 15 latent frames and 150 tokens, padded
+  assert 0 < result["in_loop"]["all-to-all"] <= 8 * tokens
+  kernels = 2 * 16 * 1024**2 * 2
+  assert 2 * kernels <= result["in_loop"]["all-gather"] < 2.01 * kernels
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (("--topology", "v5e-16"), "--topology 'v5e-16' is none: give KIND:AxB"),
+    (("--topology", "v5e:2x4", "--stage", "stage9"), "--stage 'stage9' is none of stage1, stage2, stage3"),
+    (("--topology", "v5e:2x4", "--stage", "stage1", "--bucket", "144p:52"), "has no batch size in this stage; give one as"),
+    (("--topology", "v5e:2x4", "--config.mesh.fdsp=4"), "unknown key 'mesh.fdsp'"),
+    (("--topology", "v5e:2x4", "--bucket", "144p:51:12", "--stage", "stage1"), "the batch of 12 of bucket 144p x 51"),
+    (("--topology", "v5e:2x4", "--config.mesh.fsdp=3", "--bucket", "144p:51:12"), "does not make 8 devices"),
+  ],
+)
+def test_mistakes_are_one_line(tmp_path, arguments, message):
+  pytest.importorskip("libtpu")
+  result = plan(tmp_path, *arguments)
+  assert result.returncode == 2
+  assert message in result.stderr
+  assert len(result.stderr.strip().splitlines()) == 1
+
+
+TEXT = """HloModule toy
+
+%body (p: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
+  %p = (s32[], f32[8,4]{1,0}) parameter(0)
+  %x = f32[8,4]{1,0} get-tuple-element(%p), index=1
+  %part = bf16[2,4]{1,0} fusion(%x), kind=kLoop, calls=%cast
+  %all-gather.1 = bf16[8,4]{1,0} all-gather(%part), channel_id=1, dimensions={0}
+  ROOT %t = (s32[], f32[8,4]{1,0}) tuple(%x, %x)
+}
+
+%cond (p: (s32[], f32[8,4])) -> pred[] {
+  %p = (s32[], f32[8,4]{1,0}) parameter(0)
+  %n = s32[] constant(28)
+  ROOT %less = pred[] compare(%n, %n), direction=LT
+}
+
+%cast (q: f32[8,4]) -> bf16[2,4] {
+  %q = f32[8,4]{1,0} parameter(0)
+  ROOT %c = bf16[2,4]{1,0} convert(%q)
+}
+
+ENTRY %main (a: f32[8,4]) -> f32[8,4] {
+  %a = f32[8,4]{1,0} parameter(0)
+  %w = (s32[], f32[8,4]{1,0}) while(%a), condition=%cond, body=%body
+  %y = f32[8,4]{1,0} get-tuple-element(%w), index=1
+  ROOT %all-reduce.1 = f32[8,4]{1,0} all-reduce(%y), channel_id=2, to_apply=%add
+}
+"""
+
+
+def test_loops_count_as_often_as_they_run():
+  found = {(c.kind, c.bytes, c.times, c.in_loop) for c in hlo.collectives(TEXT)}
+  assert found == {("all-gather", 64, 28, True), ("all-reduce", 128, 1, False)}
+  # per turn: the fusion reads 128 and writes 16, the gather reads 16 and writes 64; at the end 128 twice
+  assert hlo.memory_bytes(TEXT) == 28 * (128 + 16 + 16 + 64) + 4 + 4 + 2 * 128 - 8
+
+
+def test_topologies():
+  assert parse_topology("v5p:4x8x8") == ("v5p", 256)
+  assert parse_topology("v6e:16x16") == ("v6e", 256)
