@@ -61,7 +61,7 @@ class LoadedStep:
   samples: list
 
 
-def make_loader(config, folder, *, shard=(0, 1), start=0, tokenize=None, epochs=None):
+def make_loader(config, folder, *, shard=(0, 1), start=0, skip=(), tokenize=None, epochs=None):
   """-> `Loader`, an iterator of `LoadedStep`.
 
   Args:
@@ -69,6 +69,7 @@ def make_loader(config, folder, *, shard=(0, 1), start=0, tokenize=None, epochs=
     folder: where tables and plans are kept; processes may share it.
     shard: (number of this part, number of parts) of every batch.
     start: global micro step to begin with.
+    skip: global micro steps that are passed over.
     tokenize: picklable caption -> (ids, mask), called in the workers; None = no ids.
     epochs: end after so many epochs, None = never.
 
@@ -89,7 +90,7 @@ def make_loader(config, folder, *, shard=(0, 1), start=0, tokenize=None, epochs=
     if b.batch_size and b.batch_size % count:
       raise ValueError(f"batch size {b.batch_size} of bucket {b.name} cannot be split into {count} equal parts (processes)")
   _check_files(table, first)
-  return Loader(sequence, shard, start, tokenize, epochs)
+  return Loader(sequence, shard, start, skip, tokenize, epochs)
 
 
 def _check_files(table, first):
@@ -104,8 +105,8 @@ def _check_files(table, first):
 class Loader:
   """Iterator of `LoadedStep`; `state` is the next micro step. Close it, or use it in a `with` block."""
 
-  def __init__(self, sequence, shard, start, tokenize, epochs):
-    self.plans, self.shard, self.state, self.epochs = sequence, shard, start, epochs
+  def __init__(self, sequence, shard, start, skip, tokenize, epochs):
+    self.plans, self.shard, self.state, self.skip, self.epochs = sequence, shard, start, frozenset(skip), epochs
     self.bad_rows, self.rows_read = {}, 0
     config, table = sequence.config, sequence.table
     usable = sequence.report(0)
@@ -126,6 +127,11 @@ class Loader:
     return self
 
   def __next__(self):
+    while self.state in self.skip:
+      self._load()  # read ahead by now, and let go: they are few
+    return self._load()
+
+  def _load(self):
     epoch, index = self.plans.locate(self.state)
     if self._rows is None or (self.epochs is not None and epoch >= self.epochs):
       raise StopIteration

@@ -35,6 +35,15 @@ def digest(description):
   return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
 
 
+def place(count, skip):
+  """Global micro step that comes next when `count` have been taken and those in `skip` are passed over."""
+  for position in sorted(skip):
+    if position > count:
+      break
+    count += 1
+  return count
+
+
 def changed_keys(old, new):
   """What differs between two descriptions, one text per key: ["seed: 42 -> 43", ...]; empty if nothing does."""
   changes = []

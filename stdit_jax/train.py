@@ -3,17 +3,21 @@
   python -m stdit_jax.train --config configs/quickstart.py [--config.output=runs/mine --config.optimizer.learning_rate=1e-4]
 
 Every key of the configuration is in configs/base.py. Stop it at any time: the same command resumes from the newest
-checkpoint in `output`. On a pod the same command runs on every host (see launch/).
+checkpoint in `output`. On a pod the same command runs on every host (see launch/). Exit codes: 0 finished, 2 a mistake that
+the message names, 75 stopped by SIGTERM or because a process hangs or is gone: start it again, 130 interrupted.
 """
 
 import os
 import re
 import sys
+import traceback
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from stdit_jax.cli import InputError, keep_freed_memory, one_line_errors, use_compilation_cache
+from stdit_jax.training.stages import make_stages
+from stdit_jax.training.watchdog import RESTART, Watchdog
 
 _HELP = "file with get_config(), e.g. configs/quickstart.py"
 _CONFIG = config_flags.DEFINE_config_file("config", None, _HELP)
@@ -52,28 +56,71 @@ def parse_flags(argv):
   return rest
 
 
-def main(_):
-  logging.set_verbosity(logging.WARNING)  # orbax reports every step of a checkpoint at INFO
-  with one_line_errors():
-    use_compilation_cache()
-    if os.environ.get("STDIT_JAX_DISTRIBUTED"):
-      import jax
+def connect(config):
+  """Joins the processes of a run of several, told by STDIT_JAX_DISTRIBUTED: "1" asks the TPU runtime, Slurm or Open MPI,
+  "HOST:PORT,PROCESSES,NUMBER" says it. Returns the watchdog."""
+  import jax
 
-      jax.distributed.initialize()  # one process per host: set on pods by launch/
-    keep_freed_memory()
-    from stdit_jax.interop import CheckpointError
-    from stdit_jax.training.loop import Run
-    from stdit_jax.training.sampling import Sampler
+  text, client = os.environ.get("STDIT_JAX_DISTRIBUTED"), None
+  if text:
+    address, *numbers = text.split(",") if text != "1" else (None, None, None)
+    if text != "1" and not (len(numbers) == 2 and all(n.isdigit() for n in numbers)):
+      raise ValueError(f"STDIT_JAX_DISTRIBUTED is {text!r}; allowed: 1, or HOST:PORT,PROCESSES,NUMBER")
+    # The runtime's own heartbeat must not be the first to end the run: it does so without a word about who hangs.
+    heartbeat = max(100, int(2 * config.watchdog.timeout))
+    processes, number = (n if n is None else int(n) for n in numbers)
+    jax.distributed.initialize(address, processes, number, heartbeat_timeout_seconds=heartbeat)
+    from jax._src.distributed import global_state  # nothing public gives the key-value store
 
-    run = Run(_CONFIG.value)
-    on_sample = Sampler(run) if run.config.sample_every else None
-    started = run.start()
+    client = global_state.client if jax.process_count() > 1 else None
+  index, count = (jax.process_index(), jax.process_count()) if client else (0, 1)
+  return Watchdog(config.watchdog.timeout, config.watchdog.slow_timeout, client, index, count)
+
+
+def run(config, watchdog):
+  """Trains; user's mistakes end as one line with exit code 2, SIGTERM with RESTART, ^C with 130."""
   try:
+    with one_line_errors():
+      from stdit_jax.interop import CheckpointError
+      from stdit_jax.training.loop import Preempted, Run, check_platform
+      from stdit_jax.training.sampling import Sampler
+
+      check_platform(config.platform)
+      keep_freed_memory()
+      training = Run(config, watchdog.beat)
+      on_sample = Sampler(training) if config.sample_every else None
+      started = training.start()
     with one_line_errors((InputError, CheckpointError, OSError)):
-      run.train(on_sample, started)
+      try:
+        training.train(on_sample, started)
+      except Preempted as stop:
+        print(stop, file=sys.stderr)
+        raise SystemExit(RESTART) from None
   except KeyboardInterrupt:
     print("interrupted; the same command resumes from the newest checkpoint", file=sys.stderr)
     raise SystemExit(130) from None
+
+
+def main(_):
+  logging.set_verbosity(logging.ERROR)  # orbax reports every step of a checkpoint
+  config = _CONFIG.value
+  with one_line_errors():
+    make_stages(config)  # before any process waits for another
+    use_compilation_cache()
+    watchdog = connect(config)
+  with watchdog:
+    try:
+      run(config, watchdog)
+    except BaseException as error:
+      preempted = isinstance(error, SystemExit) and error.code == RESTART  # all processes alike
+      if watchdog.count == 1 or preempted:
+        raise
+      # Its exit would wait for the others, and they for this one.
+      code = error.code if isinstance(error, SystemExit) else 1
+      if code == 1:
+        traceback.print_exc()
+        watchdog.connection_lost()
+      watchdog.leave(str(error) if code == 1 else f"exit code {code}", code)
 
 
 if __name__ == "__main__":

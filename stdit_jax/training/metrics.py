@@ -21,7 +21,10 @@ def duration(seconds):
 
 
 class Averages:
-  """Means over the steps since the last line. Values stay on the device until they are asked for: no wait per step."""
+  """Means over the steps since the last line. Values stay on the device until they are asked for: no wait per step.
+
+  Values that are not finite are left out, as the update program leaves out their steps; `nonfinite` is the share of those.
+  """
 
   def __init__(self):
     self._values = []
@@ -31,11 +34,11 @@ class Averages:
     self._values.append((name, value, weight))
 
   def take(self):
-    """{name: weighted mean}, and starts anew. Names without weight are left out."""
+    """{name: weighted mean}, and starts anew. Names without weight, or without a finite value, are left out."""
     sums = collections.defaultdict(lambda: [0.0, 0.0])
     for name, value, weight in self._values:
       value, weight = float(value), float(weight)
-      if weight:
+      if weight and math.isfinite(value):
         sums[name][0] += value * weight
         sums[name][1] += weight
     self._values = []
@@ -46,7 +49,7 @@ class Metrics:
   """Writes what the loop measures. Only the first process writes."""
 
   def __init__(self, output, first_step, total_steps, active=True):
-    self._active, self._total, self._first = active, total_steps, first_step
+    self._active, self._total, self.first_step = active, total_steps, first_step
     self._start = self._last_time = time.monotonic()
     self._last_step = first_step
     if not active:
@@ -66,11 +69,10 @@ class Metrics:
       return
     now = time.monotonic()
     rate = (step - self._last_step) / max(now - self._last_time, 1e-9)
-    mean_rate = (step - self._first) / max(now - self._start, 1e-9)
+    mean_rate = (step - self.first_step) / max(now - self._start, 1e-9)
     self._last_time, self._last_step = now, step
     left = duration((self._total - step) / mean_rate) if mean_rate else "?"
-    finite = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
-    self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **finite}) + "\n")
+    self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
     self._file.flush()
     for name, value in values.items():
       self._board.add_scalar(name.replace(" ", "_"), value, step)

@@ -59,15 +59,16 @@ class StageData:
     return self._plans.description
 
   def check_same(self, old, restart):
-    """Raises ValueError when the plan is not the one of the checkpoint, naming what changed; `restart` lets it pass."""
+    """Whether the plan is the one of the checkpoint; raises ValueError, naming what changed, unless `restart` lets it pass."""
     changes = plan.changed_keys(old, self.identity())
     if changes and not restart:
       raise ValueError(
         f"config: the data of stage {self.stage!r} is not that of the checkpoint ({'; '.join(changes)}); restore it, or "
         "start the data anew with --config.restart_data=True"
       )
+    return not changes
 
-  def loader(self, micro_step):
-    """This process's loader, at a micro step of the stage."""
+  def loader(self, taken, skip=()):
+    """This process's loader, after so many micro steps of the stage; those of the plan in `skip` are passed over."""
     shard = jax.process_index(), jax.process_count()
-    return make_loader(self.config, self.folder, shard=shard, start=micro_step, tokenize=self._tokenize)
+    return make_loader(self.config, self.folder, shard=shard, start=plan.place(taken, skip), skip=skip, tokenize=self._tokenize)

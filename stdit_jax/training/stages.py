@@ -20,7 +20,7 @@ _FREE = ("model.fields", "text_encoder.fields", "autoencoder.fields", "diffusion
 _FIXED = (
   "output", "seed", "task", "platform", "mesh", "model", "text_encoder", "autoencoder.name", "autoencoder.fields",
   "autoencoder.weights", "autoencoder.dtype", "autoencoder.micro_batch", "autoencoder.cache_gb", "init", "stages",
-  "keep_checkpoints",
+  "keep_checkpoints", "resume", "restart_data", "watchdog",
 )  # fmt: skip
 
 
@@ -114,7 +114,11 @@ def check_values(config):
   for key in ("b1", "b2"):
     _number(config, f"optimizer.{key}", 0, 1)
   _number(config, "optimizer.accumulate", 1, whole=True)
-  for key in ("log_every", "checkpoint_every", "keep_checkpoints"):
+  if config.resume not in ("auto", "required") and not config.resume.isdigit():
+    raise ValueError(f"config: resume is {config.resume!r}; allowed: 'auto', 'required', or a step such as '1200'")
+  for key in ("watchdog.timeout", "watchdog.slow_timeout"):
+    _number(config, key, 0)
+  for key in ("log_every", "checkpoint_every", "keep_checkpoints", "max_nonfinite"):
     _number(config, key, 1, whole=True)
   _number(config, "sample_every", 0, whole=True)
   _number(config, "autoencoder.cache_gb", 0)
