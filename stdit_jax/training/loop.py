@@ -357,7 +357,7 @@ class Run:
     accumulator = programs.new_accumulator(state["params"])
     say(f"stage {stage.name!r}: steps {step} to {stage.start + stage.steps} on {self.mesh.devices.size} device(s)")
     say(str(data.report))
-    log, nonfinite, due = Averages(), NonFinite(config.max_nonfinite), False
+    log, nonfinite, due, first = Averages(), NonFinite(config.max_nonfinite), False, step
     loader = data.loader((step - stage.start) * accumulate, self.skip.get(stage.name, ()))
     try:
       rows = iter(loader)
@@ -367,7 +367,7 @@ class Run:
         for micro in range(accumulate):
           loaded, arrays = batch
           program = self._gradient_program(programs, loaded.bucket, arrays, data, config)
-          self._beat(f"step {step + 1}: {loaded.bucket[0]} x {loaded.bucket[1]}", slow=step == metrics.first_step)
+          self._beat(f"step {step + 1}: {loaded.bucket[0]} x {loaded.bucket[1]}", slow=step == first)
           accumulator, values = program(state["params"], frozen, arrays, accumulator)
           weight = values.pop("weight")
           for name, value in values.items():
@@ -377,6 +377,7 @@ class Run:
           last = micro == accumulate - 1 and step + 1 == stage.start + stage.steps
           # The device works on this micro step while the host prepares the next.
           batch = None if last else self._next_batch(rows, make_batch, step + 1)
+        self._beat(f"step {step + 1}: update", slow=step == first)
         state, accumulator, values = programs.update(state, accumulator, np.int32(step))
         step += 1
         for name, value in values.items():
@@ -416,6 +417,7 @@ class Run:
       loaded = next(rows)
     except (ValueError, RuntimeError) as error:  # too many files that can't be decoded, or a disk that fails
       raise InputError(str(error)) from error
+    self._beat(f"step {step + 1}: making a batch of {loaded.bucket[0]} x {loaded.bucket[1]}", slow=True)  # may compile
     return loaded, make_batch(loaded)
 
   def _gradient_program(self, programs, bucket, arrays, data, config):

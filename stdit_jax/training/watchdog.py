@@ -182,7 +182,9 @@ class Watchdog:
 
     def aborted(_):
       probe = f"{_PREFIX}abort/{self.index}"
-      if self._in_time(lambda: self.client.key_value_set(probe, "", allow_overwrite=True)) and not self._silent(3 * self.period):
+      if self._in_time(lambda: self.client.key_value_set(probe, "", allow_overwrite=True)) and not self._silent(
+        3 * self.period
+      ):
         return  # and abort() goes on
       text = self._silent(3 * self.period) or f"{self._name(0)}, which keeps the reports of all, is gone"
       self._end(text, RESTART, tell=False)

@@ -37,11 +37,12 @@ def wait_for(condition, processes, folder, seconds=150):
 
 @contextlib.contextmanager
 def two(assets, folder, **settings):
-  """Two processes of a run without end that have come to step 2."""
+  """Two processes, of one device each, of a run without end that have come to step 2."""
   folder.mkdir()
-  settings = {**SETTINGS, "stages": ({"name": "long", "steps": 10**6},), "checkpoint_every": 10**5, **settings}
+  settings = {"data__buckets": (("144p", 1, 1.0, 2),), "stages": ({"name": "long", "steps": 10**6},), **settings}
+  settings["checkpoint_every"] = 10**5
   config = write_config(folder / "config.py", assets, folder / "run", **settings)
-  processes = start_processes(config, folder, XLA_FLAGS=FLAGS)
+  processes = start_processes(config, folder, devices=1, XLA_FLAGS=FLAGS)
   try:
     wait_for(lambda: len(lines(folder / "run")) >= 2, processes, folder)
     yield processes
