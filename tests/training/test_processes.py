@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from tests.tiny_run import ROOT, environment, eight_config, start_processes, write_config
+from tests.tiny_run import ROOT, environment, start_processes, write_config
 
 FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 STEPS = 20
