@@ -15,8 +15,13 @@ def get_config():
   config.seed = 42
   config.task = "denoiser"  # or "autoencoder": what is trained
   config.platform = ""  # "cpu", "gpu" or "tpu": refuse to run anywhere else; "" takes what is there
-  config.mesh = dict(data=-1, fsdp=1)  # devices per axis; -1 takes the rest
+  # Devices along each axis within a slice, and slices along each axis; -1 takes the rest (stdit_jax/parallel/mesh.py).
+  config.mesh = dict(data=-1, fsdp=1, sequence=1, tensor=1)
+  config.slices = dict(data=-1, fsdp=1, sequence=1, tensor=1)
   config.max_tokens_per_device = 0  # larger batches are split into micro batches that accumulate; 0: never
+  # Which buckets split tokens over the `sequence` axis, instead of taking it as more batch: "auto" those whose batch does not
+  # divide by all devices, or whose samples have more than max_tokens_per_device tokens; "never"; "always".
+  config.split_tokens = "auto"
 
   # Where to start: a run folder of ours or safetensors in the original layout; "" is the original initialisation.
   config.init = ""

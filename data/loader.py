@@ -1,7 +1,7 @@
 """The loader: decoded samples of this process, step by step, in the order of the plan.
 
 grain reads ahead, row by row, in worker processes; rows are grouped into steps here. The whole state is one number, the
-next global micro step, and means the same on any number of processes: shard i of n reads the i-th n-th part of every step.
+next global micro step, and means the same on any number of processes: part i of n is the i-th n-th of every step's rows.
 """
 
 import bisect
@@ -67,7 +67,8 @@ def make_loader(config, folder, *, shard=(0, 1), start=0, skip=(), tokenize=None
   Args:
     config: a `DataConfig`.
     folder: where tables and plans are kept; processes may share it.
-    shard: (number of this part, number of parts) of every batch.
+    shard: which rows of every batch are read: (parts, number of parts), `parts` being one number or several in order; or a
+      dict {(resolution, frames): such a pair}, for buckets that are split differently.
     start: global micro step to begin with.
     skip: global micro steps that are passed over.
     tokenize: picklable caption -> (ids, mask), called in the workers; None = no ids.
@@ -83,14 +84,30 @@ def make_loader(config, folder, *, shard=(0, 1), start=0, skip=(), tokenize=None
     first = sequence.plan(0)
   except OSError as e:
     raise ValueError(f"data folder {folder} or a table cannot be used: {e.filename or ''} {e.strerror or e}") from None
-  index, count = shard
-  if not 0 <= index < count:
-    raise ValueError(f"shard {shard} is no (number, count) pair")
-  for b in config.parsed_buckets():
-    if b.batch_size and b.batch_size % count:
-      raise ValueError(f"batch size {b.batch_size} of bucket {b.name} cannot be split into {count} equal parts (processes)")
+  shares = _shares(config.parsed_buckets(), shard)
   _check_files(table, first)
-  return Loader(sequence, shard, start, skip, tokenize, epochs)
+  return Loader(sequence, shares, start, skip, tokenize, epochs)
+
+
+def _shares(parsed, shard):
+  """(parts, number of parts) of every bucket; ValueError when a batch cannot be split so."""
+  shares = []
+  for b in parsed:
+    parts, count = shard[b.resolution, b.num_frames] if isinstance(shard, dict) and b.batch_size else ((), 1)
+    if not isinstance(shard, dict):
+      parts, count = shard
+    parts = (parts,) if isinstance(parts, int) else tuple(parts)
+    if not all(0 <= part < count for part in parts):
+      raise ValueError(f"shard {(parts, count)}: parts are counted from 0 to {count - 1}")
+    if b.batch_size and b.batch_size % count:
+      raise ValueError(f"batch size {b.batch_size} of bucket {b.name} cannot be split into {count} equal parts")
+    shares.append((parts, count))
+  return shares
+
+
+def _rows_per_step(parsed, shares):
+  """Rows that this part reads of a step of every bucket."""
+  return [(b.batch_size or 0) // count * len(parts) for b, (parts, count) in zip(parsed, shares)]
 
 
 def _check_files(table, first):
@@ -105,19 +122,22 @@ def _check_files(table, first):
 class Loader:
   """Iterator of `LoadedStep`; `state` is the next micro step. Close it, or use it in a `with` block."""
 
-  def __init__(self, sequence, shard, start, skip, tokenize, epochs):
-    self.plans, self.shard, self.state, self.skip, self.epochs = sequence, shard, start, frozenset(skip), epochs
+  def __init__(self, sequence, shares, start, skip, tokenize, epochs):
+    self.plans, self.state, self.skip, self.epochs = sequence, start, frozenset(skip), epochs
     self.bad_rows, self.rows_read = {}, 0
     config, table = sequence.config, sequence.table
+    self.rows_per_step = _rows_per_step(config.parsed_buckets(), shares)
     usable = sequence.report(0)
     usable = usable.rows - sum(n for reason, n in usable.dropped.items() if reason in sources.PROBLEMS)
     limit = config.max_bad_rows
     self.max_bad_rows = math.ceil(limit * min(usable, table.num_rows)) if isinstance(limit, float) else limit
     epoch, step = sequence.locate(start)
-    first = sequence.plan(epoch).slots(step)[0] // shard[1] if epochs is None or epoch < epochs else 0
+    first = 0
+    if step and (epochs is None or epoch < epochs):
+      first = int(sequence.plan(epoch).ends(self.rows_per_step)[step - 1])
     sequence.prepare(epoch + 1)
-    source = RowSource(sequence, shard, epoch, first, epochs)
-    self._rows = _read_ahead(source, RowDecoder(config, table, tokenize), config, shard[1])
+    source = RowSource(sequence, shares, epoch, first, epochs)
+    self._rows = _read_ahead(source, RowDecoder(config, table, tokenize), config, self.rows_per_step)
 
   @property
   def report(self):
@@ -140,7 +160,7 @@ class Loader:
       self.plans.prepare(epoch + 1)
     bucket = current.bucket(index)
     samples = []
-    for _ in range(bucket.batch_size // self.shard[1]):
+    for _ in range(self.rows_per_step[current.bucket_index(index)]):
       element = self._next_row()
       sample = Sample(**{**element, "sample_id": tuple(element["sample_id"].tolist())})
       # Rows come in the plan's order or the loader is wrong: a batch of mixed buckets must not go unnoticed.
@@ -194,14 +214,14 @@ def _main_hidden():
     main.__dict__.update(hidden)
 
 
-def _read_ahead(source, decode, config, shards):
+def _read_ahead(source, decode, config, rows_per_step):
   """grain's iterator over decoded rows, with worker processes or threads."""
   import grain  # here, since grain imports jax where it is installed, which `data` does without
   from absl import flags
 
   dataset = grain.MapDataset.source(source).map(decode)
   used = [b for b in config.parsed_buckets() if b.batch_size]
-  largest = max(b.batch_size // shards for b in used)
+  largest = max(rows_per_step)
   row_bytes = max(b.num_frames * 3 * aspect_ratios.NUM_PIXELS[b.resolution] for b in used)
   ahead = config.read_ahead or max(2, min(2 * largest, _AHEAD_BYTES // row_bytes))
   if not config.workers:
@@ -215,35 +235,42 @@ def _read_ahead(source, decode, config, shards):
 
 
 class RowSource:
-  """The rows of one shard in the order of the plan, from a place in an epoch on: element -> (epoch, slot, ...). Picklable."""
+  """The rows of one part in the order of the plan, from a place in an epoch on: element -> (epoch, slot, ...). Picklable."""
 
-  def __init__(self, sequence, shard, epoch, first, epochs):
-    self.plans, self.shard, self.epoch, self.epochs = sequence, shard, epoch, epochs
-    self._ends, self._first = [], first  # ends of the epochs from `epoch` on, in elements
+  def __init__(self, sequence, shares, epoch, first, epochs):
+    self.plans, self.shares, self.epoch, self.epochs = sequence, shares, epoch, epochs
+    self._totals, self._first = [], first  # elements up to the end of each epoch from `epoch` on
+    self._ends = None, None  # (epoch, elements up to the end of each of its steps) of the one read last
 
   def __len__(self):
     return _ENDLESS
 
   def __repr__(self):
-    return f"RowSource(shard={self.shard})"
+    return f"RowSource(shares={self.shares})"
+
+  def _ends_of(self, epoch):
+    if self._ends[0] != epoch:
+      rows = _rows_per_step(self.plans.config.parsed_buckets(), self.shares)
+      self._ends = epoch, self.plans.plan(epoch).ends(rows)
+    return self._ends[1]
 
   def __getitem__(self, element):
     element += self._first
     with self.plans.lock:
-      while not self._ends or element >= self._ends[-1]:
-        epoch = self.epoch + len(self._ends)
+      while not self._totals or element >= self._totals[-1]:
+        epoch = self.epoch + len(self._totals)
         if self.epochs is not None and epoch >= self.epochs:
           return ()  # grain passes over None, for ever
-        slots = self.plans.plan(epoch).num_slots // self.shard[1]
-        self._ends.append(slots + (self._ends[-1] if self._ends else 0))
-      number = bisect.bisect_right(self._ends, element)
-      current = self.plans.plan(self.epoch + number)
-    within = element - (self._ends[number - 1] if number else 0)
-    index, count = self.shard
-    # All batches divide by `count`: a shard's elements before this step are its first slot / count.
-    *_, step = current.slot(within * count)
+        self._totals.append(int(self._ends_of(epoch)[-1]) + (self._totals[-1] if self._totals else 0))
+      number = bisect.bisect_right(self._totals, element)
+      current, ends = self.plans.plan(self.epoch + number), self._ends_of(self.epoch + number)
+    within = element - (self._totals[number - 1] if number else 0)
+    step = int(np.searchsorted(ends, within, "right"))
+    within -= int(ends[step - 1]) if step else 0
     begin, end = current.slots(step)
-    slot = begin + index * (end - begin) // count + within - begin // count
+    parts, count = self.shares[current.bucket_index(step)]
+    size = (end - begin) // count
+    slot = begin + parts[within // size] * size + within % size
     row, key, bucket, _ = current.slot(slot)
     return self.epoch + number, slot, row, key, bucket
 

@@ -176,6 +176,13 @@ class Plan:
   def bucket(self, step):
     return self._buckets[self._bucket[step]]
 
+  def ends(self, rows_per_step):
+    """Where every step ends when a step of bucket i has `rows_per_step[i]` rows: int64 `[steps]`."""
+    return np.cumsum(np.asarray(rows_per_step, np.int64)[self._bucket])
+
+  def bucket_index(self, step):
+    return int(self._bucket[step])
+
   def slots(self, step):
     """(first slot, end) of a step."""
     return int(self._begin[step]), int(self._begin[step + 1])

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import os
 import pathlib
+import re
 import sys
 
 
@@ -22,6 +23,38 @@ def one_line_errors(kinds=(ValueError, OSError)):
     text = " ".join(str(error).split()) if not isinstance(error, ValueError) else str(error)
     print(f"error: {text}", file=sys.stderr)
     raise SystemExit(2) from None
+
+
+def connect_processes(heartbeat_timeout=100):
+  """Joins the processes of a run on several hosts, before the first use of a device; launch/ sets the variables.
+
+  STDIT_JAX_DISTRIBUTED=1: JAX finds the others itself (Cloud TPU, GKE, Slurm, Open MPI). Elsewhere STDIT_JAX_COORDINATOR
+  (HOST:PORT of process 0), STDIT_JAX_NUM_PROCESSES and STDIT_JAX_PROCESS_ID say who and where they are. A process that the
+  runtime has not heard of for `heartbeat_timeout` seconds makes it abort the others.
+  """
+  names = ("STDIT_JAX_COORDINATOR", "STDIT_JAX_NUM_PROCESSES", "STDIT_JAX_PROCESS_ID")
+  coordinator, number, process = given = [os.environ.get(name, "") for name in names]
+  if any(given):
+    if missing := [name for name, value in zip(names, given) if not value]:
+      raise ValueError(f"{' and '.join(missing)} must be set too: {', '.join(names)} belong together")
+    if not re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^\s:]+):[0-9]+", coordinator):
+      raise ValueError(f"STDIT_JAX_COORDINATOR={coordinator} is not like HOST:PORT")
+    if not (number.isdecimal() and process.isdecimal() and int(process) < int(number)):
+      raise ValueError(
+        f"STDIT_JAX_PROCESS_ID={process} of STDIT_JAX_NUM_PROCESSES={number}: processes are numbered 0, 1, ..., number - 1"
+      )
+    place = dict(coordinator_address=coordinator, num_processes=int(number), process_id=int(process))
+    place["cluster_detection_method"] = "deactivate"  # it would hide all but one device from a process under Slurm
+  elif os.environ.get("STDIT_JAX_DISTRIBUTED"):
+    place = {}
+  else:
+    return
+  import jax
+
+  try:
+    jax.distributed.initialize(**place, heartbeat_timeout_seconds=heartbeat_timeout)
+  except ValueError as error:
+    raise ValueError(f"JAX found no cluster here ({error}); without one, set {', '.join(names)}") from None
 
 
 def use_compilation_cache():
@@ -45,7 +78,11 @@ def keep_freed_memory():
   import jax
 
   jax.config.update("jax_cpu_enable_async_dispatch", False)
+  try:
+    platform = jax.default_backend()
+  except (RuntimeError, AssertionError):  # JAX_PLATFORMS names one that is not there; whoever needs the devices says so
+    return
   mmap_max, trim_threshold = -4, -1  # M_MMAP_MAX, M_TRIM_THRESHOLD of malloc.h
-  if jax.default_backend() == "cpu" and hasattr(library := ctypes.CDLL(None), "mallopt"):
+  if platform == "cpu" and hasattr(library := ctypes.CDLL(None), "mallopt"):
     library.mallopt(mmap_max, 0)  # no mappings of their own, which free() would end
     library.mallopt(trim_threshold, -1)  # never

@@ -7,7 +7,6 @@ checkpoint in `output`. On a pod the same command runs on every host (see launch
 the message names, 75 stopped by SIGTERM or because a process hangs or is gone: start it again, 130 interrupted.
 """
 
-import os
 import re
 import sys
 import traceback
@@ -15,7 +14,7 @@ import traceback
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from stdit_jax.cli import InputError, keep_freed_memory, one_line_errors, use_compilation_cache
+from stdit_jax.cli import InputError, connect_processes, keep_freed_memory, one_line_errors, use_compilation_cache
 from stdit_jax.training.stages import make_stages
 from stdit_jax.training.watchdog import RESTART, Watchdog
 
@@ -57,23 +56,14 @@ def parse_flags(argv):
 
 
 def connect(config):
-  """Joins the processes of a run of several, told by STDIT_JAX_DISTRIBUTED: "1" asks the TPU runtime, Slurm or Open MPI,
-  "HOST:PORT,PROCESSES,NUMBER" says it. Returns the watchdog."""
-  import jax
+  """Joins the processes of a run of several; returns the watchdog."""
+  # The runtime's own heartbeat must not be the first to end the run: it does so without a word about who hangs.
+  connect_processes(heartbeat_timeout=max(100, int(2 * config.watchdog.timeout)))
+  from jax._src.distributed import global_state  # nothing public gives the key-value store
 
-  text, client = os.environ.get("STDIT_JAX_DISTRIBUTED"), None
-  if text:
-    address, *numbers = text.split(",") if text != "1" else (None, None, None)
-    if text != "1" and not (len(numbers) == 2 and all(n.isdigit() for n in numbers)):
-      raise ValueError(f"STDIT_JAX_DISTRIBUTED is {text!r}; allowed: 1, or HOST:PORT,PROCESSES,NUMBER")
-    # The runtime's own heartbeat must not be the first to end the run: it does so without a word about who hangs.
-    heartbeat = max(100, int(2 * config.watchdog.timeout))
-    processes, number = (n if n is None else int(n) for n in numbers)
-    jax.distributed.initialize(address, processes, number, heartbeat_timeout_seconds=heartbeat)
-    from jax._src.distributed import global_state  # nothing public gives the key-value store
-
-    client = global_state.client if jax.process_count() > 1 else None
-  index, count = (jax.process_index(), jax.process_count()) if client else (0, 1)
+  client, index, count = global_state.client, global_state.process_id, global_state.num_processes
+  if count == 1:
+    client = None
   return Watchdog(config.watchdog.timeout, config.watchdog.slow_timeout, client, index, count)
 
 
@@ -82,10 +72,9 @@ def run(config, watchdog):
   try:
     with one_line_errors():
       from stdit_jax.interop import CheckpointError
-      from stdit_jax.training.loop import Preempted, Run, check_platform
+      from stdit_jax.training.loop import Preempted, Run
       from stdit_jax.training.sampling import Sampler
 
-      check_platform(config.platform)
       keep_freed_memory()
       training = Run(config, watchdog.beat)
       on_sample = Sampler(training) if config.sample_every else None

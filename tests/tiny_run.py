@@ -114,10 +114,11 @@ def start_processes(config, folder, count=2, devices=4, **more):
     free.bind(("localhost", 0))
     port = free.getsockname()[1]
   flags = f"--xla_force_host_platform_device_count={devices} {more.pop('XLA_FLAGS', '')}"
+  place = {"STDIT_JAX_COORDINATOR": f"localhost:{port}", "STDIT_JAX_NUM_PROCESSES": str(count)}
   processes = []
   for i in range(count):
     # NPROC: see tests/training/test_devices.py.
-    own = environment(XLA_FLAGS=flags, NPROC="64", STDIT_JAX_DISTRIBUTED=f"localhost:{port},{count},{i}", **more)
+    own = environment(XLA_FLAGS=flags, NPROC="64", **place, STDIT_JAX_PROCESS_ID=str(i), **more)
     command = [sys.executable, "-m", "stdit_jax.train", "--config", str(config)]
     with (folder / f"{i}.log").open("a") as log:
       processes.append(subprocess.Popen(command, cwd=ROOT, env=own, stdout=log, stderr=subprocess.STDOUT))

@@ -1,6 +1,7 @@
 """Layers that several denoisers share. Each says which original it computes; float32 islands are norms, softmax,
 rotations and sinusoids, everything else runs in `dtype` over float32 parameters."""
 
+import functools
 import math
 
 import einops
@@ -11,11 +12,15 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from stdit_jax.parallel.attention import attend
+from stdit_jax.parallel.shardings import Layout, constrain
 
 MAX_PERIOD = 10000.0
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 COMPUTE_DTYPES = ("float32", "bfloat16")  # of what trains: float16 would need its loss scaled
+# How tokens `[B, T, S, D]` lie where attention goes over space, and over time: the other axis is split.
+OVER_SPACE, OVER_TIME = ("batch", "tokens", None, None), ("batch", None, "tokens", None)
+
 BLOCK_INPUT = "block_input"
 REMAT_POLICIES = {  # what the backward pass keeps of a block; what it does not keep it computes again
   "none": None,  # everything
@@ -62,28 +67,56 @@ def torch_uniform(fan_in):
 
 
 class Linear(nn.Module):
-  """`[..., *inputs] -> [..., *features]`, a matrix product over the last `num_inputs` axes.
+  """`[..., *inputs] -> [..., *features]`, a matrix product.
 
   The kernel is stored `[*inputs, *features]` (heads as axes of their own, so that they can be sharded); its default
   initialisation is Xavier uniform over the whole fused matrix with a zero bias, as `_basic_init` in Open-Sora 1.0-1.2.
+
+  Input and output are pinned to one layout, which pins their gradients, too: the gradient of the kernel sums over tokens, and
+  XLA's partitioner (jax 0.10.2) drops a part of that sum when one factor is split over frames and the other over positions.
+
+  Attributes:
+    inputs: sizes of the axes that are summed over; by default the last axis of the input.
+    layout: how activations lie on the mesh; axes: names (of `Layout.axes`) of the leading dimensions, None for those not named.
+    tensor: which of the kernel's axes is split over `tensor`. Heads that don't divide are padded with zeros: the output then
+      has more heads than `features` says, or the input may.
   """
 
   features: tuple[int, ...]
-  num_inputs: int = 1
+  inputs: tuple[int, ...] | None = None
   kernel_init: nn.initializers.Initializer | None = None
   bias_init: nn.initializers.Initializer = nn.initializers.zeros
   dtype: jnp.dtype = jnp.float32
+  layout: Layout | None = None
+  axes: tuple[str | None, ...] = ("batch",)
+  tensor: int | None = None
 
   @nn.compact
   def __call__(self, x):
-    inputs = x.shape[-self.num_inputs :]
+    inputs = self.inputs or x.shape[-1:]
     kernel_init = self.kernel_init or xavier_uniform(math.prod(inputs), math.prod(self.features))
     kernel = self.param("kernel", kernel_init, (*inputs, *self.features)).astype(self.dtype)
     bias = self.param("bias", self.bias_init, self.features).astype(self.dtype)
-    # One plain matrix product: with axes of its own for heads, the kernel and its gradient are transposed in every step.
-    lead, outputs = x.shape[: -self.num_inputs], math.prod(self.features)
-    y = x.astype(self.dtype).reshape(*lead, math.prod(inputs)) @ kernel.reshape(math.prod(inputs), outputs)
-    return y.reshape(*lead, *self.features) + bias
+    lead, x = x.shape[: -len(inputs)], x.astype(self.dtype)
+    places = ["tensor" if axis == self.tensor else None for axis in range(kernel.ndim)]
+    names = [*self.axes, None, None, None][: len(lead)]
+    x = constrain(x, self.layout, *names, *places[: len(inputs)])
+    if self.layout is None or self.layout.tensor_parts == 1:
+      # One plain matrix product: with axes of its own for heads, the kernel and its gradient are transposed in every step.
+      y = x.reshape(*lead, math.prod(inputs)) @ kernel.reshape(math.prod(inputs), math.prod(self.features))
+      y = y.reshape(*lead, *self.features) + bias
+    else:
+      if self.tensor is not None:
+        kernel = self._pad(kernel, self.tensor)
+        if self.tensor >= len(inputs):
+          bias = self._pad(bias, self.tensor - len(inputs))
+      y = jnp.tensordot(x, kernel, len(inputs)) + bias
+    return constrain(y, self.layout, *names, *places[len(inputs) :])
+
+  def _pad(self, x, axis):
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, -x.shape[axis] % self.layout.tensor_parts)
+    return jnp.pad(x, widths)
 
 
 class Mlp(nn.Module):
@@ -95,12 +128,17 @@ class Mlp(nn.Module):
   fc1_init: nn.initializers.Initializer | None = None
   fc2_init: nn.initializers.Initializer | None = None
   dtype: jnp.dtype = jnp.float32
+  layout: Layout | None = None
+  axes: tuple[str | None, ...] = ("batch",)
+  tensor: bool = False  # split the hidden side over `tensor`
 
   @nn.compact
   def __call__(self, x):
-    x = Linear((self.hidden,), kernel_init=self.fc1_init, dtype=self.dtype, name="fc1")(x)
+    linear = functools.partial(Linear, dtype=self.dtype, layout=self.layout, axes=self.axes)
+    into, out = (1, 0) if self.tensor else (None, None)
+    x = linear((self.hidden,), kernel_init=self.fc1_init, tensor=into, name="fc1")(x)
     x = nn.silu(x) if self.activation == "silu" else nn.gelu(x, approximate=True)
-    return Linear((self.features,), kernel_init=self.fc2_init, dtype=self.dtype, name="fc2")(x)
+    return linear((self.features,), kernel_init=self.fc2_init, tensor=out, name="fc2")(x)
 
 
 def layer_norm(x, eps=1e-6):
@@ -179,6 +217,7 @@ class SelfAttention(nn.Module):
     axis: "space" (every frame for itself) or "time" (every position for itself).
     qk_norm: RMS norm of queries and keys over the head dimension.
     rope_first: rotate before the norm (Open-Sora 1.1, `qk_norm_legacy`) instead of after it (1.2).
+    layout: how activations lie on the mesh: the other axis is the one that may be split.
   """
 
   num_heads: int
@@ -188,45 +227,58 @@ class SelfAttention(nn.Module):
   out_init: nn.initializers.Initializer | None = None
   implementation: str = "auto"
   dtype: jnp.dtype = jnp.float32
+  layout: Layout | None = None
 
   @nn.compact
   def __call__(self, x, token_valid=None, rope=None):
     """x `[B, T, S, D]`, token_valid `[B, T, S]` bool or None, rope: frequencies `[head_dim / 2]` or None -> `[B, T, S, D]`."""
-    b, _, _, features = x.shape
-    head_dim = features // self.num_heads
-    qkv = Linear((3, self.num_heads, head_dim), dtype=self.dtype, name="qkv")(x)
-    to_sequences = "b t s 1 h d -> (b t) s h d" if self.axis == "space" else "b t s 1 h d -> (b s) t h d"
-    query, key, value = (einops.rearrange(x, to_sequences) for x in jax.lax.split(qkv, (1, 1, 1), axis=3))
+    features = x.shape[-1]
+    heads = (self.num_heads, features // self.num_heads)
+    axes = (OVER_SPACE if self.axis == "space" else OVER_TIME)[:3]
+    linear = functools.partial(Linear, dtype=self.dtype, layout=self.layout, axes=axes)
+    qkv = linear((3, *heads), tensor=2, name="qkv")(x)
+    groups = "b t s 1 h d -> b t s h d" if self.axis == "space" else "b t s 1 h d -> b s t h d"
+    query, key, value = (einops.rearrange(x, groups) for x in jax.lax.split(qkv, (1, 1, 1), axis=3))
     if rope is not None and self.rope_first:
       query, key = apply_rope(query, rope), apply_rope(key, rope)
     if self.qk_norm:
       query, key = RMSNorm(name="query_norm")(query), RMSNorm(name="key_norm")(key)
     if rope is not None and not self.rope_first:
       query, key = apply_rope(query, rope), apply_rope(key, rope)
-    if token_valid is not None:
-      token_valid = einops.rearrange(token_valid, "b t s -> (b t) s" if self.axis == "space" else "b t s -> (b s) t")
-    y = attend(query, key, value, token_valid, self.implementation)
-    y = einops.rearrange(y, "(b t) s h d -> b t s h d" if self.axis == "space" else "(b s) t h d -> b t s h d", b=b)
-    return Linear((features,), 2, self.out_init, dtype=self.dtype, name="out")(y)
+    if token_valid is not None and self.axis == "time":
+      token_valid = jnp.swapaxes(token_valid, 1, 2)
+    y = attend(query, key, value, token_valid, self.implementation, self.layout)
+    if self.axis == "time":
+      y = jnp.swapaxes(y, 1, 2)
+    return linear((features,), heads, self.out_init, tensor=0, name="out")(y)
 
 
 class CrossAttention(nn.Module):
-  """Attention of all tokens of a sample to its valid text tokens: no norm, no gate (PixArt; Open-Sora 1.0-1.2)."""
+  """Attention of all tokens of a sample to its valid text tokens: no norm, no gate (PixArt; Open-Sora 1.0-1.2).
+
+  Attributes: layout: how activations lie on the mesh; axes: OVER_SPACE or OVER_TIME, how the tokens do.
+  """
 
   num_heads: int
   out_init: nn.initializers.Initializer | None = None
   implementation: str = "auto"
   dtype: jnp.dtype = jnp.float32
+  layout: Layout | None = None
+  axes: tuple[str | None, ...] = OVER_SPACE
 
   @nn.compact
   def __call__(self, x, text, text_mask):
     """x `[B, T, S, D]`, text `[B, L, D]`, text_mask `[B, L]` bool -> `[B, T, S, D]`."""
-    _, t, _, features = x.shape
+    _, t, s, features = x.shape
     heads = (self.num_heads, features // self.num_heads)
-    query = Linear(heads, dtype=self.dtype, name="query")(x)
-    key_value = Linear((2, *heads), dtype=self.dtype, name="key_value")(text)
-    query = einops.rearrange(query, "b t s h d -> b (t s) h d")
-    key, value = (x[:, :, 0] for x in jax.lax.split(key_value, (1, 1), axis=2))
-    y = attend(query, key, value, text_mask, self.implementation)
-    y = einops.rearrange(y, "b (t s) h d -> b t s h d", t=t)
-    return Linear((features,), 2, self.out_init, dtype=self.dtype, name="out")(y)
+    linear = functools.partial(Linear, dtype=self.dtype, layout=self.layout)
+    query = linear(heads, axes=self.axes[:3], tensor=1, name="query")(x)
+    key_value = linear((2, *heads), tensor=2, name="key_value")(text)
+    # All tokens as one group, the axis that may be split first: what one device has is then one piece of it.
+    space_first = self.axes == OVER_TIME and self.layout is not None and self.layout.split_tokens
+    query = einops.rearrange(query, "b t s h d -> b 1 (s t) h d" if space_first else "b t s h d -> b 1 (t s) h d")
+    key, value = jax.lax.split(jnp.swapaxes(key_value, 1, 2), (1, 1), axis=1)
+    mask = None if text_mask is None else text_mask[:, None]
+    y = attend(query, key, value, mask, self.implementation, self.layout, axes=("batch", None, "tokens"))
+    y = einops.rearrange(y, "b 1 (s t) h d -> b t s h d" if space_first else "b 1 (t s) h d -> b t s h d", t=t, s=s)
+    return linear((features,), heads, self.out_init, axes=self.axes[:3], tensor=0, name="out")(y)

@@ -12,13 +12,14 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from data.tokens import grid_size, patchify, unpatchify
 from stdit_jax import fields
 from stdit_jax.models.layers import (
   COMPUTE_DTYPES,
   DTYPES,
+  OVER_SPACE,
+  OVER_TIME,
   REMAT_POLICIES,
   CrossAttention,
   Linear,
@@ -33,7 +34,7 @@ from stdit_jax.models.layers import (
   torch_uniform,
 )
 from stdit_jax.parallel.attention import IMPLEMENTATIONS
-from stdit_jax.parallel.shardings import BATCH_AXES, constrain
+from stdit_jax.parallel.shardings import Layout, constrain
 
 COMPAT = (None, "open-sora")
 
@@ -185,24 +186,34 @@ class Conditions:
 zeros = nn.initializers.zeros
 
 
+def block_mlp(config, layout, axes, out_init=None):
+  """The MLP of a block, its hidden side split over `tensor`."""
+  hidden, dtype = int(config.hidden_size * config.mlp_ratio), DTYPES[config.dtype]
+  return Mlp(hidden, config.hidden_size, fc2_init=out_init, dtype=dtype, layout=layout, axes=axes[:3], tensor=True, name="mlp")
+
+
 class STDiT1Block(nn.Module):
   """Block of Open-Sora 1.0: one modulation table, no norms in attention."""
 
   config: STDiT1Config
+  layout: Layout | None = None
 
   @nn.compact
   def __call__(self, x, c, is_first):
-    cfg, dtype = self.config, DTYPES[self.config.dtype]
-    attention = functools.partial(SelfAttention, cfg.num_heads, implementation=cfg.attention, dtype=dtype)
+    cfg, dtype, layout = self.config, DTYPES[self.config.dtype], self.layout
+    attention = functools.partial(SelfAttention, cfg.num_heads, implementation=cfg.attention, dtype=dtype, layout=layout)
+    cross = CrossAttention(cfg.num_heads, zeros, cfg.attention, dtype, layout, OVER_TIME, name="cross_attention")
+    x = constrain(x, layout, *OVER_SPACE)
     table = modulation_table(self, "modulation", 6, cfg.hidden_size)
     shift1, scale1, gate1, shift2, scale2, gate2 = Modulation(table, c.modulation, None, None)
     x = x + gate1 * attention("space", name="attention")(modulate(layer_norm(x), shift1, scale1), c.token_valid)
     # as Open-Sora 1.0: the temporal branch is neither normalised nor modulated, reuses the spatial gate, and sees the
     # temporal position table in the first block only, outside the residual stream.
+    x = constrain(x, layout, *OVER_TIME)
     positioned = x + jnp.where(is_first, c.time_embedding, 0).astype(x.dtype)[:, None]
     x = x + gate1 * attention("time", out_init=zeros, name="temporal_attention")(positioned, c.token_valid)
-    x = x + CrossAttention(cfg.num_heads, zeros, cfg.attention, dtype, name="cross_attention")(x, c.text, c.text_mask)
-    mlp = Mlp(int(cfg.hidden_size * cfg.mlp_ratio), cfg.hidden_size, dtype=dtype, name="mlp")
+    x = x + cross(x, c.text, c.text_mask)
+    mlp = block_mlp(cfg, layout, OVER_TIME)
     return x + gate2 * mlp(modulate(layer_norm(x), shift2, scale2))
 
 
@@ -210,21 +221,27 @@ class STDiT2Block(nn.Module):
   """Block of Open-Sora 1.1: spatial and temporal attention with a modulation each, cross attention, MLP."""
 
   config: STDiT2Config
+  layout: Layout | None = None
 
   @nn.compact
   def __call__(self, x, c, is_first):
-    cfg, dtype = self.config, DTYPES[self.config.dtype]
-    attention = functools.partial(SelfAttention, cfg.num_heads, qk_norm=cfg.qk_norm, implementation=cfg.attention, dtype=dtype)
+    cfg, dtype, layout = self.config, DTYPES[self.config.dtype], self.layout
+    attention = functools.partial(
+      SelfAttention, cfg.num_heads, qk_norm=cfg.qk_norm, implementation=cfg.attention, dtype=dtype, layout=layout
+    )
+    cross = CrossAttention(cfg.num_heads, zeros, cfg.attention, dtype, layout, OVER_TIME, name="cross_attention")
     table = modulation_table(self, "modulation", 6, cfg.hidden_size)
     shift1, scale1, gate1, shift2, scale2, gate2 = Modulation(table, c.modulation, c.clean_modulation, c.x_mask)
     table = modulation_table(self, "temporal_modulation", 3, cfg.hidden_size)
     shift_t, scale_t, gate_t = Modulation(table, c.temporal_modulation, c.clean_temporal_modulation, c.x_mask)
 
+    x = constrain(x, layout, *OVER_SPACE)
     x = x + gate1 * attention("space", name="attention")(modulate(layer_norm(x), shift1, scale1), c.token_valid)
+    x = constrain(x, layout, *OVER_TIME)
     temporal = attention("time", rope_first=cfg.qk_norm_legacy, out_init=zeros, name="temporal_attention")
     x = x + gate_t * temporal(modulate(layer_norm(x), shift_t, scale_t), c.token_valid, c.rope)
-    x = x + CrossAttention(cfg.num_heads, zeros, cfg.attention, dtype, name="cross_attention")(x, c.text, c.text_mask)
-    mlp = Mlp(int(cfg.hidden_size * cfg.mlp_ratio), cfg.hidden_size, dtype=dtype, name="mlp")
+    x = x + cross(x, c.text, c.text_mask)
+    mlp = block_mlp(cfg, layout, OVER_TIME)
     return x + gate2 * mlp(modulate(layer_norm(x), shift2, scale2))
 
 
@@ -236,19 +253,25 @@ class STDiT3Block(nn.Module):
 
   config: STDiT3Config
   axis: str
+  layout: Layout | None = None
 
   @nn.compact
   def __call__(self, x, c, is_first):
-    cfg, dtype = self.config, DTYPES[self.config.dtype]
+    cfg, dtype, layout = self.config, DTYPES[self.config.dtype], self.layout
     out_init = zeros if self.axis == "time" else None
     table = modulation_table(self, "modulation", 6, cfg.hidden_size)
     shift1, scale1, gate1, shift2, scale2, gate2 = Modulation(table, c.modulation, c.clean_modulation, c.x_mask)
 
-    attention = SelfAttention(cfg.num_heads, self.axis, cfg.qk_norm, False, out_init, cfg.attention, dtype, name="attention")
+    axes = OVER_SPACE if self.axis == "space" else OVER_TIME
+    x = constrain(x, layout, *axes)
+    attention = SelfAttention(
+      cfg.num_heads, self.axis, cfg.qk_norm, False, out_init, cfg.attention, dtype, layout, name="attention"
+    )
     rope = c.rope if self.axis == "time" else None
     x = x + gate1 * attention(modulate(layer_norm(x), shift1, scale1), c.token_valid, rope)
-    x = x + CrossAttention(cfg.num_heads, out_init, cfg.attention, dtype, name="cross_attention")(x, c.text, c.text_mask)
-    mlp = Mlp(int(cfg.hidden_size * cfg.mlp_ratio), cfg.hidden_size, fc2_init=out_init, dtype=dtype, name="mlp")
+    cross = CrossAttention(cfg.num_heads, out_init, cfg.attention, dtype, layout, axes, name="cross_attention")
+    x = x + cross(x, c.text, c.text_mask)
+    mlp = block_mlp(cfg, layout, axes, out_init)
     return x + gate2 * mlp(modulate(layer_norm(x), shift2, scale2))
 
 
@@ -256,6 +279,7 @@ class FinalLayer(nn.Module):
   """Norm, modulation from a 2-row table plus the timestep embedding, linear to `patch positions * out channels`."""
 
   config: STDiTConfig
+  layout: Layout | None = None
 
   @nn.compact
   def __call__(self, x, noised, clean, x_mask):
@@ -269,7 +293,11 @@ class FinalLayer(nn.Module):
       twice = modulate(layer_norm(out), *(table[i] + clean[:, None, None] for i in (0, 1)))
       out = jnp.where(x_mask[:, :, None, None], out, twice)
     init = None if isinstance(cfg, STDiT3Config) else zeros
-    return Linear((cfg.patch_positions * cfg.out_channels,), kernel_init=init, dtype=DTYPES[cfg.dtype], name="linear")(out)
+    linear = Linear(
+      (cfg.patch_positions * cfg.out_channels,), kernel_init=init, dtype=DTYPES[cfg.dtype], layout=self.layout,
+      axes=OVER_TIME[:3], name="linear",
+    )  # fmt: skip
+    return linear(out)
 
 
 def spatial_positions(grid, num_tokens, scale=None, base=True):
@@ -298,11 +326,11 @@ class STDiT(nn.Module):
 
   Attributes:
     config: one of STDiT1Config, STDiT2Config, STDiT3Config.
-    mesh: lays the batch over the mesh's `data` and `fsdp` axes; None on a single device.
+    layout: how activations lie on the mesh; None on a single device.
   """
 
   config: STDiTConfig
-  mesh: Mesh | None = None
+  layout: Layout | None = None
 
   @nn.compact
   def __call__(
@@ -326,17 +354,19 @@ class STDiT(nn.Module):
       float32 `[B, T, S, patch positions * out_channels]`. Values at invalid elements mean nothing.
     """
     cfg, dtype = self.config, DTYPES[self.config.dtype]
-    batch = (BATCH_AXES, None, None, None)
     token_valid = None
     if valid is not None:
       tokens = jnp.where(valid, tokens, 0)
       token_valid = valid.any(-1)
-    tokens = constrain(tokens, self.mesh, *batch)
+    frames = tokens.shape[1]
+    tokens, token_valid, x_mask = self.pad_frames(tokens, token_valid, x_mask)
+    tokens = constrain(tokens, self.layout, *OVER_TIME)
 
     patch_init = None if isinstance(cfg, (STDiT1Config, STDiT2Config)) else torch_uniform(cfg.patch_values)
     x = Linear(
-      (cfg.hidden_size,), kernel_init=patch_init, bias_init=torch_uniform(cfg.patch_values), dtype=dtype, name="patch_embed"
-    )(tokens)
+      (cfg.hidden_size,), kernel_init=patch_init, bias_init=torch_uniform(cfg.patch_values), dtype=dtype, layout=self.layout,
+      axes=OVER_TIME[:3], name="patch_embed",
+    )(tokens)  # fmt: skip
     x = x + self.position_embedding(grid, tokens.shape[2], height, width).astype(dtype)[:, None]
     self.sow("intermediates", "tokens_in", x)
 
@@ -345,9 +375,24 @@ class STDiT(nn.Module):
     conditions = dataclasses.replace(conditions, text=text, text_mask=text_mask, token_valid=token_valid)
     conditions = self.add_time(conditions, tokens.shape[1])
 
-    x = self.run_blocks(constrain(x, self.mesh, *batch), conditions)
-    x = FinalLayer(cfg, name="final_layer")(x, noised, clean, x_mask)
-    return constrain(x.astype(jnp.float32), self.mesh, *batch)
+    x = self.run_blocks(constrain(x, self.layout, *OVER_TIME), conditions)
+    x = FinalLayer(cfg, self.layout, name="final_layer")(x, noised, clean, x_mask)
+    return constrain(x.astype(jnp.float32)[:, :frames], self.layout, *OVER_TIME)
+
+  def pad_frames(self, tokens, token_valid, x_mask):
+    """Adds frames of padding where the layout splits tokens and frames don't divide; refuses positions that don't."""
+    parts = 1 if self.layout is None else self.layout.token_parts
+    if tokens.shape[2] % parts:
+      raise ValueError(f"{tokens.shape[2]} tokens per frame do not divide by the {parts} devices of mesh axis 'sequence'")
+    if not (extra := -tokens.shape[1] % parts):
+      return tokens, token_valid, x_mask
+    if token_valid is None:
+      token_valid = jnp.ones(tokens.shape[:3], bool)
+
+    def pad(x):
+      return None if x is None else jnp.pad(x, [(0, extra if axis == 1 else 0) for axis in range(x.ndim)])
+
+    return pad(tokens), pad(token_valid), pad(x_mask)
 
   # What differs between the models.
 
@@ -380,7 +425,7 @@ class STDiT(nn.Module):
   def embed_scalar(self, name, features=None, fc1_init=None, fc2_init=None):
     """An MLP over the sinusoid of a number: timestep, fps, frames, sizes."""
     features = features or self.config.hidden_size
-    mlp = Mlp(features, features, "silu", fc1_init, fc2_init, DTYPES[self.config.dtype], name=name)
+    mlp = Mlp(features, features, "silu", fc1_init, fc2_init, DTYPES[self.config.dtype], self.layout, name=name)
     return lambda values: mlp(sinusoid(values))
 
   def embed_caption(self, text, drop):
@@ -393,14 +438,17 @@ class STDiT(nn.Module):
     if drop is not None:
       text = jnp.where(drop[:, None, None], null_caption[: text.shape[1]].astype(text.dtype), text)
     init = None if isinstance(cfg, STDiT3Config) else nn.initializers.normal(0.02)
-    return Mlp(cfg.hidden_size, cfg.hidden_size, fc1_init=init, fc2_init=init, dtype=DTYPES[cfg.dtype], name="caption_embed")(
-      text
-    )
+    mlp = Mlp(
+      cfg.hidden_size, cfg.hidden_size, fc1_init=init, fc2_init=init, dtype=DTYPES[cfg.dtype], layout=self.layout,
+      name="caption_embed",
+    )  # fmt: skip
+    return mlp(text)
 
   def modulation_vectors(self, name, rows, embeddings):
     """SiLU, then a linear layer to `rows * D`, for the noised and (None without x_mask) the clean embedding."""
     init = None if isinstance(self.config, STDiT3Config) else nn.initializers.normal(0.02)
-    linear = Linear((rows * self.config.hidden_size,), kernel_init=init, dtype=DTYPES[self.config.dtype], name=name)
+    features, dtype = (rows * self.config.hidden_size,), DTYPES[self.config.dtype]
+    linear = Linear(features, kernel_init=init, dtype=dtype, layout=self.layout, name=name)
     return [None if e is None else linear(nn.silu(e)) for e in embeddings]
 
   def run_blocks(self, x, conditions):
@@ -422,7 +470,7 @@ class STDiT(nn.Module):
           self.sow("intermediates", name, state["intermediates"])
         else:
           x = module.apply({"params": p}, x, conditions, is_first)
-      return constrain(x, self.mesh, BATCH_AXES, None, None, None)
+      return constrain(x, self.layout, *OVER_TIME)
 
     remat = "none" if capture else cfg.remat  # captured values could not leave a checkpointed layer
     return run_layers(layer, x, (stacked, jnp.arange(cfg.depth) == 0), cfg.scan, remat)
@@ -450,7 +498,7 @@ class STDiT1(STDiT):
     return dataclasses.replace(conditions, time_embedding=temporal_position_table(self.config, num_frames))
 
   def blocks(self):
-    return [("blocks", STDiT1Block(self.config, parent=None))]
+    return [("blocks", STDiT1Block(self.config, self.layout, parent=None))]
 
 
 class STDiT2(STDiT):
@@ -476,7 +524,7 @@ class STDiT2(STDiT):
     return Conditions(None, None, None, x_mask, *spatial, *temporal), noised, final_clean
 
   def blocks(self):
-    return [("blocks", STDiT2Block(self.config, parent=None))]
+    return [("blocks", STDiT2Block(self.config, self.layout, parent=None))]
 
 
 class STDiT3(STDiT):
@@ -492,8 +540,8 @@ class STDiT3(STDiT):
 
   def blocks(self):
     return [
-      ("spatial_blocks", STDiT3Block(self.config, "space", parent=None)),
-      ("temporal_blocks", STDiT3Block(self.config, "time", parent=None)),
+      ("spatial_blocks", STDiT3Block(self.config, "space", self.layout, parent=None)),
+      ("temporal_blocks", STDiT3Block(self.config, "time", self.layout, parent=None)),
     ]
 
 
@@ -525,9 +573,9 @@ def get_config(name, **overrides):
   return fields.replace(fields.choose(TABLE, name, "denoiser"), overrides, f"denoiser {name}")
 
 
-def build(config, mesh=None):
+def build(config, layout=None):
   """The model of a configuration."""
-  return {STDiT1Config: STDiT1, STDiT2Config: STDiT2, STDiT3Config: STDiT3}[type(config)](config, mesh)
+  return {STDiT1Config: STDiT1, STDiT2Config: STDiT2, STDiT3Config: STDiT3}[type(config)](config, layout)
 
 
 def example_inputs(config, batch=1, frames=1, size=(2, 2)):

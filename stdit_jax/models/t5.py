@@ -25,11 +25,10 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from stdit_jax import fields
 from stdit_jax.models.layers import DTYPES, REMAT_POLICIES, run_layers
-from stdit_jax.parallel.shardings import BATCH_AXES, constrain
+from stdit_jax.parallel.shardings import Layout, constrain
 
 FEED_FORWARDS = ("gated-gelu", "relu")
 
@@ -102,59 +101,64 @@ class Linear(nn.Module):
   equation: str
   shape: tuple[int, ...]
   std: float
+  layout: Layout | None = None
 
   @nn.compact
   def __call__(self, x):
     init = nn.initializers.normal(self.std)
     kernel = self.param("kernel", init, self.shape, DTYPES[self.config.param_dtype])
-    return jnp.einsum(self.equation, x, kernel.astype(DTYPES[self.config.dtype]))
+    y = jnp.einsum(self.equation, x, kernel.astype(DTYPES[self.config.dtype]))
+    return constrain(y, self.layout, "batch", *[None] * (y.ndim - 1))
 
 
 class Attention(nn.Module):
   """Self-attention of `x [B,L,D]`, bias `[heads,L,L]` float32, key mask `[B,L]` bool or None; logits are not scaled."""
 
   config: T5Config
+  layout: Layout | None = None
 
   @nn.compact
   def __call__(self, x, bias, mask):
     c = self.config
     heads, into, out = (c.d_model, c.num_heads, c.d_kv), "bld,dhk->blhk", "blhk,hkd->bld"
-    query = Linear(c, into, heads, (c.d_model * c.d_kv) ** -0.5, name="query")(x)
-    key = Linear(c, into, heads, c.d_model**-0.5, name="key")(x)
-    value = Linear(c, into, heads, c.d_model**-0.5, name="value")(x)
+    query = Linear(c, into, heads, (c.d_model * c.d_kv) ** -0.5, self.layout, name="query")(x)
+    key = Linear(c, into, heads, c.d_model**-0.5, self.layout, name="key")(x)
+    value = Linear(c, into, heads, c.d_model**-0.5, self.layout, name="value")(x)
     logits = jnp.einsum("bqhk,bmhk->bhqm", query, key, preferred_element_type=jnp.float32) + bias
     if mask is not None:
       logits = jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
     probabilities = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
     x = jnp.einsum("bhqm,bmhk->bqhk", probabilities, value)
-    return Linear(c, out, (*heads[1:], c.d_model), (c.num_heads * c.d_kv) ** -0.5, name="out")(x)
+    return Linear(c, out, (*heads[1:], c.d_model), (c.num_heads * c.d_kv) ** -0.5, self.layout, name="out")(x)
 
 
 class Mlp(nn.Module):
   """gelu(gate(x)) * up(x) (v1.1) or relu(up(x)) (v1.0), then down."""
 
   config: T5Config
+  layout: Layout | None = None
 
   @nn.compact
   def __call__(self, x):
     c, shape = self.config, (self.config.d_model, self.config.d_ff)
-    h = Linear(c, "bld,df->blf", shape, c.d_model**-0.5, name="up")(x)
+    h = Linear(c, "bld,df->blf", shape, c.d_model**-0.5, self.layout, name="up")(x)
     if c.feed_forward_proj == "relu":
       h = nn.relu(h)
     else:
-      h = h * nn.gelu(Linear(c, "bld,df->blf", shape, c.d_model**-0.5, name="gate")(x), approximate=True)
-    return Linear(c, "blf,fd->bld", shape[::-1], c.d_ff**-0.5, name="down")(h)
+      h = h * nn.gelu(Linear(c, "bld,df->blf", shape, c.d_model**-0.5, self.layout, name="gate")(x), approximate=True)
+    return Linear(c, "blf,fd->bld", shape[::-1], c.d_ff**-0.5, self.layout, name="down")(h)
 
 
 class Block(nn.Module):
   """Pre-norm attention and MLP, each with a residual connection."""
 
   config: T5Config
+  layout: Layout | None = None
 
   @nn.compact
   def __call__(self, x, bias, mask):
-    x = x + Attention(self.config, name="attention")(RMSNorm(self.config, name="attention_norm")(x), bias, mask)
-    return x + Mlp(self.config, name="mlp")(RMSNorm(self.config, name="mlp_norm")(x))
+    x = x + Attention(self.config, self.layout, name="attention")(RMSNorm(self.config, name="attention_norm")(x), bias, mask)
+    return x + Mlp(self.config, self.layout, name="mlp")(RMSNorm(self.config, name="mlp_norm")(x))
 
 
 def relative_buckets(distance, num_buckets, max_distance):
@@ -190,10 +194,10 @@ def relative_bias(table, length, max_distance):
 
 
 class T5Encoder(nn.Module):
-  """`model.apply({"params": ...}, ids, mask)`; config and mesh are all it holds."""
+  """`model.apply({"params": ...}, ids, mask)`; config and layout are all it holds."""
 
   config: T5Config
-  mesh: Mesh | None = None
+  layout: Layout | None = None
 
   @nn.compact
   def __call__(self, ids, mask=None):
@@ -208,14 +212,14 @@ class T5Encoder(nn.Module):
     bias_std = c.d_model**-0.5 if c.relative_bias_std is None else c.relative_bias_std
     table = self.param("relative_bias", nn.initializers.normal(bias_std), buckets, param_dtype)
 
-    x = constrain(jnp.take(embedding, ids, axis=0, mode="fill").astype(dtype), self.mesh, BATCH_AXES, None, None)
+    x = constrain(jnp.take(embedding, ids, axis=0, mode="fill").astype(dtype), self.layout, "batch", None, None)
     bias = relative_bias(table, ids.shape[1], c.relative_attention_max_distance)
     x = self.run_blocks(x, bias, None if mask is None else jnp.asarray(mask, bool))
     return RMSNorm(c, name="final_norm")(x)
 
   def run_blocks(self, x, bias, mask):
     """The stack of layers over parameters stacked in depth: one `lax.scan`, or unrolled, with remat by name."""
-    c, block = self.config, Block(self.config, parent=None)
+    c, block = self.config, Block(self.config, self.layout, parent=None)
 
     def init(key):
       return jax.vmap(lambda k: block.init(k, x, bias, mask)["params"])(jax.random.split(key, c.num_layers))
@@ -223,7 +227,7 @@ class T5Encoder(nn.Module):
     stacked = self.param("blocks", init)
 
     def layer(x, params):
-      return constrain(block.apply({"params": params}, x, bias, mask), self.mesh, BATCH_AXES, None, None)
+      return constrain(block.apply({"params": params}, x, bias, mask), self.layout, "batch", None, None)
 
     return run_layers(layer, x, stacked, c.scan, c.remat)
 
@@ -245,9 +249,9 @@ def get_config(name, **overrides):
   return fields.replace(fields.choose(TABLE, name, "text encoder"), overrides, f"text encoder {name}")
 
 
-def build(config, mesh=None):
+def build(config, layout=None):
   """The encoder of a configuration."""
-  return T5Encoder(config, mesh)
+  return T5Encoder(config, layout)
 
 
 def init(config, key):

@@ -1,59 +1,134 @@
 """Softmax attention: which kernel computes it where. The one place that chooses.
 
-On a GPU in half precision cuDNN's flash attention runs, through `jax.nn.dot_product_attention`; everywhere else "einsum", the
-formula itself. "xla" is the formula as `jax.nn.dot_product_attention` writes it. Softmax is always computed in float32.
+  splash   TPU, long sequences: Pallas flash attention, whose logits never leave the chip's fast memory
+  cudnn    GPU in half precision: cuDNN's flash attention, through `jax.nn.dot_product_attention`
+  einsum   everywhere else: the formula itself
+  xla      the formula as `jax.nn.dot_product_attention` writes it
+
+Softmax is always computed in float32.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
-IMPLEMENTATIONS = ("auto", "einsum", "xla", "cudnn")
+from stdit_jax.parallel.shardings import constrain
+
+IMPLEMENTATIONS = ("auto", "splash", "cudnn", "einsum", "xla")
+SPLASH_QUERIES, SPLASH_KEYS = 512, 128  # from so many on; shorter attention is faster as einsum
 
 
-def attend(query, key, value, key_mask=None, implementation="auto"):
+def attend(query, key, value, key_mask=None, implementation="auto", layout=None, axes=("batch", "tokens", None)):
   """Attention of every query to the valid keys of its own sequence.
 
   Args:
-    query: `[batch, queries, heads, head_dim]`; logits are scaled by `head_dim ** -0.5`.
-    key, value: `[batch, keys, heads, head_dim]`.
-    key_mask: `[batch, keys]` bool, False for padding, or None. A sequence without any valid key attends evenly: finite
-      values that nobody reads, where the originals, which pack valid tokens, have no such rows.
-    implementation: one of IMPLEMENTATIONS; "auto" chooses by platform and dtype.
+    query: `[batch, groups, queries, heads, head_dim]`: groups are independent sequences of one sample (frames, or positions);
+      logits are scaled by `head_dim ** -0.5`.
+    key, value: `[batch, groups, keys, heads, head_dim]`.
+    key_mask: `[batch, groups, keys]` bool, False for padding, or None. A sequence without any valid key attends evenly:
+      finite values that nobody reads, where the originals, which pack valid tokens, have no such rows.
+    implementation: one of IMPLEMENTATIONS; "auto" chooses by platform, dtype and length.
+    layout: how activations lie on the mesh, or None.
+    axes: names (of `Layout.axes`) over which batch, groups and queries are split; keys are whole on every device.
 
   Returns:
-    `[batch, queries, heads, head_dim]` in the dtype of `value`.
+    `[batch, groups, queries, heads, head_dim]` in the dtype of `value`.
   """
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(f"attention implementation {implementation!r} is unknown; allowed: {', '.join(IMPLEMENTATIONS)}")
+  platform = jax.default_backend() if layout is None else layout.mesh.devices.flat[0].platform
   if implementation == "auto":
-    half = query.dtype in (jnp.bfloat16, jnp.float16)
-    implementation = "cudnn" if half and jax.default_backend() == "gpu" else "einsum"
+    implementation = _choose(platform, query, key)
+  of_queries, of_keys = (*axes, "tensor", None), (*axes[:2], None, "tensor", None)
+  query = constrain(query, layout, *of_queries)
+  key, value = constrain(key, layout, *of_keys), constrain(value, layout, *of_keys)
   if implementation == "einsum":
     return _einsum(query, key, value, key_mask)
-  mask = None if key_mask is None else key_mask[:, None, None, :]
-  return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation=implementation)
+  if key_mask is None:
+    key_mask = jnp.ones(key.shape[:3], bool)
+  if implementation == "splash":
+    kernel = functools.partial(_splash, interpret=platform == "cpu")
+  else:
+    kernel = functools.partial(_dot_product, implementation=implementation)
+  if layout is not None:  # kernels run on what each device has
+    specs = [layout.spec(*names) for names in (of_queries, of_keys, of_keys, of_keys[:3])]
+    kernel = jax.shard_map(kernel, mesh=layout.mesh, in_specs=tuple(specs), out_specs=specs[0], check_vma=False)
+  return kernel(query, key, value, key_mask)
+
+
+def _choose(platform, query, key):
+  half = query.dtype in (jnp.bfloat16, jnp.float16)
+  if platform == "gpu" and half:
+    return "cudnn"
+  if platform == "tpu" and query.shape[2] >= SPLASH_QUERIES and key.shape[2] >= SPLASH_KEYS:
+    return "splash"
+  return "einsum"
+
+
+def _dot_product(query, key, value, key_mask, implementation):
+  """`jax.nn.dot_product_attention` over batch and groups as one axis."""
+  flat = [x.reshape(-1, *x.shape[2:]) for x in (query, key, value)]
+  mask = key_mask.reshape(-1, 1, 1, key_mask.shape[-1])
+  return jax.nn.dot_product_attention(*flat, mask=mask, implementation=implementation).reshape(query.shape)
+
+
+def _block(length):
+  """(block, padded length): the least padding with blocks of 256 to 1024, the larger block where several have it."""
+  blocks = range(256, 1025, 128) if length > 256 else (128,)
+  padded = {block: -(-length // block) * block for block in blocks}
+  block = min(padded, key=lambda block: (padded[block], -block))
+  return block, padded[block]
+
+
+def _splash(query, key, value, key_mask, interpret):
+  """Splash attention. Sequences are padded to its blocks; what is padding has a segment of its own."""
+  queries, heads = query.shape[2:4]
+  (query_block, query_length), (key_block, key_length) = _block(queries), _block(key.shape[2])
+  blocks = splash_attention_kernel.BlockSizes(
+    block_q=query_block, block_kv=key_block, block_kv_compute=key_block, block_q_dkv=query_block, block_kv_dkv=key_block,
+    block_kv_dkv_compute=key_block, block_q_dq=query_block, block_kv_dq=key_block,
+  )  # fmt: skip
+  full = splash_attention_mask.FullMask((query_length, key_length))
+  kernel = splash_attention_kernel.make_splash_mha(
+    splash_attention_mask.MultiHeadMask([full] * heads), head_shards=1, q_seq_shards=1, block_sizes=blocks, interpret=interpret
+  )
+
+  def one(query, key, value, key_mask):
+    def heads_first(x, length):
+      return jnp.swapaxes(jnp.pad(x, ((0, length - x.shape[0]), (0, 0), (0, 0))), 0, 1)
+
+    segments = splash_attention_kernel.SegmentIds(
+      jnp.ones(query_length, jnp.int32), jnp.pad(key_mask.astype(jnp.int32), (0, key_length - key_mask.shape[0]))
+    )
+    y = kernel(heads_first(query, query_length), heads_first(key, key_length), heads_first(value, key_length), segments)
+    return jnp.swapaxes(y, 0, 1)[:queries]
+
+  query = query * query.shape[-1] ** -0.5
+  return jax.vmap(jax.vmap(one))(query, key, value, key_mask).astype(value.dtype)
 
 
 def _einsum(query, key, value, key_mask):
   """Heads in front of the sequences, so that neither logits nor weights, the largest arrays, are ever transposed."""
-  query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query * query.shape[-1] ** -0.5, key, value))
-  return jnp.swapaxes(_weigh(query, key, value, key_mask), 1, 2)
+  query, key, value = (jnp.swapaxes(x, -3, -2) for x in (query * query.shape[-1] ** -0.5, key, value))
+  return jnp.swapaxes(_weigh(query, key, value, key_mask), -3, -2)
 
 
 @jax.custom_vjp
 def _weigh(query, key, value, key_mask):
-  """Attention over `[batch, heads, sequence, head_dim]`; the query is scaled already."""
+  """Attention over `[..., heads, sequence, head_dim]`; the query is scaled already."""
   return _weigh_forward(query, key, value, key_mask)[0]
 
 
 def _weigh_forward(query, key, value, key_mask):
-  logits = jnp.einsum("bnqh,bnkh->bnqk", query, key, preferred_element_type=jnp.float32)
+  logits = jnp.einsum("...qh,...kh->...qk", query, key, preferred_element_type=jnp.float32)
   if key_mask is not None:
-    logits = jnp.where(key_mask[:, None, None, :], logits, 0.7 * jnp.finfo(jnp.float32).min)
+    logits = jnp.where(key_mask[..., None, None, :], logits, 0.7 * jnp.finfo(jnp.float32).min)
   weights = jnp.exp(logits - logits.max(-1, keepdims=True))
   total = weights.sum(-1, keepdims=True)
   weights = weights.astype(value.dtype)
-  y = jnp.einsum("bnqk,bnkh->bnqh", weights, value, preferred_element_type=jnp.float32)
+  y = jnp.einsum("...qk,...kh->...qh", weights, value, preferred_element_type=jnp.float32)
   return (y / total).astype(value.dtype), (query, key, value, key_mask, weights, total)
 
 
@@ -61,14 +136,14 @@ def _weigh_backward(saved, dy):
   """As autodiff has it, but from the weights themselves: softmax is not computed again, nor divided by its sum."""
   query, key, value, key_mask, weights, total = saved
   dy = (dy / total).astype(value.dtype)
-  d_value = jnp.einsum("bnqk,bnqh->bnkh", weights, dy)
-  d_weights = jnp.einsum("bnqh,bnkh->bnqk", dy, value, preferred_element_type=jnp.float32)
+  d_value = jnp.einsum("...qk,...qh->...kh", weights, dy)
+  d_weights = jnp.einsum("...qh,...kh->...qk", dy, value, preferred_element_type=jnp.float32)
   # The sum of `dy * y` over the head dimension is the same and cheaper, but its rounding errors are larger.
   mean = (weights * d_weights).sum(-1, keepdims=True) / total
   d_logits = (weights * (d_weights - mean)).astype(value.dtype)
   if key_mask is not None:  # weights are zero there already, but in a sequence without any valid key
-    d_logits = jnp.where(key_mask[:, None, None, :], d_logits, 0)
-  return jnp.einsum("bnqk,bnkh->bnqh", d_logits, key), jnp.einsum("bnqk,bnqh->bnkh", d_logits, query), d_value, None
+    d_logits = jnp.where(key_mask[..., None, None, :], d_logits, 0)
+  return jnp.einsum("...qk,...kh->...qh", d_logits, key), jnp.einsum("...qk,...qh->...kh", d_logits, query), d_value, None
 
 
 _weigh.defvjp(_weigh_forward, _weigh_backward)

@@ -1,36 +1,70 @@
-"""The device mesh: axes `data` and `fsdp`, both over the batch; `fsdp` also splits parameters and optimizer state."""
+"""The device mesh. Four axes, within a slice and over slices:
+
+data      batch
+fsdp      batch; splits parameters, their average and the optimizer state
+sequence  batch for short clips, tokens for long ones (`shardings.Layout`)
+tensor    heads and the hidden side of the MLPs
+"""
 
 import math
 
 import jax
-from jax.sharding import AxisType
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh
 
-AXES = ("data", "fsdp")
+AXES = ("data", "fsdp", "sequence", "tensor")
 
 
-def mesh_sizes(sizes, num_devices):
+def mesh_sizes(sizes, num_devices, name="mesh", of="devices"):
   """Completes one size of -1 so that the product is `num_devices`; ValueError with the sizes that work otherwise."""
   unknown = sorted(set(sizes) - set(AXES))
   if unknown:
-    raise ValueError(f"mesh: unknown axis {unknown[0]!r}; allowed: {', '.join(AXES)}")
+    raise ValueError(f"{name}: unknown axis {unknown[0]!r}; allowed: {', '.join(AXES)}")
   sizes = {axis: int(sizes.get(axis, 1)) for axis in AXES}
   free = [axis for axis, n in sizes.items() if n == -1]
   if len(free) > 1 or any(n < 1 and n != -1 for n in sizes.values()):
-    raise ValueError(f"mesh: sizes must be positive, at most one -1, but are {sizes}")
+    raise ValueError(f"{name}: sizes must be positive, at most one -1, but are {sizes}")
   fixed = math.prod(n for n in sizes.values() if n != -1)
   if free and num_devices % fixed == 0:
     sizes[free[0]] = num_devices // fixed
   if math.prod(sizes.values()) != num_devices:
     divisors = [d for d in range(1, num_devices + 1) if num_devices % d == 0]
     raise ValueError(
-      f"mesh: {sizes} does not make {num_devices} devices; sizes that work are factors of {num_devices} ({divisors}), "
+      f"{name}: {sizes} does not make {num_devices} {of}; sizes that work are factors of {num_devices} ({divisors}), "
       "or -1 for one axis"
     )
   return sizes
 
 
-def make_mesh(sizes, devices=None):
-  """Mesh over all devices. Axes are Auto: XLA propagates shardings, `constrain` pins them where it matters."""
+def count_slices(devices):
+  """TPU slices among `devices`: groups joined by the data-centre network only. 1 on other platforms."""
+  return len({d.slice_index for d in devices}) if devices[0].platform == "tpu" and hasattr(devices[0], "slice_index") else 1
+
+
+def make_mesh(sizes, devices=None, slices=None):
+  """Mesh over all devices. Axes are Auto: XLA propagates shardings, `constrain` pins them where it matters.
+
+  Args:
+    sizes: {axis: devices along it within a slice}, one may be -1.
+    devices: all by default; those of a TPU topology without a TPU work, too.
+    slices: {axis: slices along it}; by default all along `data`.
+
+  Raises:
+    ValueError: sizes that do not make the devices, naming those that would.
+  """
   devices = jax.devices() if devices is None else devices
-  sizes = mesh_sizes(sizes, len(devices))
-  return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
+  num_slices = count_slices(devices)
+  over = mesh_sizes(slices or {"data": -1}, num_slices, "slices", "slices")
+  within = mesh_sizes(sizes, len(devices) // num_slices)
+  shape = tuple(within.values())
+  if num_slices > 1:
+    grid = mesh_utils.create_hybrid_device_mesh(shape, tuple(over.values()), devices, allow_split_physical_axes=True)
+  elif devices[0].platform == "tpu":
+    try:  # along the torus where the sizes are products of its sides
+      grid = mesh_utils.create_device_mesh(shape, devices)
+    except NotImplementedError:
+      grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+  else:
+    grid = np.asarray(devices).reshape(shape)
+  return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))

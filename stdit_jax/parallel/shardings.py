@@ -1,22 +1,76 @@
-"""One table of rules: where each parameter lies on the mesh. Optimizer state and EMA follow by their paths."""
+"""Where things lie on the mesh: one table of rules for parameters, which the optimizer state and the average follow by their
+paths, and one layout per program for activations."""
 
+import dataclasses
+import math
 import re
 
 import jax
-from jax.sharding import NamedSharding
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-BATCH_AXES = ("data", "fsdp")
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """How one program lays activations over the mesh; parameters lie the same in all programs.
+
+  Dynamic sequence parallelism (DSP, arXiv 2403.10266, by Open-Sora's authors): tokens are split over space for attention
+  over time and over time for attention over space, so that every attention is whole on its device; XLA moves them between
+  the two by all-to-all.
+
+  Attributes:
+    mesh: of `mesh.make_mesh`.
+    split_tokens: the `sequence` axis splits tokens (long clips); False: it is more batch (short clips).
+  """
+
+  mesh: Mesh
+  split_tokens: bool = False
+
+  @property
+  def axes(self):
+    """Mesh axes of the names that `constrain` takes."""
+    batch = ("data", "fsdp") if self.split_tokens else ("data", "fsdp", "sequence")
+    return {None: None, "batch": batch, "tokens": "sequence" if self.split_tokens else None, "tensor": "tensor"}
+
+  def spec(self, *names):
+    """PartitionSpec of dimensions named "batch", "tokens", "tensor" or None (not split)."""
+    return P(*(self.axes[name] for name in names))
+
+  def sharding(self, *names):
+    return NamedSharding(self.mesh, self.spec(*names))
+
+  @property
+  def batch_parts(self):
+    """Parts into which a batch is split."""
+    return math.prod(self.mesh.shape[axis] for axis in self.axes["batch"])
+
+  def process_parts(self):
+    """Which of the `batch_parts` of a batch lie on this process's devices, in order."""
+    sizes = [n if axis in self.axes["batch"] else 1 for axis, n in self.mesh.shape.items()]
+    numbers = np.broadcast_to(np.arange(self.batch_parts).reshape(sizes), self.mesh.devices.shape)
+    own = [d.process_index == jax.process_index() for d in self.mesh.devices.flat]
+    return tuple(int(n) for n in np.unique(numbers.reshape(-1)[own]))
+
+  @property
+  def token_parts(self):
+    """Parts into which tokens, or frames, are split: both are padded to a multiple."""
+    return self.mesh.shape["sequence"] if self.split_tokens else 1
+
+  @property
+  def tensor_parts(self):
+    """Parts into which heads are split; heads are padded to a multiple."""
+    return self.mesh.shape["tensor"]
 
 
-def constrain(x, mesh, *axes):
-  """Asks XLA to lay `x` out over the mesh axes named per dimension (None: not split). Without a mesh, `x` itself.
+def constrain(x, layout, *names):
+  """Asks XLA to lay `x` out as `layout.spec(*names)`. Without a layout, `x` itself.
 
   The sharding carries its mesh, so that the constraint can't vanish with a missing context (jax-practice, section 3).
   """
-  if mesh is None:
+  if layout is None:
     return x
-  return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*axes)))
+  return jax.lax.with_sharding_constraint(x, layout.sharding(*names))
 
 
 def path_name(path):
@@ -24,14 +78,18 @@ def path_name(path):
   return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
-# (regex searched in the path, mesh axis of every dimension from the first). Stacked blocks carry the depth in front; every
-# large matrix is split over `fsdp` along one of its feature sides, which are multiples of 16 in all published sizes.
+# (regex searched in the path, mesh axes of every dimension from the first, the same where heads don't divide by `tensor`).
+# Stacked blocks carry the depth in front; every large matrix is split over `fsdp` along one of its feature sides, which are
+# multiples of 16 in all published sizes. Heads that do not divide are padded where they are computed (`layers.Linear`), and
+# stored split over both axes along the feature side.
 RULES = (
   # blocks of the STDiTs and of T5
-  (r"blocks/.*(qkv|key_value|query|key|value)/kernel$", P(None, "fsdp")),
-  (r"blocks/.*attention/out/kernel$", P(None, None, None, "fsdp")),
-  (r"blocks/mlp/(fc1|gate|up)/kernel$", P(None, "fsdp")),
-  (r"blocks/mlp/(fc2|down)/kernel$", P(None, None, "fsdp")),
+  (r"blocks/.*qkv/kernel$", P(None, "fsdp", None, "tensor"), P(None, ("fsdp", "tensor"))),
+  (r"blocks/.*key_value/kernel$", P(None, "fsdp", None, "tensor"), P(None, ("fsdp", "tensor"))),
+  (r"blocks/.*(query|key|value)/kernel$", P(None, "fsdp", "tensor"), P(None, ("fsdp", "tensor"))),
+  (r"blocks/.*attention/out/kernel$", P(None, "tensor", None, "fsdp"), P(None, None, None, ("fsdp", "tensor"))),
+  (r"blocks/mlp/(fc1|gate|up)/kernel$", P(None, "fsdp", "tensor")),
+  (r"blocks/mlp/(fc2|down)/kernel$", P(None, "tensor", "fsdp")),
   (r"blocks/.*(bias|norm/scale|modulation)$", P()),
   # outside the blocks of the STDiTs
   (r"(timestep|temporal)_modulation/kernel$", P("fsdp")),
@@ -51,15 +109,17 @@ RULES = (
 
 def spec_for(name, shape, mesh, rules=RULES):
   """PartitionSpec of the parameter `name`; raises ValueError when no rule matches or a dimension does not divide."""
-  spec = next((spec for pattern, spec in rules if re.search(pattern, name)), None)
-  if spec is None:
+  specs = next((specs for pattern, *specs in rules if re.search(pattern, name)), None)
+  if specs is None:
     raise ValueError(f"no sharding rule matches the parameter {name!r} of shape {shape}; add one to parallel/shardings.py")
-  for dim, axis in enumerate(spec):
-    size = mesh.shape[axis] if axis else 1
+  heads_divide = all(shape[dim] % mesh.shape["tensor"] == 0 for dim, axes in enumerate(specs[0]) if axes == "tensor")
+  spec = specs[0] if heads_divide or len(specs) == 1 else specs[1]
+  for dim, axes in enumerate(spec):
+    size = math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
     if shape[dim] % size:
       raise ValueError(
-        f"parameter {name!r}: dimension {dim} of {shape} does not divide by the {size} devices of mesh axis {axis!r}; "
-        f"choose a mesh.{axis} that divides {shape[dim]}"
+        f"parameter {name!r}: dimension {dim} of {shape} does not divide by the {size} devices of mesh axis {axes!r}; "
+        f"choose sizes that divide {shape[dim]}"
       )
   return spec
 

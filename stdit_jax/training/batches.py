@@ -6,26 +6,41 @@ joined over processes.
 """
 
 import collections
+import functools
 import hashlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from data.aspect_ratios import max_tokens
 from data.tokens import grid_size, patchify
 from stdit_jax.autoencoders import image_kl
 from stdit_jax.cli import InputError
-from stdit_jax.parallel.shardings import BATCH_AXES
 from stdit_jax.training.objectives import autoencoder_model
 
 
-def to_global(batch, mesh):
-  """This process's rows of every array -> global arrays, batch split over the mesh."""
-  sharding = NamedSharding(mesh, P(BATCH_AXES))
-  return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
+def array_axes(name):
+  """Names (of `Layout.axes`) of the leading dimensions of an array of a batch; the others are not split."""
+  return ("batch", None, "tokens") if name.startswith("latents_") else ("batch",)
+
+
+def to_global(batch, layout):
+  """This process's rows of every array, those of `layout.process_parts()` in order -> global arrays over the mesh."""
+  parts, count = layout.process_parts(), layout.batch_parts
+
+  def lay_out(name, value):
+    rows = len(value) // len(parts)
+
+    def piece(index):
+      start, stop, _ = index[0].indices(rows * count)
+      here = parts.index(start // rows) * rows + start % rows
+      return value[(slice(here, here + stop - start), *index[1:])]
+
+    sharding = layout.sharding(*array_axes(name))
+    return jax.make_array_from_callback((rows * count, *value.shape[1:]), sharding, piece)
+
+  return {name: lay_out(name, value) for name, value in batch.items()}
 
 
 def sample_fields(samples):
@@ -105,19 +120,21 @@ class ClipEncoder:
     return tuple(np.concatenate([np.asarray(p[i]) for p in parts])[: len(frames)] for i in (0, 1))
 
 
-def denoiser_shapes(config, model, downsampling, bucket, rows):
+def denoiser_shapes(config, model, downsampling, bucket, rows, token_parts=1):
   """Shapes of the arrays of one batch of a denoiser, from which programs are compiled before any data is there.
 
   Args:
     config: of the stage; model: configuration of the denoiser.
     downsampling: of the autoencoder, pixels per latent.
     bucket: (resolution, frames); rows: samples in the batch.
+    token_parts: tokens per frame are padded to a multiple of it.
 
   Returns:
     {name: ShapeDtypeStruct}; text as features, unless the encoder runs in the step.
   """
   resolution, frames = bucket
-  tokens = (rows, frames, max_tokens(resolution, downsampling, model.patch_size[1]), model.patch_values)
+  space = max_tokens(resolution, downsampling, model.patch_size[1])
+  tokens = (rows, frames, space + -space % token_parts, model.patch_values)
   length = model.model_max_length
   text = {"text_ids": ((rows, length), jnp.int32)}
   if config.text_encoder.where != "step":
@@ -146,7 +163,7 @@ def autoencoder_shapes(config, bucket, rows):
   return {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
 
 
-def batch_shapes(config, objective, bucket, rows):
+def batch_shapes(config, objective, bucket, rows, token_parts=1):
   """`denoiser_shapes` or `autoencoder_shapes`, by the task of the stage."""
   if config.task == "autoencoder":
     return autoencoder_shapes(config, bucket, rows)
@@ -158,15 +175,16 @@ def batch_shapes(config, objective, bucket, rows):
 class DenoiserBatches:
   """Makes the denoiser's batches: latents as tokens with their sizes, conditions, text."""
 
-  def __init__(self, config, model_config, encoder, mesh, embed=None):
-    self.config, self.model, self.encoder, self.mesh = config, model_config, encoder, mesh
+  def __init__(self, config, model_config, encoder, layouts, embed=None):
+    self.config, self.model, self.encoder, self.layouts = config, model_config, encoder, layouts
     self._embed = embed  # text encoder ahead of the step: global ids and mask -> global features
 
   def __call__(self, step):
     """One global batch from this process's `data.loader.LoadedStep`."""
-    samples = step.samples
+    samples, layout = step.samples, self.layouts[step.bucket]
     latents = self.encoder([s.pixels for s in samples])
-    shapes = denoiser_shapes(self.config, self.model, self.encoder.model.config.downsampling, step.bucket, len(samples))
+    downsampling = self.encoder.model.config.downsampling
+    shapes = denoiser_shapes(self.config, self.model, downsampling, step.bucket, len(samples), layout.token_parts)
     batch = {name: np.zeros(s.shape, s.dtype) for name, s in shapes.items() if name.startswith("latents")}
     sizes = np.asarray([mean.shape[:3] for mean, _ in latents], np.int32)
     for i, moments in enumerate(latents):
@@ -177,9 +195,9 @@ class DenoiserBatches:
     batch["grid"] = np.asarray([grid_size(size, self.model.patch_size) for size in sizes], np.int32)
     for name in ("height", "width", "num_frames", "fps"):
       batch[name] = np.asarray([getattr(s, name) for s in samples], np.float32)
-    batch = to_global(batch | self._text(samples) | sample_fields(samples), self.mesh)
+    batch = to_global(batch | self._text(samples) | sample_fields(samples), layout)
     if self._embed is not None:
-      batch["text"] = self._embed(batch.pop("text_ids"), batch["text_mask"])
+      batch["text"] = self._embed(batch.pop("text_ids"), batch["text_mask"], layout)
     return batch
 
   def _text(self, samples):
@@ -210,8 +228,8 @@ class DenoiserBatches:
 class AutoencoderBatches:
   """Makes the autoencoder's batches: a random square crop of every clip, at a place that is the sample's own."""
 
-  def __init__(self, config, mesh):
-    self.config, self.mesh = config, mesh
+  def __init__(self, config, layouts):
+    self.config, self.layouts = config, layouts
 
   def __call__(self, step):
     crop = self.config.autoencoder.crop
@@ -223,11 +241,17 @@ class AutoencoderBatches:
       rng = np.random.default_rng([self.config.seed, *map(int, s.sample_id)])
       top, left = rng.integers(height - crop + 1), rng.integers(width - crop + 1)
       pixels.append(s.pixels[:, top : top + crop, left : left + crop])
-    return to_global({"pixels": np.stack(pixels)} | sample_fields(step.samples), self.mesh)
+    return to_global({"pixels": np.stack(pixels)} | sample_fields(step.samples), self.layouts[step.bucket])
 
 
 def text_ahead(model, params):
-  """The text encoder as a program of its own: global `(ids, mask) -> features`, float32."""
-  batch = NamedSharding(model.mesh, P(BATCH_AXES))
-  program = jax.jit(lambda p, ids, mask: model.apply({"params": p}, ids, mask).astype(jnp.float32), out_shardings=batch)
-  return lambda ids, mask: program(params, ids, mask)
+  """The text encoder as a program of its own, one per layout: global `(ids, mask, layout) -> features`, float32."""
+
+  @functools.cache
+  def program(layout):
+    encoder = model.clone(layout=layout)
+    return jax.jit(
+      lambda p, ids, mask: encoder.apply({"params": p}, ids, mask).astype(jnp.float32), out_shardings=layout.sharding("batch")
+    )
+
+  return lambda ids, mask, layout: program(layout)(params, ids, mask)

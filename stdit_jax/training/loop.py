@@ -138,8 +138,8 @@ class Run:
     self.config = config
     self.stages = make_stages(config)
     check_platform(config.platform)
-    self.mesh = make_mesh(config.mesh)
-    self.objectives = [OBJECTIVES[config.task](stage.config, self.mesh) for stage in self.stages]
+    self.mesh = make_mesh(config.mesh, slices=config.slices)
+    self.objectives = [OBJECTIVES[config.task](stage.config) for stage in self.stages]
     self.optimizers = [make_optimizer(stage.config.optimizer) for stage in self.stages]  # their states are alike
     params, self.frozen_shapes = jax.eval_shape(self.objectives[0].init, jax.random.key(0))
     self.state_shapes = state_shapes(params, self.optimizers[0])
@@ -147,7 +147,7 @@ class Run:
     self.scales = [learning_rate_scales(params, s.config.train, s.config.optimizer.scales) for s in self.stages]
     self._check_weights()
     self.changed = check_output(config.output, config)
-    self.data = [StageData(stage, config.output, self.mesh) for stage in self.stages]
+    self.data = [StageData(s, config.output, self.mesh, o) for s, o in zip(self.stages, self.objectives)]
     self.counter = TraceCounter()
     self.checkpoints = Checkpoints(config.output, config.keep_checkpoints)
     self.encoder = None
@@ -211,7 +211,7 @@ class Run:
     """(state, frozen) of step 0."""
     key = jax.random.key(self.config.seed)
     params, frozen = weights.initial_weights(
-      self.objectives[0], self.config, key, (self.shardings[0]["params"], self.shardings[1])
+      self.objectives[0], self.config, key, (self.shardings[0]["params"], self.shardings[1]), self.mesh
     )
     return jax.jit(lambda p: new_state(p, self.optimizers[0]), out_shardings=self.shardings[0])(params), frozen
 
@@ -232,7 +232,7 @@ class Run:
       raise damage or DamagedCheckpointError(f"checkpoint {step} can't be read by another process")
     self.skip = {name: tuple(positions) for name, positions in position.get("skip", {}).items() if same or name != stage.name}
     if "text_encoder" in self.frozen_shapes:
-      frozen["text_encoder"] = weights.load_text_encoder(self.config, self.objectives[0].text)
+      frozen["text_encoder"] = weights.load_text_encoder(self.config, self.objectives[0].text, self.mesh)
     return state, frozen
 
   def save(self, step, state, frozen):
@@ -260,10 +260,12 @@ class Run:
     self._went_back_to = target
     stage = stage_of(self.stages, first - 1)
     self.skip[stage.name] = tuple(sorted({*self.skip.get(stage.name, ()), *failure.positions()}))
+    positions = ", ".join(map(str, failure.positions()))
     say(
-      f"warning: steps {first} to {last}: loss or gradient was not finite ({failure.report()}); going back to step {target} and "
-      f"passing over micro steps {', '.join(map(str, failure.positions()))} of the plan of stage {stage.name!r}", sys.stderr,
-    )  # fmt: skip
+      f"warning: steps {first} to {last}: loss or gradient was not finite ({failure.report()}); going back to step {target} "
+      f"and passing over micro steps {positions} of the plan of stage {stage.name!r}",
+      sys.stderr,
+    )
     if not self.checkpoints.steps():
       return self._initial()[0], 0
     skip = self.skip
@@ -366,7 +368,7 @@ class Run:
         micro_steps = []
         for micro in range(accumulate):
           loaded, arrays = batch
-          program = self._gradient_program(programs, loaded.bucket, arrays, data, config)
+          program = self._gradient_program(programs, loaded.bucket, arrays, data)
           self._beat(f"step {step + 1}: {loaded.bucket[0]} x {loaded.bucket[1]}", slow=step == first)
           accumulator, values = program(state["params"], frozen, arrays, accumulator)
           weight = values.pop("weight")
@@ -420,23 +422,23 @@ class Run:
     self._beat(f"step {step + 1}: making a batch of {loaded.bucket[0]} x {loaded.bucket[1]}", slow=True)  # may compile
     return loaded, make_batch(loaded)
 
-  def _gradient_program(self, programs, bucket, arrays, data, config):
+  def _gradient_program(self, programs, bucket, arrays, data):
     """The gradient program of a bucket; says so when it is about to compile."""
     if bucket not in programs.gradients:
       say(f"compiling the gradient program of {bucket[0]} x {bucket[1]} frames ...")
       self._beat(f"compiling {bucket[0]} x {bucket[1]}", slow=True)
-      programs.make_gradient(bucket, data.micro_batches(arrays, config.max_tokens_per_device))
+      programs.make_gradient(bucket, tuple(arrays), data.micro_batches[bucket], data.layouts[bucket])
     return programs.gradients[bucket]
 
   def _batch_maker(self, stage, state):
-    config = stage.config
+    config, layouts = stage.config, self.data[stage.index].layouts
     if config.task == "autoencoder":
-      return batches.AutoencoderBatches(config, self.mesh)
+      return batches.AutoencoderBatches(config, layouts)
     if self.encoder is None:
       model = autoencoder_model(config.autoencoder)
       variables = weights.load_autoencoder(config, model)
       self.encoder = batches.ClipEncoder(model, variables, config.autoencoder, self.counter)
     objective, embed = self.objectives[stage.index], None
     if config.text_encoder.where == "ahead":
-      embed = batches.text_ahead(objective.text, weights.load_text_encoder(config, objective.text))
-    return batches.DenoiserBatches(config, objective.model.config, self.encoder, self.mesh, embed)
+      embed = batches.text_ahead(objective.text, weights.load_text_encoder(config, objective.text, self.mesh))
+    return batches.DenoiserBatches(config, objective.model.config, self.encoder, layouts, embed)

@@ -26,11 +26,11 @@ def make_diffusion(config):
   return fields.replace(fields.choose(DIFFUSIONS, config.name, "diffusion.name")(), config.fields, "config: diffusion.fields")
 
 
-def text_model(config, mesh=None):
+def text_model(config):
   """The T5 encoder of `config.text_encoder`, None when embeddings come from disk."""
   if config.where == "disk":
     return None
-  return t5.build(t5.get_config(config.name, **config.fields), mesh)
+  return t5.build(t5.get_config(config.name, **config.fields))
 
 
 def autoencoder_model(config):
@@ -43,10 +43,10 @@ def autoencoder_model(config):
 class DenoiserObjective:
   """Diffusion loss of an STDiT over latents; `params` = denoiser (and text encoder when it trains)."""
 
-  def __init__(self, config, mesh=None):
+  def __init__(self, config):
     self.config = config
-    self.model = stdit.build(stdit.get_config(config.model.name, **config.model.fields), mesh)
-    self.text = text_model(config.text_encoder, mesh)
+    self.model = stdit.build(stdit.get_config(config.model.name, **config.model.fields))
+    self.text = text_model(config.text_encoder)
     self.diffusion = make_diffusion(config.diffusion)
     self.frame_masks = FrameMasks.create(config.mask_ratios)
     self._check()
@@ -79,15 +79,15 @@ class DenoiserObjective:
       (params if self.config.text_encoder.train else frozen)["text_encoder"] = text_params
     return params, frozen
 
-  def embed_text(self, params, frozen, batch):
+  def embed_text(self, params, frozen, batch, layout=None):
     """Text features `[B, L, C]`: those of the batch, or those of the encoder in the step."""
     if "text" in batch:
       return batch["text"]
     weights = params.get("text_encoder", frozen.get("text_encoder"))
-    return self.text.apply({"params": weights}, batch["text_ids"], batch["text_mask"])
+    return self.text.clone(layout=layout).apply({"params": weights}, batch["text_ids"], batch["text_mask"])
 
-  def loss(self, params, frozen, batch):
-    """-> (loss per sample `[B]`, further values per sample)."""
+  def loss(self, params, frozen, batch, layout=None):
+    """-> (loss per sample `[B]`, further values per sample). `layout`: how activations lie on the mesh."""
     model, size, grid = self.model.config, batch["latent_size"], batch["grid"]
     keys = functools.partial(sample_keys, self.config.seed, batch["sample_id"])
     shape = batch["latents_mean"].shape[1:]
@@ -105,10 +105,11 @@ class DenoiserObjective:
     masked = shape[0] > 1 and any(name != "identity" and p > 0 for name, p in self._ratios())
     frame_mask = self.frame_masks.draw(keys(Purpose.FRAME_MASK), shape[0]) if masked else None
     drop = jax.vmap(jax.random.uniform)(keys(Purpose.DROP_TEXT)) < self.config.caption_dropout
-    text = self.embed_text(params, frozen, batch)
+    text = self.embed_text(params, frozen, batch, layout)
+    denoiser = self.model.clone(layout=layout)
 
     def denoise(x, t, x_mask):
-      return self.model.apply(
+      return denoiser.apply(
         {"params": params["denoiser"], "constants": frozen["denoiser"]},
         x, t, text, batch["text_mask"], grid=grid, x_mask=x_mask, valid=valid, drop_text=drop,
         **{name: batch[name] for name in ("height", "width", "num_frames", "fps")},
@@ -123,8 +124,7 @@ class DenoiserObjective:
 class AutoencoderObjective:
   """Reconstruction and KL terms of the image autoencoder over random crops; the latents it learns are scaled by config."""
 
-  def __init__(self, config, mesh=None):
-    del mesh  # activations follow the batch
+  def __init__(self, config):
     self.config = config
     self.model = autoencoder_model(config.autoencoder)
     crop, factor = config.autoencoder.crop, self.model.config.downsampling
@@ -138,8 +138,9 @@ class AutoencoderObjective:
   def init(self, key):
     return {"autoencoder": image_kl.init(self.model, key)["params"]}, {}
 
-  def loss(self, params, frozen, batch):
+  def loss(self, params, frozen, batch, layout=None):
     """Batch: pixels uint8 `[B, T, crop, crop, 3]`. -> (loss per sample, reconstruction error, KL, squared error)."""
+    del layout  # activations follow the batch
     config = self.config.autoencoder
     frames = image_kl.to_float(batch["pixels"])
     b, t = frames.shape[:2]

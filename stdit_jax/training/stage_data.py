@@ -3,22 +3,61 @@
 import math
 import pathlib
 
-import jax
-
 from data import plan, sources
 from data.config import DataConfig
 from data.loader import make_loader
 from stdit_jax.generation.prompts import TokenizeText
 from stdit_jax.models import t5
+from stdit_jax.parallel.shardings import Layout
+from stdit_jax.training.batches import batch_shapes
+
+
+def choose_layouts(stage, buckets, mesh, objective):
+  """How each bucket of a stage uses the mesh, and the micro batches of each.
+
+  By `split_tokens` of the configuration: "auto" splits the tokens of a bucket over the mesh's `sequence` axis when its batch
+  does not divide by all devices, or when one sample alone has more tokens than `max_tokens_per_device`.
+
+  Returns:
+    ({(resolution, frames): Layout}, {(resolution, frames): micro batches}) of the buckets that have a batch size.
+
+  Raises:
+    ValueError: a batch that does not divide, naming the nearest one that does.
+  """
+  config, layouts, micro_batches = stage.config, {}, {}
+  limit, sequence = config.max_tokens_per_device, mesh.shape["sequence"]
+  for bucket in buckets:
+    if not (rows := bucket.batch_size):
+      continue
+    key = bucket.resolution, bucket.num_frames
+    latents = batch_shapes(config, objective, key, rows).get("latents_mean")
+    tokens = latents.shape[1] * latents.shape[2] if latents is not None else 0
+    whole, split = Layout(mesh), Layout(mesh, split_tokens=True)
+    can_split = sequence > 1 and latents is not None and config.split_tokens != "never"
+    wants_split = config.split_tokens == "always" or rows % whole.batch_parts or (limit and tokens > limit)
+    layout = layouts[key] = split if can_split and wants_split else whole
+    if rows % layout.batch_parts:
+      near = math.ceil(rows / layout.batch_parts) * layout.batch_parts
+      raise ValueError(
+        f"config: stage {stage.name!r}: the batch of {rows} of bucket {bucket.name} does not divide by the "
+        f"{layout.batch_parts} parts into which the mesh splits a batch; take {near}, or another mesh"
+      )
+    per_device, each = rows // layout.batch_parts, tokens / layout.token_parts
+    divisors = [k for k in range(1, per_device + 1) if per_device % k == 0]
+    micro_batches[key] = next((k for k in divisors if not limit or per_device // k * each <= limit), per_device)
+  return layouts, micro_batches
 
 
 class StageData:
   """Opens the tables and plans of a stage; raises ValueError when nothing fits or a batch does not divide.
 
-  Attributes: report: where the rows of the first epoch go, a table when printed.
+  Attributes:
+    report: where the rows of the first epoch go, a table when printed.
+    layouts: {(resolution, frames): Layout}, how each bucket uses the mesh.
+    micro_batches: {(resolution, frames): parts into which its batch is split}.
   """
 
-  def __init__(self, stage, output, mesh):
+  def __init__(self, stage, output, mesh, objective):
     config = stage.config
     self.stage = stage.name
     values = config.data.to_dict()
@@ -36,23 +75,7 @@ class StageData:
       self._tokenize = TokenizeText(text.tokenizer, text.max_length, text.clean_captions)
       if (ids := self._tokenize.vocab_size) > (known := t5.get_config(text.name).vocab_size):
         raise ValueError(f"config: tokenizer {text.tokenizer!r} has {ids} ids, but text encoder {text.name!r} knows {known}")
-    devices = math.prod(mesh.shape.values())
-    for bucket in self.config.parsed_buckets():
-      if bucket.batch_size and bucket.batch_size % devices:
-        near = math.ceil(bucket.batch_size / devices) * devices
-        raise ValueError(
-          f"config: stage {stage.name!r}: the batch of {bucket.batch_size} of bucket {bucket.name} does not divide by the "
-          f"{devices} devices of the mesh; take {near}, or another mesh"
-        )
-    self._devices = devices
-
-  def micro_batches(self, batch, limit):
-    """Parts to split a global batch into, so that a device holds at most `limit` tokens of it at a time (0: one part)."""
-    if not limit or "latents_mean" not in batch:
-      return 1
-    rows, frames, space, _ = batch["latents_mean"].shape
-    rows //= self._devices
-    return next(k for k in range(1, rows + 1) if rows % k == 0 and (rows // k * frames * space <= limit or k == rows))
+    self.layouts, self.micro_batches = choose_layouts(stage, self.config.parsed_buckets(), mesh, objective)
 
   def identity(self):
     """What a checkpoint stores of the plan: everything that it depends on."""
@@ -70,5 +93,6 @@ class StageData:
 
   def loader(self, taken, skip=()):
     """This process's loader, after so many micro steps of the stage; those of the plan in `skip` are passed over."""
-    shard = jax.process_index(), jax.process_count()
-    return make_loader(self.config, self.folder, shard=shard, start=plan.place(taken, skip), skip=skip, tokenize=self._tokenize)
+    shard = {bucket: (layout.process_parts(), layout.batch_parts) for bucket, layout in self.layouts.items()}
+    start = plan.place(taken, skip)
+    return make_loader(self.config, self.folder, shard=shard, start=start, skip=skip, tokenize=self._tokenize)

@@ -16,9 +16,11 @@ from stdit_jax.fields import is_of_type
 
 # Below these keys the fields belong to a dataclass or table of their own, which checks them.
 _FREE = ("model.fields", "text_encoder.fields", "autoencoder.fields", "diffusion.fields", "mask_ratios")
+# Groups whose keys may be left out: an axis that is not named has one device.
+_PARTIAL = ("mesh.", "slices.")
 # What a stage must not change: it would be another model, another mesh, another run.
 _FIXED = (
-  "output", "seed", "task", "platform", "mesh", "model", "text_encoder", "autoencoder.name", "autoencoder.fields",
+  "output", "seed", "task", "platform", "mesh", "slices", "model", "text_encoder", "autoencoder.name", "autoencoder.fields",
   "autoencoder.weights", "autoencoder.dtype", "autoencoder.micro_batch", "autoencoder.cache_gb", "init", "stages",
   "keep_checkpoints", "resume", "restart_data", "watchdog",
 )  # fmt: skip
@@ -54,13 +56,15 @@ def check_keys(config, reference=None, prefix=""):
     if nested and name not in _FREE:
       check_keys(config[key], reference[key], f"{name}.")
   for key in reference:
-    if key not in config:
+    if key not in config and prefix not in _PARTIAL:
       raise ValueError(f"config: key {prefix}{key} is missing; configs/base.py has its default")
 
 
 def check_types(config, reference, prefix=""):
   """Raises ValueError for the first value that is of another type than its default in `reference`."""
   for key, default in reference.items():
+    if key not in config and prefix in _PARTIAL:
+      continue
     name, value = f"{prefix}{key}", config[key]
     if isinstance(default, ml_collections.ConfigDict):
       if name not in _FREE:
@@ -95,6 +99,7 @@ def check_values(config):
   for key, allowed in (
     ("task", ("denoiser", "autoencoder")),
     ("platform", ("", "cpu", "gpu", "tpu")),
+    ("split_tokens", ("auto", "never", "always")),
   ):
     if config[key] not in allowed:
       raise ValueError(f"config: {key} is {config[key]!r}; allowed: {', '.join(repr(a) for a in allowed)}")

@@ -13,7 +13,8 @@ import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from stdit_jax.parallel.shardings import BATCH_AXES, constrain, tree_shardings
+from stdit_jax.parallel.shardings import constrain, tree_shardings
+from stdit_jax.training.batches import array_axes
 
 
 class TraceCounter:
@@ -44,11 +45,12 @@ def new_accumulator(params):
   return {"gradients": jax.tree.map(jnp.zeros_like, params), "count": jnp.zeros((), jnp.float32)}
 
 
-def accumulate_gradients(loss, mesh, micro_batches, scales, params, frozen, batch, accumulator):
+def accumulate_gradients(loss, layout, micro_batches, scales, params, frozen, batch, accumulator):
   """Adds the gradient of one bucket's batch to the accumulator.
 
   Args:
-    loss: `(params, frozen, batch) -> (loss per sample [b], dict of values per sample)`.
+    loss: `(params, frozen, batch, layout) -> (loss per sample [b], dict of values per sample)`.
+    layout: how the batch and activations lie on the mesh.
     micro_batches: parts into which the batch is split, one after the other; they share the batch's total weight, so that
       the split changes nothing.
     scales: tree of learning rate scales like `params`; where it is 0.0 no gradient is computed, it is zero.
@@ -60,7 +62,7 @@ def accumulate_gradients(loss, mesh, micro_batches, scales, params, frozen, batc
 
   def weighted(params, part):
     params = jax.tree.map(lambda p, s: p if s else jax.lax.stop_gradient(p), params, scales)
-    per_sample, values = loss(params, frozen, part)
+    per_sample, values = loss(params, frozen, part, layout)
     counts = part["weight"] > 0
     total = lambda v: jnp.sum(jnp.where(counts, v * part["weight"], 0.0))  # noqa: E731
     return total(per_sample), {"loss": total(per_sample), **{name: total(v) for name, v in values.items()}}
@@ -70,14 +72,14 @@ def accumulate_gradients(loss, mesh, micro_batches, scales, params, frozen, batc
     gradients, sums = gradient(params, batch)
   else:
     # Row i * k + j goes to part j: every part takes rows from every device.
-    def split(x):
+    def split(name, x):
       x = jnp.swapaxes(x.reshape(-1, micro_batches, *x.shape[1:]), 0, 1)
-      return constrain(x, mesh, None, BATCH_AXES, *[None] * (x.ndim - 2))
+      return constrain(x, layout, None, *array_axes(name))
 
     def add(carry, part):
       return jax.tree.map(jnp.add, carry, gradient(params, part)), None
 
-    parts = jax.tree.map(split, batch)
+    parts = {name: split(name, x) for name, x in batch.items()}
     zero = jax.tree.map(
       lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], parts))
     )
@@ -127,10 +129,8 @@ class Programs:
   """The jitted programs of one stage, made once and kept: state and accumulator are donated and stay where they are."""
 
   def __init__(self, loss, mesh, state_shapes, frozen_shapes, optimizer, scales, schedule, stage_config, counter, name):
-    self.mesh = mesh
     self._loss, self._scales, self._counter, self._name = loss, scales, counter, name
     self._replicated = NamedSharding(mesh, P())
-    self._batch = NamedSharding(mesh, P(BATCH_AXES))
     self._state = tree_shardings(state_shapes, mesh)
     self._frozen = tree_shardings(frozen_shapes, mesh)
     self._accumulator = {"gradients": self._state["params"], "count": self._replicated}
@@ -146,13 +146,14 @@ class Programs:
       donate_argnums=(0, 1),
     )
 
-  def make_gradient(self, bucket, micro_batches):
+  def make_gradient(self, bucket, names, micro_batches, layout):
     """Adds the program of a (resolution, frames) bucket to `gradients`:
-    `(params, frozen, batch, accumulator) -> (accumulator, metrics)`."""
-    function = functools.partial(accumulate_gradients, self._loss, self.mesh, micro_batches, self._scales)
+    `(params, frozen, batch, accumulator) -> (accumulator, metrics)`. `names`: of the arrays of the batch."""
+    function = functools.partial(accumulate_gradients, self._loss, layout, micro_batches, self._scales)
+    batch = {name: layout.sharding(*array_axes(name)) for name in names}
     self.gradients[bucket] = jax.jit(
       self._counter.counted(f"{self._name}: gradient {bucket[0]} x {bucket[1]}", function),
-      in_shardings=(self._state["params"], self._frozen, self._batch, self._accumulator),
+      in_shardings=(self._state["params"], self._frozen, batch, self._accumulator),
       out_shardings=(self._accumulator, self._replicated),
       donate_argnums=(3,),
     )

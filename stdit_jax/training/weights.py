@@ -26,16 +26,15 @@ def load_autoencoder(config, model):
   return load_variables(path, "diffusers", image_kl.init_shapes(model.config), config=model.config)
 
 
-def load_text_encoder(config, model):
-  """Parameters of the T5 encoder from `text_encoder.weights` (names of Hugging Face), laid over the model's mesh if it has
-  one."""
+def load_text_encoder(config, model, mesh=None):
+  """Parameters of the T5 encoder from `text_encoder.weights` (names of Hugging Face), laid over the mesh if there is one."""
   path = need_file(config.text_encoder.weights, "text_encoder.weights")
   shapes = t5.init_shapes(model.config)
-  shardings = tree_shardings(shapes, model.mesh) if model.mesh else None
+  shardings = tree_shardings(shapes, mesh) if mesh else None
   return load_variables(path, "t5", shapes, config=model.config, shardings=shardings)["params"]
 
 
-def initial_weights(objective, config, key, shardings):
+def initial_weights(objective, config, key, shardings, mesh):
   """(params, frozen) of step 0 with the given shardings: the original initialisation, then what `init` and
   `text_encoder.weights` name.
 
@@ -44,7 +43,7 @@ def initial_weights(objective, config, key, shardings):
   params, frozen = jax.jit(objective.init, out_shardings=shardings)(key)
   if config.task == "denoiser" and config.text_encoder.where == "step" and config.text_encoder.weights:
     home = params if config.text_encoder.train else frozen
-    home["text_encoder"] = load_text_encoder(config, objective.text)
+    home["text_encoder"] = load_text_encoder(config, objective.text, mesh)
   if not config.init:
     return params, frozen
   path = need_file(config.init, "init")

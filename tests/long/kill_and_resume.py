@@ -6,6 +6,7 @@ About ten minutes on two cores; exit code 0 when the last checkpoint is that of 
 """
 
 import argparse
+import contextlib
 import pathlib
 import random
 import subprocess
@@ -46,10 +47,8 @@ def main():
       writing += test_resume.writes_a_checkpoint(output)
     else:
       # Early enough that 20 moments fit in; from the start-up on.
-      try:
+      with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(rng.uniform(0.2, 1.0) * whole)
-      except subprocess.TimeoutExpired:
-        pass
     ended = process.poll() is not None
     process.kill()
     process.wait()

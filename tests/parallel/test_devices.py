@@ -11,12 +11,12 @@ import sys
 import jax
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from stdit_jax.models import stdit
+from stdit_jax.models.layers import OVER_TIME
 from stdit_jax.parallel.mesh import make_mesh, mesh_sizes
-from stdit_jax.parallel.shardings import BATCH_AXES, tree_shardings
+from stdit_jax.parallel.shardings import Layout, tree_shardings
 from tests.helpers import QUICK_COMPILE, random_variables, relative_error
 from tests.models.test_invariants import CONFIGS, join, outputs_and_gradients, sample
 
@@ -35,41 +35,56 @@ def test_in_a_process_with_eight_devices():
   assert "skipped" not in child.stdout
 
 
+MESHES = {
+  "data and fsdp": ({"data": 2, "fsdp": 4}, False),
+  "sequence as batch": ({"fsdp": 2, "sequence": 2, "tensor": 2}, False),
+  "tokens split": ({"data": 2, "sequence": 4}, True),
+  "tokens and heads split": ({"fsdp": 2, "sequence": 2, "tensor": 2}, True),
+  "heads padded": ({"fsdp": 1, "tensor": 8}, False),
+}
+
+
 @needs_devices
-@pytest.mark.parametrize("name", ["STDiT2", "STDiT3"])
-def test_eight_devices_equal_one(name):
+@pytest.mark.parametrize("name", ["STDiT", "STDiT2", "STDiT3"])
+@pytest.mark.parametrize("mesh", MESHES)
+def test_eight_devices_equal_one(name, mesh):
+  """Outputs and gradients; three frames don't divide by the devices that split them, four heads not by eight."""
+  sizes, split_tokens = MESHES[mesh]
   config = CONFIGS[name]
   variables = random_variables(config)
   batch = join([sample(i % 3, config, frames=3, tokens=12, text=6, junk=0) for i in range(DEVICES)])
   run = functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK_COMPILE)(outputs_and_gradients)
   expected = run(stdit.build(config), variables, batch)
 
-  mesh = make_mesh({"data": 2, "fsdp": 4})
-  placed = jax.device_put(variables, tree_shardings(variables, mesh))
-  split = jax.device_put(batch, NamedSharding(mesh, P(BATCH_AXES)))
-  result = run(stdit.build(config, mesh), placed, split)
-  for ours, theirs in zip(jax.tree.leaves(result), jax.tree.leaves(expected), strict=True):
+  layout = Layout(make_mesh(sizes), split_tokens)
+  placed = jax.device_put(variables, tree_shardings(variables, layout.mesh))
+  split = {k: jax.device_put(v, layout.sharding(*(OVER_TIME if v.ndim == 4 else ("batch",)))) for k, v in batch.items()}
+  result = run(stdit.build(config, layout), placed, split)
+  valid = batch["valid"].any(-1)
+  assert relative_error(np.asarray(result[0])[valid], np.asarray(expected[0])[valid]) < 1e-5
+  for ours, theirs in zip(jax.tree.leaves(result[1:]), jax.tree.leaves(expected[1:]), strict=True):
     assert relative_error(ours, theirs) < 1e-5
 
-  fc1 = placed["params"]["blocks" if name == "STDiT2" else "spatial_blocks"]["mlp"]["fc1"]["kernel"]
-  assert fc1.addressable_shards[0].data.size == fc1.size // 4
-  assert len(split["tokens"].sharding.device_set) == DEVICES
-  assert split["tokens"].addressable_shards[0].data.shape[0] == 1
-  assert result[0].addressable_shards[0].data.shape[0] == 1
+  fc1 = placed["params"]["spatial_blocks" if name == "STDiT3" else "blocks"]["mlp"]["fc1"]["kernel"]
+  assert fc1.addressable_shards[0].data.size == fc1.size // (sizes.get("fsdp", 1) * sizes.get("tensor", 1))
+  for tokens in (split["tokens"], result[0]):
+    assert tokens.addressable_shards[0].data.size == tokens.size // layout.batch_parts // layout.token_parts
 
 
 @needs_devices
 def test_constraints_are_in_the_program():
-  """Tokens in, tokens after the embedding, after every layer (the scan's body counts once), tokens out."""
+  """Tokens in and out, embedded, after a layer, and what goes into a block (the scan's body counts once); queries, keys and
+  values of both attentions; both sides of every linear layer: patches, two of the caption, of timestep and fps, one of the
+  modulation, seven a block, final."""
   config = CONFIGS["STDiT3"]
   args, conditions = stdit.example_inputs(config, batch=DEVICES)
 
-  def constraints(mesh):
-    model = stdit.build(config, mesh)
+  def constraints(layout):
+    model = stdit.build(config, layout)
     lowered = jax.jit(lambda v: model.apply(v, *args, **conditions)).lower(stdit.init_shapes(config))
     return lowered.as_text().count("sharding_constraint")
 
-  assert constraints(make_mesh({"data": 2, "fsdp": 4})) == 4
+  assert constraints(Layout(make_mesh({"data": 2, "fsdp": 4}))) == 4 + 2 * (1 + 2 * 3) + 2 * (1 + 3 * 2 + 1 + 2 * 7 + 1)
   assert constraints(None) == 0
 
 
@@ -89,14 +104,14 @@ def test_shardings_of_a_whole_tree():
 
 
 def test_mesh_sizes():
-  assert mesh_sizes({"data": -1, "fsdp": 4}, 8) == {"data": 2, "fsdp": 4}
-  assert mesh_sizes({"fsdp": 1}, 1) == {"data": 1, "fsdp": 1}
+  assert mesh_sizes({"data": -1, "fsdp": 4}, 8) == {"data": 2, "fsdp": 4, "sequence": 1, "tensor": 1}
+  assert mesh_sizes({"fsdp": 1}, 1) == dict.fromkeys(("data", "fsdp", "sequence", "tensor"), 1)
   for sizes, message in (
     ({"data": 3}, "does not make 8 devices"),
     ({"data": -1, "fsdp": 3}, "factors of 8"),
     ({"data": -1, "fsdp": -1}, "at most one -1"),
     ({"data": 0}, "must be positive"),
-    ({"model": 2}, "unknown axis 'model'; allowed: data, fsdp"),
+    ({"model": 2}, "unknown axis 'model'; allowed: data, fsdp, sequence, tensor"),
   ):
     with pytest.raises(ValueError, match=message):
       mesh_sizes(sizes, 8)

@@ -13,13 +13,13 @@ from stdit_jax.parallel.shardings import path_name, spec_for
 DENOISERS = ("STDiT-XL/2", "STDiT2-XL/2", "STDiT3-XL/2", "STDiT3-3B/2")
 
 
-def fake_mesh(fsdp):
-  return types.SimpleNamespace(shape={"data": 2, "fsdp": fsdp})
+def fake_mesh(fsdp, tensor=1):
+  return types.SimpleNamespace(shape={"data": 2, "fsdp": fsdp, "sequence": 2, "tensor": tensor})
 
 
-@pytest.mark.parametrize("fsdp", [8, 16])
+@pytest.mark.parametrize(("fsdp", "tensor"), [(8, 1), (16, 1), (8, 2), (4, 4)])
 @pytest.mark.parametrize("name", [*DENOISERS, *(f"T5 {size}" for size in ("small", "base", "large", "xl", "xxl", "byt5-mini"))])
-def test_every_parameter_has_a_rule_and_divides(name, fsdp):
+def test_every_parameter_has_a_rule_and_divides(name, fsdp, tensor):
   """And what stays whole on every device is a small part of the model."""
   if name.startswith("T5 "):
     shapes, prefix = t5.init_shapes(t5.get_config(name[3:])), "text_encoder/"
@@ -27,18 +27,18 @@ def test_every_parameter_has_a_rule_and_divides(name, fsdp):
     shapes, prefix = stdit.init_shapes(stdit.get_config(name)), ""
   whole = total = 0
   for path, leaf in jax.tree_util.tree_leaves_with_path(shapes["params"]):
-    spec = spec_for(f"params/{prefix}{path_name(path)}", leaf.shape, fake_mesh(fsdp))
+    spec = spec_for(f"params/{prefix}{path_name(path)}", leaf.shape, fake_mesh(fsdp, tensor))
     assert len(spec) <= len(leaf.shape)
     total += np.prod(leaf.shape)
-    whole += np.prod(leaf.shape) if "fsdp" not in spec else 0
+    whole += np.prod(leaf.shape) if "fsdp" not in str(spec) else 0
   assert whole < 0.01 * total or total < 1e7
   for path, leaf in jax.tree_util.tree_leaves_with_path(shapes.get("constants", {})):
-    assert spec_for(f"constants/{path_name(path)}", leaf.shape, fake_mesh(fsdp)) == P()
+    assert spec_for(f"constants/{path_name(path)}", leaf.shape, fake_mesh(fsdp, tensor)) == P()
 
 
 def test_optimizer_state_follows_by_its_path():
   name = "opt/0/mu/spatial_blocks/mlp/fc1/kernel"
-  assert spec_for(name, (28, 1152, 4608), fake_mesh(8)) == P(None, "fsdp")
+  assert spec_for(name, (28, 1152, 4608), fake_mesh(8)) == P(None, "fsdp", "tensor")
 
 
 def test_a_parameter_without_a_rule_is_refused():

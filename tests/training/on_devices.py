@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 
 from stdit_jax.diffusion.noise import sample_keys, token_noise
 from stdit_jax.parallel.mesh import make_mesh
-from stdit_jax.parallel.shardings import path_name
+from stdit_jax.parallel.shardings import Layout, path_name
 from stdit_jax.training import loop, step
 from stdit_jax.training.batches import to_global
 from stdit_jax.training.state import learning_rate
@@ -19,15 +19,15 @@ from tests.tiny_run import eight_config, frozen_text
 
 def one_micro_step(run, mesh, state, frozen, batch):
   """(gradients, loss, noise bits) of a batch on a mesh."""
-  objective = loop.OBJECTIVES["denoiser"](run.stages[0].config, mesh)
+  objective, layout = loop.OBJECTIVES["denoiser"](run.stages[0].config), Layout(mesh)
   config = run.stages[0].config
   programs = step.Programs(
     objective.loss, mesh, run.state_shapes, run.frozen_shapes, run.optimizers[0], run.scales[0],
     learning_rate(config.optimizer, 0, 4), config, step.TraceCounter(), "devices",
   )  # fmt: skip
-  programs.make_gradient(("144p", 1), 1)
+  programs.make_gradient(("144p", 1), tuple(batch), 1, layout)
   placed, constants = jax.device_put((state["params"], frozen), (programs._state["params"], programs._frozen))
-  arrays = to_global(batch, mesh)
+  arrays = to_global(batch, layout)
   accumulator, values = programs.gradients["144p", 1](placed, constants, arrays, programs.new_accumulator(placed))
   shape = batch["latents_mean"].shape[1:]
   noise = jax.jit(lambda b: token_noise(sample_keys(42, b["sample_id"], 1), b["latent_size"], shape, b["grid"]))(arrays)
@@ -63,7 +63,7 @@ def main(folder):
 
   # The text encoder in a program of its own, split as the denoiser is.
   ahead = loop.Run(eight_config(assets, folder / "ahead", steps=1, mesh={"data": 2, "fsdp": 4}, **frozen_text(assets, "ahead")))
-  text = load_text_encoder(ahead.config, ahead.objectives[0].text)
+  text = load_text_encoder(ahead.config, ahead.objectives[0].text, ahead.mesh)
   kernel = text["blocks"]["mlp"]["up"]["kernel"]
   assert kernel.size // kernel.addressable_shards[0].data.size == 4
   ahead.train()

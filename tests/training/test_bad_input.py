@@ -64,7 +64,7 @@ WRONG = [
   ({"diffusion__fields": {"loc": "x"}}, "diffusion.fields: loc is 'x'; needed is a value like 0.0"),
   ({"mask_ratios": {"rendom": 0.1}}, "mask_ratios: unknown name rendom; allowed: identity, random"),
   ({"mask_ratios": {"random": 0.7, "image_head": 0.6}}, "mask_ratios sum to 1.3, more than 1"),
-  ({"mesh": {"data": 3, "fsdp": 1}}, "mesh: {'data': 3, 'fsdp': 1} does not make 1 devices"),
+  ({"mesh": {"data": 3, "fsdp": 1}}, "mesh: {'data': 3, 'fsdp': 1, 'sequence': 1, 'tensor': 1} does not make 1 devices"),
   ({"mesh__model": 2}, "unknown key 'mesh.model'"),
   ({"data__bucket": ()}, "unknown key 'data.bucket'; did you mean data.buckets"),
   ({"data__buckets": ()}, "the bucket table is empty"),

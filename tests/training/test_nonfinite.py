@@ -19,7 +19,8 @@ STEPS = 8  # three batches of two images an epoch; one of the six has a text emb
 def config(assets, output, table, steps=STEPS, **changes):
   settings = {
     "data__tables": (str(assets / table),), "data__buckets": (("144p", 1, 1.0, 2),), "text_encoder__train": False,
-    "text_encoder__where": "disk", "stages": ({"name": "images", "steps": steps},), "checkpoint_every": 2, "caption_dropout": 0.0,
+    "text_encoder__where": "disk", "stages": ({"name": "images", "steps": steps},), "checkpoint_every": 2,
+    "caption_dropout": 0.0,
   }  # fmt: skip
   return tiny_config(assets, output, **{**settings, **changes})
 

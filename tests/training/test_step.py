@@ -1,5 +1,6 @@
 """The gradient and update programs: against direct gradients of the model on plain latents, and a NumPy/PyTorch optimizer."""
 
+import dataclasses
 import functools
 
 import jax
@@ -13,10 +14,12 @@ from data.tokens import unpatchify
 from stdit_jax.diffusion.noise import Purpose, sample_keys
 from stdit_jax.models.stdit import denoise_latents
 from stdit_jax.parallel.mesh import make_mesh
+from stdit_jax.parallel.shardings import Layout
 from stdit_jax.training import state as states
 from stdit_jax.training import step
 from stdit_jax.training.batches import batch_shapes, to_global
 from stdit_jax.training.loop import Run
+from stdit_jax.training.stage_data import choose_layouts
 from tests.helpers import relative_error
 from tests.tiny_run import tiny_config
 
@@ -59,9 +62,9 @@ def programs(made):
   made_programs = programs_of(run, state, frozen)
   made_programs.state = jax.device_put(state, made_programs._state)  # as `Run.start` places it
   for bucket in batches:
-    made_programs.make_gradient(bucket, 1)
+    made_programs.make_gradient(bucket, tuple(batches[bucket]), 1, Layout(run.mesh))
   made_programs.whole = dict(made_programs.gradients)
-  made_programs.make_gradient(("144p", 4), 3)
+  made_programs.make_gradient(("144p", 4), tuple(batches["144p", 4]), 3, Layout(run.mesh))
   made_programs.parts = made_programs.gradients[("144p", 4)]
   return made_programs
 
@@ -70,7 +73,7 @@ def gradient_of(made, programs, program, batch, accumulator=None):
   run, _, frozen, _ = made
   params = programs.state["params"]
   accumulator = programs.new_accumulator(params) if accumulator is None else accumulator
-  return program(params, frozen, to_global(batch, run.mesh), accumulator)
+  return program(params, frozen, to_global(batch, Layout(run.mesh)), accumulator)
 
 
 def test_batches_have_the_shapes_that_programs_are_compiled_for(made):
@@ -155,12 +158,19 @@ def test_micro_batches_change_nothing(made, programs):
 
 def test_micro_batch_count_follows_the_limit(made):
   run, _, _, batches = made
-  data, batch = run.data[0], batches["144p", 4]
-  _, frames, space, _ = batch["latents_mean"].shape
-  assert data.micro_batches(batch, 0) == 1
-  assert data.micro_batches(batch, 3 * frames * space) == 1
-  assert data.micro_batches(batch, 3 * frames * space - 1) == 3  # 3 rows divide into 1 or 3 parts only
-  assert data.micro_batches(batch, 1) == 3
+  _, frames, space, _ = batches["144p", 4]["latents_mean"].shape
+
+  def parts(limit):
+    config = run.stages[0].config.copy_and_resolve_references()
+    with config.unlocked():
+      config.max_tokens_per_device = limit
+    stage = dataclasses.replace(run.stages[0], config=config)
+    return choose_layouts(stage, run.data[0].config.parsed_buckets(), run.mesh, run.objectives[0])[1]["144p", 4]
+
+  assert parts(0) == 1
+  assert parts(3 * frames * space) == 1
+  assert parts(3 * frames * space - 1) == 3  # 3 rows divide into 1 or 3 parts only
+  assert parts(1) == 3
 
 
 def test_rows_without_weight_have_no_influence(made, programs):
@@ -196,16 +206,16 @@ def test_a_second_trace_is_an_error(made):
   run = made[0]
   counter = step.TraceCounter()
   toy = step.Programs(
-    lambda params, frozen, batch: (batch["x"][:, 0] * params["denoiser/final_layer/linear/bias"][0], {}),
+    lambda params, frozen, batch, layout: (batch["x"][:, 0] * params["denoiser/final_layer/linear/bias"][0], {}),
     run.mesh, {"params": {"denoiser/final_layer/linear/bias": jnp.ones(1)}}, {}, None,
     {"denoiser/final_layer/linear/bias": 1.0}, None, run.stages[0].config, counter, "toy",
   )  # fmt: skip
-  toy.make_gradient(("144p", 1), 1)
+  toy.make_gradient(("144p", 1), ("x", "weight"), 1, Layout(run.mesh))
   params = {"denoiser/final_layer/linear/bias": jnp.ones(1)}
 
   def call(width):
     batch = {"x": np.ones((2, width), np.float32), "weight": np.ones(2, np.float32)}
-    toy.gradients["144p", 1](params, {}, to_global(batch, run.mesh), step.new_accumulator(params))
+    toy.gradients["144p", 1](params, {}, to_global(batch, Layout(run.mesh)), step.new_accumulator(params))
 
   call(3)
   call(3)
@@ -323,7 +333,7 @@ def test_learning_rate_warms_up_from_the_start_of_the_stage_then_holds_or_falls(
 
 def test_weighted_losses_of_a_toy_model_and_micro_batches():
   """A batch of 8 in 1, 2, 4 and 8 parts: the weighted mean gradient that NumPy gives."""
-  mesh = make_mesh({"data": 1, "fsdp": 1}, jax.devices()[:1])
+  layout = Layout(make_mesh({"data": 1, "fsdp": 1}, jax.devices()[:1]))
   rng = np.random.default_rng(0)
   x = rng.standard_normal((8, 3)).astype(np.float32)
   weight = np.array([1, 1, 0, 1, 0, 1, 1, 1], np.float32)
@@ -331,16 +341,16 @@ def test_weighted_losses_of_a_toy_model_and_micro_batches():
   error = x @ w - 1
   expected = (2 * (error * weight)[:, None] * x).sum(0) / weight.sum()
 
-  def loss(params, frozen, batch):
+  def loss(params, frozen, batch, layout):
     return jnp.square(batch["x"] @ params["w"] - 1), {}
 
   for parts in (1, 2, 4, 8):
-    run = jax.jit(functools.partial(step.accumulate_gradients, loss, mesh, parts, {"w": 1.0}))
+    run = jax.jit(functools.partial(step.accumulate_gradients, loss, layout, parts, {"w": 1.0}))
     params = {"w": jnp.asarray(w)}
     accumulator, values = run(params, {}, {"x": x, "weight": weight}, step.new_accumulator(params))
     np.testing.assert_allclose(accumulator["gradients"]["w"], expected, rtol=1e-5)
     np.testing.assert_allclose(values["loss"], (error**2 * weight).sum() / weight.sum(), rtol=1e-5)
   frozen, _ = step.accumulate_gradients(
-    loss, mesh, 1, {"w": 0.0}, params, {}, {"x": x, "weight": weight}, step.new_accumulator(params)
+    loss, layout, 1, {"w": 0.0}, params, {}, {"x": x, "weight": weight}, step.new_accumulator(params)
   )
   assert not frozen["gradients"]["w"].any()

@@ -1,0 +1,400 @@
+# shellcheck shell=bash
+# Sourced by tpu_vm.sh and tpu_multislice.sh, which set `multislice`: everything they do. What a worker does is in worker.sh.
+
+# shellcheck source=launch/common.sh
+source launch/common.sh
+
+show_options() {
+  show_help "$0"
+  cat <<'TEXT'
+
+Which machine, for every command:
+  --name NAME                 of the TPU, and of its queued resource (required)
+  --zone ZONE                 e.g. europe-west4-b (required)
+  --project PROJECT           default: gcloud's own
+  --internal-ip | --tunnel-through-iap    how ssh reaches workers without an external address
+
+How it is made, for create and watch:
+  --accelerator-type TYPE     e.g. v5litepod-256, v6e-256, v5p-512, v4-128
+  --topology NAME:SHAPE       instead of it, as stdit_jax.plan writes it: v5e:16x16, v6e:16x16, v5p:4x8x8, v4:4x4x8
+  --runtime-version VERSION   default: what Google names for JAX on this type
+  --spot | --reserved         default: on demand
+  --queued                    through a queued resource; several slices always are. Give it to every command
+  --slices N                  only tpu_multislice.sh
+  --network N, --subnetwork N, --internal-ips, --service-account A
+  --create-flag FLAG          any other flag of gcloud's create, e.g. --create-flag=--labels=team=video; may be repeated
+
+How it trains, for run and watch:
+  -- ARGUMENTS                of stdit_jax.train; they may also simply begin with --config. Write the output to a bucket
+                              (--config.output=gs://...): the disks of the workers go with the machine.
+  --env NAME=VALUE            environment variable of the training program; may be repeated
+
+Others:
+  --worker N|all              for logs (0)
+  --poll SECONDS              for watch (60)
+  --delete-when-finished      for watch
+  --dry-run                   print the commands instead of running them
+TEXT
+}
+
+
+parse() {
+  name='' zone='' project='' reach='' accelerator='' topology='' runtime='' tier='' slices='' worker=0 poll=60 delete_at_end=''
+  queued=$multislice create_flags=() environment=(STDIT_JAX_DISTRIBUTED=1) train=()
+  while [ $# -gt 0 ]; do
+    case $1 in
+      --) shift && train=("$@") && break ;;
+      --config | --config=* | --config.*) train=("$@") && break ;;
+      --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
+    esac
+    case $1 in
+      --name) needs_value "$@" && name=$2 && shift ;;
+      --zone) needs_value "$@" && zone=$2 && shift ;;
+      --project) needs_value "$@" && project=$2 && shift ;;
+      --internal-ip | --tunnel-through-iap) reach=$1 ;;
+      --accelerator-type) needs_value "$@" && accelerator=$2 && shift ;;
+      --topology) needs_value "$@" && topology=$2 && shift ;;
+      --runtime-version) needs_value "$@" && runtime=$2 && shift ;;
+      --spot | --reserved)
+        [ "${tier:-$1}" = "$1" ] || fail "--spot and --reserved exclude each other"
+        tier=$1
+        ;;
+      --queued) queued=yes ;;
+      --slices)
+        [ -n "$multislice" ] || fail "several slices: use launch/tpu_multislice.sh"
+        needs_value "$@" && slices=$2 && shift
+        ;;
+      --network | --subnetwork | --service-account) needs_value "$@" && create_flags+=("$1=$2") && shift ;;
+      --internal-ips) create_flags+=("$1") ;;
+      --create-flag) needs_value "$@" && create_flags+=("$2") && shift ;;
+      --env)
+        needs_value "$@"
+        [[ $2 =~ ^[A-Za-z_][A-Za-z0-9_]*= ]] || fail "--env $2 is not NAME=VALUE"
+        environment+=("$2") && shift
+        ;;
+      --worker) needs_value "$@" && worker=$2 && shift ;;
+      --poll) needs_value "$@" && poll=$2 && shift ;;
+      --delete-when-finished) delete_at_end=yes ;;
+      --dry-run) dry_run=yes ;;
+      *) fail "unknown argument $1; see --help" ;;
+    esac
+    shift
+  done
+  [ -n "$name" ] || fail "--name is required; see --help"
+  [[ $name =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ ]] || fail "--name $name: small letters, digits and -, a letter first"
+  [ -n "$zone" ] || fail "--zone is required; see --help"
+  [[ $worker =~ ^([0-9]+|all)$ ]] || fail "--worker $worker is neither a number nor all"
+  [[ $poll =~ ^[0-9]+$ ]] || fail "--poll $poll is no number of seconds"
+
+  place=("--zone=$zone" --quiet)
+  [ -z "$project" ] || place+=("--project=$project")
+  vm=(gcloud compute tpus tpu-vm) queue=(gcloud compute tpus queued-resources)
+  ssh=("${vm[@]}")
+  # On single TPU VMs only the alpha command can tunnel.
+  [ "$reach" != --tunnel-through-iap ] || ssh=(gcloud alpha compute tpus tpu-vm)
+  [ -z "$multislice" ] || ssh=("${queue[@]}")
+}
+
+# Sets `shape`, the flags that say what is made, and the default of `runtime`.
+check_shape() {
+  local generation chips=1 side
+  [ -z "$accelerator" ] || [ -z "$topology" ] || fail "--accelerator-type and --topology exclude each other"
+  if [ -n "$accelerator" ]; then
+    generation=${accelerator%%-*}
+    shape=("--accelerator-type=$accelerator")
+  elif [ -n "$topology" ]; then
+    [[ $topology =~ ^(v4|v5e|v5p|v6e):[0-9]+(x[0-9]+)+$ ]] ||
+      fail "--topology $topology is not like v5e:16x16, v6e:16x16, v5p:4x8x8 or v4:4x4x8"
+    generation=${topology%%:*}
+    # A number of chips has one shape on v5e and v6e, several on v4 and v5p.
+    case $generation in
+      v4 | v5p) shape=("--type=$generation" "--topology=${topology#*:}") ;;
+      *)
+        for side in $(tr x ' ' <<< "${topology#*:}"); do chips=$((chips * side)); done
+        shape=("--accelerator-type=${generation/v5e/v5litepod}-$chips")
+        ;;
+    esac
+  else
+    fail "give --accelerator-type or --topology; see --help"
+  fi
+  # https://cloud.google.com/tpu/docs/runtimes
+  if [ -z "$runtime" ]; then
+    case $generation in
+      v4) runtime=tpu-ubuntu2204-base ;;
+      v5e | v5litepod) runtime=v2-alpha-tpuv5-lite ;;
+      v5p) runtime=v2-alpha-tpuv5 ;;
+      v6e) runtime=v2-alpha-tpuv6e ;;
+      *) fail "give --runtime-version: none is known here for $generation" ;;
+    esac
+  fi
+  if [ -n "$multislice" ]; then
+    [[ $slices =~ ^[1-9][0-9]*$ ]] && [ "$slices" -gt 1 ] || fail "give --slices, 2 or more; one slice: launch/tpu_vm.sh"
+  fi
+}
+
+check_train() {
+  [ ${#train[@]} -gt 0 ] || fail "give the arguments of the training: -- --config configs/film.py --config.output=gs://..."
+}
+
+note() {
+  echo "$(date -u +%FT%TZ) $*"
+}
+
+# Sets `state` to Google's word for the state of the machine, ABSENT if there is none; fails if that can't be known. In a dry
+# run there is none.
+look() {
+  local errors query
+  if [ -n "$queued" ]; then
+    query=("${queue[@]}" describe "$name" "${place[@]}" "--format=value(state.state)")
+  else
+    query=("${vm[@]}" describe "$name" "${place[@]}" "--format=value(state)")
+  fi
+  if [ -n "$dry_run" ]; then
+    run "${query[@]}"
+    state=ABSENT
+    return
+  fi
+  errors=$(mktemp)
+  if state=$(run "${query[@]}" 2> "$errors"); then
+    rm "$errors"
+  elif grep -qi 'not.found' "$errors"; then # a missing permission or network must not look like a machine that is gone
+    rm "$errors"
+    state=ABSENT
+  else
+    cat "$errors" >&2
+    rm "$errors"
+    return 1
+  fi
+  if [ -n "$queued" ] && [ "$state" = ACTIVE ]; then look_at_nodes; fi
+}
+
+# A queued resource can still be called ACTIVE while a node of it is already gone.
+look_at_nodes() {
+  local suffix='' node
+  [ -z "$multislice" ] || suffix='-[0-9]+'
+  for node in $(run "${vm[@]}" list "${place[@]}" "--filter=name~\"(^|/)$name$suffix\$\"" "--format=value(state)"); do
+    case $node in
+      PREEMPTED | TERMINATED) state=$node ;;
+    esac
+  done
+}
+
+create_machine() {
+  local command
+  if [ -z "$queued" ]; then
+    command=("${vm[@]}" create "$name" "${place[@]}" "${shape[@]}" "--version=$runtime")
+  else
+    command=("${queue[@]}" create "$name" "${place[@]}" "${shape[@]}" "--runtime-version=$runtime")
+    if [ -n "$multislice" ]; then
+      command+=("--node-count=$slices" "--node-prefix=$name")
+    else
+      command+=("--node-id=$name")
+    fi
+  fi
+  [ -z "$tier" ] || command+=("$tier")
+  run "${command[@]}" ${create_flags[@]+"${create_flags[@]}"}
+}
+
+delete_machine() {
+  if [ -n "$queued" ]; then
+    run "${queue[@]}" delete "$name" "${place[@]}" --force
+  else
+    run "${vm[@]}" delete "$name" "${place[@]}"
+  fi
+}
+
+# on_workers NODE WORKER COMMAND...: over ssh; a node is a slice, 0 if there is one.
+on_workers() {
+  local command=("${ssh[@]}" ssh "$name" "${place[@]}")
+  [ -z "$multislice" ] || command+=("--node=$1")
+  [ -z "$reach" ] || command+=("$reach")
+  run "${command[@]}" "--worker=$2" "--command=${*:3}"
+}
+
+code=stdit_jax/code # in the home folder of a worker, where ssh begins
+archive=''
+pack() {
+  if [ -n "$dry_run" ]; then
+    archive=/tmp/stdit_jax.tar.gz
+    echo "git ls-files -z --cached --others --exclude-standard | tar -czf $archive --null -T -"
+  else
+    archive=$(mktemp -d)/stdit_jax.tar.gz
+    trap 'rm -rf "$(dirname "$archive")"' EXIT
+    pack_code "$archive"
+  fi
+}
+
+copy() {
+  local command=("${ssh[@]}" scp "$archive" "$name:" "${place[@]}")
+  [ -z "$multislice" ] || command+=(--node=all)
+  [ -z "$reach" ] || command+=("$reach")
+  run "${command[@]}" --worker=all &&
+    on_workers all all "rm -rf $code && mkdir -p $code && tar -xzf stdit_jax.tar.gz -C $code"
+}
+
+install() {
+  on_workers all all "bash $code/launch/worker.sh install 'jax[tpu]'"
+}
+
+start() {
+  local arguments
+  arguments=$(quote "${train[@]}" --config.platform=tpu)
+  on_workers all all "env $(quote "${environment[@]}") bash $code/launch/worker.sh start $arguments"
+}
+
+worker_states() {
+  on_workers all all "[ ! -e $code ] || exec bash $code/launch/worker.sh status; echo stdit_jax-worker: this one absent"
+}
+
+stop() {
+  on_workers all all "bash $code/launch/worker.sh stop"
+}
+
+follow() {
+  on_workers "$([ "$worker" = all ] && echo all || echo 0)" "$worker" "bash $code/launch/worker.sh logs"
+}
+
+# Brings a machine that is there to the training. A copy over a running training is harmless: it has read its code.
+prepare() {
+  note "preparing the workers"
+  if copy && install && start; then
+    trouble=0
+  else
+    trouble=$((trouble + 1))
+    [ "$trouble" -lt 5 ] || fail "the workers could not be prepared, $trouble times in a row"
+    note "the workers could not be prepared; trying again"
+  fi
+}
+
+# One look at the workers of a machine that is there. Ends the script when the training is over.
+tend() {
+  local lines first=$untended
+  if ! lines=$(worker_states); then
+    note "the workers can't be reached now"
+    return
+  fi
+  lines=$(sed -n 's/.*stdit_jax-worker: //p' <<< "$lines")
+  untended=''
+  if [ -n "$first" ] && grep -Eq ' (failed [0-9]+|stopped)$' <<< "$lines" && ! grep -q ' running$' <<< "$lines"; then
+    prepare # what an earlier run left behind is no reason to end before this one has begun
+  elif grep -q ' failed ' <<< "$lines"; then
+    grep ' failed ' <<< "$lines" >&2
+    note "training failed; ending it on all workers. To see why: $(quote bash "$0" logs "--name=$name" "--zone=$zone")"
+    stop || true
+    exit 1
+  elif grep -q ' stopped$' <<< "$lines"; then
+    note "training was stopped by hand"
+    exit 0
+  elif grep -q ' absent$' <<< "$lines"; then
+    prepare
+  elif grep -q ' interrupted$' <<< "$lines"; then
+    note "starting the training again where a worker was interrupted"
+    start || true
+  elif [ -n "$lines" ] && ! grep -qv ' finished$' <<< "$lines"; then
+    note "training has finished"
+    if [ -n "$delete_at_end" ]; then delete_machine; fi
+    exit 0
+  fi
+}
+
+watch() {
+  local last='' was_active='' refused=0
+  trouble=0 untended=yes
+  pack # once: a training that is resumed next week runs the code it began with, whatever is edited here meanwhile
+  while :; do
+    if look; then
+      [ "$state" = "$last" ] || note "$name is $state"
+      last=$state
+      case $state in
+        ABSENT)
+          note "creating $name"
+          if ! create_machine; then refused=$((refused + 1)); fi
+          ;;
+        ACTIVE | READY)
+          was_active=yes
+          tend
+          ;;
+        PREEMPTED | TERMINATED | SUSPENDED | FAILED)
+          [ "$state" != FAILED ] || refused=$((refused + 1))
+          note "deleting $name, to create it again"
+          delete_machine || true
+          ;;
+      esac
+      # Once it has been there, a refusal is a lack of machines; before, it is likelier a mistake in the request.
+      [ -n "$was_active" ] || [ "$refused" -lt 2 ] || fail "$name could not be created, twice; see the messages of gcloud"
+    fi
+    sleep "$poll"
+  done
+}
+
+dry_watch() {
+  pack
+  look
+  create_machine
+  echo "# ... looks again every $poll s until it is there; then, whenever a worker has nothing on it:"
+  copy
+  install
+  start
+  echo "# ... every $poll s: is the machine there, is the training running?"
+  look
+  worker_states
+  echo "# ... when it is PREEMPTED, TERMINATED, SUSPENDED or FAILED: delete it and do all of this again"
+  delete_machine
+}
+
+main() {
+  local verb=${1:-} argument
+  for argument; do
+    case $argument in
+      --) break ;;
+      -h | --help)
+        show_options
+        exit 0
+        ;;
+    esac
+  done
+  [ $# -gt 0 ] || fail "give a command; see --help"
+  shift
+  case $verb in
+    create | copy | install | run | logs | status | stop | delete | watch) parse "$@" ;;
+    *) fail "unknown command $verb; known: create, copy, install, run, logs, status, stop, delete, watch" ;;
+  esac
+  case $verb in
+    create)
+      check_shape
+      look
+      case $state in
+        ABSENT) create_machine ;;
+        PREEMPTED | TERMINATED | SUSPENDED | FAILED) fail "$name is there but $state; delete it first, or use watch" ;;
+        *) echo "$name is there already: $state" ;;
+      esac
+      ;;
+    run)
+      check_train
+      start
+      ;;
+    logs) follow ;;
+    status)
+      look
+      [ -n "$dry_run" ] || echo "$name: $state"
+      case $state in
+        ACTIVE | READY) worker_states ;;
+        *) [ -z "$dry_run" ] || worker_states ;;
+      esac
+      ;;
+    delete)
+      look
+      if [ -n "$dry_run" ] || [ "$state" != ABSENT ]; then delete_machine; else echo "there is no $name"; fi
+      ;;
+    watch)
+      check_shape
+      check_train
+      if [ -n "$dry_run" ]; then dry_watch; else watch; fi
+      ;;
+    copy)
+      pack
+      copy
+      ;;
+    *) "$verb" ;; # install or stop
+  esac
+}

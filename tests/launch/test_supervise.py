@@ -1,0 +1,68 @@
+"""The supervisor, around a real program that ends with scripted exit codes."""
+
+import signal
+import subprocess
+
+import pytest
+
+from tests.launch.stand_ins import wait_for
+
+PROGRAM = """
+record(started=sys.argv[1:])
+code = take("codes")
+if code < 0:
+  os.kill(os.getpid(), -code)
+sys.exit(code)
+"""
+
+# Saves when it is told to end, as training does: once, however often it is told.
+WAITING = """
+import signal, time
+def save(*_):
+  time.sleep(0.3)
+  record(saved=True)
+  sys.exit(75)
+signal.signal(signal.SIGTERM, save)
+record(started=True)
+time.sleep(30)
+"""
+
+
+@pytest.mark.parametrize(
+  ("codes", "starts", "code"),
+  [
+    ([75, 75, 0], 3, 0),  # saved and restarted twice, then finished
+    ([2], 1, 2),  # a user's mistake
+    ([1], 1, 1),  # a crash of Python
+    ([75, 2], 2, 2),
+    ([-signal.SIGKILL, -signal.SIGABRT, 0], 3, 0),  # out of memory; JAX's runtime has lost a peer
+    ([75], 10, 75),  # gives up on one that never gets anywhere
+  ],
+)
+def test_restarts(stand_ins, codes, starts, code):
+  program = stand_ins.program("train", PROGRAM)
+  stand_ins.script(codes=codes)
+  stand_ins.environment["STDIT_JAX_RESTART_WAIT"] = "0"
+  stand_ins.run("supervise.sh", str(program), "a b", "c'd", code=code)
+  assert stand_ins.calls == [{"started": ["a b", "c'd"]}] * starts
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_it_save_and_is_the_end(stand_ins, how):
+  program = stand_ins.program("train", WAITING)
+  supervisor = stand_ins.start("supervise.sh", str(program))
+  wait_for(lambda: stand_ins.calls)
+  supervisor.send_signal(how)
+  assert supervisor.wait(10) == 143
+  assert stand_ins.calls == [{"started": True}, {"saved": True}]  # over before the supervisor, and not started again
+
+
+def test_a_signal_between_two_starts_is_the_end(stand_ins):
+  program = stand_ins.program("train", PROGRAM)
+  stand_ins.script(codes=[75])
+  stand_ins.environment["STDIT_JAX_RESTART_WAIT"] = "30"
+  supervisor = stand_ins.start("supervise.sh", str(program), stderr=subprocess.PIPE)
+  assert supervisor.stderr.readline() == "ended with exit code 75: starting again\n"
+  supervisor.send_signal(signal.SIGTERM)
+  assert supervisor.wait(5) == 143
+  assert len(stand_ins.calls) == 1
