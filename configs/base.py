@@ -77,6 +77,10 @@ def get_config():
   # dict(name="second", steps=1000, keep_optimizer=True, **{"optimizer.learning_rate": 5e-5}).
   config.stages = (dict(name="main", steps=1000),)
 
+  config.compile_threads = 1  # programs compiled at a time beside training, as soon as the first one is there
+  # Folder that keeps compiled programs, so that a restart compiles nothing: "" is `<output>/compilation_cache`. The environment
+  # variable JAX_COMPILATION_CACHE_DIR comes before it.
+  config.compilation_cache = ""
   config.log_every = 10
   config.checkpoint_every = 200
   config.keep_checkpoints = 3

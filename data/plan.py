@@ -183,6 +183,12 @@ class Plan:
   def bucket_index(self, step):
     return int(self._bucket[step])
 
+  def buckets(self, step, count):
+    """Buckets of `count` steps from `step` on, each once, in the order of need; past the end of the epoch it begins again,
+    as the nearest guess at the next one."""
+    ahead = np.concatenate([self._bucket[step : step + count], self._bucket[: max(0, step + count - self.num_steps)]])
+    return [self._buckets[ahead[i]] for i in np.sort(np.unique(ahead, return_index=True)[1])]
+
   def slots(self, step):
     """(first slot, end) of a step."""
     return int(self._begin[step]), int(self._begin[step + 1])

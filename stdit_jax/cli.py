@@ -57,14 +57,15 @@ def connect_processes(heartbeat_timeout=100):
     raise ValueError(f"JAX found no cluster here ({error}); without one, set {', '.join(names)}") from None
 
 
-def use_compilation_cache():
-  """Keeps compiled programs between runs: a restart compiles nothing. JAX_COMPILATION_CACHE_DIR chooses another folder."""
+def use_compilation_cache(folder=None):
+  """Keeps compiled programs between runs in `folder`, by default one of the user's: a restart compiles nothing.
+  JAX_COMPILATION_CACHE_DIR comes before it."""
   import jax
 
   if not jax.config.jax_compilation_cache_dir:
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "stdit_jax" / "xla"
-    jax.config.update("jax_compilation_cache_dir", str(cache))
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    home = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "stdit_jax" / "xla"
+    jax.config.update("jax_compilation_cache_dir", str(folder or home))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def keep_freed_memory():

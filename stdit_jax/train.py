@@ -95,7 +95,7 @@ def main(_):
   config = _CONFIG.value
   with one_line_errors():
     make_stages(config)  # before any process waits for another
-    use_compilation_cache()
+    use_compilation_cache(config.compilation_cache or f"{config.output}/compilation_cache")
     watchdog = connect(config)
   with watchdog:
     try:

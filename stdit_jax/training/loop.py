@@ -24,6 +24,7 @@ from stdit_jax.parallel.mesh import make_mesh
 from stdit_jax.parallel.shardings import tree_shardings
 from stdit_jax.training import batches, weights
 from stdit_jax.training.checkpoints import CONFIG, Checkpoints, DamagedCheckpointError, plain, write_text
+from stdit_jax.training.compilation import AheadOfTime
 from stdit_jax.training.metrics import Averages, Metrics
 from stdit_jax.training.nonfinite import MicroStep, NonFinite, TooManyNonFinite
 from stdit_jax.training.objectives import OBJECTIVES, autoencoder_model
@@ -90,7 +91,7 @@ def check_output(folder, config):
     raise ValueError(f"config: output={str(folder)!r} can't be used: {error.strerror}; give another folder") from None
   except (json.JSONDecodeError, UnicodeDecodeError) as error:
     raise ValueError(f"{path} is damaged ({error}); give another output folder") from None
-  changed = sorted(key for key in _changed(old, plain(config)) if key not in ("resume", "restart_data"))
+  changed = sorted(key for key in _changed(old, plain(config)) if key not in ("resume", "restart_data", "compilation_cache"))
   for key in changed:
     if key.split(".")[0] in ("model", "task", "seed") or key in ("text_encoder.name", "text_encoder.train", "autoencoder.name"):
       raise ValueError(
@@ -105,7 +106,7 @@ def _foreign(folder):
   if not folder.exists():
     return []
   plans = [p for p in (folder / "data").glob("*") if not p.name.startswith(("table-", "plan-", "tmp"))]
-  own = {"checkpoints"} | (set() if plans else {"data"})
+  own = {"checkpoints", "compilation_cache"} | (set() if plans else {"data"})
   return sorted(p.name for p in folder.iterdir() if p.name not in own and not p.name.startswith((f"{CONFIG}.tmp", ".writable")))
 
 
@@ -152,6 +153,7 @@ class Run:
     self.checkpoints = Checkpoints(config.output, config.keep_checkpoints)
     self.encoder = None
     self.skip, self._programs, self._went_back_to = {}, {}, None
+    self.compiled = AheadOfTime(config.compile_threads, say)
     self._terminated, self._beat, self._asked = False, beat, 0
 
   def _check_weights(self):
@@ -337,6 +339,7 @@ class Run:
         on_sample(step, state, frozen)
     finally:
       metrics.close()
+      self.compiled.close()
       self.checkpoints.close()
     say(f"finished: {step} steps; checkpoints and metrics are in {self.config.output}")
     return state
@@ -353,14 +356,16 @@ class Run:
 
   def _run_stage(self, stage, state, frozen, step, metrics, on_sample):
     config, data = stage.config, self.data[stage.index]
-    programs = self._programs_of(stage, frozen)
-    make_batch = self._batch_maker(stage, state)
     accumulate = config.optimizer.accumulate
-    accumulator = programs.new_accumulator(state["params"])
+    taken, skip = (step - stage.start) * accumulate, self.skip.get(stage.name, ())
+    programs = self._programs_of(stage, frozen)
     say(f"stage {stage.name!r}: steps {step} to {stage.start + stage.steps} on {self.mesh.devices.size} device(s)")
     say(str(data.report))
+    self._compile_ahead(stage, programs, data.buckets_ahead(taken, stage.steps * accumulate - taken, skip))
+    make_batch = self._batch_maker(stage, state)
+    accumulator = programs.new_accumulator(state["params"])
     log, nonfinite, due, first = Averages(), NonFinite(config.max_nonfinite), False, step
-    loader = data.loader((step - stage.start) * accumulate, self.skip.get(stage.name, ()))
+    loader = data.loader(taken, skip)
     try:
       rows = iter(loader)
       batch = self._next_batch(rows, make_batch, step)
@@ -368,7 +373,7 @@ class Run:
         micro_steps = []
         for micro in range(accumulate):
           loaded, arrays = batch
-          program = self._gradient_program(programs, loaded.bucket, arrays, data)
+          program = self._gradient_program(stage, programs, loaded.bucket, loaded.batch_size)
           self._beat(f"step {step + 1}: {loaded.bucket[0]} x {loaded.bucket[1]}", slow=step == first)
           accumulator, values = program(state["params"], frozen, arrays, accumulator)
           weight = values.pop("weight")
@@ -379,8 +384,9 @@ class Run:
           last = micro == accumulate - 1 and step + 1 == stage.start + stage.steps
           # The device works on this micro step while the host prepares the next.
           batch = None if last else self._next_batch(rows, make_batch, step + 1)
+        update = self._ready(f"{stage.name}: update")
         self._beat(f"step {step + 1}: update", slow=step == first)
-        state, accumulator, values = programs.update(state, accumulator, np.int32(step))
+        state, accumulator, values = update(state, accumulator, np.int32(step))
         step += 1
         for name, value in values.items():
           log.add(name, value)
@@ -422,13 +428,38 @@ class Run:
     self._beat(f"step {step + 1}: making a batch of {loaded.bucket[0]} x {loaded.bucket[1]}", slow=True)  # may compile
     return loaded, make_batch(loaded)
 
-  def _gradient_program(self, programs, bucket, arrays, data):
-    """The gradient program of a bucket; says so when it is about to compile."""
-    if bucket not in programs.gradients:
-      say(f"compiling the gradient program of {bucket[0]} x {bucket[1]} frames ...")
-      self._beat(f"compiling {bucket[0]} x {bucket[1]}", slow=True)
-      programs.make_gradient(bucket, tuple(arrays), data.micro_batches[bucket], data.layouts[bucket])
-    return programs.gradients[bucket]
+  def _compile_ahead(self, stage, programs, buckets):
+    """Lowers all programs that the stage needs for these buckets, the first ones first; they compile in the background."""
+    name = f"{stage.name}: update"
+    for i, bucket in enumerate(buckets):
+      self._beat(f"lowering {bucket.name}", slow=True)
+      self._lower_gradient(stage, programs, (bucket.resolution, bucket.num_frames), bucket.batch_size)
+      if i == 0 and name not in self.compiled:
+        params = self.state_shapes["params"]
+        accumulator = jax.eval_shape(programs.new_accumulator, params)
+        self.compiled.add(name, programs.update, self.state_shapes, accumulator, jax.ShapeDtypeStruct((), np.int32))
+
+  def _lower_gradient(self, stage, programs, bucket, rows):
+    """-> name of the gradient program of a bucket, which is lowered unless it has been."""
+    name = f"{stage.name}: gradient {bucket[0]} x {bucket[1]}"
+    if name not in self.compiled:
+      data, objective = self.data[stage.index], self.objectives[stage.index]
+      layout = data.layouts[bucket]
+      batch = batches.batch_shapes(stage.config, objective, bucket, rows, layout.token_parts)
+      programs.make_gradient(bucket, tuple(batch), data.micro_batches[bucket], layout)
+      params = self.state_shapes["params"]
+      accumulator = jax.eval_shape(programs.new_accumulator, params)
+      self.compiled.add(name, programs.gradients[bucket], params, programs.frozen_shapes, batch, accumulator)
+    return name
+
+  def _gradient_program(self, stage, programs, bucket, rows):
+    """The compiled gradient program of a bucket; one of a bucket that only a later epoch's plan has is lowered here."""
+    return self._ready(self._lower_gradient(stage, programs, bucket, rows))
+
+  def _ready(self, name):
+    if not self.compiled.ready(name):
+      self._beat(f"waiting for the program {name}", slow=True)
+    return self.compiled.get(name)
 
   def _batch_maker(self, stage, state):
     config, layouts = stage.config, self.data[stage.index].layouts

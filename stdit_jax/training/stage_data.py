@@ -91,6 +91,11 @@ class StageData:
       )
     return not changes
 
+  def buckets_ahead(self, taken, count, skip=()):
+    """Buckets of the next `count` micro steps after so many, in the order of need, as far as the epoch's plan tells."""
+    epoch, step = self._plans.locate(plan.place(taken, skip))
+    return self._plans.plan(epoch).buckets(step, count)
+
   def loader(self, taken, skip=()):
     """This process's loader, after so many micro steps of the stage; those of the plan in `skip` are passed over."""
     shard = {bucket: (layout.process_parts(), layout.batch_parts) for bucket, layout in self.layouts.items()}

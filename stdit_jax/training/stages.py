@@ -22,7 +22,7 @@ _PARTIAL = ("mesh.", "slices.")
 _FIXED = (
   "output", "seed", "task", "platform", "mesh", "slices", "model", "text_encoder", "autoencoder.name", "autoencoder.fields",
   "autoencoder.weights", "autoencoder.dtype", "autoencoder.micro_batch", "autoencoder.cache_gb", "init", "stages",
-  "keep_checkpoints", "resume", "restart_data", "watchdog",
+  "keep_checkpoints", "resume", "restart_data", "watchdog", "compile_threads", "compilation_cache",
 )  # fmt: skip
 
 
@@ -123,7 +123,7 @@ def check_values(config):
     raise ValueError(f"config: resume is {config.resume!r}; allowed: 'auto', 'required', or a step such as '1200'")
   for key in ("watchdog.timeout", "watchdog.slow_timeout"):
     _number(config, key, 0)
-  for key in ("log_every", "checkpoint_every", "keep_checkpoints", "max_nonfinite"):
+  for key in ("log_every", "checkpoint_every", "keep_checkpoints", "max_nonfinite", "compile_threads"):
     _number(config, key, 1, whole=True)
   _number(config, "sample_every", 0, whole=True)
   _number(config, "autoencoder.cache_gb", 0)

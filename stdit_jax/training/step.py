@@ -132,7 +132,7 @@ class Programs:
     self._loss, self._scales, self._counter, self._name = loss, scales, counter, name
     self._replicated = NamedSharding(mesh, P())
     self._state = tree_shardings(state_shapes, mesh)
-    self._frozen = tree_shardings(frozen_shapes, mesh)
+    self.frozen_shapes, self._frozen = frozen_shapes, tree_shardings(frozen_shapes, mesh)
     self._accumulator = {"gradients": self._state["params"], "count": self._replicated}
     self.gradients = {}
     self.new_accumulator = jax.jit(new_accumulator, out_shardings=self._accumulator)
