@@ -81,6 +81,7 @@ def get_config():
   # Folder that keeps compiled programs, so that a restart compiles nothing: "" is `<output>/compilation_cache`. The environment
   # variable JAX_COMPILATION_CACHE_DIR comes before it.
   config.compilation_cache = ""
+  config.profile_steps = ()  # (first, last) optimizer step of a profile in `<output>/profile`; SIGUSR1 takes the next three
   config.log_every = 10
   config.checkpoint_every = 200
   config.keep_checkpoints = 3

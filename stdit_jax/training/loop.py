@@ -25,9 +25,10 @@ from stdit_jax.parallel.shardings import tree_shardings
 from stdit_jax.training import batches, weights
 from stdit_jax.training.checkpoints import CONFIG, Checkpoints, DamagedCheckpointError, plain, write_text
 from stdit_jax.training.compilation import AheadOfTime
-from stdit_jax.training.metrics import Averages, Metrics
+from stdit_jax.training.metrics import Averages, Metrics, Speed, batch_work, speed_note
 from stdit_jax.training.nonfinite import MicroStep, NonFinite, TooManyNonFinite
 from stdit_jax.training.objectives import OBJECTIVES, autoencoder_model
+from stdit_jax.training.profiling import Profiler
 from stdit_jax.training.stage_data import StageData
 from stdit_jax.training.stages import make_stages, stage_of, total_steps
 from stdit_jax.training.state import (
@@ -155,6 +156,8 @@ class Run:
     self.skip, self._programs, self._went_back_to = {}, {}, None
     self.compiled = AheadOfTime(config.compile_threads, say)
     self._terminated, self._beat, self._asked = False, beat, 0
+    self._speed, self._work = Speed(list(self.mesh.devices.flat)), {}
+    self._profiler = Profiler(config.output, config.profile_steps)
 
   def _check_weights(self):
     """Everything that has to be read is there, before anything compiles."""
@@ -242,7 +245,8 @@ class Run:
     self._beat(f"step {step}: saving", slow=True)
     stage = stage_of(self.stages, step)
     position = {"step": step, "stage": stage.name, "data": self.data[stage.index].identity(), "skip": self.skip}
-    self.checkpoints.save(step, state, constants(frozen), position)
+    with self._speed.paused():
+      self.checkpoints.save(step, state, constants(frozen), position)
 
   def _go_back(self, failure):
     """(state, step) of the last checkpoint, from which the micro steps that failed will be passed over.
@@ -316,7 +320,7 @@ class Run:
     total = total_steps(self.stages)
     metrics = Metrics(self.config.output, step, total, active=jax.process_index() == 0)
     try:
-      with self._noting_sigterm():
+      with self._noting_sigterm(), self._profiler:
         while step < total:
           stage, failure = stage_of(self.stages, step), None
           if step == stage.start and step > 0 and not stage.keep_optimizer:
@@ -371,11 +375,13 @@ class Run:
       batch = self._next_batch(rows, make_batch, step)
       while step < stage.start + stage.steps:
         micro_steps = []
+        self._profiler.before(step + 1)
         for micro in range(accumulate):
           loaded, arrays = batch
           program = self._gradient_program(stage, programs, loaded.bucket, loaded.batch_size)
           self._beat(f"step {step + 1}: {loaded.bucket[0]} x {loaded.bucket[1]}", slow=step == first)
           accumulator, values = program(state["params"], frozen, arrays, accumulator)
+          self._speed.micro_step(self._work[stage.index, loaded.bucket])
           weight = values.pop("weight")
           for name, value in values.items():
             log.add(name, value, weight)
@@ -388,12 +394,17 @@ class Run:
         self._beat(f"step {step + 1}: update", slow=step == first)
         state, accumulator, values = update(state, accumulator, np.int32(step))
         step += 1
+        self._speed.step()
+        if note := self._profiler.after(step, values):
+          say(note)
         for name, value in values.items():
           log.add(name, value)
         nonfinite.after(step, values["nonfinite"], micro_steps)
         if step % config.log_every == 0 or step == stage.start + stage.steps:
           nonfinite.settle()
-          metrics.write(step, log.take(), self._notes(loader, nonfinite))
+          values = log.take()  # waits for the device
+          speed = self._speed.take()
+          metrics.write(step, values | speed, speed_note(speed) + self._notes(loader, nonfinite))
         # Parameters with which nothing is finite are no place to go back to: the checkpoint waits for a good step.
         due = due or step % config.checkpoint_every == 0
         if due and not nonfinite.settle():
@@ -406,7 +417,8 @@ class Run:
             raise Preempted(f"stopped by SIGTERM after step {step}, which is saved; the same command goes on from there")
           if on_sample and config.sample_every and step % config.sample_every == 0:
             self._beat(f"step {step}: sampling", slow=True)
-            on_sample(step, state, frozen)
+            with self._speed.paused():
+              on_sample(step, state, frozen)
       nonfinite.settle()
     finally:
       loader.close()
@@ -422,7 +434,8 @@ class Run:
   def _next_batch(self, rows, make_batch, step):
     self._beat(f"step {step + 1}: waiting for data")
     try:
-      loaded = next(rows)
+      with self._speed.waiting_for_data():
+        loaded = next(rows)
     except (ValueError, RuntimeError) as error:  # too many files that can't be decoded, or a disk that fails
       raise InputError(str(error)) from error
     self._beat(f"step {step + 1}: making a batch of {loaded.bucket[0]} x {loaded.bucket[1]}", slow=True)  # may compile
@@ -446,6 +459,7 @@ class Run:
       data, objective = self.data[stage.index], self.objectives[stage.index]
       layout = data.layouts[bucket]
       batch = batches.batch_shapes(stage.config, objective, bucket, rows, layout.token_parts)
+      self._work[stage.index, bucket] = batch_work(stage.config, objective, batch)
       programs.make_gradient(bucket, tuple(batch), data.micro_batches[bucket], layout)
       params = self.state_shapes["params"]
       accumulator = jax.eval_shape(programs.new_accumulator, params)
@@ -459,6 +473,8 @@ class Run:
   def _ready(self, name):
     if not self.compiled.ready(name):
       self._beat(f"waiting for the program {name}", slow=True)
+      with self._speed.paused():
+        return self.compiled.get(name)
     return self.compiled.get(name)
 
   def _batch_maker(self, stage, state):

@@ -29,6 +29,8 @@ WRONG = [
   ({"optimizer__schedule": "linear"}, "optimizer.schedule is 'linear'; allowed: 'constant', 'cosine'"),
   ({"optimizer__accumulate": 0}, "optimizer.accumulate is 0; allowed: a whole number of at least 1"),
   ({"log_every": 0}, "log_every is 0"),
+  ({"profile_steps": (3, 2)}, "profile_steps is (3, 2); allowed: (), or (first, last) optimizer steps"),
+  ({"compile_threads": 0}, "compile_threads is 0; allowed: a whole number of at least 1"),
   ({"max_nonfinite": 0}, "max_nonfinite is 0; allowed: a whole number of at least 1"),
   ({"watchdog__timeout": -1.0}, "watchdog.timeout is -1.0; allowed: a number of at least 0"),
   ({"resume": "always"}, "resume is 'always'; allowed: 'auto', 'required', or a step such as '1200'"),
