@@ -26,6 +26,9 @@ def get_config():
   # Where to start: a run folder of ours or safetensors in the original layout; "" is the original initialisation.
   config.init = ""
   config.init_strict = True  # False: load what fits, report the rest
+  # "auto": the newest checkpoint of `output` that can be read, or from the start without any; "required": never from the
+  # start; "1200": that of step 1200. Newer ones are moved to `<output>/set-aside`.
+  config.resume = "auto"
   config.restart_data = False  # start the data order anew when the table, the buckets or the model changed since the checkpoint
 
   # Denoiser: a name of stdit_jax.models.stdit.TABLE and fields that replace its own (dtype, remat, scan, depth, ...).
@@ -75,9 +78,20 @@ def get_config():
   # dict(name="second", steps=1000, keep_optimizer=True, **{"optimizer.learning_rate": 5e-5}).
   config.stages = (dict(name="main", steps=1000),)
 
+  config.compile_threads = 1  # programs compiled at a time beside training, as soon as the first one is there
+  # Folder that keeps compiled programs, so that a restart compiles nothing: "" is `<output>/compilation_cache`. The environment
+  # variable JAX_COMPILATION_CACHE_DIR comes before it.
+  config.compilation_cache = ""
+  config.profile_steps = ()  # (first, last) optimizer step of a profile in `<output>/profile`; SIGUSR1 takes the next three
   config.log_every = 10
   config.checkpoint_every = 200
   config.keep_checkpoints = 3
+  # A step whose loss or gradient is not finite changes nothing. After so many in a row the run goes back to the last
+  # checkpoint and passes over the micro steps that failed; when that does not help it stops.
+  config.max_nonfinite = 5
+  # Seconds without progress, on any process, after which the run ends with exit code 75 and a message that names who hangs;
+  # `slow_timeout` holds while a checkpoint is read or written, programs are compiled, samples are made. 0: never.
+  config.watchdog = dict(timeout=300.0, slow_timeout=3600.0)
   config.sample_every = 0  # optimizer steps; 0: no sample videos while training
   config.sample = dict(
     prompts=(), resolution="144p", aspect_ratio="9:16", num_frames=16, fps=24, steps=30, guidance_scale=7.0, seed=0

@@ -61,7 +61,7 @@ class LoadedStep:
   samples: list
 
 
-def make_loader(config, folder, *, shard=(0, 1), start=0, tokenize=None, epochs=None):
+def make_loader(config, folder, *, shard=(0, 1), start=0, skip=(), tokenize=None, epochs=None):
   """-> `Loader`, an iterator of `LoadedStep`.
 
   Args:
@@ -70,6 +70,7 @@ def make_loader(config, folder, *, shard=(0, 1), start=0, tokenize=None, epochs=
     shard: which rows of every batch are read: (parts, number of parts), `parts` being one number or several in order; or a
       dict {(resolution, frames): such a pair}, for buckets that are split differently.
     start: global micro step to begin with.
+    skip: global micro steps that are passed over.
     tokenize: picklable caption -> (ids, mask), called in the workers; None = no ids.
     epochs: end after so many epochs, None = never.
 
@@ -85,7 +86,7 @@ def make_loader(config, folder, *, shard=(0, 1), start=0, tokenize=None, epochs=
     raise ValueError(f"data folder {folder} or a table cannot be used: {e.filename or ''} {e.strerror or e}") from None
   shares = _shares(config.parsed_buckets(), shard)
   _check_files(table, first)
-  return Loader(sequence, shares, start, tokenize, epochs)
+  return Loader(sequence, shares, start, skip, tokenize, epochs)
 
 
 def _shares(parsed, shard):
@@ -121,8 +122,8 @@ def _check_files(table, first):
 class Loader:
   """Iterator of `LoadedStep`; `state` is the next micro step. Close it, or use it in a `with` block."""
 
-  def __init__(self, sequence, shares, start, tokenize, epochs):
-    self.plans, self.state, self.epochs = sequence, start, epochs
+  def __init__(self, sequence, shares, start, skip, tokenize, epochs):
+    self.plans, self.state, self.skip, self.epochs = sequence, start, frozenset(skip), epochs
     self.bad_rows, self.rows_read = {}, 0
     config, table = sequence.config, sequence.table
     self.rows_per_step = _rows_per_step(config.parsed_buckets(), shares)
@@ -146,6 +147,11 @@ class Loader:
     return self
 
   def __next__(self):
+    while self.state in self.skip:
+      self._load()  # read ahead by now, and let go: they are few
+    return self._load()
+
+  def _load(self):
     epoch, index = self.plans.locate(self.state)
     if self._rows is None or (self.epochs is not None and epoch >= self.epochs):
       raise StopIteration

@@ -35,6 +35,15 @@ def digest(description):
   return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
 
 
+def place(count, skip):
+  """Global micro step that comes next when `count` have been taken and those in `skip` are passed over."""
+  for position in sorted(skip):
+    if position > count:
+      break
+    count += 1
+  return count
+
+
 def changed_keys(old, new):
   """What differs between two descriptions, one text per key: ["seed: 42 -> 43", ...]; empty if nothing does."""
   changes = []
@@ -173,6 +182,12 @@ class Plan:
 
   def bucket_index(self, step):
     return int(self._bucket[step])
+
+  def buckets(self, step, count):
+    """Buckets of `count` steps from `step` on, each once, in the order of need; past the end of the epoch it begins again,
+    as the nearest guess at the next one."""
+    ahead = np.concatenate([self._bucket[step : step + count], self._bucket[: max(0, step + count - self.num_steps)]])
+    return [self._buckets[ahead[i]] for i in np.sort(np.unique(ahead, return_index=True)[1])]
 
   def slots(self, step):
     """(first slot, end) of a step."""

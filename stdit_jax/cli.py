@@ -25,11 +25,12 @@ def one_line_errors(kinds=(ValueError, OSError)):
     raise SystemExit(2) from None
 
 
-def connect_processes():
+def connect_processes(heartbeat_timeout=100):
   """Joins the processes of a run on several hosts, before the first use of a device; launch/ sets the variables.
 
   STDIT_JAX_DISTRIBUTED=1: JAX finds the others itself (Cloud TPU, GKE, Slurm, Open MPI). Elsewhere STDIT_JAX_COORDINATOR
-  (HOST:PORT of process 0), STDIT_JAX_NUM_PROCESSES and STDIT_JAX_PROCESS_ID say who and where they are.
+  (HOST:PORT of process 0), STDIT_JAX_NUM_PROCESSES and STDIT_JAX_PROCESS_ID say who and where they are. A process that the
+  runtime has not heard of for `heartbeat_timeout` seconds makes it abort the others.
   """
   names = ("STDIT_JAX_COORDINATOR", "STDIT_JAX_NUM_PROCESSES", "STDIT_JAX_PROCESS_ID")
   coordinator, number, process = given = [os.environ.get(name, "") for name in names]
@@ -51,19 +52,20 @@ def connect_processes():
   import jax
 
   try:
-    jax.distributed.initialize(**place)
+    jax.distributed.initialize(**place, heartbeat_timeout_seconds=heartbeat_timeout)
   except ValueError as error:
     raise ValueError(f"JAX found no cluster here ({error}); without one, set {', '.join(names)}") from None
 
 
-def use_compilation_cache():
-  """Keeps compiled programs between runs: a restart compiles nothing. JAX_COMPILATION_CACHE_DIR chooses another folder."""
+def use_compilation_cache(folder=None):
+  """Keeps compiled programs between runs in `folder`, by default one of the user's: a restart compiles nothing.
+  JAX_COMPILATION_CACHE_DIR comes before it."""
   import jax
 
   if not jax.config.jax_compilation_cache_dir:
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "stdit_jax" / "xla"
-    jax.config.update("jax_compilation_cache_dir", str(cache))
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    home = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "stdit_jax" / "xla"
+    jax.config.update("jax_compilation_cache_dir", str(folder or home))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def keep_freed_memory():

@@ -3,16 +3,20 @@
   python -m stdit_jax.train --config configs/quickstart.py [--config.output=runs/mine --config.optimizer.learning_rate=1e-4]
 
 Every key of the configuration is in configs/base.py. Stop it at any time: the same command resumes from the newest
-checkpoint in `output`. On a pod the same command runs on every host (see launch/).
+checkpoint in `output`. On a pod the same command runs on every host (see launch/). Exit codes: 0 finished, 2 a mistake that
+the message names, 75 stopped by SIGTERM or because a process hangs or is gone: start it again, 130 interrupted.
 """
 
 import re
 import sys
+import traceback
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from stdit_jax.cli import InputError, connect_processes, keep_freed_memory, one_line_errors, use_compilation_cache
+from stdit_jax.training.stages import make_stages
+from stdit_jax.training.watchdog import RESTART, Watchdog
 
 _HELP = "file with get_config(), e.g. configs/quickstart.py"
 _CONFIG = config_flags.DEFINE_config_file("config", None, _HELP)
@@ -51,25 +55,61 @@ def parse_flags(argv):
   return rest
 
 
-def main(_):
-  logging.set_verbosity(logging.WARNING)  # orbax reports every step of a checkpoint at INFO
-  with one_line_errors():
-    use_compilation_cache()
-    connect_processes()
-    keep_freed_memory()
-    from stdit_jax.interop import CheckpointError
-    from stdit_jax.training.loop import Run
-    from stdit_jax.training.sampling import Sampler
+def connect(config):
+  """Joins the processes of a run of several; returns the watchdog."""
+  # The runtime's own heartbeat must not be the first to end the run: it does so without a word about who hangs.
+  connect_processes(heartbeat_timeout=max(100, int(2 * config.watchdog.timeout)))
+  from jax._src.distributed import global_state  # nothing public gives the key-value store
 
-    run = Run(_CONFIG.value)
-    on_sample = Sampler(run) if run.config.sample_every else None
-    started = run.start()
+  client, index, count = global_state.client, global_state.process_id, global_state.num_processes
+  if count == 1:
+    client = None
+  return Watchdog(config.watchdog.timeout, config.watchdog.slow_timeout, client, index, count)
+
+
+def run(config, watchdog):
+  """Trains; user's mistakes end as one line with exit code 2, SIGTERM with RESTART, ^C with 130."""
   try:
+    with one_line_errors():
+      from stdit_jax.interop import CheckpointError
+      from stdit_jax.training.loop import Preempted, Run
+      from stdit_jax.training.sampling import Sampler
+
+      keep_freed_memory()
+      training = Run(config, watchdog.beat)
+      on_sample = Sampler(training) if config.sample_every else None
+      started = training.start()
     with one_line_errors((InputError, CheckpointError, OSError)):
-      run.train(on_sample, started)
+      try:
+        training.train(on_sample, started)
+      except Preempted as stop:
+        print(stop, file=sys.stderr)
+        raise SystemExit(RESTART) from None
   except KeyboardInterrupt:
     print("interrupted; the same command resumes from the newest checkpoint", file=sys.stderr)
     raise SystemExit(130) from None
+
+
+def main(_):
+  logging.set_verbosity(logging.ERROR)  # orbax reports every step of a checkpoint
+  config = _CONFIG.value
+  with one_line_errors():
+    make_stages(config)  # before any process waits for another
+    use_compilation_cache(config.compilation_cache or f"{config.output}/compilation_cache")
+    watchdog = connect(config)
+  with watchdog:
+    try:
+      run(config, watchdog)
+    except BaseException as error:
+      preempted = isinstance(error, SystemExit) and error.code == RESTART  # all processes alike
+      if watchdog.count == 1 or preempted:
+        raise
+      # Its exit would wait for the others, and they for this one.
+      code = error.code if isinstance(error, SystemExit) else 1
+      if code == 1:
+        traceback.print_exc()
+        watchdog.connection_lost()
+      watchdog.leave(str(error) if code == 1 else f"exit code {code}", code)
 
 
 if __name__ == "__main__":

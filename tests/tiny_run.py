@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 
@@ -37,6 +38,9 @@ def make_assets(folder):
     features = np.random.default_rng(i).standard_normal((5 + i, 64), np.float32)
     save_file({"y": features}, folder / row["text_features"])
   files.write_csv(folder / "features.csv", rows)
+  save_file({"y": np.full((5, 64), np.nan, np.float32)}, folder / "nan.safetensors")
+  files.write_csv(folder / "one_nan.csv", [*rows[:7], {**rows[7], "text_features": "nan.safetensors"}, *rows[8:]])
+  files.write_csv(folder / "all_nan.csv", [{**row, "text_features": "nan.safetensors"} for row in rows])
   rows = [{k: v for k, v in row.items() if k != "text_features"} for row in rows]
   files.write_csv(folder / "table.csv", rows)
   files.write_csv(folder / "other.csv", rows[:-1])
@@ -102,6 +106,23 @@ def run_module(name, *arguments, **more):
   """`python -m name arguments` -> CompletedProcess with text."""
   command = [sys.executable, "-m", name, *map(str, arguments)]
   return subprocess.run(command, cwd=ROOT, env=environment(**more), capture_output=True, text=True, timeout=300)
+
+
+def start_processes(config, folder, count=2, devices=4, **more):
+  """`count` processes of one training on loopback, with so many CPU devices each; their output goes to `folder/<i>.log`."""
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = free.getsockname()[1]
+  flags = f"--xla_force_host_platform_device_count={devices} {more.pop('XLA_FLAGS', '')}"
+  place = {"STDIT_JAX_COORDINATOR": f"localhost:{port}", "STDIT_JAX_NUM_PROCESSES": str(count)}
+  processes = []
+  for i in range(count):
+    # NPROC: see tests/training/test_devices.py.
+    own = environment(XLA_FLAGS=flags, NPROC="64", **place, STDIT_JAX_PROCESS_ID=str(i), **more)
+    command = [sys.executable, "-m", "stdit_jax.train", "--config", str(config)]
+    with (folder / f"{i}.log").open("a") as log:
+      processes.append(subprocess.Popen(command, cwd=ROOT, env=own, stdout=log, stderr=subprocess.STDOUT))
+  return processes
 
 
 def eight_config(assets, output, steps=2, **changes):

@@ -12,6 +12,7 @@ import re
 
 import jax
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from configs import base
 from stdit_jax.cli import InputError
@@ -32,6 +33,10 @@ def write_text(path, text):
   os.replace(temporary, path)
 
 
+class DamagedCheckpointError(ValueError):
+  """A checkpoint that is there, but cannot be read."""
+
+
 class Checkpoints:
   """The checkpoints of one run folder."""
 
@@ -44,8 +49,12 @@ class Checkpoints:
     self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
   def latest(self):
-    """Step of the newest whole checkpoint, or None."""
+    """Step of the newest checkpoint that was written to its end, or None."""
     return self._manager.latest_step()
+
+  def steps(self):
+    """Steps of all checkpoints that were written to their end, ascending."""
+    return sorted(self._manager.all_steps())
 
   def save(self, step, state, constants, position):
     """Starts writing; returns as soon as the arrays are copied off the device."""
@@ -57,15 +66,37 @@ class Checkpoints:
       self._manager.save(step, args=ocp.args.Composite(position=ocp.args.JsonSave(position), **arrays))
 
   def position(self, step):
-    """The JSON written with the checkpoint: step, data position and fingerprints."""
-    return self._manager.restore(step, args=ocp.args.Composite(position=ocp.args.JsonRestore()))["position"]
+    """The JSON written with the checkpoint: step, data position and fingerprints. Raises DamagedCheckpointError."""
+    with self._reading(step):
+      return self._manager.restore(step, args=ocp.args.Composite(position=ocp.args.JsonRestore()))["position"]
 
   def restore(self, step, state_shapes, constants_shapes):
-    """(state, constants) into the given shapes with shardings, on whatever mesh they name."""
+    """(state, constants) into the given shapes with shardings, on whatever mesh they name. Raises DamagedCheckpointError."""
     items = {**state_shapes, **({"constants": constants_shapes} if constants_shapes else {})}
     args = {name: ocp.args.StandardRestore(shapes) for name, shapes in items.items()}
-    restored = self._manager.restore(step, args=ocp.args.Composite(**args))
-    return {name: restored[name] for name in state_shapes}, restored.get("constants") or {}
+    with self._reading(step):
+      restored = self._manager.restore(step, args=ocp.args.Composite(**args))
+      return {name: restored[name] for name in state_shapes}, restored.get("constants") or {}
+
+  def set_aside(self, steps):
+    """Moves checkpoints out of the way of those that will be written, to `<output>/set-aside/<step>`; returns the folder."""
+    folder = self.folder.parent / "set-aside"
+    if jax.process_index() == 0:
+      folder.mkdir(exist_ok=True)
+      for step in steps:
+        place, number = folder / str(step), 1
+        while place.exists():
+          place, number = folder / f"{step}.{number}", number + 1
+        os.rename(self.folder / str(step), place)
+    if jax.process_count() > 1:
+      multihost_utils.sync_global_devices("checkpoints set aside")
+    self._manager.reload()
+    return folder
+
+  def reached_preemption(self, step):
+    """Whether all processes of a run of several stop at this call, which is the same on each: one was sent SIGTERM, or its
+    machine is about to be taken away. Call it in every step, with a number that grows."""
+    return self._manager.reached_preemption(step)
 
   def wait(self):
     """Returns when everything is on disk."""
@@ -75,6 +106,18 @@ class Checkpoints:
   def close(self):
     with self._writing():
       self._manager.close()
+
+  @contextlib.contextmanager
+  def _reading(self, step):
+    """What orbax and tensorstore raise about files that are missing, cut or garbled, as DamagedCheckpointError."""
+    try:
+      yield
+    except Exception as error:
+      text = " ".join(str(error).split())
+      refused = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+      if refused or isinstance(error, MemoryError) or re.search("PERMISSION_DENIED|RESOURCE_EXHAUSTED", text):
+        raise  # not the checkpoint's fault
+      raise DamagedCheckpointError(f"checkpoint {self.folder / str(step)} is damaged: {text[:200]}") from error
 
   @contextlib.contextmanager
   def _writing(self):

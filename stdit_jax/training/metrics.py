@@ -1,14 +1,21 @@
 """Metrics of a run: one line on the console, TensorBoard, and JSON lines that survive everything."""
 
 import collections
+import contextlib
 import json
 import math
 import pathlib
 import time
 
+import jax
 from tensorboardX import SummaryWriter
 
+from stdit_jax.models import flops
 from stdit_jax.training.checkpoints import write_text
+
+# Published peaks in bfloat16, TFLOP/s per device as JAX counts them (two per chip on v4 without megacore are not told apart).
+PEAK_TFLOPS = (("v4", 275), ("v5 lite", 197), ("v5e", 197), ("v5p", 459), ("v5", 459), ("v6", 918), ("H100", 989))
+SHARE = "/share"  # of the samples that count for the mean of the same name without it
 
 
 def duration(seconds):
@@ -21,7 +28,11 @@ def duration(seconds):
 
 
 class Averages:
-  """Means over the steps since the last line. Values stay on the device until they are asked for: no wait per step."""
+  """Means over the steps since the last line. Values stay on the device until they are asked for: no wait per step.
+
+  Values that are not finite are left out, as the update program leaves out their steps; `nonfinite` is the share of those.
+  A value of which only a share of the samples counts comes as two, NAME (zero elsewhere) and NAME/share.
+  """
 
   def __init__(self):
     self._values = []
@@ -31,22 +42,100 @@ class Averages:
     self._values.append((name, value, weight))
 
   def take(self):
-    """{name: weighted mean}, and starts anew. Names without weight are left out."""
+    """{name: weighted mean}, and starts anew. Names without weight, or without a finite value, are left out."""
     sums = collections.defaultdict(lambda: [0.0, 0.0])
     for name, value, weight in self._values:
       value, weight = float(value), float(weight)
-      if weight:
+      if weight and math.isfinite(value):
         sums[name][0] += value * weight
         sums[name][1] += weight
     self._values = []
-    return {name: total / weight for name, (total, weight) in sums.items()}
+    means = {name: total / weight for name, (total, weight) in sums.items()}
+    for name in [name for name in means if name.endswith(SHARE)]:
+      share, value = means.pop(name), name.removesuffix(SHARE)
+      if share:
+        means[value] /= share
+      else:
+        del means[value]
+    return means
+
+
+def batch_work(config, objective, shapes):
+  """(tokens, model FLOPs) of training on one global batch of these shapes; FLOPs are 0 where no formula is there.
+
+  Tokens are those that the program computes: 1 to 7 % of them are padding. FLOPs are those of the denoiser, three times its
+  forward pass: no encoder, no recomputation.
+  """
+  if config.task != "denoiser":
+    return 0, 0
+  rows, frames, space, _ = shapes["latents_mean"].shape
+  model = objective.model.config
+  return rows * frames * space, rows * flops.TRAINING * flops.forward(model, frames, space, model.model_max_length)
+
+
+class Speed:
+  """How fast a run is since the last line, without the time of checkpoints, samples and waiting for the compiler."""
+
+  def __init__(self, devices):
+    kind = devices[0].device_kind
+    self._devices = len(devices)
+    self._peak = next((tflops for name, tflops in PEAK_TFLOPS if name.lower() in kind.lower()), None)
+    self._start()
+
+  def _start(self):
+    self._began, self._paused, self._data, self._tokens, self._flops, self._steps = time.monotonic(), 0.0, 0.0, 0, 0, 0
+
+  def micro_step(self, work):
+    """`work`: (tokens, FLOPs)."""
+    self._tokens, self._flops = self._tokens + work[0], self._flops + work[1]
+
+  def step(self):
+    self._steps += 1
+
+  @contextlib.contextmanager
+  def waiting_for_data(self):
+    began = time.monotonic()
+    yield
+    self._data += time.monotonic() - began
+
+  @contextlib.contextmanager
+  def paused(self):
+    began = time.monotonic()
+    yield
+    self._paused += time.monotonic() - began
+
+  def take(self):
+    """{"speed/...": value} since the last call."""
+    seconds = max(time.monotonic() - self._began - self._paused, 1e-9)
+    values = {"step_seconds": seconds / max(self._steps, 1), "data_seconds": self._data / max(self._steps, 1)}
+    values["data_share"] = self._data / seconds
+    if self._tokens:
+      values["tokens_per_second"] = self._tokens / seconds
+    if self._flops:
+      values["tflops_per_device"] = self._flops / seconds / self._devices / 1e12
+      if self._peak:
+        values["mfu"] = values["tflops_per_device"] / self._peak
+    memory = jax.local_devices()[0].memory_stats() or {}
+    for key, name in (("bytes_in_use", "hbm_gib"), ("peak_bytes_in_use", "hbm_peak_gib")):
+      if key in memory:
+        values[name] = memory[key] / 2**30
+    self._start()
+    return {f"speed/{name}": value for name, value in values.items()}
+
+
+def speed_note(values):
+  """What the console says of `Speed.take`."""
+  text = f"  data {values['speed/data_share']:.1%}"
+  if "speed/tflops_per_device" in values:
+    text += f"  {values['speed/tflops_per_device']:.3g} TFLOP/s per device"
+  return text + (f" (MFU {values['speed/mfu']:.1%})" if "speed/mfu" in values else "")
 
 
 class Metrics:
   """Writes what the loop measures. Only the first process writes."""
 
   def __init__(self, output, first_step, total_steps, active=True):
-    self._active, self._total, self._first = active, total_steps, first_step
+    self._active, self._total, self.first_step = active, total_steps, first_step
     self._start = self._last_time = time.monotonic()
     self._last_step = first_step
     if not active:
@@ -66,11 +155,10 @@ class Metrics:
       return
     now = time.monotonic()
     rate = (step - self._last_step) / max(now - self._last_time, 1e-9)
-    mean_rate = (step - self._first) / max(now - self._start, 1e-9)
+    mean_rate = (step - self.first_step) / max(now - self._start, 1e-9)
     self._last_time, self._last_step = now, step
     left = duration((self._total - step) / mean_rate) if mean_rate else "?"
-    finite = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
-    self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **finite}) + "\n")
+    self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
     self._file.flush()
     for name, value in values.items():
       self._board.add_scalar(name.replace(" ", "_"), value, step)

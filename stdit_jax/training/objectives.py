@@ -118,7 +118,15 @@ class DenoiserObjective:
     loss = self.diffusion.loss(
       denoise, x0, noise(Purpose.NOISE), t, num_channels=model.in_channels, frame_mask=frame_mask, valid=valid
     )
-    return loss, {}
+    return loss, self._by_timestep(loss, t)
+
+  def _by_timestep(self, loss, t):
+    """The loss in each quarter of the timesteps, 0 elsewhere, and where it counts (`metrics.Averages`)."""
+    quarter = jnp.clip(jnp.floor(4 * t.astype(jnp.float32) / self.diffusion.num_timesteps), 0, 3)
+    values = {}
+    for q, name in enumerate(("loss/t 0-25%", "loss/t 25-50%", "loss/t 50-75%", "loss/t 75-100%")):
+      values |= {name: jnp.where(quarter == q, loss, 0.0), f"{name}/share": (quarter == q).astype(jnp.float32)}
+    return values
 
 
 class AutoencoderObjective:

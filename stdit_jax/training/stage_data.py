@@ -82,15 +82,22 @@ class StageData:
     return self._plans.description
 
   def check_same(self, old, restart):
-    """Raises ValueError when the plan is not the one of the checkpoint, naming what changed; `restart` lets it pass."""
+    """Whether the plan is the one of the checkpoint; raises ValueError, naming what changed, unless `restart` lets it pass."""
     changes = plan.changed_keys(old, self.identity())
     if changes and not restart:
       raise ValueError(
         f"config: the data of stage {self.stage!r} is not that of the checkpoint ({'; '.join(changes)}); restore it, or "
         "start the data anew with --config.restart_data=True"
       )
+    return not changes
 
-  def loader(self, micro_step):
-    """This process's loader, at a micro step of the stage."""
+  def buckets_ahead(self, taken, count, skip=()):
+    """Buckets of the next `count` micro steps after so many, in the order of need, as far as the epoch's plan tells."""
+    epoch, step = self._plans.locate(plan.place(taken, skip))
+    return self._plans.plan(epoch).buckets(step, count)
+
+  def loader(self, taken, skip=()):
+    """This process's loader, after so many micro steps of the stage; those of the plan in `skip` are passed over."""
     shard = {bucket: (layout.process_parts(), layout.batch_parts) for bucket, layout in self.layouts.items()}
-    return make_loader(self.config, self.folder, shard=shard, start=micro_step, tokenize=self._tokenize)
+    start = plan.place(taken, skip)
+    return make_loader(self.config, self.folder, shard=shard, start=start, skip=skip, tokenize=self._tokenize)

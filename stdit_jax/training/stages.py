@@ -23,8 +23,7 @@ _PARTIAL = ("mesh.", "slices.")
 _FIXED = (
   "output", "seed", "task", "platform", "mesh", "slices", "model", "text_encoder", "autoencoder.name", "autoencoder.fields",
   "autoencoder.weights", "autoencoder.dtype", "autoencoder.temporal", "autoencoder.micro_batch", "autoencoder.cache_gb", "init",
-  "stages",
-  "keep_checkpoints",
+  "stages", "keep_checkpoints", "resume", "restart_data", "watchdog", "compile_threads", "compilation_cache", "profile_steps",
 )  # fmt: skip
 
 
@@ -123,7 +122,18 @@ def check_values(config):
   for key in ("b1", "b2"):
     _number(config, f"optimizer.{key}", 0, 1)
   _number(config, "optimizer.accumulate", 1, whole=True)
-  for key in ("log_every", "checkpoint_every", "keep_checkpoints"):
+  if config.resume not in ("auto", "required") and not config.resume.isdigit():
+    raise ValueError(f"config: resume is {config.resume!r}; allowed: 'auto', 'required', or a step such as '1200'")
+  first_last = tuple(config.profile_steps)
+  if first_last and not (
+    len(first_last) == 2 and all(type(n) is int for n in first_last) and 1 <= first_last[0] <= first_last[1]
+  ):
+    raise ValueError(
+      f"config: profile_steps is {config.profile_steps!r}; allowed: (), or (first, last) optimizer steps from 1 on"
+    )
+  for key in ("watchdog.timeout", "watchdog.slow_timeout"):
+    _number(config, key, 0)
+  for key in ("log_every", "checkpoint_every", "keep_checkpoints", "max_nonfinite", "compile_threads"):
     _number(config, key, 1, whole=True)
   _number(config, "sample_every", 0, whole=True)
   _number(config, "autoencoder.cache_gb", 0)

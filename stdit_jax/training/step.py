@@ -86,16 +86,19 @@ def accumulate_gradients(loss, layout, micro_batches, scales, params, frozen, ba
     (gradients, sums), _ = jax.lax.scan(add, zero, parts)
 
   weight = batch["weight"].sum()
+  # A loss that is not finite must not pass unseen, whatever its gradient: the count carries it to `update`.
+  one = jnp.where(jnp.isfinite(sums["loss"]), (weight > 0).astype(jnp.float32), jnp.nan)
   scale = jnp.where(weight > 0, 1.0 / jnp.where(weight > 0, weight, 1.0), 0.0)
   accumulator = {
     "gradients": jax.tree.map(lambda a, g: a + g * scale, accumulator["gradients"], gradients),
-    "count": accumulator["count"] + (weight > 0),
+    "count": accumulator["count"] + one,
   }
   return accumulator, {**{name: value * scale for name, value in sums.items()}, "weight": weight}
 
 
 def update(optimizer, scales, schedule, clip_norm, ema_decay, state, accumulator, step):
-  """One optimizer step from the accumulated gradients; without weight, or with a gradient that is not finite, no step.
+  """One optimizer step from the accumulated gradients; without weight, or with a loss or gradient that is not finite, no
+  step: `stepped` and `nonfinite` of the metrics tell.
 
   Clipping by the global norm over the parameters that train, AdamW, then the moving average
   `ema = decay * ema + (1 - decay) * params`, every step, in float32 (Open-Sora 1.2 `update_ema`), written so that the
@@ -107,7 +110,8 @@ def update(optimizer, scales, schedule, clip_norm, ema_decay, state, accumulator
   count = jnp.maximum(accumulator["count"], 1.0)
   gradients = jax.tree.map(lambda g, s: g / count if s else jnp.zeros_like(g), accumulator["gradients"], scales)
   norm = optax.tree.norm(gradients)
-  good = jnp.isfinite(norm) & (accumulator["count"] > 0)
+  finite = jnp.isfinite(norm) & jnp.isfinite(accumulator["count"])
+  good = finite & (accumulator["count"] > 0)
   clip = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-12)) if clip_norm else 1.0
   gradients = jax.tree.map(lambda g: jnp.where(good, g * clip, 0.0), gradients)
 
@@ -117,7 +121,7 @@ def update(optimizer, scales, schedule, clip_norm, ema_decay, state, accumulator
   ema = jax.tree.map(lambda e, p: e + (p - e) * (1 - ema_decay), state["ema"], params)
   new = {"params": params, "ema": ema, "opt": opt}
   state = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, state)
-  metrics = {"gradient_norm": norm, "learning_rate": rate, "stepped": good}
+  metrics = {"gradient_norm": norm, "learning_rate": rate, "stepped": good, "nonfinite": ~finite}
   return state, jax.tree.map(jnp.zeros_like, accumulator), metrics
 
 
@@ -132,7 +136,7 @@ class Programs:
     tpu = mesh.devices.flat[0].platform == "tpu"
     self._options = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"} if tpu else None
     self._state = tree_shardings(state_shapes, mesh)
-    self._frozen = tree_shardings(frozen_shapes, mesh)
+    self.frozen_shapes, self._frozen = frozen_shapes, tree_shardings(frozen_shapes, mesh)
     self._accumulator = {"gradients": self._state["params"], "count": self._replicated}
     self.gradients = {}
     self.new_accumulator = jax.jit(new_accumulator, out_shardings=self._accumulator)

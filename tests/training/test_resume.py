@@ -1,7 +1,11 @@
-"""A run that is killed and resumed ends with the same bits as the one left alone, over stages, buckets and epochs."""
+"""A run that is killed or stopped and resumed ends with the same bits as the one left alone, over stages, buckets and epochs.
+
+`python -m tests.long.kill_and_resume` does the same with 20 random moments.
+"""
 
 import json
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,8 +38,8 @@ def finish(config, log):
   assert start(config, log).wait(240) == 0, log.read_text()[-3000:]
 
 
-def kill_when(config, log, condition, what):
-  """Starts the run and kills it as soon as `condition()`; it must not have ended before."""
+def kill_when(config, log, condition, what, how=signal.SIGKILL):
+  """Starts the run and kills it as soon as `condition()`; it must not have ended before. Returns its exit code."""
   process = start(config, log)
   try:
     end = time.monotonic() + 240
@@ -43,8 +47,10 @@ def kill_when(config, log, condition, what):
       assert process.poll() is None, f"ended before {what}: {log.read_text()[-3000:]}"
       assert time.monotonic() < end, f"never {what}"
       time.sleep(0.001)
+    process.send_signal(how)
+    return process.wait(60)
   finally:
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
 
 
@@ -57,7 +63,9 @@ def items(output):
 
 def metrics(output):
   lines = [json.loads(line) for line in (pathlib.Path(output) / "metrics.jsonl").read_text().splitlines()]
-  return [line["step"] for line in lines], [{k: v for k, v in line.items() if k != "time"} for line in lines]
+  return [line["step"] for line in lines], [
+    {k: v for k, v in line.items() if k != "time" and not k.startswith("speed/")} for line in lines
+  ]
 
 
 @pytest.fixture(scope="module")
@@ -69,31 +77,43 @@ def left_alone(assets, tmp_path_factory):
   return folder, settings
 
 
+def writes_a_checkpoint(output):
+  checkpoints = output / "checkpoints"
+  return checkpoints.is_dir() and any("tmp" in p.name for p in checkpoints.iterdir())
+
+
+def assert_same_bits(alone, other):
+  alone, other = items(alone), items(other)
+  paths = jax.tree_util.tree_flatten_with_path(alone)[0]
+  assert len(paths) > 100
+  for (path, a), b in zip(paths, jax.tree.leaves(other), strict=True):
+    assert a.tobytes() == b.tobytes(), f"{jax.tree_util.keystr(path)} differs by {np.abs(a - b).max()}"
+
+
 def test_killed_at_any_step_and_resumed_ends_with_the_same_bits(assets, left_alone):
   folder, settings = left_alone
   output, log = folder / "killed", folder / "killed.log"
   config = write_config(folder / "killed.py", assets, output, **settings)
   checkpoints = output / "checkpoints"
 
-  def writes_a_checkpoint():
-    return checkpoints.is_dir() and any("tmp" in p.name for p in checkpoints.iterdir())
-
-  kill_when(config, log, writes_a_checkpoint, "wrote a checkpoint")
+  kill_when(config, log, lambda: writes_a_checkpoint(output), "wrote a checkpoint")
   assert (output / "config.json").is_file()
+  # Told to stop, it saves the step it is at.
+  code = kill_when(config, log, lambda: max(metrics_steps(output), default=0) >= 7, "came to 7", signal.SIGTERM)
+  assert code == 75, log.read_text()[-3000:]
+  saved = max(int(p.name) for p in checkpoints.iterdir())
+  assert f"stopped by SIGTERM after step {saved}, which is saved" in log.read_text()
+  assert metrics_steps(output) == list(range(1, saved + 1))
   # Between two checkpoints, in the second stage: steps are lost and made again.
   kill_when(config, log, lambda: (checkpoints / "15").is_dir() and max(metrics_steps(output), default=0) >= 16, "came to 16")
   finish(config, log)
   assert "resumed from step 15" in log.read_text()
 
-  alone, killed = items(folder / "alone"), items(output)
-  paths = jax.tree_util.tree_flatten_with_path(alone)[0]
-  assert len(paths) > 100
-  for (path, a), b in zip(paths, jax.tree.leaves(killed), strict=True):
-    assert a.tobytes() == b.tobytes(), f"{jax.tree_util.keystr(path)} differs by {np.abs(a - b).max()}"
+  assert_same_bits(folder / "alone", output)
   steps, lines = metrics(output)
   assert steps == list(range(1, STEPS + 1))
   assert lines == metrics(folder / "alone")[1]
-  assert sorted(p.name for p in checkpoints.iterdir()) == sorted(str(s) for s in (3, 6, 9, 12, 15, 18, 20))
+  assert sorted(p.name for p in checkpoints.iterdir()) == sorted(str(s) for s in {3, 6, 9, 12, 15, 18, 20, saved})
 
 
 def metrics_steps(output):
@@ -101,6 +121,43 @@ def metrics_steps(output):
     return [json.loads(line)["step"] for line in (output / "metrics.jsonl").read_text().splitlines()]
   except (FileNotFoundError, json.JSONDecodeError):
     return []
+
+
+def largest_file(folder):
+  return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning_and_kept(assets, left_alone, capfd):
+  folder, settings = left_alone
+  output = folder / "damaged"
+  shutil.copytree(folder / "alone", output)
+  checkpoints = output / "checkpoints"
+  cut = largest_file(checkpoints / "20" / "params")
+  cut.write_bytes(cut.read_bytes()[:1000])
+  shutil.rmtree(checkpoints / "18" / "opt")
+  for path in (checkpoints / "15" / "position").iterdir():
+    path.write_text("{")
+  _, _, step = Run(tiny_config(assets, output, **settings)).start()
+  assert step == 12
+  said = capfd.readouterr()
+  for damaged in (20, 18, 15):
+    assert f"warning: checkpoint {checkpoints / str(damaged)} is damaged" in said.err
+    assert (output / "set-aside" / str(damaged)).is_dir()
+    assert not (checkpoints / str(damaged)).exists()
+  assert "resumed from step 12" in said.out
+
+  with pytest.raises(ValueError, match=r"resume='15', but .* has only checkpoints \[3, 6, 9, 12\]"):
+    Run(tiny_config(assets, output, **settings, resume="15")).start()
+  _, _, step = Run(tiny_config(assets, output, **settings, resume="9")).start()
+  assert step == 9
+  assert (output / "set-aside" / "12").is_dir()
+  for step in (3, 6, 9):
+    shutil.rmtree(checkpoints / str(step) / "params")
+  with pytest.raises(ValueError, match=r"no checkpoint in .* can be read; move them away to start anew"):
+    Run(tiny_config(assets, output, **settings)).start()
+  assert sorted(p.name for p in checkpoints.iterdir()) == ["3", "6", "9"]
+  with pytest.raises(ValueError, match=r"resume='required', but .* has no checkpoint"):
+    Run(tiny_config(assets, folder / "empty", resume="required")).start()
 
 
 def test_a_finished_run_is_left_as_it_is(assets, left_alone):

@@ -1,7 +1,9 @@
 """Whole runs in this process: traces, text from everywhere, IDDPM, where weights come from, bad rows, the autoencoder."""
 
 import json
+import os
 import pathlib
+import signal
 
 import jax
 import numpy as np
@@ -10,8 +12,10 @@ from PIL import Image
 
 from stdit_jax.cli import InputError
 from stdit_jax.interop import CheckpointError, save_variables
+from stdit_jax.training import batches
 from stdit_jax.training.checkpoints import load_weights
 from stdit_jax.training.loop import Run
+from stdit_jax.training.metrics import Averages
 from stdit_jax.training.sampling import Sampler
 from tests.tiny_run import tiny_config
 
@@ -29,6 +33,59 @@ def first(assets, tmp_path_factory):
   """(run, final state) of the tiny configuration."""
   run = Run(tiny_config(assets, tmp_path_factory.mktemp("runs") / "first"))
   return run, jax.tree.map(np.asarray, run.train())
+
+
+def test_what_a_line_says(first, capsys):
+  """Loss by bucket and by quarter of the timesteps, whose mean over both is the loss; how fast it was and waited for data."""
+  run, _ = first
+  for line in metrics_of(run):
+    assert {"loss", "gradient_norm", "learning_rate", "stepped", "nonfinite", "speed/step_seconds"} <= line.keys()
+    quarters = [value for name, value in line.items() if name.startswith("loss/t ")]
+    (bucket,) = (value for name, value in line.items() if name.startswith("loss/144p"))
+    assert not any("share" in name and name.startswith("loss") for name in line)
+    np.testing.assert_allclose(bucket, line["loss"], rtol=1e-6)
+    assert 1 <= len(quarters) <= 2  # of two samples
+    assert min(quarters) * (1 - 1e-6) <= line["loss"] <= max(quarters) * (1 + 1e-6)
+    assert 0 <= line["speed/data_share"] < 1
+    np.testing.assert_allclose(line["speed/data_seconds"] / line["speed/step_seconds"], line["speed/data_share"], rtol=1e-6)
+    assert line["speed/tokens_per_second"] > 0
+    assert "speed/mfu" not in line  # nobody publishes the peak of a CPU
+    frames = 1 if "loss/144p x 1" in line else 4
+    tokens, work = run._work[0, ("144p", frames)]
+    assert (
+      tokens == 2 * frames * batches.batch_shapes(run.config, run.objectives[0], ("144p", frames), 2)["latents_mean"].shape[2]
+    )
+    ratio = line["speed/tflops_per_device"] * 1e12 / line["speed/tokens_per_second"]
+    np.testing.assert_allclose(ratio, work / tokens, rtol=1e-6)
+
+
+def test_averages_leave_out_what_does_not_count():
+  log = Averages()
+  for value, share, weight in ((6.0, 0.5, 2.0), (3.0, 1.0, 1.0), (0.0, 0.0, 5.0)):
+    log.add("q", value, weight)
+    log.add("q/share", share, weight)
+  log.add("never", 0.0)
+  log.add("never/share", 0.0)
+  log.add("loss", float("nan"))
+  log.add("loss", 2.0)
+  assert log.take() == {"q": (12 + 3) / 2.0, "loss": 2.0}
+  assert log.take() == {}
+
+
+@pytest.mark.parametrize("how", ["config", "signal"])
+def test_a_profile_of_a_window(assets, tmp_path, capsys, how):
+  config = tiny_config(assets, tmp_path / "run", **ONE_STEP)
+  if how == "config":
+    config.profile_steps = (1, 1)
+  run = Run(config)
+  started = run.start()
+  if how == "signal":
+    with run._profiler:
+      os.kill(os.getpid(), signal.SIGUSR1)
+  run.train(started=started)
+  assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+  if how == "config":
+    assert f"profile of steps 1 to 1: {tmp_path / 'run' / 'profile'}" in capsys.readouterr().out
 
 
 def test_every_program_is_traced_once(first):

@@ -1,0 +1,48 @@
+"""A profiler window by configuration or by SIGUSR1: `<output>/profile`, for TensorBoard or Perfetto."""
+
+import pathlib
+import signal
+import threading
+
+import jax
+
+SIGNALLED_STEPS = 3
+
+
+class Profiler:
+  """Traces the optimizer steps `steps` (first, last), and after SIGUSR1 the next three."""
+
+  def __init__(self, output, steps):
+    self._folder = str(pathlib.Path(output) / "profile")
+    self._first, self._last = steps or (0, 0)
+    self._signalled, self._running, self._old = False, False, None
+
+  def __enter__(self):
+    if threading.current_thread() is threading.main_thread():
+      self._old = signal.signal(signal.SIGUSR1, self._note)
+    return self
+
+  def __exit__(self, *_):
+    if self._old is not None:
+      signal.signal(signal.SIGUSR1, self._old)
+    self.after(self._last)
+
+  def _note(self, *_):
+    self._signalled = True
+
+  def before(self, step):
+    """Optimizer step `step` (1 = the first) is about to begin."""
+    if self._signalled and not self._running:
+      self._signalled, self._first, self._last = False, step, step + SIGNALLED_STEPS - 1
+    if step == self._first and not self._running:
+      jax.profiler.start_trace(self._folder)
+      self._running = True
+
+  def after(self, step, result=None):
+    """It has been handed to the device, which is waited for at the end of the window; returns a note for the console."""
+    if not self._running or step < self._last:
+      return ""
+    jax.block_until_ready(result)
+    jax.profiler.stop_trace()
+    self._running = False
+    return f"profile of steps {self._first} to {step}: {self._folder}"

@@ -1,0 +1,55 @@
+"""Programs are compiled beside training, each traced once; a second start finds all of them in the output folder."""
+
+import json
+import re
+
+import pytest
+
+from stdit_jax.training.compilation import AheadOfTime
+from tests.tiny_run import run_module, write_config
+
+FLAGS = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"}
+
+
+def losses(output):
+  return [json.loads(line)["loss"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_second_start_compiles_nothing(assets, tmp_path):
+  """Also with a folder per start and one cache: the numbers are the same."""
+  cache = tmp_path / "first" / "compilation_cache"
+  texts = []
+  for name, settings in (("first", {}), ("second", {"compilation_cache": str(cache)})):
+    config = write_config(tmp_path / f"{name}.py", assets, tmp_path / name, **settings)
+    result = run_module("stdit_jax.train", "--config", config, JAX_COMPILATION_CACHE_DIR="", **FLAGS)
+    assert result.returncode == 0, result.stderr[-3000:]
+    texts.append(result.stdout)
+    if name == "first":
+      files = {p.name for p in cache.iterdir()}
+  programs = "gradient 144p x 1", "gradient 144p x 4", "update"
+  for program in programs:
+    assert re.search(rf"tiny: {program}: compiled in \d+", texts[0]), texts[0]
+    assert re.search(rf"tiny: {program}: from the compilation cache in \d+", texts[1]), texts[1]
+  assert "3 programs are ready: 0 from the cache, 3 compiled" in texts[0]
+  assert "3 programs are ready: 3 from the cache, 0 compiled" in texts[1]
+  # Nor anything else: not a file has been added.
+  assert {p.name for p in cache.iterdir() if p.name.endswith("-cache")} == {f for f in files if f.endswith("-cache")}
+  assert losses(tmp_path / "first") == losses(tmp_path / "second")
+  assert not (tmp_path / "second" / "compilation_cache").exists()
+
+
+def test_programs_compile_in_the_background_and_errors_reach_whoever_waits():
+  import jax
+  import jax.numpy as jnp
+
+  said = []
+  programs = AheadOfTime(1, said.append)
+  shape = jax.ShapeDtypeStruct((2,), jnp.float32)
+  programs.add("double", jax.jit(lambda x: 2 * x), shape)
+  programs.add("wrong", jax.jit(lambda x: x + 1, compiler_options={"no_such_option": True}), shape)
+  assert programs.get("double")(jnp.ones(2)).tolist() == [2, 2]
+  with pytest.raises(Exception, match="no_such_option"):
+    programs.get("wrong")
+  assert programs.ready("wrong")
+  assert said[0].startswith("double: ")
+  programs.close()

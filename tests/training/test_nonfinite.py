@@ -1,0 +1,86 @@
+"""Losses that are not finite: the step is left out, then the run goes back and passes over what failed, then it stops."""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from stdit_jax.cli import InputError
+from stdit_jax.training.loop import Run
+from tests.tiny_run import tiny_config
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+STEPS = 8  # three batches of two images an epoch; one of the six has a text embedding of NaN
+
+
+def config(assets, output, table, steps=STEPS, **changes):
+  settings = {
+    "data__tables": (str(assets / table),), "data__buckets": (("144p", 1, 1.0, 2),), "text_encoder__train": False,
+    "text_encoder__where": "disk", "stages": ({"name": "images", "steps": steps},), "checkpoint_every": 2,
+    "caption_dropout": 0.0,
+  }  # fmt: skip
+  return tiny_config(assets, output, **{**settings, **changes})
+
+
+def trained(*args, **changes):
+  """(run, final state, metric lines)."""
+  run = Run(config(*args, **changes))
+  state = jax.tree.map(np.asarray, run.train())
+  return run, state, [json.loads(line) for line in (pathlib.Path(run.config.output) / "metrics.jsonl").read_text().splitlines()]
+
+
+def failing_positions(run):
+  """Plan positions of the first epochs whose batch has the row of NaN."""
+  plans = run.data[0]._plans
+  places = [(i, plans.locate(i)) for i in range(2 * STEPS)]
+  return [i for i, (epoch, step) in places if any(plans.table.locate(int(r))[1] == 7 for r in plans.plan(epoch).rows(step))]
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(assets, tmp_path, capsys):
+  run, state, lines = trained(assets, tmp_path / "run", "one_nan.csv")
+  bad = [p for p in failing_positions(run) if p < STEPS]
+  assert 2 <= len(bad) <= 3
+  assert [line["step"] - 1 for line in lines if line["nonfinite"]] == bad
+  assert [line["step"] - 1 for line in lines if not line["stepped"]] == bad
+  assert all("loss" in line for line in lines if not line["nonfinite"])
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+  assert state["opt"][0].count == STEPS - len(bad)
+  assert f"{len(bad)} steps left out, not finite" in capsys.readouterr().out
+  assert run.skip == {}
+
+
+def test_after_the_limit_the_run_goes_back_and_passes_over_what_failed_also_when_resumed(assets, tmp_path, capsys):
+  run, state, lines = trained(assets, tmp_path / "alone", "one_nan.csv", max_nonfinite=1)
+  bad = failing_positions(run)
+  skipped = run.skip["images"]
+  assert list(skipped) == bad[: len(skipped)]
+  assert len(skipped) >= 2
+  assert "going back to step" in capsys.readouterr().err
+  assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+  assert not any(line["nonfinite"] for line in lines)
+  assert state["opt"][0].count == STEPS
+  assert run.checkpoints.folder.is_dir()
+
+  # Stopped after every step or two and started again: the same bits.
+  for steps in (2, 4, 5, STEPS):
+    again, resumed, again_lines = trained(assets, tmp_path / "resumed", "one_nan.csv", steps, max_nonfinite=1)
+  assert again.skip == run.skip
+  jax.tree.map(np.testing.assert_array_equal, resumed, state)
+  losses = [line["loss"] for line in lines]
+  assert [line["loss"] for line in again_lines] == losses
+  assert len(set(losses)) == STEPS
+  assert run.counter.counts["images: gradient 144p x 1"] == 1
+  assert run.counter.counts["images: update"] == 1
+
+
+def test_the_second_time_at_one_place_it_stops_with_a_report(assets, tmp_path):
+  run = Run(config(assets, tmp_path / "run", "all_nan.csv", max_nonfinite=2))
+  with pytest.raises(InputError, match=r"steps 1 to 2: loss or gradient was not finite, although .* back to step 0") as error:
+    run.train()
+  assert "\n" not in str(error.value)
+  assert ".png" in str(error.value)
+  assert "loss nan" in str(error.value)
+  assert run.checkpoints.steps() == []

@@ -1,0 +1,107 @@
+"""Two processes of four CPU devices each: the losses of one process of eight; they stop together; none waits for a dead one."""
+
+import contextlib
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from tests.tiny_run import ROOT, environment, start_processes, write_config
+
+FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+STEPS = 20
+SETTINGS = {"data__buckets": (("144p", 1, 1.0, 8),), "data__drop_last": False, "mesh": {"data": 2, "fsdp": 4}}
+WATCHDOG = {"watchdog": {"timeout": 4.0, "slow_timeout": 120.0}}
+
+
+def lines(output):
+  try:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+  except (FileNotFoundError, json.JSONDecodeError):
+    return []
+
+
+def wait_for(condition, processes, folder, seconds=150):
+  end = time.monotonic() + seconds
+  while not condition():
+    text = [log.read_text()[-3000:] for log in sorted(folder.glob("*.log"))]
+    assert time.monotonic() < end, text
+    assert all(p.poll() is None for p in processes), text
+    time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def two(assets, folder, **settings):
+  """Two processes, of one device each, of a run without end that have come to step 2."""
+  folder.mkdir()
+  settings = {"data__buckets": (("144p", 1, 1.0, 2),), "stages": ({"name": "long", "steps": 10**6},), **settings}
+  settings["checkpoint_every"] = 10**5
+  config = write_config(folder / "config.py", assets, folder / "run", **settings)
+  processes = start_processes(config, folder, devices=1, XLA_FLAGS=FLAGS)
+  try:
+    wait_for(lambda: len(lines(folder / "run")) >= 2, processes, folder)
+    yield processes
+  finally:
+    for process in processes:
+      process.kill()
+      process.wait()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  return tmp_path_factory.mktemp("processes")
+
+
+def test_two_processes_train_the_losses_of_one(assets, folder):
+  settings = {**SETTINGS, "stages": ({"name": "same", "steps": STEPS},), "checkpoint_every": STEPS}
+  losses = []
+  for name in ("one", "both"):
+    (folder / name).mkdir()
+    config = write_config(folder / name / "config.py", assets, folder / name / "run", **settings)
+    if name == "one":
+      flags = f"--xla_force_host_platform_device_count=8 {FLAGS}"
+      command = [sys.executable, "-m", "stdit_jax.train", "--config", str(config)]
+      own = environment(XLA_FLAGS=flags, NPROC="64")
+      result = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, timeout=300)
+      assert result.returncode == 0, result.stderr[-3000:]
+    else:
+      processes = start_processes(config, folder / name, XLA_FLAGS=FLAGS)
+      codes = [p.wait(300) for p in processes]
+      assert codes == [0, 0], [(folder / name / f"{i}.log").read_text()[-3000:] for i in (0, 1)]
+    losses.append([line["loss"] for line in lines(folder / name / "run")])
+  assert len(losses[0]) == STEPS
+  np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+
+
+def test_both_stop_at_the_same_step_when_one_is_told_to(assets, folder):
+  with two(assets, folder / "told") as processes:
+    processes[1].send_signal(signal.SIGTERM)
+    assert [p.wait(60) for p in processes] == [75, 75], (folder / "told" / "0.log").read_text()[-3000:]
+  texts = [(folder / "told" / f"{i}.log").read_text() for i in (0, 1)]
+  steps = [re.search(r"stopped by SIGTERM after step (\d+), which is saved", text).group(1) for text in texts]
+  assert steps[0] == steps[1]
+  assert [p.name for p in (folder / "told" / "run" / "checkpoints").iterdir()] == [steps[0]]
+  assert lines(folder / "told" / "run")[-1]["step"] == int(steps[0])
+
+
+@pytest.mark.parametrize(("victim", "how"), [(1, "STOP"), (1, "KILL"), (0, "STOP"), (0, "KILL")])
+def test_one_that_hangs_or_dies_ends_the_other_which_names_it(assets, folder, victim, how):
+  name = f"{how}-{victim}"
+  with two(assets, folder / name, **WATCHDOG) as processes:
+    began = time.monotonic()
+    processes[victim].send_signal(getattr(signal, f"SIG{how}"))
+    code = processes[1 - victim].wait(60)
+    took = time.monotonic() - began
+  text = (folder / name / f"{1 - victim}.log").read_text()
+  assert code == 75, text[-3000:]
+  assert took < 20, text[-3000:]
+  said = next(line for line in text.splitlines() if line.startswith("watchdog: "))
+  assert re.match(rf"watchdog: process {victim} of 2 \(host \S+\)", said), said
+  assert f"process {1 - victim} of 2 (host " in said
+  assert "ends with exit code 75" in said
+  assert "most recent call first" in text  # stacks
