@@ -1,9 +1,13 @@
 """Shared by the tests that train and sample: data and weights made once per session, quick compilation."""
 
 import functools
+import os
 import pathlib
 
 import pytest
+
+# With libtpu installed (tests/test_plan.py) and no TPU, JAX would look for one; its profiler then ends the process.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
 @pytest.fixture(scope="session")

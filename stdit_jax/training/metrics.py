@@ -53,10 +53,10 @@ class Averages:
     means = {name: total / weight for name, (total, weight) in sums.items()}
     for name in [name for name in means if name.endswith(SHARE)]:
       share, value = means.pop(name), name.removesuffix(SHARE)
-      if share:
+      if not share:
+        means.pop(value, None)
+      elif value in means:
         means[value] /= share
-      else:
-        del means[value]
     return means
 
 

@@ -134,7 +134,7 @@ class Programs:
     # Products of gathered kernels stay whole: as a loop over pieces ("windowed einsum"), which the TPU's compiler prefers, the
     # gradients of a layer cross the interconnect twice.
     tpu = mesh.devices.flat[0].platform == "tpu"
-    self._options = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"} if tpu else None
+    self._options = {"compiler_options": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}} if tpu else {}
     self._state = tree_shardings(state_shapes, mesh)
     self.frozen_shapes, self._frozen = frozen_shapes, tree_shardings(frozen_shapes, mesh)
     self._accumulator = {"gradients": self._state["params"], "count": self._replicated}
@@ -157,7 +157,7 @@ class Programs:
     batch = {name: layout.sharding(*array_axes(name)) for name in names}
     self.gradients[bucket] = jax.jit(
       self._counter.counted(f"{self._name}: gradient {bucket[0]} x {bucket[1]}", function),
-      compiler_options=self._options,
+      **self._options,
       in_shardings=(self._state["params"], self._frozen, batch, self._accumulator),
       out_shardings=(self._accumulator, self._replicated),
       donate_argnums=(3,),
