@@ -25,8 +25,8 @@ How it is made, for create and watch:
   --create-flag FLAG          any other flag of gcloud's create, e.g. --create-flag=--labels=team=video; may be repeated
 
 How it trains, for run and watch:
-  -- ARGUMENTS                of stdit_jax.train; they may also simply begin with --config. Write the output to a bucket
-                              (--config.output=gs://...): the disks of the workers go with the machine.
+  -- ARGUMENTS                of stdit_jax.train; they may also simply begin with --config. Write the output to a
+                              folder that all workers share: their own disks go with the machine.
   --env NAME=VALUE            environment variable of the training program; may be repeated
 
 Others:
@@ -133,7 +133,7 @@ check_shape() {
 }
 
 check_train() {
-  [ ${#train[@]} -gt 0 ] || fail "give the arguments of the training: -- --config configs/film.py --config.output=gs://..."
+  [ ${#train[@]} -gt 0 ] || fail "give the arguments of the training: -- --config configs/film.py --config.output=/mnt/shared/..."
 }
 
 note() {

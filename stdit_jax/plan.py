@@ -3,7 +3,7 @@
   python -m stdit_jax.plan --config configs/open_sora_1_2.py --topology v5e:16x16 [--stage stage1] [--bucket 480p:51]
 
 For every bucket of every stage the very program that trains is lowered and compiled by the TPU's compiler (pip install
-libtpu). All figures are computed, none is measured on a device:
+libtpu, best in an environment of its own). All figures are computed, none is measured on a device:
 
   batch        samples of the whole mesh; per device and micro batch; "tokens split" when a sample is spread over `sequence`
   tokens       of one sample, padding included

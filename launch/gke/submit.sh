@@ -68,7 +68,7 @@ parse() {
 render() {
   local number hosts all=1 side accelerator
   [ -n "$image" ] || fail "--image is required; see --help"
-  [ ${#train[@]} -gt 0 ] || fail "give the arguments of the training: -- --config configs/film.py --config.output=gs://..."
+  [ ${#train[@]} -gt 0 ] || fail "give the arguments of the training: -- --config configs/film.py --config.output=/mnt/shared/..."
   [ -z "$spot" ] || [ -z "$reservation" ] || fail "--spot and --reservation exclude each other"
   for number in "--slices $slices" "--max-restarts $restarts" "--grace-seconds $grace" ${chips:+"--chips-per-host $chips"}; do
     [[ ${number#* } =~ ^[1-9][0-9]*$ ]] || fail "$number is no positive number"
