@@ -135,16 +135,17 @@ def test_casts_and_non_finite_values(tmp_path, tensors, shapes):
 SHARDED = """
 import sys
 import jax, numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P, SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec as P, SingleDeviceSharding
 from stdit_jax.interop import load_variables, save_variables
 from stdit_jax.models import stdit
+from stdit_jax.parallel.mesh import make_mesh
 from stdit_jax.parallel.shardings import tree_shardings
 
 path, out = sys.argv[1:]
 config = stdit.get_config("STDiT3-tiny/2")
 shapes = stdit.init_shapes(config)
 whole = load_variables(path, "open-sora", shapes)
-mesh = Mesh(np.asarray(jax.devices()).reshape(2, 4), ("data", "fsdp"))
+mesh = make_mesh({"data": 2, "fsdp": 4})
 rules = tree_shardings(shapes, mesh)
 layers = jax.tree.map(lambda s: NamedSharding(mesh, P("data") if s.shape[0] == 2 else P()), shapes)
 for shardings in (rules, layers):
