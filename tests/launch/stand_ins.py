@@ -88,7 +88,12 @@ class StandIns:
   def start(self, script, *arguments, **options):
     """Starts launch/SCRIPT as the leader of a process group, which `close` ends whatever became of the test."""
     command = ["bash", str(ROOT / "launch" / script), *arguments]
-    self.started.append(subprocess.Popen(command, env=self.environment, start_new_session=True, text=True, **options))
+    # A shell ignores ^C in what it starts in the background, and bash can't trap what it was born ignoring.
+    old = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+      self.started.append(subprocess.Popen(command, env=self.environment, start_new_session=True, text=True, **options))
+    finally:
+      signal.signal(signal.SIGINT, old)
     return self.started[-1]
 
   def close(self):
