@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import signal
+import time
 
 import jax
 import numpy as np
@@ -62,12 +63,10 @@ def test_what_a_line_says(first, capsys):
 def test_averages_leave_out_what_does_not_count():
   log = Averages()
   for value, share, weight in ((6.0, 0.5, 2.0), (3.0, 1.0, 1.0), (0.0, 0.0, 5.0)):
-    log.add("q", value, weight)
-    log.add("q/share", share, weight)
-  log.add("never", 0.0)
-  log.add("never/share", 0.0)
-  log.add("loss", float("nan"))
-  log.add("loss", 2.0)
+    log.add({"q": value, "q/share": share}, weight)
+  log.add({"never": 0.0, "never/share": 0.0})
+  log.add({"loss": float("nan"), "q": float("nan"), "q/share": 0.5})
+  log.add({"loss": 2.0})
   assert log.take() == {"q": (12 + 3) / 2.0, "loss": 2.0}
   assert log.take() == {}
 
@@ -82,6 +81,8 @@ def test_a_profile_of_a_window(assets, tmp_path, capsys, how):
   if how == "signal":
     with run._profiler:
       os.kill(os.getpid(), signal.SIGUSR1)
+      while not run._profiler._signalled:  # any thread may take it, some time
+        time.sleep(0.01)
   run.train(started=started)
   assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
   if how == "config":
