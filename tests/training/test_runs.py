@@ -1,10 +1,7 @@
 """Whole runs in this process: traces, text from everywhere, IDDPM, where weights come from, bad rows, the autoencoder."""
 
 import json
-import os
 import pathlib
-import signal
-import time
 
 import jax
 import numpy as np
@@ -69,24 +66,6 @@ def test_averages_leave_out_what_does_not_count():
   log.add({"loss": 2.0})
   assert log.take() == {"q": (12 + 3) / 2.0, "loss": 2.0}
   assert log.take() == {}
-
-
-@pytest.mark.parametrize("how", ["config", "signal"])
-def test_a_profile_of_a_window(assets, tmp_path, capsys, how):
-  config = tiny_config(assets, tmp_path / "run", **ONE_STEP)
-  if how == "config":
-    config.profile_steps = (1, 1)
-  run = Run(config)
-  started = run.start()
-  if how == "signal":
-    with run._profiler:
-      os.kill(os.getpid(), signal.SIGUSR1)
-      while not run._profiler._signalled:  # any thread may take it, some time
-        time.sleep(0.01)
-  run.train(started=started)
-  assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
-  if how == "config":
-    assert f"profile of steps 1 to 1: {tmp_path / 'run' / 'profile'}" in capsys.readouterr().out
 
 
 def test_every_program_is_traced_once(first):
