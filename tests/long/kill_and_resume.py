@@ -52,7 +52,9 @@ def main():
     process.wait()
     here = test_resume.writes_a_checkpoint(output)
     writing += here
-    print(f"moment {moment + 1}: step {before} to {steps_of(output)}{', half a checkpoint is there' if here else ''}", flush=True)
+    print(
+      f"moment {moment + 1}: step {before} to {steps_of(output)}{', half a checkpoint is there' if here else ''}", flush=True
+    )
   test_resume.finish(config, log)
   test_resume.assert_same_bits(folder / "alone", output, STEPS)
   assert test_resume.metrics(folder / "alone") == test_resume.metrics(output)
