@@ -385,9 +385,7 @@ class Run:
           accumulator, values = program(state["params"], frozen, arrays, accumulator)
           self._speed.micro_step(self._work[stage.index, loaded.bucket])
           weight = values.pop("weight")
-          for name, value in values.items():
-            log.add(name, value, weight)
-          log.add(f"loss/{loaded.bucket[0]} x {loaded.bucket[1]}", values["loss"], weight)
+          log.add({**values, f"loss/{loaded.bucket[0]} x {loaded.bucket[1]}": values["loss"]}, weight)
           micro_steps.append(MicroStep(loaded.step, loaded.bucket, values["loss"], [s.path for s in loaded.samples]))
           last = micro == accumulate - 1 and step + 1 == stage.start + stage.steps
           # The device works on this micro step while the host prepares the next.
@@ -399,8 +397,7 @@ class Run:
         self._speed.step()
         if note := self._profiler.after(step, values):
           say(note)
-        for name, value in values.items():
-          log.add(name, value)
+        log.add(values)
         nonfinite.after(step, values["nonfinite"], micro_steps)
         if step % config.log_every == 0 or step == stage.start + stage.steps:
           nonfinite.settle()

@@ -37,18 +37,20 @@ class Averages:
   def __init__(self):
     self._values = []
 
-  def add(self, name, value, weight=1.0):
-    """One value (a number or a device scalar) with its weight."""
-    self._values.append((name, value, weight))
+  def add(self, values, weight=1.0):
+    """{name: value (a number or a device scalar)} of one step or micro step, and their weight."""
+    self._values.append((values, weight))
 
   def take(self):
     """{name: weighted mean}, and starts anew. Names without weight, or without a finite value, are left out."""
     sums = collections.defaultdict(lambda: [0.0, 0.0])
-    for name, value, weight in self._values:
-      value, weight = float(value), float(weight)
-      if weight and math.isfinite(value):
-        sums[name][0] += value * weight
-        sums[name][1] += weight
+    for values, weight in self._values:
+      weight, values = float(weight), {name: float(value) for name, value in values.items()}
+      for name, value in values.items():
+        # The share of a value that is left out does not count either.
+        if weight and math.isfinite(value) and math.isfinite(values[name.removesuffix(SHARE)]):
+          sums[name][0] += value * weight
+          sums[name][1] += weight
     self._values = []
     means = {name: total / weight for name, (total, weight) in sums.items()}
     for name in [name for name in means if name.endswith(SHARE)]:

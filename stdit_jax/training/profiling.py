@@ -35,7 +35,9 @@ class Profiler:
     if self._signalled and not self._running:
       self._signalled, self._first, self._last = False, step, step + SIGNALLED_STEPS - 1
     if step == self._first and not self._running:
-      jax.profiler.start_trace(self._folder)
+      options = jax.profiler.ProfileOptions()
+      options.python_tracer_level = 0  # every Python call would slow the steps and fill the trace
+      jax.profiler.start_trace(self._folder, profiler_options=options)
       self._running = True
 
   def after(self, step, result=None):

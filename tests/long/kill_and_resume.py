@@ -6,15 +6,16 @@ About ten minutes on two cores; exit code 0 when the last checkpoint is that of 
 """
 
 import argparse
-import contextlib
 import pathlib
 import random
-import subprocess
 import tempfile
 import time
 
 from tests import tiny_run
 from tests.training import test_resume
+
+STEPS = 300
+STAGES = tuple({**stage, "steps": steps} for stage, steps in zip(test_resume.STAGES, (180, 120)))
 
 
 def main():
@@ -26,38 +27,48 @@ def main():
   folder = arguments.folder or pathlib.Path(tempfile.mkdtemp(prefix="kill-and-resume-"))
   (folder / "assets").mkdir(parents=True)
   tiny_run.make_assets(folder / "assets")
-  settings = {"stages": test_resume.STAGES, "checkpoint_every": 2, "keep_checkpoints": 20}
-  began = time.monotonic()
+  settings = {"stages": STAGES, "checkpoint_every": 4, "keep_checkpoints": 100}
   config = tiny_run.write_config(folder / "alone.py", folder / "assets", folder / "alone", **settings)
   test_resume.finish(config, folder / "alone.log")
-  whole = time.monotonic() - began
-  print(f"left alone: {whole:.0f} s", flush=True)
+  print("the run that is left alone has ended", flush=True)
 
   output, log = folder / "killed", folder / "killed.log"
   config = tiny_run.write_config(folder / "killed.py", folder / "assets", output, **settings)
   rng, writing = random.Random(arguments.seed), 0
   for moment in range(arguments.moments):
-    steps = max(test_resume.metrics_steps(output), default=0)
+    before = steps_of(output)
     process = test_resume.start(config, log)
-    if moment % 2:  # in the middle of the next write of a checkpoint
-      end = time.monotonic() + 2 * whole
-      while process.poll() is None and time.monotonic() < end and not test_resume.writes_a_checkpoint(output):
-        time.sleep(0.0005)
-      time.sleep(rng.uniform(0, 0.05))
-      writing += test_resume.writes_a_checkpoint(output)
-    else:
-      # Early enough that 20 moments fit in; from the start-up on.
-      with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(rng.uniform(0.2, 1.0) * whole)
-    ended = process.poll() is not None
+    if moment % 3 == 0:  # in the middle of a write of a checkpoint
+      wait_for(process, lambda: test_resume.writes_a_checkpoint(output))
+      time.sleep(rng.uniform(0, 0.03))
+    elif moment % 3 == 1:  # so many steps later
+      goal = before + rng.randint(1, 12)
+      wait_for(process, lambda goal=goal: steps_of(output) >= goal)
+      time.sleep(rng.uniform(0, 0.3))
+    else:  # at any time, the start-up included
+      time.sleep(rng.uniform(1, 20))
+    assert process.poll() is None, "it ended before it could be killed: fewer moments, or more steps"
     process.kill()
     process.wait()
-    now = max(test_resume.metrics_steps(output), default=0)
-    print(f"moment {moment + 1}: from step {steps} to {now}{', it had ended' if ended else ''}", flush=True)
+    here = test_resume.writes_a_checkpoint(output)
+    writing += here
+    print(
+      f"moment {moment + 1}: step {before} to {steps_of(output)}{', half a checkpoint is there' if here else ''}", flush=True
+    )
   test_resume.finish(config, log)
-  test_resume.assert_same_bits(folder / "alone", output)
+  test_resume.assert_same_bits(folder / "alone", output, STEPS)
   assert test_resume.metrics(folder / "alone") == test_resume.metrics(output)
-  print(f"the same bits after {arguments.moments} kills, {writing} of them while a checkpoint was written; {folder}")
+  print(f"the same bits after {arguments.moments} kills, {writing} of them with a checkpoint half written; {folder}")
+
+
+def steps_of(output):
+  return max(test_resume.metrics_steps(output), default=0)
+
+
+def wait_for(process, condition, seconds=120):
+  end = time.monotonic() + seconds
+  while process.poll() is None and time.monotonic() < end and not condition():
+    time.sleep(0.0005)
 
 
 if __name__ == "__main__":

@@ -54,9 +54,9 @@ def kill_when(config, log, condition, what, how=signal.SIGKILL):
     process.wait()
 
 
-def items(output):
-  """The last checkpoint's params, ema and opt as NumPy trees."""
-  folder = pathlib.Path(output) / "checkpoints" / str(STEPS)
+def items(output, step=STEPS):
+  """The checkpoint's params, ema and opt as NumPy trees."""
+  folder = pathlib.Path(output) / "checkpoints" / str(step)
   with ocp.StandardCheckpointer() as checkpointer:
     return {name: jax.tree.map(np.asarray, checkpointer.restore(folder / name)) for name in ("params", "ema", "opt")}
 
@@ -82,8 +82,8 @@ def writes_a_checkpoint(output):
   return checkpoints.is_dir() and any("tmp" in p.name for p in checkpoints.iterdir())
 
 
-def assert_same_bits(alone, other):
-  alone, other = items(alone), items(other)
+def assert_same_bits(alone, other, step=STEPS):
+  alone, other = items(alone, step), items(other, step)
   paths = jax.tree_util.tree_flatten_with_path(alone)[0]
   assert len(paths) > 100
   for (path, a), b in zip(paths, jax.tree.leaves(other), strict=True):

@@ -1,9 +1,7 @@
 """Whole runs in this process: traces, text from everywhere, IDDPM, where weights come from, bad rows, the autoencoder."""
 
 import json
-import os
 import pathlib
-import signal
 
 import jax
 import numpy as np
@@ -62,30 +60,12 @@ def test_what_a_line_says(first, capsys):
 def test_averages_leave_out_what_does_not_count():
   log = Averages()
   for value, share, weight in ((6.0, 0.5, 2.0), (3.0, 1.0, 1.0), (0.0, 0.0, 5.0)):
-    log.add("q", value, weight)
-    log.add("q/share", share, weight)
-  log.add("never", 0.0)
-  log.add("never/share", 0.0)
-  log.add("loss", float("nan"))
-  log.add("loss", 2.0)
+    log.add({"q": value, "q/share": share}, weight)
+  log.add({"never": 0.0, "never/share": 0.0})
+  log.add({"loss": float("nan"), "q": float("nan"), "q/share": 0.5})
+  log.add({"loss": 2.0})
   assert log.take() == {"q": (12 + 3) / 2.0, "loss": 2.0}
   assert log.take() == {}
-
-
-@pytest.mark.parametrize("how", ["config", "signal"])
-def test_a_profile_of_a_window(assets, tmp_path, capsys, how):
-  config = tiny_config(assets, tmp_path / "run", **ONE_STEP)
-  if how == "config":
-    config.profile_steps = (1, 1)
-  run = Run(config)
-  started = run.start()
-  if how == "signal":
-    with run._profiler:
-      os.kill(os.getpid(), signal.SIGUSR1)
-  run.train(started=started)
-  assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
-  if how == "config":
-    assert f"profile of steps 1 to 1: {tmp_path / 'run' / 'profile'}" in capsys.readouterr().out
 
 
 def test_every_program_is_traced_once(first):
