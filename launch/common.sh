@@ -19,6 +19,33 @@ needs_value() {
   [ "$1" = --create-flag ] || [ "${2#--}" = "$2" ] || fail "$1 needs a value, not $2; see --help"
 }
 
+# Reads the options of a script, which says by `option NAME WORDS...` what each one sets; takes=2 when the next word is its value.
+# What stands after --, or begins with --config, is for the training: `train`.
+# shellcheck disable=SC2034  # the scripts read it
+parse_options() {
+  train=()
+  while [ $# -gt 0 ]; do
+    case $1 in
+      --) shift && train=("$@") && return ;;
+      --config | --config=* | --config.*) train=("$@") && return ;;
+      --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
+    esac
+    takes=1
+    case $1 in
+      --dry-run) dry_run=yes ;;
+      *) option "$@" ;;
+    esac
+    shift "$takes"
+  done
+}
+
+# --env NAME=VALUE, into `environment`.
+add_environment() {
+  needs_value "$@"
+  [[ $2 =~ ^[A-Za-z_][A-Za-z0-9_]*= ]] || fail "--env $2 is not NAME=VALUE"
+  environment+=("$2") takes=2
+}
+
 # Its arguments as one line of shell that means just them; words are quoted only where they have to be.
 quote() {
   local word line=''

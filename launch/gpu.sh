@@ -20,25 +20,20 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/common.sh
 source launch/common.sh
 
-coordinator='' processes='' process='' cluster='' install='' train=()
-while [ $# -gt 0 ]; do
-  case $1 in
-    --) shift && train=("$@") && break ;;
-    --config | --config=* | --config.*) train=("$@") && break ;;
-    --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
-  esac
+coordinator='' processes='' process='' cluster='' install=''
+option() {
   case $1 in
     -h | --help) show_help "${BASH_SOURCE[0]}" && exit 0 ;;
-    --coordinator) needs_value "$@" && coordinator=$2 && shift ;;
-    --num-processes) needs_value "$@" && processes=$2 && shift ;;
-    --process-id) needs_value "$@" && process=$2 && shift ;;
+    --coordinator) needs_value "$@" && coordinator=$2 && takes=2 ;;
+    --num-processes) needs_value "$@" && processes=$2 && takes=2 ;;
+    --process-id) needs_value "$@" && process=$2 && takes=2 ;;
     --cluster) cluster=yes ;;
     --install) install=yes ;;
-    --dry-run) dry_run=yes ;;
     *) fail "unknown argument $1; see --help" ;;
   esac
-  shift
-done
+}
+parse_options "$@"
+
 several=()
 if [ -n "$coordinator$processes$process" ]; then
   [ -z "$cluster" ] || fail "--cluster excludes --coordinator, --num-processes and --process-id"

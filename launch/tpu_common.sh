@@ -38,48 +38,39 @@ TEXT
 }
 
 
+option() {
+  case $1 in
+    --name) needs_value "$@" && name=$2 && takes=2 ;;
+    --zone) needs_value "$@" && zone=$2 && takes=2 ;;
+    --project) needs_value "$@" && project=$2 && takes=2 ;;
+    --internal-ip | --tunnel-through-iap) reach=$1 ;;
+    --accelerator-type) needs_value "$@" && accelerator=$2 && takes=2 ;;
+    --topology) needs_value "$@" && topology=$2 && takes=2 ;;
+    --runtime-version) needs_value "$@" && runtime=$2 && takes=2 ;;
+    --spot | --reserved)
+      [ "${tier:-$1}" = "$1" ] || fail "--spot and --reserved exclude each other"
+      tier=$1
+      ;;
+    --queued) queued=yes ;;
+    --slices)
+      [ -n "$multislice" ] || fail "several slices: use launch/tpu_multislice.sh"
+      needs_value "$@" && slices=$2 && takes=2
+      ;;
+    --network | --subnetwork | --service-account) needs_value "$@" && create_flags+=("$1=$2") && takes=2 ;;
+    --internal-ips) create_flags+=("$1") ;;
+    --create-flag) needs_value "$@" && create_flags+=("$2") && takes=2 ;;
+    --env) add_environment "$@" ;;
+    --worker) needs_value "$@" && worker=$2 && takes=2 ;;
+    --poll) needs_value "$@" && poll=$2 && takes=2 ;;
+    --delete-when-finished) delete_at_end=yes ;;
+    *) fail "unknown argument $1; see --help" ;;
+  esac
+}
+
 parse() {
   name='' zone='' project='' reach='' accelerator='' topology='' runtime='' tier='' slices='' worker=0 poll=60 delete_at_end=''
-  queued=$multislice create_flags=() environment=(STDIT_JAX_DISTRIBUTED=1) train=()
-  while [ $# -gt 0 ]; do
-    case $1 in
-      --) shift && train=("$@") && break ;;
-      --config | --config=* | --config.*) train=("$@") && break ;;
-      --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
-    esac
-    case $1 in
-      --name) needs_value "$@" && name=$2 && shift ;;
-      --zone) needs_value "$@" && zone=$2 && shift ;;
-      --project) needs_value "$@" && project=$2 && shift ;;
-      --internal-ip | --tunnel-through-iap) reach=$1 ;;
-      --accelerator-type) needs_value "$@" && accelerator=$2 && shift ;;
-      --topology) needs_value "$@" && topology=$2 && shift ;;
-      --runtime-version) needs_value "$@" && runtime=$2 && shift ;;
-      --spot | --reserved)
-        [ "${tier:-$1}" = "$1" ] || fail "--spot and --reserved exclude each other"
-        tier=$1
-        ;;
-      --queued) queued=yes ;;
-      --slices)
-        [ -n "$multislice" ] || fail "several slices: use launch/tpu_multislice.sh"
-        needs_value "$@" && slices=$2 && shift
-        ;;
-      --network | --subnetwork | --service-account) needs_value "$@" && create_flags+=("$1=$2") && shift ;;
-      --internal-ips) create_flags+=("$1") ;;
-      --create-flag) needs_value "$@" && create_flags+=("$2") && shift ;;
-      --env)
-        needs_value "$@"
-        [[ $2 =~ ^[A-Za-z_][A-Za-z0-9_]*= ]] || fail "--env $2 is not NAME=VALUE"
-        environment+=("$2") && shift
-        ;;
-      --worker) needs_value "$@" && worker=$2 && shift ;;
-      --poll) needs_value "$@" && poll=$2 && shift ;;
-      --delete-when-finished) delete_at_end=yes ;;
-      --dry-run) dry_run=yes ;;
-      *) fail "unknown argument $1; see --help" ;;
-    esac
-    shift
-  done
+  queued=$multislice create_flags=() environment=(STDIT_JAX_DISTRIBUTED=1)
+  parse_options "$@"
   [ -n "$name" ] || fail "--name is required; see --help"
   [[ $name =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ ]] || fail "--name $name: small letters, digits and -, a letter first"
   [ -n "$zone" ] || fail "--zone is required; see --help"

@@ -25,6 +25,42 @@ def one_line_errors(kinds=(ValueError, OSError)):
     raise SystemExit(2) from None
 
 
+def describe_flag_error(error, argv):
+  """One line about what the parser refused. Of an unknown key ml_collections gives only its quoted name, and a near one."""
+  text = " ".join(str(error).replace("\\n", " ").split())
+  if not (unknown := re.match(r"""["'\\]+(\w+)["'\\]+(.*?)["']*$""", text)):
+    return text
+  key, hint = unknown.groups()
+  given = next((a for a in argv if key in a.split("=")[0].split(".")), key)
+  return (
+    f"{given}: there is no key {key!r}.{hint} Keys are in configs/base.py; those of model.fields and other `fields` that "
+    "your file does not set have to be added there"
+  )
+
+
+def parse_config(argv, values):
+  """The configuration of `--config FILE --config.KEY=VALUE ...`.
+
+  Args:
+    argv: program name and arguments, no others than these.
+    values: absl FlagValues with the flag `config` of `config_flags.DEFINE_config_file`.
+
+  Raises:
+    ValueError: a mistyped flag or key, a file that is none, no configuration.
+  """
+  from absl import flags
+
+  try:
+    rest = values(argv)
+  except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError, ImportError) as error:
+    raise ValueError(describe_flag_error(error, argv)) from None
+  if len(rest) > 1:
+    raise ValueError(f"unexpected argument {rest[1]!r}; give keys as --config.KEY=VALUE")
+  if values["config"].value is None:
+    raise ValueError("give a configuration: --config configs/quickstart.py")
+  return values["config"].value
+
+
 def connect_processes(heartbeat_timeout=100):
   """Joins the processes of a run on several hosts, before the first use of a device; launch/ sets the variables.
 

@@ -30,7 +30,15 @@ import subprocess
 import sys
 import time
 
-from stdit_jax.cli import one_line_errors
+from absl import flags
+from ml_collections import config_flags
+
+from data.config import DataConfig
+from stdit_jax.cli import one_line_errors, parse_config
+from stdit_jax.parallel.topology import TPU_ENVIRONMENT, parse_topology
+from stdit_jax.training.checkpoints import plain, write_text
+from stdit_jax.training.planning import compile_bucket, roofline
+from stdit_jax.training.stages import make_stages
 
 GIB = 2**30
 ROOT = pathlib.Path(__file__).parents[1]
@@ -56,23 +64,11 @@ def make_parser():
 
 
 def read_config(path, changes):
-  """The configuration of a file with some keys replaced (`KEY=VALUE`); ValueError names what is wrong."""
-  from stdit_jax.sample import read_config_file
-  from stdit_jax.training.stages import with_near_key
-
-  config = read_config_file(path)
-  for change in changes:
-    key, sign, text = change.partition("=")
-    if not sign:
-      raise ValueError(f"--config.{change} has no value: give --config.KEY=VALUE")
-    with_near_key(config, key, "--config.KEY")
-    try:
-      value = json.loads(text)
-    except json.JSONDecodeError:
-      value = text
-    with config.unlocked(), config.ignore_type():
-      config.update_from_flattened_dict({key: value})
-  return config
+  """The configuration of a file with the arguments --config.KEY=VALUE, as `train` reads it."""
+  argv = ["plan", f"--config={path}", *changes]
+  values = flags.FlagValues()
+  config_flags.DEFINE_config_file("config", None, flag_values=values, sys_argv=argv)
+  return parse_config(argv, values)
 
 
 def parse_bucket(text, stage_buckets):
@@ -80,7 +76,7 @@ def parse_bucket(text, stage_buckets):
   parts = text.split(":")
   if len(parts) not in (2, 3) or not all(p.isdigit() for p in parts[1:]):
     raise ValueError(f"--bucket {text!r} is no RESOLUTION:FRAMES or RESOLUTION:FRAMES:BATCH")
-  known = {(b.resolution, b.num_frames): b.batch_size for b in stage_buckets if b.batch_size}
+  known = {(b.resolution, b.num_frames): b.batch_size for b in stage_buckets}
   key = parts[0], int(parts[1])
   if len(parts) == 2 and key not in known:
     names = ", ".join(f"{resolution}:{frames}" for resolution, frames in known)
@@ -90,13 +86,6 @@ def parse_bucket(text, stage_buckets):
 
 def make_jobs(args):
   """What is to be compiled: dicts of plain values."""
-  import dataclasses
-
-  from data.buckets import parse_buckets
-  from stdit_jax.parallel.topology import parse_topology
-  from stdit_jax.training.checkpoints import plain
-  from stdit_jax.training.stages import make_stages
-
   parse_topology(args.topology)
   config = read_config(args.config, args.changes)
   stages = make_stages(config)
@@ -107,9 +96,7 @@ def make_jobs(args):
   for stage in stages:
     if args.stage and stage.name not in args.stage:
       continue
-    scale = stage.config.data.reference_devices
-    parsed = parse_buckets(stage.config.to_dict()["data"]["buckets"])
-    buckets = [dataclasses.replace(b, batch_size=b.batch_size * scale) for b in parsed if b.batch_size]
+    buckets = [b for b in DataConfig(**stage.config.data.to_dict()).parsed_buckets() if b.batch_size]
     wanted = [parse_bucket(text, buckets) for text in args.bucket or ()]
     for bucket in wanted or [(b.resolution, b.num_frames, b.batch_size) for b in buckets]:
       jobs.append(
@@ -136,8 +123,6 @@ def run_job(job, cache):
   path = cache / f"{fingerprint(job)}.json"
   if path.exists():
     return json.loads(path.read_text()), True
-  from stdit_jax.parallel.topology import TPU_ENVIRONMENT
-
   command = [sys.executable, "-m", "stdit_jax.plan", "--config", "-", "--topology", job["topology"], "--work", json.dumps(job)]
   environment = {
     **os.environ,
@@ -149,16 +134,12 @@ def run_job(job, cache):
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     raise ValueError(lines[-1].removeprefix("error: ") if lines else f"the compiling process ended with {done.returncode}")
   result = json.loads(done.stdout.splitlines()[-1])
-  temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-  temporary.write_text(json.dumps(result))
-  os.replace(temporary, path)
+  write_text(path, json.dumps(result))
   return result, False
 
 
 def work(job):
   """The compiling process: prints the result as JSON."""
-  from stdit_jax.training.planning import compile_bucket, roofline
-
   result = compile_bucket(job["config"], job["stage"], job["bucket"], job["topology"], job["slices"])
   if "collectives" in result and "model_flops" in result:
     result["roofline"] = roofline(result, job["topology"])
@@ -196,7 +177,7 @@ def describe(result):
 
 def main(argv=None):
   argv = sys.argv[1:] if argv is None else argv
-  changes = [a.removeprefix("--config.") for a in argv if a.startswith("--config.")]
+  changes = [a for a in argv if a.startswith("--config.")]
   args = make_parser().parse_args([a for a in argv if not a.startswith("--config.")])
   args.changes = changes
   with one_line_errors():
@@ -222,10 +203,7 @@ def main(argv=None):
     print("per chip, beside activations: " + ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in memory.items()))
     print(f"mesh: {results[0]['mesh']}; {sum('oom' not in r and r['fits'] for r in results)} of {len(results)} buckets fit")
     if args.output:
-      path = pathlib.Path(args.output)
-      temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-      temporary.write_text(json.dumps(results, indent=1))
-      os.replace(temporary, path)
+      write_text(args.output, json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

@@ -7,32 +7,25 @@ checkpoint in `output`. On a pod the same command runs on every host (see launch
 the message names, 75 stopped by SIGTERM or because a process hangs or is gone: start it again, 130 interrupted.
 """
 
-import re
 import sys
 import traceback
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from stdit_jax.cli import InputError, connect_processes, keep_freed_memory, one_line_errors, use_compilation_cache
+from stdit_jax.cli import (
+  InputError,
+  connect_processes,
+  keep_freed_memory,
+  one_line_errors,
+  parse_config,
+  use_compilation_cache,
+)
 from stdit_jax.training.stages import make_stages
 from stdit_jax.training.watchdog import RESTART, Watchdog
 
 _HELP = "file with get_config(), e.g. configs/quickstart.py"
 _CONFIG = config_flags.DEFINE_config_file("config", None, _HELP)
-
-
-def describe(error, argv):
-  """One line about what the parser refused. Of an unknown key ml_collections gives only its quoted name, and a near one."""
-  text = " ".join(str(error).replace("\\n", " ").split())
-  if not (unknown := re.match(r"""["'\\]+(\w+)["'\\]+(.*?)["']*$""", text)):
-    return text
-  key, hint = unknown.groups()
-  given = next((a for a in argv if key in a.split("=")[0].split(".")), key)
-  return (
-    f"{given}: there is no key {key!r}.{hint} Keys are in configs/base.py; those of model.fields and other `fields` that "
-    "your file does not set have to be added there"
-  )
 
 
 def parse_flags(argv):
@@ -41,18 +34,9 @@ def parse_flags(argv):
     print(f"{__doc__}\nflags:\n  --config FILE        {_HELP}")
     print("  --config.KEY=VALUE   replaces one key; the keys are in configs/base.py")
     raise SystemExit(0)
-  try:
-    rest = flags.FLAGS(argv)
-  except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError, ImportError) as error:
-    print(f"error: {describe(error, argv)}", file=sys.stderr)
-    raise SystemExit(2) from None
-  if len(rest) > 1:
-    print(f"error: unexpected argument {rest[1]!r}; give keys as --config.KEY=VALUE", file=sys.stderr)
-    raise SystemExit(2)
-  if _CONFIG.value is None:
-    print("error: give a configuration: --config configs/quickstart.py", file=sys.stderr)
-    raise SystemExit(2)
-  return rest
+  with one_line_errors():
+    parse_config(argv, flags.FLAGS)
+  return argv[:1]
 
 
 def connect(config):

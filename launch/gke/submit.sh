@@ -31,38 +31,25 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source launch/common.sh
 
 name='' image='' topology='' slices=1 chips='' spot='' reservation='' account='' restarts=1000 grace=300 worker=0
-kubectl=(kubectl) environment=(STDIT_JAX_DISTRIBUTED=1) train=()
+kubectl=(kubectl) environment=(STDIT_JAX_DISTRIBUTED=1)
 
-parse() {
-  while [ $# -gt 0 ]; do
-    case $1 in
-      --) shift && train=("$@") && break ;;
-      --config | --config=* | --config.*) train=("$@") && break ;;
-      --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
-    esac
-    case $1 in
-      --name) needs_value "$@" && name=$2 && shift ;;
-      --image) needs_value "$@" && image=$2 && shift ;;
-      --topology) needs_value "$@" && topology=$2 && shift ;;
-      --slices) needs_value "$@" && slices=$2 && shift ;;
-      --chips-per-host) needs_value "$@" && chips=$2 && shift ;;
-      --spot) spot=yes ;;
-      --reservation) needs_value "$@" && reservation=$2 && shift ;;
-      --service-account) needs_value "$@" && account=$2 && shift ;;
-      --max-restarts) needs_value "$@" && restarts=$2 && shift ;;
-      --grace-seconds) needs_value "$@" && grace=$2 && shift ;;
-      --env)
-        needs_value "$@"
-        [[ $2 =~ ^[A-Za-z_][A-Za-z0-9_]*= ]] || fail "--env $2 is not NAME=VALUE"
-        environment+=("$2") && shift
-        ;;
-      --namespace | --context) needs_value "$@" && kubectl+=("$1=$2") && shift ;;
-      --worker) needs_value "$@" && worker=$2 && shift ;;
-      --dry-run) dry_run=yes ;;
-      *) fail "unknown argument $1; see --help" ;;
-    esac
-    shift
-  done
+option() {
+  case $1 in
+    --name) needs_value "$@" && name=$2 && takes=2 ;;
+    --image) needs_value "$@" && image=$2 && takes=2 ;;
+    --topology) needs_value "$@" && topology=$2 && takes=2 ;;
+    --slices) needs_value "$@" && slices=$2 && takes=2 ;;
+    --chips-per-host) needs_value "$@" && chips=$2 && takes=2 ;;
+    --spot) spot=yes ;;
+    --reservation) needs_value "$@" && reservation=$2 && takes=2 ;;
+    --service-account) needs_value "$@" && account=$2 && takes=2 ;;
+    --max-restarts) needs_value "$@" && restarts=$2 && takes=2 ;;
+    --grace-seconds) needs_value "$@" && grace=$2 && takes=2 ;;
+    --env) add_environment "$@" ;;
+    --namespace | --context) needs_value "$@" && kubectl+=("$1=$2") && takes=2 ;;
+    --worker) needs_value "$@" && worker=$2 && takes=2 ;;
+    *) fail "unknown argument $1; see --help" ;;
+  esac
 }
 
 render() {
@@ -156,7 +143,7 @@ done
 verb=$1
 shift
 case $verb in
-  build | render | apply | status | logs | delete) parse "$@" ;;
+  build | render | apply | status | logs | delete) parse_options "$@" ;;
   *) fail "unknown command $verb; known: build, render, apply, status, logs, delete" ;;
 esac
 if [ "$verb" != build ]; then

@@ -12,7 +12,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
 from stdit_jax.parallel.shardings import constrain
 
@@ -84,6 +83,9 @@ def _block(length):
 
 def _splash(query, key, value, key_mask, interpret):
   """Splash attention. Sequences are padded to its blocks; what is padding has a segment of its own."""
+  # Here, since it costs every start a seventh of a second.
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+
   queries, heads = query.shape[2:4]
   (query_block, query_length), (key_block, key_length) = _block(queries), _block(key.shape[2])
   blocks = splash_attention_kernel.BlockSizes(

@@ -23,12 +23,11 @@ _FREE = {
 
 @dataclasses.dataclass
 class Collective:
-  """One collective: kind, bytes of its result (of its operand, for reduce-scatter), how often it runs, its shape."""
+  """One collective: kind, bytes of its result (of its operand, for reduce-scatter), how often it runs."""
 
   kind: str
   bytes: int
   times: int
-  shape: str
   in_loop: bool
 
 
@@ -114,7 +113,7 @@ def collectives(text):
         moved = shape_bytes(kind) - (moved if opcode.endswith("-start") else 0)
       if name.startswith("all-reduce-scatter"):  # how the TPU's compiler writes it
         base = "reduce-scatter"
-      result.append(Collective(base, moved, times, kind[:80], times > 1))
+      result.append(Collective(base, moved, times, times > 1))
   return result
 
 

@@ -91,9 +91,9 @@ def gather_layer(params, prefix, layout, dtype):
 
   def gather(path, x):
     spec = spec_for(f"{prefix}/{path_name(path)}", (1, *x.shape), mesh)[1:]
-    if "fsdp" not in str(spec):
-      return x
     whole = ["tensor" if axes in ("tensor", ("tensor", "fsdp")) else None for axes in spec]
+    if P(*whole) == P(*spec):
+      return x
     return _gather(x, NamedSharding(mesh, P(*spec)), NamedSharding(mesh, P(*whole)), dtype)
 
   return jax.tree_util.tree_map_with_path(gather, params)
@@ -128,8 +128,7 @@ def path_name(path):
 # Heads that don't divide are padded where they are computed (`layers.Linear`), and stored split along the feature side.
 RULES = (
   # blocks of the STDiTs and of T5
-  (r"blocks/.*qkv/kernel$", P(None, "fsdp", None, "tensor"), P(None, ("fsdp", "tensor"))),
-  (r"blocks/.*key_value/kernel$", P(None, "fsdp", None, "tensor"), P(None, ("fsdp", "tensor"))),
+  (r"blocks/.*(qkv|key_value)/kernel$", P(None, "fsdp", None, "tensor"), P(None, ("fsdp", "tensor"))),
   (r"blocks/.*(query|key|value)/kernel$", P(None, "fsdp", "tensor"), P(None, ("fsdp", "tensor"))),
   (r"blocks/.*attention/out/kernel$", P(None, ("tensor", "fsdp")), P(None, None, None, ("fsdp", "tensor"))),
   (r"blocks/mlp/(fc1|gate|up)/kernel$", P(None, "fsdp", "tensor")),

@@ -1,15 +1,18 @@
-"""TPU chips that programs are compiled for without having one: their published peaks, and devices to compile against."""
+"""Accelerators: their published peaks, and TPU devices to compile against without having one."""
 
 import dataclasses
-import math
 import re
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """Published peaks of one chip: bfloat16 TFLOP/s, memory GB/s, interconnect Gbit/s (all links together), and the memory in
-  GiB that the compiler (libtpu 0.0.52) lets a program use."""
+  """Published peaks of one TPU chip.
 
+  Attributes: device_kind: how JAX calls it; tflops: bfloat16 TFLOP/s; memory_gbs: GB/s; interconnect_gbits: Gbit/s of all links
+  together; memory_gib: what the compiler (libtpu 0.0.52) lets a program use.
+  """
+
+  device_kind: str
   tflops: float
   memory_gbs: float
   interconnect_gbits: float
@@ -17,11 +20,18 @@ class Chip:
 
 
 CHIPS = {
-  "v4": Chip(275, 1228, 2400, 30.75),
-  "v5e": Chip(197, 819, 1600, 15.75),
-  "v5p": Chip(459, 2765, 4800, 95.73),
-  "v6e": Chip(918, 1640, 3584, 31.24),
+  "v4": Chip("TPU v4", 275, 1228, 2400, 30.75),
+  "v5e": Chip("TPU v5 lite", 197, 819, 1600, 15.75),
+  "v5p": Chip("TPU v5", 459, 2765, 4800, 95.73),
+  "v6e": Chip("TPU v6 lite", 918, 1640, 3584, 31.24),
 }
+
+
+def peak_tflops(device_kind):
+  """bfloat16 TFLOP/s of a device by JAX's name for it, None where it is not known."""
+  if "H100" in device_kind:
+    return 989  # published, without sparsity
+  return next((chip.tflops for chip in CHIPS.values() if device_kind == chip.device_kind), None)
 
 
 # With these in its environment a process can compile by libtpu where there is no TPU.
@@ -32,21 +42,20 @@ TPU_ENVIRONMENT = {
 
 
 def parse_topology(name):
-  """'v5e:16x16' -> (kind, number of chips); ValueError with what is allowed."""
-  match = re.fullmatch(r"(\w+):(\d+)x(\d+)(?:x(\d+))?", name)
+  """'v5e:16x16' -> kind; ValueError with what is allowed."""
+  match = re.fullmatch(r"(\w+):\d+x\d+(?:x\d+)?", name)
   if not match or match[1] not in CHIPS:
     raise ValueError(
       f"--topology {name!r} is none: give KIND:AxB or KIND:AxBxC, KIND one of {', '.join(CHIPS)}, as in v5e:16x16"
     )
-  return match[1], math.prod(int(n) for n in match.groups()[1:] if n)
+  return match[1]
 
 
 def topology_devices(name, slices=1):
   """Devices of a TPU topology, one per chip; ValueError when the compiler does not know it or is not installed."""
   from jax.experimental import topologies
 
-  kind, _ = parse_topology(name)
-  options = {"chip_config_name": "megacore"} if kind == "v4" else {}
+  options = {"chip_config_name": "megacore"} if parse_topology(name) == "v4" else {}
   if slices > 1:
     options["num_slices"] = slices
   try:

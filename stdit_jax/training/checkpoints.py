@@ -25,6 +25,14 @@ def plain(config):
   return json.loads(json.dumps(config.to_dict() if hasattr(config, "to_dict") else config))
 
 
+def from_plain(values):
+  """The configuration of what `plain` made, keys that it is too old to have at their defaults."""
+  config = base.get_config()
+  with config.unlocked(), config.ignore_type():
+    config.update(values)
+  return config
+
+
 def write_text(path, text):
   """Writes a file under a temporary name, then renames it: never half a file."""
   path = pathlib.Path(path)
@@ -139,13 +147,10 @@ def is_run_folder(path):
 
 
 def read_config(folder):
-  """The configuration of a run folder, keys that it is too old to have at their defaults; ValueError when there is none."""
+  """The configuration of a run folder, as `from_plain`; ValueError when there is none."""
   path = pathlib.Path(folder) / CONFIG
   try:
-    config = base.get_config()
-    with config.unlocked(), config.ignore_type():
-      config.update(json.loads(path.read_text()))
-    return config
+    return from_plain(json.loads(path.read_text()))
   except FileNotFoundError:
     raise ValueError(f"{folder} is no run folder: it has no {CONFIG}; give the `output` folder of a training run") from None
   except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -32,7 +32,6 @@ from stdit_jax.training.profiling import Profiler
 from stdit_jax.training.stage_data import StageData
 from stdit_jax.training.stages import make_stages, stage_of, total_steps
 from stdit_jax.training.state import (
-  learning_rate,
   learning_rate_scales,
   make_optimizer,
   new_state,
@@ -353,10 +352,10 @@ class Run:
   def _programs_of(self, stage, frozen):
     """The programs of a stage; made once, also when the run goes back."""
     if stage.index not in self._programs:
-      config, frozen_shapes = stage.config, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), frozen)
+      frozen_shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), frozen)
       self._programs[stage.index] = Programs(
         self.objectives[stage.index].loss, self.mesh, self.state_shapes, frozen_shapes, self.optimizers[stage.index],
-        self.scales[stage.index], learning_rate(config.optimizer, stage.start, stage.steps), config, self.counter, stage.name,
+        self.scales[stage.index], stage, self.counter,
       )  # fmt: skip
     return self._programs[stage.index]
 
@@ -447,9 +446,7 @@ class Run:
       self._beat(f"lowering {bucket.name}", slow=True)
       self._lower_gradient(stage, programs, (bucket.resolution, bucket.num_frames), bucket.batch_size)
       if i == 0 and name not in self.compiled:
-        params = self.state_shapes["params"]
-        accumulator = jax.eval_shape(programs.new_accumulator, params)
-        self.compiled.add(name, programs.update, self.state_shapes, accumulator, jax.ShapeDtypeStruct((), np.int32))
+        self.compiled.add(name, programs.update, *programs.update_arguments())
 
   def _lower_gradient(self, stage, programs, bucket, rows):
     """-> name of the gradient program of a bucket, which is lowered unless it has been."""
@@ -460,9 +457,7 @@ class Run:
       batch = batches.batch_shapes(stage.config, objective, bucket, rows, layout.token_parts)
       self._work[stage.index, bucket] = batch_work(stage.config, objective, batch)
       programs.make_gradient(bucket, tuple(batch), data.micro_batches[bucket], layout)
-      params = self.state_shapes["params"]
-      accumulator = jax.eval_shape(programs.new_accumulator, params)
-      self.compiled.add(name, programs.gradients[bucket], params, programs.frozen_shapes, batch, accumulator)
+      self.compiled.add(name, programs.gradients[bucket], *programs.gradient_arguments(batch))
     return name
 
   def _gradient_program(self, stage, programs, bucket, rows):

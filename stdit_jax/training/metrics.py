@@ -11,10 +11,9 @@ import jax
 from tensorboardX import SummaryWriter
 
 from stdit_jax.models import flops
+from stdit_jax.parallel.topology import peak_tflops
 from stdit_jax.training.checkpoints import write_text
 
-# Published peaks in bfloat16, TFLOP/s per device as JAX counts them (two per chip on v4 without megacore are not told apart).
-PEAK_TFLOPS = (("v4", 275), ("v5 lite", 197), ("v5e", 197), ("v5p", 459), ("v5", 459), ("v6", 918), ("H100", 989))
 SHARE = "/share"  # of the samples that count for the mean of the same name without it
 
 
@@ -79,9 +78,7 @@ class Speed:
   """How fast a run is since the last line, without the time of checkpoints, samples and waiting for the compiler."""
 
   def __init__(self, devices):
-    kind = devices[0].device_kind
-    self._devices = len(devices)
-    self._peak = next((tflops for name, tflops in PEAK_TFLOPS if name.lower() in kind.lower()), None)
+    self._devices, self._peak = len(devices), peak_tflops(devices[0].device_kind)
     self._start()
 
   def _start(self):

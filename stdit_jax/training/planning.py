@@ -6,7 +6,6 @@ import time
 
 import jax
 
-from configs import base
 from data.buckets import Bucket
 from stdit_jax.autoencoders import image_kl
 from stdit_jax.models import flops, t5
@@ -15,11 +14,13 @@ from stdit_jax.parallel.mesh import make_mesh
 from stdit_jax.parallel.shardings import tree_shardings
 from stdit_jax.parallel.topology import CHIPS, parse_topology, topology_devices
 from stdit_jax.training.batches import batch_shapes
+from stdit_jax.training.checkpoints import from_plain
+from stdit_jax.training.metrics import batch_work
 from stdit_jax.training.objectives import OBJECTIVES, autoencoder_model
 from stdit_jax.training.stage_data import choose_layouts
 from stdit_jax.training.stages import make_stages
-from stdit_jax.training.state import learning_rate, learning_rate_scales, make_optimizer, state_shapes
-from stdit_jax.training.step import Programs, TraceCounter, new_accumulator
+from stdit_jax.training.state import learning_rate_scales, make_optimizer, state_shapes
+from stdit_jax.training.step import Programs, TraceCounter
 
 GIB = 2**30
 
@@ -58,10 +59,7 @@ def compile_bucket(config, stage_name, bucket, topology, slices=1):
   Raises:
     ValueError: a configuration, mesh or batch that does not work.
   """
-  run = base.get_config()
-  with run.ignore_type():
-    run.update(config)
-  stage = next(s for s in make_stages(run) if s.name == stage_name)
+  stage = next(s for s in make_stages(from_plain(config)) if s.name == stage_name)
   config = stage.config
   mesh = make_mesh(config.mesh, topology_devices(topology, slices), config.slices)
   resolution, frames, rows = bucket
@@ -72,28 +70,24 @@ def compile_bucket(config, stage_name, bucket, topology, slices=1):
   layouts, micro_batches = choose_layouts(stage, [Bucket(resolution, frames, 1.0, rows)], mesh, objective)
   layout, parts = layouts[resolution, frames], micro_batches[resolution, frames]
   batch = batch_shapes(config, objective, (resolution, frames), rows, layout.token_parts)
-  programs = Programs(
-    objective.loss, mesh, states, frozen, optimizer, learning_rate_scales(params, config.train, config.optimizer.scales),
-    learning_rate(config.optimizer, 0, stage.steps), config, TraceCounter(), stage.name,
-  )  # fmt: skip
+  scales = learning_rate_scales(params, config.train, config.optimizer.scales)
+  programs = Programs(objective.loss, mesh, states, frozen, optimizer, scales, stage, TraceCounter())
   programs.make_gradient((resolution, frames), tuple(batch), parts, layout)
   resident = resident_bytes(config, objective, states, frozen, mesh)
   result = {
     "stage": stage.name, "resolution": resolution, "frames": frames, "batch": rows,
     "samples_per_part": rows // layout.batch_parts // parts, "micro_batches": parts, "split_tokens": layout.split_tokens,
     "mesh": dict(mesh.shape), "chips": mesh.devices.size, "resident": resident,
-    "limit": CHIPS[parse_topology(topology)[0]].memory_gib * GIB,
+    "limit": CHIPS[parse_topology(topology)].memory_gib * GIB,
   }  # fmt: skip
-  if config.task == "denoiser":
-    _, latent_frames, space, _ = batch["latents_mean"].shape
-    forward = flops.forward(objective.model.config, latent_frames, space, objective.model.config.model_max_length)
-    result |= {"tokens": latent_frames * space, "model_flops": flops.TRAINING * forward * rows}
+  tokens, model_flops = batch_work(config, objective, batch)
+  if model_flops:
     # What is computed again in the backward pass is the whole forward pass of the blocks.
     again = objective.model.config.remat in ("full", "offload")
-    result["hardware_flops"] = (flops.TRAINING + again) * forward * rows
+    hardware = model_flops * (flops.TRAINING + again) / flops.TRAINING
+    result |= {"tokens": tokens // rows, "model_flops": model_flops, "hardware_flops": hardware}
   started = time.monotonic()
-  arguments = (states["params"], frozen, batch, jax.eval_shape(new_accumulator, states["params"]))
-  lowered = programs.gradients[resolution, frames].lower(*arguments)
+  lowered = programs.gradients[resolution, frames].lower(*programs.gradient_arguments(batch))
   try:
     compiled = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
@@ -128,7 +122,7 @@ def roofline(result, topology):
   compute: FLOPs of products, with those that are computed again; memory: `hlo.memory_bytes`; interconnect: what a device
   sends, all-reduce twice; between slices, too, at the speed within one. They are taken to overlap: the longest bounds the step.
   """
-  chip = CHIPS[parse_topology(topology)[0]]
+  chip = CHIPS[parse_topology(topology)]
   moved = result["collectives"]
   wire = sum(moved.values()) + moved["all-reduce"]
   seconds = {

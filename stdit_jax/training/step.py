@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from stdit_jax.parallel.shardings import constrain, tree_shardings
 from stdit_jax.training.batches import array_axes
+from stdit_jax.training.state import learning_rate
 
 
 class TraceCounter:
@@ -128,27 +129,35 @@ def update(optimizer, scales, schedule, clip_norm, ema_decay, state, accumulator
 class Programs:
   """The jitted programs of one stage, made once and kept: state and accumulator are donated and stay where they are."""
 
-  def __init__(self, loss, mesh, state_shapes, frozen_shapes, optimizer, scales, schedule, stage_config, counter, name):
-    self._loss, self._scales, self._counter, self._name = loss, scales, counter, name
+  def __init__(self, loss, mesh, state_shapes, frozen_shapes, optimizer, scales, stage, counter):
+    self._loss, self._scales, self._counter, self._name = loss, scales, counter, stage.name
     self._replicated = NamedSharding(mesh, P())
     # Products of gathered kernels stay whole: as a loop over pieces ("windowed einsum"), which the TPU's compiler prefers, the
     # gradients of a layer cross the interconnect twice.
     tpu = mesh.devices.flat[0].platform == "tpu"
     self._options = {"compiler_options": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}} if tpu else {}
     self._state = tree_shardings(state_shapes, mesh)
-    self.frozen_shapes, self._frozen = frozen_shapes, tree_shardings(frozen_shapes, mesh)
+    self._frozen = tree_shardings(frozen_shapes, mesh)
     self._accumulator = {"gradients": self._state["params"], "count": self._replicated}
     self.gradients = {}
     self.new_accumulator = jax.jit(new_accumulator, out_shardings=self._accumulator)
+    self._shapes = state_shapes, frozen_shapes, jax.eval_shape(new_accumulator, state_shapes["params"])
+    config, schedule = stage.config, learning_rate(stage.config.optimizer, stage.start, stage.steps)
+    function = functools.partial(update, optimizer, scales, schedule, config.optimizer.clip_norm, config.ema_decay)
     self.update = jax.jit(
-      counter.counted(
-        f"{name}: update",
-        functools.partial(update, optimizer, scales, schedule, stage_config.optimizer.clip_norm, stage_config.ema_decay),
-      ),
+      counter.counted(f"{stage.name}: update", function),
       in_shardings=(self._state, self._accumulator, self._replicated),
       out_shardings=(self._state, self._accumulator, self._replicated),
       donate_argnums=(0, 1),
     )
+
+  def update_arguments(self):
+    """What `update` takes, as shapes: from them it is compiled ahead."""
+    return self._shapes[0], self._shapes[2], jax.ShapeDtypeStruct((), jnp.int32)
+
+  def gradient_arguments(self, batch):
+    """What a program of `gradients` takes for a batch of these shapes."""
+    return self._shapes[0]["params"], self._shapes[1], batch, self._shapes[2]
 
   def make_gradient(self, bucket, names, micro_batches, layout):
     """Adds the program of a (resolution, frames) bucket to `gradients`:

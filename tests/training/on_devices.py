@@ -12,7 +12,6 @@ from stdit_jax.parallel.mesh import make_mesh
 from stdit_jax.parallel.shardings import Layout, path_name
 from stdit_jax.training import loop, step
 from stdit_jax.training.batches import to_global
-from stdit_jax.training.state import learning_rate
 from stdit_jax.training.weights import load_text_encoder
 from tests.tiny_run import eight_config, frozen_text
 
@@ -20,11 +19,16 @@ from tests.tiny_run import eight_config, frozen_text
 def one_micro_step(run, mesh, state, frozen, batch):
   """(gradients, loss, noise bits) of a batch on a mesh."""
   objective, layout = loop.OBJECTIVES["denoiser"](run.stages[0].config), Layout(mesh)
-  config = run.stages[0].config
   programs = step.Programs(
-    objective.loss, mesh, run.state_shapes, run.frozen_shapes, run.optimizers[0], run.scales[0],
-    learning_rate(config.optimizer, 0, 4), config, step.TraceCounter(), "devices",
-  )  # fmt: skip
+    objective.loss,
+    mesh,
+    run.state_shapes,
+    run.frozen_shapes,
+    run.optimizers[0],
+    run.scales[0],
+    run.stages[0],
+    step.TraceCounter(),
+  )
   programs.make_gradient(("144p", 1), tuple(batch), 1, layout)
   placed, constants = jax.device_put((state["params"], frozen), (programs._state["params"], programs._frozen))
   arrays = to_global(batch, layout)

@@ -51,7 +51,7 @@ def programs_of(run, state, frozen, counter=None, **stage):
   config = ml_collections.ConfigDict(run.stages[0].config.to_dict() | stage)
   return step.Programs(
     run.objectives[0].loss, run.mesh, run.state_shapes, shapes(frozen), run.optimizers[0], run.scales[0],
-    states.learning_rate(config.optimizer, 0, 4), config, counter or step.TraceCounter(), "test",
+    dataclasses.replace(run.stages[0], name="test", steps=4, config=config), counter or step.TraceCounter(),
   )  # fmt: skip
 
 
@@ -208,7 +208,7 @@ def test_a_second_trace_is_an_error(made):
   toy = step.Programs(
     lambda params, frozen, batch, layout: (batch["x"][:, 0] * params["denoiser/final_layer/linear/bias"][0], {}),
     run.mesh, {"params": {"denoiser/final_layer/linear/bias": jnp.ones(1)}}, {}, None,
-    {"denoiser/final_layer/linear/bias": 1.0}, None, run.stages[0].config, counter, "toy",
+    {"denoiser/final_layer/linear/bias": 1.0}, dataclasses.replace(run.stages[0], name="toy"), counter,
   )  # fmt: skip
   toy.make_gradient(("144p", 1), ("x", "weight"), 1, Layout(run.mesh))
   params = {"denoiser/final_layer/linear/bias": jnp.ones(1)}
