@@ -49,8 +49,10 @@ def attend(query, key, value, key_mask=None, implementation="auto", layout=None,
     key_mask = jnp.ones(key.shape[:3], bool)
   if implementation == "splash":
     kernel = functools.partial(_splash, interpret=platform == "cpu")
+  elif implementation == "cudnn":
+    kernel = cudnn_kernel
   else:
-    kernel = functools.partial(_dot_product, implementation=implementation)
+    kernel = functools.partial(_dot_product, implementation="xla")
   if layout is not None:  # kernels run on what each device has
     specs = [layout.spec(*names) for names in (of_queries, of_keys, of_keys, of_keys[:3])]
     kernel = jax.shard_map(kernel, mesh=layout.mesh, in_specs=tuple(specs), out_specs=specs[0], check_vma=False)
@@ -71,6 +73,10 @@ def _dot_product(query, key, value, key_mask, implementation):
   flat = [x.reshape(-1, *x.shape[2:]) for x in (query, key, value)]
   mask = key_mask.reshape(-1, 1, 1, key_mask.shape[-1])
   return jax.nn.dot_product_attention(*flat, mask=mask, implementation=implementation).reshape(query.shape)
+
+
+# `plan` puts another in its place, since XLA can't compile it where cuDNN is not installed (planning/gpus.py).
+cudnn_kernel = functools.partial(_dot_product, implementation="cudnn")
 
 
 def _block(length):

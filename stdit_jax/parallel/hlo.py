@@ -5,14 +5,17 @@ Loops count as often as they run: XLA's own cost analysis counts the body of a s
 
 import collections
 import dataclasses
+import math
 import re
+
+import numpy as np
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _BYTES = {
   **dict.fromkeys(("pred", "s8", "u8"), 1), **dict.fromkeys(("s16", "u16", "bf16", "f16"), 2),
   **dict.fromkeys(("s32", "u32", "f32"), 4), **dict.fromkeys(("s64", "u64", "f64"), 8),
 }  # fmt: skip
-_SHAPE = re.compile(r"\b(" + "|".join(_BYTES) + r")\[([\d,]*)\]")
+_SHAPE = re.compile(r"\b(" + "|".join(_BYTES) + r")\[([\d,]*)\](\{[^}]*\})?")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
 # Instructions that move nothing, or whose parts are counted where they are computed.
 _FREE = {
@@ -21,20 +24,29 @@ _FREE = {
 }  # fmt: skip
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Collective:
-  """One collective: kind, bytes of its result (of its operand, for reduce-scatter), how often it runs."""
+  """One collective.
+
+  Attributes:
+    kind: one of COLLECTIVES; bytes: of its result (of its operand, for reduce-scatter); times: how often it runs;
+    in_loop: in the body of a loop; between_slices: bytes that a device sends to other slices at the least, 0 within one.
+  """
 
   kind: str
   bytes: int
   times: int
   in_loop: bool
+  between_slices: float = 0.0
 
 
-def shape_bytes(text):
-  """Bytes of all array shapes in a piece of HLO text, such as '(f32[8,4]{1,0}, bf16[2])'."""
+def shape_bytes(text, main_memory=False):
+  """Bytes of all array shapes in a piece of HLO text, such as '(f32[8,4]{1,0}, bf16[2])'; with `main_memory` only of those
+  that lie there, and not on the chip (memory spaces S(1) and up)."""
   total = 0
-  for dtype, sides in _SHAPE.findall(text):
+  for dtype, sides, layout in _SHAPE.findall(text):
+    if main_memory and "S(" in layout:
+      continue
     size = _BYTES[dtype]
     for side in filter(None, sides.split(",")):
       size *= int(side)
@@ -69,21 +81,35 @@ def _trips(rest, found):
 
 
 def multiplicities(found, entry):
-  """{computation: how often it runs}: the entry and what it loops over or calls; of fusions those with a collective inside."""
-  times = collections.Counter()
+  """({computation: how often it runs}, those that are fused): the entry and what it loops over or calls; of fusions those
+  with a collective inside."""
+  times, fused = collections.Counter(), set()
 
   def visit(name, n):
     times[name] += n
     for _, _, opcode, rest in found.get(name, []):
       if opcode == "while":
         visit(re.search(r"body=%?([\w.\-]+)", rest)[1], n * _trips(rest, found))
-      elif opcode in ("call", "async-start", "fusion") and (called := re.search(r"(?:to_apply|calls)=%?([\w.\-]+)", rest)):
-        inside = found.get(called[1], [])
-        if opcode != "fusion" or any(_kind(opcode) for _, _, opcode, _ in inside):
-          visit(called[1], n)
+      elif opcode in ("call", "async-start", "fusion") and (called := _called(rest)):
+        if opcode != "fusion":
+          visit(called, n)
+        elif any(_kind(opcode) for _, _, opcode, _ in found.get(called, [])):
+          fused.add(called)
+          visit(called, n)
 
   visit(entry, 1)
-  return times
+  return times, fused
+
+
+def _called(rest):
+  """Name of the computation that an instruction calls, or None."""
+  match = re.search(r"(?:to_apply|calls)=%?([\w.\-]+)", rest)
+  return match and match[1]
+
+
+def _operands(rest):
+  """Names of an instruction's operands, in order."""
+  return re.findall(r"%([\w.\-]+)", rest.split("), ")[0])
 
 
 def _kind(opcode):
@@ -92,11 +118,50 @@ def _kind(opcode):
   return opcode if opcode in COLLECTIVES else None
 
 
-def collectives(text):
-  """All `Collective`s of a module's text."""
+def replica_groups(rest):
+  """Devices that exchange with each other, [groups, members], of a collective's attributes; None when all do."""
+  if match := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}", rest):
+    return np.array([[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", match[1])])
+  # [groups,members]<=[sides]T(order): the numbers from 0 on as an array of these sides, transposed, read in that shape.
+  if match := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
+    shape, sides, order = ([int(n) for n in part.split(",")] if part else None for part in match.groups())
+    return np.arange(math.prod(sides)).reshape(sides).transpose(order).reshape(shape)
+  # mesh['a'=8,'b'=4] {'b'}: the members are those along the axes in braces.
+  if match := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest):
+    sides = {axis: int(n) for axis, n in re.findall(r"'(\w+)'=(\d+)", match[1])}
+    along = re.findall(r"'(\w+)'", match[2])
+    axes = list(sides)
+    order = [axes.index(a) for a in axes if a not in along] + [axes.index(a) for a in along]
+    members = math.prod(sides[a] for a in along)
+    return np.arange(math.prod(sides.values())).reshape(list(sides.values())).transpose(order).reshape(-1, members)
+  return None
+
+
+def between_slices(kind, size, groups, slice_of):
+  """Bytes that a device sends to other slices at the least: the members of a group within one slice share what crosses.
+
+  Args:
+    size: bytes as `Collective` has them; groups: of `replica_groups`.
+    slice_of: slice of every device, in the order of the mesh.
+  """
+  slice_of = np.asarray(slice_of)
+  groups = np.arange(len(slice_of))[None] if groups is None else np.asarray(groups)
+  slices = max(len(set(members)) for members in slice_of[groups].tolist())
+  members = groups.shape[1]
+  if slices == 1:
+    return 0.0
+  if kind == "collective-permute":
+    return float(size)
+  if kind == "all-to-all":
+    return size * (slices - 1) / slices
+  return size * (slices - 1) / members * (2 if kind == "all-reduce" else 1)
+
+
+def collectives(text, slice_of=(0,)):
+  """All `Collective`s of a module's text, on devices of these slices, in the order of the mesh."""
   found, entry = computations(text)
   result, seen = [], set()
-  for name, times in multiplicities(found, entry).items():
+  for name, times in multiplicities(found, entry)[0].items():
     sizes = {instruction: kind for instruction, kind, _, _ in found[name]}
     for _, kind, opcode, rest in found[name]:
       if not (base := _kind(opcode)):
@@ -107,31 +172,84 @@ def collectives(text):
         if channel[1] in seen:
           continue
         seen.add(channel[1])
-      operands = [sizes[o] for o in re.findall(r"%([\w.\-]+)", rest.split("), ")[0]) if o in sizes]
-      moved = sum(map(shape_bytes, operands))
+      moved = sum(shape_bytes(sizes[o]) for o in _operands(rest) if o in sizes)
       if base == "all-gather":  # the result; a start gives operand and result
         moved = shape_bytes(kind) - (moved if opcode.endswith("-start") else 0)
       if name.startswith("all-reduce-scatter"):  # how the TPU's compiler writes it
         base = "reduce-scatter"
-      result.append(Collective(base, moved, times, times > 1))
+      crossing = between_slices(base, moved, replica_groups(rest), slice_of) if len(set(slice_of)) > 1 else 0.0
+      result.append(Collective(base, moved, times, times > 1, crossing))
   return result
 
 
 def memory_bytes(text):
-  """Bytes that all instructions read and write: an estimate of memory traffic from above, since operands of a fusion that are
-  read in part, or updated in place, count whole."""
+  """Bytes of main memory that all instructions read and write, as if each read its operands and wrote its result once.
+
+  What lies in on-chip memory counts when it is copied there. A fusion that takes a slice of an operand, as the layers of a
+  scan take theirs of what is stacked, reads the slice; one that updates a slice in place writes the slice.
+  """
   found, entry = computations(text)
+  times, fused = multiplicities(found, entry)
   total = 0
-  for name, times in multiplicities(found, entry).items():
-    sizes = {instruction: shape_bytes(kind) for instruction, kind, _, _ in found[name]}
-    for instruction, _, opcode, rest in found[name]:
-      if opcode in _FREE or opcode.endswith(("-done", "-start")):
-        continue
-      operands = [sizes[o] for o in re.findall(r"%([\w.\-]+)", rest.split("), ")[0]) if o in sizes]
-      if "dynamic-update-slice" in instruction:  # in place: what is written is the smaller operands
-        total += times * 2 * sum(b for b in operands if b < sizes[instruction])
-      elif "dynamic-slice" in instruction or opcode == "dynamic-slice":
-        total += times * 2 * sizes[instruction]
-      else:
-        total += times * (sizes[instruction] + sum(operands))
+  for name in times.keys() - fused:
+    types = {instruction: kind for instruction, kind, _, _ in found[name]}
+    for _, kind, opcode, rest in found[name]:
+      if opcode not in _FREE and (not opcode.endswith(("-done", "-start")) or opcode == "copy-start"):
+        total += times[name] * _traffic(found, types, kind, opcode, rest)
   return total
+
+
+def _traffic(found, types, kind, opcode, rest):
+  """Bytes that one instruction reads and writes; `types`: of the instructions of its computation."""
+  operands = [types.get(o, "") for o in _operands(rest)]
+  sizes = [shape_bytes(o, main_memory=True) for o in operands]
+  written = shape_bytes(kind, main_memory=True)
+  if opcode == "copy-start":  # (target, source, context)
+    return written
+  if opcode in ("dynamic-slice", "slice", "gather"):
+    return written + min(shape_bytes(kind), sizes[0])
+  if opcode == "dynamic-update-slice":
+    return 2 * shape_bytes(operands[1])
+  if opcode == "fusion" and (body := found.get(_called(rest))):
+    return min(written, _writes(found, body)) + sum(min(n, _reads(found, body, i)) for i, n in enumerate(sizes) if n)
+  return written + sum(sizes)
+
+
+def _reads(found, body, index):
+  """Bytes that a fused computation reads of its parameter `index`."""
+  name = next((n for n, _, opcode, rest in body if opcode == "parameter" and rest.startswith(f"{index})")), None)
+  return _uses(found, body, name) if name else 0
+
+
+def _uses(found, body, name):
+  """Bytes that the instructions of a fused computation read of the value `name`."""
+  whole = shape_bytes(next(kind for n, kind, _, _ in body if n == name))
+  total = 0
+  for user, kind, opcode, rest in body:
+    for i, operand in enumerate(_operands(rest)):
+      if operand != name or opcode == "parameter":
+        continue
+      if opcode in ("dynamic-slice", "slice"):
+        total += shape_bytes(kind)
+      elif opcode == "dynamic-update-slice" and i == 0:
+        total += 0  # in place
+      elif opcode in ("bitcast", "get-tuple-element"):
+        total += _uses(found, body, user)
+      elif opcode == "fusion" and (inner := found.get(_called(rest))):
+        total += _reads(found, inner, i)
+      else:
+        total += whole
+  return min(total, whole)
+
+
+def _writes(found, body, name=None):
+  """Bytes that a fused computation writes: those of its result, of what it updates in place the update."""
+  types = {n: kind for n, kind, _, _ in body}
+  name, kind, opcode, rest = next(i for i in body if i[0] == name) if name else body[-1]
+  if opcode == "dynamic-update-slice":
+    return shape_bytes(types[_operands(rest)[1]])
+  if opcode in ("bitcast", "tuple"):
+    return sum(_writes(found, body, operand) for operand in _operands(rest))
+  if opcode == "fusion" and (inner := found.get(_called(rest))):
+    return _writes(found, inner)
+  return shape_bytes(kind)

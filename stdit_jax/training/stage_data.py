@@ -16,7 +16,7 @@ def choose_layouts(stage, buckets, mesh, objective):
   """How each bucket of a stage uses the mesh, and the micro batches of each.
 
   By `split_tokens` of the configuration: "auto" splits the tokens of a bucket over the mesh's `sequence` axis when its batch
-  does not divide by all devices, or when one sample alone has more tokens than `max_tokens_per_device`.
+  does not divide by all devices, or when one sample alone has more tokens than `max_tokens_per_device`; a list names those.
 
   Returns:
     ({(resolution, frames): Layout}, {(resolution, frames): micro batches}) of the buckets that have a batch size.
@@ -33,9 +33,11 @@ def choose_layouts(stage, buckets, mesh, objective):
     latents = batch_shapes(config, objective, key, rows).get("latents_mean")
     tokens = latents.shape[1] * latents.shape[2] if latents is not None else 0
     whole, split = Layout(mesh), Layout(mesh, split_tokens=True)
-    can_split = sequence > 1 and latents is not None and config.split_tokens != "never"
-    wants_split = config.split_tokens == "always" or rows % whole.batch_parts or (limit and tokens > limit)
-    layout = layouts[key] = split if can_split and wants_split else whole
+    if config.split_tokens == "auto":
+      wants_split = rows % whole.batch_parts or (limit and tokens > limit)
+    else:
+      wants_split = config.split_tokens == "always" or f"{key[0]}:{key[1]}" in config.split_tokens
+    layout = layouts[key] = split if wants_split and sequence > 1 and latents is not None else whole
     if rows % layout.batch_parts:
       near = math.ceil(rows / layout.batch_parts) * layout.batch_parts
       raise ValueError(

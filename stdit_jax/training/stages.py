@@ -71,7 +71,7 @@ def check_types(config, reference, prefix=""):
       if name not in _FREE:
         check_types(value, default, f"{name}.")
       continue
-    if default is None or name in ("data.tables", "data.buckets", "data.max_bad_rows"):
+    if default is None or name in ("data.tables", "data.buckets", "data.max_bad_rows", "split_tokens"):
       continue  # of several types: checked by data.config
     if not is_of_type(value, type(default)):
       raise ValueError(f"config: {name} is {value!r}; it must be {_KINDS[type(default)]}, like {default!r}")
@@ -100,12 +100,21 @@ def check_values(config):
   for key, allowed in (
     ("task", ("denoiser", "autoencoder")),
     ("platform", ("", "cpu", "gpu", "tpu")),
-    ("split_tokens", ("auto", "never", "always")),
     ("autoencoder.temporal", ("", "open-sora-1.2")),
   ):
     value = functools.reduce(lambda group, part: group[part], key.split("."), config)
     if value not in allowed:
       raise ValueError(f"config: {key} is {value!r}; allowed: {', '.join(repr(a) for a in allowed)}")
+  if not isinstance(config.split_tokens, str):
+    names = tuple(config.split_tokens)
+    if bad := [n for n in names if not isinstance(n, str) or not re.fullmatch(r"\w+:\d+", n)]:
+      raise ValueError(
+        f"config: split_tokens has {bad[0]!r}; allowed: names of buckets, RESOLUTION:FRAMES, as in ('480p:204',)"
+      )
+  elif config.split_tokens not in ("auto", "never", "always"):
+    raise ValueError(
+      f"config: split_tokens is {config.split_tokens!r}; allowed: 'auto', 'never', 'always', or buckets such as ('480p:204',)"
+    )
   if config.text_encoder.where not in ("step", "ahead", "disk"):
     raise ValueError(f"config: text_encoder.where is {config.text_encoder.where!r}; allowed: 'step', 'ahead', 'disk'")
   if config.text_encoder.train and config.text_encoder.where != "step":

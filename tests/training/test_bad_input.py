@@ -33,6 +33,8 @@ WRONG = [
   ({"compile_threads": 0}, "compile_threads is 0; allowed: a whole number of at least 1"),
   ({"max_nonfinite": 0}, "max_nonfinite is 0; allowed: a whole number of at least 1"),
   ({"watchdog__timeout": -1.0}, "watchdog.timeout is -1.0; allowed: a number of at least 0"),
+  ({"split_tokens": "some"}, "split_tokens is 'some'; allowed: 'auto', 'never', 'always', or buckets such as ('480p:204',)"),
+  ({"split_tokens": ("480p",)}, "split_tokens has '480p'; allowed: buckets, RESOLUTION:FRAMES, as in ('480p:204',)"),
   ({"resume": "always"}, "resume is 'always'; allowed: 'auto', 'required', or a step such as '1200'"),
   ({"log_every": 1.5}, "log_every is 1.5; it must be a whole number"),
   ({"init_strict": "no"}, "init_strict is 'no'; it must be True or False"),

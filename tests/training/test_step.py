@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from data.buckets import Bucket
 from data.tokens import unpatchify
 from stdit_jax.diffusion.noise import Purpose, sample_keys
 from stdit_jax.models.stdit import denoise_latents
-from stdit_jax.parallel.mesh import make_mesh
+from stdit_jax.parallel.mesh import AXES, make_mesh
 from stdit_jax.parallel.shardings import Layout
 from stdit_jax.training import state as states
 from stdit_jax.training import step
@@ -171,6 +172,27 @@ def test_micro_batch_count_follows_the_limit(made):
   assert parts(3 * frames * space) == 1
   assert parts(3 * frames * space - 1) == 3  # 3 rows divide into 1 or 3 parts only
   assert parts(1) == 3
+
+
+def test_which_buckets_split_their_tokens(made):
+  """Three devices along `sequence`: a batch of 3 divides, one of 2 does not."""
+  run, mesh = made[0], jax.sharding.AbstractMesh((1, 1, 3, 1), AXES)
+  buckets = (Bucket("144p", 1, 1.0, 2), Bucket("144p", 4, 1.0, 3))
+
+  def split(value, buckets=buckets):
+    config = run.stages[0].config.copy_and_resolve_references()
+    with config.unlocked(), config.ignore_type():
+      config.split_tokens = value
+    stage = dataclasses.replace(run.stages[0], config=config)
+    layouts, _ = choose_layouts(stage, buckets, mesh, run.objectives[0])
+    return [frames for (_, frames), layout in layouts.items() if layout.split_tokens]
+
+  assert split("auto") == [1]
+  assert split("always") == [1, 4]
+  assert split(["144p:1", "144p:4"]) == [1, 4]
+  assert split(("144p:4",), buckets[1:]) == [4]
+  with pytest.raises(ValueError, match="the batch of 2 of bucket 144p x 1 does not divide by the 3 parts"):
+    split(("144p:4",))
 
 
 def test_rows_without_weight_have_no_influence(made, programs):

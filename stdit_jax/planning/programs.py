@@ -1,10 +1,13 @@
-"""What one training program needs on a TPU topology: compiled by the real compiler, without a TPU."""
+"""What one training program needs on accelerators: compiled by their real compiler, without having one."""
 
+import dataclasses
+import hashlib
 import math
 import re
 import time
 
 import jax
+import jaxlib
 
 from data.buckets import Bucket
 from stdit_jax.autoencoders import image_kl
@@ -12,7 +15,8 @@ from stdit_jax.models import flops, t5
 from stdit_jax.parallel import hlo
 from stdit_jax.parallel.mesh import make_mesh
 from stdit_jax.parallel.shardings import tree_shardings
-from stdit_jax.parallel.topology import CHIPS, parse_topology, topology_devices
+from stdit_jax.parallel.topology import CHIPS, compiler_version, is_gpu, parse_topology, topology_devices
+from stdit_jax.planning import gpus
 from stdit_jax.training.batches import batch_shapes
 from stdit_jax.training.checkpoints import from_plain
 from stdit_jax.training.metrics import batch_work
@@ -23,6 +27,23 @@ from stdit_jax.training.state import learning_rate_scales, make_optimizer, state
 from stdit_jax.training.step import Programs, TraceCounter
 
 GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """A program to be compiled, in plain values.
+
+  Attributes:
+    config: the whole run's, as `checkpoints.plain` makes it; stage: the name of one of its stages.
+    bucket: (resolution, frames, global batch size).
+    topology, slices: as `topology.topology_devices`.
+  """
+
+  config: dict
+  stage: str
+  bucket: tuple
+  topology: str
+  slices: int = 1
 
 
 def bytes_per_device(shapes, mesh):
@@ -45,24 +66,21 @@ def resident_bytes(config, objective, states, frozen, mesh):
   return sizes
 
 
-def compile_bucket(config, stage_name, bucket, topology, slices=1):
-  """Compiles the gradient program of a bucket and measures it. All figures are computed, none is measured on a device.
-
-  Args:
-    config: the whole run's, as plain values (`checkpoints.plain`).
-    bucket: (resolution, frames, global batch size).
-    topology, slices: as `topology.topology_devices`.
+def lower(job):
+  """Lowers the gradient program of a bucket, the very function that trains (on GPUs all but attention by cuDNN: gpus.py).
 
   Returns:
-    a dict of plain values, or with the key "oom" where the compiler itself found that memory does not suffice.
+    (the lowered program, what is known of it before it is compiled: a dict of plain values)
 
   Raises:
     ValueError: a configuration, mesh or batch that does not work.
   """
-  stage = next(s for s in make_stages(from_plain(config)) if s.name == stage_name)
+  if is_gpu(job.topology):
+    gpus.replace_cudnn()
+  stage = next(s for s in make_stages(from_plain(job.config)) if s.name == job.stage)
   config = stage.config
-  mesh = make_mesh(config.mesh, topology_devices(topology, slices), config.slices)
-  resolution, frames, rows = bucket
+  mesh = make_mesh(config.mesh, topology_devices(job.topology, job.slices), config.slices)
+  resolution, frames, rows = job.bucket
   objective = OBJECTIVES[config.task](config)
   params, frozen = jax.eval_shape(objective.init, jax.random.key(0))
   optimizer = make_optimizer(config.optimizer)
@@ -74,20 +92,38 @@ def compile_bucket(config, stage_name, bucket, topology, slices=1):
   programs = Programs(objective.loss, mesh, states, frozen, optimizer, scales, stage, TraceCounter())
   programs.make_gradient((resolution, frames), tuple(batch), parts, layout)
   resident = resident_bytes(config, objective, states, frozen, mesh)
-  result = {
-    "stage": stage.name, "resolution": resolution, "frames": frames, "batch": rows,
+  # The program's own peak holds parameters, gradients and what is frozen in it; the rest waits beside it.
+  own = resident["parameters"] + resident["gradients"] + bytes_per_device(frozen, mesh)
+  facts = {
+    "stage": stage.name, "resolution": resolution, "frames": frames, "batch": rows, "batch_parts": layout.batch_parts,
     "samples_per_part": rows // layout.batch_parts // parts, "micro_batches": parts, "split_tokens": layout.split_tokens,
-    "mesh": dict(mesh.shape), "chips": mesh.devices.size, "resident": resident,
-    "limit": CHIPS[parse_topology(topology)].memory_gib * GIB,
+    "mesh": dict(mesh.shape), "chips": mesh.devices.size, "resident": resident, "beside": sum(resident.values()) - own,
+    "slice_of": [getattr(d, "slice_index", 0) for d in mesh.devices.flat] if job.slices > 1 else [0],
+    "limit": CHIPS[parse_topology(job.topology)].memory_gib * GIB,
   }  # fmt: skip
   tokens, model_flops = batch_work(config, objective, batch)
   if model_flops:
     # What is computed again in the backward pass is the whole forward pass of the blocks.
     again = objective.model.config.remat in ("full", "offload")
     hardware = model_flops * (flops.TRAINING + again) / flops.TRAINING
-    result |= {"tokens": tokens // rows, "model_flops": model_flops, "hardware_flops": hardware}
+    facts |= {"tokens": tokens // rows, "model_flops": model_flops, "hardware_flops": hardware}
+  return programs.gradients[resolution, frames].lower(*programs.gradient_arguments(batch)), facts
+
+
+def text_digest(lowered, topology):
+  """sha256 of all that the compiled program depends on: its text, the topology, the compiler."""
+  versions = f"{topology} {jax.__version__} {jaxlib.__version__} {compiler_version(topology)}"
+  return hashlib.sha256(f"{versions}\n{lowered.as_text()}".encode()).hexdigest()[:32]
+
+
+def compile_program(lowered, slice_of):
+  """Compiles and measures a lowered program.
+
+  Returns:
+    a dict of plain values: seconds, bytes per device; with the key "oom" where the compiler itself found that memory does not
+    suffice.
+  """
   started = time.monotonic()
-  lowered = programs.gradients[resolution, frames].lower(*programs.gradient_arguments(batch))
   try:
     compiled = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
@@ -95,32 +131,40 @@ def compile_bucket(config, stage_name, bucket, topology, slices=1):
     if "RESOURCE_EXHAUSTED" not in text:
       raise
     sizes = re.search(r"\(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)", text)
-    return result | {"oom": sizes.group(0) if sizes else text[:200], "compile_seconds": time.monotonic() - started}
-  text = compiled.as_text()
-  memory = compiled.memory_analysis()
+    return {"oom": sizes.group(0) if sizes else text[:200], "compile_seconds": time.monotonic() - started}
+  text, memory = compiled.as_text(), compiled.memory_analysis()
   moved, in_loop = dict.fromkeys(hlo.COLLECTIVES, 0), dict.fromkeys(hlo.COLLECTIVES, 0)
-  for c in hlo.collectives(text):
+  crossing = 0.0
+  for c in hlo.collectives(text, slice_of):
     moved[c.kind] += c.bytes * c.times
     in_loop[c.kind] += c.bytes * c.in_loop
-  # The program's own peak holds parameters, gradients and what is frozen in it; the rest waits beside it.
-  own = resident["parameters"] + resident["gradients"] + bytes_per_device(frozen, mesh)
-  peak = int(memory.peak_memory_in_bytes) + sum(resident.values()) - own
-  return result | {
+    crossing += c.between_slices * c.times
+  return {
     "compile_seconds": time.monotonic() - started,
-    "peak": peak,
+    "own_peak": int(memory.peak_memory_in_bytes),
     "activations": int(memory.temp_size_in_bytes),
     "collectives": moved,
     "in_loop": in_loop,  # of one turn of each loop, which is one layer
+    "between_slices": crossing,
     "memory_traffic": hlo.memory_bytes(text),
-    "fits": peak <= result["limit"],
   }
 
 
-def roofline(result, topology):
+def combine(facts, compiled):
+  """What is known of a program, before and after it was compiled, as one dict: adds "peak" and whether it fits."""
+  result = facts | compiled
+  if "oom" in result:
+    return result | {"fits": False}
+  result["peak"] = result["own_peak"] + result["beside"]
+  return result | {"fits": result["peak"] <= result["limit"]}
+
+
+def roofline(result, topology, slice_gbits):
   """Seconds of a step at the published peaks, by what bounds them, and the model-FLOP utilisation that this allows.
 
-  compute: FLOPs of products, with those that are computed again; memory: `hlo.memory_bytes`; interconnect: what a device
-  sends, all-reduce twice; between slices, too, at the speed within one. They are taken to overlap: the longest bounds the step.
+  compute: FLOPs of products, with those that are computed again; memory: `hlo.memory_bytes`; links: what a device sends,
+  all-reduce twice; slices: what it sends to other slices, at `slice_gbits` Gbit/s per chip. They are taken to overlap: the
+  longest bounds the step.
   """
   chip = CHIPS[parse_topology(topology)]
   moved = result["collectives"]
@@ -128,7 +172,8 @@ def roofline(result, topology):
   seconds = {
     "compute": result["hardware_flops"] / result["chips"] / (chip.tflops * 1e12),
     "memory": result["memory_traffic"] / (chip.memory_gbs * 1e9),
-    "interconnect": wire * 8 / (chip.interconnect_gbits * 1e9),
+    "links": wire * 8 / (chip.interconnect_gbits * 1e9),
+    "slices": result["between_slices"] * 8 / (slice_gbits * 1e9),
   }
   bound = max(seconds, key=seconds.get)
   utilisation = result["model_flops"] / result["chips"] / (chip.tflops * 1e12) / seconds[bound]

@@ -1,0 +1,54 @@
+"""What a recipe costs: steps, hours and chip-hours, from the bound of every bucket and how often it comes."""
+
+import tempfile
+
+import numpy as np
+
+from data import buckets as bucket_rules
+from data import plan, sources
+from data.config import DataConfig
+
+ASSUMED_ROWS = 20_000
+
+
+def assumed_rows(buckets):
+  """(frames, height, width) of rows to count with where there is no table: large enough for every resolution; one in ten an
+  image, the others clips whose length is spread evenly from the shortest to beyond the longest of the buckets."""
+  lengths = sorted({b.num_frames for b in buckets if b.num_frames > 1})
+  rng = np.random.default_rng(0)
+  if not lengths:
+    frames = np.ones(ASSUMED_ROWS, np.int64)
+  else:
+    frames = rng.integers(lengths[0] + 1, 2 * lengths[-1], ASSUMED_ROWS)
+    frames[: ASSUMED_ROWS // 10] = 1
+  side = np.full(ASSUMED_ROWS, 8192)
+  return frames, side, side
+
+
+def bucket_shares(stage):
+  """({(resolution, frames): share of the micro steps}, what was counted): of the first epoch of the stage's tables, or of
+  `assumed_rows` where it names none. Raises ValueError for a table that can't be used."""
+  config = DataConfig(**stage.config.data.to_dict())
+  buckets = config.parsed_buckets()
+  if config.tables:
+    with tempfile.TemporaryDirectory() as folder:
+      report = plan.PlanSequence(sources.open_table(config, folder), config, folder).report(0)
+    steps = {(b.resolution, b.num_frames): entry["steps"] for b, entry in zip(buckets, report.buckets)}
+    counted = f"{report.rows:,} rows of its tables"
+  else:
+    bucket, *_ = bucket_rules.assign(*assumed_rows(buckets), (config.seed, 0, 0), buckets)
+    rows = np.bincount(bucket[bucket >= 0], minlength=len(buckets))
+    steps = {(b.resolution, b.num_frames): n / b.batch_size for b, n in zip(buckets, rows) if b.batch_size}
+    counted = "assumed rows: no table is given; large enough for every resolution, a tenth images, clips of all lengths alike"
+  total = sum(steps.values())
+  return {key: n / total for key, n in steps.items() if n}, counted
+
+
+def stage_hours(stage, shares, seconds):
+  """Hours of a stage at the bound of every bucket.
+
+  Args:
+    shares: of `bucket_shares`; seconds: {(resolution, frames): seconds of a micro step}.
+  """
+  mean = sum(share * seconds[key] for key, share in shares.items())
+  return stage.steps * stage.config.optimizer.accumulate * mean / 3600

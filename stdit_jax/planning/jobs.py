@@ -1,0 +1,73 @@
+"""Compilations, each in a process of its own: bounded memory, several at a time, and kept for the next call.
+
+A result is found again in two ways: at once when configuration and code are the same, and after lowering, seconds instead of
+minutes, when only the program's text is: a change of the code that does not change the program compiles nothing.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+from stdit_jax.parallel.topology import TPU_ENVIRONMENT, compiler_version
+from stdit_jax.planning.programs import Job, combine, compile_program, lower, text_digest
+from stdit_jax.training.checkpoints import write_text
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+class Compiler:
+  """Compiles jobs and keeps their results in a folder.
+
+  Attributes: compiled: how many programs were compiled, and not found.
+  """
+
+  def __init__(self, cache, topology):
+    self.cache = pathlib.Path(cache).expanduser()
+    self.cache.mkdir(parents=True, exist_ok=True)
+    self.compiled = 0
+    code = hashlib.sha256(compiler_version(topology).encode())
+    for path in sorted([*ROOT.glob("stdit_jax/**/*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("configs/*.py")]):
+      code.update(path.read_bytes())
+    self._code = code.hexdigest()
+
+  def __call__(self, job):
+    """The result of a job (`programs.combine`); raises ValueError with the message of the process that compiled."""
+    values = json.dumps(dataclasses.asdict(job), sort_keys=True)
+    path = self.cache / f"job-{hashlib.sha256((self._code + values).encode()).hexdigest()[:32]}.json"
+    if path.exists():
+      return json.loads(path.read_text())
+    command = [sys.executable, "-m", "stdit_jax.planning.jobs", str(self.cache)]
+    python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, **TPU_ENVIRONMENT, "PYTHONPATH": python_path}
+    done = subprocess.run(command, input=values, capture_output=True, text=True, env=environment)
+    if done.returncode:
+      lines = [line for line in done.stderr.splitlines() if line.strip()]
+      raise ValueError(lines[-1].removeprefix("error: ") if lines else f"the compiling process ended with {done.returncode}")
+    result, known = json.loads(done.stdout.splitlines()[-1])
+    self.compiled += not known
+    write_text(path, json.dumps(result))
+    return result
+
+
+def work(values, cache):
+  """The compiling process: -> (result, whether its program was there)."""
+  job = Job(**values)
+  lowered, facts = lower(job)
+  path = pathlib.Path(cache) / f"program-{text_digest(lowered, job.topology)}.json"
+  if known := path.exists():
+    compiled = json.loads(path.read_text())
+  else:
+    compiled = compile_program(lowered, facts["slice_of"])
+    write_text(path, json.dumps(compiled))
+  return combine(facts, compiled), known
+
+
+if __name__ == "__main__":
+  from stdit_jax.cli import one_line_errors
+
+  with one_line_errors():
+    print(json.dumps(work(json.load(sys.stdin), sys.argv[1])))

@@ -1,0 +1,163 @@
+"""The largest batch of a bucket that fits, and the batch with which all buckets take the same time.
+
+Open-Sora searches batch sizes on the hardware (v1.2, scripts/misc/search_bs.py); here the compiler answers. Memory grows by a
+fixed amount per sample, which two compilations tell; what they predict, a third has to confirm.
+"""
+
+import dataclasses
+import math
+
+from data.aspect_ratios import NUM_PIXELS
+from data.config import DataConfig
+from stdit_jax.parallel.mesh import mesh_sizes
+from stdit_jax.planning.programs import roofline
+
+ATTEMPTS = 6  # compilations per bucket at most
+FIRST_PIXELS = 2_500_000  # of the samples that a device begins with: their memory shows beside that of the parameters
+
+
+def with_whole_batches(config, split):
+  """The configuration (plain values) with batches that are not split into micro batches, and the tokens of the buckets
+  `split` ("480p:204"), of no others, over the mesh's `sequence` axis."""
+  changes = {"max_tokens_per_device": 0, "split_tokens": list(split) or "never"}
+  stages = [{key: value for key, value in stage.items() if key not in changes} for stage in config["stages"]]
+  return {**config, **changes, "stages": stages}
+
+
+def batch_units(config, chips, slices):
+  """Samples of the whole mesh when every device has one, and when the `sequence` axis shares one."""
+  within, over = mesh_sizes(config["mesh"], chips // slices), mesh_sizes(config["slices"], slices, "slices", "slices")
+  sizes = {axis: within[axis] * over[axis] for axis in within}
+  split = sizes["data"] * sizes["fsdp"]
+  return split * sizes["sequence"], split
+
+
+def round_down(n):
+  """To two significant digits: 16 to 99 as they are, 1234 -> 1200."""
+  step = 10 ** max(0, len(str(n)) - 2)
+  return n // step * step
+
+
+@dataclasses.dataclass
+class Found:
+  """What a search found of one bucket; `results` are those of `Compiler`, by samples per device, all tried."""
+
+  results: dict
+
+  @property
+  def largest(self):
+    """Samples per device of the largest batch that was compiled and fits; 0 when not even one does."""
+    return max((n for n, result in self.results.items() if result["fits"]), default=0)
+
+  @property
+  def result(self):
+    """The result of that batch; of the smallest that was tried where none fits."""
+    return self.results[self.largest or min(self.results)]
+
+  def seconds(self, topology, slice_gbits):
+    """(a, b): a step on n samples per device takes a + b * n at its bound."""
+    fits = sorted(n for n, result in self.results.items() if result["fits"])
+    low, high = ((n, roofline(self.results[n], topology, slice_gbits)["step"]) for n in (fits[0], fits[-1]))
+    slope = (high[1] - low[1]) / (high[0] - low[0]) if high[0] > low[0] else low[1] / low[0]
+    return low[1] - slope * low[0], slope
+
+  def equal(self, seconds, constant, slope):
+    """Samples per device with which a step takes about `seconds`, at `constant + slope * n`, and fits; at least 1."""
+    return max(1, min(self.largest, round_down(max(1, round((seconds - constant) / slope)))))
+
+
+def predict(results, limit):
+  """Samples per device that fill `limit` bytes, by the two largest batches that fit; by one, the growth is not known, and
+  all that is not waiting beside the program is taken for it."""
+  fits = sorted(n for n, result in results.items() if result["fits"])
+  high = fits[-1]
+  if len(fits) == 1:
+    result = results[high]
+    growth = (result["peak"] - sum(result["resident"].values())) / high
+  else:
+    growth = (results[high]["peak"] - results[fits[-2]]["peak"]) / (high - fits[-2])
+  room = limit - results[high]["peak"]
+  return high + math.floor(room / growth) if growth > 0 else 2 * high
+
+
+def largest_batch(measure, first=1, attempts=ATTEMPTS):
+  """Searches the largest batch that fits.
+
+  Args:
+    measure: samples per device -> result of `Compiler`.
+    first: samples to begin with: enough that what grows shows beside what does not.
+
+  Returns:
+    Found
+  """
+  results, n = {}, first
+  while n and len(results) < attempts:
+    results[n] = measure(n)
+    n = next_batch(results)
+  return Found(results)
+
+
+def next_batch(results):
+  """Samples per device to try next, None when the search is over: not even one fits, or what fits is confirmed."""
+  fits = [n for n, result in results.items() if result["fits"]]
+  failed = [n for n, result in results.items() if not result["fits"]]
+  if not fits:
+    return min(failed) // 4 or (1 if min(failed) > 1 else None)
+  high = max(fits)
+  n = round_down(predict(results, results[high]["limit"]))
+  if failed and n >= (least := min(failed)):  # memory is no line there: 5 % less, then 20, then half
+    n = max(high, round_down(int(least * (1 - min(0.5, 0.05 * 4 ** (len(failed) - 1))))))
+  if len(results) == 1:
+    return max(n, high + 1)  # growth needs two
+  worth_it = n > high * 1.02 if len(fits) > 2 else n > high
+  return n if worth_it and n not in results else None
+
+
+def search_bucket(compiler, job, chips):
+  """Searches the largest batch of a job's bucket, whole samples first; where not one fits, tokens are split -> Found."""
+  key = job.bucket[:2]
+  first = max(1, FIRST_PIXELS // (NUM_PIXELS[key[0]] * key[1]))
+  whole, split = batch_units(job.config, chips, job.slices)
+  for unit, names in ((whole, ()), (split, (f"{key[0]}:{key[1]}",))):
+    config = with_whole_batches(job.config, names)
+
+    def measure(n, config=config, unit=unit):
+      return compiler(dataclasses.replace(job, config=config, bucket=(*key, n * unit)))
+
+    found = largest_batch(measure, first)
+    if found.largest or whole == split:
+      break
+  return found
+
+
+def fragment(stages, found, equal, topology, command):
+  """Python text of a config fragment.
+
+  Args:
+    stages: of the configuration; found: {(stage, resolution, frames): Found} of buckets that fit; equal: their equal batches.
+    command: the command that made it.
+  """
+  lines = [
+    f'"""Batch sizes found by the compiler for {topology}, of the whole mesh. Computed, not measured on a device.',
+    "",
+    f"  {command}",
+    "",
+    "LARGEST fills the memory; EQUAL makes the steps of all buckets take about the same time. A stage takes them up by",
+    "  dict(name=..., steps=..., **EQUAL[name])",
+    '"""',
+  ]
+  largest = {key: answer.largest * answer.result["batch_parts"] for key, answer in found.items()}
+  for name, batches in (("LARGEST", largest), ("EQUAL", equal)):
+    lines += ["", f"{name} = {{"]
+    for stage in stages:
+      rows, split = [], []
+      for b in DataConfig(**stage.config.data.to_dict()).parsed_buckets():
+        key = stage.name, b.resolution, b.num_frames
+        if key in batches:
+          keep = b.keep_prob if b.duration_prob is None else (b.keep_prob, b.duration_prob)
+          rows.append(f"      {(b.resolution, b.num_frames, keep, batches[key])!r},")
+          split += [f"{b.resolution}:{b.num_frames}"] * found[key].result["split_tokens"]
+      lines += [f'  "{stage.name}": {{', '    "data.buckets": (', *rows, "    ),", '    "data.reference_devices": 1,']
+      lines += ['    "max_tokens_per_device": 0,', f'    "split_tokens": {tuple(split) or "never"!r},', "  },"]
+    lines.append("}")
+  return "\n".join(lines).replace("'", '"') + "\n"

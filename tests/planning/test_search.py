@@ -1,0 +1,102 @@
+"""The search of batch sizes, against memory and time that are known exactly."""
+
+import math
+
+import pytest
+
+from stdit_jax.planning import search
+from tests.planning.test_plan import SMALL
+
+GIB = 2**30
+
+
+def device(constant, growth, limit=16.0, beside=2.0, noise=0.0):
+  """A compiler of programs that need `constant + growth * n` GiB, every other time `noise` more."""
+  asked = []
+
+  def measure(n):
+    asked.append(n)
+    peak = (beside + constant + growth * n + noise * (len(asked) % 2)) * GIB
+    if peak > limit * GIB:
+      return {"fits": False, "oom": "too large", "limit": limit * GIB}
+    return {"fits": True, "peak": peak, "limit": limit * GIB, "resident": {"all": beside * GIB}}
+
+  return measure, asked
+
+
+@pytest.mark.parametrize(("constant", "growth"), [(1.0, 0.01), (0.1, 0.13), (3.0, 1.2), (2.0, 6.0), (0.5, 0.0003)])
+def test_the_largest_batch_is_found_with_three_compilations(constant, growth):
+  measure, asked = device(constant, growth)
+  found = search.largest_batch(measure)
+  best = math.floor((16.0 - 2.0 - constant) / growth + 1e-9)
+  assert found.largest == search.round_down(best)
+  assert len(asked) <= 4  # three, and one where the second is not worth a slope
+
+
+def test_memory_that_is_no_line_still_ends_with_what_fits():
+  measure, asked = device(1.0, 0.05, noise=0.1)
+  found = search.largest_batch(measure, first=16)
+  assert found.results[found.largest]["fits"]
+  assert 230 <= found.largest <= 260
+  assert len(asked) <= search.ATTEMPTS
+
+
+def test_a_first_batch_that_does_not_fit_becomes_smaller():
+  measure, asked = device(1.0, 1.2)
+  assert search.largest_batch(measure, first=40).largest == 10
+  measure, asked = device(20.0, 1.0)
+  assert search.largest_batch(measure, first=8).largest == 0
+  assert asked == [8, 2, 1]
+
+
+def result(n, seconds, fits=True):
+  """A result that takes so many seconds on v5e: all of it compute."""
+  flops = seconds * 197e12
+  return {
+    "fits": fits, "hardware_flops": flops, "model_flops": flops, "chips": 1, "memory_traffic": 0, "between_slices": 0,
+    "collectives": {"all-reduce": 0}, "batch_parts": 8, "split_tokens": False,
+  }  # fmt: skip
+
+
+def test_equal_batches_take_equal_time():
+  found = search.Found({1: result(1, 0.3), 11: result(11, 2.3), 12: result(12, 9.0, fits=False)})
+  constant, slope = found.seconds("v5e:2x4", 25)
+  assert (constant, slope) == (pytest.approx(0.1), pytest.approx(0.2))
+  assert found.equal(1.1, constant, slope) == 5
+  assert found.equal(99.0, constant, slope) == 11  # no more than fits
+  assert found.equal(0.0, constant, slope) == 1
+
+
+def test_the_fragment_is_a_stage(tmp_path):
+  """What is written is Python that a stage takes up: the buckets, keep probabilities as they were, and which are split."""
+  from stdit_jax.training.checkpoints import from_plain, plain
+  from stdit_jax.training.stages import make_stages
+
+  namespace = {}
+  exec(SMALL, namespace)
+  stages = make_stages(namespace["get_config"]())
+  split = result(1, 1.0) | {"split_tokens": True}
+  found = {
+    ("stage1", "144p", 51): search.Found({1: result(1, 1.0), 4: result(4, 4.0)}),
+    ("stage1", "360p", 408): search.Found({1: split}),
+  }
+  text = search.fragment(
+    stages, found, {("stage1", "144p", 51): 8, ("stage1", "360p", 408): 8}, "v5e:2x4", "plan --config c.py"
+  )
+  made = {}
+  exec(text, made)
+  assert made["LARGEST"]["stage1"]["data.buckets"] == (("360p", 408, (0.15, 0.1), 8), ("144p", 51, 1.0, 32))
+  assert made["EQUAL"]["stage1"]["data.buckets"] == (("360p", 408, (0.15, 0.1), 8), ("144p", 51, 1.0, 8))
+  assert made["EQUAL"]["stage1"]["split_tokens"] == ("360p:408",)
+  config = from_plain(plain(namespace["get_config"]()) | {"stages": [dict(name="stage1", steps=1, **made["EQUAL"]["stage1"])]})
+  (stage,) = make_stages(config)
+  assert stage.config.data.reference_devices == 1
+
+
+def test_whole_batches_replace_what_stages_say():
+  config = {"max_tokens_per_device": 5, "split_tokens": "auto", "stages": [{"name": "a", "max_tokens_per_device": 7}]}
+  assert search.with_whole_batches(config, ("480p:204",)) == {
+    "max_tokens_per_device": 0, "split_tokens": ["480p:204"], "stages": [{"name": "a"}]
+  }  # fmt: skip
+  sizes = {"mesh": {"data": -1, "fsdp": 8, "sequence": 4}, "slices": {"data": -1}}
+  assert search.batch_units(sizes, 512, 2) == (512, 128)
