@@ -108,9 +108,7 @@ def check_values(config):
   if not isinstance(config.split_tokens, str):
     names = tuple(config.split_tokens)
     if bad := [n for n in names if not isinstance(n, str) or not re.fullmatch(r"\w+:\d+", n)]:
-      raise ValueError(
-        f"config: split_tokens has {bad[0]!r}; allowed: names of buckets, RESOLUTION:FRAMES, as in ('480p:204',)"
-      )
+      raise ValueError(f"config: split_tokens has {bad[0]!r}; allowed: buckets, RESOLUTION:FRAMES, as in ('480p:204',)")
   elif config.split_tokens not in ("auto", "never", "always"):
     raise ValueError(
       f"config: split_tokens is {config.split_tokens!r}; allowed: 'auto', 'never', 'always', or buckets such as ('480p:204',)"
