@@ -6,7 +6,7 @@ import pathlib
 
 import pytest
 
-# With libtpu installed (tests/test_plan.py) and no TPU, JAX would look for one; its profiler then ends the process.
+# With libtpu installed (tests/planning) and no TPU, JAX would look for one; its profiler then ends the process.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
@@ -30,6 +30,9 @@ def assets(tmp_path_factory):
 def quick_compile():
   """Programs made by `jax.jit` from here on are compiled without optimisation: tiny models spend all their time there."""
   import jax
+
+  # Imported when needed, and jitted within other programs, where options are refused: before `jit` is another.
+  import jax.experimental.pallas.ops.tpu.splash_attention  # noqa: F401
 
   from tests.helpers import QUICK_COMPILE
 
