@@ -32,7 +32,7 @@ def quick_compile():
   import jax
 
   # Imported when needed, and jitted within other programs, where options are refused: before `jit` is another.
-  import jax.experimental.pallas.ops.tpu.splash_attention  # noqa: F401
+  import jax.experimental.pallas.ops.tpu.splash_attention
 
   from tests.helpers import QUICK_COMPILE
 
