@@ -28,15 +28,31 @@ def learning_rate(config, start, steps):
   return schedule
 
 
+def scale_by_adam(b1, b2, eps):
+  """Adam (arXiv 1412.6980, algorithm 1) without its learning rate, as `optax.scale_by_adam`, with a count of steps for every
+  parameter: the bias correction of one that comes in a later stage begins with it."""
+
+  def init(params):
+    count, mu, nu = (jax.tree.map(f, params) for f in (lambda p: jnp.zeros((), jnp.int32), jnp.zeros_like, jnp.zeros_like))
+    return optax.ScaleByAdamState(count, mu, nu)
+
+  def update(gradients, state, params=None):
+    del params
+    count = jax.tree.map(lambda n: n + 1, state.count)
+    mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, gradients)
+    nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g**2, state.nu, gradients)
+    steps = jax.tree.map(lambda m, v, n: m / (1 - b1**n) / (jnp.sqrt(v / (1 - b2**n)) + eps), mu, nu, count)
+    return steps, optax.ScaleByAdamState(count, mu, nu)
+
+  return optax.GradientTransformation(init, update)
+
+
 def make_optimizer(config):
   """AdamW without its learning rate: the update program multiplies by it, so that stages share one state.
 
   Adam with decoupled weight decay; Open-Sora 1.2 uses betas (0.9, 0.999), eps 1e-15, no decay, clipping at norm 1.
   """
-  return optax.chain(
-    optax.scale_by_adam(config.b1, config.b2, config.eps),
-    optax.add_decayed_weights(config.weight_decay),
-  )
+  return optax.chain(scale_by_adam(config.b1, config.b2, config.eps), optax.add_decayed_weights(config.weight_decay))
 
 
 def learning_rate_scales(params, train, scales=()):

@@ -177,7 +177,8 @@ def test_stages_change_rate_buckets_and_optimizer(left_alone):
   np.testing.assert_allclose(rates[12:17], 2e-3 * np.array([0.25, 0.5, 0.75, 1, 1]), rtol=1e-6)
   assert not any("loss/144p x 1" in line for line in lines[12:])
   assert any("loss/144p x 1" in line for line in lines[:12])
-  assert int(items(folder / "alone")["opt"][0]["count"]) == 8  # the second stage began with a fresh optimizer
+  counts = jax.tree.leaves(items(folder / "alone")["opt"][0]["count"])
+  assert set(map(int, counts)) == {8}  # the second stage began with a fresh optimizer
 
 
 def test_workers_end_with_their_killed_training(assets, tmp_path):
