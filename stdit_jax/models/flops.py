@@ -27,9 +27,11 @@ def forward(config, frames, space, text):
     config: of an STDiT; frames, space: latent frames and tokens per frame; text: text tokens.
   """
   width, tokens = config.hidden_size, frames * space
-  attention = self_attention(config, tokens, space) + self_attention(config, tokens, frames)
+  spatial, temporal = self_attention(config, tokens, space), self_attention(config, tokens, frames)
   rest = cross_attention(config, tokens, text) + mlp(config, tokens)
-  layer = attention + rest * (2 if isinstance(config, STDiT3Config) else 1)  # STDiT-3 has two blocks a layer
+  layer = spatial + temporal + rest
+  if isinstance(config, STDiT3Config):  # one or two blocks a layer
+    layer = spatial + rest + (temporal + rest if config.temporal_blocks else 0)
   patches = 2 * tokens * width * (config.patch_values + config.patch_positions * config.out_channels)
   caption = 2 * text * (config.caption_channels + width) * width
   embeddings = 2 * 2 * (256 + width) * width + 12 * width**2  # timestep and fps, modulation

@@ -118,10 +118,14 @@ class STDiT1Config(STDiTConfig):
 
 @dataclasses.dataclass(frozen=True)
 class STDiT2Config(STDiTConfig):
-  """Open-Sora 1.1. `qk_norm_legacy`: rotate, then norm, as 1.1 trained it; False is STDiT-2 as built by 1.2's code."""
+  """Open-Sora 1.1. `qk_norm_legacy`: rotate, then norm, as 1.1 trained it; False is STDiT-2 as built by 1.2's code.
+
+  `fps_condition`: False leaves out the embedding of the frame rate, as 1.1 began.
+  """
 
   model_max_length: int = 200
   qk_norm_legacy: bool = True
+  fps_condition: bool = True
 
   def __post_init__(self):
     super().__post_init__()
@@ -131,7 +135,11 @@ class STDiT2Config(STDiTConfig):
 
 @dataclasses.dataclass(frozen=True)
 class STDiT3Config(STDiTConfig):
-  """Open-Sora 1.2."""
+  """Open-Sora 1.2. Its adaptation began as PixArt: without embedding the frame rate (`fps_condition`) and, on images only,
+  without attention over time (`temporal_blocks`; clips are then frames that know nothing of each other)."""
+
+  fps_condition: bool = True
+  temporal_blocks: bool = True
 
 
 class Modulation:
@@ -511,7 +519,9 @@ class STDiT2(STDiT):
     embed_size = self.embed_scalar("size_embed", third)
     embed_aspect = self.embed_scalar("aspect_embed", third)
     size = jnp.concatenate([embed_size(height), embed_size(width), embed_aspect(aspect_ratio)], axis=-1)
-    length = self.embed_scalar("frames_embed")(num_frames) + self.embed_scalar("fps_embed")(fps)
+    length = self.embed_scalar("frames_embed")(num_frames)
+    if self.config.fps_condition:
+      length = length + self.embed_scalar("fps_embed")(fps)
 
     init = nn.initializers.normal(0.02)
     embed_t = self.embed_scalar("timestep_embed", fc1_init=init, fc2_init=init)
@@ -533,17 +543,18 @@ class STDiT3(STDiT):
 
   def conditions(self, t, x_mask, height, width, aspect_ratio, num_frames, fps):
     embed_t = self.embed_scalar("timestep_embed")
-    speed = self.embed_scalar("fps_embed", fc1_init=nn.initializers.normal(0.02), fc2_init=zeros)(fps)
+    speed = 0.0
+    if self.config.fps_condition:
+      speed = self.embed_scalar("fps_embed", fc1_init=nn.initializers.normal(0.02), fc2_init=zeros)(fps)
     noised = embed_t(t) + speed
     clean = None if x_mask is None else embed_t(jnp.zeros_like(t)) + speed
     modulation = self.modulation_vectors("timestep_modulation", 6, [noised, clean])
     return Conditions(None, None, None, x_mask, *modulation), noised, clean
 
   def blocks(self):
-    return [
-      ("spatial_blocks", STDiT3Block(self.config, "space", self.layout, parent=None)),
-      ("temporal_blocks", STDiT3Block(self.config, "time", self.layout, parent=None)),
-    ]
+    spatial = "spatial_blocks", STDiT3Block(self.config, "space", self.layout, parent=None)
+    temporal = "temporal_blocks", STDiT3Block(self.config, "time", self.layout, parent=None)
+    return [spatial, temporal] if self.config.temporal_blocks else [spatial]
 
 
 def temporal_position_table(config, num_frames):
