@@ -75,8 +75,10 @@ def get_config():
   config.train = ".*"  # regular expression over parameter names: which parameters train
   config.ema_decay = 0.99
 
-  # A run is a list of stages: name, steps, and keys above (dotted) that the stage changes, e.g.
-  # dict(name="second", steps=1000, keep_optimizer=True, **{"optimizer.learning_rate": 5e-5}).
+  # A run is a list of stages: name, steps, and keys above (dotted) that the stage changes, for itself alone, e.g.
+  # dict(name="second", steps=1000, keep_optimizer=True, **{"optimizer.learning_rate": 5e-5}). `model`, `diffusion` and the
+  # autoencoder's name, fields and weights may change: parameters of equal name and shape are kept, new ones initialised, and a
+  # line says which. `mesh`, `seed`, `output` and the text encoder (but for max_length) are the run's.
   config.stages = (dict(name="main", steps=1000),)
 
   config.compile_threads = 1  # programs compiled at a time beside training, as soon as the first one is there

@@ -157,10 +157,10 @@ def convert_run(args, options) -> None:
   """The same from a training run's folder, whose own configuration names its models."""
   from stdit_jax.training import checkpoints  # orbax is only needed here
 
-  run = checkpoints.read_config(args.input)
+  run, step = checkpoints.stage_config(args.input)
   part = args.part or ("denoiser" if run.task == "denoiser" else "autoencoder")
   key = RUN_PARTS[part]
-  loaded, constants, step = checkpoints.load_weights(args.input, item=args.item)
+  loaded, constants, _ = checkpoints.load_weights(args.input, args.item, step)
   if part not in loaded and part not in constants:
     raise ValueError(f"{args.input}: the run has no weights of its own for --part {part}; it has {', '.join(loaded)}")
   module = models.PARTS[part]

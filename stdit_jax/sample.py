@@ -128,7 +128,10 @@ def load_pipeline(args):
 
   if bool(args.run) == bool(args.config):
     raise ValueError("give either --run FOLDER (a training run) or --config FILE with --weights FILE")
-  config = checkpoints.read_config(args.run) if args.run else read_config_file(args.config)
+  if args.run:
+    config, step = checkpoints.stage_config(args.run, args.step)
+  else:
+    config = make_stages(read_config_file(args.config))[-1].config
   for key, value in (("autoencoder", args.autoencoder), ("text_encoder", args.text_encoder)):
     if value:
       config[key].weights = value
@@ -136,10 +139,10 @@ def load_pipeline(args):
     raise ValueError(f"{args.run or args.config} trains an {config.task}; sampling needs a denoiser")
   if config.text_encoder.where == "disk":
     raise ValueError("the run took its text embeddings from disk; give --text-encoder and set text_encoder.where to 'ahead'")
-  objective = DenoiserObjective(make_stages(config)[-1].config)
+  objective = DenoiserObjective(config)
   autoencoder = autoencoder_model(config.autoencoder)
   if args.run:
-    params, frozen, step = checkpoints.load_weights(args.run, args.item, args.step)
+    params, frozen, _ = checkpoints.load_weights(args.run, args.item, step)
     described = f"{args.run}, step {step}, {args.item}"
   else:
     path = weights.need_file(args.weights, "--weights")

@@ -84,8 +84,9 @@ class LatentCache:
 class ClipEncoder:
   """Encodes clips to normalised posterior means and deviations: `micro_batch` frames at a time, one program per size."""
 
-  def __init__(self, model, variables, config, counter):
-    self.model, self.micro_batch, self._counter = model, config.micro_batch, counter
+  def __init__(self, model, variables, config, counter, name):
+    """`config`: `autoencoder` of a configuration; `name`: of the stage that it is made for, to count its programs under."""
+    self.model, self.micro_batch, self._counter, self._name = model, config.micro_batch, counter, name
     self._variables = [jax.device_put(variables, device) for device in jax.local_devices()]
     self._programs = {}
     self.cache = LatentCache(config.cache_gb * 2**30)
@@ -111,7 +112,8 @@ class ClipEncoder:
     """uint8 `[N, H, W, 3]` -> (mean, std) of all frames. Micro batches go round the local devices."""
     size = frames.shape[1:3]
     if size not in self._programs:
-      encode = self._counter.counted(f"encode {size[0]}x{size[1]}", lambda v, x: image_kl.encode_frames(self.model, v, x))
+      name = f"{self._name}: encode {size[0]}x{size[1]}"
+      encode = self._counter.counted(name, lambda v, x: image_kl.encode_frames(self.model, v, x))
       self._programs[size] = jax.jit(encode)
     parts = []
     for i, start in enumerate(range(0, len(frames), self.micro_batch)):

@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 
 from configs import base
 from stdit_jax.cli import InputError
+from stdit_jax.training.stages import FREE, make_stages, stage_that_made
 
 CONFIG = "config.json"
 
@@ -29,6 +30,7 @@ def from_plain(values):
   """The configuration of what `plain` made, keys that it is too old to have at their defaults."""
   config = base.get_config()
   with config.unlocked(), config.ignore_type():
+    config.update_from_flattened_dict({key: {} for key in FREE})  # a field that was not set there must not be set here
     config.update(values)
   return config
 
@@ -63,6 +65,14 @@ class Checkpoints:
   def steps(self):
     """Steps of all checkpoints that were written to their end, ascending."""
     return sorted(self._manager.all_steps())
+
+  def pick(self, step=None):
+    """`step`, or the newest one; ValueError when it is not there."""
+    steps = self.steps()
+    step = max(steps, default=None) if step is None else step
+    if step not in steps:
+      raise ValueError(f"{self.folder.parent} has no checkpoint of step {step}; there are {steps or 'none'}")
+    return step
 
   def save(self, step, state, constants, position):
     """Starts writing; returns as soon as the arrays are copied off the device."""
@@ -157,6 +167,23 @@ def read_config(folder):
     raise ValueError(f"{path} is damaged: {error}") from None
 
 
+def stage_config(folder, step=None):
+  """(configuration of the stage that made a checkpoint, whose model it holds; its step), by default of the latest.
+
+  Raises:
+    ValueError: no run folder, no checkpoint, no such step.
+  """
+  stages = make_stages(read_config(folder))
+  checkpoints = Checkpoints(folder)
+  try:
+    step = checkpoints.pick(step)
+    position = checkpoints.position(step)
+    config = from_plain(position["config"]) if "config" in position else stage_that_made(stages, step).config
+    return config, step
+  finally:
+    checkpoints.close()
+
+
 def load_weights(folder, item="ema", step=None):
   """Weights of a run folder: ({"denoiser": ..., ...}, constants, step), NumPy-like arrays on the default device.
 
@@ -173,10 +200,7 @@ def load_weights(folder, item="ema", step=None):
   read_config(folder)
   checkpoints = Checkpoints(folder)
   try:
-    steps = checkpoints._manager.all_steps()
-    step = max(steps, default=None) if step is None else step
-    if step not in steps:
-      raise ValueError(f"{folder} has no checkpoint of step {step}; there are {sorted(steps) or 'none'}")
+    step = checkpoints.pick(step)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     metadata = checkpoints._manager.item_metadata(step)
 

@@ -22,22 +22,16 @@ from jax.experimental import multihost_utils
 from stdit_jax.cli import InputError
 from stdit_jax.parallel.mesh import make_mesh
 from stdit_jax.parallel.shardings import tree_shardings
-from stdit_jax.training import batches, weights
-from stdit_jax.training.checkpoints import CONFIG, Checkpoints, DamagedCheckpointError, plain, write_text
+from stdit_jax.training import batches, transition, weights
+from stdit_jax.training.checkpoints import CONFIG, Checkpoints, DamagedCheckpointError, from_plain, plain, write_text
 from stdit_jax.training.compilation import AheadOfTime
 from stdit_jax.training.metrics import Averages, Metrics, Speed, batch_work, speed_note
 from stdit_jax.training.nonfinite import MicroStep, NonFinite, TooManyNonFinite
 from stdit_jax.training.objectives import OBJECTIVES, autoencoder_model
 from stdit_jax.training.profiling import Profiler
 from stdit_jax.training.stage_data import StageData
-from stdit_jax.training.stages import make_stages, stage_of, total_steps
-from stdit_jax.training.state import (
-  learning_rate_scales,
-  make_optimizer,
-  new_state,
-  state_shapes,
-  with_shardings,
-)
+from stdit_jax.training.stages import changed_keys, identity, make_stages, naming, stage_of, stage_that_made, total_steps
+from stdit_jax.training.state import learning_rate_scales, make_optimizer, new_state, state_shapes, with_shardings
 from stdit_jax.training.step import Programs, TraceCounter
 
 
@@ -91,14 +85,14 @@ def check_output(folder, config):
     raise ValueError(f"config: output={str(folder)!r} can't be used: {error.strerror}; give another folder") from None
   except (json.JSONDecodeError, UnicodeDecodeError) as error:
     raise ValueError(f"{path} is damaged ({error}); give another output folder") from None
-  changed = sorted(key for key in _changed(old, plain(config)) if key not in ("resume", "restart_data", "compilation_cache"))
-  for key in changed:
-    if key.split(".")[0] in ("model", "task", "seed") or key in ("text_encoder.name", "text_encoder.train", "autoencoder.name"):
+  before, now = ({s.name: identity(plain(s.config)) for s in make_stages(c)} for c in (from_plain(old), config))
+  for name in filter(before.get, now):
+    for key in changed_keys(before[name], now[name]):
       raise ValueError(
-        f"config: output={str(folder)!r} belongs to another run: {key} differs; give another output folder, or the config "
-        "of that run"
+        f"config: output={str(folder)!r} belongs to another run: {key} differs in stage {name!r}; give another output folder, "
+        "or the config of that run (a stage that has not begun may change under another name)"
       )
-  return changed
+  return [key for key in changed_keys(old, plain(config)) if key not in ("resume", "restart_data", "compilation_cache")]
 
 
 def _foreign(folder):
@@ -108,15 +102,6 @@ def _foreign(folder):
   plans = [p for p in (folder / "data").glob("*") if not p.name.startswith(("table-", "plan-", "tmp"))]
   own = {"checkpoints", "compilation_cache"} | (set() if plans else {"data"})
   return sorted(p.name for p in folder.iterdir() if p.name not in own and not p.name.startswith((f"{CONFIG}.tmp", ".writable")))
-
-
-def _changed(old, new, prefix=""):
-  for key in old.keys() | new.keys():
-    a, b = old.get(key), new.get(key)
-    if isinstance(a, dict) and isinstance(b, dict):
-      yield from _changed(a, b, f"{prefix}{key}.")
-    elif a != b:
-      yield f"{prefix}{key}"
 
 
 def constants(frozen):
@@ -131,8 +116,8 @@ class Run:
     config: of the run.
     beat: called with what the loop does next, and whether that may take long (`watchdog.Watchdog.beat`).
 
-  Attributes: config, stages, mesh; objectives, optimizers and data per stage; shapes of state and frozen; skip: {name of a
-  stage: micro steps of its plan that are passed over}.
+  Attributes: config, stages, mesh; per stage objectives, optimizers, scales, data, shapes of state and frozen; skip: {name of
+  a stage: micro steps of its plan that are passed over}.
   """
 
   def __init__(self, config, beat=lambda what, slow=False: None):
@@ -140,32 +125,39 @@ class Run:
     self.stages = make_stages(config)
     check_platform(config.platform)
     self.mesh = make_mesh(config.mesh, slices=config.slices)
-    self.objectives = [OBJECTIVES[config.task](stage.config) for stage in self.stages]
-    self.optimizers = [make_optimizer(stage.config.optimizer) for stage in self.stages]  # their states are alike
-    params, self.frozen_shapes = jax.eval_shape(self.objectives[0].init, jax.random.key(0))
-    self.state_shapes = state_shapes(params, self.optimizers[0])
-    self.shardings = tree_shardings(self.state_shapes, self.mesh), tree_shardings(self.frozen_shapes, self.mesh)
-    self.scales = [learning_rate_scales(params, s.config.train, s.config.optimizer.scales) for s in self.stages]
-    self._check_weights()
+    if config.init:
+      weights.need_file(config.init, "init")
+    self.objectives, self.optimizers, self.scales, self.state_shapes, self.frozen_shapes = zip(
+      *(self._put_together(stage) for stage in self.stages)
+    )
     self.changed = check_output(config.output, config)
     self.data = [StageData(s, config.output, self.mesh, o) for s, o in zip(self.stages, self.objectives)]
     self.counter = TraceCounter()
     self.checkpoints = Checkpoints(config.output, config.keep_checkpoints)
-    self.encoder = None
+    self.encoder = self._encoder_source = None
     self.skip, self._programs, self._went_back_to = {}, {}, None
     self.compiled = AheadOfTime(config.compile_threads, say)
     self._terminated, self._beat, self._asked = False, beat, 0
     self._speed, self._work = Speed(list(self.mesh.devices.flat)), {}
     self._profiler = Profiler(config.output, config.profile_steps)
 
-  def _check_weights(self):
+  def _put_together(self, stage):
+    """(objective, optimizer, scales, shapes of the state, shapes of what is frozen) of a stage. Raises ValueError."""
+    with naming(stage):
+      config = stage.config
+      objective, optimizer = OBJECTIVES[config.task](config), make_optimizer(config.optimizer)
+      self._check_weights(config, objective)
+      params, frozen = jax.eval_shape(objective.init, jax.random.key(0))
+      tree_shardings((params, frozen), self.mesh)  # raises where a size does not divide
+      scales = learning_rate_scales(params, config.train, config.optimizer.scales)
+      return objective, optimizer, scales, state_shapes(params, optimizer), frozen
+
+  @staticmethod
+  def _check_weights(config, objective):
     """Everything that has to be read is there, before anything compiles."""
-    config = self.config
-    if config.init:
-      weights.need_file(config.init, "init")
     if config.task == "denoiser":
       latent = autoencoder_model(config.autoencoder).config.latent_channels
-      if latent != (taken := self.objectives[0].model.config.in_channels):
+      if latent != (taken := objective.model.config.in_channels):
         raise ValueError(
           f"config: the autoencoder's latents have {latent} channels, but the denoiser takes {taken} (in_channels)"
         )
@@ -215,11 +207,10 @@ class Run:
 
   def _initial(self):
     """(state, frozen) of step 0."""
-    key = jax.random.key(self.config.seed)
-    params, frozen = weights.initial_weights(
-      self.objectives[0], self.config, key, (self.shardings[0]["params"], self.shardings[1]), self.mesh
-    )
-    return jax.jit(lambda p: new_state(p, self.optimizers[0]), out_shardings=self.shardings[0])(params), frozen
+    key, config = jax.random.key(self.config.seed), self.stages[0].config
+    state, frozen = (tree_shardings(shapes[0], self.mesh) for shapes in (self.state_shapes, self.frozen_shapes))
+    params, constants = weights.initial_weights(self.objectives[0], config, key, (state["params"], frozen), self.mesh)
+    return jax.jit(lambda p: new_state(p, self.optimizers[0]), out_shardings=state)(params), constants
 
   def _restore(self, step):
     """(state, frozen) of a checkpoint, and what it says of the data. Raises as `start`, or DamagedCheckpointError, on all
@@ -227,17 +218,22 @@ class Run:
     damage = None
     try:
       position = self.checkpoints.position(step)
-      stage = stage_of(self.stages, step)
+      stage, made = stage_of(self.stages, step), stage_that_made(self.stages, step)
+      own = plain(made.config)
+      if other := changed_keys(identity(position.get("config", own)), identity(own)):
+        raise ValueError(
+          f"config: step {step} was made with another model than that of stage {made.name!r}, to which it belongs now "
+          f"({', '.join(other)}); give the stages the steps that they had"
+        )
       same = self.data[stage.index].check_same(position["data"], self.config.restart_data)
-      state, frozen = self.checkpoints.restore(
-        step, with_shardings(self.state_shapes, self.mesh), with_shardings(constants(self.frozen_shapes), self.mesh)
-      )
+      shapes = self.state_shapes[made.index], constants(self.frozen_shapes[made.index])
+      state, frozen = self.checkpoints.restore(step, *(with_shardings(tree, self.mesh) for tree in shapes))
     except DamagedCheckpointError as error:
       damage = error
     if not everywhere(damage is None):
       raise damage or DamagedCheckpointError(f"checkpoint {step} can't be read by another process")
     self.skip = {name: tuple(positions) for name, positions in position.get("skip", {}).items() if same or name != stage.name}
-    if "text_encoder" in self.frozen_shapes:
+    if "text_encoder" in self.frozen_shapes[0]:
       frozen["text_encoder"] = weights.load_text_encoder(self.config, self.objectives[0].text, self.mesh)
     return state, frozen
 
@@ -246,11 +242,12 @@ class Run:
     self._beat(f"step {step}: saving", slow=True)
     stage = stage_of(self.stages, step)
     position = {"step": step, "stage": stage.name, "data": self.data[stage.index].identity(), "skip": self.skip}
+    position["config"] = plain(stage_that_made(self.stages, step).config)  # a reader needs the model, and config.json is older
     with self._speed.paused():
       self.checkpoints.save(step, state, constants(frozen), position)
 
   def _go_back(self, failure):
-    """(state, step) of the last checkpoint, from which the micro steps that failed will be passed over.
+    """(state, frozen, step) of the last checkpoint, from which the micro steps that failed will be passed over.
 
     Raises:
       InputError: that did not help the last time.
@@ -274,11 +271,11 @@ class Run:
       sys.stderr,
     )
     if not self.checkpoints.steps():
-      return self._initial()[0], 0
+      return *self._initial(), 0
     skip = self.skip
-    state, _ = self._restore(target)
+    state, frozen = self._restore(target)
     self.skip = skip
-    return state, target
+    return state, frozen, target
 
   # Run.
 
@@ -324,16 +321,14 @@ class Run:
       with self._noting_sigterm(), self._profiler:
         while step < total:
           stage, failure = stage_of(self.stages, step), None
-          if step == stage.start and step > 0 and not stage.keep_optimizer:
-            optimizer = self.optimizers[stage.index]
-            state["opt"] = jax.jit(optimizer.init, out_shardings=self.shardings[0]["opt"])(state["params"])
+          state, frozen = self._enter(stage, state, frozen, step)
           try:
             state, step = self._run_stage(stage, state, frozen, step, metrics, on_sample)
           except TooManyNonFinite as error:
             failure = error.with_traceback(None)  # whose frames hold the state
           if failure is not None:
-            state = None
-            state, step = self._go_back(failure)
+            state = frozen = None
+            state, frozen, step = self._go_back(failure)
             metrics.close()
             metrics = Metrics(self.config.output, step, total, active=jax.process_index() == 0)
       self.save(step, state, frozen)
@@ -349,13 +344,26 @@ class Run:
     say(f"finished: {step} steps; checkpoints and metrics are in {self.config.output}")
     return state
 
+  def _enter(self, stage, state, frozen, step):
+    """(state, frozen) with which a stage goes on at `step`: of its own model, at its start with a fresh optimizer on demand."""
+    optimizer = self.optimizers[stage.index]
+    own = transition.by_name(self.state_shapes[stage.index]["params"], self.frozen_shapes[stage.index])
+    if change := transition.describe(transition.by_name(state["params"], frozen), own):
+      say(f"stage {stage.name!r} changes the model; {change}")
+      key = jax.random.fold_in(jax.random.key(self.config.seed), stage.index)
+      state, frozen = transition.change_model(self.objectives[stage.index], optimizer, self.mesh, key, state, frozen)
+    if step == stage.start and step > 0 and not stage.keep_optimizer:
+      shardings = tree_shardings(self.state_shapes[stage.index]["opt"], self.mesh)
+      state["opt"] = jax.jit(optimizer.init, out_shardings=shardings)(state["params"])
+    return state, frozen
+
   def _programs_of(self, stage, frozen):
     """The programs of a stage; made once, also when the run goes back."""
     if stage.index not in self._programs:
       frozen_shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), frozen)
       self._programs[stage.index] = Programs(
-        self.objectives[stage.index].loss, self.mesh, self.state_shapes, frozen_shapes, self.optimizers[stage.index],
-        self.scales[stage.index], stage, self.counter,
+        self.objectives[stage.index].loss, self.mesh, self.state_shapes[stage.index], frozen_shapes,
+        self.optimizers[stage.index], self.scales[stage.index], stage, self.counter,
       )  # fmt: skip
     return self._programs[stage.index]
 
@@ -475,10 +483,11 @@ class Run:
     config, layouts = stage.config, self.data[stage.index].layouts
     if config.task == "autoencoder":
       return batches.AutoencoderBatches(config, layouts)
-    if self.encoder is None:
-      model = autoencoder_model(config.autoencoder)
+    model = autoencoder_model(config.autoencoder)
+    if (source := (model.config, config.autoencoder.weights)) != self._encoder_source:
       variables = weights.load_autoencoder(config, model)
-      self.encoder = batches.ClipEncoder(model, variables, config.autoencoder, self.counter)
+      self.encoder = batches.ClipEncoder(model, variables, config.autoencoder, self.counter, stage.name)
+      self._encoder_source = source
     objective, embed = self.objectives[stage.index], None
     if config.text_encoder.where == "ahead":
       embed = batches.text_ahead(objective.text, weights.load_text_encoder(config, objective.text, self.mesh))

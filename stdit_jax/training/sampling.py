@@ -10,10 +10,11 @@ from stdit_jax.generation.pipeline import Pipeline, Request
 from stdit_jax.generation.prompts import TokenizeText
 from stdit_jax.training import weights
 from stdit_jax.training.objectives import autoencoder_model
+from stdit_jax.training.stages import stage_that_made
 
 
 class Sampler:
-  """Called by the loop with (step, state, frozen). Builds its programs once."""
+  """Called by the loop with (step, state, frozen). Builds its programs once per stage."""
 
   def __init__(self, run):
     config = run.config
@@ -23,7 +24,7 @@ class Sampler:
       raise ValueError("config: sample.prompts is empty; give prompts or set sample_every=0")
     if config.text_encoder.where == "disk":
       raise ValueError("config: sample_every needs a text encoder, but text_encoder.where is 'disk'; set sample_every=0")
-    self.config, self.run, self.pipeline = config, run, None
+    self.config, self.run, self.pipeline, self.stage = config, run, None, None
     height, width = aspect_ratios.size(config.sample.resolution, config.sample.aspect_ratio)
     self.requests = [
       Request(prompt, height, width, config.sample.num_frames, config.sample.fps, config.sample.seed)
@@ -35,8 +36,9 @@ class Sampler:
       return  # sampling on a sharded state over processes is not here yet; the checkpoint can be sampled from elsewhere
     device = jax.local_devices()[0]
     params, frozen = jax.device_put((state["ema"], frozen), device)
-    if self.pipeline is None:
-      self.pipeline = self._build(params, frozen)
+    stage = stage_that_made(self.run.stages, step)
+    if stage is not self.stage:
+      self.stage, self.pipeline = stage, self._build(stage, params, frozen)
     self.pipeline.set_weights(params, frozen, self.pipeline.text_params)
     settings = self.config.sample
     videos = self.pipeline.generate(self.requests, settings.steps, settings.guidance_scale)
@@ -50,8 +52,8 @@ class Sampler:
     contact_sheet(videos, min(8, len(videos[0]))).save(sheet)
     print(f"samples of step {step}: {sheet}", flush=True)
 
-  def _build(self, params, frozen):
-    config, objective = self.config, self.run.objectives[-1]
+  def _build(self, stage, params, frozen):
+    config, objective = stage.config, self.run.objectives[stage.index]
     model = autoencoder_model(config.autoencoder)
     text_params = None
     if config.text_encoder.where == "ahead":

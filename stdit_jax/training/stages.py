@@ -4,6 +4,7 @@ A stage is the run's configuration with a few keys changed. The loop knows from 
 which stage it is, at which step of it, and which micro step of the data comes next.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -16,14 +17,15 @@ from configs import base
 from stdit_jax.fields import is_of_type
 
 # Below these keys the fields belong to a dataclass or table of their own, which checks them.
-_FREE = ("model.fields", "text_encoder.fields", "autoencoder.fields", "diffusion.fields", "mask_ratios")
+FREE = ("model.fields", "text_encoder.fields", "autoencoder.fields", "diffusion.fields", "mask_ratios")
 # Groups whose keys may be left out: an axis that is not named has one device.
 _PARTIAL = ("mesh.", "slices.")
-# What a stage must not change: it would be another model, another mesh, another run.
+# What a stage must not change: it would be another mesh, another text encoder, another run.
 _FIXED = (
-  "output", "seed", "task", "platform", "mesh", "slices", "model", "text_encoder", "autoencoder.name", "autoencoder.fields",
-  "autoencoder.weights", "autoencoder.dtype", "autoencoder.temporal", "autoencoder.micro_batch", "autoencoder.cache_gb", "init",
-  "stages", "keep_checkpoints", "resume", "restart_data", "watchdog", "compile_threads", "compilation_cache", "profile_steps",
+  "output", "seed", "task", "platform", "mesh", "slices", "init", "stages", "keep_checkpoints", "resume", "restart_data",
+  "watchdog", "compile_threads", "compilation_cache", "profile_steps",
+  *(f"text_encoder.{key}" for key in ("name", "weights", "tokenizer", "where", "train", "fields", "clean_captions")),
+  *(f"autoencoder.{key}" for key in ("dtype", "micro_batch", "cache_gb")),
 )  # fmt: skip
 
 
@@ -54,7 +56,7 @@ def check_keys(config, reference=None, prefix=""):
     nested = isinstance(reference[key], ml_collections.ConfigDict)
     if nested and not isinstance(config[key], ml_collections.ConfigDict):
       raise ValueError(f"config: {name} must be a group of keys ({', '.join(reference[key])}), not {config[key]!r}")
-    if nested and name not in _FREE:
+    if nested and name not in FREE:
       check_keys(config[key], reference[key], f"{name}.")
   for key in reference:
     if key not in config and prefix not in _PARTIAL:
@@ -68,7 +70,7 @@ def check_types(config, reference, prefix=""):
       continue
     name, value = f"{prefix}{key}", config[key]
     if isinstance(default, ml_collections.ConfigDict):
-      if name not in _FREE:
+      if name not in FREE:
         check_types(value, default, f"{name}.")
       continue
     if default is None or name in ("data.tables", "data.buckets", "data.max_bad_rows", "split_tokens"):
@@ -177,7 +179,7 @@ def make_stages(config):
     keep_optimizer = changes.pop("keep_optimizer", True)
     own = ml_collections.ConfigDict(config.to_dict())
     for key, value in changes.items():
-      if any(key == fixed or key.startswith(f"{fixed}.") for fixed in _FIXED):
+      if any(f"{key}.".startswith(f"{fixed}.") or fixed.startswith(f"{key}.") for fixed in _FIXED):
         raise ValueError(f"config: stage {name!r} changes {key}, which belongs to the whole run")
       with_near_key(own, key, f"stage {name!r}")
       with own.ignore_type():
@@ -193,7 +195,7 @@ def with_near_key(config, key, where):
   """Raises ValueError when the dotted `key` is not in `config`, naming the nearest one."""
   prefix = ""
   for part in key.split("."):
-    if not isinstance(config, ml_collections.ConfigDict) or (part not in config and f"{prefix}".rstrip(".") not in _FREE):
+    if not isinstance(config, ml_collections.ConfigDict) or (part not in config and f"{prefix}".rstrip(".") not in FREE):
       near = difflib.get_close_matches(part, list(config) if isinstance(config, ml_collections.ConfigDict) else [], 1)
       raise ValueError(f"config: {where}: unknown key {key!r}" + (f"; did you mean {prefix}{near[0]}?" if near else ""))
     config = config.get(part)
@@ -203,6 +205,39 @@ def with_near_key(config, key, where):
 def stage_of(stages, step):
   """The stage that optimizer step `step` belongs to; the last one when the run is over."""
   return next((stage for stage in stages if step < stage.start + stage.steps), stages[-1])
+
+
+def stage_that_made(stages, step):
+  """The stage whose model a checkpoint after `step` optimizer steps holds: that of the last of them, also where it ends."""
+  return stage_of(stages, max(step - 1, 0))
+
+
+def identity(config):
+  """What makes a run what it is, of the plain values of a stage's configuration: with others its checkpoints fit no more."""
+  parts = {"text_encoder": ("name", "train"), "autoencoder": ("name",)}
+  parts = {part: {key: config[part][key] for key in keys} for part, keys in parts.items()}
+  return parts | {key: config[key] for key in ("task", "seed", "model")}
+
+
+def changed_keys(old, new, prefix=""):
+  """Dotted keys whose values differ between two nested dicts, sorted."""
+  changed = []
+  for key in sorted(old.keys() | new.keys()):
+    a, b = old.get(key), new.get(key)
+    if isinstance(a, dict) and isinstance(b, dict):
+      changed += changed_keys(a, b, f"{prefix}{key}.")
+    elif a != b:
+      changed.append(f"{prefix}{key}")
+  return changed
+
+
+@contextlib.contextmanager
+def naming(stage):
+  """Says in which stage the mistake of a ValueError is."""
+  try:
+    yield
+  except ValueError as error:
+    raise ValueError(f"config: stage {stage.name!r}: {str(error).removeprefix('config: ')}") from None
 
 
 def total_steps(stages):

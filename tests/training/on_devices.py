@@ -22,8 +22,8 @@ def one_micro_step(run, mesh, state, frozen, batch):
   programs = step.Programs(
     objective.loss,
     mesh,
-    run.state_shapes,
-    run.frozen_shapes,
+    run.state_shapes[0],
+    run.frozen_shapes[0],
     run.optimizers[0],
     run.scales[0],
     run.stages[0],

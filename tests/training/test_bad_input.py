@@ -180,7 +180,7 @@ def test_another_run_in_the_folder(assets, trained):
     ({"seed": 1}, "seed"),
     ({"text_encoder__train": False, "text_encoder__weights": str(assets / "t5.safetensors")}, "text_encoder.train"),
   ):
-    with pytest.raises(ValueError, match=rf"belongs to another run: {key} differs; give another output folder"):
+    with pytest.raises(ValueError, match=rf"belongs to another run: {key} differs in stage 'one'; give another output folder"):
       Run(tiny_config(assets, trained, **ONE, **changes))
   assert sorted(p.name for p in trained.iterdir()) == before
 

@@ -71,7 +71,7 @@ def test_averages_leave_out_what_does_not_count():
 def test_every_program_is_traced_once(first):
   run, _ = first
   gradients = {f"tiny: gradient 144p x {frames}": 1 for frames in (1, 4)}
-  encodes = {f"encode {h}x{w}": 1 for h, w in ((144, 256), (256, 144), (192, 192))}
+  encodes = {f"tiny: encode {h}x{w}": 1 for h, w in ((144, 256), (256, 144), (192, 192))}
   assert dict(run.counter.counts) == {**gradients, "tiny: update": 1, **encodes}
 
 

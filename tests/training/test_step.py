@@ -51,7 +51,7 @@ def programs_of(run, state, frozen, counter=None, **stage):
   shapes = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)  # noqa: E731
   config = ml_collections.ConfigDict(run.stages[0].config.to_dict() | stage)
   return step.Programs(
-    run.objectives[0].loss, run.mesh, run.state_shapes, shapes(frozen), run.optimizers[0], run.scales[0],
+    run.objectives[0].loss, run.mesh, run.state_shapes[0], shapes(frozen), run.optimizers[0], run.scales[0],
     dataclasses.replace(run.stages[0], name="test", steps=4, config=config), counter or step.TraceCounter(),
   )  # fmt: skip
 

@@ -1,0 +1,96 @@
+"""From the model of one stage to that of the next: what is there is kept, what is new is initialised."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+
+from stdit_jax.interop.mapping import STACKED
+from stdit_jax.parallel.shardings import path_name, tree_shardings
+
+# What may be of another length along its first axis: stacks of layers, and the null caption.
+_RESIZABLE = re.compile(rf"(^|/)({'|'.join(STACKED)})/|/null_caption$")
+
+
+def by_name(*trees):
+  """{"denoiser/patch_embed/kernel": leaf} of all leaves: parameters and what is frozen beside them share no name."""
+  return {path_name(path): leaf for tree in trees for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def fates(before, after):
+  """What becomes of arrays by name: {"kept", "resized", "new" or "dropped": set of names}.
+
+  Args:
+    before, after: `by_name` of arrays or shapes.
+  """
+  both = before.keys() & after.keys()
+  kept = {name for name in both if before[name].shape == after[name].shape}
+  resized = {n for n in both - kept if _RESIZABLE.search(n) and before[n].shape[1:] == after[n].shape[1:]}
+  there = kept | resized
+  return {"kept": kept, "resized": resized, "new": after.keys() - there, "dropped": before.keys() - there}
+
+
+def describe(before, after):
+  """`fates` as one line, a group of names that share theirs as `group/*`; "" when all are kept."""
+  everything = before.keys() | after.keys()
+
+  def compact(names):
+    lines = {}
+    for name in sorted(names):
+      groups = (name[: i + 1] for i, letter in enumerate(name) if letter == "/")
+      whole = next((g for g in groups if all(n in names for n in everything if n.startswith(g))), None)
+      lines[f"{whole}*" if whole else name] = None
+    return ", ".join(lines) or "nothing"
+
+  fate = fates(before, after)
+  if fate["kept"] == everything:
+    return ""
+  return "; ".join(f"{what}: {compact(names)}" for what, names in fate.items() if names or what != "resized")
+
+
+def resize(name, array, fresh):
+  """`array` with as many rows as `fresh`: those that both have, then those of `fresh`, as layers of a stack that grows.
+
+  A null caption repeats its last row, as Open-Sora loads one of another length (`ckpt_utils.py`).
+  """
+  both = min(len(array), len(fresh))
+  rest = jnp.broadcast_to(array[-1:], fresh.shape) if name.endswith("/null_caption") else fresh
+  return jnp.concatenate([array[:both], rest[both:]])
+
+
+def change_model(objective, optimizer, mesh, key, state, frozen):
+  """(state, frozen) of the model of `objective`, from those of another model.
+
+  Parameters, their averages and moments of equal name and shape are taken over as they are. What is new gets its original
+  initialisation from `key`, an average that starts there and fresh moments; what is resized gets fresh moments, too.
+  """
+  params, constants = shapes = jax.eval_shape(objective.init, key)
+  places = by_name(*tree_shardings(shapes, mesh))
+  values, averages = by_name(state["params"], frozen), by_name(state["ema"])
+  fate = fates(values, by_name(*shapes))
+  changed, trained = fate["new"] | fate["resized"], by_name(params).keys()
+  names = changed, changed & trained  # in `values` and in `averages`, for which the same is done
+
+  def make(key, *before):
+    # Weakly typed values would make every program trace again after the first update.
+    fresh = {n: jax.lax.convert_element_type(x, x.dtype) for n, x in by_name(*objective.init(key)).items()}
+    return [
+      {n: resize(n, old[n], fresh[n]) if n in old else jnp.copy(fresh[n]) for n in these} for these, old in zip(names, before)
+    ]
+
+  resized = [{n: old[n] for n in these & fate["resized"]} for these, old in zip(names, (values, averages))]
+  made = jax.jit(make, out_shardings=[{n: places[n] for n in these} for these in names])(key, *resized)
+
+  def tree(shapes, by_name):
+    return jax.tree_util.tree_map_with_path(lambda path, _: by_name[path_name(path)], shapes)
+
+  new = {"params": tree(params, values | made[0]), "ema": tree(params, averages | made[1])}
+  fresh = jax.jit(optimizer.init, out_shardings=tree_shardings(jax.eval_shape(optimizer.init, params), mesh))(new["params"])
+  old = by_name(state["opt"])
+
+  def moment(path, fresh):
+    name = path_name(path)  # 0/mu/ and the name of the parameter
+    return old[name] if name.split("/", 2)[2] in fate["kept"] else fresh
+
+  new["opt"] = jax.tree_util.tree_map_with_path(moment, fresh)
+  return new, tree(constants, values | made[0])

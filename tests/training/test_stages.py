@@ -1,0 +1,183 @@
+"""Stages that change the model: what is kept and what is new, resumed at any step."""
+
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from stdit_jax import convert, sample
+from stdit_jax.diffusion.iddpm import IDDPM
+from stdit_jax.diffusion.rectified_flow import RectifiedFlow
+from stdit_jax.interop.safetensors_io import open_checkpoint
+from stdit_jax.models import stdit
+from stdit_jax.parallel.mesh import make_mesh
+from stdit_jax.training import transition
+from stdit_jax.training.loop import Run
+from stdit_jax.training.objectives import DenoiserObjective
+from stdit_jax.training.sampling import Sampler
+from stdit_jax.training.stages import make_stages
+from stdit_jax.training.state import make_optimizer, new_state
+from tests.tiny_run import frozen_text, tiny_config
+from tests.training.test_resume import assert_same_bits, metrics
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+IMAGES = {"data.buckets": (("144p", 1, 1.0, 2),)}
+STAGES = (
+  {"name": "images", "steps": 2, "model.fields.temporal_blocks": False, "model.fields.qk_norm": False,
+   "diffusion": {"name": "iddpm", "fields": {}}, **IMAGES},
+  {"name": "norms", "steps": 2, "keep_optimizer": False, "model.fields.temporal_blocks": False, **IMAGES},
+  {"name": "clips", "steps": 2, "autoencoder.fields": {"scale": 2.0}, "data.buckets": (("144p", 4, 1.0, 2),)},
+)  # fmt: skip
+SETTINGS = {"checkpoint_every": 1, "keep_checkpoints": 9, "sample_every": 4, "sample__num_frames": 1, "sample__steps": 1}
+
+
+def make_run(assets, output, stages=STAGES):
+  return Run(tiny_config(assets, output, stages=stages, **SETTINGS, **frozen_text(assets, "step")))
+
+
+@pytest.fixture(scope="module")
+def alone(assets, tmp_path_factory):
+  """Folder of a run of these three stages, left alone; its run."""
+  run = make_run(assets, tmp_path_factory.mktemp("stages") / "alone")
+  run.train(Sampler(run))
+  return pathlib.Path(run.config.output), run
+
+
+def resumed(assets, alone, folder, step):
+  """A run in a copy of `alone` that has the checkpoints up to `step`."""
+  shutil.copytree(alone, folder)
+  for path in (folder / "checkpoints").iterdir():
+    if int(path.name) > step:
+      shutil.rmtree(path)
+  return make_run(assets, folder)
+
+
+def test_programs_are_counted_per_stage_and_samples_are_of_its_model(alone):
+  folder, run = alone
+  counts = {name for name in run.counter.counts if "encode" not in name}
+  frames = {"images": 1, "norms": 1, "clips": 4}
+  assert counts == {f"{stage}: {program}" for stage, n in frames.items() for program in ("update", f"gradient 144p x {n}")}
+  assert {name.partition(" ")[0] for name in run.counter.counts if "encode" in name} == {"images:", "clips:"}
+  assert sorted(p.stem for p in (folder / "samples").glob("*.json")) == ["step0000004-0", "step0000006-0"]
+
+
+@pytest.mark.parametrize("step", [3, 4])
+def test_resumed_within_a_stage_and_where_the_model_changes(assets, alone, tmp_path, step):
+  folder, _ = alone
+  resumed(assets, folder, tmp_path / "run", step).train()
+  assert_same_bits(folder, tmp_path / "run", 6)
+  assert metrics(tmp_path / "run") == metrics(folder)
+
+
+def entered(run):
+  """(stage, state and frozen before it, state and frozen with which it begins), all NumPy, of a run that resumes."""
+  state, frozen, step = run.start()
+  stage = next(s for s in run.stages if s.start == step)
+  before = jax.tree.map(np.asarray, (state, frozen))
+  return stage, *before, *jax.tree.map(np.asarray, run._enter(stage, state, frozen, step))
+
+
+def test_norms_are_new_and_all_else_is_kept(assets, alone, tmp_path, capsys):
+  stage, state, frozen, new, new_frozen = entered(resumed(assets, alone[0], tmp_path / "run", 2))
+  assert stage.name == "norms"
+  said = capsys.readouterr().out
+  assert "stage 'norms' changes the model; kept: " in said
+  norms = [f"denoiser/spatial_blocks/attention/{name}/*" for name in ("key_norm", "query_norm")]
+  assert f"; new: {', '.join(norms)}; dropped: nothing" in said
+  for item in ("params", "ema"):
+    before, after = transition.by_name(state[item]), transition.by_name(new[item])
+    assert all(np.array_equal(after[name], value) for name, value in before.items())
+    assert sorted(after.keys() - before.keys()) == [name.replace("*", "scale") for name in norms]
+    assert all((after[name] == 1).all() for name in after.keys() - before.keys())
+  assert not any(leaf.any() for leaf in jax.tree.leaves(new["opt"]))  # fresh by keep_optimizer=False
+  jax.tree.map(np.testing.assert_array_equal, new_frozen, frozen)
+
+
+def test_temporal_blocks_change_no_image_and_what_is_there_keeps_its_moments(assets, alone, tmp_path):
+  run = resumed(assets, alone[0], tmp_path / "run", 4)
+  stage, state, frozen, new, new_frozen = entered(run)
+  assert stage.name == "clips"
+  before, after = transition.by_name(state["opt"]), transition.by_name(new["opt"])
+  assert all(np.array_equal(after[name], value) for name, value in before.items())
+  assert {int(after[name]) for name in before if name.startswith("0/count/")} == {2}
+  assert all("/temporal_blocks/" in name and not after[name].any() for name in after.keys() - before.keys())
+  fresh, average = (transition.by_name(new[item]["denoiser"]["temporal_blocks"]) for item in ("params", "ema"))
+  assert all(np.array_equal(fresh[name], average[name]) for name in fresh)
+  assert fresh["attention/qkv/kernel"].std() > 0
+  assert not fresh["attention/out/kernel"].any()
+
+  with run.data[1].loader(0) as rows:
+    batch = run._batch_maker(run.stages[1], state)(next(iter(rows)))
+  old_loss, _ = jax.jit(run.objectives[1].loss)(state["params"], frozen, batch)
+  new_loss, _ = jax.jit(run.objectives[2].loss)(new["params"], new_frozen, batch)
+  np.testing.assert_allclose(new_loss, old_loss, rtol=1e-6)
+
+
+def test_a_checkpoint_is_read_with_the_model_of_the_stage_that_made_it(assets, alone, tmp_path):
+  folder, _ = alone
+  for step, temporal, diffusion in ((2, False, IDDPM), (4, False, RectifiedFlow), (5, True, RectifiedFlow)):
+    arguments = ["--run", str(folder), "--step", str(step), "--prompt", "x"]
+    pipeline, _, _ = sample.load_pipeline(sample.make_parser().parse_args(arguments))
+    assert pipeline.model.config.temporal_blocks == temporal
+    assert isinstance(pipeline.diffusion, diffusion)
+    shapes = stdit.init_shapes(pipeline.model.config)
+    jax.tree.map(lambda a, b: np.testing.assert_equal(a.shape, b.shape), dict(pipeline.variables), shapes)
+  run = resumed(assets, folder, tmp_path / "run", 4)
+  for output, temporal in ((folder, True), (run.config.output, False)):
+    assert convert.main(["--input", str(output), "--output", str(tmp_path / f"{temporal}.safetensors")]) == 0
+    names = open_checkpoint(tmp_path / f"{temporal}.safetensors").tensors
+    assert any(name.startswith("temporal_blocks.") for name in names) == temporal
+    assert any(name.startswith("spatial_blocks.0.attn.q_norm") for name in names)
+
+
+def test_what_is_another_run_and_what_is_not(assets, alone, tmp_path):
+  folder = tmp_path / "run"
+  resumed(assets, alone[0], folder, 3)
+
+  def started(*stages):
+    return make_run(assets, folder, stages).start()[2]
+
+  images, norms, clips = STAGES
+  with pytest.raises(ValueError, match=r"another run: model.fields.qk_norm differs in stage 'norms'; give another output"):
+    started(images, {**norms, "model.fields.qk_norm": False}, clips)
+  with pytest.raises(ValueError, match=r"step 3 was made with another model than that of stage 'images', to which it belongs"):
+    started({**images, "steps": 4}, norms, clips)
+  assert not (folder / "set-aside").exists()
+  assert started(images, norms, {**clips, "name": "others", "model.fields.depth": 2}) == 3
+  with pytest.raises(ValueError, match=r"config: stage 'norms': unknown field 'dept'|config: stage 'norms': denoiser .*'dept'"):
+    started(images, {**norms, "model.fields.dept": 2}, clips)
+  with pytest.raises(ValueError, match="stage 'norms' changes autoencoder, which belongs to the whole run"):
+    started(images, {**norms, "autoencoder": {"dtype": "bfloat16"}}, clips)
+
+
+def test_stacks_and_null_captions_of_another_length(assets, tmp_path):
+  """A second layer and four more text tokens, and back."""
+  longer = {"model.fields.depth": 2, "model.fields.model_max_length": 20, "text_encoder.max_length": 20}
+  short, long = make_stages(
+    tiny_config(assets, tmp_path, stages=({"name": "short", "steps": 1}, {"name": "long", "steps": 1, **longer}))
+  )
+  mesh, optimizer = make_mesh({"data": 1}), make_optimizer(short.config.optimizer)
+  objectives = [DenoiserObjective(stage.config) for stage in (short, long)]
+  params, frozen = jax.jit(objectives[0].init)(jax.random.key(0))
+  state = new_state(params, optimizer)
+  state["opt"] = jax.tree.map(lambda x: x + 1, state["opt"])
+  grown, frozen_grown = transition.change_model(objectives[1], optimizer, mesh, jax.random.key(1), state, frozen)
+  said = transition.describe(*(transition.by_name(*trees) for trees in ((params, frozen), (grown["params"], frozen_grown))))
+  assert "; resized: denoiser/null_caption, denoiser/spatial_blocks/*, denoiser/temporal_blocks/*; new: nothing" in said
+
+  name = "denoiser/spatial_blocks/mlp/fc1/kernel"
+  before, after = transition.by_name(params)[name], transition.by_name(grown["params"])[name]
+  np.testing.assert_array_equal(after[:1], before)
+  assert 0.5 < after[1].std() / before[0].std() < 2
+  moments = transition.by_name(grown["opt"])
+  assert not moments[f"0/mu/{name}"].any()
+  assert moments[f"0/count/{name}"] == 0
+  assert moments["0/count/denoiser/patch_embed/kernel"] == 1
+  caption = frozen_grown["denoiser"]["null_caption"]
+  np.testing.assert_array_equal(caption[:16], frozen["denoiser"]["null_caption"])
+  np.testing.assert_array_equal(caption[16:], np.repeat(caption[15:16], 4, axis=0))
+  back, frozen_back = transition.change_model(objectives[0], optimizer, mesh, jax.random.key(2), grown, frozen_grown)
+  jax.tree.map(np.testing.assert_array_equal, (back["params"], back["ema"], frozen_back), (params, params, frozen))
