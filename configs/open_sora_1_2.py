@@ -1,12 +1,16 @@
-"""Open-Sora 1.2, stages 1 to 3: STDiT-3 by rectified flow on images and clips of 2 to 16 seconds, 144p to 2048.
+"""Open-Sora 1.2, the whole recipe: eight steps of adaptation from PixArt-Sigma's image model, then stages 1 to 3: STDiT-3 by
+rectified flow on images and clips of 2 to 16 seconds, 144p to 2048.
 
   python -m stdit_jax.plan --config configs/open_sora_1_2.py --topology v5p:4x8x8     what it needs, on a laptop
-  python -m stdit_jax.train --config configs/open_sora_1_2.py --config.data.tables="(('table.parquet', 1),)" ...
+  python -m stdit_jax.train --config configs/open_sora_1_2.py:stage1 --config.data.tables="(('table.parquet', 1),)" ...
 
+A name behind the colon is the stage to begin with: `stage1` for weights of STDiT-3 (`init`), nothing for the adaptation, too.
 Buckets, keep probabilities, mask ratios, learning rates, epsilon and average are the original's (open_sora_1_2.json, from
-Open-Sora v1.2.0, configs/opensora-v1-2/train), steps those of its report 03: 30 000, 23 000 and 15 000. Batch sizes are per
-device there, for GPUs of 80 GB; here they stand for 256 of them, and what a device does not hold at a time is split into micro
-batches. Training needs weights: `init` (denoiser), `text_encoder.weights` (T5 v1.1 XXL), `autoencoder.weights`.
+Open-Sora v1.2.0, configs/opensora-v1-2/train), steps those of its report 03. Batch sizes are per device there, for GPUs of
+80 GB; here they stand for 256 of them (it had 96, and 8 for the adaptation), and what a device does not hold at a time is split
+into micro batches. Every optimizer step is one bucket; `optimizer.accumulate` makes it several. Training needs weights: `init`
+(denoiser, with Open-Sora's names: PixArt's are not read yet), `text_encoder.weights` (T5 v1.1 XXL), `autoencoder.weights`
+(that of SDXL).
 """
 
 import json
@@ -14,32 +18,79 @@ import pathlib
 
 from configs import base
 
-STEPS = {"stage1": 30_000, "stage2": 23_000, "stage3": 15_000}
+
+def bucket_rows(table):
+  """Rows of `data.buckets` of a bucket table of the JSON files beside."""
+  return tuple(
+    (resolution, int(frames), tuple(keep) if isinstance(keep, list) else keep, batch)
+    for resolution, lengths in table.items()
+    for frames, (keep, batch) in lengths.items()
+  )
 
 
-def _stage(name, original):
-  return dict(
-    name=name, steps=STEPS[name], keep_optimizer=False,
-    train="^denoiser/(?!caption_embed/)",  # freeze_y_embedder
-    mask_ratios=original["mask_ratios"],
-    ema_decay=original["ema_decay"],
-    checkpoint_every=original["ckpt_every"],
-    **{
-      "data.buckets": tuple(
-        (resolution, int(frames), tuple(keep) if isinstance(keep, list) else keep, batch)
-        for resolution, lengths in original["buckets"].items()
-        for frames, (keep, batch) in lengths.items()
-      ),
-      "optimizer.learning_rate": original["lr"],
-      "optimizer.eps": original["adam_eps"],
-      "optimizer.warmup_steps": original["warmup_steps"],
-      "optimizer.clip_norm": original["grad_clip"],
-    },
-  )  # fmt: skip
+def stage(name, steps, original, **changes):
+  """A stage with the original's settings, some of them changed. The optimizer is fresh: each of the original's is a run."""
+  return dict(name=name, steps=steps, keep_optimizer=False) | {
+    "data.buckets": bucket_rows(original["buckets"]),
+    "mask_ratios": original["mask_ratios"],
+    "optimizer.learning_rate": original["lr"],
+    "optimizer.eps": original["adam_eps"],
+    "optimizer.warmup_steps": original["warmup_steps"],
+    "optimizer.clip_norm": original["grad_clip"],
+    "ema_decay": original["ema_decay"],
+    "checkpoint_every": original["ckpt_every"],
+    **changes,
+  }
 
 
-def get_config():
-  """256 devices. Parameters are split over 8: gradients are then scattered in whole tiles (stdit_jax/parallel/shardings.py)."""
+def _adaptation(original, config):
+  """The steps of report 03 from PixArt-Sigma 2K to STDiT-3. Each changes one thing, and what it changes stays.
+
+  The report gives what changes and for how many steps. Where it gives no more, the settings are those of the one
+  configuration that was published for the adaptation ("adapt"), which is that of the last step: learning rate without warm-up,
+  average, buckets. Of these all but the last step take the images, and those of 2048 from stage 1, since the report begins
+  "from 144p to 2K". No step is said to have kept its optimizer.
+  """
+  images = original["adapt"]["buckets"] | {"2048": original["stage1"]["buckets"]["2048"]}
+  now = {
+    "model.fields.qk_norm": False,
+    "model.fields.fps_condition": False,
+    "model.fields.temporal_blocks": False,
+    "diffusion": dict(name="iddpm", fields={}),  # PixArt-Sigma's
+    "optimizer.eps": 1e-8,  # the code's default
+    "autoencoder.temporal": "",
+    "autoencoder.fields": {},  # SDXL's own scale, as PixArt-Sigma
+    "data.buckets": tuple(row for row in bucket_rows(images) if row[1] == 1),
+  }
+  stages = []
+  for name, steps, changes in (
+    ("images", 20_000, {}),
+    ("qk_norm", 18_000, {"model.fields.qk_norm": True}),
+    ("rectified_flow", 10_000, {"diffusion": dict(name="rectified-flow", fields={})}),
+    ("timesteps", 33_000, {"diffusion": config.diffusion.to_dict()}),
+    ("epsilon", 8_000, {"optimizer.eps": original["adapt"]["adam_eps"]}),
+    (
+      "autoencoder", 25_000,
+      {
+        "autoencoder.temporal": config.autoencoder.temporal,
+        "autoencoder.fields": config.autoencoder.fields.to_dict(),
+        "model.fields.fps_condition": True,
+      },
+    ),
+    ("temporal_blocks", 3_000, {"model.fields.temporal_blocks": True}),
+    ("videos", 38_000, {"train": "^denoiser/temporal_blocks/", "data.buckets": bucket_rows(original["adapt"]["buckets"])}),
+  ):  # fmt: skip
+    now |= changes
+    stages.append(stage(name, steps, original["adapt"], **now))
+  return stages
+
+
+def get_config(first="images"):
+  """256 devices. Parameters are split over 8: gradients are then scattered in whole tiles (stdit_jax/parallel/shardings.py).
+
+  Args:
+    first: name of the stage to begin with.
+  """
   original = json.loads((pathlib.Path(__file__).parent / "open_sora_1_2.json").read_text())
   config = base.get_config()
   config.output = "runs/open_sora_1_2"
@@ -48,8 +99,17 @@ def get_config():
   config.model.name = "STDiT3-XL/2"
   config.model.fields = dict(dtype="bfloat16", remat="full")
   config.text_encoder.fields = dict(dtype="bfloat16", param_dtype="bfloat16")
+  config.autoencoder.name = "sdxl-kl-f8"
+  config.autoencoder.fields = dict(scaling_factor=0.18215)  # not SDXL's own: 1.2 trained with that of 1.1
   config.autoencoder.temporal = "open-sora-1.2"
   config.data.reference_devices = 256
   config.diffusion.fields = dict(sample_method="logit-normal", use_timestep_transform=True)
-  config.stages = tuple(_stage(name, original[name]) for name in STEPS)
+  stages = _adaptation(original, config) + [
+    stage(name, steps, original[name], train="^denoiser/(?!caption_embed/)")  # freeze_y_embedder
+    for name, steps in (("stage1", 30_000), ("stage2", 23_000), ("stage3", 15_000))
+  ]
+  names = [s["name"] for s in stages]
+  if first not in names:
+    raise ValueError(f"configs/open_sora_1_2.py: there is no stage {first!r} to begin with; there are {', '.join(names)}")
+  config.stages = tuple(stages[names.index(first) :])
   return config

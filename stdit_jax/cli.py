@@ -28,6 +28,8 @@ def one_line_errors(kinds=(ValueError, OSError)):
 def describe_flag_error(error, argv):
   """One line about what the parser refused. Of an unknown key ml_collections gives only its quoted name, and a near one."""
   text = " ".join(str(error).replace("\\n", " ").split())
+  if said := re.search(r"Error whilst parsing config file: Traceback .* ValueError: (.*)$", text):
+    return said[1]  # the file's own refusal of what stands behind its colon
   if not (unknown := re.match(r"""["'\\]+(\w+)["'\\]+(.*?)["']*$""", text)):
     return text
   key, hint = unknown.groups()

@@ -1,4 +1,4 @@
-"""Stages that change the model: what is kept and what is new, resumed at any step."""
+"""Stages that change the model: what is kept and what is new, resumed at any step; the recipes of Open-Sora as stages."""
 
 import pathlib
 import shutil
@@ -7,19 +7,21 @@ import jax
 import numpy as np
 import pytest
 
-from stdit_jax import convert, sample
+from configs import open_sora_1_1, open_sora_1_2
+from stdit_jax import convert, plan, sample
 from stdit_jax.diffusion.iddpm import IDDPM
 from stdit_jax.diffusion.rectified_flow import RectifiedFlow
 from stdit_jax.interop.safetensors_io import open_checkpoint
 from stdit_jax.models import stdit
 from stdit_jax.parallel.mesh import make_mesh
 from stdit_jax.training import transition
+from stdit_jax.training.checkpoints import from_plain, plain
 from stdit_jax.training.loop import Run
 from stdit_jax.training.objectives import DenoiserObjective
 from stdit_jax.training.sampling import Sampler
 from stdit_jax.training.stages import make_stages
 from stdit_jax.training.state import make_optimizer, new_state
-from tests.tiny_run import frozen_text, tiny_config
+from tests.tiny_run import frozen_text, run_module, tiny_config
 from tests.training.test_resume import assert_same_bits, metrics
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -181,3 +183,60 @@ def test_stacks_and_null_captions_of_another_length(assets, tmp_path):
   np.testing.assert_array_equal(caption[16:], np.repeat(caption[15:16], 4, axis=0))
   back, frozen_back = transition.change_model(objectives[0], optimizer, mesh, jax.random.key(2), grown, frozen_grown)
   jax.tree.map(np.testing.assert_array_equal, (back["params"], back["ema"], frozen_back), (params, params, frozen))
+
+
+# ---------------------------------------------------------------------------------------------------------------- recipes
+
+# Name of a stage: (steps, programs, what is new in its model)
+RECIPES = {
+  open_sora_1_1: {
+    "images": (6_000, 5, None),
+    "stage1a": (24_000, 25, None),
+    "stage1b": (40_000, 11, "denoiser/fps_embed/*"),
+    "stage1c": (17_000, 11, "query_norm"),
+    "stage2": (22_000, 25, None),
+    "stage3": (4_000, 33, None),
+  },
+  open_sora_1_2: {
+    "images": (20_000, 10, None),
+    "qk_norm": (18_000, 10, "query_norm"),
+    "rectified_flow": (10_000, 10, None),
+    "timesteps": (33_000, 10, None),
+    "epsilon": (8_000, 10, None),
+    "autoencoder": (25_000, 10, "denoiser/fps_embed/*"),
+    "temporal_blocks": (3_000, 10, "denoiser/temporal_blocks/*"),
+    "videos": (38_000, 22, None),
+    "stage1": (30_000, 26, None),
+    "stage2": (23_000, 35, None),
+    "stage3": (15_000, 37, None),
+  },
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda module: module.__name__)
+def test_recipes_of_open_sora(recipe):
+  path = pathlib.Path(recipe.__file__)
+  arguments = plan.make_parser().parse_args(["--config", str(path), "--topology", "v5e:8x8"])
+  arguments.changes = []
+  jobs = [job.stage for job in plan.make_jobs(arguments)[1]]
+  written = plain(recipe.get_config())
+  assert plain(from_plain(written)) == written  # what a checkpoint and `plan` hand on
+  before, stages = None, make_stages(recipe.get_config())
+  assert [s.name for s in stages] == list(RECIPES[recipe])
+  for stage in stages:
+    steps, programs, new = RECIPES[recipe][stage.name]
+    assert (stage.steps, jobs.count(stage.name)) == (steps, programs)
+    objective = DenoiserObjective(stage.config)
+    shapes = transition.by_name(*jax.eval_shape(objective.init, jax.random.key(0)))
+    change = transition.describe(before or shapes, shapes)
+    assert new in change.split("new: ")[1] if new else not change
+    before = shapes
+  assert stages[-1].config.model.fields.to_dict() == {"dtype": "bfloat16", "remat": "full"}  # the published model
+
+
+def test_a_recipe_can_begin_later():
+  assert [s.name for s in make_stages(open_sora_1_2.get_config("stage2"))] == ["stage2", "stage3"]
+  refused = run_module("stdit_jax.train", "--config", "configs/open_sora_1_2.py:stage4")
+  assert refused.returncode == 2
+  (line,) = refused.stderr.splitlines()
+  assert line.startswith("error: configs/open_sora_1_2.py: there is no stage 'stage4' to begin with; there are images, qk_norm")
