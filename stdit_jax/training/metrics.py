@@ -157,12 +157,18 @@ class Metrics:
     mean_rate = (step - self.first_step) / max(now - self._start, 1e-9)
     self._last_time, self._last_step = now, step
     left = duration((self._total - step) / mean_rate) if mean_rate else "?"
+    self.record(step, values)
+    shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if "/" not in name)
+    print(f"step {step}/{self._total}  {shown}  {rate:.2f} steps/s  {left} left{note}", flush=True)
+
+  def record(self, step, values):
+    """Records scalars at optimizer step `step`, without a word."""
+    if not self._active:
+      return
     self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
     self._file.flush()
     for name, value in values.items():
       self._board.add_scalar(name.replace(" ", "_"), value, step)
-    shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if "/" not in name)
-    print(f"step {step}/{self._total}  {shown}  {rate:.2f} steps/s  {left} left{note}", flush=True)
 
   def close(self):
     if self._active:

@@ -59,6 +59,7 @@ def folder(tmp_path_factory):
 
 def test_two_processes_train_the_losses_of_one(assets, folder):
   settings = {**SETTINGS, "stages": ({"name": "same", "steps": STEPS},), "checkpoint_every": STEPS}
+  settings["validation"] = {"tables": (str(assets / "table.csv"),), "every": STEPS, "samples_per_bucket": 5, "timesteps": 3}
   losses = []
   for name in ("one", "both"):
     (folder / name).mkdir()
@@ -73,8 +74,8 @@ def test_two_processes_train_the_losses_of_one(assets, folder):
       processes = start_processes(config, folder / name, XLA_FLAGS=FLAGS)
       codes = [p.wait(300) for p in processes]
       assert codes == [0, 0], [(folder / name / f"{i}.log").read_text()[-3000:] for i in (0, 1)]
-    losses.append([line["loss"] for line in lines(folder / name / "run")])
-  assert len(losses[0]) == STEPS
+    losses.append([line.get("loss", line.get("validation/loss")) for line in lines(folder / name / "run")])
+  assert len(losses[0]) == STEPS + 1
   np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
 
 
