@@ -26,7 +26,7 @@ from stdit_jax.parallel.shardings import tree_shardings
 from stdit_jax.training import batches, weights
 from stdit_jax.training.checkpoints import CONFIG, Checkpoints, DamagedCheckpointError, plain, write_text
 from stdit_jax.training.compilation import AheadOfTime
-from stdit_jax.training.metrics import Averages, Metrics, Speed, batch_work, duration, speed_note
+from stdit_jax.training.metrics import Averages, Metrics, Speed, batch_work, duration, speed_note, stage_note
 from stdit_jax.training.nonfinite import MicroStep, NonFinite, TooManyNonFinite
 from stdit_jax.training.objectives import OBJECTIVES, autoencoder_model
 from stdit_jax.training.profiling import Profiler
@@ -56,6 +56,11 @@ def say(text, file=None):
 def everywhere(condition):
   """Whether `condition` holds on all processes; each has to ask."""
   return bool(np.all(multihost_utils.process_allgather(np.asarray(condition)))) if jax.process_count() > 1 else condition
+
+
+def most(value):
+  """The largest of a number over all processes; each has to ask."""
+  return float(np.max(multihost_utils.process_allgather(np.asarray(value)))) if jax.process_count() > 1 else value
 
 
 def check_platform(wanted):
@@ -382,7 +387,10 @@ class Run:
     loader = data.loader(taken, skip)
     try:
       rows = iter(loader)
+      began = time.monotonic()
       batch = self._next_batch(rows, make_batch, step)
+      say(f"stage {stage.name!r}: the first batch is there after {duration(time.monotonic() - began)}")
+      self._speed.start_stage()  # until here workers start and programs compile: no time of steps
       while step < stage.start + stage.steps:
         micro_steps = []
         self._profiler.before(step + 1)
@@ -432,6 +440,8 @@ class Run:
     finally:
       loader.close()
     self.counter.check()
+    steps, seconds, share = self._speed.stage_data()
+    say(f"stage {stage.name!r}: {stage_note(steps, seconds, most(share), config.data)}")
     return state, step
 
   def _validate(self, validation, step, params, frozen, make_batch, metrics):

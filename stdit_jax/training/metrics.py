@@ -8,12 +8,14 @@ import pathlib
 import time
 
 import jax
+import numpy as np
 from tensorboardX import SummaryWriter
 
 from stdit_jax.models import flops
 from stdit_jax.parallel.topology import peak_tflops
 from stdit_jax.training.checkpoints import write_text
 
+MAX_DATA_SHARE = 0.02  # of the step time: more is said, with what to do
 SHARE = "/share"  # of the samples that count for the mean of the same name without it
 
 
@@ -79,6 +81,11 @@ class Speed:
 
   def __init__(self, devices):
     self._devices, self._peak = len(devices), peak_tflops(devices[0].device_kind)
+    self.start_stage()
+
+  def start_stage(self):
+    """A stage begins to step: its first batch is there."""
+    self._stage = np.zeros(3)  # steps, their seconds, those of them in which the data was waited for
     self._start()
 
   def _start(self):
@@ -118,8 +125,23 @@ class Speed:
     for key, name in (("bytes_in_use", "hbm_gib"), ("peak_bytes_in_use", "hbm_peak_gib")):
       if key in memory:
         values[name] = memory[key] / 2**30
+    self._stage += self._steps, seconds, self._data
     self._start()
     return {f"speed/{name}": value for name, value in values.items()}
+
+  def stage_data(self):
+    """(steps, seconds per step, share of them that waited for data) of the stage up to the last `take`."""
+    steps, seconds, data = self._stage
+    return int(steps), seconds / max(steps, 1), data / max(seconds, 1e-9)
+
+
+def stage_note(steps, seconds, share, config):
+  """What the console says of a stage at its end; `share`: of the process that waited longest."""
+  text = f"{steps} steps of {seconds:.3g} s, {share:.1%} of it waiting for data"
+  if share <= MAX_DATA_SHARE:
+    return text
+  ahead = config.read_ahead or "two batches"
+  return f"{text}: more than {MAX_DATA_SHARE:.0%}; raise data.workers (now {config.workers}) or data.read_ahead (now {ahead})"
 
 
 def speed_note(values):
