@@ -3,8 +3,8 @@
   python -m stdit_jax.evaluate --checkpoint runs/film --tables held_out.csv
   python -m stdit_jax.evaluate --checkpoint runs/film --step 2000 --item params --output loss.json
 
-Nothing is written into the run. The buckets are those of the stage that the checkpoint comes from. On a pod the same command
-runs on every host (see launch/).
+Nothing is written into the run. The buckets are those of the stage that the checkpoint comes from. Of several processes
+(`cli.connect_processes`) all run the same command.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import tempfile
 
 from absl import logging
 
-from stdit_jax.cli import connect_processes, keep_freed_memory, one_line_errors, use_compilation_cache
+from stdit_jax.cli import connect_processes, keep_freed_memory, one_line_errors, parse_mesh, use_compilation_cache
 
 
 class _Parser(argparse.ArgumentParser):
@@ -57,10 +57,7 @@ def read_run(args):
   )
   config.stages = tuple(stages)  # nor does a stage's own value come before the command line's
   if args.mesh:
-    try:
-      config.mesh = {axis: int(size) for axis, size in (entry.split("=") for entry in args.mesh)}
-    except ValueError:
-      raise ValueError(f"--mesh {' '.join(args.mesh)}: give AXIS=DEVICES, e.g. data=-1 fsdp=4") from None
+    config.mesh = parse_mesh(args.mesh)
   return config
 
 

@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.tiny_run import ROOT, environment, start_processes, write_config
 
@@ -77,6 +78,29 @@ def test_two_processes_train_the_losses_of_one(assets, folder):
     losses.append([line.get("loss", line.get("validation/loss")) for line in lines(folder / name / "run")])
   assert len(losses[0]) == STEPS + 1
   np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+
+
+def test_two_processes_sample_the_frames_of_one(assets, folder):
+  """From the run of the test before; three prompts, which eight devices don't divide."""
+  latents, sheets = [], []
+  for name, count in (("sampled", 1), ("sampled-by-two", 2)):
+    (folder / name).mkdir()
+    settings = {**SETTINGS, "init": str(folder / "one" / "run"), "sample__prompts": ("one", "a picture", "columns")}
+    config = write_config(folder / name / "config.py", assets, folder / name / "run", **settings)
+    processes = start_processes(
+      config, folder / name, count, 8 // count, module="tests.training.sample_latents", XLA_FLAGS=FLAGS
+    )
+    codes = [p.wait(300) for p in processes]
+    assert codes == [0] * count, [(folder / name / f"{i}.log").read_text()[-3000:] for i in range(count)]
+    latents += [np.load(folder / name / "run" / f"{i}.npy") for i in range(count)]
+    assert len(list((folder / name / "run" / "samples").iterdir())) == 7  # three videos, their settings, a picture of all
+    sheets.append(np.asarray(Image.open(folder / name / "run" / "samples" / "step0000000.png"), np.float32))
+  assert latents[0].shape[0] == 3
+  assert len({z.tobytes() for z in latents[0]}) == 3
+  np.testing.assert_array_equal(latents[1], latents[2])  # both have all
+  np.testing.assert_allclose(latents[1], latents[0], atol=1e-4)
+  assert sheets[0].shape == (3 * 192, 4 * 192, 3)
+  assert np.abs(sheets[0] - sheets[1]).max() <= 1  # of 255: rounding
 
 
 def test_both_stop_at_the_same_step_when_one_is_told_to(assets, folder):
