@@ -81,6 +81,10 @@ def get_config():
   # line says which. `mesh`, `seed`, `output` and the text encoder (but for max_length) are the run's.
   config.stages = (dict(name="main", steps=1000),)
 
+  # Loss of the averaged weights on fixed rows of these tables, at fixed timesteps and noise, every so many optimizer steps and
+  # at the end of a stage (0: never); of every bucket that the stage trains on, on rows that fit it, whatever its probabilities.
+  config.validation = dict(tables=(), every=0, samples_per_bucket=64, timesteps=10)
+
   config.compile_threads = 1  # programs compiled at a time beside training, as soon as the first one is there
   # Folder that keeps compiled programs, so that a restart compiles nothing: "" is `<output>/compilation_cache`. The environment
   # variable JAX_COMPILATION_CACHE_DIR comes before it.

@@ -25,6 +25,8 @@ class DataConfig:
   drop_last: drop what doesn't fill a batch at the end of an epoch; False repeats rows instead.
   captions: "required" leaves out rows without a caption, "optional" takes them with an empty one (autoencoders).
   max_caption_length: rows with longer captions (characters) are left out; far shorter ones are cut by the tokenizer.
+  rows_per_bucket: not None makes a fixed set to measure on: at most so many rows of every bucket, out of all that fit it,
+    whatever its probabilities and the other buckets; a row may be in several.
 
   windows_per_row: clips (places in time) that a row is cut into, which come round epoch after epoch, so that their latents
     can be kept; 0 = another place in every epoch, as the original.
@@ -45,6 +47,7 @@ class DataConfig:
   drop_last: bool = True
   captions: str = "required"
   max_caption_length: int = 20_000
+  rows_per_bucket: int | None = None
 
   windows_per_row: int = 0
   resize: str = "area"
@@ -83,8 +86,9 @@ class DataConfig:
     }
     for key, low in whole.items():
       _check_whole(key, getattr(self, key), low)
-    if self.read_ahead is not None:
-      _check_whole("read_ahead", self.read_ahead, 1)
+    for key in ("read_ahead", "rows_per_bucket"):
+      if getattr(self, key) is not None:
+        _check_whole(key, getattr(self, key), 1)
     for key, allowed in (("resize", video.RESIZE_MODES), ("captions", CAPTION_RULES), ("fps_rule", FPS_RULES)):
       if getattr(self, key) not in allowed:
         raise ValueError(f"data.{key} = {getattr(self, key)!r} is none of {', '.join(map(repr, allowed))}")

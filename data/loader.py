@@ -135,7 +135,7 @@ class Loader:
     first = 0
     if step and (epochs is None or epoch < epochs):
       first = int(sequence.plan(epoch).ends(self.rows_per_step)[step - 1])
-    sequence.prepare(epoch + 1)
+    self._prepare(epoch + 1)
     source = RowSource(sequence, shares, epoch, first, epochs)
     self._rows = _read_ahead(source, RowDecoder(config, table, tokenize), config, self.rows_per_step)
 
@@ -157,7 +157,7 @@ class Loader:
       raise StopIteration
     current = self.plans.plan(epoch)
     if not index:
-      self.plans.prepare(epoch + 1)
+      self._prepare(epoch + 1)
     bucket = current.bucket(index)
     samples = []
     for _ in range(self.rows_per_step[current.bucket_index(index)]):
@@ -170,6 +170,10 @@ class Loader:
     loaded = LoadedStep((bucket.resolution, bucket.num_frames), self.state, epoch, bucket.batch_size, samples)
     self.state += 1
     return loaded
+
+  def _prepare(self, epoch):
+    if self.epochs is None or epoch < self.epochs:
+      self.plans.prepare(epoch)
 
   def _next_row(self):
     # grain starts its workers one by one while the first rows are asked for.

@@ -27,7 +27,8 @@ def describe(config, table):
   tables = [{"fingerprint": p.fingerprint, "weight": p.weight} for p in table.parts]
   parsed = [[b.resolution, b.num_frames, b.keep_prob, b.duration_prob, b.batch_size] for b in config.parsed_buckets()]
   plain = {k: getattr(config, k) for k in ("seed", "frame_interval", "drop_last", "captions", "max_caption_length")}
-  return {"version": _VERSION, "tables": tables, "buckets": parsed, **plain}
+  fixed = {"rows_per_bucket": config.rows_per_bucket} if config.rows_per_bucket else {}
+  return {"version": _VERSION, "tables": tables, "buckets": parsed, **plain, **fixed}
 
 
 def digest(description):
@@ -105,9 +106,7 @@ def build_epoch(table, config, epoch):
   left_out = table.left_out(config.seed, epoch)
   unusable = (problem > 0) | left_out
   frames, height, width = (np.where(unusable, 0, x).astype(np.int32) for x in (frames, height, width))
-  bucket, ratio, reason, refused = buckets.assign(
-    frames, height, width, (config.seed, epoch, 0), parsed, frame_interval=config.frame_interval
-  )
+  members, reason, refused = _members((frames, height, width), config, epoch)
   dropped = {}
   for code in (buckets.TOO_SMALL, buckets.TOO_SHORT, buckets.NOT_KEPT):
     dropped[buckets.REASONS[code]] = int(((reason == code) & ~unusable).sum())
@@ -116,16 +115,18 @@ def build_epoch(table, config, epoch):
     dropped[sources.PROBLEMS[code]] = int(((problem == code) & ~left_out).sum())
   lines, steps, begins, slots, begin, incomplete = [], [], [], [], 0, 0
   for i, b in enumerate(parsed):
-    rows = np.flatnonzero(bucket == i)
+    rows, ratio = members[i]
     count, line_rows = 0, len(rows)
     if len(rows):
-      rows = np.random.default_rng([config.seed, epoch, i, 1]).permutation(rows)
+      # A fixed set does not depend on the buckets beside it.
+      order = np.random.default_rng([config.seed, epoch, 0 if config.rows_per_bucket else i, 1]).permutation(len(rows))
+      order = order[: config.rows_per_bucket]
+      rows, ratio, line_rows = rows[order], ratio[order], len(order)
       count = len(rows) // b.batch_size if config.drop_last else -(-len(rows) // b.batch_size)
-      rows = np.resize(rows, count * b.batch_size)  # drops what is over, or repeats from the start
-      slots.append(rows * _RATIOS + ratio[rows])
+      slots.append(np.resize(rows * _RATIOS + ratio, count * b.batch_size))  # drops what is over, or repeats from the start
       steps.append(np.full(count, i))
       begins.append(begin + np.arange(count) * b.batch_size)
-      begin += len(rows)
+      begin += len(slots[-1])
     over = line_rows - count * (b.batch_size or 0)
     incomplete += max(over, 0)
     lines.append({"name": b.name, "rows": line_rows, "batch_size": b.batch_size, "steps": count,
@@ -137,6 +138,28 @@ def build_epoch(table, config, epoch):
   steps, begins, slots = np.concatenate(steps), np.concatenate(begins), np.concatenate(slots)
   order = np.random.default_rng([config.seed, epoch, 2]).permutation(len(steps))
   return _laid_out(steps[order], begins[order], slots, np.array([b.batch_size or 0 for b in parsed])), report
+
+
+def _members(sizes, config, epoch):
+  """Which rows each bucket has, of rows of these (num_frames, height, width).
+
+  Returns:
+    [(rows, index of each one's ratio)] by bucket; reason [N] why a row is in none, or 0; rows refused by bucket.
+  """
+  parsed, draws = config.parsed_buckets(), (config.seed, epoch, 0)
+  if not config.rows_per_bucket:
+    bucket, ratio, reason, refused = buckets.assign(*sizes, draws, parsed, frame_interval=config.frame_interval)
+    rows = [np.flatnonzero(bucket == i) for i in range(len(parsed))]
+    return [(r, ratio[r]) for r in rows], reason, refused
+  members, reasons = [], []
+  for b in parsed:
+    alone = dataclasses.replace(b, keep_prob=1.0, duration_prob=None)
+    bucket, ratio, reason, _ = buckets.assign(*sizes, draws, (alone,), frame_interval=config.frame_interval)
+    rows = np.flatnonzero(bucket == 0)
+    members.append((rows, ratio[rows]))
+    reasons.append(reason)
+  reasons = np.stack(reasons)
+  return members, np.where((reasons == buckets.FITS).any(0), buckets.FITS, reasons.max(0)), np.zeros(len(parsed), int)
 
 
 def _laid_out(steps, begins, slots, sizes):

@@ -63,6 +63,14 @@ def parse_config(argv, values):
   return values["config"].value
 
 
+def parse_mesh(entries):
+  """{axis: devices} of arguments AXIS=DEVICES; ValueError when they are none."""
+  try:
+    return {axis: int(size) for axis, size in (entry.split("=") for entry in entries)}
+  except ValueError:
+    raise ValueError(f"--mesh {' '.join(entries)}: give AXIS=DEVICES, e.g. data=-1 fsdp=4") from None
+
+
 def connect_processes(heartbeat_timeout=100):
   """Joins the processes of a run on several hosts, before the first use of a device; launch/ sets the variables.
 

@@ -5,6 +5,7 @@
       --autoencoder vae.safetensors --prompt "..." --resolution 480p --aspect-ratio 9:16
 
 Files are named after the number of the prompt, its first words and the seed; what exists is skipped unless --overwrite.
+Of several processes (`cli.connect_processes`) all run the same command, and the first one writes.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import re
 import sys
 import time
 
-from stdit_jax.cli import keep_freed_memory, one_line_errors, use_compilation_cache
+from stdit_jax.cli import connect_processes, keep_freed_memory, one_line_errors, parse_mesh, use_compilation_cache
 
 
 class _Parser(argparse.ArgumentParser):
@@ -54,7 +55,13 @@ def make_parser():
   how.add_argument("--steps", type=int, help="sampler steps")
   how.add_argument("--guidance-scale", type=float, help="classifier-free guidance; 1 is none")
   how.add_argument("--guidance-channels", type=int, help="guide only so many latent channels; Open-Sora 1.1: 3 (default: all)")
-  how.add_argument("--batch-size", type=int, default=1, help="videos made together")
+  how.add_argument(
+    "--batch-size", type=int, help="videos made together (default: 1, or as many as the mesh splits a batch into)"
+  )
+  how.add_argument(
+    "--mesh", nargs="+", metavar="AXIS=DEVICES",
+    help="over all devices, e.g. data=-1 fsdp=4 (default: one device; of several processes data=-1)",
+  )  # fmt: skip
   how.add_argument("--output", default="samples", help="folder for the files (default: samples)")
   how.add_argument("--format", default="mp4", choices=("mp4", "gif", "webp"), help="of videos; images are png")
   how.add_argument("--overwrite", action="store_true", help="make again what exists")
@@ -122,6 +129,8 @@ def load_pipeline(args):
   from stdit_jax.generation.prompts import TokenizeText
   from stdit_jax.interop import load_variables
   from stdit_jax.models import stdit
+  from stdit_jax.parallel.mesh import make_mesh
+  from stdit_jax.parallel.shardings import tree_shardings
   from stdit_jax.training import checkpoints, weights
   from stdit_jax.training.objectives import DenoiserObjective, autoencoder_model
   from stdit_jax.training.stages import make_stages
@@ -139,23 +148,29 @@ def load_pipeline(args):
     raise ValueError(f"{args.run or args.config} trains an {config.task}; sampling needs a denoiser")
   if config.text_encoder.where == "disk":
     raise ValueError("the run took its text embeddings from disk; give --text-encoder and set text_encoder.where to 'ahead'")
+  sizes = parse_mesh(args.mesh) if args.mesh else {"data": -1} if jax.process_count() > 1 else None
+  mesh = make_mesh(sizes) if sizes else None
   objective = DenoiserObjective(config)
   autoencoder = autoencoder_model(config.autoencoder)
   if args.run:
-    params, frozen, _ = checkpoints.load_weights(args.run, args.item, step)
+    params, frozen, _ = checkpoints.load_weights(args.run, args.item, step, mesh)
     described = f"{args.run}, step {step}, {args.item}"
   else:
     path = weights.need_file(args.weights, "--weights")
-    variables = load_variables(path, "open-sora", stdit.init_shapes(objective.model.config), config=objective.model.config)
+    shapes, place = stdit.init_shapes(objective.model.config), None
+    if mesh:
+      place = tree_shardings(shapes, mesh)
+    variables = load_variables(path, "open-sora", shapes, config=objective.model.config, shardings=place)
     params, frozen, described = {"denoiser": variables["params"]}, {"denoiser": variables["constants"]}, path
   text_params = None
   if "text_encoder" not in params or args.text_encoder:
     params.pop("text_encoder", None)
-    text_params = weights.load_text_encoder(config, objective.text)
+    text_params = weights.load_text_encoder(config, objective.text, mesh)
   tokenize = TokenizeText(config.text_encoder.tokenizer, config.text_encoder.max_length)
   autoencoder = autoencoder, weights.load_autoencoder(config, autoencoder)
-  params, frozen = jax.device_put((params, frozen), jax.local_devices()[0])
-  pipeline = Pipeline(objective, params, frozen, autoencoder, tokenize, text_params, args.guidance_channels)
+  if not mesh:
+    params, frozen = jax.device_put((params, frozen), jax.local_devices()[0])
+  pipeline = Pipeline(objective, params, frozen, autoencoder, tokenize, text_params, args.guidance_channels, mesh)
   return pipeline, config, described
 
 
@@ -177,6 +192,7 @@ def main(argv=None):
   args = make_parser().parse_args(argv)
   with one_line_errors():
     read_prompts(args)
+    connect_processes()
     use_compilation_cache()
     keep_freed_memory()
     pipeline, config, described = load_pipeline(args)
@@ -191,28 +207,38 @@ def main(argv=None):
 
 
 def run_requests(pipeline, requests, steps, scale, args, described):
-  """Makes and writes what is not there yet, a batch at a time; interrupting keeps what is finished."""
+  """Makes and writes what is not there yet, a batch at a time; interrupting keeps what is finished. All processes make, the
+  first decodes and writes."""
+  import jax
+  import numpy as np
+  from jax.experimental import multihost_utils
   from tqdm import tqdm
 
   from stdit_jax.generation.media import write_media
 
   ending = "png" if requests[0][1].num_frames == 1 else args.format
   paths = [pathlib.Path(args.output) / f"{stem}.{ending}" for stem, _ in requests]
-  todo = [i for i, path in enumerate(paths) if args.overwrite or not path.exists()]
-  if len(todo) < len(requests):
+  missing = np.asarray([args.overwrite or not path.exists() for path in paths])
+  if jax.process_count() > 1:
+    missing = multihost_utils.broadcast_one_to_all(missing)  # they need not see the same files
+  todo, writes = np.flatnonzero(missing), jax.process_index() == 0
+  if writes and len(todo) < len(requests):
     print(f"{len(requests) - len(todo)} of {len(requests)} files exist and are kept (--overwrite makes them again)")
-  first = requests[0][1]
-  print(f"{described}: {first.num_frames} x {first.height} x {first.width}, {steps} steps, guidance {scale:g}")
-  for start in range(0, len(todo), args.batch_size):
-    batch = todo[start : start + args.batch_size]
+  first, size = requests[0][1], args.batch_size or pipeline.batch_parts
+  if writes:
+    print(f"{described}: {first.num_frames} x {first.height} x {first.width}, {steps} steps, guidance {scale:g}")
+  for start in range(0, len(todo), size):
+    batch = todo[start : start + size]
     began = time.monotonic()
     label = f"{start + 1}-{start + len(batch)}/{len(todo)}"
 
     def progress(iterable, label=label):
-      return tqdm(iterable, desc=f"denoise {label}", unit="step", leave=False, file=sys.stderr, disable=None)
+      return tqdm(
+        iterable, desc=f"denoise {label}", unit="step", leave=False, file=sys.stderr, disable=None if writes else True
+      )
 
-    videos = pipeline.generate([requests[i][1] for i in batch], steps, scale, progress)
-    for i, frames in zip(batch, videos):
+    latents = pipeline.sample_latents([requests[i][1] for i in batch], steps, scale, progress)
+    for i, frames in zip(batch, pipeline.decode(latents) if writes else ()):
       request = requests[i][1]
       settings = {
         "prompt": request.prompt, "seed": request.seed, "steps": steps, "guidance_scale": scale, "height": frames.shape[1],
@@ -220,6 +246,8 @@ def run_requests(pipeline, requests, steps, scale, args, described):
       }  # fmt: skip
       write_media(paths[i], frames, request.fps, settings)
       print(f"{paths[i]}  ({time.monotonic() - began:.1f} s)  {request.prompt}", flush=True)
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices("samples are written")
 
 
 if __name__ == "__main__":

@@ -108,8 +108,8 @@ def run_module(name, *arguments, **more):
   return subprocess.run(command, cwd=ROOT, env=environment(**more), capture_output=True, text=True, timeout=300)
 
 
-def start_processes(config, folder, count=2, devices=4, **more):
-  """`count` processes of one training on loopback, with so many CPU devices each; their output goes to `folder/<i>.log`."""
+def start_processes(config, folder, count=2, devices=4, module="stdit_jax.train", **more):
+  """`count` processes of one `module` on loopback, with so many CPU devices each; their output goes to `folder/<i>.log`."""
   with socket.socket() as free:
     free.bind(("localhost", 0))
     port = free.getsockname()[1]
@@ -119,7 +119,7 @@ def start_processes(config, folder, count=2, devices=4, **more):
   for i in range(count):
     # NPROC: see tests/training/test_devices.py.
     own = environment(XLA_FLAGS=flags, NPROC="64", **place, STDIT_JAX_PROCESS_ID=str(i), **more)
-    command = [sys.executable, "-m", "stdit_jax.train", "--config", str(config)]
+    command = [sys.executable, "-m", module, "--config", str(config)]
     with (folder / f"{i}.log").open("a") as log:
       processes.append(subprocess.Popen(command, cwd=ROOT, env=own, stdout=log, stderr=subprocess.STDOUT))
   return processes

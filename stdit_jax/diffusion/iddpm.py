@@ -142,6 +142,10 @@ class IDDPM:
     del height, width, num_frames, latent_frames
     return jax.vmap(lambda key: jax.random.randint(key, (), 0, self.num_steps))(keys)
 
+  def fixed_timesteps(self, count):
+    """`count` schedule indices int32 (NumPy), evenly inside the schedule, to measure the loss at."""
+    return np.linspace(0, self.num_steps - 1, count + 2)[1:-1].round().astype(np.int32)
+
   def add_noise(self, x0, noise, index):
     """q(x_t | x_0) at `index` `[B]` or scalar: sqrt(abar) x0 + sqrt(1 - abar) noise."""
     index = per_sample(index, x0)

@@ -99,6 +99,12 @@ class RectifiedFlow:
       t = jax.vmap(lambda key: jax.random.uniform(key, ()))(keys) * self.num_timesteps
     return self._transform(t, (height, width, num_frames, latent_frames), self.transform_scale)
 
+  def fixed_timesteps(self, count):
+    """`count` timesteps float32 (NumPy) evenly inside (0, num_timesteps), not transformed, to measure the loss at: those of
+    Open-Sora 1.2's `eval_loss`."""
+    t = np.linspace(0, self.num_timesteps, count + 2)[1:-1].astype(np.float32)
+    return np.round(t) if self.use_discrete_timesteps else t
+
   def _transform(self, t, conditions, scale):
     if not self.use_timestep_transform:
       return t

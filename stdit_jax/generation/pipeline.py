@@ -6,12 +6,14 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from data.tokens import grid_size, patchify, unpatchify
 from stdit_jax.autoencoders import image_kl
 from stdit_jax.diffusion.guidance import guided
 from stdit_jax.diffusion.noise import Purpose, fold_in, sample_keys, token_noise
 from stdit_jax.diffusion.rectified_flow import RectifiedFlow
+from stdit_jax.parallel.shardings import Layout
 
 # Open-Sora shows images to the model with this frame rate (`IMG_FPS`).
 IMAGE_FPS = 120
@@ -33,7 +35,10 @@ class Request:
 
 
 class Pipeline:
-  """Everything that sampling needs, on one device; programs are compiled once per size and batch.
+  """Everything that sampling needs; programs are compiled once per size and batch.
+
+  With a mesh all its processes call it together: the text encoder and the denoiser run over it, the videos of a batch split
+  over its devices (filled up to a number that divides); each process decodes for itself.
 
   Args:
     objective: a `training.objectives.DenoiserObjective`: the models and the diffusion that were trained.
@@ -42,18 +47,27 @@ class Pipeline:
     tokenize: `caption -> (ids, mask)`.
     text_params: parameters of a text encoder that is in neither.
     guided_channels: latent channels under guidance; None = all (Open-Sora 1.2), 3 as Open-Sora 1.0 and 1.1.
+    mesh: on which all parameters but the autoencoder's lie; None: all on one device.
+
+  Attributes: batch_parts: a batch is filled up to a multiple of it.
   """
 
-  def __init__(self, objective, params, frozen, autoencoder, tokenize, text_params=None, guided_channels=None):
-    self.objective, self.tokenize, self.guided_channels = objective, tokenize, guided_channels
-    self.model, self.diffusion = objective.model, objective.diffusion
+  def __init__(self, objective, params, frozen, autoencoder, tokenize, text_params=None, guided_channels=None, mesh=None):
+    self.tokenize, self.guided_channels = tokenize, guided_channels
+    self.layout = None if mesh is None else Layout(mesh)
+    self.batch_parts = 1 if mesh is None else self.layout.batch_parts
+    self.model, self.diffusion = objective.model.clone(layout=self.layout), objective.diffusion
     self.autoencoder, self.autoencoder_variables = autoencoder
     channels = self.model.config.in_channels
     if guided_channels is not None and not 1 <= guided_channels <= channels:
       raise ValueError(f"guided_channels is {guided_channels}; allowed: 1 to {channels} (latent channels), or none for all")
     self.set_weights(params, frozen, text_params)
-    self._text = jax.jit(lambda p, ids, mask: objective.text.apply({"params": p}, ids, mask))
-    self._step = jax.jit(self._sampler_step, static_argnames=("diffusion", "guidance_scale", "latent_size"))
+    text = objective.text.clone(layout=self.layout)
+    self._text = jax.jit(lambda p, ids, mask: text.apply({"params": p}, ids, mask))
+    static = ("diffusion", "guidance_scale", "latent_size")
+    # As the latents come in, or the second step would be another program.
+    place = None if mesh is None else self.layout.sharding("batch")
+    self._step = jax.jit(self._sampler_step, static_argnames=static, out_shardings=place)
 
   def set_weights(self, params, frozen, text_params=None):
     """Other weights of the same models; nothing is compiled again."""
@@ -66,29 +80,37 @@ class Pipeline:
 
   def embed(self, prompts):
     """Prompts -> (features `[B, L, C]`, mask `[B, L]`)."""
-    ids, mask = (jnp.asarray(np.stack(part)) for part in zip(*(self.tokenize(p) for p in prompts)))
+    ids, mask = (self._place(np.stack(part)) for part in zip(*(self.tokenize(p) for p in prompts)))
     return self._text(self.text_params, ids, mask), mask
 
-  def generate(self, requests, steps=30, guidance_scale=7.0, progress=lambda steps: steps):
-    """Videos of equal size, uint8 `[T, 8h, 8w, 3]` each, in the order of `requests`.
+  def decode(self, latents):
+    """Latents of `sample_latents` -> list of videos, uint8 `[T, 8h, 8w, 3]`."""
+    return [image_kl.decode_video(self.autoencoder, self.autoencoder_variables, z) for z in latents]
+
+  def _place(self, values):
+    """An array that all processes have -> one over the mesh, its first axis split as batches are."""
+    if self.layout is None:
+      return jnp.asarray(values)
+    values = np.asarray(values)
+    return jax.make_array_from_callback(values.shape, self.layout.sharding("batch"), lambda index: values[index])
+
+  def sample_latents(self, requests, steps=30, guidance_scale=7.0, progress=lambda steps: steps):
+    """Normalised latents, NumPy `[B, T, h, w, C]`, the same on all processes.
 
     Args:
+      requests: of equal size; ValueError otherwise.
       progress: wraps the iterable of sampler steps, e.g. a tqdm bar.
     """
-    first = requests[0]
+    count = len(requests)
+    requests = [*requests, *requests[-1:] * (-count % self.batch_parts)]
+    first, batch = requests[0], len(requests)
     if any(dataclasses.replace(r, prompt=first.prompt, seed=first.seed) != first for r in requests):
       raise ValueError("requests of one batch must have the same size, frames and fps")
-    latents = self.sample_latents(requests, steps, guidance_scale, progress)
-    return [image_kl.decode_video(self.autoencoder, self.autoencoder_variables, np.asarray(z)) for z in latents]
-
-  def sample_latents(self, requests, steps, guidance_scale, progress):
-    """Normalised latents `[B, T, h, w, C]`."""
-    first, batch = requests[0], len(requests)
     size, config = self.latent_size(first), self.model.config
     text, text_mask = self.embed([r.prompt for r in requests])
     fps = IMAGE_FPS if first.num_frames == 1 else first.fps
     numbers = {"height": first.height, "width": first.width, "num_frames": first.num_frames, "fps": fps}
-    conditions = {name: jnp.full((batch,), value, jnp.float32) for name, value in numbers.items()}
+    conditions = {name: self._place(np.full((batch,), value, np.float32)) for name, value in numbers.items()}
     conditions |= {"text": text, "text_mask": text_mask}
 
     diffusion = self.diffusion.for_sampling(steps)
@@ -96,16 +118,16 @@ class Pipeline:
     timesteps = diffusion.sampling_timesteps(steps, *sides)
     # The request's seed takes the place of a training sample's slot: a batch may hold several seeds.
     seeds = np.asarray([(0, r.seed) for r in requests], np.uint32)
-    x = latent_noise(config, sample_keys(0, seeds, Purpose.SAMPLING_START), size)
+    x = self._place(latent_noise(config, sample_keys(0, seeds, Purpose.SAMPLING_START), size))
     step_keys = sample_keys(0, seeds, Purpose.SAMPLING_STEP)
     for i in progress(range(steps)):
-      noise = None if isinstance(diffusion, RectifiedFlow) else latent_noise(config, fold_in(step_keys, i), size)
+      noise = None if isinstance(diffusion, RectifiedFlow) else self._place(latent_noise(config, fold_in(step_keys, i), size))
       x = self._step(
         self.variables, x, timesteps[i], timesteps[i + 1], noise, conditions,
         diffusion=diffusion, guidance_scale=float(guidance_scale), latent_size=size,
       )  # fmt: skip
       x.block_until_ready()
-    return unpatchify(x, size, config.patch_size)
+    return unpatchify(multihost_utils.process_allgather(x, tiled=True)[:count], size, config.patch_size)
 
   def _sampler_step(self, variables, x, t, t_next, noise, conditions, *, diffusion, guidance_scale, latent_size):
     config, batch = self.model.config, x.shape[0]

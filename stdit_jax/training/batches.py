@@ -18,6 +18,7 @@ from data.tokens import grid_size, patchify
 from stdit_jax.autoencoders import image_kl
 from stdit_jax.autoencoders.temporal import latent_frames
 from stdit_jax.cli import InputError
+from stdit_jax.training import weights
 from stdit_jax.training.objectives import autoencoder_model
 
 
@@ -259,3 +260,19 @@ def text_ahead(model, params):
     )
 
   return lambda ids, mask, layout: program(layout)(params, ids, mask)
+
+
+def load_encoder(config, counter, name):
+  """The `ClipEncoder` of a configuration, with its weights; `name` of the stage to count its programs under."""
+  model = autoencoder_model(config.autoencoder)
+  return ClipEncoder(model, weights.load_autoencoder(config, model), config.autoencoder, counter, name)
+
+
+def batch_maker(config, objective, layouts, mesh, encoder):
+  """What makes the batches of a stage: `LoadedStep -> global arrays`. `encoder`: of `load_encoder`, for a denoiser."""
+  if config.task == "autoencoder":
+    return AutoencoderBatches(config, layouts)
+  embed = None
+  if config.text_encoder.where == "ahead":
+    embed = text_ahead(objective.text, weights.load_text_encoder(config, objective.text, mesh))
+  return DenoiserBatches(config, objective.model.config, encoder, layouts, embed)

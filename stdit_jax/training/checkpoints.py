@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 
 from configs import base
 from stdit_jax.cli import InputError
+from stdit_jax.parallel.shardings import tree_shardings
 from stdit_jax.training.stages import FREE, make_stages, stage_that_made
 
 CONFIG = "config.json"
@@ -184,8 +185,8 @@ def stage_config(folder, step=None):
     checkpoints.close()
 
 
-def load_weights(folder, item="ema", step=None):
-  """Weights of a run folder: ({"denoiser": ..., ...}, constants, step), NumPy-like arrays on the default device.
+def load_weights(folder, item="ema", step=None, mesh=None):
+  """Weights of a run folder: ({"denoiser": ..., ...}, constants, step), laid over the mesh, without one on one device.
 
   Args:
     folder: the run's `output`.
@@ -205,7 +206,9 @@ def load_weights(folder, item="ema", step=None):
     metadata = checkpoints._manager.item_metadata(step)
 
     def read(name):
-      shapes = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=device), metadata[name].tree)
+      tree = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), metadata[name].tree)
+      places = tree_shardings(tree, mesh) if mesh else jax.tree.map(lambda _: device, tree)
+      shapes = jax.tree.map(lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), tree, places)
       args = ocp.args.Composite(**{name: ocp.args.StandardRestore(shapes)})
       return checkpoints._manager.restore(step, args=args)[name]
 

@@ -14,6 +14,7 @@ import pathlib
 import signal
 import sys
 import threading
+import time
 
 import jax
 import numpy as np
@@ -25,7 +26,7 @@ from stdit_jax.parallel.shardings import tree_shardings
 from stdit_jax.training import batches, transition, weights
 from stdit_jax.training.checkpoints import CONFIG, Checkpoints, DamagedCheckpointError, from_plain, plain, write_text
 from stdit_jax.training.compilation import AheadOfTime
-from stdit_jax.training.metrics import Averages, Metrics, Speed, batch_work, speed_note
+from stdit_jax.training.metrics import Averages, Metrics, Speed, batch_work, duration, speed_note, stage_note
 from stdit_jax.training.nonfinite import MicroStep, NonFinite, TooManyNonFinite
 from stdit_jax.training.objectives import OBJECTIVES, autoencoder_model
 from stdit_jax.training.profiling import Profiler
@@ -33,6 +34,7 @@ from stdit_jax.training.stage_data import StageData
 from stdit_jax.training.stages import changed_keys, identity, make_stages, naming, stage_of, stage_that_made, total_steps
 from stdit_jax.training.state import learning_rate_scales, make_optimizer, new_state, state_shapes, with_shardings
 from stdit_jax.training.step import Programs, TraceCounter
+from stdit_jax.training.validation import Validation, describe
 
 
 class Preempted(Exception):  # noqa: N818 - nothing went wrong
@@ -48,6 +50,11 @@ def say(text, file=None):
 def everywhere(condition):
   """Whether `condition` holds on all processes; each has to ask."""
   return bool(np.all(multihost_utils.process_allgather(np.asarray(condition)))) if jax.process_count() > 1 else condition
+
+
+def most(value):
+  """The largest of a number over all processes; each has to ask."""
+  return float(np.max(multihost_utils.process_allgather(np.asarray(value)))) if jax.process_count() > 1 else value
 
 
 def check_platform(wanted):
@@ -132,6 +139,10 @@ class Run:
     )
     self.changed = check_output(config.output, config)
     self.data = [StageData(s, config.output, self.mesh, o) for s, o in zip(self.stages, self.objectives)]
+    self.validations = [
+      Validation(s, config.output, self.mesh, o) if s.config.validation.every else None
+      for s, o in zip(self.stages, self.objectives)
+    ]
     self.counter = TraceCounter()
     self.checkpoints = Checkpoints(config.output, config.keep_checkpoints)
     self.encoder = self._encoder_source = None
@@ -375,13 +386,19 @@ class Run:
     say(f"stage {stage.name!r}: steps {step} to {stage.start + stage.steps} on {self.mesh.devices.size} device(s)")
     say(str(data.report))
     self._compile_ahead(stage, programs, data.buckets_ahead(taken, stage.steps * accumulate - taken, skip))
+    if validation := self.validations[stage.index]:
+      frozen_shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), frozen)
+      validation.compile_ahead(self.compiled, self.counter, self.state_shapes["ema"], frozen_shapes)
     make_batch = self._batch_maker(stage, state)
     accumulator = programs.new_accumulator(state["params"])
     log, nonfinite, due, first = Averages(), NonFinite(config.max_nonfinite), False, step
     loader = data.loader(taken, skip)
     try:
       rows = iter(loader)
+      began = time.monotonic()
       batch = self._next_batch(rows, make_batch, step)
+      say(f"stage {stage.name!r}: the first batch is there after {duration(time.monotonic() - began)}")
+      self._speed.start_stage()  # until here workers start and programs compile: no time of steps
       while step < stage.start + stage.steps:
         micro_steps = []
         self._profiler.before(step + 1)
@@ -411,6 +428,8 @@ class Run:
           values = log.take()  # waits for the device
           speed = self._speed.take()
           metrics.write(step, values | speed, speed_note(speed) + self._notes(loader, nonfinite))
+        if validation and (step % config.validation.every == 0 or step == stage.start + stage.steps):
+          self._validate(validation, step, state["ema"], frozen, make_batch, metrics)
         # Parameters with which nothing is finite are no place to go back to: the checkpoint waits for a good step.
         due = due or step % config.checkpoint_every == 0
         if due and not nonfinite.settle():
@@ -429,7 +448,17 @@ class Run:
     finally:
       loader.close()
     self.counter.check()
+    steps, seconds, share = self._speed.stage_data()
+    say(f"stage {stage.name!r}: {stage_note(steps, seconds, most(share), config.data)}")
     return state, step
+
+  def _validate(self, validation, step, params, frozen, make_batch, metrics):
+    self._beat(f"step {step}: validating", slow=True)
+    began = time.monotonic()
+    with self._speed.paused():
+      values = validation(params, frozen, make_batch, self.compiled.get)
+    metrics.record(step, {name: value for name, value in values.items() if np.isfinite(value)})
+    say(f"validation of step {step}: {describe(values)} in {duration(time.monotonic() - began)}")
 
   @staticmethod
   def _notes(loader, nonfinite):
@@ -480,15 +509,9 @@ class Run:
     return self.compiled.get(name)
 
   def _batch_maker(self, stage, state):
-    config, layouts = stage.config, self.data[stage.index].layouts
-    if config.task == "autoencoder":
-      return batches.AutoencoderBatches(config, layouts)
-    model = autoencoder_model(config.autoencoder)
-    if (source := (model.config, config.autoencoder.weights)) != self._encoder_source:
-      variables = weights.load_autoencoder(config, model)
-      self.encoder = batches.ClipEncoder(model, variables, config.autoencoder, self.counter, stage.name)
-      self._encoder_source = source
-    objective, embed = self.objectives[stage.index], None
-    if config.text_encoder.where == "ahead":
-      embed = batches.text_ahead(objective.text, weights.load_text_encoder(config, objective.text, self.mesh))
-    return batches.DenoiserBatches(config, objective.model.config, self.encoder, layouts, embed)
+    config = stage.config
+    if config.task == "denoiser":
+      source = autoencoder_model(config.autoencoder).config, config.autoencoder.weights
+      if source != self._encoder_source:
+        self.encoder, self._encoder_source = batches.load_encoder(config, self.counter, stage.name), source
+    return batches.batch_maker(config, self.objectives[stage.index], self.data[stage.index].layouts, self.mesh, self.encoder)

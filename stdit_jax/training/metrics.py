@@ -8,12 +8,15 @@ import pathlib
 import time
 
 import jax
+import numpy as np
 from tensorboardX import SummaryWriter
 
 from stdit_jax.models import flops
 from stdit_jax.parallel.topology import peak_tflops
 from stdit_jax.training.checkpoints import write_text
 
+MAX_DATA_SHARE = 0.02  # of the step time: more is said, with what to do
+_USUAL = {"nonfinite": 0, "stepped": 1}  # not worth the console's width
 SHARE = "/share"  # of the samples that count for the mean of the same name without it
 
 
@@ -79,6 +82,11 @@ class Speed:
 
   def __init__(self, devices):
     self._devices, self._peak = len(devices), peak_tflops(devices[0].device_kind)
+    self.start_stage()
+
+  def start_stage(self):
+    """A stage begins to step: its first batch is there."""
+    self._stage = np.zeros(3)  # steps, their seconds, those of them in which the data was waited for
     self._start()
 
   def _start(self):
@@ -118,8 +126,23 @@ class Speed:
     for key, name in (("bytes_in_use", "hbm_gib"), ("peak_bytes_in_use", "hbm_peak_gib")):
       if key in memory:
         values[name] = memory[key] / 2**30
+    self._stage += self._steps, seconds, self._data
     self._start()
     return {f"speed/{name}": value for name, value in values.items()}
+
+  def stage_data(self):
+    """(steps, seconds per step, share of them that waited for data) of the stage up to the last `take`."""
+    steps, seconds, data = self._stage
+    return int(steps), seconds / max(steps, 1), data / max(seconds, 1e-9)
+
+
+def stage_note(steps, seconds, share, config):
+  """What the console says of a stage at its end; `share`: of the process that waited longest."""
+  text = f"{steps} steps of {seconds:.3g} s, {share:.1%} of it waiting for data"
+  if share <= MAX_DATA_SHARE:
+    return text
+  ahead = config.read_ahead or "two batches"
+  return f"{text}: more than {MAX_DATA_SHARE:.0%}; raise data.workers (now {config.workers}) or data.read_ahead (now {ahead})"
 
 
 def speed_note(values):
@@ -157,12 +180,18 @@ class Metrics:
     mean_rate = (step - self.first_step) / max(now - self._start, 1e-9)
     self._last_time, self._last_step = now, step
     left = duration((self._total - step) / mean_rate) if mean_rate else "?"
+    self.record(step, values)
+    shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if "/" not in name and _USUAL.get(name) != value)
+    print(f"step {step}/{self._total}  {shown}  {rate:.2f} steps/s  {left} left{note}", flush=True)
+
+  def record(self, step, values):
+    """Records scalars at optimizer step `step`, without a word."""
+    if not self._active:
+      return
     self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
     self._file.flush()
     for name, value in values.items():
       self._board.add_scalar(name.replace(" ", "_"), value, step)
-    shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if "/" not in name)
-    print(f"step {step}/{self._total}  {shown}  {rate:.2f} steps/s  {left} left{note}", flush=True)
 
   def close(self):
     if self._active:

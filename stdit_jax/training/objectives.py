@@ -13,12 +13,13 @@ from stdit_jax import fields
 from stdit_jax.autoencoders import image_kl, losses
 from stdit_jax.diffusion.frame_masks import FrameMasks
 from stdit_jax.diffusion.iddpm import IDDPM
-from stdit_jax.diffusion.noise import Purpose, element_index, sample_keys, token_noise
+from stdit_jax.diffusion.noise import Purpose, element_index, fold_in, sample_keys, token_noise
 from stdit_jax.diffusion.rectified_flow import RectifiedFlow
 from stdit_jax.models import stdit, t5
 from stdit_jax.models.layers import COMPUTE_DTYPES, DTYPES
 
 DIFFUSIONS = {"rectified-flow": RectifiedFlow, "iddpm": IDDPM}
+QUARTERS = ("t 0-25%", "t 25-50%", "t 50-75%", "t 75-100%")  # of the timesteps
 
 
 def make_diffusion(config):
@@ -88,43 +89,68 @@ class DenoiserObjective:
 
   def loss(self, params, frozen, batch, layout=None):
     """-> (loss per sample `[B]`, further values per sample). `layout`: how activations lie on the mesh."""
-    model, size, grid = self.model.config, batch["latent_size"], batch["grid"]
     keys = functools.partial(sample_keys, self.config.seed, batch["sample_id"])
+    frames = batch["latents_mean"].shape[1]
+    t = self.diffusion.sample_timesteps(
+      keys(Purpose.TIMESTEP),
+      batch["height"], batch["width"], batch["num_frames"], batch["latent_size"][:, 0].astype(jnp.float32),
+    )  # fmt: skip
+    masked = frames > 1 and any(name != "identity" and p > 0 for name, p in self._ratios())
+    frame_mask = self.frame_masks.draw(keys(Purpose.FRAME_MASK), frames) if masked else None
+    drop = jax.vmap(jax.random.uniform)(keys(Purpose.DROP_TEXT)) < self.config.caption_dropout
+    loss = self._loss_of(params, frozen, batch, layout)(keys(Purpose.NOISE), t, frame_mask, drop)
+    return loss, self._by_timestep(loss, t)
+
+  def fixed_loss(self, params, frozen, batch, count, layout=None):
+    """Loss `[count, B]` at `count` fixed timesteps, with noise of the sample's own for each; no caption is dropped and no
+    frame masked."""
+    loss_of = self._loss_of(params, frozen, batch, layout)
+    keys = sample_keys(self.config.seed, batch["sample_id"], Purpose.NOISE)
+
+    def at(number_and_t):
+      number, t = number_and_t
+      return loss_of(fold_in(keys, number), jnp.full(keys.shape, t), None, jnp.zeros(keys.shape, bool))
+
+    return jax.lax.map(at, (jnp.arange(count), jnp.asarray(self.diffusion.fixed_timesteps(count))))
+
+  def fixed_names(self, count):
+    """What the rows of `fixed_loss` count for: the quarter of the timesteps."""
+    return [QUARTERS[min(3, int(4 * t / self.diffusion.num_timesteps))] for t in self.diffusion.fixed_timesteps(count)]
+
+  def _loss_of(self, params, frozen, batch, layout):
+    """-> `(noise keys [B], t [B], frame mask [B, T] or None, drop_text [B]) -> loss [B]` of these latents and captions."""
+    model, size, grid = self.model.config, batch["latent_size"], batch["grid"]
     shape = batch["latents_mean"].shape[1:]
     _, valid = element_index(size, grid, shape, model.patch_size)
 
-    def noise(purpose):
-      return token_noise(keys(purpose), size, shape, grid, model.patch_size, model.in_channels)
+    def noise(keys):
+      return token_noise(keys, size, shape, grid, model.patch_size, model.in_channels)
 
     x0 = batch["latents_mean"]
     if "latents_std" in batch:
-      x0 = x0 + batch["latents_std"] * noise(Purpose.POSTERIOR)
-    t = self.diffusion.sample_timesteps(
-      keys(Purpose.TIMESTEP), batch["height"], batch["width"], batch["num_frames"], size[:, 0].astype(jnp.float32)
-    )
-    masked = shape[0] > 1 and any(name != "identity" and p > 0 for name, p in self._ratios())
-    frame_mask = self.frame_masks.draw(keys(Purpose.FRAME_MASK), shape[0]) if masked else None
-    drop = jax.vmap(jax.random.uniform)(keys(Purpose.DROP_TEXT)) < self.config.caption_dropout
+      x0 = x0 + batch["latents_std"] * noise(sample_keys(self.config.seed, batch["sample_id"], Purpose.POSTERIOR))
     text = self.embed_text(params, frozen, batch, layout)
     denoiser = self.model.clone(layout=layout)
 
-    def denoise(x, t, x_mask):
-      return denoiser.apply(
-        {"params": params["denoiser"], "constants": frozen["denoiser"]},
-        x, t, text, batch["text_mask"], grid=grid, x_mask=x_mask, valid=valid, drop_text=drop,
-        **{name: batch[name] for name in ("height", "width", "num_frames", "fps")},
-      )  # fmt: skip
+    def loss_of(keys, t, frame_mask, drop):
+      def denoise(x, t, x_mask):
+        return denoiser.apply(
+          {"params": params["denoiser"], "constants": frozen["denoiser"]},
+          x, t, text, batch["text_mask"], grid=grid, x_mask=x_mask, valid=valid, drop_text=drop,
+          **{name: batch[name] for name in ("height", "width", "num_frames", "fps")},
+        )  # fmt: skip
 
-    loss = self.diffusion.loss(
-      denoise, x0, noise(Purpose.NOISE), t, num_channels=model.in_channels, frame_mask=frame_mask, valid=valid
-    )
-    return loss, self._by_timestep(loss, t)
+      return self.diffusion.loss(
+        denoise, x0, noise(keys), t, num_channels=model.in_channels, frame_mask=frame_mask, valid=valid
+      )
+
+    return loss_of
 
   def _by_timestep(self, loss, t):
     """The loss in each quarter of the timesteps, 0 elsewhere, and where it counts (`metrics.Averages`)."""
     quarter = jnp.clip(jnp.floor(4 * t.astype(jnp.float32) / self.diffusion.num_timesteps), 0, 3)
     values = {}
-    for q, name in enumerate(("loss/t 0-25%", "loss/t 25-50%", "loss/t 50-75%", "loss/t 75-100%")):
+    for q, name in enumerate(f"loss/{name}" for name in QUARTERS):
       values |= {name: jnp.where(quarter == q, loss, 0.0), f"{name}/share": (quarter == q).astype(jnp.float32)}
     return values
 
@@ -171,6 +197,13 @@ class AutoencoderObjective:
     loss = error + config.kl_weight * kl / frames[0].size
     squared = losses.reconstruction_error(reconstruction, frames, "l2")
     return loss, {"reconstruction": error, "kl": kl / mean[0].size, "squared_error": squared}
+
+  def fixed_loss(self, params, frozen, batch, count, layout=None):
+    """Loss `[1, B]`: there are no timesteps, and crops and noise belong to the sample."""
+    return self.loss(params, frozen, batch, layout)[0][None]
+
+  def fixed_names(self, count):
+    return [None]
 
 
 OBJECTIVES = {"denoiser": DenoiserObjective, "autoencoder": AutoencoderObjective}

@@ -14,7 +14,8 @@ from stdit_jax.training.stages import stage_that_made
 
 
 class Sampler:
-  """Called by the loop with (step, state, frozen). Builds its programs once per stage."""
+  """Called by the loop with (step, state, frozen), on all processes; the first one decodes and writes. Builds its programs
+  once per stage."""
 
   def __init__(self, run):
     config = run.config
@@ -32,16 +33,16 @@ class Sampler:
     ]
 
   def __call__(self, step, state, frozen):
-    if jax.process_count() > 1:
-      return  # sampling on a sharded state over processes is not here yet; the checkpoint can be sampled from elsewhere
-    device = jax.local_devices()[0]
-    params, frozen = jax.device_put((state["ema"], frozen), device)
+    params = state["ema"]
     stage = stage_that_made(self.run.stages, step)
     if stage is not self.stage:
       self.stage, self.pipeline = stage, self._build(stage, params, frozen)
     self.pipeline.set_weights(params, frozen, self.pipeline.text_params)
     settings = self.config.sample
-    videos = self.pipeline.generate(self.requests, settings.steps, settings.guidance_scale)
+    latents = self.pipeline.sample_latents(self.requests, settings.steps, settings.guidance_scale)
+    if jax.process_index():
+      return
+    videos = self.pipeline.decode(latents)
     folder = pathlib.Path(self.config.output) / "samples"
     for i, (request, frames) in enumerate(zip(self.requests, videos)):
       written = {"prompt": request.prompt, "seed": request.seed, "step": step, **settings.to_dict()}
@@ -57,7 +58,7 @@ class Sampler:
     model = autoencoder_model(config.autoencoder)
     text_params = None
     if config.text_encoder.where == "ahead":
-      text_params = weights.load_text_encoder(config, objective.text)
+      text_params = weights.load_text_encoder(config, objective.text, self.run.mesh)
     tokenize = TokenizeText(config.text_encoder.tokenizer, config.text_encoder.max_length, clean=True)
     autoencoder = model, weights.load_autoencoder(config, model)
-    return Pipeline(objective, params, frozen, autoencoder, tokenize, text_params)
+    return Pipeline(objective, params, frozen, autoencoder, tokenize, text_params, mesh=self.run.mesh)

@@ -98,8 +98,8 @@ class StageData:
     epoch, step = self._plans.locate(plan.place(taken, skip))
     return self._plans.plan(epoch).buckets(step, count)
 
-  def loader(self, taken, skip=()):
+  def loader(self, taken, skip=(), epochs=None):
     """This process's loader, after so many micro steps of the stage; those of the plan in `skip` are passed over."""
     shard = {bucket: (layout.process_parts(), layout.batch_parts) for bucket, layout in self.layouts.items()}
     start = plan.place(taken, skip)
-    return make_loader(self.config, self.folder, shard=shard, start=start, skip=skip, tokenize=self._tokenize)
+    return make_loader(self.config, self.folder, shard=shard, start=start, skip=skip, tokenize=self._tokenize, epochs=epochs)

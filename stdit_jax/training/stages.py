@@ -73,7 +73,8 @@ def check_types(config, reference, prefix=""):
       if name not in FREE:
         check_types(value, default, f"{name}.")
       continue
-    if default is None or name in ("data.tables", "data.buckets", "data.max_bad_rows", "split_tokens"):
+    several = ("data.tables", "data.buckets", "data.max_bad_rows", "split_tokens", "validation.tables")
+    if default is None or name in several:
       continue  # of several types: checked by data.config
     if not is_of_type(value, type(default)):
       raise ValueError(f"config: {name} is {value!r}; it must be {_KINDS[type(default)]}, like {default!r}")
@@ -144,7 +145,12 @@ def check_values(config):
     _number(config, key, 0)
   for key in ("log_every", "checkpoint_every", "keep_checkpoints", "max_nonfinite", "compile_threads"):
     _number(config, key, 1, whole=True)
-  _number(config, "sample_every", 0, whole=True)
+  for key in ("sample_every", "validation.every"):
+    _number(config, key, 0, whole=True)
+  for key in ("validation.samples_per_bucket", "validation.timesteps"):
+    _number(config, key, 1, whole=True)
+  if config.validation.every and not config.validation.tables:
+    raise ValueError("config: validation.tables is empty; give the tables to measure the loss on, or set validation.every=0")
   _number(config, "autoencoder.cache_gb", 0)
   _number(config, "autoencoder.micro_batch", 1, whole=True)
   _regular_expression("train", config.train)

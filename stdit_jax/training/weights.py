@@ -48,16 +48,14 @@ def initial_weights(objective, config, key, shardings, mesh):
     return params, frozen
   path = need_file(config.init, "init")
   if is_run_folder(path):
-    loaded, constants, _ = load_weights(path)
+    loaded, constants, _ = load_weights(path, mesh=mesh)
     found = {name: loaded[name] for name in params if name in loaded}
     if config.task not in found:
       raise ValueError(f"config: init={path!r} is a run of {', '.join(loaded)}, not of the {config.task} that is trained here")
     constants = {name: constants[name] for name in frozen if name in constants}
     check_same_shapes({name: params[name] for name in found}, found, path)
     check_same_shapes({name: frozen[name] for name in constants}, constants, path)
-    params |= jax.device_put(found, {name: shardings[0][name] for name in found})
-    frozen |= jax.device_put(constants, {name: shardings[1][name] for name in constants})
-    return params, frozen
+    return params | found, frozen | constants
   name, layout = ("denoiser", "open-sora") if config.task == "denoiser" else ("autoencoder", "diffusers")
   current = {"params": params[name]} | ({"constants": frozen[name]} if name in frozen else {})
   place = {"params": shardings[0][name]} | ({"constants": shardings[1][name]} if name in frozen else {})

@@ -66,6 +66,22 @@ def test_it_is_a_function_of_seed_table_and_config(tmp_path, table_path):
   assert len(other) != len(slots[0]) or (other != slots[0]).any()
 
 
+def test_a_fixed_set_does_not_depend_on_batches_probabilities_and_other_buckets(tmp_path, table_path):
+  def rows_of(buckets):
+    plan_of = sequence_of(tmp_path, table_path, buckets=buckets, rows_per_bucket=20, drop_last=False).plan(0)
+    steps = [s for s in range(plan_of.num_steps) if plan_of.bucket(s).num_frames == 9]
+    slots = [plan_of.slot(slot)[:2] for s in steps for slot in range(*plan_of.slots(s))]
+    return slots, set(slots)
+
+  slots, rows = rows_of(BUCKETS[:2])
+  assert len(slots) == len(rows) == 20  # five whole batches
+  slots, again = rows_of((("240p", 1, 1.0, 4), ("144p", 9, 0.1, 7)))
+  assert len(slots) == 21
+  assert again == rows
+  longer = rows_of((("144p", 17, 1.0, 4), ("144p", 9, 1.0, 4)))[1]
+  assert longer == rows  # clips of 30 frames are in both
+
+
 def test_locate_counts_over_epochs(tmp_path, table_path):
   sequence = sequence_of(tmp_path, table_path)
   steps = [sequence.plan(e).num_steps for e in range(4)]

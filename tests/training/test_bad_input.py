@@ -76,6 +76,12 @@ WRONG = [
   ({"data__buckets": (("720p", 1, 1.0, 2),)}, "epoch 0 has no step"),
   ({"data__resize": "bicubic"}, "data.resize = 'bicubic' is none of"),
   ({"data__tables": ("/no/table.csv",)}, "table /no/table.csv does not exist"),
+  ({"validation__every": 2}, "validation.tables is empty; give the tables to measure the loss on, or set validation.every=0"),
+  ({"validation__timesteps": 0}, "validation.timesteps is 0; allowed: a whole number of at least 1"),
+  (
+    {"validation": {"every": 2, "tables": ("/no/table.csv",), "samples_per_bucket": 2, "timesteps": 2}},
+    "stage 'tiny: validation': table /no/table.csv does not exist",
+  ),
   ({"stages": ()}, "stages is empty"),
   ({"stages": ({"name": "a"},)}, "stage 0 has no 'steps'"),
   ({"stages": ({"name": "a", "steps": 0},)}, "stage 'a': steps is 0"),

@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.tiny_run import ROOT, environment, start_processes, write_config
 
@@ -57,25 +58,56 @@ def folder(tmp_path_factory):
   return tmp_path_factory.mktemp("processes")
 
 
-def test_two_processes_train_the_losses_of_one(assets, folder):
+def long_config(assets, folder, name):
+  """Configuration file of a run of STEPS steps in `folder/name/run`, measured at its end."""
+  (folder / name).mkdir()
   settings = {**SETTINGS, "stages": ({"name": "same", "steps": STEPS},), "checkpoint_every": STEPS}
-  losses = []
-  for name in ("one", "both"):
-    (folder / name).mkdir()
-    config = write_config(folder / name / "config.py", assets, folder / name / "run", **settings)
-    if name == "one":
-      flags = f"--xla_force_host_platform_device_count=8 {FLAGS}"
-      command = [sys.executable, "-m", "stdit_jax.train", "--config", str(config)]
-      own = environment(XLA_FLAGS=flags, NPROC="64")
-      result = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, timeout=300)
-      assert result.returncode == 0, result.stderr[-3000:]
-    else:
-      processes = start_processes(config, folder / name, XLA_FLAGS=FLAGS)
-      codes = [p.wait(300) for p in processes]
-      assert codes == [0, 0], [(folder / name / f"{i}.log").read_text()[-3000:] for i in (0, 1)]
-    losses.append([line["loss"] for line in lines(folder / name / "run")])
-  assert len(losses[0]) == STEPS
+  settings["validation"] = {"tables": (str(assets / "table.csv"),), "every": STEPS, "samples_per_bucket": 5, "timesteps": 3}
+  return write_config(folder / name / "config.py", assets, folder / name / "run", **settings)
+
+
+@pytest.fixture(scope="module")
+def one(assets, folder):
+  """Folder of such a run of one process."""
+  command = [sys.executable, "-m", "stdit_jax.train", "--config", str(long_config(assets, folder, "one"))]
+  own = environment(XLA_FLAGS=f"--xla_force_host_platform_device_count=8 {FLAGS}", NPROC="64")
+  result = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, timeout=300)
+  assert result.returncode == 0, result.stderr[-3000:]
+  return folder / "one" / "run"
+
+
+def test_two_processes_train_the_losses_of_one(assets, folder, one):
+  processes = start_processes(long_config(assets, folder, "both"), folder / "both", XLA_FLAGS=FLAGS)
+  codes = [p.wait(300) for p in processes]
+  assert codes == [0, 0], [(folder / "both" / f"{i}.log").read_text()[-3000:] for i in (0, 1)]
+  losses = [
+    [line.get("loss", line.get("validation/loss")) for line in lines(output)] for output in (one, folder / "both" / "run")
+  ]
+  assert len(losses[0]) == STEPS + 1
   np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+
+
+def test_two_processes_sample_the_frames_of_one(assets, folder, one):
+  """Three prompts, which eight devices don't divide."""
+  latents, sheets = [], []
+  for name, count in (("sampled", 1), ("sampled-by-two", 2)):
+    (folder / name).mkdir()
+    settings = {**SETTINGS, "init": str(one), "sample__prompts": ("one", "a picture", "columns")}
+    config = write_config(folder / name / "config.py", assets, folder / name / "run", **settings)
+    processes = start_processes(
+      config, folder / name, count, 8 // count, module="tests.training.sample_latents", XLA_FLAGS=FLAGS
+    )
+    codes = [p.wait(300) for p in processes]
+    assert codes == [0] * count, [(folder / name / f"{i}.log").read_text()[-3000:] for i in range(count)]
+    latents += [np.load(folder / name / "run" / f"{i}.npy") for i in range(count)]
+    assert len(list((folder / name / "run" / "samples").iterdir())) == 7  # three videos, their settings, a picture of all
+    sheets.append(np.asarray(Image.open(folder / name / "run" / "samples" / "step0000000.png"), np.float32))
+  assert latents[0].shape[0] == 3
+  assert len({z.tobytes() for z in latents[0]}) == 3
+  np.testing.assert_array_equal(latents[1], latents[2])  # both have all
+  np.testing.assert_allclose(latents[1], latents[0], atol=1e-4)
+  assert sheets[0].shape == (3 * 192, 4 * 192, 3)
+  assert np.abs(sheets[0] - sheets[1]).max() <= 1  # of 255: rounding
 
 
 def test_both_stop_at_the_same_step_when_one_is_told_to(assets, folder):

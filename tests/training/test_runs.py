@@ -2,18 +2,21 @@
 
 import json
 import pathlib
+import re
+import time
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
+from configs import base
 from stdit_jax.cli import InputError
 from stdit_jax.interop import CheckpointError, save_variables
 from stdit_jax.training import batches
 from stdit_jax.training.checkpoints import load_weights
 from stdit_jax.training.loop import Run
-from stdit_jax.training.metrics import Averages
+from stdit_jax.training.metrics import Averages, Speed, stage_note
 from stdit_jax.training.sampling import Sampler
 from tests.tiny_run import tiny_config
 
@@ -66,6 +69,28 @@ def test_averages_leave_out_what_does_not_count():
   log.add({"loss": 2.0})
   assert log.take() == {"q": (12 + 3) / 2.0, "loss": 2.0}
   assert log.take() == {}
+
+
+def test_a_stage_says_how_long_it_waited_for_data():
+  """Neither before its first step, nor what checkpoints and samples took, counts."""
+  speed, config = Speed(jax.devices()), base.get_config().data
+  with speed.waiting_for_data():
+    time.sleep(0.05)
+  speed.start_stage()
+  with speed.paused():
+    time.sleep(0.05)
+  for wait in (0.02, 0.0):
+    with speed.waiting_for_data():
+      time.sleep(wait)
+    speed.step()
+    speed.take()
+  steps, seconds, share = speed.stage_data()
+  assert steps == 2
+  assert 0.01 <= seconds < 0.03
+  assert share > 0.8
+  note = stage_note(steps, seconds, share, config)
+  assert "more than 2%; raise data.workers (now 2) or data.read_ahead (now two batches)" in note
+  assert "raise" not in stage_note(steps, seconds, 0.019, config)
 
 
 def test_every_program_is_traced_once(first):
@@ -197,7 +222,9 @@ def test_rows_that_cannot_be_decoded_are_counted_and_skipped_up_to_the_limit(ass
   run.train()
   assert metrics_of(run)[0]["stepped"] == 1
   assert np.isfinite(metrics_of(run)[0]["loss"])
-  assert "1 bad files" in capsys.readouterr().out
+  said = capsys.readouterr().out
+  assert "1 bad files" in said
+  assert re.search(r"stage 'one': 1 steps of \S+ s, \S+% of it waiting for data", said)
   with pytest.raises(InputError, match=r"1 files cannot be decoded.*broken.png"):
     Run(tiny_config(assets, tmp_path / "none", data__max_bad_rows=0, **table)).train()
 

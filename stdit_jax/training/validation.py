@@ -1,0 +1,153 @@
+"""The loss on fixed samples at fixed timesteps: whether a model gets better, comparable over steps, stages and runs.
+
+As Open-Sora 1.2's `eval_loss` measures it: every bucket on rows that fit it, whatever its probabilities, at timesteps evenly
+inside (0, 1000) without the timestep transform. Noise belongs to row and timestep, and rows that only fill a batch have
+weight 0: the value depends on neither batch, mesh nor processes, and is the same, bit for bit, where these are.
+"""
+
+import collections
+import copy
+import dataclasses
+import functools
+import math
+
+import jax
+import ml_collections
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from data.config import DataConfig
+from stdit_jax.cli import InputError
+from stdit_jax.parallel.shardings import Layout, tree_shardings
+from stdit_jax.training.batches import array_axes, batch_shapes
+from stdit_jax.training.stage_data import StageData, choose_layouts
+
+
+def fixed_data(stage, mesh, objective):
+  """`stage` with the data of its validation: the buckets that it trains on, in batches that one of its micro batches holds.
+
+  Training need not fit this mesh: its batches are rounded up to what divides.
+  """
+  config = ml_collections.ConfigDict(stage.config.to_dict())
+  buckets = []
+  for b in DataConfig.create(config.data.to_dict()).parsed_buckets():
+    if b.batch_size and b.keep_prob:
+      splits = config.split_tokens in ("auto", "always") or f"{b.resolution}:{b.num_frames}" in config.split_tokens
+      parts = Layout(mesh, split_tokens=splits).batch_parts
+      buckets.append(dataclasses.replace(b, batch_size=math.ceil(b.batch_size / parts) * parts))
+  layouts, micro_batches = choose_layouts(stage, buckets, mesh, objective)
+  samples, rows = config.validation.samples_per_bucket, []
+  for b in buckets:
+    key = b.resolution, b.num_frames
+    parts = layouts[key].batch_parts
+    each = min(b.batch_size // parts // micro_batches[key], math.ceil(samples / parts))
+    rows.append((*key, 1.0, parts * each))
+  with config.ignore_type():
+    # Threads, since the few clips are read in less time than processes take to start.
+    config.data.update(tables=config.validation.tables, buckets=tuple(rows), reference_devices=1, drop_last=False, workers=0)
+    config.data.rows_per_bucket = samples
+  return dataclasses.replace(stage, name=f"{stage.name}: validation", config=config.lock())
+
+
+def first_slots(plan):
+  """{slot: row} of an epoch's plan, only those slots at which the row comes for the first time in its bucket."""
+  first = {}
+  for step in range(plan.num_steps):
+    for slot, row in zip(range(*plan.slots(step)), plan.rows(step)):
+      first.setdefault((plan.bucket_index(step), int(row)), slot)
+  return {slot: row for (_, row), slot in first.items()}
+
+
+class Validation:
+  """The validation of one stage.
+
+  Args: as `StageData`; raises ValueError as it does.
+  """
+
+  def __init__(self, stage, output, mesh, objective):
+    self.stage, self.mesh, self.objective = fixed_data(stage, mesh, objective), mesh, objective
+    self.data = StageData(self.stage, output, mesh, objective)
+    self.config = self.stage.config.validation
+
+  def compile_ahead(self, compiled, counter, params, frozen):
+    """Lowers the programs of all buckets that have rows, for parameters of these shapes, and has `compiled` compile them."""
+    for line, bucket in zip(self.data.report.buckets, self.data.config.parsed_buckets()):
+      key = bucket.resolution, bucket.num_frames
+      if not line["steps"] or self._name(key) in compiled:
+        continue
+      layout = self.data.layouts[key]
+      batch = batch_shapes(self.stage.config, self.objective, key, bucket.batch_size, layout.token_parts)
+      program = jax.jit(
+        counter.counted(self._name(key), functools.partial(self._losses, layout)),
+        in_shardings=(
+          tree_shardings(params, self.mesh), tree_shardings(frozen, self.mesh),
+          {name: layout.sharding(*array_axes(name)) for name in batch},
+        ),
+        out_shardings=NamedSharding(self.mesh, P()),
+      )  # fmt: skip
+      compiled.add(self._name(key), program, params, frozen, batch)
+
+  def _name(self, bucket):
+    return f"{self.stage.name} {bucket[0]} x {bucket[1]}"
+
+  def _losses(self, layout, params, frozen, batch):
+    return self.objective.fixed_loss(params, frozen, batch, self.config.timesteps, layout), batch["weight"]
+
+  def __call__(self, params, frozen, make_batch, program):
+    """The losses of these weights; all processes call it together.
+
+    Args:
+      make_batch: what makes the batches of this stage's training.
+      program: name -> compiled program.
+
+    Returns:
+      {"validation/loss", "validation/RESOLUTION x FRAMES", "validation/t 0-25%", ...: mean over samples and timesteps}.
+
+    Raises:
+      InputError: too many rows cannot be decoded.
+    """
+    make_batch = copy.copy(make_batch)
+    make_batch.layouts = self.data.layouts  # and its encoders, which are loaded already
+    results = []
+    for step in self._steps():
+      batch = make_batch(step)
+      jax.block_until_ready([result for _, result in results[-1:]])  # or batches would pile up on the device
+      results.append((step.bucket, program(self._name(step.bucket))(params, frozen, batch)))
+    return self._means(results)
+
+  def _means(self, results):
+    """`results`: [(bucket, (losses [timesteps, B], weight [B]))]."""
+    quarters = self.objective.fixed_names(self.config.timesteps)
+    sums = collections.defaultdict(lambda: np.zeros(2))
+    for bucket, (losses, weight) in results:
+      weight = np.asarray(weight, np.float64)
+      for quarter, row in zip(quarters, np.asarray(losses, np.float64)):
+        for key in ("loss", f"{bucket[0]} x {bucket[1]}", quarter):
+          sums[key] += np.sum(np.where(weight > 0, row, 0) * weight), weight.sum()
+    if not sums["loss"][1]:
+      raise InputError(f"config: stage {self.stage.name!r}: none of the rows of {self.config.tables} can be decoded")
+    keys = sorted((key for key in sums if key and sums[key][1]), key=lambda key: key in quarters)
+    return {f"validation/{key}": float(sums[key][0] / sums[key][1]) for key in keys}
+
+  def _steps(self):
+    """`LoadedStep`s whose samples are known by their row, those that come again having weight 0."""
+    with self.data.loader(0, epochs=1) as loader:
+      plan = loader.plans.plan(0)
+      rows = first_slots(plan)
+      for _ in range(plan.num_steps):
+        try:
+          step = next(loader)
+        except (ValueError, RuntimeError) as error:
+          raise InputError(f"validation: {error}") from error
+        samples = [
+          dataclasses.replace(s, sample_id=(0, rows.get(s.sample_id[1], 0)), weight=s.weight * (s.sample_id[1] in rows))
+          for s in step.samples
+        ]
+        yield dataclasses.replace(step, samples=samples)
+
+
+def describe(values):
+  """The values as a part of one line."""
+  total, *rest = ((name.removeprefix("validation/"), value) for name, value in values.items())
+  return f"{total[0]} {total[1]:.4g} (" + ", ".join(f"{name}: {value:.4g}" for name, value in rest) + ")"

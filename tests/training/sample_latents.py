@@ -1,0 +1,26 @@
+"""Samples as training does, as one of the processes that test_processes.py starts; `<output>/<process>.npy` has the latents.
+
+python -m tests.training.sample_latents --config FILE
+"""
+
+import pathlib
+import runpy
+import sys
+
+import jax
+import numpy as np
+
+from stdit_jax.cli import connect_processes
+from stdit_jax.training.loop import Run
+from stdit_jax.training.sampling import Sampler
+
+if __name__ == "__main__":
+  config = runpy.run_path(sys.argv[2])["get_config"]()
+  connect_processes()
+  run = Run(config)
+  state, frozen, _ = run.start()
+  sampler, settings = Sampler(run), config.sample
+  sampler(0, state, frozen)
+  latents = sampler.pipeline.sample_latents(sampler.requests, settings.steps, settings.guidance_scale)
+  assert sampler.pipeline._step._cache_size() == 1, sampler.pipeline._step._cache_size()
+  np.save(pathlib.Path(config.output) / f"{jax.process_index()}.npy", latents)

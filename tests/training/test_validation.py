@@ -1,0 +1,131 @@
+"""Validation: the same numbers whatever batch, mesh and step it is made at; training does not notice; `evaluate` gives them."""
+
+import json
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from stdit_jax import evaluate
+from stdit_jax.parallel.shardings import path_name
+from stdit_jax.training.loop import Run
+from tests.tiny_run import run_module, tiny_config
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+
+
+def settings(assets, **changes):
+  """Of five rows per bucket (of six that fit), after every second step."""
+  validation = {"tables": (str(assets / "table.csv"),), "every": 2, "samples_per_bucket": 5, "timesteps": 5}
+  return {"validation": validation | changes, "checkpoint_every": 2}
+
+
+def lines_of(run):
+  lines = [json.loads(line) for line in (pathlib.Path(run.config.output) / "metrics.jsonl").read_text().splitlines()]
+  validation = {line["step"]: {k: v for k, v in line.items() if "/" in k} for line in lines if "validation/loss" in line}
+  training = [
+    {k: v for k, v in line.items() if k != "time" and not k.startswith("speed/")}
+    for line in lines
+    if "validation/loss" not in line
+  ]
+  return validation, training
+
+
+@pytest.fixture(scope="module")
+def validated(assets, tmp_path_factory):
+  """(run, final state, frozen) with validation after steps 2 and 4."""
+  run = Run(tiny_config(assets, tmp_path_factory.mktemp("validation") / "run", **settings(assets)))
+  started = run.start()
+  return run, jax.tree.map(np.asarray, run.train(started=started)), started[1]
+
+
+def test_training_does_not_notice(assets, validated, tmp_path):
+  run, state, _ = validated
+  plain = Run(tiny_config(assets, tmp_path / "plain", checkpoint_every=2))
+  jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, plain.train()), state)
+  assert lines_of(run)[1] == lines_of(plain)[1]
+  own = {f"tiny: validation 144p x {frames}": 1 for frames in (1, 4)}
+  assert dict(run.counter.counts) == {**plain.counter.counts, **own}
+
+
+def test_buckets_and_quarters_make_up_the_loss(validated):
+  values, _ = lines_of(validated[0])
+  assert list(values) == [2, 4]
+  for line in values.values():
+    of_buckets = [line[f"validation/144p x {frames}"] for frames in (1, 4)]
+    of_quarters = [line[f"validation/t {q}"] for q in ("0-25%", "25-50%", "50-75%", "75-100%")]
+    np.testing.assert_allclose(np.mean(of_buckets), line["validation/loss"], rtol=1e-9)
+    # Timesteps 1/6, 2/6, ... 5/6: one, one, two and one in the quarters.
+    np.testing.assert_allclose(np.dot(of_quarters, [1, 1, 2, 1]) / 5, line["validation/loss"], rtol=1e-9)
+  assert values[2]["validation/loss"] != values[4]["validation/loss"]
+
+
+def test_the_loss_of_a_model_that_says_nothing(validated):
+  """Zeros for latents minus noise: the loss is the mean square of the latents, and 1."""
+  run, state, frozen = validated
+  silent = jax.tree_util.tree_map_with_path(lambda p, x: 0 * x if "final_layer/linear" in path_name(p) else x, state["ema"])
+  make_batch, squares = run._batch_maker(run.stages[0], state), {1: [], 4: []}
+  values = run.validations[0](silent, frozen, make_batch, run.compiled.get)
+  for step in run.validations[0]._steps():
+    for mean, std in run.encoder([s.pixels for s in step.samples if s.weight]):
+      squares[step.bucket[1]].append((np.square(mean) + np.square(std)).mean())
+  assert [len(parts) for parts in squares.values()] == [5, 5]
+  for frames, parts in squares.items():
+    np.testing.assert_allclose(values[f"validation/144p x {frames}"], np.mean(parts) + 1, rtol=0.02)
+
+
+def test_other_batches_change_rounding_at_most(assets, validated, tmp_path):
+  """Two batches of three with one row over instead of three of two, and other probabilities."""
+  run, state, frozen = validated
+  buckets = (("144p", 1, 0.3, 3), ("144p", 4, (1.0, 0.5), 3))
+  other = Run(tiny_config(assets, tmp_path / "run", data__buckets=buckets, data__drop_last=False, **settings(assets)))
+  validation = other.validations[0]
+  assert validation.data.report.steps == 4
+  validation.compile_ahead(other.compiled, other.counter, other.state_shapes["ema"], frozen)
+  values = validation(state["ema"], frozen, other._batch_maker(other.stages[0], state), other.compiled.get)
+  first = lines_of(run)[0][4]
+  assert values.keys() == first.keys()
+  for name, value in values.items():
+    np.testing.assert_allclose(value, first[name], rtol=1e-5, err_msg=name)
+
+
+def test_a_resumed_run_measures_the_same_bits(assets, validated, tmp_path):
+  run, _, _ = validated
+  shutil.copytree(run.config.output, tmp_path / "run")
+  resumed = Run(tiny_config(assets, tmp_path / "run", resume="2", **settings(assets)))
+  resumed.train()
+  assert lines_of(resumed) == lines_of(run)
+
+
+def test_evaluate_on_eight_devices(assets, validated, tmp_path):
+  run, _, _ = validated
+  result = run_module(
+    "stdit_jax.evaluate", "--checkpoint", run.config.output, "--mesh", "data=2", "fsdp=4", "--output", tmp_path / "loss.json",
+    XLA_FLAGS=f"--xla_force_host_platform_device_count=8 {FLAGS}", NPROC="64",
+  )  # fmt: skip
+  assert result.returncode == 0, result.stderr[-3000:]
+  values = json.loads((tmp_path / "loss.json").read_text())
+  assert values["step"] == 4
+  for name, value in lines_of(run)[0][4].items():
+    np.testing.assert_allclose(values[name], value, rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize(
+  ("arguments", "words"),
+  [
+    (["--tables", "none.csv"], "table none.csv does not exist"),
+    (["--timesteps", "0"], "validation.timesteps is 0; allowed: a whole number of at least 1"),
+    (["--mesh", "data"], "--mesh data: give AXIS=DEVICES"),
+    (["--step", "3"], "has no checkpoint of step 3; there are [2, 4]"),
+  ],
+)
+def test_evaluate_says_what_is_wrong_in_one_line(validated, capsys, arguments, words):
+  with pytest.raises(SystemExit) as stop:
+    evaluate.main(["--checkpoint", validated[0].config.output, *arguments])
+  assert stop.value.code == 2
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line.startswith("error: ")
+  assert words in line
