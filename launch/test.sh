@@ -7,4 +7,5 @@ source launch/environment.sh
 make_environment requirements-test.txt
 ruff check .
 ruff format --check .
-JAX_PLATFORMS=${JAX_PLATFORMS:-cpu} python -m pytest "$@"
+# Two at a time, whole files each: half the suite is one thread that compiles.
+JAX_PLATFORMS=${JAX_PLATFORMS:-cpu} python -m pytest -n 2 --dist loadfile "$@"

@@ -388,7 +388,7 @@ class Run:
     self._compile_ahead(stage, programs, data.buckets_ahead(taken, stage.steps * accumulate - taken, skip))
     if validation := self.validations[stage.index]:
       frozen_shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), frozen)
-      validation.compile_ahead(self.compiled, self.counter, self.state_shapes["ema"], frozen_shapes)
+      validation.compile_ahead(self.compiled, self.counter, self.state_shapes[stage.index]["ema"], frozen_shapes)
     make_batch = self._batch_maker(stage, state)
     accumulator = programs.new_accumulator(state["params"])
     log, nonfinite, due, first = Averages(), NonFinite(config.max_nonfinite), False, step

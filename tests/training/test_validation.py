@@ -84,7 +84,7 @@ def test_other_batches_change_rounding_at_most(assets, validated, tmp_path):
   other = Run(tiny_config(assets, tmp_path / "run", data__buckets=buckets, data__drop_last=False, **settings(assets)))
   validation = other.validations[0]
   assert validation.data.report.steps == 4
-  validation.compile_ahead(other.compiled, other.counter, other.state_shapes["ema"], frozen)
+  validation.compile_ahead(other.compiled, other.counter, other.state_shapes[0]["ema"], frozen)
   values = validation(state["ema"], frozen, other._batch_maker(other.stages[0], state), other.compiled.get)
   first = lines_of(run)[0][4]
   assert values.keys() == first.keys()
