@@ -14,6 +14,7 @@ import pathlib
 import posixpath
 import re
 import shutil
+import socket
 import tempfile
 
 import fsspec
@@ -33,6 +34,17 @@ def check(path, what):
   """Raises ValueError, naming `what` it is, for an address that is neither a local path nor something in a bucket."""
   if "://" in str(path) and not re.match(r"gs://[a-z0-9][-_.a-z0-9]+/.", str(path)):
     raise ValueError(f"{what}={str(path)!r} is neither a local path nor gs://BUCKET/NAME")
+
+
+def check_writable(folder, what):
+  """Makes the folder; raises ValueError, naming `what` it is, when nothing can be written there."""
+  probe = join(folder, f".writable-{socket.gethostname()}-{os.getpid()}")  # other processes try as well
+  try:
+    write_text(probe, "")
+    remove(probe)
+  except OSError as error:
+    reason = "there is no such bucket" if is_remote(folder) and error.errno == errno.ENOENT else error.strerror
+    raise ValueError(f"{what}={str(folder)!r} can't be used: {reason}; give another folder") from None
 
 
 def join(folder, *names):
@@ -64,7 +76,8 @@ def errors(path):
     if isinstance(error, FileNotFoundError) and is_remote(path):
       raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from None
     if getattr(error, "code", 0) == 401 or (isinstance(error, OSError) and text.startswith("Forbidden")):
-      raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path)) from error
+      reason = "no permission, or not signed in (gcloud auth application-default login)"
+      raise PermissionError(errno.EACCES, reason, str(path)) from error
     if type(error).__module__.partition(".")[0] in _NETWORK:
       raise OSError(errno.EIO, f"the bucket gives no answer or an error ({text[:200]})", str(path)) from error
     raise

@@ -4,7 +4,8 @@ Columns, as in the original: `path`, `text`, `num_frames`, `height`, `width` are
 used if there. Ours besides: `start`, `end` (frames [start, end) of a longer file; `num_frames` then counts the file or the
 range), `crop` ("x,y,width,height" or a list, in pixels of the displayed picture), several captions per row (`text` as a
 list, or `text`, `text_2`, `text_3`...), `text_features` (a safetensors file with the caption's embedding `y` [L, C]).
-Relative paths belong to the table's folder. Rows keep their numbers: an unusable one stays, with the reason.
+Tables and what they name may lie in gs://; relative paths belong to the table's folder. Rows keep their numbers: an unusable
+one stays, with the reason.
 """
 
 import csv

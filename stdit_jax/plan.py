@@ -33,10 +33,11 @@ import time
 from absl import flags
 from ml_collections import config_flags
 
+from data import paths
 from data.config import DataConfig
 from stdit_jax.cli import one_line_errors, parse_config
 from stdit_jax.parallel.topology import TPU_ENVIRONMENT, parse_topology
-from stdit_jax.training.checkpoints import plain, write_text
+from stdit_jax.training.checkpoints import plain
 from stdit_jax.training.planning import compile_bucket, roofline
 from stdit_jax.training.stages import make_stages
 
@@ -134,7 +135,7 @@ def run_job(job, cache):
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     raise ValueError(lines[-1].removeprefix("error: ") if lines else f"the compiling process ended with {done.returncode}")
   result = json.loads(done.stdout.splitlines()[-1])
-  write_text(path, json.dumps(result))
+  paths.write_text(path, json.dumps(result))
   return result, False
 
 
@@ -203,7 +204,7 @@ def main(argv=None):
     print("per chip, beside activations: " + ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in memory.items()))
     print(f"mesh: {results[0]['mesh']}; {sum('oom' not in r and r['fits'] for r in results)} of {len(results)} buckets fit")
     if args.output:
-      write_text(args.output, json.dumps(results, indent=1))
+      paths.write_text(args.output, json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

@@ -8,11 +8,11 @@ Files are named after the number of the prompt, its first words and the seed; wh
 """
 
 import argparse
-import pathlib
 import re
 import sys
 import time
 
+from data import paths
 from stdit_jax.cli import keep_freed_memory, one_line_errors, use_compilation_cache
 
 
@@ -70,7 +70,7 @@ def read_prompts(args):
   prompts = list(args.prompt)
   if args.prompt_file:
     try:
-      lines = pathlib.Path(args.prompt_file).read_text(encoding="utf-8").splitlines()
+      lines = paths.read_text(args.prompt_file).splitlines()
     except UnicodeDecodeError:
       raise ValueError(f"--prompt-file {args.prompt_file} is not UTF-8 text") from None
     prompts += [line.strip() for line in lines if line.strip()]
@@ -181,8 +181,8 @@ def main(argv=None):
     steps = args.steps or config.sample.steps
     scale = config.sample.guidance_scale if args.guidance_scale is None else args.guidance_scale
     pipeline.diffusion.for_sampling(steps)
-    output = pathlib.Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
+    paths.check(args.output, "--output")
+    paths.make_folder(args.output)
   with one_line_errors((OSError,)):
     run_requests(pipeline, requests, steps, scale, args, described)
 
@@ -194,8 +194,8 @@ def run_requests(pipeline, requests, steps, scale, args, described):
   from stdit_jax.generation.media import write_media
 
   ending = "png" if requests[0][1].num_frames == 1 else args.format
-  paths = [pathlib.Path(args.output) / f"{stem}.{ending}" for stem, _ in requests]
-  todo = [i for i, path in enumerate(paths) if args.overwrite or not path.exists()]
+  files = [paths.join(args.output, f"{stem}.{ending}") for stem, _ in requests]
+  todo = [i for i, path in enumerate(files) if args.overwrite or not paths.exists(path)]
   if len(todo) < len(requests):
     print(f"{len(requests) - len(todo)} of {len(requests)} files exist and are kept (--overwrite makes them again)")
   first = requests[0][1]
@@ -215,8 +215,8 @@ def run_requests(pipeline, requests, steps, scale, args, described):
         "prompt": request.prompt, "seed": request.seed, "steps": steps, "guidance_scale": scale, "height": frames.shape[1],
         "width": frames.shape[2], "num_frames": len(frames), "fps": request.fps, "model": described,
       }  # fmt: skip
-      write_media(paths[i], frames, request.fps, settings)
-      print(f"{paths[i]}  ({time.monotonic() - began:.1f} s)  {request.prompt}", flush=True)
+      write_media(files[i], frames, request.fps, settings)
+      print(f"{files[i]}  ({time.monotonic() - began:.1f} s)  {request.prompt}", flush=True)
 
 
 if __name__ == "__main__":

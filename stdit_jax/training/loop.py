@@ -10,7 +10,6 @@ Order in which a run is put together, and resumed:
 
 import contextlib
 import json
-import pathlib
 import signal
 import sys
 import threading
@@ -19,11 +18,12 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from data import paths
 from stdit_jax.cli import InputError
 from stdit_jax.parallel.mesh import make_mesh
 from stdit_jax.parallel.shardings import tree_shardings
 from stdit_jax.training import batches, weights
-from stdit_jax.training.checkpoints import CONFIG, Checkpoints, DamagedCheckpointError, plain, write_text
+from stdit_jax.training.checkpoints import CONFIG, Checkpoints, DamagedCheckpointError, plain
 from stdit_jax.training.compilation import AheadOfTime
 from stdit_jax.training.metrics import Averages, Metrics, Speed, batch_work, speed_note
 from stdit_jax.training.nonfinite import MicroStep, NonFinite, TooManyNonFinite
@@ -72,30 +72,25 @@ def check_output(folder, config):
 
   Returns the keys of the configuration that changed since the run began.
   """
-  folder = pathlib.Path(folder)
-  path = folder / CONFIG
+  path = paths.join(folder, CONFIG)
   try:
-    if not path.exists() and (others := _foreign(folder)):
+    if not paths.exists(path) and (others := _foreign(folder)):
       raise ValueError(
-        f"config: output={str(folder)!r} holds {', '.join(others[:3])} and no {CONFIG}: it is no run of ours; "
-        "give another folder"
+        f"config: output={folder!r} holds {', '.join(others[:3])} and no {CONFIG}: it is no run of ours; give another folder"
       )
-    folder.mkdir(parents=True, exist_ok=True)
-    probe = folder / f".writable{jax.process_index()}"
-    probe.write_text("")
-    probe.unlink()
-    if not path.exists():
+    paths.check_writable(folder, "config: output")
+    if not paths.exists(path):
       return []
-    old = json.loads(path.read_text())
+    old = json.loads(paths.read_text(path))
   except OSError as error:
-    raise ValueError(f"config: output={str(folder)!r} can't be used: {error.strerror}; give another folder") from None
+    raise ValueError(f"config: output={folder!r} can't be used: {error.strerror}; give another folder") from None
   except (json.JSONDecodeError, UnicodeDecodeError) as error:
     raise ValueError(f"{path} is damaged ({error}); give another output folder") from None
   changed = sorted(key for key in _changed(old, plain(config)) if key not in ("resume", "restart_data", "compilation_cache"))
   for key in changed:
     if key.split(".")[0] in ("model", "task", "seed") or key in ("text_encoder.name", "text_encoder.train", "autoencoder.name"):
       raise ValueError(
-        f"config: output={str(folder)!r} belongs to another run: {key} differs; give another output folder, or the config "
+        f"config: output={folder!r} belongs to another run: {key} differs; give another output folder, or the config "
         "of that run"
       )
   return changed
@@ -103,11 +98,9 @@ def check_output(folder, config):
 
 def _foreign(folder):
   """Names in a folder that no run of ours put there before its first checkpoint: a run may have been stopped early."""
-  if not folder.exists():
-    return []
-  plans = [p for p in (folder / "data").glob("*") if not p.name.startswith(("table-", "plan-", "tmp"))]
-  own = {"checkpoints", "compilation_cache"} | (set() if plans else {"data"})
-  return sorted(p.name for p in folder.iterdir() if p.name not in own and not p.name.startswith((f"{CONFIG}.tmp", ".writable")))
+  data = [name for name in paths.names(paths.join(folder, "data")) if not name.startswith(("table-", "plan-", "tmp"))]
+  own = {"checkpoints", "compilation_cache"} | (set() if data else {"data"})
+  return [name for name in paths.names(folder) if name not in own and not name.startswith((".config.tmp", ".writable"))]
 
 
 def _changed(old, new, prefix=""):
@@ -210,7 +203,7 @@ class Run:
       raise ValueError(f"no checkpoint in {self.checkpoints.folder} can be read; move them away to start anew")
     state, frozen = self._initial()
     if jax.process_index() == 0:
-      write_text(pathlib.Path(self.config.output) / CONFIG, json.dumps(plain(self.config), indent=1))
+      paths.write_text(paths.join(self.config.output, CONFIG), json.dumps(plain(self.config), indent=1))
     return state, frozen, 0
 
   def _initial(self):
@@ -336,6 +329,7 @@ class Run:
             state, step = self._go_back(failure)
             metrics.close()
             metrics = Metrics(self.config.output, step, total, active=jax.process_index() == 0)
+      metrics.flush()
       self.save(step, state, frozen)
       self.checkpoints.wait()
       self.counter.check()
@@ -406,10 +400,12 @@ class Run:
         # Parameters with which nothing is finite are no place to go back to: the checkpoint waits for a good step.
         due = due or step % config.checkpoint_every == 0
         if due and not nonfinite.settle():
+          metrics.flush()
           self.save(step, state, frozen)
           due = False
         if step < total_steps(self.stages):
           if self._must_stop():
+            metrics.flush()
             self.save(step, state, frozen)
             self.checkpoints.wait()
             raise Preempted(f"stopped by SIGTERM after step {step}, which is saved; the same command goes on from there")

@@ -93,6 +93,8 @@ def test_what_a_bucket_refuses_is_an_os_error(store, monkeypatch):
   assert paths.read_text(path) == "text"
   with pytest.raises(FileNotFoundError):
     paths.write_text("gs://no-such-bucket/file", "text")
+  with pytest.raises(ValueError, match="x='gs://no-such-bucket/x' can't be used: there is no such bucket; give another"):
+    paths.check_writable("gs://no-such-bucket/x", "x")
   for address in ("s3://bucket/file", "gs://", "gs://bucket", "gs://Bucket/x"):
     with pytest.raises(ValueError, match=r"output='.*' is neither a local path nor gs://BUCKET/NAME"):
       paths.check(address, "output")
