@@ -11,7 +11,7 @@ import ml_collections
 def get_config():
   """The default run: STDiT-3 by rectified flow; a table, buckets, weights and steps have to be given."""
   config = ml_collections.ConfigDict()
-  config.output = "runs/base"  # folder of the run: checkpoints, metrics, samples; belongs to one run
+  config.output = "runs/base"  # folder of the run, or gs://BUCKET/NAME: checkpoints, metrics, samples; belongs to one run
   config.seed = 42
   config.task = "denoiser"  # or "autoencoder": what is trained
   config.platform = ""  # "cpu", "gpu" or "tpu": refuse to run anywhere else; "" takes what is there

@@ -16,7 +16,7 @@ import threading
 
 import numpy as np
 
-from data import aspect_ratios, plan, sources, video
+from data import aspect_ratios, paths, plan, sources, video
 
 log = logging.getLogger("data")
 
@@ -112,10 +112,10 @@ def _rows_per_step(parsed, shares):
 
 def _check_files(table, first):
   """A table of another machine, or with a wrong folder, has none of its files: said now rather than row by row."""
-  paths = {table.row(first.slot(i)[0]).path for i in range(min(64, first.num_slots))}
-  if not any("://" in p or os.path.exists(p) for p in paths):
+  found = {table.row(first.slot(i)[0]).path for i in range(min(64, first.num_slots))}
+  if not any(video.is_address(p) or paths.exists(p) for p in found):
     raise ValueError(
-      f"none of the first {len(paths)} files exists, such as {min(paths)}; relative paths belong to the table's folder"
+      f"none of the first {len(found)} files exists, such as {min(found)}; relative paths belong to the table's folder"
     )
 
 

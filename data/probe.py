@@ -9,7 +9,6 @@ Files that cannot be used are listed on stderr and left out of the result; all o
 import argparse
 import csv
 import os
-import pathlib
 import sys
 from concurrent import futures
 
@@ -17,7 +16,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
-from data import sources, video
+from data import paths, sources, video
 
 
 def main(argv=None):
@@ -40,24 +39,25 @@ def main(argv=None):
 
 def probe_source(source, output=None, *, decode=False, workers=1):
   """Probes a folder or table and writes the table -> (rows written, files left out); these are listed on stderr."""
-  if os.path.isdir(source):
-    output = output or os.path.join(source, "table.csv")
-    folder = os.path.dirname(os.path.abspath(output))
+  if paths.is_folder(source):
+    output = output or paths.join(source, "table.csv")
+    folder = os.path.dirname(paths.absolute(output))
     extensions = video.VIDEO_EXTENSIONS + video.IMAGE_EXTENSIONS
-    files = sorted(p for p in pathlib.Path(source).rglob("*") if p.suffix.lower() in extensions)
+    files = [paths.absolute(p) for p in paths.files_below(source) if p.lower().endswith(extensions)]
     if not files:
       raise ValueError(f"folder {source} has no file that ends in {' '.join(extensions)}")
-    rows = [{"path": os.path.relpath(p.absolute(), folder)} for p in files]
+    # Between a disk and a bucket there is no relative path.
+    near = paths.is_remote(source) == paths.is_remote(folder)
+    rows = [{"path": os.path.relpath(p, folder) if near else p} for p in files]
   else:
     output = output or source
-    folder = os.path.dirname(os.path.abspath(source))
+    folder = os.path.dirname(paths.absolute(source))
     rows = _rows(source)
-    if os.path.dirname(os.path.abspath(output)) != folder:  # relative paths must stay right beside the new table
+    if os.path.dirname(paths.absolute(output)) != folder:  # relative paths must stay right beside the new table
       rows = [{**r, "path": sources.resolve(r["path"], folder)} for r in rows]
   if not output.endswith((".csv", ".parquet")):
     raise ValueError(f"{output}: the output's name must end in .csv or .parquet")
-  paths = [sources.resolve(r["path"], folder) for r in rows]
-  found = _probe_all(paths, decode, workers)
+  found = _probe_all([sources.resolve(r["path"], folder) for r in rows], decode, workers)
   infos = [info or video.VideoInfo(1, 1, 1, 1.0) for info, _ in found]
   cuts = {k: [r.get(k) for r in rows] for k in ("start", "end", "crop") if k in rows[0]}
   misfits = sources.check_cuts(cuts, *([getattr(i, k) for i in infos] for k in sources.PROBED))
@@ -75,10 +75,7 @@ def probe_source(source, output=None, *, decode=False, workers=1):
 
 
 def _rows(source):
-  if not os.path.isfile(source):
-    raise ValueError(f"{source} does not exist")
-  if not source.endswith(sources.FORMATS):
-    raise ValueError(f"table {source}: its name must end in {', '.join(sources.FORMATS)}")
+  sources.check_table(source)
   try:
     batches = list(sources.read_table(source, needed=("path",)))
   except pa.ArrowException as e:
@@ -108,10 +105,8 @@ def _probe_one(path, decode):
 
 
 def _write(rows, output):
-  """Under a temporary name first."""
   names = list(dict.fromkeys(k for row in rows for k in row))
-  temporary = f"{output}.{os.getpid()}.tmp"
-  try:
+  with paths.whole(output) as temporary:
     if output.endswith(".csv"):
       with open(temporary, "w", newline="", encoding="utf-8") as f:
         writer = csv.DictWriter(f, names, restval="")
@@ -119,10 +114,6 @@ def _write(rows, output):
         writer.writerows(rows)
     else:
       pa.parquet.write_table(pa.Table.from_pylist(rows), temporary)
-    os.replace(temporary, output)
-  finally:
-    if os.path.exists(temporary):
-      os.unlink(temporary)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ Columns, as in the original: `path`, `text`, `num_frames`, `height`, `width` are
 used if there. Ours besides: `start`, `end` (frames [start, end) of a longer file; `num_frames` then counts the file or the
 range), `crop` ("x,y,width,height" or a list, in pixels of the displayed picture), several captions per row (`text` as a
 list, or `text`, `text_2`, `text_3`...), `text_features` (a safetensors file with the caption's embedding `y` [L, C]).
-Relative paths belong to the table's folder. Rows keep their numbers: an unusable one stays, with the reason.
+Tables and what they name may lie in gs://; relative paths belong to the table's folder. Rows keep their numbers: an unusable
+one stays, with the reason.
 """
 
 import csv
@@ -26,7 +27,7 @@ import pyarrow.ipc
 import pyarrow.json
 import pyarrow.parquet
 
-from data import video
+from data import paths, video
 
 NEEDED = ("path", "text", "num_frames", "height", "width")
 PROBED = ("num_frames", "height", "width")
@@ -76,13 +77,14 @@ class Part:
 
   @property
   def folder(self):
-    return os.path.dirname(os.path.abspath(self.source))
+    return os.path.dirname(paths.absolute(self.source))
 
 
 def open_table(config, folder):
   """The tables of a `DataConfig` as one `Table`; their Arrow files are made in `folder` unless they are there already."""
   parts = []
   for source, weight in config.table_weights():
+    check_table(source)
     fingerprint = _fingerprint(source, config)
     arrow = os.path.join(folder, f"table-{fingerprint[:16]}.arrow")
     if not os.path.exists(arrow):
@@ -181,19 +183,24 @@ class _ArrowFile:
 
 def resolve(path, folder):
   """A table's path, relative to the table's folder; addresses stay."""
-  return path if "://" in path else os.path.join(folder, path)
+  return path if "://" in path else paths.join(folder, path)
+
+
+def check_table(source):
+  """Raises ValueError for a table that is not there or has another format."""
+  paths.check(source, "table")
+  if not paths.exists(source) or paths.is_folder(source):
+    raise ValueError(f"table {source} does not exist")
+  if not source.endswith(FORMATS):
+    raise ValueError(f"table {source}: its name must end in {', '.join(FORMATS)}")
 
 
 def _fingerprint(source, config):
   """sha256 of the table's contents and of what decides how they are read. Folders and dates don't count."""
-  if not os.path.isfile(source):
-    raise ValueError(f"table {source} does not exist")
-  if not source.endswith(FORMATS):
-    raise ValueError(f"table {source}: its name must end in {', '.join(FORMATS)}")
   digest = hashlib.sha256(
     json.dumps([_VERSION, config.captions, config.max_caption_length, pathlib.Path(source).suffix]).encode()
   )
-  with open(source, "rb") as f:
+  with paths.errors(source), paths.open_file(source) as f:
     while block := f.read(1 << 22):
       digest.update(block)
   return digest.hexdigest()
@@ -227,22 +234,27 @@ def _needed(config):
 
 def read_table(source, needed=NEEDED):
   """Batches of rows (`pa.RecordBatch`) of a parquet, csv or jsonl table; csv cells are bytes. Checks the needed columns."""
+  with paths.local_copy(source) as copy:
+    yield from _read_table(source, copy, needed)
+
+
+def _read_table(source, copy, needed):
   suffix = pathlib.Path(source).suffix
   if suffix == ".parquet":
-    file = pa.parquet.ParquetFile(source)
+    file = pa.parquet.ParquetFile(copy)
     _check_columns(source, file.schema_arrow.names, needed)
     yield from file.iter_batches(_BATCH)
   elif suffix == ".csv":
-    with open(source, encoding="utf-8-sig", errors="replace", newline="") as f:
+    with open(copy, encoding="utf-8-sig", errors="replace", newline="") as f:
       names = next(csv.reader(f), [])
     _check_columns(source, names, needed)
     parse = pa.csv.ParseOptions(newlines_in_values=True)
     # Bytes, not guessed types: one odd cell must not change (or fail) a column.
     convert = pa.csv.ConvertOptions(column_types={n: pa.binary() for n in names}, strings_can_be_null=False)
     blocks = pa.csv.ReadOptions(block_size=_BLOCK)
-    yield from pa.csv.open_csv(source, blocks, parse, convert)
+    yield from pa.csv.open_csv(copy, blocks, parse, convert)
   else:
-    table = pa.json.read_json(source, pa.json.ReadOptions(block_size=_BLOCK))
+    table = pa.json.read_json(copy, pa.json.ReadOptions(block_size=_BLOCK))
     _check_columns(source, table.column_names, needed)
     yield from table.to_batches(_BATCH)
 
@@ -416,10 +428,10 @@ def _captions(columns, n):
 def text_embedding(path):
   """The embedding `y` [L, C] of a safetensors file; `BadVideo` (the row can't be used) if there is none."""
   from safetensors import SafetensorError
-  from safetensors.numpy import load_file
+  from safetensors.numpy import load
 
   try:
-    tensors = video.retry(load_file, path)
+    tensors = load(video.retry(paths.read_bytes, path))
   except FileNotFoundError:
     raise video.BadVideo(f"text features: no such file {path}") from None
   except SafetensorError as e:

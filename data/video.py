@@ -9,13 +9,15 @@ photo is applied; pixels that are not square are taken as square, as in the orig
 import dataclasses
 import errno
 import functools
-import os
+import io
 import threading
 import time
 
 import av
 import numpy as np
 from PIL import Image, ImageOps
+
+from data import paths
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 VIDEO_EXTENSIONS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".ogv", ".ts", ".gif")
@@ -32,6 +34,9 @@ RETRY_DELAYS = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds between the attempts
 # Without the two flags the conversion of unscaled pictures is about one level too dark.
 _SCALER = av.video.reformatter.Interpolation.AREA | av.video.reformatter.Interpolation.ACCURATE_RND
 _SCALER |= av.video.reformatter.Interpolation.FULL_CHR_H_INT
+
+_IN_MEMORY = 32 << 20  # bytes of a file in a bucket up to which it is read as a whole, once for its index and its frames
+_BLOCK = 4 << 20  # bytes of a larger one that are asked for at a time
 
 _local = threading.local()
 
@@ -60,6 +65,11 @@ class _Index:
 
 def is_image(path):
   return str(path).lower().endswith(IMAGE_EXTENSIONS)
+
+
+def is_address(path):
+  """Whether a path is one that FFmpeg itself opens, like http://..."""
+  return "://" in path and not paths.is_remote(path)
 
 
 def retry(function, *args, **kwargs):
@@ -149,7 +159,8 @@ def read_frames(path, indices=None, *, size=None, resize="area", crop=None):
 def _translated(function, path, *args):
   """Calls function(path, ...); errors of the file become BadVideo, passing I/O errors OSError."""
   try:
-    return function(path, *args)
+    with paths.errors(path):
+      return function(path, *args)
   except FileNotFoundError:
     raise BadVideo("no such file") from None
   except PermissionError:
@@ -169,28 +180,40 @@ def _translated(function, path, *args):
 
 
 def _read_through(path):
-  if "://" not in path:
-    with open(path, "rb") as f:
+  if not is_address(path):
+    with paths.open_file(path) as f:
       while f.read(1 << 24):
         pass
 
 
 def _check_file(path):
-  """(size, time of change) of a local file; raises if it is missing or empty."""
-  if "://" in path:
+  """(size, version) of a file; raises if it is missing or empty."""
+  if is_address(path):
     return 0, 0
-  stat = os.stat(path)
-  if os.path.isdir(path):
-    raise BadVideo("is a folder")
-  if not stat.st_size:
+  size, version = _bucket_stat(path) if paths.is_remote(path) else paths.stat(path)
+  if not size:
     raise BadVideo("the file is empty (0 bytes)")
-  return stat.st_size, stat.st_mtime_ns
+  return size, version
+
+
+def _readable(path):
+  """What PyAV and Pillow can open: the path, or a file object of what lies in a bucket."""
+  size, _ = _check_file(path)
+  if not paths.is_remote(path):
+    return path
+  if size <= _IN_MEMORY:
+    return io.BytesIO(_bucket_content(path))
+  return io.BufferedReader(paths.open_file(path), _BLOCK)
+
+
+# A row looks at its file three times; every request to a bucket takes its time and its price.
+_bucket_stat = functools.lru_cache(4)(paths.stat)
+_bucket_content = functools.lru_cache(4)(paths.read_bytes)
 
 
 def _open(path):
   """-> (container, its video stream)."""
-  _check_file(path)
-  container = av.open(path, metadata_errors="replace")
+  container = av.open(_readable(path), metadata_errors="replace")
   for stream in container.streams.video:
     if not stream.disposition & av.stream.Disposition.attached_pic:
       # Worker processes are the parallelism: threads of one decoder would only fill the read-ahead that a clip drops.
@@ -294,8 +317,7 @@ def _read_image(path):
   """uint8 [H, W, 3] of an image file, as displayed; transparency is dropped, as in the original."""
 
   def read(path):
-    _check_file(path)
-    with Image.open(path) as image:
+    with Image.open(_readable(path)) as image:
       image = ImageOps.exif_transpose(image)
       if image.mode.startswith("I"):  # 16 bits per pixel: Pillow's own conversion saturates
         return np.repeat((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)[..., None], 3, -1)

@@ -13,7 +13,7 @@
 #   --install                 only makes the Python environment
 #   --dry-run                 prints the commands instead of running them
 #
-# One process drives all GPUs of its host. The output folder must be one that all hosts see (a shared disk).
+# One process drives all GPUs of its host. The output folder must be one that all hosts see (a shared disk or gs://).
 # Training starts again by itself after exit code 75 (launch/supervise.sh); Ctrl-C lets it save and ends it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

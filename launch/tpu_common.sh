@@ -124,7 +124,7 @@ check_shape() {
 }
 
 check_train() {
-  [ ${#train[@]} -gt 0 ] || fail "give the arguments of the training: -- --config configs/film.py --config.output=/mnt/shared/..."
+  [ ${#train[@]} -gt 0 ] || fail "give the arguments of the training: -- --config configs/film.py --config.output=gs://BUCKET/..."
 }
 
 note() {

@@ -2,7 +2,7 @@
 # Trains on a TPU slice of Google Cloud, from a laptop with gcloud:
 #
 #   pod=(--name film --zone europe-west4-b --topology v5e:16x16 --queued --spot)
-#   bash launch/tpu_vm.sh watch "${pod[@]}" -- --config configs/film.py --config.output=/mnt/shared/film
+#   bash launch/tpu_vm.sh watch "${pod[@]}" -- --config configs/film.py --config.output=gs://BUCKET/film
 #
 # watch does everything: it creates the machine, copies the code, installs, trains, and after a preemption does so again, so
 # that training goes on from the newest checkpoint; it ends with the training. It may be ended and started again at any time.

@@ -3,9 +3,10 @@
 import contextlib
 import ctypes
 import os
-import pathlib
 import re
 import sys
+
+from data import paths
 
 
 class InputError(ValueError):
@@ -109,8 +110,11 @@ def use_compilation_cache(folder=None):
   import jax
 
   if not jax.config.jax_compilation_cache_dir:
-    home = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "stdit_jax" / "xla"
-    jax.config.update("jax_compilation_cache_dir", str(folder or home))
+    jax.config.update("jax_compilation_cache_dir", str(folder or paths.user_cache("xla")))
+  if paths.is_remote(jax.config.jax_compilation_cache_dir):
+    # JAX would give a warning for every program.
+    paths.check_writable(jax.config.jax_compilation_cache_dir, "folder of compiled programs")
+    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # of GPUs: XLA itself knows no buckets
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 

@@ -13,6 +13,7 @@ import time
 
 import numpy as np
 
+from data import paths
 from stdit_jax.interop import mapping, models, weights
 from stdit_jax.interop.safetensors_io import CheckpointError, open_checkpoint, refuse_pickle, write_checkpoint
 from stdit_jax.models.layers import DTYPES
@@ -138,10 +139,12 @@ def open_source(args, config, module, tree) -> weights.Source:
 def convert(args) -> None:
   """--input to --output."""
   refuse_pickle(args.output)
+  if paths.is_remote(args.output):
+    raise ValueError(f"--output {args.output}: weights are written to a disk; copy them from there: gcloud storage cp")
   if pathlib.Path(args.output).suffix not in ("", ".safetensors") and not pathlib.Path(args.output).is_dir():
     raise ValueError(f"--output {args.output}: must end in .safetensors or be a folder")
   options = {"max_shard_bytes": args.max_shard_size, "overwrite": args.overwrite}
-  if (pathlib.Path(args.input) / "checkpoints").is_dir():
+  if paths.exists(paths.join(args.input, "checkpoints")):
     return convert_run(args, options)
   name, config, module = find_model(args, open_checkpoint(args.input).metadata)
   tree = models.shapes(config, module)

@@ -9,12 +9,12 @@ Nothing is written into the run. The buckets are those of the stage that the che
 
 import argparse
 import json
-import pathlib
 import sys
 import tempfile
 
 from absl import logging
 
+from data import paths
 from stdit_jax.cli import connect_processes, keep_freed_memory, one_line_errors, parse_mesh, use_compilation_cache
 
 
@@ -111,11 +111,9 @@ def main(argv=None):
   for name, value in values.items():
     print(f"{name.removeprefix('validation/'):>16}  {value:.5g}")
   if args.output:
-    from stdit_jax.training.checkpoints import write_text
-
     with one_line_errors((OSError,)):
       result = {"checkpoint": args.checkpoint, "step": step, "item": args.item, **values}
-      write_text(pathlib.Path(args.output), json.dumps(result, indent=1) + "\n")
+      paths.write_text(args.output, json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

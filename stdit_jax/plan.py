@@ -41,6 +41,7 @@ import time
 from absl import flags
 from ml_collections import config_flags
 
+from data import paths
 from data.aspect_ratios import NUM_PIXELS
 from data.config import DataConfig
 from stdit_jax.cli import one_line_errors, parse_config
@@ -49,7 +50,7 @@ from stdit_jax.parallel.topology import is_gpu, parse_topology, topology_chips
 from stdit_jax.planning import budget, meshes, search
 from stdit_jax.planning.jobs import Compiler
 from stdit_jax.planning.programs import Job, roofline
-from stdit_jax.training.checkpoints import plain, write_text
+from stdit_jax.training.checkpoints import plain
 from stdit_jax.training.metrics import duration
 from stdit_jax.training.stages import make_stages
 
@@ -256,7 +257,7 @@ def print_search(args, compiler, stages, jobs):
     )
   if args.write_buckets:
     command = f"python -m stdit_jax.plan {shlex.join(args.argv)}"
-    write_text(args.write_buckets, search.fragment(stages, fits, equal, args.topology, command))
+    paths.write_text(args.write_buckets, search.fragment(stages, fits, equal, args.topology, command))
     print(f"wrote {args.write_buckets}; buckets of which not one sample fits are left out: {len(found) - len(fits)}")
   return [result for answer in found.values() for result in answer.results.values()]
 
@@ -322,7 +323,7 @@ def main(argv=None):
     show = print_search if args.search_batch_size else print_meshes if args.suggest_mesh else print_plan
     results = show(args, compiler, stages, jobs)
     if args.output:
-      write_text(args.output, json.dumps(results, indent=1))
+      paths.write_text(args.output, json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

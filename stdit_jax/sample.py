@@ -9,11 +9,11 @@ Of several processes (`cli.connect_processes`) all run the same command, and the
 """
 
 import argparse
-import pathlib
 import re
 import sys
 import time
 
+from data import paths
 from stdit_jax.cli import connect_processes, keep_freed_memory, one_line_errors, parse_mesh, use_compilation_cache
 
 
@@ -77,7 +77,7 @@ def read_prompts(args):
   prompts = list(args.prompt)
   if args.prompt_file:
     try:
-      lines = pathlib.Path(args.prompt_file).read_text(encoding="utf-8").splitlines()
+      lines = paths.read_text(args.prompt_file).splitlines()
     except UnicodeDecodeError:
       raise ValueError(f"--prompt-file {args.prompt_file} is not UTF-8 text") from None
     prompts += [line.strip() for line in lines if line.strip()]
@@ -200,8 +200,8 @@ def main(argv=None):
     steps = args.steps or config.sample.steps
     scale = config.sample.guidance_scale if args.guidance_scale is None else args.guidance_scale
     pipeline.diffusion.for_sampling(steps)
-    output = pathlib.Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
+    paths.check(args.output, "--output")
+    paths.make_folder(args.output)
   with one_line_errors((OSError,)):
     run_requests(pipeline, requests, steps, scale, args, described)
 
@@ -217,8 +217,8 @@ def run_requests(pipeline, requests, steps, scale, args, described):
   from stdit_jax.generation.media import write_media
 
   ending = "png" if requests[0][1].num_frames == 1 else args.format
-  paths = [pathlib.Path(args.output) / f"{stem}.{ending}" for stem, _ in requests]
-  missing = np.asarray([args.overwrite or not path.exists() for path in paths])
+  files = [paths.join(args.output, f"{stem}.{ending}") for stem, _ in requests]
+  missing = np.asarray([args.overwrite or not paths.exists(path) for path in files])
   if jax.process_count() > 1:
     missing = multihost_utils.broadcast_one_to_all(missing)  # they need not see the same files
   todo, writes = np.flatnonzero(missing), jax.process_index() == 0
@@ -244,8 +244,8 @@ def run_requests(pipeline, requests, steps, scale, args, described):
         "prompt": request.prompt, "seed": request.seed, "steps": steps, "guidance_scale": scale, "height": frames.shape[1],
         "width": frames.shape[2], "num_frames": len(frames), "fps": request.fps, "model": described,
       }  # fmt: skip
-      write_media(paths[i], frames, request.fps, settings)
-      print(f"{paths[i]}  ({time.monotonic() - began:.1f} s)  {request.prompt}", flush=True)
+      write_media(files[i], frames, request.fps, settings)
+      print(f"{files[i]}  ({time.monotonic() - began:.1f} s)  {request.prompt}", flush=True)
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices("samples are written")
 

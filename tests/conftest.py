@@ -26,6 +26,19 @@ def assets(tmp_path_factory):
   jax.config.update("jax_compilation_cache_dir", old)
 
 
+@pytest.fixture(scope="session")
+def store():
+  """A `tests.object_store.ObjectStore` that this process and those it starts take for Google Cloud Storage."""
+  from tests.object_store import ObjectStore
+
+  store = ObjectStore()
+  with pytest.MonkeyPatch.context() as patch:
+    for name, value in store.environment().items():
+      patch.setenv(name, value)
+    yield store
+  store.close()
+
+
 @pytest.fixture(scope="package")
 def quick_compile():
   """Programs made by `jax.jit` from here on are compiled without optimisation: tiny models spend all their time there."""

@@ -67,8 +67,8 @@ def tiny_config(assets, output, **changes):
   config.model.name = "STDiT3-tiny/2"
   config.model.fields.update(hidden_size=48, depth=1, model_max_length=MAX_LENGTH)
   config.text_encoder.update(name="byt5-tiny", tokenizer="byt5", max_length=MAX_LENGTH, where="step", train=True)
-  config.autoencoder.update(name="tiny-kl-f8", weights=str(assets / "autoencoder.safetensors"))
-  config.data.tables = ((str(assets / "table.csv"), 1),)
+  config.autoencoder.update(name="tiny-kl-f8", weights=f"{assets}/autoencoder.safetensors")
+  config.data.tables = ((f"{assets}/table.csv", 1),)
   config.data.buckets = (("144p", 1, 1.0, 2), ("144p", 4, 1.0, 2))
   config.data.workers = 0
   config.data.frame_interval = 3
@@ -96,8 +96,8 @@ def environment(**more):
 def write_config(path, assets, output, **changes):
   """A configuration file whose get_config() is `tiny_config` with these changes."""
   path.write_text(
-    "import pathlib\nfrom tests.tiny_run import tiny_config\n\n\ndef get_config():\n"
-    f"  return tiny_config(pathlib.Path({str(assets)!r}), {str(output)!r}, **{changes!r})\n"
+    "from tests.tiny_run import tiny_config\n\n\ndef get_config():\n"
+    f"  return tiny_config({str(assets)!r}, {str(output)!r}, **{changes!r})\n"
   )
   return path
 

@@ -3,7 +3,7 @@
 #
 #   bash launch/gke/submit.sh build --image REGION-docker.pkg.dev/PROJECT/REPOSITORY/stdit_jax:1
 #   bash launch/gke/submit.sh apply --name film --image REGION-docker.pkg.dev/PROJECT/REPOSITORY/stdit_jax:1 \
-#     --topology v5e:16x16 --slices 2 --spot -- --config configs/film.py --config.output=/mnt/shared/film
+#     --topology v5e:16x16 --slices 2 --spot -- --config configs/film.py --config.output=gs://BUCKET/film
 #
 #   build     makes the image of this folder with docker, and pushes it
 #   render    prints the manifest (launch/gke/jobset.yaml with the values below)
@@ -55,7 +55,7 @@ option() {
 render() {
   local number hosts all=1 side accelerator
   [ -n "$image" ] || fail "--image is required; see --help"
-  [ ${#train[@]} -gt 0 ] || fail "give the arguments of the training: -- --config configs/film.py --config.output=/mnt/shared/..."
+  [ ${#train[@]} -gt 0 ] || fail "give the arguments of the training: -- --config configs/film.py --config.output=gs://BUCKET/..."
   [ -z "$spot" ] || [ -z "$reservation" ] || fail "--spot and --reservation exclude each other"
   for number in "--slices $slices" "--max-restarts $restarts" "--grace-seconds $grace" ${chips:+"--chips-per-host $chips"}; do
     [[ ${number#* } =~ ^[1-9][0-9]*$ ]] || fail "$number is no positive number"

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 from fractions import Fraction
 
 import av
@@ -10,7 +9,7 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from stdit_jax.training.checkpoints import write_text
+from data import paths
 
 VIDEO_FORMATS = ("mp4", "gif", "webp")
 IMAGE_FORMATS = ("png",)
@@ -19,20 +18,18 @@ IMAGE_FORMATS = ("png",)
 def write_media(path, frames, fps, settings):
   """Writes frames uint8 `[T, H, W, 3]` to `path` by its ending, and `settings` into it and into a JSON file beside it.
 
-  mp4 is H.264 (crf 17), gif and webp loop for ever, png needs one frame. Written under a temporary name, then renamed.
+  mp4 is H.264 (crf 17), gif and webp loop for ever, png needs one frame. Whole or not there.
 
   Raises ValueError for an unknown ending or several frames as png.
   """
-  path = pathlib.Path(path)
-  kind = path.suffix[1:].lower()
+  stem, ending = os.path.splitext(str(path))
+  kind = ending[1:].lower()
   if kind not in VIDEO_FORMATS + IMAGE_FORMATS:
     raise ValueError(f"{path}: unknown ending; allowed: {', '.join(VIDEO_FORMATS + IMAGE_FORMATS)}")
   if kind in IMAGE_FORMATS and len(frames) != 1:
     raise ValueError(f"{path}: {len(frames)} frames don't fit into a {kind}; choose one of {', '.join(VIDEO_FORMATS)}")
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f".{path.stem}.tmp{os.getpid()}{path.suffix}")
   comment = json.dumps(settings, ensure_ascii=False)
-  try:
+  with paths.whole(path) as temporary:
     if kind == "mp4":
       _write_mp4(temporary, frames, fps, comment)
     else:
@@ -44,15 +41,12 @@ def write_media(path, frames, fps, settings):
       else:
         own = {"comment": comment.encode()} if kind == "gif" else {"quality": 90, "method": 4, "xmp": comment.encode()}
         pictures[0].save(temporary, save_all=True, append_images=pictures[1:], duration=round(1000 / fps), loop=0, **own)
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)
-  write_text(path.with_suffix(".json"), json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+  paths.write_text(f"{stem}.json", json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
 
 
 def _write_mp4(path, frames, fps, comment):
   rate = Fraction(fps).limit_denominator(1001)
-  with av.open(str(path), "w", options={"movflags": "use_metadata_tags+faststart"}) as container:
+  with av.open(path, "w", options={"movflags": "use_metadata_tags+faststart"}) as container:
     container.metadata["comment"] = comment
     stream = container.add_stream("libx264", rate=rate, options={"crf": "17"})
     stream.height, stream.width = (side - side % 2 for side in frames.shape[1:3])  # 4:2:0 needs even sides

@@ -21,6 +21,8 @@ from collections.abc import Iterable, Mapping
 import ml_dtypes
 import numpy as np
 
+from data import paths
+
 DTYPES = {
   "BOOL": np.dtype(np.bool_),
   "U8": np.dtype("u1"),
@@ -71,10 +73,10 @@ class TensorInfo:
 
 def refuse_pickle(path) -> None:
   """Raises CheckpointError with the lines that convert it if `path` is named like a pickle."""
-  path = pathlib.Path(path)
-  if path.suffix.lower() in PICKLES:
-    target = path.with_suffix(".safetensors").name
-    raise CheckpointError(_PICKLE_HELP.format(path=path, name=path.name, target=target))
+  name = os.path.basename(str(path))
+  stem, ending = os.path.splitext(name)
+  if ending.lower() in PICKLES:
+    raise CheckpointError(_PICKLE_HELP.format(path=path, name=name, target=f"{stem}.safetensors"))
 
 
 def _unique(pairs):
@@ -165,11 +167,11 @@ class SafetensorsFile:
   """
 
   def __init__(self, path):
-    self.path = pathlib.Path(path)
+    self.path = str(path)
     refuse_pickle(self.path)
     try:
-      with self.path.open("rb") as file:
-        self.tensors, self.metadata = _parse_header(file, os.fstat(file.fileno()).st_size)
+      with paths.errors(self.path), paths.open_file(self.path) as file:
+        self.tensors, self.metadata = _parse_header(file, paths.stat(self.path)[0])
     except CheckpointError as error:
       raise CheckpointError(f"{self.path}: {error}") from None
     except OSError as error:
@@ -180,7 +182,7 @@ class SafetensorsFile:
     info = self.tensors[name]
     array = np.empty(info.shape, DTYPES[info.dtype])
     buffer = memoryview(array.reshape(-1).view(np.uint8))
-    with self.path.open("rb") as file:
+    with paths.errors(self.path), paths.open_file(self.path) as file:
       file.seek(info.start)
       if file.readinto(buffer) != len(buffer):
         raise CheckpointError(f"{self.path}: tensor {name!r} could not be read to its end; was the file cut short meanwhile?")
@@ -203,7 +205,7 @@ def count_non_finite(array: np.ndarray) -> int:
 class Checkpoint:
   """The tensors of one file or of all files of an index as one mapping. Made by `open_checkpoint`."""
 
-  def __init__(self, path: pathlib.Path, files: Mapping[str, SafetensorsFile]):
+  def __init__(self, path: str, files: Mapping[str, SafetensorsFile]):
     self.path = path
     self._files = dict(files)  # tensor name -> file
     first = next(iter(self._files.values()), None)
@@ -222,34 +224,34 @@ def open_checkpoint(path) -> Checkpoint:
 
   Raises CheckpointError: missing, pickles (with the lines that convert them), several candidates, any broken file.
   """
-  path = pathlib.Path(path)
+  path = str(path)
   refuse_pickle(path)
-  if path.is_dir():
+  if paths.is_folder(path):
     return open_checkpoint(_file_of_folder(path))
-  if not path.exists():
+  if not paths.exists(path):
     raise CheckpointError(f"{path}: no such file or folder")
-  if path.name.endswith(".json"):
+  if path.endswith(".json"):
     return _open_index(path)
   file = SafetensorsFile(path)
   return Checkpoint(path, dict.fromkeys(file.tensors, file))
 
 
-def _file_of_folder(folder: pathlib.Path) -> pathlib.Path:
-  names = sorted(os.listdir(folder))
+def _file_of_folder(folder: str) -> str:
+  names = paths.names(folder)
   for suffix in (INDEX_SUFFIX, ".safetensors"):
     found = [name for name in names if name.endswith(suffix)]
     if len(found) == 1:
-      return folder / found[0]
+      return paths.join(folder, found[0])
     if found:
       raise CheckpointError(f"{folder}: holds several weights files; name one of {', '.join(found)}")
   for name in names:
-    refuse_pickle(folder / name)
+    refuse_pickle(paths.join(folder, name))
   raise CheckpointError(f"{folder}: no *.safetensors file in it")
 
 
-def _open_index(path: pathlib.Path) -> Checkpoint:
+def _open_index(path: str) -> Checkpoint:
   try:
-    index = _parse_json(path.read_bytes())
+    index = _parse_json(paths.read_bytes(path))
   except (CheckpointError, OSError) as error:
     raise CheckpointError(f"{path}: {error}") from None
   weight_map = index.get("weight_map") if isinstance(index, dict) else None
@@ -260,7 +262,7 @@ def _open_index(path: pathlib.Path) -> Checkpoint:
     # Only plain names: an index from elsewhere must not reach outside its own folder.
     if name != os.path.basename(name) or "\\" in name or "\0" in name or not name.endswith(".safetensors"):
       raise CheckpointError(f"{path}: file {name!r} is refused; the index may only name *.safetensors files beside it")
-    files[name] = SafetensorsFile(path.parent / name)
+    files[name] = SafetensorsFile(paths.join(os.path.dirname(path), name))
   for name, file in files.items():
     listed = {tensor for tensor, holder in weight_map.items() if holder == name}
     if wrong := sorted(listed ^ set(file.tensors)):

@@ -12,9 +12,9 @@ import pathlib
 import subprocess
 import sys
 
+from data import paths
 from stdit_jax.parallel.topology import TPU_ENVIRONMENT, compiler_version
 from stdit_jax.planning.programs import Job, combine, compile_program, lower, text_digest
-from stdit_jax.training.checkpoints import write_text
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -49,7 +49,7 @@ class Compiler:
       raise ValueError(lines[-1].removeprefix("error: ") if lines else f"the compiling process ended with {done.returncode}")
     result, known = json.loads(done.stdout.splitlines()[-1])
     self.compiled += not known
-    write_text(path, json.dumps(result))
+    paths.write_text(path, json.dumps(result))
     return result
 
 
@@ -62,7 +62,7 @@ def work(values, cache):
     compiled = json.loads(path.read_text())
   else:
     compiled = compile_program(lowered, facts["slice_of"])
-    write_text(path, json.dumps(compiled))
+    paths.write_text(path, json.dumps(compiled))
   return combine(facts, compiled), known
 
 

@@ -1,13 +1,12 @@
 """Orbax checkpoints of a run: parameters, average, optimizer and position as separate items, written asynchronously.
 
-`<output>/config.json` is the whole configuration, `<output>/checkpoints/<step>/` a checkpoint: it is whole or not there.
+`<output>/config.json` is the whole configuration, `<output>/checkpoints/<step>/` a checkpoint: it is whole or not there (in
+a bucket, orbax's `commit_success.txt` is written last, and what has none does not count).
 Items apart let a reader take only the averaged parameters (jax-practice: one big item can't be restored in part).
 """
 
 import contextlib
 import json
-import os
-import pathlib
 import re
 
 import jax
@@ -15,11 +14,14 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from configs import base
+from data import paths
 from stdit_jax.cli import InputError
 from stdit_jax.parallel.shardings import tree_shardings
 from stdit_jax.training.stages import FREE, make_stages, stage_that_made
 
 CONFIG = "config.json"
+# What tensorstore says when a checkpoint may well be whole, but cannot be had now.
+_NOT_ITS_FAULT = "PERMISSION_DENIED|UNAUTHENTICATED|RESOURCE_EXHAUSTED|UNAVAILABLE|DEADLINE_EXCEEDED"
 
 
 def plain(config):
@@ -36,14 +38,6 @@ def from_plain(values):
   return config
 
 
-def write_text(path, text):
-  """Writes a file under a temporary name, then renames it: never half a file."""
-  path = pathlib.Path(path)
-  temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-  temporary.write_text(text)
-  os.replace(temporary, path)
-
-
 class DamagedCheckpointError(ValueError):
   """A checkpoint that is there, but cannot be read."""
 
@@ -52,7 +46,8 @@ class Checkpoints:
   """The checkpoints of one run folder."""
 
   def __init__(self, output, keep=3):
-    self.folder = pathlib.Path(output).absolute() / "checkpoints"
+    self._output = paths.absolute(output)
+    self.folder = paths.join(self._output, "checkpoints")
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True, create=True)
     # Named handlers: without them a fresh process can't read what shapes an item has, only on the devices that wrote it.
     handlers = {name: ocp.StandardCheckpointHandler() for name in ("params", "ema", "opt", "constants")}
@@ -72,7 +67,7 @@ class Checkpoints:
     steps = self.steps()
     step = max(steps, default=None) if step is None else step
     if step not in steps:
-      raise ValueError(f"{self.folder.parent} has no checkpoint of step {step}; there are {steps or 'none'}")
+      raise ValueError(f"{self._output} has no checkpoint of step {step}; there are {steps or 'none'}")
     return step
 
   def save(self, step, state, constants, position):
@@ -99,14 +94,13 @@ class Checkpoints:
 
   def set_aside(self, steps):
     """Moves checkpoints out of the way of those that will be written, to `<output>/set-aside/<step>`; returns the folder."""
-    folder = self.folder.parent / "set-aside"
+    folder = paths.join(self._output, "set-aside")
     if jax.process_index() == 0:
-      folder.mkdir(exist_ok=True)
       for step in steps:
-        place, number = folder / str(step), 1
-        while place.exists():
-          place, number = folder / f"{step}.{number}", number + 1
-        os.rename(self.folder / str(step), place)
+        place, number = paths.join(folder, str(step)), 1
+        while paths.exists(place):
+          place, number = paths.join(folder, f"{step}.{number}"), number + 1
+        paths.move(paths.join(self.folder, str(step)), place)
     if jax.process_count() > 1:
       multihost_utils.sync_global_devices("checkpoints set aside")
     self._manager.reload()
@@ -130,19 +124,21 @@ class Checkpoints:
   def _reading(self, step):
     """What orbax and tensorstore raise about files that are missing, cut or garbled, as DamagedCheckpointError."""
     try:
-      yield
+      with paths.errors(self.folder):
+        yield
     except Exception as error:
       text = " ".join(str(error).split())
       refused = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
-      if refused or isinstance(error, MemoryError) or re.search("PERMISSION_DENIED|RESOURCE_EXHAUSTED", text):
-        raise  # not the checkpoint's fault
-      raise DamagedCheckpointError(f"checkpoint {self.folder / str(step)} is damaged: {text[:200]}") from error
+      if refused or isinstance(error, MemoryError) or re.search(_NOT_ITS_FAULT, text):
+        raise
+      raise DamagedCheckpointError(f"checkpoint {paths.join(self.folder, str(step))} is damaged: {text[:200]}") from error
 
   @contextlib.contextmanager
   def _writing(self):
     """A full disk and its like, which orbax reports when it is next called, as one clear line."""
     try:
-      yield
+      with paths.errors(self.folder):
+        yield
     except (OSError, RuntimeError, ValueError) as error:
       reason = re.sub(r"\W*\[os_error_code.*", "", " ".join(str(error).split()))[-200:]  # it comes last
       raise InputError(
@@ -153,15 +149,14 @@ class Checkpoints:
 
 def is_run_folder(path):
   """Whether `path` is the folder of a training run of ours."""
-  path = pathlib.Path(path)
-  return (path / CONFIG).is_file() and (path / "checkpoints").is_dir()
+  return paths.exists(paths.join(path, CONFIG)) and paths.exists(paths.join(path, "checkpoints"))
 
 
 def read_config(folder):
   """The configuration of a run folder, as `from_plain`; ValueError when there is none."""
-  path = pathlib.Path(folder) / CONFIG
+  path = paths.join(folder, CONFIG)
   try:
-    return from_plain(json.loads(path.read_text()))
+    return from_plain(json.loads(paths.read_text(path)))
   except FileNotFoundError:
     raise ValueError(f"{folder} is no run folder: it has no {CONFIG}; give the `output` folder of a training run") from None
   except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -10,7 +10,6 @@ Order in which a run is put together, and resumed:
 
 import contextlib
 import json
-import pathlib
 import signal
 import sys
 import threading
@@ -20,11 +19,12 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from data import paths
 from stdit_jax.cli import InputError
 from stdit_jax.parallel.mesh import make_mesh
 from stdit_jax.parallel.shardings import tree_shardings
 from stdit_jax.training import batches, transition, weights
-from stdit_jax.training.checkpoints import CONFIG, Checkpoints, DamagedCheckpointError, from_plain, plain, write_text
+from stdit_jax.training.checkpoints import CONFIG, Checkpoints, DamagedCheckpointError, from_plain, plain
 from stdit_jax.training.compilation import AheadOfTime
 from stdit_jax.training.metrics import Averages, Metrics, Speed, batch_work, duration, speed_note, stage_note
 from stdit_jax.training.nonfinite import MicroStep, NonFinite, TooManyNonFinite
@@ -73,30 +73,25 @@ def check_output(folder, config):
 
   Returns the keys of the configuration that changed since the run began.
   """
-  folder = pathlib.Path(folder)
-  path = folder / CONFIG
+  path = paths.join(folder, CONFIG)
   try:
-    if not path.exists() and (others := _foreign(folder)):
+    if not paths.exists(path) and (others := _foreign(folder)):
       raise ValueError(
-        f"config: output={str(folder)!r} holds {', '.join(others[:3])} and no {CONFIG}: it is no run of ours; "
-        "give another folder"
+        f"config: output={folder!r} holds {', '.join(others[:3])} and no {CONFIG}: it is no run of ours; give another folder"
       )
-    folder.mkdir(parents=True, exist_ok=True)
-    probe = folder / f".writable{jax.process_index()}"
-    probe.write_text("")
-    probe.unlink()
-    if not path.exists():
+    paths.check_writable(folder, "config: output")
+    if not paths.exists(path):
       return []
-    old = json.loads(path.read_text())
+    old = json.loads(paths.read_text(path))
   except OSError as error:
-    raise ValueError(f"config: output={str(folder)!r} can't be used: {error.strerror}; give another folder") from None
+    raise ValueError(f"config: output={folder!r} can't be used: {error.strerror}; give another folder") from None
   except (json.JSONDecodeError, UnicodeDecodeError) as error:
     raise ValueError(f"{path} is damaged ({error}); give another output folder") from None
   before, now = ({s.name: identity(plain(s.config)) for s in make_stages(c)} for c in (from_plain(old), config))
   for name in filter(before.get, now):
     for key in changed_keys(before[name], now[name]):
       raise ValueError(
-        f"config: output={str(folder)!r} belongs to another run: {key} differs in stage {name!r}; give another output folder, "
+        f"config: output={folder!r} belongs to another run: {key} differs in stage {name!r}; give another output folder, "
         "or the config of that run (a stage that has not begun may change under another name)"
       )
   return [key for key in changed_keys(old, plain(config)) if key not in ("resume", "restart_data", "compilation_cache")]
@@ -104,11 +99,9 @@ def check_output(folder, config):
 
 def _foreign(folder):
   """Names in a folder that no run of ours put there before its first checkpoint: a run may have been stopped early."""
-  if not folder.exists():
-    return []
-  plans = [p for p in (folder / "data").glob("*") if not p.name.startswith(("table-", "plan-", "tmp"))]
-  own = {"checkpoints", "compilation_cache"} | (set() if plans else {"data"})
-  return sorted(p.name for p in folder.iterdir() if p.name not in own and not p.name.startswith((f"{CONFIG}.tmp", ".writable")))
+  data = [name for name in paths.names(paths.join(folder, "data")) if not name.startswith(("table-", "plan-", "tmp"))]
+  own = {"checkpoints", "compilation_cache"} | (set() if data else {"data"})
+  return [name for name in paths.names(folder) if name not in own and not name.startswith((".config.tmp", ".writable"))]
 
 
 def constants(frozen):
@@ -213,7 +206,7 @@ class Run:
       raise ValueError(f"no checkpoint in {self.checkpoints.folder} can be read; move them away to start anew")
     state, frozen = self._initial()
     if jax.process_index() == 0:
-      write_text(pathlib.Path(self.config.output) / CONFIG, json.dumps(plain(self.config), indent=1))
+      paths.write_text(paths.join(self.config.output, CONFIG), json.dumps(plain(self.config), indent=1))
     return state, frozen, 0
 
   def _initial(self):
@@ -342,6 +335,7 @@ class Run:
             state, frozen, step = self._go_back(failure)
             metrics.close()
             metrics = Metrics(self.config.output, step, total, active=jax.process_index() == 0)
+      metrics.flush()
       self.save(step, state, frozen)
       self.checkpoints.wait()
       self.counter.check()
@@ -433,10 +427,12 @@ class Run:
         # Parameters with which nothing is finite are no place to go back to: the checkpoint waits for a good step.
         due = due or step % config.checkpoint_every == 0
         if due and not nonfinite.settle():
+          metrics.flush()
           self.save(step, state, frozen)
           due = False
         if step < total_steps(self.stages):
           if self._must_stop():
+            metrics.flush()
             self.save(step, state, frozen)
             self.checkpoints.wait()
             raise Preempted(f"stopped by SIGTERM after step {step}, which is saved; the same command goes on from there")

@@ -4,18 +4,22 @@ import collections
 import contextlib
 import json
 import math
-import pathlib
+import os
+import shutil
+import sys
+import tempfile
 import time
 
 import jax
 import numpy as np
 from tensorboardX import SummaryWriter
 
+from data import paths
 from stdit_jax.models import flops
 from stdit_jax.parallel.topology import peak_tflops
-from stdit_jax.training.checkpoints import write_text
 
 MAX_DATA_SHARE = 0.02  # of the step time: more is said, with what to do
+UPLOAD_SECONDS = 60.0  # between uploads to a bucket, which wants whole files
 _USUAL = {"nonfinite": 0, "stepped": 1}  # not worth the console's width
 SHARE = "/share"  # of the samples that count for the mean of the same name without it
 
@@ -154,7 +158,10 @@ def speed_note(values):
 
 
 class Metrics:
-  """Writes what the loop measures. Only the first process writes."""
+  """Writes what the loop measures. Only the first process writes.
+
+  Nothing can be appended to in a bucket: there, files grow in a local folder and are uploaded whole by `flush`.
+  """
 
   def __init__(self, output, first_step, total_steps, active=True):
     self._active, self._total, self.first_step = active, total_steps, first_step
@@ -162,14 +169,16 @@ class Metrics:
     self._last_step = first_step
     if not active:
       return
-    folder = pathlib.Path(output)
-    self._path = folder / "metrics.jsonl"
-    if self._path.exists():
+    self._output, self._folder, self._uploaded = output, output, self._start
+    if paths.is_remote(output):
+      self._folder = tempfile.mkdtemp(prefix="stdit_jax-")
+    path = os.path.join(self._folder, "metrics.jsonl")
+    if paths.exists(old := paths.join(output, "metrics.jsonl")):
       # Steps after the checkpoint we resume from will be run again: drop their lines.
-      lines = [line for line in self._path.read_text().splitlines() if _step(line) is not None and _step(line) <= first_step]
-      write_text(self._path, "".join(f"{line}\n" for line in lines))
-    self._file = self._path.open("a")
-    self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step or None)
+      lines = paths.read_text(old).splitlines()
+      paths.write_text(path, "".join(f"{line}\n" for line in lines if _step(line) is not None and _step(line) <= first_step))
+    self._file = open(path, "a")  # noqa: SIM115 - as long as the run
+    self._board = SummaryWriter(os.path.join(self._folder, "tensorboard"), purge_step=first_step or None)
 
   def write(self, step, values, note=""):
     """Records scalars at optimizer step `step` (1 = after the first) and prints one line with rate and time left."""
@@ -192,11 +201,34 @@ class Metrics:
     self._file.flush()
     for name, value in values.items():
       self._board.add_scalar(name.replace(" ", "_"), value, step)
+    if paths.is_remote(self._output) and time.monotonic() - self._uploaded > UPLOAD_SECONDS:
+      self.flush()
+
+  def flush(self):
+    """Everything so far is in the output folder when this returns: before a checkpoint, from which a run goes on after it."""
+    if not self._active:
+      return
+    self._file.flush()
+    self._board.flush()
+    self._upload()
+
+  def _upload(self):
+    if not paths.is_remote(self._output):
+      return
+    self._uploaded = time.monotonic()
+    try:
+      paths.upload(self._folder, self._output)
+    except OSError as error:  # the next time brings all of it
+      print(f"warning: metrics could not be written to {self._output}: {error.strerror}", file=sys.stderr, flush=True)
 
   def close(self):
-    if self._active:
-      self._file.close()
-      self._board.close()
+    if not self._active:
+      return
+    self._file.close()
+    self._board.close()
+    self._upload()
+    if paths.is_remote(self._output):
+      shutil.rmtree(self._folder)
 
 
 def _step(line):

@@ -1,10 +1,12 @@
 """A profiler window by configuration or by SIGUSR1: `<output>/profile`, for TensorBoard or Perfetto."""
 
-import pathlib
+import contextlib
 import signal
 import threading
 
 import jax
+
+from data import paths
 
 SIGNALLED_STEPS = 3
 
@@ -13,7 +15,7 @@ class Profiler:
   """Traces the optimizer steps `steps` (first, last), and after SIGUSR1 the next three."""
 
   def __init__(self, output, steps):
-    self._folder = str(pathlib.Path(output) / "profile")
+    self._folder, self._local = paths.join(output, "profile"), contextlib.ExitStack()
     self._first, self._last = steps or (0, 0)
     self._signalled, self._running, self._old = False, False, None
 
@@ -37,7 +39,7 @@ class Profiler:
     if step == self._first and not self._running:
       options = jax.profiler.ProfileOptions()
       options.python_tracer_level = 0  # every Python call would slow the steps and fill the trace
-      jax.profiler.start_trace(self._folder, profiler_options=options)
+      jax.profiler.start_trace(self._local.enter_context(paths.local_folder(self._folder)), profiler_options=options)
       self._running = True
 
   def after(self, step, result=None):
@@ -46,5 +48,6 @@ class Profiler:
       return ""
     jax.block_until_ready(result)
     jax.profiler.stop_trace()
+    self._local.close()
     self._running = False
     return f"profile of steps {self._first} to {step}: {self._folder}"

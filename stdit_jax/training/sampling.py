@@ -1,10 +1,8 @@
 """Sample videos while training: the averaged weights, the prompts of `config.sample`, files in `<output>/samples`."""
 
-import pathlib
-
 import jax
 
-from data import aspect_ratios
+from data import aspect_ratios, paths
 from stdit_jax.generation.media import contact_sheet, write_media
 from stdit_jax.generation.pipeline import Pipeline, Request
 from stdit_jax.generation.prompts import TokenizeText
@@ -43,15 +41,15 @@ class Sampler:
     if jax.process_index():
       return
     videos = self.pipeline.decode(latents)
-    folder = pathlib.Path(self.config.output) / "samples"
+    stem = paths.join(self.config.output, "samples", f"step{step:07d}")
     for i, (request, frames) in enumerate(zip(self.requests, videos)):
       written = {"prompt": request.prompt, "seed": request.seed, "step": step, **settings.to_dict()}
       written.pop("prompts")
       ending = "png" if len(frames) == 1 else "mp4"
-      write_media(folder / f"step{step:07d}-{i}.{ending}", frames, request.fps, written)
-    sheet = folder / f"step{step:07d}.png"
-    contact_sheet(videos, min(8, len(videos[0]))).save(sheet)
-    print(f"samples of step {step}: {sheet}", flush=True)
+      write_media(f"{stem}-{i}.{ending}", frames, request.fps, written)
+    with paths.whole(f"{stem}.png") as sheet:
+      contact_sheet(videos, min(8, len(videos[0]))).save(sheet)
+    print(f"samples of step {step}: {stem}.png", flush=True)
 
   def _build(self, stage, params, frozen):
     config, objective = stage.config, self.run.objectives[stage.index]

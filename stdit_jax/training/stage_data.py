@@ -1,9 +1,8 @@
 """The data of one stage: its plan, the check against a checkpoint, the loader of this process."""
 
 import math
-import pathlib
 
-from data import plan, sources
+from data import paths, plan, sources
 from data.config import DataConfig
 from data.loader import make_loader
 from stdit_jax.generation.prompts import TokenizeText
@@ -65,7 +64,8 @@ class StageData:
     values = config.data.to_dict()
     try:
       self.config = DataConfig.create(values)
-      self.folder = str(pathlib.Path(output) / "data")
+      # Memory-mapped, so on a disk; files are named after what they were made from, and runs may share them.
+      self.folder = paths.user_cache("data") if paths.is_remote(output) else paths.join(output, "data")
       table = sources.open_table(self.config, self.folder)
       self._plans = plan.PlanSequence(table, self.config, self.folder)
       self.report = self._plans.report(0)

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 import ml_collections
 
 from configs import base
+from data import paths
 from stdit_jax.fields import is_of_type
 
 # Below these keys the fields belong to a dataclass or table of their own, which checks them.
@@ -100,6 +101,8 @@ def _regular_expression(key, pattern):
 def check_values(config):
   """Raises ValueError for the first value that is of another type or out of range."""
   check_types(config, base.get_config())
+  paths.check(config.output, "config: output")
+  paths.check(config.compilation_cache, "config: compilation_cache")
   for key, allowed in (
     ("task", ("denoiser", "autoencoder")),
     ("platform", ("", "cpu", "gpu", "tpu")),

@@ -1,9 +1,8 @@
 """Where the weights of a run come from: a run folder of ours, or safetensors in the original layouts."""
 
-import pathlib
-
 import jax
 
+from data import paths
 from stdit_jax.autoencoders import image_kl
 from stdit_jax.interop import load_variables
 from stdit_jax.models import t5
@@ -15,7 +14,7 @@ def need_file(path, key):
   """Raises ValueError when a file or folder that the configuration names is missing."""
   if not path:
     raise ValueError(f"config: {key} is empty; give a safetensors file or a folder of them (see python -m stdit_jax.convert)")
-  if not pathlib.Path(path).exists():
+  if not paths.exists(path):
     raise ValueError(f"config: {key}={path!r} does not exist")
   return path
 

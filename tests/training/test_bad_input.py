@@ -35,6 +35,7 @@ WRONG = [
   ({"watchdog__timeout": -1.0}, "watchdog.timeout is -1.0; allowed: a number of at least 0"),
   ({"split_tokens": "some"}, "split_tokens is 'some'; allowed: 'auto', 'never', 'always', or buckets such as ('480p:204',)"),
   ({"split_tokens": ("480p",)}, "split_tokens has '480p'; allowed: buckets, RESOLUTION:FRAMES, as in ('480p:204',)"),
+  ({"compilation_cache": "s3://bucket/xla"}, "compilation_cache='s3://bucket/xla' is neither a local path nor gs://BUCKET/NAME"),
   ({"resume": "always"}, "resume is 'always'; allowed: 'auto', 'required', or a step such as '1200'"),
   ({"log_every": 1.5}, "log_every is 1.5; it must be a whole number"),
   ({"init_strict": "no"}, "init_strict is 'no'; it must be True or False"),
@@ -228,7 +229,7 @@ def refused(result, *words):
     assert word in lines[0]
 
 
-def test_the_command_line(assets, trained, tmp_path):
+def test_the_command_line(assets, trained, store, tmp_path):
   config = write_config(tmp_path / "config.py", assets, tmp_path / "run", **ONE)
   broken = tmp_path / "broken.py"
   broken.write_text("def get_config(:\n")
@@ -245,6 +246,8 @@ def test_the_command_line(assets, trained, tmp_path):
   # From here on the whole chain: values, devices, what only the checkpoint shows.
   refused(run_module(train, "--config", config, "--config.caption_dropout=3"), "caption_dropout is 3")
   refused(run_module(train, "--config", config, "--config.platform=gpu", JAX_PLATFORMS="cuda"), "JAX finds no devices")
+  elsewhere = "--config.output=gs://no-such-bucket/run"
+  refused(run_module(train, "--config", config, elsewhere, JAX_COMPILATION_CACHE_DIR=""), "there is no such bucket")
   assert not (tmp_path / "run").exists()
   changed = write_config(tmp_path / "changed.py", assets, trained, **ONE, data__seed=5)
   refused(run_module(train, "--config", changed), "seed: 42 -> 5", "restart_data")

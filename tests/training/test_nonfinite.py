@@ -62,7 +62,7 @@ def test_after_the_limit_the_run_goes_back_and_passes_over_what_failed_also_when
   assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
   assert not any(line["nonfinite"] for line in lines)
   assert set(map(int, jax.tree.leaves(state["opt"][0].count))) == {STEPS}
-  assert run.checkpoints.folder.is_dir()
+  assert pathlib.Path(run.checkpoints.folder).is_dir()
 
   # Stopped after every step or two and started again: the same bits.
   for steps in (2, 4, 5, STEPS):

@@ -16,7 +16,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from stdit_jax.training.checkpoints import load_weights
 from stdit_jax.training.loop import Run
+from tests.object_store import BUCKET
 from tests.tiny_run import ROOT, environment, tiny_config, write_config
 
 STEPS = 20
@@ -29,18 +31,18 @@ STAGES = (
 FLAGS = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"}
 
 
-def start(config, log):
+def start(config, log, **more):
   command = [sys.executable, "-m", "stdit_jax.train", "--config", str(config)]
-  return subprocess.Popen(command, cwd=ROOT, env=environment(**FLAGS), stdout=log.open("a"), stderr=subprocess.STDOUT)
+  return subprocess.Popen(command, cwd=ROOT, env=environment(**FLAGS, **more), stdout=log.open("a"), stderr=subprocess.STDOUT)
 
 
-def finish(config, log):
-  assert start(config, log).wait(240) == 0, log.read_text()[-3000:]
+def finish(config, log, **more):
+  assert start(config, log, **more).wait(240) == 0, log.read_text()[-3000:]
 
 
-def kill_when(config, log, condition, what, how=signal.SIGKILL):
+def kill_when(config, log, condition, what, how=signal.SIGKILL, **more):
   """Starts the run and kills it as soon as `condition()`; it must not have ended before. Returns its exit code."""
-  process = start(config, log)
+  process = start(config, log, **more)
   try:
     end = time.monotonic() + 240
     while not condition():
@@ -114,6 +116,43 @@ def test_killed_at_any_step_and_resumed_ends_with_the_same_bits(assets, left_alo
   assert steps == list(range(1, STEPS + 1))
   assert lines == metrics(folder / "alone")[1]
   assert sorted(p.name for p in checkpoints.iterdir()) == sorted(str(s) for s in {3, 6, 9, 12, 15, 18, 20, saved})
+
+
+def test_in_a_bucket_killed_and_resumed_it_ends_with_the_bits_of_a_disk(assets, left_alone, store, tmp_path):
+  """Table, clips, weights, compiled programs and output lie in gs://: every kind of file that a run writes is there."""
+  folder, settings = left_alone
+  store.copy_in(assets, "assets")
+  settings = {**settings, "data__workers": 1, "sample_every": STEPS}
+  config = write_config(tmp_path / "config.py", f"gs://{BUCKET}/assets", f"gs://{BUCKET}/runs/there", **settings)
+  log, prefix = tmp_path / "log", "runs/there/"
+  own = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "JAX_COMPILATION_CACHE_DIR": ""}
+
+  def half_written():
+    """Whether a checkpoint after the first is there without the mark that says it is whole."""
+    there = {name.split("/")[3] for name in store.names(f"{prefix}checkpoints/")}
+    return any(int(step) > 3 and f"{prefix}checkpoints/{step}/commit_success.txt" not in store.objects for step in there)
+
+  kill_when(config, log, half_written, "wrote a second checkpoint", **own)
+  assert "metrics.jsonl" in {name.removeprefix(prefix) for name in store.names(prefix)}  # before the first checkpoint
+  compiled = [f"/o/{name}" for name in store.names(f"{prefix}compilation_cache/")]
+  before = len(store.requests)
+  finish(config, log, **own)
+  assert "resumed from step" in log.read_text()
+  assert sum(method == "GET" and path.endswith(tuple(compiled)) for method, path in store.requests[before:]) > 5
+
+  store.copy_out("runs/there", tmp_path / "there")
+  assert_same_bits(folder / "alone", tmp_path / "there")
+  assert metrics(tmp_path / "there") == metrics(folder / "alone")
+  written = {path.name for path in (tmp_path / "there").iterdir()}
+  assert written == {"checkpoints", "compilation_cache", "config.json", "metrics.jsonl", "samples", "tensorboard"}
+  assert sorted(p.name for p in (tmp_path / "there" / "samples").iterdir()) == [
+    f"step{STEPS:07d}{ending}" for ending in ("-0.json", "-0.mp4", ".png")
+  ]
+  assert len(list((tmp_path / "there" / "tensorboard").iterdir())) == 2  # one of each start
+  assert list((tmp_path / "cache" / "stdit_jax" / "data").glob("table-*.arrow"))
+  weights, _, step = load_weights(f"gs://{BUCKET}/runs/there")
+  assert step == STEPS
+  jax.tree.map(np.testing.assert_array_equal, weights, items(folder / "alone")["ema"])
 
 
 def metrics_steps(output):

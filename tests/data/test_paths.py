@@ -1,0 +1,174 @@
+"""Files in a bucket behave as on a disk: whole or not there, the same errors, the same samples."""
+
+import csv
+import errno
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from data import loader, paths, probe, sources, video
+from data.config import DataConfig
+from tests.data import files
+from tests.object_store import BUCKET
+
+
+@pytest.fixture(params=["disk", "bucket"])
+def place(request, store, tmp_path):
+  """A folder that is not there yet, here and there."""
+  return str(tmp_path / "new") if request.param == "disk" else f"gs://{BUCKET}/{request.node.originalname}"
+
+
+def test_files_come_go_and_move(place):
+  path = paths.join(place, "a", "file.txt")
+  assert not paths.exists(path)
+  assert paths.names(place) == paths.files_below(place) == []
+  with pytest.raises(FileNotFoundError) as error:
+    paths.read_text(path)
+  assert error.value.errno == errno.ENOENT
+  paths.write_text(path, "one")
+  before = paths.stat(path)
+  paths.write_text(path, "two, ä")
+  assert paths.read_text(path) == "two, ä"
+  assert paths.stat(path)[0] == 7
+  assert paths.stat(path)[1] != before[1]
+  assert paths.exists(place)
+  assert paths.is_folder(place)
+  assert not paths.is_folder(path)
+  with pytest.raises(IsADirectoryError):
+    paths.stat(place)
+  for i in range(60):  # more than a page of a listing
+    paths.write_text(paths.join(place, "a", "b", f"{i:02}"), str(i))
+  assert paths.names(paths.join(place, "a")) == ["b", "file.txt"]
+  assert len(paths.names(paths.join(place, "a", "b"))) == 60
+  paths.move(paths.join(place, "a"), paths.join(place, "c", "d"))
+  assert paths.names(place) == ["c"]
+  assert [paths.read_text(p) for p in paths.files_below(place)[:3]] == ["0", "1", "2"]
+  with paths.open_file(paths.join(place, "c", "d", "file.txt")) as file:
+    file.seek(5)
+    assert file.read() == "ä".encode()
+  paths.remove(paths.join(place, "c", "d", "file.txt"))
+  assert paths.names(paths.join(place, "c", "d")) == ["b"]
+
+
+def test_a_writer_that_fails_leaves_what_was_there(place, tmp_path):
+  path = paths.join(place, "file.bin")
+  for before in ([], ["file.bin"]):
+    with pytest.raises(TypeError), paths.whole(path) as temporary, open(temporary, "w") as file:
+      file.writelines(["half", None])
+    assert paths.names(place) == before
+    paths.write_text(path, "whole")
+  assert paths.read_text(path) == "whole"
+
+
+def test_an_upload_that_fails_half_way_leaves_nothing(store, tmp_path, monkeypatch):
+  path = f"gs://{BUCKET}/half/large.bin"
+  chunks = []
+
+  def refuse(method, url, query):
+    if "upload_id" in query and method != "DELETE":
+      chunks.append(url)
+      return 403 if len(chunks) == 2 else None
+    return None
+
+  monkeypatch.setattr(store, "refuse", refuse)
+  with pytest.raises(PermissionError), paths.whole(path) as temporary, open(temporary, "wb") as file:
+    file.truncate(51 << 20)  # gcsfs sends 50 MiB at a time
+  assert len(chunks) == 2
+  assert not store.uploads
+  monkeypatch.undo()
+  assert not paths.exists(path)
+
+
+def test_what_a_bucket_refuses_is_an_os_error(store, monkeypatch):
+  path = f"gs://{BUCKET}/errors/file"
+  paths.write_text(path, "text")
+  for status, number in ((401, errno.EACCES), (403, errno.EACCES), (404, errno.ENOENT), (410, errno.EIO)):
+    monkeypatch.setattr(store, "refuse", lambda *_, status=status: status)
+    for call in (paths.read_bytes, paths.stat, lambda path: paths.write_text(path, "new")):
+      with pytest.raises(OSError, match=path) as error:
+        call(path)
+      assert error.value.errno == number, (status, call)
+    monkeypatch.undo()
+  assert paths.read_text(path) == "text"
+  with pytest.raises(FileNotFoundError):
+    paths.write_text("gs://no-such-bucket/file", "text")
+  with pytest.raises(ValueError, match="x='gs://no-such-bucket/x' can't be used: there is no such bucket; give another"):
+    paths.check_writable("gs://no-such-bucket/x", "x")
+  for address in ("s3://bucket/file", "gs://", "gs://bucket", "gs://Bucket/x"):
+    with pytest.raises(ValueError, match=r"output='.*' is neither a local path nor gs://BUCKET/NAME"):
+      paths.check(address, "output")
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory, store):
+  """A folder of six clips, two pictures, text features and a table; the bucket holds the same under clips/."""
+  folder, rows = tmp_path_factory.mktemp("clips"), []
+  (folder / "videos").mkdir()
+  for i in range(6):
+    files.write_video(folder / "videos" / f"{i}.mp4", frames=30, height=144, width=256)
+  safetensors.numpy.save_file({"y": np.arange(12, dtype=np.float32).reshape(3, 4)}, folder / "y.safetensors")
+  for i in range(6):
+    rows.append({"path": f"../clips/videos/{i}.mp4" if i else "videos/0.mp4", "text": f"clip {i}", "num_frames": 30,
+                 "height": 144, "width": 256, "fps": 24, "text_features": "y.safetensors"})  # fmt: skip
+  folder.rename(folder.parent / "clips")
+  folder = folder.parent / "clips"
+  files.write_csv(folder / "table.csv", rows)
+  files.write_csv(folder / "one_gone.csv", [*rows[:5], {**rows[5], "path": "videos/gone.mp4"}])
+  files.write_csv(folder / "gone.csv", [{**row, "path": f"videos/gone{i}.mp4"} for i, row in enumerate(rows)])
+  store.copy_in(folder, "clips")
+  return folder
+
+
+def load(table, cache, steps=3, **settings):
+  config = DataConfig.create({"tables": (str(table),), "buckets": (("144p", 8, 1.0, 2),), "workers": 0, **settings})
+  with loader.make_loader(config, str(cache)) as rows:
+    return [next(rows) for _ in range(steps)], rows.bad_rows
+
+
+def test_the_same_samples_with_one_download_each(clips, store, tmp_path, monkeypatch):
+  there = f"gs://{BUCKET}/clips/table.csv"
+  local, _ = load(clips / "table.csv", tmp_path / "local")
+  before = len(store.requests)
+  remote, bad = load(there, tmp_path / "remote")
+  assert not bad
+  reads = [path for method, path in store.requests[before:] if path.startswith("/download") and path.endswith(".mp4")]
+  monkeypatch.setattr(video, "_IN_MEMORY", 0)  # and what is too large for that, in pieces
+  video._cached_index.cache_clear()
+  pieces, _ = load(there, tmp_path / "remote")
+  for a, b, c in zip(local, remote, pieces, strict=True):
+    for x, y, z in zip(a.samples, b.samples, c.samples, strict=True):
+      assert (x.caption, x.sample_id, x.row, x.fps) == (y.caption, y.sample_id, y.row, y.fps)
+      assert y.path == f"gs://{BUCKET}/clips/videos/{y.row}.mp4"
+      for other in (y, z):
+        np.testing.assert_array_equal(x.pixels, other.pixels)
+        np.testing.assert_array_equal(x.text_features, other.text_features)
+  assert 6 <= len(reads) <= 8  # rows are read ahead
+
+
+def test_what_is_missing_gets_the_same_line(clips, tmp_path):
+  lines = []
+  for folder in (str(clips), f"gs://{BUCKET}/clips"):
+    found = []
+    for table in ("none.csv", "gone.csv"):
+      with pytest.raises(ValueError, match=r"\w") as error:
+        load(f"{folder}/{table}", tmp_path / "cache")
+      found.append(str(error.value))
+    _, bad = load(f"{folder}/one_gone.csv", tmp_path / "cache", max_bad_rows=1)
+    found += [f"{path}: {reason}" for path, reason in bad.items()]
+    with pytest.raises(video.BadVideo) as error:
+      sources.text_embedding(f"{folder}/none.safetensors")
+    lines.append([line.replace(folder, "FOLDER") for line in (*found, str(error.value))])
+  assert lines[0] == lines[1]
+  assert lines[0][0] == "table FOLDER/none.csv does not exist"
+  assert lines[0][2] == "FOLDER/videos/gone.mp4: no such file"
+
+
+def test_probing_a_bucket_gives_the_same_table(clips, store, tmp_path):
+  assert probe.main([str(clips / "videos"), "-o", str(clips / "probed.csv"), "--workers", "1"]) == 0
+  assert probe.main([f"gs://{BUCKET}/clips/videos", "-o", f"gs://{BUCKET}/clips/probed.csv", "--workers", "1"]) == 0
+  assert store.read("clips/probed.csv") == (clips / "probed.csv").read_bytes()
+  here = tmp_path / "here.csv"
+  assert probe.main([f"gs://{BUCKET}/clips/table.csv", "-o", str(here), "--workers", "1"]) == 0
+  with here.open(newline="") as file:
+    assert [row["path"] for row in csv.DictReader(file)] == [f"gs://{BUCKET}/clips/videos/{i}.mp4" for i in range(6)]
