@@ -212,8 +212,8 @@ def move(folder, place):
     os.makedirs(os.path.dirname(place), exist_ok=True)
     return os.rename(folder, place)
   with errors(folder):
-    for name in (files := _bucket().find(folder)):
-      _bucket().cp_file(name, join(place, os.path.relpath(f"gs://{name}", folder)))
+    files = _bucket().find(folder)
+    _bucket().copy(files, [join(place, os.path.relpath(f"gs://{name}", folder)) for name in files])
     _bucket().rm(files)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from stdit_jax.training.checkpoints import load_weights
+from stdit_jax.training.checkpoints import DamagedCheckpointError, load_weights
 from stdit_jax.training.loop import Run
 from tests.object_store import BUCKET
 from tests.tiny_run import ROOT, environment, tiny_config, write_config
@@ -118,7 +118,7 @@ def test_killed_at_any_step_and_resumed_ends_with_the_same_bits(assets, left_alo
   assert sorted(p.name for p in checkpoints.iterdir()) == sorted(str(s) for s in {3, 6, 9, 12, 15, 18, 20, saved})
 
 
-def test_in_a_bucket_killed_and_resumed_it_ends_with_the_bits_of_a_disk(assets, left_alone, store, tmp_path):
+def test_in_a_bucket_killed_and_resumed_it_ends_with_the_bits_of_a_disk(assets, left_alone, store, tmp_path, monkeypatch):
   """Table, clips, weights, compiled programs and output lie in gs://: every kind of file that a run writes is there."""
   folder, settings = left_alone
   store.copy_in(assets, "assets")
@@ -141,7 +141,8 @@ def test_in_a_bucket_killed_and_resumed_it_ends_with_the_bits_of_a_disk(assets, 
   assert sum(method == "GET" and path.endswith(tuple(compiled)) for method, path in store.requests[before:]) > 5
 
   store.copy_out("runs/there", tmp_path / "there")
-  assert_same_bits(folder / "alone", tmp_path / "there")
+  for step in (6, STEPS):  # the second checkpoint, the one that was interrupted, and the last
+    assert_same_bits(folder / "alone", tmp_path / "there", step)
   assert metrics(tmp_path / "there") == metrics(folder / "alone")
   written = {path.name for path in (tmp_path / "there").iterdir()}
   assert written == {"checkpoints", "compilation_cache", "config.json", "metrics.jsonl", "samples", "tensorboard"}
@@ -153,6 +154,23 @@ def test_in_a_bucket_killed_and_resumed_it_ends_with_the_bits_of_a_disk(assets, 
   weights, _, step = load_weights(f"gs://{BUCKET}/runs/there")
   assert step == STEPS
   jax.tree.map(np.testing.assert_array_equal, weights, items(folder / "alone")["ema"])
+
+  # What cannot be read now is no damage; what is damaged is moved away, and an older checkpoint taken.
+  config = tiny_config(f"gs://{BUCKET}/assets", f"gs://{BUCKET}/runs/there", **settings)
+  monkeypatch.setenv("XDG_CACHE_HOME", own["XDG_CACHE_HOME"])
+  with monkeypatch.context() as patch:
+    patch.setattr(store, "refuse", lambda method, path, query: 403 if "/params/" in path else None)
+    with pytest.raises((OSError, ValueError), match=r"403|ermission") as error:
+      Run(config).start()
+  assert not isinstance(error.value, DamagedCheckpointError)
+  assert not store.names(f"{prefix}set-aside")
+  kept = set(store.names(f"{prefix}checkpoints/{STEPS}/"))
+  lost = f"{prefix}checkpoints/{STEPS}/params/manifest.ocdbt"
+  del store.objects[lost]
+  assert Run(config).start()[2] == 18
+  assert not store.names(f"{prefix}checkpoints/{STEPS}/")
+  moved = {name.replace("set-aside", "checkpoints") for name in store.names(f"{prefix}set-aside/{STEPS}/")}
+  assert moved == kept - {lost}
 
 
 def metrics_steps(output):
