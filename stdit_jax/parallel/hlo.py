@@ -5,10 +5,7 @@ Loops count as often as they run: XLA's own cost analysis counts the body of a s
 
 import collections
 import dataclasses
-import math
 import re
-
-import numpy as np
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _BYTES = {
@@ -30,14 +27,13 @@ class Collective:
 
   Attributes:
     kind: one of COLLECTIVES; bytes: of its result (of its operand, for reduce-scatter); times: how often it runs;
-    in_loop: in the body of a loop; between_slices: bytes that a device sends to other slices at the least, 0 within one.
+    in_loop: in the body of a loop.
   """
 
   kind: str
   bytes: int
   times: int
   in_loop: bool
-  between_slices: float = 0.0
 
 
 def shape_bytes(text, main_memory=False):
@@ -118,47 +114,8 @@ def _kind(opcode):
   return opcode if opcode in COLLECTIVES else None
 
 
-def replica_groups(rest):
-  """Devices that exchange with each other, [groups, members], of a collective's attributes; None when all do."""
-  if match := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}", rest):
-    return np.array([[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", match[1])])
-  # [groups,members]<=[sides]T(order): the numbers from 0 on as an array of these sides, transposed, read in that shape.
-  if match := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
-    shape, sides, order = ([int(n) for n in part.split(",")] if part else None for part in match.groups())
-    return np.arange(math.prod(sides)).reshape(sides).transpose(order).reshape(shape)
-  # mesh['a'=8,'b'=4] {'b'}: the members are those along the axes in braces.
-  if match := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest):
-    sides = {axis: int(n) for axis, n in re.findall(r"'(\w+)'=(\d+)", match[1])}
-    along = re.findall(r"'(\w+)'", match[2])
-    axes = list(sides)
-    order = [axes.index(a) for a in axes if a not in along] + [axes.index(a) for a in along]
-    members = math.prod(sides[a] for a in along)
-    return np.arange(math.prod(sides.values())).reshape(list(sides.values())).transpose(order).reshape(-1, members)
-  return None
-
-
-def between_slices(kind, size, groups, slice_of):
-  """Bytes that a device sends to other slices at the least: the members of a group within one slice share what crosses.
-
-  Args:
-    size: bytes as `Collective` has them; groups: of `replica_groups`.
-    slice_of: slice of every device, in the order of the mesh.
-  """
-  slice_of = np.asarray(slice_of)
-  groups = np.arange(len(slice_of))[None] if groups is None else np.asarray(groups)
-  slices = max(len(set(members)) for members in slice_of[groups].tolist())
-  members = groups.shape[1]
-  if slices == 1:
-    return 0.0
-  if kind == "collective-permute":
-    return float(size)
-  if kind == "all-to-all":
-    return size * (slices - 1) / slices
-  return size * (slices - 1) / members * (2 if kind == "all-reduce" else 1)
-
-
-def collectives(text, slice_of=(0,)):
-  """All `Collective`s of a module's text, on devices of these slices, in the order of the mesh."""
+def collectives(text):
+  """All `Collective`s of a module's text; what they move within a slice."""
   found, entry = computations(text)
   result, seen = [], set()
   for name, times in multiplicities(found, entry)[0].items():
@@ -177,9 +134,21 @@ def collectives(text, slice_of=(0,)):
         moved = shape_bytes(kind) - (moved if opcode.endswith("-start") else 0)
       if name.startswith("all-reduce-scatter"):  # how the TPU's compiler writes it
         base = "reduce-scatter"
-      crossing = between_slices(base, moved, replica_groups(rest), slice_of) if len(set(slice_of)) > 1 else 0.0
-      result.append(Collective(base, moved, times, times > 1, crossing))
+      result.append(Collective(base, moved, times, times > 1))
   return result
+
+
+def slice_bytes(text):
+  """Bytes that a device sends to other slices: the TPU's compiler reduces within a slice first and has the hosts exchange the
+  rest (`megascale`), in instructions of their own."""
+  found, entry = computations(text)
+  total = 0
+  for name, times in multiplicities(found, entry)[0].items():
+    sizes = {instruction: kind for instruction, kind, _, _ in found[name]}
+    for _, _, opcode, rest in found[name]:
+      if opcode == "send" and "_xla_megascale_transfer_type" in rest:
+        total += times * shape_bytes(sizes[_operands(rest)[0]])
+  return total
 
 
 def memory_bytes(text):

@@ -61,7 +61,7 @@ def work(values, cache):
   if known := path.exists():
     compiled = json.loads(path.read_text())
   else:
-    compiled = compile_program(lowered, facts["slice_of"])
+    compiled = compile_program(lowered)
     paths.write_text(path, json.dumps(compiled))
   return combine(facts, compiled), known
 

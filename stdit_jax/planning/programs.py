@@ -98,7 +98,6 @@ def lower(job):
     "stage": stage.name, "resolution": resolution, "frames": frames, "batch": rows, "batch_parts": layout.batch_parts,
     "samples_per_part": rows // layout.batch_parts // parts, "micro_batches": parts, "split_tokens": layout.split_tokens,
     "mesh": dict(mesh.shape), "chips": mesh.devices.size, "resident": resident, "beside": sum(resident.values()) - own,
-    "slice_of": [getattr(d, "slice_index", 0) for d in mesh.devices.flat] if job.slices > 1 else [0],
     "limit": CHIPS[parse_topology(job.topology)].memory_gib * GIB,
   }  # fmt: skip
   tokens, model_flops = batch_work(config, objective, batch)
@@ -116,7 +115,7 @@ def text_digest(lowered, topology):
   return hashlib.sha256(f"{versions}\n{lowered.as_text()}".encode()).hexdigest()[:32]
 
 
-def compile_program(lowered, slice_of):
+def compile_program(lowered):
   """Compiles and measures a lowered program.
 
   Returns:
@@ -134,18 +133,16 @@ def compile_program(lowered, slice_of):
     return {"oom": sizes.group(0) if sizes else text[:200], "compile_seconds": time.monotonic() - started}
   text, memory = compiled.as_text(), compiled.memory_analysis()
   moved, in_loop = dict.fromkeys(hlo.COLLECTIVES, 0), dict.fromkeys(hlo.COLLECTIVES, 0)
-  crossing = 0.0
-  for c in hlo.collectives(text, slice_of):
+  for c in hlo.collectives(text):
     moved[c.kind] += c.bytes * c.times
     in_loop[c.kind] += c.bytes * c.in_loop
-    crossing += c.between_slices * c.times
   return {
     "compile_seconds": time.monotonic() - started,
     "own_peak": int(memory.peak_memory_in_bytes),
     "activations": int(memory.temp_size_in_bytes),
     "collectives": moved,
     "in_loop": in_loop,  # of one turn of each loop, which is one layer
-    "between_slices": crossing,
+    "between_slices": hlo.slice_bytes(text),
     "memory_traffic": hlo.memory_bytes(text),
   }
 

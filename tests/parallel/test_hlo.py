@@ -1,7 +1,5 @@
 """What is read from the text of compiled programs."""
 
-import pytest
-
 from stdit_jax.parallel import hlo
 
 TEXT = """HloModule toy
@@ -80,31 +78,19 @@ def test_memory_counts_slices_and_leaves_out_what_stays_on_the_chip():
   assert hlo.memory_bytes(SLICES) == (1 + 2 + 1 + 1) * slice_bytes
 
 
-@pytest.mark.parametrize(
-  ("attributes", "groups"),
-  [
-    ("replica_groups={{0,2},{1,3}}, use_global_device_ids=true", [[0, 2], [1, 3]]),
-    ("replica_groups=[2,2]<=[4], dimensions={0}", [[0, 1], [2, 3]]),
-    ("replica_groups=[2,2]<=[2,2]T(1,0), dimensions={0}", [[0, 2], [1, 3]]),
-    ("replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_0'}, dimensions={0}", [[0, 2], [1, 3]]),
-    ("replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_0','axis_1'}", [[0, 1, 2, 3]]),
-    ("source_target_pairs={{0,1},{1,2}}", [[0, 1], [1, 2]]),
-  ],
-)
-def test_groups(attributes, groups):
-  assert hlo.replica_groups(attributes).tolist() == groups
+EXCHANGE = """HloModule toy
+
+ENTRY %main (a: bf16[32,8]) -> bf16[32,8] {
+  %a = bf16[32,8]{1,0} parameter(0)
+  %token = token[] after-all()
+  %send = (bf16[32,8]{1,0}, u32[], token[]) send(%a, %token), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %sent = token[] send-done(%send), channel_id=2, is_host_transfer=true
+  %recv = (bf16[32,8]{1,0}, u32[], token[]) recv(%token), channel_id=3, is_host_transfer=true
+  ROOT %received = bf16[32,8]{1,0} get-tuple-element(%recv), index=0
+}
+"""  # noqa: E501
 
 
-@pytest.mark.parametrize(
-  ("kind", "groups", "expected"),
-  [
-    ("all-reduce", [[0, 1], [2, 3]], 0),  # within the slices
-    ("all-reduce", [[0, 2], [1, 3]], 2 * 100 / 2),  # each sends its half over, and gets the sum of the other back
-    ("all-reduce", [[0, 1, 2, 3]], 2 * 100 / 4),  # scattered within a slice first: half as much for each
-    ("all-gather", [[0, 1, 2, 3]], 100 / 4),
-    ("all-to-all", [[0, 2], [1, 3]], 50),
-    ("collective-permute", [[0, 2], [1, 3]], 100),
-  ],
-)
-def test_what_crosses_slices(kind, groups, expected):
-  assert hlo.between_slices(kind, 100, groups, (0, 0, 1, 1)) == expected
+def test_what_hosts_exchange_between_slices():
+  assert hlo.slice_bytes(EXCHANGE) == 32 * 8 * 2
+  assert hlo.slice_bytes(TEXT) == 0
