@@ -26,7 +26,7 @@ def assets(tmp_path_factory):
   jax.config.update("jax_compilation_cache_dir", old)
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def quick_compile():
   """Programs made by `jax.jit` from here on are compiled without optimisation: tiny models spend all their time there."""
   import jax
