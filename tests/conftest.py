@@ -39,7 +39,7 @@ def store():
   store.close()
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def quick_compile():
   """Programs made by `jax.jit` from here on are compiled without optimisation: tiny models spend all their time there."""
   import jax
