@@ -9,23 +9,23 @@ Nothing is written into the run. The buckets are those of the stage that the che
 
 import argparse
 import json
-import sys
 import tempfile
 
 from absl import logging
 
 from data import paths
-from stdit_jax.cli import connect_processes, keep_freed_memory, one_line_errors, parse_mesh, use_compilation_cache
-
-
-class _Parser(argparse.ArgumentParser):
-  def error(self, message):
-    print(f"error: {message}; see python -m stdit_jax.evaluate --help", file=sys.stderr)
-    raise SystemExit(2)
+from stdit_jax.cli import (
+  OneLineParser,
+  connect_processes,
+  keep_freed_memory,
+  one_line_errors,
+  parse_mesh,
+  use_compilation_cache,
+)
 
 
 def make_parser():
-  parser = _Parser(
+  parser = OneLineParser(
     "python -m stdit_jax.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
     allow_abbrev=False,
   )  # fmt: skip

@@ -14,17 +14,18 @@ import sys
 import time
 
 from data import paths
-from stdit_jax.cli import connect_processes, keep_freed_memory, one_line_errors, parse_mesh, use_compilation_cache
-
-
-class _Parser(argparse.ArgumentParser):
-  def error(self, message):
-    print(f"error: {message}; see python -m stdit_jax.sample --help", file=sys.stderr)
-    raise SystemExit(2)
+from stdit_jax.cli import (
+  OneLineParser,
+  connect_processes,
+  keep_freed_memory,
+  one_line_errors,
+  parse_mesh,
+  use_compilation_cache,
+)
 
 
 def make_parser():
-  parser = _Parser(
+  parser = OneLineParser(
     "python -m stdit_jax.sample", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
     allow_abbrev=False,
   )  # fmt: skip

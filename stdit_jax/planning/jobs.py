@@ -20,15 +20,11 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 class Compiler:
-  """Compiles jobs and keeps their results in a folder.
-
-  Attributes: compiled: how many programs were compiled, and not found.
-  """
+  """Compiles jobs and keeps their results in a folder."""
 
   def __init__(self, cache, topology):
     self.cache = pathlib.Path(cache).expanduser()
     self.cache.mkdir(parents=True, exist_ok=True)
-    self.compiled = 0
     code = hashlib.sha256(compiler_version(topology).encode())
     for path in sorted([*ROOT.glob("stdit_jax/**/*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("configs/*.py")]):
       code.update(path.read_bytes())
@@ -47,23 +43,22 @@ class Compiler:
     if done.returncode:
       lines = [line for line in done.stderr.splitlines() if line.strip()]
       raise ValueError(lines[-1].removeprefix("error: ") if lines else f"the compiling process ended with {done.returncode}")
-    result, known = json.loads(done.stdout.splitlines()[-1])
-    self.compiled += not known
+    result = json.loads(done.stdout.splitlines()[-1])
     paths.write_text(path, json.dumps(result))
     return result
 
 
 def work(values, cache):
-  """The compiling process: -> (result, whether its program was there)."""
+  """The compiling process: the result, of a program that is compiled unless its text was before."""
   job = Job(**values)
   lowered, facts = lower(job)
   path = pathlib.Path(cache) / f"program-{text_digest(lowered, job.topology)}.json"
-  if known := path.exists():
+  if path.exists():
     compiled = json.loads(path.read_text())
   else:
     compiled = compile_program(lowered)
     paths.write_text(path, json.dumps(compiled))
-  return combine(facts, compiled), known
+  return combine(facts, compiled)
 
 
 if __name__ == "__main__":
