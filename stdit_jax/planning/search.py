@@ -1,19 +1,31 @@
 """The largest batch of a bucket that fits, and the batch with which all buckets take the same time.
 
 Open-Sora searches batch sizes on the hardware (v1.2, scripts/misc/search_bs.py); here the compiler answers. Memory grows by a
-fixed amount per sample, which two compilations tell; what they predict, a third has to confirm.
+fixed amount per sample: the first compilation, of a batch that is estimated by formula, tells it roughly, the next ones
+better, until one confirms what was predicted of it.
 """
 
 import dataclasses
 import math
 
-from data.aspect_ratios import NUM_PIXELS
+import jax.numpy as jnp
+
 from data.config import DataConfig
 from stdit_jax.parallel.mesh import mesh_sizes
+from stdit_jax.parallel.topology import CHIPS, parse_topology
 from stdit_jax.planning.programs import roofline
+from stdit_jax.training.batches import batch_shapes
+from stdit_jax.training.checkpoints import from_plain
+from stdit_jax.training.metrics import batch_work
+from stdit_jax.training.objectives import OBJECTIVES
+from stdit_jax.training.stages import make_stages
 
 ATTEMPTS = 6  # compilations per bucket at most
-FIRST_PIXELS = 2_500_000  # of the samples that a device begins with: their memory shows beside that of the parameters
+FILL = 0.6  # of the memory, with which a search begins
+# Arrays of activations that a layer leaves for the backward pass, by remat policy, and that the layer at work needs: counted
+# on STDiT3-XL/2 on v5p. A search only begins there.
+LEFT = {"none": 40, "dots": 12, "full": 1, "offload": 0}
+AT_WORK = 40
 
 
 def with_whole_batches(config, split):
@@ -109,14 +121,25 @@ def next_batch(results):
     n = max(high, round_down(int(least * (1 - min(0.5, 0.05 * 4 ** (len(failed) - 1))))))
   if len(results) == 1:
     return max(n, high + 1)  # growth needs two
-  worth_it = n > high * 1.02 if len(fits) > 2 else n > high
-  return n if worth_it and n not in results else None
+  return n if n > high * 1.02 and n not in results else None
+
+
+def first_batch(job):
+  """Samples per device to begin a search with: those whose activations are about `FILL` of the memory; at least 1."""
+  stage = next(s for s in make_stages(from_plain(job.config)) if s.name == job.stage)
+  objective = OBJECTIVES[stage.config.task](stage.config)
+  tokens, _ = batch_work(stage.config, objective, batch_shapes(stage.config, objective, job.bucket[:2], 1))
+  if not tokens:  # of an autoencoder there is no formula
+    return 1
+  model = objective.model.config
+  arrays = model.depth * LEFT[model.remat] + AT_WORK
+  limit = CHIPS[parse_topology(job.topology)].memory_gib * 2**30
+  return max(1, round_down(int(FILL * limit / (tokens * model.hidden_size * jnp.dtype(model.dtype).itemsize * arrays))))
 
 
 def search_bucket(compiler, job, chips):
   """Searches the largest batch of a job's bucket, whole samples first; where not one fits, tokens are split -> Found."""
   key = job.bucket[:2]
-  first = max(1, FIRST_PIXELS // (NUM_PIXELS[key[0]] * key[1]))
   whole, split = batch_units(job.config, chips, job.slices)
   for unit, names in ((whole, ()), (split, (f"{key[0]}:{key[1]}",))):
     config = with_whole_batches(job.config, names)
@@ -124,7 +147,7 @@ def search_bucket(compiler, job, chips):
     def measure(n, config=config, unit=unit):
       return compiler(dataclasses.replace(job, config=config, bucket=(*key, n * unit)))
 
-    found = largest_batch(measure, first)
+    found = largest_batch(measure, first_batch(job))
     if found.largest or whole == split:
       break
   return found
