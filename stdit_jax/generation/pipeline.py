@@ -13,6 +13,7 @@ from stdit_jax.autoencoders import image_kl
 from stdit_jax.diffusion.guidance import guided
 from stdit_jax.diffusion.noise import Purpose, fold_in, sample_keys, token_noise
 from stdit_jax.diffusion.rectified_flow import RectifiedFlow
+from stdit_jax.models.layers import OVER_TIME
 from stdit_jax.parallel.shardings import Layout
 
 # Open-Sora shows images to the model with this frame rate (`IMG_FPS`).
@@ -38,7 +39,8 @@ class Pipeline:
   """Everything that sampling needs; programs are compiled once per size and batch.
 
   With a mesh all its processes call it together: the text encoder and the denoiser run over it, the videos of a batch split
-  over its devices (filled up to a number that divides); each process decodes for itself.
+  over its `data` and `fsdp` axes (filled up to a number that divides) and the tokens of each over `sequence`; each process
+  decodes for itself.
 
   Args:
     objective: a `training.objectives.DenoiserObjective`: the models and the diffusion that were trained.
@@ -54,8 +56,8 @@ class Pipeline:
 
   def __init__(self, objective, params, frozen, autoencoder, tokenize, text_params=None, guided_channels=None, mesh=None):
     self.tokenize, self.guided_channels = tokenize, guided_channels
-    self.layout = None if mesh is None else Layout(mesh)
-    self.batch_parts = 1 if mesh is None else self.layout.batch_parts
+    self.layout = None if mesh is None else Layout(mesh, split_tokens=mesh.shape["sequence"] > 1)
+    self.batch_parts, self.token_parts = (1, 1) if mesh is None else (self.layout.batch_parts, self.layout.token_parts)
     self.model, self.diffusion = objective.model.clone(layout=self.layout), objective.diffusion
     self.autoencoder, self.autoencoder_variables = autoencoder
     channels = self.model.config.in_channels
@@ -66,7 +68,7 @@ class Pipeline:
     self._text = jax.jit(lambda p, ids, mask: text.apply({"params": p}, ids, mask))
     static = ("diffusion", "guidance_scale", "latent_size")
     # As the latents come in, or the second step would be another program.
-    place = None if mesh is None else self.layout.sharding("batch")
+    place = None if mesh is None else self.layout.sharding(*OVER_TIME)
     self._step = jax.jit(self._sampler_step, static_argnames=static, out_shardings=place)
 
   def set_weights(self, params, frozen, text_params=None):
@@ -87,12 +89,12 @@ class Pipeline:
     """Latents of `sample_latents` -> list of videos, uint8 `[T, 8h, 8w, 3]`."""
     return [image_kl.decode_video(self.autoencoder, self.autoencoder_variables, z) for z in latents]
 
-  def _place(self, values):
-    """An array that all processes have -> one over the mesh, its first axis split as batches are."""
+  def _place(self, values, axes=("batch",)):
+    """An array that all processes have -> one over the mesh, its dimensions split by their names (`Layout.axes`)."""
     if self.layout is None:
       return jnp.asarray(values)
     values = np.asarray(values)
-    return jax.make_array_from_callback(values.shape, self.layout.sharding("batch"), lambda index: values[index])
+    return jax.make_array_from_callback(values.shape, self.layout.sharding(*axes), lambda index: values[index])
 
   def sample_latents(self, requests, steps=30, guidance_scale=7.0, progress=lambda steps: steps):
     """Normalised latents, NumPy `[B, T, h, w, C]`, the same on all processes.
@@ -118,10 +120,14 @@ class Pipeline:
     timesteps = diffusion.sampling_timesteps(steps, *sides)
     # The request's seed takes the place of a training sample's slot: a batch may hold several seeds.
     seeds = np.asarray([(0, r.seed) for r in requests], np.uint32)
-    x = self._place(latent_noise(config, sample_keys(0, seeds, Purpose.SAMPLING_START), size))
+
+    def noise_of(keys):
+      return self._place(latent_noise(config, keys, size, self.token_parts), OVER_TIME)
+
+    x = noise_of(sample_keys(0, seeds, Purpose.SAMPLING_START))
     step_keys = sample_keys(0, seeds, Purpose.SAMPLING_STEP)
     for i in progress(range(steps)):
-      noise = None if isinstance(diffusion, RectifiedFlow) else self._place(latent_noise(config, fold_in(step_keys, i), size))
+      noise = None if isinstance(diffusion, RectifiedFlow) else noise_of(fold_in(step_keys, i))
       x = self._step(
         self.variables, x, timesteps[i], timesteps[i + 1], noise, conditions,
         diffusion=diffusion, guidance_scale=float(guidance_scale), latent_size=size,
@@ -133,13 +139,15 @@ class Pipeline:
     config, batch = self.model.config, x.shape[0]
     grid = jnp.tile(jnp.asarray(grid_size(latent_size, config.patch_size), jnp.int32), (2 * batch, 1))
     # Elements past an odd border are no latents: they stay zero, as the original pads (STDiT `PatchEmbed3D`).
-    inside = image_valid(latent_size, config.patch_size, config.in_channels)
+    inside = image_valid(latent_size, config.patch_size, config.in_channels, self.token_parts)
     twice = {name: jnp.concatenate([value, value]) for name, value in conditions.items()}
     text, text_mask = twice.pop("text"), twice.pop("text_mask")
-    drop = jnp.arange(2 * batch) >= batch
+    twice["drop_text"] = jnp.arange(2 * batch) >= batch
+    if not inside.any(-1).all():  # tokens are padded to divide by the devices that split them
+      twice["valid"] = jnp.broadcast_to(inside, (2 * batch, *inside.shape))
 
     def denoise(x, t, x_mask):
-      return self.model.apply(variables, x, t, text, text_mask, grid=grid, x_mask=x_mask, drop_text=drop, **twice)
+      return self.model.apply(variables, x, t, text, text_mask, grid=grid, x_mask=x_mask, **twice)
 
     step_model = guided(denoise, guidance_scale, num_channels=config.in_channels, guided_channels=self.guided_channels)
     valid = jnp.broadcast_to(inside, x.shape)
@@ -147,18 +155,22 @@ class Pipeline:
     return x
 
 
-def image_valid(latent_size, patch_size, channels):
-  """bool `[T, S, P]`: which token elements of latents of one size are latents, and not padding of an odd border."""
-  return patchify(np.ones((*latent_size, channels), bool), patch_size)
+def image_valid(latent_size, patch_size, channels, token_parts=1):
+  """bool `[T, S, P]`: which token elements of latents of one size are latents, and not padding: of an odd border, or of tokens
+  to a multiple of `token_parts`."""
+  valid = patchify(np.ones((*latent_size, channels), bool), patch_size)
+  return np.pad(valid, ((0, 0), (0, -valid.shape[1] % token_parts), (0, 0)))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2))
-def latent_noise(config, keys, size):
-  """Standard normal tokens `[B, T, S, P]` for latents of one size, from one key per sample."""
+@functools.partial(jax.jit, static_argnums=(0, 2, 3))
+def latent_noise(config, keys, size, token_parts=1):
+  """Standard normal tokens `[B, T, S, P]` for latents of one size, from one key per sample; S is padded to a multiple of
+  `token_parts`."""
   grid = grid_size(size, config.patch_size)
 
   def tile(numbers):
     return jnp.tile(jnp.asarray(numbers, jnp.int32), (keys.shape[0], 1))
 
-  shape = (grid[0], grid[1] * grid[2], config.patch_values)
+  space = grid[1] * grid[2]
+  shape = (grid[0], space + -space % token_parts, config.patch_values)
   return token_noise(keys, tile(size), shape, tile(grid), config.patch_size, config.in_channels)

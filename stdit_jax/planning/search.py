@@ -22,6 +22,7 @@ from stdit_jax.training.stages import make_stages
 
 ATTEMPTS = 6  # compilations per bucket at most
 FILL = 0.6  # of the memory, with which a search begins
+WORTH = 1.05  # of what fits: a larger batch that is predicted is tried when it is larger than this
 # Arrays of activations that a layer leaves for the backward pass, by remat policy, and that the layer at work needs: counted
 # on STDiT3-XL/2 on v5p. A search only begins there.
 LEFT = {"none": 40, "dots": 12, "full": 1, "offload": 0}
@@ -121,7 +122,7 @@ def next_batch(results):
     n = max(high, round_down(int(least * (1 - min(0.5, 0.05 * 4 ** (len(failed) - 1))))))
   if len(results) == 1:
     return max(n, high + 1)  # growth needs two
-  return n if n > high * 1.02 and n not in results else None
+  return n if n > high * WORTH and n not in results else None
 
 
 def first_batch(job):

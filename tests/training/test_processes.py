@@ -88,11 +88,12 @@ def test_two_processes_train_the_losses_of_one(assets, folder, one):
 
 
 def test_two_processes_sample_the_frames_of_one(assets, folder, one):
-  """Three prompts, which eight devices don't divide."""
+  """Three prompts, which eight devices don't divide; the two split tokens, of which neither frames nor places divide."""
   latents, sheets = [], []
-  for name, count in (("sampled", 1), ("sampled-by-two", 2)):
+  for name, count, mesh in (("sampled", 1, {"data": 2, "fsdp": 4}), ("sampled-by-two", 2, {"sequence": 8})):
     (folder / name).mkdir()
-    settings = {**SETTINGS, "init": str(one), "sample__prompts": ("one", "a picture", "columns")}
+    settings = {**SETTINGS, "mesh": mesh, "init": str(one), "sample__aspect_ratio": "2:3"}
+    settings["sample__prompts"] = ("one", "a picture", "columns")
     config = write_config(folder / name / "config.py", assets, folder / name / "run", **settings)
     processes = start_processes(
       config, folder / name, count, 8 // count, module="tests.training.sample_latents", XLA_FLAGS=FLAGS
@@ -102,11 +103,11 @@ def test_two_processes_sample_the_frames_of_one(assets, folder, one):
     latents += [np.load(folder / name / "run" / f"{i}.npy") for i in range(count)]
     assert len(list((folder / name / "run" / "samples").iterdir())) == 7  # three videos, their settings, a picture of all
     sheets.append(np.asarray(Image.open(folder / name / "run" / "samples" / "step0000000.png"), np.float32))
-  assert latents[0].shape[0] == 3
+  assert latents[0].shape == (3, 4, 19, 29, 4)
   assert len({z.tobytes() for z in latents[0]}) == 3
   np.testing.assert_array_equal(latents[1], latents[2])  # both have all
   np.testing.assert_allclose(latents[1], latents[0], atol=1e-4)
-  assert sheets[0].shape == (3 * 192, 4 * 192, 3)
+  assert sheets[0].shape == (3 * 152, 4 * 232, 3)
   assert np.abs(sheets[0] - sheets[1]).max() <= 1  # of 255: rounding
 
 
