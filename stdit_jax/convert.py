@@ -7,6 +7,7 @@ python -m stdit_jax.convert --check --model STDiT3-XL/2
 
 import argparse
 import json
+import os
 import pathlib
 import sys
 import time
@@ -14,6 +15,7 @@ import time
 import numpy as np
 
 from data import paths
+from stdit_jax.cli import OneLineParser, one_line_errors
 from stdit_jax.interop import mapping, models, weights
 from stdit_jax.interop.safetensors_io import CheckpointError, open_checkpoint, refuse_pickle, write_checkpoint
 from stdit_jax.models.layers import DTYPES
@@ -32,13 +34,6 @@ what the file has against the model, and proves that import and export give the 
 Pickles (.pt, .pth, .bin, .ckpt) are never opened; naming one prints the lines of Python that make a safetensors file of it."""
 
 
-class Parser(argparse.ArgumentParser):
-  """One line per mistake."""
-
-  def error(self, message):
-    self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
-
-
 def size_in_bytes(text: str) -> int:
   number = text.upper().rstrip("BKMG")
   unit = text.upper()[len(number) :]
@@ -47,8 +42,8 @@ def size_in_bytes(text: str) -> int:
   return int(number) * UNITS[unit]
 
 
-def make_parser() -> Parser:
-  parser = Parser(
+def make_parser() -> OneLineParser:
+  parser = OneLineParser(
     "python -m stdit_jax.convert",
     description=__doc__,
     epilog=EPILOG,
@@ -139,24 +134,32 @@ def open_source(args, config, module, tree) -> weights.Source:
 def convert(args) -> None:
   """--input to --output."""
   refuse_pickle(args.output)
-  if paths.is_remote(args.output):
-    raise ValueError(f"--output {args.output}: weights are written to a disk; copy them from there: gcloud storage cp")
+  paths.check(args.output, "--output")
   if pathlib.Path(args.output).suffix not in ("", ".safetensors") and not pathlib.Path(args.output).is_dir():
     raise ValueError(f"--output {args.output}: must end in .safetensors or be a folder")
   options = {"max_shard_bytes": args.max_shard_size, "overwrite": args.overwrite}
-  if paths.exists(paths.join(args.input, "checkpoints")):
-    return convert_run(args, options)
+  is_run = paths.exists(paths.join(args.input, "checkpoints"))
+  folder, name = os.path.split(args.output) if args.output.endswith(".safetensors") else (args.output, "")
+  if paths.is_remote(folder) and not args.overwrite and paths.exists(args.output):
+    raise ValueError(f"{args.output} exists; --overwrite replaces it")
+  with paths.local_folder(folder) as local:  # of a bucket a temporary one, whose files go there when all are made
+    report, written = (convert_run if is_run else convert_file)(args, paths.join(local, name), options)
+  print(f"{report}: {', '.join(paths.join(folder, file.name) for file in written)}")
+
+
+def convert_file(args, place, options):
+  """Safetensors to `place` -> (what was done, files)."""
   name, config, module = find_model(args, open_checkpoint(args.input).metadata)
   tree = models.shapes(config, module)
   source = open_source(args, config, module, tree)
   target = args.target or ("native" if source.layout.name != "native" else models.FAMILIES[module][0])
   spec, tensors = weights.conversion(source, target, tree, DTYPES.get(args.dtype))
   metadata = weights.model_metadata(name, config)
-  written = write_checkpoint(args.output, spec, progress(tensors, spec), metadata=metadata, **options)
-  print(f"wrote {len(spec)} tensors in layout {target}: {', '.join(map(str, written))}")
+  written = write_checkpoint(place, spec, progress(tensors, spec), metadata=metadata, **options)
+  return f"wrote {len(spec)} tensors in layout {target}", written
 
 
-def convert_run(args, options) -> None:
+def convert_run(args, place, options):
   """The same from a training run's folder, whose own configuration names its models."""
   from stdit_jax.training import checkpoints  # orbax is only needed here
 
@@ -184,8 +187,8 @@ def convert_run(args, options) -> None:
     )
   target = args.target or models.FAMILIES[module][0]
   options |= {"dtype": DTYPES.get(args.dtype), "metadata": weights.model_metadata(name, config)}
-  written = weights.save_variables(args.output, target, variables, config=config, **options)
-  print(f"wrote the {args.item} weights of the {part} at step {step} in layout {target}: {', '.join(map(str, written))}")
+  written = weights.save_variables(place, target, variables, config=config, **options)
+  return f"wrote the {args.item} weights of the {part} at step {step} in layout {target}", written
 
 
 def check(args) -> None:
@@ -223,18 +226,14 @@ def compare(spec: dict, table: dict, what: str) -> None:
   print(f"{what}: all {len(table)} names and shapes of the key table")
 
 
-def main(argv=None) -> int:
+def main(argv=None):
   parser = make_parser()
   args = parser.parse_args(argv)
   if not args.check and not (args.input and args.output):
     parser.error("--input and --output are needed, or --check")
-  try:
+  with one_line_errors():
     check(args) if args.check else convert(args)
-  except (ValueError, OSError) as error:
-    print(f"{parser.prog}: error: {error}", file=sys.stderr)
-    return 1
-  return 0
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  main()

@@ -42,27 +42,27 @@ def make_parser():
   return parser
 
 
-def read_run(args):
-  """The run's configuration with the changes of the command line."""
-  from stdit_jax.training.checkpoints import read_config
+def read_stage(args):
+  """(the stage that made the checkpoint, with the changes of the command line; the checkpoint's step)."""
+  import ml_collections
 
-  config = read_config(args.checkpoint)
+  from stdit_jax.training.checkpoints import stage_config
+  from stdit_jax.training.stages import make_stages
+
+  config, step = stage_config(args.checkpoint, args.step)
+  config = ml_collections.ConfigDict(config.to_dict())
   given = {"tables": args.tables, "samples_per_bucket": args.samples_per_bucket, "timesteps": args.timesteps}
-  given = {name: value for name, value in given.items() if value is not None}
-  config.validation.update(given)
+  config.validation.update({name: value for name, value in given.items() if value is not None})
   if not config.validation.tables:
     raise ValueError(f"{args.checkpoint} has no validation.tables; give the tables to measure the loss on: --tables TABLE ...")
-  stages = (
-    {key: value for key, value in stage.items() if key.removeprefix("validation.") not in given} for stage in config.stages
-  )
-  config.stages = tuple(stages)  # nor does a stage's own value come before the command line's
   if args.mesh:
     config.mesh = parse_mesh(args.mesh)
-  return config
+  config.stages = ({"name": f"of step {step}", "steps": 1},)
+  return make_stages(config)[0], step
 
 
-def evaluate(config, args, folder):
-  """-> (checkpoint's step, {"validation/...": loss}); tables and plans are kept in `folder`."""
+def evaluate(stage, step, args, folder):
+  """-> {"validation/...": loss}; tables and plans are kept in `folder`."""
   import jax
 
   from stdit_jax.parallel.mesh import make_mesh
@@ -71,15 +71,12 @@ def evaluate(config, args, folder):
   from stdit_jax.training.compilation import AheadOfTime
   from stdit_jax.training.loop import say
   from stdit_jax.training.objectives import OBJECTIVES
-  from stdit_jax.training.stages import make_stages, stage_that_made
   from stdit_jax.training.step import TraceCounter
   from stdit_jax.training.validation import Validation
 
-  stages, counter = make_stages(config), TraceCounter()
-  mesh = make_mesh(config.mesh, slices=config.slices)
-  params, frozen, step = load_weights(args.checkpoint, args.item, args.step, mesh)
-  stage = stage_that_made(stages, step)
-  config, objective = stage.config, OBJECTIVES[config.task](stage.config)
+  config, counter = stage.config, TraceCounter()
+  mesh, objective = make_mesh(config.mesh, slices=config.slices), OBJECTIVES[config.task](config)
+  params, frozen, _ = load_weights(args.checkpoint, args.item, step, mesh)
   if config.task == "denoiser" and config.text_encoder.where == "step" and not config.text_encoder.train:
     frozen["text_encoder"] = weights.load_text_encoder(config, objective.text, mesh)
   validation = Validation(stage, folder, mesh, objective)
@@ -89,7 +86,7 @@ def evaluate(config, args, folder):
   validation.compile_ahead(compiled, counter, *shapes)
   make_batch = batches.batch_maker(config, objective, validation.data.layouts, mesh, encoder)
   try:
-    return step, validation(params, frozen, make_batch, compiled.get)
+    return validation(params, frozen, make_batch, compiled.get)
   finally:
     compiled.close()
 
@@ -98,11 +95,11 @@ def main(argv=None):
   args = make_parser().parse_args(argv)
   logging.set_verbosity(logging.ERROR)  # orbax reports what it reads
   with one_line_errors(), tempfile.TemporaryDirectory() as folder:
-    config = read_run(args)
     connect_processes()
     use_compilation_cache()
     keep_freed_memory()
-    step, values = evaluate(config, args, folder)
+    stage, step = read_stage(args)
+    values = evaluate(stage, step, args, folder)
   import jax
 
   if jax.process_index():

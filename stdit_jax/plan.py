@@ -23,8 +23,9 @@ computed, none is measured on a device:
   hours        of a stage: its steps times the mean bound of its buckets, by how often each comes: in the first epoch of the
                config's tables, or of assumed rows; the update program, checkpoints and restarts are not in it
 
-A search fits memory to compilations of a bucket, two or three, the last of which confirms what was predicted; it ends within 5 %
-of the largest that fits. "equal" is the batch with which a step takes as long as the longest bucket's at one sample per device, or --step-seconds.
+A search fits memory to compilations of a bucket, two or three, the last of which confirms what was predicted; it ends within
+5 % of the largest that fits. "equal" is the batch with which a step takes as long as the longest bucket's at one sample per
+device, or --step-seconds.
 
 Results are kept in --cache, and used again while program, topology and compiler are the same; ^C loses only what is compiling.
 """
@@ -44,7 +45,7 @@ from ml_collections import config_flags
 from data import paths
 from data.aspect_ratios import NUM_PIXELS
 from data.config import DataConfig
-from stdit_jax.cli import one_line_errors, parse_config
+from stdit_jax.cli import OneLineParser, one_line_errors, parse_config
 from stdit_jax.models import stdit
 from stdit_jax.parallel.topology import is_gpu, parse_topology, topology_chips
 from stdit_jax.planning import budget, meshes, search
@@ -58,8 +59,8 @@ GIB = 2**30
 
 
 def make_parser():
-  parser = argparse.ArgumentParser(
-    "python -m stdit_jax.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  parser = OneLineParser(
+    "python -m stdit_jax.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
   )
   add = parser.add_argument
   add("--config", required=True, help="file with get_config()")

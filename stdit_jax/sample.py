@@ -61,7 +61,7 @@ def make_parser():
   )
   how.add_argument(
     "--mesh", nargs="+", metavar="AXIS=DEVICES",
-    help="over all devices, e.g. data=-1 fsdp=4; sequence=4 splits each video (default: one device; several processes: data=-1)",
+    help="over all devices, e.g. data=-1 fsdp=4; sequence=4 splits each video (default: one device; processes: data=-1)",
   )  # fmt: skip
   how.add_argument("--output", default="samples", help="folder for the files (default: samples)")
   how.add_argument("--format", default="mp4", choices=("mp4", "gif", "webp"), help="of videos; images are png")
