@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.object_store import BUCKET
 from tests.tiny_run import ROOT, environment, start_processes, write_config
 
 FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
@@ -58,12 +59,12 @@ def folder(tmp_path_factory):
   return tmp_path_factory.mktemp("processes")
 
 
-def long_config(assets, folder, name):
+def long_config(assets, folder, name, output=None, **changes):
   """Configuration file of a run of STEPS steps in `folder/name/run`, measured at its end."""
   (folder / name).mkdir()
   settings = {**SETTINGS, "stages": ({"name": "same", "steps": STEPS},), "checkpoint_every": STEPS}
   settings["validation"] = {"tables": (str(assets / "table.csv"),), "every": STEPS, "samples_per_bucket": 5, "timesteps": 3}
-  return write_config(folder / name / "config.py", assets, folder / name / "run", **settings)
+  return write_config(folder / name / "config.py", assets, output or folder / name / "run", **{**settings, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +86,25 @@ def test_two_processes_train_the_losses_of_one(assets, folder, one):
   ]
   assert len(losses[0]) == STEPS + 1
   np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+
+
+def test_two_processes_killed_and_resumed_in_a_bucket(assets, folder, one, store):
+  config = long_config(assets, folder, "there", output=f"gs://{BUCKET}/there", checkpoint_every=8)
+  processes = start_processes(config, folder / "there", XLA_FLAGS=FLAGS)
+  try:
+    wait_for(lambda: "there/checkpoints/8/commit_success.txt" in store.objects, processes, folder / "there")
+  finally:
+    for process in processes:
+      process.kill()
+      process.wait()
+  codes = [p.wait(300) for p in start_processes(config, folder / "there", XLA_FLAGS=FLAGS)]
+  texts = [(folder / "there" / f"{i}.log").read_text() for i in (0, 1)]
+  assert codes == [0, 0], [text[-3000:] for text in texts]
+  assert re.search(r"resumed from step (8|16)", texts[0]), texts[0][-3000:]
+  store.copy_out("there", folder / "there" / "run")
+  losses = [[line.get("loss") for line in lines(output)] for output in (one, folder / "there" / "run")]
+  assert len(losses[1]) == STEPS + 1
+  np.testing.assert_allclose(losses[1][:STEPS], losses[0][:STEPS], rtol=1e-5)
 
 
 def test_two_processes_sample_the_frames_of_one(assets, folder, one):

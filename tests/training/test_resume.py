@@ -16,6 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from stdit_jax import convert, sample
 from stdit_jax.training.checkpoints import DamagedCheckpointError, load_weights
 from stdit_jax.training.loop import Run
 from tests.object_store import BUCKET
@@ -27,6 +28,7 @@ STAGES = (
   {"name": "second", "steps": 8, "keep_optimizer": False, "optimizer.learning_rate": 2e-3, "optimizer.b1": 0.8,
    "data.buckets": (("144p", 4, 1.0, 2),), "mask_ratios": {"quarter_tail": 0.5}},
 )  # fmt: skip
+VIDEO = ("0000-columns-seed0.mp4", "0000-columns-seed0.json")
 # Quick compilation, as `tests.helpers.QUICK_COMPILE`.
 FLAGS = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"}
 
@@ -154,6 +156,12 @@ def test_in_a_bucket_killed_and_resumed_it_ends_with_the_bits_of_a_disk(assets, 
   weights, _, step = load_weights(f"gs://{BUCKET}/runs/there")
   assert step == STEPS
   jax.tree.map(np.testing.assert_array_equal, weights, items(folder / "alone")["ema"])
+
+  convert.main(["--input", f"gs://{BUCKET}/runs/there", "--output", f"gs://{BUCKET}/out/denoiser.safetensors"])
+  convert.main(["--input", str(folder / "alone"), "--output", str(tmp_path / "denoiser.safetensors")])
+  assert store.objects["out/denoiser.safetensors"][0] == (tmp_path / "denoiser.safetensors").read_bytes()
+  sample.main(["--run", f"gs://{BUCKET}/runs/there", "--prompt", "columns", "--output", f"gs://{BUCKET}/out"])
+  assert set(store.names("out/")) == {f"out/{name}" for name in ("denoiser.safetensors", *VIDEO)}
 
   # What cannot be read now is no damage; what is damaged is moved away, and an older checkpoint taken.
   config = tiny_config(f"gs://{BUCKET}/assets", f"gs://{BUCKET}/runs/there", **settings)
