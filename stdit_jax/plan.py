@@ -23,9 +23,9 @@ computed, none is measured on a device:
   hours        of a stage: its steps times the mean bound of its buckets, by how often each comes: in the first epoch of the
                config's tables, or of assumed rows; the update program, checkpoints and restarts are not in it
 
-A search fits memory to compilations of a bucket, two or three, the last of which confirms what was predicted; it ends within
-5 % of the largest that fits. "equal" is the batch with which a step takes as long as the longest bucket's at one sample per
-device, or --step-seconds.
+A search fits memory to compilations of a bucket, two or three, the last of which confirms what was predicted; it ends where a
+batch takes 92 % of the memory, or the next one would be less than 5 % larger. "equal" is the batch with which a step takes as
+long as the longest bucket's at one sample per device, or --step-seconds.
 
 Results are kept in --cache, and used again while program, topology and compiler are the same; ^C loses only what is compiling.
 """
