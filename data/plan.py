@@ -69,7 +69,8 @@ class BucketReport:
   """Where the rows of an epoch went. `str(report)` is a table.
 
   buckets: per bucket name, rows, batch_size, steps, refused (rows that fitted but were passed on by its keep
-  probability), incomplete (rows dropped since they fill no batch, or, negative, rows repeated to fill one).
+  probability), incomplete (rows dropped since they fill no batch, or, negative, rows repeated to fill one; in the table
+  "-3" and "+1").
   dropped: {reason: rows} over the table.
   """
 
@@ -83,10 +84,11 @@ class BucketReport:
     return sum(b["steps"] for b in self.buckets)
 
   def __str__(self):
-    lines = [f"{'bucket':>12} {'rows':>10} {'batch':>6} {'steps':>8} {'refused':>10} {'incomplete':>10}"]
+    lines = [f"{'bucket':>12} {'rows':>10} {'batch':>6} {'steps':>8} {'refused':>10} {'last batch':>10}"]
     for b in self.buckets:
       batch = "-" if b["batch_size"] is None else b["batch_size"]
-      lines.append(f"{b['name']:>12} {b['rows']:>10,} {batch:>6} {b['steps']:>8,} {b['refused']:>10,} {b['incomplete']:>10,}")
+      rest = f"{-b['incomplete']:+,}" if b["incomplete"] else "0"
+      lines.append(f"{b['name']:>12} {b['rows']:>10,} {batch:>6} {b['steps']:>8,} {b['refused']:>10,} {rest:>10}")
     used = sum(b["rows"] for b in self.buckets)
     lines.append(
       f"{self.rows:,} rows: {used:,} in buckets, {self.steps:,} steps" + (f"; {self.losses()}" if self.losses() else "")

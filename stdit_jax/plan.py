@@ -21,7 +21,8 @@ computed, none is measured on a device:
                slices, at --slice-gbits. At the published peaks (stdit_jax/parallel/topology.py)
   bound, MFU   the longest of them, if they overlap, and the model-FLOP utilisation that it allows
   hours        of a stage: its steps times the mean bound of its buckets, by how often each comes: in the first epoch of the
-               config's tables, or of assumed rows; the update program, checkpoints and restarts are not in it
+               config's tables, or of assumed rows; and the updates, which read and write the whole state once; not in it:
+               checkpoints, samples, restarts
 
 A search fits memory to compilations of a bucket, two or three, the last of which confirms what was predicted; it ends where a
 batch takes 92 % of the memory, or the next one would be less than 5 % larger. "equal" is the batch with which a step takes as
@@ -208,19 +209,20 @@ def print_plan(args, compiler, stages, jobs):
     print(describe(result, bound), flush=True)
   print("per chip, beside activations: " + ", ".join(f"{k} {size / GIB:.2f} GiB" for k, size in results[0]["resident"].items()))
   print(f"mesh: {results[0]['mesh']}; {sum(r['fits'] for r in results)} of {len(results)} buckets fit")
-  print_budget(args, stages, seconds, results[0]["chips"])
+  print_budget(args, stages, seconds, results[0])
   return results
 
 
-def print_budget(args, stages, seconds, chips):
+def print_budget(args, stages, seconds, result):
   """Hours and chip-hours of the stages of which every bucket has a bound."""
-  counted_hours = []
+  counted_hours, chips = [], result["chips"]
+  update = budget.update_seconds(result["resident"], args.topology)
   for stage in stages:
     own = {key[1:]: value for key, value in seconds.items() if key[0] == stage.name}
     if any((b.resolution, b.num_frames) not in own for b in stage_buckets(stage)):
       continue
     shares, counted = budget.bucket_shares(stage)
-    hours = budget.stage_hours(stage, shares, own)
+    hours = budget.stage_hours(stage, shares, own, update)
     counted_hours.append(hours)
     print(f"{stage.name}: {stage.steps:,} steps, {hours_text(args, hours, chips)}; computed from {counted}")
   if len(counted_hours) == len(stages) > 1:

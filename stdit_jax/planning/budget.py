@@ -7,6 +7,7 @@ import numpy as np
 from data import buckets as bucket_rules
 from data import plan, sources
 from data.config import DataConfig
+from stdit_jax.parallel.topology import CHIPS, parse_topology
 
 ASSUMED_ROWS = 20_000
 
@@ -44,11 +45,18 @@ def bucket_shares(stage):
   return {key: n / total for key, n in steps.items() if n}, counted
 
 
-def stage_hours(stage, shares, seconds):
+def update_seconds(resident, topology):
+  """Seconds of the update program at the chip's memory bandwidth: it reads and writes parameters, gradients, optimizer and
+  average once (`resident`: their bytes per chip)."""
+  moved = 2 * sum(resident[name] for name in ("parameters", "gradients", "optimizer", "average"))
+  return moved / (CHIPS[parse_topology(topology)].memory_gbs * 1e9)
+
+
+def stage_hours(stage, shares, seconds, update=0.0):
   """Hours of a stage at the bound of every bucket.
 
   Args:
-    shares: of `bucket_shares`; seconds: {(resolution, frames): seconds of a micro step}.
+    shares: of `bucket_shares`; seconds: {(resolution, frames): seconds of a micro step}; update: seconds of an update.
   """
   mean = sum(share * seconds[key] for key, share in shares.items())
-  return stage.steps * stage.config.optimizer.accumulate * mean / 3600
+  return stage.steps * (stage.config.optimizer.accumulate * mean + update) / 3600

@@ -26,7 +26,9 @@ def test_shares_count_steps_not_samples():
 def test_hours_of_a_stage():
   stage = stage_with((("144p", 1, 1.0, 4),), **{"optimizer.accumulate": 3})
   shares, _ = budget.bucket_shares(stage)
-  assert budget.stage_hours(stage, shares, {("144p", 1): 12.0}) == pytest.approx(100 * 3 * 12.0 / 3600)
+  assert budget.stage_hours(stage, shares, {("144p", 1): 12.0}, 2.0) == pytest.approx(100 * (3 * 12.0 + 2.0) / 3600)
+  resident = {"parameters": 10**9, "gradients": 10**9, "optimizer": 2 * 10**9, "average": 10**9, "frozen": 10**12}
+  assert budget.update_seconds(resident, "v5e:2x4") == pytest.approx(10 / 819)
 
 
 def test_sensible_meshes_make_all_chips_and_whole_tiles():
