@@ -1,17 +1,28 @@
-"""Makes videos and images from text, with a training run's folder or converted weights.
+"""Makes videos and images from text, images and videos, with a training run's folder or converted weights.
 
   python -m stdit_jax.sample --run runs/quickstart --prompt "a gray rabbit in a meadow" --num-frames 16
-  python -m stdit_jax.sample --config configs/opensora_v1_2.py --weights stdit3.safetensors --text-encoder t5-xxl/ \\
+  python -m stdit_jax.sample --run runs/quickstart --prompt "the rabbit hops away" --task animate rabbit.png
+  python -m stdit_jax.sample --run runs/quickstart --prompt "|0|a meadow|2|a forest" --task endless --loops 4
+  python -m stdit_jax.sample --config configs/open_sora_1_2.py --weights stdit3.safetensors --text-encoder t5-xxl/ \\
       --autoencoder vae.safetensors --prompt "..." --resolution 480p --aspect-ratio 9:16
+
+Tasks, given as NAME and its files:
+{tasks}
+
+A prompt `|0|text|2|other` changes with the loops; one that ends with {{"reference_path": "a.png;b.mp4", "mask_strategy":
+"0;0,1,0,-1"}} has its own files and mask strategy, as with Open-Sora. --explain prints what becomes of every frame.
 
 Files are named after the number of the prompt, its first words and the seed; what exists is skipped unless --overwrite.
 Of several processes (`cli.connect_processes`) all run the same command, and the first one writes.
 """
 
 import argparse
+import dataclasses
 import re
 import sys
 import time
+
+import ml_collections
 
 from data import paths
 from stdit_jax.cli import (
@@ -22,12 +33,13 @@ from stdit_jax.cli import (
   parse_mesh,
   use_compilation_cache,
 )
+from stdit_jax.generation import conditions, tasks
 
 
 def make_parser():
   parser = OneLineParser(
-    "python -m stdit_jax.sample", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-    allow_abbrev=False,
+    "python -m stdit_jax.sample", description=__doc__.format(tasks=tasks.__doc__.partition("\n\n")[2].strip("\n")),
+    formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
   )  # fmt: skip
   model = parser.add_argument_group("model")
   model.add_argument("--run", help="folder of a training run (its `output`)")
@@ -40,7 +52,10 @@ def make_parser():
 
   what = parser.add_argument_group("what to make")
   what.add_argument("--prompt", action="append", default=[], help="a prompt; may be given several times")
-  what.add_argument("--prompt-file", help="text file, one prompt a line")
+  what.add_argument(
+    "--prompt-file", help="prompts: text, one a line; .csv or .jsonl, in the column or key `prompt` (or `text`), with "
+    "`reference_path` and `mask_strategy` if wanted",
+  )  # fmt: skip
   what.add_argument("--num-samples", type=int, default=1, help="videos per prompt, with seeds SEED, SEED + 1, ...")
   what.add_argument("--seed", type=int, default=0, help="one seed makes one noise, whatever the batch (default: 0)")
   what.add_argument("--resolution", help="name of a pixel count: 144p, 240p, 360p, 480p, 720p, ...")
@@ -52,9 +67,25 @@ def make_parser():
   what.add_argument("--motion-score", type=float, help="appended to the prompt, 0 to 100")
   what.add_argument("--camera-motion", help="appended to the prompt: pan left, zoom in, ...")
 
+  given = parser.add_argument_group("what is given")
+  given.add_argument("--task", nargs="+", metavar=("NAME", "FILE"), help="a task and its files, see above")
+  given.add_argument("--reference", action="append", default=[], metavar="FILE", help="image or video for --mask-strategy")
+  given.add_argument(
+    "--mask-strategy", metavar="TEXT", help="Open-Sora's: LOOP,REFERENCE,ITS FRAME,FRAME,FRAMES,EDIT RATIO;..."
+  )
+  given.add_argument("--loops", type=int, default=1, help="clips, each going on from the last frames of the one before")
+  given.add_argument("--condition-frames", type=int, help="frames given of a video or of the clip before (default: up to 4)")
+  given.add_argument("--condition-edit", type=float, default=0.0, help="edit ratio of frames of the clip before (default: 0)")
+  given.add_argument("--edit-strength", type=float, default=0.6, help="of --task edit, up to 1 (default: %(default)s)")
+  given.add_argument("--explain", action="store_true", help="prints what becomes of every frame, and makes nothing")
+  given.add_argument(
+    "--compat", choices=conditions.COMPAT[1:], help="do what the original does where it is mended here (README)"
+  )
+
   how = parser.add_argument_group("how")
   how.add_argument("--steps", type=int, help="sampler steps")
   how.add_argument("--guidance-scale", type=float, help="classifier-free guidance; 1 is none")
+  how.add_argument("--negative-prompt", help="what guidance leads away from (default: the null caption)")
   how.add_argument("--guidance-channels", type=int, help="guide only so many latent channels; Open-Sora 1.1: 3 (default: all)")
   how.add_argument(
     "--batch-size", type=int, help="videos made together (default: 1, or as many as the mesh splits a batch into)"
@@ -64,66 +95,166 @@ def make_parser():
     help="over all devices, e.g. data=-1 fsdp=4; sequence=4 splits each video (default: one device; processes: data=-1)",
   )  # fmt: skip
   how.add_argument("--output", default="samples", help="folder for the files (default: samples)")
-  how.add_argument("--format", default="mp4", choices=("mp4", "gif", "webp"), help="of videos; images are png")
+  how.add_argument(
+    "--format", default="mp4", choices=("mp4", "gif", "webp", "frames"), help="of videos, a folder of png; images are png"
+  )
   how.add_argument("--overwrite", action="store_true", help="make again what exists")
   return parser
 
 
 def read_prompts(args):
-  """All prompts of the command line; ValueError when there are none, the file is not text, or a count is below 1."""
-  for name in ("num_samples", "batch_size", "steps"):
+  """All prompts of the command line; ValueError when there are none, the file is none of prompts, or a count is below 1."""
+  from stdit_jax.generation.prompts import read_prompt_file
+
+  for name in ("num_samples", "batch_size", "steps", "loops"):
     value = getattr(args, name)
     if value is not None and value < 1:
       raise ValueError(f"--{name.replace('_', '-')} is {value}; allowed: at least 1")
   prompts = list(args.prompt)
   if args.prompt_file:
-    try:
-      lines = paths.read_text(args.prompt_file).splitlines()
-    except UnicodeDecodeError:
-      raise ValueError(f"--prompt-file {args.prompt_file} is not UTF-8 text") from None
-    prompts += [line.strip() for line in lines if line.strip()]
+    prompts += read_prompt_file(args.prompt_file)
   if not prompts:
     raise ValueError('no prompt; give --prompt "..." or --prompt-file FILE')
   return prompts
 
 
-def make_requests(args, config, downsampling):
-  """The videos to make: (file stem, Request), sizes checked.
+@dataclasses.dataclass(frozen=True)
+class Work:
+  """One file to make. Attributes: stem: of its name; requests: one per loop; files: references; job: of `tasks`; lengths:
+  latent frames of the files."""
 
-  Raises ValueError for sizes, lengths or counts that can't be, with the nearest that can.
-  """
+  stem: str
+  requests: tuple
+  files: tuple
+  job: tasks.Job
+  lengths: tuple
+
+
+def picture_shape(args, config, files, downsampling):
+  """(height, width) of the videos: as asked for, else of the configuration, in the shape of the first file that is given."""
   from data import aspect_ratios
-  from data.captions import append_scores, clean_caption
-  from stdit_jax.generation.pipeline import Request
+  from stdit_jax.generation.references import picture_size
 
-  defaults = config.sample
   if args.image_size:
-    height, width = args.image_size
-    for name, side in (("H", height), ("W", width)):
+    for name, side in zip("HW", args.image_size):
       if side < downsampling or side % downsampling:
         near = max(downsampling, round(side / downsampling) * downsampling)
         raise ValueError(f"--image-size: {name} is {side}; it must be a multiple of {downsampling}, e.g. {near}")
-  else:
-    resolution = args.resolution or defaults.resolution
-    height, width = aspect_ratios.size(resolution, args.aspect_ratio or defaults.aspect_ratio)
-  num_frames = aspect_ratios.get_num_frames(args.num_frames or defaults.num_frames)
-  fps = defaults.fps if args.fps is None else args.fps
+    return tuple(args.image_size)
+  resolution, ratio = args.resolution or config.sample.resolution, args.aspect_ratio or config.sample.aspect_ratio
+  if files and not args.aspect_ratio:
+    ratio = aspect_ratios.closest_ratio(*picture_size(files[0]), resolution)
+  return aspect_ratios.size(resolution, ratio)
+
+
+def make_work(args, config, downsampling):
+  """The files to make, everything checked before any weight is read.
+
+  Raises ValueError for sizes, lengths, counts, tasks or strategies that can't be, with what can.
+  """
+  from data import aspect_ratios
+  from data.captions import append_scores, clean_caption
+  from stdit_jax.generation.clips import place_loop
+  from stdit_jax.generation.pipeline import Request
+  from stdit_jax.generation.prompts import split_json, split_loops
+  from stdit_jax.generation.references import count_frames
+
+  task, *files = args.task or (None,)
+  if task and (args.reference or args.mask_strategy):
+    raise ValueError("give --task with its files, or --reference and --mask-strategy; not both")
+  if task:
+    tasks.check_files(task, len(files))
+  fps = config.sample.fps if args.fps is None else args.fps
   last_seed = args.seed + args.num_samples - 1
   if args.seed < 0 or last_seed >= 2**32:
     raise ValueError(f"--seed: seeds are {args.seed} to {last_seed}; allowed: 0 to {2**32 - 1}")
   if not 0 < fps <= 240:
     raise ValueError(f"--fps is {fps}; allowed: above 0, at most 240")
-  requests = []
+  if not 0 <= args.condition_edit <= 1:
+    raise ValueError(f"--condition-edit is {args.condition_edit:g}; allowed: 0 to 1")
+  work = []
   for i, prompt in enumerate(read_prompts(args)):
-    full = clean_caption(append_scores(prompt, args.aesthetic_score, args.motion_score, args.camera_motion))
-    words = "-".join(re.findall(r"[a-z0-9]+", prompt.lower())[:6]) or "prompt"
+    text, own = split_json(prompt)
+    if own and task:
+      raise ValueError(f"prompt {prompt!r} has files or a mask strategy of its own, which does not go with --task {task}")
+    named = tuple(own.get("reference_path", "").split(";")) if own.get("reference_path") else tuple(args.reference)
+    files = tuple(files) if task else named
+    lengths = tuple(count_frames(path, fps, args.compat is not None) for path in files)
+    frames = 1 if task == "image" else aspect_ratios.get_num_frames(args.num_frames or config.sample.num_frames)
+    if task == "edit" and not args.num_frames:
+      frames = lengths[0]
+    if task:
+      options = {"loops": args.loops, "length": args.condition_frames, "strength": args.edit_strength}
+      job = tasks.make_job(task, frames, lengths, **options, edit=args.condition_edit)
+    else:
+      rules = conditions.parse_mask_strategy(own.get("mask_strategy", args.mask_strategy))
+      carried = tasks.condition_length(args.condition_frames, frames) if args.loops > 1 else 0
+      job = tasks.of_strategy(rules, len(files), args.loops, carried, args.condition_edit)
+    for loop in range(job.loops):
+      place_loop(job, loop, frames, lengths, args.compat)
+    height, width = picture_shape(args, config, files, downsampling)
+    scores = args.aesthetic_score, args.motion_score, args.camera_motion
+    texts = [clean_caption(append_scores(piece, *scores)) for piece in split_loops(text, job.loops)]
+    words = "-".join(re.findall(r"[a-z0-9]+", texts[0].lower())[:6]) or "prompt"
     for seed in range(args.seed, args.seed + args.num_samples):
-      requests.append((f"{i:04d}-{words}-seed{seed}", Request(full, height, width, num_frames, fps, seed)))
-  return requests
+      requests = tuple(Request(piece, height, width, frames, fps, seed, loop) for loop, piece in enumerate(texts))
+      work.append(Work(f"{i:04d}-{words}-seed{seed}", requests, files, job, lengths))
+  return work
 
 
-def load_pipeline(args):
-  """(pipeline, configuration, description of the weights) of a run folder, or of a configuration and safetensors."""
+def explain(work, compat):
+  """Prints what becomes of every frame of every loop."""
+  from stdit_jax.generation.clips import place_loop
+
+  for one in (one for one in work if one.requests[0].seed == work[0].requests[0].seed):
+    print(f"{one.stem}:")
+    for number, (path, count) in enumerate(zip(one.files, one.lengths)):
+      print(f"  reference {number}: {path}, {count} {'frame' if count == 1 else 'frames'}")
+    for loop, request in enumerate(one.requests):
+      placement = place_loop(one.job, loop, request.num_frames, one.lengths, compat)
+      print(f"  loop {loop}: {request.num_frames} x {request.height} x {request.width}, {request.prompt}")
+      print("\n".join(f"    {line}" for line in conditions.explain(placement, len(one.files))))
+    names = [f"reference {r}" if r < len(one.files) else f"loop {r - len(one.files)}" for r, _, _ in one.job.pieces]
+    parts = [f"{name}[{first}:{'' if stop is None else stop}]" for name, (_, first, stop) in zip(names, one.job.pieces)]
+    print(f"  video: {' + '.join(parts)}")
+
+
+def read_model(args):
+  """(configuration, checkpoint's step or None) of a run folder, or of a configuration file; no weights are read yet."""
+  from stdit_jax.training import checkpoints
+  from stdit_jax.training.stages import make_stages
+
+  if bool(args.run) == bool(args.config):
+    raise ValueError("give either --run FOLDER (a training run) or --config FILE with --weights FILE")
+  if args.run:
+    config, step = checkpoints.stage_config(args.run, args.step)
+  else:
+    config, step = make_stages(read_config_file(args.config))[-1].config, None
+  for key, value in (("autoencoder", args.autoencoder), ("text_encoder", args.text_encoder)):
+    if value:
+      config[key].weights = value
+  if config.task != "denoiser":
+    raise ValueError(f"{args.run or args.config} trains an {config.task}; sampling needs a denoiser")
+  if config.text_encoder.where == "disk":
+    raise ValueError("the run took its text embeddings from disk; give --text-encoder and set text_encoder.where to 'ahead'")
+  if args.compat:
+    config = with_compat(config, args.compat)
+  return config, step
+
+
+def with_compat(config, compat):
+  """The configuration with a diffusion that does what the original does; ValueError when it is another one's."""
+  own = {"open-sora-1.1": "iddpm", "open-sora-1.2": "rectified-flow"}[compat]
+  if config.diffusion.name != own:
+    raise ValueError(f"--compat {compat} is of {own}; the model was trained with {config.diffusion.name}")
+  config = ml_collections.ConfigDict(config.to_dict())
+  with config.ignore_type():
+    config.diffusion.fields.compat = compat
+  return config
+
+
+def load_pipeline(args, config, step):
+  """(pipeline, description of the weights) of what `read_model` read."""
   import jax
 
   from stdit_jax.generation.pipeline import Pipeline
@@ -134,21 +265,7 @@ def load_pipeline(args):
   from stdit_jax.parallel.shardings import tree_shardings
   from stdit_jax.training import checkpoints, weights
   from stdit_jax.training.objectives import DenoiserObjective, autoencoder_model
-  from stdit_jax.training.stages import make_stages
 
-  if bool(args.run) == bool(args.config):
-    raise ValueError("give either --run FOLDER (a training run) or --config FILE with --weights FILE")
-  if args.run:
-    config, step = checkpoints.stage_config(args.run, args.step)
-  else:
-    config = make_stages(read_config_file(args.config))[-1].config
-  for key, value in (("autoencoder", args.autoencoder), ("text_encoder", args.text_encoder)):
-    if value:
-      config[key].weights = value
-  if config.task != "denoiser":
-    raise ValueError(f"{args.run or args.config} trains an {config.task}; sampling needs a denoiser")
-  if config.text_encoder.where == "disk":
-    raise ValueError("the run took its text embeddings from disk; give --text-encoder and set text_encoder.where to 'ahead'")
   sizes = parse_mesh(args.mesh) if args.mesh else {"data": -1} if jax.process_count() > 1 else None
   mesh = make_mesh(sizes) if sizes else None
   objective = DenoiserObjective(config)
@@ -171,8 +288,8 @@ def load_pipeline(args):
   autoencoder = autoencoder, weights.load_autoencoder(config, autoencoder)
   if not mesh:
     params, frozen = jax.device_put((params, frozen), jax.local_devices()[0])
-  pipeline = Pipeline(objective, params, frozen, autoencoder, tokenize, text_params, args.guidance_channels, mesh)
-  return pipeline, config, described
+  channels = args.guidance_channels or (3 if args.compat == "open-sora-1.1" else None)
+  return Pipeline(objective, params, frozen, autoencoder, tokenize, text_params, channels, mesh), described
 
 
 def read_config_file(path):
@@ -194,61 +311,111 @@ def main(argv=None):
   with one_line_errors():
     read_prompts(args)
     connect_processes()
+    config, step = read_model(args)
+    work = make_work(args, config, downsampling_of(config))
+    if args.explain:
+      return explain(work, args.compat)
+    paths.check(args.output, "--output")
+    paths.make_folder(args.output)
     use_compilation_cache()
     keep_freed_memory()
-    pipeline, config, described = load_pipeline(args)
-    requests = make_requests(args, config, pipeline.autoencoder.config.downsampling)
+    pipeline, described = load_pipeline(args, config, step)
     steps = args.steps or config.sample.steps
     scale = config.sample.guidance_scale if args.guidance_scale is None else args.guidance_scale
     pipeline.diffusion.for_sampling(steps)
-    paths.check(args.output, "--output")
-    paths.make_folder(args.output)
   with one_line_errors((OSError,)):
-    run_requests(pipeline, requests, steps, scale, args, described)
+    run_work(pipeline, work, steps, scale, args, described)
 
 
-def run_requests(pipeline, requests, steps, scale, args, described):
+def downsampling_of(config):
+  """Pixels per latent of the autoencoder of a configuration."""
+  from stdit_jax.training.objectives import autoencoder_model
+
+  return autoencoder_model(config.autoencoder).config.downsampling
+
+
+def run_work(pipeline, work, steps, scale, args, described):
   """Makes and writes what is not there yet, a batch at a time; interrupting keeps what is finished. All processes make, the
   first decodes and writes."""
   import jax
   import numpy as np
   from jax.experimental import multihost_utils
-  from tqdm import tqdm
 
-  from stdit_jax.generation.media import write_media
-
-  ending = "png" if requests[0][1].num_frames == 1 else args.format
-  files = [paths.join(args.output, f"{stem}.{ending}") for stem, _ in requests]
+  ending = "" if args.format == "frames" else f".{args.format}"
+  files = [paths.join(args.output, f"{one.stem}{'.png' if is_image(one) else ending}") for one in work]
   missing = np.asarray([args.overwrite or not paths.exists(path) for path in files])
   if jax.process_count() > 1:
     missing = multihost_utils.broadcast_one_to_all(missing)  # they need not see the same files
   todo, writes = np.flatnonzero(missing), jax.process_index() == 0
-  if writes and len(todo) < len(requests):
-    print(f"{len(requests) - len(todo)} of {len(requests)} files exist and are kept (--overwrite makes them again)")
-  first, size = requests[0][1], args.batch_size or pipeline.batch_parts
+  if writes and len(todo) < len(work):
+    print(f"{len(work) - len(todo)} of {len(work)} files exist and are kept (--overwrite makes them again)")
   if writes:
+    first = work[0].requests[0]
     print(f"{described}: {first.num_frames} x {first.height} x {first.width}, {steps} steps, guidance {scale:g}")
-  for start in range(0, len(todo), size):
-    batch = todo[start : start + size]
-    began = time.monotonic()
-    label = f"{start + 1}-{start + len(batch)}/{len(todo)}"
-
-    def progress(iterable, label=label):
-      return tqdm(
-        iterable, desc=f"denoise {label}", unit="step", leave=False, file=sys.stderr, disable=None if writes else True
-      )
-
-    latents = pipeline.sample_latents([requests[i][1] for i in batch], steps, scale, progress)
-    for i, frames in zip(batch, pipeline.decode(latents) if writes else ()):
-      request = requests[i][1]
-      settings = {
-        "prompt": request.prompt, "seed": request.seed, "steps": steps, "guidance_scale": scale, "height": frames.shape[1],
-        "width": frames.shape[2], "num_frames": len(frames), "fps": request.fps, "model": described,
-      }  # fmt: skip
-      write_media(files[i], frames, request.fps, settings)
-      print(f"{files[i]}  ({time.monotonic() - began:.1f} s)  {request.prompt}", flush=True)
+  for batch, label in batches(work, todo, args.batch_size or pipeline.batch_parts):
+    make_batch(pipeline, [(work[i], files[i]) for i in batch], label, steps, scale, args, described)
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices("samples are written")
+
+
+def is_image(one):
+  """Whether a work is a picture: one frame, of one clip."""
+  return one.requests[0].num_frames == 1 and len(one.job.pieces) == 1
+
+
+def batches(work, todo, size):
+  """(numbers of the works that are made together, "1-2/7"): at most `size` that follow each other and are of one size."""
+  start = 0
+  while start < len(todo):
+    first, stop = work[todo[start]], start + 1
+    while stop < min(start + size, len(todo)) and same_size(first, work[todo[stop]]):
+      stop += 1
+    yield todo[start:stop], f"{start + 1}-{stop}/{len(todo)}" if stop > start + 1 else f"{stop}/{len(todo)}"
+    start = stop
+
+
+def same_size(a, b):
+  """Whether two works can be made together."""
+  shape = lambda one: (one.requests[0].height, one.requests[0].width, one.requests[0].num_frames, one.job.loops)  # noqa: E731
+  return shape(a) == shape(b)
+
+
+def make_batch(pipeline, batch, label, steps, scale, args, described):
+  """Makes the videos of (work, file) together; the first process writes them."""
+  import jax
+  from tqdm import tqdm
+
+  from stdit_jax.generation.clips import Item, make_videos
+  from stdit_jax.generation.media import write_media
+  from stdit_jax.generation.references import read_reference
+
+  began, writes = time.monotonic(), jax.process_index() == 0
+
+  def sample(loop, requests, given):
+    loops = batch[0][0].job.loops
+    name = f"denoise {label}" + (f", clip {loop + 1}/{loops}" if loops > 1 else "")
+    progress = lambda steps: tqdm(steps, name, unit="step", leave=False, file=sys.stderr, disable=None if writes else True)  # noqa: E731
+    return pipeline.sample_latents(requests, steps, scale, progress, given, args.negative_prompt)
+
+  items = []
+  for one, _ in batch:
+    size, fps = (one.requests[0].height, one.requests[0].width), one.requests[0].fps
+    references = tuple(read_reference(path, size, fps, args.compat is not None) for path in one.files)
+    items.append(Item(one.requests, references, one.job))
+  videos = make_videos(pipeline, items, sample, writes, args.compat)
+  for (one, path), frames in zip(batch, videos or ()):
+    request = one.requests[0]
+    prompts = [r.prompt for r in one.requests]
+    settings = {
+      "prompt": prompts[0] if len(set(prompts)) == 1 else prompts, "seed": request.seed, "steps": steps,
+      "guidance_scale": scale, "height": frames.shape[1], "width": frames.shape[2], "num_frames": len(frames),
+      "fps": request.fps, "model": described,
+    }  # fmt: skip
+    if one.files or one.job.loops > 1:
+      settings |= {"references": one.files, "loops": one.job.loops, "task": args.task[0] if args.task else None}
+      settings["rules"] = [dataclasses.astuple(rule) for rule in one.job.rules]
+    write_media(path, frames, request.fps, settings)
+    print(f"{path}  ({time.monotonic() - began:.1f} s)  {request.prompt}", flush=True)
 
 
 if __name__ == "__main__":

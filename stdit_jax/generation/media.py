@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from fractions import Fraction
 
 import av
@@ -12,18 +13,24 @@ from PIL.PngImagePlugin import PngInfo
 from data import paths
 
 VIDEO_FORMATS = ("mp4", "gif", "webp")
+FRAMES = "frames"  # a folder of pictures, its name without an ending
 IMAGE_FORMATS = ("png",)
 
 
 def write_media(path, frames, fps, settings):
   """Writes frames uint8 `[T, H, W, 3]` to `path` by its ending, and `settings` into it and into a JSON file beside it.
 
-  mp4 is H.264 (crf 17), gif and webp loop for ever, png needs one frame. Whole or not there.
+  mp4 is H.264 (crf 17), gif and webp loop for ever, png needs one frame, without an ending it is a folder of a png per frame
+  (settings in the JSON file only). Whole or not there.
 
   Raises ValueError for an unknown ending or several frames as png.
   """
   stem, ending = os.path.splitext(str(path))
   kind = ending[1:].lower()
+  text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+  if not kind:
+    _write_folder(path, frames)
+    return paths.write_text(f"{path}.json", text)
   if kind not in VIDEO_FORMATS + IMAGE_FORMATS:
     raise ValueError(f"{path}: unknown ending; allowed: {', '.join(VIDEO_FORMATS + IMAGE_FORMATS)}")
   if kind in IMAGE_FORMATS and len(frames) != 1:
@@ -41,7 +48,19 @@ def write_media(path, frames, fps, settings):
       else:
         own = {"comment": comment.encode()} if kind == "gif" else {"quality": 90, "method": 4, "xmp": comment.encode()}
         pictures[0].save(temporary, save_all=True, append_images=pictures[1:], duration=round(1000 / fps), loop=0, **own)
-  paths.write_text(f"{stem}.json", json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+  paths.write_text(f"{stem}.json", text)
+
+
+def _write_folder(path, frames):
+  """00000.png, 00001.png, ..."""
+  temporary = None if paths.is_remote(path) else f"{os.path.dirname(path) or '.'}/.{os.path.basename(path)}.tmp{os.getpid()}"
+  with paths.local_folder(temporary or path) as folder:
+    os.makedirs(folder, exist_ok=True)
+    for i, frame in enumerate(frames):
+      Image.fromarray(frame).save(os.path.join(folder, f"{i:05d}.png"))
+  if temporary:
+    shutil.rmtree(path, ignore_errors=True)
+    os.rename(temporary, path)
 
 
 def _write_mp4(path, frames, fps, comment):

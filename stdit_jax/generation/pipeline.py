@@ -10,6 +10,7 @@ from jax.experimental import multihost_utils
 
 from data.tokens import grid_size, patchify, unpatchify
 from stdit_jax.autoencoders import image_kl
+from stdit_jax.diffusion.elements import start_edit
 from stdit_jax.diffusion.guidance import guided
 from stdit_jax.diffusion.noise import Purpose, fold_in, sample_keys, token_noise
 from stdit_jax.diffusion.rectified_flow import RectifiedFlow
@@ -24,7 +25,8 @@ IMAGE_FPS = 120
 class Request:
   """One video to make. One seed makes one noise, whatever batch or mesh it is drawn in.
 
-  Attributes: prompt; height, width in pixels; num_frames (1 = image); fps the video shall have; seed, 0 to 2^32 - 1.
+  Attributes: prompt; height, width in pixels; num_frames (1 = image); fps the video shall have; seed, 0 to 2^32 - 1;
+  loop: number of the clip in a video of several, each with noise of its own.
   """
 
   prompt: str
@@ -33,6 +35,7 @@ class Request:
   num_frames: int
   fps: float = 24.0
   seed: int = 0
+  loop: int = 0
 
 
 class Pipeline:
@@ -66,10 +69,10 @@ class Pipeline:
     self.set_weights(params, frozen, text_params)
     text = objective.text.clone(layout=self.layout)
     self._text = jax.jit(lambda p, ids, mask: text.apply({"params": p}, ids, mask))
-    static = ("diffusion", "guidance_scale", "latent_size")
-    # As the latents come in, or the second step would be another program.
-    place = None if mesh is None else self.layout.sharding(*OVER_TIME)
-    self._step = jax.jit(self._sampler_step, static_argnames=static, out_shardings=place)
+    static = ("diffusion", "guidance_scale", "latent_size", "negative")
+    # As the arguments come in, or the second step would be another program.
+    places = None if mesh is None else (self.layout.sharding(*OVER_TIME), self.layout.sharding("batch"))
+    self._step = jax.jit(self._sampler_step, static_argnames=static, out_shardings=places)
 
   def set_weights(self, params, frozen, text_params=None):
     """Other weights of the same models; nothing is compiled again."""
@@ -85,6 +88,11 @@ class Pipeline:
     ids, mask = (self._place(np.stack(part)) for part in zip(*(self.tokenize(p) for p in prompts)))
     return self._text(self.text_params, ids, mask), mask
 
+  def encode(self, frames):
+    """Frames uint8 `[T, 8h, 8w, 3]` -> normalised latents, NumPy `[T, h, w, C]`: the means of what the autoencoder gives, so
+    that the same frames always give the same latents (the originals draw a sample)."""
+    return image_kl.encode_video(self.autoencoder, self.autoencoder_variables, frames)[0]
+
   def decode(self, latents):
     """Latents of `sample_latents` -> list of videos, uint8 `[T, 8h, 8w, 3]`."""
     return [image_kl.decode_video(self.autoencoder, self.autoencoder_variables, z) for z in latents]
@@ -96,15 +104,22 @@ class Pipeline:
     values = np.asarray(values)
     return jax.make_array_from_callback(values.shape, self.layout.sharding(*axes), lambda index: values[index])
 
-  def sample_latents(self, requests, steps=30, guidance_scale=7.0, progress=lambda steps: steps):
+  def sample_latents(
+    self, requests, steps=30, guidance_scale=7.0, progress=lambda steps: steps, given=None, negative_prompt=None
+  ):
     """Normalised latents, NumPy `[B, T, h, w, C]`, the same on all processes.
 
     Args:
       requests: of equal size; ValueError otherwise.
       progress: wraps the iterable of sampler steps, e.g. a tqdm bar.
+      given: per request None, or what is known of its frames: (edit ratio `[T]`, 1 = generate, 0 = keep, see
+        `conditions.Placement`; latents `[T, h, w, C]`; bool `[T]`, the frames that start from them and not from noise).
+      negative_prompt: what guidance leads away from, instead of the null caption.
     """
     count = len(requests)
-    requests = [*requests, *requests[-1:] * (-count % self.batch_parts)]
+    filled = -count % self.batch_parts
+    requests = [*requests, *requests[-1:] * filled]
+    given = [*given, *given[-1:] * filled] if given and any(given) else None
     first, batch = requests[0], len(requests)
     if any(dataclasses.replace(r, prompt=first.prompt, seed=first.seed) != first for r in requests):
       raise ValueError("requests of one batch must have the same size, frames and fps")
@@ -113,36 +128,58 @@ class Pipeline:
     fps = IMAGE_FPS if first.num_frames == 1 else first.fps
     numbers = {"height": first.height, "width": first.width, "num_frames": first.num_frames, "fps": fps}
     conditions = {name: self._place(np.full((batch,), value, np.float32)) for name, value in numbers.items()}
-    conditions |= {"text": text, "text_mask": text_mask}
+    null = text, text_mask  # by `drop_text` its features become those of the null caption
+    if negative_prompt is not None:
+      null = self.embed([negative_prompt] * batch)
+    conditions |= {"text": (text, null[0]), "text_mask": (text_mask, null[1])}
 
     diffusion = self.diffusion.for_sampling(steps)
     sides = (np.full((batch,), n, np.float32) for n in (first.height, first.width, first.num_frames, size[0]))
     timesteps = diffusion.sampling_timesteps(steps, *sides)
     # The request's seed takes the place of a training sample's slot: a batch may hold several seeds.
-    seeds = np.asarray([(0, r.seed) for r in requests], np.uint32)
+    seeds = np.asarray([(r.loop, r.seed) for r in requests], np.uint32)
 
     def noise_of(keys):
       return self._place(latent_noise(config, keys, size, self.token_parts), OVER_TIME)
 
     x = noise_of(sample_keys(0, seeds, Purpose.SAMPLING_START))
-    step_keys = sample_keys(0, seeds, Purpose.SAMPLING_STEP)
+    x, edit = (x, None) if given is None else self._start_from(x, given, size)
+    step_keys, frame_keys = (sample_keys(0, seeds, purpose) for purpose in (Purpose.SAMPLING_STEP, Purpose.FRAME_NOISE))
     for i in progress(range(steps)):
       noise = None if isinstance(diffusion, RectifiedFlow) else noise_of(fold_in(step_keys, i))
-      x = self._step(
-        self.variables, x, timesteps[i], timesteps[i + 1], noise, conditions,
-        diffusion=diffusion, guidance_scale=float(guidance_scale), latent_size=size,
+      frame_noise = None if edit is None else noise_of(fold_in(frame_keys, i))
+      x, edit = self._step(
+        self.variables, x, edit, timesteps[i], timesteps[i + 1], noise, frame_noise, conditions, diffusion=diffusion,
+        guidance_scale=float(guidance_scale), latent_size=size, negative=negative_prompt is not None,
       )  # fmt: skip
       x.block_until_ready()
     return unpatchify(multihost_utils.process_allgather(x, tiled=True)[:count], size, config.patch_size)
 
-  def _sampler_step(self, variables, x, t, t_next, noise, conditions, *, diffusion, guidance_scale, latent_size):
+  def _start_from(self, x, given, size):
+    """Lays the given latents over the noise -> (x, state of `elements.start_edit`)."""
+    config = self.model.config
+    ratio = np.ones((len(given), size[0]), np.float32)
+    latents = np.zeros((len(given), *size, config.in_channels), np.float32)
+    taken = np.zeros((len(given), size[0]), bool)
+    for i, parts in enumerate(given):
+      if parts is not None:
+        ratio[i], latents[i], taken[i] = parts
+    tokens = patchify(latents, config.patch_size)
+    tokens = np.pad(tokens, ((0, 0), (0, 0), (0, x.shape[2] - tokens.shape[2]), (0, 0)))
+    x = jnp.where(self._place(taken)[..., None, None], self._place(tokens, OVER_TIME), x)
+    return x, tuple(self._place(part) for part in start_edit(ratio))
+
+  def _sampler_step(
+    self, variables, x, edit, t, t_next, noise, frame_noise, conditions, *, diffusion, guidance_scale, latent_size, negative
+  ):
     config, batch = self.model.config, x.shape[0]
     grid = jnp.tile(jnp.asarray(grid_size(latent_size, config.patch_size), jnp.int32), (2 * batch, 1))
     # Elements past an odd border are no latents: they stay zero, as the original pads (STDiT `PatchEmbed3D`).
     inside = image_valid(latent_size, config.patch_size, config.in_channels, self.token_parts)
-    twice = {name: jnp.concatenate([value, value]) for name, value in conditions.items()}
+    twice = {name: jnp.concatenate(v if isinstance(v, tuple) else (v, v)) for name, v in conditions.items()}
     text, text_mask = twice.pop("text"), twice.pop("text_mask")
-    twice["drop_text"] = jnp.arange(2 * batch) >= batch
+    if not negative:
+      twice["drop_text"] = jnp.arange(2 * batch) >= batch
     if not inside.any(-1).all():  # tokens are padded to divide by the devices that split them
       twice["valid"] = jnp.broadcast_to(inside, (2 * batch, *inside.shape))
 
@@ -151,8 +188,9 @@ class Pipeline:
 
     step_model = guided(denoise, guidance_scale, num_channels=config.in_channels, guided_channels=self.guided_channels)
     valid = jnp.broadcast_to(inside, x.shape)
-    x, _ = diffusion.step(step_model, x, t, t_next, num_channels=config.in_channels, noise=noise, valid=valid)
-    return x
+    return diffusion.step(
+      step_model, x, t, t_next, num_channels=config.in_channels, noise=noise, frame_noise=frame_noise, edit=edit, valid=valid
+    )
 
 
 def image_valid(latent_size, patch_size, channels, token_parts=1):

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data.video import read_frames
 from stdit_jax import sample
 from stdit_jax.diffusion.noise import Purpose, sample_keys
 from stdit_jax.generation import pipeline as pipelines
 from stdit_jax.generation.pipeline import Request, latent_noise
+from stdit_jax.generation.references import read_reference
 from stdit_jax.interop import save_variables
 from stdit_jax.training.checkpoints import load_weights
 from stdit_jax.training.loop import Run
@@ -38,7 +40,8 @@ def trained(assets, tmp_path_factory):
 @pytest.fixture(scope="module")
 def pipeline(trained):
   args = sample.make_parser().parse_args(["--run", str(trained), "--prompt", "x"])
-  made, config, described = sample.load_pipeline(args)
+  config, step = sample.read_model(args)
+  made, described = sample.load_pipeline(args, config, step)
   assert described.endswith("step 1, ema")
   assert config.sample.steps == 2
   return made
@@ -67,6 +70,36 @@ def test_noise_bits_depend_on_the_seed_alone(pipeline):
   inside = pipelines.image_valid(size, config.patch_size, 4)
   assert not three[:, ~inside].any()
   assert three[:, inside].all()
+
+
+def random_latents(seed, frames=3):
+  return np.random.default_rng(seed).standard_normal((frames, 9, 7, 4), np.float32)
+
+
+def test_given_frames_come_back_as_they_were(pipeline):
+  """Kept ones bit for bit, whatever else is in the batch; edited ones are between the given and the generated."""
+  free = pipeline.sample_latents(REQUESTS, 2, 2.0, iter)
+  known = random_latents(1)
+  kept = np.array([True, False, True])
+  given = [(np.where(kept, 0, 1).astype(np.float32), known, kept), None, (np.full(3, 0.5, np.float32), known, np.ones(3, bool))]
+  made = pipeline.sample_latents(REQUESTS, 2, 2.0, iter, given)
+  np.testing.assert_array_equal(made[0][kept], known[kept])
+  scale = np.abs(free).max()
+  assert np.abs(made[0][1] - free[0][1]).max() > 1e-3 * scale  # it sees its neighbours
+  np.testing.assert_allclose(made[1], free[1], atol=1e-4 * scale)
+  for other in (known, free[2]):
+    assert np.abs(made[2] - other).max() > 1e-3 * scale
+  alone = pipeline.sample_latents(REQUESTS[:1], 2, 2.0, iter, given[:1])
+  np.testing.assert_allclose(alone[0], made[0], atol=1e-4 * scale)
+
+
+def test_a_negative_prompt_takes_the_place_of_the_null_caption(pipeline):
+  request = REQUESTS[:1]
+  made = {text: pipeline.sample_latents(request, 2, 2.0, iter, negative_prompt=text) for text in (None, "blur", "clip 0")}
+  assert np.abs(made["blur"] - made[None]).max() > 1e-5
+  # Led away from itself, a prompt is not led at all.
+  unguided = pipeline.sample_latents(request, 2, 1.0, iter)
+  np.testing.assert_allclose(made["clip 0"], unguided, atol=1e-4 * np.abs(unguided).max())
 
 
 def test_guidance_prompts_and_weights_matter(pipeline, trained):
@@ -209,3 +242,116 @@ def test_no_prompt_no_run_and_broken_configurations(tmp_path, capsys):
     assert (stopped.value.code, error.count("\n")) == (2, 1), error
     assert error.startswith("error: ")
     assert words in error
+
+
+# --------------------------------------------------------------------------------------------------------------------- tasks
+
+
+def made_frames(trained, folder, *arguments):
+  """Frames of the only video that the command makes, as a folder of pictures."""
+  what = ["--run", str(trained), *SIZE, "--format", "frames", "--output", str(folder), *map(str, arguments)]
+  sample.main(what if {"--prompt", "--prompt-file"} & set(what) else [*what, "--prompt", "columns"])
+  (found,) = (p for p in folder.iterdir() if p.is_dir())
+  return np.stack([np.asarray(Image.open(path)) for path in sorted(found.iterdir())])
+
+
+def through(pipeline, frames):
+  """What the autoencoder makes of frames."""
+  return pipeline.decode([pipeline.encode(frames)])[0]
+
+
+def test_animate_keeps_its_image_and_goes_on(assets, trained, pipeline, tmp_path):
+  image = assets / "0.png"
+  made = made_frames(trained, tmp_path / "a", "--task", "animate", image, "--num-frames", 4, "--loops", 2)
+  assert made.shape == (4 + 3, 48, 64, 3)  # the second clip is given the last frame
+  np.testing.assert_array_equal(made[:1], through(pipeline, read_reference(image, (48, 64), 8)))
+  free = made_frames(trained, tmp_path / "b", "--num-frames", 4)
+  assert (made[1:4] != free[1:4]).any(axis=(1, 2, 3)).all()
+  settings = json.loads(next((tmp_path / "a").glob("*.json")).read_text())
+  assert settings["references"] == [str(image)]
+  assert settings["rules"] == [[0, 0, 0, 0, 1, 0.0], [1, 1, -1, 0, 1, 0.0]]
+
+
+def test_extended_and_connected_videos_hold_their_files(assets, trained, tmp_path):
+  """At 8 frames per second, every third of the file's 24."""
+  video = assets / "0.mp4"
+  known = read_reference(video, (48, 64), 8)
+  assert len(known) == 16
+  np.testing.assert_array_equal(known[5], read_frames(video, [15], size=(48, 64))[0])
+  forward = made_frames(trained, tmp_path / "f", "--task", "extend-forward", video)
+  np.testing.assert_array_equal(forward[:16], known)
+  assert len(forward) == 16 + 2
+  backward = made_frames(trained, tmp_path / "b", "--task", "extend-backward", video, "--condition-frames", 2)
+  np.testing.assert_array_equal(backward[1:], known)
+  joined = made_frames(trained, tmp_path / "c", "--task", "connect", video, assets / "1.mp4")
+  np.testing.assert_array_equal(joined[:16], known)
+  np.testing.assert_array_equal(joined[17:], read_reference(assets / "1.mp4", (48, 64), 8))
+
+
+def test_a_loop_closes_and_an_edit_is_near_its_video(assets, trained, pipeline, tmp_path):
+  made = made_frames(trained, tmp_path / "l", "--task", "loop", "--num-frames", 6)
+  assert len(made) == 6 + 4
+  video = assets / "0.mp4"
+  known = through(pipeline, read_reference(video, (48, 64), 8)[:3]).astype(int)
+  near, far = (
+    np.abs(made_frames(trained, tmp_path / s, "--task", "edit", video, "--edit-strength", s, "--num-frames", 3) - known).mean()
+    for s in ("0.01", "1")
+  )
+  assert near < 0.3 * far
+
+
+def test_strategies_and_prompts_of_their_own(assets, trained, pipeline, tmp_path):
+  """The original's syntax: files and strategy behind the prompt, in a table, or as arguments; later loops, other text."""
+  image, video = assets / "0.png", assets / "0.mp4"
+  strategy = ["--mask-strategy", "0;0,1,-1,-1", "--reference", image, "--reference", video]
+  first = made_frames(trained, tmp_path / "a", *strategy)
+  for frame, path, number in ((first[0], image, 0), (first[2], video, 15)):
+    np.testing.assert_array_equal(frame, through(pipeline, read_reference(path, (48, 64), 8)[[number]])[0])
+  text = tmp_path / "prompts.jsonl"
+  row = {"prompt": "columns", "reference_path": f"{image};{video}", "mask_strategy": "0;0,1,-1,-1"}
+  text.write_text(json.dumps(row) + "\n\n")
+  np.testing.assert_array_equal(made_frames(trained, tmp_path / "b", "--prompt-file", text), first)
+  table = tmp_path / "prompts.csv"
+  table.write_text(f'text,reference_path,mask_strategy\ncolumns,{image};{video},"0;0,1,-1,-1"\n')
+  np.testing.assert_array_equal(made_frames(trained, tmp_path / "c", "--prompt-file", table), first)
+  two = made_frames(trained, tmp_path / "d", "--prompt", "|0|columns|1|rows", "--loops", 2)
+  same = made_frames(trained, tmp_path / "e", "--prompt", "|0|columns|1|columns", "--loops", 2)
+  assert len(two) == 3 + 2
+  np.testing.assert_array_equal(two[:3], same[:3])
+  assert (two[3:] != same[3:]).any()
+
+
+def test_explain_makes_nothing(assets, trained, tmp_path, capsys):
+  arguments = ["--run", str(trained), *SIZE, "--prompt", "x", "--output", str(tmp_path / "none"), "--explain"]
+  sample.main([*arguments, "--task", "connect", str(assets / "0.mp4"), str(assets / "0.png"), "--num-frames", "5"])
+  text = capsys.readouterr().out
+  assert "frame       0  reference 0, frame 15: kept" in text
+  assert "frames     1-3  generated from noise" in text
+  assert "video: reference 0[0:] + loop 0[1:4] + reference 1[0:]" in text
+  assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+  (["--task", "anmate", "x.png"], "--task 'anmate' is none of animate"),
+  (["--task", "animate"], "takes 1 files after its name; 0 are given"),
+  (["--task", "animate", "/no/file.png"], "/no/file.png can't be used: no such file"),
+  (["--task", "edit", "ASSETS/table.csv"], "table.csv can't be used: not a video"),
+  (["--task", "image", "--reference", "x.png"], "not both"),
+  (["--mask-strategy", "0"], "there are 0 references"),
+  (["--mask-strategy", "0;x"], "'x' is not LOOP"),
+  (["--loops", "0"], "--loops is 0; allowed: at least 1"),
+  (["--loops", "2", "--condition-frames", "3"], "--condition-frames is 3; allowed: 1 to 2"),
+  (["--condition-edit", "2"], "--condition-edit is 2; allowed: 0 to 1"),
+  (["--compat", "open-sora-1.1"], "is of iddpm; the model was trained with rectified-flow"),
+  (["--prompt", 'x {"a": 1}'], "'a' is none of reference_path, mask_strategy"),
+])  # fmt: skip
+def test_bad_tasks_are_one_line(assets, trained, tmp_path, capsys, arguments, words):
+  fixed = ["--run", str(trained), *SIZE, "--prompt", "x", "--output", str(tmp_path / "out")]
+  with pytest.raises(SystemExit) as stopped:
+    sample.main([*fixed, *(argument.replace("ASSETS", str(assets)) for argument in arguments)])
+  assert stopped.value.code == 2
+  error = capsys.readouterr().err
+  assert error.startswith("error: ")
+  assert words in error
+  assert error.count("\n") == 1
+  assert not (tmp_path / "out").exists()
