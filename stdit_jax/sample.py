@@ -86,6 +86,12 @@ def make_parser():
   how.add_argument("--steps", type=int, help="sampler steps")
   how.add_argument("--guidance-scale", type=float, help="classifier-free guidance; 1 is none")
   how.add_argument("--negative-prompt", help="what guidance leads away from (default: the null caption)")
+  how.add_argument("--sampler", help="euler (default) or adams-bashforth; of iddpm ancestral (default), ddim, dpm++")
+  how.add_argument(
+    "--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="timesteps that are guided (default: all)"
+  )
+  how.add_argument("--guidance-rescale", type=float, default=0.0, help="0 to 1: less contrast at large scales (default: 0)")
+  how.add_argument("--guidance-in-turn", action="store_true", help="prompt and null caption one after the other: less memory")
   how.add_argument("--guidance-channels", type=int, help="guide only so many latent channels; Open-Sora 1.1: 3 (default: all)")
   how.add_argument(
     "--batch-size", type=int, help="videos made together (default: 1, or as many as the mesh splits a batch into)"
@@ -237,20 +243,24 @@ def read_model(args):
     raise ValueError(f"{args.run or args.config} trains an {config.task}; sampling needs a denoiser")
   if config.text_encoder.where == "disk":
     raise ValueError("the run took its text embeddings from disk; give --text-encoder and set text_encoder.where to 'ahead'")
-  if args.compat:
-    config = with_compat(config, args.compat)
+  config = ml_collections.ConfigDict(config.to_dict())
+  own = {"open-sora-1.1": "iddpm", "open-sora-1.2": "rectified-flow", None: config.diffusion.name}[args.compat]
+  if config.diffusion.name != own:
+    raise ValueError(f"--compat {args.compat} is of {own}; the model was trained with {config.diffusion.name}")
+  given = {"compat": args.compat, "sampler": args.sampler}
+  with config.ignore_type():
+    config.diffusion.fields.update({name: value for name, value in given.items() if value})
   return config, step
 
 
-def with_compat(config, compat):
-  """The configuration with a diffusion that does what the original does; ValueError when it is another one's."""
-  own = {"open-sora-1.1": "iddpm", "open-sora-1.2": "rectified-flow"}[compat]
-  if config.diffusion.name != own:
-    raise ValueError(f"--compat {compat} is of {own}; the model was trained with {config.diffusion.name}")
-  config = ml_collections.ConfigDict(config.to_dict())
-  with config.ignore_type():
-    config.diffusion.fields.compat = compat
-  return config
+def guidance_of(args):
+  """`Guidance` of the command line; ValueError for values that can't be."""
+  from stdit_jax.diffusion.guidance import Guidance
+
+  interval = tuple(args.guidance_interval) if args.guidance_interval else None
+  channels = args.guidance_channels or (3 if args.compat == "open-sora-1.1" else None)
+  options = {"channels": channels, "interval": interval, "rescale": args.guidance_rescale}
+  return Guidance(**options, together=not args.guidance_in_turn)
 
 
 def load_pipeline(args, config, step):
@@ -288,8 +298,7 @@ def load_pipeline(args, config, step):
   autoencoder = autoencoder, weights.load_autoencoder(config, autoencoder)
   if not mesh:
     params, frozen = jax.device_put((params, frozen), jax.local_devices()[0])
-  channels = args.guidance_channels or (3 if args.compat == "open-sora-1.1" else None)
-  return Pipeline(objective, params, frozen, autoencoder, tokenize, text_params, channels, mesh), described
+  return Pipeline(objective, params, frozen, autoencoder, tokenize, text_params, guidance_of(args), mesh), described
 
 
 def read_config_file(path):
@@ -312,6 +321,7 @@ def main(argv=None):
     read_prompts(args)
     connect_processes()
     config, step = read_model(args)
+    guidance_of(args)
     work = make_work(args, config, downsampling_of(config))
     if args.explain:
       return explain(work, args.compat)

@@ -75,6 +75,26 @@ def start_edit(ratio):
   return ratio, ratio == 1
 
 
+def start_memory(x):
+  """What a multistep sampler remembers of the step before, threaded through `step` like the state of `start_edit`:
+  (the prediction, like `x`; the size of the step `[B]`; which frames took part, bool `[B, T]`)."""
+  return jnp.zeros(x.shape, jnp.float32), jnp.ones(x.shape[:1], jnp.float32), jnp.zeros(x.shape[:2], bool)
+
+
+def second_order(value, size, memory, active=None):
+  """A prediction, led on to the middle of a step of `size` `[B]` by the one before (Adams-Bashforth 2; DPM-Solver++ 2M in
+  log-SNR): value + size / (2 size before) (value - value before), in frames that took part then and unless a size is infinite.
+
+  Returns:
+    (prediction to step with, memory for the next step); `active` `[B, T]`: frames that take part now, None = all.
+  """
+  before, size_before, known = memory
+  finite = jnp.isfinite(size) & jnp.isfinite(size_before)
+  ratio = jnp.where(finite, size / (2 * size_before), 0)
+  led = jnp.where(expand(known, value), value + expand(ratio, value) * (value - before), value)
+  return led, (value, size, jnp.ones_like(known) if active is None else active)
+
+
 def per_sample(t, x):
   """Timesteps as `[B]`, from `[B]` or a scalar."""
   return jnp.broadcast_to(jnp.asarray(t), x.shape[:1])

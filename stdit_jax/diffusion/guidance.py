@@ -7,9 +7,37 @@ conditional branch. Open-Sora 1.1 samples with `guided_channels=3` of four laten
 the code it grew from, but what its weights are sampled with); 1.2 guides all.
 """
 
+import dataclasses
+
 import jax.numpy as jnp
 
 from stdit_jax.diffusion.elements import expand
+
+
+@dataclasses.dataclass(frozen=True)
+class Guidance:
+  """How strongly the prompt is followed, and where; static under jit.
+
+  Attributes:
+    scale: 1 is no guidance.
+    channels: guided latent channels, from the first; None = all.
+    interval: (low, high), timesteps outside which the scale is 1 (Kynkaanniemi et al. 2024, arXiv 2404.07724); None = all.
+    rescale: 0 to 1, how far the prediction is brought back to the spread of the conditional one, against pictures that are too
+      bright (Lin et al. 2023, arXiv 2305.08891, section 3.4).
+    together: both branches as one batch; False: one after the other, in less memory.
+  """
+
+  scale: float = 7.0
+  channels: int | None = None
+  interval: tuple[float, float] | None = None
+  rescale: float = 0.0
+  together: bool = True
+
+  def __post_init__(self):
+    if not 0 <= self.rescale <= 1:
+      raise ValueError(f"guidance: rescale is {self.rescale}; allowed: 0 to 1")
+    if self.interval is not None and not self.interval[0] <= self.interval[1]:
+      raise ValueError(f"guidance: interval is {self.interval}; the first timestep must not be above the second")
 
 
 def combine(conditional, unconditional, scale, *, positions, guided_channels):
@@ -27,7 +55,22 @@ def combine(conditional, unconditional, scale, *, positions, guided_channels):
   return jnp.where(first, mixed, conditional)
 
 
-def guided(denoise, scale, *, num_channels, guided_channels=None):
+def rescaled(prediction, conditional, amount, *, positions, channels, valid=None):
+  """`prediction` with its first `channels` per patch position brought, by `amount`, to the standard deviation that they have in
+  `conditional`, per sample (arXiv 2305.08891, eq. 15 and 16); only `valid` elements count."""
+  features = prediction.shape[-1]
+  first = jnp.arange(features) % (features // positions) < channels
+  counted = jnp.broadcast_to(first, prediction.shape)
+  if valid is not None:
+    elements = jnp.repeat(valid.reshape(*valid.shape[:-1], positions, 1, channels), features // positions // channels, -2)
+    counted = counted & elements.reshape(prediction.shape)
+  axes = tuple(range(1, prediction.ndim))
+  spread = lambda x: jnp.std(x.astype(jnp.float32), axis=axes, where=counted)  # noqa: E731
+  factor = amount * spread(conditional) / spread(prediction) + (1 - amount)
+  return jnp.where(first, prediction * expand(factor, prediction), prediction)
+
+
+def guided(denoise, scale, *, num_channels, guided_channels=None, interval=None, rescale=0.0, valid=None):
   """Turns one or two model calls into one guided `denoise(x, t, x_mask)`.
 
   Args:
@@ -37,6 +80,7 @@ def guided(denoise, scale, *, num_channels, guided_channels=None):
     scale: number or `[B]`. A float of 1 runs the conditional branch alone if `denoise` is a pair.
     num_channels: latent channels.
     guided_channels: guided ones of them, from the first; None = all.
+    interval, rescale: as in `Guidance`; valid: bool like `x`, for `rescale`.
 
   Raises:
     ValueError: `guided_channels` outside 1..num_channels.
@@ -54,6 +98,10 @@ def guided(denoise, scale, *, num_channels, guided_channels=None):
       return denoise[0](x, t, x_mask)
     else:
       conditional, unconditional = (branch(x, t, x_mask) for branch in denoise)
-    return combine(conditional, unconditional, scale, positions=positions, guided_channels=count)
+    now = scale if interval is None else jnp.where((interval[0] <= t) & (t <= interval[1]), scale, 1.0)
+    y = combine(conditional, unconditional, now, positions=positions, guided_channels=count)
+    if not rescale:
+      return y
+    return rescaled(y, conditional, rescale, positions=positions, channels=num_channels, valid=valid)
 
   return apply

@@ -20,7 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stdit_jax.diffusion.elements import expand, masked_mean, per_sample, split_channels, zero_invalid
+from stdit_jax.diffusion.elements import expand, masked_mean, per_sample, second_order, split_channels, zero_invalid
+
+SAMPLERS = ("ancestral", "ddim", "dpm++")
 
 COMPAT = (None, "open-sora-1.1")
 
@@ -100,17 +102,22 @@ class IDDPM:
     num_timesteps: length of the original schedule; betas run linearly from 0.1 / n to 20 / n.
     respacing: see `space_timesteps`; `for_sampling` sets it.
     tables: "float32" (the original's, default) or "float64" (derived exactly, then rounded to float32 on the device).
+    sampler: "ancestral" (the original's); without noise "ddim" (eta = 0, Song et al. 2020) and "dpm++" (DPM-Solver++ 2M, Lu et
+      al. 2022, arXiv 2211.01095: of second order, with one evaluation a step).
     compat: None, or "open-sora-1.1" (see the module).
   """
 
   num_timesteps: int = 1000
   respacing: str | int | None = None
   tables: str = "float32"
+  sampler: str = "ancestral"
   compat: str | None = None
 
   def __post_init__(self):
     if self.tables not in ("float32", "float64"):
       raise ValueError(f"iddpm: unknown tables {self.tables!r}, allowed: 'float32', 'float64'")
+    if self.sampler not in SAMPLERS:
+      raise ValueError(f"iddpm: unknown sampler {self.sampler!r}, allowed: {', '.join(SAMPLERS)}")
     if self.compat not in COMPAT:
       raise ValueError(f"iddpm: unknown compat {self.compat!r}, allowed: None, 'open-sora-1.1'")
     space_timesteps(self.num_timesteps, self.respacing)
@@ -219,8 +226,18 @@ class IDDPM:
       raise ValueError(f"iddpm: schedule has {self.num_steps} steps, not {num_steps}: respace it with for_sampling first")
     return np.repeat(np.arange(num_steps - 1, -2, -1, dtype=np.int32)[:, None], np.shape(height)[0], axis=1)
 
-  def step(self, denoise, x, t, t_next=None, *, num_channels, noise=None, frame_noise=None, edit=None, valid=None):
-    """One ancestral step at schedule index `t` (`[B]` or scalar); pure, to be jitted with the loop outside.
+  @property
+  def stochastic(self):
+    """Whether `step` needs noise."""
+    return self.sampler == "ancestral"
+
+  @property
+  def remembers(self):
+    """Whether `step` takes `elements.start_memory` and gives what follows it."""
+    return self.sampler == "dpm++"
+
+  def step(self, denoise, x, t, t_next=None, *, num_channels, noise=None, frame_noise=None, edit=None, memory=None, valid=None):
+    """One step at schedule index `t` (`[B]` or scalar); pure, to be jitted with the loop outside.
 
     Frame masks (n = steps, m = trunc(ratio n)): index > m: the frame is shown as clean and restored; index == m: it is
     noised with `frame_noise`, still shown as clean, and takes part from then on; index < m: generated as usual.
@@ -229,17 +246,17 @@ class IDDPM:
       denoise: `(x, t, x_mask) -> output`, guidance included.
       x: present latents. Invalid elements come back as zeros.
       t_next: not used; here so that all formulations are called alike.
-      noise: standard normal, like `x` (unused at index 0).
+      noise: standard normal, like `x`, if the sampler is `stochastic` (unused at index 0).
       frame_noise: the same, needed with `edit`.
-      edit: None or the state of `elements.start_edit`.
+      edit: None or the state of `elements.start_edit`; memory: that of `elements.start_memory`, if the sampler `remembers`.
 
     Returns:
-      x after the step, edit state (unchanged).
+      x after the step, edit state (unchanged), memory after the step.
     """
     del t_next
     index, before, x_mask = per_sample(t, x), x, None
-    if noise is None or (edit is not None and frame_noise is None):
-      raise ValueError("iddpm: an ancestral step needs noise, and with frame masks also frame_noise")
+    if (self.stochastic and noise is None) or (edit is not None and frame_noise is None):
+      raise ValueError("iddpm: an ancestral step needs noise, and with frame masks any step needs frame_noise")
     if edit is not None:
       ratio, _ = edit
       start = (ratio * self.num_steps).astype(jnp.int32)
@@ -248,10 +265,16 @@ class IDDPM:
       x = jnp.where(expand(start == index[:, None], x), self.add_noise(x, frame_noise, index), x)
     x = zero_invalid(x, valid)
     output = denoise(x, self.model_timesteps(index), x_mask)
-    sample, _ = self.ancestral(output, x, index, noise, num_channels=num_channels)
+    if self.sampler == "ancestral":
+      sample, _ = self.ancestral(output, x, index, noise, num_channels=num_channels)
+    elif self.sampler == "ddim":
+      sample, _ = self.ddim(output, x, index, num_channels=num_channels)
+    else:
+      active = None if edit is None else start >= index[:, None]
+      sample, memory = self.dpm(output, x, index, memory, active, num_channels=num_channels)
     if edit is not None:
       sample = jnp.where(expand(start < index[:, None], x), before, sample)
-    return zero_invalid(sample, valid), edit
+    return zero_invalid(sample, valid), edit, memory
 
   def ancestral(self, output, x, index, noise, *, num_channels):
     """x_{t-1} ~ p(x_{t-1} | x_t) and the predicted x0, from the model output at `index` `[B]`."""
@@ -272,6 +295,18 @@ class IDDPM:
     elif eta:
       raise ValueError(f"iddpm: a DDIM step with eta = {eta} needs noise")
     return sample, x0
+
+  def dpm(self, output, x, index, memory, active=None, *, num_channels):
+    """One step of DPM-Solver++ 2M (arXiv 2211.01095, algorithm 2) from `index` to the one below, the last of first order:
+    -> (sample, memory)."""
+    x0 = self.p_mean_variance(output, x, index, num_channels=num_channels)["pred_x0"]
+    # Signal and noise before and after the step, [B]; behind the last index all is signal.
+    before, after = (jnp.asarray(self.schedule[name], jnp.float32)[index] for name in ("alphas_cumprod", "alphas_cumprod_prev"))
+    size = 0.5 * (jnp.log(after) - jnp.log1p(-after) - jnp.log(before) + jnp.log1p(-before))  # in log(signal / noise)
+    x0, memory = second_order(x0, size, memory, active)
+    noise = jnp.sqrt((1 - after) / (1 - before))
+    sample = expand(noise, x) * x + expand(jnp.sqrt(after) - jnp.sqrt(before) * noise, x) * x0
+    return sample, memory
 
 
 def _join_channels(prediction, variance, channels):

@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stdit_jax.diffusion.elements import expand, masked_mean, per_sample, prediction_of, zero_invalid
+from stdit_jax.diffusion.elements import expand, masked_mean, per_sample, prediction_of, second_order, zero_invalid
 
+SAMPLERS = ("euler", "adams-bashforth")
 SAMPLE_METHODS = ("uniform", "logit-normal")
 COMPAT = (None, "open-sora-1.2")
 
@@ -64,8 +65,11 @@ class RectifiedFlow:
     sample_method: distribution of training timesteps, "uniform" or "logit-normal" (sigmoid of N(loc, scale)).
     use_discrete_timesteps: integer timesteps (only "uniform"); in sampling rounded before the transform.
     use_timestep_transform: apply `timestep_transform`, with `transform_scale`.
+    sampler: "euler" (the original's) or "adams-bashforth": of second order, also with one evaluation a step.
     compat: None, or "open-sora-1.2" for the original's accidents (see the module).
   """
+
+  stochastic = False  # whether `step` needs noise
 
   num_timesteps: int = 1000
   sample_method: str = "uniform"
@@ -74,6 +78,7 @@ class RectifiedFlow:
   use_discrete_timesteps: bool = False
   use_timestep_transform: bool = False
   transform_scale: float = 1.0
+  sampler: str = "euler"
   compat: str | None = None
 
   def __post_init__(self):
@@ -81,6 +86,8 @@ class RectifiedFlow:
       raise ValueError(f"rectified flow: unknown sample_method {self.sample_method!r}, allowed: {', '.join(SAMPLE_METHODS)}")
     if self.use_discrete_timesteps and self.sample_method != "uniform":
       raise ValueError("rectified flow: use_discrete_timesteps needs sample_method 'uniform'")
+    if self.sampler not in SAMPLERS:
+      raise ValueError(f"rectified flow: unknown sampler {self.sampler!r}, allowed: {', '.join(SAMPLERS)}")
     if self.compat not in COMPAT:
       raise ValueError(f"rectified flow: unknown compat {self.compat!r}, allowed: None, 'open-sora-1.2'")
 
@@ -164,8 +171,13 @@ class RectifiedFlow:
       t = self._transform(base, sizes, 1.0 if self.compat else self.transform_scale)
     return np.concatenate([np.asarray(t, np.float32), np.zeros((1, batch), np.float32)])
 
-  def step(self, denoise, x, t, t_next, *, num_channels, noise=None, frame_noise=None, edit=None, valid=None):
-    """One Euler step from `t` to `t_next` `[B]`; pure, to be jitted with the loop outside.
+  @property
+  def remembers(self):
+    """Whether `step` takes `elements.start_memory` and gives what follows it."""
+    return self.sampler == "adams-bashforth"
+
+  def step(self, denoise, x, t, t_next, *, num_channels, noise=None, frame_noise=None, edit=None, memory=None, valid=None):
+    """One step from `t` to `t_next` `[B]`; pure, to be jitted with the loop outside.
 
     Frame masks: a frame is active when ratio * num_timesteps >= t. It is noised once, with `frame_noise`, when it becomes
     active, unless its ratio is 1; frames that are not active are shown as clean (x_mask False) and restored afterwards.
@@ -175,10 +187,10 @@ class RectifiedFlow:
       x: present latents. Invalid elements come back as zeros.
       noise: not used (the step is deterministic); here so that all formulations are called alike.
       frame_noise: standard normal, like `x`; needed with `edit`.
-      edit: None or the state of `elements.start_edit`.
+      edit: None or the state of `elements.start_edit`; memory: that of `elements.start_memory`, if the sampler `remembers`.
 
     Returns:
-      x after the step, edit state after the step.
+      x, edit state and memory after the step.
     """
     del noise
     t, before, active = per_sample(t, x), x, None
@@ -191,7 +203,10 @@ class RectifiedFlow:
       edit = (ratio, active)
     x = zero_invalid(x, valid)
     velocity = prediction_of(denoise(x, t, active), x, num_channels)
-    x = x + velocity * expand((t - per_sample(t_next, x)) / self.num_timesteps, x)
+    size = (t - per_sample(t_next, x)) / self.num_timesteps
+    if self.remembers:
+      velocity, memory = second_order(velocity, size, memory, active)
+    x = x + velocity * expand(size, x)
     if active is not None:
       x = jnp.where(expand(active, x), x, before)
-    return zero_invalid(x, valid), edit
+    return zero_invalid(x, valid), edit, memory

@@ -10,10 +10,9 @@ from jax.experimental import multihost_utils
 
 from data.tokens import grid_size, patchify, unpatchify
 from stdit_jax.autoencoders import image_kl
-from stdit_jax.diffusion.elements import start_edit
-from stdit_jax.diffusion.guidance import guided
+from stdit_jax.diffusion.elements import start_edit, start_memory
+from stdit_jax.diffusion.guidance import Guidance, guided
 from stdit_jax.diffusion.noise import Purpose, fold_in, sample_keys, token_noise
-from stdit_jax.diffusion.rectified_flow import RectifiedFlow
 from stdit_jax.models.layers import OVER_TIME
 from stdit_jax.parallel.shardings import Layout
 
@@ -51,27 +50,30 @@ class Pipeline:
     autoencoder: (model, variables).
     tokenize: `caption -> (ids, mask)`.
     text_params: parameters of a text encoder that is in neither.
-    guided_channels: latent channels under guidance; None = all (Open-Sora 1.2), 3 as Open-Sora 1.0 and 1.1.
+    guidance: `diffusion.guidance.Guidance`; its scale is given with the requests.
     mesh: on which all parameters but the autoencoder's lie; None: all on one device.
 
   Attributes: batch_parts: a batch is filled up to a multiple of it.
   """
 
-  def __init__(self, objective, params, frozen, autoencoder, tokenize, text_params=None, guided_channels=None, mesh=None):
-    self.tokenize, self.guided_channels = tokenize, guided_channels
+  def __init__(self, objective, params, frozen, autoencoder, tokenize, text_params=None, guidance=None, mesh=None):
+    self.tokenize, self.guidance = tokenize, guidance or Guidance()
     self.layout = None if mesh is None else Layout(mesh, split_tokens=mesh.shape["sequence"] > 1)
     self.batch_parts, self.token_parts = (1, 1) if mesh is None else (self.layout.batch_parts, self.layout.token_parts)
     self.model, self.diffusion = objective.model.clone(layout=self.layout), objective.diffusion
     self.autoencoder, self.autoencoder_variables = autoencoder
     channels = self.model.config.in_channels
-    if guided_channels is not None and not 1 <= guided_channels <= channels:
-      raise ValueError(f"guided_channels is {guided_channels}; allowed: 1 to {channels} (latent channels), or none for all")
+    if (count := self.guidance.channels) is not None and not 1 <= count <= channels:
+      raise ValueError(f"guided_channels is {count}; allowed: 1 to {channels} (latent channels), or none for all")
     self.set_weights(params, frozen, text_params)
     text = objective.text.clone(layout=self.layout)
     self._text = jax.jit(lambda p, ids, mask: text.apply({"params": p}, ids, mask))
-    static = ("diffusion", "guidance_scale", "latent_size", "negative")
+    static = ("diffusion", "guidance", "latent_size", "negative")
     # As the arguments come in, or the second step would be another program.
-    places = None if mesh is None else (self.layout.sharding(*OVER_TIME), self.layout.sharding("batch"))
+    places = None
+    if mesh is not None:
+      tokens, rows = self.layout.sharding(*OVER_TIME), self.layout.sharding("batch")
+      places = tokens, rows, (tokens, rows, rows) if self.diffusion.remembers else None
     self._step = jax.jit(self._sampler_step, static_argnames=static, out_shardings=places)
 
   def set_weights(self, params, frozen, text_params=None):
@@ -145,12 +147,15 @@ class Pipeline:
     x = noise_of(sample_keys(0, seeds, Purpose.SAMPLING_START))
     x, edit = (x, None) if given is None else self._start_from(x, given, size)
     step_keys, frame_keys = (sample_keys(0, seeds, purpose) for purpose in (Purpose.SAMPLING_STEP, Purpose.FRAME_NOISE))
+    memory = tuple(self._place(part, axes) for part, axes in zip(start_memory(x), (OVER_TIME, *[("batch",)] * 2)))
+    memory = memory if diffusion.remembers else None
+    guidance = dataclasses.replace(self.guidance, scale=float(guidance_scale))
     for i in progress(range(steps)):
-      noise = None if isinstance(diffusion, RectifiedFlow) else noise_of(fold_in(step_keys, i))
+      noise = noise_of(fold_in(step_keys, i)) if diffusion.stochastic else None
       frame_noise = None if edit is None else noise_of(fold_in(frame_keys, i))
-      x, edit = self._step(
-        self.variables, x, edit, timesteps[i], timesteps[i + 1], noise, frame_noise, conditions, diffusion=diffusion,
-        guidance_scale=float(guidance_scale), latent_size=size, negative=negative_prompt is not None,
+      x, edit, memory = self._step(
+        self.variables, x, edit, memory, timesteps[i], timesteps[i + 1], noise, frame_noise, conditions,
+        diffusion=diffusion, guidance=guidance, latent_size=size, negative=negative_prompt is not None,
       )  # fmt: skip
       x.block_until_ready()
     return unpatchify(multihost_utils.process_allgather(x, tiled=True)[:count], size, config.patch_size)
@@ -170,27 +175,35 @@ class Pipeline:
     return x, tuple(self._place(part) for part in start_edit(ratio))
 
   def _sampler_step(
-    self, variables, x, edit, t, t_next, noise, frame_noise, conditions, *, diffusion, guidance_scale, latent_size, negative
+    self, variables, x, edit, memory, t, t_next, noise, frame_noise, conditions, *, diffusion, guidance, latent_size, negative
   ):
     config, batch = self.model.config, x.shape[0]
-    grid = jnp.tile(jnp.asarray(grid_size(latent_size, config.patch_size), jnp.int32), (2 * batch, 1))
+    grid = jnp.asarray(grid_size(latent_size, config.patch_size), jnp.int32)
     # Elements past an odd border are no latents: they stay zero, as the original pads (STDiT `PatchEmbed3D`).
     inside = image_valid(latent_size, config.patch_size, config.in_channels, self.token_parts)
-    twice = {name: jnp.concatenate(v if isinstance(v, tuple) else (v, v)) for name, v in conditions.items()}
-    text, text_mask = twice.pop("text"), twice.pop("text_mask")
-    if not negative:
-      twice["drop_text"] = jnp.arange(2 * batch) >= batch
-    if not inside.any(-1).all():  # tokens are padded to divide by the devices that split them
-      twice["valid"] = jnp.broadcast_to(inside, (2 * batch, *inside.shape))
-
-    def denoise(x, t, x_mask):
-      return self.model.apply(variables, x, t, text, text_mask, grid=grid, x_mask=x_mask, **twice)
-
-    step_model = guided(denoise, guidance_scale, num_channels=config.in_channels, guided_channels=self.guided_channels)
     valid = jnp.broadcast_to(inside, x.shape)
+    shared = {"grid": jnp.tile(grid, (batch, 1))}
+    if not inside.any(-1).all():  # tokens are padded to divide by the devices that split them
+      shared["valid"] = valid
+    # Of both branches: the prompt, and what guidance leads away from.
+    branches = [{**shared, **{name: v[i] if isinstance(v, tuple) else v for name, v in conditions.items()}} for i in (0, 1)]
+    if not negative:
+      branches[0]["drop_text"], branches[1]["drop_text"] = jnp.zeros(batch, bool), jnp.ones(batch, bool)
+
+    def denoiser(branch):
+      return lambda x, t, x_mask: self.model.apply(variables, x, t, x_mask=x_mask, **branch)
+
+    denoise = tuple(denoiser(branch) for branch in branches)
+    if guidance.together:
+      denoise = denoiser(jax.tree.map(lambda *parts: jnp.concatenate(parts), *branches))
+    step_model = guided(
+      denoise, guidance.scale, num_channels=config.in_channels, guided_channels=guidance.channels, interval=guidance.interval,
+      rescale=guidance.rescale, valid=valid,
+    )  # fmt: skip
     return diffusion.step(
-      step_model, x, t, t_next, num_channels=config.in_channels, noise=noise, frame_noise=frame_noise, edit=edit, valid=valid
-    )
+      step_model, x, t, t_next, num_channels=config.in_channels, noise=noise, frame_noise=frame_noise, edit=edit, memory=memory,
+      valid=valid,
+    )  # fmt: skip
 
 
 def image_valid(latent_size, patch_size, channels, token_parts=1):

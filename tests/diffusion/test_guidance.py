@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from stdit_jax.diffusion.elements import masked_mean, split_channels
-from stdit_jax.diffusion.guidance import guided
+from stdit_jax.diffusion.guidance import Guidance, guided
 from tests.diffusion.common import to_tokens
 
 RNG = np.random.default_rng(0)
@@ -60,3 +60,30 @@ def test_masked_mean():
   np.testing.assert_allclose(masked_mean(values, mask), [1.5, 0])
   valid = jnp.ones(values.shape, bool).at[0, 0, 2:].set(False)
   np.testing.assert_allclose(masked_mean(values, mask, valid), [0.5, 0])
+
+
+def test_guidance_in_an_interval_of_timesteps():
+  pair = (lambda *_: jnp.asarray(to_tokens(CONDITIONAL)), lambda *_: jnp.asarray(to_tokens(UNCONDITIONAL)))
+  out = guided(pair, 7.0, num_channels=4, interval=(300.0, 700.0))(X, jnp.array([200.0, 700.0, 999.0]))
+  np.testing.assert_allclose(out, _expected([1.0, 7.0, 1.0], 4), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("amount", [0.3, 1.0])
+def test_rescaled_guidance_has_the_spread_of_the_prompt(amount):
+  """Over valid elements of the predicted channels; the variances stay as they are."""
+  pair = (lambda *_: jnp.asarray(to_tokens(CONDITIONAL)), lambda *_: jnp.asarray(to_tokens(UNCONDITIONAL)))
+  valid = np.ones((3, 4, 5, 4, 6), bool)
+  valid[..., 4:] = False
+  out = guided(pair, 7.0, num_channels=4, rescale=amount, valid=jnp.asarray(to_tokens(valid)))(X, jnp.zeros(3))
+  plain = _expected(7.0, 4)
+  conditional, mixed = split_channels(jnp.asarray(to_tokens(CONDITIONAL)), 4), split_channels(jnp.asarray(plain), 4)
+  kept = to_tokens(valid)
+  for i in range(3):
+    factor = np.std(np.asarray(conditional[0][i])[kept[i]]) / np.std(np.asarray(mixed[0][i])[kept[i]])
+    expected = np.asarray(mixed[0][i]) * (amount * factor + 1 - amount)
+    np.testing.assert_allclose(split_channels(out, 4)[0][i], expected, rtol=1e-4)
+  np.testing.assert_array_equal(split_channels(out, 4)[1], mixed[1])
+  with pytest.raises(ValueError, match="rescale is 2"):
+    Guidance(rescale=2)
+  with pytest.raises(ValueError, match="must not be above"):
+    Guidance(interval=(2, 1))

@@ -182,7 +182,7 @@ def test_sampling_step(layout, index):
     seen.update(x=x, t=t, x_mask=x_mask)
     return output
 
-  sample, edit = diffusion.step(denoise, x, index, num_channels=4, noise=give(plain["in/noise"]), valid=valid)
+  sample, edit, _ = diffusion.step(denoise, x, index, num_channels=4, noise=give(plain["in/noise"]), valid=valid)
   assert edit is None
   assert relative_error(sample, give(plain["sample"])) < 1e-5
   assert (np.asarray(seen["t"]) == diffusion.timestep_map[index]).all()
@@ -191,14 +191,14 @@ def test_sampling_step(layout, index):
 
   noises = {"noise": jnp.asarray(give(mask["in/noise"])), "frame_noise": jnp.asarray(give(mask["in/noise_add"]))}
   start = elements.start_edit(case["in/mask"])
-  sample, _ = diffusion.step(denoise, x, index, num_channels=4, edit=start, valid=valid, **noises)
+  sample, _, _ = diffusion.step(denoise, x, index, num_channels=4, edit=start, valid=valid, **noises)
   assert relative_error(seen["x"], give(mask["model_input"])) < 1e-5
   np.testing.assert_array_equal(seen["x_mask"], mask["x_mask"])
   assert relative_error(sample, give(mask["sample"])) < 1e-5
 
   # The default differs in one thing: frames of ratio 0 are never touched.
   mended = IDDPM().for_sampling(100)
-  mended, _ = mended.step(denoise, x, index, num_channels=4, edit=start, valid=valid, **noises)
+  mended, _, _ = mended.step(denoise, x, index, num_channels=4, edit=start, valid=valid, **noises)
   kept = np.asarray(case["in/mask"]) == 0
   np.testing.assert_array_equal(np.asarray(mended)[kept], np.asarray(x)[kept])
   np.testing.assert_array_equal(np.asarray(mended)[~kept], np.asarray(sample)[~kept])
@@ -246,7 +246,7 @@ def test_sampling_loop(name):
     shown = {}
     call = recording(lambda x, t, x_mask: model.apply(variables, x, t, x_mask=x_mask, **inputs), shown)
     denoise = guided(call, settings["cfg_scale"], num_channels=4, guided_channels=settings["cfg_channel"])
-    x, edit = diffusion.step(denoise, x, index, num_channels=4, edit=edit, valid=valid, **noises)
+    x, edit, _ = diffusion.step(denoise, x, index, num_channels=4, edit=edit, valid=valid, **noises)
     return shown, x, edit
 
   x = jnp.asarray(to_tokens(z))
@@ -262,3 +262,47 @@ def test_sampling_loop(name):
     if edit is not None:
       np.testing.assert_array_equal(shown["x_mask"], case[f"step{i}/x_mask"])
   assert relative_error(from_tokens(x, size), case["out"]) < 1e-5
+
+
+@pytest.mark.parametrize(("sampler", "order"), [("ddim", 1), ("dpm++", 2)])
+def test_order_of_the_samplers_without_noise(sampler, order):
+  """Data that are normal with standard deviation c: the noise to predict is sigma x / V with V = alpha^2 c^2 + sigma^2, and x
+  keeps its ratio to sqrt(V). Half the step size leaves 2^-order of the error at the last index."""
+  c, x = 0.5, jnp.asarray(np.random.default_rng(0).normal(size=(1, 2, 3, 4)), jnp.float32)
+
+  def error(steps):
+    diffusion, end = IDDPM(sampler=sampler, tables="float64").for_sampling(steps), x
+    abar = np.asarray(diffusion.schedule["alphas_cumprod"], np.float32)
+    variance = abar * c**2 + 1 - abar
+    memory = elements.start_memory(x) if diffusion.remembers else None
+    for index in range(steps - 1, 0, -1):
+      noise = lambda x, *_, i=index: jnp.concatenate([np.sqrt(1 - abar[i]) / variance[i] * x, 0 * x], -1)  # noqa: E731
+      end, _, memory = diffusion.step(noise, end, index, num_channels=4, memory=memory)
+    return float(jnp.abs(end - x * np.sqrt(variance[0] / variance[-1])).max())
+
+  coarse, fine = error(50), error(100)
+  np.testing.assert_allclose(np.log2(coarse / fine), order, atol=0.35)
+  # The last step ends at what is predicted of the data.
+  diffusion = IDDPM(sampler=sampler).for_sampling(10)
+  memory = elements.start_memory(x) if diffusion.remembers else None
+  last, _, _ = diffusion.step(lambda x, *_: jnp.zeros((*x.shape[:-1], 8)), x, 0, num_channels=4, memory=memory)
+  np.testing.assert_allclose(last, x / np.sqrt(diffusion.schedule["alphas_cumprod"][0]), rtol=1e-5)
+
+
+def test_dpm_steps_keep_frames_and_begin_anew_where_they_become_active():
+  diffusion = IDDPM(sampler="dpm++").for_sampling(10)
+  x = jnp.asarray(np.random.default_rng(1).normal(size=(1, 3, 2, 4)), jnp.float32)
+  edit, memory, after = elements.start_edit(jnp.array([[0.0, 0.5, 1.0]])), elements.start_memory(x), x
+  output = jnp.asarray(np.random.default_rng(2).normal(size=(1, 3, 2, 8)), jnp.float32)
+  for index in range(9, -1, -1):
+    before = after
+    after, edit, memory = diffusion.step(
+      lambda *_: output, after, index, num_channels=4, frame_noise=-x, edit=edit, memory=memory
+    )
+    if index == 5:  # noised and moved on the same step, as the original does; nothing is remembered of it
+      noised = diffusion.add_noise(before, -x, index)
+      first, _ = diffusion.dpm(output, noised, jnp.full(1, index), elements.start_memory(x), num_channels=4)
+      np.testing.assert_allclose(after[:, 1], first[:, 1], rtol=1e-5)
+    np.testing.assert_array_equal(after[:, 0], x[:, 0])
+  with pytest.raises(ValueError, match="unknown sampler 'euler', allowed: ancestral, ddim"):
+    IDDPM(sampler="euler")

@@ -1,4 +1,5 @@
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -238,7 +239,7 @@ def _loop_step(variables, inputs, x, t, t_next, frame_noise, edit, scale):
   shown = {}
   call = recording(lambda x, t, x_mask: model.apply(variables, x, t, x_mask=x_mask, **inputs), shown)
   denoise, valid = guided(call, scale, num_channels=4), inputs["valid"][: len(x)]
-  x, edit = RectifiedFlow().step(denoise, x, t, t_next, num_channels=4, frame_noise=frame_noise, edit=edit, valid=valid)
+  x, edit, _ = RectifiedFlow().step(denoise, x, t, t_next, num_channels=4, frame_noise=frame_noise, edit=edit, valid=valid)
   return shown, x, edit
 
 
@@ -277,7 +278,7 @@ def test_compat_keeps_the_rounding_above_1000():
   over = np.flatnonzero(t[0] > 1000)
   assert len(over)
   x, ones = jnp.ones((1, 2, 3, 4)), jnp.ones((1, 2))
-  stepped, _ = flow.step(
+  stepped, _, _ = flow.step(
     lambda x, *_: x, x, t[0, over[:1]], t[1, over[:1]], num_channels=4, frame_noise=x, edit=elements.start_edit(ones)
   )
   np.testing.assert_array_equal(stepped, x)
@@ -293,9 +294,46 @@ def test_reference_frames_are_exact_and_padding_zero():
   edit = elements.start_edit(jnp.array([[0.0, 0.5, 1.0]]))
   flow, after = RectifiedFlow(), x
   for t in (1000.0, 600.0, 200.0):
-    after, edit = flow.step(lambda x, *_: x + 1, after, t, t - 100, num_channels=4, frame_noise=-x, edit=edit, valid=valid)
+    after, edit, _ = flow.step(lambda x, *_: x + 1, after, t, t - 100, num_channels=4, frame_noise=-x, edit=edit, valid=valid)
     assert not np.asarray(after)[~np.asarray(valid)].any()
   np.testing.assert_array_equal(after[:, 0], jnp.where(valid, x, 0)[:, 0])
   assert edit[1].tolist() == [[False, True, True]]
   with pytest.raises(ValueError, match="frame_noise"):
     flow.step(lambda x, *_: x, x, 1000.0, 900.0, num_channels=4, edit=edit)
+
+
+@pytest.mark.parametrize(("sampler", "order"), [("euler", 1), ("adams-bashforth", 2)])
+def test_order_of_the_samplers(sampler, order):
+  """Data that are normal with standard deviation c: the velocity is ((1 - s) c^2 - s) / V x with V = (1 - s)^2 c^2 + s^2, and
+  the way ends at c times the noise it began with. Half the step size leaves 2^-order of the error."""
+  c, x = 0.3, jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 4, 8)), jnp.float32)
+
+  def denoise(x, t, x_mask):
+    s = (t / 1000)[:, None, None, None]
+    return x * ((1 - s) * c**2 - s) / ((1 - s) ** 2 * c**2 + s**2)
+
+  def error(steps):
+    flow, end = RectifiedFlow(sampler=sampler, use_timestep_transform=True), x
+    memory = elements.start_memory(x) if flow.remembers else None
+    times = flow.sampling_timesteps(steps, _f32([256, 720]), _f32([256, 1280]), latent_frames=_f32([1, 4]))
+    for t, t_next in itertools.pairwise(times):
+      end, _, memory = flow.step(denoise, end, t, t_next, num_channels=8, memory=memory)
+    return np.asarray(jnp.abs(end - c * x).max((1, 2, 3)))
+
+  coarse, fine = error(80), error(160)
+  np.testing.assert_allclose(np.log2(coarse / fine), order, atol=0.25)
+  assert (fine < 0.05).all()
+
+
+def test_a_frame_that_becomes_active_begins_without_memory():
+  """Its first step is Euler's; frames that took part before are led on."""
+  flow, x = RectifiedFlow(sampler="adams-bashforth"), jnp.ones((1, 2, 3, 4))
+  edit, memory = elements.start_edit(jnp.array([[0.5, 1.0]])), elements.start_memory(x)
+  velocity = 1.0
+  for t in (600.0, 500.0):
+    before = x
+    x, edit, memory = flow.step(
+      lambda x, *_, v=velocity: jnp.full_like(x, v), x, t, t - 100, num_channels=4, frame_noise=x, edit=edit, memory=memory
+    )
+    velocity = 3.0
+  np.testing.assert_allclose((x - before)[0, :, 0, 0], [0.3, 0.1 * (3 + 0.5 * (3 - 1))], rtol=1e-5)

@@ -72,6 +72,27 @@ def test_noise_bits_depend_on_the_seed_alone(pipeline):
   assert three[:, inside].all()
 
 
+def another(trained, *arguments):
+  """The pipeline with other arguments of the command line."""
+  args = sample.make_parser().parse_args(["--run", str(trained), *arguments])
+  return sample.load_pipeline(args, *sample.read_model(args))[0]
+
+
+def test_both_branches_in_turn_are_both_at_once(pipeline, trained):
+  made = [p.sample_latents(REQUESTS, 2, 3.0, iter) for p in (pipeline, another(trained, "--guidance-in-turn"))]
+  np.testing.assert_allclose(made[1], made[0], atol=1e-4 * np.abs(made[0]).max())
+
+
+def test_other_samplers_and_guidance_from_the_command_line(pipeline, trained):
+  base = pipeline.sample_latents(REQUESTS[:1], 4, 3.0, iter)
+  scale = np.abs(base).max()
+  for arguments in (["--sampler", "adams-bashforth"], ["--guidance-interval", "0", "600"], ["--guidance-rescale", "0.7"]):
+    made = another(trained, *arguments).sample_latents(REQUESTS[:1], 4, 3.0, iter)
+    assert 1e-4 < np.abs(made - base).max() / scale < 1.0, arguments
+  with pytest.raises(ValueError, match=r"unknown sampler 'heun', allowed: euler, adams-bashforth"):
+    another(trained, "--sampler", "heun")
+
+
 def random_latents(seed, frames=3):
   return np.random.default_rng(seed).standard_normal((frames, 9, 7, 4), np.float32)
 
