@@ -114,6 +114,7 @@ def test_two_processes_sample_the_frames_of_one(assets, folder, one):
     (folder / name).mkdir()
     settings = {**SETTINGS, "mesh": mesh, "init": str(one), "sample__aspect_ratio": "2:3"}
     settings["sample__prompts"] = ("one", "a picture", "columns")
+    settings["diffusion"] = {"name": "rectified-flow", "fields": {"sampler": "adams-bashforth"}}
     config = write_config(folder / name / "config.py", assets, folder / name / "run", **settings)
     processes = start_processes(
       config, folder / name, count, 8 // count, module="tests.training.sample_latents", XLA_FLAGS=FLAGS
