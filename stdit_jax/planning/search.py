@@ -84,16 +84,13 @@ class Found:
 
 def predict(results, limit):
   """Samples per device that fill `limit` bytes, by the two largest batches that fit; by one, the growth is not known, and
-  all that is not waiting beside the program is taken for it."""
+  all that is not waiting beside the program is taken for it, as where XLA began to compute again and took less for more."""
   fits = sorted(n for n, result in results.items() if result["fits"])
   high = fits[-1]
-  if len(fits) == 1:
-    result = results[high]
-    growth = (result["peak"] - sum(result["resident"].values())) / high
-  else:
-    growth = (results[high]["peak"] - results[fits[-2]]["peak"]) / (high - fits[-2])
-  room = limit - results[high]["peak"]
-  return high + math.floor(room / growth) if growth > 0 else 2 * high
+  growth = (results[high]["peak"] - results[fits[-2]]["peak"]) / (high - fits[-2]) if len(fits) > 1 else 0
+  if growth <= 0:
+    growth = (results[high]["peak"] - sum(results[high]["resident"].values())) / high
+  return high + math.floor((limit - results[high]["peak"]) / growth)
 
 
 def largest_batch(measure, first=1, attempts=ATTEMPTS):
