@@ -1,4 +1,4 @@
-"""Resolution names, aspect ratios and clip lengths of Open-Sora, as facts in `tables/aspect_ratios.json`.
+"""Resolution names, aspect ratios and clip lengths of Open-Sora, as facts in `tables/aspect_ratios.json`, and one of ours.
 
 A resolution name ("240p") stands for a number of pixels and a table {aspect-ratio key: (height, width)}. A key is
 height / width rounded to two decimals, as text ("0.56"). Names such as "9:16" are height:width, so 9:16 is landscape.
@@ -17,6 +17,9 @@ _TABLE = json.loads((pathlib.Path(__file__).parent / "tables" / "aspect_ratios.j
 # {name: {key: (height, width)}}, in the order of the original's tables (ties of the closest ratio go to the first).
 SIZES = {n: {k: tuple(hw) for k, hw in r["sizes"].items()} for n, r in _TABLE["resolutions"].items()}
 NUM_PIXELS = {n: r["num_pixels"] for n, r in _TABLE["resolutions"].items()}
+# Ours, for models that learn on a laptop: all sides are multiples of 8, under the keys of the ratios that they come near.
+SIZES["64p"] = {"0.56": (48, 80), "0.75": (56, 72), "1.00": (64, 64), "1.33": (72, 56), "1.78": (80, 48)}
+NUM_PIXELS["64p"] = 64 * 64
 RATIO_NAMES = _TABLE["ratio_names"]
 DURATIONS = _TABLE["durations"]
 

@@ -113,7 +113,7 @@ def _rows_per_step(parsed, shares):
 def _check_files(table, first):
   """A table of another machine, or with a wrong folder, has none of its files: said now rather than row by row."""
   found = {table.row(first.slot(i)[0]).path for i in range(min(64, first.num_slots))}
-  if not any(video.is_address(p) or paths.exists(p) for p in found):
+  if not any(video.is_address(p) or video.is_drawn(p) or paths.exists(p) for p in found):
     raise ValueError(
       f"none of the first {len(found)} files exists, such as {min(found)}; relative paths belong to the table's folder"
     )

@@ -4,8 +4,8 @@ Columns, as in the original: `path`, `text`, `num_frames`, `height`, `width` are
 used if there. Ours besides: `start`, `end` (frames [start, end) of a longer file; `num_frames` then counts the file or the
 range), `crop` ("x,y,width,height" or a list, in pixels of the displayed picture), several captions per row (`text` as a
 list, or `text`, `text_2`, `text_3`...), `text_features` (a safetensors file with the caption's embedding `y` [L, C]).
-Tables and what they name may lie in gs://; relative paths belong to the table's folder. Rows keep their numbers: an unusable
-one stays, with the reason.
+Tables and what they name may lie in gs://, or be drawn (`data.shapes`); relative paths belong to the table's folder. Rows keep
+their numbers: an unusable one stays, with the reason.
 """
 
 import csv
@@ -27,7 +27,7 @@ import pyarrow.ipc
 import pyarrow.json
 import pyarrow.parquet
 
-from data import paths, video
+from data import paths, shapes, video
 
 NEEDED = ("path", "text", "num_frames", "height", "width")
 PROBED = ("num_frames", "height", "width")
@@ -188,6 +188,8 @@ def resolve(path, folder):
 
 def check_table(source):
   """Raises ValueError for a table that is not there or has another format."""
+  if video.is_drawn(source):
+    return shapes.parse(source)
   paths.check(source, "table")
   if not paths.exists(source) or paths.is_folder(source):
     raise ValueError(f"table {source} does not exist")
@@ -197,9 +199,10 @@ def check_table(source):
 
 def _fingerprint(source, config):
   """sha256 of the table's contents and of what decides how they are read. Folders and dates don't count."""
-  digest = hashlib.sha256(
-    json.dumps([_VERSION, config.captions, config.max_caption_length, pathlib.Path(source).suffix]).encode()
-  )
+  kind = f"{source} {shapes.VERSION}" if video.is_drawn(source) else pathlib.Path(source).suffix
+  digest = hashlib.sha256(json.dumps([_VERSION, config.captions, config.max_caption_length, kind]).encode())
+  if video.is_drawn(source):
+    return digest.hexdigest()
   with paths.errors(source), paths.open_file(source) as f:
     while block := f.read(1 << 22):
       digest.update(block)
@@ -233,7 +236,11 @@ def _needed(config):
 
 
 def read_table(source, needed=NEEDED):
-  """Batches of rows (`pa.RecordBatch`) of a parquet, csv or jsonl table; csv cells are bytes. Checks the needed columns."""
+  """Batches of rows (`pa.RecordBatch`) of a parquet, csv or jsonl table, or of shapes; csv cells are bytes. Checks the needed
+  columns."""
+  if video.is_drawn(source):
+    yield from pa.table(shapes.rows(source)).to_batches(_BATCH)
+    return
   with paths.local_copy(source) as copy:
     yield from _read_table(source, copy, needed)
 

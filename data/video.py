@@ -17,7 +17,7 @@ import av
 import numpy as np
 from PIL import Image, ImageOps
 
-from data import paths
+from data import paths, shapes
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 VIDEO_EXTENSIONS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".ogv", ".ts", ".gif")
@@ -69,7 +69,12 @@ def is_image(path):
 
 def is_address(path):
   """Whether a path is one that FFmpeg itself opens, like http://..."""
-  return "://" in path and not paths.is_remote(path)
+  return "://" in path and not paths.is_remote(path) and not is_drawn(path)
+
+
+def is_drawn(path):
+  """Whether a path names a video that is drawn when it is read (`data.shapes`)."""
+  return str(path).startswith(shapes.SCHEME)
 
 
 def retry(function, *args, **kwargs):
@@ -89,6 +94,9 @@ def probe(path, decode=False):
   The packets of a video are counted and its first frame is decoded; `decode=True` decodes all frames.
   """
   path = str(path)
+  if is_drawn(path):
+    drawn = shapes.scene(path)
+    return VideoInfo(drawn.frames, drawn.height, drawn.width, shapes.FPS)
   if is_image(path):
     image = _read_image(path)
     return VideoInfo(1, *image.shape[:2], IMAGE_FPS)
@@ -144,13 +152,14 @@ def read_frames(path, indices=None, *, size=None, resize="area", crop=None):
       raise BadVideo("an image has one frame only")
     picture = _fit_image(_cut(_read_image(path), crop), size, resize)
     return np.repeat(picture[None], len(wanted), 0)
-  index = _index(path)
-  total = index.num_frames
+  index = None if is_drawn(path) else _index(path)
+  total = index.num_frames if index else shapes.scene(path).frames
   wanted = np.arange(total) if indices is None else np.asarray(indices, np.int64)
   if len(wanted) and (wanted[0] < 0 or wanted[-1] >= total):
-    raise BadVideo(
-      f"frame {wanted[-1]} is asked for, the file has {total}" + (f" ({index.cut_short})" if index.cut_short else "")
-    )
+    cut_short = f" ({index.cut_short})" if index and index.cut_short else ""
+    raise BadVideo(f"frame {wanted[-1]} is asked for, the file has {total}{cut_short}")
+  if not index:
+    return shapes.draw(shapes.scene(path), wanted, size)
   fit = functools.partial(_fit_frame, size=size, resize=resize, crop=crop)
   runs = np.split(wanted, np.nonzero(np.diff(wanted) > _SEEK_GAP)[0] + 1)
   return np.concatenate([retry(_translated, _read_run, path, index.times, run, fit) for run in runs])
@@ -417,4 +426,6 @@ def resize_crop_bilinear(picture, size):
 
 def frame_rate(path):
   """Frames per second of a file (IMAGE_FPS for images)."""
+  if is_drawn(path):
+    return float(shapes.FPS)
   return IMAGE_FPS if is_image(path) else _index(str(path)).fps

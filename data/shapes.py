@@ -1,0 +1,193 @@
+"""Moving shapes: videos that are drawn when they are read, with captions that say exactly what is in them.
+
+A scene has one or two objects (shape, colour, direction, speed) on a gray ground, plain or striped. It is a function of its
+address, `shapes://SPLIT/SEED/NUMBER`; `shapes://SPLIT/SEED/ROWS` is the table of the first ROWS of them, which a configuration
+names in `data.tables` as it would name a file. Some combinations of shape, colour and direction are never in the split "train",
+all of "held_out" are such. A model that has learned from these videos can be examined by `data.shapes_vision`, in numbers.
+
+Positions are in short sides of the picture, from its centre: x to the right, y down.
+"""
+
+import dataclasses
+import functools
+import re
+
+import numpy as np
+
+from data import aspect_ratios
+
+SCHEME = "shapes://"
+SPLITS = ("train", "held_out")
+SHAPES = ("circle", "square", "triangle", "cross")
+COLORS = {
+  "red": (225, 40, 40), "green": (40, 180, 60), "blue": (45, 75, 230), "yellow": (235, 210, 40), "purple": (160, 50, 200),
+  "cyan": (40, 200, 215),
+}  # fmt: skip
+DIRECTIONS = {
+  "right": (1, 0), "down and to the right": (1, 1), "down": (0, 1), "down and to the left": (-1, 1), "left": (-1, 0),
+  "up and to the left": (-1, -1), "up": (0, -1), "up and to the right": (1, -1),
+}  # fmt: skip
+SPEEDS = {"slowly": 0.025, "quickly": 0.055}  # short sides per frame
+GROUNDS = {"black": 25, "gray": 110, "white": 235}
+LENGTHS = (9, 13)  # frames: a bucket takes clips that are longer than it, so these are for 8 and 12
+FPS = 8
+SIDES = tuple((2 * height, 2 * width) for height, width in aspect_ratios.SIZES["64p"].values())  # height, width
+SIZE = 0.15  # about half an object's side
+HELD_OUT = 9  # one combination in so many
+VERSION = 1  # of the drawings: a change makes new tables
+_SAMPLES = 3  # per pixel and axis, against steps at the edges
+
+
+@dataclasses.dataclass(frozen=True)
+class Object:
+  """Attributes: shape, color, direction, speed: words of the tables above; start: (x, y) of its centre in frame 0."""
+
+  shape: str
+  color: str
+  direction: str
+  speed: str
+  start: tuple
+
+  @property
+  def step(self):
+    """(x, y) that it moves per frame."""
+    x, y = DIRECTIONS[self.direction]
+    length = SPEEDS[self.speed] / np.hypot(x, y)
+    return x * length, y * length
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+  """Attributes: objects; ground: a word of GROUNDS; striped; height, width: as a file would have them; frames: how many."""
+
+  objects: tuple
+  ground: str
+  striped: bool
+  height: int
+  width: int
+  frames: int
+
+
+def is_held_out(shape, color, direction):
+  """Whether the combination is kept from training."""
+  number = (SHAPES.index(shape) * len(COLORS) + list(COLORS).index(color)) * len(DIRECTIONS) + list(DIRECTIONS).index(direction)
+  return number * 7 % HELD_OUT == 0
+
+
+def parse(address):
+  """'shapes://train/0/17' -> ("train", 0, 17); ValueError for anything else."""
+  match = re.fullmatch(rf"{SCHEME}(\w+)/(\d{{1,9}})/(\d{{1,9}})", str(address))
+  if not match or match[1] not in SPLITS:
+    raise ValueError(f"{address} is no address of shapes: {SCHEME}SPLIT/SEED/NUMBER, SPLIT one of {', '.join(SPLITS)}")
+  return match[1], int(match[2]), int(match[3])
+
+
+@functools.lru_cache(1024)
+def scene(address):
+  """The `Scene` of an address; ValueError when it is none."""
+  split, seed, number = parse(address)
+  rng = np.random.default_rng([seed, number, SPLITS.index(split)])
+  height, width = SIDES[rng.integers(len(SIDES))]
+  frames = int(LENGTHS[rng.integers(len(LENGTHS))])
+  count = 1 if split == "held_out" or rng.random() < 0.7 else 2
+  while True:
+    objects = tuple(
+      _object(rng, split, frames, (width / min(height, width), height / min(height, width))) for _ in range(count)
+    )
+    if count == 1 or (objects[0].color != objects[1].color and _apart(*objects, frames)):
+      break
+  return Scene(objects, list(GROUNDS)[rng.integers(len(GROUNDS))], bool(rng.random() < 0.5), height, width, frames)
+
+
+def _object(rng, split, frames, sides):
+  """An object that stays in the picture of these sides (in short sides) for all frames."""
+  while True:
+    words = [list(table)[rng.integers(len(table))] for table in (SHAPES, COLORS, DIRECTIONS, SPEEDS)]
+    if is_held_out(*words[:3]) != (split == "held_out"):
+      continue
+    moved = np.array(Object(*words, (0, 0)).step) * (frames - 1)
+    room = np.array(sides) / 2 - 1.1 * SIZE
+    low, high = -room - np.minimum(moved, 0), room - np.maximum(moved, 0)
+    if (low <= high).all():
+      return Object(*words, tuple(rng.uniform(low, high).round(4).tolist()))
+
+
+def _apart(a, b, frames):
+  """Whether two objects never touch."""
+  way = np.arange(frames)[:, None] * (np.subtract(a.step, b.step)) + np.subtract(a.start, b.start)
+  return np.abs(way).max(1).min() > 2.3 * SIZE
+
+
+def captions(one):
+  """Several wordings of what is in a scene."""
+  ground = f"{'striped ' if one.striped else ''}{one.ground}"
+  thing = [f"{o.color} {o.shape}" for o in one.objects]
+  moves = [f"{o.speed} {o.direction}" for o in one.objects]
+  if len(one.objects) == 1:
+    return [
+      f"a {thing[0]} moves {moves[0]} on a {ground} ground",
+      f"A {thing[0]} is moving {moves[0]}. The background is {ground}.",
+      f"on a {ground} background, a {thing[0]} goes {moves[0]}",
+      f"{thing[0]}, moving {moves[0]}, {ground} ground",
+    ]
+  return [
+    f"a {thing[0]} moves {moves[0]} and a {thing[1]} moves {moves[1]} on a {ground} ground",
+    f"A {thing[0]} is moving {moves[0]}, a {thing[1]} {moves[1]}. The background is {ground}.",
+    f"on a {ground} background, a {thing[1]} goes {moves[1]} while a {thing[0]} goes {moves[0]}",
+    f"two shapes on a {ground} ground: {thing[0]}, moving {moves[0]}; {thing[1]}, moving {moves[1]}",
+  ]
+
+
+def inside(shape, x, y):
+  """Whether points, in half sides of an object from its centre, lie in a shape."""
+  if shape == "circle":
+    return x**2 + y**2 <= 1
+  if shape == "square":
+    return np.maximum(np.abs(x), np.abs(y)) <= 0.9
+  if shape == "triangle":
+    return (y <= 0.85) & (np.abs(x) <= (y + 1) / 1.85)
+  arm, length = 0.36, 1.0
+  return (np.minimum(np.abs(x), np.abs(y)) <= arm) & (np.maximum(np.abs(x), np.abs(y)) <= length)
+
+
+def draw(one, indices, size=None):
+  """Frames uint8 `[T, height, width, 3]` of a scene: those of these numbers, drawn at `size` (by default the scene's own).
+
+  A size of another shape shows the middle of the picture, as a file that is resized and cropped.
+  """
+  height, width = size or (one.height, one.width)
+  # Pixels per short side, so that the picture covers the size.
+  scale = min(one.height, one.width) * max(height / one.height, width / one.width)
+  axis = lambda n: ((np.arange(n * _SAMPLES) + 0.5) / _SAMPLES - n / 2) / scale  # noqa: E731
+  y, x = axis(height)[:, None], axis(width)[None]
+  level = GROUNDS[one.ground]
+  ground = np.full((height * _SAMPLES, width * _SAMPLES), float(level))
+  if one.striped:
+    ground += np.where(np.floor((x + y) / 0.125) % 2, 14.0, -14.0)
+  result = np.empty((len(indices), height, width, 3), np.uint8)
+  for t, number in enumerate(indices):
+    picture = np.repeat(ground[..., None], 3, -1)
+    for o in one.objects:
+      centre = np.add(o.start, np.multiply(o.step, number))
+      picture[inside(o.shape, (x - centre[0]) / SIZE, (y - centre[1]) / SIZE)] = COLORS[o.color]
+    picture = picture.reshape(height, _SAMPLES, width, _SAMPLES, 3).mean((1, 3))
+    result[t] = np.rint(picture)
+  return result
+
+
+def rows(address):
+  """The table of an address, as columns: a row for each of its scenes, then one for a frame of each, as a picture."""
+  split, seed, count = parse(address)
+  addresses = [f"{SCHEME}{split}/{seed}/{i}" for i in range(count)]
+  scenes = [scene(a) for a in addresses]
+  frame = [i % s.frames for i, s in enumerate(scenes)]
+  return {
+    "path": addresses * 2,
+    "text": [captions(s) for s in scenes] * 2,
+    "num_frames": [s.frames for s in scenes] + [1] * count,
+    "height": [s.height for s in scenes] * 2,
+    "width": [s.width for s in scenes] * 2,
+    "fps": [float(FPS)] * (2 * count),
+    "start": [0] * count + frame,
+    "end": [s.frames for s in scenes] + [i + 1 for i in frame],
+  }

@@ -1,0 +1,130 @@
+"""What is to be seen in a video of moving shapes, measured in its pixels: no model, only colours, places and outlines."""
+
+import dataclasses
+
+import numpy as np
+
+from data import shapes
+
+CHROMA = 0.22  # from which on a pixel belongs to an object: largest minus smallest of its channels, 0 to 1; grounds are gray
+LEAST = 0.25  # of an object's area: smaller spots are none
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+  """One object as it was seen. Attributes: shape, color, direction, speed: words of `data.shapes`, or "" where nothing fits;
+  path: float `[T, 2]`, its centre in short sides from the middle, NaN where it was not seen; smooth: largest distance of a
+  step from the mean step, in short sides."""
+
+  shape: str
+  color: str
+  direction: str
+  speed: str
+  path: np.ndarray
+  smooth: float
+
+
+def objects_of(frames):
+  """The objects of a video uint8 `[T, H, W, 3]`: a list of `Seen`, the largest first."""
+  pixels = frames.astype(np.float32) / 255
+  chroma = pixels.max(-1) - pixels.min(-1)
+  names = list(shapes.COLORS)
+  palette = np.array([hue(np.array(shapes.COLORS[name], np.float32) / 255) for name in names])
+  # Hues are compared on the circle.
+  distance = np.abs((hue(pixels)[..., None] - palette + 0.5) % 1 - 0.5)
+  nearest = np.where(chroma > CHROMA, distance.argmin(-1), -1)
+  scale = min(frames.shape[1:3])
+  found = []
+  for i, name in enumerate(names):
+    mask = nearest == i
+    area = mask.sum((1, 2)) / scale**2 / shapes.SIZE**2
+    if np.median(area) > LEAST and (area > LEAST).mean() > 0.6:
+      found.append((np.median(area), _seen(mask, name, area > LEAST)))
+  return [seen for _, seen in sorted(found, key=lambda pair: -pair[0])]
+
+
+def hue(pixels):
+  """Hue 0 to 1 of colours `[..., 3]` from 0 to 1."""
+  high, low = pixels.max(-1), pixels.min(-1)
+  span = np.maximum(high - low, 1e-6)
+  red, green, blue = np.moveaxis(pixels, -1, 0)
+  sector = np.select([high == red, high == green], [(green - blue) / span, 2 + (blue - red) / span], 4 + (red - green) / span)
+  return sector / 6 % 1
+
+
+def _seen(mask, color, visible):
+  height, width = mask.shape[1:]
+  scale = min(height, width)
+  y = (np.arange(height) + 0.5 - height / 2) / scale
+  x = (np.arange(width) + 0.5 - width / 2) / scale
+  count = np.maximum(mask.sum((1, 2)), 1)
+  path = np.stack([(mask * x).sum((1, 2)), (mask * y[:, None]).sum((1, 2))], -1) / count[:, None]
+  path[~visible] = np.nan
+  direction, speed, smooth = motion(path)
+  return Seen(outline(mask[visible], path[visible], x, y), color, direction, speed, path, smooth)
+
+
+def motion(path):
+  """(direction, speed, smoothness) of a path `[T, 2]`, as in `Seen`; directions and speeds are the nearest words."""
+  times = np.flatnonzero(~np.isnan(path[:, 0]))
+  if len(times) < 2:
+    return "", "", np.inf
+  known = path[times]
+  step = np.array([np.polyfit(times, known[:, axis], 1)[0] for axis in (0, 1)])
+  steps = np.diff(known, axis=0) / np.diff(times)[:, None]
+  smooth = float(np.abs(steps - step).max())
+  length = np.hypot(*step)
+  slowest = min(shapes.SPEEDS.values())
+  if length < slowest / 3:
+    return "", "", smooth
+  words = list(shapes.DIRECTIONS)
+  units = np.array([np.array(shapes.DIRECTIONS[w]) / np.hypot(*shapes.DIRECTIONS[w]) for w in words])
+  speeds = list(shapes.SPEEDS)
+  nearest = np.abs(np.log(length) - np.log(list(shapes.SPEEDS.values()))).argmin()
+  return words[int((units @ step).argmax())], speeds[int(nearest)], smooth
+
+
+def outline(masks, centres, x, y):
+  """The shape whose outline, at the place and with the area that the masks `[T, H, W]` have, covers them best."""
+  scores = dict.fromkeys(shapes.SHAPES, 0.0)
+  for mask, (cx, cy) in zip(masks, centres):
+    area = mask.sum() / len(x) / len(y) * (x[-1] - x[0] + x[1] - x[0]) * (y[-1] - y[0] + y[1] - y[0])
+    for shape in scores:
+      unit, offset = _unit(shape)
+      side = np.sqrt(area / unit)
+      drawn = shapes.inside(shape, (x[None] - cx) / side + offset[0], (y[:, None] - cy) / side + offset[1])
+      scores[shape] += (drawn & mask).sum() / max((drawn | mask).sum(), 1)
+  return max(scores, key=scores.get)
+
+
+def _unit(shape):
+  """(area, centre) of a shape with half side 1."""
+  axis = (np.arange(400) + 0.5) / 200 - 1
+  filled = shapes.inside(shape, axis[None], axis[:, None])
+  where_y, where_x = np.nonzero(filled)
+  return filled.mean() * 4, (axis[where_x].mean(), axis[where_y].mean())
+
+
+def ground_of(frames):
+  """(word of `shapes.GROUNDS`, whether it is striped) of a video: of its pixels without colour."""
+  pixels = frames.astype(np.float32)
+  gray = (pixels.max(-1) - pixels.min(-1)) / 255 < CHROMA / 2
+  levels = pixels.mean(-1)[gray]
+  if not len(levels):
+    return "", False
+  words = list(shapes.GROUNDS)
+  word = words[int(np.abs(np.array(list(shapes.GROUNDS.values())) - np.median(levels)).argmin())]
+  low, high = np.percentile(levels, (15, 85))
+  return word, bool(high - low > 14)
+
+
+def judge(frames, scene):
+  """Whether a video shows what a scene of one object says: {what: bool}, of color, shape, direction, speed, count, ground."""
+  found = objects_of(frames)
+  wanted = scene.objects[0]
+  best = next((seen for seen in found if seen.color == wanted.color), found[0] if found else None)
+  word, striped = ground_of(frames)
+  result = {
+    name: best is not None and getattr(best, name) == getattr(wanted, name) for name in ("color", "shape", "direction", "speed")
+  }
+  return result | {"count": len(found) == len(scene.objects), "ground": (word, striped) == (scene.ground, scene.striped)}
