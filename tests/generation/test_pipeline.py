@@ -16,6 +16,7 @@ from stdit_jax.generation import pipeline as pipelines
 from stdit_jax.generation.pipeline import Request, latent_noise
 from stdit_jax.generation.references import read_reference
 from stdit_jax.interop import save_variables
+from stdit_jax.training import loading
 from stdit_jax.training.checkpoints import load_weights
 from stdit_jax.training.loop import Run
 from tests.tiny_run import run_module, tiny_config, write_config
@@ -40,8 +41,8 @@ def trained(assets, tmp_path_factory):
 @pytest.fixture(scope="module")
 def pipeline(trained):
   args = sample.make_parser().parse_args(["--run", str(trained), "--prompt", "x"])
-  config, step = sample.read_model(args)
-  made, described = sample.load_pipeline(args, config, step)
+  config, step = loading.read_model(args)
+  made, described = loading.load_pipeline(args, config, step)
   assert described.endswith("step 1, ema")
   assert config.sample.steps == 2
   return made
@@ -75,7 +76,7 @@ def test_noise_bits_depend_on_the_seed_alone(pipeline):
 def another(trained, *arguments):
   """The pipeline with other arguments of the command line."""
   args = sample.make_parser().parse_args(["--run", str(trained), *arguments])
-  return sample.load_pipeline(args, *sample.read_model(args))[0]
+  return loading.load_pipeline(args, *loading.read_model(args))[0]
 
 
 def test_both_branches_in_turn_are_both_at_once(pipeline, trained):

@@ -14,7 +14,7 @@ from stdit_jax.diffusion.rectified_flow import RectifiedFlow
 from stdit_jax.interop.safetensors_io import open_checkpoint
 from stdit_jax.models import stdit
 from stdit_jax.parallel.mesh import make_mesh
-from stdit_jax.training import transition
+from stdit_jax.training import loading, transition
 from stdit_jax.training.checkpoints import from_plain, plain
 from stdit_jax.training.loop import Run
 from stdit_jax.training.objectives import DenoiserObjective
@@ -122,7 +122,8 @@ def test_a_checkpoint_is_read_with_the_model_of_the_stage_that_made_it(assets, a
   folder, _ = alone
   for step, temporal, diffusion in ((2, False, IDDPM), (4, False, RectifiedFlow), (5, True, RectifiedFlow)):
     arguments = ["--run", str(folder), "--step", str(step), "--prompt", "x"]
-    pipeline, _, _ = sample.load_pipeline(sample.make_parser().parse_args(arguments))
+    args = sample.make_parser().parse_args(arguments)
+    pipeline, _ = loading.load_pipeline(args, *loading.read_model(args))
     assert pipeline.model.config.temporal_blocks == temporal
     assert isinstance(pipeline.diffusion, diffusion)
     shapes = stdit.init_shapes(pipeline.model.config)

@@ -1,0 +1,133 @@
+"""A pipeline from a training run's folder, or from a configuration and converted weights: for entry points that sample."""
+
+import ml_collections
+
+from stdit_jax.cli import parse_mesh
+from stdit_jax.generation.conditions import COMPAT
+
+
+def add_model_arguments(parser):
+  """The arguments that `read_model` and `load_pipeline` read."""
+  model = parser.add_argument_group("model")
+  model.add_argument("--run", help="folder of a training run (its `output`)")
+  model.add_argument("--item", default="ema", choices=("ema", "params"), help="which of the run's weights (default: ema)")
+  model.add_argument("--step", type=int, help="which checkpoint of the run (default: the newest)")
+  model.add_argument("--config", help="instead of --run: configuration file of the model")
+  model.add_argument("--weights", help="with --config: safetensors of the denoiser, original names")
+  model.add_argument("--text-encoder", help="safetensors file or folder of the T5 encoder, if not the config's")
+  model.add_argument("--autoencoder", help="safetensors of the image autoencoder, if not the config's")
+  model.add_argument(
+    "--mesh", nargs="+", metavar="AXIS=DEVICES",
+    help="over all devices, e.g. data=-1 fsdp=4; sequence=4 splits each video (default: one device; processes: data=-1)",
+  )  # fmt: skip
+
+
+def add_sampler_arguments(how):
+  """The arguments that `steps_and_scale` and `guidance_of` read."""
+  how.add_argument("--steps", type=int, help="sampler steps")
+  how.add_argument("--guidance-scale", type=float, help="classifier-free guidance; 1 is none")
+  how.add_argument("--negative-prompt", help="what guidance leads away from (default: the null caption)")
+  how.add_argument("--sampler", help="euler (default) or adams-bashforth; of iddpm ancestral (default), ddim, dpm++")
+  how.add_argument(
+    "--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="timesteps that are guided (default: all)"
+  )
+  how.add_argument("--guidance-rescale", type=float, default=0.0, help="0 to 1: less contrast at large scales (default: 0)")
+  how.add_argument("--guidance-in-turn", action="store_true", help="prompt and null caption one after the other: less memory")
+  how.add_argument("--guidance-channels", type=int, help="guide only so many latent channels; Open-Sora 1.1: 3 (default: all)")
+  how.add_argument("--compat", choices=COMPAT[1:], help="do what the original does where it is mended here (README)")
+
+
+def read_model(args):
+  """(configuration, checkpoint's step or None) of a run folder, or of a configuration file; no weights are read yet."""
+  from stdit_jax.training import checkpoints
+  from stdit_jax.training.stages import make_stages
+
+  if bool(args.run) == bool(args.config):
+    raise ValueError("give either --run FOLDER (a training run) or --config FILE with --weights FILE")
+  if args.run:
+    config, step = checkpoints.stage_config(args.run, args.step)
+  else:
+    config, step = make_stages(read_config_file(args.config))[-1].config, None
+  for key, value in (("autoencoder", args.autoencoder), ("text_encoder", args.text_encoder)):
+    if value:
+      config[key].weights = value
+  if config.task != "denoiser":
+    raise ValueError(f"{args.run or args.config} trains an {config.task}; sampling needs a denoiser")
+  if config.text_encoder.where == "disk":
+    raise ValueError("the run took its text embeddings from disk; give --text-encoder and set text_encoder.where to 'ahead'")
+  config = ml_collections.ConfigDict(config.to_dict())
+  own = {"open-sora-1.1": "iddpm", "open-sora-1.2": "rectified-flow", None: config.diffusion.name}[args.compat]
+  if config.diffusion.name != own:
+    raise ValueError(f"--compat {args.compat} is of {own}; the model was trained with {config.diffusion.name}")
+  given = {"compat": args.compat, "sampler": args.sampler}
+  with config.ignore_type():
+    config.diffusion.fields.update({name: value for name, value in given.items() if value})
+  return config, step
+
+
+def steps_and_scale(args, config):
+  """(sampler steps, guidance scale) of the command line, else of the configuration."""
+  scale = config.sample.guidance_scale if args.guidance_scale is None else args.guidance_scale
+  return args.steps or config.sample.steps, scale
+
+
+def guidance_of(args):
+  """`Guidance` of the command line; ValueError for values that can't be."""
+  from stdit_jax.diffusion.guidance import Guidance
+
+  interval = tuple(args.guidance_interval) if args.guidance_interval else None
+  channels = args.guidance_channels or (3 if args.compat == "open-sora-1.1" else None)
+  options = {"channels": channels, "interval": interval, "rescale": args.guidance_rescale}
+  return Guidance(**options, together=not args.guidance_in_turn)
+
+
+def load_pipeline(args, config, step):
+  """(pipeline, description of the weights) of what `read_model` read."""
+  import jax
+
+  from stdit_jax.generation.pipeline import Pipeline
+  from stdit_jax.generation.prompts import TokenizeText
+  from stdit_jax.interop import load_variables
+  from stdit_jax.models import stdit
+  from stdit_jax.parallel.mesh import make_mesh
+  from stdit_jax.parallel.shardings import tree_shardings
+  from stdit_jax.training import checkpoints, weights
+  from stdit_jax.training.objectives import DenoiserObjective, autoencoder_model
+
+  sizes = parse_mesh(args.mesh) if args.mesh else {"data": -1} if jax.process_count() > 1 else None
+  mesh = make_mesh(sizes) if sizes else None
+  objective = DenoiserObjective(config)
+  autoencoder = autoencoder_model(config.autoencoder)
+  if args.run:
+    params, frozen, _ = checkpoints.load_weights(args.run, args.item, step, mesh)
+    described = f"{args.run}, step {step}, {args.item}"
+  else:
+    path = weights.need_file(args.weights, "--weights")
+    shapes, place = stdit.init_shapes(objective.model.config), None
+    if mesh:
+      place = tree_shardings(shapes, mesh)
+    variables = load_variables(path, "open-sora", shapes, config=objective.model.config, shardings=place)
+    params, frozen, described = {"denoiser": variables["params"]}, {"denoiser": variables["constants"]}, path
+  text_params = None
+  if "text_encoder" not in params or args.text_encoder:
+    params.pop("text_encoder", None)
+    text_params = weights.load_text_encoder(config, objective.text, mesh)
+  tokenize = TokenizeText(config.text_encoder.tokenizer, config.text_encoder.max_length)
+  autoencoder = autoencoder, weights.load_autoencoder(config, autoencoder)
+  if not mesh:
+    params, frozen = jax.device_put((params, frozen), jax.local_devices()[0])
+  return Pipeline(objective, params, frozen, autoencoder, tokenize, text_params, guidance_of(args), mesh), described
+
+
+def read_config_file(path):
+  """`get_config()` of a Python file."""
+  import runpy
+
+  try:
+    return runpy.run_path(path)["get_config"]()
+  except KeyError:
+    raise ValueError(f"{path} has no get_config()") from None
+  except OSError as error:
+    raise ValueError(f"--config {path} can't be read: {error.strerror}") from None
+  except Exception as error:  # whatever the file's own code raises
+    raise ValueError(f"{path} is no configuration: {type(error).__name__}: {error}") from None
