@@ -103,12 +103,12 @@ def test_a_resumed_run_measures_the_same_bits(assets, validated, tmp_path):
 def test_evaluate_on_eight_devices(assets, validated, tmp_path):
   run, _, _ = validated
   result = run_module(
-    "stdit_jax.evaluate", "--checkpoint", run.config.output, "--mesh", "data=2", "fsdp=4", "--output", tmp_path / "loss.json",
+    "stdit_jax.evaluate", "--run", run.config.output, "--mesh", "data=2", "fsdp=4", "--output", tmp_path / "loss.json",
     XLA_FLAGS=f"--xla_force_host_platform_device_count=8 {FLAGS}", NPROC="64",
   )  # fmt: skip
   assert result.returncode == 0, result.stderr[-3000:]
   values = json.loads((tmp_path / "loss.json").read_text())
-  assert values["step"] == 4
+  assert values["model"].endswith("step 4, ema")
   for name, value in lines_of(run)[0][4].items():
     np.testing.assert_allclose(values[name], value, rtol=1e-5, err_msg=name)
 
@@ -124,7 +124,7 @@ def test_evaluate_on_eight_devices(assets, validated, tmp_path):
 )
 def test_evaluate_says_what_is_wrong_in_one_line(validated, capsys, arguments, words):
   with pytest.raises(SystemExit) as stop:
-    evaluate.main(["--checkpoint", validated[0].config.output, *arguments])
+    evaluate.main(["--run", validated[0].config.output, *arguments])
   assert stop.value.code == 2
   (line,) = capsys.readouterr().err.splitlines()
   assert line.startswith("error: ")

@@ -1,0 +1,95 @@
+"""The examination of moving shapes, with pupils whose answers are known."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from data import shapes, shapes_vision
+from stdit_jax.generation import shapes_exam
+
+EXAM = shapes_exam.Exam(count=12, steps=1, scale=1.0, batch=5)
+
+
+@dataclasses.dataclass
+class Pupil:
+  """Takes the place of a pipeline without an autoencoder: it draws what the caption says, from where it is given frames on, or
+  something else that it has been told."""
+
+  mistakes: dict = dataclasses.field(default_factory=dict)
+  forgets: bool = False  # given frames
+  made: int = 0
+
+  def latent_size(self, request):
+    return request.num_frames, request.height, request.width
+
+  def encode(self, frames):
+    return frames.astype(np.float32)
+
+  def decode(self, latents):
+    return [np.rint(z).clip(0, 255).astype(np.uint8) for z in latents]
+
+  def sample_latents(self, requests, steps, scale, given):
+    self.made += len(requests)
+    return np.stack([self.draw(request, known) for request, known in zip(requests, given or [None] * len(requests))])
+
+  def draw(self, request, known):
+    text = request.prompt
+    ground = next(word for word in shapes.GROUNDS if f"{word} ground" in text or f"{word} background" in text or f"is {word}" in text
+                  or f"striped {word}" in text)  # fmt: skip
+    words = [next(w for w in table if w in text) for table in (shapes.SHAPES, shapes.COLORS)]
+    words += [max((w for w in shapes.DIRECTIONS if w in text), key=len), next(w for w in shapes.SPEEDS if w in text)]
+    words = dict(zip(("shape", "color", "direction", "speed"), words)) | self.mistakes
+    one = shapes.Object(**words, start=(0, 0))
+    start = -np.array(one.step) * (request.num_frames - 1) / 2
+    if known is not None:
+      frame = int(np.flatnonzero(known[2])[0])
+      (seen,) = shapes_vision.objects_of(known[1][[frame]].astype(np.uint8))
+      start = seen.path[0] - np.array(one.step) * frame
+    scene = shapes.Scene(
+      (shapes.Object(**words, start=tuple(start)),), ground, "striped" in text, request.height, request.width, 9
+    )
+    video = shapes.draw(scene, range(request.num_frames)).astype(np.float32)
+    if known is not None and not self.forgets:
+      video[known[2]] = known[1][known[2]]
+    return video
+
+
+def test_who_draws_what_the_caption_says_passes():
+  pupil = Pupil()
+  results = shapes_exam.examine(pupil, EXAM)
+  for part in ("text, seen combinations", "text, held-out combinations"):
+    assert set(results[part].values()) == {1.0}, results[part]
+  sizes = {name: values for name, values in results.items() if "frames" in name}
+  assert len(sizes) >= 6
+  assert {name.partition(", ")[2] for name in sizes} == {"8 frames", "12 frames"}
+  assert all(values["color, shape, direction"] == 1 for values in sizes.values())
+  for part in ("animate", "extend", "interpolate"):
+    values = results[part]
+    assert values["given frames, dB"] == values["autoencoder alone, dB"] == 99
+    assert values["direction"] == values["within 0.1 short sides of the true path"] == 1
+    assert values["smooth"] > 0.9  # where the given frames were measured, there are steps of a fraction of a pixel
+  assert results["loop"]["closed (at most 1.5)"] < 1  # a straight way leads nowhere back
+  assert pupil.made % EXAM.batch == 0  # every batch is full: one program per size
+
+
+@pytest.mark.parametrize(("word", "mistake"), [("color", "red"), ("shape", "circle"), ("direction", "up"), ("speed", "slowly")])
+def test_each_mistake_is_found(word, mistake):
+  pairs = shapes_exam.scenes_of("train", EXAM.count, EXAM.frames)
+  right = np.mean([getattr(scene.objects[0], word) == mistake for scene, _ in pairs])
+  values = shapes_exam.examine(Pupil({word: mistake}), EXAM, ("text",))["text, seen combinations"]
+  assert values[word] == pytest.approx(right)
+  assert all(values[other] == 1 for other in ("color", "shape", "direction", "speed") if other != word)
+
+
+def test_forgotten_frames_are_found():
+  values = shapes_exam.examine(Pupil({"color": "red"}, forgets=True), EXAM, ("animate",))["animate"]
+  assert values["given frames, dB"] < 40
+  assert values["autoencoder alone, dB"] == 99
+
+
+def test_held_out_scenes_are_held_out():
+  for split in shapes.SPLITS:
+    for scene, _ in shapes_exam.scenes_of(split, 30, 8):
+      (one,) = scene.objects
+      assert shapes.is_held_out(one.shape, one.color, one.direction) == (split == "held_out")
