@@ -35,8 +35,7 @@ class Pupil:
 
   def draw(self, request, known):
     text = request.prompt
-    ground = next(word for word in shapes.GROUNDS if f"{word} ground" in text or f"{word} background" in text or f"is {word}" in text
-                  or f"striped {word}" in text)  # fmt: skip
+    ground = next(word for word in shapes.GROUNDS if word in text)
     words = [next(w for w in table if w in text) for table in (shapes.SHAPES, shapes.COLORS)]
     words += [max((w for w in shapes.DIRECTIONS if w in text), key=len), next(w for w in shapes.SPEEDS if w in text)]
     words = dict(zip(("shape", "color", "direction", "speed"), words)) | self.mistakes
