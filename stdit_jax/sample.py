@@ -272,22 +272,25 @@ def make_batch(pipeline, batch, label, steps, scale, args, described):
   import jax
   from tqdm import tqdm
 
+  from data.captions import clean_caption
   from stdit_jax.generation.clips import Item, make_videos
   from stdit_jax.generation.media import write_media
   from stdit_jax.generation.references import read_reference
 
   began, writes = time.monotonic(), jax.process_index() == 0
+  negative = None if args.negative_prompt is None else clean_caption(args.negative_prompt)
 
   def sample(loop, requests, given):
     loops = batch[0][0].job.loops
     name = f"denoise {label}" + (f", clip {loop + 1}/{loops}" if loops > 1 else "")
     progress = lambda steps: tqdm(steps, name, unit="step", leave=False, file=sys.stderr, disable=None if writes else True)  # noqa: E731
-    return pipeline.sample_latents(requests, steps, scale, progress, given, args.negative_prompt)
+    return pipeline.sample_latents(requests, steps, scale, progress, given, negative)
 
-  items = []
+  items, step = [], pipeline.autoencoder.config.downsampling
   for one, _ in batch:
-    size, fps = (one.requests[0].height, one.requests[0].width), one.requests[0].fps
-    references = tuple(read_reference(path, size, fps, args.compat is not None) for path in one.files)
+    first = one.requests[0]
+    size = first.height // step * step, first.width // step * step  # what the autoencoder makes of this size
+    references = tuple(read_reference(path, size, first.fps, args.compat is not None) for path in one.files)
     items.append(Item(one.requests, references, one.job))
   videos = make_videos(pipeline, items, sample, writes, args.compat)
   for (one, path), frames in zip(batch, videos or ()):

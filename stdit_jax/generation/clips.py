@@ -25,14 +25,23 @@ def place_loop(job, loop, latent_frames, reference_frames, compat=None):
 
 def given_frames(placement, latents):
   """What `Pipeline.sample_latents` takes of a placement: None, or (edit ratio, latents, which frames start from them).
-  `latents`: of the references, `[T, h, w, C]` each."""
+  `latents`: of every reference, `[h, w, C]` by the number of the frame."""
   taken = placement.reference != NOISE
-  if not taken.any() and (placement.ratio == 1).all():
+  if not taken.any():
     return None
-  laid = np.zeros((len(taken), *(latents[0].shape[1:] if latents else ())), np.float32)
-  for t in np.flatnonzero(taken):
-    laid[t] = latents[placement.reference[t]][placement.frame[t]]
-  return placement.ratio, laid, taken
+  laid = [latents[r][t] if r != NOISE else None for r, t in zip(placement.reference, placement.frame)]
+  empty = np.zeros_like(next(z for z in laid if z is not None))
+  return placement.ratio, np.stack([empty if z is None else z for z in laid]), taken
+
+
+def encode_used(pipeline, references, placements):
+  """Latents of those frames of the references that a placement uses: {number: `[h, w, C]`} of each; a long video is not
+  encoded as a whole for its last frames."""
+  encoded = []
+  for number, frames in enumerate(references):
+    used = sorted({int(t) for p in placements for r, t in zip(p.reference, p.frame) if r == number})
+    encoded.append(dict(zip(used, pipeline.encode(frames[used]))) if used else {})
+  return encoded
 
 
 def make_videos(pipeline, items, sample, decode=True, compat=None):
@@ -48,16 +57,15 @@ def make_videos(pipeline, items, sample, decode=True, compat=None):
   Returns:
     list of uint8 `[T, H, W, 3]`, or None without `decode`.
   """
-  frames = [list(item.references) for item in items]
-  latents = [[pipeline.encode(reference) for reference in item.references] for item in items]
-  for loop in range(items[0].job.loops):
-    requests = [item.requests[loop] for item in items]
-    count = pipeline.latent_size(requests[0])[0]
-    given = []
-    for item, known in zip(items, latents):
-      placement = place_loop(item.job, loop, count, [len(z) for z in known[: len(item.references)]], compat)
-      given.append(given_frames(placement, known))
-    made = sample(loop, requests, given)
+  frames, loops = [list(item.references) for item in items], range(items[0].job.loops)
+  count = pipeline.latent_size(items[0].requests[0])[0]
+  placements = [
+    [place_loop(item.job, loop, count, [len(f) for f in item.references], compat) for loop in loops] for item in items
+  ]
+  latents = [encode_used(pipeline, item.references, placed) for item, placed in zip(items, placements)]
+  for loop in loops:
+    given = [given_frames(placed[loop], known) for placed, known in zip(placements, latents)]
+    made = sample(loop, [item.requests[loop] for item in items], given)
     decoded = pipeline.decode(made) if decode or compat else [None] * len(made)
     for known, seen, z, pixels in zip(latents, frames, made, decoded):
       known.append(pipeline.encode(pixels) if compat else z)

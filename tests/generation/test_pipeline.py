@@ -305,6 +305,12 @@ def test_extended_and_connected_videos_hold_their_files(assets, trained, tmp_pat
   assert len(forward) == 16 + 2
   backward = made_frames(trained, tmp_path / "b", "--task", "extend-backward", video, "--condition-frames", 2)
   np.testing.assert_array_equal(backward[1:], known)
+  # The autoencoder makes 160 x 216 of 166 x 221 pixels: so are the frames of the file.
+  odd = ["--resolution", "144p", "--aspect-ratio", "3:4", "--num-frames", "3", "--fps", "8", "--steps", "1", "--prompt", "x"]
+  arguments = ["--run", str(trained), *odd, "--format", "frames", "--output", str(tmp_path / "o")]
+  sample.main([*arguments, "--task", "extend-forward", str(video), "--negative-prompt", "Blur!"])
+  with Image.open(tmp_path / "o" / "0000-x-seed0" / "00017.png") as last:
+    assert last.size == (216, 160)
   joined = made_frames(trained, tmp_path / "c", "--task", "connect", video, assets / "1.mp4")
   np.testing.assert_array_equal(joined[:16], known)
   np.testing.assert_array_equal(joined[17:], read_reference(assets / "1.mp4", (48, 64), 8))
