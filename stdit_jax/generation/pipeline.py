@@ -18,6 +18,7 @@ from stdit_jax.parallel.shardings import Layout
 
 # Open-Sora shows images to the model with this frame rate (`IMG_FPS`).
 IMAGE_FPS = 120
+KEPT_EMBEDDINGS = 4  # batches of prompts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Pipeline:
 
   def set_weights(self, params, frozen, text_params=None):
     """Other weights of the same models; nothing is compiled again."""
-    self.variables = {"params": params["denoiser"], "constants": frozen["denoiser"]}
+    self.variables, self._embedded = {"params": params["denoiser"], "constants": frozen["denoiser"]}, {}
     self.text_params = params.get("text_encoder", frozen.get("text_encoder", text_params))
 
   def latent_size(self, request):
@@ -86,9 +87,14 @@ class Pipeline:
     return (request.num_frames, *self.autoencoder.config.latent_size(request.height, request.width))
 
   def embed(self, prompts):
-    """Prompts -> (features `[B, L, C]`, mask `[B, L]`)."""
-    ids, mask = (self._place(np.stack(part)) for part in zip(*(self.tokenize(p) for p in prompts)))
-    return self._text(self.text_params, ids, mask), mask
+    """Prompts -> (features `[B, L, C]`, mask `[B, L]`); those of the last batches are kept, for their other clips and seeds."""
+    key = tuple(prompts)
+    if key not in self._embedded:
+      while len(self._embedded) >= KEPT_EMBEDDINGS:
+        self._embedded.pop(next(iter(self._embedded)))  # the oldest
+      ids, mask = (self._place(np.stack(part)) for part in zip(*(self.tokenize(p) for p in prompts)))
+      self._embedded[key] = self._text(self.text_params, ids, mask), mask
+    return self._embedded[key]
 
   def encode(self, frames):
     """Frames uint8 `[T, 8h, 8w, 3]` -> normalised latents, NumPy `[T, h, w, C]`: the means of what the autoencoder gives, so

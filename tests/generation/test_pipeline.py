@@ -94,6 +94,23 @@ def test_other_samplers_and_guidance_from_the_command_line(pipeline, trained):
     another(trained, "--sampler", "heun")
 
 
+def test_prompts_are_embedded_once(pipeline, trained):
+  calls, encoder = [], pipeline._text
+  fresh = another(trained)
+  fresh._text = lambda *arguments: calls.append(1) or encoder(*arguments)
+  first = fresh.sample_latents(REQUESTS, 1, 2.0, iter)
+  again = fresh.sample_latents([dataclasses.replace(r, seed=9, loop=1) for r in REQUESTS], 1, 2.0, iter)
+  assert len(calls) == 1
+  assert (first != again).any()
+  for number in range(pipelines.KEPT_EMBEDDINGS + 1):
+    fresh.embed([f"other {number}"])
+  fresh.embed([r.prompt for r in REQUESTS])
+  assert len(calls) == 1 + pipelines.KEPT_EMBEDDINGS + 1 + 1
+  fresh.set_weights(*load_weights(trained, "params")[:2])
+  assert (fresh.sample_latents(REQUESTS, 1, 2.0, iter) != first).any()
+  assert len(calls) == 1 + pipelines.KEPT_EMBEDDINGS + 1 + 2
+
+
 def random_latents(seed, frames=3):
   return np.random.default_rng(seed).standard_normal((frames, 9, 7, 4), np.float32)
 
