@@ -207,11 +207,36 @@ def main(argv=None):
     paths.make_folder(args.output)
     use_compilation_cache()
     keep_freed_memory()
-    pipeline, described = loading.load_pipeline(args, config, step)
     steps, scale = loading.steps_and_scale(args, config)
-    pipeline.diffusion.for_sampling(steps)
+    check = lambda pipeline: check_memory(pipeline, work, steps, scale, args)  # noqa: E731
+    pipeline, described = loading.load_pipeline(args, config, step, check)
   with one_line_errors((OSError,)):
     run_work(pipeline, work, steps, scale, args, described)
+
+
+def check_memory(pipeline, work, steps, scale, args):
+  """Says how much memory each device will need; ValueError when there is less, with what takes less. Compiles, allocates
+  nothing."""
+  import jax
+
+  pipeline.diffusion.for_sampling(steps)
+  largest = max(work, key=lambda one: one.requests[0].height * one.requests[0].width * one.requests[0].num_frames)
+  request, batch = largest.requests[0], min(args.batch_size or pipeline.batch_parts, len(work))
+  options = {"given": bool(largest.job.rules), "negative": args.negative_prompt is not None}
+  if jax.process_index() == 0:
+    print(f"compiling for {batch} x {request.num_frames} x {request.height} x {request.width} ...", file=sys.stderr, flush=True)
+  needed = pipeline.needed_memory(request, batch, steps, scale, **options)
+  weights, gib = needed.pop("weights"), 2**30
+  parts = ", ".join(f"{name} {size / gib:.2f}" for name, size in needed.items())
+  total, free = weights + max(needed.values()), loading.free_memory()
+  text = f"memory of each device: {total / gib:.2f} GiB (weights {weights / gib:.2f}, beside them in turn {parts})"
+  if free is not None and total > free:
+    raise ValueError(
+      f"{text}, but only {free / gib:.2f} GiB are free: lower --batch-size, --num-frames or the size, use --guidance-in-turn, "
+      "or more devices with --mesh"
+    )
+  if jax.process_index() == 0:
+    print(text + ("" if free is None else f" of {free / gib:.2f} that are free"), flush=True)
 
 
 def downsampling_of(config):

@@ -363,6 +363,12 @@ def _decode_program(model, variables, latents):
   return to_uint8(decode_frames(model, variables, latents))
 
 
+def lower_decoder(model, variables, latent_size, micro_batch=4):
+  """The program of `decode_video` for latents of this (height, width), lowered."""
+  latents = jax.ShapeDtypeStruct((micro_batch, *latent_size, model.config.latent_channels), jnp.float32)
+  return _decode_program.lower(model, variables, latents)
+
+
 def _in_micro_batches(program, values, micro_batch):
   """Runs program([micro_batch, ...]) over the first axis; the last batch is filled with its last frame, then cut."""
   if micro_batch < 1:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -82,6 +83,47 @@ class Pipeline:
     self.variables, self._embedded = {"params": params["denoiser"], "constants": frozen["denoiser"]}, {}
     self.text_params = params.get("text_encoder", frozen.get("text_encoder", text_params))
 
+  def needed_memory(self, request, batch, steps=30, guidance_scale=7.0, *, given=False, negative=False):
+    """Bytes on one device while `batch` requests like this one are made, as the compiler counts them: {"weights", and beside
+    them "text", "denoise", "decode"}; the largest of the three and the weights are there at a time.
+
+    The weights may be shapes (ShapeDtypeStruct with shardings): the programs are compiled before anything is allocated, and
+    found again in the compilation cache when they run.
+    """
+    config, size, diffusion = self.model.config, self.latent_size(request), self.diffusion.for_sampling(steps)
+    frames, rows, columns = grid_size(size, config.patch_size)
+    space, batch = rows * columns, batch + -batch % self.batch_parts
+
+    def shape(dims, dtype=jnp.float32, axes=("batch",)):
+      return jax.ShapeDtypeStruct(dims, dtype, sharding=self._sharding(axes))
+
+    def beside(compiled, *weights):
+      memory = compiled.memory_analysis()
+      kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+      return kept + memory.temp_size_in_bytes - bytes_on_device(weights)
+
+    ids, mask = (shape((batch, *part.shape), part.dtype) for part in map(np.asarray, self.tokenize("")))
+    embed = self._text.lower(self.text_params, ids, mask)
+    features, embed = embed.out_info, embed.compile()
+    text = jax.ShapeDtypeStruct(features.shape, features.dtype, sharding=embed.output_shardings)
+    numbers = {name: shape((batch,)) for name in ("height", "width", "num_frames", "fps")}
+    conditions = numbers | {"text": (text, text), "text_mask": (mask, mask)}
+    x = shape((batch, frames, space + -space % self.token_parts, config.patch_values), axes=OVER_TIME)
+    sides = [np.ones((batch,), np.float32)] * 4
+    t = diffusion.sampling_timesteps(steps, *sides)[0]
+    step = self._step.lower(
+      self.variables, x, (shape((batch, frames)), shape((batch, frames), bool)) if given else None,
+      (x, shape((batch,)), shape((batch, frames), bool)) if diffusion.remembers else None, t, t,
+      x if diffusion.stochastic else None, x if given else None, conditions, diffusion=diffusion,
+      guidance=dataclasses.replace(self.guidance, scale=float(guidance_scale)), latent_size=size, negative=negative,
+    ).compile()  # fmt: skip
+    decode = image_kl.lower_decoder(self.autoencoder, self.autoencoder_variables, size[1:]).compile()
+    return {
+      "weights": bytes_on_device((self.variables, self.text_params, self.autoencoder_variables)),
+      "text": beside(embed, self.text_params), "denoise": beside(step, self.variables),
+      "decode": beside(decode, self.autoencoder_variables),
+    }  # fmt: skip
+
   def latent_size(self, request):
     """(T, H, W) of the latents of a request."""
     return (request.num_frames, *self.autoencoder.config.latent_size(request.height, request.width))
@@ -108,9 +150,13 @@ class Pipeline:
   def _place(self, values, axes=("batch",)):
     """An array that all processes have -> one over the mesh, its dimensions split by their names (`Layout.axes`)."""
     if self.layout is None:
-      return jnp.asarray(values)
+      return jax.device_put(values, self._sharding(axes))
     values = np.asarray(values)
-    return jax.make_array_from_callback(values.shape, self.layout.sharding(*axes), lambda index: values[index])
+    return jax.make_array_from_callback(values.shape, self._sharding(axes), lambda index: values[index])
+
+  def _sharding(self, axes):
+    """Without a mesh the first device, said as well: what is not said is another program than what comes out of one."""
+    return self.layout.sharding(*axes) if self.layout else jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
   def sample_latents(
     self, requests, steps=30, guidance_scale=7.0, progress=lambda steps: steps, given=None, negative_prompt=None
@@ -210,6 +256,13 @@ class Pipeline:
       step_model, x, t, t_next, num_channels=config.in_channels, noise=noise, frame_noise=frame_noise, edit=edit, memory=memory,
       valid=valid,
     )  # fmt: skip
+
+
+def bytes_on_device(tree):
+  """Bytes of arrays, or of shapes, on one device."""
+  leaves = jax.tree.leaves(tree)
+  whole = lambda x: x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)  # noqa: E731
+  return sum(math.prod(whole(x)) * x.dtype.itemsize for x in leaves)
 
 
 def image_valid(latent_size, patch_size, channels, token_parts=1):

@@ -1,5 +1,7 @@
 """A pipeline from a training run's folder, or from a configuration and converted weights: for entry points that sample."""
 
+import pathlib
+
 import ml_collections
 
 from stdit_jax.cli import parse_mesh
@@ -81,14 +83,15 @@ def guidance_of(args):
   return Guidance(**options, together=not args.guidance_in_turn)
 
 
-def load_pipeline(args, config, step):
-  """(pipeline, description of the weights) of what `read_model` read."""
+def load_pipeline(args, config, step, check=lambda pipeline: None):
+  """(pipeline, description of the weights) of what `read_model` read; `check` sees it while its weights are shapes only."""
   import jax
 
+  from stdit_jax.autoencoders import image_kl
   from stdit_jax.generation.pipeline import Pipeline
   from stdit_jax.generation.prompts import TokenizeText
   from stdit_jax.interop import load_variables
-  from stdit_jax.models import stdit
+  from stdit_jax.models import stdit, t5
   from stdit_jax.parallel.mesh import make_mesh
   from stdit_jax.parallel.shardings import tree_shardings
   from stdit_jax.training import checkpoints, weights
@@ -98,6 +101,19 @@ def load_pipeline(args, config, step):
   mesh = make_mesh(sizes) if sizes else None
   objective = DenoiserObjective(config)
   autoencoder = autoencoder_model(config.autoencoder)
+  tokenize = TokenizeText(config.text_encoder.tokenizer, config.text_encoder.max_length)
+  params, frozen = placed_shapes(jax.eval_shape(objective.init, jax.random.key(0)), mesh)
+  text_params = None
+  weights.need_file(config.autoencoder.weights, "autoencoder.weights")
+  if not args.run:
+    weights.need_file(args.weights, "--weights")
+  if "text_encoder" not in params or args.text_encoder:
+    weights.need_file(config.text_encoder.weights, "text_encoder.weights")
+  if "text_encoder" not in params:
+    text_params = placed_shapes(t5.init_shapes(objective.text.config), mesh)["params"]
+  encoder = autoencoder, placed_shapes(image_kl.init_shapes(autoencoder.config), None)
+  pipeline = Pipeline(objective, params, frozen, encoder, tokenize, text_params, guidance_of(args), mesh)
+  check(pipeline)
   if args.run:
     params, frozen, _ = checkpoints.load_weights(args.run, args.item, step, mesh)
     described = f"{args.run}, step {step}, {args.item}"
@@ -112,11 +128,37 @@ def load_pipeline(args, config, step):
   if "text_encoder" not in params or args.text_encoder:
     params.pop("text_encoder", None)
     text_params = weights.load_text_encoder(config, objective.text, mesh)
-  tokenize = TokenizeText(config.text_encoder.tokenizer, config.text_encoder.max_length)
-  autoencoder = autoencoder, weights.load_autoencoder(config, autoencoder)
   if not mesh:
-    params, frozen = jax.device_put((params, frozen), jax.local_devices()[0])
-  return Pipeline(objective, params, frozen, autoencoder, tokenize, text_params, guidance_of(args), mesh), described
+    params, frozen, text_params = jax.device_put((params, frozen, text_params), jax.local_devices()[0])
+  pipeline.set_weights(params, frozen, text_params)
+  pipeline.autoencoder_variables = weights.load_autoencoder(config, autoencoder)
+  return pipeline, described
+
+
+def placed_shapes(shapes, mesh):
+  """Shapes with the shardings that the weights will have."""
+  import jax
+
+  from stdit_jax.parallel.shardings import tree_shardings
+
+  one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  places = tree_shardings(shapes, mesh) if mesh else jax.tree.map(lambda _: one, shapes)
+  return jax.tree.map(lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, places)
+
+
+def free_memory():
+  """Bytes that one device has left for programs, None where it does not say."""
+  import jax
+
+  device = jax.local_devices()[0]
+  stats = device.memory_stats() if device.platform != "cpu" else None
+  if stats and "bytes_limit" in stats:
+    return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+  try:
+    lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+  except (OSError, StopIteration):
+    return None
 
 
 def read_config_file(path):

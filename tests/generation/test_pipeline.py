@@ -11,6 +11,7 @@ from PIL import Image
 
 from data.video import read_frames
 from stdit_jax import sample
+from stdit_jax.autoencoders import image_kl
 from stdit_jax.diffusion.noise import Purpose, sample_keys
 from stdit_jax.generation import pipeline as pipelines
 from stdit_jax.generation.pipeline import Request, latent_noise
@@ -109,6 +110,48 @@ def test_prompts_are_embedded_once(pipeline, trained):
   fresh.set_weights(*load_weights(trained, "params")[:2])
   assert (fresh.sample_latents(REQUESTS, 1, 2.0, iter) != first).any()
   assert len(calls) == 1 + pipelines.KEPT_EMBEDDINGS + 1 + 2
+
+
+class Recorder:
+  """A jitted function that keeps the text of all programs that it lowers or runs."""
+
+  def __init__(self, function):
+    self.function, self.texts = function, []
+
+  def lower(self, *args, **options):
+    lowered = self.function.lower(*args, **options)
+    self.texts.append(lowered.as_text())
+    return lowered
+
+  def __call__(self, *args, **options):
+    self.lower(*args, **options)
+    return self.function(*args, **options)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "adams-bashforth"])
+@pytest.mark.parametrize("conditioned", [False, True])
+def test_memory_is_that_of_the_programs_that_run(trained, sampler, conditioned, monkeypatch):
+  seen, decoder = [], Recorder(image_kl._decode_program)
+  monkeypatch.setattr(image_kl, "_decode_program", decoder)
+
+  def check(pipeline):  # before any weight is there
+    assert not any(isinstance(x, jax.Array) for x in jax.tree.leaves((pipeline.variables, pipeline.text_params)))
+    pipeline._step, pipeline._text = Recorder(pipeline._step), Recorder(pipeline._text)
+    seen.append(pipeline.needed_memory(REQUESTS[0], 3, 2, 3.0, given=conditioned, negative=conditioned))
+
+  args = sample.make_parser().parse_args(["--run", str(trained), "--sampler", sampler])
+  made, _ = loading.load_pipeline(args, *loading.read_model(args), check)
+  given = [(np.array([0, 1, 1], np.float32), random_latents(0), np.array([True, False, False]))] * 3 if conditioned else None
+  made.decode(made.sample_latents(REQUESTS, 2, 3.0, iter, given, "blur" if conditioned else None))
+  for recorder in (made._step, made._text, decoder):
+    assert len(recorder.texts) >= 2
+    assert len(set(recorder.texts)) == 1
+  (needed,) = seen
+  arrays = jax.tree.leaves((made.variables, made.text_params, made.autoencoder_variables))
+  assert needed["weights"] == sum(x.nbytes for x in arrays)
+  larger = made.needed_memory(dataclasses.replace(REQUESTS[0], num_frames=30), 3, steps=2)
+  assert larger["denoise"] > 3 * needed["denoise"] > 0
+  assert needed["decode"] > 8 * 72 * 56 * 3
 
 
 def random_latents(seed, frames=3):
@@ -256,6 +299,17 @@ def test_bad_arguments_are_one_line(trained, tmp_path, capsys, arguments, words)
   assert words in error
   assert error.count("\n") == 1
   assert not list(tmp_path.rglob("*.mp4"))
+
+
+def test_too_little_memory_is_said_before_anything_is_read(trained, tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(loading, "free_memory", lambda: 100_000)
+  monkeypatch.setattr("stdit_jax.training.checkpoints.load_weights", None)
+  with pytest.raises(SystemExit) as stopped:
+    sample.main(["--run", str(trained), *SIZE, "--prompt", "x", "--output", str(tmp_path)])
+  assert stopped.value.code == 2
+  error = capsys.readouterr().err.splitlines()[-1]
+  assert error.startswith("error: memory of each device: 0.0")
+  assert "but only 0.00 GiB are free: lower --batch-size" in error
 
 
 def test_no_prompt_no_run_and_broken_configurations(tmp_path, capsys):
