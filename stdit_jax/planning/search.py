@@ -7,6 +7,7 @@ better, until one confirms what was predicted of it.
 
 import dataclasses
 import math
+import textwrap
 
 import jax.numpy as jnp
 
@@ -166,7 +167,7 @@ def fragment(stages, found, equal, topology, command):
   lines = [
     f'"""Batch sizes found by the compiler for {topology}, of the whole mesh. Computed, not measured on a device.',
     "",
-    f"  {command}",
+    " \\\\\n".join(textwrap.wrap(command, 120, initial_indent="  ", subsequent_indent="      ", break_on_hyphens=False)),
     "",
     "LARGEST fills the memory; EQUAL makes the steps of all buckets take about the same time. A stage takes them up by",
     "  dict(name=..., steps=..., **EQUAL[name])",

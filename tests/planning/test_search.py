@@ -1,10 +1,15 @@
 """The search of batch sizes, against memory and time that are known exactly."""
 
 import math
+import pathlib
+import runpy
 
 import pytest
 
+from configs import open_sora_1_2
+from data.config import DataConfig
 from stdit_jax.planning import search
+from stdit_jax.training.stages import make_stages
 from tests.planning.test_plan import SMALL
 
 GIB = 2**30
@@ -69,10 +74,28 @@ def test_equal_batches_take_equal_time():
   assert found.equal(0.0, constant, slope) == 1
 
 
+def test_batches_that_ship_are_of_their_stage():
+  """Every bucket of the stage that has a batch is there, and a stage takes them up."""
+  files = sorted((pathlib.Path(__file__).parents[2] / "configs" / "batches").glob("*.py"))
+  assert files
+  for path in files:
+    found = runpy.run_path(path)
+    for batches in (found["LARGEST"], found["EQUAL"]):
+      for name, changes in batches.items():
+        config = open_sora_1_2.get_config(name)
+        old = make_stages(config)[0]
+        config.stages = ({**config.stages[0], **changes},)
+        (new,) = make_stages(config)
+        old, new = (
+          DataConfig.create(stage.config.data.to_dict() | {"tables": "t.csv"}).parsed_buckets() for stage in (old, new)
+        )
+        keys = [{(b.resolution, b.num_frames, b.keep_prob, b.duration_prob) for b in of if b.batch_size} for of in (old, new)]
+        assert keys[0] == keys[1]
+
+
 def test_the_fragment_is_a_stage(tmp_path):
   """What is written is Python that a stage takes up: the buckets, keep probabilities as they were, and which are split."""
   from stdit_jax.training.checkpoints import from_plain, plain
-  from stdit_jax.training.stages import make_stages
 
   namespace = {}
   exec(SMALL, namespace)
