@@ -7,5 +7,5 @@ source launch/environment.sh
 make_environment requirements-test.txt
 ruff check .
 ruff format --check .
-# Two at a time, whole files each: half the suite is one thread that compiles.
-JAX_PLATFORMS=${JAX_PLATFORMS:-cpu} python -m pytest -n 2 --dist loadfile "$@"
+# Two at a time, whole files each, the longest first (tests/conftest.py): half the suite is one thread that compiles.
+JAX_PLATFORMS=${JAX_PLATFORMS:-cpu} python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -10,6 +10,19 @@ import pytest
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
+LONGEST = ("resume", "processes", "plan", "devices", "runs", "bad_input", "pipeline", "compilation", "nonfinite", "stages")
+
+
+def pytest_collection_modifyitems(items):
+  """Files that take minutes begin first, or one worker would still be at one when the other has nothing left to do."""
+
+  def place(item):
+    name = item.path.stem.removeprefix("test_")
+    return LONGEST.index(name) if name in LONGEST else len(LONGEST)
+
+  items.sort(key=place)  # the order within a file stays
+
+
 @pytest.fixture(scope="session")
 def assets(tmp_path_factory):
   """Folder of `tests.tiny_run.make_assets`. Whoever uses it compiles through one cache, subprocesses too."""

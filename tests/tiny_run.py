@@ -19,6 +19,7 @@ from tests.data import files
 
 ROOT = pathlib.Path(__file__).parents[1]
 MAX_LENGTH = 16
+QUICK_FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"  # as tests.helpers.QUICK_COMPILE
 SIZES = ((144, 256), (256, 144), (192, 192))
 
 

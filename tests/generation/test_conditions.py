@@ -1,11 +1,13 @@
 """Mask strategies and the syntax of prompts, against those of the original."""
 
+import json
+
 import numpy as np
 import pytest
 
 from data.captions import append_scores, clean_caption
 from stdit_jax.generation import conditions
-from stdit_jax.generation.prompts import split_json, split_loops
+from stdit_jax.generation.prompts import read_prompt_file, split_json, split_loops
 from tests.helpers import load_json
 
 TABLES = {"open-sora-1.1": "masks_v11.json", "open-sora-1.2": "masks_v12.json"}
@@ -90,6 +92,26 @@ def test_prompts_with_json():
       text, values = split_json(row["prompt"])
       found = text, values.get("reference_path", ""), values.get("mask_strategy", "")
       assert found == (row["text"], row["reference_path"], row["mask_strategy"])
+
+
+def test_prompt_files(tmp_path):
+  """Lines, tables and JSON lines; files and strategy end up where `split_json` finds them."""
+  given = {"reference_path": "a.png;b.mp4", "mask_strategy": "0;0,1,-1,-1"}
+  (tmp_path / "a.txt").write_text("one\n\n two \n")
+  assert read_prompt_file(tmp_path / "a.txt") == ["one", "two"]
+  (tmp_path / "a.csv").write_text('text,reference_path,mask_strategy\ncolumns,a.png;b.mp4,"0;0,1,-1,-1"\n"a, b",,\n')
+  (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "columns", **given}) + "\n\n" + json.dumps({"text": "a, b"}))
+  for name in ("a.csv", "a.jsonl"):
+    assert [split_json(prompt) for prompt in read_prompt_file(tmp_path / name)] == [("columns", given), ("a, b", {})]
+  for name, text, words in (
+    ("b.csv", "caption\nx\n", "row 1 has no text under `prompt`"),
+    ("b.jsonl", '{"prompt": "x"}\n{', "line 2 is no JSON"),
+    ("c.jsonl", "[1]", "row 1 has no text"),
+  ):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match="--prompt-file") as error:
+      read_prompt_file(tmp_path / name)
+    assert words in str(error.value)
 
 
 def test_prompts_of_loops():
