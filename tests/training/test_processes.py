@@ -59,11 +59,12 @@ def folder(tmp_path_factory):
   return tmp_path_factory.mktemp("processes")
 
 
-def long_config(assets, folder, name, output=None, **changes):
-  """Configuration file of a run of STEPS steps in `folder/name/run`, measured at its end."""
+def long_config(assets, folder, name, output=None, validate=True, **changes):
+  """Configuration file of a run of STEPS steps in `folder/name/run`, by default measured at its end."""
   (folder / name).mkdir()
   settings = {**SETTINGS, "stages": ({"name": "same", "steps": STEPS},), "checkpoint_every": STEPS}
-  settings["validation"] = {"tables": (str(assets / "table.csv"),), "every": STEPS, "samples_per_bucket": 5, "timesteps": 3}
+  every = STEPS if validate else 0
+  settings["validation"] = {"tables": (str(assets / "table.csv"),), "every": every, "samples_per_bucket": 5, "timesteps": 3}
   return write_config(folder / name / "config.py", assets, output or folder / name / "run", **{**settings, **changes})
 
 
@@ -89,7 +90,7 @@ def test_two_processes_train_the_losses_of_one(assets, folder, one):
 
 
 def test_two_processes_killed_and_resumed_in_a_bucket(assets, folder, one, store):
-  config = long_config(assets, folder, "there", output=f"gs://{BUCKET}/there", checkpoint_every=8, validation={})
+  config = long_config(assets, folder, "there", output=f"gs://{BUCKET}/there", checkpoint_every=8, validate=False)
   processes = start_processes(config, folder / "there", XLA_FLAGS=FLAGS)
   try:
     wait_for(lambda: "there/checkpoints/8/commit_success.txt" in store.objects, processes, folder / "there")
