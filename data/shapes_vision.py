@@ -88,7 +88,7 @@ def outline(masks, centres, x, y):
   """The shape whose outline, at the place and with the area that the masks `[T, H, W]` have, covers them best."""
   scores = dict.fromkeys(shapes.SHAPES, 0.0)
   for mask, (cx, cy) in zip(masks, centres):
-    area = mask.sum() / len(x) / len(y) * (x[-1] - x[0] + x[1] - x[0]) * (y[-1] - y[0] + y[1] - y[0])
+    area = mask.sum() * (x[1] - x[0]) * (y[1] - y[0])
     for shape in scores:
       unit, offset = _unit(shape)
       side = np.sqrt(area / unit)

@@ -103,7 +103,7 @@ def evaluate_loss(stage, step, args, folder):
 
 
 def evaluate_shapes(args):
-  """-> (checkpoint's step, {part: {measure: value}})."""
+  """-> (description of the weights, {part: {measure: value}})."""
   import jax
   from tqdm import tqdm
 

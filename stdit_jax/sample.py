@@ -65,6 +65,7 @@ def make_parser():
 
   how = parser.add_argument_group("how")
   loading.add_sampler_arguments(how)
+  how.add_argument("--negative-prompt", help="what guidance leads away from (default: the null caption)")
   how.add_argument(
     "--batch-size", type=int, help="videos made together (default: 1, or as many as the mesh splits a batch into)"
   )

@@ -198,13 +198,14 @@ class Pipeline:
 
     x = noise_of(sample_keys(0, seeds, Purpose.SAMPLING_START))
     x, edit = (x, None) if given is None else self._start_from(x, given, size)
-    step_keys, frame_keys = (sample_keys(0, seeds, purpose) for purpose in (Purpose.SAMPLING_STEP, Purpose.FRAME_NOISE))
+    step_keys = sample_keys(0, seeds, Purpose.SAMPLING_STEP)
+    # Every frame is noised once at most: one draw serves all steps.
+    frame_noise = None if edit is None else noise_of(sample_keys(0, seeds, Purpose.FRAME_NOISE))
     memory = tuple(self._place(part, axes) for part, axes in zip(start_memory(x), (OVER_TIME, *[("batch",)] * 2)))
     memory = memory if diffusion.remembers else None
     guidance = dataclasses.replace(self.guidance, scale=float(guidance_scale))
     for i in progress(range(steps)):
       noise = noise_of(fold_in(step_keys, i)) if diffusion.stochastic else None
-      frame_noise = None if edit is None else noise_of(fold_in(frame_keys, i))
       x, edit, memory = self._step(
         self.variables, x, edit, memory, timesteps[i], timesteps[i + 1], noise, frame_noise, conditions,
         diffusion=diffusion, guidance=guidance, latent_size=size, negative=negative_prompt is not None,

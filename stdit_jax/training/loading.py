@@ -28,7 +28,6 @@ def add_sampler_arguments(how):
   """The arguments that `steps_and_scale` and `guidance_of` read."""
   how.add_argument("--steps", type=int, help="sampler steps")
   how.add_argument("--guidance-scale", type=float, help="classifier-free guidance; 1 is none")
-  how.add_argument("--negative-prompt", help="what guidance leads away from (default: the null caption)")
   how.add_argument("--sampler", help="euler (default) or adams-bashforth; of iddpm ancestral (default), ddim, dpm++")
   how.add_argument(
     "--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="timesteps that are guided (default: all)"
