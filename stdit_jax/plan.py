@@ -24,8 +24,8 @@ computed, none is measured on a device:
                config's tables, or of assumed rows; and the updates, which read and write the whole state once; not in it:
                checkpoints, samples, restarts
 
-A search fits memory to compilations of a bucket, two or three, the last of which confirms what was predicted; it ends where a
-batch takes 92 % of the memory, or the next one would be less than 5 % larger. "equal" is the batch with which a step takes as
+A search fits memory to compilations of a bucket, one to three, the last of which confirms what was predicted; it ends where a
+batch takes 88 % of the memory, or the next one would be less than 5 % larger. "equal" is the batch with which a step takes as
 long as the longest bucket's at one sample per device, or --step-seconds.
 
 Results are kept in --cache, and used again while program, topology and compiler are the same; ^C loses only what is compiling.

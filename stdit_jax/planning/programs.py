@@ -53,8 +53,10 @@ def bytes_per_device(shapes, mesh):
   return sum(jax.tree.leaves(parts))
 
 
-def resident_bytes(config, objective, states, frozen, mesh):
+def resident_bytes(config, objective, mesh):
   """{what: bytes on one device} of all that stays in memory while a program runs, its own arguments included."""
+  params, frozen = jax.eval_shape(objective.init, jax.random.key(0))
+  states = state_shapes(params, make_optimizer(config.optimizer))
   sizes = {"parameters": states["params"], "average": states["ema"], "optimizer": states["opt"], "gradients": states["params"]}
   sizes = {name: bytes_per_device(tree, mesh) for name, tree in sizes.items()}
   sizes["frozen"] = bytes_per_device(frozen, mesh)
@@ -91,7 +93,7 @@ def lower(job):
   scales = learning_rate_scales(params, config.train, config.optimizer.scales)
   programs = Programs(objective.loss, mesh, states, frozen, optimizer, scales, stage, TraceCounter())
   programs.make_gradient((resolution, frames), tuple(batch), parts, layout)
-  resident = resident_bytes(config, objective, states, frozen, mesh)
+  resident = resident_bytes(config, objective, mesh)
   # The program's own peak holds parameters, gradients and what is frozen in it; the rest waits beside it.
   own = resident["parameters"] + resident["gradients"] + bytes_per_device(frozen, mesh)
   facts = {

@@ -10,11 +10,12 @@ import math
 import textwrap
 
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh
 
 from data.config import DataConfig
-from stdit_jax.parallel.mesh import mesh_sizes
+from stdit_jax.parallel.mesh import AXES, mesh_sizes
 from stdit_jax.parallel.topology import CHIPS, parse_topology
-from stdit_jax.planning.programs import roofline
+from stdit_jax.planning.programs import resident_bytes, roofline
 from stdit_jax.training.batches import batch_shapes
 from stdit_jax.training.checkpoints import from_plain
 from stdit_jax.training.metrics import batch_work
@@ -22,15 +23,15 @@ from stdit_jax.training.objectives import OBJECTIVES
 from stdit_jax.training.stages import make_stages
 
 ATTEMPTS = 6  # compilations per bucket at most
-FILL = 0.6  # of the memory, with which a search begins
+FILL = 0.85  # of the memory that the state leaves, with which a search begins
 # A search ends where a batch takes so much of the memory: what XLA still squeezes in it computes again, which takes time (1080p
 # on v5p: 69 samples in 89.9 GiB, but 96 in 95.4), and its compilations take long.
-FULL = 0.92
+FULL = 0.88
 WORTH = 1.05  # of what fits: a larger batch that is predicted is tried when it is larger than this
 # Arrays of activations that a layer leaves for the backward pass, by remat policy, and that the layer at work needs: counted
-# on STDiT3-XL/2 on v5p. A search only begins there.
+# on STDiT3-XL/2 on v5p, where the 26 buckets of stage 1 took 160 to 245 kB per token. A search only begins there.
 LEFT = {"none": 40, "dots": 12, "full": 1, "offload": 0}
-AT_WORK = 40
+AT_WORK = 60
 
 
 def with_whole_batches(config, split):
@@ -41,10 +42,15 @@ def with_whole_batches(config, split):
   return {**config, **changes, "stages": stages}
 
 
+def axis_sizes(config, chips, slices):
+  """{axis: size} of the whole mesh."""
+  within, over = mesh_sizes(config["mesh"], chips // slices), mesh_sizes(config["slices"], slices, "slices", "slices")
+  return {axis: within[axis] * over[axis] for axis in within}
+
+
 def batch_units(config, chips, slices):
   """Samples of the whole mesh when every device has one, and when the `sequence` axis shares one."""
-  within, over = mesh_sizes(config["mesh"], chips // slices), mesh_sizes(config["slices"], slices, "slices", "slices")
-  sizes = {axis: within[axis] * over[axis] for axis in within}
+  sizes = axis_sizes(config, chips, slices)
   split = sizes["data"] * sizes["fsdp"]
   return split * sizes["sequence"], split
 
@@ -116,7 +122,7 @@ def next_batch(results):
   fits = [n for n, result in results.items() if result["fits"]]
   failed = [n for n, result in results.items() if not result["fits"]]
   if not fits:
-    return min(failed) // 4 or (1 if min(failed) > 1 else None)
+    return min(failed) // 2 or None
   high = max(fits)
   if results[high]["peak"] > FULL * results[high]["limit"]:
     return None
@@ -128,17 +134,18 @@ def next_batch(results):
   return n if n > high * WORTH and n not in results else None
 
 
-def first_batch(job):
-  """Samples per device to begin a search with: those whose activations are about `FILL` of the memory; at least 1."""
+def first_batch(job, chips):
+  """Samples per device to begin with: those whose activations take about `FILL` of what the state leaves; 1 or more."""
   stage = next(s for s in make_stages(from_plain(job.config)) if s.name == job.stage)
   objective = OBJECTIVES[stage.config.task](stage.config)
   tokens, _ = batch_work(stage.config, objective, batch_shapes(stage.config, objective, job.bucket[:2], 1))
   if not tokens:  # of an autoencoder there is no formula
     return 1
+  mesh = AbstractMesh(tuple(axis_sizes(job.config, chips, job.slices).values()), AXES)
+  free = CHIPS[parse_topology(job.topology)].memory_gib * 2**30 - sum(resident_bytes(stage.config, objective, mesh).values())
   model = objective.model.config
   arrays = model.depth * LEFT[model.remat] + AT_WORK
-  limit = CHIPS[parse_topology(job.topology)].memory_gib * 2**30
-  return max(1, round_down(int(FILL * limit / (tokens * model.hidden_size * jnp.dtype(model.dtype).itemsize * arrays))))
+  return max(1, round_down(int(FILL * free / (tokens * model.hidden_size * jnp.dtype(model.dtype).itemsize * arrays))))
 
 
 def search_bucket(compiler, job, chips):
@@ -151,7 +158,7 @@ def search_bucket(compiler, job, chips):
     def measure(n, config=config, unit=unit):
       return compiler(dataclasses.replace(job, config=config, bucket=(*key, n * unit)))
 
-    found = largest_batch(measure, first_batch(job))
+    found = largest_batch(measure, first_batch(job, chips))
     if found.largest or whole == split:
       break
   return found

@@ -53,7 +53,7 @@ def test_a_first_batch_that_does_not_fit_becomes_smaller():
   assert search.largest_batch(measure, first=40).largest == 10
   measure, asked = device(20.0, 1.0)
   assert search.largest_batch(measure, first=8).largest == 0
-  assert asked == [8, 2, 1]
+  assert asked == [8, 4, 2, 1]
 
 
 def result(n, seconds, fits=True):
