@@ -14,6 +14,7 @@ from stdit_jax.autoencoders import image_kl
 from stdit_jax.diffusion.elements import start_edit, start_memory
 from stdit_jax.diffusion.guidance import Guidance, guided
 from stdit_jax.diffusion.noise import Purpose, fold_in, sample_keys, token_noise
+from stdit_jax.models import step_cache
 from stdit_jax.models.layers import OVER_TIME
 from stdit_jax.parallel.shardings import Layout
 
@@ -54,12 +55,13 @@ class Pipeline:
     text_params: parameters of a text encoder that is in neither.
     guidance: `diffusion.guidance.Guidance`; its scale is given with the requests.
     mesh: on which all parameters but the autoencoder's lie; None: all on one device.
+    cache: of `models.step_cache`, to leave out what changes little between steps; None: all is computed in every step.
 
   Attributes: batch_parts: a batch is filled up to a multiple of it.
   """
 
-  def __init__(self, objective, params, frozen, autoencoder, tokenize, text_params=None, guidance=None, mesh=None):
-    self.tokenize, self.guidance = tokenize, guidance or Guidance()
+  def __init__(self, objective, params, frozen, autoencoder, tokenize, text_params=None, guidance=None, mesh=None, cache=None):
+    self.tokenize, self.guidance, self.cache = tokenize, guidance or Guidance(), cache
     self.layout = None if mesh is None else Layout(mesh, split_tokens=mesh.shape["sequence"] > 1)
     self.batch_parts, self.token_parts = (1, 1) if mesh is None else (self.layout.batch_parts, self.layout.token_parts)
     self.model, self.diffusion = objective.model.clone(layout=self.layout), objective.diffusion
@@ -75,13 +77,21 @@ class Pipeline:
     places = None
     if mesh is not None:
       tokens, rows = self.layout.sharding(*OVER_TIME), self.layout.sharding("batch")
-      places = tokens, rows, (tokens, rows, rows) if self.diffusion.remembers else None
-    self._step = jax.jit(self._sampler_step, static_argnames=static, out_shardings=places)
+      kept = jax.tree.map(lambda part: self.layout.sharding(*part.axes), self._kept_arrays(1, 1, 1))
+      places = tokens, rows, (tokens, rows, rows) if self.diffusion.remembers else None, kept
+    self._step = jax.jit(self._sampler_step, static_argnames=static, out_shardings=places, donate_argnames="kept")
 
   def set_weights(self, params, frozen, text_params=None):
     """Other weights of the same models; nothing is compiled again."""
     self.variables, self._embedded = {"params": params["denoiser"], "constants": frozen["denoiser"]}, {}
     self.text_params = params.get("text_encoder", frozen.get("text_encoder", text_params))
+
+  def _kept_arrays(self, batch, frames, space):
+    """What the step cache keeps for each call of the model in a step, as a tuple of trees of `step_cache.Kept`."""
+    if self.cache is None:
+      return ()
+    rows = [2 * batch] if self.guidance.together else [batch, batch]
+    return tuple(self.model.kept_arrays(self.cache, n, frames, space) for n in rows)
 
   def needed_memory(self, request, batch, steps=30, guidance_scale=7.0, *, given=False, negative=False):
     """Bytes on one device while `batch` requests like this one are made, as the compiler counts them: {"weights", and beside
@@ -109,11 +119,12 @@ class Pipeline:
     numbers = {name: shape((batch,)) for name in ("height", "width", "num_frames", "fps")}
     conditions = numbers | {"text": (text, text), "text_mask": (mask, mask)}
     x = shape((batch, frames, space + -space % self.token_parts, config.patch_values), axes=OVER_TIME)
+    kept = jax.tree.map(lambda part: shape(part.shape, part.dtype, part.axes), self._kept_arrays(*x.shape[:3]))
     sides = [np.ones((batch,), np.float32)] * 4
     t = diffusion.sampling_timesteps(steps, *sides)[0]
     step = self._step.lower(
       self.variables, x, (shape((batch, frames)), shape((batch, frames), bool)) if given else None,
-      (x, shape((batch,)), shape((batch, frames), bool)) if diffusion.remembers else None, t, t,
+      (x, shape((batch,)), shape((batch, frames), bool)) if diffusion.remembers else None, kept, self._computes(0, t), t, t,
       x if diffusion.stochastic else None, x if given else None, conditions, diffusion=diffusion,
       guidance=dataclasses.replace(self.guidance, scale=float(guidance_scale)), latent_size=size, negative=negative,
     ).compile()  # fmt: skip
@@ -203,15 +214,21 @@ class Pipeline:
     frame_noise = None if edit is None else noise_of(sample_keys(0, seeds, Purpose.FRAME_NOISE))
     memory = tuple(self._place(part, axes) for part, axes in zip(start_memory(x), (OVER_TIME, *[("batch",)] * 2)))
     memory = memory if diffusion.remembers else None
+    kept = jax.tree.map(lambda part: self._place(np.zeros(part.shape, part.dtype), part.axes), self._kept_arrays(*x.shape[:3]))
     guidance = dataclasses.replace(self.guidance, scale=float(guidance_scale))
     for i in progress(range(steps)):
       noise = noise_of(fold_in(step_keys, i)) if diffusion.stochastic else None
-      x, edit, memory = self._step(
-        self.variables, x, edit, memory, timesteps[i], timesteps[i + 1], noise, frame_noise, conditions,
+      x, edit, memory, kept = self._step(
+        self.variables, x, edit, memory, kept, self._computes(i, timesteps[i]), timesteps[i], timesteps[i + 1], noise,
+        frame_noise, conditions,
         diffusion=diffusion, guidance=guidance, latent_size=size, negative=negative_prompt is not None,
       )  # fmt: skip
       x.block_until_ready()
     return unpatchify(multihost_utils.process_allgather(x, tiled=True)[:count], size, config.patch_size)
+
+  def _computes(self, step, t):
+    """`Reuse.computes` of a step at timesteps `t` `[B]`, equal ones: the sizes of a batch are."""
+    return {} if self.cache is None else {kind: np.bool_(value) for kind, value in self.cache.computes(step, t[0]).items()}
 
   def _start_from(self, x, given, size):
     """Lays the given latents over the noise -> (x, state of `elements.start_edit`)."""
@@ -228,8 +245,9 @@ class Pipeline:
     return x, tuple(self._place(part) for part in start_edit(ratio))
 
   def _sampler_step(
-    self, variables, x, edit, memory, t, t_next, noise, frame_noise, conditions, *, diffusion, guidance, latent_size, negative
-  ):
+    self, variables, x, edit, memory, kept, computes, t, t_next, noise, frame_noise, conditions, *, diffusion, guidance,
+    latent_size, negative,
+  ):  # fmt: skip
     config, batch = self.model.config, x.shape[0]
     grid = jnp.asarray(grid_size(latent_size, config.patch_size), jnp.int32)
     # Elements past an odd border are no latents: they stay zero, as the original pads (STDiT `PatchEmbed3D`).
@@ -243,20 +261,31 @@ class Pipeline:
     if not negative:
       branches[0]["drop_text"], branches[1]["drop_text"] = jnp.zeros(batch, bool), jnp.ones(batch, bool)
 
-    def denoiser(branch):
-      return lambda x, t, x_mask: self.model.apply(variables, x, t, x_mask=x_mask, **branch)
+    kept = list(kept)
 
-    denoise = tuple(denoiser(branch) for branch in branches)
+    def denoiser(branch, number):
+      def denoise(x, t, x_mask):
+        model = functools.partial(self.model.apply, variables, x, t, x_mask=x_mask, **branch)
+        if self.cache is None:
+          return model()
+        y, kept[number] = model(reuse=step_cache.Reuse(self.cache, kept[number], computes))
+        return y
+
+      return denoise
+
     if guidance.together:
-      denoise = denoiser(jax.tree.map(lambda *parts: jnp.concatenate(parts), *branches))
+      denoise = denoiser(jax.tree.map(lambda *parts: jnp.concatenate(parts), *branches), 0)
+    else:
+      denoise = tuple(denoiser(branch, number) for number, branch in enumerate(branches))
     step_model = guided(
       denoise, guidance.scale, num_channels=config.in_channels, guided_channels=guidance.channels, interval=guidance.interval,
       rescale=guidance.rescale, valid=valid,
     )  # fmt: skip
-    return diffusion.step(
+    x, edit, memory = diffusion.step(
       step_model, x, t, t_next, num_channels=config.in_channels, noise=noise, frame_noise=frame_noise, edit=edit, memory=memory,
       valid=valid,
     )  # fmt: skip
+    return x, edit, memory, tuple(kept)
 
 
 def bytes_on_device(tree):

@@ -33,25 +33,30 @@ REMAT_POLICIES = {  # what the backward pass keeps of a block; what it does not 
 
 
 def run_layers(layer, x, stacked, scan, remat):
-  """`x` through equal layers, `layer(x, parameters) -> x`, whose parameters are stacked in depth.
+  """`x` through equal layers, `layer(x, parameters) -> (x, output)`, whose parameters are stacked in depth.
 
   Args:
     stacked: pytree of arrays `[depth, ...]`.
     scan: one `lax.scan`, compiled once whatever the depth; False unrolls, which costs compile time by depth and spares the
       copies of parameters into, and of gradients out of, the loop (a CPU's training step: tests/benchmarks/denoiser.py).
     remat: one of REMAT_POLICIES.
+
+  Returns:
+    (x, outputs stacked in depth, None where layers give None)
   """
   if remat == "offload":
     inner, layer = layer, lambda x, parameters: inner(checkpoint_name(x, BLOCK_INPUT), parameters)
   if REMAT_POLICIES[remat] is not None:
     layer = jax.checkpoint(layer, policy=REMAT_POLICIES[remat], prevent_cse=not scan)
   if scan:
-    return jax.lax.scan(lambda x, parameters: (layer(x, parameters), None), x, stacked)[0]
+    return jax.lax.scan(layer, x, stacked)
   leaves, structure = jax.tree.flatten(stacked)
   # Split, not indexed: the gradient of split is one concatenation, that of indexing a sum of arrays padded to full depth.
+  outputs = []
   for parts in zip(*(jax.lax.split(leaf, (1,) * len(leaf)) for leaf in leaves)):
-    x = layer(x, structure.unflatten(part[0] for part in parts))
-  return x
+    x, output = layer(x, structure.unflatten(part[0] for part in parts))
+    outputs.append(output)
+  return x, jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *outputs)
 
 
 def xavier_uniform(fan_in, fan_out):

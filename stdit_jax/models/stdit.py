@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from data.tokens import grid_size, patchify, unpatchify
 from stdit_jax import fields
+from stdit_jax.models import step_cache
 from stdit_jax.models.layers import (
   COMPUTE_DTYPES,
   DTYPES,
@@ -201,26 +202,35 @@ def block_mlp(config, layout, axes, out_init=None):
 
 
 class STDiT1Block(nn.Module):
-  """Block of Open-Sora 1.0: one modulation table, no norms in attention."""
+  """Block of Open-Sora 1.0: one modulation table, no norms in attention.
+
+  `keep` of all blocks calls their attention (`models.step_cache`); `kinds`: how each kind's output lies on a mesh.
+  """
 
   config: STDiT1Config
   layout: Layout | None = None
 
+  @property
+  def kinds(self):
+    return {"space": OVER_SPACE, "time": OVER_TIME, "cross": OVER_TIME}
+
   @nn.compact
-  def __call__(self, x, c, is_first):
+  def __call__(self, x, c, is_first, keep=step_cache.compute):
     cfg, dtype, layout = self.config, DTYPES[self.config.dtype], self.layout
     attention = functools.partial(SelfAttention, cfg.num_heads, implementation=cfg.attention, dtype=dtype, layout=layout)
     cross = CrossAttention(cfg.num_heads, zeros, cfg.attention, dtype, layout, OVER_TIME, name="cross_attention")
     x = constrain(x, layout, *OVER_SPACE)
     table = modulation_table(self, "modulation", 6, cfg.hidden_size)
     shift1, scale1, gate1, shift2, scale2, gate2 = Modulation(table, c.modulation, None, None)
-    x = x + gate1 * attention("space", name="attention")(modulate(layer_norm(x), shift1, scale1), c.token_valid)
+    spatial = attention("space", name="attention")
+    x = x + gate1 * keep("space", spatial, modulate(layer_norm(x), shift1, scale1), c.token_valid)
     # as Open-Sora 1.0: the temporal branch is neither normalised nor modulated, reuses the spatial gate, and sees the
     # temporal position table in the first block only, outside the residual stream.
     x = constrain(x, layout, *OVER_TIME)
     positioned = x + jnp.where(is_first, c.time_embedding, 0).astype(x.dtype)[:, None]
-    x = x + gate1 * attention("time", out_init=zeros, name="temporal_attention")(positioned, c.token_valid)
-    x = x + cross(x, c.text, c.text_mask)
+    temporal = attention("time", out_init=zeros, name="temporal_attention")
+    x = x + gate1 * keep("time", temporal, positioned, c.token_valid)
+    x = x + keep("cross", cross, x, c.text, c.text_mask)
     mlp = block_mlp(cfg, layout, OVER_TIME)
     return x + gate2 * mlp(modulate(layer_norm(x), shift2, scale2))
 
@@ -230,9 +240,10 @@ class STDiT2Block(nn.Module):
 
   config: STDiT2Config
   layout: Layout | None = None
+  kinds = STDiT1Block.kinds  # the same three
 
   @nn.compact
-  def __call__(self, x, c, is_first):
+  def __call__(self, x, c, is_first, keep=step_cache.compute):
     cfg, dtype, layout = self.config, DTYPES[self.config.dtype], self.layout
     attention = functools.partial(
       SelfAttention, cfg.num_heads, qk_norm=cfg.qk_norm, implementation=cfg.attention, dtype=dtype, layout=layout
@@ -244,11 +255,12 @@ class STDiT2Block(nn.Module):
     shift_t, scale_t, gate_t = Modulation(table, c.temporal_modulation, c.clean_temporal_modulation, c.x_mask)
 
     x = constrain(x, layout, *OVER_SPACE)
-    x = x + gate1 * attention("space", name="attention")(modulate(layer_norm(x), shift1, scale1), c.token_valid)
+    spatial = attention("space", name="attention")
+    x = x + gate1 * keep("space", spatial, modulate(layer_norm(x), shift1, scale1), c.token_valid)
     x = constrain(x, layout, *OVER_TIME)
     temporal = attention("time", rope_first=cfg.qk_norm_legacy, out_init=zeros, name="temporal_attention")
-    x = x + gate_t * temporal(modulate(layer_norm(x), shift_t, scale_t), c.token_valid, c.rope)
-    x = x + cross(x, c.text, c.text_mask)
+    x = x + gate_t * keep("time", temporal, modulate(layer_norm(x), shift_t, scale_t), c.token_valid, c.rope)
+    x = x + keep("cross", cross, x, c.text, c.text_mask)
     mlp = block_mlp(cfg, layout, OVER_TIME)
     return x + gate2 * mlp(modulate(layer_norm(x), shift2, scale2))
 
@@ -263,22 +275,27 @@ class STDiT3Block(nn.Module):
   axis: str
   layout: Layout | None = None
 
+  @property
+  def kinds(self):
+    axes = OVER_SPACE if self.axis == "space" else OVER_TIME
+    return {self.axis: axes, "cross": axes}
+
   @nn.compact
-  def __call__(self, x, c, is_first):
+  def __call__(self, x, c, is_first, keep=step_cache.compute):
     cfg, dtype, layout = self.config, DTYPES[self.config.dtype], self.layout
     out_init = zeros if self.axis == "time" else None
     table = modulation_table(self, "modulation", 6, cfg.hidden_size)
     shift1, scale1, gate1, shift2, scale2, gate2 = Modulation(table, c.modulation, c.clean_modulation, c.x_mask)
 
-    axes = OVER_SPACE if self.axis == "space" else OVER_TIME
+    axes = self.kinds[self.axis]
     x = constrain(x, layout, *axes)
     attention = SelfAttention(
       cfg.num_heads, self.axis, cfg.qk_norm, False, out_init, cfg.attention, dtype, layout, name="attention"
     )
     rope = c.rope if self.axis == "time" else None
-    x = x + gate1 * attention(modulate(layer_norm(x), shift1, scale1), c.token_valid, rope)
+    x = x + gate1 * keep(self.axis, attention, modulate(layer_norm(x), shift1, scale1), c.token_valid, rope)
     cross = CrossAttention(cfg.num_heads, out_init, cfg.attention, dtype, layout, axes, name="cross_attention")
-    x = x + cross(x, c.text, c.text_mask)
+    x = x + keep("cross", cross, x, c.text, c.text_mask)
     mlp = block_mlp(cfg, layout, axes, out_init)
     return x + gate2 * mlp(modulate(layer_norm(x), shift2, scale2))
 
@@ -343,7 +360,7 @@ class STDiT(nn.Module):
   @nn.compact
   def __call__(
     self, tokens, t, text, text_mask, *, grid, height=None, width=None, num_frames=None, fps=None,
-    aspect_ratio=None, x_mask=None, valid=None, drop_text=None,
+    aspect_ratio=None, x_mask=None, valid=None, drop_text=None, reuse=None,
   ):  # fmt: skip
     """Predicts noise or velocity (and variance) for every token.
 
@@ -357,9 +374,11 @@ class STDiT(nn.Module):
       x_mask: `[B, T]` bool, True = frame to generate, False = clean frame; None = generate all (STDiT-2/3).
       valid: `[B, T, S, P]` bool, False for padding; None = everything counts.
       drop_text: `[B]` bool, these samples see the null caption.
+      reuse: `step_cache.Reuse`, what to take from an earlier call; None = compute everything.
 
     Returns:
-      float32 `[B, T, S, patch positions * out_channels]`. Values at invalid elements mean nothing.
+      float32 `[B, T, S, patch positions * out_channels]`; with `reuse`, and what is kept for the next call. Values at invalid
+      elements mean nothing.
     """
     cfg, dtype = self.config, DTYPES[self.config.dtype]
     token_valid = None
@@ -383,9 +402,20 @@ class STDiT(nn.Module):
     conditions = dataclasses.replace(conditions, text=text, text_mask=text_mask, token_valid=token_valid)
     conditions = self.add_time(conditions, tokens.shape[1])
 
-    x = self.run_blocks(constrain(x, self.layout, *OVER_TIME), conditions)
+    x, kept = self.run_blocks(constrain(x, self.layout, *OVER_TIME), conditions, reuse)
     x = FinalLayer(cfg, self.layout, name="final_layer")(x, noised, clean, x_mask)
-    return constrain(x.astype(jnp.float32)[:, :frames], self.layout, *OVER_TIME)
+    x = constrain(x.astype(jnp.float32)[:, :frames], self.layout, *OVER_TIME)
+    if reuse is None:
+      return x
+    arrays = self.kept_arrays(reuse.cache, *tokens.shape[:3])
+    return x, jax.tree.map(lambda part, array: constrain(array, self.layout, *part.axes), arrays, kept)
+
+  def kept_arrays(self, cache, batch, frames, space):
+    """What calls on `[batch, frames, space]` tokens keep for each other (`step_cache.kept_arrays`)."""
+    frames += -frames % (1 if self.layout is None else self.layout.token_parts)
+    shape = batch, frames, space, self.config.hidden_size
+    kinds = {name: block.kinds for name, block in self.blocks()}
+    return step_cache.kept_arrays(cache, shape, DTYPES[self.config.dtype], kinds, self.config.depth, OVER_TIME)
 
   def pad_frames(self, tokens, token_valid, x_mask):
     """Adds frames of padding where the layout splits tokens and frames don't divide; refuses positions that don't."""
@@ -459,8 +489,8 @@ class STDiT(nn.Module):
     linear = Linear(features, kernel_init=init, dtype=dtype, layout=self.layout, name=name)
     return [None if e is None else linear(nn.silu(e)) for e in embeddings]
 
-  def run_blocks(self, x, conditions):
-    """The stack of layers over parameters stacked in depth: one `lax.scan`, or unrolled, with remat by name."""
+  def run_blocks(self, x, conditions, reuse=None):
+    """The stack of layers over parameters stacked in depth: one `lax.scan`, or unrolled, with remat by name -> (x, kept)."""
     cfg = self.config
     names, modules = zip(*self.blocks())
 
@@ -469,20 +499,31 @@ class STDiT(nn.Module):
 
     stacked = tuple(self.param(name, init(module)) for name, module in zip(names, modules))
     capture = self.is_mutable_collection("intermediates") and not self.is_initializing()
+    pyramid = reuse is not None and isinstance(reuse.cache, step_cache.PyramidBroadcast)
 
     def layer(x, per_layer):
-      params, is_first = per_layer
+      params, is_first, kept = per_layer
+      outputs = {} if pyramid else None
       for name, module, p in zip(names, modules, params):
         p = gather_layer(p, name, self.layout, DTYPES[cfg.dtype])
         if capture and not cfg.scan:
           x, state = module.apply({"params": p}, x, conditions, is_first, capture_intermediates=True, mutable="intermediates")
           self.sow("intermediates", name, state["intermediates"])
+        elif pyramid:
+          keeper = step_cache.Keeper(kept[name], reuse.computes)
+          x, outputs[name] = module.apply({"params": p}, x, conditions, is_first, keeper), keeper.outputs
         else:
           x = module.apply({"params": p}, x, conditions, is_first)
-      return constrain(x, self.layout, *OVER_TIME)
+      return constrain(x, self.layout, *OVER_TIME), outputs
 
     remat = "none" if capture else cfg.remat  # captured values could not leave a checkpointed layer
-    return run_layers(layer, x, (stacked, jnp.arange(cfg.depth) == 0), cfg.scan, remat)
+    layers = stacked, jnp.arange(cfg.depth) == 0
+    if reuse is None or pyramid:
+      return run_layers(layer, x, (*layers, reuse and reuse.kept), cfg.scan, remat)
+    first, others = jax.tree.map(lambda p: p[0], layers), jax.tree.map(lambda p: p[1:], layers)
+    run_others = lambda x: run_layers(layer, x, (*others, None), cfg.scan, remat)[0]  # noqa: E731
+    run_first = lambda x: layer(x, (*first, None))[0]  # noqa: E731
+    return step_cache.residual_layers(run_others, x, run_first, reuse.kept, reuse.cache.threshold)
 
 
 class STDiT1(STDiT):

@@ -228,9 +228,9 @@ class T5Encoder(nn.Module):
 
     def layer(x, params):
       params = gather_layer(params, "blocks", self.layout, DTYPES[c.dtype])
-      return constrain(block.apply({"params": params}, x, bias, mask), self.layout, "batch", None, None)
+      return constrain(block.apply({"params": params}, x, bias, mask), self.layout, "batch", None, None), None
 
-    return run_layers(layer, x, stacked, c.scan, c.remat)
+    return run_layers(layer, x, stacked, c.scan, c.remat)[0]
 
 
 TABLE = {

@@ -34,6 +34,10 @@ def add_sampler_arguments(how):
   )
   how.add_argument("--guidance-rescale", type=float, default=0.0, help="0 to 1: less contrast at large scales (default: 0)")
   how.add_argument("--guidance-in-turn", action="store_true", help="prompt and null caption one after the other: less memory")
+  how.add_argument(
+    "--step-cache", metavar="NAME", help="faster, and a little different (models/step_cache.py): pyramid, attention serves "
+    "several steps (pyramid:2,4,6: over space, over time, to text), or residual:0.1, the larger the faster",
+  )  # fmt: skip
   how.add_argument("--guidance-channels", type=int, help="guide only so many latent channels; Open-Sora 1.1: 3 (default: all)")
   how.add_argument("--compat", choices=COMPAT[1:], help="do what the original does where it is mended here (README)")
 
@@ -90,7 +94,7 @@ def load_pipeline(args, config, step, check=lambda pipeline: None):
   from stdit_jax.generation.pipeline import Pipeline
   from stdit_jax.generation.prompts import TokenizeText
   from stdit_jax.interop import load_variables
-  from stdit_jax.models import stdit, t5
+  from stdit_jax.models import stdit, step_cache, t5
   from stdit_jax.parallel.mesh import make_mesh
   from stdit_jax.parallel.shardings import tree_shardings
   from stdit_jax.training import checkpoints, weights
@@ -111,7 +115,8 @@ def load_pipeline(args, config, step, check=lambda pipeline: None):
   if "text_encoder" not in params:
     text_params = placed_shapes(t5.init_shapes(objective.text.config), mesh)["params"]
   encoder = autoencoder, placed_shapes(image_kl.init_shapes(autoencoder.config), None)
-  pipeline = Pipeline(objective, params, frozen, encoder, tokenize, text_params, guidance_of(args), mesh)
+  cache = step_cache.parse(args.step_cache) if args.step_cache else None
+  pipeline = Pipeline(objective, params, frozen, encoder, tokenize, text_params, guidance_of(args), mesh, cache)
   check(pipeline)
   if args.run:
     params, frozen, _ = checkpoints.load_weights(args.run, args.item, step, mesh)

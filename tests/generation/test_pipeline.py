@@ -95,6 +95,19 @@ def test_other_samplers_and_guidance_from_the_command_line(pipeline, trained):
     another(trained, "--sampler", "heun")
 
 
+def test_step_caches_from_the_command_line(pipeline, trained):
+  """One that never serves changes nothing, in both ways of guidance; one that serves changes a little."""
+  base = pipeline.sample_latents(REQUESTS[:1], 8, 3.0, iter)
+  scale = np.abs(base).max()
+  for arguments in (["residual:0"], ["residual:0", "--guidance-in-turn"], ["pyramid:1,1,1", "--guidance-in-turn"]):
+    made = another(trained, "--step-cache", *arguments).sample_latents(REQUESTS[:1], 8, 3.0, iter)
+    np.testing.assert_allclose(made, base, atol=1e-4 * scale)
+  made = another(trained, "--step-cache", "pyramid").sample_latents(REQUESTS[:1], 8, 3.0, iter)
+  assert 1e-4 < np.abs(made - base).max() / scale < 0.5
+  with pytest.raises(ValueError, match="step cache 'teacache': allowed: pyramid"):
+    another(trained, "--step-cache", "teacache")
+
+
 def test_prompts_are_embedded_once(pipeline, trained):
   calls, encoder = [], pipeline._text
   fresh = another(trained)
@@ -128,8 +141,8 @@ class Recorder:
     return self.function(*args, **options)
 
 
-@pytest.mark.parametrize(("sampler", "conditioned"), [("euler", False), ("adams-bashforth", True)])
-def test_memory_is_that_of_the_programs_that_run(trained, sampler, conditioned, monkeypatch):
+@pytest.mark.parametrize(("sampler", "cache", "conditioned"), [("euler", "pyramid", False), ("adams-bashforth", "", True)])
+def test_memory_is_that_of_the_programs_that_run(trained, sampler, cache, conditioned, monkeypatch):
   seen, decoder = [], Recorder(image_kl._decode_program)
   monkeypatch.setattr(image_kl, "_decode_program", decoder)
 
@@ -138,7 +151,7 @@ def test_memory_is_that_of_the_programs_that_run(trained, sampler, conditioned, 
     pipeline._step, pipeline._text = Recorder(pipeline._step), Recorder(pipeline._text)
     seen.append(pipeline.needed_memory(REQUESTS[0], 3, 2, 3.0, given=conditioned, negative=conditioned))
 
-  args = sample.make_parser().parse_args(["--run", str(trained), "--sampler", sampler])
+  args = sample.make_parser().parse_args(["--run", str(trained), "--sampler", sampler, "--step-cache", cache])
   made, _ = loading.load_pipeline(args, *loading.read_model(args), check)
   given = [(np.array([0, 1, 1], np.float32), random_latents(0), np.array([True, False, False]))] * 3 if conditioned else None
   made.decode(made.sample_latents(REQUESTS, 2, 3.0, iter, given, "blur" if conditioned else None))

@@ -3,18 +3,21 @@
 This file sets its device count itself: a process with fewer devices runs the file again in a child that has eight.
 """
 
+import dataclasses
 import functools
 import os
 import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
 from stdit_jax.models import stdit
 from stdit_jax.models.layers import OVER_TIME
+from stdit_jax.models.step_cache import PyramidBroadcast, ResidualCache, Reuse
 from stdit_jax.parallel.mesh import make_mesh, mesh_sizes
 from stdit_jax.parallel.shardings import Layout, tree_shardings
 from tests.helpers import QUICK_COMPILE, random_variables, relative_error
@@ -69,6 +72,33 @@ def test_eight_devices_equal_one(name, mesh):
   assert fc1.addressable_shards[0].data.size == fc1.size // (sizes.get("fsdp", 1) * sizes.get("tensor", 1))
   for tokens in (split["tokens"], result[0]):
     assert tokens.addressable_shards[0].data.size == tokens.size // layout.batch_parts // layout.token_parts
+
+
+@needs_devices
+@pytest.mark.parametrize("cache", [PyramidBroadcast(), ResidualCache(0.9)])
+def test_what_serves_several_steps_is_split(cache):
+  """Three frames over four devices; the second of two steps takes from the first; what is kept lies as it is computed."""
+  config = dataclasses.replace(CONFIGS["STDiT3"], depth=2)
+  variables = random_variables(config)
+  batch = join([sample(i % 3, config, frames=3, tokens=12, text=6, junk=0) for i in range(2)])
+  batch.pop("cotangent")
+  layout = Layout(make_mesh({"data": 2, "sequence": 4}), True)
+  results = []
+  for model in (stdit.build(config), stdit.build(config, layout)):
+    arrays = model.kept_arrays(cache, 2, 3, 12)
+    kept = jax.tree.map(lambda part: jnp.zeros(part.shape, part.dtype), arrays)
+    call, outputs = jax.jit(functools.partial(model.apply, variables), compiler_options=QUICK_COMPILE), []
+    for t, computes in ((500.0, dict(space=True, time=True, cross=True)), (499.0, dict(space=False, time=True, cross=False))):
+      reuse = Reuse(cache, kept, computes if isinstance(cache, PyramidBroadcast) else {})
+      y, kept = call(**{**batch, "t": jnp.full((2,), t)}, reuse=reuse)
+      outputs.append(np.asarray(y)[batch["valid"].any(-1)])
+    results.append(outputs)
+    if isinstance(cache, ResidualCache):
+      assert int(kept["computed"]) == 1
+  for ours, alone in zip(results[1], results[0]):
+    assert relative_error(ours, alone) < 1e-5
+  for array, part in zip(jax.tree.leaves(kept), jax.tree.leaves(arrays)):
+    assert array.sharding.is_equivalent_to(layout.sharding(*part.axes), array.ndim), (part, array.sharding)
 
 
 @needs_devices

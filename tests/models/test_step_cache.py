@@ -1,0 +1,112 @@
+"""What serves several steps: exactly what was computed, and exactly when."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from stdit_jax.models import stdit, step_cache
+from stdit_jax.models.step_cache import PyramidBroadcast, ResidualCache, Reuse
+
+MODELS = ("STDiT-tiny/2", "STDiT2-tiny/2", "STDiT3-tiny/2")
+ALL = {"space": True, "time": True, "cross": True}
+
+
+def make(name, seed=0, **fields):
+  """(model, variables with every parameter moved, inputs, conditions)."""
+  config = stdit.get_config(name, **fields)
+  model = stdit.build(config)
+  args, conditions = stdit.example_inputs(config, batch=2, frames=4, size=(4, 6))
+  rng = np.random.default_rng(seed)
+  variables = stdit.init(config, jax.random.key(0))
+  variables = jax.tree.map(lambda p: p + jnp.asarray(0.05 * rng.standard_normal(p.shape), p.dtype), variables)
+  tokens, t, text, mask = args
+  draw = lambda x: jnp.asarray(rng.standard_normal(x.shape), jnp.float32)  # noqa: E731
+  return model, variables, (draw(tokens), 500 * t, draw(text), mask), conditions
+
+
+def empty(model, cache):
+  return jax.tree.map(lambda part: jnp.zeros(part.shape, part.dtype), model.kept_arrays(cache, 2, 4, 6))
+
+
+def caller(model, variables, conditions):
+  """A jitted call of the model."""
+  return jax.jit(lambda inputs, reuse: model.apply(variables, *inputs, **conditions, reuse=reuse))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("cache", [PyramidBroadcast(), ResidualCache(0.1)])
+@pytest.mark.parametrize("scan", [True, False])
+def test_a_first_step_computes_all(name, cache, scan):
+  model, variables, inputs, conditions = make(name, scan=scan)
+  expected = model.apply(variables, *inputs, **conditions)
+  kept = empty(model, cache)
+  y, after = caller(model, variables, conditions)(inputs, Reuse(cache, kept, cache.computes(0, 500.0)))
+  np.testing.assert_allclose(y, expected, atol=1e-5 * np.abs(expected).max())
+  shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
+  assert shapes(after) == shapes(kept)  # so that one program serves all steps
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_kept_attention_serves_and_is_not_computed(name):
+  """With everything kept, the text does not matter; with cross attention computed it does."""
+  model, variables, inputs, conditions = make(name)
+  cache, call = PyramidBroadcast(), caller(model, variables, conditions)
+  first, kept = call(inputs, Reuse(cache, empty(model, cache), ALL))
+  other = (*inputs[:2], 1 - inputs[2], inputs[3])
+  expected = model.apply(variables, *other, **conditions)
+  again, after = call(other, Reuse(cache, kept, dict.fromkeys(ALL, False)))
+  np.testing.assert_array_equal(again, first)
+  assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), after, kept))
+  cross, _ = call(other, Reuse(cache, kept, {"space": False, "time": False, "cross": True}))
+  assert np.abs(cross - first).max() > 1e-3 * np.abs(first).max()
+  full, _ = call(other, Reuse(cache, kept, ALL))
+  np.testing.assert_allclose(full, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_steps_that_compute():
+  """VideoSys: inside the interval every 2nd, 4th and 6th step computes; outside all do."""
+  cache = PyramidBroadcast()
+  computes = [cache.computes(step, 1000 - 50 * step) for step in range(14)]
+  assert [c["space"] for c in computes] == [True, True, True, False, True, False, True, False, True, False, True] + [True] * 3
+  assert [c["time"] for c in computes][2:11] == [False, False, True, False, False, False, True, False, False]
+  assert [c["cross"] for c in computes][2:11] == [False, False, False, False, True, False, False, False, False]
+  assert PyramidBroadcast(interval=(0, 1001)).computes(0, 1000.0) == ALL
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_the_other_layers_add_is_added_again_while_the_first_adds_about_the_same(name):
+  model, variables, inputs, conditions = make(name, depth=3)
+  cache, call = ResidualCache(0.1), caller(model, variables, conditions)
+  _, kept = call(inputs, Reuse(cache, empty(model, cache), {}))
+  assert int(kept["computed"]) == 1
+  near = (inputs[0] * 1.001, *inputs[1:])
+  again, after = call(near, Reuse(cache, kept, {}))
+  assert int(after["computed"]) == 1
+  np.testing.assert_array_equal(after["others"], kept["others"])
+  np.testing.assert_array_equal(after["first"], kept["first"])  # measured from the step that computed
+  exact = model.apply(variables, *near, **conditions)
+  assert 0 < np.abs(again - exact).max() < 0.05 * np.abs(exact).max()
+  # One sample of the batch that changes is enough.
+  far = (inputs[0].at[1].multiply(-1.0), *inputs[1:])
+  moved, after = call(far, Reuse(cache, kept, {}))
+  assert int(after["computed"]) == 2
+  exact = model.apply(variables, *far, **conditions)
+  np.testing.assert_allclose(moved, exact, atol=1e-5 * np.abs(exact).max())
+
+
+@pytest.mark.parametrize(
+  ("text", "cache"),
+  [
+    ("pyramid", PyramidBroadcast()), ("pyramid:1,2,3", PyramidBroadcast(1, 2, 3)), ("residual", ResidualCache()),
+    ("residual:0.25", ResidualCache(0.25)),
+  ],
+)  # fmt: skip
+def test_names(text, cache):
+  assert step_cache.parse(text) == cache
+
+
+@pytest.mark.parametrize("text", ["", "pyramid:1,2", "pyramid:0,1,1", "residual:2", "residual:.", "teacache"])
+def test_other_names_are_refused(text):
+  with pytest.raises(ValueError, match=r"step cache|serves at least 1"):
+    step_cache.parse(text)
