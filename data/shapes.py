@@ -3,7 +3,8 @@
 A scene has one or two objects (shape, colour, direction, speed) on a gray ground, plain or striped. It is a function of its
 address, `shapes://SPLIT/SEED/NUMBER`; `shapes://SPLIT/SEED/ROWS` is the table of the first ROWS of them, which a configuration
 names in `data.tables` as it would name a file. Some combinations of shape, colour and direction are never in the split "train",
-all of "held_out" are such. A model that has learned from these videos can be examined by `data.shapes_vision`, in numbers.
+all of "held_out" are such; "train" has no long clips in one of its aspect ratios, "sizes" is the same with them. A model that
+has learned from these videos can be examined by `data.shapes_vision`, in numbers.
 
 Positions are in short sides of the picture, from its centre: x to the right, y down.
 """
@@ -17,7 +18,7 @@ import numpy as np
 from data import aspect_ratios
 
 SCHEME = "shapes://"
-SPLITS = ("train", "held_out")
+SPLITS = ("train", "held_out", "sizes")
 SHAPES = ("circle", "square", "triangle", "cross")
 COLORS = {
   "red": (225, 40, 40), "green": (40, 180, 60), "blue": (45, 75, 230), "yellow": (235, 210, 40), "purple": (160, 50, 200),
@@ -32,9 +33,10 @@ GROUNDS = {"black": 25, "gray": 110, "white": 235}
 LENGTHS = (9, 13)  # frames: a bucket takes clips that are longer than it, so these are for 8 and 12
 FPS = 8
 SIDES = tuple((2 * height, 2 * width) for height, width in aspect_ratios.SIZES["64p"].values())  # height, width
+NOT_LONG = (160, 96)  # the size of which "train" has short clips only
 SIZE = 0.15  # about half an object's side
 HELD_OUT = 9  # one combination in so many
-VERSION = 1  # of the drawings: a change makes new tables
+VERSION = 2  # of the drawings: a change makes new tables
 _SAMPLES = 3  # per pixel and axis, against steps at the edges
 
 
@@ -89,6 +91,8 @@ def scene(address):
   rng = np.random.default_rng([seed, number, SPLITS.index(split)])
   height, width = SIDES[rng.integers(len(SIDES))]
   frames = int(LENGTHS[rng.integers(len(LENGTHS))])
+  if split == "train" and (height, width) == NOT_LONG:
+    frames = LENGTHS[0]
   count = 1 if split == "held_out" or rng.random() < 0.7 else 2
   while True:
     objects = tuple(

@@ -1,7 +1,7 @@
 """What a model that was trained on moving shapes (`data.shapes`) has learned, measured in the pixels of what it makes.
 
 text          one object, as the caption says: combinations seen in training, and held out
-sizes         every aspect ratio with every length
+sizes         every aspect ratio with every length, one of which was never seen together
 animate       the first frame is given; extend: the first half; interpolate: first and last frame
 loop          two clips, the second from the end of the first back to its beginning (`tasks`)
 
@@ -14,6 +14,7 @@ import dataclasses
 import numpy as np
 
 from data import aspect_ratios, shapes, shapes_vision
+from stdit_jax.autoencoders.metrics import psnr
 from stdit_jax.generation import tasks
 from stdit_jax.generation.clips import Item, make_videos
 from stdit_jax.generation.pipeline import Request
@@ -115,7 +116,7 @@ def _text(pipeline, exam, split, progress):
 
 def _sizes(pipeline, exam, progress):
   results = {}
-  pairs = scenes_of("train", exam.count, max(shapes.LENGTHS) - 1)
+  pairs = scenes_of("sizes", exam.count, max(shapes.LENGTHS) - 1)
   for frames in (length - 1 for length in shapes.LENGTHS):
     items = [_item(scene, caption, i, frames) for i, (scene, caption) in enumerate(pairs)]
     videos = _make(pipeline, exam, items, f"sizes, {frames} frames", progress)
@@ -182,9 +183,3 @@ def _loop(pipeline, exam, progress):
     "last to first over neighbours, mean": float(np.mean(ratios)),
     "closed (at most 1.5)": float(np.mean(np.array(ratios) <= 1.5)),
   }
-
-
-def psnr(a, b):
-  """Decibels between two arrays of uint8."""
-  error = np.mean(np.square(a.astype(np.float64) - b.astype(np.float64)))
-  return 99.0 if error == 0 else float(10 * np.log10(255**2 / error))

@@ -71,6 +71,16 @@ def test_other_videos_are_judged_wrong(examples):
     assert not judged["count"]
 
 
+def test_one_aspect_ratio_has_short_clips_only_in_training():
+  found = {
+    split: {(s.height, s.width, s.frames) for s in (shapes.scene(f"shapes://{split}/0/{i}") for i in range(200))}
+    for split in shapes.SPLITS
+  }
+  everything = {(*side, frames) for side in shapes.SIDES for frames in shapes.LENGTHS}
+  assert found["sizes"] == found["held_out"] == everything
+  assert everything - found["train"] == {(*shapes.NOT_LONG, max(shapes.LENGTHS))}
+
+
 def test_held_out_combinations_never_come_in_training():
   train = [shapes.scene(f"shapes://train/0/{i}") for i in range(2000)]
   seen = {(o.shape, o.color, o.direction) for s in train for o in s.objects}

@@ -1,0 +1,47 @@
+"""A small STDiT-3 and a small byte-level T5 learn moving shapes (data/shapes.py): every task, measured, on two cores.
+
+python -m stdit_jax.train --config configs/shapes.py
+python -m stdit_jax.evaluate --run runs/shapes --task shapes
+"""
+
+from configs import base
+
+PROMPTS = (
+  "a red circle moves slowly right on a gray ground",
+  "a blue cross moves quickly up and to the left on a striped black ground",
+  "a yellow triangle moves slowly down and a cyan square moves quickly left on a white ground",
+)
+
+
+def get_config():
+  """64p images, then images with clips of 8 and 12 frames, in five aspect ratios; frames given in a third of the clips."""
+  config = base.get_config()
+  config.output = "runs/shapes"
+  config.model.name = "STDiT3-mini/2"
+  config.model.fields.update(hidden_size=160, num_heads=5, depth=4, scan=False)
+  config.text_encoder.update(name="byt5-mini", tokenizer="byt5", max_length=120, where="step", train=True)
+  config.autoencoder.update(
+    name="small-kl-f8", weights="data/shapes/autoencoder.safetensors", sample_posterior=False, cache_gb=1.0
+  )  # fmt: skip
+  config.data.tables = (("shapes://train/0/20000", 1),)
+  config.data.buckets = (("64p", 1, 1.0, 64), ("64p", 8, 1.0, 32), ("64p", 12, 1.0, 20))
+  config.data.windows_per_row = 1  # with the cache: every clip is encoded once
+  config.data.workers = 1
+  config.diffusion.fields = dict(sample_method="logit-normal", loc=1.0, use_timestep_transform=False)
+  config.mask_ratios = dict(
+    random=0.03, intepolate=0.02, quarter_head=0.05, quarter_tail=0.03, quarter_head_tail=0.05, image_head=0.07,
+    image_tail=0.03, image_head_tail=0.05,
+  )  # fmt: skip
+  config.optimizer.update(learning_rate=1e-3, b2=0.98, warmup_steps=100, eps=1e-8)
+  config.ema_decay = 0.998
+  config.stages = (
+    dict(name="images", steps=2500, **{"data.buckets": (("64p", 1, 1.0, 64),)}),
+    dict(name="videos", steps=7000, **{"optimizer.schedule": "cosine"}),
+  )
+  config.log_every = 50
+  config.checkpoint_every = 500
+  config.sample_every = 500
+  config.sample.update(
+    prompts=PROMPTS, resolution="64p", aspect_ratio="0.75", num_frames=8, fps=8, steps=30, guidance_scale=3.0
+  )  # fmt: skip
+  return config

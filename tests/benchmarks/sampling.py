@@ -1,0 +1,127 @@
+"""Sampling of the model of moving shapes: what second order and step caches give, and what the loop costs.
+
+  python -m tests.benchmarks.sampling --run runs/shapes
+
+Three tables, of the same prompts, noise and guidance:
+
+order     root mean square distance of the latents to those of 1,000 Euler steps, by sampler and evaluations
+caches    seconds of a step (median of interleaved repetitions), and PSNR and SSIM of the videos to those without a cache
+loop      seconds of a step as `sample` runs it, one call of a program and a line of progress each, and in one program that
+          holds the whole loop
+
+Every time is of this machine, as loaded as it is: the ratios count.
+"""
+
+import argparse
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from data import shapes
+from stdit_jax.autoencoders.metrics import psnr, ssim
+from stdit_jax.cli import keep_freed_memory, use_compilation_cache
+from stdit_jax.generation import shapes_exam
+from stdit_jax.generation.pipeline import Request
+from stdit_jax.training import loading
+
+CACHES = ("pyramid:2,2,2", "pyramid", "pyramid:3,6,9", "residual:0.05", "residual:0.1", "residual:0.2", "residual:0.3")
+EVALUATIONS = (8, 10, 12, 14, 16, 20, 30)
+
+
+def load(args, **changes):
+  """The pipeline of the command line, some arguments changed."""
+  args = argparse.Namespace(**{**vars(args), **changes})
+  return loading.load_pipeline(args, *loading.read_model(args))[0]
+
+
+def print_order(args, requests, scale):
+  pipelines = [load(args, sampler=name) for name in ("euler", "adams-bashforth")]
+  exact = pipelines[0].sample_latents(requests, 1000, scale, lambda steps: tqdm(steps, "1,000 Euler steps", leave=False))
+  print(f"\n{'evaluations':>12} {'euler':>10} {'adams-bashforth':>16}   root mean square distance to 1,000 Euler steps")
+  for steps in EVALUATIONS:
+    made = (pipeline.sample_latents(requests, steps, scale) for pipeline in pipelines)
+    first, second = (np.sqrt(np.mean(np.square(latents - exact))) for latents in made)
+    print(f"{steps:>12} {first:>10.4f} {second:>16.4f}", flush=True)
+
+
+def seconds_of(pipeline, requests, steps, scale):
+  started = time.perf_counter()
+  latents = pipeline.sample_latents(requests, steps, scale)
+  return (time.perf_counter() - started) / steps, latents
+
+
+def print_caches(args, requests, steps, scale):
+  pipelines = {"none": load(args)} | {name: load(args, step_cache=name) for name in CACHES}
+  videos = {name: p.decode(p.sample_latents(requests, steps, scale)) for name, p in pipelines.items()}  # compiles
+  times = {name: [] for name in pipelines}
+  for _ in range(args.repeats):
+    for name, p in pipelines.items():
+      times[name].append(seconds_of(p, requests, steps, scale)[0])
+  print(f"\n{'cache':>16} {'step':>10} {'of it':>7} {'PSNR':>9} {'SSIM':>7}   {steps} steps; to the videos without a cache")
+  for name in pipelines:
+    step, base = statistics.median(times[name]), statistics.median(times["none"])
+    line = f"{name:>16} {step * 1e3:>7.1f} ms {step / base:>7.0%}"
+    if name != "none":
+      pairs = list(zip(videos[name], videos["none"]))
+      line += f" {np.mean([psnr(a, b) for a, b in pairs]):>6.1f} dB {np.mean([ssim(a, b) for a, b in pairs]):>7.3f}"
+    print(line, flush=True)
+
+
+def print_loop(args, requests, steps, scale):
+  pipeline, calls = load(args), []
+  step = pipeline._step
+
+  def record(*args, **static):
+    calls.append((args, static))
+    return step(*args, **static)
+
+  pipeline._step = record
+  pipeline.sample_latents(requests, steps, scale)
+  pipeline._step = step
+  (variables, x, edit, memory, kept, computes, _, _, *rest), static = calls[0]
+  times = jnp.asarray(np.stack([[args[6], args[7]] for args, _ in calls]))
+
+  def whole(variables, x, *rest):
+    def body(x, t):
+      return pipeline._sampler_step(variables, x, edit, memory, kept, computes, t[0], t[1], *rest, **static)[0], None
+
+    return jax.lax.scan(body, x, times)[0]
+
+  whole = jax.jit(whole).lower(variables, x, *rest).compile()
+  ours, one = [], []
+  for _ in range(args.repeats):
+    started = time.perf_counter()
+    pipeline.sample_latents(requests, steps, scale, lambda steps: tqdm(steps, leave=False))
+    ours.append((time.perf_counter() - started) / steps)
+    started = time.perf_counter()
+    whole(variables, x, *rest).block_until_ready()
+    one.append((time.perf_counter() - started) / steps)
+  a, b = statistics.median(ours), statistics.median(one)
+  print(f"\nloop of {steps} steps: {a * 1e3:.1f} ms a step by `sample`, {b * 1e3:.1f} ms in one program: {a / b - 1:+.1%}")
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  loading.add_model_arguments(parser)
+  loading.add_sampler_arguments(parser)
+  parser.add_argument("--count", type=int, default=8, help="videos, made together")
+  parser.add_argument("--repeats", type=int, default=5)
+  args = parser.parse_args()
+  use_compilation_cache()
+  keep_freed_memory()
+  config, _ = loading.read_model(args)
+  steps, scale = loading.steps_and_scale(args, config)
+  pairs = shapes_exam.scenes_of("train", args.count, 8)
+  requests = [Request(caption, 48, 80, 8, float(shapes.FPS), seed) for seed, (_, caption) in enumerate(pairs)]
+  print(f"{args.run or args.weights}: {len(requests)} x 8 x 48 x 80, {steps} steps, guidance {scale:g}")
+  print_loop(args, requests, steps, scale)
+  print_caches(args, requests, steps, scale)
+  print_order(args, requests, scale)
+
+
+if __name__ == "__main__":
+  main()
