@@ -2,7 +2,7 @@
 
   python -m stdit_jax.train --config configs/shapes_autoencoder.py
   python -m stdit_jax.convert --input runs/shapes_autoencoder --to diffusers --dtype float16 \\
-      --output data/shapes/autoencoder.safetensors
+      --output data/moving_shapes/autoencoder.safetensors
 """
 
 from configs import base

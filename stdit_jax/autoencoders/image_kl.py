@@ -26,13 +26,13 @@ Two scales of latents: `ImageKL.encode`/`decode` work on raw latents, every func
 import dataclasses
 import functools
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
 from stdit_jax import fields
+from stdit_jax.autoencoders.layers import GroupNorm, init_like_torch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,31 +105,6 @@ def _conv(name, x, features, size=3, stride=1, dtype=None):
     dtype=dtype,
     name=name,
   )(x)
-
-
-class GroupNorm(nn.Module):
-  """Group normalisation over (H, W, channels of the group), eps 1e-6, computed in float32.
-
-  Sums run over H and W per channel first and then over the few channels of a group: reshaping [.., C] to
-  [.., groups, C/groups] at full resolution is far slower on CPUs.
-  """
-
-  groups: int
-  dtype: jnp.dtype = jnp.float32
-
-  @nn.compact
-  def __call__(self, x):
-    n, channels = x.shape[0], x.shape[-1]
-    scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
-    bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
-
-    def group_mean(values):  # [N,H,W,C] -> [N,1,1,C]
-      mean = values.mean((1, 2)).reshape(n, self.groups, -1).mean(-1)
-      return jnp.repeat(mean, channels // self.groups, axis=-1)[:, None, None]
-
-    x = x.astype(jnp.float32)
-    x = x - group_mean(x)
-    return (x * (jax.lax.rsqrt(group_mean(x * x) + 1e-6) * scale) + bias).astype(self.dtype)
 
 
 class ResnetBlock(nn.Module):
@@ -305,22 +280,8 @@ def init_shapes(config):
 
 
 def init(model, key):
-  """Fresh variables {"params": ...} as the original starts: kernels and biases U(+-1/sqrt(fan in)), PyTorch's default.
-
-  All values are cut from one draw: the usual key per tensor costs XLA on CPUs a quarter of a minute of compilation.
-  """
-  shapes = flax.traverse_util.flatten_dict(init_shapes(model.config))
-  draw = jax.random.uniform(key, (sum(leaf.size for leaf in shapes.values()),), jnp.float32, -1.0, 1.0)
-  values, start = {}, 0
-  for path, leaf in shapes.items():
-    kernel = shapes.get((*path[:-1], "kernel"))
-    if kernel is None:  # a norm
-      values[path] = jnp.full(leaf.shape, float(path[-1] == "scale"))
-    else:
-      fan_in = kernel.size // kernel.shape[-1]
-      values[path] = draw[start : start + leaf.size].reshape(leaf.shape) * fan_in**-0.5
-    start += leaf.size
-  return flax.traverse_util.unflatten_dict(values)
+  """Fresh variables {"params": ...} as the original starts (`layers.init_like_torch`)."""
+  return init_like_torch(init_shapes(model.config), key)
 
 
 def normalise(config, z):

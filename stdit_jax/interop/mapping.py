@@ -32,6 +32,8 @@ AXES = {
   "heads_out": "o (h d) -> h d o",
   "conv": "o i y x -> y x i o",
   "conv1x1": "o i 1 1 -> i o",
+  "conv3d": "o i t y x -> t y x i o",
+  "conv_frame": "o i y x -> 1 y x i o",
   "patch": "o c t y x -> (t y x c) o",
 }
 
@@ -43,6 +45,8 @@ MODULES = {
   "heads_out": (("kernel", "weight", "heads_out"), ("bias", "bias", "same")),
   "conv": (("kernel", "weight", "conv"), ("bias", "bias", "same")),
   "conv1x1": (("kernel", "weight", "conv1x1"), ("bias", "bias", "same")),
+  "conv3d": (("kernel", "weight", "conv3d"), ("bias", "bias", "same")),
+  "conv_frame": (("kernel", "weight", "conv_frame"), ("bias", "bias", "same")),
   "patch": (("kernel", "weight", "patch"), ("bias", "bias", "same")),
   "norm": (("scale", "weight", "same"), ("bias", "bias", "same")),
 }

@@ -8,10 +8,13 @@ import pathlib
 FAMILIES = {
   "stdit_jax.models.stdit": ("open-sora", "native"),
   "stdit_jax.autoencoders.image_kl": ("diffusers", "ldm", "native"),
+  "stdit_jax.autoencoders.causal3d": ("cogvideox-vae", "native"),
   "stdit_jax.models.t5": ("t5", "t5-v1.0", "native"),
 }
 # part of a training run -> module
-PARTS = dict(zip(("denoiser", "autoencoder", "text_encoder"), FAMILIES))
+PARTS = {
+  "denoiser": "stdit_jax.models.stdit", "autoencoder": "stdit_jax.autoencoders.image_kl", "text_encoder": "stdit_jax.models.t5",
+}  # fmt: skip
 KEY_TABLES = {
   "STDiT-XL/2": "stdit_xl2_v1_0.json",
   "STDiT2-XL/2": "stdit2_xl2_v1_1.json",

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from stdit_jax.interop import mapping
+from stdit_jax.interop.causal3d import COGVIDEOX_VAE
 from stdit_jax.interop.image_kl import DIFFUSERS, LDM
 from stdit_jax.interop.mapping import NATIVE, Entry, Layout, Mismatch, Report
 from stdit_jax.interop.open_sora import OPEN_SORA, POSITION_TABLES
@@ -23,7 +24,7 @@ from stdit_jax.interop.safetensors_io import (
 )
 from stdit_jax.interop.t5 import T5, T5_V1_0
 
-LAYOUTS = {layout.name: layout for layout in (NATIVE, OPEN_SORA, DIFFUSERS, LDM, T5, T5_V1_0)}
+LAYOUTS = {layout.name: layout for layout in (NATIVE, OPEN_SORA, DIFFUSERS, LDM, COGVIDEOX_VAE, T5, T5_V1_0)}
 
 
 def get_layout(layout: str | Layout) -> Layout:

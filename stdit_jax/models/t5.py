@@ -241,6 +241,7 @@ TABLE = {
   "xxl": T5Config(),
   # Bytes instead of words (ByT5Tokenizer): trained with the denoiser in the quick start and the small configs.
   "byt5-mini": T5Config(d_model=192, num_layers=2, num_heads=4, d_kv=48, d_ff=384, vocab_size=384, relative_bias_std=3.0),
+  "mini": T5Config(d_model=128, num_layers=2, num_heads=4, d_kv=32, d_ff=256, vocab_size=256),
   "byt5-tiny": T5Config(d_model=64, num_layers=2, num_heads=4, d_kv=16, d_ff=128, vocab_size=384),
 }
 

@@ -1,6 +1,8 @@
-"""What an image autoencoder keeps of a folder of pictures, how its latents are distributed, and how fast it is.
+"""What an image autoencoder keeps of pictures, how its latents are distributed, and how fast it is.
 
-  python tests/benchmarks/autoencoder.py --weights data/film/autoencoder.safetensors --images data/film/prepared/images
+  python -m tests.benchmarks.autoencoder --weights data/film/autoencoder.safetensors --images data/film/prepared/images
+  python -m tests.benchmarks.autoencoder --weights data/moving_shapes/autoencoder.safetensors \\
+      --images shapes://held_out/9/400 --size 64 64
 
 `shift` and `scale` are the mean and standard deviation of the raw latents per channel: what `autoencoder.fields` of a
 configuration needs, so that a denoiser sees latents of unit variance. --picture writes originals above reconstructions.
@@ -13,6 +15,7 @@ import time
 import numpy as np
 from PIL import Image
 
+from data import shapes
 from stdit_jax.autoencoders import image_kl
 from stdit_jax.interop import load_variables
 
@@ -21,16 +24,21 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--model", default="small-kl-f8")
   parser.add_argument("--weights", required=True)
-  parser.add_argument("--images", required=True)
+  parser.add_argument("--images", required=True, help="folder of PNG files, or frames of moving shapes: shapes://...")
   parser.add_argument("--size", type=int, nargs=2, default=(144, 256), metavar=("H", "W"))
   parser.add_argument("--picture", help="PNG to write")
   args = parser.parse_args()
 
   model = image_kl.ImageKL(image_kl.get_config(args.model))
   variables = load_variables(args.weights, "diffusers", image_kl.init_shapes(model.config))
-  files = sorted(pathlib.Path(args.images).glob("*.png"))
   height, width = args.size
-  frames = np.stack([np.asarray(Image.open(f).convert("RGB").resize((width, height), Image.BOX)) for f in files])
+  if args.images.startswith(shapes.SCHEME):
+    split, seed, count = shapes.parse(args.images)
+    scenes = [shapes.scene(f"{shapes.SCHEME}{split}/{seed}/{i}") for i in range(count)]
+    frames = np.concatenate([shapes.draw(s, [i % s.frames], (height, width)) for i, s in enumerate(scenes)])
+  else:
+    files = sorted(pathlib.Path(args.images).glob("*.png"))
+    frames = np.stack([np.asarray(Image.open(f).convert("RGB").resize((width, height), Image.BOX)) for f in files])
 
   def timed(function, *values):
     function(model, variables, *(v[:4] for v in values))  # compiles
