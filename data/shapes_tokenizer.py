@@ -1,6 +1,6 @@
-"""The tokenizer of the captions of moving shapes: byte pairs, by which every word of theirs is one token, other words are several.
+"""The tokenizer of the captions of moving shapes: byte pairs, of which every word of theirs is one, other words are several.
 
-  python -m data.shapes_tokenizer data/moving_shapes/tokenizer
+python -m data.shapes_tokenizer data/moving_shapes/tokenizer
 """
 
 import argparse

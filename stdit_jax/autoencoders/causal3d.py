@@ -1,14 +1,14 @@
 """CogVideoX's 3D causal autoencoder: four frames of 8 x 8 pixels are one latent of 16 channels.
 
-CogVideoX (Yang et al. 2024, arXiv 2408.06072, section 2.1), as `diffusers.AutoencoderKLCogVideoX` 0.42. Convolutions see the past
-only; before the clip its first frame is repeated. Time is halved by means of pairs, and doubled by repetition; the first of an
-odd number of frames stands alone in both, so that a picture is a clip of one frame. Norms of the decoder are scaled and shifted
-by the latents.
+CogVideoX (Yang et al. 2024, arXiv 2408.06072, section 2.1), as `diffusers.AutoencoderKLCogVideoX` 0.42. Convolutions see the
+past only; before the clip its first frame is repeated. Time is halved by means of pairs, and doubled by repetition; the first
+of an odd number of frames stands alone in both, so that a picture is a clip of one frame. Norms of the decoder are scaled and
+shifted by the latents.
 
 The original encodes 8 frames at a time and decodes 2 latents, what is left over with the first: convolutions carry their past
 from chunk to chunk, but norms take their statistics over one chunk. So the chunks are part of what it computes, whatever the
-memory. Here `Frames.chunks` says over what norms take them: those of `encode_chunks` and `decode_chunks`, as the original, or none,
-over the whole clip. Whether a clip then runs whole, chunk by chunk (`ways.py`), or over several devices, changes no number.
+memory. Here `Frames.chunks` says over what norms take them: the original's chunks, or the whole clip (`statistics`). Whether a
+clip then runs whole, chunk by chunk or over several devices changes no number.
 
 Only lengths of 8k + 1 frames come back as long as they were; 4k + 1 with an even number of latents becomes longer.
 """

@@ -23,8 +23,8 @@ def double(frames):
 class Frames:
   """How the frames `[N, T, ...]` of an array lie in their clip.
 
-  Split over a mesh (inside `shard_map`) every device has equally many: the first frame of an odd number is in the array of every
-  device, but only device 0 has it there; on the others its place holds the frame before, or anything.
+  Split over a mesh (inside `shard_map`) every device has equally many: the first frame of an odd number has a place in the
+  array of every device, but only device 0 has it there; on the others the place holds the frame before, or anything.
 
   Attributes:
     count: frames of the whole clip.
@@ -83,8 +83,8 @@ class Frames:
 class GroupNorm(nn.Module):
   """Group normalisation in float32 over all of a sample, or over the frames of each of its chunks.
 
-  Sums run over space per channel first and then over the few channels of a group: reshaping [.., C] to [.., groups, C/groups] at
-  full resolution is far slower on CPUs.
+  Sums run over space per channel first and then over the few channels of a group: reshaping [.., C] to [.., groups, C/groups]
+  at full resolution is far slower on CPUs.
   """
 
   groups: int

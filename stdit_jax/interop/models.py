@@ -8,6 +8,7 @@ import pathlib
 FAMILIES = {
   "stdit_jax.models.stdit": ("open-sora", "native"),
   "stdit_jax.autoencoders.image_kl": ("diffusers", "ldm", "native"),
+  "stdit_jax.autoencoders.temporal": ("open-sora-vae", "native"),
   "stdit_jax.autoencoders.causal3d": ("cogvideox-vae", "native"),
   "stdit_jax.models.t5": ("t5", "t5-v1.0", "native"),
 }

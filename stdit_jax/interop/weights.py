@@ -23,8 +23,9 @@ from stdit_jax.interop.safetensors_io import (
   write_checkpoint,
 )
 from stdit_jax.interop.t5 import T5, T5_V1_0
+from stdit_jax.interop.temporal import OPEN_SORA_VAE
 
-LAYOUTS = {layout.name: layout for layout in (NATIVE, OPEN_SORA, DIFFUSERS, LDM, COGVIDEOX_VAE, T5, T5_V1_0)}
+LAYOUTS = {layout.name: layout for layout in (NATIVE, OPEN_SORA, DIFFUSERS, LDM, COGVIDEOX_VAE, OPEN_SORA_VAE, T5, T5_V1_0)}
 
 
 def get_layout(layout: str | Layout) -> Layout:
@@ -112,9 +113,7 @@ class Source:
         stored = self.checkpoint.read(self.prefix + name, self.allow_non_finite).astype(np.float32)
         # 1e-2: the tables may have been stored in bfloat16; another scale changes them by far more
         if np.abs(stored - make()).max() > 1e-2:
-          raise CheckpointError(
-            f"{self.checkpoint.path}: {name!r} was made with another space_scale or time_scale than the config's"
-          )
+          raise CheckpointError(f"{self.checkpoint.path}: {name!r} was made with other numbers than the config's")
 
 
 def open_source(path, layouts, tree, config=None, allow_non_finite: bool = False) -> Source:

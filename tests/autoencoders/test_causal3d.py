@@ -1,7 +1,6 @@
 """CogVideoX's autoencoder against diffusers.AutoencoderKLCogVideoX: values, names, and the same numbers however it is cut."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 

@@ -1,13 +1,114 @@
-"""Sizes of the video autoencoder's latents, against those of Open-Sora 1.2."""
+"""Open-Sora 1.2's video autoencoder against the values of the original modules."""
 
-import json
+import functools
 
-from stdit_jax.autoencoders.temporal import latent_frames
-from tests.helpers import REFERENCE
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from stdit_jax.autoencoders import image_kl, losses, temporal
+from stdit_jax.interop import load_variables
+from tests.helpers import QUICK_COMPILE, REFERENCE, load_golden, load_json, relative_error, to_ours
+
+golden = functools.cache(load_golden)
+LENGTHS = golden("vae_temporal_tiny_cases")[1]["cases"]
+CLIPS = golden("vae_pipeline_tiny_cases")[1]["cases"]
+TOLERANCE = 1e-5  # the originals' float32 is within 2.5e-6 of their float64
 
 
-def test_latent_frames():
-  rows = json.loads((REFERENCE / "vae_latent_sizes.json").read_text())["rows"]
-  assert len({row["input"][0] for row in rows}) > 10
-  for row in rows:
-    assert latent_frames(row["input"][0]) == row["latent"][0]
+@functools.cache
+def temporal_model():
+  """(model, variables) of the temporal autoencoder alone."""
+  constructor = golden("vae_temporal_tiny")[1]["constructor"]
+  config = temporal.TemporalConfig(
+    image="tiny-kl-f8", **{n: constructor[n] for n in ("filters", "num_res_blocks", "num_groups")}
+  )
+  model = temporal.Temporal(config)
+  x = jnp.zeros((1, 1, 2, 2, 4))
+
+  def both(module):
+    return module.encode(x), module.decode(x, 1)
+
+  shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), method=both))
+  layout = "open-sora-vae"
+  loaded = load_variables(
+    REFERENCE / "vae_temporal_tiny.safetensors", temporal_only(layout), {"params": {"temporal": shapes["params"]}}, config=None
+  )
+  return model, {"params": loaded["params"]["temporal"]}
+
+
+def temporal_only(layout):
+  """The layout of a file that holds the temporal part alone, without prefix."""
+  import dataclasses
+
+  from stdit_jax.interop.temporal import OPEN_SORA_VAE
+
+  rows = [(o, t.removeprefix("temporal_vae."), k) for o, t, k in OPEN_SORA_VAE.rows if o.startswith("params/temporal/")]
+  return dataclasses.replace(OPEN_SORA_VAE, name=layout + "-temporal", rows=tuple(rows), computed=lambda config: {})
+
+
+@functools.cache
+def pipeline_model():
+  config = temporal.TABLE["tiny-temporal"]
+  path = REFERENCE / "vae_pipeline_tiny.safetensors"
+  return temporal.VideoAutoencoder(config), load_variables(path, "open-sora-vae", temporal.init_shapes(config), config=config)
+
+
+def call(model, variables, method, *args, **static):
+  run = jax.jit(lambda v, *a: model.apply(v, *a, method=method, **static), compiler_options=QUICK_COMPILE)
+  return run(variables, *args)
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+def test_temporal_part(name):
+  data, frames = golden("vae_temporal_tiny_cases")[0], LENGTHS[name]["frames"]
+  model, variables = temporal_model()
+  mean, logvar = call(model, variables, "encode", to_ours(data[f"{name}/in/x"]))
+  assert relative_error(mean, to_ours(data[f"{name}/mean"])) < TOLERANCE
+  assert relative_error(logvar, to_ours(data[f"{name}/logvar"])) < TOLERANCE
+  np.testing.assert_allclose(losses.kl_divergence(mean, logvar), data[f"{name}/kl"], rtol=1e-4)
+  for latents, expected in (("mean", "decode_mean"), ("in/z", "decode_z")):
+    decoded = call(model, variables, "decode", to_ours(data[f"{name}/{latents}"]), num_frames=frames)
+    assert relative_error(decoded, to_ours(data[f"{name}/{expected}"])) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_clips_to_latents_and_back(name):
+  """With all noises zero, and with those of the reference; what denoisers see is shifted and scaled."""
+  data, frames = golden("vae_pipeline_tiny_cases")[0], CLIPS[name]["frames"]
+  model, variables = pipeline_model()
+  x = to_ours(data[f"{name}/in/x"])
+  mean, _ = call(model, variables, "encode", x)
+  normalised = image_kl.normalise(model.config, mean)
+  assert relative_error(normalised, to_ours(data[f"{name}/encode_noise0"])) < TOLERANCE
+  noise = jnp.moveaxis(jnp.asarray(data[f"{name}/in/noise_2d"]), 1, -1)[None]
+  drawn, logvar = call(model, variables, "encode", x, noise)
+  z = drawn + jnp.exp(0.5 * logvar) * to_ours(data[f"{name}/in/noise_temporal"])
+  assert relative_error(image_kl.normalise(model.config, z), to_ours(data[f"{name}/encode_noise"])) < TOLERANCE
+  pixels = call(model, variables, "decode", mean, num_frames=frames)
+  assert relative_error(pixels, to_ours(data[f"{name}/decode"])) < TOLERANCE
+  if f"{name}/decode_z" in data:
+    raw = image_kl.denormalise(model.config, to_ours(data[f"{name}/in/z"]))
+    pixels = call(model, variables, "decode", raw, num_frames=frames)
+    assert relative_error(pixels, to_ours(data[f"{name}/decode_z"])) < TOLERANCE
+
+
+def test_the_whole_clip_as_one_chunk():
+  data, (model, variables) = golden("vae_pipeline_tiny_cases")[0], pipeline_model()
+  whole = temporal.VideoAutoencoder(temporal.get_config("tiny-temporal", chunk=0))
+  for name, case in CLIPS.items():
+    mean, _ = call(whole, variables, "encode", to_ours(data[f"{name}/in/x"]))
+    expected = to_ours(data[f"{name}/encode_noise0_no_micro"])
+    assert relative_error(image_kl.normalise(model.config, mean), expected) < TOLERANCE
+    if f"{name}/decode_no_micro" in data:
+      pixels = call(whole, variables, "decode", mean, num_frames=case["frames"])
+      assert relative_error(pixels, to_ours(data[f"{name}/decode_no_micro"])) < TOLERANCE
+
+
+def test_latent_sizes():
+  whole = temporal.get_config("open-sora-1.2", chunk=0)
+  for row in load_json("vae_latent_sizes.json")["rows"]:
+    frames, *size = row["input"]
+    for config, expected in ((temporal.TABLE["open-sora-1.2"], row["latent"]), (whole, row["latent_no_micro"])):
+      assert [config.latent_frames(frames), *config.latent_size(*size)] == expected
