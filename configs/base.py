@@ -44,10 +44,9 @@ def get_config():
     clean_captions=False,  # clean training captions as prompts are cleaned; the original expects clean tables
   )  # fmt: skip
 
-  # Image autoencoder: a name of stdit_jax.autoencoders.image_kl.TABLE and its weights (safetensors).
+  # Autoencoder: a name of a TABLE in stdit_jax/autoencoders (image_kl, temporal, causal3d) and its weights (safetensors).
   config.autoencoder = dict(
     name="sd-kl-f8", fields=ml_collections.ConfigDict(), weights="", sample_posterior=True, micro_batch=4, dtype="float32",
-    temporal="",  # or "open-sora-1.2": clips get fewer latent frames; for `plan` only, until that autoencoder encodes
     cache_gb=0.0,  # host memory per process for latents of clips that come again (data.windows_per_row, images)
     # Only when it is what is trained: side of the random crops, weights of the loss, "l1" or "l2".
     crop=128, kl_weight=1e-6, reconstruction="l1",

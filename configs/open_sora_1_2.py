@@ -58,8 +58,7 @@ def _adaptation(original, config):
     "model.fields.temporal_blocks": False,
     "diffusion": dict(name="iddpm", fields={}),  # PixArt-Sigma's
     "optimizer.eps": 1e-8,  # the code's default
-    "autoencoder.temporal": "",
-    "autoencoder.fields": {},  # SDXL's own scale, as PixArt-Sigma
+    "autoencoder.name": "sdxl-kl-f8",  # with SDXL's own scale, as PixArt-Sigma
     "data.buckets": tuple(row for row in bucket_rows(images) if row[1] == 1),
   }
   stages = []
@@ -69,14 +68,7 @@ def _adaptation(original, config):
     ("rectified_flow", 10_000, {"diffusion": dict(name="rectified-flow", fields={})}),
     ("timesteps", 33_000, {"diffusion": config.diffusion.to_dict()}),
     ("epsilon", 8_000, {"optimizer.eps": original["adapt"]["adam_eps"]}),
-    (
-      "autoencoder", 25_000,
-      {
-        "autoencoder.temporal": config.autoencoder.temporal,
-        "autoencoder.fields": config.autoencoder.fields.to_dict(),
-        "model.fields.fps_condition": True,
-      },
-    ),
+    ("autoencoder", 25_000, {"autoencoder.name": config.autoencoder.name, "model.fields.fps_condition": True}),
     ("temporal_blocks", 3_000, {"model.fields.temporal_blocks": True}),
     ("videos", 38_000, {"train": "^denoiser/temporal_blocks/", "data.buckets": bucket_rows(original["adapt"]["buckets"])}),
   ):  # fmt: skip
@@ -99,9 +91,7 @@ def get_config(first="images"):
   config.model.name = "STDiT3-XL/2"
   config.model.fields = dict(dtype="bfloat16", remat="full")
   config.text_encoder.fields = dict(dtype="bfloat16", param_dtype="bfloat16")
-  config.autoencoder.name = "sdxl-kl-f8"
-  config.autoencoder.fields = dict(scaling_factor=0.18215)  # not SDXL's own: 1.2 trained with that of 1.1
-  config.autoencoder.temporal = "open-sora-1.2"
+  config.autoencoder.name = "open-sora-1.2"
   config.data.reference_devices = 256
   config.diffusion.fields = dict(sample_method="logit-normal", use_timestep_transform=True)
   stages = _adaptation(original, config) + [

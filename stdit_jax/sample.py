@@ -122,7 +122,7 @@ def picture_shape(args, config, files, downsampling):
   return aspect_ratios.size(resolution, ratio)
 
 
-def make_work(args, config, downsampling):
+def make_work(args, config, autoencoder):
   """The files to make, everything checked before any weight is read.
 
   Raises ValueError for sizes, lengths, counts, tasks or strategies that can't be, with what can.
@@ -154,20 +154,26 @@ def make_work(args, config, downsampling):
       raise ValueError(f"prompt {prompt!r} has files or a mask strategy of its own, which does not go with --task {task}")
     named = tuple(own.get("reference_path", "").split(";")) if own.get("reference_path") else tuple(args.reference)
     files = tuple(files) if task else named
-    lengths = tuple(count_frames(path, fps, args.compat is not None) for path in files)
+    counts = [count_frames(path, fps, args.compat is not None) for path in files]
     frames = 1 if task == "image" else aspect_ratios.get_num_frames(args.num_frames or config.sample.num_frames)
     if task == "edit" and not args.num_frames:
-      frames = lengths[0]
+      frames = counts[0]
+    if not autoencoder.keeps(frames):
+      near = [n for n in range(1, 2 * frames + 20) if autoencoder.keeps(n)]
+      lower, upper = max((n for n in near if n < frames), default=None), min(n for n in near if n > frames)
+      allowed = f"{lower} or {upper}" if lower else f"{upper}"
+      raise ValueError(f"--num-frames is {frames}, a length that the autoencoder does not give back; nearest: {allowed}")
+    lengths, count = tuple(map(autoencoder.latent_frames, counts)), autoencoder.latent_frames(frames)
     if task:
       options = {"loops": args.loops, "length": args.condition_frames, "strength": args.edit_strength}
-      job = tasks.make_job(task, frames, lengths, **options, edit=args.condition_edit)
+      job = tasks.make_job(task, count, lengths, **options, edit=args.condition_edit, group=autoencoder.group)
     else:
       rules = conditions.parse_mask_strategy(own.get("mask_strategy", args.mask_strategy))
-      carried = tasks.condition_length(args.condition_frames, frames) if args.loops > 1 else 0
+      carried = tasks.condition_length(args.condition_frames, count, autoencoder.group) if args.loops > 1 else 0
       job = tasks.of_strategy(rules, len(files), args.loops, carried, args.condition_edit)
     for loop in range(job.loops):
-      place_loop(job, loop, frames, lengths, args.compat)
-    height, width = picture_shape(args, config, files, downsampling)
+      place_loop(job, loop, count, lengths, args.compat)
+    height, width = picture_shape(args, config, files, autoencoder.downsampling)
     scores = args.aesthetic_score, args.motion_score, args.camera_motion
     texts = [clean_caption(append_scores(piece, *scores)) for piece in split_loops(text, job.loops)]
     words = "-".join(re.findall(r"[a-z0-9]+", texts[0].lower())[:6]) or "prompt"
@@ -177,17 +183,21 @@ def make_work(args, config, downsampling):
   return work
 
 
-def explain(work, compat):
-  """Prints what becomes of every frame of every loop."""
+def explain(work, autoencoder, compat):
+  """Prints what becomes of every latent frame of every loop."""
   from stdit_jax.generation.clips import place_loop
 
+  alone = autoencoder.latent_frames(100) == 100
+  what = "frames" if alone else "latent frames"
   for one in (one for one in work if one.requests[0].seed == work[0].requests[0].seed):
     print(f"{one.stem}:")
     for number, (path, count) in enumerate(zip(one.files, one.lengths)):
-      print(f"  reference {number}: {path}, {count} {'frame' if count == 1 else 'frames'}")
+      print(f"  reference {number}: {path}, {count} {what if count > 1 else what[:-1]}")
     for loop, request in enumerate(one.requests):
-      placement = place_loop(one.job, loop, request.num_frames, one.lengths, compat)
-      print(f"  loop {loop}: {request.num_frames} x {request.height} x {request.width}, {request.prompt}")
+      count = autoencoder.latent_frames(request.num_frames)
+      placement = place_loop(one.job, loop, count, one.lengths, compat)
+      latents = "" if alone else f" ({count} latent frames)"
+      print(f"  loop {loop}: {request.num_frames} x {request.height} x {request.width}{latents}, {request.prompt}")
       print("\n".join(f"    {line}" for line in conditions.explain(placement, len(one.files))))
     names = [f"reference {r}" if r < len(one.files) else f"loop {r - len(one.files)}" for r, _, _ in one.job.pieces]
     parts = [f"{name}[{first}:{'' if stop is None else stop}]" for name, (_, first, stop) in zip(names, one.job.pieces)]
@@ -201,9 +211,10 @@ def main(argv=None):
     connect_processes()
     config, step = loading.read_model(args)
     loading.guidance_of(args)
-    work = make_work(args, config, downsampling_of(config))
+    autoencoder = autoencoder_of(config)
+    work = make_work(args, config, autoencoder)
     if args.explain:
-      return explain(work, args.compat)
+      return explain(work, autoencoder, args.compat)
     paths.check(args.output, "--output")
     paths.make_folder(args.output)
     use_compilation_cache()
@@ -240,11 +251,11 @@ def check_memory(pipeline, work, steps, scale, args):
     print(text + ("" if free is None else f" of {free / gib:.2f} that are free"), flush=True)
 
 
-def downsampling_of(config):
-  """Pixels per latent of the autoencoder of a configuration."""
+def autoencoder_of(config):
+  """The configuration of the autoencoder of a configuration."""
   from stdit_jax.training.objectives import autoencoder_model
 
-  return autoencoder_model(config.autoencoder).config.downsampling
+  return autoencoder_model(config.autoencoder).config
 
 
 def run_work(pipeline, work, steps, scale, args, described):
@@ -312,7 +323,7 @@ def make_batch(pipeline, batch, label, steps, scale, args, described):
     progress = lambda steps: tqdm(steps, name, unit="step", leave=False, file=sys.stderr, disable=None if writes else True)  # noqa: E731
     return pipeline.sample_latents(requests, steps, scale, progress, given, negative)
 
-  items, step = [], pipeline.autoencoder.config.downsampling
+  items, step = [], pipeline.codec.config.downsampling
   for one, _ in batch:
     first = one.requests[0]
     size = first.height // step * step, first.width // step * step  # what the autoencoder makes of this size

@@ -17,6 +17,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from stdit_jax import fields
@@ -80,6 +81,23 @@ class Causal3DConfig:
       num_frames = half(num_frames)
     return num_frames
 
+  @property
+  def group(self):
+    """Latent frames that lie in time as the first ones of a clip do: only the first holds one frame, which no group keeps."""
+    return 1
+
+  def keeps(self, num_frames):
+    """Whether a clip of so many frames comes back as long as it was: of 8k and 8k + 1 frames, when time is halved twice."""
+    return self.pixel_frames(self.latent_frames(num_frames)) == num_frames
+
+  def frame_starts(self, num_frames):
+    """Where each latent frame of a clip begins, and the last one ends, int `[T' + 1]`: a first frame stands alone."""
+    frames = [[i] for i in range(num_frames)]
+    for _ in range(self.halvings):
+      first = len(frames) % 2
+      frames = frames[:first] + [frames[i] + frames[i + 1] for i in range(first, len(frames), 2)]
+    return np.asarray([*(group[0] for group in frames), num_frames])
+
   def pixel_frames(self, latent_frames):
     """Frames that so many latent frames are decoded to."""
     for _ in range(self.halvings):
@@ -93,6 +111,7 @@ def chunk_sizes(frames, chunk):
   return frames - (count - 1) * chunk, *[chunk] * (count - 1)
 
 
+LAYOUT = "cogvideox-vae"  # of the files of weights
 TABLE = {
   "cogvideox-2b": Causal3DConfig(scaling_factor=1.15258426),
   "cogvideox-5b": Causal3DConfig(scaling_factor=0.7),
@@ -303,6 +322,11 @@ def init_shapes(config):
   side = 2 * config.downsampling
   made = jax.eval_shape(Causal3D(config).init, jax.random.key(0), jnp.zeros((1, 1, side, side, config.in_channels)))
   return {"params": made["params"]}
+
+
+def build(config, dtype=jnp.float32):
+  """The model of a configuration."""
+  return Causal3D(config, dtype)
 
 
 def init(model, key):

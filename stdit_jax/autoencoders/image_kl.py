@@ -24,7 +24,6 @@ Two scales of latents: `ImageKL.encode`/`decode` work on raw latents, every func
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -76,8 +75,26 @@ class ImageKLConfig:
     """(height, width) of the latents of a picture of this size in pixels."""
     return height // self.downsampling, width // self.downsampling
 
+  def latent_frames(self, num_frames):
+    """Latent frames of a clip: every frame is encoded alone."""
+    return num_frames
+
+  @property
+  def group(self):
+    """Latent frames that lie in time as the first ones of a clip do: here every one."""
+    return 1
+
+  def keeps(self, num_frames):
+    """Whether a clip of so many frames comes back as long as it was: here always."""
+    return True
+
+  def frame_starts(self, num_frames):
+    """Where in a clip each latent frame begins, and where the last one ends, int `[T' + 1]`."""
+    return np.arange(num_frames + 1)
+
 
 # Open-Sora multiplies the SDXL latents of 1.2 by 0.18215 as well (SDXL's own factor is 0.13025), and trained in that space.
+LAYOUT = "diffusers"  # of the files of weights
 TABLE = {
   "sd-kl-f8": ImageKLConfig(),
   "sdxl-kl-f8": ImageKLConfig(scaling_factor=0.13025),
@@ -279,6 +296,11 @@ def init_shapes(config):
   return jax.eval_shape(ImageKL(config).init, jax.random.key(0), jnp.zeros((1, side, side, config.in_channels)))
 
 
+def build(config, dtype=jnp.float32):
+  """The model of a configuration."""
+  return ImageKL(config, dtype)
+
+
 def init(model, key):
   """Fresh variables {"params": ...} as the original starts (`layers.init_like_torch`)."""
   return init_like_torch(init_shapes(model.config), key)
@@ -302,61 +324,3 @@ def to_float(frames):
 def to_uint8(frames):
   """Floats in [-1, 1] -> uint8 pixels, clipped and rounded."""
   return jnp.round((jnp.clip(frames, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
-
-
-def encode_frames(model, variables, frames):
-  """Frames `[N,H,W,3]` (uint8, or float in [-1, 1]) -> normalised posterior (mean, std), float32 `[N,H/8,W/8,C]`."""
-  mean, logvar = model.apply(variables, to_float(frames), method="encode")
-  std = jnp.exp(0.5 * logvar) * (model.config.scaling_factor / jnp.asarray(model.config.scale))
-  return normalise(model.config, mean), std
-
-
-def decode_frames(model, variables, latents):
-  """Normalised latents `[N,h,w,C]` -> pixels, float32 `[N,8h,8w,3]`, about [-1, 1]."""
-  return model.apply(variables, denormalise(model.config, latents), method="decode")
-
-
-_encode_program = jax.jit(encode_frames, static_argnums=0)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _decode_program(model, variables, latents):
-  return to_uint8(decode_frames(model, variables, latents))
-
-
-def lower_decoder(model, variables, latent_size, micro_batch=4):
-  """The program of `decode_video` for latents of this (height, width), lowered."""
-  latents = jax.ShapeDtypeStruct((micro_batch, *latent_size, model.config.latent_channels), jnp.float32)
-  return _decode_program.lower(model, variables, latents)
-
-
-def _in_micro_batches(program, values, micro_batch):
-  """Runs program([micro_batch, ...]) over the first axis; the last batch is filled with its last frame, then cut."""
-  if micro_batch < 1:
-    raise ValueError(f"micro_batch must be at least 1, not {micro_batch}.")
-  outputs = []
-  for start in range(0, len(values), micro_batch):
-    batch = values[start : start + micro_batch]
-    if missing := micro_batch - len(batch):
-      batch = np.concatenate([batch, np.repeat(np.asarray(batch[-1:]), missing, axis=0)])
-    outputs.append(program(batch))
-  return jax.tree.map(lambda *parts: np.concatenate([np.asarray(part) for part in parts])[: len(values)], *outputs)
-
-
-def encode_video(model, variables, frames, micro_batch=4):
-  """Frames `[T,H,W,3]` (or with more leading axes) -> normalised (mean, std), NumPy float32 `[T,H/8,W/8,C]`.
-
-  One compiled program per (H, W): every call of it has `micro_batch` frames. This bounds memory and changes no value.
-  """
-  *lead, height, width, channels = frames.shape
-  program = functools.partial(_encode_program, model, variables)
-  moments = _in_micro_batches(program, frames.reshape(-1, height, width, channels), micro_batch)
-  return tuple(part.reshape(*lead, *part.shape[1:]) for part in moments)
-
-
-def decode_video(model, variables, latents, micro_batch=4):
-  """Normalised latents `[T,h,w,C]` (or with more leading axes) -> NumPy uint8 `[T,8h,8w,3]`, in micro batches likewise."""
-  *lead, height, width, channels = latents.shape
-  program = functools.partial(_decode_program, model, variables)
-  frames = _in_micro_batches(program, latents.reshape(-1, height, width, channels), micro_batch)
-  return frames.reshape(*lead, *frames.shape[1:])

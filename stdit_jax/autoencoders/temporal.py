@@ -17,14 +17,14 @@ import functools
 import einops
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from stdit_jax import fields
 from stdit_jax.autoencoders import image_kl
 from stdit_jax.autoencoders.layers import GroupNorm, init_like_torch
 
-DOWNSAMPLING = 4
-CHUNK, CHUNK_LATENTS = 17, 5
+CHUNK = 17
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +85,25 @@ class TemporalConfig:
     chunks, rest = divmod(num_frames, self.chunk) if self.chunk else (0, num_frames)
     return chunks * -(-self.chunk // self.factor) + -(-rest // self.factor)
 
+  @property
+  def group(self):
+    """Latent frames of a chunk: those of any chunk lie in time as the first ones of a clip do."""
+    return self.latent_frames(self.chunk) if self.chunk else 1
 
+  def keeps(self, num_frames):
+    """Whether a clip of so many frames comes back as long as it was: here always."""
+    return True
+
+  def frame_starts(self, num_frames):
+    """Where each latent frame of a clip begins, and the last one ends, int `[T' + 1]`; the first of a chunk is shorter."""
+    size, starts = self.chunk or num_frames, []
+    for begin in range(0, num_frames, size):
+      count = min(size, num_frames - begin)
+      starts += [max(begin, begin + i) for i in range(-(-count % self.factor), count, self.factor)]
+    return np.asarray([*starts, num_frames])
+
+
+LAYOUT = "open-sora-vae"  # of the files of weights
 TABLE = {
   "open-sora-1.2": TemporalConfig(),
   "tiny-temporal": TemporalConfig(image="tiny-kl-f8", filters=8, num_res_blocks=1, num_groups=4),
@@ -95,11 +113,6 @@ TABLE = {
 def get_config(name, **overrides):
   """The named configuration with some fields replaced; ValueError names the allowed ones."""
   return fields.replace(fields.choose(TABLE, name, "video autoencoder"), overrides, f"video autoencoder {name}")
-
-
-def latent_frames(num_frames):
-  """Latent frames of a clip of Open-Sora 1.2's autoencoder."""
-  return TABLE["open-sora-1.2"].latent_frames(num_frames)
 
 
 class CausalConv(nn.Module):
@@ -246,8 +259,11 @@ class VideoAutoencoder(nn.Module):
 
   def decode(self, z, num_frames):
     """Raw latents `[N, T', h, w, C]` -> pixels, float32 `[N, num_frames, 8h, 8w, 3]`, about [-1, 1], not clipped."""
-    x = self.decode_latents(z, num_frames) / self.config.image_config.scaling_factor
-    pixels = self.image.decode(x.reshape(-1, *x.shape[2:]))
+    return self.pixels(self.decode_latents(z, num_frames))
+
+  def pixels(self, x):
+    """Image latents `[N, T, h, w, C]` -> pixels `[N, T, 8h, 8w, 3]`."""
+    pixels = self.image.decode(x.reshape(-1, *x.shape[2:]) / self.config.image_config.scaling_factor)
     return pixels.reshape(*x.shape[:2], *pixels.shape[1:])
 
   def __call__(self, x, noise=None, image_noise=None):
@@ -274,6 +290,11 @@ def init_shapes(config):
   """The tree of `init` as shapes: nothing is allocated."""
   side = 2 * config.downsampling
   return jax.eval_shape(VideoAutoencoder(config).init, jax.random.key(0), jnp.zeros((1, 1, side, side, 3)))
+
+
+def build(config, dtype=jnp.float32):
+  """The model of a configuration."""
+  return VideoAutoencoder(config, dtype)
 
 
 def init(model, key):

@@ -35,12 +35,18 @@ def given_frames(placement, latents):
 
 
 def encode_used(pipeline, references, placements):
-  """Latents of those frames of the references that a placement uses: {number: `[h, w, C]`} of each; a long video is not
-  encoded as a whole for its last frames."""
+  """Latents of those latent frames of the references that a placement uses: {number: `[h, w, C]`} of each. Where frames are
+  encoded alone, a long video is not encoded as a whole for its last ones."""
   encoded = []
   for number, frames in enumerate(references):
     used = sorted({int(t) for p in placements for r, t in zip(p.reference, p.frame) if r == number})
-    encoded.append(dict(zip(used, pipeline.encode(frames[used]))) if used else {})
+    if not used:
+      encoded.append({})
+    elif pipeline.codec.config.latent_frames(len(frames)) == len(frames):
+      encoded.append(dict(zip(used, pipeline.encode(frames[used]))))
+    else:
+      latents = pipeline.encode(frames)
+      encoded.append({t: latents[t] for t in used})
   return encoded
 
 
@@ -57,22 +63,27 @@ def make_videos(pipeline, items, sample, decode=True, compat=None):
   Returns:
     list of uint8 `[T, H, W, 3]`, or None without `decode`.
   """
-  frames, loops = [list(item.references) for item in items], range(items[0].job.loops)
-  count = pipeline.latent_size(items[0].requests[0])[0]
+  frames, loops, config = [list(item.references) for item in items], range(items[0].job.loops), pipeline.codec.config
+  num_frames = items[0].requests[0].num_frames
+  count = config.latent_frames(num_frames)
   placements = [
-    [place_loop(item.job, loop, count, [len(f) for f in item.references], compat) for loop in loops] for item in items
+    [place_loop(item.job, loop, count, [config.latent_frames(len(f)) for f in item.references], compat) for loop in loops]
+    for item in items
   ]
   latents = [encode_used(pipeline, item.references, placed) for item, placed in zip(items, placements)]
   for loop in loops:
     given = [given_frames(placed[loop], known) for placed, known in zip(placements, latents)]
     made = sample(loop, [item.requests[loop] for item in items], given)
-    decoded = pipeline.decode(made) if decode or compat else [None] * len(made)
+    decoded = pipeline.decode(made, num_frames) if decode or compat else [None] * len(made)
     for known, seen, z, pixels in zip(latents, frames, made, decoded):
       known.append(pipeline.encode(pixels) if compat else z)
       seen.append(pixels)
   if not decode:
     return None
-  return [
-    np.concatenate([seen[reference][first:stop] for reference, first, stop in item.job.pieces])
-    for item, seen in zip(items, frames)
-  ]
+  return [np.concatenate([cut(seen[r], config, *part) for r, *part in item.job.pieces]) for item, seen in zip(items, frames)]
+
+
+def cut(frames, config, first, stop):
+  """The frames `[T, H, W, 3]` of the latent frames from `first` to `stop` (None: to the end) of a clip."""
+  starts = config.frame_starts(len(frames))
+  return frames[starts[first] : starts[len(starts) - 1 if stop is None else stop]]

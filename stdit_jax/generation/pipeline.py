@@ -10,7 +10,6 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from data.tokens import grid_size, patchify, unpatchify
-from stdit_jax.autoencoders import image_kl
 from stdit_jax.diffusion.elements import start_edit, start_memory
 from stdit_jax.diffusion.guidance import Guidance, guided
 from stdit_jax.diffusion.noise import Purpose, fold_in, sample_keys, token_noise
@@ -50,7 +49,7 @@ class Pipeline:
   Args:
     objective: a `training.objectives.DenoiserObjective`: the models and the diffusion that were trained.
     params, frozen: its parameters; `frozen` may hold a text encoder.
-    autoencoder: (model, variables).
+    codec: the autoencoder with its weights (`autoencoders.codec`).
     tokenize: `caption -> (ids, mask)`.
     text_params: parameters of a text encoder that is in neither.
     guidance: `diffusion.guidance.Guidance`; its scale is given with the requests.
@@ -60,12 +59,12 @@ class Pipeline:
   Attributes: batch_parts: a batch is filled up to a multiple of it.
   """
 
-  def __init__(self, objective, params, frozen, autoencoder, tokenize, text_params=None, guidance=None, mesh=None, cache=None):
+  def __init__(self, objective, params, frozen, codec, tokenize, text_params=None, guidance=None, mesh=None, cache=None):
     self.tokenize, self.guidance, self.cache = tokenize, guidance or Guidance(), cache
     self.layout = None if mesh is None else Layout(mesh, split_tokens=mesh.shape["sequence"] > 1)
     self.batch_parts, self.token_parts = (1, 1) if mesh is None else (self.layout.batch_parts, self.layout.token_parts)
     self.model, self.diffusion = objective.model.clone(layout=self.layout), objective.diffusion
-    self.autoencoder, self.autoencoder_variables = autoencoder
+    self.codec = codec
     channels = self.model.config.in_channels
     if (count := self.guidance.channels) is not None and not 1 <= count <= channels:
       raise ValueError(f"guided_channels is {count}; allowed: 1 to {channels} (latent channels), or none for all")
@@ -128,16 +127,17 @@ class Pipeline:
       x if diffusion.stochastic else None, x if given else None, conditions, diffusion=diffusion,
       guidance=dataclasses.replace(self.guidance, scale=float(guidance_scale)), latent_size=size, negative=negative,
     ).compile()  # fmt: skip
-    decode = image_kl.lower_decoder(self.autoencoder, self.autoencoder_variables, size[1:]).compile()
+    decode = [program.compile() for program in self.codec.lower_decoder(size, request.num_frames)]
     return {
-      "weights": bytes_on_device((self.variables, self.text_params, self.autoencoder_variables)),
+      "weights": bytes_on_device((self.variables, self.text_params, self.codec.variables)),
       "text": beside(embed, self.text_params), "denoise": beside(step, self.variables),
-      "decode": beside(decode, self.autoencoder_variables),
+      "decode": max(beside(program, self.codec.variables) for program in decode),
     }  # fmt: skip
 
   def latent_size(self, request):
     """(T, H, W) of the latents of a request."""
-    return (request.num_frames, *self.autoencoder.config.latent_size(request.height, request.width))
+    config = self.codec.config
+    return (config.latent_frames(request.num_frames), *config.latent_size(request.height, request.width))
 
   def embed(self, prompts):
     """Prompts -> (features `[B, L, C]`, mask `[B, L]`); those of the last batches are kept, for their other clips and seeds."""
@@ -150,13 +150,13 @@ class Pipeline:
     return self._embedded[key]
 
   def encode(self, frames):
-    """Frames uint8 `[T, 8h, 8w, 3]` -> normalised latents, NumPy `[T, h, w, C]`: the means of what the autoencoder gives, so
+    """Frames uint8 `[T, 8h, 8w, 3]` -> normalised latents, NumPy `[T', h, w, C]`: the means of what the autoencoder gives, so
     that the same frames always give the same latents (the originals draw a sample)."""
-    return image_kl.encode_video(self.autoencoder, self.autoencoder_variables, frames)[0]
+    return self.codec.encode(frames)[0]
 
-  def decode(self, latents):
-    """Latents of `sample_latents` -> list of videos, uint8 `[T, 8h, 8w, 3]`."""
-    return [image_kl.decode_video(self.autoencoder, self.autoencoder_variables, z) for z in latents]
+  def decode(self, latents, num_frames):
+    """Latents of `sample_latents` -> list of videos, uint8 `[num_frames, 8h, 8w, 3]`."""
+    return [self.codec.decode(z, num_frames) for z in latents]
 
   def _place(self, values, axes=("batch",)):
     """An array that all processes have -> one over the mesh, its dimensions split by their names (`Layout.axes`)."""
@@ -177,7 +177,7 @@ class Pipeline:
     Args:
       requests: of equal size; ValueError otherwise.
       progress: wraps the iterable of sampler steps, e.g. a tqdm bar.
-      given: per request None, or what is known of its frames: (edit ratio `[T]`, 1 = generate, 0 = keep, see
+      given: per request None, or what is known of its latent frames: (edit ratio `[T]`, 1 = generate, 0 = keep, see
         `conditions.Placement`; latents `[T, h, w, C]`; bool `[T]`, the frames that start from them and not from noise).
       negative_prompt: what guidance leads away from, instead of the null caption.
     """

@@ -149,7 +149,7 @@ def _given(pipeline, exam, part, progress):
   judged, rows = [], []
   for video, (scene, _), (true, kept) in zip(videos, pairs, known):
     judged.append(shapes_vision.judge(video, scene))
-    alone = pipeline.decode([pipeline.encode(true[kept])])[0]
+    alone = pipeline.decode([pipeline.encode(true[kept])], len(kept))[0]
     seen = next((s for s in shapes_vision.objects_of(video) if s.color == scene.objects[0].color), None)
     step = np.hypot(*scene.objects[0].step)
     error = np.abs(seen.path - _path(scene, exam.frames)) if seen else np.full(1, np.inf)

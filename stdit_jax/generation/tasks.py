@@ -50,10 +50,11 @@ def check_files(task, count):
     raise ValueError(f"--task {task} takes {allowed} files after its name; {count} are given")
 
 
-def condition_length(wanted, frames):
+def condition_length(wanted, frames, group=1):
   """Latent frames of a clip of `frames` that are given of another one: those wanted, by default 4 as in Open-Sora 1.1, of short
-  clips a quarter, the most that training shows (`frame_masks`). ValueError when nothing is left to generate."""
-  length = wanted or max(1, min(4, frames // 4))
+  clips a quarter, the most that training shows (`frame_masks`), and whole groups of the autoencoder, as in 1.2 (5). ValueError
+  when nothing is left to generate."""
+  length = wanted or -(-max(1, min(4, frames // 4)) // group) * group
   if not 1 <= length < frames:
     raise ValueError(f"--condition-frames is {length}; allowed: 1 to {frames - 1}, one less than the clip has")
   return length
@@ -74,12 +75,13 @@ def of_strategy(rules, files, loops, length, edit=0.0):
   return Job((*rules, *go_on(1, loops, files, length, edit)), loops, clips(files, loops, length))
 
 
-def make_job(task, frames, file_frames, *, loops=1, length=None, strength=0.6, edit=0.0):
+def make_job(task, frames, file_frames, *, loops=1, length=None, strength=0.6, edit=0.0, group=1):
   """The job of a named task.
 
   Args:
     frames: latent frames of a clip; file_frames: those of each file.
     loops: clips, of tasks that go on; length: latent frames that clips are given of others (`condition_length`).
+    group: latent frames that the autoencoder makes together.
     strength: of `edit`, the noise level to which the video is brought, above 0 to 1; edit: edit ratio of carried frames.
 
   Raises:
@@ -91,7 +93,7 @@ def make_job(task, frames, file_frames, *, loops=1, length=None, strength=0.6, e
   files = len(file_frames)
   if task in ("animate", "image"):
     first = () if task == "image" else (Rule(0, 0, 0, 0, 1),)
-    return of_strategy(first, files, loops, condition_length(length, frames) if loops > 1 else 0, edit)
+    return of_strategy(first, files, loops, condition_length(length, frames, group) if loops > 1 else 0, edit)
   if task == "interpolate":
     places = np.linspace(0, frames - 1, files).round().astype(int).tolist()
     if len(set(places)) < files or files >= frames:
@@ -102,7 +104,7 @@ def make_job(task, frames, file_frames, *, loops=1, length=None, strength=0.6, e
       raise ValueError(f"--edit-strength is {strength:g}; allowed: above 0, at most 1")
     return Job((Rule(0, 0, 0, 0, file_frames[0], strength),), 1, clips(files, 1, 0))
 
-  length = condition_length(length, frames)
+  length = condition_length(length, frames, group)
   given = [min(length, n) for n in file_frames]
   if task == "loop":
     if 2 * length >= frames:

@@ -21,6 +21,7 @@ KEY_TABLES = {
   "STDiT2-XL/2": "stdit2_xl2_v1_1.json",
   "STDiT3-XL/2": "stdit3_xl2_v1_2.json",
   "STDiT3-3B/2": "stdit3_3b2_v1_2.json",
+  "open-sora-1.2": "vae_pipeline_v1_2.json",
 }
 
 

@@ -10,7 +10,7 @@ import jax
 import jaxlib
 
 from data.buckets import Bucket
-from stdit_jax.autoencoders import image_kl
+from stdit_jax.autoencoders import codec
 from stdit_jax.models import flops, t5
 from stdit_jax.parallel import hlo
 from stdit_jax.parallel.mesh import make_mesh
@@ -63,7 +63,8 @@ def resident_bytes(config, objective, mesh):
   if config.task == "denoiser":
     if config.text_encoder.where == "ahead":
       sizes["frozen"] += bytes_per_device(t5.init_shapes(objective.text.config), mesh)
-    autoencoder = image_kl.init_shapes(autoencoder_model(config.autoencoder).config)
+    autoencoder = autoencoder_model(config.autoencoder).config
+    autoencoder = codec.module_of(autoencoder).init_shapes(autoencoder)
     sizes["frozen"] += sum(math.prod(s.shape) * s.dtype.itemsize for s in jax.tree.leaves(autoencoder))
   return sizes
 

@@ -27,6 +27,7 @@ FILL = 0.85  # of the memory that the state leaves, with which a search begins
 # A search ends where a batch takes so much of the memory: what XLA still squeezes in it computes again, which takes time (1080p
 # on v5p: 69 samples in 89.9 GiB, but 96 in 95.4), and its compilations take long.
 FULL = 0.88
+LEAST = 0.7  # of what is not state, how much grows with the batch at least: 84 to 100 % on v5p
 WORTH = 1.05  # of what fits: a larger batch that is predicted is tried when it is larger than this
 # Arrays of activations that a layer leaves for the backward pass, by remat policy, and that the layer at work needs: counted
 # on STDiT3-XL/2 on v5p, where the 26 buckets of stage 1 took 160 to 245 kB per token. A search only begins there.
@@ -129,8 +130,9 @@ def next_batch(results):
   n = round_down(predict(results, results[high]["limit"]))
   if failed and n >= (least := min(failed)):  # memory is no line there: 5 % less, then 20, then half
     n = max(high, round_down(int(least * (1 - min(0.5, 0.05 * 4 ** (len(failed) - 1))))))
-  if len(results) == 1:
-    return max(n, high + 1)  # growth needs two
+  if len(results) == 1 and n <= high:  # of growth only the most is known: is one more as good as impossible?
+    growth = (results[high]["peak"] - sum(results[high]["resident"].values())) / high
+    n = high + (results[high]["peak"] + LEAST * growth <= results[high]["limit"])
   return n if n > high * WORTH and n not in results else None
 
 

@@ -6,8 +6,10 @@ joined over processes.
 """
 
 import collections
+import dataclasses
 import functools
 import hashlib
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +17,7 @@ import numpy as np
 
 from data.aspect_ratios import max_tokens
 from data.tokens import grid_size, patchify
-from stdit_jax.autoencoders import image_kl
-from stdit_jax.autoencoders.temporal import latent_frames
+from stdit_jax.autoencoders.codec import ImageCodec, encode_frames, join, micro_batches
 from stdit_jax.cli import InputError
 from stdit_jax.training import weights
 from stdit_jax.training.objectives import autoencoder_model
@@ -83,53 +84,70 @@ class LatentCache:
 
 
 class ClipEncoder:
-  """Encodes clips to normalised posterior means and deviations: `micro_batch` frames at a time, one program per size."""
+  """Encodes clips to normalised posterior means and deviations, on all local devices, one program per shape of a piece."""
 
-  def __init__(self, model, variables, config, counter, name):
-    """`config`: `autoencoder` of a configuration; `name`: of the stage that it is made for, to count its programs under."""
-    self.model, self.micro_batch, self._counter, self._name = model, config.micro_batch, counter, name
-    self._variables = [jax.device_put(variables, device) for device in jax.local_devices()]
+  def __init__(self, codec, config, counter, name):
+    """`codec`: of `autoencoders.codec`; `config`: `autoencoder` of a configuration; `name`: of the stage that it is made for,
+    to count its programs under."""
+    self.config, self._counter, self._name = codec.config, counter, name
+    self._codecs = [
+      dataclasses.replace(codec, variables=jax.device_put(codec.variables, device), run=self._run)
+      for device in jax.local_devices()
+    ]
     self._programs = {}
     self.cache = LatentCache(config.cache_gb * 2**30)
 
   def __call__(self, clips):
-    """uint8 `[T, H, W, 3]` each -> list of (mean, std), float32 NumPy `[T, H/8, W/8, C]`; frames of equal size share micro
-    batches."""
+    """uint8 `[T, H, W, 3]` each -> list of (mean, std), float32 NumPy `[T', h, w, C]`. Frames of image autoencoders share micro
+    batches when they have one size."""
     keys = [self.cache.key(clip) if self.cache.limit else None for clip in clips]
     latents = [self.cache.get(key) for key in keys]
-    by_size = collections.defaultdict(list)
-    for i, clip in enumerate(clips):
-      if latents[i] is None:
-        by_size[clip.shape[1:3]].append(i)
-    for members in by_size.values():
-      moments = self._encode(np.concatenate([clips[i] for i in members]))
-      ends = np.cumsum([len(clips[i]) for i in members])[:-1]
-      for i, *parts in zip(members, *(np.split(m, ends) for m in moments)):
-        latents[i] = [part.copy() for part in parts]
-        self.cache.put(keys[i], latents[i])
+    missing = [i for i, known in enumerate(latents) if known is None]
+    encode = self._encode_frames if isinstance(self._codecs[0], ImageCodec) else self._encode_clips
+    for i, moments in encode(clips, missing):
+      latents[i] = moments
+      self.cache.put(keys[i], moments)
     return latents
 
-  def _encode(self, frames):
-    """uint8 `[N, H, W, 3]` -> (mean, std) of all frames. Micro batches go round the local devices."""
-    size = frames.shape[1:3]
-    if size not in self._programs:
-      name = f"{self._name}: encode {size[0]}x{size[1]}"
-      encode = self._counter.counted(name, lambda v, x: image_kl.encode_frames(self.model, v, x))
-      self._programs[size] = jax.jit(encode)
-    parts = []
-    for i, start in enumerate(range(0, len(frames), self.micro_batch)):
-      part = frames[start : start + self.micro_batch]
-      part = np.concatenate([part, np.repeat(part[-1:], self.micro_batch - len(part), axis=0)])
-      parts.append(self._programs[size](self._variables[i % len(self._variables)], part))
-    return tuple(np.concatenate([np.asarray(p[i]) for p in parts])[: len(frames)] for i in (0, 1))
+  def _encode_frames(self, clips, missing):
+    """(number of a clip, its (mean, std)) of clips whose frames are encoded alone, micro batches on device after device."""
+    by_size = collections.defaultdict(list)
+    for i in missing:
+      by_size[clips[i].shape[1:3]].append(i)
+    for members in by_size.values():
+      frames = np.concatenate([clips[i] for i in members])
+      batches = micro_batches(frames, self._codecs[0].micro_batch)
+      parts = [part for codec, batch in zip(itertools.cycle(self._codecs), batches) for part in codec.encode_parts(batch)]
+      moments = [join(part, len(frames)) for part in zip(*parts)]
+      ends = np.cumsum([len(clips[i]) for i in members])[:-1]
+      for i, *parts in zip(members, *(np.split(m, ends) for m in moments)):
+        yield i, [part.copy() for part in parts]
+
+  def _encode_clips(self, clips, missing):
+    """The same of clips that are encoded as a whole, clip after clip on device after device."""
+    parts = [codec.encode_parts(clips[i]) for codec, i in zip(itertools.cycle(self._codecs), missing)]
+    for i, of_clip in zip(missing, parts):
+      yield i, [join(part, self.config.latent_frames(len(clips[i]))) for part in zip(*of_clip)]
+
+  def _run(self, function, model, variables, *arrays):
+    """Runs a piece by a program that is counted: "encode 144x256" of micro batches, "encode_chunk 17x18x32" of others."""
+    shape = jax.tree.leaves(arrays)[-1].shape
+    key = function, shape, len(arrays) > 1 and arrays[0] is not None
+    if key not in self._programs:
+      alone = function is encode_frames
+      name = "encode" if alone else function.__name__
+      name += " " + "x".join(map(str, shape[1:3] if alone else shape[:-1]))
+      counted = self._counter.counted(f"{self._name}: {name}", functools.partial(function, model))
+      self._programs[key] = jax.jit(counted)
+    return self._programs[key](variables, *arrays)
 
 
-def denoiser_shapes(config, model, downsampling, bucket, rows, token_parts=1):
+def denoiser_shapes(config, model, autoencoder, bucket, rows, token_parts=1):
   """Shapes of the arrays of one batch of a denoiser, from which programs are compiled before any data is there.
 
   Args:
     config: of the stage; model: configuration of the denoiser.
-    downsampling: of the autoencoder, pixels per latent.
+    autoencoder: its configuration.
     bucket: (resolution, frames); rows: samples in the batch.
     token_parts: tokens per frame are padded to a multiple of it.
 
@@ -137,10 +155,8 @@ def denoiser_shapes(config, model, downsampling, bucket, rows, token_parts=1):
     {name: ShapeDtypeStruct}; text as features, unless the encoder runs in the step.
   """
   resolution, frames = bucket
-  space = max_tokens(resolution, downsampling, model.patch_size[1])
-  if config.autoencoder.temporal:
-    frames = latent_frames(frames)
-  tokens = (rows, frames, space + -space % token_parts, model.patch_values)
+  space = max_tokens(resolution, autoencoder.downsampling, model.patch_size[1])
+  tokens = (rows, autoencoder.latent_frames(frames), space + -space % token_parts, model.patch_values)
   length = model.model_max_length
   text = {"text_ids": ((rows, length), jnp.int32)}
   if config.text_encoder.where != "step":
@@ -173,8 +189,8 @@ def batch_shapes(config, objective, bucket, rows, token_parts=1):
   """`denoiser_shapes` or `autoencoder_shapes`, by the task of the stage."""
   if config.task == "autoencoder":
     return autoencoder_shapes(config, bucket, rows)
-  downsampling = autoencoder_model(config.autoencoder).config.downsampling
-  return denoiser_shapes(config, objective.model.config, downsampling, bucket, rows, token_parts)
+  autoencoder = autoencoder_model(config.autoencoder).config
+  return denoiser_shapes(config, objective.model.config, autoencoder, bucket, rows, token_parts)
 
 
 class DenoiserBatches:
@@ -188,8 +204,7 @@ class DenoiserBatches:
     """One global batch from this process's `data.loader.LoadedStep`."""
     samples, layout = step.samples, self.layouts[step.bucket]
     latents = self.encoder([s.pixels for s in samples])
-    downsampling = self.encoder.model.config.downsampling
-    shapes = denoiser_shapes(self.config, self.model, downsampling, step.bucket, len(samples), layout.token_parts)
+    shapes = denoiser_shapes(self.config, self.model, self.encoder.config, step.bucket, len(samples), layout.token_parts)
     batch = {name: np.zeros(s.shape, s.dtype) for name, s in shapes.items() if name.startswith("latents")}
     sizes = np.asarray([mean.shape[:3] for mean, _ in latents], np.int32)
     for i, moments in enumerate(latents):
@@ -264,8 +279,7 @@ def text_ahead(model, params):
 
 def load_encoder(config, counter, name):
   """The `ClipEncoder` of a configuration, with its weights; `name` of the stage to count its programs under."""
-  model = autoencoder_model(config.autoencoder)
-  return ClipEncoder(model, weights.load_autoencoder(config, model), config.autoencoder, counter, name)
+  return ClipEncoder(weights.load_codec(config.autoencoder), config.autoencoder, counter, name)
 
 
 def batch_maker(config, objective, layouts, mesh, encoder):

@@ -90,7 +90,6 @@ def load_pipeline(args, config, step, check=lambda pipeline: None):
   """(pipeline, description of the weights) of what `read_model` read; `check` sees it while its weights are shapes only."""
   import jax
 
-  from stdit_jax.autoencoders import image_kl
   from stdit_jax.generation.pipeline import Pipeline
   from stdit_jax.generation.prompts import TokenizeText
   from stdit_jax.interop import load_variables
@@ -98,12 +97,11 @@ def load_pipeline(args, config, step, check=lambda pipeline: None):
   from stdit_jax.parallel.mesh import make_mesh
   from stdit_jax.parallel.shardings import tree_shardings
   from stdit_jax.training import checkpoints, weights
-  from stdit_jax.training.objectives import DenoiserObjective, autoencoder_model
+  from stdit_jax.training.objectives import DenoiserObjective
 
   sizes = parse_mesh(args.mesh) if args.mesh else {"data": -1} if jax.process_count() > 1 else None
   mesh = make_mesh(sizes) if sizes else None
   objective = DenoiserObjective(config)
-  autoencoder = autoencoder_model(config.autoencoder)
   tokenize = TokenizeText(config.text_encoder.tokenizer, config.text_encoder.max_length)
   params, frozen = placed_shapes(jax.eval_shape(objective.init, jax.random.key(0)), mesh)
   text_params = None
@@ -114,9 +112,9 @@ def load_pipeline(args, config, step, check=lambda pipeline: None):
     weights.need_file(config.text_encoder.weights, "text_encoder.weights")
   if "text_encoder" not in params:
     text_params = placed_shapes(t5.init_shapes(objective.text.config), mesh)["params"]
-  encoder = autoencoder, placed_shapes(image_kl.init_shapes(autoencoder.config), None)
   cache = step_cache.parse(args.step_cache) if args.step_cache else None
-  pipeline = Pipeline(objective, params, frozen, encoder, tokenize, text_params, guidance_of(args), mesh, cache)
+  codec, guidance = weights.codec_of_shapes(config.autoencoder), guidance_of(args)
+  pipeline = Pipeline(objective, params, frozen, codec, tokenize, text_params, guidance, mesh, cache)
   check(pipeline)
   if args.run:
     params, frozen, _ = checkpoints.load_weights(args.run, args.item, step, mesh)
@@ -135,7 +133,7 @@ def load_pipeline(args, config, step, check=lambda pipeline: None):
   if not mesh:
     params, frozen, text_params = jax.device_put((params, frozen, text_params), jax.local_devices()[0])
   pipeline.set_weights(params, frozen, text_params)
-  pipeline.autoencoder_variables = weights.load_autoencoder(config, autoencoder)
+  pipeline.codec = weights.load_codec(config.autoencoder)
   return pipeline, described
 
 

@@ -165,8 +165,6 @@ class Run:
         raise ValueError(
           f"config: the autoencoder's latents have {latent} channels, but the denoiser takes {taken} (in_channels)"
         )
-      if config.autoencoder.temporal:
-        raise ValueError("config: autoencoder.temporal can be planned, but not trained with yet: it does not encode")
       weights.need_file(config.autoencoder.weights, "autoencoder.weights")
       where = config.text_encoder.where
       if where == "ahead" or (where == "step" and not config.text_encoder.train):

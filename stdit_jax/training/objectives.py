@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from stdit_jax import fields
-from stdit_jax.autoencoders import image_kl, losses
+from stdit_jax.autoencoders import codec, image_kl, losses
 from stdit_jax.diffusion.frame_masks import FrameMasks
 from stdit_jax.diffusion.iddpm import IDDPM
 from stdit_jax.diffusion.noise import Purpose, element_index, fold_in, sample_keys, token_noise
@@ -35,10 +35,11 @@ def text_model(config):
 
 
 def autoencoder_model(config):
-  """The image autoencoder of `config.autoencoder`; ValueError for an unknown name, field or dtype."""
+  """The autoencoder of `config.autoencoder`; ValueError for an unknown name, field or dtype."""
   if config.dtype not in COMPUTE_DTYPES:
     raise ValueError(f"config: autoencoder.dtype is {config.dtype!r}; allowed: {', '.join(COMPUTE_DTYPES)}")
-  return image_kl.ImageKL(image_kl.get_config(config.name, **config.fields), DTYPES[config.dtype])
+  module = codec.find(config.name)
+  return module.build(module.get_config(config.name, **config.fields), DTYPES[config.dtype])
 
 
 class DenoiserObjective:
@@ -161,6 +162,8 @@ class AutoencoderObjective:
   def __init__(self, config):
     self.config = config
     self.model = autoencoder_model(config.autoencoder)
+    if not isinstance(self.model, image_kl.ImageKL):
+      raise ValueError(f"config: task='autoencoder' trains image autoencoders; {config.autoencoder.name!r} is none yet")
     crop, factor = config.autoencoder.crop, self.model.config.downsampling
     if crop % factor or crop < factor:
       raise ValueError(f"config: autoencoder.crop is {crop}; allowed: multiples of {factor}")

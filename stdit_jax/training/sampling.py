@@ -7,7 +7,6 @@ from stdit_jax.generation.media import contact_sheet, write_media
 from stdit_jax.generation.pipeline import Pipeline, Request
 from stdit_jax.generation.prompts import TokenizeText
 from stdit_jax.training import weights
-from stdit_jax.training.objectives import autoencoder_model
 from stdit_jax.training.stages import stage_that_made
 
 
@@ -40,7 +39,7 @@ class Sampler:
     latents = self.pipeline.sample_latents(self.requests, settings.steps, settings.guidance_scale)
     if jax.process_index():
       return
-    videos = self.pipeline.decode(latents)
+    videos = self.pipeline.decode(latents, settings.num_frames)
     stem = paths.join(self.config.output, "samples", f"step{step:07d}")
     for i, (request, frames) in enumerate(zip(self.requests, videos)):
       written = {"prompt": request.prompt, "seed": request.seed, "step": step, **settings.to_dict()}
@@ -53,10 +52,9 @@ class Sampler:
 
   def _build(self, stage, params, frozen):
     config, objective = stage.config, self.run.objectives[stage.index]
-    model = autoencoder_model(config.autoencoder)
     text_params = None
     if config.text_encoder.where == "ahead":
       text_params = weights.load_text_encoder(config, objective.text, self.run.mesh)
     tokenize = TokenizeText(config.text_encoder.tokenizer, config.text_encoder.max_length, clean=True)
-    autoencoder = model, weights.load_autoencoder(config, model)
-    return Pipeline(objective, params, frozen, autoencoder, tokenize, text_params, mesh=self.run.mesh)
+    codec = weights.load_codec(config.autoencoder)
+    return Pipeline(objective, params, frozen, codec, tokenize, text_params, mesh=self.run.mesh)

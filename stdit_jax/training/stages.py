@@ -106,7 +106,6 @@ def check_values(config):
   for key, allowed in (
     ("task", ("denoiser", "autoencoder")),
     ("platform", ("", "cpu", "gpu", "tpu")),
-    ("autoencoder.temporal", ("", "open-sora-1.2")),
   ):
     value = functools.reduce(lambda group, part: group[part], key.split("."), config)
     if value not in allowed:

@@ -1,13 +1,15 @@
 """Where the weights of a run come from: a run folder of ours, or safetensors in the original layouts."""
 
 import jax
+from jax.sharding import SingleDeviceSharding
 
 from data import paths
-from stdit_jax.autoencoders import image_kl
+from stdit_jax.autoencoders import codec
 from stdit_jax.interop import load_variables
 from stdit_jax.models import t5
 from stdit_jax.parallel.shardings import path_name, tree_shardings
 from stdit_jax.training.checkpoints import is_run_folder, load_weights
+from stdit_jax.training.objectives import autoencoder_model
 
 
 def need_file(path, key):
@@ -19,10 +21,20 @@ def need_file(path, key):
   return path
 
 
-def load_autoencoder(config, model):
-  """Variables of the image autoencoder from `autoencoder.weights` (names of diffusers)."""
-  path = need_file(config.autoencoder.weights, "autoencoder.weights")
-  return load_variables(path, "diffusers", image_kl.init_shapes(model.config), config=model.config)
+def codec_of_shapes(config):
+  """The `Codec` of `autoencoder` of a configuration with shapes in place of weights, on one device."""
+  model = autoencoder_model(config)
+  shapes, one = codec.module_of(model.config).init_shapes(model.config), SingleDeviceSharding(jax.local_devices()[0])
+  placed = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=one), shapes)
+  return codec.make_codec(model, placed, config.micro_batch)
+
+
+def load_codec(config, **options):
+  """The `Codec` of `autoencoder` of a configuration with its weights."""
+  model = autoencoder_model(config)
+  path, module = need_file(config.weights, "autoencoder.weights"), codec.module_of(model.config)
+  variables = load_variables(path, module.LAYOUT, module.init_shapes(model.config), config=model.config)
+  return codec.make_codec(model, variables, config.micro_batch, **options)
 
 
 def load_text_encoder(config, model, mesh=None):
@@ -55,7 +67,9 @@ def initial_weights(objective, config, key, shardings, mesh):
     check_same_shapes({name: params[name] for name in found}, found, path)
     check_same_shapes({name: frozen[name] for name in constants}, constants, path)
     return params | found, frozen | constants
-  name, layout = ("denoiser", "open-sora") if config.task == "denoiser" else ("autoencoder", "diffusers")
+  name, layout = "denoiser", "open-sora"
+  if config.task == "autoencoder":
+    name, layout = "autoencoder", codec.module_of(objective.model.config).LAYOUT
   current = {"params": params[name]} | ({"constants": frozen[name]} if name in frozen else {})
   place = {"params": shardings[0][name]} | ({"constants": shardings[1][name]} if name in frozen else {})
   loaded = load_variables(path, layout, current, config=objective.model.config, strict=config.init_strict, shardings=place)

@@ -166,35 +166,6 @@ def test_logvar_is_clipped():
   assert (logvar[..., 1] == 20).all()
 
 
-def test_videos_in_micro_batches():
-  config = image_kl.get_config(
-    "tiny-kl-f8", block_out_channels=(8, 16), scaling_factor=0.5, shift=(0.1, 0.2, -0.3, 0.0), scale=[1.0, 2.0, 0.5, 1.5]
-  )
-  model = image_kl.ImageKL(config)
-  variables = image_kl.init(model, jax.random.key(0))
-  video = np.random.default_rng(0).integers(0, 256, (2, 5, 9, 15, 3), dtype=np.uint8)
-  before = image_kl._encode_program._cache_size()
-  mean, std = image_kl.encode_video(model, variables, video, micro_batch=4)
-  image_kl.encode_video(model, variables, video[0, :3], micro_batch=4)
-  assert image_kl._encode_program._cache_size() == before + 1
-  assert mean.shape == std.shape == (2, 5, 4, 7, 4)
-  alone_mean, alone_std = image_kl._encode_program(model, variables, video[1, 3:4])
-  np.testing.assert_allclose(mean[1, 3:4], alone_mean, atol=1e-5)
-  np.testing.assert_allclose(std[1, 3:4], alone_std, atol=1e-5)
-
-  encode = jax.jit(functools.partial(model.apply, method="encode"))
-  raw, logvar = encode(variables, (video[1, 3:4] / 127.5 - 1.0).astype(np.float32))
-  np.testing.assert_allclose(alone_mean, (raw - np.array(config.shift)) * 0.5 / np.array(config.scale), atol=1e-5)
-  np.testing.assert_allclose(alone_std, np.exp(logvar / 2) * 0.5 / np.array(config.scale), atol=1e-5)
-  np.testing.assert_allclose(image_kl.denormalise(config, alone_mean), raw, atol=1e-5)
-
-  decoded = image_kl.decode_video(model, variables, mean, micro_batch=3)
-  assert decoded.shape == (2, 5, 8, 14, 3)
-  assert decoded.dtype == np.uint8
-  expected = image_kl.to_uint8(jax.jit(image_kl.decode_frames, static_argnums=0)(model, variables, mean[1]))
-  assert np.abs(decoded[1].astype(int) - np.asarray(expected).astype(int)).max() <= 1
-
-
 def test_bfloat16_stays_near_float32():
   config = image_kl.get_config("tiny-kl-f8", block_out_channels=(8, 16))
   variables = image_kl.init(image_kl.ImageKL(config), jax.random.key(0))
@@ -222,8 +193,6 @@ def test_bad_input_is_refused():
     image_kl.get_config("tiny-kl-f8", block_out_channels=(6, 12))
   with pytest.raises(ValueError, match="scale needs one number or 4"):
     image_kl.get_config("tiny-kl-f8", scale=(1.0, 2.0))
-  with pytest.raises(ValueError, match="micro_batch"):
-    image_kl.encode_video(model, variables, np.zeros((1, 16, 16, 3), np.uint8), micro_batch=0)
 
 
 def test_initialisation_is_pytorchs():

@@ -56,7 +56,7 @@ def seconds_of(pipeline, requests, steps, scale):
 
 def print_caches(args, requests, steps, scale):
   pipelines = {"none": load(args)} | {name: load(args, step_cache=name) for name in CACHES}
-  videos = {name: p.decode(p.sample_latents(requests, steps, scale)) for name, p in pipelines.items()}  # compiles
+  videos = {name: p.decode(p.sample_latents(requests, steps, scale), 8) for name, p in pipelines.items()}  # compiles
   times = {name: [] for name in pipelines}
   for _ in range(args.repeats):
     for name, p in pipelines.items():

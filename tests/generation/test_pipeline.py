@@ -11,7 +11,7 @@ from PIL import Image
 
 from data.video import read_frames
 from stdit_jax import sample
-from stdit_jax.autoencoders import image_kl
+from stdit_jax.autoencoders import codec
 from stdit_jax.diffusion.noise import Purpose, sample_keys
 from stdit_jax.generation import pipeline as pipelines
 from stdit_jax.generation.pipeline import Request, latent_noise
@@ -143,8 +143,8 @@ class Recorder:
 
 @pytest.mark.parametrize(("sampler", "cache", "conditioned"), [("euler", "pyramid", False), ("adams-bashforth", "", True)])
 def test_memory_is_that_of_the_programs_that_run(trained, sampler, cache, conditioned, monkeypatch):
-  seen, decoder = [], Recorder(image_kl._decode_program)
-  monkeypatch.setattr(image_kl, "_decode_program", decoder)
+  seen, decoder = [], Recorder(codec.jitted(codec.decode_frames))
+  monkeypatch.setattr(codec, "jitted", lambda function: decoder)
 
   def check(pipeline):  # before any weight is there
     assert not any(isinstance(x, jax.Array) for x in jax.tree.leaves((pipeline.variables, pipeline.text_params)))
@@ -154,12 +154,12 @@ def test_memory_is_that_of_the_programs_that_run(trained, sampler, cache, condit
   args = sample.make_parser().parse_args(["--run", str(trained), "--sampler", sampler, "--step-cache", cache])
   made, _ = loading.load_pipeline(args, *loading.read_model(args), check)
   given = [(np.array([0, 1, 1], np.float32), random_latents(0), np.array([True, False, False]))] * 3 if conditioned else None
-  made.decode(made.sample_latents(REQUESTS, 2, 3.0, iter, given, "blur" if conditioned else None))
+  made.decode(made.sample_latents(REQUESTS, 2, 3.0, iter, given, "blur" if conditioned else None), 3)
   for recorder in (made._step, made._text, decoder):
     assert len(recorder.texts) >= 2
     assert len(set(recorder.texts)) == 1
   (needed,) = seen
-  arrays = jax.tree.leaves((made.variables, made.text_params, made.autoencoder_variables))
+  arrays = jax.tree.leaves((made.variables, made.text_params, made.codec.variables))
   assert needed["weights"] == sum(x.nbytes for x in arrays)
   larger = made.needed_memory(dataclasses.replace(REQUESTS[0], num_frames=30), 3, steps=2)
   assert larger["denoise"] > 3 * needed["denoise"] > 0
@@ -203,7 +203,7 @@ def test_guidance_prompts_and_weights_matter(pipeline, trained):
     assert np.abs(pipeline.sample_latents(*other, iter) - base).max() > 1e-5
   with pytest.raises(ValueError, match="same size, frames and fps"):
     pipeline.sample_latents([request[0], dataclasses.replace(request[0], height=64)])
-  (frames,) = pipeline.decode(base)
+  (frames,) = pipeline.decode(base, len(base[0]))
   assert frames.shape == (3, 72, 56, 3)
   assert frames.dtype == np.uint8
 
@@ -362,7 +362,7 @@ def made_frames(trained, folder, *arguments):
 
 def through(pipeline, frames):
   """What the autoencoder makes of frames."""
-  return pipeline.decode([pipeline.encode(frames)])[0]
+  return pipeline.decode([pipeline.encode(frames)], len(frames))[0]
 
 
 def test_animate_keeps_its_image_and_goes_on(assets, trained, pipeline, tmp_path):

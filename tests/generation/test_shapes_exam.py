@@ -1,11 +1,13 @@
 """The examination of moving shapes, with pupils whose answers are known."""
 
 import dataclasses
+import types
 
 import numpy as np
 import pytest
 
 from data import shapes, shapes_vision
+from stdit_jax.autoencoders import image_kl
 from stdit_jax.generation import shapes_exam
 
 EXAM = shapes_exam.Exam(count=12, steps=1, scale=1.0, batch=5)
@@ -20,13 +22,12 @@ class Pupil:
   forgets: bool = False  # given frames
   made: int = 0
 
-  def latent_size(self, request):
-    return request.num_frames, request.height, request.width
+  codec = types.SimpleNamespace(config=image_kl.TABLE["tiny-kl-f8"])  # of which lengths are asked
 
   def encode(self, frames):
     return frames.astype(np.float32)
 
-  def decode(self, latents):
+  def decode(self, latents, num_frames):
     return [np.rint(z).clip(0, 255).astype(np.uint8) for z in latents]
 
   def sample_latents(self, requests, steps, scale, given):

@@ -1,6 +1,7 @@
 """The layout tables: names and shapes of the real sizes, bit-exact round trips, and the PyTorch classes."""
 
 import json
+import math
 import pathlib
 import re
 
@@ -9,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from stdit_jax.autoencoders import image_kl
+from stdit_jax.autoencoders import causal3d, image_kl
 from stdit_jax.interop import CheckpointError, export_tensors, foreign_spec, load_variables, mapping, models, open_checkpoint
 from stdit_jax.interop import save_variables as save
 from stdit_jax.interop.mapping import AXES, Entry, Mismatch
@@ -43,17 +44,32 @@ def assert_same(found, expected):
 
 @pytest.mark.parametrize("name", models.KEY_TABLES)
 def test_exported_names_and_shapes_are_those_of_the_real_sizes(name):
-  config = stdit.TABLE[name]
-  spec = foreign_spec("open-sora", stdit.init_shapes(config), config)
+  config, module = models.find_model(name, {})
+  spec = foreign_spec(models.FAMILIES[module][0], models.shapes(config, module), config)
   assert spec == models.read_key_table(REFERENCE / "keys" / models.KEY_TABLES[name])
   assert spec == models.shipped_key_table(name)
 
 
 def test_names_and_shapes_of_the_image_autoencoder_in_open_sora():
+  """The image autoencoder in it, alone."""
   table = models.read_key_table(REFERENCE / "keys" / "vae_pipeline_v1_2.json")
   prefix = "spatial_vae.module."
   expected = {name.removeprefix(prefix): shape for name, shape in table.items() if name.startswith(prefix)}
   assert foreign_spec("diffusers", image_kl.init_shapes(image_kl.get_config("sdxl-kl-f8"))) == expected
+
+
+@pytest.mark.parametrize("name", ["cogvideox-2b", "cogvideox-5b"])
+def test_names_and_shapes_of_cogvideoxs_autoencoder(name):
+  """diffusers' own, at the released size, and its parameters (reference/cogvideox.md, 3.1)."""
+  torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
+  with torch.device("meta"):
+    theirs = diffusers.AutoencoderKLCogVideoX(
+      down_block_types=["CogVideoXDownBlock3D"] * 4, up_block_types=["CogVideoXUpBlock3D"] * 4
+    )
+  expected = {name: tuple(p.shape) for name, p in theirs.state_dict().items()}
+  config = causal3d.TABLE[name]
+  assert foreign_spec("cogvideox-vae", causal3d.init_shapes(config), config) == expected
+  assert sum(map(math.prod, expected.values())) == 215_583_907
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -90,7 +106,9 @@ def test_linear_kernels_lie_as_documented():
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("family", models.FAMILIES)
 def test_every_layout_of_a_random_tree_comes_back(family, dtype, tmp_path):
-  name = {"stdit": "STDiT2-tiny/2", "image_kl": "tiny-kl-f8", "t5": "byt5-tiny"}[family.split(".")[-1]]
+  names = {"stdit": "STDiT2-tiny/2", "image_kl": "tiny-kl-f8", "t5": "byt5-tiny"}
+  names |= {"temporal": "tiny-temporal", "causal3d": "tiny-causal3d"}
+  name = names[family.split(".")[-1]]
   config, module = models.find_model(name, {})
   assert module == family
   shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype), models.shapes(config, module))

@@ -1,0 +1,119 @@
+"""Clips to normalised latents and back, in pieces: the values of the whole, in memory that does not grow."""
+
+import jax
+import numpy as np
+import pytest
+
+from stdit_jax.autoencoders import causal3d, codec, image_kl, temporal
+from stdit_jax.autoencoders.codec import make_codec
+from tests.helpers import relative_error
+
+CONFIGS = {
+  "image": image_kl.get_config(
+    "tiny-kl-f8", block_out_channels=(8, 16), scaling_factor=0.5, shift=(0.1, 0.2, -0.3, 0.0), scale=[1.0, 2.0, 0.5, 1.5]
+  ),
+  "Open-Sora": temporal.get_config("tiny-temporal", chunk=5),
+  "Open-Sora, whole": temporal.get_config("tiny-temporal", chunk=0),
+  "CogVideoX": causal3d.get_config("tiny-causal3d", scaling_factor=0.7),
+  "CogVideoX, whole": causal3d.get_config("tiny-causal3d", statistics="clip"),
+}
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def made(request):
+  """(codec, names of the functions that it ran)."""
+  config, ran = CONFIGS[request.param], []
+  module = codec.module_of(config)
+  model = module.build(config)
+
+  def run(function, *args, **static):
+    ran.append(function.__name__)
+    return codec.run_jitted(function, *args, **static)
+
+  return make_codec(model, module.init(model, jax.random.key(0)), micro_batch=4, run=run), ran
+
+
+def whole(made, frames):
+  """Normalised (mean, std) and pixels of the whole clip, by the model itself."""
+  model, variables, config = made.model, made.variables, made.config
+  x = (frames / 127.5 - 1.0).astype(np.float32)
+  x = x if isinstance(model, image_kl.ImageKL) else x[None]
+  apply = lambda value, method, *rest: jax.jit(lambda v, x: model.apply(v, x, *rest, method=method))(variables, value)  # noqa: E731
+  mean, logvar = apply(x, "encode")
+  rest = (len(frames),) if isinstance(model, temporal.VideoAutoencoder) else ()
+  pixels = apply(mean, "decode", *rest)
+  squeeze = lambda y: np.asarray(y).reshape(-1, *y.shape[-3:])  # noqa: E731
+  factor = config.scaling_factor / np.asarray(config.scale)
+  normalised = (mean - np.asarray(config.shift)) * factor
+  return squeeze(normalised), squeeze(np.exp(0.5 * logvar) * factor), squeeze(image_kl.to_uint8(pixels))
+
+
+@pytest.mark.parametrize("length", [1, 9, 16])
+def test_pieces_are_the_whole(made, length):
+  made, _ = made
+  assert made.config.keeps(length)
+  frames = np.random.default_rng(length).integers(0, 256, (length, 16, 24, 3), dtype=np.uint8)
+  mean, std = made.encode(frames)
+  expected_mean, expected_std, expected = whole(made, frames)
+  assert mean.shape == (made.config.latent_frames(length), *made.config.latent_size(16, 24), made.config.latent_channels)
+  assert relative_error(mean, expected_mean) < 1e-5
+  assert relative_error(std, expected_std) < 1e-5
+  pixels = made.decode(mean, length)
+  assert pixels.shape == frames.shape
+  assert pixels.dtype == np.uint8
+  assert np.abs(pixels.astype(int) - expected[:length].astype(int)).max() <= 1
+
+
+def test_longer_clips_need_no_other_programs_of_their_memory(made):
+  """Of a clip with more pieces the largest program of the decoder is the same, but where norms see the whole clip."""
+  made, _ = made
+  size = made.config.latent_size(16, 24)
+  peaks = []
+  for length in (17, 34 + 17):
+    programs = made.lower_decoder((made.config.latent_frames(length), *size), length)
+    peaks.append(max(p.compile().memory_analysis().temp_size_in_bytes for p in programs))
+  if getattr(made.config, "statistics", "") == "clip":
+    assert peaks[1] > 2 * peaks[0]
+  elif getattr(made.config, "chunk", 1):
+    assert peaks[1] == peaks[0]
+
+
+def test_the_lowered_decoder_is_the_one_that_runs(made):
+  made, ran = made
+  length = 17
+  latents = np.zeros(
+    (made.config.latent_frames(length), *made.config.latent_size(16, 24), made.config.latent_channels), np.float32
+  )
+  ran.clear()
+  made.decode(latents, length)
+  names = [
+    str(program.as_text()).split("module @", 1)[1].split()[0] for program in made.lower_decoder(latents.shape[:3], length)
+  ]
+  assert {name.removeprefix("jit_") for name in names} == set(ran)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_latent_frames_cover_the_clip(name):
+  config = CONFIGS[name]
+  for length in range(1, 40):
+    starts = config.frame_starts(length)
+    assert len(starts) == config.latent_frames(length) + 1
+    assert starts[0] == 0
+    assert starts[-1] == length
+    assert (np.diff(starts) > 0).all()
+  kept = [length for length in range(1, 40) if config.keeps(length)]
+  assert kept == ([1, 8, 9, 16, 17, 24, 25, 32, 33] if "Cog" in name else list(range(1, 40)))
+
+
+def test_a_clip_that_does_not_come_back_is_refused():
+  model = causal3d.build(CONFIGS["CogVideoX"])
+  with pytest.raises(ValueError, match="3 latent frames are not those of a clip of 12 frames"):
+    make_codec(model, {}).decode(np.zeros((3, 2, 2, 4), np.float32), 12)
+
+
+def test_what_can_not_be_is_refused():
+  with pytest.raises(ValueError, match=r"unknown autoencoder 'vq'; allowed: sd-kl-f8, .*open-sora-1.2, .*cogvideox-2b"):
+    codec.find("vq")
+  model = image_kl.ImageKL(CONFIGS["image"])
+  with pytest.raises(ValueError, match="micro_batch must be at least 1, not 0"):
+    make_codec(model, {}, micro_batch=0)

@@ -1,0 +1,78 @@
+"""Training, and sampling from text and from files, with an autoencoder that compresses time."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from stdit_jax import sample
+from stdit_jax.autoencoders import temporal
+from stdit_jax.generation.references import read_reference
+from stdit_jax.interop import save_variables
+from stdit_jax.training.loop import Run
+from tests.tiny_run import tiny_config, write_config
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
+@pytest.fixture(scope="module")
+def trained(assets, tmp_path_factory):
+  """The run of two steps on clips of 9 frames, which are 3 latent frames."""
+  folder = tmp_path_factory.mktemp("video-autoencoder")
+  config = temporal.TABLE["tiny-temporal"]
+  variables = temporal.init(temporal.build(config), jax.random.key(0))
+  save_variables(folder / "autoencoder.safetensors", "open-sora-vae", variables, config=config)
+  more = {"autoencoder__name": "tiny-temporal", "autoencoder__weights": str(folder / "autoencoder.safetensors")}
+  more |= {"data__buckets": (("144p", 9, 1.0, 2),), "stages": ({"name": "tiny", "steps": 2},)}
+  run = Run(tiny_config(assets, folder / "run", **more))
+  run.train()
+  encodes = {name: n for name, n in run.counter.counts.items() if "encode" in name or "latents" in name}
+  assert set(encodes.values()) == {1}
+  assert {name.split()[1] for name in encodes} == {"image_latents", "encode_chunk"}
+  return folder / "run"
+
+
+def test_training_with_a_video_autoencoder(trained):
+  losses = [line["loss"] for line in map(json.loads, (trained / "metrics.jsonl").read_text().splitlines()) if "loss" in line]
+  assert len(losses) == 2
+  assert np.isfinite(losses).all()
+
+
+def made_frames(trained, folder, *arguments):
+  what = ["--run", trained, "--image-size", 48, 64, "--steps", 2, "--fps", 8, "--format", "frames", "--prompt", "columns"]
+  sample.main([*map(str, what), "--output", str(folder), *map(str, arguments)])
+  (found,) = (p for p in folder.iterdir() if p.is_dir())
+  return np.stack([np.asarray(Image.open(path)) for path in sorted(found.iterdir())])
+
+
+def test_tasks_count_latent_frames(assets, trained, tmp_path, capsys):
+  """20 frames are 6 latent frames: a chunk of 1, 4, 4, 4 and 4, and one of 3."""
+  animated = made_frames(trained, tmp_path / "a", "--num-frames", 20, "--task", "animate", assets / "0.png")
+  assert animated.shape == (20, 48, 64, 3)
+  video = assets / "0.mp4"
+  known = read_reference(video, (48, 64), 8)
+  assert len(known) == 16  # 4 latent frames
+  extended = made_frames(trained, tmp_path / "e", "--num-frames", 20, "--task", "extend-forward", video)
+  np.testing.assert_array_equal(extended[:16], known)
+  assert len(extended) == 16 + 20 - 13
+  endless = made_frames(trained, tmp_path / "l", "--num-frames", 34, "--task", "endless", "--loops", 2)
+  assert len(endless) == 34 + 17  # a whole chunk is carried over
+  settings = json.loads(next((tmp_path / "l").glob("*.json")).read_text())
+  assert settings["rules"] == [[1, 0, -5, 0, 5, 0.0]]
+  capsys.readouterr()
+  arguments = ["--num-frames", "20", "--prompt", "x", "--explain", "--task", "animate", str(assets / "0.png")]
+  sample.main(["--run", str(trained), *arguments])
+  text = capsys.readouterr().out
+  assert "reference 0: " in text
+  assert "1 latent frame\n" in text
+  assert "(6 latent frames)" in text
+
+
+def test_a_length_that_does_not_come_back_is_refused(assets, tmp_path, capsys):
+  config = write_config(tmp_path / "config.py", assets, tmp_path / "unused", autoencoder__name="tiny-causal3d")
+  with pytest.raises(SystemExit):
+    sample.main(["--config", str(config), "--weights", "w", "--prompt", "x", "--image-size", "48", "64", "--num-frames", "12"])
+  error = capsys.readouterr().err
+  assert error == "error: --num-frames is 12, a length that the autoencoder does not give back; nearest: 9 or 16\n"
