@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.sharding import PartitionSpec
 
 from stdit_jax import fields
 from stdit_jax.autoencoders.layers import Frames, GroupNorm, double, half, init_like_torch
@@ -315,6 +316,48 @@ class Causal3D(nn.Module):
     mean, logvar = self.encode(x)
     z = mean if noise is None else mean + jnp.exp(0.5 * logvar) * noise
     return self.decode(z), mean, logvar
+
+
+def over_devices(model, mesh, axis_name, method):
+  """`encode` or `decode` of clips that are split in time over a mesh axis (context parallelism), as a function like
+  `model.apply(variables, x, method=method)` with the same numbers, to be jitted.
+
+  Convolutions get their past from the device before, norms sum their statistics over all. The first of an odd number of frames
+  is on device 0, the others are divided evenly (CogVideoX: SAT's context parallel autoencoder).
+
+  Raises (when it is called):
+    ValueError: frames that do not divide, or fewer than two of them on a device at the lowest level.
+  """
+  devices, config = mesh.shape[axis_name], model.config
+  change, chunk = (half, config.encode_chunk) if method == "encode" else (double, config.decode_chunk)
+
+  def apply(variables, x):
+    chunks = chunk_sizes(x.shape[1], chunk) if config.statistics == "chunks" else None
+    frames = Frames(x.shape[1], chunks, axis_name, devices)
+    levels = [frames]
+    for _ in range(config.halvings):
+      levels.append(levels[-1].scaled(change))
+    for level in levels:
+      rest = level.count - level.first
+      if rest % devices or rest < 2 * devices or level.first != frames.first:
+        raise ValueError(
+          f"a clip of {x.shape[1]} {'frames' if method == 'encode' else 'latents'} is not to be split over the {devices} "
+          f"devices of mesh axis {axis_name!r}: one of its levels has {level.count} frames, without the first of an odd number "
+          "not two or more for each"
+        )
+
+    def local(variables, first, rest):
+      y = model.apply(variables, jnp.concatenate([first, rest], axis=1), frames, method=method)
+      alone = jax.lax.axis_index(axis_name) == 0
+      keep = lambda part: jax.lax.psum(jnp.where(alone, part[:, : frames.first], 0), axis_name)  # noqa: E731
+      return jax.tree.map(keep, y), jax.tree.map(lambda part: part[:, frames.first :], y)
+
+    whole, split = PartitionSpec(), PartitionSpec(None, axis_name)
+    shards = jax.shard_map(local, mesh=mesh, in_specs=(whole, whole, split), out_specs=(whole, split), check_vma=False)
+    first, rest = shards(variables, x[:, : frames.first], x[:, frames.first :])
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), first, rest)
+
+  return apply
 
 
 def init_shapes(config):

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from stdit_jax.autoencoders import causal3d
 from stdit_jax.models import stdit
 from stdit_jax.models.layers import OVER_TIME
 from stdit_jax.models.step_cache import PyramidBroadcast, ResidualCache, Reuse
@@ -99,6 +100,34 @@ def test_what_serves_several_steps_is_split(cache):
     assert relative_error(ours, alone) < 1e-5
   for array, part in zip(jax.tree.leaves(kept), jax.tree.leaves(arrays)):
     assert array.sharding.is_equivalent_to(layout.sharding(*part.axes), array.ndim), (part, array.sharding)
+
+
+@needs_devices
+@pytest.mark.parametrize("statistics", causal3d.STATISTICS)
+@pytest.mark.parametrize("method", ["encode", "decode"])
+def test_a_clip_of_cogvideox_is_split_in_time(method, statistics):
+  """With a frame that stands alone and without: the numbers of one device, and the gradients."""
+  model = causal3d.build(causal3d.get_config("tiny-causal3d", statistics=statistics))
+  variables = causal3d.init(model, jax.random.key(0))
+  mesh = make_mesh({"data": 2, "sequence": 4})
+  split = causal3d.over_devices(model, mesh, "sequence", method)
+  alone = functools.partial(model.apply, method=method)
+  rng = np.random.default_rng(0)
+
+  def results(function, x):
+    def loss(variables):
+      y = jax.tree.leaves(function(variables, x))
+      return sum((part * part).mean() for part in y), y
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK_COMPILE)(variables)
+
+  for count in (33, 32) if method == "encode" else (9, 8):
+    size = (16, 24, 3) if method == "encode" else (2, 3, 4)
+    x = rng.standard_normal((1, count, *size), np.float32)
+    for ours, one in zip(*(jax.tree.leaves(results(function, x)) for function in (split, alone)), strict=True):
+      assert relative_error(ours, one) < 2e-5
+  with pytest.raises(ValueError, match="is not to be split over the 4 devices of mesh axis 'sequence'"):
+    split(variables, x[:, :7])
 
 
 @needs_devices
