@@ -7,6 +7,7 @@ from stdit_jax.generation.media import contact_sheet, write_media
 from stdit_jax.generation.pipeline import Pipeline, Request
 from stdit_jax.generation.prompts import TokenizeText
 from stdit_jax.training import weights
+from stdit_jax.training.objectives import autoencoder_model
 from stdit_jax.training.stages import stage_that_made
 
 
@@ -22,6 +23,12 @@ class Sampler:
       raise ValueError("config: sample.prompts is empty; give prompts or set sample_every=0")
     if config.text_encoder.where == "disk":
       raise ValueError("config: sample_every needs a text encoder, but text_encoder.where is 'disk'; set sample_every=0")
+    for stage in run.stages:
+      if not autoencoder_model(stage.config.autoencoder).config.keeps(config.sample.num_frames):
+        raise ValueError(
+          f"config: sample.num_frames is {config.sample.num_frames}, which the autoencoder of stage {stage.name!r}, "
+          f"{stage.config.autoencoder.name}, does not give back; take a multiple of 8, or one more"
+        )
     self.config, self.run, self.pipeline, self.stage = config, run, None, None
     height, width = aspect_ratios.size(config.sample.resolution, config.sample.aspect_ratio)
     self.requests = [
