@@ -29,8 +29,14 @@ def plain(config):
   return json.loads(json.dumps(config.to_dict() if hasattr(config, "to_dict") else config))
 
 
+NO_LONGER = (("autoencoder", "temporal"),)  # keys of earlier versions, with which nothing was trained
+
+
 def from_plain(values):
-  """The configuration of what `plain` made, keys that it is too old to have at their defaults."""
+  """The configuration of what `plain` made, keys that it is too old to have at their defaults, without those that are gone."""
+  values = {name: dict(value) if isinstance(value, dict) else value for name, value in values.items()}
+  for group, key in NO_LONGER:
+    values.get(group, {}).pop(key, None)
   config = base.get_config()
   with config.unlocked(), config.ignore_type():
     config.update_from_flattened_dict({key: {} for key in FREE})  # a field that was not set there must not be set here

@@ -222,6 +222,8 @@ def test_recipes_of_open_sora(recipe):
   jobs = [job.stage for job in plan.make_jobs(arguments)[1]]
   written = plain(recipe.get_config())
   assert plain(from_plain(written)) == written  # what a checkpoint and `plan` hand on
+  older = written | {"autoencoder": written["autoencoder"] | {"temporal": ""}}
+  assert plain(from_plain(older)) == written  # of a version that had this key
   before, stages = None, make_stages(recipe.get_config())
   assert [s.name for s in stages] == list(RECIPES[recipe])
   for stage in stages:
