@@ -35,7 +35,7 @@ import zlib
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
-from data.prepare import scenes
+from data.prepare import cut, decode, scenes
 from data.video import IMAGE_FPS, VIDEO_EXTENSIONS, BadVideo, VideoInfo, probe
 
 PACKAGE = "moviepy==2.2.1"
@@ -62,7 +62,7 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Caption:
-  """start: seconds from the video's beginning, None = the caption of the whole video; focus: see `scenes.crop_boxes`."""
+  """start: seconds from the video's beginning, None = the caption of the whole video; focus: see `cut.crop_boxes`."""
 
   start: float | None
   text: str
@@ -275,8 +275,9 @@ class _Progress:
 def _detect(path: str, alone: bool) -> tuple[list[tuple[int, int]], float] | str:
   """(scenes, frames per second) of a video, or why it's unusable. `alone`: it may have all cores, and shows its progress."""
   try:
-    with scenes.open_video(path) as (_, stream):
-      rate, frames = float(scenes.frame_rate(stream)), stream.frames
+    probe(path)  # finds what is wrong with a file without reading all of it
+    with decode.open_video(path) as (_, stream):
+      rate, frames = float(decode.frame_rate(stream)), stream.frames
     how = {"threads": 0, "progress": _Progress("frames searched for scenes:", frames)} if alone and frames else {"threads": 1}
     return scenes.detect_scenes(path, **how), rate
   except (BadVideo, OSError) as error:
@@ -289,8 +290,9 @@ def _cut(job: _Job, output: str, settings: Settings) -> VideoInfo | str:
   try:
     if clip.exists() and picture.exists():
       return probe(clip)
-    how = {"short_side": settings.short_side, "max_fps": settings.max_fps}
-    return scenes.cut_clip(job.video, job.start, job.end, clip, picture=picture, **how)
+    how = {"short_side": settings.short_side, "max_fps": settings.max_fps, "trim_dark": True}
+    (info,) = cut.cut_clips(job.video, [cut.Clip(job.start, job.end, str(clip), str(picture))], **how)
+    return str(info) if isinstance(info, BadVideo) else info
   except BadVideo as error:
     return str(error)
 
@@ -355,7 +357,7 @@ def _find_scenes(videos: dict[str, Path], output: Path, settings: Settings, proc
 
 def _rows(job: _Job, info: VideoInfo) -> list[list]:
   """Rows of the table: the clip and its image, whole and cropped. Height and width are the file's, before the crop."""
-  crops = ["", *(",".join(map(str, box)) for box in scenes.crop_boxes(info.height, info.width, job.caption.focus))]
+  crops = ["", *(",".join(map(str, box)) for box in cut.crop_boxes(info.height, info.width, job.caption.focus))]
   files = ((f"clips/{job.name}.mp4", info.num_frames, info.fps), (f"images/{job.name}.png", 1, IMAGE_FPS))
   return [
     [path, job.caption.text, frames, info.height, info.width, f"{fps:g}", crop] for path, frames, fps in files for crop in crops

@@ -1,134 +1,18 @@
-"""Scene detection, cutting, captions and the film's download, on small videos made here."""
+"""The film's download, captions, and one's own videos, on small videos made here."""
 
 import csv
 import io
 import itertools
 import tarfile
 import zipfile
-from fractions import Fraction
+from pathlib import Path
 
-import av
-import numpy as np
 import pytest
 
 from data import video
+from data.prepare import cut as cutting
 from data.prepare import film, scenes
-
-
-def picture(scene, number, height=72, width=128):
-  """A smooth image of its own per scene; the frame number is readable from a bar of 8 blocks at the top."""
-  y, x = np.mgrid[0:height, 0:width]
-  rng = np.random.default_rng(scene)
-  base = np.stack([rng.uniform(60, 200) + 40 * np.sin(x / rng.uniform(8, 20) + y / rng.uniform(8, 20)) for _ in range(3)], -1)
-  for bit in range(8):
-    base[:16, bit * 16 : bit * 16 + 16] = 230 if number >> bit & 1 else 30
-  return base.clip(0, 255).astype(np.uint8)
-
-
-def number_of(image):
-  """The frame number in a decoded picture of any size."""
-  height, width = image.shape[:2]
-  blocks = [image[height // 9, (2 * bit + 1) * width // 16].mean() > 128 for bit in range(8)]
-  return sum(int(b) << i for i, b in enumerate(blocks))
-
-
-def write_video(path, images, fps=24, pts=None, turned=False):
-  with av.open(str(path), "w") as container:
-    stream = container.add_stream("libx264", rate=fps, options={"crf": "10", "g": "30"})
-    stream.height, stream.width, stream.pix_fmt = *images[0].shape[:2], "yuv420p"
-    for i, image in enumerate(images):
-      frame = av.VideoFrame.from_ndarray(image, format="rgb24")
-      frame.pts, frame.time_base = (i if pts is None else pts[i]), Fraction(1, fps)
-      container.mux(stream.encode(frame))
-    container.mux(stream.encode(None))
-  if turned:  # a quarter turn in the track header: the only place where the identity matrix stands after a `tkhd`
-    content = path.read_bytes()
-    unit = lambda *v: b"".join((x & 0xFFFFFFFF).to_bytes(4, "big") for x in v)  # noqa: E731
-    identity = unit(1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
-    at = content.index(identity, content.index(b"tkhd"))
-    path.write_bytes(content[:at] + unit(0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30) + content[at + 36 :])
-  return path
-
-
-def two_scenes(first=40, second=50):
-  return [picture(1 if i < first else 2, i) for i in range(first + second)]
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-  return write_video(tmp_path_factory.mktemp("clips") / "a.mp4", two_scenes())
-
-
-def test_finds_the_cut(clip):
-  assert scenes.detect_scenes(clip) == [(0, 40), (40, 90)]
-
-
-def test_one_scene_without_a_cut(tmp_path):
-  assert scenes.detect_scenes(write_video(tmp_path / "a.mp4", two_scenes()[:30])) == [(0, 30)]
-
-
-@pytest.mark.parametrize(("start", "end"), [(0, 40), (40, 90), (33, 34), (7, 66)])
-def test_cut_is_frame_exact(clip, tmp_path, start, end):
-  info = scenes.cut_clip(clip, start, end, tmp_path / "c.mp4", picture=tmp_path / "c.png")
-  assert info == video.VideoInfo(end - start, 72, 128, 24.0) == video.probe(tmp_path / "c.mp4")
-  frames = video.read_frames(tmp_path / "c.mp4")
-  assert [number_of(f) for f in frames] == list(range(start, end))
-  image = video.read_frames(tmp_path / "c.png")[0]
-  assert number_of(image) == start + (end - start) // 2
-  original = video.read_frames(clip, [start])[0]
-  assert np.abs(original.astype(int) - frames[0]).mean() < 4
-  assert [p.name for p in tmp_path.iterdir() if p.suffix == ".tmp"] == []
-
-
-def test_variable_and_high_rates(tmp_path):
-  steps = [1, 1, 3, 1, 2] * 8
-  slow = write_video(tmp_path / "a.mp4", two_scenes()[:40], fps=24, pts=list(itertools.accumulate(steps, initial=0))[:40])
-  info = scenes.cut_clip(slow, 10, 30, tmp_path / "b.mp4")
-  numbers = [number_of(f) for f in video.read_frames(tmp_path / "b.mp4")]
-  assert numbers[0] == 10
-  assert set(numbers) <= set(range(10, 30))
-  assert numbers == sorted(numbers)
-  assert info.num_frames == pytest.approx(sum(steps[10:30]) / 24 * info.fps, abs=1)
-
-  fast = write_video(tmp_path / "c.mp4", two_scenes()[:60], fps=60)
-  assert scenes.cut_clip(fast, 20, 60, tmp_path / "d.mp4").fps == 30
-  assert [number_of(f) for f in video.read_frames(tmp_path / "d.mp4")] == list(range(20, 60, 2))
-
-
-def test_small_sizes_and_rotation(tmp_path):
-  assert scenes.small_size(720, 1280, 256) == (256, 456)
-  assert scenes.small_size(1280, 719, 256) == (456, 256)
-  assert scenes.small_size(71, 91, 256) == (72, 92)
-  turned = write_video(tmp_path / "a.mp4", two_scenes()[:30], turned=True)
-  assert (video.probe(turned).height, video.probe(turned).width) == (128, 72)
-  info = scenes.cut_clip(turned, 5, 20, tmp_path / "b.mp4", short_side=36)
-  assert (info.num_frames, info.height, info.width) == (15, 64, 36)
-  wanted = video.read_frames(turned, [5], size=(64, 36))[0]
-  got = video.read_frames(tmp_path / "b.mp4", [0])[0]
-  assert np.abs(wanted.astype(int) - got).mean() < 6
-
-
-def test_black_ends_are_left_out(tmp_path):
-  black = np.zeros((72, 128, 3), np.uint8)
-  images = two_scenes()[:30]
-  images[:4], images[12], images[25:] = [black] * 4, black, [black] * 5
-  path = write_video(tmp_path / "a.mp4", images)
-  assert scenes.cut_clip(path, 0, 30, tmp_path / "b.mp4").num_frames == 21
-  assert number_of(video.read_frames(tmp_path / "b.mp4", [0])[0]) == 4
-  assert scenes.cut_clip(path, 0, 30, tmp_path / "b.mp4", trim_dark=False).num_frames == 30
-  with pytest.raises(video.BadVideo, match="all black"):
-    scenes.cut_clip(path, 26, 30, tmp_path / "c.mp4")
-  assert not (tmp_path / "c.mp4").exists()
-  with pytest.raises(video.BadVideo, match="has 30 frames"):
-    scenes.cut_clip(path, 20, 40, tmp_path / "c.mp4")
-
-
-def test_crop_boxes():
-  assert scenes.crop_boxes(256, 456) == [(100, 0, 256, 256), (156, 0, 144, 256)]
-  assert scenes.crop_boxes(256, 456, 0.0) == [(0, 0, 256, 256), (0, 0, 144, 256)]
-  assert scenes.crop_boxes(256, 456, 1.0) == [(200, 0, 256, 256), (312, 0, 144, 256)]
-  assert scenes.crop_boxes(456, 256, 1.0) == [(0, 200, 256, 256), (0, 312, 256, 144)]
-  assert scenes.crop_boxes(256, 256) == [(56, 0, 144, 256)]
+from tests.data.prepare.videos import two_scenes, write_video
 
 
 def test_pairing():
@@ -182,8 +66,8 @@ def test_own_videos(tmp_path, capsys, monkeypatch):
   before = (output / "table.csv").read_bytes()
   missing = output / rows[0]["path"]
   missing.unlink()
-  cut, detect, done, searched = scenes.cut_clip, scenes.detect_scenes, [], []
-  monkeypatch.setattr(scenes, "cut_clip", lambda *a, **k: (done.append(a[3]), cut(*a, **k))[1])
+  cut, detect, done, searched = cutting.cut_clips, scenes.detect_scenes, [], []
+  monkeypatch.setattr(cutting, "cut_clips", lambda *a, **k: (done.append(Path(a[1][0].output)), cut(*a, **k))[1])
   monkeypatch.setattr(scenes, "detect_scenes", lambda *a, **k: (searched.append(a[0]), detect(*a, **k))[1])
   assert film.main(command) == 0
   assert done == [missing]
