@@ -106,7 +106,7 @@ def _alone(title: str, arguments: list[str]) -> int:
       raise ValueError(f"unexpected argument {argument!r}; give settings as --KEY=VALUE")
     settings[key] = configs.literal(value)
   workers = options.workers or os.cpu_count() or 1
-  print(engine.run_alone(title, cls.create(settings), options.input, options.output, workers=workers))
+  print(engine.run_alone(title, engine.create(cls, settings, title), options.input, options.output, workers=workers))
   return 0
 
 

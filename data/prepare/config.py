@@ -122,7 +122,7 @@ def chain(values: Mapping[str, Any], *, workers: int = 0, shard: tuple[int, int]
       raise ValueError(f"steps has {name!r} twice: give the second one a name and config.NAME = dict(step={name!r}, ...)")
     settings = dict(values.get(name) or {})
     title = settings.pop("step", name)
-    steps[name] = step_class(title).create(settings, name)
+    steps[name] = engine.create(step_class(title), settings, name)
   if not steps or not isinstance(next(iter(steps.values())), engine.Source):
     raise ValueError("steps has to begin with collect")
   if sources := [n for n, s in list(steps.items())[1:] if isinstance(s, engine.Source)]:

@@ -60,25 +60,6 @@ class Step:
     """For a step that ends a chain (an export): writes what it makes of all shards -> (one line about it, its files)."""
     raise NotImplementedError
 
-  @classmethod
-  def create(cls, settings: Mapping[str, Any], where: str = "") -> Step:
-    """From a mapping of a config. ValueError for unknown keys, wrong types and values, naming the allowed ones."""
-    where = where or cls.title
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    values = {}
-    for key, value in settings.items():
-      if key not in fields:
-        near = difflib.get_close_matches(key, fields, 1)
-        hint = f", did you mean {near[0]!r}?" if near else f"; it has: {', '.join(fields)}"
-        raise ValueError(f"{where}: there is no setting {key!r}{hint}")
-      values[key] = _typed(f"{where}.{key}", plain(value), fields[key])
-    step = cls(**values)
-    try:
-      step.check()
-    except ValueError as error:
-      raise ValueError(f"{where}.{error}") from None
-    return step
-
   def recipe(self) -> dict[str, Any]:
     """What decides the step's result, JSON-able."""
     settings = {k: v for k, v in dataclasses.asdict(self).items() if k not in self.silent}
@@ -133,6 +114,25 @@ class RowStep(Step):
 
 def _rows_of(step: RowStep, context: Context, group: list[dict[str, Any]], report: Callable[[float], None]) -> list[Any]:
   return step.rows(group, context, report)
+
+
+def create(cls: type, settings: Mapping[str, Any], where: str) -> Any:
+  """A dataclass from a mapping of a config. ValueError for unknown keys, wrong types and values, naming the allowed ones."""
+  fields = {f.name: f for f in dataclasses.fields(cls)}
+  values = {}
+  for key, value in settings.items():
+    if key not in fields:
+      near = difflib.get_close_matches(key, fields, 1)
+      hint = f", did you mean {near[0]!r}?" if near else f"; it has: {', '.join(fields)}"
+      raise ValueError(f"{where}: there is no setting {key!r}{hint}")
+    values[key] = _typed(f"{where}.{key}", plain(value), fields[key])
+  made = cls(**values)
+  try:
+    if hasattr(made, "check"):
+      made.check()
+  except ValueError as error:
+    raise ValueError(f"{where}: {error}") from None
+  return made
 
 
 def plain(value: Any) -> Any:

@@ -251,7 +251,7 @@ def test_workers_survive_everything(tmp_path):
   [
     ("--config.scenes.min_second=1", "scenes: there is no setting 'min_second', did you mean 'min_seconds'?"),
     ("--config.scenes.min_seconds=long", "scenes.min_seconds = 'long' is no float"),
-    ("--config.scenes.detector=best", "scenes.detector = 'best' is none of adaptive, content, none"),
+    ("--config.scenes.detector=best", "scenes: detector = 'best' is none of adaptive, content, none"),
     ("--config.steps=('collect','scene')", "there is no step 'scene', did you mean 'scenes'?"),
     ("--config.steps=('probe',)", "steps has to begin with collect"),
     ("--config.collect.sources=('/nowhere',)", "'/nowhere' is no folder, pattern or table"),
