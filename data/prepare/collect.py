@@ -51,7 +51,7 @@ class Collect(Source):
     if self.rows_per_shard < 1:
       raise ValueError("rows_per_shard must be at least 1")
 
-  def list(self, folder: str, say: Callable[[str], None]) -> None:
+  def list(self, folder: str) -> None:
     found = pl.concat([self._listed(source) for source in self.sources], how="diagonal_relaxed")
     key = [name for name in ("path", "start", "end") if name in found.columns]
     found = found.unique(key, keep="first", maintain_order=True)

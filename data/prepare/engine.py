@@ -70,7 +70,7 @@ class Step:
 class Source(Step):
   """The first step: lists what there is as shards of a table. Shards keep their rows, new ones are added behind."""
 
-  def list(self, folder: str, say: Callable[[str], None]) -> None:
+  def list(self, folder: str) -> None:
     """Writes folder/part-00000.parquet, ...; leaves those alone in which nothing changed."""
     raise NotImplementedError
 
@@ -342,14 +342,14 @@ class Chain:
       before = None
       for name, step in self.steps.items():
         if isinstance(step, Source):
-          step.list(self.folder(name), _say)
+          step.list(self.folder(name))
         elif type(step).write is not Step.write:
           self._write(name, step, before)
           continue
         else:
           self._run_step(name, step, before)
         before = name
-        _say(self._summary(name))
+        say(self._summary(name))
         if name == until:
           break
 
@@ -402,7 +402,7 @@ class Chain:
     mine = {part: key for part, key in mine.items() if metas[part].get("key") != key or metas[part]["retry"]}
     if not mine:
       return
-    self._say_changes(name, step, mine)
+    self._tell_changes(name, step, mine)
     facts = self._gathered(name, self._identities(before))[0] if gathers else None
     sizes = {part: _height(paths.join(self.folder(before), part)) for part in mine}
     progress, done = Progress(name, sum(sizes.values()), step.unit), 0
@@ -423,7 +423,7 @@ class Chain:
       done += sizes[context.part]
       progress(done)
 
-  def _say_changes(self, name: str, step: Step, mine: dict[str, str]) -> None:
+  def _tell_changes(self, name: str, step: Step, mine: dict[str, str]) -> None:
     """Nothing is overwritten without a word: says which settings changed."""
     for part in mine:
       old = (self._meta(paths.join(self.folder(name), part)) or {}).get("recipe")
@@ -431,7 +431,7 @@ class Chain:
         new = step.recipe()["settings"]
         changed = [f"{k}: {old['settings'].get(k)!r} -> {new.get(k)!r}" for k in sorted({*new, *old["settings"]})
                    if old["settings"].get(k) != new.get(k)]  # fmt: skip
-        _say(f"{name}: {len(mine)} shards are made again ({'; '.join(changed) or 'another version of the step'})")
+        say(f"{name}: {len(mine)} shards are made again ({'; '.join(changed) or 'another version of the step'})")
         return
 
   def _wait(self, name: str) -> None:
@@ -442,7 +442,7 @@ class Chain:
       if self.shard[1] == 1:
         raise ValueError(f"{name}: {missing} shards are missing")
       if missing != seen:
-        _say(f"{name}: waiting for {missing} shards of other machines")
+        say(f"{name}: waiting for {missing} shards of other machines")
         seen, since = missing, time.monotonic()
       if time.monotonic() - since > self.patience:
         raise ValueError(f"{name}: {missing} shards of other machines did not come in {clock(self.patience)}: do they run?")
@@ -460,7 +460,7 @@ class Chain:
       said, files = step.write(self.tables(before), context)
       old = {"key": key, "said": said, "files": files}
       paths.write_text(record, json.dumps(old))
-    _say(f"{name}: {old['said']}")
+    say(f"{name}: {old['said']}")
 
   def _summary(self, name: str) -> str:
     """One line about a step that ran, and the first failures."""
@@ -527,7 +527,7 @@ def shown(text: str | None) -> str:
   return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text or "")[:300]
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
   print(text, flush=True)
 
 

@@ -17,6 +17,7 @@ _PRESETS = {
   "fast": cv2.DISOPTICAL_FLOW_PRESET_FAST,
   "medium": cv2.DISOPTICAL_FLOW_PRESET_MEDIUM,
 }
+CLASSES = ("static", "pan_left", "pan_right", "tilt_up", "tilt_down", "zoom_in", "zoom_out")  # that have a sentence
 _DARK = 16.0  # mean grey (0 to 255) of a black picture, largest grey of a black bar
 _SAME = 0.25  # mean difference (0 to 255) of two pictures that are one: below coding noise
 
