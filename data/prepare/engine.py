@@ -11,6 +11,7 @@ may pass (no answer, no file); a file with such rows is made again by the next r
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import difflib
 import functools
@@ -55,6 +56,10 @@ class Step:
   def transform(self, table: pl.LazyFrame, context: Context) -> pl.LazyFrame:
     """One shard of the table -> the same shard after the step; constant memory, or bounded by the shard."""
     raise NotImplementedError
+
+  def tell(self, counts: dict[str, int]) -> str:
+    """Lines about what was counted over all shards."""
+    return ""
 
   def write(self, tables: list[str], context: Context) -> tuple[str, list[str]]:
     """For a step that ends a chain (an export): writes what it makes of all shards -> (one line about it, its files)."""
@@ -169,6 +174,7 @@ class Context:
   facts: what `gather` returned.
   limits: of a file.
   pool, progress: None in a worker process.
+  counts: what `transform` counted; `Step.tell` says the sums over all shards.
   """
 
   folder: str
@@ -177,6 +183,7 @@ class Context:
   limits: Limits = DEFAULT_LIMITS
   pool: Pool | None = None
   progress: Callable[[float], None] | None = None
+  counts: dict[str, int] = dataclasses.field(default_factory=dict)
 
   def bare(self) -> Context:
     """What is sent to workers."""
@@ -271,6 +278,7 @@ def run_shard(step: Step, source: str, target: str, key: str, context: Context) 
       "retry": len(failed),
       "seconds": round(time.monotonic() - begin, 3),
       "recipe": step.recipe(),
+      "counts": context.counts,
     }
     write_shard(target, result, meta)
   return meta
@@ -290,6 +298,7 @@ class Counts:
   errors: int
   retry: int
   seconds: float
+  counted: dict[str, int]
 
 
 class Chain:
@@ -467,6 +476,8 @@ class Chain:
     counts = self.counts(name)
     text = f"{name}: {counts.rows:,} rows" + (f" of {counts.rows_in:,}" if counts.rows_in != counts.rows else "")
     text += f", {clock(counts.seconds)} of work" if counts.seconds >= 1 else ""
+    if told := self.steps[name].tell(counts.counted):
+      text += f"\n{told}"
     if not counts.errors:
       return text
     text += f", {counts.errors:,} failed" + (f", {counts.retry:,} of them are tried again by the next run" * bool(counts.retry))
@@ -483,18 +494,19 @@ class Chain:
     wanted = self.parts(first)
     done = [p for p in wanted if p in set(self.parts(name))]
     rows = errors = retry = rows_in = 0
-    seconds = 0.0
+    seconds, counted = 0.0, collections.Counter()
     for part in done:
       path = paths.join(self.folder(name), part)
       meta = read_meta(path) or {}
       retry += meta.get("retry", 0)
       seconds += meta.get("seconds", 0.0)
+      counted.update(meta.get("counts", {}))
       with paths.local_copy(path) as copy:
         mine = pl.col("error").str.starts_with(f"{steps[name].title}:")
         found = with_failures(scan(copy)).select(pl.len(), mine.sum().alias("errors")).collect().row(0)
       rows, errors = rows + found[0], errors + (found[1] or 0)
       rows_in += _height(paths.join(self.folder(before), part))
-    return Counts(len(wanted), len(done), rows_in, rows, errors, retry, seconds)
+    return Counts(len(wanted), len(done), rows_in, rows, errors, retry, seconds, dict(counted))
 
   def status(self) -> str:
     """A table: what is done, failed and left, and how long that takes, by the work so far."""
@@ -557,7 +569,7 @@ def run_alone(name: str, step: Step, source: str, target: str, *, workers: int =
     if type(step).gather is not Step.gather:
       facts = step.gather(with_failures(pl.concat([scan(a) for a in tables], how="diagonal_relaxed")))
     sizes = [_height(a) for a in tables]
-    progress, done = Progress(name, sum(sizes), step.unit), 0
+    progress, done, counted = Progress(name, sum(sizes), step.unit), 0, collections.Counter()
     for (a, b), size in zip(pairs, sizes):
       if paths.absolute(a) == paths.absolute(b):
         raise ValueError(f"{b} is the input: give another output")
@@ -570,6 +582,8 @@ def run_alone(name: str, step: Step, source: str, target: str, *, workers: int =
       if not meta or meta["key"] != key or meta["retry"]:
         context = Context(os.path.splitext(str(target))[0], Path(b).name, facts, limits, pool)
         context.progress = lambda rows, done=done: progress(done + rows)
-        run_shard(step, a, b, key, context)
+        meta = run_shard(step, a, b, key, context)
+      counted.update(meta["counts"])
       done += size
-    return f"{name}: {sum(_height(b) for _, b in pairs):,} rows of {sum(sizes):,}: {target}"
+    told = step.tell(dict(counted))
+    return f"{name}: {sum(_height(b) for _, b in pairs):,} rows of {sum(sizes):,}: {target}" + (f"\n{told}" if told else "")
