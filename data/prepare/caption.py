@@ -226,7 +226,7 @@ def _pictures(how: Pictures, row: dict, report: Callable) -> list[bytes]:
   shown = [images[i] for i in whole]
   if how.grid and len(shown) > 1:
     shown = [as_grid(shown)]
-  return [_jpeg(image) for image in [*shown, *(images[i] for i in single)]]
+  return [as_jpeg(image) for image in [*shown, *(images[i] for i in single)]]
 
 
 def as_grid(images: list[np.ndarray]) -> np.ndarray:
@@ -237,7 +237,8 @@ def as_grid(images: list[np.ndarray]) -> np.ndarray:
   return np.concatenate([np.concatenate(images[r * columns : (r + 1) * columns], 1) for r in range(rows)])
 
 
-def _jpeg(image: np.ndarray) -> bytes:
+def as_jpeg(image: np.ndarray) -> bytes:
+  """uint8 [H, W, 3] as a file."""
   out = io.BytesIO()
   Image.fromarray(image).save(out, format="jpeg", quality=90)
   return out.getvalue()

@@ -65,6 +65,8 @@ def load(file: str, overrides: list[str] = ()) -> dict[str, Any]:
   """The config of a file, with `--config.KEY=VALUE` set. ValueError in one line for whatever is wrong with either."""
   if not os.path.isfile(file):
     raise ValueError(f"--config {file}: no such file")
+  if not file.endswith(".py"):
+    raise ValueError(f"--config {file}: is no Python file with get_config()")
   spec = importlib.util.spec_from_file_location("prepare_config", file)
   module = importlib.util.module_from_spec(spec)
   sys.path.insert(0, os.getcwd())  # configs import each other as `configs.data.NAME`

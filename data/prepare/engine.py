@@ -175,6 +175,7 @@ class Context:
   limits: of a file.
   pool, progress: None in a worker process.
   counts: what `transform` counted; `Step.tell` says the sums over all shards.
+  history: (step, rows in, rows, failed, seconds of work) of the steps before, for `write`.
   """
 
   folder: str
@@ -184,6 +185,7 @@ class Context:
   pool: Pool | None = None
   progress: Callable[[float], None] | None = None
   counts: dict[str, int] = dataclasses.field(default_factory=dict)
+  history: tuple = ()
 
   def bare(self) -> Context:
     """What is sent to workers."""
@@ -465,11 +467,16 @@ class Chain:
     record = paths.join(self.folder(name), "done.json")
     old = json.loads(paths.read_text(record)) if paths.exists(record) else {}
     if old.get("key") != key or not all(paths.exists(f) for f in old["files"]):
-      context = Context(self.folder(name), "", limits=self.limits, pool=self._pool)
+      context = Context(self.folder(name), "", limits=self.limits, pool=self._pool, history=self._history(before))
       said, files = step.write(self.tables(before), context)
       old = {"key": key, "said": said, "files": files}
       paths.write_text(record, json.dumps(old))
     say(f"{name}: {old['said']}")
+
+  def _history(self, last: str) -> tuple:
+    names = list(self.steps)
+    named = [(name, self.counts(name)) for name in names[: names.index(last) + 1]]
+    return tuple((name, c.rows_in, c.rows, c.errors, c.seconds) for name, c in named)
 
   def _summary(self, name: str) -> str:
     """One line about a step that ran, and the first failures."""
