@@ -49,7 +49,7 @@ class Caption(Step):
   (calls, 0: no limit), concurrency (calls at a time), max_tokens, temperature, prices (for a million tokens in and out),
   cache (SQLite file of answers; "": in the user's cache folder).
   Existing: column, then sidecar (ending of a text file beside the video), else words of the file's name (name = True).
-    timeline: column of (start in seconds, text) records, whose text goes to the clip that begins there.
+    timeline: column of (start in seconds, text, focus) records; text and focus go to the clip that begins there.
   Local: model is a folder of transformers' image-text-to-text models with its processor; batch: clips at a time.
   """
 
@@ -104,17 +104,18 @@ class Caption(Step):
 
   def transform(self, table: pl.LazyFrame, context: Context) -> pl.LazyFrame:
     frame = table.collect()
-    rows = [{"text": None, **dict.fromkeys(FAILED), **row} for row in frame.iter_rows(named=True)]
+    rows = [{"text": None, "focus": None, **dict.fromkeys(FAILED), **row} for row in frame.iter_rows(named=True)]
     todo = [i for i, row in enumerate(rows) if row["error"] is None and not (self.only_missing and row["text"])]
     captioner = make_captioner(self)
     try:
       for i, result in zip(todo, self._captions(captioner, [rows[i] for i in todo], context)):
         failed = isinstance(result, Failure)
-        rows[i] |= {"error": f"caption: {result.reason}", "retry": result.retry} if failed else {"text": result}
+        rows[i] |= {"error": f"caption: {result.reason}", "retry": result.retry} if failed else _columns(result)
     finally:
       if hasattr(captioner, "close"):
         captioner.close()
-    return pl.DataFrame(rows, schema={**frame.schema, "text": pl.String, **FAILED}, orient="row").lazy()
+    added = {"text": pl.String, **({"focus": pl.Float64} if self.timeline else {}), **FAILED}
+    return pl.DataFrame(rows, schema={**frame.schema, **added}, orient="row").lazy()
 
   def _captions(self, captioner: Any, rows: list[dict], context: Context) -> list[Any]:
     """For each row a text (or None), or why there is none. Decoding and asking go on at the same time."""
@@ -160,6 +161,11 @@ class Caption(Step):
         results[i] = result
       advance(len(part))
     return results
+
+
+def _columns(result: Any) -> dict[str, Any]:
+  """A text, or several columns."""
+  return result if isinstance(result, dict) else {"text": result}
 
 
 def _guarded(function: Callable, *arguments: Any) -> Any:
@@ -341,7 +347,7 @@ class ExistingCaptioner:
   def __init__(self, step: Caption):
     self.step = step
 
-  def one(self, row: dict, pictures: list[bytes]) -> str | None:
+  def one(self, row: dict, pictures: list[bytes]) -> str | dict[str, Any] | None:
     step = self.step
     if step.timeline and row.get(step.timeline):
       return self._on_timeline(row)
@@ -355,11 +361,12 @@ class ExistingCaptioner:
       return " ".join(re.findall(r"[^\W_]+", os.path.splitext(os.path.basename(source))[0])) or None
     return None
 
-  def _on_timeline(self, row: dict) -> str | None:
+  def _on_timeline(self, row: dict) -> dict[str, Any]:
     begin, rate = row.get("start") or 0, row["fps"]
-    near = [(abs(c["start"] * rate - begin), c["text"]) for c in row[self.step.timeline]]
-    distance, text = min(near, key=lambda pair: pair[0])
-    return text if distance <= self._NEAR * rate else None
+    nearest = min(row[self.step.timeline], key=lambda c: abs(c["start"] * rate - begin))
+    if abs(nearest["start"] * rate - begin) > self._NEAR * rate:
+      return {"text": None}
+    return {"text": nearest["text"], "focus": nearest.get("focus")}
 
 
 def _sidecar(file: str) -> str:

@@ -1,6 +1,6 @@
 """`check`: reads every clip of a table as the training's loader would, and says which buckets they fill.
 
-Exit code 0: all can be read; 1: some can't; 2: the command is wrong, or no row fits a bucket.
+Exit code 0: all can be read; 1: some can't, or no row fits a stage; 2: the command is wrong.
 """
 
 from __future__ import annotations
@@ -90,10 +90,16 @@ def main(arguments: list[str]) -> int:
   parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
   options = parser.parse_args(arguments)
   broken: dict[int, tuple[str, str]] = {}
+  empty = False
   with tempfile.TemporaryDirectory() as folder, Pool(options.workers, DEFAULT_LIMITS) as pool:
     sources.check_table(options.table)
     for name, settings in stages(configs.load(options.config), options.table).items():
-      print(f"{name}:\n{preview(settings, folder)}\n", flush=True)
+      try:
+        print(f"{name}:\n{preview(settings, folder)}\n", flush=True)
+      except ValueError as error:
+        print(f"{name}: {error}\n", flush=True)
+        empty = True
+        continue
       if not options.buckets_only:
         found, read = broken_rows(settings, folder, sample=options.sample, pool=pool)
         broken |= {row: (path, reason) for row, path, reason in found}
@@ -105,4 +111,4 @@ def main(arguments: list[str]) -> int:
   if options.bad:
     with paths.whole(options.bad) as temporary, open(temporary, "w", newline="", encoding="utf-8") as f:
       csv.writer(f).writerows([("row", "path", "reason"), *((r + 1, *broken[r]) for r in sorted(broken))])
-  return 1 if broken else 0
+  return 1 if broken or empty else 0

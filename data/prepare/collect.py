@@ -34,14 +34,16 @@ class Collect(Source):
     other columns are kept; relative paths belong to the table's folder), each local or gs://.
   kinds: "video", "image": which endings are taken of folders and patterns.
   rows_per_shard: rows of a shard, what a killed run loses at most.
+  forget: what is no longer listed leaves the table, too. A disk that is not mounted then empties it.
   """
 
   title: ClassVar[str] = "collect"
-  silent: ClassVar[tuple[str, ...]] = ("rows_per_shard",)
+  silent: ClassVar[tuple[str, ...]] = ("rows_per_shard", "forget")
 
   sources: tuple[str, ...] = ()
   kinds: tuple[str, ...] = ("video", "image")
   rows_per_shard: int = 200
+  forget: bool = False
 
   def check(self) -> None:
     if not self.sources:
@@ -60,10 +62,12 @@ class Collect(Source):
       old = scan(paths.join(folder, name)).collect()
       old_key = [k for k in key if k in old.columns]
       # The same files, as they are now; one that has gone keeps its row, and fails where it is needed.
-      seen = old.select(old_key).join(found, on=old_key, how="left", maintain_order="left", nulls_equal=True)
-      gone = old.join(found, on=old_key, how="anti", nulls_equal=True).height
-      if not gone and not seen.equals(old):
-        self._write(paths.join(folder, name), seen)
+      seen = old.select(old_key).join(found, on=old_key, how="inner", maintain_order="left", nulls_equal=True)
+      if not self.forget:
+        gone = old.join(found, on=old_key, how="anti", maintain_order="left", nulls_equal=True)
+        order = old.select(old_key)
+        seen = order.join(pl.concat([seen, gone], how="diagonal_relaxed"), on=old_key, maintain_order="left", nulls_equal=True)
+      self._write(paths.join(folder, name), seen)
       found = found.join(old, on=old_key, how="anti", nulls_equal=True, maintain_order="left")
     begin = int(names[-1][5:10]) + 1 if names else 0
     for i, offset in enumerate(range(0, found.height, self.rows_per_shard)):
@@ -72,7 +76,7 @@ class Collect(Source):
       raise ValueError(f"collect.sources: nothing there that ends in {' '.join(e for k in self.kinds for e in _KINDS[k])}")
 
   def _write(self, path: str, table: pl.DataFrame) -> None:
-    mark = hashlib.sha256(table.write_csv().encode()).hexdigest()[:32]
+    mark = hashlib.sha256(table.write_ndjson().encode()).hexdigest()[:32]
     if (read_meta(path) or {}).get("key") != mark:
       write_shard(path, table.lazy(), {"key": mark, "identity": mark, "retry": 0, "seconds": 0.0, "recipe": self.recipe()})
 

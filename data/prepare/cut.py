@@ -217,6 +217,7 @@ class Cut(RowStep):
 
   short_side, max_fps, trim_dark: see `cut_clips`. The original has 1080 and no limit, 1.1 had 720 and 30.
   pictures: also the clip's middle frame, as a row of its own (an image).
+  clips_folder, pictures_folder: where the files go, all into one folder; "": beside the step's table, in many.
   """
 
   title: ClassVar[str] = "cut"
@@ -227,6 +228,8 @@ class Cut(RowStep):
   max_fps: float = 0.0
   trim_dark: bool = False
   pictures: bool = False
+  clips_folder: str = ""
+  pictures_folder: str = ""
 
   def check(self) -> None:
     if self.short_side and self.short_side < 16:
@@ -244,7 +247,7 @@ class Cut(RowStep):
       yield group
 
   def rows(self, group: list[dict], context: Context, report: Callable) -> list[Any]:
-    folder = paths.join(context.folder, f"clips-{digest(self.recipe())[:8]}")  # other settings, other files
+    mark = digest(self.recipe())[:6]  # other settings, other files
     results: dict[int, Any] = {}
     clips: dict[int, Clip] = {}
     for i, row in enumerate(group):
@@ -252,8 +255,10 @@ class Cut(RowStep):
         results[i] = {}
         continue
       stem = re.sub(r"[^A-Za-z0-9-]+", "-", Path(row["path"]).stem)[:40]
-      name = paths.join(folder, row["id"][:2], f"{stem}_{row['start']:06d}-{row['end']:06d}_{row['id']}")
-      clips[i] = Clip(row["start"], row["end"], f"{name}.mp4", f"{name}.png" if self.pictures else None)
+      name = f"{stem}_{row['start']:06d}-{row['end']:06d}_{row['id']}-{mark}"
+      own = paths.join(context.folder, f"clips-{mark}", row["id"][:2])
+      picture = paths.join(self.pictures_folder or own, f"{name}.png") if self.pictures else None
+      clips[i] = Clip(row["start"], row["end"], paths.join(self.clips_folder or own, f"{name}.mp4"), picture)
     settings = {"short_side": self.short_side, "max_fps": self.max_fps, "trim_dark": self.trim_dark}
     todo = [i for i, clip in clips.items() if not _there(clip)]
     infos = {i: probe(clip.output) for i, clip in clips.items() if i not in todo}
@@ -261,6 +266,10 @@ class Cut(RowStep):
     for i, info in infos.items():
       results[i] = Failure(str(info)) if isinstance(info, BadVideo) else self._cut_rows(group[i], clips[i], info)
     return [results[i] for i in range(len(group))]
+
+  def complete(self, table: pl.LazyFrame) -> bool:
+    made = table.filter(pl.col("video").is_not_null()).select("path").collect()["path"]
+    return all(paths.is_remote(path) or paths.exists(path) for path in made)
 
   def _cut_rows(self, row: dict, clip: Clip, info: VideoInfo) -> list[dict]:
     values = {

@@ -57,6 +57,10 @@ class Step:
     """One shard of the table -> the same shard after the step; constant memory, or bounded by the shard."""
     raise NotImplementedError
 
+  def complete(self, table: pl.LazyFrame) -> bool:
+    """Whether the files that a shard of output names are there."""
+    return True
+
   def tell(self, counts: dict[str, int]) -> str:
     """Lines about what was counted over all shards."""
     return ""
@@ -410,7 +414,10 @@ class Chain:
     path = functools.partial(paths.join, self.folder(name))
     mine = {part: key for part, key in self._keys(name).items() if int(part[5:10]) % count == index}
     metas = {part: self._meta(path(part)) or {} for part in mine}
-    mine = {part: key for part, key in mine.items() if metas[part].get("key") != key or metas[part]["retry"]}
+    mine = {
+      part: key for part, key in mine.items()
+      if metas[part].get("key") != key or metas[part]["retry"] or not step.complete(scan(path(part)))
+    }  # fmt: skip
     if not mine:
       return
     self._tell_changes(name, step, mine)

@@ -59,6 +59,8 @@ class Export(Step):
     names = table.collect_schema().names()
     if unknown := [c for c in self.columns if c not in names]:
       raise ValueError(f"export.columns has {', '.join(unknown)}; the table has {', '.join(names)}")
+    if not table.select(pl.len()).collect(engine="streaming").item():
+      raise ValueError("export: no row without an error is left")
     splits = [None]
     if "split" in names:
       splits = table.select(pl.col("split").unique().sort()).collect(engine="streaming")["split"].to_list()

@@ -194,7 +194,9 @@ def _similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray | None:
     return None
   cv2.setRNGSeed(0)  # RANSAC draws: the same clip gets the same label
   matrix, _ = cv2.estimateAffinePartial2D(corners[kept], found[kept], method=cv2.RANSAC, ransacReprojThreshold=1.5)
-  return None if matrix is None else np.vstack([matrix, (0, 0, 1)])
+  if matrix is None or not 0.7 < np.sqrt(abs(np.linalg.det(matrix[:, :2]))) < 1.4:  # no camera zooms so fast: a cut, or noise
+    return None
+  return np.vstack([matrix, (0, 0, 1)])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -86,10 +86,16 @@ def build(tables: list[str], *, history: tuple = (), training: str = "", pool: P
   environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
   environment.filters |= {"number": number, "seconds": lambda s: f"{s:,.0f} s"}
   return environment.from_string(Path(__file__).with_name("report.html").read_text()).render(
-    title=os.path.basename(os.path.dirname(paths.absolute(tables[0]))), counts=counts, history=history, measures=measures,
+    title=_title(tables[0]), counts=counts, history=history, measures=measures,
     failures=_failures(table), classes=_classes(fine, schema), sheets=[s for s in sheets if s["rows"]],
     hours=_hours(fine, schema), buckets=_buckets(tables, training) if training else [], training=training,
   )  # fmt: skip
+
+
+def _title(table: str) -> str:
+  """What the page is called: a table, or the folder of the run whose step has the shards."""
+  folder, name = os.path.split(paths.absolute(table))
+  return os.path.basename(os.path.dirname(folder)) if name.startswith("part-") else name
 
 
 def number(value: float | int | None) -> str:

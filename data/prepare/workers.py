@@ -25,6 +25,7 @@ from data.video import BadVideo
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # nothing can be written: no file's fault, the run must end
 _KILLED = (-signal.SIGKILL, -signal.SIGTERM)
+_START = 60.0  # seconds that a new process may need for its imports
 _TRIES = 3  # of an item whose process was killed from outside
 
 
@@ -127,6 +128,7 @@ def _work(pipe: connection.Connection, limits: Limits) -> None:
       function, item = pipe.recv()
     except EOFError:
       return
+    pipe.send(("began", None))
     if not limited:
       _limit_memory(limits)  # with the first item: its modules are loaded now
       limited = True
@@ -158,10 +160,11 @@ class _Worker:
     self.process.start()
     far.close()
     self.index: int | None = None
-    self.deadline, self.share = 0.0, 0.0
+    self.deadline, self.seconds, self.share = 0.0, 0.0, 0.0
 
   def give(self, function: Callable, index: int, item: Any, seconds: float) -> None:
-    self.index, self.share, self.deadline = index, 0.0, time.monotonic() + seconds
+    self.index, self.share, self.seconds = index, 0.0, seconds
+    self.deadline = time.monotonic() + _START + seconds
     self.pipe.send((function, item))
 
   def end(self) -> None:
@@ -259,6 +262,9 @@ class Pool:
     try:
       if worker.pipe.poll():
         kind, value = worker.pipe.recv()
+        if kind == "began":  # from here on the time is the file's
+          worker.deadline = time.monotonic() + worker.seconds
+          return None
         if kind == "at":
           worker.share = min(max(float(value), 0.0), 1.0)
           return None

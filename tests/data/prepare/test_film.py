@@ -5,24 +5,12 @@ import io
 import itertools
 import tarfile
 import zipfile
-from pathlib import Path
 
 import pytest
 
 from data import video
-from data.prepare import cut as cutting
-from data.prepare import film, scenes
+from data.prepare import film
 from tests.data.prepare.videos import two_scenes, write_video
-
-
-def test_pairing():
-  captions = [film.Caption(0.1, "a"), film.Caption(2.0, "b"), film.Caption(4.3, "c"), film.Caption(99.0, "d")]
-  found = film.pair([(0, 24), (24, 72), (72, 96), (96, 150)], captions, 24.0)
-  # The first and third stand near a cut, the second inside a scene; (0, 24) has its caption, (72, 96) none.
-  assert [(s, e, c.text) for s, e, c in found] == [(0, 24, "a"), (48, 72, "b"), (103, 150, "c")]
-  assert [(s, e) for s, e, _ in film.pair([(0, 24), (24, 72)], [film.Caption(0.9, "x")], 24.0)] == [(24, 72)]
-  whole = film.pair([(0, 24), (24, 72)], [film.Caption(None, "x")], 24.0)
-  assert [(s, e, c.text) for s, e, c in whole] == [(0, 24, "x"), (24, 72, "x")]
 
 
 def read_table(folder):
@@ -30,7 +18,7 @@ def read_table(folder):
     return list(csv.DictReader(f))
 
 
-def test_own_videos(tmp_path, capsys, monkeypatch):
+def test_own_videos(tmp_path, capsys):
   folder, output = tmp_path / "mine", tmp_path / "out"
   (folder / "sub").mkdir(parents=True)
   write_video(folder / "red_ball-01.mp4", two_scenes())
@@ -64,17 +52,21 @@ def test_own_videos(tmp_path, capsys, monkeypatch):
 
   # The second run finds and cuts nothing again, and makes what is missing.
   before = (output / "table.csv").read_bytes()
+  times = {p: p.stat().st_mtime_ns for p in output.rglob("*") if p.is_file()}
   missing = output / rows[0]["path"]
   missing.unlink()
-  cut, detect, done, searched = cutting.cut_clips, scenes.detect_scenes, [], []
-  monkeypatch.setattr(cutting, "cut_clips", lambda *a, **k: (done.append(Path(a[1][0].output)), cut(*a, **k))[1])
-  monkeypatch.setattr(scenes, "detect_scenes", lambda *a, **k: (searched.append(a[0]), detect(*a, **k))[1])
   assert film.main(command) == 0
-  assert done == [missing]
-  assert not any(path.endswith(("01.mp4", "b.mp4", "c.mp4")) for path in searched)
+  clips = [p for p in times if p.parent.name in ("clips", "images")]
+  assert {p.stem for p in clips if p.stat().st_mtime_ns != times[p]} == {missing.stem}
+  assert all(p.stat().st_mtime_ns == when for p, when in times.items() if p.parent.name in ("probe", "scenes"))
   assert (output / "table.csv").read_bytes() == before
-  assert film.main([*command, "--short-side", "64"]) == 1
-  assert "short_side 256, now it is 64" in capsys.readouterr().err
+  # Other settings make other clips, beside the old ones; a video that has gone leaves the table.
+  (folder / "red_ball-01.mp4").unlink()
+  assert film.main([*command, "--short-side", "64"]) == 0
+  assert "short_side: 256 -> 64" in capsys.readouterr().out
+  assert {r["height"] for r in read_table(output)} == {"64"}
+  assert words not in {r["text"] for r in read_table(output)}
+  assert missing.exists()
 
 
 def test_two_processes(tmp_path, capsys):
