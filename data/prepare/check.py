@@ -84,6 +84,7 @@ def main(arguments: list[str]) -> int:
   )
   parser.add_argument("table", help="training table (.parquet, .csv, .jsonl)")
   parser.add_argument("--config", required=True, help="training config, such as configs/film.py")
+  parser.add_argument("--stage", help="of that config (default: all whose data differ)")
   parser.add_argument("--sample", type=int, default=0, help="read only so many clips, drawn at random (default: all)")
   parser.add_argument("--buckets-only", action="store_true", help="read no clip")
   parser.add_argument("--bad", help="csv file for the broken rows: row, path, reason")
@@ -93,7 +94,12 @@ def main(arguments: list[str]) -> int:
   empty = False
   with tempfile.TemporaryDirectory() as folder, Pool(options.workers, DEFAULT_LIMITS) as pool:
     sources.check_table(options.table)
-    for name, settings in stages(configs.load(options.config), options.table).items():
+    found = stages(configs.load(options.config), options.table)
+    if options.stage and options.stage not in found:
+      raise ValueError(f"--stage {options.stage}: stages with data of their own are {', '.join(found)}")
+    for name, settings in found.items():
+      if options.stage and name != options.stage:
+        continue
       try:
         print(f"{name}:\n{preview(settings, folder)}\n", flush=True)
       except ValueError as error:
@@ -101,9 +107,9 @@ def main(arguments: list[str]) -> int:
         empty = True
         continue
       if not options.buckets_only:
-        found, read = broken_rows(settings, folder, sample=options.sample, pool=pool)
-        broken |= {row: (path, reason) for row, path, reason in found}
-        print(f"{name}: {read:,} clips read, {len(found):,} broken", flush=True)
+        bad, read = broken_rows(settings, folder, sample=options.sample, pool=pool)
+        broken |= {row: (path, reason) for row, path, reason in bad}
+        print(f"{name}: {read:,} clips read, {len(bad):,} broken", flush=True)
   for row, (path, reason) in sorted(broken.items())[:_LISTED]:
     print(f"  row {row + 1}: {shown(path)}: {shown(reason)}")
   if len(broken) > _LISTED:

@@ -68,6 +68,8 @@ def main():
     "--config",
     "configs/open_sora_1_2.py",
     "--buckets-only",
+    "--stage",
+    "stage1",
   ]
   run("bucket preview of the kept rows", preview)
   run("export all as one table", ["-m", "data.prepare", "export", str(shards), "-o", str(out / "f"), f"--folder={out / 'f'}"])
