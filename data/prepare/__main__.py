@@ -15,6 +15,8 @@ from __future__ import annotations
 import os
 import sys
 
+import polars as pl
+
 from data.prepare import config as configs
 from data.prepare import engine
 
@@ -26,10 +28,11 @@ def main(arguments: list[str] | None = None) -> int:
   arguments = list(sys.argv[1:] if arguments is None else arguments)
   try:
     return _main(arguments)
-  except (ValueError, OSError) as error:
+  except (ValueError, OSError, pl.exceptions.PolarsError) as error:
     if os.environ.get("STDIT_JAX_TRACEBACK"):
       raise
-    print(f"error: {engine.shown(' '.join(str(error).split())) or type(error).__name__}", file=sys.stderr)
+    text = str(error).splitlines()[0] if isinstance(error, pl.exceptions.PolarsError) else " ".join(str(error).split())
+    print(f"error: {engine.shown(text) or type(error).__name__}", file=sys.stderr)
     return 2
   except KeyboardInterrupt:
     print("interrupted; the same command goes on where it was", file=sys.stderr)

@@ -221,7 +221,7 @@ def _check_pixels(height: int, width: int, most: int) -> None:
 
 
 def difference_hash(image: np.ndarray) -> int:
-  """64-bit dHash of a picture [H, W, 3]: whether grey falls from each pixel to the next in 8 rows of 9 (N. Krawetz, 2013)."""
+  """64-bit dHash of a picture [H, W, 3]: whether grey rises from each pixel to the next in 8 rows of 9 (N. Krawetz, 2013)."""
   grey = cv2.resize(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), (_HASH_SIDE + 1, _HASH_SIDE), interpolation=cv2.INTER_AREA)
   bits = (grey[:, 1:].astype(int) > grey[:, :-1]).ravel()
   return int("".join("1" if b else "0" for b in bits), 2)

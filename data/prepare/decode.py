@@ -23,6 +23,9 @@ from data.video import DEFAULT_FPS, BadVideo
 
 logging.getLogger("libav").setLevel(logging.CRITICAL)  # a broken file gives one line of ours, not pages of the decoder's
 
+# Containers of video. Others that FFmpeg knows are none (pictures, text) or name further files and addresses that it would open
+# (playlists, lists of parts).
+_FORMATS = "mov,matroska,webm,avi,mpeg,mpegvideo,mpegts,m4v,ogg,gif,flv,asf,mxf,dv,h264,hevc,ivf,nut,rm"
 _SEEK_GAP = 250  # frames further ahead than this are sought, nearer ones reached by decoding on
 
 
@@ -41,7 +44,7 @@ def open_video(path: str | Path, threads: int = 0) -> Iterator[tuple]:
   try:
     with contextlib.ExitStack() as stack:
       name = stack.enter_context(paths.local_copy(path))
-      container = stack.enter_context(av.open(name, metadata_errors="replace"))
+      container = stack.enter_context(av.open(name, metadata_errors="replace", options={"format_whitelist": _FORMATS}))
       streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
       if not streams:
         raise BadVideo("has no video stream")

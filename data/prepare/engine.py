@@ -18,6 +18,8 @@ import functools
 import hashlib
 import json
 import os
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -232,10 +234,26 @@ def identity(path: str) -> str:
 
 
 def scan(path: str) -> pl.LazyFrame:
-  """A table file. Cells of csv files stay text where their type isn't clear."""
+  """A table file; one in a bucket is copied to the local disk. Cells of csv files stay text where their type isn't clear."""
+  if paths.is_remote(path):
+    path = _copied(path, paths.stat(path)[1])
   if path.endswith(".csv"):
     return pl.scan_csv(path, infer_schema_length=10_000)
   return pl.scan_ndjson(path) if path.endswith(".jsonl") else pl.scan_parquet(path)
+
+
+@functools.cache
+def _copies() -> tempfile.TemporaryDirectory:
+  return tempfile.TemporaryDirectory(prefix="stdit_jax-")  # goes with the process
+
+
+@functools.lru_cache(100_000)
+def _copied(path: str, version: Any) -> str:
+  """A local copy of a version of a table in a bucket, by our own client: that of polars has other credentials."""
+  with paths.local_copy(path) as copy:
+    target = os.path.join(_copies().name, f"{digest([path, str(version)])}{os.path.splitext(path)[1]}")
+    shutil.copy(copy, target)
+  return target
 
 
 def with_failures(table: pl.LazyFrame) -> pl.LazyFrame:
@@ -312,7 +330,7 @@ class Chain:
 
   Args:
     output: folder of the run, local or gs://; shards lie in OUTPUT/NAME/part-00000.parquet.
-    steps: {name: step}; the first one is the source (`shards`), those with `write` end the chain.
+    steps: {name: step}; the first one is the source, those with `write` end the chain.
     workers: processes on this machine.
     shard: (i, n): this machine takes every n-th shard from the i-th on.
     patience: seconds without any progress of other machines after which waiting for them ends.
@@ -373,8 +391,9 @@ class Chain:
     return with_failures(pl.concat([scan(path) for path in self.tables(name)], how="diagonal_relaxed"))
 
   def _meta(self, path: str) -> dict[str, Any] | None:
-    """`read_meta`, once where no other machine writes."""
-    if path not in self._metas or (self.shard[1] > 1 and not self._metas[path]):
+    """`read_meta`, once for shards that no other machine writes."""
+    index, count = self.shard
+    if path not in self._metas or int(os.path.basename(path)[5:10]) % count != index:
       self._metas[path] = read_meta(path)
     return self._metas[path]
 

@@ -24,7 +24,7 @@ from data.prepare import caption, check
 from data.prepare import config as configs
 from data.prepare.cut import small_size
 from data.prepare.engine import Context, Step, scan, with_failures
-from data.prepare.selection import draws
+from data.prepare.selection import draw
 from data.prepare.workers import DEFAULT_LIMITS, Failure, Pool
 
 _BINS = 40
@@ -163,14 +163,13 @@ def _hours(table: pl.LazyFrame, schema: pl.Schema) -> float | None:
 def _sheet(table: pl.LazyFrame, found: dict[str, Any], pool: Pool) -> dict[str, Any]:
   """Best, worst and random clips of a score, each with a strip of frames."""
   name = found["name"]
-  columns = [c for c in ("path", "text", "num_frames", "height", "width", "start", "cmotion", "bytes")
+  columns = [c for c in ("path", "text", "num_frames", "height", "width", "start", "id", "bytes")
              if c in table.collect_schema()]  # fmt: skip
   scored = table.filter(pl.col(name).is_not_null() & (pl.col("num_frames") > 1)).select(pl.col(name).alias("score"), *columns)
-  draw = pl.col("path").map_batches(lambda s: pl.Series(draws(s, 0)), return_dtype=pl.Float64, is_elementwise=True)
   picks = [
     ("best", scored.top_k(_SHOWN, by="score", reverse=not found["better"])),
     ("worst", scored.top_k(_SHOWN, by="score", reverse=found["better"])),
-    ("random", scored.with_columns(_d=draw).top_k(_SHOWN, by="_d").drop("_d")),
+    ("random", scored.with_columns(_d=draw(scored, 0)).top_k(_SHOWN, by="_d").drop("_d")),
   ]
   rows = []
   for kind, pick in picks:

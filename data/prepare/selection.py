@@ -36,7 +36,7 @@ def draws(keys: pl.Series, seed: int) -> np.ndarray:
   return (z >> np.uint64(11)) * 2.0**-53
 
 
-def _draw(table: pl.LazyFrame, seed: int, keys: tuple[str, ...] = ("id", "path")) -> pl.Expr:
+def draw(table: pl.LazyFrame, seed: int, keys: tuple[str, ...] = ("id", "path")) -> pl.Expr:
   """The draws of a table's rows by the first of `keys` that it has."""
   there = table.collect_schema().names()
   key = next((name for name in keys if name in there), None)
@@ -117,11 +117,11 @@ class Sample(Step):
     if self.rows is None:
       return self.share
     usable = table.filter(pl.col("error").is_null())
-    found = usable.select(d=_draw(table, self.seed)).collect(engine="streaming")["d"].to_numpy()
+    found = usable.select(d=draw(table, self.seed)).collect(engine="streaming")["d"].to_numpy()
     return 1.0 if len(found) <= self.rows else float(np.partition(found, self.rows)[self.rows])
 
   def transform(self, table: pl.LazyFrame, context: Context) -> pl.LazyFrame:
-    return table.filter(pl.col("error").is_null() & (_draw(table, self.seed) < context.facts))
+    return table.filter(pl.col("error").is_null() & (draw(table, self.seed) < context.facts))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,11 +148,11 @@ class Balance(Step):
   def gather(self, table: pl.LazyFrame) -> pl.DataFrame:
     """(_group, _last): the largest draw of a group that stays."""
     usable = table.filter(pl.col("error").is_null())
-    found = usable.select(self._group(), d=_draw(table, self.seed)).collect(engine="streaming")
+    found = usable.select(self._group(), d=draw(table, self.seed)).collect(engine="streaming")
     return found.group_by("_group").agg(_last=pl.col("d").bottom_k(self.most).max()).sort("_group")
 
   def transform(self, table: pl.LazyFrame, context: Context) -> pl.LazyFrame:
-    drawn = table.filter(pl.col("error").is_null()).with_columns(self._group(), _draw(table, self.seed).alias("_draw"))
+    drawn = table.filter(pl.col("error").is_null()).with_columns(self._group(), draw(table, self.seed).alias("_draw"))
     kept = drawn.join(context.facts.lazy(), on="_group", how="left", maintain_order="left")
     return kept.filter(pl.col("_draw") <= pl.col("_last")).drop("_group", "_draw", "_last")
 
@@ -178,9 +178,9 @@ class Split(Step):
   def transform(self, table: pl.LazyFrame, context: Context) -> pl.LazyFrame:
     names, shares = list(self.shares), np.array(list(self.shares.values()), float)
     edges = np.cumsum(shares / shares.sum())[:-1]
-    draw = _draw(table, self.seed, (self.by,) if self.by else ("source_id", "hash", "video", "path"))
+    values = draw(table, self.seed, (self.by,) if self.by else ("source_id", "hash", "video", "path"))
 
-    def place(values: pl.Series) -> pl.Series:
-      return pl.Series([names[i] for i in np.searchsorted(edges, values.to_numpy(), side="right")], dtype=pl.String)
+    def place(drawn: pl.Series) -> pl.Series:
+      return pl.Series([names[i] for i in np.searchsorted(edges, drawn.to_numpy(), side="right")], dtype=pl.String)
 
-    return table.with_columns(split=draw.map_batches(place, return_dtype=pl.String, is_elementwise=True))
+    return table.with_columns(split=values.map_batches(place, return_dtype=pl.String, is_elementwise=True))

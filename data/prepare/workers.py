@@ -17,7 +17,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import connection
 from typing import Any
 
@@ -151,13 +151,28 @@ def _limit_memory(limits: Limits) -> None:
   resource.setrlimit(resource.RLIMIT_AS, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
 
 
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+  """What is started inside uses one thread a library: the processes are the parallelism."""
+  before = dict(os.environ)
+  os.environ.update(
+    dict.fromkeys(("POLARS_MAX_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OPENCV_FOR_THREADS_NUM"), "1")
+  )
+  try:
+    yield
+  finally:
+    os.environ.clear()
+    os.environ.update(before)
+
+
 class _Worker:
   """A process and what it is at."""
 
   def __init__(self, context, limits: Limits):
     self.pipe, far = context.Pipe()
     self.process = context.Process(target=_work, args=(far, limits), daemon=True)
-    self.process.start()
+    with _one_thread():
+      self.process.start()
     far.close()
     self.index: int | None = None
     self.deadline, self.seconds, self.share = 0.0, 0.0, 0.0

@@ -3,6 +3,7 @@
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import time
 import polars as pl
 import pytest
 
+from data import paths
 from data.prepare import __main__ as main
 from data.prepare import config as configs
 from data.prepare import engine, workers
@@ -285,3 +287,21 @@ def test_configs_are_read_by_name():
   for title in configs.STEPS:
     if title in ("collect", "probe", "duplicates", "scenes", "cut", "crops"):
       assert issubclass(configs.step_class(title), engine.Step)
+
+
+def test_a_bucket_is_a_folder(videos, tmp_path, undisturbed, store):
+  """Sources, steps and clips in gs://, over a stand-in for Cloud Storage."""
+  for path in videos.iterdir():
+    with paths.whole(f"gs://clips/raw/{path.name}") as temporary:
+      shutil.copy(path, temporary)
+  file = config_file(tmp_path, "gs://clips/raw")
+  assert main.main(["run", "--config", file, "--config.output=gs://clips/run"]) == 0
+  parts = [f"gs://clips/run/cut/{name}" for name in paths.names("gs://clips/run/cut") if name.startswith("part-")]
+  tables = []
+  for part in parts:
+    with paths.local_copy(part) as copy:
+      tables.append(pl.read_parquet(copy))
+  found = pl.concat(tables)
+  columns = ["start", "num_frames", "height", "id", "bytes", "error"]
+  assert found.select(columns).equals(table(undisturbed).select(columns))
+  assert all(path.startswith("gs://clips/run/cut/clips-") and paths.exists(path) for path in found["path"])
