@@ -54,9 +54,8 @@ class Caption(Step):
   """
 
   title: ClassVar[str] = "caption"
-  version: ClassVar[int] = 1
   unit: ClassVar[str] = "clips"
-  fails: ClassVar[bool] = True  # rows of it may be tried again
+  fails: ClassVar[bool] = True
   needs: ClassVar[tuple[str, ...]] = ("path", "num_frames", "height", "width")
   silent: ClassVar[tuple[str, ...]] = (
     "url", "key_variable", "timeout", "attempts", "per_minute", "concurrency", "prices", "cache", "batch"

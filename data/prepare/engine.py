@@ -31,6 +31,7 @@ from data import paths
 from data.prepare.workers import DEFAULT_LIMITS, Failure, Limits, Pool, Progress, clock
 
 _META = "stdit_jax.prepare"
+_FRAME_BYTES = 5000  # that a frame counts for at least, in time limits: a day of a still camera is a small file
 _POLL = 2.0  # seconds between looks at what other machines have done
 FAILED = {"error": pl.String, "retry": pl.Boolean}  # columns of every table of the pipeline
 
@@ -47,6 +48,7 @@ class Step:
   unit: ClassVar[str] = "rows"
   silent: ClassVar[tuple[str, ...]] = ()  # settings that don't change the result
   needs: ClassVar[tuple[str, ...]] = ()  # columns without which it makes no sense
+  fails: ClassVar[bool] = False  # whether its rows may fail, or be tried again
 
   def check(self) -> None:
     """Raises ValueError about a setting, in one line."""
@@ -91,6 +93,7 @@ class RowStep(Step):
   """A step that looks at files: `rows(items)` of each group of rows, in worker processes with limits."""
 
   columns: ClassVar[dict[str, Any]] = {}  # what it adds, with polars types
+  fails: ClassVar[bool] = True
 
   def rows(self, group: list[dict[str, Any]], context: Context, report: Callable[[float], None]) -> list[Any]:
     """Called in a worker for a group of rows: for each of them a dict of new values, a list of such dicts (several rows, or
@@ -98,7 +101,7 @@ class RowStep(Step):
     raise NotImplementedError
 
   def groups(self, rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """Rows that one call takes together: one by one."""
+    """Rows (the same objects) that one call takes together: one by one."""
     return ([row] for row in rows)
 
   def transform(self, table: pl.LazyFrame, context: Context) -> pl.LazyFrame:
@@ -199,7 +202,7 @@ class Context:
 
   def map(self, function: Callable, groups: list, finished: Callable[[int, Any], None] = lambda i, r: None) -> list[Any]:
     """`Pool.map` over groups of rows, with progress and with time limits from the size of each group's file."""
-    sizes = [group[0].get("bytes") for group in groups]
+    sizes = [max(group[0].get("bytes") or 0, _FRAME_BYTES * sum(r.get("num_frames") or 0 for r in group)) for group in groups]
     share = sum(map(len, groups)) / max(len(groups), 1)
 
     def progress(done: float) -> None:
@@ -289,7 +292,7 @@ def run_shard(step: Step, source: str, target: str, key: str, context: Context) 
     try:
       result = step.transform(table, context)
       failed: list[int] = []
-      if isinstance(step, RowStep) or getattr(step, "fails", False):
+      if step.fails:
         result = result.collect()
         passing = pl.col("retry") & pl.col("error").str.starts_with(f"{step.title}:")
         failed = result.with_row_index("_i").filter(passing)["_i"].to_list()
@@ -521,16 +524,17 @@ class Chain:
     return text
 
   def counts(self, name: str) -> Counts:
-    """Of the shards that are there, whatever settings they were made with."""
+    """Of the shards that were made with the present settings of the step."""
     names, steps = list(self.steps), self.steps
     first, before = names[0], names[max(0, names.index(name) - 1)]
     wanted = self.parts(first)
-    done = [p for p in wanted if p in set(self.parts(name))]
+    there, recipe = set(self.parts(name)), steps[name].recipe()
+    metas = {p: read_meta(paths.join(self.folder(name), p)) or {} for p in wanted if p in there}
+    done = [p for p, meta in metas.items() if isinstance(steps[name], Source) or meta.get("recipe") == recipe]
     rows = errors = retry = rows_in = 0
     seconds, counted = 0.0, collections.Counter()
     for part in done:
-      path = paths.join(self.folder(name), part)
-      meta = read_meta(path) or {}
+      path, meta = paths.join(self.folder(name), part), metas[part]
       retry += meta.get("retry", 0)
       seconds += meta.get("seconds", 0.0)
       counted.update(meta.get("counts", {}))
@@ -545,7 +549,7 @@ class Chain:
     """A table: what is done, failed and left, and how long that takes, by the work so far."""
     lines = [f"{'step':<16} {'shards':>11} {'rows':>12} {'failed':>8} {'to retry':>8} {'left':>8}"]
     before = None
-    total_left, known = 0.0, True
+    total_left, known = 0.0, bool(self.parts(next(iter(self.steps))))
     for name, step in self.steps.items():
       if type(step).write is not Step.write:
         state = "done" if paths.exists(paths.join(self.folder(name), "done.json")) else "waiting"

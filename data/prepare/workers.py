@@ -64,16 +64,20 @@ class Failure:
   retry: bool = False
 
 
+class _Killed(Failure):
+  """Its process was ended from outside."""
+
+
 class Progress:
-  """Lines with rate and time left, at most one in two seconds, on stderr where there is a terminal or a log."""
+  """Lines with rate and time left, at most one in two seconds."""
 
   def __init__(self, what: str, total: int, unit: str = "rows"):
     self.what, self.total, self.unit = what, total, unit
-    self.begin, self.shown, self.done = time.monotonic(), time.monotonic(), 0.0
+    self.begin = self.shown = time.monotonic()
 
   def __call__(self, done: float) -> None:
     """`done`: how many of `total` are finished, with fractions of those at work."""
-    self.done, now = done, time.monotonic()
+    now = time.monotonic()
     if now - self.shown < 2.0:
       return
     self.shown = now
@@ -247,7 +251,7 @@ class Pool:
           if outcome is None:
             continue
           index, worker.index = worker.index, None
-          if isinstance(outcome, Failure) and outcome.reason.startswith("killed") and tries[index] < _TRIES - 1:
+          if isinstance(outcome, _Killed) and tries[index] < _TRIES - 1:
             tries[index] += 1
             waiting.append(index)
             continue
@@ -291,7 +295,7 @@ class Pool:
       code = worker.process.exitcode
       self._replace(worker)
       if code in _KILLED:
-        return Failure("killed: its process was ended from outside (no memory left?)", retry=True)
+        return _Killed("killed: its process was ended from outside (no memory left?)", retry=True)
       return Failure(f"the decoder died of it ({signal.Signals(-code).name if code and code < 0 else f'exit code {code}'})")
     if time.monotonic() >= worker.deadline:
       self._replace(worker)
