@@ -34,10 +34,10 @@ _REFUSALS = re.compile(r"^(i'?m (sorry|unable)|sorry|i can(no|')t|as an ai|unfor
 
 @dataclasses.dataclass(frozen=True)
 class Caption(Step):
-  """Adds `text`.
+  """Adds `text`, or another column that `into` names.
 
   backend: "endpoint" (OpenAI-compatible), "existing", "local" (transformers), or "module:Class".
-  only_missing: rows that have a text keep it.
+  only_missing: rows that have a text keep it. into: the column of the answers; other than "text" for tags and the like.
 
   What is shown: frames: pictures of a clip: 1 is the middle one, 3 are at 10, 50 and 90 %, others spread evenly. side: pixels
   of their shorter side (the original: 336). grid: joined to one picture, row by row.
@@ -63,6 +63,7 @@ class Caption(Step):
 
   backend: str = "endpoint"
   only_missing: bool = False
+  into: str = "text"
   frames: int = 4
   side: int = 336
   grid: bool = True
@@ -103,18 +104,22 @@ class Caption(Step):
 
   def transform(self, table: pl.LazyFrame, context: Context) -> pl.LazyFrame:
     frame = table.collect()
-    rows = [{"text": None, "focus": None, **dict.fromkeys(FAILED), **row} for row in frame.iter_rows(named=True)]
-    todo = [i for i, row in enumerate(rows) if row["error"] is None and not (self.only_missing and row["text"])]
+    rows = [{self.into: None, "focus": None, **dict.fromkeys(FAILED), **row} for row in frame.iter_rows(named=True)]
+    todo = [i for i, row in enumerate(rows) if row["error"] is None and not (self.only_missing and row[self.into])]
     captioner = make_captioner(self)
     try:
       for i, result in zip(todo, self._captions(captioner, [rows[i] for i in todo], context)):
         failed = isinstance(result, Failure)
-        rows[i] |= {"error": f"caption: {result.reason}", "retry": result.retry} if failed else _columns(result)
+        rows[i] |= {"error": f"caption: {result.reason}", "retry": result.retry} if failed else self._columns(result)
     finally:
       if hasattr(captioner, "close"):
         captioner.close()
-    added = {"text": pl.String, **({"focus": pl.Float64} if self.timeline else {}), **FAILED}
+    added = {self.into: pl.String, **({"focus": pl.Float64} if self.timeline else {}), **FAILED}
     return pl.DataFrame(rows, schema={**frame.schema, **added}, orient="row").lazy()
+
+  def _columns(self, result: Any) -> dict[str, Any]:
+    """A text, or several columns."""
+    return result if isinstance(result, dict) else {self.into: result}
 
   def _captions(self, captioner: Any, rows: list[dict], context: Context) -> list[Any]:
     """For each row a text (or None), or why there is none. Decoding and asking go on at the same time."""
@@ -160,11 +165,6 @@ class Caption(Step):
         results[i] = result
       advance(len(part))
     return results
-
-
-def _columns(result: Any) -> dict[str, Any]:
-  """A text, or several columns."""
-  return result if isinstance(result, dict) else {"text": result}
 
 
 def _guarded(function: Callable, *arguments: Any) -> Any:
@@ -360,12 +360,12 @@ class ExistingCaptioner:
       return " ".join(re.findall(r"[^\W_]+", os.path.splitext(os.path.basename(source))[0])) or None
     return None
 
-  def _on_timeline(self, row: dict) -> dict[str, Any]:
+  def _on_timeline(self, row: dict) -> dict[str, Any] | None:
     begin, rate = row.get("start") or 0, row["fps"]
     nearest = min(row[self.step.timeline], key=lambda c: abs(c["start"] * rate - begin))
     if abs(nearest["start"] * rate - begin) > self._NEAR * rate:
-      return {"text": None}
-    return {"text": nearest["text"], "focus": nearest.get("focus")}
+      return None
+    return {self.step.into: nearest["text"], "focus": nearest.get("focus")}
 
 
 def _sidecar(file: str) -> str:

@@ -20,6 +20,13 @@ PROMPTS = {
     "Describe this {what} in at most six sentences. It came with the text: \"{text}\". Use of that what the pictures confirm, "
     f"names above all. {_CREATE} {_PLAIN}"
   ),
+  # The six negative tags of CogVideoX, for a step of its own (into = "tags") and a condition as "tags not like '%lecture%'".
+  "tags": (
+    "Which of these words fit this {what}? editing (heavily edited, with effects or collages), static (no coherent motion, "
+    "like a slide show), lecture (one person talks, little moves), text (text is most of the picture), screenshot (a "
+    "recorded screen), low quality (blurred, shaky, noisy). Answer with one line: 'These words fit:' and the words, or "
+    "'These words fit: none'."
+  ),
   "frame": f"Describe everything in this picture: subjects, actions, surroundings, colours, light. {_PLAIN}",
   "summary": (
     "A video was described as a whole: \"{short}\". Its pictures, in order of time, were described so:\n{frames}\n"

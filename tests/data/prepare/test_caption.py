@@ -233,6 +233,15 @@ def test_chain_of_cogvideox(server, clips, tmp_path):
   assert texts(tmp_path)[0] == summary
 
 
+def test_tags_beside_captions(server, clips, tmp_path):
+  one = server()
+  assert main.main(command(clips, tmp_path, one.url, "--prompt=tags", "--into=tags", "--timeout=20.0")) == 0
+  found = pl.read_parquet(tmp_path / "out.parquet")
+  assert "text" not in found.columns
+  assert found["tags"].str.starts_with("Scene").all()
+  assert "lecture (one person talks" in one.questions[0]["messages"][0]["content"][0]["text"]
+
+
 def test_a_cache_survives_two_processes_and_foreign_bytes(tmp_path):
   cache = endpoint.Cache(str(tmp_path / "a" / "c.sqlite"))
   other = endpoint.Cache(str(tmp_path / "a" / "c.sqlite"))
