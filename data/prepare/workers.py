@@ -121,17 +121,19 @@ def _line(error: BaseException) -> str:
 
 
 def _work(pipe: connection.Connection, limits: Limits) -> None:
-  """The loop of a worker process."""
+  """A worker process."""
   signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
   with contextlib.suppress(OSError, AttributeError):
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a killed parent leaves nobody behind
   signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond a limit is an error, not the end
+  with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the parent has gone
+    _serve(pipe, limits)
+
+
+def _serve(pipe: connection.Connection, limits: Limits) -> None:
   limited = False
   while True:
-    try:
-      function, item = pipe.recv()
-    except EOFError:
-      return
+    function, item = pipe.recv()
     pipe.send(("began", None))
     if not limited:
       _limit_memory(limits)  # with the first item: its modules are loaded now

@@ -129,14 +129,17 @@ def test_ray_gives_what_one_machine_gives(videos, tmp_path, undisturbed):
   assert table(tmp_path / "out").equals(table(undisturbed))
 
 
-@pytest.mark.parametrize("moment", [0.8, 1.6, 2.4])
-def test_killed_at_any_time(videos, tmp_path, undisturbed, moment):
-  """SIGKILL to the run; its workers end with it, and a second run finishes."""
+@pytest.mark.parametrize(
+  ("moment", "how"),
+  [(0.8, signal.SIGKILL), (1.6, signal.SIGKILL), (2.4, signal.SIGKILL), (2.0, signal.SIGINT), (2.0, signal.SIGTERM)],
+)
+def test_killed_at_any_time(videos, tmp_path, undisturbed, moment, how):
+  """Its workers end with the run, and a second run finishes."""
   command = [sys.executable, "-m", "data.prepare", "run", "--config", config_file(tmp_path, videos)]
-  run = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+  run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
   time.sleep(moment)
-  run.kill()
-  run.wait()
+  os.kill(run.pid, how)
+  assert "Traceback" not in run.communicate()[1]
   deadline = time.monotonic() + 10
   while time.monotonic() < deadline and _group(run.pid):
     time.sleep(0.05)
