@@ -249,6 +249,10 @@ def prepare(videos: dict[str, tuple[Path, list[Caption]]], output: Path, *, shor
   Raises:
     ValueError: nothing usable, or the folder belongs to something else.
   """
+  for name in ("table.csv", "scenes.json"):  # of an older version of this program, known by its scenes.json
+    if (output / "scenes.json").exists() and (output / name).exists():
+      os.replace(output / name, output / f"old-{name}")
+      print(f"{output} was prepared by an older version: {name} is now old-{name}", flush=True)
   listing(videos, output / "videos.parquet")
   made = chain(output / "videos.parquet", output, short_side=short_side, workers=workers)
   try:
@@ -284,6 +288,11 @@ def user_videos(folder: Path, output: Path) -> tuple[dict[str, tuple[Path, list[
     if path.suffix.lower() in VIDEO_EXTENSIONS and path.is_file() and output.resolve() not in path.resolve().parents:
       name = path.relative_to(folder).as_posix()
       try:
+        name.encode()
+      except UnicodeEncodeError:
+        bad.append((engine.shown(name), "its name is not UTF-8: rename it"))
+        continue
+      try:
         videos[name] = (path, captions_of(path, folder, table))
       except BadVideo as error:
         bad.append((name, str(error)))
@@ -316,7 +325,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"error: {str(error) or type(error).__name__}", file=sys.stderr)
     return 1
   for name, reason in (skipped := bad + result["skipped"]):
-    print(f"skipped {name}: {reason}")
+    print(f"skipped {engine.shown(name)}: {reason}")
   print(f"{result['clips']} clips, {result['rows']} rows, {len(skipped)} skipped: {output / 'table.csv'}")
   return 0
 

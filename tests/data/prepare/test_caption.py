@@ -122,7 +122,7 @@ def clips(tmp_path_factory):
 
 def command(clips, tmp_path, url, *more, name="out"):
   return ["caption", str(clips), "-o", str(tmp_path / f"{name}.parquet"), "--workers", "1", f"--url={url}", "--model=m",
-          f"--cache={tmp_path / name}.sqlite", "--timeout=0.7", *more]  # fmt: skip
+          f"--cache={tmp_path / name}.sqlite", "--timeout=20.0", *more]  # fmt: skip
 
 
 def texts(tmp_path, name="out"):
@@ -132,7 +132,7 @@ def texts(tmp_path, name="out"):
 def test_questions_are_what_endpoints_know(server, clips, tmp_path, monkeypatch, capsys):
   monkeypatch.setenv("MY_KEY", "secret")
   one = server()
-  arguments = command(clips, tmp_path, one.url, "--key_variable=MY_KEY", "--prices=(1.0,2.0)", "--side=64", "--timeout=20.0")
+  arguments = command(clips, tmp_path, one.url, "--key_variable=MY_KEY", "--prices=(1.0,2.0)", "--side=64")
   assert main.main(arguments) == 0
   assert len(one.questions) == 24
   question = one.questions[0]
@@ -161,7 +161,7 @@ def test_an_endpoint_that_fails_in_every_way(server, clips, tmp_path):
   """One call in three fails, each in another way: the table is that of an undisturbed one."""
   kinds = ["500", "slow", "html", "429", "drop", "refusal", "empty", "form", "loop", "half", "endless", "data", "503"]
   bad = server(lambda number: kinds[number // 3 % len(kinds)] if number % 3 == 0 else "")
-  assert main.main(command(clips, tmp_path, bad.url, "--concurrency=6")) == 0
+  assert main.main(command(clips, tmp_path, bad.url, "--concurrency=6", "--timeout=0.7", "--attempts=8")) == 0
   good = server()
   assert main.main(command(clips, tmp_path, good.url, name="good")) == 0
   assert texts(tmp_path) == texts(tmp_path, "good")
@@ -235,7 +235,7 @@ def test_chain_of_cogvideox(server, clips, tmp_path):
 
 def test_tags_beside_captions(server, clips, tmp_path):
   one = server()
-  assert main.main(command(clips, tmp_path, one.url, "--prompt=tags", "--into=tags", "--timeout=20.0")) == 0
+  assert main.main(command(clips, tmp_path, one.url, "--prompt=tags", "--into=tags")) == 0
   found = pl.read_parquet(tmp_path / "out.parquet")
   assert "text" not in found.columns
   assert found["tags"].str.starts_with("Scene").all()

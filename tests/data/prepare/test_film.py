@@ -69,6 +69,19 @@ def test_own_videos(tmp_path, capsys):
   assert missing.exists()
 
 
+def test_a_folder_of_an_older_version(tmp_path, capsys):
+  write_video(tmp_path / "one.mp4", two_scenes())
+  command = ["--clips", str(tmp_path), "--output", str(tmp_path / "out"), "--processes", "1"]
+  (tmp_path / "out").mkdir()
+  (tmp_path / "out" / "table.csv").write_text("path\n")
+  assert film.main(command) == 1
+  assert "was not written by this program" in capsys.readouterr().err
+  (tmp_path / "out" / "scenes.json").write_text("{}")
+  assert film.main(command) == 0
+  assert (tmp_path / "out" / "old-table.csv").read_text() == "path\n"
+  assert len(read_table(tmp_path / "out")) == 12
+
+
 def test_two_processes(tmp_path, capsys):
   for name in ("one.mp4", "two.mp4"):
     write_video(tmp_path / name, two_scenes())
