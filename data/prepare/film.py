@@ -4,8 +4,8 @@
   python -m data.prepare.film --output FOLDER --clips FOLDER         your own videos
 
 Writes FOLDER/table.csv (see data/sources.py; paths belong to its folder), FOLDER/clips, FOLDER/images. Each scene gives a clip
-and its middle frame as an image, and both again with a square and a portrait crop of the same pixels. A second run makes only
-what is missing.
+and its middle frame as an image, and both again with a square and a portrait crop of the same pixels. It is one chain of the
+steps of `data.prepare` (`chain` below), so a second run makes only what is missing.
 
 The film's captions are `data/film/captions.csv`: start (seconds), text, and focus, where from left (0) to right (1) the subject
 is, so that the crops show it. A caption that starts inside a scene begins a new clip there (long shots have several captions);
@@ -16,27 +16,27 @@ video, else from captions.csv in the folder (path, text, if wanted start and foc
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import csv
 import dataclasses
 import hashlib
 import itertools
-import json
-import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tarfile
 import tempfile
-import time
 import zipfile
 import zlib
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
-from data.prepare import scenes
-from data.video import IMAGE_FPS, VIDEO_EXTENSIONS, BadVideo, VideoInfo, probe
+import polars as pl
+
+from data import paths
+from data.prepare import config as configs
+from data.prepare import engine
+from data.video import VIDEO_EXTENSIONS, BadVideo
 
 PACKAGE = "moviepy==2.2.1"
 SDIST_SHA256 = "c80cb56815ece94e5e3e2d361aa40070eeb30a09d23a24c4e684d03e16deacb1"
@@ -47,37 +47,16 @@ CREDIT = "Big Buck Bunny (c) 2008 Blender Foundation, www.bigbuckbunny.org, CC-B
 CAPTIONS = Path(__file__).parents[1] / "film" / "captions.csv"
 
 _LIMIT = 100 << 20  # bytes that we are ready to unpack from one archive member
-_TOLERANCE = 0.25  # seconds between a caption's start and the cut it belongs to
 _COLUMNS = ("path", "text", "num_frames", "height", "width", "fps", "crop")
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-  """How clips are cut. short_side: pixels; max_fps: frames per second; min_seconds: shorter scenes are left out."""
-
-  short_side: int = 256
-  max_fps: float = 30.0
-  min_seconds: float = 1.0
-
-
-@dataclasses.dataclass(frozen=True)
 class Caption:
-  """start: seconds from the video's beginning, None = the caption of the whole video; focus: see `scenes.crop_boxes`."""
+  """start: seconds from the video's beginning, None = the caption of the whole video; focus: see `cut.crop_boxes`."""
 
   start: float | None
   text: str
   focus: float = 0.5
-
-
-@dataclasses.dataclass(frozen=True)
-class _Job:
-  """One clip to cut: frames [start, end) of `video` into clips/NAME.mp4 and images/NAME.png."""
-
-  video: str
-  start: int
-  end: int
-  name: str
-  caption: Caption
 
 
 # ---------------------------------------------------------------------------------------------------------------- the film
@@ -227,158 +206,42 @@ def captions_of(video: Path, folder: Path, table: dict[str, list[Caption]]) -> l
   return [Caption(None, " ".join(re.findall(r"[^\W_]+", video.stem)) or "a video")]
 
 
-def pair(found: list[tuple[int, int]], captions: list[Caption], rate: float) -> list[tuple[int, int, Caption]]:
-  """Which frames get which caption.
-
-  Args:
-    found: [(start, end)] scenes in frames that follow each other.
-    captions: by time, or one for the whole video (start None).
-    rate: frames per second.
-
-  Returns:
-    [(start, end, caption)]. A caption begins at the cut within 0.25 s of its start, else exactly at its start, and ends at the
-    next cut or caption. Frames without a caption are left out.
-  """
-  if captions[0].start is None:
-    return [(start, end, captions[0]) for start, end in found]
-  cuts = [start for start, _ in found]
-  begins = {}
-  for caption in captions:
-    frame = caption.start * rate
-    nearest = min(cuts, key=lambda cut, frame=frame: abs(cut - frame))
-    begin = nearest if abs(nearest - frame) <= _TOLERANCE * rate else round(frame)
-    if begin < found[-1][1]:
-      begins[begin] = caption
-  edges = sorted({*cuts, *begins, found[-1][1]})
-  return [(start, end, begins[start]) for start, end in itertools.pairwise(edges) if start in begins]
+# --------------------------------------------------------------------------------------------------------------- the chain
 
 
-# ------------------------------------------------------------------------------------------------------------------- work
+def chain(listed: Path, output: Path, *, short_side: int, workers: int) -> engine.Chain:
+  """The pipeline's steps for a table of videos with captions on a timeline (`listing`): clips, images and crops in `output`."""
+  steps = {
+    "collect": dict(sources=(str(listed),), forget=True),
+    "probe": dict(picture_hash=False),
+    "scenes": dict(min_seconds=1.0, max_seconds=0.0, cuts_at="cuts"),
+    "caption": dict(backend="existing", timeline="timeline", column="note"),
+    "filter": dict(where={"a caption": "text is not null"}),
+    "cut": dict(short_side=short_side, max_fps=30.0, trim_dark=True, pictures=True, clips_folder=str(output / "clips"),
+                pictures_folder=str(output / "images")),
+    "crops": dict(focus="focus"),
+    "export": dict(folder=str(output), name="table.csv", columns=_COLUMNS),
+  }  # fmt: skip
+  return configs.chain({"output": str(output / "steps"), "steps": tuple(steps), **steps}, workers=workers)
 
 
-class _Progress:
-  """Lines with rate and time left, at most one in two seconds."""
-
-  def __init__(self, what: str, total: int):
-    self.what, self.total, self.begin, self.shown = what, total, time.monotonic(), 0.0
-
-  def __call__(self, done: int) -> None:
-    now = time.monotonic()
-    if done < self.total and now - self.shown < 2.0:
-      return
-    self.shown = now
-    rate = done / max(now - self.begin, 1e-6)
-    left = f"{(self.total - done) / rate:.0f} s left" if done < self.total else f"{now - self.begin:.0f} s"
-    print(f"{self.what} {done}/{self.total}, {rate:.3g} per second, {left}", flush=True)
-
-
-def _detect(path: str, alone: bool) -> tuple[list[tuple[int, int]], float] | str:
-  """(scenes, frames per second) of a video, or why it's unusable. `alone`: it may have all cores, and shows its progress."""
-  try:
-    with scenes.open_video(path) as (_, stream):
-      rate, frames = float(scenes.frame_rate(stream)), stream.frames
-    how = {"threads": 0, "progress": _Progress("frames searched for scenes:", frames)} if alone and frames else {"threads": 1}
-    return scenes.detect_scenes(path, **how), rate
-  except (BadVideo, OSError) as error:
-    return str(error)
+def listing(videos: dict[str, tuple[Path, list[Caption]]], path: Path) -> None:
+  """Writes the chain's source: path, note (caption of the whole video), timeline and cuts (where its captions begin)."""
+  rows = []
+  for file, captions in videos.values():
+    whole = captions[0].text if captions[0].start is None else None
+    timeline = None if whole else [dataclasses.asdict(c) for c in captions]
+    rows.append({"path": str(file.resolve()), "note": whole, "timeline": timeline,
+                 "cuts": None if whole else [c.start for c in captions]})  # fmt: skip
+  entry = pl.List(pl.Struct({"start": pl.Float64, "text": pl.String, "focus": pl.Float64}))
+  schema = {"path": pl.String, "note": pl.String, "timeline": entry, "cuts": pl.List(pl.Float64)}
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with paths.whole(path) as temporary:
+    pl.DataFrame(rows, schema=schema).write_parquet(temporary)
 
 
-def _cut(job: _Job, output: str, settings: Settings) -> VideoInfo | str:
-  """Size of the clip, cut now or earlier, or why there is none."""
-  clip, picture = Path(output, "clips", f"{job.name}.mp4"), Path(output, "images", f"{job.name}.png")
-  try:
-    if clip.exists() and picture.exists():
-      return probe(clip)
-    how = {"short_side": settings.short_side, "max_fps": settings.max_fps}
-    return scenes.cut_clip(job.video, job.start, job.end, clip, picture=picture, **how)
-  except BadVideo as error:
-    return str(error)
-
-
-def _run(what: str, function, tasks: list[tuple], processes: int) -> list:
-  """[function(*task)] with progress, in `processes` processes."""
-  progress, results = _Progress(what, len(tasks)), [None] * len(tasks)
-  if processes == 1 or len(tasks) < 2:
-    for i, task in enumerate(tasks):
-      results[i] = function(*task)
-      progress(i + 1)
-    return results
-  # Spawned, not forked: the decoder's threads of this process would not survive a fork.
-  context = multiprocessing.get_context("spawn")
-  with concurrent.futures.ProcessPoolExecutor(processes, context) as pool:
-    places = {pool.submit(function, *task): i for i, task in enumerate(tasks)}
-    for done, future in enumerate(concurrent.futures.as_completed(places), 1):
-      results[places[future]] = future.result()
-      progress(done)
-  return results
-
-
-def _write_text(path: Path, text: str) -> None:
-  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-  temporary.write_text(text, encoding="utf-8")
-  os.replace(temporary, path)
-
-
-def _open_state(output: Path, settings: Settings) -> dict:
-  """The folder's scenes.json; ValueError if the folder holds something else or was made with other settings."""
-  path, wanted = output / "scenes.json", dataclasses.asdict(settings)
-  if not path.exists():
-    if (output / "table.csv").exists():
-      raise ValueError(f"{output} holds a table.csv that this program did not write: choose another --output")
-    return {"settings": wanted, "videos": {}}
-  try:
-    state = json.loads(path.read_text(encoding="utf-8"))
-    found = {name: state["settings"][name] for name in wanted}
-    state["videos"].items()
-  except (ValueError, KeyError, AttributeError, TypeError) as error:
-    raise ValueError(f"{path} can't be read ({type(error).__name__}): delete it to detect all scenes again") from error
-  for name, value in wanted.items():
-    if found[name] != value:
-      raise ValueError(f"{output} was made with {name} {found[name]}, now it is {value}: choose another --output or delete it")
-  return state
-
-
-def _find_scenes(videos: dict[str, Path], output: Path, settings: Settings, processes: int) -> dict[str, tuple | str]:
-  """{name: (scenes, rate) or reason} for {name: file}; found scenes are kept in scenes.json, by size and time of the file."""
-  state = _open_state(output, settings)
-  marks = {name: [file.stat().st_size, file.stat().st_mtime_ns] for name, file in videos.items()}
-  known = {name: entry for name, entry in state["videos"].items() if marks.get(name) == entry["mark"]}
-  todo = [name for name in videos if name not in known]
-  tasks = [(str(videos[name]), len(todo) == 1) for name in todo]
-  found = dict(zip(todo, _run("videos searched for scenes:", _detect, tasks, processes)))
-  for name, result in found.items():
-    if not isinstance(result, str):
-      known[name] = {"mark": marks[name], "scenes": result[0], "rate": result[1]}
-  _write_text(output / "scenes.json", json.dumps({"settings": dataclasses.asdict(settings), "videos": known}))
-  return {name: found[name] if name in found else (known[name]["scenes"], known[name]["rate"]) for name in videos}
-
-
-def _rows(job: _Job, info: VideoInfo) -> list[list]:
-  """Rows of the table: the clip and its image, whole and cropped. Height and width are the file's, before the crop."""
-  crops = ["", *(",".join(map(str, box)) for box in scenes.crop_boxes(info.height, info.width, job.caption.focus))]
-  files = ((f"clips/{job.name}.mp4", info.num_frames, info.fps), (f"images/{job.name}.png", 1, IMAGE_FPS))
-  return [
-    [path, job.caption.text, frames, info.height, info.width, f"{fps:g}", crop] for path, frames, fps in files for crop in crops
-  ]
-
-
-def _write_rows(path: Path, header: Iterable[str], rows: Iterable[Iterable]) -> None:
-  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-  with open(temporary, "w", newline="", encoding="utf-8") as f:
-    writer = csv.writer(f, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-  os.replace(temporary, path)
-
-
-def prepare(videos: dict[str, tuple[Path, list[Caption]]], output: Path, settings: Settings, processes: int = 2) -> dict:
-  """Detects scenes, cuts them, writes the table.
-
-  Args:
-    videos: {name: (file, captions)}; names are the user's, for messages and the names of clips.
-    output: folder for table.csv, skipped.csv, scenes.json, clips/ and images/.
-    settings: see `Settings`.
-    processes: decoding processes.
+def prepare(videos: dict[str, tuple[Path, list[Caption]]], output: Path, *, short_side: int = 256, workers: int = 2) -> dict:
+  """Runs the chain on {name: (file, captions)}; names are the user's, for messages.
 
   Returns:
     {"clips": int, "rows": int, "skipped": [(name, reason)]}
@@ -386,36 +249,34 @@ def prepare(videos: dict[str, tuple[Path, list[Caption]]], output: Path, setting
   Raises:
     ValueError: nothing usable, or the folder belongs to something else.
   """
-  for name in ("clips", "images"):
-    (output / name).mkdir(parents=True, exist_ok=True)
-  found = _find_scenes({name: file for name, (file, _) in videos.items()}, output, settings, processes)
-  skipped = [(name, result) for name, result in found.items() if isinstance(result, str)]
-  jobs, origins = [], []
-  for name, (file, captions) in videos.items():
-    if isinstance(found[name], str):
-      continue
-    prefix = f"{re.sub(r'[^A-Za-z0-9-]+', '-', Path(name).stem)[:40]}_{zlib.crc32(name.encode()):08x}"
-    parts = [p for p in pair(found[name][0], captions, found[name][1]) if p[1] - p[0] >= settings.min_seconds * found[name][1]]
-    if not parts:
-      skipped.append((name, f"no scene of at least {settings.min_seconds:g} s with a caption"))
-    jobs += [_Job(str(file), start, end, f"{prefix}_{start:06d}-{end:06d}", caption) for start, end, caption in parts]
-    origins += [name] * len(parts)
-  results = _run("clips:", _cut, [(job, str(output), settings) for job in jobs], processes)
-  rows, clips = [], 0
-  for job, origin, result in zip(jobs, origins, results):
-    if isinstance(result, str):
-      skipped.append((origin, result))
-    else:
-      rows += _rows(job, result)
-      clips += 1
-  if skipped:
-    _write_rows(output / "skipped.csv", ("path", "reason"), skipped)
-  else:
-    (output / "skipped.csv").unlink(missing_ok=True)
-  if not clips:
-    raise ValueError(f"no usable scene in {len(videos)} videos; the first reason: {skipped[0][0]}: {skipped[0][1]}")
-  _write_rows(output / "table.csv", _COLUMNS, rows)
-  return {"clips": clips, "rows": len(rows), "skipped": skipped}
+  for name in ("table.csv", "scenes.json"):  # of an older version of this program, known by its scenes.json
+    if (output / "scenes.json").exists() and (output / name).exists():
+      os.replace(output / name, output / f"old-{name}")
+      print(f"{output} was prepared by an older version: {name} is now old-{name}", flush=True)
+  listing(videos, output / "videos.parquet")
+  made = chain(output / "videos.parquet", output, short_side=short_side, workers=workers)
+  try:
+    made.run()
+  except ValueError as error:
+    clips, _, skipped = _outcome(made, videos)
+    if clips or not skipped:
+      raise
+    name, reason = next(iter(skipped.items()))
+    raise ValueError(f"no usable scene in {len(videos)} videos; the first reason: {name}: {reason}") from error
+  clips, rows, skipped = _outcome(made, videos)
+  return {"clips": clips, "rows": rows, "skipped": list(skipped.items())}
+
+
+def _outcome(made: engine.Chain, videos: dict[str, tuple[Path, list[Caption]]]) -> tuple[int, int, dict[str, str]]:
+  """(clips, rows, {name: why it is not among them})."""
+  names = {str(file.resolve()): name for name, (file, _) in videos.items()}
+  source = pl.coalesce("video", "path").alias("path")
+  rows = made.scan("crops").select(source, "crop", "num_frames").collect()
+  failed = pl.concat([made.scan("caption").select("path", "error"), made.scan("cut").select(source, "error")])
+  skipped = {names[p]: e for p, e in failed.filter(pl.col("error").is_not_null()).collect().iter_rows()}
+  used = set(rows["path"])
+  skipped |= {n: "no scene of at least 1 s with a caption" for p, n in names.items() if p not in used and n not in skipped}
+  return rows.filter(pl.col("crop").is_null() & (pl.col("num_frames") > 1)).height, rows.height, skipped
 
 
 def user_videos(folder: Path, output: Path) -> tuple[dict[str, tuple[Path, list[Caption]]], list[tuple[str, str]]]:
@@ -426,6 +287,11 @@ def user_videos(folder: Path, output: Path) -> tuple[dict[str, tuple[Path, list[
   for path in sorted(folder.rglob("*")):
     if path.suffix.lower() in VIDEO_EXTENSIONS and path.is_file() and output.resolve() not in path.resolve().parents:
       name = path.relative_to(folder).as_posix()
+      try:
+        name.encode()
+      except UnicodeEncodeError:
+        bad.append((engine.shown(name), "its name is not UTF-8: rename it"))
+        continue
       try:
         videos[name] = (path, captions_of(path, folder, table))
       except BadVideo as error:
@@ -444,7 +310,7 @@ def main(arguments: list[str] | None = None) -> int:
   parser.add_argument("--short-side", type=int, default=256, help="pixels of a clip's shorter side (default: %(default)s)")
   parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1), help="processes (default: %(default)s)")
   options = parser.parse_args(arguments)
-  output, bad = options.output, []
+  output, bad = options.output.resolve(), []
   try:
     if options.short_side < 16 or options.processes < 1:
       raise ValueError("--short-side must be at least 16 and --processes at least 1")
@@ -454,12 +320,12 @@ def main(arguments: list[str] | None = None) -> int:
       captions = read_captions(options.captions)
       print(CREDIT, flush=True)
       videos = {"bbb.mp4": (fetch_film(output / "film", options.sdist), captions)}
-    result = prepare(videos, output, Settings(short_side=options.short_side), options.processes)
-  except (ValueError, OSError, concurrent.futures.BrokenExecutor) as error:
+    result = prepare(videos, output, short_side=options.short_side, workers=options.processes)
+  except (ValueError, OSError) as error:
     print(f"error: {str(error) or type(error).__name__}", file=sys.stderr)
     return 1
   for name, reason in (skipped := bad + result["skipped"]):
-    print(f"skipped {name}: {reason}")
+    print(f"skipped {engine.shown(name)}: {reason}")
   print(f"{result['clips']} clips, {result['rows']} rows, {len(skipped)} skipped: {output / 'table.csv'}")
   return 0
 

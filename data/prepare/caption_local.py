@@ -1,0 +1,70 @@
+"""Captions by a model of `transformers` on this machine; needs torch (`pip install torch`)."""
+
+from __future__ import annotations
+
+import io
+import os
+from typing import Any
+
+from PIL import Image
+
+from data.prepare import prompts
+from data.prepare.caption import Caption, Pictures, usable
+from data.prepare.workers import Failure
+
+
+class LocalCaptioner:
+  """An image-text-to-text (LLaVA, Qwen-VL, PaliGemma ...) or image-to-text (BLIP, GIT ...) model from a folder.
+
+  Weights must be safetensors, and no code from the folder is run. On a GPU if there is one.
+  """
+
+  def __init__(self, step: Caption):
+    if not os.path.isdir(step.model):
+      raise ValueError(f"caption.model = {step.model!r} is no folder with a transformers model")
+    try:
+      import torch
+      import transformers
+    except ImportError as error:
+      raise ValueError(f"caption.backend 'local' needs torch and transformers ({error})") from None
+    self.step, self._torch = step, torch
+    self.pictures = Pictures(step.frames, step.side, step.grid, 0.0)
+    how = {"local_files_only": True, "trust_remote_code": False}
+    try:
+      self._processor = transformers.AutoProcessor.from_pretrained(step.model, **how)
+      self._model = transformers.AutoModelForImageTextToText.from_pretrained(step.model, use_safetensors=True, **how).eval()
+    except Exception as error:  # the library raises whatever its parts raise
+      raise ValueError(f"caption.model {step.model} can't be read: {' '.join(str(error).split())[:200]}") from None
+    self._device = "cuda" if torch.cuda.is_available() else "cpu"
+    self._model.to(self._device)
+
+  def make(self, rows: list[dict], pictures: list[list[bytes]]) -> list[Any]:
+    """A text, or a `Failure` (a useless answer), for each clip."""
+    images = [[Image.open(io.BytesIO(p)).convert("RGB") for p in clip] for clip in pictures]
+    template = getattr(self._processor, "chat_template", None)
+    if template:
+      texts = [self._chat(row, clip) for row, clip in zip(rows, images)]
+      inputs = self._processor(text=texts, images=images, return_tensors="pt", padding=True)
+    else:  # captioning models are not asked
+      inputs = self._processor(images=[clip[0] for clip in images], return_tensors="pt")
+    inputs = inputs.to(self._device)
+    sampling = {"do_sample": True, "temperature": self.step.temperature} if self.step.temperature else {"do_sample": False}
+    with self._torch.inference_mode():
+      out = self._model.generate(**inputs, max_new_tokens=self.step.max_tokens, **sampling)
+    if template:  # the question comes first
+      out = out[:, inputs["input_ids"].shape[1] :]
+    return [_checked(text) for text in self._processor.batch_decode(out, skip_special_tokens=True)]
+
+  def _chat(self, row: dict, clip: list[Image.Image]) -> str:
+    prompt = prompts.PROMPTS.get(self.step.prompt, self.step.prompt)
+    shown = prompts.what(len(self.pictures.places(row["num_frames"])), self.step.grid)
+    prompt = prompt.replace("{what}", shown).replace("{text}", row.get("text") or "")
+    content = [*({"type": "image"} for _ in clip), {"type": "text", "text": prompt}]
+    return self._processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+
+
+def _checked(text: str) -> str | Failure:
+  try:
+    return usable(text)
+  except ValueError as error:
+    return Failure(f"a useless answer ({error})")

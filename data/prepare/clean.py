@@ -1,0 +1,88 @@
+"""Captions that a training can use: openings of language models off, the original's cleaning, lengths."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from typing import ClassVar
+
+import polars as pl
+
+from data import captions
+from data.prepare.engine import Context, Step
+from data.prepare.measures import CLASSES
+
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # tokenizers need no PyTorch
+
+# What captioners like to begin with. (Open-Sora's `refine_llm_caption` has a list of 17 such phrases; these are forms of them.)
+_SUBJECT = (
+  r"(?:the|this|an?)\s+(?:short\s+|brief\s+)?(?:video|clip|image|picture|photo(?:graph)?|scene|footage|frames?)(?:\s+clip)?"
+)
+_VERB = (
+  r"(?:shows?|depicts?|features?|captures?|portrays?|presents?|displays?|illustrates?|showcases?|begins?\s+with|opens?\s+with|"
+  r"starts?\s+with|is\s+(?:about|of)|consists?\s+of|contains?)"
+)
+_OPENINGS = re.compile(
+  rf"^(?:(?:sure|certainly|of course)[,!.]\s*)?(?:here(?:'s| is) (?:a|the) (?:\w+ )*(?:caption|description)[^:]*:\s*)?"
+  rf"(?:(?:in|throughout)\s+{_SUBJECT}\s*,\s*(?:we\s+(?:can\s+)?see\s+|there\s+(?:is|are)\s+)?|{_SUBJECT}\s+{_VERB}\s+"
+  rf"|we\s+(?:can\s+)?see\s+|(?:caption|description)\s*:\s*)?",
+  re.IGNORECASE,
+)
+
+
+def without_opening(text: str) -> str:
+  """'The video shows a cat.' -> 'A cat.'; the first letter is a capital again."""
+  rest = text[_OPENINGS.match(text).end() :].lstrip(" ,:;-")
+  return rest[:1].upper() + rest[1:]
+
+
+@dataclasses.dataclass(frozen=True)
+class Clean(Step):
+  """Cleans `text`, counts its words and tokens; a row whose text is then empty gets an `error`.
+
+  openings: strip phrases such as "The video shows" (see `without_opening`).
+  t5: the two passes of the original's `clean_caption`: lower case, no markup, addresses, ids.
+  camera: append the original's sentence about `cmotion` (" Camera motion: pan left."), for single classes. The column is then
+    `camera`: the loader, which appends `cmotion` itself, must not do so twice.
+  tokenizer: "byt5" or a folder, for `text_len` in tokens; "": no count.
+  """
+
+  title: ClassVar[str] = "clean"
+  needs: ClassVar[tuple[str, ...]] = ("text",)
+
+  openings: bool = True
+  t5: bool = False
+  camera: bool = False
+  tokenizer: str = ""
+
+  def check(self) -> None:
+    if self.tokenizer:
+      captions.load_tokenizer(self.tokenizer)
+
+  def transform(self, table: pl.LazyFrame, context: Context) -> pl.LazyFrame:
+    cleaned = pl.col("text").map_elements(self._clean, return_dtype=pl.String, skip_nulls=True)
+    table = table.with_columns(text=pl.when(pl.col("error").is_null()).then(cleaned).otherwise("text"))
+    empty = pl.col("error").is_null() & (pl.col("text").is_null() | (pl.col("text") == ""))
+    table = table.with_columns(
+      error=pl.when(empty).then(pl.lit("clean: no caption")).otherwise("error"),
+      retry=pl.when(empty).then(False).otherwise("retry"),
+    )
+    if self.camera and "cmotion" in table.collect_schema().names():
+      known = pl.col("cmotion").is_in(list(CLASSES)).fill_null(False)
+      sentence = pl.format(" Camera motion: {}.", pl.col("cmotion").str.replace_all("_", " ", literal=True))
+      spoken = pl.when(known).then(pl.col("text") + sentence).otherwise("text")
+      table = table.with_columns(text=spoken).rename({"cmotion": "camera"})
+    if self.tokenizer:
+      count = pl.col("text").map_elements(self._tokens, return_dtype=pl.Int64, skip_nulls=True)
+      table = table.with_columns(text_len=count)
+    return table.with_columns(words=pl.col("text").str.count_matches(r"\S+"))
+
+  def _clean(self, text: str) -> str:
+    text = " ".join(text.split())
+    if self.openings:
+      text = without_opening(text)
+    return captions.clean_caption(text) if self.t5 else text
+
+  def _tokens(self, text: str) -> int:
+    return len(captions.load_tokenizer(self.tokenizer)(text)["input_ids"])

@@ -1,0 +1,171 @@
+"""Aesthetic score and text-video matching by a CLIP that the user has as ONNX: formulas of Open-Sora 1.2 (`tools/scoring`).
+
+Files are the user's: nothing is downloaded, no pickle is opened. Models are those that `optimum-cli export onnx` or
+`torch.onnx.export` make of a CLIP: input `pixel_values` [N, 3, S, S] -> `image_embeds`, input `input_ids` [N, L] (and
+`attention_mask`) -> `text_embeds`; other names are taken if there is only one input or output.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from typing import Any, ClassVar
+
+import numpy as np
+import polars as pl
+from PIL import Image
+
+# Of CLIP's own preprocessing (OpenAI CLIP, `clip.py`): bicubic to the shorter side, centre crop, then these, of 0 to 1.
+_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
+_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+
+
+def preprocess(image: np.ndarray, side: int) -> np.ndarray:
+  """uint8 [H, W, 3] -> float32 [3, side, side] as CLIP wants it."""
+  height, width = image.shape[:2]
+  scale = side / min(height, width)
+  size = (side, int(height * scale)) if width <= height else (int(width * scale), side)
+  resized = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC), np.float32)
+  y, x = (resized.shape[0] - side) // 2, (resized.shape[1] - side) // 2
+  return ((resized[y : y + side, x : x + side] / 255.0 - _MEAN) / _STD).transpose(2, 0, 1)
+
+
+@functools.cache
+def _session(path: str) -> Any:
+  """ONNX Runtime's session of a file, one per process; ValueError if it can't be opened."""
+  try:
+    import onnxruntime
+  except ImportError:
+    raise ValueError("CLIP scores need `pip install -c constraints.txt -r requirements-prepare.txt`") from None
+  if not os.path.isfile(path):
+    raise ValueError(f"there is no model file {path}")
+  options = onnxruntime.SessionOptions()
+  options.intra_op_num_threads = options.inter_op_num_threads = 1  # processes are the parallelism
+  options.log_severity_level = 4
+  try:
+    return onnxruntime.InferenceSession(path, options, providers=onnxruntime.get_available_providers())
+  except Exception as error:  # the library's own kinds
+    raise ValueError(f"{path} is no ONNX model ({' '.join(str(error).split())[:150]})") from None
+
+
+def _embed(path: str, name: str, wanted: str, values: np.ndarray) -> np.ndarray:
+  """Output `wanted` [N, C] of a model for its input `name`, normalised to length 1."""
+  session = _session(path)
+  names = [i.name for i in session.get_inputs()]
+  feeds = {name if name in names else names[0]: values}
+  if "attention_mask" in names:
+    feeds["attention_mask"] = np.ones_like(values)
+  outputs = [o.name for o in session.get_outputs()]
+  (found,) = session.run([wanted if wanted in outputs else outputs[0]], feeds)
+  return found / np.linalg.norm(found, axis=-1, keepdims=True)
+
+
+def embed_images(path: str, images: np.ndarray) -> np.ndarray:
+  """Pictures uint8 [T, H, W, 3] -> features [T, C] of length 1."""
+  side = _session(path).get_inputs()[0].shape[-1]
+  side = side if isinstance(side, int) else 224
+  return _embed(path, "pixel_values", "image_embeds", np.stack([preprocess(image, side) for image in images]))
+
+
+@functools.cache
+def _tokenizer(folder: str) -> Any:
+  from tokenizers import Tokenizer
+
+  file = os.path.join(folder, "tokenizer.json")
+  if not os.path.isfile(file):
+    raise ValueError(f"the tokenizer's folder {folder} has no tokenizer.json")
+  return Tokenizer.from_file(file)
+
+
+def embed_text(path: str, folder: str, text: str, length: int = 77) -> np.ndarray:
+  """A text, cut to `length` tokens so that the end token stays -> features [C] of length 1."""
+  tokenizer = _tokenizer(folder)
+  tokenizer.enable_truncation(length)
+  ids = tokenizer.encode(text).ids
+  fixed = next(i for i in _session(path).get_inputs() if i.name == "input_ids" or i is _session(path).get_inputs()[0]).shape[-1]
+  if isinstance(fixed, int):
+    ids += ids[-1:] * (fixed - len(ids))  # CLIP pads with its end token, and looks at the first one
+  return _embed(path, "input_ids", "text_embeds", np.array([ids], np.int64))[0]
+
+
+@functools.cache
+def _head(path: str) -> list[tuple[np.ndarray, np.ndarray]]:
+  """[(weight, bias)] of the linear layers `layers.N.weight`, `layers.N.bias`, in the order of N."""
+  from safetensors import SafetensorError
+  from safetensors.numpy import load_file
+
+  if not path.endswith(".safetensors"):
+    raise ValueError(f"aesthetic head {path} must be .safetensors: pickled files (.pth) can run code and are never opened")
+  try:
+    tensors = load_file(path)
+  except (OSError, SafetensorError) as error:
+    raise ValueError(f"aesthetic head {path} can't be read ({error})") from None
+  numbers = sorted(int(name.split(".")[1]) for name in tensors if name.startswith("layers.") and name.endswith(".weight"))
+  if not numbers:
+    raise ValueError(f"aesthetic head {path} has no tensors layers.N.weight")
+  return [(tensors[f"layers.{n}.weight"], tensors[f"layers.{n}.bias"]) for n in numbers]
+
+
+def aesthetic(features: np.ndarray, layers: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+  """Features [N, C] of length 1 -> scores [N]: linear layers one after another, without activations between them."""
+  for weight, bias in layers:
+    features = features @ weight.T + bias
+  return features[:, 0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Aesthetic:
+  """`aes`: the mean over frames of LAION's aesthetic score (improved-aesthetic-predictor) of CLIP's picture features.
+
+  model: ONNX file; the original's is ViT-L/14. head: safetensors of the linear layers (768-1024-128-64-16-1 there).
+  at: places of the frames; the original's default of three.
+  """
+
+  columns: ClassVar[dict[str, Any]] = {"aes": pl.Float64}
+  side: ClassVar[int] = 336
+
+  model: str = ""
+  head: str = ""
+  at: tuple[float, ...] = (0.1, 0.5, 0.9)
+
+  def check(self) -> None:
+    _session(self.model)
+    _head(self.head)
+
+  def frames(self, num_frames: int, fps: float) -> np.ndarray:
+    return np.unique([min(num_frames - 1, int(place * num_frames)) for place in self.at])
+
+  def __call__(self, images: np.ndarray, row: dict) -> dict[str, float]:
+    return {"aes": float(aesthetic(embed_images(self.model, images), _head(self.head)).mean())}
+
+
+@dataclasses.dataclass(frozen=True)
+class Matching:
+  """`match`: scale times the cosine of the caption and the middle frame, as CLIP's own logits.
+
+  image_model, text_model: ONNX files (one file may be both); tokenizer: folder with tokenizer.json.
+  scale: exp of CLIP's learned parameter, 100 for the published ones.
+  """
+
+  columns: ClassVar[dict[str, Any]] = {"match": pl.Float64}
+  side: ClassVar[int] = 336
+
+  image_model: str = ""
+  text_model: str = ""
+  tokenizer: str = ""
+  scale: float = 100.0
+
+  def check(self) -> None:
+    _session(self.image_model)
+    _session(self.text_model)
+    _tokenizer(self.tokenizer)
+
+  def frames(self, num_frames: int, fps: float) -> np.ndarray:
+    return np.array([num_frames // 2])
+
+  def __call__(self, images: np.ndarray, row: dict) -> dict[str, float | None]:
+    if not row.get("text"):
+      return {"match": None}
+    text = embed_text(self.text_model, self.tokenizer, row["text"])
+    return {"match": float(self.scale * (embed_images(self.image_model, images)[0] @ text))}

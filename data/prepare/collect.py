@@ -1,0 +1,233 @@
+"""What there is: folders, patterns and tables -> the pipeline's first table; and what each file is: `Collect`, `Probe`."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import glob
+import hashlib
+import math
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+import cv2
+import numpy as np
+import polars as pl
+from PIL import Image
+
+from data import paths, sources, video
+from data.prepare import decode
+from data.prepare.engine import FAILED, Context, RowStep, Source, read_meta, scan, write_shard
+
+_KINDS = {"video": video.VIDEO_EXTENSIONS, "image": video.IMAGE_EXTENSIONS}
+_LISTED = {"path": pl.String, "bytes": pl.Int64, "changed": pl.Int64, **FAILED}
+_HASH_SIDE = 8  # bits along one side of a difference hash
+_HASH_AT = (0.25, 0.5, 0.75)  # places in a video whose pictures are hashed
+
+
+@dataclasses.dataclass(frozen=True)
+class Collect(Source):
+  """Lists files. Shards keep their files from run to run, new files make new shards; a file that has gone stays listed.
+
+  sources: folders (with all below), patterns ("clips/**/*.mp4"), tables with a column `path` (.parquet, .csv, .jsonl; their
+    other columns are kept; relative paths belong to the table's folder), each local or gs://.
+  kinds: "video", "image": which endings are taken of folders and patterns.
+  rows_per_shard: rows of a shard, what a killed run loses at most.
+  forget: what is no longer listed leaves the table, too. A disk that is not mounted then empties it.
+  """
+
+  title: ClassVar[str] = "collect"
+  silent: ClassVar[tuple[str, ...]] = ("rows_per_shard", "forget")
+
+  sources: tuple[str, ...] = ()
+  kinds: tuple[str, ...] = ("video", "image")
+  rows_per_shard: int = 200
+  forget: bool = False
+
+  def check(self) -> None:
+    if not self.sources:
+      raise ValueError("sources needs at least one folder, pattern or table")
+    if wrong := set(self.kinds) - set(_KINDS) or not self.kinds:
+      raise ValueError(f"kinds has {wrong or 'nothing'}; allowed: {', '.join(_KINDS)}")
+    if self.rows_per_shard < 1:
+      raise ValueError("rows_per_shard must be at least 1")
+
+  def list(self, folder: str) -> None:
+    found = pl.concat([self._listed(source) for source in self.sources], how="diagonal_relaxed")
+    key = [name for name in ("path", "start", "end") if name in found.columns]
+    found = found.unique(key, keep="first", maintain_order=True)
+    names = [n for n in paths.names(folder) if n.startswith("part-") and n.endswith(".parquet")]
+    for name in names:
+      old = scan(paths.join(folder, name)).collect()
+      old_key = [k for k in key if k in old.columns]
+      # The same files, as they are now; one that has gone keeps its row, and fails where it is needed.
+      seen = old.select(old_key).join(found, on=old_key, how="inner", maintain_order="left", nulls_equal=True)
+      if not self.forget:
+        gone = old.join(found, on=old_key, how="anti", maintain_order="left", nulls_equal=True)
+        order = old.select(old_key)
+        seen = order.join(pl.concat([seen, gone], how="diagonal_relaxed"), on=old_key, maintain_order="left", nulls_equal=True)
+      self._write(paths.join(folder, name), seen)
+      found = found.join(old, on=old_key, how="anti", nulls_equal=True, maintain_order="left")
+    begin = int(names[-1][5:10]) + 1 if names else 0
+    for i, offset in enumerate(range(0, found.height, self.rows_per_shard)):
+      self._write(paths.join(folder, f"part-{begin + i:05}.parquet"), found.slice(offset, self.rows_per_shard))
+    if not names and not found.height:
+      raise ValueError(f"collect.sources: nothing there that ends in {' '.join(e for k in self.kinds for e in _KINDS[k])}")
+
+  def _write(self, path: str, table: pl.DataFrame) -> None:
+    mark = hashlib.sha256(table.write_ndjson().encode()).hexdigest()[:32]
+    if (read_meta(path) or {}).get("key") != mark:
+      write_shard(path, table.lazy(), {"key": mark, "identity": mark, "retry": 0, "seconds": 0.0, "recipe": self.recipe()})
+
+  def _listed(self, source: str) -> pl.DataFrame:
+    """One source as a table, in an order that does not depend on the disk."""
+    paths.check(source, "collect.sources")
+    if source.endswith(sources.FORMATS):
+      return _table(source)
+    pattern = glob.has_magic(source) and not paths.exists(source)
+    if not pattern and not paths.is_folder(source):
+      raise ValueError(
+        f"collect.sources: {source!r} is no folder, pattern or table ({', '.join(sources.FORMATS)}) that is there"
+      )
+    endings = tuple(ending for kind in self.kinds for ending in _KINDS[kind])
+    files = _matching(source) if pattern else paths.files_below(source)
+    rows = [_file_row(path) for path in sorted(files) if path.lower().endswith(endings)]
+    return pl.DataFrame(rows, schema=_LISTED, orient="row")
+
+
+def _matching(pattern: str) -> Iterator[str]:
+  if not paths.is_remote(pattern):
+    return (p for p in glob.iglob(pattern, recursive=True) if os.path.isfile(p))
+  folder = pattern[: min(pattern.find(c) for c in "*?[" if c in pattern)].rpartition("/")[0]
+  return (p for p in paths.files_below(folder) if fnmatch.fnmatchcase(p, pattern.replace("**/", "*")))
+
+
+def _file_row(path: str) -> dict[str, Any]:
+  path = paths.absolute(path)
+  try:
+    path.encode()
+  except UnicodeEncodeError:
+    shown = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return {"path": shown, "error": "collect: the name is not UTF-8: rename the file", "retry": False}
+  try:
+    size, changed = paths.stat(path)
+  except OSError:
+    return {"path": path}  # gone since it was listed
+  return {"path": path, "bytes": size, "changed": int(changed or 0)}
+
+
+def _table(source: str) -> pl.DataFrame:
+  sources.check_table(source)
+  with paths.local_copy(source) as copy:
+    try:
+      table = scan(copy).collect()
+    except pl.exceptions.PolarsError as error:
+      raise ValueError(f"table {source} cannot be read: {str(error).splitlines()[0]}") from None
+  if "path" not in table.columns:
+    raise ValueError(f"table {source} has no column 'path' (it has {', '.join(table.columns)})")
+  folder = os.path.dirname(paths.absolute(source))
+  resolved = pl.col("path").cast(pl.String).map_elements(lambda p: sources.resolve(p, folder), return_dtype=pl.String)
+  missing = pl.when(pl.col("path").is_null()).then(pl.lit("collect: no path"))
+  return table.with_columns(resolved, missing.alias("error"), pl.lit(False).alias("retry"))
+
+
+# ----------------------------------------------------------------------------------------------------------------- probe
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe(RowStep):
+  """What each file is: size, frames, rate, codec, hashes. Files that can't be used get their `error` here.
+
+  decode: decode every frame (slow; finds damage in the middle of files).
+  content_hash: SHA-256 of the file, which finds copies (`Duplicates`) and names clips.
+  picture_hash: difference hashes of three pictures, which find the same video in another encoding.
+  max_streams: files with more are refused.
+  """
+
+  title: ClassVar[str] = "probe"
+  unit: ClassVar[str] = "files"
+  needs: ClassVar[tuple[str, ...]] = ("path",)
+  columns: ClassVar[dict[str, Any]] = {
+    "id": pl.String, "bytes": pl.Int64, "num_frames": pl.Int64, "height": pl.Int64, "width": pl.Int64, "fps": pl.Float64,
+    "duration": pl.Float64, "aspect_ratio": pl.Float64, "resolution": pl.Int64, "codec": pl.String, "rotation": pl.Int64,
+    "audio": pl.Boolean, "hash": pl.String, "picture_hash": pl.String,
+  }  # fmt: skip
+
+  decode: bool = False
+  content_hash: bool = True
+  picture_hash: bool = True
+  max_streams: int = 32
+
+  def rows(self, group: list[dict], context: Context, report: Callable) -> list[dict]:
+    (row,) = group
+    path = row["path"]
+    size, _ = paths.stat(path) if not video.is_address(path) else (None, None)  # a file that has gone may come again
+    if size == 0:
+      raise video.BadVideo("the file is empty (0 bytes)")
+    codec, rotation, audio = _look(path, self.max_streams, context.limits.max_pixels)
+    info = video.probe(path, decode=self.decode)
+    begin, end = row.get("start"), row.get("end")
+    if (begin is None) != (end is None) or (end is not None and not 0 <= begin < end <= info.num_frames):
+      raise video.BadVideo(f"start {begin} and end {end} don't fit its {info.num_frames} frames")
+    frames = info.num_frames if begin is None else end - begin
+    content = _sha256(path) if self.content_hash else None
+    return [{
+      "id": clip_id(content or path, begin, end), "bytes": size, "num_frames": frames, "height": info.height,
+      "width": info.width, "fps": info.fps, "duration": frames / info.fps if codec else None,
+      "aspect_ratio": info.height / info.width, "resolution": info.height * info.width, "codec": codec, "rotation": rotation,
+      "audio": audio, "hash": content, "picture_hash": _picture_hash(path, info.num_frames) if self.picture_hash else None,
+    }]  # fmt: skip
+
+
+def clip_id(source: str, start: int | None, end: int | None) -> str:
+  """16 hexadecimal digits that name the frames [start, end) of a file, by its content hash, id or path."""
+  return hashlib.sha256(f"{source} {start} {end}".encode()).hexdigest()[:16]
+
+
+def _sha256(path: str) -> str:
+  with paths.errors(path), paths.open_file(path) as f:
+    sha = hashlib.sha256()
+    while block := f.read(1 << 22):
+      sha.update(block)
+  return sha.hexdigest()
+
+
+def _look(path: str, max_streams: int, max_pixels: int) -> tuple[str | None, int, bool]:
+  """(codec, rotation in degrees, whether there is sound); codec None for an image. Refuses what is too large, by the header."""
+  if video.is_image(path):
+    try:
+      with paths.open_file(path) as f, Image.open(f) as image:
+        _check_pixels(image.height, image.width, max_pixels)
+        return None, 0, False
+    except Image.DecompressionBombError:
+      raise video.BadVideo("declares too large a picture: refused") from None
+    except (Image.UnidentifiedImageError, SyntaxError, ValueError) as error:
+      raise video.BadVideo(f"no image ({' '.join(str(error).split())[:100]})") from None
+  with decode.open_video(path, threads=1) as (container, stream):
+    if len(container.streams) > max_streams:
+      raise video.BadVideo(f"has {len(container.streams)} streams, more than probe.max_streams = {max_streams}")
+    _check_pixels(stream.height, stream.width, max_pixels)
+    frame = next(iter(container.decode(stream)), None)
+    if frame is None:
+      raise video.BadVideo("has no frames")
+    _check_pixels(frame.height, frame.width, max_pixels)
+    return stream.codec_context.name, frame.rotation % 360, bool(container.streams.audio)
+
+
+def _check_pixels(height: int, width: int, most: int) -> None:
+  if height * width > most:
+    raise video.BadVideo(f"declares pictures of {width} x {height}, more than limits.max_pixels = {most}")
+
+
+def difference_hash(image: np.ndarray) -> int:
+  """64-bit dHash of a picture [H, W, 3]: whether grey rises from each pixel to the next in 8 rows of 9 (N. Krawetz, 2013)."""
+  grey = cv2.resize(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), (_HASH_SIDE + 1, _HASH_SIDE), interpolation=cv2.INTER_AREA)
+  bits = (grey[:, 1:].astype(int) > grey[:, :-1]).ravel()
+  return int("".join("1" if b else "0" for b in bits), 2)
+
+
+def _picture_hash(path: str, frames: int) -> str:
+  """48 hexadecimal digits: `difference_hash` of three pictures of the file."""
+  numbers = [min(frames - 1, math.floor(share * frames)) for share in _HASH_AT]
+  return "".join(f"{difference_hash(image):016x}" for image in video.read_frames(path, numbers))

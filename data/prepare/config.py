@@ -1,0 +1,139 @@
+"""Configs of the pipeline: Python files with `get_config()`, as those of the training, and what is set on the command line.
+
+`steps` names the steps in order; the key of the same name holds a step's settings (fields of its class). A step may be there
+twice under names of its own: `config.second = dict(step="scores", ...)`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import difflib
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from data import paths
+from data.prepare import engine
+from data.prepare.workers import Limits
+
+STEPS = {
+  "collect": "collect:Collect",
+  "probe": "collect:Probe",
+  "duplicates": "duplicates:Duplicates",
+  "scenes": "scenes:Scenes",
+  "cut": "cut:Cut",
+  "crops": "cut:Crops",
+  "scores": "scores:Scores",
+  "caption": "caption:Caption",
+  "clean": "clean:Clean",
+  "filter": "selection:Filter",
+  "sample": "selection:Sample",
+  "balance": "selection:Balance",
+  "split": "selection:Split",
+  "export": "export:Export",
+  "report": "report:Report",
+}
+_OWN = ("output", "steps", "workers", "limits", "patience")
+
+
+class OneLineParser(argparse.ArgumentParser):
+  """An ArgumentParser whose errors are one line."""
+
+  def error(self, message: str) -> None:
+    raise ValueError(f"{message}; see {self.prog} --help")
+
+
+RawHelp = argparse.RawDescriptionHelpFormatter
+
+
+def step_class(title: str) -> type[engine.Step]:
+  """The class of a step by what configs call it."""
+  if title not in STEPS:
+    near = difflib.get_close_matches(title, STEPS, 1)
+    raise ValueError(
+      f"there is no step {title!r}" + (f", did you mean {near[0]!r}?" if near else f"; known: {', '.join(STEPS)}")
+    )
+  module, _, name = STEPS[title].partition(":")
+  return getattr(importlib.import_module(f"data.prepare.{module}"), name)
+
+
+def load(file: str, overrides: list[str] = ()) -> dict[str, Any]:
+  """The config of a file, with `--config.KEY=VALUE` set. ValueError in one line for whatever is wrong with either."""
+  if not os.path.isfile(file):
+    raise ValueError(f"--config {file}: no such file")
+  if not file.endswith(".py"):
+    raise ValueError(f"--config {file}: is no Python file with get_config()")
+  spec = importlib.util.spec_from_file_location("prepare_config", file)
+  module = importlib.util.module_from_spec(spec)
+  sys.path.insert(0, os.getcwd())  # configs import each other as `configs.data.NAME`
+  try:
+    spec.loader.exec_module(module)
+    values = engine.plain(module.get_config())
+  except AttributeError as error:
+    raise ValueError(f"--config {file}: {error}") from None
+  except SyntaxError as error:
+    raise ValueError(f"--config {file} line {error.lineno}: {error.msg}") from None
+  finally:
+    sys.path.pop(0)
+  for argument in overrides:
+    key, sign, value = argument.removeprefix("--config.").partition("=")
+    if not argument.startswith("--config.") or not sign:
+      raise ValueError(f"unexpected argument {argument!r}; give keys as --config.KEY=VALUE")
+    _set(values, key.split("."), literal(value), key)
+  return values
+
+
+def _set(values: dict, keys: list[str], value: Any, whole: str) -> None:
+  for key in keys[:-1]:
+    if key not in values:
+      if key not in STEPS:
+        raise ValueError(f"--config.{whole}: there is no {key!r}; there is {', '.join(values)}")
+      values[key] = {}
+    values = values[key]
+    if not isinstance(values, dict):
+      raise ValueError(f"--config.{whole}: {key!r} holds no keys")
+  values[keys[-1]] = value  # a step refuses what it does not know
+
+
+def literal(text: str) -> Any:
+  """A Python literal, else the text itself."""
+  try:
+    return ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    return text
+
+
+def chain(values: Mapping[str, Any], *, workers: int = 0, shard: tuple[int, int] = (0, 1)) -> engine.Chain:
+  """The chain that a config declares, every setting checked."""
+  names = values.get("steps") or ()
+  names = (names,) if isinstance(names, str) else names
+  if not values.get("output"):
+    raise ValueError("output is missing: the folder of the run, or gs://BUCKET/NAME")
+  paths.check(values["output"], "output")
+  for key in values:
+    if key not in (*_OWN, *names) and key not in STEPS:
+      near = difflib.get_close_matches(key, [*_OWN, *names], 1)
+      raise ValueError(f"there is no key {key!r}" + (f", did you mean {near[0]!r}?" if near else ""))
+  steps = {}
+  for name in names:
+    if name in steps:
+      raise ValueError(f"steps has {name!r} twice: give the second one a name and config.NAME = dict(step={name!r}, ...)")
+    settings = dict(values.get(name) or {})
+    title = settings.pop("step", name)
+    steps[name] = engine.create(step_class(title), settings, name)
+  if not steps or not isinstance(next(iter(steps.values())), engine.Source):
+    raise ValueError("steps has to begin with collect")
+  if sources := [n for n, s in list(steps.items())[1:] if isinstance(s, engine.Source)]:
+    raise ValueError(f"{sources[0]} can only be the first step")
+  try:
+    limits = Limits(**values.get("limits") or {})
+  except TypeError:
+    raise ValueError(f"limits has an unknown key; it has: {', '.join(Limits.__dataclass_fields__)}") from None
+  workers = workers or values.get("workers") or os.cpu_count() or 1
+  return engine.Chain(
+    values["output"], steps, workers=workers, limits=limits, shard=shard, patience=values.get("patience", 3600.0)
+  )  # fmt: skip

@@ -1,0 +1,131 @@
+"""Frames of a video in order, for those who need many of them: detection, cutting.
+
+Frame numbers count frames in presentation order from 0, so they also hold for files with a variable frame rate.
+`data.video.read_frames` gives single frames as the loader sees them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+
+from data import paths
+from data.prepare.workers import FULL
+from data.video import DEFAULT_FPS, BadVideo
+
+logging.getLogger("libav").setLevel(logging.CRITICAL)  # a broken file gives one line of ours, not pages of the decoder's
+
+# Containers of video. Others that FFmpeg knows are none (pictures, text) or name further files and addresses that it would open
+# (playlists, lists of parts).
+_FORMATS = "mov,matroska,webm,avi,mpeg,mpegvideo,mpegts,m4v,ogg,gif,flv,asf,mxf,dv,h264,hevc,ivf,nut,rm"
+_SEEK_GAP = 250  # frames further ahead than this are sought, nearer ones reached by decoding on
+
+
+@contextlib.contextmanager
+def open_video(path: str | Path, threads: int = 0) -> Iterator[tuple]:
+  """Yields (container, video stream); a failure of the decoder inside becomes BadVideo. `threads` 0: as many as cores.
+
+  Raises:
+    BadVideo: no video, or damaged. OSError: it is not there, or can't be read.
+  """
+  path = str(path)
+  if "://" not in path or paths.is_remote(path):
+    size, _ = paths.stat(path)
+    if not size:
+      raise BadVideo("the file is empty (0 bytes)")
+  try:
+    with contextlib.ExitStack() as stack:
+      name = stack.enter_context(paths.local_copy(path))
+      container = stack.enter_context(av.open(name, metadata_errors="replace", options={"format_whitelist": _FORMATS}))
+      streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
+      if not streams:
+        raise BadVideo("has no video stream")
+      stream = streams[0]
+      stream.thread_type = "AUTO"
+      stream.codec_context.thread_count = threads
+      yield container, stream
+  except av.FFmpegError as error:
+    if error.errno in FULL:  # what the block writes
+      raise OSError(error.errno, os.strerror(error.errno)) from error
+    raise BadVideo(f"not a video, or damaged or cut short ({error.strerror})") from error
+
+
+def frame_rate(stream) -> Fraction:
+  """Mean frames per second of a stream, DEFAULT_FPS where the file doesn't say."""
+  return Fraction(stream.average_rate or stream.guessed_rate or DEFAULT_FPS).limit_denominator(1001)
+
+
+def frame_times(path: str) -> np.ndarray | None:
+  """Presentation times (int64, in units of the stream's time base) of all frames from the packets alone; None if not stored."""
+  return _frame_times(path, *paths.stat(path))
+
+
+@functools.lru_cache(8)
+def _frame_times(path: str, _size: int, _changed: int) -> np.ndarray | None:
+  with open_video(path, threads=1) as (container, stream):
+    times = [packet.pts for packet in container.demux(stream) if packet.size and not packet.is_discard]
+  if not times or None in times:
+    return None
+  return np.unique(np.asarray(times, np.int64))
+
+
+class Reader:
+  """The frames of one opened video, range after range; ranges that follow each other cost one decoding."""
+
+  def __init__(self, path: str | Path, container, stream):
+    self.times = frame_times(str(path))
+    self._container, self._stream = container, stream
+    self._frames: Iterator | None = None
+    self._next, self._held = 0, None  # number of the frame that the decoder gives next; a frame that was read too early
+
+  def frames(self, start: int, end: int) -> Iterator[tuple[int, av.VideoFrame]]:
+    """Yields (frame number, frame) for all frames of [start, end); BadVideo where one can't be decoded."""
+    expected = start
+    for begin in self._begins(start):
+      if begin is not None:
+        self._seek(begin)
+      for number, frame in self._forward():
+        if number > expected or number >= end:
+          self._held = (number, frame)
+          break
+        if number == expected:
+          yield number, frame
+          expected += 1
+          if expected == end:
+            return
+      if expected > start or self.times is None:
+        break
+    if expected < end:
+      raise BadVideo(f"frame {expected} can't be decoded (damaged or cut short)")
+
+  def _begins(self, start: int) -> list[int | None]:
+    """Where decoding may begin, best first; None: where the decoder stands. After an unclean key frame an earlier one helps."""
+    here = self._frames is not None and self._next <= start and (self.times is None or start - self._next <= _SEEK_GAP)
+    if self.times is None:
+      return [None if here else 0]
+    return [None] * here + sorted({start, max(0, start - _SEEK_GAP), 0}, reverse=True)
+
+  def _seek(self, number: int) -> None:
+    if self.times is not None or self._frames is not None:
+      self._container.seek(int(self.times[number]) if number and self.times is not None else 0, stream=self._stream)
+    self._frames, self._next, self._held = self._container.decode(self._stream), 0, None
+
+  def _forward(self) -> Iterator[tuple[int, av.VideoFrame]]:
+    if self._held:
+      held, self._held = self._held, None
+      yield held
+    for frame in self._frames:
+      if self.times is None:
+        number = self._next
+      else:
+        number = int(np.searchsorted(self.times, -1 if frame.pts is None else frame.pts))
+      self._next = number + 1
+      yield number, frame

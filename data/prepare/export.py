@@ -1,0 +1,178 @@
+"""The step `export`: what a training reads. A table for this project's loader, a TFDS data set, WebDataset archives."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import itertools
+import json
+import os
+import re
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import polars as pl
+
+from data import paths
+from data.prepare.engine import Context, Step, read_meta, scan, with_failures, write_shard
+
+FORMATS = ("table", "tfds", "webdataset")
+# Of data/sources.py; then what a look at the data needs.
+COLUMNS = (
+  "path", "text", "num_frames", "height", "width", "fps", "start", "end", "crop", "aes", "flow", "cmotion", "text_features",
+  "duration", "match", "id",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Export(Step):
+  """Writes the rows without an `error`, one file or data set for each value of `split` if there is one.
+
+  formats: of "table", "tfds", "webdataset". folder: where; "": the run's folder.
+  name: of the table (train.parquet, validation.parquet ... where rows are split), .parquet or .csv. Paths of files below its
+    folder are relative to it, so that the folder may be moved.
+  columns: those of the table; (): those that `data/sources.py` knows, as far as they are there, and duration, match, id.
+  samples: of one WebDataset archive.
+  """
+
+  title: ClassVar[str] = "export"
+  needs: ClassVar[tuple[str, ...]] = ("path",)
+
+  formats: tuple[str, ...] = ("table",)
+  folder: str = ""
+  name: str = "table.parquet"
+  columns: tuple[str, ...] = ()
+  samples: int = 1000
+
+  def check(self) -> None:
+    if wrong := set(self.formats) - set(FORMATS):
+      raise ValueError(f"formats has {', '.join(wrong)}; allowed: {', '.join(FORMATS)}")
+    if not self.name.endswith((".parquet", ".csv")) or "/" in self.name:
+      raise ValueError(f"name = {self.name!r} must be a file name that ends in .parquet or .csv")
+
+  def write(self, tables: list[str], context: Context) -> tuple[str, list[str]]:
+    folder = paths.absolute(self.folder or os.path.dirname(context.folder))
+    table = with_failures(pl.concat([scan(path) for path in tables], how="diagonal_relaxed"))
+    table = table.filter(pl.col("error").is_null())
+    names = table.collect_schema().names()
+    if unknown := [c for c in self.columns if c not in names]:
+      raise ValueError(f"export.columns has {', '.join(unknown)}; the table has {', '.join(names)}")
+    if not table.select(pl.len()).collect(engine="streaming").item():
+      raise ValueError("export: no row without an error is left")
+    splits = [None]
+    if "split" in names:
+      splits = table.select(pl.col("split").unique().sort()).collect(engine="streaming")["split"].to_list()
+    files, said = [], []
+    for split in splits:
+      part = table if split is None else table.filter(pl.col("split") == split)
+      if "table" in self.formats:
+        name = self.name if split is None else f"{split}{os.path.splitext(self.name)[1]}"
+        files.append(self._table(part, paths.join(folder, name), names, context))
+        said.append(f"{_height(files[-1]):,} rows in {files[-1]}")
+      if "webdataset" in self.formats:
+        made = write_webdataset(part, paths.join(folder, "webdataset"), split or "train", self.samples)
+        files += made
+        said.append(f"{len(made)} archives {os.path.dirname(made[0])}/{split or 'train'}-*.tar" if made else "no archive")
+    if "tfds" in self.formats:
+      place = write_tfds(
+        {split or "train": table if split is None else table.filter(pl.col("split") == split) for split in splits}, folder
+      )
+      files.append(paths.join(place, "dataset_info.json"))
+      said.append(f"TFDS data set in {place}")
+    return ", ".join(said), files
+
+  def _table(self, table: pl.LazyFrame, target: str, names: list[str], context: Context) -> str:
+    record = paths.join(context.folder, "done.json")
+    mine = target in (json.loads(paths.read_text(record))["files"] if paths.exists(record) else ())
+    if paths.exists(target) and not mine and not (target.endswith(".parquet") and read_meta(target)):
+      raise ValueError(f"{target} is there and was not written by this program: choose another export.folder or export.name")
+    here = os.path.dirname(target) + "/"
+    inside = pl.col("path").str.starts_with(here)
+    relative = pl.when(inside).then(pl.col("path").str.strip_prefix(here)).otherwise("path").alias("path")
+    kept = [c for c in (self.columns or COLUMNS) if c in names]
+    write_shard(target, table.with_columns(relative).select(kept), {"key": "", "identity": "", "retry": 0})
+    return target
+
+
+def _height(path: str) -> int:
+  with paths.local_copy(path) as copy:
+    return scan(copy).select(pl.len()).collect().item()
+
+
+def _samples(table: pl.LazyFrame) -> Iterator[tuple[str, str, dict[str, Any]]]:
+  """(key, file, other columns) row by row. ValueError for rows that are parts of files."""
+  for batch in table.collect_batches():
+    for row in batch.iter_rows(named=True):
+      if row.get("start") is not None or row.get("crop"):
+        raise ValueError("rows with a range or a crop of a file can't be exported as files: put the step cut (no crops) before")
+      key = row.get("id") or re.sub(r"[^A-Za-z0-9]", "_", os.path.splitext(os.path.basename(row["path"]))[0])
+      yield key, row["path"], {k: row.get(k) for k in COLUMNS if k in row and k != "path"}
+
+
+def write_webdataset(table: pl.LazyFrame, folder: str, split: str, samples: int) -> list[str]:
+  """Archives folder/SPLIT-000000.tar ... with KEY.mp4 (the file, with its own ending), KEY.txt (caption), KEY.json."""
+  made: list[str] = []
+  found = _samples(table)
+  while first := next(found, None):
+    target = paths.join(folder, f"{split}-{len(made):06}.tar")
+    with paths.whole(target) as temporary, tarfile.open(temporary, "w") as archive:
+      for key, file, values in itertools.chain([first], itertools.islice(found, samples - 1)):
+        with paths.local_copy(file) as copy, open(copy, "rb") as f:
+          _add(archive, f"{key}{os.path.splitext(file)[1].lower()}", f, os.path.getsize(copy))
+        for ending, content in (("txt", values.get("text") or ""), ("json", json.dumps(values))):
+          _add(archive, f"{key}.{ending}", io.BytesIO(content.encode()), len(content.encode()))
+    made.append(target)
+  return made
+
+
+def _add(archive: tarfile.TarFile, name: str, content: Any, size: int) -> None:
+  info = tarfile.TarInfo(name)  # no dates or owners: the same rows give the same archive
+  info.size = size
+  archive.addfile(info, content)
+
+
+def write_tfds(splits: dict[str, pl.LazyFrame], folder: str) -> str:
+  """A TFDS data set `clips` (array_record, readable without TensorFlow by `tfds.data_source`) -> its folder.
+
+  Features: id, video (the encoded file), text, num_frames, height, width, fps.
+  """
+  import numpy as np
+  import tensorflow_datasets as tfds
+
+  numbers = {"num_frames": np.int64, "height": np.int64, "width": np.int64, "fps": np.float64}
+
+  class Clips(tfds.core.GeneratorBasedBuilder):
+    """Clips with captions, written by data.prepare."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    name = "clips"
+    url_infos: ClassVar = {}  # nothing is downloaded; TFDS would look for a list of addresses beside this file
+
+    def _info(self) -> tfds.core.DatasetInfo:
+      text = {"id": tfds.features.Text(), "text": tfds.features.Text()}
+      file = {"video": tfds.features.Tensor(shape=(), dtype=np.object_)}
+      scalars = {k: tfds.features.Scalar(dtype=kind) for k, kind in numbers.items()}
+      return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({**text, **file, **scalars}))
+
+    def _split_generators(self, _: Any) -> dict[str, Iterator]:
+      return {split: self._generate_examples(table) for split, table in splits.items()}
+
+    def _generate_examples(self, table: pl.LazyFrame) -> Iterator[tuple[str, dict]]:
+      for key, file, values in _samples(table):
+        scalars = {k: kind(values.get(k) or 0) for k, kind in numbers.items()}
+        yield key, {"id": key, "video": paths.read_bytes(file), "text": values.get("text") or "", **scalars}
+
+  with tempfile.TemporaryDirectory(dir=folder if not paths.is_remote(folder) else None, prefix=".tfds-") as place:
+    builder = Clips(data_dir=place, file_format="array_record")
+    builder.download_and_prepare()
+    made = os.path.relpath(builder.data_dir, place)
+    target = paths.join(folder, "tfds", made)
+    if paths.is_remote(folder):
+      paths.upload(os.path.join(place, made), target)
+    else:
+      if paths.exists(target):
+        paths.move(target, f"{target}.old-{os.getpid()}")  # nothing is overwritten
+      paths.move(os.path.join(place, made), target)
+  return target

@@ -1,0 +1,248 @@
+"""Scores by classical vision, without weights: motion, quality, camera, text (its models are in rapidocr's package)."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from typing import Any, ClassVar
+
+import cv2
+import numpy as np
+import polars as pl
+
+_FLOW_SIZE = (576, 320)  # width, height of the pictures whose flow Open-Sora measures
+_PRESETS = {
+  "ultrafast": cv2.DISOPTICAL_FLOW_PRESET_ULTRAFAST,
+  "fast": cv2.DISOPTICAL_FLOW_PRESET_FAST,
+  "medium": cv2.DISOPTICAL_FLOW_PRESET_MEDIUM,
+}
+CLASSES = ("static", "pan_left", "pan_right", "tilt_up", "tilt_down", "zoom_in", "zoom_out")  # that have a sentence
+_DARK = 16.0  # mean grey (0 to 255) of a black picture, largest grey of a black bar
+_SAME = 0.25  # mean difference (0 to 255) of two pictures that are one: below coding noise
+
+
+def _spread(num_frames: int, count: int) -> np.ndarray:
+  """`count` frame numbers in the middles of equal parts of a clip."""
+  return np.unique(((np.arange(count) + 0.5) * num_frames / count).astype(np.int64))
+
+
+@dataclasses.dataclass(frozen=True)
+class Motion:
+  """`flow`: mean absolute optical flow in pixels of a picture of 320 x 576, over both components, all pixels and pairs of
+  frames, as Open-Sora 1.2 (`tools/scoring/optical_flow`): frames 0, 10, 20, 30, pictures turned to landscape. That one asks
+  UniMatch, we DIS (Kroeger et al., 2016), so that numbers are similar, not equal. As there, the distance is in frames, not in
+  seconds: a film of 60 frames per second has less motion. Shorter clips take a third of their length, where the original
+  repeats the first frame.
+
+  count: frames; every: frames between two; preset: of DIS.
+  """
+
+  columns: ClassVar[dict[str, Any]] = {"flow": pl.Float64}
+  side: ClassVar[int] = 320
+
+  count: int = 4
+  every: int = 10
+  preset: str = "fast"
+
+  def check(self) -> None:
+    if self.count < 2 or self.every < 1 or self.preset not in _PRESETS:
+      raise ValueError(f"count must be at least 2, every at least 1, preset one of {', '.join(_PRESETS)}")
+
+  def frames(self, num_frames: int, fps: float) -> np.ndarray:
+    if num_frames < 2:
+      return np.zeros(0, np.int64)
+    return np.unique(np.arange(self.count) * min(self.every, (num_frames - 1) / (self.count - 1))).astype(np.int64)
+
+  def __call__(self, images: np.ndarray, row: dict) -> dict[str, float]:
+    dis = cv2.DISOpticalFlow_create(_PRESETS[self.preset])
+    grey = [cv2.cvtColor(_landscape(image), cv2.COLOR_RGB2GRAY) for image in images]
+    grey = [np.ascontiguousarray(cv2.resize(g, _FLOW_SIZE, interpolation=cv2.INTER_AREA)) for g in grey]
+    return {"flow": float(np.mean([np.abs(dis.calc(a, b, None)).mean() for a, b in itertools.pairwise(grey)]))}
+
+
+def _landscape(image: np.ndarray) -> np.ndarray:
+  return np.rot90(image).copy() if image.shape[0] > image.shape[1] else image
+
+
+@dataclasses.dataclass(frozen=True)
+class Quality:
+  """Numbers about light and detail, of grey pictures (0 to 255) whose shorter side has 256 pixels:
+
+  sharpness: variance of the Laplacian (Pech-Pacheco et al., 2000), median over frames; low is blurred or empty.
+  brightness: mean grey. black: share of frames that are.
+  frozen: share of neighbouring frames that are one picture; 1 is a still, high values are slide shows.
+  letterbox: share of the picture that black bars take. content: "x,y,width,height" of the rest in pixels of the file, as the
+    table's `crop`; null without bars.
+
+  count: places in the clip that are looked at.
+  """
+
+  columns: ClassVar[dict[str, Any]] = {
+    "sharpness": pl.Float64, "brightness": pl.Float64, "black": pl.Float64, "frozen": pl.Float64, "letterbox": pl.Float64,
+    "content": pl.String,
+  }  # fmt: skip
+  side: ClassVar[int] = 256
+
+  count: int = 8
+
+  def frames(self, num_frames: int, fps: float) -> np.ndarray:
+    places = _spread(num_frames, self.count)
+    return np.unique(np.concatenate([places, np.minimum(places + 1, num_frames - 1)]))
+
+  def __call__(self, images: np.ndarray, row: dict) -> dict[str, Any]:
+    grey = np.stack([cv2.cvtColor(image, cv2.COLOR_RGB2GRAY) for image in images])
+    means = grey.mean((1, 2))
+    numbers = self.frames(row["num_frames"], 0.0)
+    pairs = np.flatnonzero(np.diff(numbers) == 1)
+    steps = [np.abs(grey[i + 1].astype(np.int16) - grey[i]).mean() for i in pairs]
+    box = _content(grey.max(0))
+    x, y, w, h = (round(v * row["height"] / grey.shape[1]) for v in box)
+    share = 1 - box[2] * box[3] / grey[0].size
+    return {
+      "sharpness": float(np.median([cv2.Laplacian(g, cv2.CV_64F).var() for g in grey])),
+      "brightness": float(means.mean()),
+      "black": float((means < _DARK).mean()),
+      "frozen": float((np.array(steps) < _SAME).mean()) if steps else None,
+      "letterbox": float(share),
+      "content": f"{x},{y},{min(w, row['width'] - x)},{min(h, row['height'] - y)}" if 0 < share < 1 else None,
+    }
+
+
+def _content(brightest: np.ndarray) -> tuple[int, int, int, int]:
+  """(x, y, width, height) of a picture [H, W] without the rows and columns at its border that are black; all if it is."""
+  rows, columns = (np.flatnonzero(np.percentile(brightest, 99, axis=axis) >= _DARK + 8) for axis in (1, 0))
+  if not len(rows) or not len(columns):
+    return 0, 0, brightest.shape[1], brightest.shape[0]
+  return int(columns[0]), int(rows[0]), int(columns[-1] - columns[0] + 1), int(rows[-1] - rows[0] + 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Camera:
+  """`cmotion`: what the camera does, by the rule of Open-Sora 1.2 (`tools/caption/camera_motion`): how far the middles of the
+  four edges move from the first frame to the last; a move counts above `threshold` times the shorter side. Edges that move the
+  same way are a pan or a tilt, those that move apart or together a zoom. The original tracks a grid of points with CoTracker2;
+  we chain similarity transforms (corners, Lucas-Kanade, RANSAC), which a moving subject disturbs less.
+
+  static, pan_left, pan_right, tilt_up, tilt_down, zoom_in, zoom_out, several joined with "+", or undetermined where nothing can
+  be followed. `camera_x`, `camera_y` (shares of the shorter side, how the picture moves) and `camera_zoom` are the numbers.
+  """
+
+  columns: ClassVar[dict[str, Any]] = {
+    "cmotion": pl.String, "camera_x": pl.Float64, "camera_y": pl.Float64, "camera_zoom": pl.Float64,
+  }  # fmt: skip
+  side: ClassVar[int] = 240
+
+  threshold: float = 0.25
+  seconds: float = 0.2
+  most: int = 64
+
+  def frames(self, num_frames: int, fps: float) -> np.ndarray:
+    if num_frames < 2:
+      return np.zeros(0, np.int64)
+    count = min(self.most, max(2, round(num_frames / fps / self.seconds) + 1), num_frames)
+    return np.unique(np.linspace(0, num_frames - 1, count).astype(np.int64))
+
+  def __call__(self, images: np.ndarray, row: dict) -> dict[str, Any]:
+    grey = [cv2.cvtColor(image, cv2.COLOR_RGB2GRAY) for image in images]
+    height, width = grey[0].shape
+    total = np.eye(3)
+    for a, b in itertools.pairwise(grey):
+      step = _similarity(a, b)
+      if step is None:
+        return {"cmotion": "undetermined"}
+      total = step @ total
+    middles = np.array([(width / 2, 0, 1), (width / 2, height, 1), (0, height / 2, 1), (width, height / 2, 1)])
+    moved = (middles @ total.T)[:, :2] - middles[:, :2]  # of top, bottom, left, right
+    centre = (np.array([width / 2, height / 2, 1]) @ total.T)[:2] - (width / 2, height / 2)
+    short = min(height, width)
+    return {
+      "cmotion": camera_class(moved, self.threshold * short),
+      "camera_x": float(centre[0] / short),
+      "camera_y": float(centre[1] / short),
+      "camera_zoom": float(np.sqrt(abs(np.linalg.det(total[:2, :2])))),
+    }
+
+
+def camera_class(moved: np.ndarray, threshold: float) -> str:
+  """Label from the moves [4, 2] = (x, y) in pixels of the middles of the top, bottom, left and right edge."""
+  top, bottom, left, right = (np.where(np.abs(m) > threshold, np.sign(m), 0) for m in moved)
+  labels = []
+  if (top[0] == bottom[0] != 0) or (left[0] == right[0] != 0):
+    labels.append("pan_right" if (top[0] or left[0]) < 0 else "pan_left")  # the picture goes left: the camera goes right
+  if (top[1] == bottom[1] != 0) or (left[1] == right[1] != 0):
+    labels.append("tilt_up" if (top[1] or left[1]) > 0 else "tilt_down")
+  apart = (top[1] < 0 < bottom[1]) or (left[0] < 0 < right[0])
+  together = (top[1] > 0 > bottom[1]) or (left[0] > 0 > right[0])
+  if apart != together:
+    labels.append("zoom_in" if apart else "zoom_out")
+  if labels:
+    return "+".join(labels)
+  return "static" if not np.any([top, bottom, left, right]) else "undetermined"
+
+
+def _similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray | None:
+  """The similarity transform [3, 3] that most corners of grey picture `a` follow into `b`; None if too few do."""
+  if np.abs(a.astype(np.int16) - b).mean() < _SAME:
+    return np.eye(3)
+  corners = cv2.goodFeaturesToTrack(a, 200, 0.01, 8)
+  if corners is None or len(corners) < 8:
+    return None
+  found, status, _ = cv2.calcOpticalFlowPyrLK(a, b, corners, None, winSize=(21, 21), maxLevel=3)
+  kept = status.ravel() == 1
+  if kept.sum() < 8:
+    return None
+  cv2.setRNGSeed(0)  # RANSAC draws: the same clip gets the same label
+  matrix, _ = cv2.estimateAffinePartial2D(corners[kept], found[kept], method=cv2.RANSAC, ransacReprojThreshold=1.5)
+  if matrix is None or not 0.7 < np.sqrt(abs(np.linalg.det(matrix[:, :2]))) < 1.4:  # no camera zooms so fast: a cut, or noise
+    return None
+  return np.vstack([matrix, (0, 0, 1)])
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+  """`text_area`: share of the picture that is text, `ocr`: number of text boxes, the largest over the frames.
+
+  Open-Sora counts what its detector finds on frame 10; detectors alone take grass and leaves for text (.5 to .98 of such
+  pictures of Big Buck Bunny), so a box counts only if it can be read: `confidence` and at least `letters` characters.
+
+  at: places of the frames in the clip, 0 to 1.
+  """
+
+  columns: ClassVar[dict[str, Any]] = {"text_area": pl.Float64, "ocr": pl.Int64}
+  side: ClassVar[int] = 720
+
+  at: tuple[float, ...] = (0.5,)
+  confidence: float = 0.7
+  letters: int = 2
+
+  def frames(self, num_frames: int, fps: float) -> np.ndarray:
+    return np.unique([min(num_frames - 1, int(place * num_frames)) for place in self.at])
+
+  def __call__(self, images: np.ndarray, row: dict) -> dict[str, Any]:
+    found = [self._boxes(image) for image in images]
+    return {"text_area": max(area for area, _ in found), "ocr": max(count for _, count in found)}
+
+  def _boxes(self, image: np.ndarray) -> tuple[float, int]:
+    # All three flags every time: they stick between calls.
+    result = _reader()(cv2.cvtColor(image, cv2.COLOR_RGB2BGR), use_det=True, use_cls=False, use_rec=True)
+    if getattr(result, "boxes", None) is None or result.txts is None:
+      return 0.0, 0
+    mask, count = np.zeros(image.shape[:2], np.uint8), 0
+    for box, text, score in zip(result.boxes, result.txts, result.scores):
+      if score > self.confidence and len(text.strip()) >= self.letters:
+        cv2.fillPoly(mask, [np.asarray(box).round().astype(np.int32)], 1)
+        count += 1
+    return float(mask.mean()), count
+
+
+@functools.cache
+def _reader() -> Any:
+  try:
+    from rapidocr import RapidOCR
+  except ImportError:
+    raise ValueError("the scorer text needs `pip install -c constraints.txt -r requirements-prepare.txt`") from None
+  return RapidOCR(params={
+    "Global.log_level": "critical", "EngineConfig.onnxruntime.intra_op_num_threads": 1,
+    "EngineConfig.onnxruntime.inter_op_num_threads": 1,
+  })  # fmt: skip

@@ -1,0 +1,229 @@
+"""The report: one HTML file without any address in it, for a look at a table before and after filtering.
+
+Counts per step, histograms, what thresholds would remove, contact sheets of the best, worst and random clips of each score, and
+the buckets of a training config.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import dataclasses
+import math
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import polars as pl
+
+from data import paths, video
+from data.prepare import caption, check
+from data.prepare import config as configs
+from data.prepare.cut import small_size
+from data.prepare.engine import Context, Step, scan, with_failures
+from data.prepare.selection import draw
+from data.prepare.workers import DEFAULT_LIMITS, Failure, Pool
+
+_BINS = 40
+# Column -> (title, whether high values are the good ones, or None if there is no better).
+MEASURES = {
+  "duration": ("duration, seconds", None), "num_frames": ("frames", None), "fps": ("frames per second", None),
+  "height": ("height, pixels", None), "width": ("width, pixels", None), "aspect_ratio": ("aspect ratio, height / width", None),
+  "flow": ("motion (optical flow)", True), "sharpness": ("sharpness", True), "brightness": ("brightness", True),
+  "black": ("share of black frames", False), "frozen": ("share of frozen frames", False),
+  "letterbox": ("share of black bars", False), "text_area": ("share of text", False),
+  "ocr": ("text boxes", False), "aes": ("aesthetic score", True),
+  "match": ("text-video matching", True), "camera_zoom": ("camera zoom", None), "words": ("words of a caption", None),
+  "text_len": ("tokens of a caption", None),
+}  # fmt: skip
+_THRESHOLDS = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9)  # shares of the rows that a threshold would remove
+_SHOWN = 6  # clips of a contact sheet
+_STRIP = 3  # frames of a clip in it
+_SIDE = 90  # pixels
+
+
+@dataclasses.dataclass(frozen=True)
+class Report(Step):
+  """Writes report.html.
+
+  file: its name, in the run's folder unless it is a path. training: a training config whose buckets are shown.
+  sheets: contact sheets of scores (clips are read again).
+  """
+
+  title: ClassVar[str] = "report"
+  needs: ClassVar[tuple[str, ...]] = ("path",)
+
+  file: str = "report.html"
+  training: str = ""
+  sheets: bool = True
+
+  def check(self) -> None:
+    if self.training and not os.path.isfile(self.training):
+      raise ValueError(f"training = {self.training!r}: no such file")
+
+  def write(self, tables: list[str], context: Context) -> tuple[str, list[str]]:
+    target = paths.join(os.path.dirname(context.folder) if context.folder else "", self.file)
+    page = build(tables, history=context.history, training=self.training, pool=context.pool if self.sheets else None)
+    paths.write_text(target, page)
+    return target, [target]
+
+
+def build(tables: list[str], *, history: tuple = (), training: str = "", pool: Pool | None = None) -> str:
+  """The page. history: (step, rows in, rows, failed, seconds) of each step; pool: who reads clips, None for no sheets."""
+  import jinja2
+
+  table = with_failures(pl.concat([scan(path) for path in tables], how="diagonal_relaxed"))
+  schema = table.collect_schema()
+  fine = table.filter(pl.col("error").is_null())
+  counts = (
+    table.select(rows=pl.len(), failed=pl.col("error").is_not_null().sum()).collect(engine="streaming").row(0, named=True)
+  )
+  measures = [m for name in MEASURES if name in schema and (m := measure(fine, name))]
+  sheets = [_sheet(fine, m, pool) for m in measures if m["better"] is not None] if pool else []
+  environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+  environment.filters |= {"number": number, "seconds": lambda s: f"{s:,.0f} s"}
+  return environment.from_string(Path(__file__).with_name("report.html").read_text()).render(
+    title=_title(tables[0]), counts=counts, history=history, measures=measures,
+    failures=_failures(table), classes=_classes(fine, schema), sheets=[s for s in sheets if s["rows"]],
+    hours=_hours(fine, schema), buckets=_buckets(tables, training) if training else [], training=training,
+  )  # fmt: skip
+
+
+def _title(table: str) -> str:
+  """What the page is called: a table, or the folder of the run whose step has the shards."""
+  folder, name = os.path.split(paths.absolute(table))
+  return os.path.basename(os.path.dirname(folder)) if name.startswith("part-") else name
+
+
+def number(value: float | int | None) -> str:
+  """Three significant digits, thousands marked."""
+  if value is None or (isinstance(value, float) and not math.isfinite(value)):
+    return "-"
+  return f"{value:,.0f}" if value == int(value) or abs(value) >= 1000 else f"{value:.3g}"
+
+
+def measure(table: pl.LazyFrame, name: str) -> dict[str, Any] | None:
+  """Histogram and thresholds of a column: bins between its 0.1 and 99.9 percentiles, what lies outside in the outer ones."""
+  column = pl.col(name).cast(pl.Float64)
+  column = pl.when(column.is_finite()).then(column)
+  ranks = (0.001, *_THRESHOLDS, 0.999)
+  facts = table.select(
+    count=column.count(), missing=column.is_null().sum(), mean=column.mean(), least=column.min(), most=column.max(),
+    **{f"q{q}": column.quantile(q) for q in sorted({*ranks, *(round(1 - q, 3) for q in _THRESHOLDS)})},
+  ).collect(engine="streaming").row(0, named=True)  # fmt: skip
+  if not facts["count"]:
+    return None
+  low, high = facts["q0.001"], facts["q0.999"]
+  high = high if high > low else low + 1.0
+  place = ((column - low) / (high - low) * _BINS).floor().clip(0, _BINS - 1).cast(pl.Int64)
+  found = dict(table.select(b=place).drop_nulls().group_by("b").len().collect(engine="streaming").iter_rows())
+  heights = [found.get(i, 0) for i in range(_BINS)]
+  title, better = MEASURES[name]
+  side = better is not False  # thresholds cut off low values, or, where these are the good ones, high ones
+  cuts = [{"share": q, "value": facts[f"q{q if side else round(1 - q, 3)}"]} for q in _THRESHOLDS]
+  return {
+    "name": name, "title": title, "better": better, "count": facts["count"], "missing": facts["missing"], "mean": facts["mean"],
+    "least": facts["least"], "most": facts["most"], "low": low, "high": high, "sign": ">=" if side else "<=", "cuts": cuts,
+    "bars": [{"x": i, "h": 100 * h / max(heights), "count": h, "from": low + (high - low) * i / _BINS}
+             for i, h in enumerate(heights)],
+  }  # fmt: skip
+
+
+def _failures(table: pl.LazyFrame) -> list[dict[str, Any]]:
+  """Reasons with numbers and an example, the most frequent first."""
+  reason = pl.col("error").str.replace_all(r"\d+", "N").str.slice(0, 80)
+  failed = table.filter(pl.col("error").is_not_null()).group_by(reason.alias("reason"))
+  found = failed.agg(pl.len().alias("count"), pl.col("path").first(), pl.col("retry").any()).sort(
+    "count", "reason", descending=True
+  )
+  return found.head(30).collect().to_dicts()
+
+
+def _classes(table: pl.LazyFrame, schema: pl.Schema) -> list[tuple[str, list[dict]]]:
+  """(title, values with counts) of columns of words."""
+  titles = {"cmotion": "camera motion", "codec": "codec", "split": "split"}
+  found = []
+  for name, title in titles.items():
+    if name in schema:
+      counted = table.group_by(pl.col(name).cast(pl.String).fill_null("-").alias("value")).len()
+      ordered = counted.sort("len", "value", descending=[True, False]).head(20)
+      found.append((title, ordered.collect(engine="streaming").to_dicts()))
+  return found
+
+
+def _hours(table: pl.LazyFrame, schema: pl.Schema) -> float | None:
+  if "duration" not in schema:
+    return None
+  return table.select(pl.col("duration").cast(pl.Float64).sum() / 3600).collect(engine="streaming").item()
+
+
+def _sheet(table: pl.LazyFrame, found: dict[str, Any], pool: Pool) -> dict[str, Any]:
+  """Best, worst and random clips of a score, each with a strip of frames."""
+  name = found["name"]
+  columns = [c for c in ("path", "text", "num_frames", "height", "width", "start", "id", "bytes")
+             if c in table.collect_schema()]  # fmt: skip
+  scored = table.filter(pl.col(name).is_not_null() & (pl.col("num_frames") > 1)).select(pl.col(name).alias("score"), *columns)
+  picks = [
+    ("best", scored.top_k(_SHOWN, by="score", reverse=not found["better"])),
+    ("worst", scored.top_k(_SHOWN, by="score", reverse=found["better"])),
+    ("random", scored.with_columns(_d=draw(scored, 0)).top_k(_SHOWN, by="_d").drop("_d")),
+  ]
+  rows = []
+  for kind, pick in picks:
+    clips = pick.collect(engine="streaming").to_dicts()
+    strips = pool.map(strip, clips, sizes=[c.get("bytes") for c in clips])
+    made = [{**clip, "image": None if isinstance(s, Failure) else s} for clip, s in zip(clips, strips)]
+    if made:
+      rows.append({"kind": kind, "clips": made})
+  return {"title": found["title"], "rows": rows}
+
+
+def strip(row: dict[str, Any], report: Callable) -> str:
+  """In a worker: frames of a clip side by side as a data address."""
+  frames = row["num_frames"]
+  numbers = sorted({int((i + 0.5) * frames / _STRIP) for i in range(_STRIP)})
+  size = small_size(row["height"], row["width"], _SIDE)
+  images = video.read_frames(row["path"], np.array(numbers) + (row.get("start") or 0), size=size)
+  return "data:image/jpeg;base64," + base64.b64encode(caption.as_jpeg(np.concatenate(list(images), 1))).decode()
+
+
+def _buckets(tables: list[str], training: str) -> list[dict[str, Any]]:
+  """[{stage, report or reason}] of a training config on the table."""
+  found = []
+  with tempfile.TemporaryDirectory() as folder:
+    joined = os.path.join(folder, "table.parquet")
+    table = with_failures(pl.concat([scan(path) for path in tables], how="diagonal_relaxed")).filter(pl.col("error").is_null())
+    needed = [c for c in ("path", "text", "num_frames", "height", "width", "fps", "start", "end", "crop")
+              if c in table.collect_schema()]  # fmt: skip
+    table.select(needed).sink_parquet(joined)
+    for name, settings in check.stages(configs.load(training), joined).items():
+      try:
+        found.append({"stage": name, "report": check.preview(settings, folder), "reason": ""})
+      except ValueError as error:
+        found.append({"stage": name, "report": None, "reason": str(error)})
+  return found
+
+
+def main(arguments: list[str]) -> int:
+  """The command; returns its exit code."""
+  parser = configs.OneLineParser(
+    prog="python -m data.prepare report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("input", help="a table, or a folder of parquet shards")
+  parser.add_argument("-o", "--output", default="report.html")
+  parser.add_argument("--config", default="", help="training config whose buckets are shown")
+  parser.add_argument("--no-sheets", action="store_true", help="read no clip")
+  parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+  options = parser.parse_args(arguments)
+  tables = [options.input]
+  if paths.is_folder(options.input):
+    tables = [paths.join(options.input, n) for n in paths.names(options.input) if n.endswith(".parquet")]
+  if not tables or not all(paths.exists(t) for t in tables):
+    raise ValueError(f"{options.input} is no table and no folder of parquet shards")
+  with Pool(options.workers, DEFAULT_LIMITS) as pool:
+    paths.write_text(options.output, build(tables, training=options.config, pool=None if options.no_sheets else pool))
+  print(options.output)
+  return 0

@@ -1,0 +1,96 @@
+"""Scene detection and cutting, on small videos made here."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from data import video
+from data.prepare import cut, scenes
+from tests.data.prepare.videos import number_of, two_scenes, write_video
+
+
+def cut_clip(path, start, end, output, *, picture=None, short_side=256, max_fps=30.0, trim_dark=True):
+  """One clip; raises what `cut_clips` returns."""
+  clip = cut.Clip(start, end, str(output), picture and str(picture))
+  (info,) = cut.cut_clips(path, [clip], short_side=short_side, max_fps=max_fps, trim_dark=trim_dark)
+  if isinstance(info, video.BadVideo):
+    raise info
+  return info
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+  return write_video(tmp_path_factory.mktemp("clips") / "a.mp4", two_scenes())
+
+
+def test_finds_the_cut(clip):
+  assert scenes.detect_scenes(clip) == [(0, 40), (40, 90)]
+
+
+def test_one_scene_without_a_cut(tmp_path):
+  assert scenes.detect_scenes(write_video(tmp_path / "a.mp4", two_scenes()[:30])) == [(0, 30)]
+
+
+@pytest.mark.parametrize(("start", "end"), [(0, 40), (40, 90), (33, 34), (7, 66)])
+def test_cut_is_frame_exact(clip, tmp_path, start, end):
+  info = cut_clip(clip, start, end, tmp_path / "c.mp4", picture=tmp_path / "c.png")
+  assert info == video.VideoInfo(end - start, 72, 128, 24.0) == video.probe(tmp_path / "c.mp4")
+  frames = video.read_frames(tmp_path / "c.mp4")
+  assert [number_of(f) for f in frames] == list(range(start, end))
+  image = video.read_frames(tmp_path / "c.png")[0]
+  assert number_of(image) == start + (end - start) // 2
+  original = video.read_frames(clip, [start])[0]
+  assert np.abs(original.astype(int) - frames[0]).mean() < 4
+  assert [p.name for p in tmp_path.iterdir() if p.suffix == ".tmp"] == []
+
+
+def test_variable_and_high_rates(tmp_path):
+  steps = [1, 1, 3, 1, 2] * 8
+  slow = write_video(tmp_path / "a.mp4", two_scenes()[:40], fps=24, pts=list(itertools.accumulate(steps, initial=0))[:40])
+  info = cut_clip(slow, 10, 30, tmp_path / "b.mp4")
+  numbers = [number_of(f) for f in video.read_frames(tmp_path / "b.mp4")]
+  assert numbers[0] == 10
+  assert set(numbers) <= set(range(10, 30))
+  assert numbers == sorted(numbers)
+  assert info.num_frames == pytest.approx(sum(steps[10:30]) / 24 * info.fps, abs=1)
+
+  fast = write_video(tmp_path / "c.mp4", two_scenes()[:60], fps=60)
+  assert cut_clip(fast, 20, 60, tmp_path / "d.mp4").fps == 30
+  assert [number_of(f) for f in video.read_frames(tmp_path / "d.mp4")] == list(range(20, 60, 2))
+
+
+def test_small_sizes_and_rotation(tmp_path):
+  assert cut.small_size(720, 1280, 256) == (256, 456)
+  assert cut.small_size(1280, 719, 256) == (456, 256)
+  assert cut.small_size(71, 91, 256) == (72, 92)
+  turned = write_video(tmp_path / "a.mp4", two_scenes()[:30], turned=True)
+  assert (video.probe(turned).height, video.probe(turned).width) == (128, 72)
+  info = cut_clip(turned, 5, 20, tmp_path / "b.mp4", short_side=36)
+  assert (info.num_frames, info.height, info.width) == (15, 64, 36)
+  wanted = video.read_frames(turned, [5], size=(64, 36))[0]
+  got = video.read_frames(tmp_path / "b.mp4", [0])[0]
+  assert np.abs(wanted.astype(int) - got).mean() < 6
+
+
+def test_black_ends_are_left_out(tmp_path):
+  black = np.zeros((72, 128, 3), np.uint8)
+  images = two_scenes()[:30]
+  images[:4], images[12], images[25:] = [black] * 4, black, [black] * 5
+  path = write_video(tmp_path / "a.mp4", images)
+  assert cut_clip(path, 0, 30, tmp_path / "b.mp4").num_frames == 21
+  assert number_of(video.read_frames(tmp_path / "b.mp4", [0])[0]) == 4
+  assert cut_clip(path, 0, 30, tmp_path / "b.mp4", trim_dark=False).num_frames == 30
+  with pytest.raises(video.BadVideo, match="all black"):
+    cut_clip(path, 26, 30, tmp_path / "c.mp4")
+  assert not (tmp_path / "c.mp4").exists()
+  with pytest.raises(video.BadVideo, match="has 30 frames"):
+    cut_clip(path, 20, 40, tmp_path / "c.mp4")
+
+
+def test_crop_boxes():
+  assert cut.crop_boxes(256, 456) == [(100, 0, 256, 256), (156, 0, 144, 256)]
+  assert cut.crop_boxes(256, 456, 0.0) == [(0, 0, 256, 256), (0, 0, 144, 256)]
+  assert cut.crop_boxes(256, 456, 1.0) == [(200, 0, 256, 256), (312, 0, 144, 256)]
+  assert cut.crop_boxes(456, 256, 1.0) == [(0, 200, 256, 256), (0, 312, 256, 144)]
+  assert cut.crop_boxes(256, 256) == [(56, 0, 144, 256)]

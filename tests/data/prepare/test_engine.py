@@ -1,0 +1,310 @@
+"""The engine: shards, keys, resumption after real kills, a full disk, vanished files; several machines."""
+
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import polars as pl
+import pytest
+
+from data import paths
+from data.prepare import __main__ as main
+from data.prepare import config as configs
+from data.prepare import engine, workers
+from data.video import BadVideo
+from tests.data.prepare.videos import two_scenes, write_video
+
+CONFIG = """
+def get_config():
+  return dict(
+    output={output!r}, steps=("collect", "probe", "duplicates", "scenes", "cut"), workers=2, patience=60.0,
+    collect=dict(sources=({sources!r},), rows_per_shard=2), scenes=dict(min_seconds=1.0), cut=dict(short_side=36),
+    duplicates=dict(pictures=False),
+  )
+"""
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+  """Five videos of two scenes each."""
+  folder = tmp_path_factory.mktemp("videos")
+  for i in range(5):
+    write_video(folder / f"{i}.mp4", two_scenes(30 + i, 40))
+  return folder
+
+
+def config_file(tmp_path, sources, name="out"):
+  path = tmp_path / f"{name}.py"
+  path.write_text(CONFIG.format(output=str(tmp_path / name), sources=str(sources)))
+  return str(path)
+
+
+def table(folder, step="cut"):
+  """The step's table without what names the run's folder."""
+  frame = pl.concat([pl.read_parquet(p) for p in sorted((folder / step).glob("part-*.parquet"))])
+  return frame.with_columns(pl.col("path").str.split("/").list.last())
+
+
+@pytest.fixture(scope="module")
+def undisturbed(videos, tmp_path_factory):
+  folder = tmp_path_factory.mktemp("undisturbed")
+  assert main.main(["run", "--config", config_file(folder, videos)]) == 0
+  return folder / "out"
+
+
+def times(folder):
+  return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+
+
+def test_runs_and_then_has_nothing_to_do(videos, undisturbed, capsys):
+  rows = table(undisturbed)
+  assert rows.height == 10
+  assert rows["error"].null_count() == 10
+  assert sorted(rows["num_frames"]) == [30, 31, 32, 33, 34, *[40] * 5]
+  assert rows["id"].n_unique() == 10
+  before = times(undisturbed)
+  command = ["--config", config_file(undisturbed.parent, videos)]
+  assert main.main(["run", *command]) == 0
+  assert times(undisturbed) == before
+  assert main.main(["status", *command]) == 0
+  assert re.search(r"cut +3/3 +10 +0 +0", capsys.readouterr().out)
+
+
+def test_changed_settings_make_the_step_and_what_follows_again(videos, tmp_path, capsys):
+  command = ["run", "--config", config_file(tmp_path, videos)]
+  assert main.main([*command, "--until", "scenes"]) == 0
+  before = times(tmp_path / "out")
+  assert main.main([*command, "--config.scenes.min_seconds=1.5"]) == 0
+  changed = {name for name, when in times(tmp_path / "out").items() if before.get(name) != when}
+  assert {name.split("/")[0] for name in changed} == {"scenes", "cut"}
+  assert "scenes: 3 shards are made again (min_seconds: 1.0 -> 1.5)" in capsys.readouterr().out
+  assert table(tmp_path / "out")["num_frames"].to_list() == [40] * 5
+
+
+def test_new_files_make_new_shards(videos, tmp_path):
+  folder = tmp_path / "videos"
+  folder.mkdir()
+  for i in (1, 2, 3):
+    os.link(videos / f"{i}.mp4", folder / f"{i}.mp4")
+  command = ["run", "--config", config_file(tmp_path, folder)]
+  assert main.main(command) == 0
+  before = times(tmp_path / "out")
+  os.link(videos / "0.mp4", folder / "0.mp4")
+  assert main.main(command) == 0
+  after = times(tmp_path / "out")
+  assert all(
+    after[name] == when for name, when in before.items() if name.split("/")[0] in ("collect", "probe", "scenes", "cut")
+  )
+  assert sorted(table(tmp_path / "out")["num_frames"]) == [30, 31, 32, 33, *[40] * 4]
+
+
+def test_two_machines_give_what_one_gives(videos, tmp_path, undisturbed):
+  config = config_file(tmp_path, videos)
+  command = [sys.executable, "-m", "data.prepare", "run", "--config", config, "--workers", "1"]
+  other = subprocess.Popen([*command, "--shard", "1/2"], stdout=subprocess.PIPE, text=True)
+  assert main.main([*command[3:], "--shard", "0/2"]) == 0
+  assert other.wait(60) == 0
+  assert table(tmp_path / "out").equals(table(undisturbed))
+
+
+def test_ray_gives_what_one_machine_gives(videos, tmp_path, undisturbed):
+  """Two nodes of a real Ray cluster on this machine."""
+  cluster_utils = pytest.importorskip("ray.cluster_utils")
+  import ray
+
+  cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+  try:
+    cluster.add_node(num_cpus=1)
+    command = ["run", "--config", config_file(tmp_path, videos), "--workers", "1", "--ray", cluster.address]
+    assert main.main(command) == 0
+    assert len([n for n in ray.nodes() if n["Alive"]]) == 2
+  finally:
+    ray.shutdown()
+    cluster.shutdown()
+  assert table(tmp_path / "out").equals(table(undisturbed))
+
+
+@pytest.mark.parametrize(
+  ("moment", "how"),
+  [(0.8, signal.SIGKILL), (1.6, signal.SIGKILL), (2.4, signal.SIGKILL), (2.0, signal.SIGINT), (2.0, signal.SIGTERM)],
+)
+def test_killed_at_any_time(videos, tmp_path, undisturbed, moment, how):
+  """Its workers end with the run, and a second run finishes."""
+  command = [sys.executable, "-m", "data.prepare", "run", "--config", config_file(tmp_path, videos)]
+  run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+  time.sleep(moment)
+  os.kill(run.pid, how)
+  assert "Traceback" not in run.communicate()[1]
+  deadline = time.monotonic() + 10
+  while time.monotonic() < deadline and _group(run.pid):
+    time.sleep(0.05)
+  assert not _group(run.pid)
+  assert main.main(command[3:]) == 0
+  assert table(tmp_path / "out").equals(table(undisturbed))
+
+
+def _group(leader):
+  """Living processes of a process group."""
+  found = []
+  for name in os.listdir("/proc"):
+    if name.isdecimal():
+      try:
+        with open(f"/proc/{name}/stat") as f:
+          fields = f.read().rpartition(")")[2].split()
+      except OSError:
+        continue
+      if int(fields[2]) == leader and fields[0] not in "ZX":
+        found.append(int(name))
+  return found
+
+
+def test_full_disk_ends_the_run_and_the_next_one_finishes(videos, tmp_path, undisturbed):
+  """A limit on the size of written files stands for the full disk: the kernel refuses the write in the same way."""
+  command = [sys.executable, "-m", "data.prepare", "run", "--config", config_file(tmp_path, videos)]
+  limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))  # noqa: E731
+  run = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True)
+  assert run.returncode == 2
+  assert run.stderr.startswith("error: ")
+  assert "File too large" in run.stderr
+  assert not list((tmp_path / "out").rglob("*.tmp*"))
+  assert main.main(command[3:]) == 0
+  assert table(tmp_path / "out").equals(table(undisturbed))
+
+
+def test_a_vanished_file_is_tried_again(videos, tmp_path, undisturbed, capsys):
+  folder = tmp_path / "videos"
+  folder.mkdir()
+  for i in range(5):
+    os.link(videos / f"{i}.mp4", folder / f"{i}.mp4")
+  command = ["run", "--config", config_file(tmp_path, folder)]
+  assert main.main([*command, "--until", "collect"]) == 0
+  os.rename(folder / "3.mp4", tmp_path / "away")
+  assert main.main(command) == 0
+  assert "1 failed, 1 of them are tried again by the next run" in capsys.readouterr().out
+  failed = table(tmp_path / "out").filter(pl.col("error").is_not_null())
+  assert failed["path"].to_list() == ["3.mp4"]
+  assert "No such file" in failed["error"][0]
+  os.rename(tmp_path / "away", folder / "3.mp4")
+  assert main.main(command) == 0
+  assert table(tmp_path / "out").drop("video").equals(table(undisturbed).drop("video"))
+
+
+def test_damaged_shard_is_made_again(videos, tmp_path, undisturbed):
+  command = ["run", "--config", config_file(tmp_path, videos)]
+  assert main.main(command) == 0
+  part = tmp_path / "out" / "scenes" / "part-00001.parquet"
+  part.write_bytes(part.read_bytes()[:200])
+  assert main.main(command) == 0
+  assert table(tmp_path / "out").equals(table(undisturbed))
+
+
+# --------------------------------------------------------------------------------------------------------------- workers
+
+
+def behave(item, report):
+  """In a worker: what an item asks for."""
+  kind, value = item
+  if kind == "bad":
+    raise BadVideo("bad\nfile")
+  if kind == "passing":
+    raise workers.Passing("no answer")
+  if kind == "sleep":
+    time.sleep(value)
+  if kind == "memory":
+    return len(bytes(value))
+  if kind == "signal":
+    os.kill(os.getpid(), value)
+  if kind == "once":  # dies the first time
+    try:
+      os.close(os.open(value, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+      return "second"
+    os.kill(os.getpid(), signal.SIGKILL)
+  if kind == "odd":
+    raise RuntimeError("what is this")
+  return value
+
+
+def test_workers_survive_everything(tmp_path):
+  items = [("ok", 1), ("bad", 0), ("passing", 0), ("sleep", 60), ("memory", 1 << 30), ("signal", signal.SIGSEGV),
+           ("signal", signal.SIGKILL), ("once", str(tmp_path / "mark")), ("odd", 0), ("ok", 2)]  # fmt: skip
+  seen = []
+  with workers.Pool(2, workers.Limits(seconds=2.0, memory_gb=0.5)) as pool:
+    results = pool.map(behave, items, progress=seen.append)
+  reasons = [r.reason if isinstance(r, workers.Failure) else r for r in results]
+  assert reasons[0] == 1 and reasons[7] == "second" and reasons[9] == 2  # noqa: PT018
+  assert reasons[1] == "bad file"
+  assert reasons[3].startswith("took longer than")
+  assert reasons[4].startswith("needs more memory")
+  assert reasons[5].startswith("the decoder died of it (SIGSEGV)")
+  assert reasons[6].startswith("killed")
+  assert reasons[8] == "RuntimeError: what is this"
+  assert [r.retry for r in results if isinstance(r, workers.Failure)] == [False, True, False, False, False, True, False]
+  assert seen[-1] == len(items)
+
+
+# --------------------------------------------------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+  ("argument", "message"),
+  [
+    ("--config.scenes.min_second=1", "scenes: there is no setting 'min_second', did you mean 'min_seconds'?"),
+    ("--config.scenes.min_seconds=long", "scenes.min_seconds = 'long' is no float"),
+    ("--config.scenes.detector=best", "scenes: detector = 'best' is none of adaptive, content, none"),
+    ("--config.steps=('collect','scene')", "there is no step 'scene', did you mean 'scenes'?"),
+    ("--config.steps=('probe',)", "steps has to begin with collect"),
+    ("--config.collect.sources=('/nowhere',)", "'/nowhere' is no folder, pattern or table"),
+    ("--config.limits={'second':1}", "limits has an unknown key; it has: seconds"),
+    ("--config.ouput=x", "there is no key 'ouput', did you mean 'output'?"),
+    ("--shard=2/2", "--shard 2/2: give I/N"),
+    ("stray", "unexpected argument 'stray'"),
+  ],
+)
+def test_mistakes_are_one_line(videos, tmp_path, capsys, argument, message):
+  assert main.main(["run", "--config", config_file(tmp_path, videos), argument]) == 2
+  error = capsys.readouterr().err
+  assert message in error
+  assert error.startswith("error: ")
+  assert error.count("\n") == 1
+
+
+def test_one_step_alone(videos, tmp_path, undisturbed, capsys):
+  source, target = undisturbed / "duplicates", tmp_path / "scenes"
+  assert main.main(["scenes", str(source), "-o", str(target), "--min_seconds=1.0", "--workers", "1"]) == 0
+  assert "scenes: 10 rows of 5" in capsys.readouterr().out
+  made = pl.concat([pl.read_parquet(p) for p in sorted(target.glob("*.parquet"))])
+  assert made.equals(pl.concat([pl.read_parquet(p) for p in sorted((undisturbed / "scenes").glob("*.parquet"))]))
+  (tmp_path / "mine.parquet").write_bytes((videos / "0.mp4").read_bytes())
+  pl.DataFrame({"a": [1]}).write_parquet(tmp_path / "mine.parquet")
+  assert main.main(["scenes", str(source / "part-00000.parquet"), "-o", str(tmp_path / "mine.parquet")]) == 2
+  assert "was not written by this program" in capsys.readouterr().err
+
+
+def test_configs_are_read_by_name():
+  for title in configs.STEPS:
+    if title in ("collect", "probe", "duplicates", "scenes", "cut", "crops"):
+      assert issubclass(configs.step_class(title), engine.Step)
+
+
+def test_a_bucket_is_a_folder(videos, tmp_path, undisturbed, store):
+  """Sources, steps and clips in gs://, over a stand-in for Cloud Storage."""
+  for path in videos.iterdir():
+    with paths.whole(f"gs://clips/raw/{path.name}") as temporary:
+      shutil.copy(path, temporary)
+  file = config_file(tmp_path, "gs://clips/raw")
+  assert main.main(["run", "--config", file, "--config.output=gs://clips/run"]) == 0
+  parts = [f"gs://clips/run/cut/{name}" for name in paths.names("gs://clips/run/cut") if name.startswith("part-")]
+  tables = []
+  for part in parts:
+    with paths.local_copy(part) as copy:
+      tables.append(pl.read_parquet(copy))
+  found = pl.concat(tables)
+  columns = ["start", "num_frames", "height", "id", "bytes", "error"]
+  assert found.select(columns).equals(table(undisturbed).select(columns))
+  assert all(path.startswith("gs://clips/run/cut/clips-") and paths.exists(path) for path in found["path"])

@@ -1,0 +1,127 @@
+"""The report as a parsed page, and `check` on tables with broken files."""
+
+import csv
+import html.parser
+
+import numpy as np
+import polars as pl
+import pytest
+
+from data.prepare import __main__ as main
+from data.prepare import report
+from tests.data.prepare.videos import two_scenes, write_video
+
+TRAINING = """
+def get_config():
+  return dict(data=dict(buckets=(("144p", 8, 1.0, 2), ("144p", 1, 1.0, 1)), frame_interval=1, drop_last=False), stages=(
+    dict(name="short", steps=1), dict(name="long", steps=1, **{"data.buckets": (("144p", 30, 0.5, 2),)}),
+    dict(name="again", steps=1)))
+"""
+
+
+class Page(html.parser.HTMLParser):
+  """Texts, tags and addresses of a page."""
+
+  def __init__(self, text):
+    super().__init__()
+    self.texts, self.tags, self.addresses = [], [], []
+    self.feed(text)
+
+  def handle_starttag(self, tag, attributes):
+    self.tags.append(tag)
+    self.addresses += [v for k, v in attributes if k in ("src", "href", "action", "srcset", "data")]
+
+  def handle_data(self, data):
+    self.texts += [data.strip()] if data.strip() else []
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+  """Eight clips, one of them broken, one with a hostile caption."""
+  folder = tmp_path_factory.mktemp("report")
+  (folder / "training.py").write_text(TRAINING)
+  rows = []
+  for i in range(8):
+    images = [np.repeat(np.repeat(image, 2, 0), 2, 1) for image in two_scenes(20 if i < 4 else 40, 0, seeds=(i, i))]
+    path = write_video(folder / f"{i}.mp4", images)
+    rows.append({"path": str(path), "text": f"Clip {i}." if i else "<script>alert(1)</script> & co", "num_frames": len(images),
+                 "height": 144, "width": 256, "fps": 24.0, "duration": len(images) / 24, "flow": float(i), "sharpness": None,
+                 "text_area": i / 10, "cmotion": "static", "error": None, "retry": False})  # fmt: skip
+  content = (folder / "3.mp4").read_bytes()
+  (folder / "3.mp4").write_bytes(content[: len(content) // 2])
+  rows.append({**rows[1], "path": "/x/<b>.mp4", "error": "probe: not a video", "flow": None})
+  pl.DataFrame(rows, schema_overrides={"sharpness": pl.Float64, "error": pl.String}).write_parquet(folder / "t.parquet")
+  return folder
+
+
+def test_report_shows_what_is_there(table, tmp_path, capsys):
+  target = tmp_path / "r.html"
+  command = ["report", str(table / "t.parquet"), "-o", str(target), "--config", str(table / "training.py"), "--workers", "1"]
+  assert main.main(command) == 0
+  text = target.read_text()
+  page = Page(text)
+  assert all(address.startswith("data:image/jpeg;base64,") for address in page.addresses)
+  assert "script" not in page.tags
+  assert "http" not in text.replace("http-equiv", "")
+  assert "9 rows, 1 of them failed; 0.00278 hours" in " ".join(page.texts)
+  assert "<script>alert(1)</script> & co" in page.texts
+  for wanted in ("motion (optical flow)", "share of text", "short", "long", "144p x 8", "144p x 30", "probe: not a video"):
+    assert wanted in page.texts
+  assert "again" not in page.texts  # the same data as "short"
+  assert "sharpness" not in page.texts  # has no value
+  # Best, worst and random of the two scores that are there; the broken clip is named, not shown.
+  assert page.texts.count("best") == page.texts.count("worst") == page.texts.count("random") == 2
+  assert "can't be read" in page.texts
+  motion = text[text.index("motion (optical flow)</h3>", text.index("Contact sheets")) :]
+  assert motion.index("7.mp4") < motion.index("6.mp4") < motion.index("worst")
+
+
+def test_histograms_and_thresholds():
+  values = np.random.default_rng(0).exponential(2.0, 20_000)
+  table = pl.DataFrame({"flow": [*values, None, float("nan")], "text_area": [*values / 20, None, None]}).lazy()
+  found = report.measure(table, "flow")
+  assert (found["count"], found["missing"], found["sign"]) == (20_000, 2, ">=")
+  assert sum(b["count"] for b in found["bars"]) == 20_000
+  assert max(b["h"] for b in found["bars"]) == 100
+  for cut in found["cuts"]:
+    assert (values < cut["value"]).mean() == pytest.approx(cut["share"], abs=0.002)
+  low_is_good = report.measure(table, "text_area")
+  assert low_is_good["sign"] == "<="
+  for cut in low_is_good["cuts"]:
+    assert (values / 20 > cut["value"]).mean() == pytest.approx(cut["share"], abs=0.002)
+  assert report.measure(pl.DataFrame({"flow": [None]}).lazy(), "flow") is None
+  assert len(report.measure(pl.DataFrame({"fps": [24.0] * 3}).lazy(), "fps")["bars"]) == 40
+
+
+def test_check_finds_what_the_loader_could_not_read(table, tmp_path, capsys):
+  pl.read_parquet(table / "t.parquet").filter(pl.col("error").is_null()).write_parquet(table / "fine.parquet")
+  command = ["check", str(table / "fine.parquet"), "--config", str(table / "training.py"), "--workers", "1"]
+  assert main.main([*command, "--bad", str(tmp_path / "bad.csv")]) == 1
+  printed = capsys.readouterr().out
+  assert "short: 8 clips read, 1 broken" in printed
+  assert "long: 4 clips read, 0 broken" in printed
+  assert "row 4: " in printed
+  with open(tmp_path / "bad.csv", newline="") as f:
+    (row,) = csv.DictReader(f)
+  assert row["row"] == "4"
+  assert row["path"].endswith("3.mp4")
+  assert main.main([*command, "--buckets-only"]) == 0
+  good = pl.read_parquet(table / "fine.parquet").filter(~pl.col("path").str.ends_with("3.mp4"))
+  good.write_parquet(table / "good.parquet")
+  assert main.main([*command[:1], str(table / "good.parquet"), *command[2:], "--sample", "3"]) == 0
+  assert "short: 3 clips read, 0 broken" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  ("table_name", "config", "message"),
+  [
+    ("nothing.parquet", "training.py", "does not exist"),
+    ("fine.parquet", "nothing.py", "no such file"),
+    ("fine.parquet", "t.parquet", "is no Python file"),
+  ],
+)
+def test_mistakes(table, capsys, table_name, config, message):
+  assert main.main(["check", str(table / table_name), "--config", str(table / config)]) == 2
+  error = capsys.readouterr().err
+  assert message in error
+  assert error.count("\n") == 1

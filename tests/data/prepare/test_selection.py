@@ -1,0 +1,185 @@
+"""Filter, sample, balance, split, export: against polars and Python by hand, read back by the libraries that others use."""
+
+import json
+import tarfile
+
+import numpy as np
+import polars as pl
+import pytest
+
+from data import config as data_config
+from data import loader, sources
+from data.prepare import __main__ as main
+from data.prepare import selection
+from tests.data.prepare.videos import two_scenes, write_video
+
+
+def write_shards(folder, rows=3000, shards=3):
+  """A table of random scores in shards."""
+  rng = np.random.default_rng(0)
+  folder.mkdir()
+  table = pl.DataFrame({
+    "path": [f"/v/{i // 10}.mp4" for i in range(rows)], "id": [f"{i:016x}" for i in range(rows)],
+    "source_id": [f"{i // 10:016x}" for i in range(rows)], "flow": rng.exponential(2.0, rows),
+    "aes": [None if i % 7 == 0 else 4 + i % 5 / 2 for i in range(rows)],
+    "cmotion": rng.choice(["static", "pan_left"], rows, p=[0.9, 0.1]),
+    "error": [None if i % 11 else "probe: bad" for i in range(rows)], "retry": [False] * rows,
+  })  # fmt: skip
+  for i in range(shards):
+    table[i * rows // shards : (i + 1) * rows // shards].write_parquet(folder / f"part-{i:05}.parquet")
+  return table
+
+
+def read(folder):
+  return pl.concat([pl.read_parquet(p) for p in sorted(folder.glob("*.parquet"))])
+
+
+def test_filter_says_what_each_condition_removes(tmp_path, capsys):
+  table = write_shards(tmp_path / "in")
+  where = '{"moves": "flow >= 0.5", "beautiful": "aes >= 5.0"}'
+  assert main.main(["filter", str(tmp_path / "in"), "-o", str(tmp_path / "out"), f"--where={where}"]) == 0
+  fine = [(r["error"] is None, r["flow"] >= 0.5, r["aes"] is not None and r["aes"] >= 5) for r in table.to_dicts()]
+  assert read(tmp_path / "out").equals(table.filter(pl.Series([all(f) for f in fine])))
+  printed = capsys.readouterr().out
+  for i, name in enumerate(("no error", "moves", "beautiful")):
+    alone = sum(not f[i] for f in fine)
+    only = sum(not f[i] and sum(f) == 2 for f in fine)
+    assert f"{name:>40} {alone:>12,} {only:>12,}" in printed
+  removed = sum(not all(f) for f in fine)
+  assert f"{'together':>40} {removed:>12,} of 3,000 ({removed / 30:.1f} %)" in printed
+
+
+@pytest.mark.parametrize(
+  ("where", "message"),
+  [
+    ("('flow >',)", "is no SQL expression"),
+    ("('flaw > 1',)", 'unable to find column "flaw"'),
+    ("(1,)", "is no SQL expression"),
+  ],
+)
+def test_mistakes_in_conditions(tmp_path, capsys, where, message):
+  write_shards(tmp_path / "in", 30, 1)
+  assert main.main(["filter", str(tmp_path / "in"), "-o", str(tmp_path / "out"), f"--where={where}"]) == 2
+  error = capsys.readouterr().err
+  assert message in error
+  assert error.count("\n") == 1
+
+
+def test_draws():
+  keys = pl.Series([f"{i:016x}" for i in range(20_000)])
+  values = selection.draws(keys, 1)
+  assert abs(values.mean() - 0.5) < 0.01
+  assert np.histogram(values, 10, (0, 1))[0].min() > 1800
+  assert abs(np.corrcoef(values, selection.draws(keys, 2))[0, 1]) < 0.03
+  assert np.array_equal(values[::3], selection.draws(keys[::3], 1))
+  # splitmix64 of seed 0: its first output for state 0 is 0xE220A8397B1DCDAF.
+  assert selection.draws(pl.Series(["0" * 16]), 0)[0] == (0xE220A8397B1DCDAF >> 11) * 2.0**-53
+  assert 0 <= selection.draws(pl.Series(["no digits"]), 0)[0] < 1
+
+
+def test_samples_do_not_depend_on_shards(tmp_path):
+  table = write_shards(tmp_path / "three")
+  write_shards(tmp_path / "one", shards=1)
+  for name in ("one", "three"):
+    assert main.main(["sample", str(tmp_path / name), "-o", str(tmp_path / f"{name}-out"), "--rows=100", "--seed=3"]) == 0
+  found = read(tmp_path / "one-out")
+  assert found.height == 100
+  assert found["error"].null_count() == 100
+  assert found.equals(read(tmp_path / "three-out"))
+  assert main.main(["sample", str(tmp_path / "one"), "-o", str(tmp_path / "share"), "--share=0.25"]) == 0
+  usable = table["error"].null_count()
+  assert read(tmp_path / "share").height == pytest.approx(usable / 4, rel=0.15)
+
+
+def test_balance_caps_every_group(tmp_path):
+  write_shards(tmp_path / "in")
+  assert main.main(["balance", str(tmp_path / "in"), "-o", str(tmp_path / "out"), "--by=cmotion", "--most=120"]) == 0
+  counts = dict(read(tmp_path / "out").group_by("cmotion").len().iter_rows())
+  assert counts == {"static": 120, "pan_left": 120}
+
+
+def test_clips_of_a_file_stay_together(tmp_path):
+  write_shards(tmp_path / "in")
+  shares = '{"train": 8, "validation": 1, "test": 1}'
+  assert main.main(["split", str(tmp_path / "in"), "-o", str(tmp_path / "out"), f"--shares={shares}"]) == 0
+  found = read(tmp_path / "out")
+  assert found.group_by("source_id").agg(pl.col("split").n_unique())["split"].max() == 1
+  parts = dict(found.group_by("split").len().iter_rows())
+  assert parts["train"] == pytest.approx(2400, rel=0.08)
+  assert set(parts) == {"train", "validation", "test"}
+
+
+# ------------------------------------------------------------------------------------------------------------------ export
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+  """Six real clips with captions, in a split table."""
+  folder = tmp_path_factory.mktemp("export")
+  rows = []
+  for i in range(6):
+    path = write_video(folder / f"clip {i}.mp4", two_scenes(12 + i, 0))
+    rows.append({"path": str(path), "text": f"Clip number {i}.", "num_frames": 12 + i, "height": 72, "width": 128, "fps": 24.0,
+                 "id": f"{i:016x}", "flow": 1.5, "cmotion": "static", "split": "train" if i < 4 else "validation",
+                 "error": None if i else "probe: bad", "hash": "x"})  # fmt: skip
+  pl.DataFrame(rows).write_parquet(folder / "in.parquet")
+  return folder
+
+
+def export(clips, *more):
+  return main.main(["export", str(clips / "in.parquet"), "-o", str(clips / "export"), *more])
+
+
+def test_the_loader_reads_the_table(clips, tmp_path):
+  assert export(clips) == 0
+  table = pl.read_parquet(clips / "train.parquet")
+  assert table["path"].to_list() == [f"clip {i}.mp4" for i in (1, 2, 3)]
+  assert "hash" not in table.columns
+  assert pl.read_parquet(clips / "validation.parquet").height == 2
+  config = data_config.DataConfig.create(
+    dict(tables=(str(clips / "train.parquet"),), buckets=(("144p", 8, 1.0, 3),), workers=0)
+  )
+  opened = sources.open_table(config, str(tmp_path))
+  assert opened.row(0).captions == ("Clip number 1.",)
+  del opened
+  with pytest.raises(ValueError, match="too small"):
+    loader.make_loader(config, str(tmp_path))  # a real refusal, for the sizes of these clips
+
+
+def test_foreign_tables_are_not_overwritten(clips, tmp_path, capsys):
+  (tmp_path / "train.parquet").write_bytes((clips / "in.parquet").read_bytes())
+  assert export(clips, f"--folder={tmp_path}") == 2
+  assert "was not written by this program" in capsys.readouterr().err
+
+
+def test_webdataset(clips, tmp_path):
+  assert export(clips, "--formats=('webdataset',)", f"--folder={tmp_path}", "--samples=2") == 0
+  names = sorted(p.name for p in (tmp_path / "webdataset").iterdir())
+  assert names == ["train-000000.tar", "train-000001.tar", "validation-000000.tar"]
+  webdataset = pytest.importorskip("webdataset")
+  url = str(tmp_path / "webdataset" / "train-{000000..000001}.tar")
+  found = list(webdataset.WebDataset(url, shardshuffle=False, empty_check=False))
+  assert [json.loads(s["json"])["id"] for s in found] == [f"{i:016x}" for i in (1, 2, 3)]
+  assert [s["txt"].decode() for s in found] == [f"Clip number {i}." for i in (1, 2, 3)]
+  assert found[0]["mp4"] == (clips / "clip 1.mp4").read_bytes()
+  with tarfile.open(tmp_path / "webdataset" / "train-000000.tar") as archive:
+    assert {m.mtime for m in archive} == {0}
+
+
+def test_tfds(clips, tmp_path):
+  import tensorflow_datasets as tfds
+
+  assert export(clips, "--formats=('tfds',)", f"--folder={tmp_path}") == 0
+  builder = tfds.builder_from_directory(tmp_path / "tfds" / "clips" / "1.0.0")
+  source = builder.as_data_source()
+  assert (len(source["train"]), len(source["validation"])) == (3, 2)
+  row = next(r for r in source["train"] if r["id"] == f"{2:016x}".encode())
+  assert row["video"] == (clips / "clip 2.mp4").read_bytes()
+  assert (row["text"], row["num_frames"], row["fps"]) == (b"Clip number 2.", 14, 24.0)
+
+
+def test_ranges_are_not_exported_as_files(clips, tmp_path, capsys):
+  pl.read_parquet(clips / "in.parquet").with_columns(start=pl.lit(0), end=pl.lit(5)).write_parquet(tmp_path / "r.parquet")
+  command = ["export", str(tmp_path / "r.parquet"), "-o", str(tmp_path / "e"), "--formats=('webdataset',)"]
+  assert main.main(command) == 2
+  assert "put the step cut" in capsys.readouterr().err
