@@ -8,6 +8,7 @@ from stdit_jax.autoencoders import causal3d, codec, image_kl, temporal
 from stdit_jax.autoencoders.codec import make_codec
 from tests.helpers import relative_error
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 CONFIGS = {
   "image": image_kl.get_config(
     "tiny-kl-f8", block_out_channels=(8, 16), scaling_factor=0.5, shift=(0.1, 0.2, -0.3, 0.0), scale=[1.0, 2.0, 0.5, 1.5]
@@ -48,7 +49,7 @@ def whole(made, frames):
   return squeeze(normalised), squeeze(np.exp(0.5 * logvar) * factor), squeeze(image_kl.to_uint8(pixels))
 
 
-@pytest.mark.parametrize("length", [1, 9, 16])
+@pytest.mark.parametrize("length", [9, 16])
 def test_pieces_are_the_whole(made, length):
   made, _ = made
   assert made.config.keeps(length)

@@ -14,6 +14,7 @@ from tests.helpers import QUICK_COMPILE, REFERENCE, load_golden, load_json, rela
 golden = functools.cache(load_golden)
 LENGTHS = golden("vae_temporal_tiny_cases")[1]["cases"]
 CLIPS = golden("vae_pipeline_tiny_cases")[1]["cases"]
+CLIPS.pop("T17")  # T34 is two of it
 TOLERANCE = 1e-5  # the originals' float32 is within 2.5e-6 of their float64
 
 

@@ -59,7 +59,7 @@ WRONG = [
   ({"text_encoder__where": "ahead"}, "text_encoder.train needs text_encoder.where='step'"),
   ({"text_encoder__train": False}, "text_encoder.weights is empty; give a safetensors file"),
   ({"text_encoder__tokenizer": "/no/folder"}, "tokenizer '/no/folder' is neither 'byt5' nor a folder"),
-  ({"autoencoder__name": "kl-f9"}, "image autoencoder 'kl-f9'"),
+  ({"autoencoder__name": "kl-f9"}, "unknown autoencoder 'kl-f9'"),
   ({"autoencoder__dtype": "int8"}, "autoencoder.dtype is 'int8'; allowed: float32, bfloat16"),
   ({"autoencoder__weights": ""}, "autoencoder.weights is empty"),
   ({"autoencoder__weights": "/no/file.safetensors"}, "autoencoder.weights='/no/file.safetensors' does not exist"),
