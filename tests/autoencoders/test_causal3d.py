@@ -60,7 +60,7 @@ def run(model, method):
   return jax.jit(lambda variables, x: model.apply(variables, x, method=method), compiler_options=QUICK_COMPILE)
 
 
-@pytest.mark.parametrize("frames", [1, 5, 8, 9, 12, 17])
+@pytest.mark.parametrize("frames", [1, 8, 12, 17])
 def test_encodes_as_diffusers(pair, frames):
   config, theirs, model, variables = pair
   if config.halvings == 1 and frames == 12:
@@ -74,7 +74,7 @@ def test_encodes_as_diffusers(pair, frames):
     assert relative_error(ours, np.moveaxis(other.numpy(), 1, -1)) < 5e-5
 
 
-@pytest.mark.parametrize("frames", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("frames", [1, 2, 3, 5])
 def test_decodes_as_diffusers(pair, frames):
   config, theirs, model, variables = pair
   z = clip(frames, 3, 4, config.latent_channels)
