@@ -112,7 +112,6 @@ def chunk_sizes(frames, chunk):
   return frames - (count - 1) * chunk, *[chunk] * (count - 1)
 
 
-LAYOUT = "cogvideox-vae"  # of the files of weights
 TABLE = {
   "cogvideox-2b": Causal3DConfig(scaling_factor=1.15258426),
   "cogvideox-5b": Causal3DConfig(scaling_factor=0.7),

@@ -94,7 +94,6 @@ class ImageKLConfig:
 
 
 # Open-Sora multiplies the SDXL latents of 1.2 by 0.18215 as well (SDXL's own factor is 0.13025), and trained in that space.
-LAYOUT = "diffusers"  # of the files of weights
 TABLE = {
   "sd-kl-f8": ImageKLConfig(),
   "sdxl-kl-f8": ImageKLConfig(scaling_factor=0.13025),

@@ -103,7 +103,6 @@ class TemporalConfig:
     return np.asarray([*starts, num_frames])
 
 
-LAYOUT = "open-sora-vae"  # of the files of weights
 TABLE = {
   "open-sora-1.2": TemporalConfig(),
   "tiny-temporal": TemporalConfig(image="tiny-kl-f8", filters=8, num_res_blocks=1, num_groups=4),

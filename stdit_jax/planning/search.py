@@ -90,6 +90,11 @@ class Found:
     return max(1, min(self.largest, round_down(max(1, round((seconds - constant) / slope)))))
 
 
+def most_growth(result, n):
+  """Bytes per sample if all that is not state grows with the batch, of a result for `n` samples per device."""
+  return (result["peak"] - sum(result["resident"].values())) / n
+
+
 def predict(results, limit):
   """Samples per device that fill `limit` bytes, by the two largest batches that fit; by one, the growth is not known, and
   all that is not waiting beside the program is taken for it, as where XLA began to compute again and took less for more."""
@@ -97,7 +102,7 @@ def predict(results, limit):
   high = fits[-1]
   growth = (results[high]["peak"] - results[fits[-2]]["peak"]) / (high - fits[-2]) if len(fits) > 1 else 0
   if growth <= 0:
-    growth = (results[high]["peak"] - sum(results[high]["resident"].values())) / high
+    growth = most_growth(results[high], high)
   return high + math.floor((limit - results[high]["peak"]) / growth)
 
 
@@ -131,8 +136,7 @@ def next_batch(results):
   if failed and n >= (least := min(failed)):  # memory is no line there: 5 % less, then 20, then half
     n = max(high, round_down(int(least * (1 - min(0.5, 0.05 * 4 ** (len(failed) - 1))))))
   if len(results) == 1 and n <= high:  # of growth only the most is known: is one more as good as impossible?
-    growth = (results[high]["peak"] - sum(results[high]["resident"].values())) / high
-    n = high + (results[high]["peak"] + LEAST * growth <= results[high]["limit"])
+    n = high + (results[high]["peak"] + LEAST * most_growth(results[high], high) <= results[high]["limit"])
   return n if n > high * WORTH and n not in results else None
 
 

@@ -6,6 +6,7 @@ from jax.sharding import SingleDeviceSharding
 from data import paths
 from stdit_jax.autoencoders import codec
 from stdit_jax.interop import load_variables
+from stdit_jax.interop.models import FAMILIES
 from stdit_jax.models import t5
 from stdit_jax.parallel.shardings import path_name, tree_shardings
 from stdit_jax.training.checkpoints import is_run_folder, load_weights
@@ -33,7 +34,7 @@ def load_codec(config, **options):
   """The `Codec` of `autoencoder` of a configuration with its weights."""
   model = autoencoder_model(config)
   path, module = need_file(config.weights, "autoencoder.weights"), codec.module_of(model.config)
-  variables = load_variables(path, module.LAYOUT, module.init_shapes(model.config), config=model.config)
+  variables = load_variables(path, FAMILIES[module.__name__][0], module.init_shapes(model.config), config=model.config)
   return codec.make_codec(model, variables, config.micro_batch, **options)
 
 
@@ -69,7 +70,7 @@ def initial_weights(objective, config, key, shardings, mesh):
     return params | found, frozen | constants
   name, layout = "denoiser", "open-sora"
   if config.task == "autoencoder":
-    name, layout = "autoencoder", codec.module_of(objective.model.config).LAYOUT
+    name, layout = "autoencoder", FAMILIES[codec.module_of(objective.model.config).__name__][0]
   current = {"params": params[name]} | ({"constants": frozen[name]} if name in frozen else {})
   place = {"params": shardings[0][name]} | ({"constants": shardings[1][name]} if name in frozen else {})
   loaded = load_variables(path, layout, current, config=objective.model.config, strict=config.init_strict, shardings=place)

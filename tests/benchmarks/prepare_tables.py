@@ -1,6 +1,6 @@
 """What filtering and the bucket preview of ten million rows cost: a table of seconds and of the largest resident memory.
 
-python tests/data/prepare/benchmark_tables.py [--rows 10_000_000] [--shards 100] [--folder /tmp/tables]
+python tests/benchmarks/prepare_tables.py [--rows 10_000_000] [--shards 100] [--folder /tmp/tables]
 """
 
 import argparse
