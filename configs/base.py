@@ -48,8 +48,13 @@ def get_config():
   config.autoencoder = dict(
     name="sd-kl-f8", fields=ml_collections.ConfigDict(), weights="", sample_posterior=True, micro_batch=4, dtype="float32",
     cache_gb=0.0,  # host memory per process for latents of clips that come again (data.windows_per_row, images)
-    # Only when it is what is trained: side of the random crops, weights of the loss, "l1" or "l2".
-    crop=128, kl_weight=1e-6, reconstruction="l1",
+    # Only when it is what is trained: side of the random crops, "l1" or "l2", weights of the terms of the loss, which are what
+    # stdit_jax/training/autoencoding.py says.
+    crop=128, reconstruction="l1", reconstruction_weight=1.0, kl_weight=1e-6, latent_weight=0.0, identity_weight=0.0,
+    perceptual_weight=0.0, adversarial_weight=0.0, adaptive=True,
+    image_weights="",  # of Open-Sora 1.2's image autoencoder, to begin with (safetensors of it alone)
+    perceptual=dict(name="vgg16-lpips", weights="", sha256=""),  # stdit_jax/autoencoders/perceptual.py
+    discriminator=ml_collections.ConfigDict(),  # fields of stdit_jax.autoencoders.discriminator.DiscriminatorConfig
   )  # fmt: skip
 
   # Diffusion: "rectified-flow" or "iddpm", and the fields of its class in stdit_jax/diffusion.

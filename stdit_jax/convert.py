@@ -169,10 +169,9 @@ def convert_run(args, place, options):
   loaded, constants, _ = checkpoints.load_weights(args.input, args.item, step)
   if part not in loaded and part not in constants:
     raise ValueError(f"{args.input}: the run has no weights of its own for --part {part}; it has {', '.join(loaded)}")
-  module = models.PARTS[part]
   name = args.model or run[key].name
   overrides = run[key].get("fields", {}) if name == run[key].name else {}
-  config, _ = models.find_model(name, dict(overrides) | read_overrides(args.config), models.FAMILIES[module][:1])
+  config, module = models.find_model(name, dict(overrides) | read_overrides(args.config), models.LAYOUTS[part])
   variables = {"params": loaded.get(part, constants.get(part))}
   if part == "denoiser":
     variables["constants"] = constants[part]

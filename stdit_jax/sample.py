@@ -69,6 +69,10 @@ def make_parser():
   how.add_argument(
     "--batch-size", type=int, help="videos made together (default: 1, or as many as the mesh splits a batch into)"
   )
+  how.add_argument(
+    "--decode-memory", type=float, metavar="GIB", help="memory of the decoder, which works in tiles if it needs more "
+    "(autoencoders/tiles.py; default: what is free)",
+  )  # fmt: skip
   how.add_argument("--output", default="samples", help="folder for the files (default: samples)")
   how.add_argument(
     "--format", default="mp4", choices=("mp4", "gif", "webp", "frames"), help="of videos, a folder of png; images are png"
@@ -227,9 +231,11 @@ def main(argv=None):
 
 
 def check_memory(pipeline, work, steps, scale, args):
-  """Says how much memory each device will need; ValueError when there is less, with what takes less. Compiles, allocates
-  nothing."""
+  """Says how much memory each device will need, with the decoder in tiles where that is too much for it; ValueError when there
+  is less, with what takes less. Compiles, allocates nothing."""
   import jax
+
+  from stdit_jax.autoencoders.codec import fit_decoder
 
   pipeline.diffusion.for_sampling(steps)
   largest = max(work, key=lambda one: one.requests[0].height * one.requests[0].width * one.requests[0].num_frames)
@@ -239,8 +245,16 @@ def check_memory(pipeline, work, steps, scale, args):
     print(f"compiling for {batch} x {request.num_frames} x {request.height} x {request.width} ...", file=sys.stderr, flush=True)
   needed = pipeline.needed_memory(request, batch, steps, scale, **options)
   weights, gib = needed.pop("weights"), 2**30
+  free = loading.free_memory()
+  budget = args.decode_memory * gib if args.decode_memory else free and free - weights
+  if budget and needed["decode"] > budget:
+    size = pipeline.latent_size(request)
+    pipeline.codec, needed["decode"] = fit_decoder(pipeline.codec, size, request.num_frames, budget)
+    if jax.process_index() == 0 and pipeline.codec.tiles:
+      tiles, factor = pipeline.codec.tiles, pipeline.codec.config.downsampling
+      print(f"decodes in tiles of {tiles.height * factor} x {tiles.width * factor} pixels, to need less memory", flush=True)
   parts = ", ".join(f"{name} {size / gib:.2f}" for name, size in needed.items())
-  total, free = weights + max(needed.values()), loading.free_memory()
+  total = weights + max(needed.values())
   text = f"memory of each device: {total / gib:.2f} GiB (weights {weights / gib:.2f}, beside them in turn {parts})"
   if free is not None and total > free:
     raise ValueError(
@@ -253,7 +267,7 @@ def check_memory(pipeline, work, steps, scale, args):
 
 def autoencoder_of(config):
   """The configuration of the autoencoder of a configuration."""
-  from stdit_jax.training.objectives import autoencoder_model
+  from stdit_jax.training.autoencoding import autoencoder_model
 
   return autoencoder_model(config.autoencoder).config
 

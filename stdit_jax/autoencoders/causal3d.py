@@ -317,12 +317,35 @@ class Causal3D(nn.Module):
     return self.decode(z), mean, logvar
 
 
-def over_devices(model, mesh, axis_name, method):
+def levels(frames, config, change):
+  """`frames` and what becomes of it where time is halved or doubled (`change`)."""
+  result = [frames]
+  for _ in range(config.halvings):
+    result.append(result[-1].scaled(change))
+  return result
+
+
+def divides(frames, level):
+  """Whether a level of a clip can be split as the clip is: evenly but for the first of an odd number, two or more a device."""
+  rest = level.count - level.first
+  return rest % level.devices == 0 and rest >= 2 * level.devices and level.first == frames.first
+
+
+def splits(config, num_frames, devices):
+  """Whether a clip of so many frames can be split over so many devices."""
+  frames = Frames(num_frames, devices=devices)
+  return all(divides(frames, level) for level in levels(frames, config, half))
+
+
+def over_devices(model, mesh, axis_name, method, batch_axes=()):
   """`encode` or `decode` of clips that are split in time over a mesh axis (context parallelism), as a function like
   `model.apply(variables, x, method=method)` with the same numbers, to be jitted.
 
   Convolutions get their past from the device before, norms sum their statistics over all. The first of an odd number of frames
   is on device 0, the others are divided evenly (CogVideoX: SAT's context parallel autoencoder).
+
+  Args:
+    batch_axes: mesh axes that split the batch.
 
   Raises (when it is called):
     ValueError: frames that do not divide, or fewer than two of them on a device at the lowest level.
@@ -333,12 +356,8 @@ def over_devices(model, mesh, axis_name, method):
   def apply(variables, x):
     chunks = chunk_sizes(x.shape[1], chunk) if config.statistics == "chunks" else None
     frames = Frames(x.shape[1], chunks, axis_name, devices)
-    levels = [frames]
-    for _ in range(config.halvings):
-      levels.append(levels[-1].scaled(change))
-    for level in levels:
-      rest = level.count - level.first
-      if rest % devices or rest < 2 * devices or level.first != frames.first:
+    for level in levels(frames, config, change):
+      if not divides(frames, level):
         raise ValueError(
           f"a clip of {x.shape[1]} {'frames' if method == 'encode' else 'latents'} is not to be split over the {devices} "
           f"devices of mesh axis {axis_name!r}: one of its levels has {level.count} frames, without the first of an odd number "
@@ -351,8 +370,10 @@ def over_devices(model, mesh, axis_name, method):
       keep = lambda part: jax.lax.psum(jnp.where(alone, part[:, : frames.first], 0), axis_name)  # noqa: E731
       return jax.tree.map(keep, y), jax.tree.map(lambda part: part[:, frames.first :], y)
 
-    whole, split = PartitionSpec(), PartitionSpec(None, axis_name)
-    shards = jax.shard_map(local, mesh=mesh, in_specs=(whole, whole, split), out_specs=(whole, split), check_vma=False)
+    whole, split = PartitionSpec(batch_axes or None), PartitionSpec(batch_axes or None, axis_name)
+    shards = jax.shard_map(
+      local, mesh=mesh, in_specs=(PartitionSpec(), whole, split), out_specs=(whole, split), check_vma=False
+    )
     first, rest = shards(variables, x[:, : frames.first], x[:, frames.first :])
     return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), first, rest)
 

@@ -2,21 +2,28 @@
 
 Pieces are what each autoencoder computes by itself: micro batches of frames (image autoencoders), chunks (Open-Sora 1.2's), or
 chunks that carry their past (CogVideoX's). Every piece of one shape is one compiled program, and cutting changes no value.
+
+Weights that lie whole on all devices of a mesh of one axis put them all to work: on as many pieces at a time, or, where a clip
+is one piece, on parts of it (`causal3d.over_devices`). That changes no value either. `tiles` does: see tiles.py.
 """
 
+import collections
 import dataclasses
 import functools
 import inspect
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from stdit_jax.autoencoders import causal3d, image_kl, temporal
 from stdit_jax.autoencoders.causal3d import chunk_sizes
 from stdit_jax.autoencoders.image_kl import denormalise, normalise, to_float, to_uint8
 from stdit_jax.autoencoders.layers import Frames
+from stdit_jax.autoencoders.tiles import Tiles, decode_in_tiles, encode_in_tiles, sizes_for, tile_sizes
 
 MODULES = (image_kl, temporal, causal3d)
 
@@ -36,8 +43,8 @@ def module_of(config):
 
 @functools.cache
 def jitted(function):
-  """A function of a piece as a jitted one: its model and its number of frames are static."""
-  static = [name for name in ("model", "num_frames") if name in inspect.signature(function).parameters]
+  """A function of a piece as a jitted one: all but weights and arrays is static."""
+  static = [name for name in ("model", "num_frames", "as_uint8", "mesh") if name in inspect.signature(function).parameters]
   return jax.jit(function, static_argnames=static)
 
 
@@ -46,20 +53,31 @@ def run_jitted(function, model, *args, **static):
   return jitted(function)(model, *args, **static)
 
 
+def mesh_of(variables):
+  """The mesh of one axis over which weights lie whole, None for those of one device."""
+  sharding = getattr(jax.tree.leaves(variables)[0], "sharding", None) if variables else None
+  return sharding.mesh if isinstance(sharding, NamedSharding) else None
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Codec:
   """An autoencoder with its weights; made by `make_codec`.
 
   Attributes:
     model: of `image_kl`, `temporal` or `causal3d`; variables: its parameters, or their shapes.
-    micro_batch: frames of a piece of an image autoencoder.
-    run: `(function, model, variables, *arrays, **static) -> arrays`, by default jitted.
+    micro_batch: frames of a piece of an image autoencoder, on each device.
+    run: `(function, model, variables, *arrays, **static) -> arrays`, by default jitted; place: what lays an array out.
+    tiles: how larger frames are cut, None: not at all.
+    as_uint8: whether pixels are uint8; False: float32, about [-1, 1], not clipped.
   """
 
   model: object
   variables: dict
   micro_batch: int = 4
   run: Callable = run_jitted
+  place: Callable = jax.device_put
+  tiles: Tiles | None = None
+  as_uint8: bool = True
 
   def __post_init__(self):
     if self.micro_batch < 1:
@@ -69,54 +87,106 @@ class Codec:
   def config(self):
     return self.model.config
 
+  @functools.cached_property
+  def mesh(self):
+    return mesh_of(self.variables)
+
+  @property
+  def devices(self):
+    """How many work at a time."""
+    return self.mesh.size if self.mesh else 1
+
   def encode(self, frames):
     """Frames `[T, H, W, 3]` (uint8, or float in [-1, 1]) -> normalised posterior (mean, std), NumPy float32 `[T', h, w, C]`."""
+    size = self.config.latent_size(*frames.shape[1:3])
+    if self.tiles and self.tiles.cut(size):
+      return encode_in_tiles(dataclasses.replace(self, tiles=None).encode, frames, self.tiles, self.config.downsampling, size)
     parts = self.encode_parts(frames)
     return tuple(join(part, self.config.latent_frames(len(frames))) for part in zip(*parts))
 
   def decode(self, latents, num_frames):
-    """Normalised latents `[T', h, w, C]` -> NumPy uint8 `[num_frames, 8h, 8w, 3]`; ValueError for a length that the autoencoder
-    does not keep, or of other latents."""
+    """Normalised latents `[T', h, w, C]` -> NumPy pixels `[num_frames, 8h, 8w, 3]`; ValueError for a length that the
+    autoencoder does not keep, or of other latents."""
     if not self.config.keeps(num_frames) or self.config.latent_frames(num_frames) != len(latents):
       raise ValueError(f"{len(latents)} latent frames are not those of a clip of {num_frames} frames")
+    if self.tiles and self.tiles.cut(latents.shape[1:3]):
+      whole = dataclasses.replace(self, tiles=None, as_uint8=False)
+      finish = to_uint8 if self.as_uint8 else None
+      return decode_in_tiles(lambda z: whole.decode(z, num_frames), latents, self.tiles, self.config.downsampling, finish)
     return join(self.decode_parts(latents, num_frames), num_frames)
 
   def lower_decoder(self, latent_size, num_frames):
     """The programs of `decode` for latents of this (T', h, w), lowered."""
     lowered = {}
 
+    def shape(x, sharding=None):
+      return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding or getattr(x, "sharding", None))
+
     def lower(function, model, variables, *arrays, **static):
       key = function, str(jax.tree.map(lambda x: (x.shape, x.dtype), arrays)), tuple(static.items())
       if key not in lowered:
-        lowered[key] = jitted(function).lower(model, variables, *arrays, **static)
+        lowered[key] = jitted(function).lower(model, variables, *jax.tree.map(shape, arrays), **static)
       return jax.tree.map(lambda s: np.broadcast_to(np.zeros((), s.dtype), s.shape), lowered[key].out_info)
 
-    latents = np.zeros((*latent_size, self.config.latent_channels), np.float32)
-    dataclasses.replace(self, run=lower).decode_parts(latents, num_frames)
+    frames, *size = latent_size
+    cut = self.tiles and self.tiles.cut(size)
+    plain = dataclasses.replace(self, run=lower, place=shape, tiles=None, as_uint8=self.as_uint8 and not cut)
+    for height, width in tile_sizes(self.tiles, size) if cut else [size]:
+      for _ in plain.decode_parts(np.zeros((frames, height, width, self.config.latent_channels), np.float32), num_frames):
+        pass
     return list(lowered.values())
+
+  def decoder_memory(self, latent_size, num_frames):
+    """Bytes on one device, beside the weights, while latents of this (T', h, w) are decoded, as the compiler counts them; inf
+    where it says itself that the device has too few."""
+    try:
+      programs = [program.compile() for program in self.lower_decoder(latent_size, num_frames)]
+    except jax.errors.JaxRuntimeError as error:
+      if "RESOURCE_EXHAUSTED" not in str(error):
+        raise
+      return math.inf
+    return max(memory_beside(program, self.variables) for program in programs)
 
   def encode_parts(self, frames):
     """The pieces of `encode`, (mean, std) each, on the device: nothing is waited for."""
     raise NotImplementedError
 
   def decode_parts(self, latents, num_frames):
-    """The pieces of `decode`, on the device."""
+    """The pieces of `decode`, one after the other, on the device: nothing is waited for."""
     raise NotImplementedError
 
   def _call(self, function, *arrays, **static):
     return self.run(function, self.model, self.variables, *arrays, **static)
 
+  def _spread(self, array):
+    """An array that is split along its first axis over the devices, which divide it."""
+    return self.place(array, NamedSharding(self.mesh, PartitionSpec(*self.mesh.axis_names))) if self.mesh else array
 
-def join(parts, length):
-  """Pieces as one NumPy array of the first `length` frames."""
-  return np.concatenate([np.asarray(part) for part in parts])[:length]
+
+def join(parts, length, ahead=2):
+  """Pieces as one NumPy array of the first `length` frames; so many are computed ahead of the one that is waited for."""
+  waiting, done = collections.deque(), []
+  for part in parts:
+    waiting.append(part)
+    if len(waiting) > ahead:
+      done.append(np.asarray(waiting.popleft()))
+  return np.concatenate([*done, *map(np.asarray, waiting)])[:length]
 
 
 def micro_batches(values, size):
   """Pieces of `size` along the first axis; the last one is filled up with its last element."""
   for start in range(0, len(values), size):
-    part = values[start : start + size]
-    yield np.concatenate([part, np.repeat(part[-1:], size - len(part), axis=0)]) if len(part) < size else part
+    yield filled(values[start : start + size], size)
+
+
+def filled(values, size):
+  """`values` with its last element repeated up to `size`."""
+  return np.concatenate([values, np.repeat(values[-1:], size - len(values), axis=0)]) if len(values) < size else values
+
+
+def finished(pixels, as_uint8):
+  """Pixels, about [-1, 1], as a codec gives them."""
+  return to_uint8(pixels) if as_uint8 else pixels
 
 
 def posterior(config, mean, logvar):
@@ -132,17 +202,19 @@ def encode_frames(model, variables, frames):
   return posterior(model.config, *model.apply(variables, to_float(frames), method="encode"))
 
 
-def decode_frames(model, variables, latents):
-  """Normalised latents `[N, h, w, C]` -> uint8 `[N, 8h, 8w, 3]`."""
-  return to_uint8(model.apply(variables, denormalise(model.config, latents), method="decode"))
+def decode_frames(model, variables, latents, *, as_uint8):
+  """Normalised latents `[N, h, w, C]` -> pixels `[N, 8h, 8w, 3]`."""
+  return finished(model.apply(variables, denormalise(model.config, latents), method="decode"), as_uint8)
 
 
 class ImageCodec(Codec):
   def encode_parts(self, frames):
-    return [self._call(encode_frames, part) for part in micro_batches(frames, self.micro_batch)]
+    size = self.micro_batch * self.devices
+    return [self._call(encode_frames, self._spread(part)) for part in micro_batches(frames, size)]
 
   def decode_parts(self, latents, num_frames):
-    return [self._call(decode_frames, part) for part in micro_batches(latents, self.micro_batch)]
+    for part in micro_batches(latents, self.micro_batch * self.devices):
+      yield self._call(decode_frames, self._spread(part), as_uint8=self.as_uint8)
 
 
 # --------------------------------------------------------------------------------------------------------- Open-Sora 1.2
@@ -154,41 +226,55 @@ def image_latents(model, variables, frames):
   return model.apply(variables, to_float(frames)[None], method="image_latents")[0]
 
 
-def encode_chunk(model, variables, latents):
-  """Image latents `[T, h, w, C]` of a chunk -> normalised (mean, std) `[T', h, w, C]`."""
-  mean, logvar = model.apply(variables, latents[None], method="encode_latents")
-  return posterior(model.config, mean[0], logvar[0])
+def encode_chunks(model, variables, latents):
+  """Image latents `[N, T, h, w, C]` of chunks -> normalised (mean, std) `[N, T', h, w, C]`."""
+  return posterior(model.config, *model.apply(variables, latents, method="encode_latents"))
 
 
-def decode_chunk(model, variables, latents, *, num_frames):
-  """Normalised latents `[T', h, w, C]` of a chunk -> its image latents `[num_frames, h, w, C]`."""
-  return model.apply(variables, denormalise(model.config, latents)[None], num_frames, method="decode_latents")[0]
+def decode_chunks(model, variables, latents, *, num_frames):
+  """Normalised latents `[N, T', h, w, C]` of chunks -> their image latents `[N, num_frames, h, w, C]`."""
+  return model.apply(variables, denormalise(model.config, latents), num_frames, method="decode_latents")
 
 
-def decode_image_latents(model, variables, latents):
-  """Image latents `[N, h, w, C]` -> uint8 `[N, 8h, 8w, 3]`."""
-  return to_uint8(model.apply(variables, latents[None], method="pixels")[0])
+def decode_image_latents(model, variables, latents, *, as_uint8):
+  """Image latents `[N, h, w, C]` -> pixels `[N, 8h, 8w, 3]`."""
+  return finished(model.apply(variables, latents[None], method="pixels")[0], as_uint8)
 
 
 class TemporalCodec(Codec):
+  """As many chunks at a time as there are devices; of the chunk that is left over each computes a copy."""
+
   def encode_parts(self, frames):
-    size, parts = self.config.chunk or len(frames), []
-    for start in range(0, len(frames), size):
-      chunk = frames[start : start + size]
-      latents = join([self._call(image_latents, part) for part in micro_batches(chunk, self.micro_batch)], len(chunk))
-      parts.append(self._call(encode_chunk, latents))
+    size, parts = self.micro_batch * self.devices, []
+    for start, count, number in self._chunks(len(frames)):
+      chunk = frames[start : start + count * number]
+      latents = join((self._call(image_latents, self._spread(part)) for part in micro_batches(chunk, size)), len(chunk))
+      latents = latents.reshape(number, count, *latents.shape[1:])
+      moments = self._call(encode_chunks, self._spread(filled(latents, self.devices)))
+      parts.append(tuple(m[:number].reshape(-1, *m.shape[2:]) for m in moments))
     return parts
 
   def decode_parts(self, latents, num_frames):
-    size, parts, begin = self.config.chunk or num_frames, [], 0
-    for start in range(0, num_frames, size):
+    size, begin = self.micro_batch * self.devices, 0
+    for _, count, number in self._chunks(num_frames):
+      length = -(-count // self.config.factor)
+      chunks = latents[begin : begin + length * number].reshape(number, length, *latents.shape[1:])
+      decoded = self._call(decode_chunks, self._spread(filled(chunks, self.devices)), num_frames=count)
+      decoded = np.asarray(decoded)[:number].reshape(-1, *decoded.shape[2:])
+      pixels = (
+        self._call(decode_image_latents, self._spread(part), as_uint8=self.as_uint8) for part in micro_batches(decoded, size)
+      )
+      yield join(pixels, len(decoded))
+      begin += length * number
+
+  def _chunks(self, num_frames):
+    """(first frame, frames of each, how many) of the chunks that are computed at a time."""
+    size, start = self.config.chunk or num_frames, 0
+    while start < num_frames:
+      number = max(1, min((num_frames - start) // size, self.devices))
       count = min(size, num_frames - start)
-      end = begin + -(-count // self.config.factor)
-      decoded = np.asarray(self._call(decode_chunk, latents[begin:end], num_frames=count))
-      pixels = [self._call(decode_image_latents, part) for part in micro_batches(decoded, self.micro_batch)]
-      parts.append(join(pixels, count))
-      begin = end
-    return parts
+      yield start, count, number
+      start += count * number
 
 
 # ------------------------------------------------------------------------------------------------------------- CogVideoX
@@ -199,9 +285,9 @@ def encode_causal(model, variables, past, frames):
   return _causal(model, variables, past, to_float(frames), "encode", lambda m: posterior(model.config, *m))
 
 
-def decode_causal(model, variables, past, latents):
-  """Normalised latents `[T', h, w, C]` of a chunk and the past -> uint8 pixels, past."""
-  return _causal(model, variables, past, denormalise(model.config, latents), "decode", to_uint8)
+def decode_causal(model, variables, past, latents, *, as_uint8):
+  """Normalised latents `[T', h, w, C]` of a chunk and the past -> pixels, past."""
+  return _causal(model, variables, past, denormalise(model.config, latents), "decode", lambda x: finished(x, as_uint8))
 
 
 def _causal(model, variables, past, x, method, finish):
@@ -210,26 +296,74 @@ def _causal(model, variables, past, x, method, finish):
   return jax.tree.map(lambda part: part[0], finish(y)), state["past"]
 
 
+def encode_split(model, variables, frames, *, mesh):
+  """Frames `[T, H, W, 3]` of a clip that is split in time over a mesh -> normalised (mean, std)."""
+  moments = causal3d.over_devices(model, mesh, *mesh.axis_names, "encode")(variables, to_float(frames)[None])
+  return tuple(m[0] for m in posterior(model.config, *moments))
+
+
+def decode_split(model, variables, latents, *, mesh, as_uint8):
+  """Normalised latents `[T', h, w, C]` of a clip that is split in time over a mesh -> pixels."""
+  latents = denormalise(model.config, latents)[None]
+  return finished(causal3d.over_devices(model, mesh, *mesh.axis_names, "decode")(variables, latents)[0], as_uint8)
+
+
 class CausalCodec(Codec):
-  """Whole clips when norms take their statistics over the clip: then memory grows with its length."""
+  """Whole clips when norms take their statistics over the clip, and over several devices that divide it: then memory grows with
+  its length."""
 
   def encode_parts(self, frames):
-    return self._chunks(encode_causal, frames, self.config.encode_chunk)
+    if self._splits(len(frames)):
+      return [self._call(encode_split, frames, mesh=self.mesh)]
+    return list(self._chunks(encode_causal, frames, self.config.encode_chunk))
 
   def decode_parts(self, latents, num_frames):
-    return self._chunks(decode_causal, latents, self.config.decode_chunk)
+    if self._splits(num_frames):
+      yield self._call(decode_split, latents, mesh=self.mesh, as_uint8=self.as_uint8)
+    else:
+      yield from self._chunks(decode_causal, latents, self.config.decode_chunk, as_uint8=self.as_uint8)
 
-  def _chunks(self, function, values, chunk):
+  def _splits(self, num_frames):
+    return self.devices > 1 and causal3d.splits(self.config, num_frames, self.devices)
+
+  def _chunks(self, function, values, chunk, **static):
     sizes = chunk_sizes(len(values), chunk) if self.config.statistics == "chunks" else (len(values),)
-    parts, past, start = [], None, 0
+    past, start = None, 0
     for size in sizes:
-      part, past = self._call(function, past, values[start : start + size])
-      parts.append(part)
+      part, past = self._call(function, past, values[start : start + size], **static)
+      yield part
       start += size
-    return parts
 
 
 CODECS = {image_kl: ImageCodec, temporal: TemporalCodec, causal3d: CausalCodec}
+
+
+def bytes_on_device(tree):
+  """Bytes of arrays, or of shapes, on one device."""
+  leaves = jax.tree.leaves(tree)
+  whole = lambda x: x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)  # noqa: E731
+  return sum(math.prod(whole(x)) * x.dtype.itemsize for x in leaves)
+
+
+def memory_beside(compiled, weights):
+  """Bytes on one device while a compiled program runs, without those of its weights (arrays or shapes with shardings)."""
+  memory = compiled.memory_analysis()
+  kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+  return kept + memory.temp_size_in_bytes - bytes_on_device(weights)
+
+
+def fit_decoder(codec, latent_size, num_frames, budget):
+  """(`codec` as it is, or with the largest tiles of which so many bytes hold the decoder of these latents; its bytes).
+
+  Compiles, allocates nothing. If not even the smallest tiles fit they are what is returned.
+  """
+  needed = codec.decoder_memory(latent_size, num_frames)
+  for tiles in sizes_for(latent_size[1:]):
+    if needed <= budget:
+      break
+    codec = dataclasses.replace(codec, tiles=tiles)
+    needed = codec.decoder_memory(latent_size, num_frames)
+  return codec, needed
 
 
 def make_codec(model, variables, micro_batch=4, run=run_jitted):

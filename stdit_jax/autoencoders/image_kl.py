@@ -322,4 +322,5 @@ def to_float(frames):
 
 def to_uint8(frames):
   """Floats in [-1, 1] -> uint8 pixels, clipped and rounded."""
-  return jnp.round((jnp.clip(frames, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
+  xp = np if isinstance(frames, np.ndarray) else jnp
+  return xp.round((xp.clip(frames, -1.0, 1.0) + 1.0) * 127.5).astype(np.uint8)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +9,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from data.tokens import grid_size, patchify, unpatchify
+from stdit_jax.autoencoders.codec import bytes_on_device, memory_beside
 from stdit_jax.diffusion.elements import start_edit, start_memory
 from stdit_jax.diffusion.guidance import Guidance, guided
 from stdit_jax.diffusion.noise import Purpose, fold_in, sample_keys, token_noise
@@ -106,11 +106,6 @@ class Pipeline:
     def shape(dims, dtype=jnp.float32, axes=("batch",)):
       return jax.ShapeDtypeStruct(dims, dtype, sharding=self._sharding(axes))
 
-    def beside(compiled, *weights):
-      memory = compiled.memory_analysis()
-      kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-      return kept + memory.temp_size_in_bytes - bytes_on_device(weights)
-
     ids, mask = (shape((batch, *part.shape), part.dtype) for part in map(np.asarray, self.tokenize("")))
     embed = self._text.lower(self.text_params, ids, mask)
     features, embed = embed.out_info, embed.compile()
@@ -127,11 +122,10 @@ class Pipeline:
       x if diffusion.stochastic else None, x if given else None, conditions, diffusion=diffusion,
       guidance=dataclasses.replace(self.guidance, scale=float(guidance_scale)), latent_size=size, negative=negative,
     ).compile()  # fmt: skip
-    decode = [program.compile() for program in self.codec.lower_decoder(size, request.num_frames)]
     return {
       "weights": bytes_on_device((self.variables, self.text_params, self.codec.variables)),
-      "text": beside(embed, self.text_params), "denoise": beside(step, self.variables),
-      "decode": max(beside(program, self.codec.variables) for program in decode),
+      "text": memory_beside(embed, self.text_params), "denoise": memory_beside(step, self.variables),
+      "decode": self.codec.decoder_memory(size, request.num_frames),
     }  # fmt: skip
 
   def latent_size(self, request):
@@ -286,13 +280,6 @@ class Pipeline:
       valid=valid,
     )  # fmt: skip
     return x, edit, memory, tuple(kept)
-
-
-def bytes_on_device(tree):
-  """Bytes of arrays, or of shapes, on one device."""
-  leaves = jax.tree.leaves(tree)
-  whole = lambda x: x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)  # noqa: E731
-  return sum(math.prod(whole(x)) * x.dtype.itemsize for x in leaves)
 
 
 def image_valid(latent_size, patch_size, channels, token_parts=1):

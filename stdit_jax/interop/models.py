@@ -12,10 +12,8 @@ FAMILIES = {
   "stdit_jax.autoencoders.causal3d": ("cogvideox-vae", "native"),
   "stdit_jax.models.t5": ("t5", "t5-v1.0", "native"),
 }
-# part of a training run -> module
-PARTS = {
-  "denoiser": "stdit_jax.models.stdit", "autoencoder": "stdit_jax.autoencoders.image_kl", "text_encoder": "stdit_jax.models.t5",
-}  # fmt: skip
+# part of a training run -> layout by which its models are told from others of equal name
+LAYOUTS = {"denoiser": ("open-sora",), "autoencoder": (), "text_encoder": ("t5",)}
 KEY_TABLES = {
   "STDiT-XL/2": "stdit_xl2_v1_0.json",
   "STDiT2-XL/2": "stdit2_xl2_v1_1.json",

@@ -145,8 +145,8 @@ RULES = (
   # outside the blocks of T5
   (r"token_embedding$", P(None, "fsdp")),
   (r"(relative_bias|final_norm/scale)$", P()),
-  # autoencoders are small: whole on every device
-  (r"(^|/)(encoder|decoder|quant_conv|post_quant_conv)/", P()),
+  # autoencoders, and what trains them, are small: whole on every device
+  (r"(^|/)(encoder|decoder|quant_conv|post_quant_conv|discriminator|perceptual)/", P()),
 )
 
 

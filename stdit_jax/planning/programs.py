@@ -17,10 +17,11 @@ from stdit_jax.parallel.mesh import make_mesh
 from stdit_jax.parallel.shardings import tree_shardings
 from stdit_jax.parallel.topology import CHIPS, compiler_version, is_gpu, parse_topology, topology_devices
 from stdit_jax.planning import gpus
+from stdit_jax.training.autoencoding import autoencoder_model
 from stdit_jax.training.batches import batch_shapes
 from stdit_jax.training.checkpoints import from_plain
 from stdit_jax.training.metrics import batch_work
-from stdit_jax.training.objectives import OBJECTIVES, autoencoder_model
+from stdit_jax.training.objectives import OBJECTIVES
 from stdit_jax.training.stage_data import choose_layouts
 from stdit_jax.training.stages import make_stages
 from stdit_jax.training.state import learning_rate_scales, make_optimizer, state_shapes

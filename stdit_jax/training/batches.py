@@ -20,7 +20,7 @@ from data.tokens import grid_size, patchify
 from stdit_jax.autoencoders.codec import ImageCodec, encode_frames, join, micro_batches
 from stdit_jax.cli import InputError
 from stdit_jax.training import weights
-from stdit_jax.training.objectives import autoencoder_model
+from stdit_jax.training.autoencoding import autoencoder_model
 
 
 def array_axes(name):

@@ -1,5 +1,6 @@
 """A pipeline from a training run's folder, or from a configuration and converted weights: for entry points that sample."""
 
+import dataclasses
 import pathlib
 
 import ml_collections
@@ -113,7 +114,8 @@ def load_pipeline(args, config, step, check=lambda pipeline: None):
   if "text_encoder" not in params:
     text_params = placed_shapes(t5.init_shapes(objective.text.config), mesh)["params"]
   cache = step_cache.parse(args.step_cache) if args.step_cache else None
-  codec, guidance = weights.codec_of_shapes(config.autoencoder), guidance_of(args)
+  pieces = weights.local_devices_mesh() if mesh and jax.local_device_count() > 1 else None
+  codec, guidance = weights.codec_of_shapes(config.autoencoder, pieces), guidance_of(args)
   pipeline = Pipeline(objective, params, frozen, codec, tokenize, text_params, guidance, mesh, cache)
   check(pipeline)
   if args.run:
@@ -133,7 +135,7 @@ def load_pipeline(args, config, step, check=lambda pipeline: None):
   if not mesh:
     params, frozen, text_params = jax.device_put((params, frozen, text_params), jax.local_devices()[0])
   pipeline.set_weights(params, frozen, text_params)
-  pipeline.codec = weights.load_codec(config.autoencoder)
+  pipeline.codec = dataclasses.replace(weights.load_codec(config.autoencoder, pieces), tiles=pipeline.codec.tiles)
   return pipeline, described
 
 

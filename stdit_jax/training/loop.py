@@ -24,11 +24,12 @@ from stdit_jax.cli import InputError
 from stdit_jax.parallel.mesh import make_mesh
 from stdit_jax.parallel.shardings import tree_shardings
 from stdit_jax.training import batches, transition, weights
+from stdit_jax.training.autoencoding import autoencoder_model
 from stdit_jax.training.checkpoints import CONFIG, Checkpoints, DamagedCheckpointError, from_plain, plain
 from stdit_jax.training.compilation import AheadOfTime
 from stdit_jax.training.metrics import Averages, Metrics, Speed, batch_work, duration, speed_note, stage_note
 from stdit_jax.training.nonfinite import MicroStep, NonFinite, TooManyNonFinite
-from stdit_jax.training.objectives import OBJECTIVES, autoencoder_model
+from stdit_jax.training.objectives import OBJECTIVES
 from stdit_jax.training.profiling import Profiler
 from stdit_jax.training.stage_data import StageData
 from stdit_jax.training.stages import changed_keys, identity, make_stages, naming, stage_of, stage_that_made, total_steps
@@ -106,7 +107,7 @@ def _foreign(folder):
 
 def constants(frozen):
   """The part of `frozen` that belongs to the run's own model, and not to a file that is read anew: the null caption, ..."""
-  return {name: tree for name, tree in frozen.items() if name != "text_encoder"}
+  return {name: tree for name, tree in frozen.items() if name not in weights.FROM_FILES}
 
 
 class Run:
@@ -169,6 +170,11 @@ class Run:
       where = config.text_encoder.where
       if where == "ahead" or (where == "step" and not config.text_encoder.train):
         weights.need_file(config.text_encoder.weights, "text_encoder.weights")
+      return
+    if config.autoencoder.image_weights:
+      weights.need_file(config.autoencoder.image_weights, "autoencoder.image_weights")
+    if objective.weights["perceptual"]:
+      weights.need_file(config.autoencoder.perceptual.weights, "autoencoder.perceptual.weights")
 
   # Start or resume.
 
@@ -235,9 +241,7 @@ class Run:
     if not everywhere(damage is None):
       raise damage or DamagedCheckpointError(f"checkpoint {step} can't be read by another process")
     self.skip = {name: tuple(positions) for name, positions in position.get("skip", {}).items() if same or name != stage.name}
-    if "text_encoder" in self.frozen_shapes[0]:
-      frozen["text_encoder"] = weights.load_text_encoder(self.config, self.objectives[0].text, self.mesh)
-    return state, frozen
+    return state, frozen | weights.read_frozen(self.objectives[made.index], made.config, self.mesh)
 
   def save(self, step, state, frozen):
     """Writes a checkpoint after `step` optimizer steps."""
@@ -354,7 +358,10 @@ class Run:
     if change := transition.describe(transition.by_name(state["params"], frozen), own):
       say(f"stage {stage.name!r} changes the model; {change}")
       key = jax.random.fold_in(jax.random.key(self.config.seed), stage.index)
-      state, frozen = transition.change_model(self.objectives[stage.index], optimizer, self.mesh, key, state, frozen)
+      objective, before = self.objectives[stage.index], frozen
+      state, frozen = transition.change_model(objective, optimizer, self.mesh, key, state, frozen)
+      if not before.keys() >= frozen.keys() & set(weights.FROM_FILES):
+        frozen |= weights.read_frozen(objective, stage.config, self.mesh)
     if step == stage.start and step > 0 and not stage.keep_optimizer:
       shardings = tree_shardings(self.state_shapes[stage.index]["opt"], self.mesh)
       state["opt"] = jax.jit(optimizer.init, out_shardings=shardings)(state["params"])

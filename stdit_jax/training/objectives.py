@@ -1,4 +1,4 @@
-"""What is trained: a denoiser (with or without its text encoder), or an image autoencoder. One class each, one interface.
+"""What is trained: a denoiser (with or without its text encoder), or an autoencoder. One class each, one interface.
 
 An objective gives the shapes and initial values of `params` (trained, averaged, checkpointed) and `frozen` (constants beside
 them), and the loss per sample of one batch. Everything random comes from the sample's own key.
@@ -10,13 +10,12 @@ import jax
 import jax.numpy as jnp
 
 from stdit_jax import fields
-from stdit_jax.autoencoders import codec, image_kl, losses
 from stdit_jax.diffusion.frame_masks import FrameMasks
 from stdit_jax.diffusion.iddpm import IDDPM
 from stdit_jax.diffusion.noise import Purpose, element_index, fold_in, sample_keys, token_noise
 from stdit_jax.diffusion.rectified_flow import RectifiedFlow
 from stdit_jax.models import stdit, t5
-from stdit_jax.models.layers import COMPUTE_DTYPES, DTYPES
+from stdit_jax.training.autoencoding import AutoencoderObjective
 
 DIFFUSIONS = {"rectified-flow": RectifiedFlow, "iddpm": IDDPM}
 QUARTERS = ("t 0-25%", "t 25-50%", "t 50-75%", "t 75-100%")  # of the timesteps
@@ -32,14 +31,6 @@ def text_model(config):
   if config.where == "disk":
     return None
   return t5.build(t5.get_config(config.name, **config.fields))
-
-
-def autoencoder_model(config):
-  """The autoencoder of `config.autoencoder`; ValueError for an unknown name, field or dtype."""
-  if config.dtype not in COMPUTE_DTYPES:
-    raise ValueError(f"config: autoencoder.dtype is {config.dtype!r}; allowed: {', '.join(COMPUTE_DTYPES)}")
-  module = codec.find(config.name)
-  return module.build(module.get_config(config.name, **config.fields), DTYPES[config.dtype])
 
 
 class DenoiserObjective:
@@ -70,6 +61,10 @@ class DenoiserObjective:
 
   def _ratios(self):
     return zip(self.frame_masks.names, self.frame_masks.probabilities)
+
+  def splits(self, num_frames, devices):
+    """Whether clips of so many frames can be split over so many devices: tokens are padded until they divide."""
+    return True
 
   def init(self, key):
     """-> (params, frozen) with the original initialisation; jit it with sharded outputs."""
@@ -154,59 +149,6 @@ class DenoiserObjective:
     for q, name in enumerate(f"loss/{name}" for name in QUARTERS):
       values |= {name: jnp.where(quarter == q, loss, 0.0), f"{name}/share": (quarter == q).astype(jnp.float32)}
     return values
-
-
-class AutoencoderObjective:
-  """Reconstruction and KL terms of the image autoencoder over random crops; the latents it learns are scaled by config."""
-
-  def __init__(self, config):
-    self.config = config
-    self.model = autoencoder_model(config.autoencoder)
-    if not isinstance(self.model, image_kl.ImageKL):
-      raise ValueError(f"config: task='autoencoder' trains image autoencoders; {config.autoencoder.name!r} is none yet")
-    crop, factor = config.autoencoder.crop, self.model.config.downsampling
-    if crop % factor or crop < factor:
-      raise ValueError(f"config: autoencoder.crop is {crop}; allowed: multiples of {factor}")
-    if config.autoencoder.reconstruction not in losses.KINDS:
-      raise ValueError(
-        f"config: autoencoder.reconstruction is {config.autoencoder.reconstruction!r}; allowed: {', '.join(losses.KINDS)}"
-      )
-
-  def init(self, key):
-    return {"autoencoder": image_kl.init(self.model, key)["params"]}, {}
-
-  def loss(self, params, frozen, batch, layout=None):
-    """Batch: pixels uint8 `[B, T, crop, crop, 3]`. -> (loss per sample, reconstruction error, KL, squared error)."""
-    del layout  # activations follow the batch
-    config = self.config.autoencoder
-    frames = image_kl.to_float(batch["pixels"])
-    b, t = frames.shape[:2]
-    noise = None
-    if config.sample_posterior:
-      side = config.crop // self.model.config.downsampling
-      shape = (t, side, side, self.model.config.latent_channels)
-      keys = sample_keys(self.config.seed, batch["sample_id"], Purpose.POSTERIOR)
-      noise = jax.vmap(lambda key: jax.random.normal(key, shape))(keys).reshape(b * t, *shape[1:])
-
-    def per_sample(x):
-      return x.reshape(b, t, *x.shape[1:])
-
-    reconstruction, mean, logvar = (
-      per_sample(x)
-      for x in self.model.apply({"params": params["autoencoder"]}, frames.reshape(b * t, *frames.shape[2:]), noise)
-    )
-    error = losses.reconstruction_error(reconstruction, frames, config.reconstruction)
-    kl = losses.kl_divergence(mean, logvar)
-    loss = error + config.kl_weight * kl / frames[0].size
-    squared = losses.reconstruction_error(reconstruction, frames, "l2")
-    return loss, {"reconstruction": error, "kl": kl / mean[0].size, "squared_error": squared}
-
-  def fixed_loss(self, params, frozen, batch, count, layout=None):
-    """Loss `[1, B]`: there are no timesteps, and crops and noise belong to the sample."""
-    return self.loss(params, frozen, batch, layout)[0][None]
-
-  def fixed_names(self, count):
-    return [None]
 
 
 OBJECTIVES = {"denoiser": DenoiserObjective, "autoencoder": AutoencoderObjective}

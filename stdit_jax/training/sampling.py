@@ -7,7 +7,7 @@ from stdit_jax.generation.media import contact_sheet, write_media
 from stdit_jax.generation.pipeline import Pipeline, Request
 from stdit_jax.generation.prompts import TokenizeText
 from stdit_jax.training import weights
-from stdit_jax.training.objectives import autoencoder_model
+from stdit_jax.training.autoencoding import autoencoder_model
 from stdit_jax.training.stages import stage_that_made
 
 
@@ -63,5 +63,6 @@ class Sampler:
     if config.text_encoder.where == "ahead":
       text_params = weights.load_text_encoder(config, objective.text, self.run.mesh)
     tokenize = TokenizeText(config.text_encoder.tokenizer, config.text_encoder.max_length, clean=True)
-    codec = weights.load_codec(config.autoencoder)
+    pieces = weights.local_devices_mesh() if jax.local_device_count() > 1 else None
+    codec = weights.load_codec(config.autoencoder, pieces)
     return Pipeline(objective, params, frozen, codec, tokenize, text_params, mesh=self.run.mesh)

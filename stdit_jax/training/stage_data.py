@@ -36,7 +36,7 @@ def choose_layouts(stage, buckets, mesh, objective):
       wants_split = rows % whole.batch_parts or (limit and tokens > limit)
     else:
       wants_split = config.split_tokens == "always" or f"{key[0]}:{key[1]}" in config.split_tokens
-    layout = layouts[key] = split if wants_split and sequence > 1 and latents is not None else whole
+    layout = layouts[key] = split if wants_split and sequence > 1 and objective.splits(key[1], sequence) else whole
     if rows % layout.batch_parts:
       near = math.ceil(rows / layout.batch_parts) * layout.batch_parts
       raise ValueError(

@@ -18,7 +18,9 @@ from data import paths
 from stdit_jax.fields import is_of_type
 
 # Below these keys the fields belong to a dataclass or table of their own, which checks them.
-FREE = ("model.fields", "text_encoder.fields", "autoencoder.fields", "diffusion.fields", "mask_ratios")
+FREE = (
+  "model.fields", "text_encoder.fields", "autoencoder.fields", "autoencoder.discriminator", "diffusion.fields", "mask_ratios",
+)  # fmt: skip
 # Groups whose keys may be left out: an axis that is not named has one device.
 _PARTIAL = ("mesh.", "slices.")
 # What a stage must not change: it would be another mesh, another text encoder, another run.
@@ -26,9 +28,11 @@ _FIXED = (
   "output", "seed", "task", "platform", "mesh", "slices", "init", "stages", "keep_checkpoints", "resume", "restart_data",
   "watchdog", "compile_threads", "compilation_cache", "profile_steps",
   *(f"text_encoder.{key}" for key in ("name", "weights", "tokenizer", "where", "train", "fields", "clean_captions")),
-  *(f"autoencoder.{key}" for key in ("dtype", "micro_batch", "cache_gb")),
+  *(f"autoencoder.{key}" for key in ("dtype", "micro_batch", "cache_gb", "perceptual", "image_weights")),
 )  # fmt: skip
 
+
+WEIGHTS = ("reconstruction", "kl", "latent", "identity", "perceptual", "adversarial")  # autoencoder.<name>_weight
 
 _KINDS = {str: "a text", int: "a whole number", float: "a number", bool: "True or False", tuple: "a list or tuple"}
 
@@ -155,6 +159,8 @@ def check_values(config):
     raise ValueError("config: validation.tables is empty; give the tables to measure the loss on, or set validation.every=0")
   _number(config, "autoencoder.cache_gb", 0)
   _number(config, "autoencoder.micro_batch", 1, whole=True)
+  for name in WEIGHTS:
+    _number(config, f"autoencoder.{name}_weight", 0)
   _regular_expression("train", config.train)
   for entry in config.optimizer.scales:
     if not isinstance(entry, (tuple, list)) or len(entry) != 2 or not is_of_type(entry[1], float) or entry[1] <= 0:
@@ -224,6 +230,8 @@ def identity(config):
   """What makes a run what it is, of the plain values of a stage's configuration: with others its checkpoints fit no more."""
   parts = {"text_encoder": ("name", "train"), "autoencoder": ("name",)}
   parts = {part: {key: config[part][key] for key in keys} for part, keys in parts.items()}
+  if config["task"] == "autoencoder" and config["autoencoder"].get("adversarial_weight"):
+    parts["autoencoder"]["discriminator"] = config["autoencoder"]["discriminator"]
   return parts | {key: config[key] for key in ("task", "seed", "model")}
 
 

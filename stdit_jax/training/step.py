@@ -17,6 +17,8 @@ from stdit_jax.parallel.shardings import constrain, tree_shardings
 from stdit_jax.training.batches import array_axes
 from stdit_jax.training.state import learning_rate
 
+ADVERSARY = "discriminator"  # the network beside the one that it judges: its gradient is clipped by its own norm
+
 
 class TraceCounter:
   """Counts how often each program is traced; the loop asserts on it, so that a silent recompilation is an error."""
@@ -101,7 +103,7 @@ def update(optimizer, scales, schedule, clip_norm, ema_decay, state, accumulator
   """One optimizer step from the accumulated gradients; without weight, or with a loss or gradient that is not finite, no
   step: `stepped` and `nonfinite` of the metrics tell.
 
-  Clipping by the global norm over the parameters that train, AdamW, then the moving average
+  Clipping by the global norm over the parameters that train, a discriminator's apart, AdamW, then the moving average
   `ema = decay * ema + (1 - decay) * params`, every step, in float32 (Open-Sora 1.2 `update_ema`), written so that the
   average of a parameter that does not train stays that parameter, bit for bit.
 
@@ -110,11 +112,14 @@ def update(optimizer, scales, schedule, clip_norm, ema_decay, state, accumulator
   """
   count = jnp.maximum(accumulator["count"], 1.0)
   gradients = jax.tree.map(lambda g, s: g / count if s else jnp.zeros_like(g), accumulator["gradients"], scales)
-  norm = optax.tree.norm(gradients)
-  finite = jnp.isfinite(norm) & jnp.isfinite(accumulator["count"])
+  apart = [[name for name in gradients if (name == ADVERSARY) is adversary] for adversary in (False, True)]
+  norms = [optax.tree.norm({name: gradients[name] for name in names}) for names in apart if names]
+  finite = functools.reduce(jnp.logical_and, map(jnp.isfinite, norms)) & jnp.isfinite(accumulator["count"])
   good = finite & (accumulator["count"] > 0)
-  clip = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-12)) if clip_norm else 1.0
-  gradients = jax.tree.map(lambda g: jnp.where(good, g * clip, 0.0), gradients)
+  for names, norm in zip(apart, norms):
+    clip = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-12)) if clip_norm else 1.0
+    clipped = jax.tree.map(lambda g: jnp.where(good, g * clip, 0.0), {name: gradients[name] for name in names})  # noqa: B023
+    gradients |= clipped
 
   rate = schedule(step)
   updates, opt = optimizer.update(gradients, state["opt"], state["params"])
@@ -122,7 +127,7 @@ def update(optimizer, scales, schedule, clip_norm, ema_decay, state, accumulator
   ema = jax.tree.map(lambda e, p: e + (p - e) * (1 - ema_decay), state["ema"], params)
   new = {"params": params, "ema": ema, "opt": opt}
   state = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, state)
-  metrics = {"gradient_norm": norm, "learning_rate": rate, "stepped": good, "nonfinite": ~finite}
+  metrics = {"gradient_norm": norms[0], "learning_rate": rate, "stepped": good, "nonfinite": ~finite}
   return state, jax.tree.map(jnp.zeros_like, accumulator), metrics
 
 

@@ -1,16 +1,17 @@
 """Where the weights of a run come from: a run folder of ours, or safetensors in the original layouts."""
 
 import jax
-from jax.sharding import SingleDeviceSharding
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from data import paths
-from stdit_jax.autoencoders import codec
+from stdit_jax.autoencoders import codec, image_kl, perceptual
 from stdit_jax.interop import load_variables
 from stdit_jax.interop.models import FAMILIES
 from stdit_jax.models import t5
 from stdit_jax.parallel.shardings import path_name, tree_shardings
+from stdit_jax.training.autoencoding import autoencoder_model
 from stdit_jax.training.checkpoints import is_run_folder, load_weights
-from stdit_jax.training.objectives import autoencoder_model
 
 
 def need_file(path, key):
@@ -22,20 +23,28 @@ def need_file(path, key):
   return path
 
 
-def codec_of_shapes(config):
-  """The `Codec` of `autoencoder` of a configuration with shapes in place of weights, on one device."""
+def local_devices_mesh():
+  """The mesh of all devices of this process, over which a codec spreads its pieces."""
+  return Mesh(np.asarray(jax.local_devices()), ("pieces",))
+
+
+def codec_of_shapes(config, mesh=None):
+  """The `Codec` of `autoencoder` of a configuration with shapes for weights, whole on every device of `mesh`, or on one."""
   model = autoencoder_model(config)
-  shapes, one = codec.module_of(model.config).init_shapes(model.config), SingleDeviceSharding(jax.local_devices()[0])
-  placed = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=one), shapes)
+  place = NamedSharding(mesh, PartitionSpec()) if mesh else SingleDeviceSharding(jax.local_devices()[0])
+  shapes = codec.module_of(model.config).init_shapes(model.config)
+  placed = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes)
   return codec.make_codec(model, placed, config.micro_batch)
 
 
-def load_codec(config, **options):
-  """The `Codec` of `autoencoder` of a configuration with its weights."""
+def load_codec(config, mesh=None):
+  """The same with the weights."""
   model = autoencoder_model(config)
   path, module = need_file(config.weights, "autoencoder.weights"), codec.module_of(model.config)
-  variables = load_variables(path, FAMILIES[module.__name__][0], module.init_shapes(model.config), config=model.config)
-  return codec.make_codec(model, variables, config.micro_batch, **options)
+  shapes = module.init_shapes(model.config)
+  places = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), shapes) if mesh else None
+  variables = load_variables(path, FAMILIES[module.__name__][0], shapes, config=model.config, shardings=places)
+  return codec.make_codec(model, variables, config.micro_batch)
 
 
 def load_text_encoder(config, model, mesh=None):
@@ -46,16 +55,42 @@ def load_text_encoder(config, model, mesh=None):
   return load_variables(path, "t5", shapes, config=model.config, shardings=shardings)["params"]
 
 
+FROM_FILES = ("text_encoder", "perceptual")  # what is frozen and read anew at every start, and in no checkpoint
+
+
+def load_image_autoencoder(config, path, shardings):
+  """{"image": parameters} of a video autoencoder's image autoencoder, from a file of it alone."""
+  image = config.image_config
+  place = {"params": shardings["autoencoder"]["image"]}
+  path = need_file(path, "autoencoder.image_weights")
+  return {"image": load_variables(path, "diffusers", image_kl.init_shapes(image), config=image, shardings=place)["params"]}
+
+
+def read_frozen(objective, config, mesh):
+  """{name of `FROM_FILES`: parameters}, those of which the objective's frozen part has zeros; laid over the mesh."""
+  frozen = jax.eval_shape(objective.init, jax.random.key(0))[1]
+  values = {}
+  if "text_encoder" in frozen and config.text_encoder.weights:
+    values["text_encoder"] = load_text_encoder(config, objective.text, mesh)
+  if "perceptual" in frozen:
+    own = config.autoencoder.perceptual
+    trunk = perceptual.load(own.name, need_file(own.weights, "autoencoder.perceptual.weights"), own.sha256)
+    values["perceptual"] = jax.device_put(trunk, tree_shardings({"perceptual": trunk}, mesh)["perceptual"])
+  return values
+
+
 def initial_weights(objective, config, key, shardings, mesh):
-  """(params, frozen) of step 0 with the given shardings: the original initialisation, then what `init` and
-  `text_encoder.weights` name.
+  """(params, frozen) of step 0 with the given shardings: the original initialisation, then what `init`,
+  `text_encoder.weights` and `autoencoder.image_weights` name.
 
   Raises CheckpointError or ValueError when a file is missing, broken or of another model.
   """
   params, frozen = jax.jit(objective.init, out_shardings=shardings)(key)
-  if config.task == "denoiser" and config.text_encoder.where == "step" and config.text_encoder.weights:
-    home = params if config.text_encoder.train else frozen
-    home["text_encoder"] = load_text_encoder(config, objective.text, mesh)
+  frozen |= read_frozen(objective, config, mesh)
+  if "text_encoder" in params and config.text_encoder.weights:
+    params["text_encoder"] = load_text_encoder(config, objective.text, mesh)
+  if config.task == "autoencoder" and config.autoencoder.image_weights:
+    params["autoencoder"] |= load_image_autoencoder(objective.model.config, config.autoencoder.image_weights, shardings[0])
   if not config.init:
     return params, frozen
   path = need_file(config.init, "init")

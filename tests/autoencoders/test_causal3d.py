@@ -1,10 +1,14 @@
 """CogVideoX's autoencoder against diffusers.AutoencoderKLCogVideoX: values, names, and the same numbers however it is cut."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
 from stdit_jax.autoencoders import causal3d
+from stdit_jax.autoencoders.codec import make_codec
+from stdit_jax.autoencoders.tiles import Tiles
 from stdit_jax.interop import load_variables
 from tests.helpers import QUICK_COMPILE, relative_error
 
@@ -83,3 +87,24 @@ def test_decodes_as_diffusers(pair, frames):
   pixels = run(model, "decode")(variables, z)
   assert pixels.shape[1] == config.pixel_frames(frames)
   assert relative_error(pixels, np.moveaxis(expected, 1, -1)) < 5e-5
+
+
+def test_tiles_as_diffusers(pair):
+  config, theirs, model, variables = pair
+  if config is not CONFIGS["four levels"]:
+    pytest.skip("one is enough")
+  made = dataclasses.replace(make_codec(model, variables), tiles=Tiles(6, 10), as_uint8=False)
+  theirs.enable_tiling(48, 80, 1 / 6, 1 / 5)
+  try:
+    x = np.tanh(clip(9, 72, 120, batch=1))
+    with torch.no_grad():
+      posterior = theirs.encode(to_torch(x)).latent_dist
+    mean, std = made.encode(x[0])
+    for ours, other in ((mean, posterior.mean), (std, posterior.std)):
+      assert relative_error(ours[None], np.moveaxis(other.numpy(), 1, -1)) < 5e-5
+    z = clip(3, 9, 15, config.latent_channels, batch=1)
+    with torch.no_grad():
+      expected = theirs.decode(to_torch(z)).sample.numpy()
+    assert relative_error(made.decode(z[0], 9)[None], np.moveaxis(expected, 1, -1)) < 5e-5
+  finally:
+    theirs.disable_tiling()

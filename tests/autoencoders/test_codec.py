@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from stdit_jax.autoencoders import causal3d, codec, image_kl, temporal
-from stdit_jax.autoencoders.codec import make_codec
+from stdit_jax.autoencoders.codec import fit_decoder, make_codec
 from tests.helpers import relative_error
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -91,6 +91,31 @@ def test_the_lowered_decoder_is_the_one_that_runs(made):
     str(program.as_text()).split("module @", 1)[1].split()[0] for program in made.lower_decoder(latents.shape[:3], length)
   ]
   assert {name.removeprefix("jit_") for name in names} == set(ran)
+
+
+def test_tiles_need_less_memory(made):
+  """The largest tiles that fit: less memory, the same length and size, and each tile's own values where it has no neighbour."""
+  made, _ = made
+  length, size = 9, (24, 20)
+  latents = np.random.default_rng(0).standard_normal(
+    (made.config.latent_frames(length), *size, made.config.latent_channels), np.float32
+  )
+  needed = made.decoder_memory(latents.shape[:3], length)
+  tiled, less = fit_decoder(made, latents.shape[:3], length, needed / 2)
+  assert less <= needed / 2
+  assert fit_decoder(made, latents.shape[:3], length, needed) == (made, needed)
+  pixels, whole = tiled.decode(latents, length), made.decode(latents, length)
+  assert (pixels.shape, pixels.dtype) == (whole.shape, whole.dtype)
+  tile, factor = tiled.tiles, made.config.downsampling
+  height, width = (n * factor for n in tile.steps)
+  alone = made.decode(latents[:, : tile.height, : tile.width], length)
+  assert np.abs(pixels[:, :height, :width].astype(int) - alone[:, :height, :width]).max() <= 1
+  assert not np.array_equal(pixels, whole)
+  mean, std = tiled.encode(whole)
+  assert mean.shape == std.shape == latents.shape
+  alone = made.encode(whole[:, : tile.height * factor, : tile.width * factor])
+  for ours, one in zip((mean, std), alone):
+    assert relative_error(*(m[:, : tile.steps[0], : tile.steps[1]] for m in (ours, one))) < 1e-5
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -15,12 +15,15 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from stdit_jax.autoencoders import causal3d
+from configs import base
+from stdit_jax.autoencoders import causal3d, codec
+from stdit_jax.autoencoders.codec import fit_decoder
 from stdit_jax.models import stdit
 from stdit_jax.models.layers import OVER_TIME
 from stdit_jax.models.step_cache import PyramidBroadcast, ResidualCache, Reuse
 from stdit_jax.parallel.mesh import make_mesh, mesh_sizes
 from stdit_jax.parallel.shardings import Layout, tree_shardings
+from stdit_jax.training.autoencoding import AutoencoderObjective
 from tests.helpers import QUICK_COMPILE, random_variables, relative_error
 from tests.models.test_invariants import CONFIGS, join, outputs_and_gradients, sample
 
@@ -110,7 +113,7 @@ def test_a_clip_of_cogvideox_is_split_in_time(method, statistics):
   model = causal3d.build(causal3d.get_config("tiny-causal3d", statistics=statistics))
   variables = causal3d.init(model, jax.random.key(0))
   mesh = make_mesh({"data": 2, "sequence": 4})
-  split = causal3d.over_devices(model, mesh, "sequence", method)
+  split = causal3d.over_devices(model, mesh, "sequence", method, ("data",))
   alone = functools.partial(model.apply, method=method)
   rng = np.random.default_rng(0)
 
@@ -123,11 +126,56 @@ def test_a_clip_of_cogvideox_is_split_in_time(method, statistics):
 
   for count in (33, 32) if method == "encode" else (9, 8):
     size = (16, 24, 3) if method == "encode" else (2, 3, 4)
-    x = rng.standard_normal((1, count, *size), np.float32)
+    x = rng.standard_normal((2, count, *size), np.float32)
     for ours, one in zip(*(jax.tree.leaves(results(function, x)) for function in (split, alone)), strict=True):
       assert relative_error(ours, one) < 2e-5
   with pytest.raises(ValueError, match="is not to be split over the 4 devices of mesh axis 'sequence'"):
     split(variables, x[:, :7])
+
+
+@needs_devices
+@pytest.mark.parametrize("name", ["tiny-kl-f8", "tiny-temporal", "tiny-causal3d"])
+def test_a_codec_over_devices_gives_the_values_of_one(name):
+  """More pieces than devices and fewer, a piece that is left over, clips that devices do not divide."""
+  module = codec.find(name)
+  model = module.build(module.get_config(name, **({"chunk": 5} if name == "tiny-temporal" else {})))
+  variables = module.init(model, jax.random.key(0))
+  mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:4]), ("pieces",))
+  one, spread = (
+    codec.make_codec(model, jax.device_put(variables, place), micro_batch=2)
+    for place in (jax.devices()[0], jax.sharding.NamedSharding(mesh, P()))
+  )
+  assert (one.devices, spread.devices) == (1, 4)
+  for length in (33, 9):
+    frames = np.random.default_rng(length).integers(0, 256, (length, 16, 24, 3), dtype=np.uint8)
+    expected, made = one.encode(frames), spread.encode(frames)
+    for a, b in zip(made, expected):
+      assert relative_error(a, b) < 2e-5
+    a, b = (each.decode(expected[0], length).astype(int) for each in (spread, one))
+    assert np.abs(a - b).max() <= 1
+    assert np.abs(a - b).mean() < 0.01
+    size = expected[0].shape[:3]
+    assert fit_decoder(spread, size, length, spread.decoder_memory(size, length))[0] is spread
+
+
+@needs_devices
+def test_an_autoencoder_trains_on_clips_split_in_time():
+  """The loss that the objective computes with its layout, and the gradients; lengths that do not divide are not split."""
+  config = base.get_config()
+  config.task, config.data.buckets = "autoencoder", (("144p", 33, 1.0, 2),)
+  config.autoencoder.update(name="tiny-causal3d", crop=16, reconstruction="l2")
+  objective = AutoencoderObjective(config)
+  assert [objective.splits(n, 4) for n in (33, 32, 17, 1)] == [True, True, False, False]
+  params, frozen = objective.init(jax.random.key(0))
+  rng = np.random.default_rng(0)
+  batch = {"pixels": rng.integers(0, 256, (2, 33, 16, 16, 3), np.uint8), "sample_id": np.asarray([[0, 0], [0, 1]], np.uint32)}
+
+  def results(layout):
+    total = lambda p: objective.loss(p, frozen, batch, layout)[0].sum()  # noqa: E731
+    return jax.tree.leaves(jax.jit(jax.value_and_grad(total), compiler_options=QUICK_COMPILE)(params))
+
+  for split, alone in zip(results(Layout(make_mesh({"data": 2, "sequence": 4}), True)), results(None)):
+    assert relative_error(split, alone) < 2e-5
 
 
 @needs_devices

@@ -1,0 +1,98 @@
+"""A discriminator that looks at patches of clips, for the adversarial term of autoencoders.
+
+PatchGAN (Isola et al. 2017, arXiv 1611.07004, section 3.2) with a third dimension, as TATS (Ge et al. 2022) and MAGVIT train
+video autoencoders: strided convolutions of 4 x 4 pixels, leaky ReLUs of slope 0.2, channels doubled up to eight times. In time
+convolutions see 3 frames and halve what there is, so that a picture is a clip of one frame. Group normalisation instead of
+batch normalisation: no state, and no value depends on the rest of the batch.
+
+Losses: the hinge (Lim and Ye 2017), and the generator's weight of VQGAN (Esser et al. 2021, arXiv 2012.09841, equation 7).
+"""
+
+import dataclasses
+
+import flax
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from stdit_jax import fields
+from stdit_jax.autoencoders.layers import GroupNorm
+
+_MOST = 8  # times the features of the first layer
+
+
+@dataclasses.dataclass(frozen=True)
+class DiscriminatorConfig:
+  """Attributes: features: channels after the first layer; layers: that halve the sides; groups: of the norms."""
+
+  features: int = 64
+  layers: int = 3
+  groups: int = 8
+
+  def __post_init__(self):
+    if min(self.features, self.layers, self.groups) < 1 or 2 * self.features % self.groups:
+      raise ValueError(
+        f"DiscriminatorConfig: features={self.features}, layers={self.layers}, groups={self.groups}; allowed: numbers of at "
+        "least 1, and features of which twice as many divide by groups"
+      )
+
+
+def get_config(values):
+  """The configuration with these fields; ValueError names the allowed ones."""
+  return fields.replace(DiscriminatorConfig(), values, "config: autoencoder.discriminator")
+
+
+class Discriminator(nn.Module):
+  """Clips `[N, T, H, W, 3]` in [-1, 1] -> one number per patch, float32 `[N, t, h, w]`: above 0 for real ones."""
+
+  config: DiscriminatorConfig
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x):
+    c = self.config
+
+    def conv(name, x, features, stride, bias=True):
+      sides = ((1, 1), (1, 2), (1, 2)) if stride == 1 else ((1, 1), (1, 1), (1, 1))
+      return nn.Conv(features, (3, 4, 4), (stride,) * 3, sides, use_bias=bias, dtype=self.dtype, name=name)(x)
+
+    x = nn.leaky_relu(conv("conv_0", x, c.features, 2), 0.2)
+    for i in range(1, c.layers + 1):
+      x = conv(f"conv_{i}", x, c.features * min(2**i, _MOST), 2 if i < c.layers else 1, bias=False)
+      x = nn.leaky_relu(GroupNorm(c.groups, self.dtype, 1e-5, name=f"norm_{i}")(x), 0.2)
+    return conv("conv_out", x, 1, 1)[..., 0].astype(jnp.float32)
+
+
+def init(model, key):
+  """Fresh parameters: kernels N(0, 0.02), biases 0, norms 1 and 0 (pix2pix)."""
+  shapes = jax.eval_shape(model.init, key, jnp.zeros((1, 1, 16, 16, 3)))["params"]
+  leaves = flax.traverse_util.flatten_dict(shapes)
+  draw, start = jax.random.normal(key, (sum(leaf.size for leaf in leaves.values()),)) * 0.02, 0
+  for path, leaf in leaves.items():
+    if path[-1] == "kernel":
+      leaves[path] = draw[start : start + leaf.size].reshape(leaf.shape)
+      start += leaf.size
+    else:
+      leaves[path] = jnp.full(leaf.shape, float(path[-1] == "scale"))
+  return flax.traverse_util.unflatten_dict(leaves)
+
+
+def _mean(x):
+  return x.mean(tuple(range(1, x.ndim)))
+
+
+def hinge_loss(real, fake):
+  """Loss of the discriminator per sample `[N]`, from its numbers for real and made clips."""
+  return 0.5 * (_mean(nn.relu(1 - real)) + _mean(nn.relu(1 + fake)))
+
+
+def generator_loss(fake):
+  """Loss of the generator per sample `[N]`."""
+  return -_mean(fake)
+
+
+def adaptive_weight(reconstruction_gradient, adversarial_gradient):
+  """How much the adversarial term counts, so that both pull alike at the decoder's last layer: |g_rec| / (|g_adv| + 1e-4), at
+  most 10,000. Args: gradients of the two terms with respect to that layer's parameters, trees."""
+  norm = lambda tree: jnp.sqrt(sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(tree)))  # noqa: E731
+  return jnp.clip(norm(reconstruction_gradient) / (norm(adversarial_gradient) + 1e-4), 0.0, 1e4)

@@ -1,0 +1,229 @@
+"""What trains an autoencoder, of pictures or of videos: reconstruction, and whatever else its recipe weighs."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from data.buckets import parse_buckets
+from stdit_jax.autoencoders import causal3d, codec, discriminator, image_kl, losses, perceptual, temporal
+from stdit_jax.diffusion.noise import Purpose, fold_in, sample_keys
+from stdit_jax.models.layers import COMPUTE_DTYPES, DTYPES
+from stdit_jax.training.stages import WEIGHTS
+
+# Where the last layer of a decoder is in the parameters: by its gradients the adversarial term is weighted.
+_LAST_LAYER = {
+  image_kl: ("decoder", "conv_out"),
+  temporal: ("image", "decoder", "conv_out"),
+  causal3d: ("decoder", "conv_out"),
+}
+
+
+def autoencoder_model(config):
+  """The autoencoder of `config.autoencoder`; ValueError for an unknown name, field or dtype."""
+  if config.dtype not in COMPUTE_DTYPES:
+    raise ValueError(f"config: autoencoder.dtype is {config.dtype!r}; allowed: {', '.join(COMPUTE_DTYPES)}")
+  module = codec.find(config.name)
+  return module.build(module.get_config(config.name, **config.fields), DTYPES[config.dtype])
+
+
+class AutoencoderObjective:
+  """The losses of an autoencoder over random crops of clips; `params` = autoencoder, and discriminator when there is one.
+
+  The loss of a sample is a sum of means, weighted by `config.autoencoder.<name>_weight`:
+    reconstruction: absolute or squared error of the pixels;
+    kl: of the posterior, summed over the latents, per pixel value of the sample;
+    latent: absolute error of the image latents between Open-Sora 1.2's two autoencoders (its `z_rec`);
+    identity: absolute difference of the temporal and the image latent of clips of one frame (its `image_identity`);
+    perceptual: `perceptual.distance` of every frame;
+    adversarial: what the discriminator says, times `discriminator.adaptive_weight` if `adaptive`. The discriminator's own loss
+      is added: each network gets the gradient of its own terms, and both step at once.
+  Where no term looks at pixels they are not decoded. A term begins with the stage that gives it a weight above 0.
+  """
+
+  def __init__(self, config):
+    self.config = config
+    own = config.autoencoder
+    self.model, self.module = autoencoder_model(own), codec.find(own.name)
+    self.weights = {name: own[f"{name}_weight"] for name in WEIGHTS}
+    self.discriminator = discriminator.Discriminator(discriminator.get_config(own.discriminator), DTYPES[own.dtype])
+    self._check(own)
+
+  def _check(self, own):
+    factor = self.model.config.downsampling
+    if own.crop % factor or own.crop < factor:
+      raise ValueError(f"config: autoencoder.crop is {own.crop}; allowed: multiples of {factor}")
+    if own.reconstruction not in losses.KINDS:
+      raise ValueError(f"config: autoencoder.reconstruction is {own.reconstruction!r}; allowed: {', '.join(losses.KINDS)}")
+    for name in ("latent", "identity"):
+      if self.weights[name] and self.module is not temporal:
+        raise ValueError(
+          f"config: autoencoder.{name}_weight is {self.weights[name]}, but {own.name!r} has no image autoencoder inside as "
+          "Open-Sora 1.2's has: set it to 0"
+        )
+    if own.image_weights and self.module is not temporal:
+      raise ValueError(f"config: autoencoder.image_weights is given, but {own.name!r} has no image autoencoder inside")
+    if not any(self.weights[name] for name in WEIGHTS):
+      raise ValueError(
+        f"config: all weights of the autoencoder's loss are 0; give one of autoencoder.<name>_weight: {', '.join(WEIGHTS)}"
+      )
+    for bucket in parse_buckets(self.config.data.buckets):
+      if bucket.batch_size and not self.model.config.keeps(bucket.num_frames):
+        raise ValueError(
+          f"config: bucket {bucket.name} has clips of {bucket.num_frames} frames, which {own.name!r} does not give back; "
+          "take 8k or 8k + 1 frames"
+        )
+    if self.weights["perceptual"]:
+      perceptual.shapes(own.perceptual.name)
+
+  @property
+  def decodes(self):
+    """Whether a term looks at pixels."""
+    return any(self.weights[name] for name in ("reconstruction", "perceptual", "adversarial"))
+
+  def splits(self, num_frames, devices):
+    """Whether clips of so many frames can be split in time over so many devices."""
+    return self.module is causal3d and causal3d.splits(self.model.config, num_frames, devices)
+
+  def init(self, key):
+    """-> (params, frozen) with the original initialisation; the perceptual trunk is zeros until it is read from its file."""
+    model_key, discriminator_key = jax.random.split(key)
+    params, frozen = {"autoencoder": self.module.init(self.model, model_key)["params"]}, {}
+    if self.weights["adversarial"]:
+      params["discriminator"] = discriminator.init(self.discriminator, discriminator_key)
+    if self.weights["perceptual"]:
+      shapes = perceptual.shapes(self.config.autoencoder.perceptual.name)
+      frozen["perceptual"] = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return params, frozen
+
+  def loss(self, params, frozen, batch, layout=None):
+    """Batch: pixels uint8 `[B, T, crop, crop, 3]`. -> (loss per sample, its terms and further values per sample)."""
+    loss, values, made = self._terms(params["autoencoder"], frozen, batch, layout)
+    if not self.weights["adversarial"]:
+      return loss, values
+    still, weight = jax.lax.stop_gradient, self.weights["adversarial"]
+    real, fake = image_kl.to_float(batch["pixels"]), made["pixels"]
+    if self.config.autoencoder.adaptive:
+      weight *= still(self._adaptive_weight(still(params), frozen, batch, still(made), layout))
+    judge = functools.partial(self._judge, params["discriminator"])
+    values["adversarial"] = discriminator.generator_loss(self._judge(still(params["discriminator"]), fake))
+    values["discriminator"] = discriminator.hinge_loss(judge(real), judge(still(fake)))
+    return loss + weight * values["adversarial"] + values["discriminator"], values
+
+  def fixed_loss(self, params, frozen, batch, count, layout=None):
+    """Loss `[1, B]` without what a discriminator says: there are no timesteps, and crops and noise belong to the sample."""
+    return self._terms(params["autoencoder"], frozen, batch, layout)[0][None]
+
+  def fixed_names(self, count):
+    return [None]
+
+  def _terms(self, params, frozen, batch, layout):
+    """-> (loss per sample without the adversarial term, its terms and more, `made` as `_encode` and `_decode` leave it)."""
+    frames, weights = image_kl.to_float(batch["pixels"]), self.weights
+    made = self._encode(params, frames, batch, layout)
+    kl = losses.kl_divergence(made["mean"], made["logvar"])
+    values = {"kl": kl / made["mean"][0].size}
+    loss = weights["kl"] * kl / frames[0].size  # as sums over pixels and latents: losses.py
+    if self.module is temporal:
+      made["again"] = self._apply(params, made["latents"], frames.shape[1], method="decode_latents")
+      values["latent"] = losses.reconstruction_error(made["again"], made["image_latents"])
+      loss += weights["latent"] * values["latent"]
+      if frames.shape[1] == 1:
+        values["identity"] = losses.reconstruction_error(made["latents"], made["image_latents"])
+        loss += weights["identity"] * values["identity"]
+    if self.decodes:
+      made["pixels"] = self._decode(params, made, layout)
+      of_pixels, more = self._pixel_terms(frozen, made["pixels"], frames)
+      loss, values = loss + of_pixels, values | more
+    return loss, values, made
+
+  def _pixel_terms(self, frozen, pixels, frames):
+    """-> (weighted terms per sample that look at pixels, but for the adversarial one; their values)."""
+    own = self.config.autoencoder
+    error = losses.reconstruction_error(pixels, frames, own.reconstruction)
+    values = {"reconstruction": error, "squared_error": losses.reconstruction_error(pixels, frames, "l2")}
+    loss = self.weights["reconstruction"] * error
+    if self.weights["perceptual"]:
+      distance = perceptual.distance(own.perceptual.name, frozen["perceptual"], *map(_frames, (pixels, frames)))
+      values["perceptual"] = distance.reshape(frames.shape[:2]).mean(1)
+      loss += self.weights["perceptual"] * values["perceptual"]
+    return loss, values
+
+  def _judge(self, params, clips):
+    return self.discriminator.apply({"params": params}, clips)
+
+  def _adaptive_weight(self, params, frozen, batch, made, layout):
+    """`discriminator.adaptive_weight` of the batch (VQGAN, equation 7)."""
+    path, frames = _LAST_LAYER[self.module], image_kl.to_float(batch["pixels"])
+    last = functools.reduce(lambda tree, name: tree[name], path, params["autoencoder"])
+    with_last = functools.partial(_replaced, params["autoencoder"], path)
+    pixels, pull = jax.vjp(lambda last: self._decode(with_last(last), made, layout), last)
+    share = batch["weight"] / jnp.maximum(batch["weight"].sum(), 1e-12)
+    terms = (
+      lambda x: self._pixel_terms(frozen, x, frames)[0],
+      lambda x: discriminator.generator_loss(self._judge(params["discriminator"], x)),
+    )
+    gradients = [jax.grad(lambda x, term=term: jnp.sum(share * term(x)))(pixels) for term in terms]
+    return discriminator.adaptive_weight(*map(pull, gradients))
+
+  # The three kinds of autoencoders.
+
+  def _encode(self, params, frames, batch, layout):
+    """-> {"mean", "logvar", "latents": `[B, T', h, w, C]`, drawn from the posterior if the configuration says so}, and
+    "image_latents" `[B, T, h, w, C]` of Open-Sora 1.2's image autoencoder, drawn as well."""
+    made = {}
+    if self.module is image_kl:
+      moments = (_clips(m, frames) for m in self._apply(params, _frames(frames), method="encode"))
+    elif self.module is temporal:
+      noise = self._noise(batch, 1, frames.shape[1])
+      made["image_latents"] = self._apply(params, frames, noise, method="image_latents")
+      moments = self._apply(params, made["image_latents"], method="encode_latents")
+    else:
+      moments = self._causal(params, frames, "encode", layout)
+    made["mean"], made["logvar"] = moments
+    made["latents"], noise = made["mean"], self._noise(batch, 0, made["mean"].shape[1])
+    if noise is not None:
+      made["latents"] += jnp.exp(0.5 * made["logvar"]) * noise
+    return made
+
+  def _decode(self, params, made, layout):
+    """-> pixels `[B, T, H, W, 3]`, about [-1, 1]."""
+    if self.module is image_kl:
+      return _clips(self._apply(params, _frames(made["latents"]), method="decode"), made["latents"])
+    if self.module is temporal:
+      return self._apply(params, made["again"], method="pixels")
+    return self._causal(params, made["latents"], "decode", layout)
+
+  def _causal(self, params, x, method, layout):
+    """Whole clips, or split in time over the mesh's `sequence` axis."""
+    if layout is None or not layout.split_tokens:
+      return self._apply(params, x, method=method)
+    run = causal3d.over_devices(self.model, layout.mesh, "sequence", method, layout.axes["batch"])
+    return run({"params": params}, x)
+
+  def _apply(self, params, *args, method):
+    return self.model.apply({"params": params}, *args, method=method)
+
+  def _noise(self, batch, number, frames):
+    """Normal noise `[B, frames, h, w, C]` of the samples' own, for the posterior of the last (0) or of the image (1)
+    autoencoder; None where means are taken."""
+    if not self.config.autoencoder.sample_posterior:
+      return None
+    config, keys = self.model.config, sample_keys(self.config.seed, batch["sample_id"], Purpose.POSTERIOR)
+    shape = (frames, *config.latent_size(*batch["pixels"].shape[2:4]), config.latent_channels)
+    return jax.vmap(lambda key: jax.random.normal(key, shape))(fold_in(keys, number) if number else keys)
+
+
+def _frames(clips):
+  """`[B, T, ...]` -> `[B * T, ...]`."""
+  return clips.reshape(-1, *clips.shape[2:])
+
+
+def _clips(frames, like):
+  """`[B * T, ...]` -> `[B, T, ...]` with B and T of `like`."""
+  return frames.reshape(*like.shape[:2], *frames.shape[1:])
+
+
+def _replaced(tree, path, leaf):
+  """`tree` with the subtree at `path` replaced."""
+  return {**tree, path[0]: _replaced(tree[path[0]], path[1:], leaf)} if path else leaf

@@ -1,0 +1,276 @@
+"""Training autoencoders of pictures and videos: every term of the loss, the adversary, whole runs of them."""
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+from configs import base, cogvideox_vae, open_sora_1_2_vae
+from stdit_jax.autoencoders import discriminator, image_kl, perceptual
+from stdit_jax.convert import main as convert
+from stdit_jax.training import checkpoints
+from stdit_jax.training.autoencoding import AutoencoderObjective
+from stdit_jax.training.loop import Run
+from stdit_jax.training.stages import make_stages
+from tests.helpers import relative_error, to_theirs
+from tests.tiny_run import tiny_config
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+SMALL = {"features": 8, "layers": 2, "groups": 4}
+
+
+def objective(name, **changes):
+  config = base.get_config()
+  config.task = "autoencoder"
+  config.data.buckets = (("144p", 1, 1.0, 2),)
+  config.autoencoder.update(name=name, crop=16, reconstruction="l2", kl_weight=0.5, discriminator=SMALL, **changes)
+  return AutoencoderObjective(config)
+
+
+def batch(frames, side=16):
+  pixels = np.random.default_rng(frames).integers(0, 256, (2, frames, side, side, 3), np.uint8)
+  return {
+    "pixels": jnp.asarray(pixels), "weight": jnp.asarray([1.0, 3.0]), "sample_id": jnp.asarray([[0, 0], [0, 1]], jnp.uint32),
+  }  # fmt: skip
+
+
+def variables(one):
+  """(params, frozen), every parameter drawn anew, so that none that starts at 0 or 1 hides a mistake."""
+  rng = np.random.default_rng(0)
+  shapes = jax.eval_shape(one.init, jax.random.key(0))
+  return jax.tree.map(lambda s: jnp.asarray(rng.standard_normal(s.shape, np.float32) * 0.2), shapes)
+
+
+def run_loss(one, params, frozen, data):
+  return jax.jit(one.loss)(params, frozen, data)
+
+
+@pytest.mark.parametrize(("name", "frames"), [("tiny-kl-f8", 2), ("tiny-temporal", 1), ("tiny-causal3d", 9)])
+def test_terms_are_those_of_the_model(name, frames):
+  """Reconstruction, KL, latent and identity terms, from the model's own call and means instead of draws."""
+  extra = {"latent_weight": 2.0, "identity_weight": 3.0} if name == "tiny-temporal" else {}
+  one = objective(name, sample_posterior=False, **extra)
+  data = batch(frames)
+  params, frozen = variables(one)
+  loss, values = run_loss(one, params, frozen, data)
+
+  clips = image_kl.to_float(data["pixels"])
+  x = clips.reshape(-1, *clips.shape[2:]) if name == "tiny-kl-f8" else clips
+  model = {"params": params["autoencoder"]}
+  made, mean, logvar = jax.jit(one.model.apply)(model, x)
+  made, mean, logvar = (
+    np.asarray(m, np.float64).reshape(2, frames if m is made else -1, *m.shape[-3:]) for m in (made, mean, logvar)
+  )
+  kl = 0.5 * (mean**2 + np.exp(logvar) - 1 - logvar).sum((1, 2, 3, 4))
+  error = np.square(made - np.asarray(clips)).mean((1, 2, 3, 4))
+  np.testing.assert_allclose(values["reconstruction"], error, rtol=2e-5)
+  np.testing.assert_allclose(values["kl"], kl / mean[0].size, rtol=2e-5)
+  expected = error + 0.5 * kl / clips[0].size
+  if extra:
+    image = one.model.apply(model, clips, method="image_latents")
+    again = one.model.apply(model, mean.astype(np.float32), 1, method="decode_latents")
+    latent, identity = (np.abs(np.asarray(a) - np.asarray(image)).mean((1, 2, 3, 4)) for a in (again, mean))
+    expected = expected + 2 * latent + 3 * identity
+  np.testing.assert_allclose(loss, expected, rtol=2e-5)
+
+
+def test_pixels_are_not_decoded_for_latents():
+  """Open-Sora's first stages: nothing of the image decoder is computed, and the gradient of what is frozen is not asked for."""
+  one = objective("tiny-temporal", latent_weight=1.0, reconstruction_weight=0.0)
+  one.weights["kl"] = 0.0
+  params, frozen = variables(one)
+  gradients = jax.jit(jax.grad(lambda p: one.loss(p, frozen, batch(17))[0].sum()))(params)["autoencoder"]
+  assert all((np.asarray(g) == 0).all() for g in jax.tree.leaves(gradients["image"]["decoder"]))
+  assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(gradients["temporal"]))
+  assert "squared_error" not in one.loss(params, frozen, batch(1))[1]
+
+
+def test_draws_belong_to_the_sample():
+  """Noise of the posterior is the sample's own, whatever the batch; that of the image latents is another."""
+  one = objective("tiny-temporal", latent_weight=1.0)
+  params, frozen = variables(one)
+  data = batch(1)
+  loss, _ = run_loss(one, params, frozen, data)
+  turned, _ = run_loss(one, params, frozen, {name: value[::-1] for name, value in data.items()})
+  np.testing.assert_allclose(loss, turned[::-1], rtol=1e-5)
+  first, second = (one._noise(data, number, 1) for number in (0, 1))
+  assert np.abs(first - second).max() > 0.1
+
+
+class TorchDiscriminator(torch.nn.Module):
+  """The same network in PyTorch, from the same parameters."""
+
+  def __init__(self, params, layers):
+    super().__init__()
+    self.params, self.layers = params, layers
+
+  def forward(self, x):
+    def conv(name, x, stride):
+      kernel = torch.from_numpy(np.asarray(self.params[name]["kernel"]).transpose(4, 3, 0, 1, 2).copy())
+      bias = torch.from_numpy(np.array(self.params[name]["bias"])) if "bias" in self.params[name] else None
+      x = torch.nn.functional.pad(x, (1, 1, 1, 1, 1, 1) if stride == 2 else (1, 2, 1, 2, 1, 1))
+      return torch.nn.functional.conv3d(x, kernel, bias, stride)
+
+    x = torch.nn.functional.leaky_relu(conv("conv_0", x, 2), 0.2)
+    for i in range(1, self.layers + 1):
+      norm = {k: torch.from_numpy(np.array(v)) for k, v in self.params[f"norm_{i}"].items()}
+      x = conv(f"conv_{i}", x, 2 if i < self.layers else 1)
+      x = torch.nn.functional.group_norm(x, SMALL["groups"], norm["scale"], norm["bias"], 1e-5)
+      x = torch.nn.functional.leaky_relu(x, 0.2)
+    return conv("conv_out", x, 1)[:, 0]
+
+
+@pytest.mark.parametrize("frames", [1, 5])
+def test_the_discriminator_is_that_of_pytorch(frames):
+  one = objective("tiny-kl-f8", adversarial_weight=1.0)
+  params = variables(one)[0]["discriminator"]
+  x = np.random.default_rng(1).standard_normal((2, frames, 24, 16, 3), np.float32)
+  ours = jax.jit(one.discriminator.apply)({"params": params}, x)
+  with torch.no_grad():
+    theirs = TorchDiscriminator(params, SMALL["layers"])(torch.from_numpy(to_theirs(x).copy()))
+  assert relative_error(ours, theirs.numpy()) < 1e-5
+  real, fake = np.asarray([[0.5, 2.0]]), np.asarray([[-3.0, 0.5]])
+  np.testing.assert_allclose(discriminator.hinge_loss(real, fake), [0.5 * (0.25 + 0.75)])
+  np.testing.assert_allclose(discriminator.generator_loss(fake), [1.25])
+
+
+@pytest.mark.parametrize("name", ["tiny-kl-f8", "tiny-causal3d"])
+def test_each_network_gets_the_gradient_of_its_own_terms(name):
+  """The autoencoder's is that of reconstruction and adversarial term, weighted so that both are as long at its last layer; the
+  discriminator's that of the hinge loss alone."""
+  one = objective(name, adversarial_weight=0.7)
+  params, frozen = variables(one)
+  data = batch(1)
+  share = np.asarray(data["weight"]) / 4
+  clips = image_kl.to_float(data["pixels"])
+
+  def terms(params):
+    rest, _, made = one._terms(params["autoencoder"], frozen, data, None)
+    pixels = one._pixel_terms(frozen, made["pixels"], clips)[0]
+    judge = lambda x: one._judge(params["discriminator"], x)  # noqa: E731
+    adversarial = discriminator.generator_loss(judge(made["pixels"]))
+    hinge = discriminator.hinge_loss(judge(clips), judge(made["pixels"]))
+    return [jnp.sum(share * term) for term in (rest, pixels, adversarial, hinge)]
+
+  whole = jax.jit(jax.grad(lambda p: jnp.sum(share * one.loss(p, frozen, data)[0])))(params)
+  rest, pixels, adversarial, hinge = jax.jit(jax.jacrev(terms))(params)
+  last = lambda tree: jax.tree.leaves(tree["autoencoder"]["decoder"]["conv_out"])  # noqa: E731
+  norm = lambda leaves: np.sqrt(sum(np.square(leaf).sum() for leaf in leaves))  # noqa: E731
+  weight = 0.7 * norm(last(pixels)) / (norm(last(adversarial)) + 1e-4)
+  assert weight > 0
+  for path, got in jax.tree_util.tree_leaves_with_path(whole["autoencoder"]):
+    of = lambda tree, path=path: np.asarray(at(tree["autoencoder"], path))  # noqa: E731
+    expected = of(rest) + weight * of(adversarial)
+    np.testing.assert_allclose(got, expected, rtol=1e-3, atol=2e-5 * max(np.abs(expected).max(), 1e-2))
+  for got, expected in zip(jax.tree.leaves(whole["discriminator"]), jax.tree.leaves(hinge["discriminator"])):
+    np.testing.assert_allclose(got, expected, rtol=1e-3, atol=2e-5 * np.abs(expected).max())
+
+
+def at(tree, path):
+  for part in path:
+    tree = tree[part.key]
+  return tree
+
+
+@pytest.fixture(scope="module")
+def trunk(tmp_path_factory):
+  """A file of random weights with torchvision's names."""
+  rng, tensors = np.random.default_rng(0), {}
+  for number, (_, _, before, after) in zip(perceptual.NUMBERS, perceptual._convolutions()):
+    tensors[f"features.{number}.weight"] = rng.standard_normal((after, before, 3, 3), np.float32) * (2 / before / 9) ** 0.5
+    tensors[f"features.{number}.bias"] = np.zeros(after, np.float32)
+  path = tmp_path_factory.mktemp("trunk") / "vgg16.safetensors"
+  save_file(tensors, path)
+  return path
+
+
+def run_config(assets, output, **changes):
+  settings = {
+    "task": "autoencoder", "autoencoder__crop": 16, "data__captions": "optional", "autoencoder__discriminator": SMALL,
+    "autoencoder__weights": "",
+  }  # fmt: skip
+  return tiny_config(assets, output, **{**settings, **changes})
+
+
+def test_a_video_autoencoder_trains_in_stages(assets, trunk, tmp_path, capsys):
+  """Temporal part alone on image latents, from the weights of the image autoencoder; then all on pixels, perceptually and with
+  an adversary. Resumed in the last stage, and exported under the original's names."""
+  stages = (
+    {"name": "latents", "steps": 1, "train": "^autoencoder/temporal", "autoencoder.latent_weight": 1.0,
+     "autoencoder.reconstruction_weight": 0.0, "autoencoder.kl_weight": 0.0},
+    {"name": "pixels", "steps": 2, "autoencoder.perceptual_weight": 0.1, "autoencoder.adversarial_weight": 0.5},
+  )  # fmt: skip
+  changes = {
+    "autoencoder__name": "tiny-temporal", "autoencoder__image_weights": str(assets / "autoencoder.safetensors"),
+    "autoencoder__perceptual": {"name": "vgg16-lpips", "weights": str(trunk), "sha256": ""},
+    "data__buckets": (("144p", 5, 1.0, 2),), "checkpoint_every": 1, "stages": stages,
+  }  # fmt: skip
+  whole = Run(run_config(assets, tmp_path / "run", **changes))
+  begun, _, _ = started = whole.start()
+  image = jax.tree.map(np.asarray, begun["params"]["autoencoder"]["image"])
+  whole.train(started=started)
+  said = capsys.readouterr().out
+  assert "stage 'pixels' changes the model; kept: autoencoder/*; new: discriminator/*, perceptual/*" in said
+  lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+  always, pixels = {"latent", "kl"}, {"reconstruction", "squared_error", "perceptual", "adversarial", "discriminator"}
+  for line, own, not_yet in zip(lines, (always, always | pixels), (pixels, set())):
+    assert own <= line.keys()
+    assert not not_yet & line.keys()
+    assert all(np.isfinite(line[name]) and line[name] != 0 for name in own)
+
+  of_stage, _, _ = checkpoints.load_weights(str(tmp_path / "run"), "params", 1)
+  for a, b in zip(jax.tree.leaves(of_stage["autoencoder"]["image"]), jax.tree.leaves(image)):
+    assert np.array_equal(a, b)  # not trained in the first stage
+  loaded = load_file(assets / "autoencoder.safetensors")
+  kernel = loaded["encoder.conv_in.weight"].transpose(2, 3, 1, 0)
+  np.testing.assert_array_equal(image["encoder"]["conv_in"]["kernel"], kernel)
+
+  final, constants, _ = checkpoints.load_weights(str(tmp_path / "run"), "params")
+  assert not constants  # the trunk is in no checkpoint
+  again = Run(run_config(assets, tmp_path / "run", resume="2", **changes))
+  state = again.train()
+  for a, b in zip(jax.tree.leaves(state["params"]), jax.tree.leaves(final)):
+    assert np.array_equal(a, b)
+
+  convert(["--input", str(tmp_path / "run"), "--item", "params", "--output", str(tmp_path / "vae.safetensors")])
+  exported = load_file(tmp_path / "vae.safetensors")
+  assert any(name.startswith("spatial_vae.module.decoder") for name in exported)
+  kernel = final["autoencoder"]["temporal"]["decoder"]["conv_out"]["conv"]["kernel"]
+  np.testing.assert_array_equal(exported["temporal_vae.decoder.conv_out.conv.weight"], np.transpose(kernel, (4, 3, 0, 1, 2)))
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"autoencoder__latent_weight": 1.0}, "latent_weight is 1.0, but 'tiny-kl-f8' has no image autoencoder"),
+    ({"autoencoder__perceptual_weight": -1.0}, "perceptual_weight is -1.0; allowed: a number of at least 0"),
+    ({"autoencoder__perceptual_weight": 1.0}, "autoencoder.perceptual.weights is empty"),
+    ({"autoencoder__discriminator": {"feature": 3}}, "discriminator: unknown field 'feature'; allowed: features"),
+    ({"autoencoder__name": "tiny-causal3d", "data__buckets": (("144p", 4, 1.0, 2),)}, "clips of 4 frames, which"),
+    ({"autoencoder__reconstruction_weight": 0.0, "autoencoder__kl_weight": 0.0}, "all weights of the autoencoder's loss are 0"),
+    ({"autoencoder__image_weights": "/no/file"}, "image_weights is given, but"),
+  ],
+)  # fmt: skip
+def test_what_is_refused(assets, tmp_path, changes, message):
+  with pytest.raises(ValueError, match=message):
+    Run(run_config(assets, tmp_path / "run", **changes))
+  assert not pathlib.Path(tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("module", [open_sora_1_2_vae, cogvideox_vae])
+def test_recipes(module):
+  """Every stage of the originals' recipes is one that can be trained; nothing of the full size is allocated."""
+  config = module.get_config()
+  config.data.tables = (("videos.parquet", 1),)
+  for stage in make_stages(config):
+    one = AutoencoderObjective(stage.config)
+    params, frozen = jax.eval_shape(one.init, jax.random.key(0))
+    assert ("discriminator" in params) == (stage.name in ("adversary", "long"))
+    assert ("perceptual" in frozen) == (stage.config.autoencoder.perceptual_weight > 0)
+  assert module is open_sora_1_2_vae or one.splits(161, 8)
