@@ -137,10 +137,16 @@ class STDiT2Config(STDiTConfig):
 @dataclasses.dataclass(frozen=True)
 class STDiT3Config(STDiTConfig):
   """Open-Sora 1.2. Its adaptation began as PixArt: without embedding the frame rate (`fps_condition`) and, on images only,
-  without attention over time (`temporal_blocks`; clips are then frames that know nothing of each other)."""
+  without attention over time (`temporal_blocks`; clips are then frames that know nothing of each other).
+
+  `frame_positions`, which the original does not have, adds a sinusoid of the frame's number to the tokens, as Open-Sora 1.0's
+  blocks do. Rotary positions say how far frames are apart; which one is the first they do not say, so that from noise alone no
+  frame can know whether something that moves to the right is still left or already right: on moving shapes the direction of
+  motion was not learned without (configs/shapes.py)."""
 
   fps_condition: bool = True
   temporal_blocks: bool = True
+  frame_positions: bool = False
 
 
 class Modulation:
@@ -395,6 +401,8 @@ class STDiT(nn.Module):
       axes=OVER_TIME[:3], name="patch_embed",
     )(tokens)  # fmt: skip
     x = x + self.position_embedding(grid, tokens.shape[2], height, width).astype(dtype)[:, None]
+    if getattr(cfg, "frame_positions", False):
+      x = x + interleaved_sin_cos(jnp.arange(tokens.shape[1], dtype=jnp.float32), cfg.hidden_size).astype(dtype)[:, None]
     self.sow("intermediates", "tokens_in", x)
 
     conditions, noised, clean = self.conditions(t, x_mask, height, width, aspect_ratio, num_frames, fps)

@@ -170,3 +170,17 @@ def test_a_row_without_valid_tokens_stays_finite():
   batch["grid"][1], batch["height"][1], batch["width"][1] = 1, 1, 1
   out, d_params, _ = run(model, variables, batch)
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((out, d_params)))
+
+
+@pytest.mark.parametrize(("name", "positioned"), [("STDiT2", False), ("STDiT3", False), ("STDiT3", True)])
+def test_rotary_positions_do_not_tell_frames_apart(name, positioned):
+  """Frames of the same tokens come out the same: attention over time sees differences of positions only, and averages the same
+  values. `frame_positions` say which frame is which."""
+  config = dataclasses.replace(CONFIGS[name], **({"frame_positions": True} if positioned else {}))
+  batch = sample(0, config, 3, 12, 6, 0.0)
+  batch["tokens"] = np.repeat(batch["tokens"][:, :1], 3, axis=1)
+  for unneeded in ("valid", "cotangent", "x_mask"):
+    batch.pop(unneeded, None)
+  out = jax.jit(stdit.build(config).apply, compiler_options=QUICK_COMPILE)(random_variables(config), **batch)
+  differences = [relative_error(out[:, i], out[:, 0]) for i in (1, 2)]
+  assert min(differences) > 1e-3 if positioned else max(differences) < 1e-5
