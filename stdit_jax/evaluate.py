@@ -67,7 +67,7 @@ def make_parser():
   auto.add_argument(
     "--buckets", nargs="+", metavar="RESOLUTION:FRAMES", help="like 144p:1 240p:17 (default: the configuration's)"
   )
-  auto.add_argument("--frame-interval", type=int, default=1, help="every how manieth frame of a file (default: %(default)s)")
+  auto.add_argument("--frame-interval", type=int, default=1, help="frames of a file per frame used (default: %(default)s)")
   auto.add_argument(
     "--repeat", type=int, default=1, metavar="N", help="baseline: an image autoencoder keeps every N-th frame, shown until "
     "half way to the next",
@@ -75,8 +75,10 @@ def make_parser():
   auto.add_argument(
     "--perceptual", nargs=2, metavar=("TRUNK", "FILE"), help="perceptual distance: vgg16-lpips or hed-vgg16 (perceptual.py)"
   )
-  auto.add_argument("--i3d", metavar="FILE", help="Frechet video distance, by the file of stdit_jax.interop.fetch")
-  auto.add_argument("--picture", metavar="FILE.png", help="original, reconstruction and error of the first clip of each bucket")
+  auto.add_argument(
+    "--i3d", metavar="FILE", help="Frechet video distance, by the file of stdit_jax.interop.fetch, of 16 x 16 frames or more"
+  )
+  auto.add_argument("--picture", metavar="FILE.png", help="original, reconstruction and error of one clip of each bucket")
   return parser
 
 
@@ -159,6 +161,8 @@ def evaluate_autoencoder(args, folder):
   from stdit_jax.autoencoders import i3d, image_kl, perceptual, reconstruction
 
   check_counts(args, count=16, frame_interval=1, repeat=1)
+  if args.picture and not args.picture.endswith(".png"):
+    raise ValueError(f"--picture {args.picture}: must end in .png")
   codec, described, config = loading.load_autoencoder(args)
   if args.repeat > 1:
     if not isinstance(codec.model, image_kl.ImageKL):
@@ -175,10 +179,10 @@ def evaluate_autoencoder(args, folder):
     exam.check(bucket)
   for bucket in reversed(buckets):  # from few pixels and frames to many
     chosen = reconstruction.choose(table, bucket, args.count, args.frame_interval)
-    chosen = tqdm(chosen, bucket.name, unit="clip", leave=False, disable=None)
-    clips = (reconstruction.read(row, size, bucket.num_frames, args.frame_interval) for row, size in chosen)
-    found[bucket.name], first = exam(clips)
-    shown += [(bucket.name, *first)] if first else []
+    rows = tqdm(chosen, bucket.name, unit="clip", leave=False, disable=None)
+    clips = (reconstruction.read(row, size, bucket.num_frames, args.frame_interval) for row, size in rows)
+    found[bucket.name], seen = exam(clips, show=(len(chosen) - 1) // 2)  # films begin with black
+    shown += [(bucket.name, *seen)] if seen else []
   if not shown:
     raise ValueError(f"no row of the tables is large and long enough for {', '.join(found)}")
   if args.picture and not jax.process_index():

@@ -67,10 +67,9 @@ def choose(table, bucket, count, interval):
   return [(table.row(i), sizes[ratio]) for i, ratio in zip(found, ratios)]
 
 
-def read(row, size, num_frames, interval, resize="area"):
+def read(row, size, num_frames, interval):
   """The first frames of a row: uint8 `[num_frames, *size, 3]`."""
-  how = dict(size=size, resize=resize, crop=row.crop)
-  return _read(video.read_clip, row.path, row.start, num_frames, interval, **how)
+  return _read(video.read_clip, row.path, row.start, num_frames, interval, size=size, crop=row.crop)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,14 +114,14 @@ class Exam:
       near = nearest_lengths(self.codec.config, bucket.num_frames)
       raise ValueError(f"{bucket.name}: a length that the autoencoder does not give back; nearest: {near}")
 
-  def __call__(self, clips):
-    """Clips uint8 `[T, H, W, 3]` of one length -> {measure: value or None}, and of the first (originals, reconstructions)."""
+  def __call__(self, clips, show=0):
+    """Clips uint8 `[T, H, W, 3]` of one length -> {measure: value or None}, (original, reconstruction) of the clip `show`."""
     clip_values, features, shown, sizes = [], [], None, np.zeros(2)
     seconds, frames = np.zeros(2), 0
-    for clip in clips:
+    for i, clip in enumerate(clips):
       latents, decoded, spent = self._there_and_back(clip)
       original = clip[:, : decoded.shape[1], : decoded.shape[2]]  # sides that are no multiple of 8 come back shorter
-      shown = shown or (original, decoded)
+      shown = (original, decoded) if i == show else shown
       sizes += latents.size, clip.size
       seconds, frames = seconds + spent, frames + len(clip)
       clip_values.append(self._compare(original, decoded))

@@ -142,7 +142,7 @@ def load_autoencoder(args):
   or one that it uses, or with --autoencoder that file, of --model or of the model that it names itself."""
   import json
 
-  from stdit_jax.autoencoders.codec import find, make_codec
+  from stdit_jax.autoencoders.codec import make_codec
   from stdit_jax.interop import open_checkpoint
   from stdit_jax.training import checkpoints, weights
   from stdit_jax.training.objectives import autoencoder_model
@@ -171,7 +171,6 @@ def load_autoencoder(args):
       raise ValueError(f"{own.weights} doesn't say which autoencoder it is; give --model NAME")
     own.name = args.model or said["model"]
     own.fields = json.loads(said.get("config", "{}")) if own.name == said.get("model") else {}
-    find(own.name)
   return weights.load_codec(own), own.weights, config
 
 

@@ -160,6 +160,7 @@ def test_refusals(weights, tmp_path, capsys):
     ((), "give --run FOLDER, --config FILE or --autoencoder FILE"),
     (("--autoencoder", weights / "plain.safetensors", *tables), "doesn't say which autoencoder it is; give --model NAME"),
     (("--autoencoder", weights / "plain.safetensors", "--model", "vae"), "unknown autoencoder 'vae'; allowed: sd-kl-f8"),
+    ((*tiny, *tables, "--picture", "a.jpg"), "--picture a.jpg: must end in .png"),
     ((*tiny, "--buckets", "64p:1"), "give what to measure on: --tables TABLE"),
     ((*tiny, *tables, "--buckets", "64p"), "--buckets 64p: write RESOLUTION:FRAMES, like 144p:17"),
     ((*tiny, *tables, "--buckets", "65p:1"), "unknown resolution '65p'"),
