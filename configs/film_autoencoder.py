@@ -4,7 +4,8 @@
   python -m stdit_jax.train --config configs/film_autoencoder.py
   python -m stdit_jax.convert --input runs/film_autoencoder --to diffusers --dtype float16 \\
       --output data/film/autoencoder.safetensors
-  python -m tests.benchmarks.autoencoder --weights data/film/autoencoder.safetensors --images data/film/prepared/images
+  python -m stdit_jax.evaluate --task autoencoder --autoencoder data/film/autoencoder.safetensors \\
+      --tables data/film/prepared/images --buckets 144p:1 --count 1000
 
 1.7 M parameters, random 96 x 96 crops of 144p frames, squared error and KL 1e-6 (no perceptual term: pictures are soft).
 Half an hour on two cores for the first two stages, 22.4 dB, then half an hour on one core for the third, 24.0 dB. The file that

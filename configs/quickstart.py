@@ -27,7 +27,7 @@ def get_config():
   config.autoencoder.update(
     name="small-kl-f8", weights="data/film/autoencoder.safetensors", sample_posterior=False, cache_gb=0.5
   )  # fmt: skip
-  # Mean and deviation of its latents over the film, as tests/benchmarks/autoencoder.py prints them.
+  # Mean and deviation of its latents over the film, as evaluate --task autoencoder prints them.
   config.autoencoder.fields = dict(shift=(2.618, 0.453, 0.314, -1.248), scale=(2.047, 3.141, 2.356, 3.117))
   config.data.tables = (("data/film/prepared/table.csv", 1),)
   config.data.buckets = (("144p", 1, 1.0, 8), ("144p", 4, 1.0, 4), ("144p", 8, (1.0, 0.5), 2))

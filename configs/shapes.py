@@ -23,7 +23,7 @@ def get_config():
   config.autoencoder.update(
     name="small-kl-f8", weights="data/moving_shapes/autoencoder.safetensors", sample_posterior=False, cache_gb=1.0
   )  # fmt: skip
-  # Mean and deviation of its latents over moving shapes, as tests/benchmarks/autoencoder.py prints them.
+  # Mean and deviation of its latents over moving shapes, as evaluate --task autoencoder prints them.
   config.autoencoder.fields = dict(shift=(2.025, 0.501, 0.146, -0.543), scale=(1.673, 2.526, 1.144, 2.13))
   config.data.tables = (("shapes://train/0/20000", 1),)
   config.data.buckets = (("64p", 1, 1.0, 64), ("64p", 8, 1.0, 32), ("64p", 12, 1.0, 20))

@@ -4,10 +4,15 @@
                the stage that the checkpoint comes from
 --task shapes  what a model of moving shapes makes of prompts and given frames, measured in the pixels
                (generation/shapes_exam.py)
+--task autoencoder  what an autoencoder keeps of clips and pictures, how fast it is, how its latents are distributed
+               (autoencoders/reconstruction.py): `shift` and `scale` are what `autoencoder.fields` needs, so that a
+               denoiser sees latents of unit variance
 
   python -m stdit_jax.evaluate --run runs/film --tables held_out.csv
   python -m stdit_jax.evaluate --run runs/film --step 2000 --item params --output loss.json
   python -m stdit_jax.evaluate --run runs/shapes --task shapes
+  python -m stdit_jax.evaluate --task autoencoder --autoencoder data/film/autoencoder.safetensors \\
+      --tables data/film/prepared/table.csv --buckets 144p:1 144p:17 --picture film.png
 
 Nothing is written into the run. Of several processes (`cli.connect_processes`) all run the same command.
 """
@@ -19,6 +24,8 @@ import tempfile
 from absl import logging
 
 from data import paths
+from data.buckets import parse_buckets
+from data.config import DataConfig
 from stdit_jax.cli import (
   OneLineParser,
   connect_processes,
@@ -30,24 +37,48 @@ from stdit_jax.cli import (
 from stdit_jax.generation.shapes_exam import PARTS
 from stdit_jax.training import loading
 
+TASKS = ("loss", "shapes", "autoencoder")
+
 
 def make_parser():
   parser = OneLineParser(
     "python -m stdit_jax.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
     allow_abbrev=False,
   )  # fmt: skip
-  parser.add_argument("--task", default="loss", choices=("loss", "shapes"), help="what is measured (default: loss)")
+  parser.add_argument("--task", default="loss", choices=TASKS, help="what is measured (default: loss)")
   parser.add_argument("--output", help="writes the result as JSON")
   loading.add_model_arguments(parser)
   loss = parser.add_argument_group("loss (of a --run, by default on its own mesh)")
-  loss.add_argument("--tables", nargs="+", help="metadata tables to measure on (default: validation.tables of the run)")
+  loss.add_argument(
+    "--tables", nargs="+", help="metadata tables to measure on (default: validation.tables of the run); autoencoder: also "
+    "folders or files of videos and pictures (default: the configuration's)",
+  )  # fmt: skip
   loss.add_argument("--samples-per-bucket", type=int, help="rows of a bucket (default: the run's)")
   loss.add_argument("--timesteps", type=int, help="timesteps, evenly spaced (default: the run's)")
   how = parser.add_argument_group("shapes")
   how.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="of the examination (default: all)")
-  how.add_argument("--count", type=int, default=200, help="scenes of each part (default: %(default)s)")
+  how.add_argument("--count", type=int, help="scenes of each part (default: 200); autoencoder: clips of each bucket (16)")
   how.add_argument("--batch-size", type=int, default=20, help="videos made together (default: %(default)s)")
   loading.add_sampler_arguments(how)
+  auto = parser.add_argument_group("autoencoder (of --run, --config, or --autoencoder alone)")
+  auto.add_argument(
+    "--model", metavar="NAME", help="of --autoencoder alone, unless its file says it: sd-kl-f8, cogvideox-2b..."
+  )
+  auto.add_argument(
+    "--buckets", nargs="+", metavar="RESOLUTION:FRAMES", help="like 144p:1 240p:17 (default: the configuration's)"
+  )
+  auto.add_argument("--frame-interval", type=int, default=1, help="frames of a file per frame used (default: %(default)s)")
+  auto.add_argument(
+    "--repeat", type=int, default=1, metavar="N", help="baseline: an image autoencoder keeps every N-th frame, shown until "
+    "half way to the next",
+  )  # fmt: skip
+  auto.add_argument(
+    "--perceptual", nargs=2, metavar=("TRUNK", "FILE"), help="perceptual distance: vgg16-lpips or hed-vgg16 (perceptual.py)"
+  )
+  auto.add_argument(
+    "--i3d", metavar="FILE", help="Frechet video distance, by the file of stdit_jax.interop.fetch, of 16 x 16 frames or more"
+  )
+  auto.add_argument("--picture", metavar="FILE.png", help="original, reconstruction and error of one clip of each bucket")
   return parser
 
 
@@ -109,9 +140,7 @@ def evaluate_shapes(args):
 
   from stdit_jax.generation.shapes_exam import Exam, examine
 
-  for name in ("count", "batch_size"):
-    if getattr(args, name) < 1:
-      raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; allowed: at least 1")
+  check_counts(args, count=200, batch_size=20)
   config, step = loading.read_model(args)
   pipeline, described = loading.load_pipeline(args, config, step)
   steps, scale = loading.steps_and_scale(args, config)
@@ -122,6 +151,78 @@ def evaluate_shapes(args):
 
   exam = Exam(count=args.count, steps=steps, scale=scale, batch=args.batch_size)
   return described, examine(pipeline, exam, args.parts, progress)
+
+
+def evaluate_autoencoder(args, folder):
+  """-> (description of the weights, {"buckets": {name: {measure: value}}, "shift": [...], "scale": [...]})."""
+  import jax
+  from tqdm import tqdm
+
+  from stdit_jax.autoencoders import i3d, image_kl, perceptual, reconstruction
+
+  check_counts(args, count=16, frame_interval=1, repeat=1)
+  if args.picture and not args.picture.endswith(".png"):
+    raise ValueError(f"--picture {args.picture}: must end in .png")
+  codec, described, config = loading.load_autoencoder(args)
+  if args.repeat > 1:
+    if not isinstance(codec.model, image_kl.ImageKL):
+      raise ValueError("--repeat is a baseline of image autoencoders; this one keeps motion by itself")
+    described += f", each frame the nearest of every {args.repeat} frames"
+  table, buckets = reconstruction.open_rows(*what_to_measure(args, config), folder)
+  judges = reconstruction.Judges(
+    args.perceptual[0] if args.perceptual else "",
+    perceptual.load(*args.perceptual) if args.perceptual else None,
+    i3d.load(args.i3d) if args.i3d else None,
+  )
+  exam, found, shown = reconstruction.Exam(codec, judges, args.repeat), {}, []
+  for bucket in buckets:
+    exam.check(bucket)
+  for bucket in reversed(buckets):  # from few pixels and frames to many
+    chosen = reconstruction.choose(table, bucket, args.count, args.frame_interval)
+    rows = tqdm(chosen, bucket.name, unit="clip", leave=False, disable=None)
+    clips = (reconstruction.read(row, size, bucket.num_frames, args.frame_interval) for row, size in rows)
+    found[bucket.name], seen = exam(clips, show=(len(chosen) - 1) // 2)  # films begin with black
+    shown += [(bucket.name, *seen)] if seen else []
+  if not shown:
+    raise ValueError(f"no row of the tables is large and long enough for {', '.join(found)}")
+  if args.picture and not jax.process_index():
+    with paths.whole(args.picture) as temporary:
+      reconstruction.picture(shown).save(temporary)
+  return described, {"buckets": found, "shift": exam.shift.tolist(), "scale": exam.scale.tolist()}
+
+
+def what_to_measure(args, config):
+  """(tables, [(resolution, frames)]) of the command line, else of the configuration."""
+  tables, names = args.tables, args.buckets
+  if config and not tables:
+    tables = [path for path, _ in DataConfig(config.validation.tables or config.data.tables).table_weights()]
+  if config and not names:
+    names = [f"{bucket.resolution}:{bucket.num_frames}" for bucket in parse_buckets(config.data.buckets)]
+  if not tables or not names:
+    raise ValueError("give what to measure on: --tables TABLE ... and --buckets RESOLUTION:FRAMES ..., like 144p:17")
+  if wrong := [name for name in names if name.count(":") != 1]:
+    raise ValueError(f"--buckets {wrong[0]}: write RESOLUTION:FRAMES, like 144p:17")
+  return tables, [name.split(":") for name in names]
+
+
+def check_counts(args, **defaults):
+  """Fills in the defaults; raises ValueError for values below 1."""
+  for name, default in defaults.items():
+    if getattr(args, name) is None:
+      setattr(args, name, default)
+    if getattr(args, name) < 1:
+      raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; allowed: at least 1")
+
+
+def print_buckets(values):
+  names = list(max(values["buckets"].values(), key=len))
+  widths = [max(len(name), 6) + 2 for name in names]
+  print(" " * 12 + "".join(name.rjust(width) for name, width in zip(names, widths)))
+  for bucket, measures in values["buckets"].items():
+    texts = ["-" if measures.get(name) is None else f"{measures[name]:.4g}" for name in names]
+    print(bucket.ljust(12) + "".join(text.rjust(width) for text, width in zip(texts, widths)))
+  for name in ("shift", "scale"):
+    print(name, tuple(round(value, 3) for value in values[name]))
 
 
 def print_nested(values):
@@ -140,6 +241,8 @@ def main(argv=None):
     keep_freed_memory()
     if args.task == "shapes":
       described, values = evaluate_shapes(args)
+    elif args.task == "autoencoder":
+      described, values = evaluate_autoencoder(args, folder)
     else:
       stage, step = read_stage(args)
       described, values = f"{args.run}, step {step}, {args.item}", evaluate_loss(stage, step, args, folder)
@@ -150,6 +253,8 @@ def main(argv=None):
   print(f"{described}:")
   if args.task == "shapes":
     print_nested(values)
+  elif args.task == "autoencoder":
+    print_buckets(values)
   else:
     for name, value in values.items():
       print(f"{name.removeprefix('validation/'):>16}  {value:.5g}")

@@ -133,6 +133,7 @@ def make_work(args, config, autoencoder):
   """
   from data import aspect_ratios
   from data.captions import append_scores, clean_caption
+  from stdit_jax.autoencoders.codec import nearest_lengths
   from stdit_jax.generation.clips import place_loop
   from stdit_jax.generation.pipeline import Request
   from stdit_jax.generation.prompts import split_json, split_loops
@@ -163,9 +164,7 @@ def make_work(args, config, autoencoder):
     if task == "edit" and not args.num_frames:
       frames = counts[0]
     if not autoencoder.keeps(frames):
-      near = [n for n in range(1, 2 * frames + 20) if autoencoder.keeps(n)]
-      lower, upper = max((n for n in near if n < frames), default=None), min(n for n in near if n > frames)
-      allowed = f"{lower} or {upper}" if lower else f"{upper}"
+      allowed = nearest_lengths(autoencoder, frames)
       raise ValueError(f"--num-frames is {frames}, a length that the autoencoder does not give back; nearest: {allowed}")
     lengths, count = tuple(map(autoencoder.latent_frames, counts)), autoencoder.latent_frames(frames)
     if task:

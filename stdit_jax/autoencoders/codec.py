@@ -41,6 +41,13 @@ def module_of(config):
   return next(module for module in MODULES if type(config) is type(next(iter(module.TABLE.values()))))
 
 
+def nearest_lengths(config, num_frames):
+  """The lengths nearest to one that the autoencoder does not give back, as text: "9 or 16"."""
+  near = [n for n in range(1, 2 * num_frames + 20) if config.keeps(n)]
+  lower, upper = max((n for n in near if n < num_frames), default=None), min(n for n in near if n > num_frames)
+  return f"{lower} or {upper}" if lower else f"{upper}"
+
+
 @functools.cache
 def jitted(function):
   """A function of a piece as a jitted one: all but weights and arrays is static."""

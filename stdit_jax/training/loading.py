@@ -139,6 +139,43 @@ def load_pipeline(args, config, step, check=lambda pipeline: None):
   return pipeline, described
 
 
+def load_autoencoder(args):
+  """(codec, description of its weights, configuration or None): the autoencoder of --run or of --config, one that it trains
+  or one that it uses, or with --autoencoder that file, of --model or of the model that it names itself."""
+  import json
+
+  from stdit_jax.autoencoders.codec import make_codec
+  from stdit_jax.interop import open_checkpoint
+  from stdit_jax.training import checkpoints, weights
+  from stdit_jax.training.objectives import autoencoder_model
+  from stdit_jax.training.stages import make_stages
+
+  if args.run and args.config:
+    raise ValueError("give either --run FOLDER (a training run) or --config FILE")
+  step, config = None, None
+  if args.run:
+    config, step = checkpoints.stage_config(args.run, args.step)
+  elif args.config:
+    config = make_stages(read_config_file(args.config))[-1].config
+  elif not args.autoencoder:
+    raise ValueError("give --run FOLDER, --config FILE or --autoencoder FILE")
+  if args.run and config.task == "autoencoder" and not args.autoencoder:
+    model = autoencoder_model(config.autoencoder)
+    params, constants, _ = checkpoints.load_weights(args.run, args.item, step)
+    variables = {"params": params["autoencoder"]} | ({"constants": c} if (c := constants.get("autoencoder")) else {})
+    return make_codec(model, variables, config.autoencoder.micro_batch), f"{args.run}, step {step}, {args.item}", config
+  own = ml_collections.ConfigDict(config.autoencoder.to_dict() if config else {"micro_batch": 4, "dtype": "float32"})
+  if args.autoencoder:
+    own.weights = weights.need_file(args.autoencoder, "--autoencoder")
+  if not config:
+    said = open_checkpoint(own.weights).metadata
+    if not (args.model or said.get("model")):
+      raise ValueError(f"{own.weights} doesn't say which autoencoder it is; give --model NAME")
+    own.name = args.model or said["model"]
+    own.fields = json.loads(said.get("config", "{}")) if own.name == said.get("model") else {}
+  return weights.load_codec(own), own.weights, config
+
+
 def placed_shapes(shapes, mesh):
   """Shapes with the shardings that the weights will have."""
   import jax

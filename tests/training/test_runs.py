@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from configs import base
+from stdit_jax import evaluate
 from stdit_jax.cli import InputError
 from stdit_jax.interop import CheckpointError, save_variables
 from stdit_jax.training import batches
@@ -229,7 +230,7 @@ def test_rows_that_cannot_be_decoded_are_counted_and_skipped_up_to_the_limit(ass
     Run(tiny_config(assets, tmp_path / "none", data__max_bad_rows=0, **table)).train()
 
 
-def test_the_autoencoder_trains(assets, first, tmp_path):
+def test_the_autoencoder_trains(assets, first, tmp_path, capsys):
   settings = {"task": "autoencoder", "autoencoder__crop": 16, "data__captions": "optional"}
   settings["autoencoder__fields"] = {"block_out_channels": (8, 8)}
   run = Run(tiny_config(assets, tmp_path / "autoencoder", **settings, **ONE_STEP))
@@ -237,3 +238,8 @@ def test_the_autoencoder_trains(assets, first, tmp_path):
   assert {"loss", "reconstruction", "kl", "squared_error"} <= set(metrics_of(run)[0])
   with pytest.raises(ValueError, match="is a run of autoencoder, not of the denoiser"):
     Run(tiny_config(assets, tmp_path / "other", init=str(tmp_path / "autoencoder"), **ONE_STEP)).start()
+  capsys.readouterr()
+  evaluate.main(["--task", "autoencoder", "--run", run.config.output, "--buckets", "64p:1", "--count", "1"])
+  said = capsys.readouterr().out.splitlines()
+  assert said[0] == f"{run.config.output}, step 1, ema:"
+  assert said[2].startswith("64p x 1 ")
