@@ -12,11 +12,13 @@ Steps: {steps}
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 
 import polars as pl
 
+from data.command_line import OneLineParser
 from data.prepare import config as configs
 from data.prepare import engine
 
@@ -60,7 +62,7 @@ def _main(arguments: list[str]) -> int:
 
 
 def _parser(name: str, **kwargs):
-  parser = configs.OneLineParser(prog=f"python -m data.prepare {name}", **kwargs)
+  parser = OneLineParser(prog=f"python -m data.prepare {name}", **kwargs)
   parser.add_argument(
     "--workers", type=int, default=0, help="processes on this machine (default: the config's, else all cores)"
   )
@@ -98,7 +100,7 @@ def _shard(text: str) -> tuple[int, int]:
 
 def _alone(title: str, arguments: list[str]) -> int:
   cls = configs.step_class(title)
-  parser = _parser(title, description=cls.__doc__, formatter_class=configs.RawHelp)
+  parser = _parser(title, description=cls.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("input", help="a table (.parquet, .csv, .jsonl) or a folder of parquet shards")
   parser.add_argument("-o", "--output", required=True, help="table or folder to write")
   options, rest = parser.parse_known_args(arguments)

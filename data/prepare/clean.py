@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 from typing import ClassVar
 
@@ -12,8 +11,6 @@ import polars as pl
 from data import captions
 from data.prepare.engine import Context, Step
 from data.prepare.measures import CLASSES
-
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # tokenizers need no PyTorch
 
 # What captioners like to begin with. (Open-Sora's `refine_llm_caption` has a list of 17 such phrases; these are forms of them.)
 _SUBJECT = (

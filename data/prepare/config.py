@@ -6,7 +6,6 @@ twice under names of its own: `config.second = dict(step="scores", ...)`.
 
 from __future__ import annotations
 
-import argparse
 import ast
 import difflib
 import importlib
@@ -38,16 +37,6 @@ STEPS = {
   "report": "report:Report",
 }
 _OWN = ("output", "steps", "workers", "limits", "patience")
-
-
-class OneLineParser(argparse.ArgumentParser):
-  """An ArgumentParser whose errors are one line."""
-
-  def error(self, message: str) -> None:
-    raise ValueError(f"{message}; see {self.prog} --help")
-
-
-RawHelp = argparse.RawDescriptionHelpFormatter
 
 
 def step_class(title: str) -> type[engine.Step]:

