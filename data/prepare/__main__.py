@@ -20,7 +20,8 @@ import polars as pl
 
 from data.command_line import OneLineParser
 from data.prepare import config as configs
-from data.prepare import engine
+from data.prepare.chain import run_alone
+from data.prepare.messages import shown
 
 COMMANDS = ("run", "status", "check", "report")
 
@@ -34,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     if os.environ.get("STDIT_JAX_TRACEBACK"):
       raise
     text = str(error).splitlines()[0] if isinstance(error, pl.exceptions.PolarsError) else " ".join(str(error).split())
-    print(f"error: {engine.shown(text) or type(error).__name__}", file=sys.stderr)
+    print(f"error: {shown(text) or type(error).__name__}", file=sys.stderr)
     return 2
   except KeyboardInterrupt:
     print("interrupted; the same command goes on where it was", file=sys.stderr)
@@ -111,7 +112,7 @@ def _alone(title: str, arguments: list[str]) -> int:
       raise ValueError(f"unexpected argument {argument!r}; give settings as --KEY=VALUE")
     settings[key] = configs.literal(value)
   workers = options.workers or os.cpu_count() or 1
-  print(engine.run_alone(title, engine.create(cls, settings, title), options.input, options.output, workers=workers))
+  print(run_alone(title, configs.create(cls, settings, title), options.input, options.output, workers=workers))
   return 0
 
 

@@ -24,7 +24,9 @@ from PIL import Image
 from data import paths, video
 from data.prepare import prompts
 from data.prepare.cut import small_size
-from data.prepare.engine import FAILED, Context, Step, say
+from data.prepare.messages import say
+from data.prepare.shards import FAILED
+from data.prepare.steps import Context, Step
 from data.prepare.workers import Failure, Passing
 
 _MOST_FRAMES = 16  # that a chain describes one by one

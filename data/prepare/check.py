@@ -19,8 +19,8 @@ from data import config as data_config
 from data import loader, paths, plan, sources
 from data.command_line import OneLineParser
 from data.prepare import config as configs
-from data.prepare.engine import shown
-from data.prepare.workers import DEFAULT_LIMITS, Failure, Pool, Progress
+from data.prepare.messages import Progress, shown
+from data.prepare.workers import DEFAULT_LIMITS, Failure, Pool
 
 _LISTED = 20  # broken rows that are printed
 

@@ -9,8 +9,8 @@ from typing import ClassVar
 import polars as pl
 
 from data import captions
-from data.prepare.engine import Context, Step
 from data.prepare.measures import CLASSES
+from data.prepare.steps import Context, Step
 
 # What captioners like to begin with. (Open-Sora's `refine_llm_caption` has a list of 17 such phrases; these are forms of them.)
 _SUBJECT = (

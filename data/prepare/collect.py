@@ -18,7 +18,8 @@ from PIL import Image
 
 from data import paths, sources, video
 from data.prepare import decode
-from data.prepare.engine import FAILED, Context, RowStep, Source, read_meta, scan, write_shard
+from data.prepare.shards import FAILED, read_meta, scan, write_shard
+from data.prepare.steps import Context, RowStep, Source
 
 _KINDS = {"video": video.VIDEO_EXTENSIONS, "image": video.IMAGE_EXTENSIONS}
 _LISTED = {"path": pl.String, "bytes": pl.Int64, "changed": pl.Int64, **FAILED}

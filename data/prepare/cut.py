@@ -19,7 +19,8 @@ from PIL import Image
 
 from data import paths
 from data.prepare import decode
-from data.prepare.engine import Context, RowStep, digest
+from data.prepare.shards import digest
+from data.prepare.steps import Context, RowStep
 from data.prepare.workers import Failure
 from data.video import IMAGE_FPS, BadVideo, VideoInfo, is_image, probe
 

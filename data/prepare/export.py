@@ -16,7 +16,8 @@ from typing import Any, ClassVar
 import polars as pl
 
 from data import paths
-from data.prepare.engine import Context, Step, read_meta, scan, with_failures, write_shard
+from data.prepare.shards import height, read_meta, scan, with_failures, write_shard
+from data.prepare.steps import Context, Step
 
 FORMATS = ("table", "tfds", "webdataset")
 # Of data/sources.py; then what a look at the data needs.
@@ -70,7 +71,7 @@ class Export(Step):
       if "table" in self.formats:
         name = self.name if split is None else f"{split}{os.path.splitext(self.name)[1]}"
         files.append(self._table(part, paths.join(folder, name), names, context))
-        said.append(f"{_height(files[-1]):,} rows in {files[-1]}")
+        said.append(f"{height(files[-1]):,} rows in {files[-1]}")
       if "webdataset" in self.formats:
         made = write_webdataset(part, paths.join(folder, "webdataset"), split or "train", self.samples)
         files += made
@@ -94,11 +95,6 @@ class Export(Step):
     kept = [c for c in (self.columns or COLUMNS) if c in names]
     write_shard(target, table.with_columns(relative).select(kept), {"key": "", "identity": "", "retry": 0})
     return target
-
-
-def _height(path: str) -> int:
-  with paths.local_copy(path) as copy:
-    return scan(copy).select(pl.len()).collect().item()
 
 
 def _samples(table: pl.LazyFrame) -> Iterator[tuple[str, str, dict[str, Any]]]:

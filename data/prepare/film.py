@@ -35,7 +35,8 @@ import polars as pl
 from data import paths
 from data.command_line import OneLineParser
 from data.prepare import config as configs
-from data.prepare import engine
+from data.prepare.chain import Chain
+from data.prepare.messages import shown
 from data.video import VIDEO_EXTENSIONS, BadVideo
 
 PACKAGE = "moviepy==2.2.1"
@@ -209,7 +210,7 @@ def captions_of(video: Path, folder: Path, table: dict[str, list[Caption]]) -> l
 # --------------------------------------------------------------------------------------------------------------- the chain
 
 
-def chain(listed: Path, output: Path, *, short_side: int, workers: int) -> engine.Chain:
+def chain(listed: Path, output: Path, *, short_side: int, workers: int) -> Chain:
   """The pipeline's steps for a table of videos with captions on a timeline (`listing`): clips, images and crops in `output`."""
   steps = {
     "collect": dict(sources=(str(listed),), forget=True),
@@ -267,7 +268,7 @@ def prepare(videos: dict[str, tuple[Path, list[Caption]]], output: Path, *, shor
   return {"clips": clips, "rows": rows, "skipped": list(skipped.items())}
 
 
-def _outcome(made: engine.Chain, videos: dict[str, tuple[Path, list[Caption]]]) -> tuple[int, int, dict[str, str]]:
+def _outcome(made: Chain, videos: dict[str, tuple[Path, list[Caption]]]) -> tuple[int, int, dict[str, str]]:
   """(clips, rows, {name: why it is not among them})."""
   names = {str(file.resolve()): name for name, (file, _) in videos.items()}
   source = pl.coalesce("video", "path").alias("path")
@@ -290,7 +291,7 @@ def user_videos(folder: Path, output: Path) -> tuple[dict[str, tuple[Path, list[
       try:
         name.encode()
       except UnicodeEncodeError:
-        bad.append((engine.shown(name), "its name is not UTF-8: rename it"))
+        bad.append((shown(name), "its name is not UTF-8: rename it"))
         continue
       try:
         videos[name] = (path, captions_of(path, folder, table))
@@ -325,7 +326,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"error: {str(error) or type(error).__name__}", file=sys.stderr)
     return 1
   for name, reason in (skipped := bad + result["skipped"]):
-    print(f"skipped {engine.shown(name)}: {reason}")
+    print(f"skipped {shown(name)}: {reason}")
   print(f"{result['clips']} clips, {result['rows']} rows, {len(skipped)} skipped: {output / 'table.csv'}")
   return 0
 

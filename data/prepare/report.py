@@ -24,8 +24,9 @@ from data.command_line import OneLineParser
 from data.prepare import caption, check
 from data.prepare import config as configs
 from data.prepare.cut import small_size
-from data.prepare.engine import Context, Step, scan, with_failures
 from data.prepare.selection import draw
+from data.prepare.shards import scan, with_failures
+from data.prepare.steps import Context, Step
 from data.prepare.workers import DEFAULT_LIMITS, Failure, Pool
 
 _BINS = 40

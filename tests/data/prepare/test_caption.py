@@ -17,7 +17,8 @@ import pytest
 from PIL import Image
 
 from data.prepare import __main__ as main
-from data.prepare import caption, caption_local, clean, endpoint, engine
+from data.prepare import caption, caption_local, clean, endpoint
+from data.prepare import config as configs
 from tests.data.prepare.videos import two_scenes, write_video
 
 
@@ -299,7 +300,7 @@ def test_local_model_of_transformers(clips, tmp_path):
   images = transformers.BlipImageProcessor(size={"height": 32, "width": 32})
   model.save_pretrained(tmp_path / "blip")
   transformers.BlipProcessor(images, tokenizer).save_pretrained(tmp_path / "blip")
-  step = engine.create(
+  step = configs.create(
     caption.Caption, dict(backend="local", model=str(tmp_path / "blip"), frames=1, side=32, max_tokens=6), "caption"
   )
   captioner = caption.make_captioner(step)
@@ -311,7 +312,7 @@ def test_local_model_of_transformers(clips, tmp_path):
   for text, one in zip(found, tokenizer.batch_decode(wanted, skip_special_tokens=True)):
     assert text == caption_local._checked(one)
   with pytest.raises(ValueError, match="is no folder"):
-    caption.make_captioner(engine.create(caption.Caption, dict(backend="local", model="/nowhere"), "caption"))
+    caption.make_captioner(configs.create(caption.Caption, dict(backend="local", model="/nowhere"), "caption"))
 
 
 # ------------------------------------------------------------------------------------------------------------------ answers

@@ -1,4 +1,4 @@
-"""The engine: shards, keys, resumption after real kills, a full disk, vanished files; several machines."""
+"""A run: shards, keys, resumption after real kills, a full disk, vanished files; several machines."""
 
 import os
 import re
@@ -15,7 +15,7 @@ import pytest
 from data import paths
 from data.prepare import __main__ as main
 from data.prepare import config as configs
-from data.prepare import engine, workers
+from data.prepare import steps, workers
 from data.video import BadVideo
 from tests.data.prepare.videos import two_scenes, write_video
 
@@ -289,7 +289,7 @@ def test_one_step_alone(videos, tmp_path, undisturbed, capsys):
 def test_configs_are_read_by_name():
   for title in configs.STEPS:
     if title in ("collect", "probe", "duplicates", "scenes", "cut", "crops"):
-      assert issubclass(configs.step_class(title), engine.Step)
+      assert issubclass(configs.step_class(title), steps.Step)
 
 
 def test_a_bucket_is_a_folder(videos, tmp_path, undisturbed, store):
