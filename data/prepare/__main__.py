@@ -2,6 +2,7 @@
 
   python -m data.prepare run    --config configs/data/local.py [--config.output=... --config.scenes.min_seconds=1]
   python -m data.prepare status --config configs/data/local.py
+  python -m data.prepare table  FOLDER -o table.csv                what a training needs to know of files, and no more
   python -m data.prepare check  TABLE --config configs/film.py     read every clip as the training would
   python -m data.prepare report TABLE -o report.html               look at any table
   python -m data.prepare STEP INPUT -o OUTPUT [--KEY=VALUE ...]    one step alone, on a table or a folder of them
@@ -13,6 +14,7 @@ Steps: {steps}
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 
@@ -23,7 +25,8 @@ from data.prepare import config as configs
 from data.prepare.chain import run_alone
 from data.prepare.messages import shown
 
-COMMANDS = ("run", "status", "check", "report")
+OTHERS = ("table", "check", "report")  # modules with a `main`
+COMMANDS = ("run", "status", *OTHERS)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -49,14 +52,8 @@ def _main(arguments: list[str]) -> int:
   command, rest = arguments[0], arguments[1:]
   if command in ("run", "status"):
     return _chain(command, rest)
-  if command == "check":
-    from data.prepare import check
-
-    return check.main(rest)
-  if command == "report":
-    from data.prepare import report
-
-    return report.main(rest)
+  if command in OTHERS:  # loaded when needed: each has imports of its own
+    return importlib.import_module(f"data.prepare.{command}").main(rest)
   if command in configs.STEPS:
     return _alone(command, rest)
   raise ValueError(f"unknown command {command!r}; known: {', '.join((*COMMANDS, *configs.STEPS))}")

@@ -89,12 +89,16 @@ class Export(Step):
     mine = target in (json.loads(paths.read_text(record))["files"] if paths.exists(record) else ())
     if paths.exists(target) and not mine and not (target.endswith(".parquet") and read_meta(target)):
       raise ValueError(f"{target} is there and was not written by this program: choose another export.folder or export.name")
-    here = os.path.dirname(target) + "/"
-    inside = pl.col("path").str.starts_with(here)
-    relative = pl.when(inside).then(pl.col("path").str.strip_prefix(here)).otherwise("path").alias("path")
     kept = [c for c in (self.columns or COLUMNS) if c in names]
-    write_shard(target, table.with_columns(relative).select(kept), {"key": "", "identity": "", "retry": 0})
+    write_shard(target, relative_to(table, os.path.dirname(target)).select(kept), {"key": "", "identity": "", "retry": 0})
     return target
+
+
+def relative_to(table: pl.LazyFrame, folder: str) -> pl.LazyFrame:
+  """The table with relative paths of the files below `folder`, where it will lie."""
+  here = folder + "/"
+  inside = pl.col("path").str.starts_with(here)
+  return table.with_columns(path=pl.when(inside).then(pl.col("path").str.strip_prefix(here)).otherwise("path"))
 
 
 def _samples(table: pl.LazyFrame) -> Iterator[tuple[str, str, dict[str, Any]]]:
