@@ -1,7 +1,7 @@
 """A run: a declared chain of steps over a table in shards, on one machine or several.
 
-A shard whose key is the wanted one is left alone, anything else is made again, and so is one with rows that may not fail
-another time. So a run may be ended at any time, by any means, and the same command goes on.
+A shard whose key is the wanted one is left alone, anything else is made again, and so is one with rows that may not
+fail another time. So a run may be ended at any time, by any means, and the same command goes on.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import polars as pl
 
 from data import paths
 from data.prepare.messages import Progress, clock, say, shown
-from data.prepare.shards import digest, height, identity, part_number, parts, read_meta, scan, with_failures
+from data.prepare.shards import digest, height, identity, part_number, parts, read_meta, scan, scan_all, with_failures
 from data.prepare.steps import Context, RowStep, Source, Step, run_shard
 from data.prepare.workers import DEFAULT_LIMITS, Limits, Pool
 
@@ -104,7 +104,7 @@ class Chain:
 
   def scan(self, name: str) -> pl.LazyFrame:
     """All shards of a step as one lazy table."""
-    return with_failures(pl.concat([scan(path) for path in self.tables(name)], how="diagonal_relaxed"))
+    return scan_all(self.tables(name))
 
   def _meta(self, path: str) -> dict[str, Any] | None:
     """`read_meta`, once for shards that no other machine writes."""
@@ -193,7 +193,7 @@ class Chain:
     wanted = set(self.parts(next(iter(self.steps))))
     while missing := len(wanted - set(self._identities(name))):
       if self.shard[1] == 1:
-        raise ValueError(f"{name}: {missing} shards are missing")
+        raise ValueError(f"{name}: {missing} shards are missing: run the same command again")
       if missing != seen:
         say(f"{name}: waiting for {missing} shards of other machines")
         seen, since = missing, time.monotonic()
@@ -308,7 +308,7 @@ def run_alone(name: str, step: Step, source: str, target: str, *, workers: int =
       return step.write(tables, Context(target, "", limits=limits, pool=pool))[0]
     facts = None
     if step.gathers:
-      facts = step.gather(with_failures(pl.concat([scan(a) for a in tables], how="diagonal_relaxed")))
+      facts = step.gather(scan_all(tables))
     sizes = [height(a) for a in tables]
     progress, done, counted = Progress(name, sum(sizes), step.unit), 0, collections.Counter()
     for (a, b), size in zip(pairs, sizes):

@@ -24,7 +24,8 @@ from data.prepare.steps import Context, RowStep, Source
 
 _KINDS = {"video": video.VIDEO_EXTENSIONS, "image": video.IMAGE_EXTENSIONS}
 LISTED = {"path": pl.String, "bytes": pl.Int64, "changed": pl.Int64, **FAILED}
-_BATCH = 10_000  # rows
+_BATCH = 10_000  # files that are rows of Python at a time
+_TOGETHER = 1000  # shards that are compared with the list at a time
 _HASH_SIDE = 8  # bits along one side of a difference hash
 _HASH_AT = (0.25, 0.5, 0.75)  # places in a video whose pictures are hashed
 
@@ -38,6 +39,8 @@ class Collect(Source):
   kinds: "video", "image": which endings are taken of folders and patterns.
   rows_per_shard: rows of a shard, what a killed run loses at most.
   forget: what is no longer listed leaves the table, too. A disk that is not mounted then empties it.
+
+  The list is held in memory: 0.4 GB for a million files.
   """
 
   title: ClassVar[str] = "collect"
@@ -61,8 +64,8 @@ class Collect(Source):
     key = [name for name in ("path", "start", "end") if name in found.columns]
     found = found.unique(key, keep="first", maintain_order=True)
     names = parts(folder)
-    if names:
-      found = self._refresh(folder, names, found, key)
+    for i in range(0, len(names), _TOGETHER):
+      found = self._refresh(folder, names[i : i + _TOGETHER], found, key)
     begin = part_number(names[-1]) + 1 if names else 0
     for i, offset in enumerate(range(0, found.height, self.rows_per_shard)):
       self._write(paths.join(folder, part_name(begin + i)), found.slice(offset, self.rows_per_shard))
@@ -77,6 +80,8 @@ class Collect(Source):
     rows = old.select("_part", "_row", *key).join(found, on=key, how="inner", nulls_equal=True)
     if not self.forget:  # one that has gone keeps its row, and fails where it is needed
       rows = pl.concat([rows, old.join(found, on=key, how="anti", nulls_equal=True)], how="diagonal_relaxed")
+    # In the order of the first run: it is part of what says whether a shard changed.
+    rows = rows.select(*found.columns, *(c for c in rows.columns if c not in found.columns))
     by_part = rows.sort("_row").partition_by("_part", as_dict=True)
     for i, name in enumerate(names):
       self._write(paths.join(folder, name), by_part.get((i,), rows.clear()).drop("_part", "_row"))
@@ -99,7 +104,7 @@ class Collect(Source):
       )
     files = _matching(source) if pattern else paths.files_below(source)
     rows = (_file_row(path) for path in files if path.lower().endswith(self._endings()))
-    batches = iter(lambda: list(itertools.islice(rows, _BATCH)), [])  # as a table a row takes a tenth of the memory
+    batches = iter(lambda: list(itertools.islice(rows, _BATCH)), [])
     return pl.concat(pl.DataFrame(batch, schema=LISTED, orient="row") for batch in itertools.chain([[]], batches))
 
   def _endings(self) -> tuple[str, ...]:

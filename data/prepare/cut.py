@@ -255,6 +255,9 @@ class Cut(RowStep):
       if is_image(row["path"]) or row["start"] is None:
         results[i] = {}
         continue
+      if not re.fullmatch(r"[\w-]+", str(row["id"] or "")):  # of a foreign table
+        results[i] = Failure(f"its id {row['id']!r} can't be part of a file name: only letters, digits, _ and - can")
+        continue
       stem = re.sub(r"[^A-Za-z0-9-]+", "-", Path(row["path"]).stem)[:40]
       name = f"{stem}_{row['start']:06d}-{row['end']:06d}_{row['id']}-{mark}"
       own = paths.join(context.folder, f"clips-{mark}", row["id"][:2])

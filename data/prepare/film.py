@@ -35,6 +35,7 @@ import polars as pl
 from data import paths
 from data.command_line import OneLineParser
 from data.prepare import config as configs
+from data.prepare.caption import sidecar_text, words_of_name
 from data.prepare.chain import Chain
 from data.prepare.messages import shown
 from data.video import VIDEO_EXTENSIONS, BadVideo
@@ -194,17 +195,11 @@ def captions_of(video: Path, folder: Path, table: dict[str, list[Caption]]) -> l
   """Captions of one of the user's videos, from the first source there is (see the module's text)."""
   sidecar = video.with_suffix(".txt")
   if sidecar.exists():
-    try:
-      text = " ".join(sidecar.read_text(encoding="utf-8-sig").split())
-    except UnicodeDecodeError as error:
-      raise BadVideo(f"its caption file {sidecar.name} is not UTF-8 (byte {error.start})") from error
-    if not text:
-      raise BadVideo(f"its caption file {sidecar.name} is empty")
-    return [Caption(None, text)]
+    return [Caption(None, sidecar_text(str(sidecar)))]
   for name in (video.relative_to(folder).as_posix(), video.name):
     if name in table:
       return table[name]
-  return [Caption(None, " ".join(re.findall(r"[^\W_]+", video.stem)) or "a video")]
+  return [Caption(None, words_of_name(str(video)) or "a video")]
 
 
 # --------------------------------------------------------------------------------------------------------------- the chain

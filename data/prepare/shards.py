@@ -1,11 +1,11 @@
 """Shards: one parquet file of a step's output for each one of its input, which says itself what it was made from.
 
-A shard carries, in the metadata of its file, the key of its recipe: the step, its settings, the identity of the input shard and
-of what the step gathered over the whole table. It is written under a temporary name and renamed, so that it is there whole or
-not at all, whenever and however a run ends.
+A shard carries, in the metadata of its file, the key of its recipe: the step, its settings, the identity of the input
+shard and of what the step gathered over the whole table. It is written under a temporary name and renamed, so that it is
+there whole or not at all, whenever and however a run ends.
 
-A row that fails keeps its place, with the reason in `error`; later steps pass it on untouched. `retry` says that the reason
-may pass (no answer, no file).
+A row that fails keeps its place, with the reason in `error`; later steps pass it on untouched. `retry` says that the
+reason may pass (no answer, no file).
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def identity(path: str) -> str:
 
 
 def scan(path: str) -> pl.LazyFrame:
-  """A table file; one in a bucket is copied to the local disk. A column of a csv or jsonl file has the type that suits all its
-  cells; those that we know as text stay text, whatever it looks like."""
+  """A table file; one in a bucket is copied to the local disk. A column of a csv or jsonl file has the type that suits
+  all its cells; those that we know as text stay text, whatever it looks like."""
   if paths.is_remote(path):
     path = _copied(path, paths.stat(path)[1])
   if path.endswith(".csv"):
@@ -90,6 +90,11 @@ def with_failures(table: pl.LazyFrame) -> pl.LazyFrame:
   """The table with the columns `error` and `retry`."""
   there = table.collect_schema().names()
   return table.with_columns(pl.lit(None, kind).alias(name) for name, kind in FAILED.items() if name not in there)
+
+
+def scan_all(files: list[str]) -> pl.LazyFrame:
+  """Several tables as one, with the columns `error` and `retry`."""
+  return with_failures(pl.concat([scan(file) for file in files], how="diagonal_relaxed"))
 
 
 def write_shard(path: str, table: pl.LazyFrame, meta: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Steps: what a chain is made of. A step's settings are the fields of a dataclass, `transform` makes one shard of another."""
+"""Steps: what a chain is made of. A step's settings are the fields of a dataclass; it makes one shard of another."""
 
 from __future__ import annotations
 

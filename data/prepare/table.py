@@ -1,4 +1,4 @@
-"""`table`: what a folder or a table names, with the columns that a training needs: path, num_frames, height, width, fps.
+"""`table`: the files of a folder or a table, with what a training needs: path, num_frames, height, width, fps.
 
   python -m data.prepare table FOLDER -o table.csv      all videos and images below a folder
   python -m data.prepare table TABLE -o new.parquet     a table's own files; its other columns are kept

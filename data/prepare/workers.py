@@ -1,7 +1,7 @@
 """Functions on strangers' files, each in a process of its own with limits: a bad file costs its row, never the run.
 
 A pool of spawned processes. A process that takes too long, too much memory, or dies is replaced by another one; what it was
-at is tried once more if it was killed from outside (kill -9, the kernel's out-of-memory killer).
+at is tried again if it was killed from outside (kill -9, the kernel's out-of-memory killer).
 """
 
 from __future__ import annotations

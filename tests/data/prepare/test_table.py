@@ -4,12 +4,14 @@ import os
 import subprocess
 import sys
 
+import polars as pl
 import pyarrow.parquet
 import pytest
 
 from data import sources
 from data.config import DataConfig
 from data.prepare import __main__ as main
+from data.prepare import collect
 from tests.data import files
 from tests.data.prepare.videos import two_scenes, write_video
 
@@ -63,6 +65,23 @@ def test_a_folder_and_a_table(clips, capsys):
   err = capsys.readouterr().err
   assert err.count("/clips/a.mp4: probe: start and end don't fit") == 1
   assert err.count("/clips/a.mp4: probe: crop") == 1
+
+
+def test_a_table_of_ranges_is_listed_the_same_way_again(clips):
+  """Column by column: else a second run would make everything again."""
+  rows = [{"path": "clips/a.mp4", "text": "x", "start": i, "end": i + 5} for i in range(3)]
+  step = collect.Collect(sources=(files.write_csv(clips / "r.csv", rows),), rows_per_shard=2)
+  for _ in range(2):
+    step.list(str(clips / "run"))
+    shards = [(clips / "run" / name).read_bytes() for name in ("part-00000.parquet", "part-00001.parquet")]
+  step.list(str(clips / "other"))
+  assert shards == [(clips / "other" / name).read_bytes() for name in ("part-00000.parquet", "part-00001.parquet")]
+  files.write_csv(clips / "r.csv", rows[1:])
+  step.list(str(clips / "run"))
+  found = [pl.read_parquet(clips / "run" / name)["start"].to_list() for name in ("part-00000.parquet", "part-00001.parquet")]
+  assert found == [[0, 1], [2]]  # what has gone stays
+  collect.Collect(sources=step.sources, forget=True).list(str(clips / "run"))
+  assert pl.read_parquet(clips / "run" / "part-00000.parquet")["start"].to_list() == [1]
 
 
 def test_mistakes(clips, capsys):
