@@ -8,6 +8,7 @@ an option that cleans the table beforehand.
 import functools
 import html
 import math
+import os
 import pathlib
 import re
 import urllib.parse
@@ -162,6 +163,7 @@ def load_tokenizer(spec):
 
   Raises ValueError in one line for a folder that is missing or incomplete; code from the folder is never run.
   """
+  os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # tokenizers need no PyTorch
   import transformers  # seconds to import: only who tokenizes pays
 
   if spec == "byt5":

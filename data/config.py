@@ -68,7 +68,7 @@ class DataConfig:
         raise ValueError(
           f"unknown data key {key!r}" + (f", did you mean {close[0]!r}?" if close else f"; known: {', '.join(names)}")
         )
-    config = cls(**{k: _plain(v) for k, v in values.items()})
+    config = cls(**{k: plain(v) for k, v in values.items()})
     config.validate()
     return config
 
@@ -120,12 +120,12 @@ class DataConfig:
     return tuple(dataclasses.replace(b, batch_size=b.batch_size and b.batch_size * scale) for b in parsed)
 
 
-def _plain(value):
-  """Config containers -> tuples and dicts."""
+def plain(value):
+  """Containers of ml_collections -> tuples and dicts."""
   if isinstance(value, (list, tuple)):
-    return tuple(_plain(v) for v in value)
+    return tuple(plain(v) for v in value)
   if isinstance(value, Mapping) or hasattr(value, "to_dict"):
-    return {k: _plain(v) for k, v in value.items()}
+    return {k: plain(v) for k, v in value.items()}
   return value
 
 

@@ -128,11 +128,25 @@ def names(folder):
 
 
 def files_below(folder):
-  """Paths of all files in a folder and in those in it, folder by folder."""
-  if not is_remote(folder):
-    return [str(path) for path in sorted(pathlib.Path(folder).rglob("*")) if path.is_file()]
-  with errors(folder):
-    return sorted((f"gs://{name}" for name in _bucket().find(folder)), key=lambda name: name.split("/"))
+  """Yields the paths of all files in a folder and in those in it, sorted. Links to folders are not followed."""
+  if is_remote(folder):
+    with errors(folder):
+      yield from sorted((f"gs://{name}" for name in _bucket().find(folder)), key=lambda name: name.split("/"))
+    return
+  waiting = _entries(folder)
+  while waiting:
+    entry = waiting.pop()
+    if entry.is_dir(follow_symlinks=False):
+      waiting += _entries(entry)
+    elif entry.is_file():
+      yield entry.path
+
+
+def _entries(folder):
+  """What is in a folder, in reverse order; nothing if it can't be read."""
+  with contextlib.suppress(FileNotFoundError, PermissionError), os.scandir(folder) as found:
+    return sorted(found, key=lambda entry: entry.name, reverse=True)
+  return []
 
 
 def open_file(path):

@@ -1,6 +1,7 @@
 """What is to be seen in a video of moving shapes, measured in its pixels: no model, only colours, places and outlines."""
 
 import dataclasses
+import functools
 
 import numpy as np
 
@@ -97,6 +98,7 @@ def outline(masks, centres, x, y):
   return max(scores, key=scores.get)
 
 
+@functools.cache
 def _unit(shape):
   """(area, centre) of a shape with half side 1."""
   axis = (np.arange(400) + 0.5) / 200 - 1

@@ -272,7 +272,7 @@ def _check_columns(source, names, needed):
     return
   text = f"table {source} has no column {', '.join(repr(m) for m in missing)} (it has {', '.join(map(repr, names)) or 'none'})"
   if any(m in PROBED for m in missing) and "path" in names:
-    text += f"; `python -m data.probe {source}` fills num_frames, height, width and fps"
+    text += f"; `python -m data.prepare table {source} -o NEW.csv` fills num_frames, height, width and fps"
   raise ValueError(text)
 
 
@@ -357,17 +357,19 @@ def _decoded(value):
     return None
 
 
-def check_cuts(columns, num_frames, height, width):
-  """Reasons (text, "" = fine) why rows' `start`, `end`, `crop` don't fit files of these lengths and sizes.
+def range_of(row, info):
+  """(first frame, frames) of what a row's `start` and `end` take of a file of which `video.probe` says `info`.
 
-  columns: {name: list of cells} of the three columns that a table has; num_frames, height, width: lists, of the files.
+  Raises `BadVideo` if they, or `crop`, don't fit the file.
   """
-  n = len(num_frames)
-  frames, height, width = (np.array(x, np.float64) for x in (num_frames, height, width))
-  start, end = (_numbers(pa.array(columns[k]) if k in columns else None, n) for k in ("start", "end"))
-  wrong_range = _frame_range(start, end, frames)[2] | (~np.isnan(end) & (end > frames))
-  wrong_crop = _crops(pa.array(columns["crop"]) if "crop" in columns else None, height, width)[3]
-  return [PROBLEMS[_RANGE] if r else PROBLEMS[_CROP] if c else "" for r, c in zip(wrong_range, wrong_crop)]
+  start, end = (_numbers(pa.array([row.get(k)]), 1) for k in ("start", "end"))
+  frames, height, width = (np.array([x], np.float64) for x in (info.num_frames, info.height, info.width))
+  begin, count, outside = _frame_range(start, end, frames)
+  if outside[0] or end[0] > info.num_frames:
+    raise video.BadVideo(PROBLEMS[_RANGE])
+  if _crops(pa.array([row.get("crop")]), height, width)[3][0]:
+    raise video.BadVideo(PROBLEMS[_CROP])
+  return int(begin[0]), int(count[0])
 
 
 def _frame_range(start, end, frames):

@@ -35,6 +35,9 @@ RETRY_DELAYS = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds between the attempts
 _SCALER = av.video.reformatter.Interpolation.AREA | av.video.reformatter.Interpolation.ACCURATE_RND
 _SCALER |= av.video.reformatter.Interpolation.FULL_CHR_H_INT
 
+# Containers of video. Others that FFmpeg knows are none (pictures, text) or name further files and addresses that it
+# would open (playlists, lists of parts).
+_FORMATS = "mov,matroska,webm,avi,mpeg,mpegvideo,mpegts,m4v,ogg,gif,flv,asf,mxf,dv,h264,hevc,ivf,nut,rm,yuv4mpegpipe"
 _IN_MEMORY = 32 << 20  # bytes of a file in a bucket up to which it is read as a whole, once for its index and its frames
 _BLOCK = 4 << 20  # bytes of a larger one that are asked for at a time
 
@@ -220,9 +223,9 @@ _bucket_stat = functools.lru_cache(4)(paths.stat)
 _bucket_content = functools.lru_cache(4)(paths.read_bytes)
 
 
-def _open(path):
-  """-> (container, its video stream)."""
-  container = av.open(_readable(path), metadata_errors="replace")
+def open_stream(path):
+  """-> (container, its video stream), decoded by one thread. Raises `BadVideo`, OSError and FFmpegError (damaged files)."""
+  container = av.open(_readable(path), metadata_errors="replace", options={"format_whitelist": _FORMATS})
   for stream in container.streams.video:
     if not stream.disposition & av.stream.Disposition.attached_pic:
       # Worker processes are the parallelism: threads of one decoder would only fill the read-ahead that a clip drops.
@@ -244,7 +247,7 @@ def _cached_index(path, _size, _changed):
 
 def _build_index(path):
   """Time stamps of all frames from the packets, without decoding."""
-  container, stream = _open(path)
+  container, stream = open_stream(path)
   with container:
     times, packets = [], 0
     for packet in container.demux(stream):
@@ -264,7 +267,7 @@ def _build_index(path):
 
 
 def _decoded_times(path):
-  container, stream = _open(path)
+  container, stream = open_stream(path)
   with container:
     times = [frame.pts for frame in container.decode(stream)]
   return times if len(set(times)) == len(times) else [None] * len(times)
@@ -290,7 +293,7 @@ def _read_run(path, times, wanted, fit):
 
 def _decode_range(path, times, begin, wanted, last, fit):
   """Decodes from the key frame at or before frame `begin` to frame `last` -> {number: fitted frame}."""
-  container, stream = _open(path)
+  container, stream = open_stream(path)
   found = {}
   with container:
     if begin:

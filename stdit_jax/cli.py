@@ -1,6 +1,5 @@
 """What the entry points share: a user's mistake is one clear line, never a traceback."""
 
-import argparse
 import contextlib
 import ctypes
 import os
@@ -8,6 +7,7 @@ import re
 import sys
 
 from data import paths
+from data.command_line import OneLineParser as OneLineParser
 
 
 class InputError(ValueError):
@@ -25,14 +25,6 @@ def one_line_errors(kinds=(ValueError, OSError)):
     text = " ".join(str(error).split()) if not isinstance(error, ValueError) else str(error)
     print(f"error: {text}", file=sys.stderr)
     raise SystemExit(2) from None
-
-
-class OneLineParser(argparse.ArgumentParser):
-  """An ArgumentParser whose errors are one line, without the usage in front."""
-
-  def error(self, message):
-    print(f"error: {message}; see {self.prog} --help", file=sys.stderr)
-    raise SystemExit(2)
 
 
 def describe_flag_error(error, argv):

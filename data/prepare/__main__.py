@@ -2,6 +2,7 @@
 
   python -m data.prepare run    --config configs/data/local.py [--config.output=... --config.scenes.min_seconds=1]
   python -m data.prepare status --config configs/data/local.py
+  python -m data.prepare table  FOLDER -o table.csv                what a training needs to know of files, and no more
   python -m data.prepare check  TABLE --config configs/film.py     read every clip as the training would
   python -m data.prepare report TABLE -o report.html               look at any table
   python -m data.prepare STEP INPUT -o OUTPUT [--KEY=VALUE ...]    one step alone, on a table or a folder of them
@@ -12,15 +13,20 @@ Steps: {steps}
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import os
 import sys
 
 import polars as pl
 
+from data.command_line import OneLineParser
 from data.prepare import config as configs
-from data.prepare import engine
+from data.prepare.chain import run_alone
+from data.prepare.messages import shown
 
-COMMANDS = ("run", "status", "check", "report")
+OTHERS = ("table", "check", "report")  # modules with a `main`
+COMMANDS = ("run", "status", *OTHERS)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     if os.environ.get("STDIT_JAX_TRACEBACK"):
       raise
     text = str(error).splitlines()[0] if isinstance(error, pl.exceptions.PolarsError) else " ".join(str(error).split())
-    print(f"error: {engine.shown(text) or type(error).__name__}", file=sys.stderr)
+    print(f"error: {shown(text) or type(error).__name__}", file=sys.stderr)
     return 2
   except KeyboardInterrupt:
     print("interrupted; the same command goes on where it was", file=sys.stderr)
@@ -46,21 +52,15 @@ def _main(arguments: list[str]) -> int:
   command, rest = arguments[0], arguments[1:]
   if command in ("run", "status"):
     return _chain(command, rest)
-  if command == "check":
-    from data.prepare import check
-
-    return check.main(rest)
-  if command == "report":
-    from data.prepare import report
-
-    return report.main(rest)
+  if command in OTHERS:  # loaded when needed: each has imports of its own
+    return importlib.import_module(f"data.prepare.{command}").main(rest)
   if command in configs.STEPS:
     return _alone(command, rest)
   raise ValueError(f"unknown command {command!r}; known: {', '.join((*COMMANDS, *configs.STEPS))}")
 
 
 def _parser(name: str, **kwargs):
-  parser = configs.OneLineParser(prog=f"python -m data.prepare {name}", **kwargs)
+  parser = OneLineParser(prog=f"python -m data.prepare {name}", **kwargs)
   parser.add_argument(
     "--workers", type=int, default=0, help="processes on this machine (default: the config's, else all cores)"
   )
@@ -98,7 +98,7 @@ def _shard(text: str) -> tuple[int, int]:
 
 def _alone(title: str, arguments: list[str]) -> int:
   cls = configs.step_class(title)
-  parser = _parser(title, description=cls.__doc__, formatter_class=configs.RawHelp)
+  parser = _parser(title, description=cls.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("input", help="a table (.parquet, .csv, .jsonl) or a folder of parquet shards")
   parser.add_argument("-o", "--output", required=True, help="table or folder to write")
   options, rest = parser.parse_known_args(arguments)
@@ -109,7 +109,7 @@ def _alone(title: str, arguments: list[str]) -> int:
       raise ValueError(f"unexpected argument {argument!r}; give settings as --KEY=VALUE")
     settings[key] = configs.literal(value)
   workers = options.workers or os.cpu_count() or 1
-  print(engine.run_alone(title, engine.create(cls, settings, title), options.input, options.output, workers=workers))
+  print(run_alone(title, configs.create(cls, settings, title), options.input, options.output, workers=workers))
   return 0
 
 

@@ -1,7 +1,8 @@
 """The step `caption`: from an endpoint, from what is there already, or by a model on this machine.
 
 A captioner is a class with `make(rows, pictures) -> list of texts` or, to be asked from many threads, `one(row, pictures) ->
-text`; `BACKENDS` has ours, any other is named by its import path "module:Class" and gets the step as its argument.
+text`; it may have `pictures` (a `Pictures`; without it none are decoded), `say_estimate(rows)` and `close()`. `BACKENDS` has
+ours, any other is named by its import path "module:Class" and gets the step as its argument.
 """
 
 from __future__ import annotations
@@ -24,9 +25,13 @@ from PIL import Image
 from data import paths, video
 from data.prepare import prompts
 from data.prepare.cut import small_size
-from data.prepare.engine import FAILED, Context, Step, say
+from data.prepare.messages import say
+from data.prepare.shards import FAILED
+from data.prepare.steps import Context, Step
 from data.prepare.workers import Failure, Passing
 
+_LARGEST_SIDECAR = 100_000  # bytes
+_TOGETHER = 1000  # rows whose pictures may be in memory
 _MOST_FRAMES = 16  # that a chain describes one by one
 _TOKEN_SIDE = 28  # pixels of a picture's side that one token stands for (Qwen2-VL's patches of 14, merged 2 x 2): for estimates
 _REFUSALS = re.compile(r"^(i'?m (sorry|unable)|sorry|i can(no|')t|as an ai|unfortunately)|\bas an ai (language )?model\b", re.I)
@@ -108,9 +113,13 @@ class Caption(Step):
     todo = [i for i, row in enumerate(rows) if row["error"] is None and not (self.only_missing and row[self.into])]
     captioner = make_captioner(self)
     try:
-      for i, result in zip(todo, self._captions(captioner, [rows[i] for i in todo], context)):
-        failed = isinstance(result, Failure)
-        rows[i] |= {"error": f"caption: {result.reason}", "retry": result.retry} if failed else self._columns(result)
+      if todo and hasattr(captioner, "say_estimate"):
+        captioner.say_estimate([rows[i] for i in todo])
+      for begin in range(0, len(todo), _TOGETHER):
+        part = todo[begin : begin + _TOGETHER]
+        for i, result in zip(part, self._captions(captioner, [rows[i] for i in part], context, begin)):
+          failed = isinstance(result, Failure)
+          rows[i] |= {"error": f"caption: {result.reason}", "retry": result.retry} if failed else self._columns(result)
     finally:
       if hasattr(captioner, "close"):
         captioner.close()
@@ -121,15 +130,12 @@ class Caption(Step):
     """A text, or several columns."""
     return result if isinstance(result, dict) else {self.into: result}
 
-  def _captions(self, captioner: Any, rows: list[dict], context: Context) -> list[Any]:
-    """For each row a text (or None), or why there is none. Decoding and asking go on at the same time."""
+  def _captions(self, captioner: Any, rows: list[dict], context: Context, done: int) -> list[Any]:
+    """For each row a text (or None), or why there is none; `done` rows came before. Decoding and asking go on together."""
     if not hasattr(captioner, "pictures"):
       return [_guarded(captioner.one, row, []) for row in rows]
-    if hasattr(captioner, "say_estimate") and rows:
-      captioner.say_estimate(rows)
     results: list[Any] = [None] * len(rows)
     shown: dict[int, list[bytes]] = {}
-    done = 0
 
     def advance(count: int) -> None:
       nonlocal done
@@ -137,15 +143,26 @@ class Caption(Step):
       if context.progress:
         context.progress(done)
 
+    hopeless: list[BaseException] = []  # what no further question would be spared: none is asked that may have its price
+
+    def ask(row: dict, pictures: list[bytes]) -> Any:
+      try:
+        return None if hopeless else _guarded(captioner.one, row, pictures)
+      except BaseException as error:
+        hopeless.append(error)
+        raise
+
     with futures.ThreadPoolExecutor(self.concurrency) as threads:
       asked: dict[futures.Future, int] = {}
 
       def finished(i: int, found: Any) -> None:
+        if hopeless:
+          raise hopeless[0]
         if isinstance(found, Failure):
           results[i] = found
           advance(1)
         elif hasattr(captioner, "one"):
-          asked[threads.submit(_guarded, captioner.one, rows[i], found)] = i
+          asked[threads.submit(ask, rows[i], found)] = i
         else:
           shown[i] = found
 
@@ -355,10 +372,8 @@ class ExistingCaptioner:
     source = row.get("video") or row["path"]
     file = os.path.splitext(source)[0] + step.sidecar
     if step.sidecar and paths.exists(file):
-      return _sidecar(file)
-    if step.name:
-      return " ".join(re.findall(r"[^\W_]+", os.path.splitext(os.path.basename(source))[0])) or None
-    return None
+      return sidecar_text(file)
+    return words_of_name(source) or None if step.name else None
 
   def _on_timeline(self, row: dict) -> dict[str, Any] | None:
     begin, rate = row.get("start") or 0, row["fps"]
@@ -368,12 +383,20 @@ class ExistingCaptioner:
     return {self.step.into: nearest["text"], "focus": nearest.get("focus")}
 
 
-def _sidecar(file: str) -> str:
-  content = paths.read_bytes(file)[:100_000]
+def sidecar_text(file: str) -> str:
+  """The caption in a file beside a video. BadVideo if there is none in it."""
+  name, (size, _) = f"its caption file {os.path.basename(file)}", paths.stat(file)
+  if size > _LARGEST_SIDECAR:
+    raise video.BadVideo(f"{name} has {size:,} bytes, more than {_LARGEST_SIDECAR:,}")
   try:
-    text = " ".join(content.decode("utf-8-sig").split())
+    # What has no size (a pipe, a device) may have no end.
+    text = " ".join(paths.read_bytes(file).decode("utf-8-sig").split()) if size else ""
   except UnicodeDecodeError as error:
-    raise video.BadVideo(f"its caption file {os.path.basename(file)} is not UTF-8 (byte {error.start})") from None
+    raise video.BadVideo(f"{name} is not UTF-8 (byte {error.start})") from None
   if not text:
-    raise video.BadVideo(f"its caption file {os.path.basename(file)} is empty")
+    raise video.BadVideo(f"{name} is empty")
   return text
+
+
+def words_of_name(path: str) -> str:
+  return " ".join(re.findall(r"[^\W_]+", os.path.splitext(os.path.basename(path))[0]))

@@ -17,9 +17,10 @@ import numpy as np
 
 from data import config as data_config
 from data import loader, paths, plan, sources
+from data.command_line import OneLineParser
 from data.prepare import config as configs
-from data.prepare.engine import shown
-from data.prepare.workers import DEFAULT_LIMITS, Failure, Pool, Progress
+from data.prepare.messages import Progress, shown
+from data.prepare.workers import DEFAULT_LIMITS, Failure, Pool
 
 _LISTED = 20  # broken rows that are printed
 
@@ -79,7 +80,7 @@ def broken_rows(
 
 def main(arguments: list[str]) -> int:
   """The command; returns its exit code."""
-  parser = configs.OneLineParser(
+  parser = OneLineParser(
     prog="python -m data.prepare check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("table", help="training table (.parquet, .csv, .jsonl)")

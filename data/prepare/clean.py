@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 from typing import ClassVar
 
 import polars as pl
 
 from data import captions
-from data.prepare.engine import Context, Step
 from data.prepare.measures import CLASSES
-
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # tokenizers need no PyTorch
+from data.prepare.steps import Context, Step
 
 # What captioners like to begin with. (Open-Sora's `refine_llm_caption` has a list of 17 such phrases; these are forms of them.)
 _SUBJECT = (

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from data.prepare import engine
+from data.prepare.steps import run_shard
 from data.prepare.workers import Pool
 
 _RETRIES = 3  # of a task whose node or process died
@@ -52,4 +52,4 @@ def _shard(job: tuple, workers: int, folder: str) -> dict[str, Any]:
   os.chdir(folder)
   with Pool(workers, job[-1].limits) as pool:
     job[-1].pool = pool
-    return engine.run_shard(*job)
+    return run_shard(*job)

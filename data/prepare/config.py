@@ -6,8 +6,8 @@ twice under names of its own: `config.second = dict(step="scores", ...)`.
 
 from __future__ import annotations
 
-import argparse
 import ast
+import dataclasses
 import difflib
 import importlib
 import importlib.util
@@ -17,7 +17,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from data import paths
-from data.prepare import engine
+from data.config import plain
+from data.prepare.chain import Chain
+from data.prepare.steps import Source, Step
 from data.prepare.workers import Limits
 
 STEPS = {
@@ -40,17 +42,7 @@ STEPS = {
 _OWN = ("output", "steps", "workers", "limits", "patience")
 
 
-class OneLineParser(argparse.ArgumentParser):
-  """An ArgumentParser whose errors are one line."""
-
-  def error(self, message: str) -> None:
-    raise ValueError(f"{message}; see {self.prog} --help")
-
-
-RawHelp = argparse.RawDescriptionHelpFormatter
-
-
-def step_class(title: str) -> type[engine.Step]:
+def step_class(title: str) -> type[Step]:
   """The class of a step by what configs call it."""
   if title not in STEPS:
     near = difflib.get_close_matches(title, STEPS, 1)
@@ -72,7 +64,7 @@ def load(file: str, overrides: list[str] = ()) -> dict[str, Any]:
   sys.path.insert(0, os.getcwd())  # configs import each other as `configs.data.NAME`
   try:
     spec.loader.exec_module(module)
-    values = engine.plain(module.get_config())
+    values = plain(module.get_config())
   except AttributeError as error:
     raise ValueError(f"--config {file}: {error}") from None
   except SyntaxError as error:
@@ -107,7 +99,7 @@ def literal(text: str) -> Any:
     return text
 
 
-def chain(values: Mapping[str, Any], *, workers: int = 0, shard: tuple[int, int] = (0, 1)) -> engine.Chain:
+def chain(values: Mapping[str, Any], *, workers: int = 0, shard: tuple[int, int] = (0, 1)) -> Chain:
   """The chain that a config declares, every setting checked."""
   names = values.get("steps") or ()
   names = (names,) if isinstance(names, str) else names
@@ -124,16 +116,48 @@ def chain(values: Mapping[str, Any], *, workers: int = 0, shard: tuple[int, int]
       raise ValueError(f"steps has {name!r} twice: give the second one a name and config.NAME = dict(step={name!r}, ...)")
     settings = dict(values.get(name) or {})
     title = settings.pop("step", name)
-    steps[name] = engine.create(step_class(title), settings, name)
-  if not steps or not isinstance(next(iter(steps.values())), engine.Source):
+    steps[name] = create(step_class(title), settings, name)
+  if not steps or not isinstance(next(iter(steps.values())), Source):
     raise ValueError("steps has to begin with collect")
-  if sources := [n for n, s in list(steps.items())[1:] if isinstance(s, engine.Source)]:
+  if sources := [n for n, s in list(steps.items())[1:] if isinstance(s, Source)]:
     raise ValueError(f"{sources[0]} can only be the first step")
   try:
     limits = Limits(**values.get("limits") or {})
   except TypeError:
     raise ValueError(f"limits has an unknown key; it has: {', '.join(Limits.__dataclass_fields__)}") from None
   workers = workers or values.get("workers") or os.cpu_count() or 1
-  return engine.Chain(
+  return Chain(
     values["output"], steps, workers=workers, limits=limits, shard=shard, patience=values.get("patience", 3600.0)
   )  # fmt: skip
+
+
+def create(cls: type, settings: Mapping[str, Any], where: str) -> Any:
+  """A dataclass from a mapping of a config. ValueError for unknown keys, wrong types and values, naming the allowed ones."""
+  fields = {f.name: f for f in dataclasses.fields(cls)}
+  values = {}
+  for key, value in settings.items():
+    if key not in fields:
+      near = difflib.get_close_matches(key, fields, 1)
+      hint = f", did you mean {near[0]!r}?" if near else f"; it has: {', '.join(fields)}"
+      raise ValueError(f"{where}: there is no setting {key!r}{hint}")
+    values[key] = _typed(f"{where}.{key}", plain(value), fields[key])
+  made = cls(**values)
+  try:
+    if hasattr(made, "check"):
+      made.check()
+  except ValueError as error:
+    raise ValueError(f"{where}: {error}") from None
+  return made
+
+
+def _typed(where: str, value: Any, field: dataclasses.Field) -> Any:
+  """The value, if its type is that of the field's annotation."""
+  kinds = {"int": int, "float": (int, float), "str": str, "bool": bool, "tuple": tuple, "dict": dict, "None": type(None)}
+  names = [part.split("[")[0].strip() for part in str(field.type).split("|")]
+  allowed = tuple(kinds[name] for name in names if name in kinds)
+  if isinstance(value, str) and "tuple" in names and "str" not in names:
+    value = (value,)
+  right = isinstance(value, sum(((a,) if isinstance(a, type) else a for a in allowed), ()))
+  if not right or (isinstance(value, bool) and "bool" not in names):
+    raise ValueError(f"{where} = {value!r} is no {' or '.join(names)}")
+  return value

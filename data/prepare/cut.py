@@ -19,7 +19,8 @@ from PIL import Image
 
 from data import paths
 from data.prepare import decode
-from data.prepare.engine import Context, RowStep, digest
+from data.prepare.shards import digest
+from data.prepare.steps import Context, RowStep
 from data.prepare.workers import Failure
 from data.video import IMAGE_FPS, BadVideo, VideoInfo, is_image, probe
 
@@ -253,6 +254,9 @@ class Cut(RowStep):
     for i, row in enumerate(group):
       if is_image(row["path"]) or row["start"] is None:
         results[i] = {}
+        continue
+      if not re.fullmatch(r"[\w-]+", str(row["id"] or "")):  # of a foreign table
+        results[i] = Failure(f"its id {row['id']!r} can't be part of a file name: only letters, digits, _ and - can")
         continue
       stem = re.sub(r"[^A-Za-z0-9-]+", "-", Path(row["path"]).stem)[:40]
       name = f"{stem}_{row['start']:06d}-{row['end']:06d}_{row['id']}-{mark}"

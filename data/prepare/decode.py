@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import os
 from collections.abc import Iterator
 from fractions import Fraction
@@ -19,13 +18,8 @@ import numpy as np
 
 from data import paths
 from data.prepare.workers import FULL
-from data.video import DEFAULT_FPS, BadVideo
+from data.video import DEFAULT_FPS, BadVideo, open_stream
 
-logging.getLogger("libav").setLevel(logging.CRITICAL)  # a broken file gives one line of ours, not pages of the decoder's
-
-# Containers of video. Others that FFmpeg knows are none (pictures, text) or name further files and addresses that it would open
-# (playlists, lists of parts).
-_FORMATS = "mov,matroska,webm,avi,mpeg,mpegvideo,mpegts,m4v,ogg,gif,flv,asf,mxf,dv,h264,hevc,ivf,nut,rm"
 _SEEK_GAP = 250  # frames further ahead than this are sought, nearer ones reached by decoding on
 
 
@@ -36,22 +30,13 @@ def open_video(path: str | Path, threads: int = 0) -> Iterator[tuple]:
   Raises:
     BadVideo: no video, or damaged. OSError: it is not there, or can't be read.
   """
-  path = str(path)
-  if "://" not in path or paths.is_remote(path):
-    size, _ = paths.stat(path)
-    if not size:
-      raise BadVideo("the file is empty (0 bytes)")
   try:
-    with contextlib.ExitStack() as stack:
-      name = stack.enter_context(paths.local_copy(path))
-      container = stack.enter_context(av.open(name, metadata_errors="replace", options={"format_whitelist": _FORMATS}))
-      streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
-      if not streams:
-        raise BadVideo("has no video stream")
-      stream = streams[0]
-      stream.thread_type = "AUTO"
-      stream.codec_context.thread_count = threads
-      yield container, stream
+    with paths.local_copy(str(path)) as name:
+      container, stream = open_stream(name)
+      with container:
+        stream.thread_type = "AUTO"
+        stream.codec_context.thread_count = threads
+        yield container, stream
   except av.FFmpegError as error:
     if error.errno in FULL:  # what the block writes
       raise OSError(error.errno, os.strerror(error.errno)) from error

@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 import polars as pl
 
-from data.prepare.engine import Context, Step
+from data.prepare.steps import Context, Step
 
 _BANDS = 6  # of 32 bits in a picture hash of 192
 _CROWD = 20  # of rows with an equal band

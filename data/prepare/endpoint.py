@@ -12,6 +12,7 @@ import random
 import sqlite3
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import httpx2
@@ -40,22 +41,34 @@ class Usage:
 
 
 class Cache:
-  """Answers by the content of their question, in an SQLite file on this machine: what was paid for is never asked again."""
+  """Answers by the content of their question, in an SQLite file on this machine: what was paid for is never asked again.
+
+  ValueError where that can't be: better no further question than one whose answer is lost.
+  """
 
   def __init__(self, path: str):
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    self._lock = threading.Lock()
-    self._file = sqlite3.connect(path, timeout=60, check_same_thread=False)
-    self._file.execute("PRAGMA journal_mode=WAL")  # a killed process loses at most its last answer
-    self._file.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT NOT NULL)")
+    self._path, self._lock = path, threading.Lock()
+    with self._errors():
+      self._file = sqlite3.connect(path, timeout=60, check_same_thread=False)
+      self._file.execute("PRAGMA journal_mode=WAL")  # a killed process loses at most its last answer
+      self._file.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT NOT NULL)")
+
+  @contextlib.contextmanager
+  def _errors(self) -> Iterator[None]:
+    try:
+      yield
+    except sqlite3.Error as error:
+      reason = f"answers can't be kept in {self._path} ({error})"
+      raise ValueError(f"caption: {reason}: make room there, or give another file with caption.cache") from None
 
   def get(self, key: str) -> str | None:
-    with self._lock:
+    with self._lock, self._errors():
       row = self._file.execute("SELECT answer FROM answers WHERE key = ?", (key,)).fetchone()
     return row and row[0]
 
   def put(self, key: str, answer: str) -> None:
-    with self._lock, self._file:
+    with self._lock, self._errors(), self._file:
       self._file.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (key, answer))
 
   def close(self) -> None:
@@ -137,12 +150,13 @@ class Endpoint:
       try:
         answer = self._call({**body, "seed": seed})
         useful = check(answer)
-        self._cache.put(key, answer)
-        return useful
       except _TryAgain as error:
         reason = str(error)
       except ValueError as error:
         reason, seed = f"a useless answer ({error})", seed + 1  # only then: a lost answer must come as it would have come
+      else:
+        self._cache.put(key, answer)
+        return useful
     raise Passing(f"the endpoint failed {self._attempts} times, last: {reason}")
 
   def _call(self, body: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import itertools
 import json
@@ -16,7 +17,8 @@ from typing import Any, ClassVar
 import polars as pl
 
 from data import paths
-from data.prepare.engine import Context, Step, read_meta, scan, with_failures, write_shard
+from data.prepare.shards import height, read_meta, scan_all, write_shard
+from data.prepare.steps import Context, Step
 
 FORMATS = ("table", "tfds", "webdataset")
 # Of data/sources.py; then what a look at the data needs.
@@ -54,31 +56,26 @@ class Export(Step):
 
   def write(self, tables: list[str], context: Context) -> tuple[str, list[str]]:
     folder = paths.absolute(self.folder or os.path.dirname(context.folder))
-    table = with_failures(pl.concat([scan(path) for path in tables], how="diagonal_relaxed"))
+    table = scan_all(tables)
     table = table.filter(pl.col("error").is_null())
     names = table.collect_schema().names()
     if unknown := [c for c in self.columns if c not in names]:
       raise ValueError(f"export.columns has {', '.join(unknown)}; the table has {', '.join(names)}")
     if not table.select(pl.len()).collect(engine="streaming").item():
       raise ValueError("export: no row without an error is left")
-    splits = [None]
-    if "split" in names:
-      splits = table.select(pl.col("split").unique().sort()).collect(engine="streaming")["split"].to_list()
     files, said = [], []
-    for split in splits:
-      part = table if split is None else table.filter(pl.col("split") == split)
+    splits = _splits(table) if "split" in names else {"": table}
+    for split, part in splits.items():
       if "table" in self.formats:
-        name = self.name if split is None else f"{split}{os.path.splitext(self.name)[1]}"
+        name = f"{split}{os.path.splitext(self.name)[1]}" if split else self.name
         files.append(self._table(part, paths.join(folder, name), names, context))
-        said.append(f"{_height(files[-1]):,} rows in {files[-1]}")
+        said.append(f"{height(files[-1]):,} rows in {files[-1]}")
       if "webdataset" in self.formats:
         made = write_webdataset(part, paths.join(folder, "webdataset"), split or "train", self.samples)
         files += made
         said.append(f"{len(made)} archives {os.path.dirname(made[0])}/{split or 'train'}-*.tar" if made else "no archive")
     if "tfds" in self.formats:
-      place = write_tfds(
-        {split or "train": table if split is None else table.filter(pl.col("split") == split) for split in splits}, folder
-      )
+      place = write_tfds({split or "train": part for split, part in splits.items()}, folder)
       files.append(paths.join(place, "dataset_info.json"))
       said.append(f"TFDS data set in {place}")
     return ", ".join(said), files
@@ -88,17 +85,26 @@ class Export(Step):
     mine = target in (json.loads(paths.read_text(record))["files"] if paths.exists(record) else ())
     if paths.exists(target) and not mine and not (target.endswith(".parquet") and read_meta(target)):
       raise ValueError(f"{target} is there and was not written by this program: choose another export.folder or export.name")
-    here = os.path.dirname(target) + "/"
-    inside = pl.col("path").str.starts_with(here)
-    relative = pl.when(inside).then(pl.col("path").str.strip_prefix(here)).otherwise("path").alias("path")
     kept = [c for c in (self.columns or COLUMNS) if c in names]
-    write_shard(target, table.with_columns(relative).select(kept), {"key": "", "identity": "", "retry": 0})
+    write_shard(target, relative_to(table, os.path.dirname(target)).select(kept), {"key": "", "identity": "", "retry": 0})
     return target
 
 
-def _height(path: str) -> int:
-  with paths.local_copy(path) as copy:
-    return scan(copy).select(pl.len()).collect().item()
+def _splits(table: pl.LazyFrame) -> dict[str, pl.LazyFrame]:
+  """{split: its rows}. ValueError for one that would be no plain file name."""
+  column = pl.col("split").cast(pl.String)
+  found = table.select(column.unique().sort()).collect(engine="streaming")["split"].to_list()
+  for split in found:
+    if not re.fullmatch(r"[\w-]+", split or ""):
+      raise ValueError(f"export: the column split has {split!r}: only letters, digits, _ and - can name a file")
+  return {split: table.filter(column == split) for split in found}
+
+
+def relative_to(table: pl.LazyFrame, folder: str) -> pl.LazyFrame:
+  """The table with relative paths of the files below `folder`, where it will lie."""
+  here = folder + "/"
+  inside = pl.col("path").str.starts_with(here)
+  return table.with_columns(path=pl.when(inside).then(pl.col("path").str.strip_prefix(here)).otherwise("path"))
 
 
 def _samples(table: pl.LazyFrame) -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -107,8 +113,16 @@ def _samples(table: pl.LazyFrame) -> Iterator[tuple[str, str, dict[str, Any]]]:
     for row in batch.iter_rows(named=True):
       if row.get("start") is not None or row.get("crop"):
         raise ValueError("rows with a range or a crop of a file can't be exported as files: put the step cut (no crops) before")
-      key = row.get("id") or re.sub(r"[^A-Za-z0-9]", "_", os.path.splitext(os.path.basename(row["path"]))[0])
-      yield key, row["path"], {k: row.get(k) for k in COLUMNS if k in row and k != "path"}
+      yield _key(row), row["path"], {k: row.get(k) for k in COLUMNS if k in row and k != "path"}
+
+
+def _key(row: dict[str, Any]) -> str:
+  """What a sample is called: its id if that is plain, as the pipeline's are; others could lead out of a folder."""
+  name = str(row.get("id") or row["path"])
+  if re.fullmatch(r"[\w-]+", name):
+    return name
+  plain = re.sub(r"\W+", "_", os.path.splitext(os.path.basename(name))[0])
+  return f"{plain[:60]}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def write_webdataset(table: pl.LazyFrame, folder: str, split: str, samples: int) -> list[str]:

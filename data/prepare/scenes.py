@@ -20,7 +20,7 @@ from av.video.reformatter import VideoReformatter
 
 from data.prepare import decode
 from data.prepare.collect import clip_id
-from data.prepare.engine import Context, RowStep
+from data.prepare.steps import Context, RowStep
 from data.video import BadVideo, is_image
 
 _DETECT_WIDTH = 256  # PySceneDetect's own choice of width (scene_manager.compute_downscale_factor)

@@ -23,8 +23,9 @@ import cv2
 import numpy as np
 
 from data import video
+from data.prepare.config import create
 from data.prepare.cut import small_size
-from data.prepare.engine import Context, RowStep, create
+from data.prepare.steps import Context, RowStep
 
 SCORERS = {
   "motion": "measures:Motion",

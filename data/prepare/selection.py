@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 import polars as pl
 
-from data.prepare.engine import Context, Step
+from data.prepare.steps import Context, Step
 
 
 def expression(text: str, where: str) -> pl.Expr:

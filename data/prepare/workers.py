@@ -1,7 +1,7 @@
 """Functions on strangers' files, each in a process of its own with limits: a bad file costs its row, never the run.
 
 A pool of spawned processes. A process that takes too long, too much memory, or dies is replaced by another one; what it was
-at is tried once more if it was killed from outside (kill -9, the kernel's out-of-memory killer).
+at is tried again if it was killed from outside (kill -9, the kernel's out-of-memory killer).
 """
 
 from __future__ import annotations
@@ -66,32 +66,6 @@ class Failure:
 
 class _Killed(Failure):
   """Its process was ended from outside."""
-
-
-class Progress:
-  """Lines with rate and time left, at most one in two seconds."""
-
-  def __init__(self, what: str, total: int, unit: str = "rows"):
-    self.what, self.total, self.unit = what, total, unit
-    self.begin = self.shown = time.monotonic()
-
-  def __call__(self, done: float) -> None:
-    """`done`: how many of `total` are finished, with fractions of those at work."""
-    now = time.monotonic()
-    if now - self.shown < 2.0:
-      return
-    self.shown = now
-    rate = done / (now - self.begin)
-    left = f"{clock((self.total - done) / rate)} left" if rate else "time left unknown"
-    share = f"{100 * done / max(self.total, 1):.0f} %"
-    print(f"{self.what}: {done:.4g} of {self.total} {self.unit} ({share}), {rate:.3g} per second, {left}", flush=True)
-
-
-def clock(seconds: float) -> str:
-  """75 -> "1:15", 3700 -> "1:01:40"."""
-  minutes, seconds = divmod(max(0, round(seconds)), 60)
-  hours, minutes = divmod(minutes, 60)
-  return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 def call(function: Callable, item: Any, report: Callable[[float], None]) -> Any:

@@ -191,10 +191,9 @@ def test_fps_rules(folder):
 
 
 def test_data_imports_no_jax():
-  names = ["aspect_ratios", "buckets", "config", "loader", "plan", "probe", "sources", "video"]
-  code = (
-    f"import sys; from data import {', '.join(names)}; sys.exit(any(m in sys.modules for m in ('jax', 'flax', 'stdit_jax')))"
-  )
+  names = ["aspect_ratios", "buckets", "config", "loader", "plan", "prepare.__main__", "sources", "video"]
+  imported = f"import sys, {', '.join(f'data.{name}' for name in names)}"
+  code = f"{imported}; sys.exit(any(m in sys.modules for m in ('jax', 'flax', 'stdit_jax')))"
   assert subprocess.run([sys.executable, "-c", code], cwd=pathlib.Path(__file__).parents[2], check=False).returncode == 0
 
 

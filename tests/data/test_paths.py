@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from data import loader, paths, probe, sources, video
+from data import loader, paths, sources, video
 from data.config import DataConfig
+from data.prepare import __main__ as prepare
 from tests.data import files
 from tests.object_store import BUCKET
 
@@ -22,7 +23,7 @@ def place(request, store, tmp_path):
 def test_files_come_go_and_move(place):
   path = paths.join(place, "a", "file.txt")
   assert not paths.exists(path)
-  assert paths.names(place) == paths.files_below(place) == []
+  assert paths.names(place) == list(paths.files_below(place)) == []
   with pytest.raises(FileNotFoundError) as error:
     paths.read_text(path)
   assert error.value.errno == errno.ENOENT
@@ -43,7 +44,7 @@ def test_files_come_go_and_move(place):
   assert len(paths.names(paths.join(place, "a", "b"))) == 60
   paths.move(paths.join(place, "a"), paths.join(place, "c", "d"))
   assert paths.names(place) == ["c"]
-  assert [paths.read_text(p) for p in paths.files_below(place)[:3]] == ["0", "1", "2"]
+  assert [paths.read_text(p) for p in list(paths.files_below(place))[:3]] == ["0", "1", "2"]
   with paths.open_file(paths.join(place, "c", "d", "file.txt")) as file:
     file.seek(5)
     assert file.read() == "ä".encode()
@@ -165,10 +166,11 @@ def test_what_is_missing_gets_the_same_line(clips, tmp_path):
 
 
 def test_probing_a_bucket_gives_the_same_table(clips, store, tmp_path):
-  assert probe.main([str(clips / "videos"), "-o", str(clips / "probed.csv"), "--workers", "1"]) == 0
-  assert probe.main([f"gs://{BUCKET}/clips/videos", "-o", f"gs://{BUCKET}/clips/probed.csv", "--workers", "1"]) == 0
+  command = ["table", "--workers", "1"]
+  assert prepare.main([*command, str(clips / "videos"), "-o", str(clips / "probed.csv")]) == 0
+  assert prepare.main([*command, f"gs://{BUCKET}/clips/videos", "-o", f"gs://{BUCKET}/clips/probed.csv"]) == 0
   assert store.read("clips/probed.csv") == (clips / "probed.csv").read_bytes()
   here = tmp_path / "here.csv"
-  assert probe.main([f"gs://{BUCKET}/clips/table.csv", "-o", str(here), "--workers", "1"]) == 0
+  assert prepare.main([*command, f"gs://{BUCKET}/clips/table.csv", "-o", str(here)]) == 0
   with here.open(newline="") as file:
     assert [row["path"] for row in csv.DictReader(file)] == [f"gs://{BUCKET}/clips/videos/{i}.mp4" for i in range(6)]

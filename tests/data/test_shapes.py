@@ -106,12 +106,12 @@ def test_captions_name_all_there_is(examples):
 
 
 def test_a_table_of_shapes_trains_like_files(tmp_path):
-  config = DataConfig(tables=("shapes://train/0/600",), buckets=(("64p", 1, 1.0, 4), ("64p", 8, 1.0, 4)), workers=0)
+  config = DataConfig(tables=("shapes://train/0/120",), buckets=(("64p", 1, 1.0, 4), ("64p", 8, 1.0, 4)), workers=0)
   with make_loader(config, str(tmp_path), epochs=1) as loader:
     steps = list(loader)
   assert {step.bucket for step in steps} == {("64p", 1), ("64p", 8)}
   samples = [sample for step in steps for sample in step.samples]
-  assert sum(s.num_frames == 1 for s in samples) == sum(s.num_frames == 8 for s in samples) == 600
+  assert sum(s.num_frames == 1 for s in samples) == sum(s.num_frames == 8 for s in samples) == 120
   assert not loader.bad_rows
   assert {(s.height, s.width) for s in samples} == set(SIZES.values())
   clip = next(s for s in samples if s.num_frames == 8 and len(shapes.scene(s.path).objects) == 1)

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from data import probe, sources
+from data import sources
 from data.config import DataConfig
 from tests.data import files
 
@@ -136,7 +136,7 @@ def test_the_fingerprint_is_of_the_contents(tmp_path):
 @pytest.mark.parametrize(
   ("rows", "message"),
   [
-    ([{"path": "a.mp4", "text": "x"}], "no column 'num_frames', 'height', 'width'.*python -m data.probe .*t.csv"),
+    ([{"path": "a.mp4", "text": "x"}], "no column 'num_frames', 'height', 'width'.*python -m data.prepare table .*t.csv"),
     ([{k: v for k, v in BASE.items() if k != "text"}], "no column 'text' .it has 'path'"),
     ([{"file": "a.mp4", **{k: v for k, v in BASE.items() if k != "path"}}], "no column 'path'"),
   ],
@@ -182,41 +182,3 @@ def test_config_mistakes():
   ):
     with pytest.raises(ValueError, match=message):
       DataConfig.create({**good, **change})
-
-
-def test_probe_folder_and_table(tmp_path, capsys):
-  (tmp_path / "clips").mkdir()
-  files.write_video(tmp_path / "clips" / "a.mp4", frames=13)
-  files.write_video(tmp_path / "clips" / "turned.mp4", frames=20, rotation=90)
-  (tmp_path / "clips" / "bad.mp4").write_text("no video")
-  assert probe.main([str(tmp_path / "clips"), "-o", str(tmp_path / "t.csv"), "--workers", "1"]) == 0
-  out, err = capsys.readouterr()
-  assert "2 files probed, 1 left out" in out
-  assert "left out clips/bad.mp4: not a video" in err
-  table = open_table(tmp_path, str(tmp_path / "t.csv"), captions="optional")
-  assert [(r.path, r.num_frames, r.height, r.width, r.fps) for r in map(table.row, range(2))] == [
-    (str(tmp_path / "clips" / "a.mp4"), 13, 48, 64, 24.0),
-    (str(tmp_path / "clips" / "turned.mp4"), 20, 64, 48, 24.0),
-  ]
-  # A table without the columns gets them; its other columns stay.
-  path = files.write_csv(tmp_path / "u.csv", [{"path": "clips/a.mp4", "text": "é", "note": "kept"}])
-  with pytest.raises(ValueError, match=r"python -m data\.probe"):
-    open_table(tmp_path, path)
-  assert probe.main([path, "-o", str(tmp_path / "v.parquet")]) == 0
-  assert open_table(tmp_path, str(tmp_path / "v.parquet")).row(0).captions == ("é",)
-  assert pa.parquet.read_table(tmp_path / "v.parquet")["note"].to_pylist() == ["kept"]
-  # Ranges and crops that don't fit their files are left out.
-  cuts = [
-    {"start": 2, "end": 13, "crop": "0,0,32,32"},
-    {"start": 2, "end": 14, "crop": ""},
-    {"start": "", "end": "", "crop": "0,0,65,48"},
-  ]
-  path = files.write_csv(tmp_path / "cuts.csv", [{"path": "clips/a.mp4", "text": "x", **c} for c in cuts])
-  assert probe.main([path]) == 0
-  row = open_table(tmp_path, path).row(0)
-  assert (row.start, row.num_frames, row.height, row.width) == (2, 11, 32, 32)
-  err = capsys.readouterr().err
-  assert err.count("left out clips/a.mp4: start and end don't fit") == 1
-  assert err.count("left out clips/a.mp4: crop") == 1
-  assert probe.main([str(tmp_path / "nothing.csv")]) == 2
-  assert "does not exist" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import http.server
 import io
 import json
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -17,7 +18,8 @@ import pytest
 from PIL import Image
 
 from data.prepare import __main__ as main
-from data.prepare import caption, caption_local, clean, endpoint, engine
+from data.prepare import caption, caption_local, clean, endpoint
+from data.prepare import config as configs
 from tests.data.prepare.videos import two_scenes, write_video
 
 
@@ -131,6 +133,7 @@ def texts(tmp_path, name="out"):
 
 def test_questions_are_what_endpoints_know(server, clips, tmp_path, monkeypatch, capsys):
   monkeypatch.setenv("MY_KEY", "secret")
+  monkeypatch.setattr(caption, "_TOGETHER", 10)  # three times, as in a large shard
   one = server()
   arguments = command(clips, tmp_path, one.url, "--key_variable=MY_KEY", "--prices=(1.0,2.0)", "--side=64")
   assert main.main(arguments) == 0
@@ -200,6 +203,23 @@ def test_killed_while_it_asks(server, clips, tmp_path):
   assert len(set(texts(tmp_path))) == 24
 
 
+def test_a_full_disk_ends_the_questions(server, clips, tmp_path):
+  """A limit on the size of written files stands for it; what was answered before is not asked again."""
+  one = server()
+  arguments = command(clips, tmp_path, one.url, "--concurrency=1")
+  limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))  # noqa: E731
+  run = [sys.executable, "-m", "data.prepare", *arguments]
+  done = subprocess.run(run, preexec_fn=limit, capture_output=True, text=True)
+  assert done.returncode == 2
+  assert done.stderr.startswith(f"error: caption: answers can't be kept in {tmp_path / 'out'}.sqlite (")
+  assert done.stderr.count("\n") == 1
+  asked = len(one.questions)
+  assert 1 < asked < 24
+  assert main.main(arguments) == 0
+  assert len(one.questions) == 24 + 1
+  assert len(set(texts(tmp_path))) == 24
+
+
 def test_a_wrong_key_ends_the_run(server, clips, tmp_path, capsys):
   one = server(lambda number: "401")
   assert main.main(command(clips, tmp_path, one.url)) == 2
@@ -255,22 +275,29 @@ def test_a_cache_survives_two_processes_and_foreign_bytes(tmp_path):
 
 def test_existing_captions(tmp_path):
   write_video(tmp_path / "red_ball-01.mp4", two_scenes(5, 0))
-  for name in ("b", "c", "d"):
+  for name in ("b", "c", "d", "e", "f"):
     os.link(tmp_path / "red_ball-01.mp4", tmp_path / f"{name}.mp4")
   (tmp_path / "b.txt").write_text("A sidecar\ncaption.\n")
   (tmp_path / "c.txt").write_bytes(b"\xff\xfe\xfa")
+  os.mkfifo(tmp_path / "e.txt")  # nobody may wait for what never comes
+  (tmp_path / "f.txt").write_text("long " * 30_000)
   timeline = [{"start": 0.1, "text": "first"}, {"start": 2.0, "text": "second"}]
   base = {"num_frames": 48, "height": 72, "width": 128, "fps": 24.0, "note": None, "line": None, "start": 0}
   rows = [{**base, "path": str(tmp_path / n), **more} for n, more in (
     ("red_ball-01.mp4", {}), ("b.mp4", {}), ("c.mp4", {}), ("d.mp4", {"note": " From a column. "}),
     ("d.mp4", {"line": timeline}), ("d.mp4", {"line": timeline, "start": 49}),
-    ("d.mp4", {"line": timeline, "start": 24}))]  # fmt: skip
+    ("d.mp4", {"line": timeline, "start": 24}), ("e.mp4", {}), ("f.mp4", {}))]  # fmt: skip
   pl.DataFrame(rows).write_parquet(tmp_path / "t.parquet")
   arguments = ["caption", str(tmp_path / "t.parquet"), "-o", str(tmp_path / "o.parquet"), "--backend=existing"]
   assert main.main([*arguments, "--column=note", "--sidecar=.txt", "--name=True", "--timeline=line"]) == 0
   found = pl.read_parquet(tmp_path / "o.parquet")
-  assert found["text"].to_list() == ["red ball 01", "A sidecar caption.", None, "From a column.", "first", "second", None]
+  assert found["text"][:6].to_list() == ["red ball 01", "A sidecar caption.", None, "From a column.", "first", "second"]
+  assert found["text"][6:].null_count() == 3
   assert found["error"][2] == "caption: its caption file c.txt is not UTF-8 (byte 0)"
+  assert found["error"][7:].to_list() == [
+    "caption: its caption file e.txt is empty",
+    "caption: its caption file f.txt has 150,000 bytes, more than 100,000",
+  ]
   assert found["error"].null_count() == 6
 
 
@@ -299,7 +326,7 @@ def test_local_model_of_transformers(clips, tmp_path):
   images = transformers.BlipImageProcessor(size={"height": 32, "width": 32})
   model.save_pretrained(tmp_path / "blip")
   transformers.BlipProcessor(images, tokenizer).save_pretrained(tmp_path / "blip")
-  step = engine.create(
+  step = configs.create(
     caption.Caption, dict(backend="local", model=str(tmp_path / "blip"), frames=1, side=32, max_tokens=6), "caption"
   )
   captioner = caption.make_captioner(step)
@@ -311,7 +338,7 @@ def test_local_model_of_transformers(clips, tmp_path):
   for text, one in zip(found, tokenizer.batch_decode(wanted, skip_special_tokens=True)):
     assert text == caption_local._checked(one)
   with pytest.raises(ValueError, match="is no folder"):
-    caption.make_captioner(engine.create(caption.Caption, dict(backend="local", model="/nowhere"), "caption"))
+    caption.make_captioner(configs.create(caption.Caption, dict(backend="local", model="/nowhere"), "caption"))
 
 
 # ------------------------------------------------------------------------------------------------------------------ answers

@@ -12,7 +12,7 @@ import polars as pl
 import pytest
 
 from data.prepare import __main__ as main
-from data.prepare import collect, engine
+from data.prepare import collect, steps
 from tests.data.files import write_audio
 from tests.data.files import write_video as numbered_video
 from tests.data.prepare.videos import two_scenes, write_video
@@ -142,7 +142,7 @@ def test_a_name_that_the_pipeline_gives_back_is_the_files(hostile, tmp_path):
 )  # fmt: skip
 def test_containers_of_honest_people(tmp_path, ending, codec):
   path = numbered_video(tmp_path / f"a.{ending}", frames=30, codec=codec, pix_fmt="rgb8" if ending == "gif" else "yuv420p")
-  (row,) = collect.Probe().rows([{"path": path}], engine.Context("", ""), None)
+  (row,) = collect.Probe().rows([{"path": path}], steps.Context("", ""), None)
   assert (row["num_frames"], row["height"], row["width"], row["audio"]) == (30, 48, 64, False)
   assert row["duration"] == pytest.approx(30 / row["fps"])
   assert len(row["picture_hash"]) == 48

@@ -8,7 +8,8 @@ import polars as pl
 import pytest
 
 from data.prepare import __main__ as main
-from data.prepare import clip, engine, measures, scores, workers
+from data.prepare import clip, measures, scores, steps, workers
+from data.prepare import config as configs
 from tests.data.prepare.videos import write_video
 
 
@@ -186,9 +187,9 @@ def test_clip_scores_are_those_of_transformers(tiny):
 def test_pickled_heads_are_refused(tiny, tmp_path):
   folder = tiny[0]
   with pytest.raises(ValueError, match="pickled files"):
-    engine.create(clip.Aesthetic, {"model": str(folder / "image.onnx"), "head": str(tmp_path / "a.pth")}, "aesthetic")
+    configs.create(clip.Aesthetic, {"model": str(folder / "image.onnx"), "head": str(tmp_path / "a.pth")}, "aesthetic")
   with pytest.raises(ValueError, match="there is no model file"):
-    engine.create(clip.Aesthetic, {"model": "/nowhere.onnx"}, "aesthetic")
+    configs.create(clip.Aesthetic, {"model": "/nowhere.onnx"}, "aesthetic")
 
 
 # ------------------------------------------------------------------------------------------------------------------ step
@@ -219,7 +220,7 @@ def test_all_scorers_of_a_step_share_the_frames(tmp_path, tiny):
   assert first["flow"] < 0.5 < second["flow"]
   assert first["frozen"] > 0.9 > second["frozen"]
   alone = scores.Scores(scorers={"motion": {}})
-  context = engine.Context("", "", limits=workers.Limits())
+  context = steps.Context("", "", limits=workers.Limits())
   assert alone.rows([rows[1]], context, lambda share: None)[0]["flow"] == pytest.approx(second["flow"], rel=0.05)
 
 

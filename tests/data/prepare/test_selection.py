@@ -166,6 +166,26 @@ def test_webdataset(clips, tmp_path):
     assert {m.mtime for m in archive} == {0}
 
 
+def test_names_of_a_foreign_table_stay_in_their_folder(clips, tmp_path, capsys):
+  table = pl.read_parquet(clips / "in.parquet").filter(pl.col("error").is_null())
+  hostile = ["../../evil", "a/b", "v1.mp4", None, "0123"]
+  table.with_columns(id=pl.Series(hostile)).drop("split").write_parquet(tmp_path / "ids.parquet")
+  command = ["-o", str(tmp_path / "e"), "--formats=('webdataset',)"]
+  assert main.main(["export", str(tmp_path / "ids.parquet"), *command]) == 0
+  with tarfile.open(tmp_path / "webdataset" / "train-000000.tar") as archive:
+    keys = list(dict.fromkeys(name.split(".")[0] for name in archive.getnames()))
+  assert [k.rpartition("_")[0] for k in keys] == ["evil", "b", "v1", "clip_4", ""]
+  assert keys[-1] == "0123"
+  table.with_columns(split=pl.lit("../evil")).write_parquet(tmp_path / "splits.parquet")
+  assert main.main(["export", str(tmp_path / "splits.parquet"), *command]) == 2
+  assert "the column split has '../evil'" in capsys.readouterr().err
+  cut = table.with_columns(start=0, end=5, id=pl.Series(hostile))
+  cut.write_parquet(tmp_path / "ranges.parquet")
+  assert main.main(["cut", str(tmp_path / "ranges.parquet"), "-o", str(tmp_path / "cut" / "c.parquet"), "--workers=1"]) == 0
+  errors = pl.read_parquet(tmp_path / "cut" / "c.parquet")["error"].to_list()
+  assert [e is not None and "can't be part of a file name" in e for e in errors] == [True] * 4 + [False]
+
+
 def test_tfds(clips, tmp_path):
   import tensorflow_datasets as tfds
 

@@ -1,0 +1,330 @@
+"""A run: a declared chain of steps over a table in shards, on one machine or several.
+
+A shard whose key is the wanted one is left alone, anything else is made again, and so is one with rows that may not
+fail another time. So a run may be ended at any time, by any means, and the same command goes on.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from data import paths
+from data.prepare.messages import Progress, clock, say, shown
+from data.prepare.shards import digest, height, identity, part_number, parts, read_meta, scan, scan_all, with_failures
+from data.prepare.steps import Context, RowStep, Source, Step, run_shard
+from data.prepare.workers import DEFAULT_LIMITS, Limits, Pool
+
+_POLL = 2.0  # seconds between looks at what other machines have done
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+  """Where a step stands: shards wanted and done, rows in and out, rows that failed in it, those to be tried again, work."""
+
+  shards: int
+  done: int
+  rows_in: int
+  rows: int
+  errors: int
+  retry: int
+  seconds: float
+  counted: dict[str, int]
+
+
+class Chain:
+  """Named steps in order, with their folder.
+
+  Args:
+    output: folder of the run, local or gs://; shards lie in OUTPUT/NAME/part-00000.parquet.
+    steps: {name: step}; the first one is the source, those with `write` end the chain.
+    workers: processes on this machine.
+    shard: (i, n): this machine takes every n-th shard from the i-th on.
+    patience: seconds without any progress of other machines after which waiting for them ends.
+  """
+
+  def __init__(
+    self,
+    output: str,
+    steps: dict[str, Step],
+    *,
+    workers: int = 2,
+    limits: Limits = DEFAULT_LIMITS,
+    shard: tuple[int, int] = (0, 1),
+    patience: float = 3600.0,
+    cluster: Callable | None = None,
+  ):
+    self.output, self.steps, self.workers, self.limits = str(output), steps, workers, limits
+    self.shard, self.patience, self.cluster = shard, patience, cluster
+    self._pool = Pool(workers, limits)
+    self._metas: dict[str, dict[str, Any] | None] = {}
+    self._facts: dict[str, tuple] = {}
+
+  def folder(self, name: str) -> str:
+    return paths.join(self.output, name)
+
+  def parts(self, name: str) -> list[str]:
+    """Names of a source's or a step's shards."""
+    return parts(self.folder(name))
+
+  def tables(self, name: str) -> list[str]:
+    """Shards of a step, of all that the source has; ValueError if one is missing."""
+    first = next(iter(self.steps))
+    found = [paths.join(self.folder(name), part) for part in self.parts(first)]
+    there = set(self.parts(name))
+    if missing := [p for p in found if os.path.basename(p) not in there]:
+      raise ValueError(f"step {name} has not made {len(missing)} of {len(found)} shards: run the pipeline to its end first")
+    return found
+
+  def run(self, until: str | None = None) -> None:
+    """All steps in order, up to `until`; what is done is skipped."""
+    with self._pool:
+      before = None
+      for name, step in self.steps.items():
+        if isinstance(step, Source):
+          step.list(self.folder(name))
+        elif step.writes:
+          self._write(name, step, before)
+        else:
+          self._run_step(name, step, before)
+        if not step.writes:
+          before = name
+          say(self._summary(name))
+        if name == until:
+          break
+
+  def scan(self, name: str) -> pl.LazyFrame:
+    """All shards of a step as one lazy table."""
+    return scan_all(self.tables(name))
+
+  def _meta(self, path: str) -> dict[str, Any] | None:
+    """`read_meta`, once for shards that no other machine writes."""
+    if path not in self._metas or not self._is_mine(os.path.basename(path)):
+      self._metas[path] = read_meta(path)
+    return self._metas[path]
+
+  def _is_mine(self, part: str) -> bool:
+    index, count = self.shard
+    return part_number(part) % count == index
+
+  def _identities(self, name: str) -> dict[str, str]:
+    """{shard: identity} of a step's shards that are up to date, down from the source on."""
+    path = functools.partial(paths.join, self.folder(name))
+    if isinstance(self.steps[name], Source):
+      return {part: identity(path(part)) for part in self.parts(name)}
+    keys = {part: key for part, key in self._keys(name).items() if (self._meta(path(part)) or {}).get("key") == key}
+    return {part: self._meta(path(part))["identity"] for part in keys}
+
+  def _keys(self, name: str) -> dict[str, str]:
+    """{shard: key that its output has to have} for all shards of the step before that are up to date."""
+    step, before = self.steps[name], self._before(name)
+    sources = self._identities(before)
+    facts = self._gathered(name, sources)[1] if step.gathers else None
+    return {part: digest([step.recipe(), mark, facts]) for part, mark in sources.items()}
+
+  def _before(self, name: str) -> str:
+    names = list(self.steps)
+    return names[names.index(name) - 1]
+
+  def _gathered(self, name: str, sources: dict[str, str]) -> tuple[Any, str]:
+    """(facts of a step about the whole table, their digest)."""
+    mark = digest(sources)
+    if self._facts.get(name, ("", None, ""))[0] != mark:
+      facts = self.steps[name].gather(self.scan(self._before(name)))
+      self._facts[name] = (mark, facts, digest(_plain(facts)))
+    return self._facts[name][1:]
+
+  def _run_step(self, name: str, step: Step, before: str) -> None:
+    if step.gathers:
+      self._wait(before)
+    path = functools.partial(paths.join, self.folder(name))
+    todo = {}
+    for part, key in self._keys(name).items():
+      if self._is_mine(part):
+        meta = self._meta(path(part)) or {}
+        if meta.get("key") != key or meta["retry"] or not step.complete(scan(path(part))):
+          todo[part] = key
+    if not todo:
+      return
+    self._tell_changes(name, step, todo)
+    facts = self._gathered(name, self._identities(before))[0] if step.gathers else None
+    sizes = {part: height(paths.join(self.folder(before), part)) for part in todo}
+    progress, done = Progress(name, sum(sizes.values()), step.unit), 0
+    jobs = [
+      (step, paths.join(self.folder(before), part), path(part), key, Context(self.folder(name), part, facts, self.limits))
+      for part, key in todo.items()
+    ]
+    if self.cluster and isinstance(step, RowStep):
+      for part, meta in self.cluster(jobs, self.workers):
+        self._metas[path(part)] = meta
+        done += sizes[part]
+        progress(done)
+      return
+    for job in jobs:
+      context = job[-1]
+      context.pool, context.progress = self._pool, lambda rows, done=done: progress(done + rows)
+      self._metas[path(context.part)] = run_shard(*job)
+      done += sizes[context.part]
+      progress(done)
+
+  def _tell_changes(self, name: str, step: Step, todo: dict[str, str]) -> None:
+    """Nothing is overwritten without a word: says which settings changed."""
+    for part in todo:
+      old = (self._meta(paths.join(self.folder(name), part)) or {}).get("recipe")
+      if old and old != step.recipe():
+        new = step.recipe()["settings"]
+        changed = [f"{k}: {old['settings'].get(k)!r} -> {new.get(k)!r}" for k in sorted({*new, *old["settings"]})
+                   if old["settings"].get(k) != new.get(k)]  # fmt: skip
+        say(f"{name}: {len(todo)} shards are made again ({'; '.join(changed) or 'another version of the step'})")
+        return
+
+  def _wait(self, name: str) -> None:
+    """Until the other machines have made their shards of a step, from the source on."""
+    since, seen = time.monotonic(), -1
+    wanted = set(self.parts(next(iter(self.steps))))
+    while missing := len(wanted - set(self._identities(name))):
+      if self.shard[1] == 1:
+        raise ValueError(f"{name}: {missing} shards are missing: run the same command again")
+      if missing != seen:
+        say(f"{name}: waiting for {missing} shards of other machines")
+        seen, since = missing, time.monotonic()
+      if time.monotonic() - since > self.patience:
+        raise ValueError(f"{name}: {missing} shards of other machines did not come in {clock(self.patience)}: do they run?")
+      time.sleep(_POLL)
+
+  def _write(self, name: str, step: Step, before: str) -> None:
+    if self.shard[0] != 0:
+      return
+    self._wait(before)
+    key = digest([step.recipe(), self._identities(before)])
+    record = paths.join(self.folder(name), "done.json")
+    old = json.loads(paths.read_text(record)) if paths.exists(record) else {}
+    if old.get("key") != key or not all(paths.exists(f) for f in old["files"]):
+      context = Context(self.folder(name), "", limits=self.limits, pool=self._pool, history=self._history(before))
+      said, files = step.write(self.tables(before), context)
+      old = {"key": key, "said": said, "files": files}
+      paths.write_text(record, json.dumps(old))
+    say(f"{name}: {old['said']}")
+
+  def _history(self, last: str) -> tuple:
+    names = list(self.steps)
+    named = [(name, self.counts(name)) for name in names[: names.index(last) + 1]]
+    return tuple((name, c.rows_in, c.rows, c.errors, c.seconds) for name, c in named)
+
+  def _summary(self, name: str) -> str:
+    """One line about a step that ran, and the first failures."""
+    counts = self.counts(name)
+    text = f"{name}: {counts.rows:,} rows" + (f" of {counts.rows_in:,}" if counts.rows_in != counts.rows else "")
+    text += f", {clock(counts.seconds)} of work" if counts.seconds >= 1 else ""
+    if told := self.steps[name].tell(counts.counted):
+      text += f"\n{told}"
+    if not counts.errors:
+      return text
+    text += f", {counts.errors:,} failed" + (f", {counts.retry:,} of them are tried again by the next run" * bool(counts.retry))
+    if counts.done == counts.shards:
+      mine = pl.col("error").str.starts_with(f"{self.steps[name].title}:")
+      for row in self.scan(name).filter(mine).select("path", "error").head(3).collect().to_dicts():
+        text += f"\n  {shown(row['path'])}: {shown(row['error'])}"
+    return text
+
+  def counts(self, name: str) -> Counts:
+    """Of the shards that were made with the present settings of the step."""
+    names, steps = list(self.steps), self.steps
+    first, before = names[0], names[max(0, names.index(name) - 1)]
+    wanted = self.parts(first)
+    there, recipe = set(self.parts(name)), steps[name].recipe()
+    metas = {p: read_meta(paths.join(self.folder(name), p)) or {} for p in wanted if p in there}
+    done = [p for p, meta in metas.items() if isinstance(steps[name], Source) or meta.get("recipe") == recipe]
+    rows = errors = retry = rows_in = 0
+    seconds, counted = 0.0, collections.Counter()
+    for part in done:
+      path, meta = paths.join(self.folder(name), part), metas[part]
+      retry += meta.get("retry", 0)
+      seconds += meta.get("seconds", 0.0)
+      counted.update(meta.get("counts", {}))
+      with paths.local_copy(path) as copy:
+        mine = pl.col("error").str.starts_with(f"{steps[name].title}:")
+        found = with_failures(scan(copy)).select(pl.len(), mine.sum().alias("errors")).collect().row(0)
+      rows, errors = rows + found[0], errors + (found[1] or 0)
+      rows_in += height(paths.join(self.folder(before), part))
+    return Counts(len(wanted), len(done), rows_in, rows, errors, retry, seconds, dict(counted))
+
+  def status(self) -> str:
+    """A table: what is done, failed and left, and how long that takes, by the work so far."""
+    lines = [f"{'step':<16} {'shards':>11} {'rows':>12} {'failed':>8} {'to retry':>8} {'left':>8}"]
+    before = None
+    total_left, known = 0.0, bool(self.parts(next(iter(self.steps))))
+    for name, step in self.steps.items():
+      if step.writes:
+        state = "done" if paths.exists(paths.join(self.folder(name), "done.json")) else "waiting"
+        lines.append(f"{name:<16} {state:>11}")
+        continue
+      counts = self.counts(name)
+      left = "-"
+      if before is not None and counts.shards > counts.done:
+        if counts.done and counts.rows_in:
+          rest = counts.seconds / counts.done * (counts.shards - counts.done)
+          total_left, left = total_left + rest, clock(rest)
+        else:
+          known, left = False, "?"
+      lines.append(
+        f"{name:<16} {f'{counts.done}/{counts.shards}':>11} {counts.rows:>12,} {counts.errors:>8,} {counts.retry:>8,} {left:>8}"
+      )
+      before = name
+    lines.append(f"time left: {clock(total_left)}" + ("" if known else " and steps that have not begun") + " on one machine")
+    return "\n".join(lines)
+
+
+def _plain(facts: Any) -> Any:
+  """What a step gathered, JSON-able."""
+  return facts.write_csv() if isinstance(facts, pl.DataFrame) else facts
+
+
+def run_alone(name: str, step: Step, source: str, target: str, *, workers: int = 2, limits: Limits = DEFAULT_LIMITS) -> str:
+  """One step on a table file, or on a folder of shards -> the same under `target`; what is done is skipped. Returns what to
+  say about it."""
+  if isinstance(step, Source):
+    raise ValueError(f"{name} is the source of a chain: use it in a config")
+  folder = paths.is_folder(source)
+  names = [n for n in paths.names(source) if n.endswith(".parquet")] if folder else []
+  pairs = [(paths.join(source, n), paths.join(target, n)) for n in names] if folder else [(source, target)]
+  if not pairs:
+    raise ValueError(f"{source} has no .parquet files")
+  tables = [a for a, _ in pairs]
+  for a in tables:
+    if not paths.exists(a) or not a.endswith((".parquet", ".csv", ".jsonl")):
+      raise ValueError(f"{a} is no table (.parquet, .csv, .jsonl) that is there")
+  with Pool(workers, limits) as pool:
+    if step.writes:
+      return step.write(tables, Context(target, "", limits=limits, pool=pool))[0]
+    facts = None
+    if step.gathers:
+      facts = step.gather(scan_all(tables))
+    sizes = [height(a) for a in tables]
+    progress, done, counted = Progress(name, sum(sizes), step.unit), 0, collections.Counter()
+    for (a, b), size in zip(pairs, sizes):
+      if paths.absolute(a) == paths.absolute(b):
+        raise ValueError(f"{b} is the input: give another output")
+      if not b.endswith((".parquet", ".csv")):
+        raise ValueError(f"{b}: the output's name must end in .parquet or .csv")
+      key = digest([step.recipe(), identity(a), _plain(facts)])
+      meta = read_meta(b) if b.endswith(".parquet") and paths.exists(b) else None
+      if meta == {}:
+        raise ValueError(f"{b} is there and was not written by this program: give another output")
+      if not meta or meta["key"] != key or meta["retry"]:
+        context = Context(os.path.splitext(str(target))[0], Path(b).name, facts, limits, pool)
+        context.progress = lambda rows, done=done: progress(done + rows)
+        meta = run_shard(step, a, b, key, context)
+      counted.update(meta["counts"])
+      done += size
+    told = step.tell(dict(counted))
+    return f"{name}: {sum(height(b) for _, b in pairs):,} rows of {sum(sizes):,}: {target}" + (f"\n{told}" if told else "")

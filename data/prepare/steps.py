@@ -1,0 +1,187 @@
+"""Steps: what a chain is made of. A step's settings are the fields of a dataclass; it makes one shard of another."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+import polars as pl
+
+from data import paths
+from data.prepare.shards import FAILED, digest, polars_line, scan, with_failures, write_shard
+from data.prepare.workers import DEFAULT_LIMITS, Failure, Limits, Pool
+
+_FRAME_BYTES = 5000  # that a frame counts for at least, in time limits: a day of a still camera is a small file
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+  """Base of all steps. The fields of a subclass are its settings; it has `transform`, or `write` if it ends a chain."""
+
+  title: ClassVar[str]  # what a config calls it
+  version: ClassVar[int] = 1  # counted up when the same settings give something else
+  unit: ClassVar[str] = "rows"
+  silent: ClassVar[tuple[str, ...]] = ()  # settings that don't change the result
+  needs: ClassVar[tuple[str, ...]] = ()  # columns without which it makes no sense
+  fails: ClassVar[bool] = False  # whether its rows may fail, or be tried again
+
+  def check(self) -> None:
+    """Raises ValueError about a setting, in one line."""
+
+  def gather(self, table: pl.LazyFrame) -> Any:
+    """What `transform` has to know about the whole table, JSON-able or a DataFrame."""
+    raise NotImplementedError
+
+  def transform(self, table: pl.LazyFrame, context: Context) -> pl.LazyFrame:
+    """One shard of the table -> the same shard after the step; constant memory, or bounded by the shard."""
+    raise NotImplementedError
+
+  def complete(self, table: pl.LazyFrame) -> bool:
+    """Whether the files that a shard of output names are there."""
+    return True
+
+  def tell(self, counts: dict[str, int]) -> str:
+    """Lines about what was counted over all shards."""
+    return ""
+
+  def write(self, tables: list[str], context: Context) -> tuple[str, list[str]]:
+    """For a step that ends a chain (an export): writes what it makes of all shards -> (one line about it, its files)."""
+    raise NotImplementedError
+
+  @property
+  def gathers(self) -> bool:
+    """Whether it has to see the whole table before its first shard."""
+    return type(self).gather is not Step.gather
+
+  @property
+  def writes(self) -> bool:
+    """Whether it ends a chain, and makes no shards."""
+    return type(self).write is not Step.write
+
+  def recipe(self) -> dict[str, Any]:
+    """What decides the step's result, JSON-able."""
+    settings = {k: v for k, v in dataclasses.asdict(self).items() if k not in self.silent}
+    return {"step": self.title, "version": self.version, "settings": json.loads(json.dumps(settings, default=str))}
+
+
+@dataclasses.dataclass(frozen=True)
+class Source(Step):
+  """The first step: lists what there is as shards of a table. Shards keep their rows, new ones are added behind."""
+
+  def list(self, folder: str) -> None:
+    """Writes folder/part-00000.parquet, ...; leaves those alone in which nothing changed."""
+    raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class RowStep(Step):
+  """A step that looks at files: `rows(items)` of each group of rows, in worker processes with limits."""
+
+  columns: ClassVar[dict[str, Any]] = {}  # what it adds, with polars types
+  fails: ClassVar[bool] = True
+
+  def rows(self, group: list[dict[str, Any]], context: Context, report: Callable[[float], None]) -> list[Any]:
+    """Called in a worker for a group of rows: for each of them a dict of new values, a list of such dicts (several rows, or
+    none), or a `Failure`."""
+    raise NotImplementedError
+
+  def groups(self, rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """Rows (the same objects) that one call takes together: one by one."""
+    return ([row] for row in rows)
+
+  def transform(self, table: pl.LazyFrame, context: Context) -> pl.LazyFrame:
+    frame = table.collect()
+    schema = {**frame.schema, **self.columns, **FAILED}
+    rows = [{**dict.fromkeys(FAILED), **row} for row in frame.iter_rows(named=True)]
+    places = [i for i, row in enumerate(rows) if row["error"] is None]
+    number = {id(rows[i]): i for i in places}
+    groups = list(self.groups([rows[i] for i in places]))
+    done = context.map(functools.partial(_rows_of, self, context.bare()), groups)
+    results: dict[int, Any] = {}
+    for group, found in zip(groups, done):
+      for row, result in zip(group, [found] * len(group) if isinstance(found, Failure) else found):
+        results[number[id(row)]] = result
+    out = []
+    for i, row in enumerate(rows):
+      result = results.get(i, {})
+      if isinstance(result, Failure):
+        out.append({**row, "error": f"{self.title}: {result.reason}", "retry": result.retry})
+      else:
+        out += [{**row, **values} for values in (result if isinstance(result, list) else [result])]
+    return pl.DataFrame(out, schema=schema, orient="row", strict=False).lazy()
+
+
+def _rows_of(step: RowStep, context: Context, group: list[dict[str, Any]], report: Callable[[float], None]) -> list[Any]:
+  return step.rows(group, context, report)
+
+
+@dataclasses.dataclass
+class Context:
+  """What a step may use besides its shard.
+
+  folder: the step's own folder, for files that it makes beside the table.
+  part: name of the shard.
+  facts: what `gather` returned.
+  limits: of a file.
+  pool, progress: None in a worker process.
+  counts: what `transform` counted; `Step.tell` says the sums over all shards.
+  history: (step, rows in, rows, failed, seconds of work) of the steps before, for `write`.
+  """
+
+  folder: str
+  part: str
+  facts: Any = None
+  limits: Limits = DEFAULT_LIMITS
+  pool: Pool | None = None
+  progress: Callable[[float], None] | None = None
+  counts: dict[str, int] = dataclasses.field(default_factory=dict)
+  history: tuple = ()
+
+  def bare(self) -> Context:
+    """What is sent to workers."""
+    return Context(self.folder, self.part, limits=self.limits)
+
+  def map(self, function: Callable, groups: list) -> list[Any]:
+    """`Pool.map` over groups of rows, with progress and with time limits from the size of each group's file."""
+    sizes = [max(group[0].get("bytes") or 0, _FRAME_BYTES * sum(r.get("num_frames") or 0 for r in group)) for group in groups]
+    share = sum(map(len, groups)) / max(len(groups), 1)
+
+    def progress(done: float) -> None:
+      if self.progress:
+        self.progress(done * share)
+
+    return self.pool.map(function, groups, sizes=sizes, progress=progress)
+
+
+def run_shard(step: Step, source: str, target: str, key: str, context: Context) -> dict[str, Any]:
+  """Makes one shard -> its metadata. Raises ValueError for a table that the step can't take."""
+  begin = time.monotonic()
+  with paths.local_copy(source) as copy:
+    table = with_failures(scan(copy))
+    missing = [name for name in step.needs if name not in table.collect_schema().names()]
+    if missing:
+      raise ValueError(f"{step.title} needs the column {' and '.join(missing)}, which {source} doesn't have")
+    try:
+      result = step.transform(table, context)
+      failed: list[int] = []
+      if step.fails:
+        result = result.collect()
+        passing = pl.col("retry") & pl.col("error").str.starts_with(f"{step.title}:")
+        failed = result.with_row_index("_i").filter(passing)["_i"].to_list()
+        result = result.lazy()
+    except pl.exceptions.PolarsError as error:
+      raise ValueError(f"{step.title}: {polars_line(error)}") from None
+    meta = {
+      "key": key,
+      "identity": digest([key, failed]) if failed else key,
+      "retry": len(failed),
+      "seconds": round(time.monotonic() - begin, 3),
+      "recipe": step.recipe(),
+      "counts": context.counts,
+    }
+    write_shard(target, result, meta)
+  return meta
