@@ -119,8 +119,7 @@ def evaluate_loss(stage, step, args, folder):
   config, counter = stage.config, TraceCounter()
   mesh, objective = make_mesh(config.mesh, slices=config.slices), OBJECTIVES[config.task](config)
   params, frozen, _ = load_weights(args.run, args.item, step, mesh)
-  if config.task == "denoiser" and config.text_encoder.where == "step" and not config.text_encoder.train:
-    frozen["text_encoder"] = weights.load_text_encoder(config, objective.text, mesh)
+  frozen |= weights.read_frozen(objective, config, mesh)
   validation = Validation(stage, folder, mesh, objective)
   encoder = batches.load_encoder(config, counter, stage.name) if config.task == "denoiser" else None
   compiled = AheadOfTime(config.compile_threads, say)

@@ -71,7 +71,7 @@ class AutoencoderObjective:
       if bucket.batch_size and not self.model.config.keeps(bucket.num_frames):
         raise ValueError(
           f"config: bucket {bucket.name} has clips of {bucket.num_frames} frames, which {own.name!r} does not give back; "
-          "take 8k or 8k + 1 frames"
+          f"nearest: {codec.nearest_lengths(self.model.config, bucket.num_frames)}"
         )
     if self.weights["perceptual"]:
       perceptual.shapes(own.perceptual.name)

@@ -147,7 +147,7 @@ def load_autoencoder(args):
   from stdit_jax.autoencoders.codec import make_codec
   from stdit_jax.interop import open_checkpoint
   from stdit_jax.training import checkpoints, weights
-  from stdit_jax.training.objectives import autoencoder_model
+  from stdit_jax.training.autoencoding import autoencoder_model
   from stdit_jax.training.stages import make_stages
 
   if args.run and args.config:
