@@ -130,7 +130,7 @@ class ClipEncoder:
       yield i, [join(part, self.config.latent_frames(len(clips[i]))) for part in zip(*of_clip)]
 
   def _run(self, function, model, variables, *arrays):
-    """Runs a piece by a program that is counted: "encode 144x256" of micro batches, "encode_chunk 17x18x32" of others."""
+    """Runs a piece by a program that is counted: "encode 144x256" of micro batches, "encode_chunks 1x17x18x32" of others."""
     shape = jax.tree.leaves(arrays)[-1].shape
     key = function, shape, len(arrays) > 1 and arrays[0] is not None
     if key not in self._programs:

@@ -30,7 +30,7 @@ def trained(assets, tmp_path_factory):
   run.train()
   encodes = {name: n for name, n in run.counter.counts.items() if "encode" in name or "latents" in name}
   assert set(encodes.values()) == {1}
-  assert {name.split()[1] for name in encodes} == {"image_latents", "encode_chunk"}
+  assert {name.split()[1] for name in encodes} == {"image_latents", "encode_chunks"}
   return folder / "run"
 
 
