@@ -178,10 +178,12 @@ def picture(shown):
     picked = np.unique(np.linspace(0, len(original) - 1, 3).round().astype(int))
     error = np.abs(original.astype(np.int16) - decoded) * ERROR_FACTOR
     columns = original, decoded, np.minimum(error, 255).astype(np.uint8)
+    larger = -(-160 // original.shape[2])  # for the words above
+    columns = [column.repeat(larger, axis=1).repeat(larger, axis=2) for column in columns]
     rows = np.concatenate([np.concatenate([column[i] for column in columns], axis=1) for i in picked])
     head = Image.new("RGB", (rows.shape[1], 14))
     for i, text in enumerate((f"{name}: original", "reconstruction", f"error x {ERROR_FACTOR}")):
-      ImageDraw.Draw(head).text((2 + i * original.shape[2], 1), text, "white")
+      ImageDraw.Draw(head).text((2 + i * columns[0].shape[2], 1), text, "white")
     parts.append(np.concatenate([np.asarray(head), rows]))
   width = max(part.shape[1] for part in parts)
   return Image.fromarray(np.concatenate([np.pad(part, ((0, 0), (0, width - part.shape[1]), (0, 0))) for part in parts]))
