@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 from collections.abc import Mapping
 
-from data import buckets, video
+from data import buckets, paths, video
 
 CAPTION_RULES = ("required", "optional")
 FPS_RULES = ("exact", "1.2", "1.1")
@@ -34,6 +34,8 @@ class DataConfig:
   scores: score columns that are written behind captions ("aesthetic score: 6.5."), those that the tables have; () = none.
   score_drop: probability of leaving out each of them.
   fps_rule: frame rate told to the model: "exact" file rate / frame_interval, "1.2" the same rounded down, "1.1" file rate.
+  latents: folder that `python -m stdit_jax.encode` wrote: latents (and embeddings of captions, if there and wanted) are read
+    from it in place of videos, the same ones in the same order; "" = videos.
   workers: decoding processes; 0 = threads of this process.
   read_ahead: rows decoded in advance; None = two steps of the largest bucket, within 2 GB.
   max_bad_rows: files that may fail to decode before the run stops, a number or (a float) a share of the usable rows.
@@ -54,6 +56,7 @@ class DataConfig:
   scores: tuple = SCORES
   score_drop: float = 0.2
   fps_rule: str = "exact"
+  latents: str = ""
   workers: int = 2
   read_ahead: int | None = None
   max_bad_rows: int | float = 0.1
@@ -92,6 +95,8 @@ class DataConfig:
     for key, allowed in (("resize", video.RESIZE_MODES), ("captions", CAPTION_RULES), ("fps_rule", FPS_RULES)):
       if getattr(self, key) not in allowed:
         raise ValueError(f"data.{key} = {getattr(self, key)!r} is none of {', '.join(map(repr, allowed))}")
+    if not isinstance(self.latents, str) or paths.is_remote(self.latents):
+      raise ValueError(f"data.latents = {self.latents!r} is no folder of this machine, which alone ArrayRecord can read")
     for score in self.scores:
       if score not in SCORES:
         raise ValueError(f"data.scores has {score!r}, which is none of {', '.join(SCORES)}")
@@ -100,6 +105,10 @@ class DataConfig:
     bad = self.max_bad_rows
     if not _is_number(bad) or bad < 0 or (isinstance(bad, float) and bad > 1):
       raise ValueError(f"data.max_bad_rows = {bad!r} is neither a number of rows nor a share (a float) from 0.0 to 1.0")
+
+  def window(self, epoch):
+    """Number of the clips' place in time in an epoch."""
+    return epoch % self.windows_per_row if self.windows_per_row else epoch
 
   def table_weights(self):
     """-> [(path, weight)]."""

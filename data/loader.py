@@ -7,6 +7,7 @@ next global micro step, and means the same on any number of processes: part i of
 import bisect
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
 import multiprocessing
@@ -16,7 +17,7 @@ import threading
 
 import numpy as np
 
-from data import aspect_ratios, paths, plan, sources, video
+from data import aspect_ratios, latents, paths, plan, sources, video
 
 log = logging.getLogger("data")
 
@@ -31,10 +32,11 @@ class Sample:
 
   pixels uint8 [T, H, W, 3]; num_frames, height, width: those of the pixels; fps: what the model is told; weight 1, or 0 with
   `error` for a row that could not be decoded (pixels are zero then); sample_id (epoch, slot in the epoch's plan); row: number
-  of the row in its table; text_ids, text_mask: what `tokenize` gave, or None; text_features float [L, C] or None.
+  of the row in its table; text_ids, text_mask: what `tokenize` gave, or None; text_features float [L, C] or None. From a cache
+  normalised latents_mean, latents_std float32 [T', h, w, C] (None if only means were kept), and no pixels.
   """
 
-  pixels: np.ndarray
+  pixels: np.ndarray | None
   caption: str
   num_frames: int
   height: int
@@ -48,6 +50,8 @@ class Sample:
   text_ids: np.ndarray | None = None
   text_mask: np.ndarray | None = None
   text_features: np.ndarray | None = None
+  latents_mean: np.ndarray | None = None
+  latents_std: np.ndarray | None = None
 
 
 @dataclasses.dataclass
@@ -61,7 +65,7 @@ class LoadedStep:
   samples: list
 
 
-def make_loader(config, folder, *, shard=(0, 1), start=0, skip=(), tokenize=None, epochs=None):
+def make_loader(config, folder, *, shard=(0, 1), start=0, skip=(), tokenize=None, epochs=None, cache=None):
   """-> `Loader`, an iterator of `LoadedStep`.
 
   Args:
@@ -73,6 +77,7 @@ def make_loader(config, folder, *, shard=(0, 1), start=0, skip=(), tokenize=None
     skip: global micro steps that are passed over.
     tokenize: picklable caption -> (ids, mask), called in the workers; None = no ids.
     epochs: end after so many epochs, None = never.
+    cache: a `latents.Cache` that is read in place of videos.
 
   Raises ValueError when nothing fits, a batch cannot be split, or the files of the table are not there.
   """
@@ -80,12 +85,13 @@ def make_loader(config, folder, *, shard=(0, 1), start=0, skip=(), tokenize=None
   try:
     os.makedirs(folder, exist_ok=True)
     table = sources.open_table(config, folder)
-    sequence = plan.PlanSequence(table, config, folder)
+    sequence = plan.PlanSequence(table, config, folder, cache)
     first = sequence.plan(0)
   except OSError as e:
     raise ValueError(f"data folder {folder} or a table cannot be used: {e.filename or ''} {e.strerror or e}") from None
   shares = _shares(config.parsed_buckets(), shard)
-  _check_files(table, first)
+  if cache is None:
+    _check_files(table, first)
   return Loader(sequence, shares, start, skip, tokenize, epochs)
 
 
@@ -124,20 +130,24 @@ class Loader:
 
   def __init__(self, sequence, shares, start, skip, tokenize, epochs):
     self.plans, self.state, self.skip, self.epochs = sequence, start, frozenset(skip), epochs
-    self.bad_rows, self.rows_read = {}, 0
+    self.rows_read, self._went_round = 0, False
     config, table = sequence.config, sequence.table
     self.rows_per_step = _rows_per_step(config.parsed_buckets(), shares)
     usable = sequence.report(0)
     usable = usable.rows - sum(n for reason, n in usable.dropped.items() if reason in sources.PROBLEMS)
-    limit = config.max_bad_rows
-    self.max_bad_rows = math.ceil(limit * min(usable, table.num_rows)) if isinstance(limit, float) else limit
+    self._bad_rows = BadRows(config.max_bad_rows, min(usable, table.num_rows))
     epoch, step = sequence.locate(start)
     first = 0
     if step and (epochs is None or epoch < epochs):
       first = int(sequence.plan(epoch).ends(self.rows_per_step)[step - 1])
     self._prepare(epoch + 1)
     source = RowSource(sequence, shares, epoch, first, epochs)
-    self._rows = _read_ahead(source, RowDecoder(config, table, tokenize), config, self.rows_per_step)
+    self._rows = _read_ahead(source, RowDecoder(config, table, tokenize, sequence.cache), config, self.rows_per_step)
+
+  @property
+  def bad_rows(self):
+    """{path: why it could not be decoded}."""
+    return self._bad_rows.found
 
   @property
   def report(self):
@@ -158,14 +168,19 @@ class Loader:
     current = self.plans.plan(epoch)
     if not index:
       self._prepare(epoch + 1)
+    if (source := self.plans.source(epoch)) != epoch and not self._went_round:
+      self._went_round = True
+      place = os.path.dirname(self.plans.cache.latents.folder)
+      log.warning("epoch %d asks for clips that %s lacks: it goes round again, as epoch %d", epoch, place, source)
     bucket = current.bucket(index)
     samples = []
     for _ in range(self.rows_per_step[current.bucket_index(index)]):
       element = self._next_row()
-      sample = Sample(**{**element, "sample_id": tuple(element["sample_id"].tolist())})
+      sample = Sample(**{"pixels": None, **element, "sample_id": tuple(element["sample_id"].tolist())})
       # Rows come in the plan's order or the loader is wrong: a batch of mixed buckets must not go unnoticed.
       assert (sample.sample_id[0], sample.num_frames) == (epoch, bucket.num_frames), (sample.sample_id, epoch, index)
-      self._count(sample)
+      self.rows_read += 1
+      self._bad_rows.add(sample.path, sample.error)
       samples.append(sample)
     loaded = LoadedStep((bucket.resolution, bucket.num_frames), self.state, epoch, bucket.batch_size, samples)
     self.state += 1
@@ -182,17 +197,6 @@ class Loader:
         return next(self._rows)
     return next(self._rows)
 
-  def _count(self, sample):
-    self.rows_read += 1
-    if not sample.error or sample.path in self.bad_rows:
-      return
-    self.bad_rows[sample.path] = sample.error
-    log.warning("skipped %s: %s", sample.path, sample.error)
-    if len(self.bad_rows) > self.max_bad_rows:
-      path, error = next(iter(self.bad_rows.items()))
-      number = f"{len(self.bad_rows)} files cannot be decoded, more than data.max_bad_rows allows ({self.max_bad_rows})"
-      raise ValueError(f"{number}; first: {path}: {error}")
-
   def close(self):
     if self._rows is not None and hasattr(self._rows, "close"):
       self._rows.close()
@@ -203,6 +207,43 @@ class Loader:
 
   def __exit__(self, *_):
     self.close()
+
+
+class BadRows:
+  """Files that could not be decoded, `found` {path: reason}; ValueError when they are more than `limit`, a number or (a float)
+  a share of `rows`."""
+
+  def __init__(self, limit, rows):
+    self.found = {}
+    self._limit = math.ceil(limit * rows) if isinstance(limit, float) else limit
+
+  def add(self, path, error):
+    """`error`: "" for a row that is fine."""
+    if not error or path in self.found:
+      return
+    self.found[path] = error
+    log.warning("skipped %s: %s", path, error)
+    if len(self.found) > self._limit:
+      path, error = next(iter(self.found.items()))
+      number = f"{len(self.found)} files cannot be decoded, more than data.max_bad_rows allows ({self._limit})"
+      raise ValueError(f"{number}; first: {path}: {error}")
+
+
+def read_clips(config, table, keys, ahead):
+  """Decodes clips in the order of their keys (`latents.clip_keys`), `ahead` of them in advance: an iterator of
+  (key, {pixels, path, fps (the file's, 0 if unknown), error}). Close it.
+
+  Raises RuntimeError for passing I/O errors that last.
+  """
+  rows = _read_ahead(keys.tolist(), ClipDecoder(config, table, None), dataclasses.replace(config, read_ahead=ahead), [ahead])
+  try:
+    for number, key in enumerate(keys):
+      with _main_hidden() if number < config.workers else contextlib.nullcontext():
+        clip = next(rows)
+      yield key, clip
+  finally:
+    if hasattr(rows, "close"):
+      rows.close()
 
 
 @contextlib.contextmanager
@@ -294,8 +335,8 @@ def _end_with_parent():
 class RowDecoder:
   """(epoch, slot, slot row, aspect-ratio key, bucket) -> the fields of a `Sample`, as a dict. Picklable."""
 
-  def __init__(self, config, table, tokenize):
-    self.config, self.table, self.tokenize = config, table, tokenize
+  def __init__(self, config, table, tokenize, cache=None):
+    self.config, self.table, self.tokenize, self.cache = config, table, tokenize, cache
 
   def __setstate__(self, state):
     self.__dict__.update(state)
@@ -310,24 +351,44 @@ class RowDecoder:
     fields = {"caption": "", "num_frames": bucket.num_frames, "height": height, "width": width, "fps": video.DEFAULT_FPS}
     fields |= {"weight": 1.0, "sample_id": np.array([epoch, slot]), "row": self.table.locate(slot_row)[1], "path": row.path}
     try:
-      fields["caption"] = self._caption(row, epoch, slot_row)
-      fields["fps"] = self._fps(row, bucket.num_frames)
-      window = epoch % self.config.windows_per_row if self.config.windows_per_row else epoch
-      fields["pixels"] = self._pixels(row, bucket.num_frames, (height, width), self._rng(window, slot_row, _CLIP))
+      if self.cache:
+        self._read_cached(fields, element, row)
+      else:
+        fields["caption"] = self.caption(row, epoch, slot_row)
+        fields["fps"] = self._fps(self._rate(row, bucket.num_frames), bucket.num_frames)
+        fields["pixels"] = self._pixels(row, bucket.num_frames, (height, width), self.config.window(epoch), slot_row)
       if row.text_features:
         fields["text_features"] = sources.text_embedding(row.text_features)
     except video.BadVideo as e:
-      fields.update(pixels=np.zeros((bucket.num_frames, height, width, 3), np.uint8), weight=0.0, error=str(e))
+      if not self.cache:
+        fields["pixels"] = np.zeros((bucket.num_frames, height, width, 3), np.uint8)
+      fields.update(weight=0.0, error=str(e))
     except OSError as e:
       raise RuntimeError(f"reading {row.path} failed again and again: {e.strerror or e}") from e
     if self.tokenize:
       fields["text_ids"], fields["text_mask"] = self.tokenize(fields["caption"])
     return fields
 
+  def _read_cached(self, fields, element, row):
+    """Latents, frame rate, caption and, if it was encoded, its embedding. BadVideo for a row that could not be decoded."""
+    epoch, _, slot_row, key, bucket = element
+    clip = self.cache.clip(epoch, slot_row, row, bucket, list(aspect_ratios.SIZES[bucket.resolution]).index(key))
+    fields |= {name: clip[name] for name in ("latents_mean", "latents_std") if clip[name] is not None}
+    if self.cache.text:
+      caption_of = functools.partial(self.caption, row, slot_row=slot_row)
+      fields["caption"], fields["text_features"] = self.cache.caption(epoch, caption_of)
+    else:
+      fields["caption"] = self.caption(row, epoch, slot_row)
+    if clip["rate"]:
+      fields["fps"] = self._fps(clip["rate"], bucket.num_frames)
+    if clip["error"]:
+      raise video.BadVideo(clip["error"])
+
   def _rng(self, epoch, slot_row, purpose):
     return np.random.default_rng([self.config.seed, epoch, slot_row, purpose])
 
-  def _caption(self, row, epoch, slot_row):
+  def caption(self, row, epoch, slot_row):
+    """The caption of a row in an epoch, with its scores."""
     caption = ""
     if row.captions:
       caption = row.captions[int(self._rng(epoch, slot_row, _CAPTION).integers(len(row.captions)))]
@@ -338,15 +399,38 @@ class RowDecoder:
       caption = captions.add_scores(caption, scores, self._rng(epoch, slot_row, _SCORES), self.config.score_drop)
     return caption
 
-  def _fps(self, row, num_frames):
+  @staticmethod
+  def _rate(row, num_frames):
+    """The file's own frames per second."""
+    return video.IMAGE_FPS if num_frames == 1 else row.fps or video.frame_rate(row.path)
+
+  def _fps(self, rate, num_frames):
     """Images are told 120; 1.1 tells the file's own rate, 1.2 divides it by the interval and rounds down."""
     if num_frames == 1:
       return video.IMAGE_FPS
-    rate = row.fps or video.frame_rate(row.path)
     return {"exact": rate / self.config.frame_interval, "1.2": rate // self.config.frame_interval, "1.1": rate}[
       self.config.fps_rule
     ]
 
-  def _pixels(self, row, num_frames, size, rng):
+  def _pixels(self, row, num_frames, size, window, slot_row):
+    rng = self._rng(window, slot_row, _CLIP)
     indices = row.start + video.clip_indices(row.num_frames, num_frames, self.config.frame_interval, rng)
     return video.read_frames(row.path, indices, size=size, resize=self.config.resize, crop=row.crop)
+
+
+class ClipDecoder(RowDecoder):
+  """Key of a clip -> {pixels, path, fps, error}. Picklable."""
+
+  def __call__(self, key):
+    clip = latents.unpack(int(key))
+    row, num_frames = self.table.row(clip["row"]), clip["num_frames"]
+    _, _, size = latents.size_of(clip["resolution"], clip["ratio"])
+    fields = {"path": row.path, "fps": 0.0, "error": "", "pixels": np.zeros((num_frames, *size, 3), np.uint8)}
+    try:
+      fields["fps"] = float(self._rate(row, num_frames))
+      fields["pixels"] = self._pixels(row, num_frames, size, clip["window"], clip["row"])
+    except video.BadVideo as e:
+      fields["error"] = str(e)
+    except OSError as e:
+      raise RuntimeError(f"reading {row.path} failed again and again: {e.strerror or e}") from e
+    return fields

@@ -224,6 +224,10 @@ class Plan:
     value, bucket = int(self._slots[slot]), self.bucket(step)
     return value // _RATIOS, list(aspect_ratios.SIZES[bucket.resolution])[value % _RATIOS], bucket, step
 
+  def all_slots(self):
+    """-> (bucket index, slot row, index of the aspect ratio) of all slots, int64 [slots] each."""
+    return np.repeat(self._bucket, np.diff(self._begin)), self._slots // _RATIOS, self._slots % _RATIOS
+
   def rows(self, step):
     """Slot rows of a step, int64 [batch size]."""
     begin, end = self.slots(step)
@@ -233,11 +237,12 @@ class Plan:
 class PlanSequence:
   """The plans of all epochs: files in `folder`, made when needed, by whoever needs them first. Picklable.
 
-  Steps are counted over epochs: `locate` gives the epoch and the step in it of a global micro step.
+  Steps are counted over epochs: `locate` gives the epoch and the step in it of a global micro step. With a `cache`
+  (`latents.Cache`) an epoch may follow the plan of another one, `source(epoch)`.
   """
 
-  def __init__(self, table, config, folder):
-    self.table, self.config = table, config
+  def __init__(self, table, config, folder, cache=None):
+    self.table, self.config, self.cache = table, config, cache
     self.description = describe(config, table)
     self.digest = digest(self.description)
     self.folder = os.path.join(folder, f"plan-{self.digest[:16]}")
@@ -245,7 +250,7 @@ class PlanSequence:
 
   def _forget(self):
     self.lock = threading.RLock()
-    self._plans, self._starts, self._threads = {}, [0], {}
+    self._plans, self._starts, self._threads, self._sources = {}, [0], {}, {}
     self._parsed = self.config.parsed_buckets()
 
   def __getstate__(self):
@@ -258,8 +263,20 @@ class PlanSequence:
   def _path(self, epoch, suffix):
     return os.path.join(self.folder, f"epoch-{epoch:04d}{suffix}")
 
+  def source(self, epoch):
+    """The epoch whose plan this one follows: its own but where `cache` says otherwise."""
+    if self.cache is None:
+      return epoch
+    with self.lock:
+      if epoch not in self._sources:
+        self._sources[epoch] = self.cache.source(epoch, self._plan)
+      return self._sources[epoch]
+
   def plan(self, epoch):
     """The epoch's `Plan`; built now if nobody did."""
+    return self._plan(self.source(epoch))
+
+  def _plan(self, epoch):
     with self.lock:
       if epoch not in self._plans:
         thread = self._threads.pop(epoch, None)
@@ -280,6 +297,7 @@ class PlanSequence:
 
   def report(self, epoch=0):
     """The epoch's `BucketReport`."""
+    epoch = self.source(epoch)
     path = self._path(epoch, ".json")
     if not os.path.exists(path):
       self._build(epoch)

@@ -145,6 +145,12 @@ class Table:
     part = int(np.searchsorted(self._bases, slot_row, "right")) - 1
     return part, int(slot_row - self._bases[part]) % self._files[part].num_rows
 
+  def first_copies(self, slot_rows):
+    """The slot row of the first copy of each one's row; of a number or an array."""
+    part = np.searchsorted(self._bases, slot_rows, "right") - 1
+    rows = np.array([f.num_rows for f in self._files])[part]
+    return self._bases[part] + (slot_rows - self._bases[part]) % rows
+
   def row(self, slot_row):
     part, i = self.locate(slot_row)
     values, folder = self._files[part].row(i), self.parts[part].folder

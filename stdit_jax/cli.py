@@ -65,6 +65,16 @@ def parse_config(argv, values):
   return values["config"].value
 
 
+def read_config(path, changes):
+  """The configuration of a file with the arguments --config.KEY=VALUE, for entry points that have other arguments as well."""
+  from absl import flags
+  from ml_collections import config_flags
+
+  argv, values = ["stdit_jax", f"--config={path}", *changes], flags.FlagValues()
+  config_flags.DEFINE_config_file("config", None, flag_values=values, sys_argv=argv)
+  return parse_config(argv, values)
+
+
 def parse_mesh(entries):
   """{axis: devices} of arguments AXIS=DEVICES; ValueError when they are none."""
   try:

@@ -99,6 +99,7 @@ def read_stage(args):
     raise ValueError(f"{args.run} has no validation.tables; give the tables to measure the loss on: --tables TABLE ...")
   if args.mesh:
     config.mesh = parse_mesh(args.mesh)
+  config.data.latents = ""  # cached are the clips of the training, none of these
   config.stages = ({"name": f"of step {step}", "steps": 1},)
   return make_stages(config)[0], step
 

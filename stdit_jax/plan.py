@@ -40,13 +40,10 @@ import shlex
 import sys
 import time
 
-from absl import flags
-from ml_collections import config_flags
-
 from data import paths
 from data.aspect_ratios import NUM_PIXELS
 from data.config import DataConfig
-from stdit_jax.cli import OneLineParser, one_line_errors, parse_config
+from stdit_jax.cli import OneLineParser, one_line_errors, read_config
 from stdit_jax.models import stdit
 from stdit_jax.parallel.topology import is_gpu, parse_topology, topology_chips
 from stdit_jax.planning import budget, meshes, search
@@ -83,14 +80,6 @@ def make_parser():
   add("--output", help="writes all results as JSON")
   add("--cache", default="~/.cache/stdit_jax/plan", help="folder of earlier results (default: %(default)s)")
   return parser
-
-
-def read_config(path, changes):
-  """The configuration of a file with the arguments --config.KEY=VALUE, as `train` reads it."""
-  argv = ["plan", f"--config={path}", *changes]
-  values = flags.FlagValues()
-  config_flags.DEFINE_config_file("config", None, flag_values=values, sys_argv=argv)
-  return parse_config(argv, values)
 
 
 def parse_bucket(text, stage_buckets):

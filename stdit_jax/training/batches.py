@@ -100,34 +100,43 @@ class ClipEncoder:
   def __call__(self, clips):
     """uint8 `[T, H, W, 3]` each -> list of (mean, std), float32 NumPy `[T', h, w, C]`. Frames of image autoencoders share micro
     batches when they have one size."""
+    return self.start(clips)()
+
+  def start(self, clips):
+    """Begins what a call does -> function that waits for it and returns it: devices work while the host does other things."""
     keys = [self.cache.key(clip) if self.cache.limit else None for clip in clips]
     latents = [self.cache.get(key) for key in keys]
     missing = [i for i, known in enumerate(latents) if known is None]
-    encode = self._encode_frames if isinstance(self._codecs[0], ImageCodec) else self._encode_clips
-    for i, moments in encode(clips, missing):
-      latents[i] = moments
-      self.cache.put(keys[i], moments)
-    return latents
+    begin = self._begin_frames if isinstance(self._codecs[0], ImageCodec) else self._begin_clips
+    begun = list(begin(clips, missing))
 
-  def _encode_frames(self, clips, missing):
-    """(number of a clip, its (mean, std)) of clips whose frames are encoded alone, micro batches on device after device."""
+    def finish():
+      for members, parts in begun:
+        lengths = [self.config.latent_frames(len(clips[i])) for i in members]
+        moments = [join(part, sum(lengths)) for part in zip(*parts)]
+        for i, *own in zip(members, *(np.split(m, np.cumsum(lengths)[:-1]) for m in moments)):
+          latents[i] = [part.copy() for part in own]
+          self.cache.put(keys[i], latents[i])
+      return latents
+
+    return finish
+
+  def _begin_frames(self, clips, missing):
+    """(numbers of clips, their pieces) of clips whose frames are encoded alone, micro batches on device after device."""
     by_size = collections.defaultdict(list)
     for i in missing:
       by_size[clips[i].shape[1:3]].append(i)
     for members in by_size.values():
-      frames = np.concatenate([clips[i] for i in members])
-      batches = micro_batches(frames, self._codecs[0].micro_batch)
-      parts = [part for codec, batch in zip(itertools.cycle(self._codecs), batches) for part in codec.encode_parts(batch)]
-      moments = [join(part, len(frames)) for part in zip(*parts)]
-      ends = np.cumsum([len(clips[i]) for i in members])[:-1]
-      for i, *parts in zip(members, *(np.split(m, ends) for m in moments)):
-        yield i, [part.copy() for part in parts]
+      batches = micro_batches(np.concatenate([clips[i] for i in members]), self._codecs[0].micro_batch)
+      yield (
+        members,
+        [part for codec, batch in zip(itertools.cycle(self._codecs), batches) for part in codec.encode_parts(batch)],
+      )
 
-  def _encode_clips(self, clips, missing):
+  def _begin_clips(self, clips, missing):
     """The same of clips that are encoded as a whole, clip after clip on device after device."""
-    parts = [codec.encode_parts(clips[i]) for codec, i in zip(itertools.cycle(self._codecs), missing)]
-    for i, of_clip in zip(missing, parts):
-      yield i, [join(part, self.config.latent_frames(len(clips[i]))) for part in zip(*of_clip)]
+    for codec, i in zip(itertools.cycle(self._codecs), missing):
+      yield [i], codec.encode_parts(clips[i])
 
   def _run(self, function, model, variables, *arrays):
     """Runs a piece by a program that is counted: "encode 144x256" of micro batches, "encode_chunks 1x17x18x32" of others."""
@@ -197,14 +206,19 @@ class DenoiserBatches:
   """Makes the denoiser's batches: latents as tokens with their sizes, conditions, text."""
 
   def __init__(self, config, model_config, encoder, layouts, embed=None):
+    """`encoder`, `embed`: None where latents and embeddings are cached."""
     self.config, self.model, self.encoder, self.layouts = config, model_config, encoder, layouts
     self._embed = embed  # text encoder ahead of the step: global ids and mask -> global features
+    self._autoencoder = autoencoder_model(config.autoencoder).config
 
   def __call__(self, step):
     """One global batch from this process's `data.loader.LoadedStep`."""
     samples, layout = step.samples, self.layouts[step.bucket]
-    latents = self.encoder([s.pixels for s in samples])
-    shapes = denoiser_shapes(self.config, self.model, self.encoder.config, step.bucket, len(samples), layout.token_parts)
+    if samples[0].pixels is None:
+      latents = [(s.latents_mean, s.latents_std) for s in samples]
+    else:
+      latents = self.encoder([s.pixels for s in samples])
+    shapes = denoiser_shapes(self.config, self.model, self._autoencoder, step.bucket, len(samples), layout.token_parts)
     batch = {name: np.zeros(s.shape, s.dtype) for name, s in shapes.items() if name.startswith("latents")}
     sizes = np.asarray([mean.shape[:3] for mean, _ in latents], np.int32)
     for i, moments in enumerate(latents):
@@ -216,12 +230,12 @@ class DenoiserBatches:
     for name in ("height", "width", "num_frames", "fps"):
       batch[name] = np.asarray([getattr(s, name) for s in samples], np.float32)
     batch = to_global(batch | self._text(samples) | sample_fields(samples), layout)
-    if self._embed is not None:
+    if self.config.text_encoder.where == "ahead" and "text_ids" in batch:
       batch["text"] = self._embed(batch.pop("text_ids"), batch["text_mask"], layout)
     return batch
 
   def _text(self, samples):
-    if self.config.text_encoder.where == "disk":
+    if samples[0].text_ids is None:
       return self._text_of_disk(samples)
     return {name: np.stack([getattr(s, name) for s in samples]) for name in ("text_ids", "text_mask")}
 
@@ -282,11 +296,14 @@ def load_encoder(config, counter, name):
   return ClipEncoder(weights.load_codec(config.autoencoder), config.autoencoder, counter, name)
 
 
-def batch_maker(config, objective, layouts, mesh, encoder):
-  """What makes the batches of a stage: `LoadedStep -> global arrays`. `encoder`: of `load_encoder`, for a denoiser."""
+def batch_maker(config, objective, layouts, mesh, encoder, text=True):
+  """What makes the batches of a stage: `LoadedStep -> global arrays`.
+
+  `encoder`: of `load_encoder`, for a denoiser, unless all its latents are cached; text=False: all embeddings are cached, too.
+  """
   if config.task == "autoencoder":
     return AutoencoderBatches(config, layouts)
   embed = None
-  if config.text_encoder.where == "ahead":
+  if config.text_encoder.where == "ahead" and text:
     embed = text_ahead(objective.text, weights.load_text_encoder(config, objective.text, mesh))
   return DenoiserBatches(config, objective.model.config, encoder, layouts, embed)

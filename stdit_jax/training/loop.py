@@ -23,7 +23,7 @@ from data import paths
 from stdit_jax.cli import InputError
 from stdit_jax.parallel.mesh import make_mesh
 from stdit_jax.parallel.shardings import tree_shardings
-from stdit_jax.training import batches, transition, weights
+from stdit_jax.training import batches, encoding, transition, weights
 from stdit_jax.training.autoencoding import autoencoder_model
 from stdit_jax.training.checkpoints import CONFIG, Checkpoints, DamagedCheckpointError, from_plain, plain
 from stdit_jax.training.compilation import AheadOfTime
@@ -166,9 +166,10 @@ class Run:
         raise ValueError(
           f"config: the autoencoder's latents have {latent} channels, but the denoiser takes {taken} (in_channels)"
         )
-      weights.need_file(config.autoencoder.weights, "autoencoder.weights")
-      where = config.text_encoder.where
-      if where == "ahead" or (where == "step" and not config.text_encoder.train):
+      latents, text = encoding.needed_encoders(config)
+      if latents:
+        weights.need_file(config.autoencoder.weights, "autoencoder.weights")
+      if text or (config.text_encoder.where == "step" and not config.text_encoder.train):
         weights.need_file(config.text_encoder.weights, "text_encoder.weights")
       return
     if config.autoencoder.image_weights:
@@ -511,8 +512,10 @@ class Run:
 
   def _batch_maker(self, stage, state):
     config = stage.config
-    if config.task == "denoiser":
+    latents, text = encoding.needed_encoders(config)
+    if latents:
       source = autoencoder_model(config.autoencoder).config, config.autoencoder.weights
       if source != self._encoder_source:
         self.encoder, self._encoder_source = batches.load_encoder(config, self.counter, stage.name), source
-    return batches.batch_maker(config, self.objectives[stage.index], self.data[stage.index].layouts, self.mesh, self.encoder)
+    layouts = self.data[stage.index].layouts
+    return batches.batch_maker(config, self.objectives[stage.index], layouts, self.mesh, self.encoder, text)

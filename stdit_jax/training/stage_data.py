@@ -8,6 +8,7 @@ from data.loader import make_loader
 from stdit_jax.generation.prompts import TokenizeText
 from stdit_jax.models import t5
 from stdit_jax.parallel.shardings import Layout
+from stdit_jax.training import encoding
 from stdit_jax.training.batches import batch_shapes
 
 
@@ -53,6 +54,7 @@ class StageData:
   """Opens the tables and plans of a stage; raises ValueError when nothing fits or a batch does not divide.
 
   Attributes:
+    cache: `data.latents.Cache` that is read in place of videos, or None.
     report: where the rows of the first epoch go, a table when printed.
     layouts: {(resolution, frames): Layout}, how each bucket uses the mesh.
     micro_batches: {(resolution, frames): parts into which its batch is split}.
@@ -67,12 +69,13 @@ class StageData:
       # Memory-mapped, so on a disk; files are named after what they were made from, and runs may share them.
       self.folder = paths.user_cache("data") if paths.is_remote(output) else paths.join(output, "data")
       table = sources.open_table(self.config, self.folder)
-      self._plans = plan.PlanSequence(table, self.config, self.folder)
+      self.cache = encoding.open_cache(config, self.config, table) if self.config.latents else None
+      self._plans = plan.PlanSequence(table, self.config, self.folder, self.cache)
       self.report = self._plans.report(0)
     except ValueError as error:
       raise ValueError(f"config: stage {stage.name!r}: {error}") from None
     self._tokenize = None
-    if config.task == "denoiser" and config.text_encoder.where != "disk":
+    if config.task == "denoiser" and config.text_encoder.where != "disk" and not (self.cache and self.cache.text):
       text = config.text_encoder
       self._tokenize = TokenizeText(text.tokenizer, text.max_length, text.clean_captions)
       if (ids := self._tokenize.vocab_size) > (known := t5.get_config(text.name).vocab_size):
@@ -102,4 +105,6 @@ class StageData:
     """This process's loader, after so many micro steps of the stage; those of the plan in `skip` are passed over."""
     shard = {bucket: (layout.process_parts(), layout.batch_parts) for bucket, layout in self.layouts.items()}
     start = plan.place(taken, skip)
-    return make_loader(self.config, self.folder, shard=shard, start=start, skip=skip, tokenize=self._tokenize, epochs=epochs)
+    return make_loader(
+      self.config, self.folder, shard=shard, start=start, skip=skip, tokenize=self._tokenize, epochs=epochs, cache=self.cache
+    )

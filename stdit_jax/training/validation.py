@@ -47,6 +47,7 @@ def fixed_data(stage, mesh, objective):
     # Threads, since the few clips are read in less time than processes take to start.
     config.data.update(tables=config.validation.tables, buckets=tuple(rows), reference_devices=1, drop_last=False, workers=0)
     config.data.rows_per_bucket = samples
+    config.data.latents = ""  # what is cached are the clips of the training
   return dataclasses.replace(stage, name=f"{stage.name}: validation", config=config.lock())
 
 

@@ -1,0 +1,458 @@
+"""Latents and text embeddings that `python -m stdit_jax.encode` wrote: what plans ask for, their shards, reading them.
+
+  FOLDER/latents-0123456789ab/made_from.json   what decides the contents: tables, places of clips, autoencoder, ...
+                              part-0/          a TFDS data set of ArrayRecord shards, one record per clip
+                                keys.npy       its index: record i belongs to the i-th key, and they are sorted
+                                part.json      first record of every shard, and the plans that the part was made for
+                                dataset_info.json   written last: a part is whole when it has one
+  FOLDER/text-0123456789ab/...                 the same with one record per caption
+
+A part is what one command added. Keys follow from the plans, shards from the keys: all processes agree without a word.
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import tempfile
+
+import numpy as np
+
+from data import aspect_ratios, paths, plan
+
+DTYPES = ("float32", "float16", "bfloat16")
+_VERSION = 1  # of keys and records
+_MADE_FROM, _PART, _KEYS, _INFO = "made_from.json", "part.json", "keys.npy", "dataset_info.json"
+_RESOLUTIONS = list(aspect_ratios.SIZES)
+# Of a clip's key, from the highest bit on: clips of one size stand together, and are encoded together.
+_BITS = {"resolution": 5, "num_frames": 12, "ratio": 6, "row": 29, "window": 11}
+_DESCRIPTIONS = {
+  "latents": "Latents of clips: mean and, if kept, log-variance of each value of the autoencoder's last posterior, both "
+  "of normalised latents, [time, height, width, channels]; `fps` is the file's own, 0 if unknown; a row that could not "
+  "be decoded has the reason in `error` and the latents of a black clip.",
+  "text": "Embeddings of captions by the text encoder, [valid tokens, channels].",
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------- keys
+
+
+def pack(**fields):
+  """Fields of `_BITS`, whole numbers or arrays of them -> int64 keys; ValueError for one that is too large."""
+  key = np.int64(0)
+  for name, bits in _BITS.items():
+    value = np.asarray(fields[name], np.int64)
+    if value.size and value.max() >> bits:
+      raise ValueError(f"clips with a {name} of {value.max()} can't be cached; allowed: below {1 << bits}")
+    key = key << bits | value
+  return key
+
+
+def unpack(keys):
+  """Keys -> {name: values}."""
+  fields = {}
+  for name, bits in reversed(_BITS.items()):
+    fields[name], keys = keys & ((1 << bits) - 1), keys >> bits
+  return fields
+
+
+def size_of(resolution, ratio):
+  """(resolution, aspect-ratio key, (height, width)) of the numbers in a key."""
+  name = _RESOLUTIONS[resolution]
+  key = list(aspect_ratios.SIZES[name])[ratio]
+  return name, key, aspect_ratios.size(name, key)
+
+
+def clip_keys(table, config, bucket, ratio, slot_rows, rows_frames, window):
+  """Keys of clips of one bucket; ratio, rows and their frames may be arrays. Where a row has but one place for the clip
+  (images), all windows and copies of the row are one."""
+  # As `video.clip_indices` draws the place.
+  one_place = rows_frames <= bucket.num_frames * config.frame_interval + 1
+  return pack(
+    resolution=_RESOLUTIONS.index(bucket.resolution), num_frames=bucket.num_frames, ratio=ratio,
+    row=np.where(one_place, table.first_copies(slot_rows), slot_rows), window=np.where(one_place, 0, window),
+  )  # fmt: skip
+
+
+def plan_keys(current, table, config, epoch):
+  """Keys of the clips of an epoch's `Plan`, sorted, each once."""
+  bucket, rows, ratio = current.all_slots()
+  frames, found = table.column("num_frames"), []
+  for i in np.unique(bucket):
+    own = bucket == i
+    args = config.parsed_buckets()[i], ratio[own], rows[own], frames[rows[own]], config.window(epoch)
+    found.append(clip_keys(table, config, *args))
+  return np.unique(np.concatenate(found))
+
+
+def caption_key(caption):
+  """63 bits of the hash of a caption."""
+  return int.from_bytes(hashlib.sha256(caption.encode()).digest()[:8], "big") >> 1
+
+
+# ------------------------------------------------------------------------------------------------------------ made from
+
+
+def made_from_clips(config, table):
+  """What decides the pixels of clips, beside their keys."""
+  tables = [{"fingerprint": p.fingerprint, "weight": int(np.ceil(p.weight))} for p in table.parts]
+  plain = {key: getattr(config, key) for key in ("seed", "frame_interval", "resize")}
+  return {"version": _VERSION, "resolutions": _RESOLUTIONS, "tables": tables, **plain}
+
+
+def made_from_captions(config, table):
+  """What decides the captions of rows."""
+  plain = {key: getattr(config, key) for key in ("seed", "scores", "score_drop")}
+  return {"version": _VERSION, "tables": made_from_clips(config, table)["tables"], **plain}
+
+
+def plan_identity(config, table):
+  """What decides which clips the first epochs ask for."""
+  return json.loads(json.dumps({**plan.describe(config, table), "windows_per_row": config.windows_per_row}))
+
+
+def fingerprint(path):
+  """sha256 of a file, or of all files in a folder: of large ones the size and 4 MB from all over."""
+  digest = hashlib.sha256()
+  for name in paths.files_below(path) if paths.is_folder(path) else [path]:
+    size, block = paths.stat(name)[0], 1 << 16
+    with paths.errors(name), paths.open_file(name) as file:
+      digest.update(str(size).encode())
+      for at in np.unique(np.linspace(0, max(0, size - block), min(64, -(-size // block)), dtype=np.int64)):
+        file.seek(int(at))
+        digest.update(file.read(block))
+  return digest.hexdigest()
+
+
+def _flat(values, prefix=""):
+  flat = {}
+  for key, value in values.items():
+    flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+  return flat
+
+
+def differences(made, wanted):
+  """What `wanted` has otherwise than `made`, one text per key."""
+  old, new = _flat(made), _flat(wanted)
+  return plan.changed_keys({key: old.get(key) for key in new}, new)
+
+
+def find(folder, kind, wanted):
+  """The `Encoded` of this kind in a folder that was made from `wanted`; ValueError, naming what differs, without one."""
+  there = [Encoded(paths.join(folder, name)) for name in _sets(folder, kind)]
+  if not there:
+    raise ValueError(f"data.latents={folder!r} has no {kind}; python -m stdit_jax.encode writes them")
+  changes = [differences(e.made_from, wanted) for e in there]
+  if fits := [e for e, changed in zip(there, changes) if not changed]:
+    if len(fits) > 1:
+      raise ValueError(f"data.latents={folder!r} has {kind} of several encoders; give the weights of the one meant")
+    if not fits[0].parts:
+      raise ValueError(f"the {kind} in data.latents={folder!r} are not complete; start python -m stdit_jax.encode again")
+    return fits[0]
+  raise ValueError(f"the {kind} in data.latents={folder!r} were made otherwise: {'; '.join(min(changes, key=len))}")
+
+
+def _sets(folder, kind):
+  names = [name for name in paths.names(folder) if name.startswith(f"{kind}-")]
+  return [name for name in names if paths.exists(paths.join(folder, name, _MADE_FROM))]
+
+
+def has_text(folder):
+  """Whether there are embeddings of captions beside the latents."""
+  return not paths.is_remote(folder) and bool(_sets(folder, "text"))
+
+
+# -------------------------------------------------------------------------------------------------------------- reading
+
+
+class Part:
+  """What one command wrote. keys: memory-mapped; starts: first record of every shard, and the end."""
+
+  def __init__(self, folder):
+    self.folder = folder
+    self.kind = os.path.basename(os.path.dirname(folder)).split("-")[0]
+    self.keys = np.load(paths.join(folder, _KEYS), mmap_mode="r")
+    values = json.loads(paths.read_text(paths.join(folder, _PART)))
+    self.starts, self.made_for = np.asarray(values["starts"]), values["made_for"]
+
+  @property
+  def num_shards(self):
+    return len(self.starts) - 1
+
+  @property
+  def is_whole(self):
+    return paths.exists(paths.join(self.folder, _INFO))
+
+  def shard(self, number):
+    """Path of a shard, as TFDS names it."""
+    return paths.join(self.folder, f"{self.kind}-train.array_record-{number:05}-of-{self.num_shards:05}")
+
+  def missing(self):
+    """Numbers of the shards that are not there."""
+    return [number for number in range(self.num_shards) if not paths.exists(self.shard(number))]
+
+  def position(self, keys):
+    """(number of each key's record, whether it is there)."""
+    at = np.searchsorted(self.keys, keys)
+    return at, self.keys[np.minimum(at, len(self.keys) - 1)] == keys
+
+  @functools.cached_property
+  def features(self):
+    # Here: only workers that read records pay for it. NumPy knows bfloat16 only with the first one.
+    import ml_dtypes  # noqa: F401
+    import tensorflow_datasets as tfds
+
+    return tfds.features.FeatureConnector.from_config(self.folder)
+
+  def read(self, number):
+    """Record `number` as a dict."""
+    shard = int(np.searchsorted(self.starts, number, "right")) - 1
+    (record,) = _reader(self.shard(shard)).read([int(number - self.starts[shard])])
+    return self.features.deserialize_example_np(record)
+
+
+@functools.lru_cache(256)  # open files have a limit
+def _reader(path):
+  from array_record.python.array_record_module import ArrayRecordReader
+
+  return ArrayRecordReader(path, options="readahead_buffer_size:0")
+
+
+class Encoded:
+  """One set of latents or embeddings: its whole parts. Picklable: workers open the files by path."""
+
+  def __init__(self, folder):
+    self.folder = folder
+    self.made_from = json.loads(paths.read_text(paths.join(folder, _MADE_FROM)))
+
+  def __getstate__(self):
+    return {"folder": self.folder, "made_from": self.made_from}
+
+  @functools.cached_property
+  def all_parts(self):
+    folders = [paths.join(self.folder, f"part-{i}") for i in range(len(paths.names(self.folder)))]
+    return [Part(folder) for folder in folders if paths.exists(paths.join(folder, _PART))]
+
+  @functools.cached_property
+  def parts(self):
+    return [part for part in self.all_parts if part.is_whole]
+
+  def epochs(self, identity):
+    """How many epochs of this plan all clips are there for, as far as is recorded."""
+    return max((m["epochs"] for part in self.parts for m in part.made_for if m["plan"] == identity), default=0)
+
+  def holds(self, keys):
+    """bool, for every key."""
+    there = np.zeros(np.shape(keys), bool)
+    for part in self.parts:
+      there |= part.position(keys)[1]
+    return there
+
+  def read(self, key):
+    """The record of a key as a dict; KeyError if there is none."""
+    for part in self.parts:
+      at, there = part.position(key)
+      if there:
+        return part.read(int(at))
+    raise KeyError(key)
+
+
+class Cache:
+  """What a training reads in place of videos (and of texts, if `text` is there).
+
+  epochs: of the first so many epochs of this plan everything is there. Picklable.
+  """
+
+  def __init__(self, latents, text, table, config):
+    self.latents, self.text, self.table, self.config = latents, text, table, config
+    identity = plan_identity(config, table)
+    self.epochs = min(e.epochs(identity) for e in (latents, text) if e is not None)
+    made_for = [m for part in latents.parts for m in part.made_for]
+    self._rounds = max((m["epochs"] for m in made_for), default=0)
+    changes = [plan.changed_keys(m["plan"], identity) for m in made_for if m["plan"] != identity]
+    self._changes = min(changes, key=len, default=[])
+
+  def source(self, epoch, plan_of):
+    """The epoch whose plan an epoch follows: its own, or, where that asks for clips that are not there, one of the first,
+    which go round again. `plan_of`: epoch -> `Plan`. ValueError if there are none to go round."""
+    if epoch < self.epochs or self.latents.holds(plan_keys(plan_of(epoch), self.table, self.config, epoch)).all():
+      return epoch
+    if self.epochs:
+      return epoch % self.epochs
+    folder, why = os.path.dirname(self.latents.folder), "; ".join(self._changes) or "an encode that has not ended"
+    raise ValueError(f"data.latents={folder!r} lacks clips that the plan of epoch {epoch} asks for ({why})")
+
+  def _epochs_like(self, epoch):
+    """An epoch, the one that it goes round to, and all that are there: one of them has what is asked for."""
+    return dict.fromkeys([epoch, epoch % (self.epochs or self._rounds or 1), *range(self._rounds)])
+
+  def clip(self, epoch, slot_row, row, bucket, ratio):
+    """{latents_mean, latents_std (None if only means are there), rate, error} of a row in a bucket."""
+    for own in self._epochs_like(epoch):
+      key = clip_keys(self.table, self.config, bucket, ratio, slot_row, row.num_frames, self.config.window(own))
+      with contextlib.suppress(KeyError):
+        record = self.latents.read(key)
+        log_variance, std = record.get("log_variance"), None
+        if log_variance is not None:
+          std = np.exp(0.5 * log_variance.astype(np.float32))
+        mean = record["mean"].astype(np.float32)
+        rate = float(record["fps"]) or None
+        return {"latents_mean": mean, "latents_std": std, "rate": rate, "error": record["error"].decode()}
+    raise RuntimeError(f"{row.path}: no latents of {bucket.name} in {self.latents.folder}")
+
+  def caption(self, epoch, caption_of):
+    """(caption, embedding `[L, C]` float32). `caption_of`: epoch -> the row's caption."""
+    for own in self._epochs_like(epoch):
+      caption = caption_of(own)
+      with contextlib.suppress(KeyError):
+        return caption, self.text.read(caption_key(caption))["embedding"].astype(np.float32)
+    raise RuntimeError(f"no embedding of the caption {caption_of(epoch)[:60]!r} in {self.text.folder}")
+
+
+# -------------------------------------------------------------------------------------------------------------- writing
+
+
+def prepare(folder, kind, made_from, keys, made_for, size_of_records, shard_bytes):
+  """The `Part` that lacks shards, so that a folder holds all of `keys`; None when it does.
+
+  Args:
+    folder: of all sets; kind: "latents" or "text".
+    made_from: what decides the contents.
+    keys: sorted int64.
+    made_for: [{"stage", "epochs", "plan"}] that ask for them.
+    size_of_records: keys -> bytes of each record.
+    shard_bytes: of a shard, about.
+
+  Raises ValueError for a part that another command has begun, or a set of other values.
+  """
+  same = None
+  for name in _sets(folder, kind):
+    there = Encoded(paths.join(folder, name))
+    changed = differences(there.made_from, made_from)
+    if not changed:
+      same = there
+    elif not [c for c in changed if not c.startswith(("dtype:", "log_variance:"))]:
+      raise ValueError(f"--output {folder} has {kind} of other values ({'; '.join(changed)}); give another folder")
+  if same is None:
+    text = json.dumps(made_from, sort_keys=True)
+    place = paths.join(folder, f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:12]}")
+    os.makedirs(place, exist_ok=True)
+    paths.write_text(paths.join(place, _MADE_FROM), json.dumps(made_from, indent=1))
+    same = Encoded(place)
+  wanted = keys[~same.holds(keys)]
+  if unfinished := [part for part in same.all_parts if not part.is_whole]:
+    if not np.array_equal(unfinished[0].keys, wanted):
+      made = ", ".join(f"--stage {m['stage']} --epochs {m['epochs']}" for m in unfinished[0].made_for)
+      raise ValueError(f"{unfinished[0].folder} is unfinished and was begun with {made}: finish it so, or remove it")
+    return unfinished[0]
+  if not len(wanted):
+    if same.parts:
+      _record(same.parts[-1], made_for)
+    return None
+  starts = _starts(size_of_records(wanted), shard_bytes)
+  part = paths.join(same.folder, f"part-{len(same.all_parts)}")
+  os.makedirs(part, exist_ok=True)
+  with paths.whole(paths.join(part, _KEYS)) as temporary:
+    np.save(temporary, wanted)
+  paths.write_text(paths.join(part, _PART), json.dumps({"starts": starts, "made_for": made_for}))
+  return Part(part)
+
+
+def _starts(sizes, shard_bytes):
+  """First record of every shard, and the end."""
+  ends = np.cumsum(sizes)
+  shard = (ends - 1) // shard_bytes
+  return [*np.flatnonzero(np.diff(shard, prepend=-1)).tolist(), len(sizes)]
+
+
+def _record(part, made_for):
+  """Notes further plans whose clips were there already."""
+  if new := [m for m in made_for if m not in part.made_for]:
+    values = {"starts": part.starts.tolist(), "made_for": part.made_for + new}
+    paths.write_text(paths.join(part.folder, _PART), json.dumps(values))
+
+
+def features_of(kind, channels, dtype, log_variance=True):
+  """TFDS features of records. Floats are stored as bytes: a protobuf has no float16, and rounds float64."""
+  import ml_dtypes  # noqa: F401 - NumPy knows bfloat16 only then
+  import tensorflow_datasets as tfds
+
+  tensor, scalar, text = tfds.features.Tensor, tfds.features.Scalar(np.int64), tfds.features.Text()
+  if kind == "text":
+    return tfds.features.FeaturesDict(
+      {"caption": text, "embedding": tensor(shape=(None, channels), dtype=np.dtype(dtype), encoding="bytes")}
+    )
+  values = {"mean": tensor(shape=(None, None, None, channels), dtype=np.dtype(dtype), encoding="bytes")}
+  values |= {"log_variance": values["mean"]} if log_variance else {}
+  numbers = dict.fromkeys(("table", "row", "num_frames", "height", "width", "window"), scalar)
+  texts = dict.fromkeys(("path", "resolution", "error"), text)
+  fps = tensor(shape=(), dtype=np.float64, encoding="bytes")
+  return tfds.features.FeaturesDict({**values, **numbers, **texts, "fps": fps})
+
+
+class ShardWriter:
+  """Writes records, in order, to the shards `numbers` of a part, one after the other, each whole or not at all."""
+
+  def __init__(self, part, numbers, features):
+    self.part, self.features, self._numbers = part, features, iter(numbers)
+    self._writer, self._next, self._end, self._temporary = None, 0, 0, ""
+    own = {os.path.basename(part.shard(number)) for number in numbers}
+    for name in paths.names(part.folder):  # what a kill left
+      if name.endswith(".tmp") and name[1:].rsplit(".", 2)[0] in own:
+        os.unlink(paths.join(part.folder, name))
+
+  def add(self, key, record):
+    """Writes the record of the key that comes next. Raises OSError for a disk that is full or fails."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    try:
+      if self._writer is None:
+        number = next(self._numbers)
+        self._next, self._end = self.part.starts[number : number + 2]
+        folder, name = os.path.split(self.part.shard(number))
+        self._target, self._temporary = self.part.shard(number), paths.join(folder, f".{name}.{os.getpid()}.tmp")
+        # Records alone, since training reads them in any order; latents are noise that no compression makes smaller.
+        self._writer = ArrayRecordWriter(self._temporary, "group_size:1,uncompressed")
+      # Also when one before it failed: a shard in which records are shifted must not become whole.
+      assert key == self.part.keys[self._next], (key, self._next, self._temporary)
+      self._writer.write(self.features.serialize_example(record))
+      self._next += 1
+      if self._next == self._end:
+        self._writer.close()
+        os.replace(self._temporary, self._target)
+        self._writer = None
+    except RuntimeError as error:  # what array_record says of a disk
+      raise OSError(f"{self._temporary} can't be written: {str(error).partition(';')[0]}") from error
+
+  def close(self):
+    """Drops a shard that is not complete."""
+    if self._writer is not None:
+      with contextlib.suppress(RuntimeError):
+        self._writer.close()
+      os.unlink(self._temporary)
+      self._writer = None
+
+
+def finish(part, features):
+  """Registers a part as a TFDS data set when all its shards are there: whoever comes last does it. -> whether it is."""
+  if part.is_whole or part.missing():
+    return part.is_whole
+  import tensorflow_datasets as tfds
+
+  info = tfds.core.DatasetInfo(
+    builder=tfds.core.dataset_info.DatasetIdentity(part.kind, tfds.core.Version("1.0.0"), part.folder, ""),
+    features=features,
+    description=_DESCRIPTIONS[part.kind],
+  )
+  info.set_file_format("array_record")
+  template = tfds.core.ShardedFileTemplate(part.folder, dataset_name=part.kind, split="train", filetype_suffix="array_record")
+  size = sum(os.path.getsize(part.shard(i)) for i in range(part.num_shards))
+  lengths = np.diff(part.starts).tolist()
+  split = tfds.core.SplitInfo(name="train", shard_lengths=lengths, num_bytes=size, filename_template=template)
+  info.set_splits(tfds.core.splits.SplitDict([split]))
+  with tempfile.TemporaryDirectory() as place:
+    info.write_to_directory(place)
+    for name in sorted(paths.names(place), key=lambda name: name == _INFO):  # it says that all is there
+      paths.write_text(paths.join(part.folder, name), paths.read_text(paths.join(place, name)))
+  return True

@@ -1,0 +1,360 @@
+"""Latents and text embeddings ahead of training: what they are made from, and the work of making them.
+
+`data/latents.py` has their keys, shards and reading; a training needs of this file what opens them.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import time
+
+import jax
+import numpy as np
+
+from data import latents, loader, paths, plan, sources
+from data.config import DataConfig
+from stdit_jax.autoencoders.codec import ImageCodec
+from stdit_jax.cli import InputError
+from stdit_jax.generation.prompts import TokenizeText
+from stdit_jax.models import t5
+from stdit_jax.parallel.mesh import make_mesh
+from stdit_jax.parallel.shardings import Layout
+from stdit_jax.training import batches, weights
+from stdit_jax.training.autoencoding import autoencoder_model
+from stdit_jax.training.objectives import text_model
+
+_MICRO_BATCHES = 8  # per device and turn, so that the last one, which may be half empty, weighs little
+_CAPTIONS = 8  # per device and turn
+_AHEAD_BYTES = 2 << 30
+_RECORD_BYTES = 400  # of a record beside its values, about
+
+# ------------------------------------------------------------------------------------------------------------ made from
+
+
+def _plain(values):
+  return json.loads(json.dumps(values))
+
+
+def _if_there(path):
+  """{"weights": fingerprint} of weights that are there: a training from a cache needs none."""
+  return {"weights": latents.fingerprint(path)} if path and paths.exists(path) else {}
+
+
+def autoencoder_identity(config):
+  """What decides the latents of pixels, of `autoencoder` of a configuration."""
+  fields = dataclasses.asdict(autoencoder_model(config).config)
+  return {"name": config.name, "dtype": config.dtype, "fields": _plain(fields), **_if_there(config.weights)}
+
+
+def text_identity(config):
+  """What decides the embeddings of captions, of `text_encoder` of a configuration."""
+  fields = dataclasses.asdict(t5.get_config(config.name, **config.fields))
+  fields = {name: value for name, value in fields.items() if name not in ("scan", "remat")}
+  tokenizer = config.tokenizer
+  if paths.is_folder(tokenizer):
+    tokenizer = latents.fingerprint(tokenizer)
+  plain = {name: config[name] for name in ("name", "max_length", "clean_captions")}
+  return {**plain, "tokenizer": tokenizer, "fields": _plain(fields), **_if_there(config.weights)}
+
+
+def uses_cached_text(config):
+  """Whether a stage finds its embeddings beside its latents: those of an encoder ahead of the step, if they are there."""
+  folder = config.data.latents
+  return bool(folder) and config.text_encoder.where == "ahead" and latents.has_text(folder)
+
+
+def needed_encoders(config):
+  """(whether a stage needs the autoencoder to encode, whether the text encoder ahead of the step).
+
+  Rows of a validation are not cached.
+  """
+  if config.task != "denoiser":
+    return False, False
+  ahead, validates = config.text_encoder.where == "ahead", bool(config.validation.every)
+  return validates or not config.data.latents, ahead and (validates or not uses_cached_text(config))
+
+
+def open_cache(config, data, table):
+  """The `data.latents.Cache` of a stage; ValueError, naming what differs, for one that was made from something else."""
+  if config.task != "denoiser":
+    raise ValueError(f"data.latents={data.latents!r} are for denoisers; an {config.task} needs videos")
+  wanted = {**latents.made_from_clips(data, table), "autoencoder": autoencoder_identity(config.autoencoder)}
+  if config.autoencoder.sample_posterior:
+    wanted["log_variance"] = True
+  found, text = latents.find(data.latents, "latents", wanted), None
+  if uses_cached_text(config):
+    wanted = {**latents.made_from_captions(data, table), "text_encoder": text_identity(config.text_encoder)}
+    text = latents.find(data.latents, "text", wanted)
+  return latents.Cache(found, text, table, data)
+
+
+# ----------------------------------------------------------------------------------------------------------------- work
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """One stage's data: its table, and the plans of its epochs."""
+
+  stage: object
+  data: DataConfig
+  plans: plan.PlanSequence
+
+  @classmethod
+  def open(cls, stage, folder):
+    """Raises ValueError when nothing fits or a file is missing; tables and plans are kept in `folder`."""
+    try:
+      data = dataclasses.replace(DataConfig.create(stage.config.data.to_dict()), latents="")
+      return cls(stage, data, plan.PlanSequence(sources.open_table(data, folder), data, folder))
+    except ValueError as error:
+      raise ValueError(f"config: stage {stage.name!r}: {error}") from None
+
+  def made_for(self, epochs):
+    identity = latents.plan_identity(self.data, self.plans.table)
+    return {"stage": self.stage.name, "epochs": epochs, "plan": identity}
+
+
+class LatentsWork:
+  """The clips that the first epochs of stages ask for, and their latents.
+
+  Attributes: part, what lacks shards (None: nothing does); features, of its records; unit, of `cost`.
+  """
+
+  unit = "Mpx"
+
+  @staticmethod
+  def made_from(source, dtype, log_variance):
+    """Stages for which it is the same share their latents."""
+    clips = latents.made_from_clips(source.data, source.plans.table)
+    identity = autoencoder_identity(source.stage.config.autoencoder)
+    return {**clips, "autoencoder": identity, "dtype": dtype, "log_variance": log_variance}
+
+  def __init__(self, made_from, members, folder, epochs, shard_bytes, counter):
+    self.source, self._counter = members[0], counter
+    self._autoencoder = autoencoder_model(self.source.stage.config.autoencoder).config
+    self._bytes = np.dtype(np.float32 if made_from["dtype"] == "float32" else np.float16).itemsize
+    self._bytes *= self._autoencoder.latent_channels * (1 + made_from["log_variance"])
+    self._log_variance = made_from["log_variance"]
+    keys = [
+      latents.plan_keys(s.plans.plan(e), s.plans.table, s.data, e) for s in members for e in range(epochs)
+    ]  # fmt: skip
+    made_for = [s.made_for(epochs) for s in members]
+    keys = np.unique(np.concatenate(keys))
+    self.part = latents.prepare(folder, "latents", made_from, keys, made_for, self.sizes, shard_bytes)
+    self.features = latents.features_of(
+      "latents", self._autoencoder.latent_channels, made_from["dtype"], made_from["log_variance"]
+    )
+    self.bad_rows = None
+
+  def _per_clip(self, keys, function):
+    """`function(frames, height, width)` of every clip, as an array."""
+    fields = latents.unpack(keys)
+    kinds, inverse = np.unique(
+      np.stack([fields[name] for name in ("resolution", "num_frames", "ratio")]), axis=1, return_inverse=True
+    )
+    values = [function(int(n), *latents.size_of(int(r), int(a))[2]) for r, n, a in kinds.T]
+    return np.asarray(values)[inverse.reshape(-1)]
+
+  def sizes(self, keys):
+    """Bytes of the records of these clips."""
+
+    def size(frames, height, width):
+      return self._autoencoder.latent_frames(frames) * math.prod(self._autoencoder.latent_size(height, width)) * self._bytes
+
+    return self._per_clip(keys, size) + _RECORD_BYTES
+
+  def expected_bytes(self, keys):
+    """Of all records."""
+    return int(self.sizes(keys).sum())
+
+  def cost(self, keys):
+    """Megapixels of these clips."""
+    return self._per_clip(keys, lambda frames, height, width: frames * height * width / 1e6)
+
+  def count(self, keys):
+    """What they are, in words."""
+    fields = latents.unpack(keys)
+    frames = int(fields["num_frames"].sum())
+    return f"{len(keys):,} clips ({frames:,} frames) of {len(np.unique(fields['row'])):,} rows"
+
+  @functools.cached_property
+  def encoder(self):
+    """A `ClipEncoder` that keeps nothing: every clip comes once."""
+    config = self.source.stage.config.autoencoder.copy_and_resolve_references()
+    with config.unlocked():
+      config.cache_gb = 0.0
+    return batches.ClipEncoder(weights.load_codec(config), config, self._counter, "encode")
+
+  def _turn(self, num_frames):
+    """Clips that are encoded together."""
+    codec, devices = self.encoder._codecs[0], jax.local_device_count()
+    return max(1, -(-_MICRO_BATCHES * codec.micro_batch * devices // num_frames)) if isinstance(codec, ImageCodec) else devices
+
+  def measure(self, keys):
+    """(seconds per megapixel of the encoder alone, what it was measured with): one turn of the most frequent clip."""
+    values, counts = np.unique(self.cost(keys), return_counts=True)
+    key = keys[np.argmax(self.cost(keys) == values[counts.argmax()])]
+    fields = latents.unpack(key)
+    resolution, _, size = latents.size_of(fields["resolution"], fields["ratio"])
+    clips = [np.zeros((fields["num_frames"], *size, 3), np.uint8)] * self._turn(fields["num_frames"])
+    self.encoder(clips)  # compiles
+    began = time.monotonic()
+    self.encoder(clips)
+    seconds = (time.monotonic() - began) / len(clips)
+    name = f"{resolution} x {fields['num_frames']}"
+    return seconds / values[counts.argmax()], f"{name} takes {seconds:.3g} s a clip on {jax.local_device_count()} device(s)"
+
+  def records(self, keys):
+    """(key, record) of these clips, in order. Close it. Raises InputError for files that can't be read."""
+    data, table = self.source.data, self.source.plans.table
+    self.bad_rows = loader.BadRows(data.max_bad_rows, len(np.unique(latents.unpack(self.part.keys)["row"])))
+    largest = int(3e6 * self.cost(keys).max())
+    turn = max(self._turn(int(n)) for n in np.unique(latents.unpack(keys)["num_frames"]))
+    ahead = data.read_ahead or max(2, min(2 * turn, _AHEAD_BYTES // largest))
+    with contextlib.closing(loader.read_clips(data, table, keys, ahead)) as clips:
+      started = collections.deque()
+      for turn in self._turns(clips):
+        started.append((turn, self.encoder.start([clip["pixels"] for _, clip in turn])))
+        if len(started) > 1:  # the devices have the next turn by then
+          yield from self._finished(*started.popleft())
+      while started:
+        yield from self._finished(*started.popleft())
+
+  def _turns(self, clips):
+    """Clips that follow each other, [(key, clip)], as many of one size as are encoded together."""
+    turn = []
+    while True:
+      try:
+        key, clip = next(clips)
+        self.bad_rows.add(clip["path"], clip["error"])
+      except StopIteration:
+        break
+      except (ValueError, RuntimeError) as error:
+        raise InputError(str(error)) from error
+      shape = clip["pixels"].shape
+      if turn and (shape != turn[0][1]["pixels"].shape or len(turn) == self._turn(shape[0])):
+        yield turn
+        turn = []
+      turn.append((key, clip))
+    if turn:
+      yield turn
+
+  def _finished(self, turn, finish):
+    for (key, clip), (mean, std) in zip(turn, finish()):
+      fields = {name: int(value) for name, value in latents.unpack(key).items()}
+      resolution, _, (height, width) = latents.size_of(fields["resolution"], fields["ratio"])
+      table, row = self.source.plans.table.locate(fields["row"])
+      dtype = self.features["mean"].np_dtype
+      values = {"mean": mean.astype(dtype)}
+      if self._log_variance:
+        values["log_variance"] = (2 * np.log(std)).astype(dtype)
+      yield key, {
+        **values, **{name: clip[name] for name in ("path", "error")}, "fps": np.array(clip["fps"], np.float64),
+        "table": table, "row": row, "num_frames": fields["num_frames"], "window": fields["window"],
+        "resolution": resolution, "height": height, "width": width,
+      }  # fmt: skip
+
+
+class TextWork:
+  """The captions that the first epochs of stages ask for, each once, and their embeddings. As `LatentsWork`."""
+
+  unit = "captions"
+  bad_rows = None
+
+  @staticmethod
+  def made_from(source, dtype):
+    captions = latents.made_from_captions(source.data, source.plans.table)
+    return {**captions, "text_encoder": text_identity(source.stage.config.text_encoder), "dtype": dtype}
+
+  def __init__(self, made_from, members, folder, epochs, shard_bytes):
+    self._members, self._config = members, members[0].stage.config.text_encoder
+    self._decoders = [loader.RowDecoder(s.data, s.plans.table, None) for s in members]
+    self._tokenize = TokenizeText(self._config.tokenizer, self._config.max_length, self._config.clean_captions)
+    self._channels = t5.get_config(self._config.name, **self._config.fields).d_model
+    self._bytes = self._channels * (4 if made_from["dtype"] == "float32" else 2)
+    found = np.concatenate([self._found(number, epochs) for number in range(len(members))])
+    keys, first = np.unique(found[:, 0], return_index=True)
+    self._where = found[first, 1:]
+    self._keys = keys
+    made_for = [s.made_for(epochs) for s in members]
+    self.part = latents.prepare(folder, "text", made_from, keys, made_for, self.sizes, shard_bytes)
+    self.features = latents.features_of("text", self._channels, made_from["dtype"])
+
+  def _found(self, number, epochs):
+    """int64 `[captions, (key, member, epoch, slot row)]` of one stage; what is the same in all epochs comes once."""
+    source, decoder, rows_of = self._members[number], self._decoders[number], []
+    same = np.zeros(len(source.plans.table), bool)
+    for epoch in range(epochs):
+      rows = np.unique(source.plans.plan(epoch).all_slots()[1])
+      for slot_row in rows[~same[rows]].tolist():
+        row = source.plans.table.row(slot_row)
+        same[slot_row] = len(row.captions) < 2 and not (row.scores.keys() & set(source.data.scores))
+        key = latents.caption_key(decoder.caption(row, epoch, slot_row))
+        rows_of.append((key, number, epoch, slot_row))
+    return np.asarray(rows_of, np.int64)
+
+  def _caption(self, key):
+    number, epoch, slot_row = self._where[np.searchsorted(self._keys, key)].tolist()
+    return self._decoders[number].caption(self._members[number].plans.table.row(slot_row), epoch, slot_row)
+
+  def sizes(self, keys):
+    """Bytes of the records at most: shards hold as many captions as fit in any case."""
+    return np.full(len(keys), self._config.max_length * self._bytes + _RECORD_BYTES)
+
+  def expected_bytes(self, keys):
+    """Of all records, by the tokens of some of them."""
+    some = keys[:: -(-len(keys) // 256)]
+    tokens = np.mean([self._tokenize(self._caption(key))[1].sum() for key in some])
+    return len(keys) * (tokens * self._bytes + _RECORD_BYTES)
+
+  def cost(self, keys):
+    return np.ones(len(keys))
+
+  def count(self, keys):
+    return f"{len(keys):,} captions"
+
+  @functools.cached_property
+  def _embed(self):
+    """(ids `[B, L]`, mask) -> features, on the way; this process's devices share the encoder."""
+    mesh, model = make_mesh({"fsdp": -1}, jax.local_devices(), {"data": -1}), text_model(self._config)
+    params = weights.load_text_encoder(self._members[0].stage.config, model, mesh)
+    layout, encode = Layout(mesh), batches.text_ahead(model, params)
+
+    def embed(ids, mask):
+      arrays = batches.to_global({"ids": ids, "mask": mask}, layout)
+      return encode(arrays["ids"], arrays["mask"], layout)
+
+    return embed
+
+  def _start(self, captions):
+    """Captions, at most a turn of them -> ([number of tokens], features on the way)."""
+    size = _CAPTIONS * jax.local_device_count()
+    ids, masks = zip(*map(self._tokenize, captions))
+    fill = [(0, size - len(captions)), (0, 0)]
+    return [int(mask.sum()) for mask in masks], self._embed(np.pad(ids, fill), np.pad(masks, fill, constant_values=True))
+
+  def measure(self, keys):
+    captions = [self._caption(key) for key in keys[: _CAPTIONS * jax.local_device_count()]]
+    np.asarray(self._start(captions)[1])  # compiles
+    began = time.monotonic()
+    np.asarray(self._start(captions)[1])
+    seconds = (time.monotonic() - began) / (_CAPTIONS * jax.local_device_count())
+    return seconds, f"a caption takes {seconds:.3g} s on {jax.local_device_count()} device(s)"
+
+  def records(self, keys):
+    started, size = collections.deque(), _CAPTIONS * jax.local_device_count()
+    for begin in range(0, len(keys), size):
+      turn = keys[begin : begin + size]
+      captions = [self._caption(key) for key in turn]
+      started.append((turn, captions, *self._start(captions)))
+      if len(started) > 1:
+        yield from self._finished(*started.popleft())
+    while started:
+      yield from self._finished(*started.popleft())
+
+  def _finished(self, turn, captions, lengths, features):
+    # Tokens are padded behind: the valid ones come first.
+    for key, caption, length, values in zip(turn, captions, lengths, np.asarray(features)):
+      yield key, {"caption": caption, "embedding": values[:length].astype(self.features["embedding"].np_dtype)}

@@ -1,0 +1,231 @@
+"""Latents and embeddings written ahead: trainings from them are those from videos; shards come once, whole or not at all."""
+
+import json
+import pathlib
+import sys
+
+import jax
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from data import latents, loader
+from stdit_jax import encode
+from stdit_jax.training import encoding
+from stdit_jax.training.loop import Run
+from stdit_jax.training.stages import make_stages
+from tests.data import files
+from tests.tiny_run import frozen_text, tiny_config, write_config
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
+@pytest.fixture(scope="module")
+def table(assets):
+  """The table of the tiny run with two captions of a row, scores, and a picture that can't be decoded."""
+  lines = (assets / "table.csv").read_text().splitlines()
+  names = lines[0].split(",")
+  rows = [dict(zip(names, line.split(","))) for line in lines[1:]]
+  rows[0]["text_2"] = "columns that move"
+  rows[1]["aes"] = 5.5
+  rows.append({**rows[8], "path": "broken.png"})
+  return files.write_csv(assets / "encode.csv", rows)
+
+
+def settings(assets, table, **changes):
+  frozen = frozen_text(assets, "ahead")
+  return {**frozen, "data__tables": (table,), "data__drop_last": False, "data__windows_per_row": 2, **changes}
+
+
+def run(config, output, *more, share=(0, 1)):
+  """`python -m stdit_jax.encode`, here."""
+  argv = ["--config", str(config), "--output", str(output), "--shard-mb", "0.2", *map(str, more)]
+  args = encode.make_parser().parse_args(argv)
+  args.changes = []
+  encode.check(args)
+  encode.run(encode.choose_stages(args), args, *share)
+
+
+@pytest.fixture(scope="module")
+def config(assets, table, tmp_path_factory):
+  """Configuration file of a training."""
+  folder = tmp_path_factory.mktemp("encode")
+  return write_config(folder / "config.py", assets, folder / "run", **settings(assets, table))
+
+
+@pytest.fixture(scope="module")
+def folder(config):
+  """Everything of two epochs."""
+  run(config, config.parent / "out", "--epochs", 2)
+  return config.parent / "out"
+
+
+def shards(folder):
+  return {p.relative_to(folder): p.read_bytes() for p in pathlib.Path(folder).glob("*/part-*/*array_record*")}
+
+
+def batches_of(run, count):
+  """The first batches of a run that does not train."""
+  make_batch = run._batch_maker(run.stages[0], None)
+  with run.data[0].loader(0) as steps:
+    return [(loaded.bucket, jax.tree.map(np.asarray, make_batch(loaded))) for loaded, _ in zip(steps, range(count))]
+
+
+def test_a_training_from_them_has_the_batches_of_one_from_videos(assets, table, folder, tmp_path):
+  """In the same order, rows without weight included; past the last encoded epoch, too: all windows are there."""
+  nothing = {"data__latents": str(folder), "autoencoder__weights": "", "text_encoder__weights": ""}
+  videos, cached = (
+    Run(tiny_config(assets, tmp_path / str(len(own)), **{**settings(assets, table), **own})) for own in ({}, nothing)
+  )
+  assert cached.data[0]._plans.locate(15)[0] >= 2
+  weights = []
+  for (bucket, a), (other, b) in zip(batches_of(videos, 16), batches_of(cached, 16), strict=True):
+    assert bucket == other
+    assert a.keys() == b.keys()
+    weights += b["weight"].tolist()
+    for name in a:
+      # Of tokens that are no text an encoder ahead of the step gives something, a cache zeros: nobody looks.
+      x, y = (v[name] * (v["text_mask"][..., None] if name == "text" else 1) for v in (a, b))
+      tolerance = {"text": 5e-6, "latents_std": 1e-7}.get(name, 0)
+      np.testing.assert_allclose(y, x, atol=tolerance, rtol=0, err_msg=name)
+  assert set(weights) == {0, 1}
+  assert cached.encoder is None
+
+
+def test_a_training_from_them_has_the_losses_of_one_from_videos(assets, table, folder, tmp_path):
+  """Of one of the encoded buckets, in batches of another size."""
+  losses = []
+  changes = settings(assets, table, data__buckets=(("144p", 4, 1.0, 3),), stages=({"name": "tiny", "steps": 3},))
+  for name, own in (("videos", {}), ("cache", {"data__latents": str(folder)})):
+    Run(tiny_config(assets, tmp_path / name, checkpoint_every=3, **changes, **own)).train()
+    losses.append([json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()])
+  for a, b in zip(*losses, strict=True):
+    np.testing.assert_allclose(b["loss"], a["loss"], rtol=1e-6)
+    np.testing.assert_allclose(b["gradient_norm"], a["gradient_norm"], rtol=1e-5)
+
+
+def test_tfds_reads_them_without_tensorflow(folder):
+  (part,) = folder.glob("latents-*/part-0")
+  source = tfds.builder_from_directory(part).as_data_source("train")
+  keys = np.load(part / "keys.npy")
+  assert len(source) == len(keys) == len(set(keys.tolist()))
+  errors = 0
+  for key, record in zip(keys, source, strict=True):
+    fields = latents.unpack(key)
+    assert (record["row"], record["num_frames"], record["window"]) == tuple(fields[k] for k in ("row", "num_frames", "window"))
+    shape = (record["num_frames"], record["height"] // 8, record["width"] // 8, 4)
+    assert record["mean"].shape == record["log_variance"].shape == shape
+    errors += bool(record["error"])
+    assert (record["error"] == b"") == (b"broken" not in record["path"])
+  assert errors == 1
+  (part,) = folder.glob("text-*/part-0")
+  captions = {r["caption"]: r["embedding"] for r in tfds.builder_from_directory(part).as_data_source("train")}
+  assert {b"picture 0", b"clip 2 of columns"} <= set(captions)
+  assert captions[b"picture 0"].shape == (10, 64)  # bytes and the end token
+  assert "tensorflow" not in sys.modules
+
+
+def test_broken_off_shared_and_resumed_they_are_the_same(config, folder, tmp_path, monkeypatch):
+  want, add, count = shards(folder), latents.ShardWriter.add, [0]
+  assert len(want) > 4
+
+  def breaks(self, key, record):
+    count[0] += 1
+    if count[0] == 9:
+      raise KeyboardInterrupt
+    add(self, key, record)
+
+  monkeypatch.setattr(latents.ShardWriter, "add", breaks)
+  with pytest.raises(KeyboardInterrupt):
+    run(config, tmp_path, "--epochs", 2)
+  there = shards(tmp_path)
+  assert 0 < len(there) < len(want)
+  (part,) = tmp_path.glob("latents-*/part-0")
+  assert not list(part.glob(".*.tmp"))
+  left = next(name for name in want if name.parts[0].startswith("latents") and name not in there)
+  (tmp_path / left.parent / f".{left.name}.1.tmp").write_text("what a kill leaves")
+  monkeypatch.setattr(latents.ShardWriter, "add", add)
+  with pytest.raises(ValueError, match=r"part-0 is unfinished and was begun with --stage tiny --epochs 2: finish it so, or"):
+    run(config, tmp_path, "--epochs", 1, "--no-text")
+  for share in ((1, 2), (0, 2)):
+    assert not (part / "dataset_info.json").exists()
+    run(config, tmp_path, "--epochs", 2, share=share)
+  assert shards(tmp_path) == want
+  assert (part / "dataset_info.json").exists()
+  assert not list(part.glob(".*.tmp"))
+  dates = {path: path.stat().st_mtime_ns for path in part.iterdir()}
+  run(config, tmp_path, "--epochs", 2)
+  assert dates == {path: path.stat().st_mtime_ns for path in part.iterdir()}
+
+
+def test_past_the_epochs_they_go_round_again_until_more_are_encoded(assets, table, tmp_path, caplog):
+  """Without windows every epoch has its own."""
+  changes = settings(assets, table, data__windows_per_row=0, data__buckets=(("144p", 4, 1.0, 2),))
+  changes |= {"text_encoder__where": "disk"}  # not looked at here
+  config = write_config(tmp_path / "c.py", assets, tmp_path / "run", **changes)
+  run(config, tmp_path / "out", "--epochs", 1, "--dtype", "float16")
+  (stage,) = make_stages(tiny_config(assets, tmp_path, **changes, data__latents=str(tmp_path / "out")))
+
+  def samples():
+    source = encoding.Source.open(stage, str(tmp_path / "out" / "data"))
+    cache = encoding.open_cache(stage.config, source.data.create({**stage.config.data.to_dict()}), source.plans.table)
+    with loader.make_loader(source.data, str(tmp_path / "out" / "data"), epochs=2, cache=cache) as steps:
+      found = [s for step in steps for s in step.samples]
+    return [[s for s in found if s.sample_id[0] == epoch] for epoch in range(2)]
+
+  first, again = samples()
+  assert [s.row for s in first] == [s.row for s in again]
+  for a, b in zip(first, again, strict=True):
+    np.testing.assert_array_equal(a.latents_mean, b.latents_mean)
+  assert [m for m in caplog.messages if "goes round" in m] == [
+    f"epoch 1 asks for clips that {tmp_path / 'out'} lacks: it goes round again, as epoch 0"
+  ]
+  run(config, tmp_path / "out", "--epochs", 2, "--dtype", "float16")
+  assert len(list(tmp_path.glob("out/latents-*/part-*/dataset_info.json"))) == 2
+  first, more = samples()
+  assert [s.row for s in first] != [s.row for s in more]
+  assert len([m for m in caplog.messages if "goes round" in m]) == 1
+  with pytest.raises(ValueError, match=r"has latents of other values .*dtype.*; give another folder"):
+    run(config, tmp_path / "out", "--epochs", 2)
+
+
+WRONG = [
+  ({"data__frame_interval": 1}, "made otherwise: frame_interval: 3 -> 1"),
+  ({"data__seed": 1, "data__resize": "original"}, 'resize: "area" -> "original"; seed: 42 -> 1'),
+  ({"autoencoder__fields": {"scale": 2.0}}, "autoencoder.fields.scale: 1.0 -> 2.0"),
+  ({"data__score_drop": 0.5}, "the text in data.latents=.*made otherwise: score_drop: 0.2 -> 0.5"),
+  ({"autoencoder__weights": "t5.safetensors"}, "autoencoder.weights: "),
+  ({"data__tables": "table.csv"}, "contents of the table"),
+  ({"data__latents": "/no/folder"}, "data.latents='/no/folder' has no latents; python -m stdit_jax.encode writes them"),
+  ({"data__latents": "gs://bucket/x"}, "data.latents = 'gs://bucket/x' is no folder of this machine"),
+  ({"data__buckets": (("144p", 2, 1.0, 2),)}, r"lacks clips that the plan of epoch 0 asks for \(buckets: 144p x 4"),
+  ({"task": "autoencoder"}, "are for denoisers; an autoencoder needs videos"),
+]
+
+
+@pytest.mark.parametrize(("changes", "words"), WRONG, ids=lambda v: v[:40] if isinstance(v, str) else "")
+def test_one_line_says_what_they_were_not_made_from(assets, table, folder, tmp_path, changes, words):
+  for key in ("autoencoder__weights", "data__tables"):
+    if key in changes:
+      changes = {**changes, key: str(assets / changes[key])}
+  with pytest.raises(ValueError, match=words) as error:
+    Run(tiny_config(assets, tmp_path / "run", **{"data__latents": str(folder), **settings(assets, table), **changes}))
+  assert "\n" not in str(error.value)
+
+
+def test_mistakes(assets, table, config, tmp_path, capsys):
+  for arguments, words in (
+    (["--epochs", 0], "--epochs is 0; allowed: above 0"),
+    (["--epochs", 1, "--shard", "2/2"], "--shard 2/2 is not I/N with I from 0 to N - 1"),
+    (["--epochs", 1, "--stage", "second"], "--stage 'second' is none of tiny"),
+    (["--epochs", 1, "--config.data.tabels=x"], "there is no key 'tabels'"),
+    (["--epochs", 1, "--config.text_encoder.where=step", "--config.text_encoder.train=True", "--text"], "a text encoder that"),
+  ):
+    with pytest.raises(SystemExit) as stop:
+      encode.main(["--config", str(config), "--output", str(tmp_path), *map(str, arguments)])
+    assert stop.value.code == 2
+    assert words in capsys.readouterr().err
+  strict = settings(assets, table, data__max_bad_rows=0, data__buckets=(("144p", 1, 1.0, 1),))
+  strict = write_config(tmp_path / "c.py", assets, tmp_path / "run", **strict)
+  with pytest.raises(ValueError, match=r"1 files cannot be decoded, more than data.max_bad_rows allows .0."):
+    run(strict, tmp_path / "out", "--epochs", 1)
