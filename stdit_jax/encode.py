@@ -84,8 +84,9 @@ def check(args):
 
 
 def choose_stages(args):
-  """The stages of the configuration that are asked for."""
+  """The stages of the configuration that are asked for; `args.text` is decided then."""
   from stdit_jax.training.stages import make_stages
+  from stdit_jax.training.weights import need_file
 
   stages = make_stages(read_config(args.config, args.changes))
   if unknown := sorted(set(args.stage or ()) - {s.name for s in stages}):
@@ -96,6 +97,11 @@ def choose_stages(args):
   text = stages[0].config.text_encoder
   if args.text and text.train:
     raise ValueError("--text: text_encoder.train is set, and a text encoder that trains gives other embeddings every step")
+  args.text = text.where == "ahead" if args.text is None else args.text
+  for stage in stages:
+    need_file(stage.config.autoencoder.weights, "autoencoder.weights")
+  if args.text:
+    need_file(text.weights, "text_encoder.weights")
   return stages
 
 
@@ -115,7 +121,7 @@ def make_work(stages, args, counter):
 
   for values, group in alike(lambda m: encoding.LatentsWork.made_from(m, args.dtype, log_variance)):
     yield encoding.LatentsWork(values, group, *common, counter)
-  if args.text or (args.text is None and stages[0].config.text_encoder.where == "ahead"):
+  if args.text:
     for values, group in alike(lambda m: encoding.TextWork.made_from(m, args.dtype)):
       yield encoding.TextWork(values, group, *common)
 

@@ -185,7 +185,7 @@ class LatentsWork:
     config = self.source.stage.config.autoencoder.copy_and_resolve_references()
     with config.unlocked():
       config.cache_gb = 0.0
-    return batches.ClipEncoder(weights.load_codec(config), config, self._counter, "encode")
+    return batches.ClipEncoder(weights.load_codec(config), config, self._counter, self.source.stage.name)
 
   def _turn(self, num_frames):
     """Clips that are encoded together."""

@@ -22,7 +22,7 @@ CLIPS = 300
 
 
 def shards(folder):
-  return {p.relative_to(folder): p.read_bytes() for p in sorted(folder.glob("*/part-*/*array_record*"))}
+  return {p.relative_to(folder): p.read_bytes() for p in sorted(folder.glob("*/part-*/[!.]*array_record*"))}
 
 
 def main():

@@ -61,7 +61,7 @@ def folder(config):
 
 
 def shards(folder):
-  return {p.relative_to(folder): p.read_bytes() for p in pathlib.Path(folder).glob("*/part-*/*array_record*")}
+  return {p.relative_to(folder): p.read_bytes() for p in pathlib.Path(folder).glob("*/part-*/[!.]*array_record*")}
 
 
 def batches_of(run, count):
