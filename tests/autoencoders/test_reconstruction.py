@@ -126,8 +126,9 @@ def test_command(weights, media, tmp_path, capsys):
   assert [found["buckets"][f"64p x {frames}"]["clips"] for frames in (1, 3)] == [2, 1]
   assert len(found["shift"]) == len(found["scale"]) == 4
   pixels = np.asarray(Image.open(picture))
-  assert pixels.shape[0] == 14 + 64 + 14 + 3 * 64  # one frame, and three
-  original, decoded, error = (pixels[14 : 14 + 64, i * 64 : (i + 1) * 64].astype(int) for i in range(3))
+  head = reconstruction.HEAD
+  assert pixels.shape[0] == head + 64 + head + 3 * 64  # one frame, and three
+  original, decoded, error = (pixels[head : head + 64, i * 64 : (i + 1) * 64].astype(int) for i in range(3))
   np.testing.assert_array_equal(original, files.picture(5, 64, 64))
   assert np.abs(original - decoded).max() > 10
   np.testing.assert_array_equal(error, np.minimum(np.abs(original - decoded) * reconstruction.ERROR_FACTOR, 255))
