@@ -17,6 +17,7 @@ from stdit_jax.autoencoders.codec import micro_batches, nearest_lengths
 from stdit_jax.autoencoders.image_kl import denormalise, to_float
 
 ERROR_FACTOR = 4  # of the error that a picture shows
+HEAD = 26  # pixels of the two lines over its rows
 FEWEST_CLIPS = 16  # of 16 frames each, for a Frechet video distance; papers take 2048: with fewer it is larger
 MEDIA = video.IMAGE_EXTENSIONS + video.VIDEO_EXTENSIONS
 
@@ -178,12 +179,11 @@ def picture(shown):
     picked = np.unique(np.linspace(0, len(original) - 1, 3).round().astype(int))
     error = np.abs(original.astype(np.int16) - decoded) * ERROR_FACTOR
     columns = original, decoded, np.minimum(error, 255).astype(np.uint8)
-    larger = -(-160 // original.shape[2])  # for the words above
-    columns = [column.repeat(larger, axis=1).repeat(larger, axis=2) for column in columns]
     rows = np.concatenate([np.concatenate([column[i] for column in columns], axis=1) for i in picked])
-    head = Image.new("RGB", (rows.shape[1], 14))
-    for i, text in enumerate((f"{name}: original", "reconstruction", f"error x {ERROR_FACTOR}")):
-      ImageDraw.Draw(head).text((2 + i * columns[0].shape[2], 1), text, "white")
+    head = Image.new("RGB", (rows.shape[1], HEAD))
+    ImageDraw.Draw(head).text((2, 1), name, "white")
+    for i, text in enumerate(("original", "decoded", f"error x {ERROR_FACTOR}")):
+      ImageDraw.Draw(head).text((2 + i * original.shape[2], HEAD // 2), text, "white")
     parts.append(np.concatenate([np.asarray(head), rows]))
   width = max(part.shape[1] for part in parts)
   return Image.fromarray(np.concatenate([np.pad(part, ((0, 0), (0, width - part.shape[1]), (0, 0))) for part in parts]))

@@ -126,11 +126,9 @@ def test_command(weights, media, tmp_path, capsys):
   assert [found["buckets"][f"64p x {frames}"]["clips"] for frames in (1, 3)] == [2, 1]
   assert len(found["shift"]) == len(found["scale"]) == 4
   pixels = np.asarray(Image.open(picture))
-  larger, side = 3, 192  # pixels of 64 x 64 frames, so that there is room for words
-  assert pixels.shape[0] == 14 + side + 14 + 3 * side  # one frame, and three
-  original, decoded, error = (
-    pixels[14 : 14 + side, i * side : (i + 1) * side][::larger, ::larger].astype(int) for i in range(3)
-  )
+  head = reconstruction.HEAD
+  assert pixels.shape[0] == head + 64 + head + 3 * 64  # one frame, and three
+  original, decoded, error = (pixels[head : head + 64, i * 64 : (i + 1) * 64].astype(int) for i in range(3))
   np.testing.assert_array_equal(original, files.picture(5, 64, 64))
   assert np.abs(original - decoded).max() > 10
   np.testing.assert_array_equal(error, np.minimum(np.abs(original - decoded) * reconstruction.ERROR_FACTOR, 255))
