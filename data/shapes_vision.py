@@ -8,7 +8,7 @@ import numpy as np
 from data import shapes
 
 CHROMA = 0.22  # from which on a pixel belongs to an object: largest minus smallest of its channels, 0 to 1; grounds are gray
-LEAST = 0.25  # of an object's area: smaller spots are none
+LEAST = 0.25  # of a small object's area: smaller spots are none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ def objects_of(frames):
   found = []
   for i, name in enumerate(names):
     mask = nearest == i
-    area = mask.sum((1, 2)) / scale**2 / shapes.SIZE**2
+    area = mask.sum((1, 2)) / scale**2 / shapes.SMALL**2
     if np.median(area) > LEAST and (area > LEAST).mean() > 0.6:
       found.append((np.median(area), _seen(mask, name, area > LEAST)))
   return [seen for _, seen in sorted(found, key=lambda pair: -pair[0])]

@@ -37,7 +37,8 @@ def test_everything_that_is_drawn_is_seen(examples):
       seen = found[o.color]
       right += (seen.shape, seen.direction, seen.speed) == (o.shape, o.direction, o.speed)
       expected = np.array(o.start) + np.arange(len(frames))[:, None] * o.step
-      assert np.abs(seen.path - expected)[~np.isnan(seen.path)].max() < 0.06  # a triangle's centre of mass is not its middle
+      error = np.abs(seen.path - expected)[~np.isnan(seen.path)].max()
+      assert error < 0.4 * o.size  # a triangle's centre of mass is not its middle
   assert count > 80
   assert right >= count - 2
 
@@ -106,15 +107,15 @@ def test_captions_name_all_there_is(examples):
 
 
 def test_a_table_of_shapes_trains_like_files(tmp_path):
-  config = DataConfig(tables=("shapes://train/0/120",), buckets=(("64p", 1, 1.0, 4), ("64p", 8, 1.0, 4)), workers=0)
+  config = DataConfig(tables=("shapes://train/0/120",), buckets=(("64p", 1, 1.0, 4), ("64p", 4, 1.0, 4)), workers=0)
   with make_loader(config, str(tmp_path), epochs=1) as loader:
     steps = list(loader)
-  assert {step.bucket for step in steps} == {("64p", 1), ("64p", 8)}
+  assert {step.bucket for step in steps} == {("64p", 1), ("64p", 4)}
   samples = [sample for step in steps for sample in step.samples]
-  assert sum(s.num_frames == 1 for s in samples) == sum(s.num_frames == 8 for s in samples) == 120
+  assert sum(s.num_frames == 1 for s in samples) == sum(s.num_frames == 4 for s in samples) == 120
   assert not loader.bad_rows
   assert {(s.height, s.width) for s in samples} == set(SIZES.values())
-  clip = next(s for s in samples if s.num_frames == 8 and len(shapes.scene(s.path).objects) == 1)
+  clip = next(s for s in samples if s.num_frames == 4 and len(shapes.scene(s.path).objects) == 1)
   assert clip.fps == 8
   scene = shapes.scene(clip.path)
   assert clip.caption in shapes.captions(scene)
