@@ -10,7 +10,10 @@ import pytest
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
-LONGEST = ("resume", "processes", "plan", "devices", "runs", "bad_input", "pipeline", "compilation", "nonfinite", "stages")
+LONGEST = (
+  "resume", "processes", "plan", "devices", "runs", "autoencoding", "encode", "bad_input", "pipeline", "compilation",
+  "nonfinite", "stages",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):

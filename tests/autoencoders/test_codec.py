@@ -96,7 +96,9 @@ def test_the_lowered_decoder_is_the_one_that_runs(made):
 def test_tiles_need_less_memory(made):
   """The largest tiles that fit: less memory, the same length and size, and each tile's own values where it has no neighbour."""
   made, _ = made
-  length, size = 9, (24, 20)
+  if made.config not in (CONFIGS["image"], CONFIGS["Open-Sora"]):
+    pytest.skip("two kinds are enough; CogVideoX's tiles are compared with diffusers")
+  length, size = 5, (20, 9)
   latents = np.random.default_rng(0).standard_normal(
     (made.config.latent_frames(length), *size, made.config.latent_channels), np.float32
   )
