@@ -1,4 +1,4 @@
-"""How fast `stdit_jax.encode` writes latents, against the encoder alone, and how long a training waits for them.
+"""How fast `stdit_jax.encode` writes latents, against the encoder alone.
 
   python -m tests.benchmarks.encode [--autoencoder sd-kl-f8] [--clips 24] [--workers 1]
 
