@@ -35,7 +35,7 @@ FPS = 8
 SIDES = tuple((2 * height, 2 * width) for height, width in aspect_ratios.SIZES["64p"].values())  # height, width
 NOT_LONG = (160, 96)  # the size of which "train" has short clips only
 # About half an object's side: of one alone, and of each of two. Pictures of one that is large and goes all the way that it has
-# differ, on average, by its direction; of small ones (0.15, and twice the way) a model learned none in two hours.
+# differ, on average, by its direction; of one of 0.15 a model without frame positions learned no direction in two hours.
 SIZE, SMALL = 0.24, 0.13
 HELD_OUT = 9  # one combination in so many
 VERSION = 3  # of the drawings: a change makes new tables

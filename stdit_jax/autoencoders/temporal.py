@@ -105,7 +105,7 @@ class TemporalConfig:
 
 TABLE = {
   "open-sora-1.2": TemporalConfig(),
-  # What the repository ships, and what it was trained with: configs/film_video_autoencoder.py.
+  # Small enough to train on two cores: configs/film_video_autoencoder.py.
   "small-temporal": TemporalConfig(
     image="small-kl-f8", filters=24, num_res_blocks=1, channel_multipliers=(1, 1, 2, 2), num_groups=4, shift=0.0, scale=1.0
   ),

@@ -141,8 +141,7 @@ class STDiT3Config(STDiTConfig):
 
   `frame_positions`, which the original does not have, adds a sinusoid of the frame's number to the tokens, as Open-Sora 1.0's
   blocks do. Rotary positions say how far frames are apart; which one is the first they do not say, so that from noise alone no
-  frame can know whether something that moves to the right is still left or already right: on moving shapes the direction of
-  motion was not learned without (configs/shapes.py)."""
+  frame can know whether something that moves to the right is still left or already right."""
 
   fps_condition: bool = True
   temporal_blocks: bool = True

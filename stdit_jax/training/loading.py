@@ -161,8 +161,8 @@ def load_autoencoder(args):
     raise ValueError("give --run FOLDER, --config FILE or --autoencoder FILE")
   if args.run and config.task == "autoencoder" and not args.autoencoder:
     model = autoencoder_model(config.autoencoder)
-    params, constants, _ = checkpoints.load_weights(args.run, args.item, step)
-    variables = {"params": params["autoencoder"]} | ({"constants": c} if (c := constants.get("autoencoder")) else {})
+    params, _, _ = checkpoints.load_weights(args.run, args.item, step)
+    variables = {"params": params["autoencoder"]}
     return make_codec(model, variables, config.autoencoder.micro_batch), f"{args.run}, step {step}, {args.item}", config
   own = ml_collections.ConfigDict(config.autoencoder.to_dict() if config else {"micro_batch": 4, "dtype": "float32"})
   if args.autoencoder:
