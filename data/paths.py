@@ -16,6 +16,7 @@ import re
 import shutil
 import socket
 import tempfile
+import uuid
 
 import fsspec
 
@@ -193,7 +194,8 @@ def whole(path):
         _bucket().put_file(temporary, path)
     return
   os.makedirs(folder or ".", exist_ok=True)
-  temporary = os.path.join(folder, f".{stem.lstrip('.')}.tmp{os.getpid()}{ending}")
+  # Processes of several hosts, whose numbers may be equal, write to one folder.
+  temporary = os.path.join(folder, f".{stem.lstrip('.')}.tmp{os.getpid()}-{uuid.uuid4().hex[:8]}{ending}")
   try:
     yield temporary
     os.replace(temporary, path)

@@ -20,6 +20,7 @@ from PIL import Image, ImageOps
 from data import paths, shapes
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+IMAGE_FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")  # of Pillow, whatever the name says: others start programs
 VIDEO_EXTENSIONS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".ogv", ".ts", ".gif")
 IMAGE_FPS = 120.0  # what the models are told about images
 DEFAULT_FPS = 24.0  # files that don't know theirs
@@ -27,7 +28,7 @@ RESIZE_MODES = ("area", "original")
 
 _SEEK_GAP = 250  # wanted frames further apart than this are sought one by one
 _HD_HEIGHT = 720  # pictures of this height and more use the colours of BT.709 if the file names none
-_PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ECONNRESET, errno.ECONNABORTED, errno.EBUSY,
+PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ECONNRESET, errno.ECONNABORTED, errno.EBUSY,
             errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENOTCONN, errno.ENETDOWN, errno.EPIPE}  # fmt: skip
 RETRY_DELAYS = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds between the attempts
 
@@ -46,6 +47,10 @@ _local = threading.local()
 
 class BadVideo(Exception):  # noqa: N818 - it names the file's fault, not the program's
   """A file that cannot be used, with one reason: missing, empty, no video, cut short..."""
+
+
+class Away(BadVideo):
+  """A file that is not there, or may not be read; it may be on a disk that comes back."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +91,7 @@ def retry(function, *args, **kwargs):
     try:
       return function(*args, **kwargs)
     except OSError as e:
-      if e.errno not in _PASSING or delay is None:
+      if e.errno not in PASSING or delay is None:
         raise
     time.sleep(delay)
 
@@ -174,14 +179,14 @@ def _translated(function, path, *args):
     with paths.errors(path):
       return function(path, *args)
   except FileNotFoundError:
-    raise BadVideo("no such file") from None
+    raise Away("no such file") from None
   except PermissionError:
-    raise BadVideo("no permission to read the file") from None
+    raise Away("no permission to read the file") from None
   except IsADirectoryError:
     raise BadVideo("is a folder") from None
   except av.error.FFmpegError as e:
-    if e.errno in _PASSING:  # FFmpeg says EIO for damaged files too: only a plain read that fails is an I/O error
-      _read_through(path)
+    if e.errno in PASSING:  # FFmpeg says EIO for damaged files too: only a plain read that fails is an I/O error
+      read_through(path)
     raise BadVideo(f"not a video, or damaged or cut short ({e.strerror})") from None
   except (Image.DecompressionBombError, Image.UnidentifiedImageError, SyntaxError, ValueError) as e:
     raise BadVideo(f"cannot be read ({(str(e) or type(e).__name__).splitlines()[0]})") from None
@@ -191,7 +196,8 @@ def _translated(function, path, *args):
     raise
 
 
-def _read_through(path):
+def read_through(path):
+  """Raises OSError where a plain read of the file fails."""
   if not is_address(path):
     with paths.open_file(path) as f:
       while f.read(1 << 24):
@@ -329,7 +335,7 @@ def _read_image(path):
   """uint8 [H, W, 3] of an image file, as displayed; transparency is dropped, as in the original."""
 
   def read(path):
-    with Image.open(_readable(path)) as image:
+    with Image.open(_readable(path), formats=IMAGE_FORMATS) as image:
       image = ImageOps.exif_transpose(image)
       if image.mode.startswith("I"):  # 16 bits per pixel: Pillow's own conversion saturates
         return np.repeat((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)[..., None], 3, -1)

@@ -190,7 +190,7 @@ def _guarded(function: Callable, *arguments: Any) -> Any:
   except Passing as error:
     return Failure(str(error), retry=True)
   except video.BadVideo as error:
-    return Failure(str(error))
+    return Failure(str(error), retry=isinstance(error, video.Away))
   except OSError as error:
     return Failure(" ".join(str(error).split()), retry=True)
 

@@ -63,7 +63,8 @@ class Chain:
     patience: float = 3600.0,
     cluster: Callable | None = None,
   ):
-    self.output, self.steps, self.workers, self.limits = str(output), steps, workers, limits
+    self.output = paths.absolute(output)  # clips are named in tables, which may be read from elsewhere
+    self.steps, self.workers, self.limits = steps, workers, limits
     self.shard, self.patience, self.cluster = shard, patience, cluster
     self._pool = Pool(workers, limits)
     self._metas: dict[str, dict[str, Any] | None] = {}
@@ -211,6 +212,11 @@ class Chain:
     if old.get("key") != key or not all(paths.exists(f) for f in old["files"]):
       context = Context(self.folder(name), "", limits=self.limits, pool=self._pool, history=self._history(before))
       said, files = step.write(self.tables(before), context)
+      # Archives of an earlier run would lie among these, and be read with them; a table of another name stays.
+      folders = {os.path.dirname(file) for file in files}
+      for file in {*old.get("files", ())} - {*files}:
+        if file.endswith(".tar") and os.path.dirname(file) in folders and paths.exists(file):
+          paths.remove(file)
       old = {"key": key, "said": said, "files": files}
       paths.write_text(record, json.dumps(old))
     say(f"{name}: {old['said']}")
@@ -265,7 +271,8 @@ class Chain:
     total_left, known = 0.0, bool(self.parts(next(iter(self.steps))))
     for name, step in self.steps.items():
       if step.writes:
-        state = "done" if paths.exists(paths.join(self.folder(name), "done.json")) else "waiting"
+        record = paths.join(self.folder(name), "done.json")
+        state = "done" if paths.exists(record) and json.loads(paths.read_text(record))["key"] else "waiting"
         lines.append(f"{name:<16} {state:>11}")
         continue
       counts = self.counts(name)
@@ -305,7 +312,7 @@ def run_alone(name: str, step: Step, source: str, target: str, *, workers: int =
       raise ValueError(f"{a} is no table (.parquet, .csv, .jsonl) that is there")
   with Pool(workers, limits) as pool:
     if step.writes:
-      return step.write(tables, Context(target, "", limits=limits, pool=pool))[0]
+      return step.write(tables, Context(paths.join(paths.absolute(target), name), "", limits=limits, pool=pool))[0]
     facts = None
     if step.gathers:
       facts = step.gather(scan_all(tables))
@@ -321,7 +328,7 @@ def run_alone(name: str, step: Step, source: str, target: str, *, workers: int =
       if meta == {}:
         raise ValueError(f"{b} is there and was not written by this program: give another output")
       if not meta or meta["key"] != key or meta["retry"]:
-        context = Context(os.path.splitext(str(target))[0], Path(b).name, facts, limits, pool)
+        context = Context(os.path.splitext(paths.absolute(target))[0], Path(b).name, facts, limits, pool)
         context.progress = lambda rows, done=done: progress(done + rows)
         meta = run_shard(step, a, b, key, context)
       counted.update(meta["counts"])

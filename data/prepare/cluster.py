@@ -33,6 +33,10 @@ def connect(address: str) -> Callable[[list, int], Iterator[tuple[str, dict]]]:
 
   def run(jobs: list[tuple], workers: int) -> Iterator[tuple[str, dict]]:
     here = os.getcwd()
+    # A task of more cores than any machine has would never begin, and nobody would say so.
+    workers = min(workers, max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]))
+    if not workers:
+      raise ValueError(f"--ray {address}: no machine of the cluster has a CPU to give")
     task = ray.remote(num_cpus=workers, max_retries=_RETRIES, retry_exceptions=False)(_shard)
     parts = {task.remote(job, workers, here): job[-1].part for job in jobs}
     while parts:

@@ -19,6 +19,7 @@ from PIL import Image
 
 from data import paths, sources, video
 from data.prepare import decode
+from data.prepare.messages import say
 from data.prepare.shards import FAILED, part_name, part_number, parts, read_meta, scan, write_shard
 from data.prepare.steps import Context, RowStep, Source
 
@@ -61,8 +62,11 @@ class Collect(Source):
 
   def list(self, folder: str) -> None:
     found = pl.concat([self._listed(source) for source in self.sources], how="diagonal_relaxed")
-    key = [name for name in ("path", "start", "end") if name in found.columns]
+    key = [name for name in ("path", "start", "end", "crop") if name in found.columns]
+    listed = found.height
     found = found.unique(key, keep="first", maintain_order=True)
+    if found.height < listed:
+      say(f"collect: {listed - found.height:,} rows are left out: the same {', '.join(key)} as an earlier one")
     names = parts(folder)
     for i in range(0, len(names), _TOGETHER):
       found = self._refresh(folder, names[i : i + _TOGETHER], found, key)
@@ -74,7 +78,7 @@ class Collect(Source):
 
   def _refresh(self, folder: str, names: list[str], found: pl.DataFrame, key: list[str]) -> pl.DataFrame:
     """Writes the shards that are there with their files as these are now -> what of `found` is in none of them."""
-    shards = [scan(paths.join(folder, name)).with_columns(_part=pl.lit(i)) for i, name in enumerate(names)]
+    shards = [_plain_crops(scan(paths.join(folder, name))).with_columns(_part=pl.lit(i)) for i, name in enumerate(names)]
     old = pl.concat(shards, how="diagonal_relaxed").collect().with_row_index("_row")
     key = [k for k in key if k in old.columns]
     rows = old.select("_part", "_row", *key).join(found, on=key, how="inner", nulls_equal=True)
@@ -132,6 +136,13 @@ def _file_row(path: str) -> dict[str, Any]:
   return {"path": path, "bytes": size, "changed": int(changed or 0)}
 
 
+def _plain_crops(table: Any) -> Any:
+  """A table, lazy or not, with its crops as "x,y,width,height"."""
+  if isinstance(table.collect_schema().get("crop"), pl.List):
+    return table.with_columns(crop=pl.col("crop").cast(pl.List(pl.String)).list.join(","))
+  return table
+
+
 def _table(source: str) -> pl.DataFrame:
   sources.check_table(source)
   with paths.local_copy(source) as copy:
@@ -143,6 +154,7 @@ def _table(source: str) -> pl.DataFrame:
     raise ValueError(f"table {source} has no column 'path' (it has {', '.join(table.columns)})")
   folder = os.path.dirname(paths.absolute(source))
   resolved = pl.col("path").cast(pl.String).map_elements(lambda p: sources.resolve(p, folder), return_dtype=pl.String)
+  table = _plain_crops(table)
   missing = pl.when(pl.col("path").is_null()).then(pl.lit("collect: no path"))
   return table.with_columns(resolved, missing.alias("error"), pl.lit(False).alias("retry"))
 
@@ -211,7 +223,7 @@ def _look(path: str, max_streams: int, max_pixels: int) -> tuple[str | None, int
   """(codec, rotation in degrees, whether there is sound); codec None for an image. Refuses what is too large, by the header."""
   if video.is_image(path):
     try:
-      with paths.open_file(path) as f, Image.open(f) as image:
+      with paths.open_file(path) as f, Image.open(f, formats=video.IMAGE_FORMATS) as image:
         _check_pixels(image.height, image.width, max_pixels)
         return None, 0, False
     except Image.DecompressionBombError:

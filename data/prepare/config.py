@@ -69,6 +69,8 @@ def load(file: str, overrides: list[str] = ()) -> dict[str, Any]:
     raise ValueError(f"--config {file}: {error}") from None
   except SyntaxError as error:
     raise ValueError(f"--config {file} line {error.lineno}: {error.msg}") from None
+  except Exception as error:  # whatever the file does wrong
+    raise ValueError(f"--config {file}: {type(error).__name__}: {' '.join(str(error).split())}") from None
   finally:
     sys.path.pop(0)
   for argument in overrides:
@@ -82,7 +84,7 @@ def load(file: str, overrides: list[str] = ()) -> dict[str, Any]:
 def _set(values: dict, keys: list[str], value: Any, whole: str) -> None:
   for key in keys[:-1]:
     if key not in values:
-      if key not in STEPS:
+      if key not in (*STEPS, "limits"):
         raise ValueError(f"--config.{whole}: there is no {key!r}; there is {', '.join(values)}")
       values[key] = {}
     values = values[key]
@@ -114,6 +116,8 @@ def chain(values: Mapping[str, Any], *, workers: int = 0, shard: tuple[int, int]
   for name in names:
     if name in steps:
       raise ValueError(f"steps has {name!r} twice: give the second one a name and config.NAME = dict(step={name!r}, ...)")
+    if not isinstance(values.get(name) or {}, Mapping):
+      raise ValueError(f"{name} = {values[name]!r} is none: it holds the settings of the step")
     settings = dict(values.get(name) or {})
     title = settings.pop("step", name)
     steps[name] = create(step_class(title), settings, name)
@@ -121,10 +125,12 @@ def chain(values: Mapping[str, Any], *, workers: int = 0, shard: tuple[int, int]
     raise ValueError("steps has to begin with collect")
   if sources := [n for n, s in list(steps.items())[1:] if isinstance(s, Source)]:
     raise ValueError(f"{sources[0]} can only be the first step")
-  try:
-    limits = Limits(**values.get("limits") or {})
-  except TypeError:
-    raise ValueError(f"limits has an unknown key; it has: {', '.join(Limits.__dataclass_fields__)}") from None
+  if not isinstance(values.get("limits") or {}, Mapping):
+    raise ValueError(f"limits = {values['limits']!r} is none: it holds settings")
+  limits = create(Limits, values.get("limits") or {}, "limits")
+  for key, kind, least in (("workers", int, 0), ("patience", (int, float), 0)):
+    if not isinstance(value := values.get(key, least), kind) or isinstance(value, bool) or value < least:
+      raise ValueError(f"{key} = {value!r} is no number from {least} up")
   workers = workers or values.get("workers") or os.cpu_count() or 1
   return Chain(
     values["output"], steps, workers=workers, limits=limits, shard=shard, patience=values.get("patience", 3600.0)

@@ -240,7 +240,8 @@ class Cut(RowStep):
     for _, same in itertools.groupby(rows, lambda row: row["path"]):
       group, seconds = [], 0.0
       for row in same:
-        if group and seconds >= _GROUP_SECONDS:
+        # Every group opens the file: one in a bucket is copied for that.
+        if group and seconds >= _GROUP_SECONDS and not paths.is_remote(row["path"]):
           yield group
           group, seconds = [], 0.0
         group.append(row)
@@ -264,8 +265,8 @@ class Cut(RowStep):
       picture = paths.join(self.pictures_folder or own, f"{name}.png") if self.pictures else None
       clips[i] = Clip(row["start"], row["end"], paths.join(self.clips_folder or own, f"{name}.mp4"), picture)
     settings = {"short_side": self.short_side, "max_fps": self.max_fps, "trim_dark": self.trim_dark}
-    todo = [i for i, clip in clips.items() if not _there(clip)]
-    infos = {i: probe(clip.output) for i, clip in clips.items() if i not in todo}
+    infos = {i: info for i, clip in clips.items() if (info := _there(clip))}
+    todo = [i for i in clips if i not in infos]
     infos |= dict(zip(todo, cut_clips(group[0]["path"], [clips[i] for i in todo], **settings) if todo else []))
     for i, info in infos.items():
       results[i] = Failure(str(info)) if isinstance(info, BadVideo) else self._cut_rows(group[i], clips[i], info)
@@ -290,8 +291,14 @@ class Cut(RowStep):
     return [{**values, **moving, "codec": "h264"}] + [{**values, **still, "codec": None}] * self.pictures
 
 
-def _there(clip: Clip) -> bool:
-  return paths.exists(clip.output) and (clip.picture is None or paths.exists(clip.picture))
+def _there(clip: Clip) -> VideoInfo | None:
+  """What a clip that was made before holds; None where it, or its picture, is not there or was damaged since."""
+  if not paths.exists(clip.output) or (clip.picture and not paths.exists(clip.picture)):
+    return None
+  try:
+    return probe(clip.output)
+  except BadVideo:
+    return None
 
 
 @dataclasses.dataclass(frozen=True)

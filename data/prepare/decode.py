@@ -18,7 +18,7 @@ import numpy as np
 
 from data import paths
 from data.prepare.workers import FULL
-from data.video import DEFAULT_FPS, BadVideo, open_stream
+from data.video import DEFAULT_FPS, PASSING, BadVideo, open_stream, read_through
 
 _SEEK_GAP = 250  # frames further ahead than this are sought, nearer ones reached by decoding on
 
@@ -40,6 +40,8 @@ def open_video(path: str | Path, threads: int = 0) -> Iterator[tuple]:
   except av.FFmpegError as error:
     if error.errno in FULL:  # what the block writes
       raise OSError(error.errno, os.strerror(error.errno)) from error
+    if error.errno in PASSING:  # FFmpeg says EIO for damaged files too
+      read_through(str(path))
     raise BadVideo(f"not a video, or damaged or cut short ({error.strerror})") from error
 
 

@@ -20,7 +20,7 @@ import httpx2
 from data.prepare.workers import Passing
 
 _RETRY = {408, 409, 425, 429, 500, 502, 503, 504, 529}
-_REFUSES_ALL = {401, 402, 403, 404}
+_REFUSES_ONE = {400, 413, 415, 422}  # this question; any other status would meet all of them
 _MOST_BYTES = 1 << 20  # of an answer
 _LONGEST_WAIT = 60.0  # seconds
 
@@ -112,6 +112,10 @@ class Endpoint:
   ):  # fmt: skip
     self.model, self.usage, self._attempts = model, Usage(), attempts
     key = os.environ.get(key_variable, "")
+    try:
+      httpx2.URL(url)
+    except httpx2.InvalidURL as error:
+      raise ValueError(f"url {url!r} is none: {error}") from None
     self._client = httpx2.Client(
       base_url=url.rstrip("/") + "/", timeout=httpx2.Timeout(timeout, connect=min(timeout, 20.0)),
       headers={"authorization": f"Bearer {key}"} if key else {}, limits=httpx2.Limits(max_connections=connections),
@@ -180,7 +184,7 @@ class Endpoint:
       raise _TryAgain(f"status {response.status_code}")
     if response.status_code != 200:
       words = " ".join(bytes(received[:300]).decode("utf-8", "replace").split())
-      raise Refused(f"the endpoint refuses: status {response.status_code} {words}", response.status_code in _REFUSES_ALL)
+      raise Refused(f"the endpoint refuses: status {response.status_code} {words}", response.status_code not in _REFUSES_ONE)
     try:
       answer = json.loads(received)
       text = answer["choices"][0]["message"]["content"]

@@ -82,9 +82,11 @@ class Export(Step):
 
   def _table(self, table: pl.LazyFrame, target: str, names: list[str], context: Context) -> str:
     record = paths.join(context.folder, "done.json")
-    mine = target in (json.loads(paths.read_text(record))["files"] if paths.exists(record) else ())
-    if paths.exists(target) and not mine and not (target.endswith(".parquet") and read_meta(target)):
+    mine = json.loads(paths.read_text(record))["files"] if paths.exists(record) else []
+    if paths.exists(target) and target not in mine and not (target.endswith(".parquet") and read_meta(target)):
       raise ValueError(f"{target} is there and was not written by this program: choose another export.folder or export.name")
+    if target not in mine:  # from now on, also when the export is broken off
+      paths.write_text(record, json.dumps({"key": "", "said": "", "files": [*mine, target]}))
     kept = [c for c in (self.columns or COLUMNS) if c in names]
     write_shard(target, relative_to(table, os.path.dirname(target)).select(kept), {"key": "", "identity": "", "retry": 0})
     return target

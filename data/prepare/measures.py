@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import itertools
 from typing import Any, ClassVar
 
@@ -216,6 +217,10 @@ class Text:
   confidence: float = 0.7
   letters: int = 2
 
+  def check(self) -> None:
+    if importlib.util.find_spec("rapidocr") is None:
+      raise ValueError("text needs `pip install -c constraints.txt -r requirements-prepare.txt`")
+
   def frames(self, num_frames: int, fps: float) -> np.ndarray:
     return np.unique([min(num_frames - 1, int(place * num_frames)) for place in self.at])
 
@@ -238,10 +243,8 @@ class Text:
 
 @functools.cache
 def _reader() -> Any:
-  try:
-    from rapidocr import RapidOCR
-  except ImportError:
-    raise ValueError("the scorer text needs `pip install -c constraints.txt -r requirements-prepare.txt`") from None
+  from rapidocr import RapidOCR
+
   return RapidOCR(params={
     "Global.log_level": "critical", "EngineConfig.onnxruntime.intra_op_num_threads": 1,
     "EngineConfig.onnxruntime.inter_op_num_threads": 1,

@@ -37,14 +37,12 @@ def draws(keys: pl.Series, seed: int) -> np.ndarray:
 
 
 def draw(table: pl.LazyFrame, seed: int, keys: tuple[str, ...] = ("id", "path")) -> pl.Expr:
-  """The draws of a table's rows by the first of `keys` that it has."""
-  there = table.collect_schema().names()
-  key = next((name for name in keys if name in there), None)
-  if key is None:
+  """The draws of a table's rows by the first of `keys` in which they have a value."""
+  there = [name for name in keys if name in table.collect_schema().names()]
+  if not there:
     raise ValueError(f"the table has none of the columns {', '.join(keys)}")
-  return (
-    pl.col(key).cast(pl.String).map_batches(lambda s: pl.Series(draws(s, seed)), return_dtype=pl.Float64, is_elementwise=True)
-  )
+  key = pl.coalesce(pl.col(name).cast(pl.String) for name in there)
+  return key.map_batches(lambda s: pl.Series(draws(s, seed)), return_dtype=pl.Float64, is_elementwise=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +176,7 @@ class Split(Step):
   def transform(self, table: pl.LazyFrame, context: Context) -> pl.LazyFrame:
     names, shares = list(self.shares), np.array(list(self.shares.values()), float)
     edges = np.cumsum(shares / shares.sum())[:-1]
-    values = draw(table, self.seed, (self.by,) if self.by else ("source_id", "hash", "video", "path"))
+    values = draw(table, self.seed, (self.by,) if self.by else ("hash", "video", "path"))
 
     def place(drawn: pl.Series) -> pl.Series:
       return pl.Series([names[i] for i in np.searchsorted(edges, drawn.to_numpy(), side="right")], dtype=pl.String)

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import connection
 from typing import Any
 
-from data.video import BadVideo
+from data.video import Away, BadVideo
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # nothing can be written: no file's fault, the run must end
 _KILLED = (-signal.SIGKILL, -signal.SIGTERM)
@@ -72,6 +72,8 @@ def call(function: Callable, item: Any, report: Callable[[float], None]) -> Any:
   """function(item, report), its failures as `Failure`. Raises OSError only where nothing can be written any more."""
   try:
     return function(item, report)
+  except Away as error:
+    return Failure(_line(error), retry=True)
   except (BadVideo, MemoryError) as error:
     return Failure(_line(error) if isinstance(error, BadVideo) else "needs more memory than limits.memory_gb allows")
   except Passing as error:
@@ -81,7 +83,7 @@ def call(function: Callable, item: Any, report: Callable[[float], None]) -> Any:
       raise
     if error.errno == errno.ENOMEM:
       return Failure("needs more memory than limits.memory_gb allows")
-    return Failure(_line(error), retry=True)
+    return Failure(_line(error), retry=error.errno is not None)  # Pillow raises some without a number, of damaged files
   except Exception as error:  # a library's surprise at a strange file must cost this file only
     if "bad_alloc" in str(error) or "nsufficient memory" in str(error):  # OpenCV's and ONNX Runtime's words
       return Failure("needs more memory than limits.memory_gb allows")

@@ -16,7 +16,7 @@ from data import paths
 from data.prepare import __main__ as main
 from data.prepare import config as configs
 from data.prepare import shards, steps, workers
-from data.video import BadVideo
+from data.video import Away, BadVideo
 from tests.data.prepare.videos import two_scenes, write_video
 
 CONFIG = """
@@ -235,12 +235,17 @@ def behave(item, report):
     os.kill(os.getpid(), signal.SIGKILL)
   if kind == "odd":
     raise RuntimeError("what is this")
+  if kind == "away":
+    raise Away("no such file")
+  if kind == "damaged":  # Pillow's words
+    raise OSError("image file is truncated")
   return value
 
 
 def test_workers_survive_everything(tmp_path):
   items = [("ok", 1), ("bad", 0), ("passing", 0), ("sleep", 60), ("memory", 1 << 30), ("signal", signal.SIGSEGV),
-           ("signal", signal.SIGKILL), ("once", str(tmp_path / "mark")), ("odd", 0), ("ok", 2)]  # fmt: skip
+           ("signal", signal.SIGKILL), ("once", str(tmp_path / "mark")), ("odd", 0), ("ok", 2),
+           ("away", 0), ("damaged", 0)]  # fmt: skip
   seen = []
   with workers.Pool(2, workers.Limits(seconds=2.0, memory_gb=0.5)) as pool:
     results = pool.map(behave, items, progress=seen.append)
@@ -252,7 +257,8 @@ def test_workers_survive_everything(tmp_path):
   assert reasons[5].startswith("the decoder died of it (SIGSEGV)")
   assert reasons[6].startswith("killed")
   assert reasons[8] == "RuntimeError: what is this"
-  assert [r.retry for r in results if isinstance(r, workers.Failure)] == [False, True, False, False, False, True, False]
+  retried = [r.retry for r in results if isinstance(r, workers.Failure)]
+  assert retried == [False, True, False, False, False, True, False, True, False]
   assert seen[-1] == len(items)
 
 
@@ -268,7 +274,10 @@ def test_workers_survive_everything(tmp_path):
     ("--config.steps=('collect','scene')", "there is no step 'scene', did you mean 'scenes'?"),
     ("--config.steps=('probe',)", "steps has to begin with collect"),
     ("--config.collect.sources=('/nowhere',)", "'/nowhere' is no folder, pattern or table"),
-    ("--config.limits={'second':1}", "limits has an unknown key; it has: seconds"),
+    ("--config.limits={'second':1}", "limits: there is no setting 'second', did you mean 'seconds'?"),
+    ("--config.limits.seconds=2m", "limits.seconds = '2m' is no float"),
+    ("--config.workers=two", "workers = 'two' is no number from 0 up"),
+    ("--config.scenes=3", "scenes = 3 is none: it holds the settings of the step"),
     ("--config.ouput=x", "there is no key 'ouput', did you mean 'output'?"),
     ("--shard=2/2", "--shard 2/2: give I/N"),
     ("stray", "unexpected argument 'stray'"),
@@ -316,3 +325,43 @@ def test_a_bucket_is_a_folder(videos, tmp_path, undisturbed, store):
   columns = ["start", "num_frames", "height", "id", "bytes", "error"]
   assert found.select(columns).equals(table(undisturbed).select(columns).head(4))
   assert all(path.startswith("gs://clips/run/cut/clips-") and paths.exists(path) for path in found["path"])
+
+
+def test_an_output_given_relative_to_here_names_its_clips_so_that_they_are_found_anywhere(videos, tmp_path, monkeypatch):
+  """With a filter that leaves fewer rows the next export leaves no archive of the first one behind."""
+  (tmp_path / "here").mkdir()
+  monkeypatch.chdir(tmp_path / "here")
+  text = CONFIG.format(output="runs/my", sources=str(videos)).replace(
+    '"duplicates", "scenes", "cut"', '"scenes", "cut", "filter", "export"'
+  )
+  text = text.replace("duplicates=dict(pictures=False)", 'filter={}, export=dict(formats=("table", "webdataset"), samples=4)')
+  (tmp_path / "config.py").write_text(text)
+  command = ["run", "--config", str(tmp_path / "config.py")]
+  assert main.main([*command, "--config.filter.where=('num_frames > 0',)"]) == 0
+  folder = tmp_path / "here" / "runs" / "my"
+  assert sorted(p.name for p in (folder / "webdataset").iterdir()) == [f"train-00000{i}.tar" for i in range(3)]
+  found = pl.read_parquet(folder / "table.parquet")["path"].to_list()
+  assert len(found) == 10
+  assert all((folder / path).is_file() for path in found)  # where the table lies, as the loader reads it
+  assert main.main([*command, "--config.filter.where=('num_frames == 40',)"]) == 0
+  assert sorted(p.name for p in (folder / "webdataset").iterdir()) == [f"train-00000{i}.tar" for i in range(2)]
+
+
+def test_rows_of_a_table_that_show_other_parts_of_a_picture_are_all_kept(videos, tmp_path, capsys):
+  rows = [{"path": str(videos / "0.mp4"), "text": "a", "crop": crop} for crop in (None, "0,0,36,36", "8,0,36,36", "8,0,36,36")]
+  pl.DataFrame(rows).write_parquet(tmp_path / "crops.parquet")
+  assert main.main(["table", str(tmp_path / "crops.parquet"), "-o", str(tmp_path / "t.parquet"), "--workers", "1"]) == 0
+  assert pl.read_parquet(tmp_path / "t.parquet")["crop"].to_list() == [None, "0,0,36,36", "8,0,36,36"]
+  assert "collect: 1 rows are left out: the same path, crop as an earlier one" in capsys.readouterr().out
+
+
+def test_a_clip_that_was_damaged_since_it_was_made_is_made_again(videos, tmp_path, undisturbed):
+  shutil.copytree(undisturbed, tmp_path / "out")
+  damaged = sorted((tmp_path / "out" / "cut").rglob("*.mp4"))[0]
+  damaged.write_bytes(b"")
+  shutil.rmtree(tmp_path / "out" / "collect")  # shards are made anew, clips that are there kept
+  for path in (tmp_path / "out" / "cut").glob("part-*.parquet"):
+    path.unlink()
+  assert main.main(["run", "--config", config_file(tmp_path, videos)]) == 0
+  assert damaged.stat().st_size > 100
+  assert table(tmp_path / "out").equals(table(undisturbed))

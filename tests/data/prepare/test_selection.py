@@ -127,7 +127,7 @@ def clips(tmp_path_factory):
 
 
 def export(clips, *more):
-  return main.main(["export", str(clips / "in.parquet"), "-o", str(clips / "export"), *more])
+  return main.main(["export", str(clips / "in.parquet"), "-o", str(clips), *more])
 
 
 def test_the_loader_reads_the_table(clips, tmp_path):
@@ -170,7 +170,7 @@ def test_names_of_a_foreign_table_stay_in_their_folder(clips, tmp_path, capsys):
   table = pl.read_parquet(clips / "in.parquet").filter(pl.col("error").is_null())
   hostile = ["../../evil", "a/b", "v1.mp4", None, "0123"]
   table.with_columns(id=pl.Series(hostile)).drop("split").write_parquet(tmp_path / "ids.parquet")
-  command = ["-o", str(tmp_path / "e"), "--formats=('webdataset',)"]
+  command = ["-o", str(tmp_path), "--formats=('webdataset',)"]
   assert main.main(["export", str(tmp_path / "ids.parquet"), *command]) == 0
   with tarfile.open(tmp_path / "webdataset" / "train-000000.tar") as archive:
     keys = list(dict.fromkeys(name.split(".")[0] for name in archive.getnames()))
