@@ -40,8 +40,8 @@ def get_config():
   config.optimizer.scales = (("^text_encoder", 0.1),)
   config.ema_decay = 0.998
   config.stages = (
-    dict(name="images", steps=1000, **{"data.buckets": (("64p", 1, 1.0, 64),)}),
-    dict(name="videos", steps=4000, **{"optimizer.schedule": "cosine"}),
+    dict(name="images", steps=700, **{"data.buckets": (("64p", 1, 1.0, 64),)}),
+    dict(name="videos", steps=3000, **{"optimizer.schedule": "cosine"}),
   )
   config.log_every = 50
   config.checkpoint_every = 500

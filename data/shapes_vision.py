@@ -8,7 +8,7 @@ import numpy as np
 from data import shapes
 
 CHROMA = 0.22  # from which on a pixel belongs to an object: largest minus smallest of its channels, 0 to 1; grounds are gray
-LEAST = 0.25  # of a small object's area: smaller spots are none
+LEAST = 0.5  # times the square of half an object's side, a quarter of the smallest shape: smaller spots are no objects
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Seen:
   smooth: float
 
 
-def objects_of(frames):
-  """The objects of a video uint8 `[T, H, W, 3]`: a list of `Seen`, the largest first."""
+def objects_of(frames, size=shapes.SMALL):
+  """The objects of a video uint8 `[T, H, W, 3]`: a list of `Seen`, the largest first. `size`: half the side that they have."""
   pixels = frames.astype(np.float32) / 255
   chroma = pixels.max(-1) - pixels.min(-1)
   names = list(shapes.COLORS)
@@ -38,7 +38,7 @@ def objects_of(frames):
   found = []
   for i, name in enumerate(names):
     mask = nearest == i
-    area = mask.sum((1, 2)) / scale**2 / shapes.SMALL**2
+    area = mask.sum((1, 2)) / scale**2 / size**2
     if np.median(area) > LEAST and (area > LEAST).mean() > 0.6:
       found.append((np.median(area), _seen(mask, name, area > LEAST)))
   return [seen for _, seen in sorted(found, key=lambda pair: -pair[0])]
@@ -121,12 +121,19 @@ def ground_of(frames):
 
 
 def judge(frames, scene):
-  """Whether a video shows what a scene of one object says: {what: bool}, of color, shape, direction, speed, count, ground."""
-  found = objects_of(frames)
-  wanted = scene.objects[0]
-  best = next((seen for seen in found if seen.color == wanted.color), found[0] if found else None)
-  word, striped = ground_of(frames)
+  """Whether a video shows what a scene says of all its objects: {what: bool}, color, shape, direction, speed, count, ground.
+
+  The objects are the largest that are seen: one alone whatever its colour, of two each by its colour.
+  """
+  found = objects_of(frames, min(one.size for one in scene.objects))
+  largest = found[: len(scene.objects)]
+  if len(scene.objects) == 1:
+    pairs = [(scene.objects[0], largest[0] if largest else None)]
+  else:
+    pairs = [(one, next((seen for seen in largest if seen.color == one.color), None)) for one in scene.objects]
   result = {
-    name: best is not None and getattr(best, name) == getattr(wanted, name) for name in ("color", "shape", "direction", "speed")
+    name: all(seen is not None and getattr(seen, name) == getattr(one, name) for one, seen in pairs)
+    for name in ("color", "shape", "direction", "speed")
   }
+  word, striped = ground_of(frames)
   return result | {"count": len(found) == len(scene.objects), "ground": (word, striped) == (scene.ground, scene.striped)}

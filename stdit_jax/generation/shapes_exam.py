@@ -2,11 +2,12 @@
 
 text          one object, as the caption says: combinations seen in training, and held out
 sizes         every aspect ratio with every length, one of which was never seen together
-animate       the first frame is given; extend: the first half; interpolate: first and last frame
+two           two objects: both there, with their colours, shapes and directions
+animate       the first frame is given; extend: the first ones; interpolate: first and last; connect: the first and last ones
 loop          two clips, the second from the end of the first back to its beginning (`tasks`)
 
-Given frames are compared with what the autoencoder alone makes of them. A motion is smooth when no step is further from the
-mean step than half of it.
+Given frames are compared with what the autoencoder alone makes of them, and the motion is judged in those that are not given
+and the ones beside them. It is smooth when no step is further from the mean step than half of it.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ from stdit_jax.generation.pipeline import Request
 
 RESOLUTION = "64p"
 SEED = 1_000_000  # of the scenes: not one of those trained on
-PARTS = ("text", "sizes", "animate", "extend", "interpolate", "loop")
+PARTS = ("text", "sizes", "two", "animate", "extend", "interpolate", "connect", "loop")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,20 +51,23 @@ def examine(pipeline, exam, parts=PARTS, progress=lambda items, name: items):
         results[name] = _text(pipeline, exam, split, progress)
     elif part == "sizes":
       results |= _sizes(pipeline, exam, progress)
-    elif part == "loop":
-      results["loop"] = _loop(pipeline, exam, progress)
+    elif part in ("two", "loop"):
+      results[part] = {"two": _two, "loop": _loop}[part](pipeline, exam, progress)
     else:
       results[part] = _given(pipeline, exam, part, progress)
   return results
 
 
-def scenes_of(split, count, frames):
-  """`count` scenes of one object, with a caption each (the wordings take turns), of at least so many frames."""
+def scenes_of(split, count, frames, objects=1):
+  """`count` scenes of so many objects, with a caption each (the wordings take turns), of at least so many frames. But for
+  the split "sizes" none has the size that was trained with short clips only: one thing is examined at a time."""
   found, number = [], 0
   while len(found) < count:
     scene = shapes.scene(f"{shapes.SCHEME}{split}/{SEED}/{number}")
     number += 1
-    if len(scene.objects) == 1 and scene.frames > frames:
+    if (scene.height, scene.width) == shapes.NOT_LONG and split != "sizes":
+      continue
+    if len(scene.objects) == objects and scene.frames > frames:
       found.append((scene, shapes.captions(scene)[len(found) % 4]))
   return found
 
@@ -114,6 +118,14 @@ def _text(pipeline, exam, split, progress):
   return _shares([shapes_vision.judge(video, scene) for video, (scene, _) in zip(videos, pairs)])
 
 
+def _two(pipeline, exam, progress):
+  pairs = scenes_of("train", exam.count, exam.frames, objects=2)
+  items = [_item(scene, caption, i, exam.frames) for i, (scene, caption) in enumerate(pairs)]
+  videos = _make(pipeline, exam, items, "two", progress)
+  judged = [shapes_vision.judge(video, scene) for video, (scene, _) in zip(videos, pairs)]
+  return {name: float(np.mean([one[name] for one in judged])) for name in ("count", "color", "shape", "direction")}
+
+
 def _sizes(pipeline, exam, progress):
   results = {}
   pairs = scenes_of("sizes", exam.count, max(shapes.LENGTHS) - 1)
@@ -130,27 +142,31 @@ def _sizes(pipeline, exam, progress):
 def _given(pipeline, exam, part, progress):
   """The tasks that give frames of a scene: how well they are kept, and whether the motion is the caption's and smooth."""
   pairs, items, known = scenes_of("train", exam.count, exam.frames), [], []
-  half = exam.frames // 2
+  length, last = tasks.condition_length(None, exam.frames), exam.frames - 1
   for i, (scene, caption) in enumerate(pairs):
     true = shapes.draw(scene, range(exam.frames), _size(scene))
     if part == "animate":
-      references, kept = (true[:1],), [0]
+      references, kept, made = (true[:1],), [0], slice(0, None)
       job = tasks.make_job("animate", exam.frames, [1])
     elif part == "extend":
-      references, kept = (true[:half],), list(range(half))
-      job = tasks.make_job("extend-forward", exam.frames, [half], length=half)
-      job = dataclasses.replace(job, pieces=((1, 0, None),))  # the clip alone, as the model made it
-    else:
-      references, kept = (true[:1], true[-1:]), [0, exam.frames - 1]
+      references, kept, made = (true[:length],), [*range(length)], slice(length - 1, None)
+      job = tasks.make_job("extend-forward", exam.frames, [length])
+    elif part == "interpolate":
+      references, kept, made = (true[:1], true[-1:]), [0, last], slice(0, None)
       job = tasks.make_job("interpolate", exam.frames, [1, 1])
+    else:
+      references, made = (true[:length], true[-length:]), slice(length - 1, exam.frames - length + 1)
+      kept = [*range(length), *range(exam.frames - length, exam.frames)]
+      job = tasks.make_job("connect", exam.frames, [length, length])
+    job = dataclasses.replace(job, pieces=((len(references), 0, None),))  # the clip alone, as the model made it
     items.append(_item(scene, caption, i, exam.frames, references, job))
     known.append((true, kept))
   videos = _make(pipeline, exam, items, part, progress)
   judged, rows = [], []
   for video, (scene, _), (true, kept) in zip(videos, pairs, known):
-    judged.append(shapes_vision.judge(video, scene))
+    judged.append(shapes_vision.judge(video[made], scene))
     alone = pipeline.decode([pipeline.encode(true[kept])], len(kept))[0]
-    seen = next((s for s in shapes_vision.objects_of(video) if s.color == scene.objects[0].color), None)
+    seen = next(iter(shapes_vision.objects_of(video)), None)
     step = np.hypot(*scene.objects[0].step)
     (drawn,) = shapes_vision.objects_of(true)  # a triangle is not seen where its middle is
     error = np.abs(seen.path - drawn.path) if seen else np.full(1, np.inf)
@@ -170,12 +186,14 @@ def _loop(pipeline, exam, progress):
   pairs = scenes_of("train", exam.count, exam.frames)
   job = tasks.make_job("loop", exam.frames, [])
   items = [_item(scene, caption, i, exam.frames, job=job) for i, (scene, caption) in enumerate(pairs)]
-  ratios = []
-  for video in _make(pipeline, exam, items, "loop", progress):
+  ratios, judged = [], []
+  for video, (scene, _) in zip(_make(pipeline, exam, items, "loop", progress), pairs):
     frames = video.astype(np.float32)
+    judged.append(shapes_vision.judge(video, scene))
     neighbours = np.abs(np.diff(frames, axis=0)).mean((1, 2, 3))
     ratios.append(np.abs(frames[-1] - frames[0]).mean() / max(np.mean(neighbours), 1e-6))
   return {
     "last to first over neighbours, mean": float(np.mean(ratios)),
     "closed (at most 1.5)": float(np.mean(np.array(ratios) <= 1.5)),
+    **{name: float(np.mean([one[name] for one in judged])) for name in ("color", "shape", "ground")},
   }

@@ -1,5 +1,7 @@
 """Moving shapes: what is drawn is what the caption says, and what the measurement sees."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -27,9 +29,9 @@ def test_everything_that_is_drawn_is_seen(examples):
   """Of one object all properties, of two those of each, whatever the picture's shape, and in half of the frames."""
   right, count = 0, 0
   for scene, frames in examples:
-    if len(scene.objects) == 1:
-      judged = shapes_vision.judge(frames, scene)
-      assert all(judged.values()), (scene, judged)
+    judged = shapes_vision.judge(frames, scene)
+    exact = len(scene.objects) == 1  # of two small ones now and then a property is not seen: counted below
+    assert all(judged[name] for name in (judged if exact else ("color", "count", "ground"))), (scene, judged)
     found = {seen.color: seen for seen in shapes_vision.objects_of(frames)}
     assert sorted(found) == sorted(o.color for o in scene.objects), scene
     for o in scene.objects:
@@ -62,6 +64,12 @@ def test_other_videos_are_judged_wrong(examples):
     made = shapes.Scene((shapes.Object(**changed),), scene.ground, scene.striped, 128, 128, 8)
     judged = shapes_vision.judge(shapes.draw(made, range(8), (64, 64)), base)
     assert [key for key, right in judged.items() if not right] == [name]
+  # A spot of the right colour on another object is not the object.
+  blot = shapes.Scene((dataclasses.replace(middle, color=other["color"]),), scene.ground, scene.striped, 128, 128, 8)
+  spotted = shapes.draw(blot, range(8), (64, 64))
+  for frame, (x, y) in zip(spotted, np.rint((np.add(middle.start, np.outer(range(8), middle.step)) + 0.5) * 64).astype(int)):
+    frame[y - 2 : y + 2, x - 2 : x + 2] = shapes.COLORS[one.color]
+  assert not shapes_vision.judge(spotted, base)["color"]
   still = shapes.draw(base, [3] * 8, (64, 64))
   assert not shapes_vision.judge(still, base)["direction"]
   noise = np.random.default_rng(0).integers(0, 256, still.shape).astype(np.uint8)
