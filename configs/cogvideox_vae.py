@@ -32,7 +32,11 @@ def get_config():
     # Of the long clips every device has some 20 frames.
     dict(
       name="long", steps=20_000,
-      **adversary, **{"data.buckets": (("360p", 161, (1.0, 0.5), 8), ("360p", 17, 1.0, 64), ("360p", 1, 1.0, 64))},
+      **adversary,
+      **{
+        "split_tokens": ("360p:161",),
+        "data.buckets": (("360p", 161, (1.0, 0.5), 8), ("360p", 17, 1.0, 64), ("360p", 1, 1.0, 64)),
+      },
     ),
   )  # fmt: skip
   config.log_every = 100

@@ -33,14 +33,15 @@ def get_config():
   config.data.reference_devices = 8
   config.optimizer.update(learning_rate=1e-5, warmup_steps=0, clip_norm=0.0, eps=1e-8)
   config.ema_decay = 0.0
+  fresh = {"keep_optimizer": False}  # each was a run of its own; moments of what was frozen are zeros without a correction
   config.stages = (
     dict(
       name="temporal", steps=380_000, train="^autoencoder/temporal",
       **{"autoencoder.latent_weight": 1.0, "autoencoder.identity_weight": 1.0},
     ),
-    dict(name="both", steps=260_000, **{"autoencoder.latent_weight": 1.0, "autoencoder.identity_weight": 0.0}),
+    dict(name="both", steps=260_000, **fresh, **{"autoencoder.latent_weight": 1.0, "autoencoder.identity_weight": 0.0}),
     dict(
-      name="pixels", steps=540_000,
+      name="pixels", steps=540_000, **fresh,
       **{
         "autoencoder.latent_weight": 0.0, "autoencoder.reconstruction_weight": 1.0, "autoencoder.perceptual_weight": 0.1,
         "autoencoder.kl_weight": 1.7e-5, "data.buckets": lengths(33, 1), "data.reference_devices": 24,

@@ -276,16 +276,28 @@ class Cache:
   def source(self, epoch, plan_of):
     """The epoch whose plan an epoch follows: its own, or, where that asks for clips that are not there, one of the first,
     which go round again. `plan_of`: epoch -> `Plan`. ValueError if there are none to go round."""
-    if epoch < self.epochs or self.latents.holds(plan_keys(plan_of(epoch), self.table, self.config, epoch)).all():
+    if self._holds(epoch, plan_of):
       return epoch
+    if not self.epochs:  # with other batch sizes, say: which epochs are there is not recorded
+      self.epochs = next((e for e in range(self._rounds) if not self._holds(e, plan_of)), self._rounds)
     if self.epochs:
       return epoch % self.epochs
     folder, why = os.path.dirname(self.latents.folder), "; ".join(self._changes) or "an encode that has not ended"
     raise ValueError(f"data.latents={folder!r} lacks clips that the plan of epoch {epoch} asks for ({why})")
 
+  def _holds(self, epoch, plan_of):
+    """Whether all clips of an epoch are there."""
+    if epoch < self.epochs:
+      return True
+    return self._has_key(epoch) and self.latents.holds(plan_keys(plan_of(epoch), self.table, self.config, epoch)).all()
+
+  def _has_key(self, epoch):
+    """Whether the windows of an epoch are numbers that a key can hold; those of later ones are in no cache."""
+    return not self.config.window(epoch) >> _BITS["window"]
+
   def _epochs_like(self, epoch):
     """An epoch, the one that it goes round to, and all that are there: one of them has what is asked for."""
-    return dict.fromkeys([epoch, epoch % (self.epochs or self._rounds or 1), *range(self._rounds)])
+    return filter(self._has_key, dict.fromkeys([epoch, epoch % (self.epochs or self._rounds or 1), *range(self._rounds)]))
 
   def clip(self, epoch, slot_row, row, bucket, ratio):
     """{latents_mean, latents_std (None if only means are there), rate, error} of a row in a bucket."""

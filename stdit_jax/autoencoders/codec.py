@@ -187,8 +187,11 @@ def micro_batches(values, size):
 
 
 def filled(values, size):
-  """`values` with its last element repeated up to `size`."""
-  return np.concatenate([values, np.repeat(values[-1:], size - len(values), axis=0)]) if len(values) < size else values
+  """`values`, of the host or a device, with its last element repeated up to `size`."""
+  if len(values) >= size:
+    return values
+  library = np if isinstance(values, np.ndarray) else jnp
+  return library.concatenate([values, library.repeat(values[-1:], size - len(values), axis=0)])
 
 
 def finished(pixels, as_uint8):
@@ -255,7 +258,9 @@ class TemporalCodec(Codec):
     size, parts = self.micro_batch * self.devices, []
     for start, count, number in self._chunks(len(frames)):
       chunk = frames[start : start + count * number]
-      latents = join((self._call(image_latents, self._spread(part)) for part in micro_batches(chunk, size)), len(chunk))
+      pieces = (self._call(image_latents, self._spread(part)) for part in micro_batches(chunk, size))
+      # Over several devices pieces and chunks are split differently: on the way through the host.
+      latents = jnp.concatenate([*pieces])[: len(chunk)] if self.devices == 1 else join(pieces, len(chunk))
       latents = latents.reshape(number, count, *latents.shape[1:])
       moments = self._call(encode_chunks, self._spread(filled(latents, self.devices)))
       parts.append(tuple(m[:number].reshape(-1, *m.shape[2:]) for m in moments))

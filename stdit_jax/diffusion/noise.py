@@ -25,6 +25,7 @@ class Purpose(enum.IntEnum):
   SAMPLING_START = 5
   SAMPLING_STEP = 6
   FRAME_NOISE = 7
+  PERCEPTUAL_FRAMES = 8
 
 
 def sample_keys(seed, sample_id, purpose):

@@ -10,6 +10,7 @@ from stdit_jax.autoencoders import causal3d, codec, discriminator, image_kl, los
 from stdit_jax.diffusion.noise import Purpose, fold_in, sample_keys
 from stdit_jax.models.layers import COMPUTE_DTYPES, DTYPES
 from stdit_jax.training.stages import WEIGHTS
+from stdit_jax.training.state import Objective
 
 # Where the last layer of a decoder is in the parameters: by its gradients the adversarial term is weighted.
 _LAST_LAYER = {
@@ -27,7 +28,7 @@ def autoencoder_model(config):
   return module.build(module.get_config(config.name, **config.fields), DTYPES[config.dtype])
 
 
-class AutoencoderObjective:
+class AutoencoderObjective(Objective):
   """The losses of an autoencoder over random crops of clips; `params` = autoencoder, and discriminator when there is one.
 
   The loss of a sample is a sum of means, weighted by `config.autoencoder.<name>_weight`:
@@ -133,21 +134,31 @@ class AutoencoderObjective:
         loss += weights["identity"] * values["identity"]
     if self.decodes:
       made["pixels"] = self._decode(params, made, layout)
-      of_pixels, more = self._pixel_terms(frozen, made["pixels"], frames)
+      of_pixels, more = self._pixel_terms(frozen, made["pixels"], frames, batch)
       loss, values = loss + of_pixels, values | more
     return loss, values, made
 
-  def _pixel_terms(self, frozen, pixels, frames):
+  def _pixel_terms(self, frozen, pixels, frames, batch):
     """-> (weighted terms per sample that look at pixels, but for the adversarial one; their values)."""
     own = self.config.autoencoder
     error = losses.reconstruction_error(pixels, frames, own.reconstruction)
     values = {"reconstruction": error, "squared_error": losses.reconstruction_error(pixels, frames, "l2")}
     loss = self.weights["reconstruction"] * error
     if self.weights["perceptual"]:
+      pixels, frames = self._some_frames(batch, pixels, frames)
       distance = perceptual.distance(own.perceptual.name, frozen["perceptual"], *map(_frames, (pixels, frames)))
       values["perceptual"] = distance.reshape(frames.shape[:2]).mean(1)
       loss += self.weights["perceptual"] * values["perceptual"]
     return loss, values
+
+  def _some_frames(self, batch, *clips):
+    """Of clips `[B, T, ...]` the frames whose perceptual distance counts: its network costs more than the autoencoder."""
+    total, count = clips[0].shape[1], self.config.autoencoder.perceptual.frames
+    if not 0 < count < total:
+      return clips
+    keys = sample_keys(self.config.seed, batch["sample_id"], Purpose.PERCEPTUAL_FRAMES)
+    numbers = jax.vmap(lambda key: jax.random.choice(key, total, (count,), replace=False))(keys)
+    return [jnp.take_along_axis(clip, numbers[:, :, None, None, None], axis=1) for clip in clips]
 
   def _judge(self, params, clips):
     return self.discriminator.apply({"params": params}, clips)
@@ -160,7 +171,7 @@ class AutoencoderObjective:
     pixels, pull = jax.vjp(lambda last: self._decode(with_last(last), made, layout), last)
     share = batch["weight"] / jnp.maximum(batch["weight"].sum(), 1e-12)
     terms = (
-      lambda x: self._pixel_terms(frozen, x, frames)[0],
+      lambda x: self._pixel_terms(frozen, x, frames, batch)[0],
       lambda x: discriminator.generator_loss(self._judge(params["discriminator"], x)),
     )
     gradients = [jax.grad(lambda x, term=term: jnp.sum(share * term(x)))(pixels) for term in terms]

@@ -140,12 +140,12 @@ class ClipEncoder:
 
   def _run(self, function, model, variables, *arrays):
     """Runs a piece by a program that is counted: "encode 144x256" of micro batches, "encode_chunks 1x17x18x32" of others."""
-    shape = jax.tree.leaves(arrays)[-1].shape
-    key = function, shape, len(arrays) > 1 and arrays[0] is not None
+    shape, follows = jax.tree.leaves(arrays)[-1].shape, len(arrays) > 1 and arrays[0] is not None
+    key = function, shape, follows
     if key not in self._programs:
       alone = function is encode_frames
       name = "encode" if alone else function.__name__
-      name += " " + "x".join(map(str, shape[1:3] if alone else shape[:-1]))
+      name += " " + "x".join(map(str, shape[1:3] if alone else shape[:-1])) + " after another" * follows
       counted = self._counter.counted(f"{self._name}: {name}", functools.partial(function, model))
       self._programs[key] = jax.jit(counted)
     return self._programs[key](variables, *arrays)
@@ -278,15 +278,31 @@ class AutoencoderBatches:
     return to_global({"pixels": np.stack(pixels)} | sample_fields(step.samples), self.layouts[step.bucket])
 
 
+TEXT_ROWS = 16  # captions per device that the text encoder works on at a time: its memory does not grow with the batch
+
+
 def text_ahead(model, params):
-  """The text encoder as a program of its own, one per layout: global `(ids, mask, layout) -> features`, float32."""
+  """The text encoder as a program of its own, one per layout: global `(ids, mask, layout) -> features`, float32, some rows of
+  every device after the other."""
 
   @functools.cache
   def program(layout):
-    encoder = model.clone(layout=layout)
-    return jax.jit(
-      lambda p, ids, mask: encoder.apply({"params": p}, ids, mask).astype(jnp.float32), out_shardings=layout.sharding("batch")
-    )
+    encoder, parts = model.clone(layout=layout), layout.batch_parts
+
+    def embed(params, ids, mask):
+      apply = lambda rows: encoder.apply({"params": params}, *rows).astype(jnp.float32)  # noqa: E731
+      own = len(ids) // parts
+      each = max(n for n in range(1, TEXT_ROWS + 1) if own % n == 0)
+      if each == own:
+        return apply((ids, mask))
+      # Rows of a device follow each other: [parts * pieces * each, ...] -> a piece of every device at a time.
+      split = lambda x: x.reshape(parts, own // each, each, *x.shape[1:]).swapaxes(0, 1)  # noqa: E731
+      merge = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
+      piece = lambda rows: apply(tuple(map(merge, rows))).reshape(parts, each, *ids.shape[1:], -1)  # noqa: E731
+      made = jax.lax.map(piece, (split(ids), split(mask)))
+      return made.swapaxes(0, 1).reshape(len(ids), *ids.shape[1:], -1)
+
+    return jax.jit(embed, out_shardings=layout.sharding("batch"))
 
   return lambda ids, mask, layout: program(layout)(params, ids, mask)
 

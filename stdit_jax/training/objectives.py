@@ -16,6 +16,7 @@ from stdit_jax.diffusion.noise import Purpose, element_index, fold_in, sample_ke
 from stdit_jax.diffusion.rectified_flow import RectifiedFlow
 from stdit_jax.models import stdit, t5
 from stdit_jax.training.autoencoding import AutoencoderObjective
+from stdit_jax.training.state import Objective
 
 DIFFUSIONS = {"rectified-flow": RectifiedFlow, "iddpm": IDDPM}
 QUARTERS = ("t 0-25%", "t 25-50%", "t 50-75%", "t 75-100%")  # of the timesteps
@@ -33,7 +34,7 @@ def text_model(config):
   return t5.build(t5.get_config(config.name, **config.fields))
 
 
-class DenoiserObjective:
+class DenoiserObjective(Objective):
   """Diffusion loss of an STDiT over latents; `params` = denoiser (and text encoder when it trains)."""
 
   def __init__(self, config):

@@ -2,7 +2,10 @@
 
 import math
 
+import numpy as np
+
 from data import paths, plan, sources
+from data.aspect_ratios import SIZES
 from data.config import DataConfig
 from data.loader import make_loader
 from stdit_jax.generation.prompts import TokenizeText
@@ -81,6 +84,21 @@ class StageData:
       if (ids := self._tokenize.vocab_size) > (known := t5.get_config(text.name).vocab_size):
         raise ValueError(f"config: tokenizer {text.tokenizer!r} has {ids} ids, but text encoder {text.name!r} knows {known}")
     self.layouts, self.micro_batches = choose_layouts(stage, self.config.parsed_buckets(), mesh, objective)
+    if config.task == "autoencoder":
+      self._check_crop(config.autoencoder.crop)
+
+  def _check_crop(self, crop):
+    """Raises ValueError when a clip of the first epoch is smaller: it would end the run where it comes."""
+    numbers, _, ratios = self._plans.plan(0).all_slots()
+    buckets = self.config.parsed_buckets()
+    for number, ratio in np.unique(np.stack([numbers, ratios], 1), axis=0).tolist():
+      name = buckets[number].resolution
+      height, width = list(SIZES[name].values())[ratio]
+      if min(height, width) < crop:
+        raise ValueError(
+          f"config: stage {self.stage!r}: autoencoder.crop is {crop}, but there are clips of {height} x {width} pixels in "
+          f"{name}; take at most {min(height, width)}, a larger resolution, or leave such files out"
+        )
 
   def identity(self):
     """What a checkpoint stores of the plan: everything that it depends on."""

@@ -230,8 +230,10 @@ def identity(config):
   """What makes a run what it is, of the plain values of a stage's configuration: with others its checkpoints fit no more."""
   parts = {"text_encoder": ("name", "train"), "autoencoder": ("name",)}
   parts = {part: {key: config[part][key] for key in keys} for part, keys in parts.items()}
-  if config["task"] == "autoencoder" and config["autoencoder"].get("adversarial_weight"):
-    parts["autoencoder"]["discriminator"] = config["autoencoder"]["discriminator"]
+  if config["task"] == "autoencoder":
+    parts["autoencoder"]["fields"] = config["autoencoder"].get("fields", {})
+    if config["autoencoder"].get("adversarial_weight"):
+      parts["autoencoder"]["discriminator"] = config["autoencoder"]["discriminator"]
   return parts | {key: config[key] for key in ("task", "seed", "model")}
 
 

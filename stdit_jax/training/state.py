@@ -1,5 +1,6 @@
 """What a run carries from step to step: parameters, their moving average, the optimizer's moments. All float32."""
 
+import functools
 import re
 
 import jax
@@ -7,6 +8,16 @@ import jax.numpy as jnp
 import optax
 
 from stdit_jax.parallel.shardings import path_name, tree_shardings
+
+
+class Objective:
+  """What is trained. A subclass has `init(key) -> (params, frozen)`, with the original initialisation, and
+  `loss(params, frozen, batch, layout=None) -> (loss per sample, {name: further value per sample})`."""
+
+  @functools.cached_property
+  def shapes(self):
+    """(params, frozen) of `init` as shapes: nothing is allocated."""
+    return jax.eval_shape(self.init, jax.random.key(0))
 
 
 def learning_rate(config, start, steps):

@@ -64,7 +64,7 @@ def change_model(objective, optimizer, mesh, key, state, frozen):
   Parameters, their averages and moments of equal name and shape are taken over as they are. What is new gets its original
   initialisation from `key`, an average that starts there and fresh moments; what is resized gets fresh moments, too.
   """
-  params, constants = shapes = jax.eval_shape(objective.init, key)
+  params, constants = shapes = objective.shapes
   places = by_name(*tree_shardings(shapes, mesh))
   values, averages = by_name(state["params"], frozen), by_name(state["ema"])
   fate = fates(values, by_name(*shapes))

@@ -68,7 +68,7 @@ def load_image_autoencoder(config, path, shardings):
 
 def read_frozen(objective, config, mesh):
   """{name of `FROM_FILES`: parameters}, those of which the objective's frozen part has zeros; laid over the mesh."""
-  frozen = jax.eval_shape(objective.init, jax.random.key(0))[1]
+  frozen = objective.shapes[1]
   values = {}
   if "text_encoder" in frozen and config.text_encoder.weights:
     values["text_encoder"] = load_text_encoder(config, objective.text, mesh)

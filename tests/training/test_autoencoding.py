@@ -11,11 +11,14 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from configs import base, cogvideox_vae, open_sora_1_2_vae
+from data.config import DataConfig
 from stdit_jax.autoencoders import discriminator, image_kl, perceptual
 from stdit_jax.convert import main as convert
+from stdit_jax.parallel.mesh import AXES
 from stdit_jax.training import checkpoints
 from stdit_jax.training.autoencoding import AutoencoderObjective
 from stdit_jax.training.loop import Run
+from stdit_jax.training.stage_data import choose_layouts
 from stdit_jax.training.stages import make_stages
 from tests.helpers import relative_error, to_theirs
 from tests.tiny_run import tiny_config
@@ -126,6 +129,22 @@ class TorchDiscriminator(torch.nn.Module):
     return conv("conv_out", x, 1)[:, 0]
 
 
+def test_the_perceptual_distance_of_some_frames():
+  """Each sample's own, of the whole clip's frames, in both clips the same ones."""
+  one = objective("tiny-kl-f8")
+  with one.config.unlocked():
+    one.config.autoencoder.perceptual.frames = 3
+  numbers = jnp.broadcast_to(jnp.arange(9.0)[None, :, None, None, None], (4, 9, 1, 1, 1))
+  batch = {"sample_id": np.asarray([[0, i] for i in range(4)], np.uint32)}
+  a, b = (np.asarray(part)[..., 0, 0, 0] for part in one._some_frames(batch, numbers, 10 * numbers))
+  np.testing.assert_array_equal(b, 10 * a)
+  assert all(len(set(row)) == 3 for row in a.tolist())
+  assert len({tuple(row) for row in a.tolist()}) > 1
+  with one.config.unlocked():
+    one.config.autoencoder.perceptual.frames = 9
+  assert one._some_frames(batch, numbers)[0] is numbers
+
+
 @pytest.mark.parametrize("frames", [1, 5])
 def test_the_discriminator_is_that_of_pytorch(frames):
   one = objective("tiny-kl-f8", adversarial_weight=1.0)
@@ -151,7 +170,7 @@ def test_each_network_gets_the_gradient_of_its_own_terms():
 
   def terms(params):
     rest, _, made = one._terms(params["autoencoder"], frozen, data, None)
-    pixels = one._pixel_terms(frozen, made["pixels"], clips)[0]
+    pixels = one._pixel_terms(frozen, made["pixels"], clips, data)[0]
     judge = lambda x: one._judge(params["discriminator"], x)  # noqa: E731
     adversarial = discriminator.generator_loss(judge(made["pixels"]))
     hinge = discriminator.hinge_loss(judge(clips), judge(made["pixels"]))
@@ -210,7 +229,7 @@ def test_a_video_autoencoder_trains_in_stages(assets, trunk, tmp_path, capsys):
     "autoencoder__name": "tiny-temporal",
     "autoencoder__fields": {"channel_multipliers": (1, 1), "temporal_downsample": (True,)},
     "autoencoder__image_weights": str(assets / "autoencoder.safetensors"),
-    "autoencoder__perceptual": {"name": "hed-vgg16", "weights": str(trunk), "sha256": ""},
+    "autoencoder__perceptual": {"name": "hed-vgg16", "weights": str(trunk), "sha256": "", "frames": 2},
     "data__buckets": (("144p", 5, 1.0, 2),), "checkpoint_every": 1, "stages": stages,
   }  # fmt: skip
   whole = Run(run_config(assets, tmp_path / "run", **changes))
@@ -265,6 +284,11 @@ def test_what_is_refused(assets, tmp_path, changes, message):
   assert not pathlib.Path(tmp_path / "run").exists()
 
 
+def test_a_crop_that_some_clip_is_too_small_for_is_refused_at_the_start(assets, tmp_path):
+  with pytest.raises(ValueError, match="crop is 152, but there are clips of 144 x 256 pixels in 144p; take at most 144"):
+    Run(run_config(assets, tmp_path / "run", autoencoder__crop=152))
+
+
 @pytest.mark.parametrize("module", [open_sora_1_2_vae, cogvideox_vae])
 def test_recipes(module):
   """Every stage of the originals' recipes is one that can be trained; nothing of the full size is allocated."""
@@ -275,4 +299,8 @@ def test_recipes(module):
     params, frozen = jax.eval_shape(one.init, jax.random.key(0))
     assert ("discriminator" in params) == (stage.name in ("adversary", "long"))
     assert ("perceptual" in frozen) == (stage.config.autoencoder.perceptual_weight > 0)
-  assert module is open_sora_1_2_vae or one.splits(161, 8)
+  if module is cogvideox_vae:  # the long clips of the last stage over the `sequence` axis, the short ones as more batch
+    mesh = jax.sharding.AbstractMesh((1, 1, 8, 1), AXES)
+    data = DataConfig.create(stage.config.data.to_dict())
+    layouts, _ = choose_layouts(stage, data.parsed_buckets(), mesh, one)
+    assert {frames: layout.split_tokens for (_, frames), layout in layouts.items()} == {161: True, 17: False, 1: False}

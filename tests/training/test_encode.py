@@ -185,6 +185,13 @@ def test_past_the_epochs_they_go_round_again_until_more_are_encoded(assets, tabl
   first, more = samples()
   assert [s.row for s in first] != [s.row for s in more]
   assert len([m for m in caplog.messages if "goes round" in m]) == 1
+  # With another batch size it is found out which epochs are there; far on, no key could hold the window.
+  changes["data__buckets"] = (("144p", 4, 1.0, 3),)
+  (stage,) = make_stages(tiny_config(assets, tmp_path, **changes, data__latents=str(tmp_path / "out")))
+  source = encoding.Source.open(stage, str(tmp_path / "out" / "data"))
+  cache = encoding.open_cache(stage.config, source.data.create({**stage.config.data.to_dict()}), source.plans.table)
+  assert cache.epochs == 0
+  assert [cache.source(epoch, source.plans.plan) for epoch in (0, 1, 2, 5, 2048)] == [0, 1, 0, 1, 0]
   with pytest.raises(ValueError, match=r"has latents of other values .*dtype.*; give another folder"):
     run(config, tmp_path / "out", "--epochs", 2)
 
@@ -199,14 +206,14 @@ WRONG = [
   ({"data__latents": "/no/folder"}, "data.latents='/no/folder' has no latents; python -m stdit_jax.encode writes them"),
   ({"data__latents": "gs://bucket/x"}, "data.latents = 'gs://bucket/x' is no folder of this machine"),
   ({"data__buckets": (("144p", 2, 1.0, 2),)}, r"lacks clips that the plan of epoch 0 asks for \(buckets: 144p x 4"),
-  ({"task": "autoencoder"}, "are for denoisers; an autoencoder needs videos"),
+  ({"task": "autoencoder", "autoencoder__weights": ""}, "are for denoisers; an autoencoder needs videos"),
 ]
 
 
 @pytest.mark.parametrize(("changes", "words"), WRONG, ids=lambda v: v[:40] if isinstance(v, str) else "")
 def test_one_line_says_what_they_were_not_made_from(assets, table, folder, tmp_path, changes, words):
   for key in ("autoencoder__weights", "data__tables"):
-    if key in changes:
+    if changes.get(key):
       changes = {**changes, key: str(assets / changes[key])}
   with pytest.raises(ValueError, match=words) as error:
     Run(tiny_config(assets, tmp_path / "run", **{"data__latents": str(folder), **settings(assets, table), **changes}))

@@ -231,7 +231,7 @@ def test_rows_that_cannot_be_decoded_are_counted_and_skipped_up_to_the_limit(ass
 
 
 def test_the_autoencoder_trains(assets, first, tmp_path, capsys):
-  settings = {"task": "autoencoder", "autoencoder__crop": 16, "data__captions": "optional"}
+  settings = {"task": "autoencoder", "autoencoder__crop": 16, "data__captions": "optional", "autoencoder__weights": ""}
   settings["autoencoder__fields"] = {"block_out_channels": (8, 8)}
   run = Run(tiny_config(assets, tmp_path / "autoencoder", **settings, **ONE_STEP))
   run.train()
