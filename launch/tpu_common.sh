@@ -266,7 +266,7 @@ tend() {
   fi
   lines=$(sed -n 's/.*stdit_jax-worker: //p' <<< "$lines")
   untended=''
-  if [ -n "$first" ] && grep -Eq ' (failed [0-9]+|stopped)$' <<< "$lines" && ! grep -q ' running$' <<< "$lines"; then
+  if [ -n "$first" ] && grep -Eq ' (failed [0-9]+|stopped|finished)$' <<< "$lines" && ! grep -q ' running$' <<< "$lines"; then
     prepare # what an earlier run left behind is no reason to end before this one has begun
   elif grep -q ' failed ' <<< "$lines"; then
     grep ' failed ' <<< "$lines" >&2

@@ -83,12 +83,13 @@ def parse_mesh(entries):
     raise ValueError(f"--mesh {' '.join(entries)}: give AXIS=DEVICES, e.g. data=-1 fsdp=4") from None
 
 
-def connect_processes(heartbeat_timeout=100):
+def connect_processes(heartbeat_timeout=100, patience=300):
   """Joins the processes of a run on several hosts, before the first use of a device; launch/ sets the variables.
 
   STDIT_JAX_DISTRIBUTED=1: JAX finds the others itself (Cloud TPU, GKE, Slurm, Open MPI). Elsewhere STDIT_JAX_COORDINATOR
   (HOST:PORT of process 0), STDIT_JAX_NUM_PROCESSES and STDIT_JAX_PROCESS_ID say who and where they are. A process that the
-  runtime has not heard of for `heartbeat_timeout` seconds makes it abort the others.
+  runtime has not heard of for `heartbeat_timeout` seconds makes it abort the others. Those that have not come, or not ended,
+  are waited for `patience` seconds; the exit code without them is the one on which a supervisor starts again.
   """
   names = ("STDIT_JAX_COORDINATOR", "STDIT_JAX_NUM_PROCESSES", "STDIT_JAX_PROCESS_ID")
   coordinator, number, process = given = [os.environ.get(name, "") for name in names]
@@ -110,9 +111,14 @@ def connect_processes(heartbeat_timeout=100):
   import jax
 
   try:
-    jax.distributed.initialize(**place, heartbeat_timeout_seconds=heartbeat_timeout)
+    jax.distributed.initialize(
+      **place, heartbeat_timeout_seconds=heartbeat_timeout, initialization_timeout=patience, shutdown_timeout_seconds=patience
+    )
   except ValueError as error:
     raise ValueError(f"JAX found no cluster here ({error}); without one, set {', '.join(names)}") from None
+  except jax.errors.JaxRuntimeError as error:
+    print(f"the other processes did not come: {str(error).splitlines()[0]}", file=sys.stderr)
+    raise SystemExit(os.EX_TEMPFAIL) from None
 
 
 def use_compilation_cache(folder=None):

@@ -22,7 +22,7 @@ from stdit_jax.cli import (
   use_compilation_cache,
 )
 from stdit_jax.training.stages import make_stages
-from stdit_jax.training.watchdog import RESTART, Watchdog
+from stdit_jax.training.watchdog import RESTART, StartAgain, Watchdog
 
 _HELP = "file with get_config(), e.g. configs/quickstart.py"
 _CONFIG = config_flags.DEFINE_config_file("config", None, _HELP)
@@ -42,7 +42,8 @@ def parse_flags(argv):
 def connect(config):
   """Joins the processes of a run of several; returns the watchdog."""
   # The runtime's own heartbeat must not be the first to end the run: it does so without a word about who hangs.
-  connect_processes(heartbeat_timeout=max(100, int(2 * config.watchdog.timeout)))
+  patience = max(300, int(config.watchdog.slow_timeout))
+  connect_processes(heartbeat_timeout=max(100, int(2 * config.watchdog.timeout)), patience=patience)
   from jax._src.distributed import global_state  # nothing public gives the key-value store
 
   client, index, count = global_state.client, global_state.process_id, global_state.num_processes
@@ -89,11 +90,11 @@ def main(_):
       if watchdog.count == 1 or preempted:
         raise
       # Its exit would wait for the others, and they for this one.
-      code = error.code if isinstance(error, SystemExit) else 1
+      code = error.code if isinstance(error, SystemExit) else RESTART if isinstance(error, StartAgain) else 1
       if code == 1:
         traceback.print_exc()
         watchdog.connection_lost()
-      watchdog.leave(str(error) if code == 1 else f"exit code {code}", code)
+      watchdog.leave(f"exit code {code}" if isinstance(error, SystemExit) else str(error), code)
 
 
 if __name__ == "__main__":

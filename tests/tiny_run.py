@@ -88,9 +88,10 @@ def tiny_config(assets, output, **changes):
 
 
 def environment(**more):
-  """For subprocesses: this folder's code, the compilation cache of the tests, one CPU device unless said otherwise."""
+  """For subprocesses: this folder's code, no PyTorch, the compilation cache of the tests, one CPU device unless said
+  otherwise."""
   cache = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir or ""}
-  path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+  path = os.pathsep.join(filter(None, [str(ROOT / "tests" / "without_torch"), str(ROOT), os.environ.get("PYTHONPATH")]))
   return {**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu", **cache, **more}
 
 

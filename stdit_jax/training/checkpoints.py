@@ -48,6 +48,17 @@ class DamagedCheckpointError(ValueError):
   """A checkpoint that is there, but cannot be read."""
 
 
+class _Manager(ocp.CheckpointManager):
+  def reached_preemption(self, step):
+    """Orbax would ask while it saves, with the step of the checkpoint; the loop asks, and all have to count alike."""
+    return False
+
+
+def _lost_process(error):
+  """Whether an error comes from waiting for all processes, of which one is gone; orbax makes a TimeoutError of it."""
+  return any(isinstance(e, jax.errors.JaxRuntimeError) for e in (error, error.__cause__, error.__context__))
+
+
 class Checkpoints:
   """The checkpoints of one run folder."""
 
@@ -58,7 +69,7 @@ class Checkpoints:
     # Named handlers: without them a fresh process can't read what shapes an item has, only on the devices that wrote it.
     handlers = {name: ocp.StandardCheckpointHandler() for name in ("params", "ema", "opt", "constants")}
     handlers["position"] = ocp.JsonCheckpointHandler()
-    self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+    self._manager = _Manager(self.folder, options=options, item_handlers=handlers)
 
   def latest(self):
     """Step of the newest checkpoint that was written to its end, or None."""
@@ -80,6 +91,8 @@ class Checkpoints:
     """Starts writing; returns as soon as the arrays are copied off the device."""
     if self.latest() == step:
       return
+    if jax.process_index() == 0 and self.is_marked(step):
+      paths.remove(self._mark(step))  # of one that is no longer there
     items = {**state, **({"constants": constants} if constants else {})}
     arrays = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
     with self._writing():
@@ -98,6 +111,16 @@ class Checkpoints:
       restored = self._manager.restore(step, args=ocp.args.Composite(**args))
       return {name: restored[name] for name in state_shapes}, restored.get("constants") or {}
 
+  def _mark(self, step):
+    return paths.join(self._output, "damaged", str(step))
+
+  def mark(self, step):
+    """Notes that a checkpoint can't be read, for processes that do not see it themselves."""
+    paths.write_text(self._mark(step), "")
+
+  def is_marked(self, step):
+    return paths.exists(self._mark(step))
+
   def set_aside(self, steps):
     """Moves checkpoints out of the way of those that will be written, to `<output>/set-aside/<step>`; returns the folder."""
     folder = paths.join(self._output, "set-aside")
@@ -107,6 +130,8 @@ class Checkpoints:
         while paths.exists(place):
           place, number = paths.join(folder, f"{step}.{number}"), number + 1
         paths.move(paths.join(self.folder, str(step)), place)
+        if self.is_marked(step):
+          paths.remove(self._mark(step))
     if jax.process_count() > 1:
       multihost_utils.sync_global_devices("checkpoints set aside")
     self._manager.reload()
@@ -115,7 +140,9 @@ class Checkpoints:
   def reached_preemption(self, step):
     """Whether all processes of a run of several stop at this call, which is the same on each: one was sent SIGTERM, or its
     machine is about to be taken away. Call it in every step, with a number that grows."""
-    return self._manager.reached_preemption(step)
+    with contextlib.suppress(RuntimeError):  # the service is switched off
+      return multihost_utils.reached_preemption_sync_point(step)
+    return False
 
   def wait(self):
     """Returns when everything is on disk."""
@@ -135,7 +162,7 @@ class Checkpoints:
     except Exception as error:
       text = " ".join(str(error).split())
       refused = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
-      if refused or isinstance(error, MemoryError) or re.search(_NOT_ITS_FAULT, text):
+      if _lost_process(error) or refused or isinstance(error, MemoryError) or re.search(_NOT_ITS_FAULT, text):
         raise
       raise DamagedCheckpointError(f"checkpoint {paths.join(self.folder, str(step))} is damaged: {text[:200]}") from error
 
@@ -146,6 +173,8 @@ class Checkpoints:
       with paths.errors(self.folder):
         yield
     except (OSError, RuntimeError, ValueError) as error:
+      if _lost_process(error):
+        raise RuntimeError("a process was lost while a checkpoint was written") from error
       reason = re.sub(r"\W*\[os_error_code.*", "", " ".join(str(error).split()))[-200:]  # it comes last
       raise InputError(
         f"a checkpoint could not be written to {self.folder}: {reason}. Make room there or "

@@ -36,6 +36,7 @@ from stdit_jax.training.stages import changed_keys, identity, make_stages, namin
 from stdit_jax.training.state import learning_rate_scales, make_optimizer, new_state, state_shapes, with_shardings
 from stdit_jax.training.step import Programs, TraceCounter
 from stdit_jax.training.validation import Validation, describe
+from stdit_jax.training.watchdog import StartAgain
 
 
 class Preempted(Exception):  # noqa: N818 - nothing went wrong
@@ -46,11 +47,6 @@ def say(text, file=None):
   """Prints on the first process only."""
   if jax.process_index() == 0:
     print(text, file=file, flush=True)
-
-
-def everywhere(condition):
-  """Whether `condition` holds on all processes; each has to ask."""
-  return bool(np.all(multihost_utils.process_allgather(np.asarray(condition)))) if jax.process_count() > 1 else condition
 
 
 def most(value):
@@ -139,7 +135,7 @@ class Run:
     ]
     self.counter = TraceCounter()
     self.checkpoints = Checkpoints(config.output, config.keep_checkpoints)
-    self.encoder = self._encoder_source = None
+    self.encoder, self._encoder_source, self._encoder_names = None, None, set()
     self.skip, self._programs, self._went_back_to = {}, {}, None
     self.compiled = AheadOfTime(config.compile_threads, say)
     self._terminated, self._beat, self._asked = False, beat, 0
@@ -152,7 +148,7 @@ class Run:
       config = stage.config
       objective, optimizer = OBJECTIVES[config.task](config), make_optimizer(config.optimizer)
       self._check_weights(config, objective)
-      params, frozen = jax.eval_shape(objective.init, jax.random.key(0))
+      params, frozen = objective.shapes
       tree_shardings((params, frozen), self.mesh)  # raises where a size does not divide
       scales = learning_rate_scales(params, config.train, config.optimizer.scales)
       return objective, optimizer, scales, state_shapes(params, optimizer), frozen
@@ -172,6 +168,10 @@ class Run:
       if text or (config.text_encoder.where == "step" and not config.text_encoder.train):
         weights.need_file(config.text_encoder.weights, "text_encoder.weights")
       return
+    if config.autoencoder.weights:
+      raise ValueError(
+        "config: autoencoder.weights are of one that encodes for a denoiser; to train an autoencoder from a file set init"
+      )
     if config.autoencoder.image_weights:
       weights.need_file(config.autoencoder.image_weights, "autoencoder.image_weights")
     if objective.weights["perceptual"]:
@@ -196,6 +196,9 @@ class Run:
       say(f"config: {key} has changed since this run began")
     for step in reversed(there):
       if wanted.isdigit() and step != int(wanted):
+        continue
+      if self.checkpoints.is_marked(step):
+        say(f"warning: a process could not read checkpoint {step}; trying an older one", sys.stderr)
         continue
       try:
         state, frozen = self._restore(step)
@@ -222,9 +225,8 @@ class Run:
     return jax.jit(lambda p: new_state(p, self.optimizers[0]), out_shardings=state)(params), constants
 
   def _restore(self, step):
-    """(state, frozen) of a checkpoint, and what it says of the data. Raises as `start`, or DamagedCheckpointError, on all
-    processes alike."""
-    damage = None
+    """(state, frozen) of a checkpoint, and what it says of the data. Raises as `start`, or DamagedCheckpointError; of several
+    processes, of which only some may see the damage while others wait for them, StartAgain: the next start passes over it."""
     try:
       position = self.checkpoints.position(step)
       stage, made = stage_of(self.stages, step), stage_that_made(self.stages, step)
@@ -238,9 +240,10 @@ class Run:
       shapes = self.state_shapes[made.index], constants(self.frozen_shapes[made.index])
       state, frozen = self.checkpoints.restore(step, *(with_shardings(tree, self.mesh) for tree in shapes))
     except DamagedCheckpointError as error:
-      damage = error
-    if not everywhere(damage is None):
-      raise damage or DamagedCheckpointError(f"checkpoint {step} can't be read by another process")
+      if jax.process_count() == 1:
+        raise
+      self.checkpoints.mark(step)
+      raise StartAgain(str(error)) from error
     self.skip = {name: tuple(positions) for name, positions in position.get("skip", {}).items() if same or name != stage.name}
     return state, frozen | weights.read_frozen(self.objectives[made.index], made.config, self.mesh)
 
@@ -516,6 +519,10 @@ class Run:
     if latents:
       source = autoencoder_model(config.autoencoder).config, config.autoencoder.weights
       if source != self._encoder_source:
-        self.encoder, self._encoder_source = batches.load_encoder(config, self.counter, stage.name), source
+        name = stage.name
+        while name in self._encoder_names:  # the run went back over a change of the autoencoder: other programs
+          name += " again"
+        self._encoder_names.add(name)
+        self.encoder, self._encoder_source = batches.load_encoder(config, self.counter, name), source
     layouts = self.data[stage.index].layouts
     return batches.batch_maker(config, self.objectives[stage.index], layouts, self.mesh, self.encoder, text)

@@ -22,6 +22,10 @@ _PREFIX = "stdit_jax/watchdog/"
 _VERDICT = f"{_PREFIX}verdict"
 
 
+class StartAgain(Exception):  # noqa: N818 - the others may be well
+  """Something that this process alone has seen: all of them are to start again."""
+
+
 def _now():
   return time.monotonic()
 
@@ -74,7 +78,10 @@ class Watchdog:
     self._end(f"{self._name(self.index)} ended with an error: {reason}", code, dump=False)
 
   def connection_lost(self):
-    """After a collective failed: waits until it is clear which process is gone and ends; returns when none is."""
+    """After a collective failed: waits until it is clear which process is gone and ends; returns when none is, or none is
+    watched."""
+    if not self.timeout:
+      return
     end = _now() + 6 * self.period
     while _now() < end:
       if silent := self._silent(3 * self.period):
@@ -87,7 +94,7 @@ class Watchdog:
     number = 0
     while not self._stopped.wait(self.period):
       number += 1
-      report = {"number": number, "host": self.host, "beats": self._beats, "what": self._what}
+      report = {"number": number, "host": self.host, "beats": self._beats, "what": self._what, "slow": self._slow}
       try:
         self._tell(f"{_PREFIX}{self.index}", report)
         found = dict(self.client.key_value_dir_get(_PREFIX))
@@ -124,7 +131,10 @@ class Watchdog:
 
   def _watch(self):
     while not self._stopped.wait(self.period / 2):
-      allowed = self.slow_timeout if self._slow else self.timeout
+      # Whoever waits for one that does what takes long, and is not further, takes as long.
+      reports = [report for report, _ in list(self._peers.values())]
+      slow = self._slow or any(r.get("slow") and r["beats"] <= self._beats for r in reports)
+      allowed = self.slow_timeout if slow else self.timeout
       if _now() - self._last_beat > allowed:
         self._end(self._silent(3 * self.period) or self._slowest(), RESTART)
       elif silent := self._silent(self.timeout):

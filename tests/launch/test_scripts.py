@@ -1,6 +1,7 @@
 """What all launch scripts have in common: shellcheck, --help, --dry-run, errors of one line."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -115,3 +116,26 @@ def test_a_dry_run_prints_what_a_run_does(stand_ins):
   words = subprocess.run(["bash", "-c", remote], capture_output=True, text=True, check=True).stdout.split("\0")
   assert words == ["--config", "configs/film.py", *odd, "--config.platform=tpu", ""]
   assert "'A=x '\\''y'\\'''" in remote
+
+
+def test_the_readme_trains_on_the_machines_that_it_names():
+  """The batches of its configuration divide by the chips of each; whether they do is known before anything compiles."""
+  import jax
+
+  from configs import film
+  from data.config import DataConfig
+  from stdit_jax.parallel.mesh import AXES
+  from stdit_jax.training.objectives import OBJECTIVES
+  from stdit_jax.training.stage_data import choose_layouts
+  from stdit_jax.training.stages import make_stages
+
+  section = (ROOT / "README.md").read_text().partition("## On a pod")[2].partition("\n## ")[0]
+  chips = [int(a) * int(b) for a, b in re.findall(r"pod=\(.*--topology \w+:(\d+)x(\d+)", section)]
+  assert len(chips) == 2
+  config = film.get_config()
+  config.data.tables = (("table.csv", 1),)
+  config.data.reference_devices = int(re.search(r"reference_devices=(\d+)", section)[1])
+  for stage in make_stages(config):
+    buckets = DataConfig.create(stage.config.data.to_dict()).parsed_buckets()
+    for count in chips:
+      choose_layouts(stage, buckets, jax.sharding.AbstractMesh((count, 1, 1, 1), AXES), OBJECTIVES["denoiser"](stage.config))

@@ -135,6 +135,7 @@ def test_logs(gcloud):
     (["ACTIVE"], ["READY"], [["running"], ["stopped"]], [], 0),
     # What an earlier run left behind does not end this one.
     (["ACTIVE"], ["READY"], [["failed 2"], ["running"], ["finished"]], PREPARED, 0),
+    (["ACTIVE"], ["READY"], [["finished"], ["running"], ["finished"]], PREPARED, 0),
     # A request that can't be met ends it, unless it could be met before.
     (["FAILED", "ABSENT", "FAILED"], ["READY"], [], ["delete", "create", "delete"], 2),
     (
