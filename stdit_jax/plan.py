@@ -13,7 +13,7 @@ computed, none is measured on a device:
   batch        samples of the whole mesh; per device and micro batch; "s": tokens split over `sequence`
   tokens       of one sample, padding included
   GiB          peak of memory per chip against what the compiler may use: the program's own by the compiler
-               (memory_analysis), and beside it what waits: average, optimizer, encoders (by their shardings)
+               (memory_analysis), and beside it what waits: average, optimizer, encoders, next batch (by their shardings)
   TFLOP        of the model, all samples: products by formula (stdit_jax/models/flops.py), three forward passes
   GB moved     by collectives, per device and step, read from the compiled program, loops counted as often as they run
   seconds      compute: FLOPs, with the forward pass that remat repeats, at the chip's published peak; memory: bytes that
@@ -22,11 +22,11 @@ computed, none is measured on a device:
   bound, MFU   the longest of them, if they overlap, and the model-FLOP utilisation that it allows
   hours        of a stage: its steps times the mean bound of its buckets, by how often each comes: in the first epoch of the
                config's tables, or of assumed rows; and the updates, which read and write the whole state once; not in it:
-               checkpoints, samples, restarts
+               checkpoints, samples, restarts, and the encoders of videos and captions where these are not cached
 
 A search fits memory to compilations of a bucket, one to three, the last of which confirms what was predicted; it ends where a
-batch takes 88 % of the memory, or the next one would be less than 5 % larger. "equal" is the batch with which a step takes as
-long as the longest bucket's at one sample per device, or --step-seconds.
+batch takes 88 % of the memory, or the next one would be less than 5 % larger. It begins with BATCH where --bucket gives one.
+"equal" is the batch with which a step takes as long as the longest bucket's at one sample per device, or --step-seconds.
 
 Results are kept in --cache, and used again while program, topology and compiler are the same; ^C loses only what is compiling.
 """
@@ -85,7 +85,7 @@ def make_parser():
 def parse_bucket(text, stage_buckets):
   """'480p:51' or '480p:51:256' -> (resolution, frames, batch)."""
   parts = text.split(":")
-  if len(parts) not in (2, 3) or not all(p.isdigit() for p in parts[1:]):
+  if len(parts) not in (2, 3) or not all(p.isdigit() and int(p) for p in parts[1:]):
     raise ValueError(f"--bucket {text!r} is no RESOLUTION:FRAMES or RESOLUTION:FRAMES:BATCH")
   known = {(b.resolution, b.num_frames): b.batch_size for b in stage_buckets}
   key = parts[0], int(parts[1])
@@ -230,7 +230,14 @@ def print_search(args, compiler, stages, jobs):
   """The largest batch of every bucket, and the one with which all take the same time -> all results."""
   print_header()
   found, chips = {}, topology_chips(args.topology) * args.slices
-  for job, answer in zip(jobs, in_order(args, lambda job: search.search_bucket(compiler, job, chips), jobs)):
+  given = {tuple(text.split(":")[:2]) for text in args.bucket or () if text.count(":") == 2}
+
+  def find(job):
+    """Begins with the batch that `--bucket` gives."""
+    resolution, frames, rows = job.bucket
+    return search.search_bucket(compiler, job, chips, rows if (resolution, str(frames)) in given else None)
+
+  for job, answer in zip(jobs, in_order(args, find, jobs)):
     found[job.stage, *job.bucket[:2]] = answer
     print(describe(answer.result, bound_of(args, answer.result)), flush=True)
   fits = {key: answer for key, answer in found.items() if answer.largest}
@@ -307,9 +314,14 @@ def main(argv=None):
     args.topology = choose_topology(args)
     if args.write_buckets and not args.search_batch_size:
       raise ValueError("--write-buckets needs --search-batch-size, which finds what it writes")
+    for name, value in (("slices", args.slices), ("slice-gbits", args.slice_gbits), ("jobs", args.jobs)):
+      if value <= 0:
+        raise ValueError(f"--{name} {value}: allowed: above 0")
     if not 0 < args.fraction <= 1:
       raise ValueError(f"--fraction {args.fraction}: allowed: above 0, at most 1")
     stages, jobs = make_jobs(args)
+    if args.search_batch_size and any(stage.config.task != "denoiser" for stage in stages):
+      raise ValueError("--search-batch-size is of denoisers: of an autoencoder there is no count of FLOPs to tell times by")
     compiler = Compiler(args.cache, args.topology)
     print(f"{args.slices} x {args.topology}; all figures are computed, none is measured", flush=True)
     show = print_search if args.search_batch_size else print_meshes if args.suggest_mesh else print_plan

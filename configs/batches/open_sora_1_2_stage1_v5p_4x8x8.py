@@ -3,7 +3,8 @@
   python -m stdit_jax.plan --config configs/open_sora_1_2.py --topology v5p:4x8x8 --stage stage1 --search-batch-size \\
       --write-buckets configs/batches/open_sora_1_2_stage1_v5p_4x8x8.py
 
-LARGEST fills the memory; EQUAL makes the steps of all buckets take about the same time. A stage takes them up by
+LARGEST fills the memory, without room for the batch that the host makes meanwhile (found before plan counted it); EQUAL makes
+the steps of all buckets take about the same time. A stage takes them up by
   dict(name=..., steps=..., **EQUAL[name])
 """
 

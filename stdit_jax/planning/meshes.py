@@ -13,10 +13,11 @@ SEQUENCE = (1, 2, 4, 8, 16)
 def sensible_meshes(chips, width):
   """Meshes of `chips` devices worth trying: [{axis: size}].
 
-  `fsdp` from 4 to 64 where it cuts rows of `width` into whole tiles, `sequence` in powers of two up to 16, the rest `data`. No
-  `tensor`: it moves activations in every block, which for these widths costs more than it saves.
+  `fsdp` from 4 to 64 where it divides `width`, and into whole tiles if any does, `sequence` in powers of two up to 16, the rest
+  `data`. No `tensor`: it moves activations in every block, which for these widths costs more than it saves.
   """
-  fsdp = [d for d in range(min(4, chips), MOST_FSDP + 1) if chips % d == 0 and width % (d * TILE) == 0] or [chips]
+  divide = [d for d in range(min(4, chips), MOST_FSDP + 1) if chips % d == 0 and width % d == 0] or [1]
+  fsdp = [d for d in divide if width % (d * TILE) == 0] or divide
   return [
     dict(zip(AXES, (chips // f // s, f, s, 1))) for f in fsdp for s in SEQUENCE if (chips // f) % s == 0
   ]  # fmt: skip

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import math
+import pathlib
 import re
 import time
 
@@ -18,7 +19,7 @@ from stdit_jax.parallel.shardings import tree_shardings
 from stdit_jax.parallel.topology import CHIPS, compiler_version, is_gpu, parse_topology, topology_devices
 from stdit_jax.planning import gpus
 from stdit_jax.training.autoencoding import autoencoder_model
-from stdit_jax.training.batches import batch_shapes
+from stdit_jax.training.batches import array_axes, batch_shapes
 from stdit_jax.training.checkpoints import from_plain
 from stdit_jax.training.metrics import batch_work
 from stdit_jax.training.objectives import OBJECTIVES
@@ -56,7 +57,7 @@ def bytes_per_device(shapes, mesh):
 
 def resident_bytes(config, objective, mesh):
   """{what: bytes on one device} of all that stays in memory while a program runs, its own arguments included."""
-  params, frozen = jax.eval_shape(objective.init, jax.random.key(0))
+  params, frozen = objective.shapes
   states = state_shapes(params, make_optimizer(config.optimizer))
   sizes = {"parameters": states["params"], "average": states["ema"], "optimizer": states["opt"], "gradients": states["params"]}
   sizes = {name: bytes_per_device(tree, mesh) for name, tree in sizes.items()}
@@ -86,7 +87,7 @@ def lower(job):
   mesh = make_mesh(config.mesh, topology_devices(job.topology, job.slices), config.slices)
   resolution, frames, rows = job.bucket
   objective = OBJECTIVES[config.task](config)
-  params, frozen = jax.eval_shape(objective.init, jax.random.key(0))
+  params, frozen = objective.shapes
   optimizer = make_optimizer(config.optimizer)
   states = state_shapes(params, optimizer)
   layouts, micro_batches = choose_layouts(stage, [Bucket(resolution, frames, 1.0, rows)], mesh, objective)
@@ -96,6 +97,10 @@ def lower(job):
   programs = Programs(objective.loss, mesh, states, frozen, optimizer, scales, stage, TraceCounter())
   programs.make_gradient((resolution, frames), tuple(batch), parts, layout)
   resident = resident_bytes(config, objective, mesh)
+  # While it runs the host makes the next batch, which may be of the same size.
+  resident["next batch"] = sum(
+    math.prod(layout.sharding(*array_axes(name)).shard_shape(s.shape)) * s.dtype.itemsize for name, s in batch.items()
+  )
   # The program's own peak holds parameters, gradients and what is frozen in it; the rest waits beside it.
   own = resident["parameters"] + resident["gradients"] + bytes_per_device(frozen, mesh)
   facts = {
@@ -114,9 +119,10 @@ def lower(job):
 
 
 def text_digest(lowered, topology):
-  """sha256 of all that the compiled program depends on: its text, the topology, the compiler."""
+  """sha256 of all that the measured program depends on: its text, the topology, the compiler, how it is read (hlo.py)."""
   versions = f"{topology} {jax.__version__} {jaxlib.__version__} {compiler_version(topology)}"
-  return hashlib.sha256(f"{versions}\n{lowered.as_text()}".encode()).hexdigest()[:32]
+  reader = pathlib.Path(hlo.__file__).read_text()
+  return hashlib.sha256(f"{versions}\n{reader}\n{lowered.as_text()}".encode()).hexdigest()[:32]
 
 
 def compile_program(lowered):

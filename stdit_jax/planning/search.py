@@ -92,7 +92,7 @@ class Found:
 
 def most_growth(result, n):
   """Bytes per sample if all that is not state grows with the batch, of a result for `n` samples per device."""
-  return (result["peak"] - sum(result["resident"].values())) / n
+  return (result["peak"] - sum(size for name, size in result["resident"].items() if name != "next batch")) / n
 
 
 def predict(results, limit):
@@ -154,8 +154,11 @@ def first_batch(job, chips):
   return max(1, round_down(int(FILL * free / (tokens * model.hidden_size * jnp.dtype(model.dtype).itemsize * arrays))))
 
 
-def search_bucket(compiler, job, chips):
-  """Searches the largest batch of a job's bucket, whole samples first; where not one fits, tokens are split -> Found."""
+def search_bucket(compiler, job, chips, start=None):
+  """Searches the largest batch of a job's bucket, whole samples first; where not one fits, tokens are split -> Found.
+
+  `start`: samples of the whole mesh to begin with; by default `first_batch` estimates.
+  """
   key = job.bucket[:2]
   whole, split = batch_units(job.config, chips, job.slices)
   for unit, names in ((whole, ()), (split, (f"{key[0]}:{key[1]}",))):
@@ -164,7 +167,7 @@ def search_bucket(compiler, job, chips):
     def measure(n, config=config, unit=unit):
       return compiler(dataclasses.replace(job, config=config, bucket=(*key, n * unit)))
 
-    found = largest_batch(measure, first_batch(job, chips))
+    found = largest_batch(measure, max(1, start // unit) if start else first_batch(job, chips))
     if found.largest or whole == split:
       break
   return found

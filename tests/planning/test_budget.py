@@ -37,4 +37,5 @@ def test_sensible_meshes_make_all_chips_and_whole_tiles():
   assert {"data": 2, "fsdp": 8, "sequence": 16, "tensor": 1} in found
   assert all(m["data"] * m["fsdp"] * m["sequence"] == 256 for m in found)
   assert {m["fsdp"] for m in found} == {4, 8}  # 1152 rows make 72 tiles
+  assert {m["fsdp"] for m in meshes.sensible_meshes(256, 1872)} == {4, 8, 16}  # STDiT3-3B/2: no whole tiles, but whole parts
   assert meshes.nearest_batch(100, 256) == 256

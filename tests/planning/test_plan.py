@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from stdit_jax import plan
 from tests.tiny_run import ROOT
 
 SMALL = """
@@ -20,11 +21,14 @@ def get_config():
 """
 
 
-def plan(folder, *arguments):
-  """The command over a small model of width 1024."""
+def command_line(folder, *arguments):
+  """Arguments of the command over a small model of width 1024."""
   (folder / "small.py").write_text(SMALL)
-  command = [sys.executable, "-m", "stdit_jax.plan", "--config", str(folder / "small.py"), "--cache", str(folder / "cache")]
-  command += arguments
+  return ["--config", str(folder / "small.py"), "--cache", str(folder / "cache"), *arguments]
+
+
+def run_plan(folder, *arguments):
+  command = [sys.executable, "-m", "stdit_jax.plan", *command_line(folder, *arguments)]
   environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
   return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
 
@@ -34,7 +38,7 @@ def test_fsdp_moves_no_more_than_it_must(tmp_path):
   beside them is biases and norms; activations stay where they are. The second call compiles nothing."""
   pytest.importorskip("libtpu")
   arguments = ("--config.mesh.data=1", "--topology", "v5e:2x4", "--bucket", "144p:1:8", "--stage", "stage1")
-  first = plan(tmp_path, *arguments, "--output", str(tmp_path / "plan.json"))
+  first = run_plan(tmp_path, *arguments, "--output", str(tmp_path / "plan.json"))
   assert first.returncode == 0, first.stderr
   assert "1 of 1 buckets fit" in first.stdout
   (result,) = json.loads((tmp_path / "plan.json").read_text())
@@ -45,11 +49,11 @@ def test_fsdp_moves_no_more_than_it_must(tmp_path):
   assert result["in_loop"]["all-to-all"] == result["in_loop"]["collective-permute"] == 0
   state = sum(result["resident"][name] for name in ("parameters", "average", "optimizer", "gradients"))
   assert state < result["peak"] < result["limit"]
-  again = plan(tmp_path, *arguments)
+  again = run_plan(tmp_path, *arguments)
   assert again.returncode == 0
   assert next(line for line in again.stdout.splitlines() if "144p x 1 " in line) in first.stdout
   # What was compiled is found by its text, whatever else changed: another name of the stage's checkpoints, say.
-  changed = plan(tmp_path, *arguments, "--config.checkpoint_every=7")
+  changed = run_plan(tmp_path, *arguments, "--config.checkpoint_every=7")
   assert next(line for line in changed.stdout.splitlines() if "144p x 1 " in line) in first.stdout
   assert len(list((tmp_path / "cache").glob("program-*"))) == 1
   assert len(list((tmp_path / "cache").glob("job-*"))) == 2
@@ -59,7 +63,7 @@ def test_split_tokens_go_by_all_to_all(tmp_path):
   """Between attention over space and over time tokens change places, twice a layer and pass; kernels are gathered as ever."""
   pytest.importorskip("libtpu")
   mesh = ("--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.mesh.sequence=4", "--config.split_tokens=always")
-  made = plan(
+  made = run_plan(
     tmp_path, *mesh, "--topology", "v5e:2x4", "--bucket", "144p:51:2", "--stage", "stage1",
     "--output", str(tmp_path / "plan.json"),
   )  # fmt: skip
@@ -86,9 +90,11 @@ def test_split_tokens_go_by_all_to_all(tmp_path):
     (("--topology", "v5e:2x4", "--config.mesh.fsdp=3", "--bucket", "144p:51:12"), "does not make 8 devices"),
   ],
 )
-def test_mistakes_are_one_line(tmp_path, arguments, message):
+def test_mistakes_are_one_line(tmp_path, arguments, message, capsys):
   pytest.importorskip("libtpu")
-  result = plan(tmp_path, *arguments)
-  assert result.returncode == 2
-  assert message in result.stderr
-  assert len(result.stderr.strip().splitlines()) == 1
+  with pytest.raises(SystemExit) as exit:
+    plan.main(command_line(tmp_path, *arguments))
+  assert exit.value.code == 2
+  said = capsys.readouterr().err
+  assert message in said
+  assert len(said.strip().splitlines()) == 1

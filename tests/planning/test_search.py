@@ -2,15 +2,17 @@
 
 import math
 import pathlib
+import re
 import runpy
 
 import pytest
 
 from configs import open_sora_1_2
 from data.config import DataConfig
+from stdit_jax import plan
 from stdit_jax.planning import search
 from stdit_jax.training.stages import make_stages
-from tests.planning.test_plan import SMALL
+from tests.planning.test_plan import SMALL, command_line
 
 GIB = 2**30
 
@@ -72,6 +74,23 @@ def test_equal_batches_take_equal_time():
   assert found.equal(1.1, constant, slope) == 5
   assert found.equal(99.0, constant, slope) == 11  # no more than fits
   assert found.equal(0.0, constant, slope) == 1
+
+
+def test_a_search_begins_with_the_batch_that_is_given(tmp_path, monkeypatch, capsys):
+  """`--bucket 144p:51:192` is 24 samples on each of 8 devices; 31 fill the memory, by all that is not state."""
+  measure, asked = device(1.0, 0.4)
+
+  def compiler(job):
+    n = job.bucket[2] // 8
+    shown = {"stage": "stage1", "resolution": "144p", "frames": 51, "batch": 8 * n, "samples_per_part": n, "micro_batches": 1}
+    return result(n, n / 10) | shown | {"compile_seconds": 1, "activations": 0} | measure(n)
+
+  monkeypatch.setattr(plan, "Compiler", lambda *_: compiler)
+  plan.main(
+    command_line(tmp_path, "--topology", "v5e:2x4", "--stage", "stage1", "--search-batch-size", "--bucket", "144p:51:192")
+  )
+  assert asked == [24, 31]
+  assert re.search(r"144p x 51 +248 +3.10s", capsys.readouterr().out)
 
 
 def test_batches_that_ship_are_of_their_stage():
