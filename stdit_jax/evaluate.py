@@ -142,7 +142,7 @@ def evaluate_shapes(args):
 
   check_counts(args, count=200, batch_size=20)
   config, step = loading.read_model(args)
-  pipeline, described = loading.load_pipeline(args, config, step)
+  pipeline, described = loading.load_pipeline(args, config, step), loading.describe(args, step)
   steps, scale = loading.steps_and_scale(args, config)
   writes = jax.process_index() == 0
 

@@ -12,19 +12,30 @@ Tasks, given as NAME and its files:
 A prompt `|0|text|2|other` changes with the loops; one that ends with {{"reference_path": "a.png;b.mp4", "mask_strategy":
 "0;0,1,0,-1"}} has its own files and mask strategy, as with Open-Sora. --explain prints what becomes of every frame.
 
-Files are named after the number of the prompt, its first words and the seed; what exists is skipped unless --overwrite.
+Files are named after the number of the prompt, its first words, the task and the seed; what exists with the same settings (in
+the JSON file beside it) is kept unless --overwrite, and other settings get another name, -2, -3, ...
 Of several processes (`cli.connect_processes`) all run the same command, and the first one writes.
 """
 
 import argparse
 import dataclasses
+import json
+import os
 import re
 import sys
 import time
 
 from data import paths
-from stdit_jax.cli import OneLineParser, connect_processes, keep_freed_memory, one_line_errors, use_compilation_cache
+from stdit_jax.cli import (
+  InputError,
+  OneLineParser,
+  connect_processes,
+  keep_freed_memory,
+  one_line_errors,
+  use_compilation_cache,
+)
 from stdit_jax.generation import conditions, tasks
+from stdit_jax.generation.media import FRAMES, IMAGE_FORMATS, VIDEO_FORMATS, settings_file
 from stdit_jax.training import loading
 
 
@@ -73,9 +84,11 @@ def make_parser():
     "--decode-memory", type=float, metavar="GIB", help="memory of the decoder, which works in tiles if it needs more "
     "(autoencoders/tiles.py; default: what is free)",
   )  # fmt: skip
-  how.add_argument("--output", default="samples", help="folder for the files (default: samples)")
   how.add_argument(
-    "--format", default="mp4", choices=("mp4", "gif", "webp", "frames"), help="of videos, a folder of png; images are png"
+    "--output", default="samples", help="folder for the files, or one .mp4, .gif, .webp, .png (default: samples)"
+  )
+  how.add_argument(
+    "--format", default="mp4", choices=(*VIDEO_FORMATS, FRAMES), help="of videos, a folder of png; images are png"
   )
   how.add_argument("--overwrite", action="store_true", help="make again what exists")
   return parser
@@ -168,6 +181,8 @@ def make_work(args, config, autoencoder):
       raise ValueError(f"--num-frames is {frames}, a length that the autoencoder does not give back; nearest: {allowed}")
     lengths, count = tuple(map(autoencoder.latent_frames, counts)), autoencoder.latent_frames(frames)
     if task:
+      if not args.compat:
+        tasks.check_length(task, args.loops, frames, autoencoder)
       options = {"loops": args.loops, "length": args.condition_frames, "strength": args.edit_strength}
       job = tasks.make_job(task, count, lengths, **options, edit=args.condition_edit, group=autoencoder.group)
     else:
@@ -179,7 +194,7 @@ def make_work(args, config, autoencoder):
     height, width = picture_shape(args, config, files, autoencoder.downsampling)
     scores = args.aesthetic_score, args.motion_score, args.camera_motion
     texts = [clean_caption(append_scores(piece, *scores)) for piece in split_loops(text, job.loops)]
-    words = "-".join(re.findall(r"[a-z0-9]+", texts[0].lower())[:6]) or "prompt"
+    words = "-".join([*re.findall(r"[a-z0-9]+", texts[0].lower())[:6], *([task] if task else [])]) or "prompt"
     for seed in range(args.seed, args.seed + args.num_samples):
       requests = tuple(Request(piece, height, width, frames, fps, seed, loop) for loop, piece in enumerate(texts))
       work.append(Work(f"{i:04d}-{words}-seed{seed}", requests, files, job, lengths))
@@ -218,15 +233,19 @@ def main(argv=None):
     work = make_work(args, config, autoencoder)
     if args.explain:
       return explain(work, autoencoder, args.compat)
+    steps, scale = loading.steps_and_scale(args, config)
+    settings = [settings_of(one, args, steps, scale, loading.describe(args, step), autoencoder) for one in work]
     paths.check(args.output, "--output")
-    paths.make_folder(args.output)
     use_compilation_cache()
     keep_freed_memory()
-    steps, scale = loading.steps_and_scale(args, config)
-    check = lambda pipeline: check_memory(pipeline, work, steps, scale, args)  # noqa: E731
-    pipeline, described = loading.load_pipeline(args, config, step, check)
-  with one_line_errors((OSError,)):
-    run_work(pipeline, work, steps, scale, args, described)
+    files, missing = choose_files(args, work, settings)
+    if not missing:
+      return print(f"all {len(work)} files exist and are kept (--overwrite makes them again)")
+    paths.make_folder(os.path.dirname(files[0]) or ".")
+    check = lambda pipeline: check_memory(pipeline, [work[i] for i in missing], steps, scale, args)  # noqa: E731
+    pipeline = loading.load_pipeline(args, config, step, check)
+  with one_line_errors((OSError, InputError)):
+    run_work(pipeline, work, files, missing, settings, steps, scale, args)
 
 
 def check_memory(pipeline, work, steps, scale, args):
@@ -271,26 +290,84 @@ def autoencoder_of(config):
   return autoencoder_model(config.autoencoder).config
 
 
-def run_work(pipeline, work, steps, scale, args, described):
-  """Makes and writes what is not there yet, a batch at a time; interrupting keeps what is finished. All processes make, the
-  first decodes and writes."""
+def settings_of(one, args, steps, scale, described, autoencoder):
+  """What makes a file what it is, as it is written into it and beside it, where the number of its frames is added."""
+  first, prompts, step = one.requests[0], [r.prompt for r in one.requests], autoencoder.downsampling
+  settings = {
+    "prompt": prompts[0] if len(set(prompts)) == 1 else prompts, "seed": first.seed, "steps": steps, "guidance_scale": scale,
+    # What the autoencoder makes of the size that was asked for.
+    "height": first.height // step * step, "width": first.width // step * step, "fps": first.fps,
+    "frames_of_clip": first.num_frames, "model": described,
+  }  # fmt: skip
+  if one.files or one.job.loops > 1:
+    settings |= {"references": one.files, "loops": one.job.loops, "task": args.task[0] if args.task else None}
+    settings |= {"rules": [dataclasses.astuple(rule) for rule in one.job.rules], "pieces": one.job.pieces}
+  names = "negative_prompt", "sampler", "guidance_interval", "guidance_rescale", "guidance_channels", "step_cache", "compat"
+  names += "config", "autoencoder", "text_encoder", "decode_memory"
+  settings |= {name: value for name in names if (value := getattr(args, name)) not in (None, 0)}
+  return json.loads(json.dumps(settings))
+
+
+def choose_files(args, work, settings):
+  """(files, numbers of those that have to be made); of several processes as the first one sees them. A name whose JSON file
+  says other settings is passed over for one with -2, -3, ...
+
+  Raises ValueError when `--output` is a file, and several are to be made, it can't hold what is made, or it holds another.
+  """
   import jax
   import numpy as np
   from jax.experimental import multihost_utils
 
-  ending = "" if args.format == "frames" else f".{args.format}"
-  files = [paths.join(args.output, f"{one.stem}{'.png' if is_image(one) else ending}") for one in work]
-  missing = np.asarray([args.overwrite or not paths.exists(path) for path in files])
-  if jax.process_count() > 1:
-    missing = multihost_utils.broadcast_one_to_all(missing)  # they need not see the same files
-  todo, writes = np.flatnonzero(missing), jax.process_index() == 0
-  if writes and len(todo) < len(work):
-    print(f"{len(work) - len(todo)} of {len(work)} files exist and are kept (--overwrite makes them again)")
-  if writes:
-    first = work[0].requests[0]
-    print(f"{described}: {first.num_frames} x {first.height} x {first.width}, {steps} steps, guidance {scale:g}")
-  for batch, label in batches(work, todo, args.batch_size or pipeline.batch_parts):
-    make_batch(pipeline, [(work[i], files[i]) for i in batch], label, steps, scale, args, described)
+  ending = os.path.splitext(args.output)[1][1:].lower()
+  alone = ending in VIDEO_FORMATS + IMAGE_FORMATS
+  if alone and (len(work) > 1 or (ending in IMAGE_FORMATS and not is_image(work[0]))):
+    what = f"{len(work)} files are" if len(work) > 1 else "a video is"
+    raise ValueError(f"--output {args.output} is one {ending}, but {what} to be made; give a folder, and --format")
+  files, missing, taken = [], [], False
+  for one, own in zip(work, settings):
+    kind = "png" if is_image(one) else "" if args.format == FRAMES else args.format
+    stem = os.path.splitext(args.output)[0] if alone else paths.join(args.output, one.stem)
+    path, number = args.output if alone else f"{stem}.{kind}".rstrip("."), 1
+    while not args.overwrite and made_with(path) not in (None, own):
+      if taken := alone:
+        break
+      number += 1
+      path = f"{stem}-{number}.{kind}".rstrip(".")
+    files.append(path)
+    missing.append(args.overwrite or not paths.exists(path))
+  if jax.process_count() > 1:  # they need not see the same files
+    taken, *missing = multihost_utils.broadcast_one_to_all(np.asarray([taken, *missing]))
+  if taken:
+    raise ValueError(f"--output {args.output} exists, and was made with other settings; --overwrite replaces it")
+  return files, np.flatnonzero(missing).tolist()
+
+
+def made_with(path):
+  """The settings with which the file of this name, or one that differs in its ending, was made; None where there is none."""
+  try:
+    found = json.loads(paths.read_text(settings_file(path)))
+    found.pop("num_frames")
+  except FileNotFoundError:
+    return {} if paths.exists(path) else None
+  except (ValueError, KeyError, AttributeError, TypeError):
+    return {}
+  return found
+
+
+def run_work(pipeline, work, files, missing, settings, steps, scale, args):
+  """Makes and writes what is missing, a batch at a time; interrupting keeps what is finished. All processes make, the first
+  decodes and writes."""
+  import jax
+  from jax.experimental import multihost_utils
+
+  if jax.process_index() == 0:
+    if len(missing) < len(work):
+      print(f"{len(work) - len(missing)} of {len(work)} files exist and are kept (--overwrite makes them again)")
+    first = work[missing[0]].requests[0]
+    size = f"{first.num_frames} x {first.height} x {first.width}"
+    print(f"{settings[0]['model']}: {size}, {steps} steps, guidance {scale:g}")
+  for batch, label in batches(work, missing, args.batch_size or pipeline.batch_parts):
+    make_batch(pipeline, [(work[i], files[i], settings[i]) for i in batch], label, steps, scale, args)
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices("samples are written")
 
@@ -317,8 +394,8 @@ def same_size(a, b):
   return shape(a) == shape(b)
 
 
-def make_batch(pipeline, batch, label, steps, scale, args, described):
-  """Makes the videos of (work, file) together; the first process writes them."""
+def make_batch(pipeline, batch, label, steps, scale, args):
+  """Makes the videos of (work, file, settings) together; the first process writes them."""
   import jax
   from tqdm import tqdm
 
@@ -336,25 +413,15 @@ def make_batch(pipeline, batch, label, steps, scale, args, described):
     progress = lambda steps: tqdm(steps, name, unit="step", leave=False, file=sys.stderr, disable=None if writes else True)  # noqa: E731
     return pipeline.sample_latents(requests, steps, scale, progress, given, negative)
 
-  items, step = [], pipeline.codec.config.downsampling
-  for one, _ in batch:
-    first = one.requests[0]
-    size = first.height // step * step, first.width // step * step  # what the autoencoder makes of this size
-    references = tuple(read_reference(path, size, first.fps, args.compat is not None) for path in one.files)
+  items = []
+  for one, _, own in batch:
+    size, fps = (own["height"], own["width"]), one.requests[0].fps
+    references = tuple(read_reference(path, size, fps, args.compat is not None) for path in one.files)
     items.append(Item(one.requests, references, one.job))
   videos = make_videos(pipeline, items, sample, writes, args.compat)
-  for (one, path), frames in zip(batch, videos or ()):
+  for (one, path, own), frames in zip(batch, videos or ()):
     request = one.requests[0]
-    prompts = [r.prompt for r in one.requests]
-    settings = {
-      "prompt": prompts[0] if len(set(prompts)) == 1 else prompts, "seed": request.seed, "steps": steps,
-      "guidance_scale": scale, "height": frames.shape[1], "width": frames.shape[2], "num_frames": len(frames),
-      "fps": request.fps, "model": described,
-    }  # fmt: skip
-    if one.files or one.job.loops > 1:
-      settings |= {"references": one.files, "loops": one.job.loops, "task": args.task[0] if args.task else None}
-      settings["rules"] = [dataclasses.astuple(rule) for rule in one.job.rules]
-    write_media(path, frames, request.fps, settings)
+    write_media(path, frames, request.fps, own | {"num_frames": len(frames)})
     print(f"{path}  ({time.monotonic() - began:.1f} s)  {request.prompt}", flush=True)
 
 

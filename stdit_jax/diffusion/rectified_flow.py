@@ -148,6 +148,10 @@ class RectifiedFlow:
     error = prediction_of(output, x0, num_channels) - (x0 - noise)
     return masked_mean(jnp.square(error), frame_mask, valid)
 
+  def model_timesteps(self, t):
+    """What the model is shown for timesteps of this formulation: the same."""
+    return t
+
   def for_sampling(self, num_steps):
     """The formulation to sample with (the same here; IDDPM respaces its schedule)."""
     if num_steps < 1:

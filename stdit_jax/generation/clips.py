@@ -34,16 +34,23 @@ def given_frames(placement, latents):
   return placement.ratio, np.stack([empty if z is None else z for z in laid]), taken
 
 
-def encode_used(pipeline, references, placements):
+def encode_used(pipeline, references, placements, num_frames=None):
   """Latents of those latent frames of the references that a placement uses: {number: `[h, w, C]`} of each. Where frames are
-  encoded alone, a long video is not encoded as a whole for its last ones."""
-  encoded = []
+  encoded alone, a long video is not encoded as a whole for its last ones.
+
+  With a video autoencoder the latents of a clip hold different numbers of frames. Where the first of a clip of `num_frames`
+  are the last of a reference, so many of its frames as those hold are encoded as a clip of their own; None: as the originals.
+  """
+  encoded, config = [], pipeline.codec.config
   for number, frames in enumerate(references):
-    used = sorted({int(t) for p in placements for r, t in zip(p.reference, p.frame) if r == number})
+    places = {(slot, int(t)) for p in placements for slot, (r, t) in enumerate(zip(p.reference, p.frame)) if r == number}
+    used, count = sorted({t for _, t in places}), config.latent_frames(len(frames))
     if not used:
       encoded.append({})
-    elif pipeline.codec.config.latent_frames(len(frames)) == len(frames):
+    elif count == len(frames):
       encoded.append(dict(zip(used, pipeline.encode(frames[used]))))
+    elif num_frames and used[0] and places == {(slot, count - len(used) + slot) for slot in range(len(used))}:
+      encoded.append(dict(zip(used, pipeline.encode(frames[-config.frame_starts(num_frames)[len(used)] :]))))
     else:
       latents = pipeline.encode(frames)
       encoded.append({t: latents[t] for t in used})
@@ -70,7 +77,8 @@ def make_videos(pipeline, items, sample, decode=True, compat=None):
     [place_loop(item.job, loop, count, [config.latent_frames(len(f)) for f in item.references], compat) for loop in loops]
     for item in items
   ]
-  latents = [encode_used(pipeline, item.references, placed) for item, placed in zip(items, placements)]
+  own = None if compat else num_frames
+  latents = [encode_used(pipeline, item.references, placed, own) for item, placed in zip(items, placements)]
   for loop in loops:
     given = [given_frames(placed[loop], known) for placed, known in zip(placements, latents)]
     made = sample(loop, [item.requests[loop] for item in items], given)

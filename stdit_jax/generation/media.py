@@ -17,6 +17,11 @@ FRAMES = "frames"  # a folder of pictures, its name without an ending
 IMAGE_FORMATS = ("png",)
 
 
+def settings_file(path):
+  """The JSON file of a video or picture; of those that differ in their endings it is the same."""
+  return f"{os.path.splitext(str(path))[0]}.json"
+
+
 def write_media(path, frames, fps, settings):
   """Writes frames uint8 `[T, H, W, 3]` to `path` by its ending, and `settings` into it and into a JSON file beside it.
 
@@ -25,12 +30,11 @@ def write_media(path, frames, fps, settings):
 
   Raises ValueError for an unknown ending or several frames as png.
   """
-  stem, ending = os.path.splitext(str(path))
-  kind = ending[1:].lower()
+  kind = os.path.splitext(str(path))[1][1:].lower()
   text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
   if not kind:
     _write_folder(path, frames)
-    return paths.write_text(f"{path}.json", text)
+    return paths.write_text(settings_file(path), text)
   if kind not in VIDEO_FORMATS + IMAGE_FORMATS:
     raise ValueError(f"{path}: unknown ending; allowed: {', '.join(VIDEO_FORMATS + IMAGE_FORMATS)}")
   if kind in IMAGE_FORMATS and len(frames) != 1:
@@ -48,7 +52,7 @@ def write_media(path, frames, fps, settings):
       else:
         own = {"comment": comment.encode()} if kind == "gif" else {"quality": 90, "method": 4, "xmp": comment.encode()}
         pictures[0].save(temporary, save_all=True, append_images=pictures[1:], duration=round(1000 / fps), loop=0, **own)
-  paths.write_text(f"{stem}.json", text)
+  paths.write_text(settings_file(path), text)
 
 
 def _write_folder(path, frames):

@@ -65,6 +65,9 @@ class Pipeline:
     self.batch_parts, self.token_parts = (1, 1) if mesh is None else (self.layout.batch_parts, self.layout.token_parts)
     self.model, self.diffusion = objective.model.clone(layout=self.layout), objective.diffusion
     self.codec = codec
+    # As Open-Sora 1.1: trained on every third frame it is told the file's own rate, three times that of the clip.
+    data = objective.config.data
+    self._told_fps = data.frame_interval if data.fps_rule == "1.1" else 1
     channels = self.model.config.in_channels
     if (count := self.guidance.channels) is not None and not 1 <= count <= channels:
       raise ValueError(f"guided_channels is {count}; allowed: 1 to {channels} (latent channels), or none for all")
@@ -118,7 +121,8 @@ class Pipeline:
     t = diffusion.sampling_timesteps(steps, *sides)[0]
     step = self._step.lower(
       self.variables, x, (shape((batch, frames)), shape((batch, frames), bool)) if given else None,
-      (x, shape((batch,)), shape((batch, frames), bool)) if diffusion.remembers else None, kept, self._computes(0, t), t, t,
+      (x, shape((batch,)), shape((batch, frames), bool)) if diffusion.remembers else None, kept,
+      self._computes(diffusion, 0, t), t, t,
       x if diffusion.stochastic else None, x if given else None, conditions, diffusion=diffusion,
       guidance=dataclasses.replace(self.guidance, scale=float(guidance_scale)), latent_size=size, negative=negative,
     ).compile()  # fmt: skip
@@ -184,7 +188,7 @@ class Pipeline:
       raise ValueError("requests of one batch must have the same size, frames and fps")
     size, config = self.latent_size(first), self.model.config
     text, text_mask = self.embed([r.prompt for r in requests])
-    fps = IMAGE_FPS if first.num_frames == 1 else first.fps
+    fps = IMAGE_FPS if first.num_frames == 1 else first.fps * self._told_fps
     numbers = {"height": first.height, "width": first.width, "num_frames": first.num_frames, "fps": fps}
     conditions = {name: self._place(np.full((batch,), value, np.float32)) for name, value in numbers.items()}
     null = text, text_mask  # by `drop_text` its features become those of the null caption
@@ -213,16 +217,18 @@ class Pipeline:
     for i in progress(range(steps)):
       noise = noise_of(fold_in(step_keys, i)) if diffusion.stochastic else None
       x, edit, memory, kept = self._step(
-        self.variables, x, edit, memory, kept, self._computes(i, timesteps[i]), timesteps[i], timesteps[i + 1], noise,
-        frame_noise, conditions,
+        self.variables, x, edit, memory, kept, self._computes(diffusion, i, timesteps[i]), timesteps[i], timesteps[i + 1],
+        noise, frame_noise, conditions,
         diffusion=diffusion, guidance=guidance, latent_size=size, negative=negative_prompt is not None,
       )  # fmt: skip
       x.block_until_ready()
     return unpatchify(multihost_utils.process_allgather(x, tiled=True)[:count], size, config.patch_size)
 
-  def _computes(self, step, t):
-    """`Reuse.computes` of a step at timesteps `t` `[B]`, equal ones: the sizes of a batch are."""
-    return {} if self.cache is None else {kind: np.bool_(value) for kind, value in self.cache.computes(step, t[0]).items()}
+  def _computes(self, diffusion, step, t):
+    """`Reuse.computes` of a step at timesteps `t` `[B]` of a formulation, equal ones: the sizes of a batch are."""
+    if self.cache is None:
+      return {}
+    return {kind: np.bool_(value) for kind, value in self.cache.computes(step, diffusion.model_timesteps(t[0])).items()}
 
   def _start_from(self, x, given, size):
     """Lays the given latents over the noise -> (x, state of `elements.start_edit`)."""

@@ -3,6 +3,7 @@
 import numpy as np
 
 from data import video
+from stdit_jax.cli import InputError
 
 MAX_BYTES = 8 << 30
 
@@ -37,17 +38,17 @@ def read_reference(path, size, fps, every_frame=False):
     every_frame: take all of them, whatever their rate, as the original does.
 
   Raises:
-    ValueError: a file that can't be used, or too long.
+    InputError: a file that can't be used, or too long.
   """
   numbers = _numbers(path, fps, every_frame)
   if len(numbers) * size[0] * size[1] * 3 > MAX_BYTES:
-    raise ValueError(
+    raise InputError(
       f"{path}: {len(numbers)} frames of {size[0]} x {size[1]} are more than {MAX_BYTES >> 30} GiB; cut the video"
     )
   try:
     return video.read_frames(path, numbers, size=size)
   except video.BadVideo as error:
-    raise ValueError(f"{path} can't be used: {error}") from None
+    raise InputError(f"{path} can't be used: {error}") from None
 
 
 def picture_size(path):

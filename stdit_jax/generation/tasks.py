@@ -50,11 +50,25 @@ def check_files(task, count):
     raise ValueError(f"--task {task} takes {allowed} files after its name; {count} are given")
 
 
+def check_length(task, loops, num_frames, autoencoder):
+  """Raises ValueError where the last latents of a clip are to be the first ones of another, or the other way round, and do not
+  hold the same frames: with an autoencoder that makes chunks, Open-Sora 1.2's, only whole chunks do."""
+  joined = task in ("extend-backward", "connect", "loop") or (task in GOES_ON and loops > 1)
+  if joined and autoencoder.group > 1 and num_frames % autoencoder.chunk:
+    chunks, least = num_frames // autoencoder.chunk, 3 if task in ("connect", "loop") else 2  # one is given by default, or two
+    near = sorted({max(least, number) * autoencoder.chunk for number in (chunks, chunks + 1)})
+    what = f"--task {task}" + " with --loops" * (task in GOES_ON)
+    raise ValueError(
+      f"--num-frames is {num_frames}; for {what} the autoencoder needs whole chunks of {autoencoder.chunk}: "
+      f"{' or '.join(map(str, near))}"
+    )
+
+
 def condition_length(wanted, frames, group=1):
   """Latent frames of a clip of `frames` that are given of another one: those wanted, by default 4 as in Open-Sora 1.1, of short
   clips a quarter, the most that training shows (`frame_masks`), and whole groups of the autoencoder, as in 1.2 (5). ValueError
   when nothing is left to generate."""
-  length = wanted or -(-max(1, min(4, frames // 4)) // group) * group
+  length = -(-max(1, min(4, frames // 4)) // group) * group if wanted is None else wanted
   if not 1 <= length < frames:
     raise ValueError(f"--condition-frames is {length}; allowed: 1 to {frames - 1}, one less than the clip has")
   return length

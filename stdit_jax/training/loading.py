@@ -59,9 +59,11 @@ def read_model(args):
       config[key].weights = value
   if config.task != "denoiser":
     raise ValueError(f"{args.run or args.config} trains an {config.task}; sampling needs a denoiser")
-  if config.text_encoder.where == "disk":
-    raise ValueError("the run took its text embeddings from disk; give --text-encoder and set text_encoder.where to 'ahead'")
   config = ml_collections.ConfigDict(config.to_dict())
+  if config.text_encoder.where == "disk":
+    if not args.text_encoder:
+      raise ValueError("the run took its text embeddings from disk; give --text-encoder")
+    config.text_encoder.where = "ahead"
   own = {"open-sora-1.1": "iddpm", "open-sora-1.2": "rectified-flow", None: config.diffusion.name}[args.compat]
   if config.diffusion.name != own:
     raise ValueError(f"--compat {args.compat} is of {own}; the model was trained with {config.diffusion.name}")
@@ -74,7 +76,12 @@ def read_model(args):
 def steps_and_scale(args, config):
   """(sampler steps, guidance scale) of the command line, else of the configuration."""
   scale = config.sample.guidance_scale if args.guidance_scale is None else args.guidance_scale
-  return args.steps or config.sample.steps, scale
+  return config.sample.steps if args.steps is None else args.steps, scale
+
+
+def describe(args, step):
+  """Which weights the arguments name."""
+  return f"{args.run}, step {step}, {args.item}" if args.run else args.weights
 
 
 def guidance_of(args):
@@ -82,13 +89,15 @@ def guidance_of(args):
   from stdit_jax.diffusion.guidance import Guidance
 
   interval = tuple(args.guidance_interval) if args.guidance_interval else None
-  channels = args.guidance_channels or (3 if args.compat == "open-sora-1.1" else None)
+  channels = args.guidance_channels
+  if channels is None and args.compat == "open-sora-1.1":
+    channels = 3
   options = {"channels": channels, "interval": interval, "rescale": args.guidance_rescale}
   return Guidance(**options, together=not args.guidance_in_turn)
 
 
 def load_pipeline(args, config, step, check=lambda pipeline: None):
-  """(pipeline, description of the weights) of what `read_model` read; `check` sees it while its weights are shapes only."""
+  """The pipeline of what `read_model` read; `check` sees it while its weights are shapes only."""
   import jax
 
   from stdit_jax.generation.pipeline import Pipeline
@@ -104,7 +113,7 @@ def load_pipeline(args, config, step, check=lambda pipeline: None):
   mesh = make_mesh(sizes) if sizes else None
   objective = DenoiserObjective(config)
   tokenize = TokenizeText(config.text_encoder.tokenizer, config.text_encoder.max_length)
-  params, frozen = placed_shapes(jax.eval_shape(objective.init, jax.random.key(0)), mesh)
+  params, frozen = placed_shapes(objective.shapes, mesh)
   text_params = None
   weights.need_file(config.autoencoder.weights, "autoencoder.weights")
   if not args.run:
@@ -120,14 +129,13 @@ def load_pipeline(args, config, step, check=lambda pipeline: None):
   check(pipeline)
   if args.run:
     params, frozen, _ = checkpoints.load_weights(args.run, args.item, step, mesh)
-    described = f"{args.run}, step {step}, {args.item}"
   else:
     path = weights.need_file(args.weights, "--weights")
     shapes, place = stdit.init_shapes(objective.model.config), None
     if mesh:
       place = tree_shardings(shapes, mesh)
     variables = load_variables(path, "open-sora", shapes, config=objective.model.config, shardings=place)
-    params, frozen, described = {"denoiser": variables["params"]}, {"denoiser": variables["constants"]}, path
+    params, frozen = {"denoiser": variables["params"]}, {"denoiser": variables["constants"]}
   text_params = None
   if "text_encoder" not in params or args.text_encoder:
     params.pop("text_encoder", None)
@@ -136,7 +144,7 @@ def load_pipeline(args, config, step, check=lambda pipeline: None):
     params, frozen, text_params = jax.device_put((params, frozen, text_params), jax.local_devices()[0])
   pipeline.set_weights(params, frozen, text_params)
   pipeline.codec = dataclasses.replace(weights.load_codec(config.autoencoder, pieces), tiles=pipeline.codec.tiles)
-  return pipeline, described
+  return pipeline
 
 
 def load_autoencoder(args):

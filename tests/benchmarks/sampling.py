@@ -35,7 +35,7 @@ EVALUATIONS = (8, 10, 12, 14, 16, 20, 30)
 def load(args, **changes):
   """The pipeline of the command line, some arguments changed."""
   args = argparse.Namespace(**{**vars(args), **changes})
-  return loading.load_pipeline(args, *loading.read_model(args))[0]
+  return loading.load_pipeline(args, *loading.read_model(args))
 
 
 def print_order(args, requests, scale):

@@ -43,8 +43,8 @@ def trained(assets, tmp_path_factory):
 def pipeline(trained):
   args = sample.make_parser().parse_args(["--run", str(trained), "--prompt", "x"])
   config, step = loading.read_model(args)
-  made, described = loading.load_pipeline(args, config, step)
-  assert described.endswith("step 1, ema")
+  made = loading.load_pipeline(args, config, step)
+  assert loading.describe(args, step).endswith("step 1, ema")
   assert config.sample.steps == 2
   return made
 
@@ -77,7 +77,7 @@ def test_noise_bits_depend_on_the_seed_alone(pipeline):
 def another(trained, *arguments):
   """The pipeline with other arguments of the command line."""
   args = sample.make_parser().parse_args(["--run", str(trained), *arguments])
-  return loading.load_pipeline(args, *loading.read_model(args))[0]
+  return loading.load_pipeline(args, *loading.read_model(args))
 
 
 def test_both_branches_in_turn_are_both_at_once(pipeline, trained):
@@ -152,7 +152,7 @@ def test_memory_is_that_of_the_programs_that_run(trained, sampler, cache, condit
     seen.append(pipeline.needed_memory(REQUESTS[0], 3, 2, 3.0, given=conditioned, negative=conditioned))
 
   args = sample.make_parser().parse_args(["--run", str(trained), "--sampler", sampler, "--step-cache", cache])
-  made, _ = loading.load_pipeline(args, *loading.read_model(args), check)
+  made = loading.load_pipeline(args, *loading.read_model(args), check)
   given = [(np.array([0, 1, 1], np.float32), random_latents(0), np.array([True, False, False]))] * 3 if conditioned else None
   made.decode(made.sample_latents(REQUESTS, 2, 3.0, iter, given, "blur" if conditioned else None), 3)
   for recorder in (made._step, made._text, decoder):
@@ -257,10 +257,32 @@ def test_what_exists_is_kept_unless_overwritten_and_formats(trained, tmp_path, c
   assert len(list(output.glob("*.gif"))) == 2
   sample.main([*arguments, "--overwrite"])
   np.testing.assert_array_equal(pictures(path), first)
+  # Other settings under the same words: both are kept, each with its own settings beside it.
   sample.main([*arguments, "--num-frames", "1"])
-  with Image.open(path.with_suffix(".png")) as image:
+  with Image.open(output / "0000-a-rabbit-seed0-2.png") as image:
     assert image.size == (64, 48)
     assert json.loads(image.text["Comment"])["num_frames"] == 1
+  np.testing.assert_array_equal(pictures(path), first)
+  assert [json.loads((output / f"0000-a-rabbit-seed0{n}.json").read_text())["num_frames"] for n in ("", "-2")] == [3, 1]
+  capsys.readouterr()
+  sample.main([*arguments, "--num-frames", "1"])
+  assert capsys.readouterr().out == "all 1 files exist and are kept (--overwrite makes them again)\n"
+
+
+def test_output_may_be_one_file(trained, tmp_path, capsys):
+  path = tmp_path / "new" / "rabbit.gif"
+  arguments = ["--run", str(trained), *SIZE, "--output", str(path), "--prompt"]
+  sample.main([*arguments, "a rabbit"])
+  assert sorted(p.name for p in path.parent.iterdir()) == ["rabbit.gif", "rabbit.json"]
+  assert pictures(path).shape == (3, 48, 64, 3)
+  for more, words in (
+    (["a bird"], "exists, and was made with other settings; --overwrite replaces it"),
+    (["a rabbit", "--num-samples", "2"], "is one gif, but 2 files are to be made; give a folder, and --format"),
+    (["a rabbit", "--output", str(tmp_path / "x.png")], "is one png, but a video is to be made"),
+  ):
+    with pytest.raises(SystemExit):
+      sample.main([*arguments, *more])
+    assert words in capsys.readouterr().err
 
 
 def test_safetensors_give_the_video_of_the_run(assets, trained, tmp_path):
@@ -392,7 +414,7 @@ def test_extended_and_connected_videos_hold_their_files(assets, trained, tmp_pat
   odd = ["--resolution", "144p", "--aspect-ratio", "3:4", "--num-frames", "3", "--fps", "8", "--steps", "1", "--prompt", "x"]
   arguments = ["--run", str(trained), *odd, "--format", "frames", "--output", str(tmp_path / "o")]
   sample.main([*arguments, "--task", "extend-forward", str(video), "--negative-prompt", "Blur!"])
-  with Image.open(tmp_path / "o" / "0000-x-seed0" / "00017.png") as last:
+  with Image.open(tmp_path / "o" / "0000-x-extend-forward-seed0" / "00017.png") as last:
     assert last.size == (216, 160)
   joined = made_frames(trained, tmp_path / "c", "--task", "connect", video, assets / "1.mp4")
   np.testing.assert_array_equal(joined[:16], known)

@@ -9,8 +9,10 @@ from PIL import Image
 
 from stdit_jax import sample
 from stdit_jax.autoencoders import temporal
+from stdit_jax.generation import clips, tasks
 from stdit_jax.generation.references import read_reference
 from stdit_jax.interop import save_variables
+from stdit_jax.training import loading
 from stdit_jax.training.loop import Run
 from tests.tiny_run import tiny_config, write_config
 
@@ -68,6 +70,28 @@ def test_tasks_count_latent_frames(assets, trained, tmp_path, capsys):
   assert "reference 0: " in text
   assert "1 latent frame\n" in text
   assert "(6 latent frames)" in text
+
+
+def test_the_end_of_a_video_is_encoded_as_the_beginning_of_a_clip_lies_in_time(trained):
+  """The last 17 of 20 frames are five latents of 1, 4, 4, 4 and 4 frames, as those of the clip that goes on from them."""
+  args = sample.make_parser().parse_args(["--run", str(trained), "--prompt", "x"])
+  pipeline = loading.load_pipeline(args, *loading.read_model(args))
+  frames = np.random.default_rng(0).integers(0, 256, (20, 16, 24, 3), np.uint8)
+  job = tasks.make_job("extend-forward", 10, [6], group=5)
+  placed = clips.place_loop(job, 0, 10, [6])
+  (known,) = clips.encode_used(pipeline, [frames], [placed], 34)
+  np.testing.assert_array_equal(list(known.values()), pipeline.encode(frames[-17:]))
+  assert list(known) == [1, 2, 3, 4, 5]
+  (whole,) = clips.encode_used(pipeline, [frames], [placed])
+  np.testing.assert_array_equal(list(whole.values()), pipeline.encode(frames)[1:])
+
+
+def test_chunks_that_would_not_meet_are_refused(trained, capsys):
+  arguments = ["--run", str(trained), "--prompt", "x", "--num-frames", "20", "--task"]
+  for task, lengths in ((["loop"], "51"), (["endless", "--loops", "2"], "34")):
+    with pytest.raises(SystemExit):
+      sample.main([*arguments, *task])
+    assert f"the autoencoder needs whole chunks of 17: {lengths}\n" in capsys.readouterr().err
 
 
 def test_a_length_that_does_not_come_back_is_refused(assets, tmp_path, capsys):
