@@ -91,7 +91,11 @@ def test_what_the_other_layers_add_is_added_again_while_the_first_adds_about_the
   moved, after = call(far, Reuse(cache, kept, {}))
   assert int(after["computed"]) == 2
   exact = call(far)
-  np.testing.assert_allclose(moved, exact, atol=1e-5 * np.abs(exact).max())
+  # STDiT 1.0 with random weights has a token that its norms amplify: one rounding of the input moves it by up to 8e-5 of the
+  # largest output (the others' by less than 1e-6), and where the roundings fall depends on the processor.
+  rounded = [call((far[0] * np.float32(1 + sign * 2.0**-23), *far[1:])) for sign in (1, -1)]
+  noise = max(np.abs(one - exact).max() for one in rounded)
+  np.testing.assert_allclose(moved, exact, atol=max(noise, 1e-5 * np.abs(exact).max()))
 
 
 @pytest.mark.parametrize(

@@ -17,11 +17,12 @@ from jax.sharding import PartitionSpec as P
 
 from configs import base
 from stdit_jax.autoencoders import causal3d, codec
-from stdit_jax.models import stdit
+from stdit_jax.models import stdit, t5
 from stdit_jax.models.layers import OVER_TIME
 from stdit_jax.models.step_cache import PyramidBroadcast, ResidualCache, Reuse
 from stdit_jax.parallel.mesh import make_mesh, mesh_sizes
 from stdit_jax.parallel.shardings import Layout, tree_shardings
+from stdit_jax.training import batches
 from stdit_jax.training.autoencoding import AutoencoderObjective
 from tests.helpers import QUICK_COMPILE, random_variables, relative_error
 from tests.models.test_invariants import CONFIGS, join, outputs_and_gradients, sample
@@ -50,18 +51,27 @@ MESHES = {
 }
 
 
+run = functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK_COMPILE)(outputs_and_gradients)
+
+
+@functools.cache
+def on_one_device(name):
+  """(variables, batch, outputs and gradients) of a model on one device."""
+  config = CONFIGS[name]
+  variables = random_variables(config)
+  batch = join([sample(i % 3, config, frames=3, tokens=12, text=6, junk=0) for i in range(DEVICES)])
+  return variables, batch, run(stdit.build(config), variables, batch)
+
+
 @needs_devices
-@pytest.mark.parametrize("name", ["STDiT", "STDiT2", "STDiT3"])
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize(
+  ("name", "mesh"), [*[("STDiT3", m) for m in MESHES], *[(n, "tokens and heads split") for n in ("STDiT", "STDiT2")]]
+)
 def test_eight_devices_equal_one(name, mesh):
   """Outputs and gradients; three frames don't divide by the devices that split them, four heads not by eight."""
   sizes, split_tokens = MESHES[mesh]
   config = CONFIGS[name]
-  variables = random_variables(config)
-  batch = join([sample(i % 3, config, frames=3, tokens=12, text=6, junk=0) for i in range(DEVICES)])
-  run = functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK_COMPILE)(outputs_and_gradients)
-  expected = run(stdit.build(config), variables, batch)
-
+  variables, batch, expected = on_one_device(name)
   layout = Layout(make_mesh(sizes), split_tokens)
   placed = jax.device_put(variables, tree_shardings(variables, layout.mesh))
   split = {k: jax.device_put(v, layout.sharding(*(OVER_TIME if v.ndim == 4 else ("batch",)))) for k, v in batch.items()}
@@ -173,6 +183,22 @@ def test_an_autoencoder_trains_on_clips_split_in_time():
 
   for split, alone in zip(results(Layout(make_mesh({"data": 2, "sequence": 4}), True)), results(None)):
     assert relative_error(split, alone) < 2e-5
+
+
+@needs_devices
+def test_captions_are_embedded_some_at_a_time_on_every_device(monkeypatch):
+  config = t5.get_config("byt5-tiny")
+  params = t5.init(config, jax.random.key(0))["params"]
+  ids = np.random.default_rng(0).integers(3, 200, (16, 5)).astype(np.int32)
+  mask = np.arange(5) < np.arange(1, 17)[:, None] % 5 + 1
+  model, mesh = t5.build(config), make_mesh({"data": 2, "fsdp": 4})
+  expected = model.apply({"params": params}, ids, mask)
+  monkeypatch.setattr(batches, "TEXT_ROWS", 1)  # each has two rows, one after the other
+  layout = Layout(mesh)
+  place = functools.partial(jax.device_put, device=layout.sharding("batch"))
+  made = batches.text_ahead(model, jax.device_put(params, tree_shardings(params, mesh)))(place(ids), place(mask), layout)
+  assert made.sharding.is_equivalent_to(layout.sharding("batch"), made.ndim)
+  assert relative_error(np.asarray(made)[mask], np.asarray(expected)[mask]) < 1e-5
 
 
 @needs_devices
