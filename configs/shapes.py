@@ -14,7 +14,8 @@ PROMPTS = (
 
 
 def get_config():
-  """64p images, then images with clips of 4 and 8 frames, in five aspect ratios; frames given in a third of the clips."""
+  """64p images, which teach where what moves begins, then images with clips of 4 and 8 frames, in five aspect ratios; frames
+  given in a third of the clips. Not trained to its end yet."""
   config = base.get_config()
   config.output = "runs/shapes"
   config.model.name = "STDiT3-mini/2"
