@@ -30,9 +30,11 @@ def get_config():
   config.data.workers = 1
   config.optimizer.update(learning_rate=1e-3, b2=0.99, warmup_steps=50, eps=1e-8)
   config.ema_decay = 0.99
-  weights = dict(latent_weight=1.0, identity_weight=0.2, reconstruction_weight=0.0, kl_weight=0.0)
-  # A posterior that has not been learned is noise as large as the latents.
-  latents = {f"autoencoder.{key}": value for key, value in (weights | {"sample_posterior": False}).items()}
+  latents = {
+    "autoencoder.latent_weight": 1.0, "autoencoder.identity_weight": 0.2,
+    "autoencoder.reconstruction_weight": 0.0, "autoencoder.kl_weight": 0.0,
+    "autoencoder.sample_posterior": False,  # one that has not been learned is noise as large as the latents
+  }  # fmt: skip
   pixels = {
     "autoencoder.perceptual_weight": 1.0,  # its values are about 0.01 (perceptual.py): as much as the squared error
     "data.buckets": (("144p", 17, 1.0, 2), ("144p", 1, 1.0, 16)),

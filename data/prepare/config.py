@@ -116,25 +116,29 @@ def chain(values: Mapping[str, Any], *, workers: int = 0, shard: tuple[int, int]
   for name in names:
     if name in steps:
       raise ValueError(f"steps has {name!r} twice: give the second one a name and config.NAME = dict(step={name!r}, ...)")
-    if not isinstance(values.get(name) or {}, Mapping):
-      raise ValueError(f"{name} = {values[name]!r} is none: it holds the settings of the step")
-    settings = dict(values.get(name) or {})
+    settings = _settings(values, name)
     title = settings.pop("step", name)
     steps[name] = create(step_class(title), settings, name)
   if not steps or not isinstance(next(iter(steps.values())), Source):
     raise ValueError("steps has to begin with collect")
   if sources := [n for n, s in list(steps.items())[1:] if isinstance(s, Source)]:
     raise ValueError(f"{sources[0]} can only be the first step")
-  if not isinstance(values.get("limits") or {}, Mapping):
-    raise ValueError(f"limits = {values['limits']!r} is none: it holds settings")
-  limits = create(Limits, values.get("limits") or {}, "limits")
-  for key, kind, least in (("workers", int, 0), ("patience", (int, float), 0)):
-    if not isinstance(value := values.get(key, least), kind) or isinstance(value, bool) or value < least:
-      raise ValueError(f"{key} = {value!r} is no number from {least} up")
+  limits = create(Limits, _settings(values, "limits"), "limits")
+  for key, kind in (("workers", int), ("patience", (int, float))):
+    if not isinstance(value := values.get(key, 0), kind) or isinstance(value, bool) or value < 0:
+      raise ValueError(f"{key} = {value!r} is no number from 0 up")
   workers = workers or values.get("workers") or os.cpu_count() or 1
   return Chain(
     values["output"], steps, workers=workers, limits=limits, shard=shard, patience=values.get("patience", 3600.0)
   )  # fmt: skip
+
+
+def _settings(values: Mapping[str, Any], key: str) -> dict[str, Any]:
+  """What a config holds for a step, or for `limits`."""
+  found = values.get(key) or {}
+  if not isinstance(found, Mapping):
+    raise ValueError(f"{key} = {found!r} is none: it holds settings")
+  return dict(found)
 
 
 def create(cls: type, settings: Mapping[str, Any], where: str) -> Any:

@@ -187,11 +187,8 @@ def micro_batches(values, size):
 
 
 def filled(values, size):
-  """`values`, of the host or a device, with its last element repeated up to `size`."""
-  if len(values) >= size:
-    return values
-  library = np if isinstance(values, np.ndarray) else jnp
-  return library.concatenate([values, library.repeat(values[-1:], size - len(values), axis=0)])
+  """`values` with its last element repeated up to `size`."""
+  return np.concatenate([values, np.repeat(values[-1:], size - len(values), axis=0)]) if len(values) < size else values
 
 
 def finished(pixels, as_uint8):
