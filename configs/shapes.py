@@ -41,12 +41,12 @@ def get_config():
   config.optimizer.scales = (("^text_encoder", 0.1),)
   config.ema_decay = 0.998
   config.stages = (
-    dict(name="images", steps=700, **{"data.buckets": (("64p", 1, 1.0, 64),)}),
-    dict(name="videos", steps=3000, **{"optimizer.schedule": "cosine"}),
+    dict(name="images", steps=1000, **{"data.buckets": (("64p", 1, 1.0, 64),)}),
+    dict(name="videos", steps=2800, **{"optimizer.schedule": "cosine"}),
   )
   config.log_every = 50
   config.checkpoint_every = 500
-  config.sample_every = 250
+  config.sample_every = 500
   config.sample.update(
     prompts=PROMPTS, resolution="64p", aspect_ratio="0.75", num_frames=8, fps=8, steps=30, guidance_scale=3.0
   )  # fmt: skip

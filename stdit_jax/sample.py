@@ -18,6 +18,7 @@ Of several processes (`cli.connect_processes`) all run the same command, and the
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -112,13 +113,14 @@ def read_prompts(args):
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-  """One file to make. Attributes: stem: of its name; requests: one per loop; files: references; job: of `tasks`; lengths:
-  latent frames of the files."""
+  """One file to make. Attributes: stem: of its name; requests: one per loop; files: references; job: of `tasks`; frames and
+  lengths: frames and latent frames of the files."""
 
   stem: str
   requests: tuple
   files: tuple
   job: tasks.Job
+  frames: tuple
   lengths: tuple
 
 
@@ -197,7 +199,7 @@ def make_work(args, config, autoencoder):
     words = "-".join([*re.findall(r"[a-z0-9]+", texts[0].lower())[:6], *([task] if task else [])]) or "prompt"
     for seed in range(args.seed, args.seed + args.num_samples):
       requests = tuple(Request(piece, height, width, frames, fps, seed, loop) for loop, piece in enumerate(texts))
-      work.append(Work(f"{i:04d}-{words}-seed{seed}", requests, files, job, lengths))
+      work.append(Work(f"{i:04d}-{words}-seed{seed}", requests, files, job, tuple(counts), lengths))
   return work
 
 
@@ -249,28 +251,35 @@ def main(argv=None):
 
 
 def check_memory(pipeline, work, steps, scale, args):
-  """Says how much memory each device will need, with the decoder in tiles where that is too much for it; ValueError when there
-  is less, with what takes less. Compiles, allocates nothing."""
+  """Says how much memory each device will need, with the autoencoder in tiles where that is too much for it; ValueError when
+  there is less, with what takes less. Compiles, allocates nothing."""
   import jax
 
-  from stdit_jax.autoencoders.codec import fit_decoder
+  from stdit_jax.autoencoders.codec import fit_tiles
 
   pipeline.diffusion.for_sampling(steps)
   largest = max(work, key=lambda one: one.requests[0].height * one.requests[0].width * one.requests[0].num_frames)
   request, batch = largest.requests[0], min(args.batch_size or pipeline.batch_parts, len(work))
-  options = {"given": bool(largest.job.rules), "negative": args.negative_prompt is not None}
+  # Clips that others go on from are encoded, too, where the original does that.
+  encoded = max([*largest.frames, request.num_frames if args.compat and largest.job.loops > 1 else 0])
+  options = {"given": encoded, "negative": args.negative_prompt is not None}
   if jax.process_index() == 0:
     print(f"compiling for {batch} x {request.num_frames} x {request.height} x {request.width} ...", file=sys.stderr, flush=True)
   needed = pipeline.needed_memory(request, batch, steps, scale, **options)
   weights, gib = needed.pop("weights"), 2**30
   free = loading.free_memory()
   budget = args.decode_memory * gib if args.decode_memory else free and free - weights
-  if budget and needed["decode"] > budget:
-    size = pipeline.latent_size(request)
-    pipeline.codec, needed["decode"] = fit_decoder(pipeline.codec, size, request.num_frames, budget)
+  clips = {"decode": request.num_frames} | ({"encode": encoded} if encoded else {})
+  if budget and max(needed[method] for method in clips) > budget:
+    pipeline.codec, less = fit_tiles(pipeline.codec, pipeline.latent_size(request)[1:], clips, budget)
+    needed |= less
     if jax.process_index() == 0 and pipeline.codec.tiles:
       tiles, factor = pipeline.codec.tiles, pipeline.codec.config.downsampling
-      print(f"decodes in tiles of {tiles.height * factor} x {tiles.width * factor} pixels, to need less memory", flush=True)
+      print(
+        f"{' and '.join(f'{method}s' for method in clips)} in tiles of {tiles.height * factor} x {tiles.width * factor} "
+        "pixels, to need less memory",
+        flush=True,
+      )
   parts = ", ".join(f"{name} {size / gib:.2f}" for name, size in needed.items())
   total = weights + max(needed.values())
   text = f"memory of each device: {total / gib:.2f} GiB (weights {weights / gib:.2f}, beside them in turn {parts})"
@@ -395,34 +404,48 @@ def same_size(a, b):
 
 
 def make_batch(pipeline, batch, label, steps, scale, args):
-  """Makes the videos of (work, file, settings) together; the first process writes them."""
+  """Makes the videos of (work, file, settings) together; the first process writes them, clip after clip."""
   import jax
   from tqdm import tqdm
 
   from data.captions import clean_caption
-  from stdit_jax.generation.clips import Item, make_videos
-  from stdit_jax.generation.media import write_media
+  from stdit_jax.generation.clips import Item, length_of, make_videos
+  from stdit_jax.generation.media import open_media
   from stdit_jax.generation.references import read_reference
 
   began, writes = time.monotonic(), jax.process_index() == 0
   negative = None if args.negative_prompt is None else clean_caption(args.negative_prompt)
 
-  def sample(loop, requests, given):
+  def bar(items, stage, loop, unit, **options):
     loops = batch[0][0].job.loops
-    name = f"denoise {label}" + (f", clip {loop + 1}/{loops}" if loops > 1 else "")
-    progress = lambda steps: tqdm(steps, name, unit="step", leave=False, file=sys.stderr, disable=None if writes else True)  # noqa: E731
+    name = f"{stage} {label}" + (f", clip {loop + 1}/{loops}" if loops > 1 else "")
+    return tqdm(items, name, unit=unit, leave=False, file=sys.stderr, disable=None if writes else True, **options)
+
+  def sample(loop, requests, given):
+    progress = lambda items, stage: bar(items, stage, loop, {"text": "batch", "denoise": "step"}[stage])  # noqa: E731
     return pipeline.sample_latents(requests, steps, scale, progress, given, negative)
+
+  def decode(loop, latents):
+    num_frames = batch[0][0].requests[loop].num_frames
+    with bar(None, "decode", loop, "frame", total=num_frames * len(latents)) as shown:
+      return pipeline.decode(latents, num_frames, shown.update)
 
   items = []
   for one, _, own in batch:
     size, fps = (own["height"], own["width"]), one.requests[0].fps
     references = tuple(read_reference(path, size, fps, args.compat is not None) for path in one.files)
     items.append(Item(one.requests, references, one.job))
-  videos = make_videos(pipeline, items, sample, writes, args.compat)
-  for (one, path, own), frames in zip(batch, videos or ()):
-    request = one.requests[0]
-    write_media(path, frames, request.fps, own | {"num_frames": len(frames)})
-    print(f"{path}  ({time.monotonic() - began:.1f} s)  {request.prompt}", flush=True)
+  with contextlib.ExitStack() as opened:
+    writers = []
+    for item, (one, path, own) in zip(items, batch if writes else ()):
+      count = length_of(item, pipeline.codec.config)
+      writers.append(opened.enter_context(open_media(path, count, one.requests[0].fps, own | {"num_frames": count})))
+    for parts in make_videos(pipeline, items, sample, decode if writes else None, args.compat):
+      for write, frames in zip(writers, parts):
+        for some in frames:
+          write(some)
+  for one, path, _ in batch if writes else ():
+    print(f"{path}  ({time.monotonic() - began:.1f} s)  {one.requests[0].prompt}", flush=True)
 
 
 if __name__ == "__main__":

@@ -111,19 +111,27 @@ class Codec:
     parts = self.encode_parts(frames)
     return tuple(join(part, self.config.latent_frames(len(frames))) for part in zip(*parts))
 
-  def decode(self, latents, num_frames):
+  def decode(self, latents, num_frames, done=lambda frames: None):
     """Normalised latents `[T', h, w, C]` -> NumPy pixels `[num_frames, 8h, 8w, 3]`; ValueError for a length that the
-    autoencoder does not keep, or of other latents."""
+    autoencoder does not keep, or of other latents. `done` is called with how many more frames are finished, of tiles with as
+    many as they amount to."""
     if not self.config.keeps(num_frames) or self.config.latent_frames(num_frames) != len(latents):
       raise ValueError(f"{len(latents)} latent frames are not those of a clip of {num_frames} frames")
     if self.tiles and self.tiles.cut(latents.shape[1:3]):
       whole = dataclasses.replace(self, tiles=None, as_uint8=False)
       finish = to_uint8 if self.as_uint8 else None
-      return decode_in_tiles(lambda z: whole.decode(z, num_frames), latents, self.tiles, self.config.downsampling, finish)
-    return join(self.decode_parts(latents, num_frames), num_frames)
+      shares = iter(np.diff(np.linspace(0, num_frames, 1 + self.tiles.count(latents.shape[1:3])).astype(int)).tolist())
 
-  def lower_decoder(self, latent_size, num_frames):
-    """The programs of `decode` for latents of this (T', h, w), lowered."""
+      def decode_tile(z):
+        pixels = whole.decode(z, num_frames)
+        done(next(shares))
+        return pixels
+
+      return decode_in_tiles(decode_tile, latents, self.tiles, self.config.downsampling, finish)
+    return join(self.decode_parts(latents, num_frames), num_frames, done)
+
+  def lower(self, method, size, num_frames):
+    """The programs of `method`, "encode" (of uint8) or "decode", for a clip with latents of this (h, w), lowered."""
     lowered = {}
 
     def shape(x, sharding=None):
@@ -135,19 +143,24 @@ class Codec:
         lowered[key] = jitted(function).lower(model, variables, *jax.tree.map(shape, arrays), **static)
       return jax.tree.map(lambda s: np.broadcast_to(np.zeros((), s.dtype), s.shape), lowered[key].out_info)
 
-    frames, *size = latent_size
-    cut = self.tiles and self.tiles.cut(size)
+    cut, config = self.tiles and self.tiles.cut(size), self.config
     plain = dataclasses.replace(self, run=lower, place=shape, tiles=None, as_uint8=self.as_uint8 and not cut)
     for height, width in tile_sizes(self.tiles, size) if cut else [size]:
-      for _ in plain.decode_parts(np.zeros((frames, height, width, self.config.latent_channels), np.float32), num_frames):
+      if method == "encode":
+        pixels = np.zeros((num_frames, height * config.downsampling, width * config.downsampling, 3), np.uint8)
+        parts = plain.encode_parts(pixels)
+      else:
+        latents = np.zeros((config.latent_frames(num_frames), height, width, config.latent_channels), np.float32)
+        parts = plain.decode_parts(latents, num_frames)
+      for _ in parts:
         pass
     return list(lowered.values())
 
-  def decoder_memory(self, latent_size, num_frames):
-    """Bytes on one device, beside the weights, while latents of this (T', h, w) are decoded, as the compiler counts them; inf
-    where it says itself that the device has too few."""
+  def memory(self, method, size, num_frames):
+    """Bytes on one device, beside the weights, while `method` of `lower` runs, as the compiler counts them; inf where it says
+    itself that the device has too few."""
     try:
-      programs = [program.compile() for program in self.lower_decoder(latent_size, num_frames)]
+      programs = [program.compile() for program in self.lower(method, size, num_frames)]
     except jax.errors.JaxRuntimeError as error:
       if "RESOURCE_EXHAUSTED" not in str(error):
         raise
@@ -170,14 +183,22 @@ class Codec:
     return self.place(array, NamedSharding(self.mesh, PartitionSpec(*self.mesh.axis_names))) if self.mesh else array
 
 
-def join(parts, length, ahead=2):
-  """Pieces as one NumPy array of the first `length` frames; so many are computed ahead of the one that is waited for."""
-  waiting, done = collections.deque(), []
+def join(parts, length, done=lambda frames: None, ahead=2):
+  """Pieces as one NumPy array of the first `length` frames; `ahead` of them are computed before the first is waited for. `done`
+  is called with the frames of each."""
+  waiting, arrays = collections.deque(), []
+
+  def finish():
+    arrays.append(np.asarray(waiting.popleft()))
+    done(min(len(arrays[-1]), length - sum(map(len, arrays[:-1]))))
+
   for part in parts:
     waiting.append(part)
     if len(waiting) > ahead:
-      done.append(np.asarray(waiting.popleft()))
-  return np.concatenate([*done, *map(np.asarray, waiting)])[:length]
+      finish()
+  while waiting:
+    finish()
+  return np.concatenate(arrays)[:length]
 
 
 def micro_batches(values, size):
@@ -361,17 +382,21 @@ def memory_beside(compiled, weights):
   return kept + memory.temp_size_in_bytes - bytes_on_device(weights)
 
 
-def fit_decoder(codec, latent_size, num_frames, budget):
-  """(`codec` as it is, or with the largest tiles of which so many bytes hold the decoder of these latents; its bytes).
+def fit_tiles(codec, size, clips, budget):
+  """(`codec` as it is, or with the largest tiles with which so many bytes are enough; {method: its bytes}).
 
   Compiles, allocates nothing. If not even the smallest tiles fit they are what is returned.
+
+  Args:
+    size: (h, w) of the latents; clips: {method, as in `Codec.lower`: frames}; budget: bytes on one device beside the weights.
   """
-  needed = codec.decoder_memory(latent_size, num_frames)
-  for tiles in sizes_for(latent_size[1:]):
-    if needed <= budget:
+  measure = lambda codec: {method: codec.memory(method, size, frames) for method, frames in clips.items()}  # noqa: E731
+  needed = measure(codec)
+  for tiles in sizes_for(size):
+    if max(needed.values()) <= budget:
       break
     codec = dataclasses.replace(codec, tiles=tiles)
-    needed = codec.decoder_memory(latent_size, num_frames)
+    needed = measure(codec)
   return codec, needed
 
 

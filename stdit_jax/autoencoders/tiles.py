@@ -35,6 +35,10 @@ class Tiles:
     """Whether latents of this (height, width) are larger than a tile."""
     return size[0] > self.height or size[1] > self.width
 
+  def count(self, size):
+    """How many tiles latents of this (height, width) are cut into."""
+    return sum(map(len, self.places(size)))
+
   def places(self, size):
     """[[(top, left) in latents]], row after row, for latents of this (height, width)."""
     return [[(top, left) for left in range(0, size[1], self.steps[1])] for top in range(0, size[0], self.steps[0])]

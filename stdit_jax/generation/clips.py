@@ -1,4 +1,7 @@
-"""Makes the videos of jobs (`tasks.Job`): a clip per loop, each of which may be given frames of files and of earlier clips."""
+"""Makes the videos of jobs (`tasks.Job`): a clip per loop, each of which may be given frames of files and of earlier clips.
+
+What is finished is handed out clip after clip, so that a video of many clips needs the memory of one.
+"""
 
 import dataclasses
 
@@ -57,18 +60,17 @@ def encode_used(pipeline, references, placements, num_frames=None):
   return encoded
 
 
-def make_videos(pipeline, items, sample, decode=True, compat=None):
-  """The videos of items that are made together.
+def make_videos(pipeline, items, sample, decode, compat=None):
+  """Makes the videos of items together. After each clip it yields what is finished: of every video the list of its next parts,
+  uint8 `[T, H, W, 3]`.
 
   Args:
     items: of one size and with equally many loops.
     sample: `(loop, requests, given) -> latents`, of `Pipeline.sample_latents` with its settings.
-    decode: False: only take part, as the processes do that write nothing.
+    decode: `(loop, latents) -> videos`, of `Pipeline.decode`; None: only take part and yield empty lists, as the processes do
+      that write nothing.
     compat: of `conditions`; with one, clips go on from the encoded pixels of the one before as the originals do, by default
       from its latents, which no autoencoder has changed.
-
-  Returns:
-    list of uint8 `[T, H, W, 3]`, or None without `decode`.
   """
   frames, loops, config = [list(item.references) for item in items], range(items[0].job.loops), pipeline.codec.config
   num_frames = items[0].requests[0].num_frames
@@ -79,19 +81,46 @@ def make_videos(pipeline, items, sample, decode=True, compat=None):
   ]
   own = None if compat else num_frames
   latents = [encode_used(pipeline, item.references, placed, own) for item, placed in zip(items, placements)]
+  waiting = [list(item.job.pieces) for item in items]
   for loop in loops:
     given = [given_frames(placed[loop], known) for placed, known in zip(placements, latents)]
     made = sample(loop, [item.requests[loop] for item in items], given)
-    decoded = pipeline.decode(made, num_frames) if decode or compat else [None] * len(made)
+    if decode:
+      decoded = decode(loop, made)
+    else:
+      decoded = pipeline.decode(made, num_frames) if compat else [None] * len(made)
     for known, seen, z, pixels in zip(latents, frames, made, decoded):
       known.append(pipeline.encode(pixels) if compat else z)
       seen.append(pixels)
-  if not decode:
-    return None
-  return [np.concatenate([cut(seen[r], config, *part) for r, *part in item.job.pieces]) for item, seen in zip(items, frames)]
+    yield [take_finished(seen, pieces, config) for seen, pieces in zip(frames, waiting)] if decode else []
 
 
-def cut(frames, config, first, stop):
-  """The frames `[T, H, W, 3]` of the latent frames from `first` to `stop` (None: to the end) of a clip."""
-  starts = config.frame_starts(len(frames))
-  return frames[starts[first] : starts[len(starts) - 1 if stop is None else stop]]
+def take_finished(seen, pieces, config):
+  """Takes those `pieces` of a video, from the first on, of which references and clips are there, and lets go of what no piece
+  that is left needs. -> the frames of each."""
+  parts = []
+  while pieces and pieces[0][0] < len(seen):
+    number, first, stop = pieces.pop(0)
+    begin, end = cut(len(seen[number]), config, first, stop)
+    parts.append(seen[number][begin:end])
+  needed = {number for number, _, _ in pieces}
+  seen[:] = [frames if number in needed else None for number, frames in enumerate(seen)]
+  return parts
+
+
+def whole_videos(parts):
+  """The videos of `make_videos`, each as one array `[T, H, W, 3]`."""
+  return [np.concatenate([part for some in video for part in some]) for video in zip(*parts)]
+
+
+def length_of(item, config):
+  """Frames of the video that `make_videos` makes of an item."""
+  lengths = [*map(len, item.references), *(request.num_frames for request in item.requests)]
+  ranges = (cut(lengths[number], config, *part) for number, *part in item.job.pieces)
+  return sum(end - begin for begin, end in ranges)
+
+
+def cut(num_frames, config, first, stop):
+  """(first frame, frame after the last) of the latent frames from `first` to `stop` (None: to the end) of so many frames."""
+  starts = config.frame_starts(num_frames)
+  return int(starts[first]), int(starts[len(starts) - 1 if stop is None else stop])

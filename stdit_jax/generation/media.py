@@ -1,5 +1,7 @@
 """Videos and pictures to files, with the settings that made them inside and beside them."""
 
+import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -23,62 +25,95 @@ def settings_file(path):
 
 
 def write_media(path, frames, fps, settings):
-  """Writes frames uint8 `[T, H, W, 3]` to `path` by its ending, and `settings` into it and into a JSON file beside it.
+  """Writes all frames uint8 `[T, H, W, 3]` of a file, see `open_media`."""
+  with open_media(path, len(frames), fps, settings) as write:
+    write(frames)
 
-  mp4 is H.264 (crf 17), gif and webp loop for ever, png needs one frame, without an ending it is a folder of a png per frame
-  (settings in the JSON file only). Whole or not there.
+
+@contextlib.contextmanager
+def open_media(path, num_frames, fps, settings):
+  """Gives a function that takes the frames of a file, uint8 `[T, H, W, 3]`, part after part. The file is at `path` when the
+  block ends, with `settings` in it and in a JSON file beside it, or not at all when it raises.
+
+  By the ending of `path`: mp4 is H.264 (crf 17), gif and webp loop for ever, png has one frame, and without one it is a folder
+  of a png per frame (settings in the JSON file only). mp4 and folders are written as the frames come.
 
   Raises ValueError for an unknown ending or several frames as png.
   """
   kind = os.path.splitext(str(path))[1][1:].lower()
-  text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
-  if not kind:
-    _write_folder(path, frames)
-    return paths.write_text(settings_file(path), text)
-  if kind not in VIDEO_FORMATS + IMAGE_FORMATS:
+  if kind and kind not in VIDEO_FORMATS + IMAGE_FORMATS:
     raise ValueError(f"{path}: unknown ending; allowed: {', '.join(VIDEO_FORMATS + IMAGE_FORMATS)}")
-  if kind in IMAGE_FORMATS and len(frames) != 1:
-    raise ValueError(f"{path}: {len(frames)} frames don't fit into a {kind}; choose one of {', '.join(VIDEO_FORMATS)}")
+  if kind in IMAGE_FORMATS and num_frames != 1:
+    raise ValueError(f"{path}: {num_frames} frames don't fit into a {kind}; choose one of {', '.join(VIDEO_FORMATS)}")
   comment = json.dumps(settings, ensure_ascii=False)
-  with paths.whole(path) as temporary:
-    if kind == "mp4":
-      _write_mp4(temporary, frames, fps, comment)
-    else:
-      pictures = [Image.fromarray(frame) for frame in frames]
-      if kind == "png":
-        info = PngInfo()
-        info.add_itxt("Comment", comment)
-        pictures[0].save(temporary, pnginfo=info)
-      else:
-        own = {"comment": comment.encode()} if kind == "gif" else {"quality": 90, "method": 4, "xmp": comment.encode()}
-        pictures[0].save(temporary, save_all=True, append_images=pictures[1:], duration=round(1000 / fps), loop=0, **own)
-  paths.write_text(settings_file(path), text)
+  with _open_file(path, kind, fps, comment) if kind else _open_folder(path) as write:
+    yield write
+  paths.write_text(settings_file(path), json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
 
 
-def _write_folder(path, frames):
+@contextlib.contextmanager
+def _open_folder(path):
   """00000.png, 00001.png, ..."""
-  temporary = None if paths.is_remote(path) else f"{os.path.dirname(path) or '.'}/.{os.path.basename(path)}.tmp{os.getpid()}"
-  with paths.local_folder(temporary or path) as folder:
-    os.makedirs(folder, exist_ok=True)
-    for i, frame in enumerate(frames):
-      Image.fromarray(frame).save(os.path.join(folder, f"{i:05d}.png"))
-  if temporary:
-    shutil.rmtree(path, ignore_errors=True)
-    os.rename(temporary, path)
+  remote, numbers = paths.is_remote(path), itertools.count()
+  temporary = path if remote else f"{os.path.dirname(path) or '.'}/.{os.path.basename(path)}.tmp{os.getpid()}"
+  try:
+    with paths.local_folder(temporary) as folder:
+      os.makedirs(folder, exist_ok=True)
+
+      def write(frames):
+        for frame in frames:
+          Image.fromarray(frame).save(os.path.join(folder, f"{next(numbers):05d}.png"))
+
+      yield write
+    if not remote:
+      shutil.rmtree(path, ignore_errors=True)
+      os.rename(temporary, path)
+  finally:
+    if not remote:
+      shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write_mp4(path, frames, fps, comment):
-  rate = Fraction(fps).limit_denominator(1001)
+@contextlib.contextmanager
+def _open_file(path, kind, fps, comment):
+  with paths.whole(path) as temporary:
+    opened = _open_mp4(temporary, fps, comment) if kind == "mp4" else _open_pictures(temporary, kind, fps, comment)
+    with opened as write:
+      yield write
+
+
+@contextlib.contextmanager
+def _open_mp4(path, fps, comment):
+  rate, numbers = Fraction(fps).limit_denominator(1001), itertools.count()
   with av.open(path, "w", options={"movflags": "use_metadata_tags+faststart"}) as container:
     container.metadata["comment"] = comment
     stream = container.add_stream("libx264", rate=rate, options={"crf": "17"})
-    stream.height, stream.width = (side - side % 2 for side in frames.shape[1:3])  # 4:2:0 needs even sides
     stream.pix_fmt = "yuv420p"
-    for i, frame in enumerate(frames[:, : stream.height, : stream.width]):
-      picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
-      picture.pts, picture.time_base = i, 1 / rate
-      container.mux(stream.encode(picture))
+
+    def write(frames):
+      if not stream.codec_context.is_open:
+        stream.height, stream.width = (side - side % 2 for side in frames.shape[1:3])  # 4:2:0 needs even sides
+      for frame in frames[:, : stream.height, : stream.width]:
+        picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+        picture.pts, picture.time_base = next(numbers), 1 / rate
+        container.mux(stream.encode(picture))
+
+    yield write
     container.mux(stream.encode())
+
+
+@contextlib.contextmanager
+def _open_pictures(path, kind, fps, comment):
+  """gif, webp and png: Pillow wants all frames at once."""
+  pictures = []
+  yield lambda frames: pictures.extend(Image.fromarray(frame) for frame in frames)
+  if kind == "png":
+    info = PngInfo()
+    info.add_itxt("Comment", comment)
+    own = {"pnginfo": info}
+  else:
+    own = {"save_all": True, "append_images": pictures[1:], "duration": round(1000 / fps), "loop": 0}
+    own |= {"comment": comment.encode()} if kind == "gif" else {"quality": 90, "method": 4, "xmp": comment.encode()}
+  pictures[0].save(path, **own)
 
 
 def contact_sheet(videos, columns=8):

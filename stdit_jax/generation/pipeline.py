@@ -95,12 +95,17 @@ class Pipeline:
     rows = [2 * batch] if self.guidance.together else [batch, batch]
     return tuple(self.model.kept_arrays(self.cache, n, frames, space) for n in rows)
 
-  def needed_memory(self, request, batch, steps=30, guidance_scale=7.0, *, given=False, negative=False):
+  def needed_memory(self, request, batch, steps=30, guidance_scale=7.0, *, given=0, negative=False):
     """Bytes on one device while `batch` requests like this one are made, as the compiler counts them: {"weights", and beside
-    them "text", "denoise", "decode"}; the largest of the three and the weights are there at a time.
+    them "text", "encode" if there is something to encode, "denoise", "decode"}; the largest of these and the weights are there
+    at a time.
 
     The weights may be shapes (ShapeDtypeStruct with shardings): the programs are compiled before anything is allocated, and
     found again in the compilation cache when they run.
+
+    Args:
+      given: frames of the longest clip that is encoded because some of it is given; 0: none is.
+      negative: whether guidance leads away from a negative prompt.
     """
     config, size, diffusion = self.model.config, self.latent_size(request), self.diffusion.for_sampling(steps)
     frames, rows, columns = grid_size(size, config.patch_size)
@@ -128,8 +133,10 @@ class Pipeline:
     ).compile()  # fmt: skip
     return {
       "weights": bytes_on_device((self.variables, self.text_params, self.codec.variables)),
-      "text": memory_beside(embed, self.text_params), "denoise": memory_beside(step, self.variables),
-      "decode": self.codec.decoder_memory(size, request.num_frames),
+      "text": memory_beside(embed, self.text_params),
+      **({"encode": self.codec.memory("encode", size[1:], given)} if given else {}),
+      "denoise": memory_beside(step, self.variables),
+      "decode": self.codec.memory("decode", size[1:], request.num_frames),
     }  # fmt: skip
 
   def latent_size(self, request):
@@ -144,7 +151,7 @@ class Pipeline:
       while len(self._embedded) >= KEPT_EMBEDDINGS:
         self._embedded.pop(next(iter(self._embedded)))  # the oldest
       ids, mask = (self._place(np.stack(part)) for part in zip(*(self.tokenize(p) for p in prompts)))
-      self._embedded[key] = self._text(self.text_params, ids, mask), mask
+      self._embedded[key] = jax.block_until_ready(self._text(self.text_params, ids, mask)), mask
     return self._embedded[key]
 
   def encode(self, frames):
@@ -152,9 +159,10 @@ class Pipeline:
     that the same frames always give the same latents (the originals draw a sample)."""
     return self.codec.encode(frames)[0]
 
-  def decode(self, latents, num_frames):
-    """Latents of `sample_latents` -> list of videos, uint8 `[num_frames, 8h, 8w, 3]`."""
-    return [self.codec.decode(z, num_frames) for z in latents]
+  def decode(self, latents, num_frames, done=lambda frames: None):
+    """Latents of `sample_latents` -> list of videos, uint8 `[num_frames, 8h, 8w, 3]`; `done` is called with how many more
+    frames are finished."""
+    return [self.codec.decode(z, num_frames, done) for z in latents]
 
   def _place(self, values, axes=("batch",)):
     """An array that all processes have -> one over the mesh, its dimensions split by their names (`Layout.axes`)."""
@@ -168,13 +176,14 @@ class Pipeline:
     return self.layout.sharding(*axes) if self.layout else jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
   def sample_latents(
-    self, requests, steps=30, guidance_scale=7.0, progress=lambda steps: steps, given=None, negative_prompt=None
+    self, requests, steps=30, guidance_scale=7.0, progress=lambda items, stage: items, given=None, negative_prompt=None
   ):
     """Normalised latents, NumPy `[B, T, h, w, C]`, the same on all processes.
 
     Args:
       requests: of equal size; ValueError otherwise.
-      progress: wraps the iterable of sampler steps, e.g. a tqdm bar.
+      progress: `(items, stage) -> items`, wraps what a stage goes through, e.g. in a tqdm bar: batches of captions in "text",
+        sampler steps in "denoise".
       given: per request None, or what is known of its latent frames: (edit ratio `[T]`, 1 = generate, 0 = keep, see
         `conditions.Placement`; latents `[T, h, w, C]`; bool `[T]`, the frames that start from them and not from noise).
       negative_prompt: what guidance leads away from, instead of the null caption.
@@ -187,14 +196,16 @@ class Pipeline:
     if any(dataclasses.replace(r, prompt=first.prompt, seed=first.seed) != first for r in requests):
       raise ValueError("requests of one batch must have the same size, frames and fps")
     size, config = self.latent_size(first), self.model.config
-    text, text_mask = self.embed([r.prompt for r in requests])
+    captions = [[r.prompt for r in requests]]
+    if negative_prompt is not None:
+      captions.append([negative_prompt] * batch)
+    embedded = [self.embed(prompts) for prompts in progress(captions, "text")]
     fps = IMAGE_FPS if first.num_frames == 1 else first.fps * self._told_fps
     numbers = {"height": first.height, "width": first.width, "num_frames": first.num_frames, "fps": fps}
     conditions = {name: self._place(np.full((batch,), value, np.float32)) for name, value in numbers.items()}
-    null = text, text_mask  # by `drop_text` its features become those of the null caption
-    if negative_prompt is not None:
-      null = self.embed([negative_prompt] * batch)
-    conditions |= {"text": (text, null[0]), "text_mask": (text_mask, null[1])}
+    # Of both branches. Without a negative prompt `drop_text` makes the null caption of the features of the second.
+    text, text_mask = zip(embedded[0], embedded[-1])
+    conditions |= {"text": text, "text_mask": text_mask}
 
     diffusion = self.diffusion.for_sampling(steps)
     sides = (np.full((batch,), n, np.float32) for n in (first.height, first.width, first.num_frames, size[0]))
@@ -214,7 +225,7 @@ class Pipeline:
     memory = memory if diffusion.remembers else None
     kept = jax.tree.map(lambda part: self._place(np.zeros(part.shape, part.dtype), part.axes), self._kept_arrays(*x.shape[:3]))
     guidance = dataclasses.replace(self.guidance, scale=float(guidance_scale))
-    for i in progress(range(steps)):
+    for i in progress(range(steps), "denoise"):
       noise = noise_of(fold_in(step_keys, i)) if diffusion.stochastic else None
       x, edit, memory, kept = self._step(
         self.variables, x, edit, memory, kept, self._computes(diffusion, i, timesteps[i]), timesteps[i], timesteps[i + 1],

@@ -17,7 +17,7 @@ import numpy as np
 from data import aspect_ratios, shapes, shapes_vision
 from stdit_jax.autoencoders.metrics import psnr
 from stdit_jax.generation import tasks
-from stdit_jax.generation.clips import Item, make_videos
+from stdit_jax.generation.clips import Item, make_videos, whole_videos
 from stdit_jax.generation.pipeline import Request
 
 RESOLUTION = "64p"
@@ -90,10 +90,14 @@ def _make(pipeline, exam, items, name, progress):
   def sample(loop, requests, given):
     return pipeline.sample_latents(requests, exam.steps, exam.scale, given=given)
 
+  def decode(loop, latents):
+    return pipeline.decode(latents, items[0].requests[loop].num_frames)
+
   for batch in progress(batches, name):
     # Filled up, so that every batch of a size is one program.
     filled = [*batch, *[batch[-1]] * (exam.batch - len(batch))]
-    for i, video in zip(batch, make_videos(pipeline, [items[i] for i in filled], sample)):
+    parts = make_videos(pipeline, [items[i] for i in filled], sample, decode)
+    for i, video in zip(batch, whole_videos(parts)):
       made[i] = video
   return made
 

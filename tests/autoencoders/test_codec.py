@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from stdit_jax.autoencoders import causal3d, codec, image_kl, temporal
-from stdit_jax.autoencoders.codec import fit_decoder, make_codec
+from stdit_jax.autoencoders.codec import fit_tiles, make_codec
 from tests.helpers import relative_error
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -59,7 +59,9 @@ def test_pieces_are_the_whole(made, length):
   assert mean.shape == (made.config.latent_frames(length), *made.config.latent_size(16, 24), made.config.latent_channels)
   assert relative_error(mean, expected_mean) < 1e-5
   assert relative_error(std, expected_std) < 1e-5
-  pixels = made.decode(mean, length)
+  told = []
+  pixels = made.decode(mean, length, told.append)
+  assert sum(told) == length
   assert pixels.shape == frames.shape
   assert pixels.dtype == np.uint8
   assert np.abs(pixels.astype(int) - expected[:length].astype(int)).max() <= 1
@@ -71,7 +73,7 @@ def test_longer_clips_need_no_other_programs_of_their_memory(made):
   size = made.config.latent_size(16, 24)
   peaks = []
   for length in (17, 34 + 17):
-    programs = made.lower_decoder((made.config.latent_frames(length), *size), length)
+    programs = made.lower("decode", size, length)
     peaks.append(max(p.compile().memory_analysis().temp_size_in_bytes for p in programs))
   if getattr(made.config, "statistics", "") == "clip":
     assert peaks[1] > 2 * peaks[0]
@@ -79,18 +81,15 @@ def test_longer_clips_need_no_other_programs_of_their_memory(made):
     assert peaks[1] == peaks[0]
 
 
-def test_the_lowered_decoder_is_the_one_that_runs(made):
+def test_the_lowered_programs_are_those_that_run(made):
   made, ran = made
-  length = 17
-  latents = np.zeros(
-    (made.config.latent_frames(length), *made.config.latent_size(16, 24), made.config.latent_channels), np.float32
-  )
-  ran.clear()
-  made.decode(latents, length)
-  names = [
-    str(program.as_text()).split("module @", 1)[1].split()[0] for program in made.lower_decoder(latents.shape[:3], length)
-  ]
-  assert {name.removeprefix("jit_") for name in names} == set(ran)
+  length, size = 17, made.config.latent_size(16, 24)
+  latents = np.zeros((made.config.latent_frames(length), *size, made.config.latent_channels), np.float32)
+  for method, arguments in (("decode", (latents, length)), ("encode", (np.zeros((length, 16, 24, 3), np.uint8),))):
+    ran.clear()
+    getattr(made, method)(*arguments)
+    names = [str(program.as_text()).split("module @", 1)[1].split()[0] for program in made.lower(method, size, length)]
+    assert {name.removeprefix("jit_") for name in names} == set(ran)
 
 
 def test_tiles_need_less_memory(made):
@@ -102,11 +101,14 @@ def test_tiles_need_less_memory(made):
   latents = np.random.default_rng(0).standard_normal(
     (made.config.latent_frames(length), *size, made.config.latent_channels), np.float32
   )
-  needed = made.decoder_memory(latents.shape[:3], length)
-  tiled, less = fit_decoder(made, latents.shape[:3], length, needed / 2)
-  assert less <= needed / 2
-  assert fit_decoder(made, latents.shape[:3], length, needed) == (made, needed)
-  pixels, whole = tiled.decode(latents, length), made.decode(latents, length)
+  needed = {method: made.memory(method, size, length) for method in ("encode", "decode")}
+  tiled, less = fit_tiles(made, size, dict.fromkeys(needed, length), max(needed.values()) / 2)
+  assert max(less.values()) <= max(needed.values()) / 2
+  assert less == {method: tiled.memory(method, size, length) for method in needed}
+  assert fit_tiles(made, size, dict.fromkeys(needed, length), max(needed.values())) == (made, needed)
+  told = []
+  pixels, whole = tiled.decode(latents, length, told.append), made.decode(latents, length)
+  assert (sum(told), len(told)) == (length, tiled.tiles.count(size))
   assert (pixels.shape, pixels.dtype) == (whole.shape, whole.dtype)
   tile, factor = tiled.tiles, made.config.downsampling
   height, width = (n * factor for n in tile.steps)

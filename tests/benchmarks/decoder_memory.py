@@ -37,7 +37,7 @@ def main():
   shapes, chips = module.init_shapes(model.config), topology_devices(args.topology, 1)
   weights = sum(np.prod(s.shape) * s.dtype.itemsize for s in jax.tree.leaves(shapes)) / GIB
   limit = CHIPS[parse_topology(args.topology)].memory_gib
-  size = (model.config.latent_frames(args.frames), *model.config.latent_size(*args.size))
+  size = model.config.latent_size(*args.size)
   print(f"{args.name}, {args.frames} x {args.size[0]} x {args.size[1]}, {args.dtype}, {args.topology}: {limit:.2f} GiB a chip")
   print(f"{'chips':>5} {'tiles':>11} {'GiB':>6} {'of':>6} {'compiled in':>12}")
   for count in args.devices:
@@ -46,9 +46,9 @@ def main():
       place = NamedSharding(Mesh(np.asarray(chips[:count]), ("pieces",)), PartitionSpec())
     placed = jax.tree.map(lambda s, place=place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes)
     made, began = codec.make_codec(model, placed, args.micro_batch), time.monotonic()
-    made, needed = codec.fit_decoder(made, size, args.frames, (limit - args.beside - weights) * GIB)
+    made, needed = codec.fit_tiles(made, size, {"decode": args.frames}, (limit - args.beside - weights) * GIB)
     tiles = f"{made.tiles.height * 8} x {made.tiles.width * 8}" if made.tiles else "whole"
-    needed = needed / GIB + weights + args.beside
+    needed = needed["decode"] / GIB + weights + args.beside
     print(f"{count:>5} {tiles:>11} {needed:6.2f} {limit:6.2f} {time.monotonic() - began:10.0f} s", flush=True)
 
 

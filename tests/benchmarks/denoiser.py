@@ -1,13 +1,14 @@
 """STDiT-3 in JAX against its nearest PyTorch peer of the same size, in one run: `python -m tests.benchmarks.denoiser`.
 
-Both: float32, width 1152, 16 heads, 4 spatial + 4 temporal blocks, 5 frames of 9 x 16 tokens, 300 text tokens, batch 1, two
+Both: float32, width 1152, 16 heads, 4 spatial + 4 temporal blocks, 5 frames of 9 x 16 tokens, 300 text tokens, one video, two
 threads. All tokens count, neither gets masks. The peer is `LatteTransformer3DModel` of diffusers; it has no cross attention in
 its temporal blocks, but projects the caption to keys and values once per frame. Both counts of matrix-product FLOPs are by
-formula, of the work as each model is written, so that the figure of merit is seconds per counted FLOP. A training step is loss,
-gradients and AdamW; its count is three forward passes. Repetitions of all programs are interleaved and medians are reported, so
-that load on the machine hits both alike; the ratio of CPU seconds (over all threads) beside that of wall-clock seconds tells
-whether it did. Beside them one matrix product of the MLP alone, by XLA and by PyTorch: the ratio that is left when nothing but
-products remains. Freed memory is kept for both, as `train` and `sample` do (`stdit_jax.cli.keep_freed_memory`).
+formula, of the work as each model is written, so that the figure of merit is seconds per counted FLOP. A sampling step is
+Euler's with guidance, both branches as one batch; its count is two forward passes. A training step is loss, gradients and
+AdamW; its count is three. Repetitions of all programs are interleaved and medians are reported, so that load on the machine
+hits both alike; the ratio of CPU seconds (over all threads) beside that of wall-clock seconds tells whether it did. Beside them
+one matrix product of the MLP alone, by XLA and by PyTorch: the ratio that is left when nothing but products remains. Freed
+memory is kept for both, as `train` and `sample` do (`stdit_jax.cli.keep_freed_memory`).
 """
 
 import argparse
@@ -22,10 +23,13 @@ import torch
 from diffusers import LatteTransformer3DModel
 
 from stdit_jax.cli import keep_freed_memory
+from stdit_jax.diffusion.guidance import guided
+from stdit_jax.diffusion.rectified_flow import RectifiedFlow
 from stdit_jax.models import flops, stdit
 from stdit_jax.models.layers import REMAT_POLICIES
 
 WIDTH, HEADS, DEPTH, FRAMES, ROWS, COLUMNS, TEXT, CAPTION, CHANNELS = 1152, 16, 4, 5, 9, 16, 300, 4096, 4
+GUIDANCE = 7.0
 TOKENS = FRAMES * ROWS * COLUMNS
 
 
@@ -54,13 +58,14 @@ def our_config(**fields):
 
 
 def our_programs(rng, remat, scan):
-  """-> forward, training step: functions without arguments that end when the device is done."""
+  """-> forward, sampling step, training step: functions without arguments that end when the device is done."""
   config = our_config(remat=remat, scan=scan)
   model = stdit.build(config)
   variables = jax.jit(stdit.init, static_argnums=0)(config, jax.random.key(0))
   optimizer = optax.adamw(1e-4)
   one = jnp.ones((1,))
   conditions = {"grid": jnp.asarray([[FRAMES, ROWS, COLUMNS]]), "height": 144 * one, "width": 256 * one, "fps": 24 * one}
+  both = {name: jnp.tile(values, (2, *[1] * (values.ndim - 1))) for name, values in conditions.items()}
   tokens, text, target = (
     jnp.asarray(rng.standard_normal(shape, np.float32))
     for shape in ((1, FRAMES, ROWS * COLUMNS, 4 * CHANNELS), (1, TEXT, CAPTION), (1, FRAMES, ROWS * COLUMNS, 8 * CHANNELS))
@@ -69,25 +74,36 @@ def our_programs(rng, remat, scan):
   def apply(params, tokens, text):
     return model.apply({"params": params, "constants": variables["constants"]}, tokens, 500 * one, text, None, **conditions)
 
+  def guided_step(params, tokens, text):
+    def denoise(x, t, x_mask):
+      return model.apply({"params": params, "constants": variables["constants"]}, x, t, text, None, x_mask=x_mask, **both)
+
+    denoise = guided(denoise, GUIDANCE, num_channels=CHANNELS)
+    return RectifiedFlow().step(denoise, tokens, 500 * one, 480 * one, num_channels=CHANNELS)[0]
+
   def update(state, tokens, text, target):
     params, moments = state
     loss, grads = jax.value_and_grad(lambda p: jnp.square(apply(p, tokens, text) - target).mean())(params)
     updates, moments = optimizer.update(grads, moments, params)
     return (optax.apply_updates(params, updates), moments), loss
 
-  forward_jit, update_jit = jax.jit(apply), jax.jit(update, donate_argnums=0)
+  forward_jit, guided_jit, update_jit = jax.jit(apply), jax.jit(guided_step), jax.jit(update, donate_argnums=0)
+  captions = jnp.concatenate([text, text[:, ::-1]])
   params = variables["params"]
   state = jax.tree.map(jnp.copy, (params, optimizer.init(params)))
 
   def forward():
     jax.block_until_ready(forward_jit(params, tokens, text))
 
+  def sampling_step():
+    jax.block_until_ready(guided_jit(params, tokens, captions))
+
   def step():
     nonlocal state
     state, loss = update_jit(state, tokens, text, target)
     jax.block_until_ready((state, loss))
 
-  return forward, step
+  return forward, sampling_step, step
 
 
 def latte_programs(rng):
@@ -107,6 +123,7 @@ def latte_programs(rng):
     )
   )  # fmt: skip
   timestep = torch.tensor([500])
+  captions = torch.cat([text, text.flip(1)])
 
   def apply():
     return model(latents, timestep=timestep, encoder_hidden_states=text).sample
@@ -115,12 +132,18 @@ def latte_programs(rng):
     with torch.inference_mode():
       apply()
 
+  def sampling_step():
+    with torch.inference_mode():
+      twice = model(torch.cat([latents] * 2), timestep=timestep.expand(2), encoder_hidden_states=captions).sample
+      prompt, null = twice[:, :CHANNELS].chunk(2)
+      latents + 0.02 * (null + GUIDANCE * (prompt - null))
+
   def step():
     optimizer.zero_grad(set_to_none=True)
     torch.nn.functional.mse_loss(apply(), target).backward()
     optimizer.step()
 
-  return forward, step
+  return forward, sampling_step, step
 
 
 def product_programs(rng):
@@ -155,7 +178,9 @@ def main():
   keep_freed_memory()
   rng = np.random.default_rng(0)
   ours = flops.forward(our_config(), FRAMES, ROWS * COLUMNS, TEXT)
-  counts = {"forward": (ours, latte_flops()), "training step": (3 * ours, 3 * latte_flops())}
+  counts = {
+    what: (times * ours, times * latte_flops()) for what, times in (("forward", 1), ("sampling step", 2), ("training step", 3))
+  }
   counts["one product"] = (8 * TOKENS * WIDTH**2,) * 2
   programs = [*zip(our_programs(rng, arguments.remat, arguments.scan), latte_programs(rng)), *zip(*product_programs(rng))]
   # Interleaved by what is timed, so that the two sides of each ratio run next to each other.

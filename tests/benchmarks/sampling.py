@@ -40,7 +40,7 @@ def load(args, **changes):
 
 def print_order(args, requests, scale):
   pipelines = [load(args, sampler=name) for name in ("euler", "adams-bashforth")]
-  exact = pipelines[0].sample_latents(requests, 1000, scale, lambda steps: tqdm(steps, "1,000 Euler steps", leave=False))
+  exact = pipelines[0].sample_latents(requests, 1000, scale, lambda steps, stage: tqdm(steps, stage, leave=False))
   print(f"\n{'evaluations':>12} {'euler':>10} {'adams-bashforth':>16}   root mean square distance to 1,000 Euler steps")
   for steps in EVALUATIONS:
     made = (pipeline.sample_latents(requests, steps, scale) for pipeline in pipelines)
@@ -95,7 +95,7 @@ def print_loop(args, requests, steps, scale):
   ours, one = [], []
   for _ in range(args.repeats):
     started = time.perf_counter()
-    pipeline.sample_latents(requests, steps, scale, lambda steps: tqdm(steps, leave=False))
+    pipeline.sample_latents(requests, steps, scale, lambda steps, stage: tqdm(steps, stage, leave=False))
     ours.append((time.perf_counter() - started) / steps)
     started = time.perf_counter()
     whole(variables, x, *rest).block_until_ready()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stdit_jax.generation.media import contact_sheet, write_media
+from stdit_jax.generation.media import contact_sheet, open_media, write_media
 from tests.data.files import number_of, picture
 
 SETTINGS = {"prompt": 'a "gräu" rabbit\n☂', "seed": 7}
@@ -65,9 +65,29 @@ def test_png(tmp_path):
   assert files_in(tmp_path) == ["new"]
 
 
-def test_a_failure_leaves_nothing_behind(tmp_path):
-  with pytest.raises(Exception, match=r"."):
-    write_media(tmp_path / "a.mp4", frames().astype(np.float64), 24, SETTINGS)
+@pytest.mark.parametrize("name", ["a.mp4", "a.gif", "a"])
+def test_frames_may_come_in_parts(tmp_path, name):
+  """The file is that of all frames at once, and not there before the last one."""
+  (tmp_path / "parts").mkdir()
+  write_media(tmp_path / "whole" / name, frames(), 24, SETTINGS)
+  with open_media(tmp_path / "parts" / name, 5, 24, SETTINGS) as write:
+    for part in (frames()[:2], frames()[:0], frames()[2:]):
+      write(part)
+    assert not (tmp_path / "parts" / name).exists()
+  one, other = (sorted(p for p in (tmp_path / folder).rglob("*") if p.is_file()) for folder in ("whole", "parts"))
+  assert len(one) == (2 if "." in name else 6)
+  for a, b in zip(one, other, strict=True):
+    assert a.name == b.name
+    assert a.read_bytes() == b.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.gif", "a"])
+def test_a_failure_leaves_nothing_behind(tmp_path, name):
+  with pytest.raises(KeyboardInterrupt), open_media(tmp_path / name, 5, 24, SETTINGS) as write:  # noqa: PT012
+    write(frames()[:2])
+    raise KeyboardInterrupt
+  with pytest.raises((TypeError, ValueError)):
+    write_media(tmp_path / name, frames().astype(np.float64), 24, SETTINGS)
   assert files_in(tmp_path) == []
 
 

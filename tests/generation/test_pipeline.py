@@ -53,13 +53,13 @@ REQUESTS = [Request(f"clip {i}", 72, 56, 3, 8, seed) for i, seed in enumerate((5
 
 
 def test_one_seed_makes_one_video_whatever_the_batch(pipeline):
-  together = pipeline.sample_latents(REQUESTS, 2, 2.0, iter)
-  alone = pipeline.sample_latents(REQUESTS[1:2], 2, 2.0, iter)
+  together = pipeline.sample_latents(REQUESTS, 2, 2.0)
+  alone = pipeline.sample_latents(REQUESTS[1:2], 2, 2.0)
   assert together.shape == (3, 3, 9, 7, 4)
   scale = float(np.abs(alone).max())
   np.testing.assert_allclose(together[1], alone[0], atol=1e-4 * scale)
   assert np.abs(together[0] - together[1]).max() > 1e-2 * scale
-  again = pipeline.sample_latents(REQUESTS[1:2], 2, 2.0, iter)
+  again = pipeline.sample_latents(REQUESTS[1:2], 2, 2.0)
   assert np.asarray(again).tobytes() == np.asarray(alone).tobytes()
 
 
@@ -81,15 +81,15 @@ def another(trained, *arguments):
 
 
 def test_both_branches_in_turn_are_both_at_once(pipeline, trained):
-  made = [p.sample_latents(REQUESTS, 2, 3.0, iter) for p in (pipeline, another(trained, "--guidance-in-turn"))]
+  made = [p.sample_latents(REQUESTS, 2, 3.0) for p in (pipeline, another(trained, "--guidance-in-turn"))]
   np.testing.assert_allclose(made[1], made[0], atol=1e-4 * np.abs(made[0]).max())
 
 
 def test_other_samplers_and_guidance_from_the_command_line(pipeline, trained):
-  base = pipeline.sample_latents(REQUESTS[:1], 4, 3.0, iter)
+  base = pipeline.sample_latents(REQUESTS[:1], 4, 3.0)
   scale = np.abs(base).max()
   for arguments in (["--sampler", "adams-bashforth"], ["--guidance-interval", "0", "600"], ["--guidance-rescale", "0.7"]):
-    made = another(trained, *arguments).sample_latents(REQUESTS[:1], 4, 3.0, iter)
+    made = another(trained, *arguments).sample_latents(REQUESTS[:1], 4, 3.0)
     assert 1e-4 < np.abs(made - base).max() / scale < 1.0, arguments
   with pytest.raises(ValueError, match=r"unknown sampler 'heun', allowed: euler, adams-bashforth"):
     another(trained, "--sampler", "heun")
@@ -97,12 +97,12 @@ def test_other_samplers_and_guidance_from_the_command_line(pipeline, trained):
 
 def test_step_caches_from_the_command_line(pipeline, trained):
   """One that never serves changes nothing, in both ways of guidance; one that serves changes a little."""
-  base = pipeline.sample_latents(REQUESTS[:1], 8, 3.0, iter)
+  base = pipeline.sample_latents(REQUESTS[:1], 8, 3.0)
   scale = np.abs(base).max()
   for arguments in (["residual:0"], ["residual:0", "--guidance-in-turn"], ["pyramid:1,1,1", "--guidance-in-turn"]):
-    made = another(trained, "--step-cache", *arguments).sample_latents(REQUESTS[:1], 8, 3.0, iter)
+    made = another(trained, "--step-cache", *arguments).sample_latents(REQUESTS[:1], 8, 3.0)
     np.testing.assert_allclose(made, base, atol=1e-4 * scale)
-  made = another(trained, "--step-cache", "pyramid").sample_latents(REQUESTS[:1], 8, 3.0, iter)
+  made = another(trained, "--step-cache", "pyramid").sample_latents(REQUESTS[:1], 8, 3.0)
   assert 1e-4 < np.abs(made - base).max() / scale < 0.5
   with pytest.raises(ValueError, match="step cache 'teacache': allowed: pyramid"):
     another(trained, "--step-cache", "teacache")
@@ -112,8 +112,8 @@ def test_prompts_are_embedded_once(pipeline, trained):
   calls, encoder = [], pipeline._text
   fresh = another(trained)
   fresh._text = lambda *arguments: calls.append(1) or encoder(*arguments)
-  first = fresh.sample_latents(REQUESTS, 1, 2.0, iter)
-  again = fresh.sample_latents([dataclasses.replace(r, seed=9, loop=1) for r in REQUESTS], 1, 2.0, iter)
+  first = fresh.sample_latents(REQUESTS, 1, 2.0)
+  again = fresh.sample_latents([dataclasses.replace(r, seed=9, loop=1) for r in REQUESTS], 1, 2.0)
   assert len(calls) == 1
   assert (first != again).any()
   for number in range(pipelines.KEPT_EMBEDDINGS + 1):
@@ -121,7 +121,7 @@ def test_prompts_are_embedded_once(pipeline, trained):
   fresh.embed([r.prompt for r in REQUESTS])
   assert len(calls) == 1 + pipelines.KEPT_EMBEDDINGS + 1 + 1
   fresh.set_weights(*load_weights(trained, "params")[:2])
-  assert (fresh.sample_latents(REQUESTS, 1, 2.0, iter) != first).any()
+  assert (fresh.sample_latents(REQUESTS, 1, 2.0) != first).any()
   assert len(calls) == 1 + pipelines.KEPT_EMBEDDINGS + 1 + 2
 
 
@@ -143,19 +143,22 @@ class Recorder:
 
 @pytest.mark.parametrize(("sampler", "cache", "conditioned"), [("euler", "pyramid", False), ("adams-bashforth", "", True)])
 def test_memory_is_that_of_the_programs_that_run(trained, sampler, cache, conditioned, monkeypatch):
-  seen, decoder = [], Recorder(codec.jitted(codec.decode_frames))
-  monkeypatch.setattr(codec, "jitted", lambda function: decoder)
+  seen, jitted, recorders = [], codec.jitted, {}
+  monkeypatch.setattr(codec, "jitted", lambda f: recorders.setdefault(f, Recorder(jitted(f))))
 
   def check(pipeline):  # before any weight is there
     assert not any(isinstance(x, jax.Array) for x in jax.tree.leaves((pipeline.variables, pipeline.text_params)))
     pipeline._step, pipeline._text = Recorder(pipeline._step), Recorder(pipeline._text)
-    seen.append(pipeline.needed_memory(REQUESTS[0], 3, 2, 3.0, given=conditioned, negative=conditioned))
+    seen.append(pipeline.needed_memory(REQUESTS[0], 3, 2, 3.0, given=3 * conditioned, negative=conditioned))
 
   args = sample.make_parser().parse_args(["--run", str(trained), "--sampler", sampler, "--step-cache", cache])
   made = loading.load_pipeline(args, *loading.read_model(args), check)
   given = [(np.array([0, 1, 1], np.float32), random_latents(0), np.array([True, False, False]))] * 3 if conditioned else None
-  made.decode(made.sample_latents(REQUESTS, 2, 3.0, iter, given, "blur" if conditioned else None), 3)
-  for recorder in (made._step, made._text, decoder):
+  made.decode(made.sample_latents(REQUESTS, 2, 3.0, given=given, negative_prompt="blur" if conditioned else None), 3)
+  if conditioned:
+    made.encode(np.zeros((3, 72, 56, 3), np.uint8))
+  assert {f.__name__ for f in recorders} == {"decode_frames", *(["encode_frames"] if conditioned else [])}
+  for recorder in (made._step, made._text, *recorders.values()):
     assert len(recorder.texts) >= 2
     assert len(set(recorder.texts)) == 1
   (needed,) = seen
@@ -163,7 +166,7 @@ def test_memory_is_that_of_the_programs_that_run(trained, sampler, cache, condit
   assert needed["weights"] == sum(x.nbytes for x in arrays)
   larger = made.needed_memory(dataclasses.replace(REQUESTS[0], num_frames=30), 3, steps=2)
   assert larger["denoise"] > 3 * needed["denoise"] > 0
-  assert needed["decode"] > 8 * 72 * 56 * 3
+  assert all(needed[method] > 8 * 72 * 56 * 3 for method in ("decode", *(["encode"] if conditioned else [])))
 
 
 def random_latents(seed, frames=3):
@@ -172,35 +175,35 @@ def random_latents(seed, frames=3):
 
 def test_given_frames_come_back_as_they_were(pipeline):
   """Kept ones bit for bit, whatever else is in the batch; edited ones are between the given and the generated."""
-  free = pipeline.sample_latents(REQUESTS, 2, 2.0, iter)
+  free = pipeline.sample_latents(REQUESTS, 2, 2.0)
   known = random_latents(1)
   kept = np.array([True, False, True])
   given = [(np.where(kept, 0, 1).astype(np.float32), known, kept), None, (np.full(3, 0.5, np.float32), known, np.ones(3, bool))]
-  made = pipeline.sample_latents(REQUESTS, 2, 2.0, iter, given)
+  made = pipeline.sample_latents(REQUESTS, 2, 2.0, given=given)
   np.testing.assert_array_equal(made[0][kept], known[kept])
   scale = np.abs(free).max()
   assert np.abs(made[0][1] - free[0][1]).max() > 1e-3 * scale  # it sees its neighbours
   np.testing.assert_allclose(made[1], free[1], atol=1e-4 * scale)
   for other in (known, free[2]):
     assert np.abs(made[2] - other).max() > 1e-3 * scale
-  alone = pipeline.sample_latents(REQUESTS[:1], 2, 2.0, iter, given[:1])
+  alone = pipeline.sample_latents(REQUESTS[:1], 2, 2.0, given=given[:1])
   np.testing.assert_allclose(alone[0], made[0], atol=1e-4 * scale)
 
 
 def test_a_negative_prompt_takes_the_place_of_the_null_caption(pipeline):
   request = REQUESTS[:1]
-  made = {text: pipeline.sample_latents(request, 2, 2.0, iter, negative_prompt=text) for text in (None, "blur", "clip 0")}
+  made = {text: pipeline.sample_latents(request, 2, 2.0, negative_prompt=text) for text in (None, "blur", "clip 0")}
   assert np.abs(made["blur"] - made[None]).max() > 1e-5
   # Led away from itself, a prompt is not led at all.
-  unguided = pipeline.sample_latents(request, 2, 1.0, iter)
+  unguided = pipeline.sample_latents(request, 2, 1.0)
   np.testing.assert_allclose(made["clip 0"], unguided, atol=1e-4 * np.abs(unguided).max())
 
 
 def test_guidance_prompts_and_weights_matter(pipeline, trained):
   request = REQUESTS[:1]
-  base = pipeline.sample_latents(request, 2, 2.0, iter)
+  base = pipeline.sample_latents(request, 2, 2.0)
   for other in ((request, 2, 3.0), ([dataclasses.replace(request[0], prompt="another")], 2, 2.0), (request, 3, 2.0)):
-    assert np.abs(pipeline.sample_latents(*other, iter) - base).max() > 1e-5
+    assert np.abs(pipeline.sample_latents(*other) - base).max() > 1e-5
   with pytest.raises(ValueError, match="same size, frames and fps"):
     pipeline.sample_latents([request[0], dataclasses.replace(request[0], height=64)])
   (frames,) = pipeline.decode(base, len(base[0]))

@@ -162,7 +162,7 @@ def test_a_codec_over_devices_gives_the_values_of_one(name):
   a, b = (each.decode(expected[0], length).astype(int) for each in (spread, one))
   assert np.abs(a - b).max() <= 1
   assert np.abs(a - b).mean() < 0.01
-  assert len(spread.lower_decoder(expected[0].shape[:3], length)) == {"tiny-temporal": 3}.get(name, 1)
+  assert len(spread.lower("decode", expected[0].shape[1:3], length)) == {"tiny-temporal": 3}.get(name, 1)
 
 
 @needs_devices

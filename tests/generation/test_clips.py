@@ -1,0 +1,74 @@
+"""Videos of several clips: what is finished is handed out and let go of, clip after clip."""
+
+import types
+import weakref
+
+import numpy as np
+import pytest
+
+from stdit_jax.autoencoders import image_kl
+from stdit_jax.generation import clips, tasks
+from stdit_jax.generation.pipeline import Request
+
+FRAMES, REFERENCE = 6, 4
+
+
+class Pixels:
+  """Takes the place of a pipeline: latents are pixels, every frame has the number of its clip and its own, 10 * clip + frame;
+  clip 0 is the file. What is given is kept."""
+
+  codec = types.SimpleNamespace(config=image_kl.TABLE["tiny-kl-f8"])
+
+  def __init__(self):
+    self.decoded = []
+
+  def encode(self, frames):
+    return frames.astype(np.float32)
+
+  def sample(self, loop, requests, given):
+    made = np.stack([clip(loop + 1, FRAMES) for _ in requests]).astype(np.float32)
+    for z, known in zip(made, given):
+      if known:
+        z[known[2]] = known[1][known[2]]
+    return made
+
+  def decode(self, loop, latents):
+    videos = [z.astype(np.uint8) for z in latents]
+    self.decoded.append([weakref.ref(video) for video in videos])
+    return videos
+
+
+def clip(number, frames):
+  return np.broadcast_to((10 * number + np.arange(frames))[:, None, None, None], (frames, 8, 8, 3)).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+  ("task", "loops", "expected"),
+  [
+    ("endless", 3, [[0, 1, 2, 3, *range(11, 16)], [*range(21, 26)], [*range(31, 36)]]),
+    ("extend-backward", 1, [[*range(10, 15), 0, 1, 2, 3]]),
+    ("loop", 1, [[0, *range(11, 16)], [*range(21, 25)]]),
+  ],
+)
+def test_parts_come_with_their_clip_and_go(task, loops, expected):
+  pipeline, files = Pixels(), REFERENCE if task != "loop" else 1
+  job = tasks.make_job(task, FRAMES, [files], loops=loops, length=1)
+  item = clips.Item(tuple(Request("x", 8, 8, FRAMES, loop=n) for n in range(job.loops)), (clip(0, files),), job)
+  told = []
+  for loop, videos in enumerate(clips.make_videos(pipeline, [item, item], pipeline.sample, pipeline.decode)):
+    told.append([[int(frame[0, 0, 0]) for part in parts for frame in part] for parts in videos])
+    del videos
+    # Only the last clip may be there, which the loop has not left yet.
+    assert not any(video() is not None for clip in pipeline.decoded[:loop] for video in clip)
+  assert told == [[numbers, numbers] for numbers in expected]
+  assert clips.length_of(item, pipeline.codec.config) == sum(map(len, expected))
+  (one, _) = clips.whole_videos(clips.make_videos(pipeline, [item, item], pipeline.sample, pipeline.decode))
+  assert one[:, 0, 0, 0].tolist() == [number for numbers in expected for number in numbers]
+
+
+def test_who_writes_nothing_takes_part():
+  pipeline = Pixels()
+  job = tasks.make_job("endless", FRAMES, [], loops=2, length=1)
+  item = clips.Item(tuple(Request("x", 8, 8, FRAMES, loop=n) for n in range(2)), (), job)
+  assert list(clips.make_videos(pipeline, [item], pipeline.sample, None)) == [[], []]
+  assert not pipeline.decoded
