@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,19 @@ class Request:
   fps: float = 24.0
   seed: int = 0
   loop: int = 0
+
+
+class State(NamedTuple):
+  """What goes from step to step of the sampler.
+
+  Attributes: x: latents as tokens `[B, T, S, P]`; edit, memory: those of `diffusion.elements`, None where there are none; kept:
+  what the step cache keeps, for each call of the model in a step.
+  """
+
+  x: jax.Array
+  edit: Any
+  memory: Any
+  kept: tuple
 
 
 class Pipeline:
@@ -80,8 +94,8 @@ class Pipeline:
     if mesh is not None:
       tokens, rows = self.layout.sharding(*OVER_TIME), self.layout.sharding("batch")
       kept = jax.tree.map(lambda part: self.layout.sharding(*part.axes), self._kept_arrays(1, 1, 1))
-      places = tokens, rows, (tokens, rows, rows) if self.diffusion.remembers else None, kept
-    self._step = jax.jit(self._sampler_step, static_argnames=static, out_shardings=places, donate_argnames="kept")
+      places = State(tokens, rows, (tokens, rows, rows) if self.diffusion.remembers else None, kept)
+    self._step = jax.jit(self._sampler_step, static_argnames=static, out_shardings=places, donate_argnames="state")
 
   def set_weights(self, params, frozen, text_params=None):
     """Other weights of the same models; nothing is compiled again."""
@@ -124,11 +138,11 @@ class Pipeline:
     kept = jax.tree.map(lambda part: shape(part.shape, part.dtype, part.axes), self._kept_arrays(*x.shape[:3]))
     sides = [np.ones((batch,), np.float32)] * 4
     t = diffusion.sampling_timesteps(steps, *sides)[0]
+    edit = (shape((batch, frames)), shape((batch, frames), bool)) if given else None
+    memory = (x, shape((batch,)), shape((batch, frames), bool)) if diffusion.remembers else None
     step = self._step.lower(
-      self.variables, x, (shape((batch, frames)), shape((batch, frames), bool)) if given else None,
-      (x, shape((batch,)), shape((batch, frames), bool)) if diffusion.remembers else None, kept,
-      self._computes(diffusion, 0, t), t, t,
-      x if diffusion.stochastic else None, x if given else None, conditions, diffusion=diffusion,
+      self.variables, State(x, edit, memory, kept), conditions, (t, t), x if diffusion.stochastic else None,
+      x if given else None, self._computes(diffusion, 0, t), diffusion=diffusion,
       guidance=dataclasses.replace(self.guidance, scale=float(guidance_scale)), latent_size=size, negative=negative,
     ).compile()  # fmt: skip
     return {
@@ -225,15 +239,16 @@ class Pipeline:
     memory = memory if diffusion.remembers else None
     kept = jax.tree.map(lambda part: self._place(np.zeros(part.shape, part.dtype), part.axes), self._kept_arrays(*x.shape[:3]))
     guidance = dataclasses.replace(self.guidance, scale=float(guidance_scale))
+    state = State(x, edit, memory, kept)
     for i in progress(range(steps), "denoise"):
       noise = noise_of(fold_in(step_keys, i)) if diffusion.stochastic else None
-      x, edit, memory, kept = self._step(
-        self.variables, x, edit, memory, kept, self._computes(diffusion, i, timesteps[i]), timesteps[i], timesteps[i + 1],
-        noise, frame_noise, conditions,
-        diffusion=diffusion, guidance=guidance, latent_size=size, negative=negative_prompt is not None,
+      state = self._step(
+        self.variables, state, conditions, (timesteps[i], timesteps[i + 1]), noise, frame_noise,
+        self._computes(diffusion, i, timesteps[i]), diffusion=diffusion, guidance=guidance, latent_size=size,
+        negative=negative_prompt is not None,
       )  # fmt: skip
-      x.block_until_ready()
-    return unpatchify(multihost_utils.process_allgather(x, tiled=True)[:count], size, config.patch_size)
+      state.x.block_until_ready()
+    return unpatchify(multihost_utils.process_allgather(state.x, tiled=True)[:count], size, config.patch_size)
 
   def _computes(self, diffusion, step, t):
     """`Reuse.computes` of a step at timesteps `t` `[B]` of a formulation, equal ones: the sizes of a batch are."""
@@ -256,14 +271,15 @@ class Pipeline:
     return x, tuple(self._place(part) for part in start_edit(ratio))
 
   def _sampler_step(
-    self, variables, x, edit, memory, kept, computes, t, t_next, noise, frame_noise, conditions, *, diffusion, guidance,
-    latent_size, negative,
-  ):  # fmt: skip
-    config, batch = self.model.config, x.shape[0]
+    self, variables, state, conditions, times, noise, frame_noise, computes, *, diffusion, guidance, latent_size, negative
+  ):
+    """The `State` after a step from and to `times`, `[B]` each. `conditions`: of the model, pairs where the branches differ;
+    `noise`, `frame_noise`: as the formulation's `step` takes them; `computes`: of `_computes`."""
+    config, batch = self.model.config, state.x.shape[0]
     grid = jnp.asarray(grid_size(latent_size, config.patch_size), jnp.int32)
     # Elements past an odd border are no latents: they stay zero, as the original pads (STDiT `PatchEmbed3D`).
     inside = image_valid(latent_size, config.patch_size, config.in_channels, self.token_parts)
-    valid = jnp.broadcast_to(inside, x.shape)
+    valid = jnp.broadcast_to(inside, state.x.shape)
     shared = {"grid": jnp.tile(grid, (batch, 1))}
     if not inside.any(-1).all():  # tokens are padded to divide by the devices that split them
       shared["valid"] = valid
@@ -272,7 +288,7 @@ class Pipeline:
     if not negative:
       branches[0]["drop_text"], branches[1]["drop_text"] = jnp.zeros(batch, bool), jnp.ones(batch, bool)
 
-    kept = list(kept)
+    kept = list(state.kept)
 
     def denoiser(branch, number):
       def denoise(x, t, x_mask):
@@ -292,11 +308,11 @@ class Pipeline:
       denoise, guidance.scale, num_channels=config.in_channels, guided_channels=guidance.channels, interval=guidance.interval,
       rescale=guidance.rescale, valid=valid,
     )  # fmt: skip
-    x, edit, memory = diffusion.step(
-      step_model, x, t, t_next, num_channels=config.in_channels, noise=noise, frame_noise=frame_noise, edit=edit, memory=memory,
-      valid=valid,
+    after = diffusion.step(
+      step_model, state.x, *times, num_channels=config.in_channels, noise=noise, frame_noise=frame_noise, edit=state.edit,
+      memory=state.memory, valid=valid,
     )  # fmt: skip
-    return x, edit, memory, tuple(kept)
+    return State(*after, tuple(kept))
 
 
 def image_valid(latent_size, patch_size, channels, token_parts=1):

@@ -75,30 +75,30 @@ def print_loop(args, requests, steps, scale):
   pipeline, calls = load(args), []
   step = pipeline._step
 
-  def record(*args, **static):
-    calls.append((args, static))
-    return step(*args, **static)
+  def record(variables, state, *args, **static):
+    calls.append(((variables, jax.tree.map(jnp.copy, state), *args), static))  # the state's own memory is used again
+    return step(variables, state, *args, **static)
 
   pipeline._step = record
   pipeline.sample_latents(requests, steps, scale)
   pipeline._step = step
-  (variables, x, edit, memory, kept, computes, _, _, *rest), static = calls[0]
-  times = jnp.asarray(np.stack([[args[6], args[7]] for args, _ in calls]))
+  (variables, state, conditions, _, *rest), static = calls[0]
+  times = jnp.asarray(np.stack([args[3] for args, _ in calls]))
 
-  def whole(variables, x, *rest):
-    def body(x, t):
-      return pipeline._sampler_step(variables, x, edit, memory, kept, computes, t[0], t[1], *rest, **static)[0], None
+  def whole(variables, state, conditions):
+    def body(state, t):
+      return pipeline._sampler_step(variables, state, conditions, (t[0], t[1]), *rest, **static), None
 
-    return jax.lax.scan(body, x, times)[0]
+    return jax.lax.scan(body, state, times)[0].x
 
-  whole = jax.jit(whole).lower(variables, x, *rest).compile()
+  whole = jax.jit(whole).lower(variables, state, conditions).compile()
   ours, one = [], []
   for _ in range(args.repeats):
     started = time.perf_counter()
     pipeline.sample_latents(requests, steps, scale, lambda steps, stage: tqdm(steps, stage, leave=False))
     ours.append((time.perf_counter() - started) / steps)
     started = time.perf_counter()
-    whole(variables, x, *rest).block_until_ready()
+    whole(variables, state, conditions).block_until_ready()
     one.append((time.perf_counter() - started) / steps)
   a, b = statistics.median(ours), statistics.median(one)
   print(f"\nloop of {steps} steps: {a * 1e3:.1f} ms a step by `sample`, {b * 1e3:.1f} ms in one program: {a / b - 1:+.1%}")
