@@ -21,8 +21,9 @@ computed, none is measured on a device:
                slices, at --slice-gbits. At the published peaks (stdit_jax/parallel/topology.py)
   bound, MFU   the longest of them, if they overlap, and the model-FLOP utilisation that it allows
   hours        of a stage: its steps times the mean bound of its buckets, by how often each comes: in the first epoch of the
-               config's tables, or of assumed rows; and the updates, which read and write the whole state once; not in it:
-               checkpoints, samples, restarts, and the encoders of videos and captions where these are not cached
+               config's tables, or of assumed rows; and the updates, which read and write the whole state once. Beside them
+               what the encoders of videos and captions take where these are not cached: their FLOPs at the chips' peak; not
+               in it: checkpoints, samples, restarts
 
 A search fits memory to compilations of a bucket, one to three, the last of which confirms what was predicted; it ends where a
 batch takes 88 % of the memory, or the next one would be less than 5 % larger. It begins with BATCH where --bucket gives one.
@@ -214,8 +215,19 @@ def print_budget(args, stages, seconds, result):
     hours = budget.stage_hours(stage, shares, own, update)
     counted_hours.append(hours)
     print(f"{stage.name}: {stage.steps:,} steps, {hours_text(args, hours, chips)}; computed from {counted}")
+    if stage.config.task == "denoiser":
+      print_encoders(args, stage, shares, chips)
   if len(counted_hours) == len(stages) > 1:
     print(f"together: {hours_text(args, sum(counted_hours), chips)}")
+
+
+def print_encoders(args, stage, shares, chips):
+  """What the encoders of a stage add to its hours, if they do."""
+  seconds = budget.encoder_seconds(stage, shares, args.topology, chips)
+  hours = {what: stage.steps * stage.config.optimizer.accumulate * each / 3600 for what, each in seconds.items()}
+  if total := sum(hours.values()):
+    parts = " and ".join(f"{what} {each / total:.0%}" for what, each in hours.items() if each)
+    print(f"{stage.name}: encoding in the step adds {hours_text(args, total, chips)}: {parts}; nothing where it is cached")
 
 
 def hours_text(args, hours, chips):

@@ -131,8 +131,9 @@ class Codec:
     return join(self.decode_parts(latents, num_frames), num_frames, done)
 
   def lower(self, method, size, num_frames):
-    """The programs of `method`, "encode" (of uint8) or "decode", for a clip with latents of this (h, w), lowered."""
-    lowered = {}
+    """The programs of `method`, "encode" (of uint8) or "decode", for a clip with latents of this (h, w), lowered:
+    {program: how often it runs}."""
+    lowered, times = {}, collections.Counter()
 
     def shape(x, sharding=None):
       return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding or getattr(x, "sharding", None))
@@ -141,6 +142,7 @@ class Codec:
       key = function, str(jax.tree.map(lambda x: (x.shape, x.dtype), arrays)), tuple(static.items())
       if key not in lowered:
         lowered[key] = jitted(function).lower(model, variables, *jax.tree.map(shape, arrays), **static)
+      times[lowered[key]] += 1
       return jax.tree.map(lambda s: np.broadcast_to(np.zeros((), s.dtype), s.shape), lowered[key].out_info)
 
     cut, config = self.tiles and self.tiles.cut(size), self.config
@@ -154,7 +156,7 @@ class Codec:
         parts = plain.decode_parts(latents, num_frames)
       for _ in parts:
         pass
-    return list(lowered.values())
+    return times
 
   def memory(self, method, size, num_frames):
     """Bytes on one device, beside the weights, while `method` of `lower` runs, as the compiler counts them; inf where it says
@@ -166,6 +168,10 @@ class Codec:
         raise
       return math.inf
     return max(memory_beside(program, self.variables) for program in programs)
+
+  def flops(self, method, size, num_frames):
+    """FLOPs of `method` of `lower`, as XLA counts them in programs that are not compiled."""
+    return sum(times * program.cost_analysis()["flops"] for program, times in self.lower(method, size, num_frames).items())
 
   def encode_parts(self, frames):
     """The pieces of `encode`, (mean, std) each, on the device: nothing is waited for."""

@@ -36,3 +36,11 @@ def forward(config, frames, space, text):
   caption = 2 * text * (config.caption_channels + width) * width
   embeddings = 2 * 2 * (256 + width) * width + 12 * width**2  # timestep and fps, modulation
   return config.depth * layer + patches + caption + embeddings
+
+
+def text(config, tokens):
+  """FLOPs of one caption of so many tokens, padding included, by a T5 encoder (`t5.T5Config`)."""
+  inner = config.num_heads * config.d_kv
+  mlp_kernels = 3 if config.feed_forward_proj == "gated-gelu" else 2
+  products = 8 * config.d_model * inner + 2 * mlp_kernels * config.d_model * config.d_ff
+  return config.num_layers * tokens * (products + 4 * tokens * inner)

@@ -1,13 +1,19 @@
 """What a recipe costs: steps, hours and chip-hours, from the bound of every bucket and how often it comes."""
 
+import functools
 import tempfile
 
 import numpy as np
 
+from data import aspect_ratios, plan, sources
 from data import buckets as bucket_rules
-from data import plan, sources
 from data.config import DataConfig
+from stdit_jax.autoencoders import codec
+from stdit_jax.models import flops
 from stdit_jax.parallel.topology import CHIPS, parse_topology
+from stdit_jax.training.autoencoding import autoencoder_model
+from stdit_jax.training.encoding import uses_cached_text
+from stdit_jax.training.objectives import text_model
 
 ASSUMED_ROWS = 20_000
 
@@ -50,6 +56,39 @@ def update_seconds(resident, topology):
   average once (`resident`: their bytes per chip)."""
   moved = 2 * sum(resident[name] for name in ("parameters", "gradients", "optimizer", "average"))
   return moved / (CHIPS[parse_topology(topology)].memory_gbs * 1e9)
+
+
+def encoder_seconds(stage, shares, topology, chips):
+  """{"videos", "captions"}: mean seconds that the encoders take for a micro step, at the published peak of the chips; 0 where
+  what they make comes from a cache or from disk.
+
+  FLOPs of the autoencoder are XLA's own count for pictures as square as the resolution has them, those of T5 by formula.
+
+  Args:
+    shares: of `bucket_shares`.
+  """
+  config, peak = stage.config, chips * CHIPS[parse_topology(topology)].tflops * 1e12
+  rows = {(b.resolution, b.num_frames): b.batch_size for b in DataConfig(**config.data.to_dict()).parsed_buckets()}
+  videos, text = 0.0, text_model(config.text_encoder)
+  if not config.data.latents:
+    model = autoencoder_model(config.autoencoder)
+    videos = sum(share * rows[key] * _video_flops(model, *key) for key, share in shares.items())
+  if text is None or uses_cached_text(config):
+    captions = 0.0
+  else:
+    times = flops.TRAINING if config.text_encoder.train else 1
+    mean_rows = sum(share * rows[key] for key, share in shares.items())
+    captions = mean_rows * times * flops.text(text.config, config.text_encoder.max_length)
+  return {"videos": videos / peak, "captions": captions / peak}
+
+
+@functools.cache
+def _video_flops(model, resolution, frames):
+  """FLOPs of an autoencoder that encodes a clip."""
+  pixels = aspect_ratios.size(resolution, aspect_ratios.closest_ratio(1, 1, resolution))
+  shapes = codec.module_of(model.config).init_shapes(model.config)
+  made = codec.make_codec(model, shapes, micro_batch=1)  # larger ones would be filled up
+  return made.flops("encode", model.config.latent_size(*pixels), frames)
 
 
 def stage_hours(stage, shares, seconds, update=0.0):

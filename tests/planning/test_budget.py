@@ -1,16 +1,22 @@
 """How often each bucket comes, and what a stage costs."""
 
+import math
+
+import jax
 import pytest
 
+from stdit_jax.models import t5
 from stdit_jax.planning import budget, meshes
+from stdit_jax.training.autoencoding import autoencoder_model
 from stdit_jax.training.stages import make_stages
 from tests.planning.test_plan import SMALL
 
 
-def stage_with(buckets, **changes):
+def stage_with(buckets, text=None, **changes):
   namespace = {}
   exec(SMALL, namespace)
   config = namespace["get_config"]()
+  config.text_encoder.update(text or {})
   config.stages = (dict(name="main", steps=100, **{"data.buckets": buckets, "data.reference_devices": 1, **changes}),)
   return make_stages(config)[0]
 
@@ -29,6 +35,35 @@ def test_hours_of_a_stage():
   assert budget.stage_hours(stage, shares, {("144p", 1): 12.0}, 2.0) == pytest.approx(100 * (3 * 12.0 + 2.0) / 3600)
   resident = {"parameters": 10**9, "gradients": 10**9, "optimizer": 2 * 10**9, "average": 10**9, "frozen": 10**12}
   assert budget.update_seconds(resident, "v5e:2x4") == pytest.approx(10 / 819)
+
+
+def test_encoders_cost_by_rows_frames_and_pixels():
+  buckets = (("144p", 1, 1.0, 8), ("144p", 51, 1.0, 2))
+
+  def seconds(**text):
+    return budget.encoder_seconds(stage_with(buckets, text), {("144p", 1): 0.5, ("144p", 51): 0.5}, "v5e:2x4", 8)
+
+  both = seconds(where="ahead")
+  config = stage_with(buckets).config
+  text = t5.get_config(config.text_encoder.name, **config.text_encoder.fields)
+  kernels = [x for x in jax.tree.leaves(t5.init_shapes(text)["params"]["blocks"]) if len(x.shape) > 2]
+  length = config.text_encoder.max_length
+  attention = 4 * text.num_layers * length**2 * text.num_heads * text.d_kv
+  each = 2 * length * sum(math.prod(x.shape) for x in kernels) + attention
+  assert both["captions"] == pytest.approx(5 * each / (8 * 197e12))
+  trained = seconds(where="step", train=True)
+  assert trained["captions"] == pytest.approx(3 * both["captions"])
+  assert seconds(where="disk")["captions"] == 0
+
+  model = autoencoder_model(config.autoencoder)
+  image, chunk, clip = (budget._video_flops(model, "144p", frames) for frames in (1, 17, 51))
+  assert clip == pytest.approx(3 * chunk)
+  assert chunk < 17 * image
+  assert budget._video_flops(model, "256", 1) == pytest.approx(image * 256**2 / 192**2, rel=0.05)  # its attention grows faster
+  config.autoencoder.update(name="sd-kl-f8")
+  alone = autoencoder_model(config.autoencoder)
+  assert budget._video_flops(alone, "144p", 5) == pytest.approx(5 * budget._video_flops(alone, "144p", 1))
+  assert both["videos"] == pytest.approx((0.5 * 8 * image + 0.5 * 2 * clip) / (8 * 197e12))
 
 
 def test_sensible_meshes_make_all_chips_and_whole_tiles():
