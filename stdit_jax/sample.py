@@ -23,6 +23,7 @@ import dataclasses
 import json
 import os
 import re
+import signal
 import sys
 import time
 
@@ -82,8 +83,8 @@ def make_parser():
     "--batch-size", type=int, help="videos made together (default: 1, or as many as the mesh splits a batch into)"
   )
   how.add_argument(
-    "--decode-memory", type=float, metavar="GIB", help="memory of the decoder, which works in tiles if it needs more "
-    "(autoencoders/tiles.py; default: what is free)",
+    "--autoencoder-memory", type=float, metavar="GIB", help="of each device for encoding and decoding, which are done in "
+    "tiles if they need more (autoencoders/tiles.py; default: what is free)",
   )  # fmt: skip
   how.add_argument(
     "--output", default="samples", help="folder for the files, or one .mp4, .gif, .webp, .png (default: samples)"
@@ -113,15 +114,15 @@ def read_prompts(args):
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-  """One file to make. Attributes: stem: of its name; requests: one per loop; files: references; job: of `tasks`; frames and
-  lengths: frames and latent frames of the files."""
+  """One file to make. Attributes: stem: of its name; requests: one per loop; files: references; job: of `tasks`; file_frames,
+  file_latents: how many frames and latent frames the files have."""
 
   stem: str
   requests: tuple
   files: tuple
   job: tasks.Job
-  frames: tuple
-  lengths: tuple
+  file_frames: tuple
+  file_latents: tuple
 
 
 def picture_shape(args, config, files, downsampling):
@@ -211,11 +212,11 @@ def explain(work, autoencoder, compat):
   what = "frames" if alone else "latent frames"
   for one in (one for one in work if one.requests[0].seed == work[0].requests[0].seed):
     print(f"{one.stem}:")
-    for number, (path, count) in enumerate(zip(one.files, one.lengths)):
+    for number, (path, count) in enumerate(zip(one.files, one.file_latents)):
       print(f"  reference {number}: {path}, {count} {what if count > 1 else what[:-1]}")
     for loop, request in enumerate(one.requests):
       count = autoencoder.latent_frames(request.num_frames)
-      placement = place_loop(one.job, loop, count, one.lengths, compat)
+      placement = place_loop(one.job, loop, count, one.file_latents, compat)
       latents = "" if alone else f" ({count} latent frames)"
       print(f"  loop {loop}: {request.num_frames} x {request.height} x {request.width}{latents}, {request.prompt}")
       print("\n".join(f"    {line}" for line in conditions.explain(placement, len(one.files))))
@@ -256,27 +257,29 @@ def check_memory(pipeline, work, steps, scale, args):
   import jax
 
   from stdit_jax.autoencoders.codec import fit_tiles
+  from stdit_jax.generation.clips import encoded_lengths
 
   pipeline.diffusion.for_sampling(steps)
   largest = max(work, key=lambda one: one.requests[0].height * one.requests[0].width * one.requests[0].num_frames)
   request, batch = largest.requests[0], min(args.batch_size or pipeline.batch_parts, len(work))
-  # Clips that others go on from are encoded, too, where the original does that.
-  encoded = max([*largest.frames, request.num_frames if args.compat and largest.job.loops > 1 else 0])
-  options = {"given": encoded, "negative": args.negative_prompt is not None}
+  config, frames = pipeline.codec.config, request.num_frames
+  encoded = set().union(*(encoded_lengths(one.job, one.file_frames, config, frames, args.compat) for one in work))
+  given = any(one.job.rules for one in work)
+  options = {"given": given, "encoded": encoded, "negative": args.negative_prompt is not None}
   if jax.process_index() == 0:
     print(f"compiling for {batch} x {request.num_frames} x {request.height} x {request.width} ...", file=sys.stderr, flush=True)
   needed = pipeline.needed_memory(request, batch, steps, scale, **options)
   weights, gib = needed.pop("weights"), 2**30
   free = loading.free_memory()
-  budget = args.decode_memory * gib if args.decode_memory else free and free - weights
-  clips = {"decode": request.num_frames} | ({"encode": encoded} if encoded else {})
-  if budget and max(needed[method] for method in clips) > budget:
-    pipeline.codec, less = fit_tiles(pipeline.codec, pipeline.latent_size(request)[1:], clips, budget)
+  budget = args.autoencoder_memory * gib if args.autoencoder_memory else free and free - weights
+  lengths = {"decode": {frames}} | ({"encode": encoded} if encoded else {})
+  if budget and max(needed[method] for method in lengths) > budget:
+    pipeline.codec, less = fit_tiles(pipeline.codec, pipeline.latent_size(request)[1:], lengths, budget)
     needed |= less
     if jax.process_index() == 0 and pipeline.codec.tiles:
-      tiles, factor = pipeline.codec.tiles, pipeline.codec.config.downsampling
+      tiles, factor = pipeline.codec.tiles, config.downsampling
       print(
-        f"{' and '.join(f'{method}s' for method in clips)} in tiles of {tiles.height * factor} x {tiles.width * factor} "
+        f"{' and '.join(f'{method}s' for method in lengths)} in tiles of {tiles.height * factor} x {tiles.width * factor} "
         "pixels, to need less memory",
         flush=True,
       )
@@ -312,7 +315,7 @@ def settings_of(one, args, steps, scale, described, autoencoder):
     settings |= {"references": one.files, "loops": one.job.loops, "task": args.task[0] if args.task else None}
     settings |= {"rules": [dataclasses.astuple(rule) for rule in one.job.rules], "pieces": one.job.pieces}
   names = "negative_prompt", "sampler", "guidance_interval", "guidance_rescale", "guidance_channels", "step_cache", "compat"
-  names += "config", "autoencoder", "text_encoder", "decode_memory"
+  names += "config", "autoencoder", "text_encoder", "autoencoder_memory"
   settings |= {name: value for name in names if (value := getattr(args, name)) not in (None, 0)}
   return json.loads(json.dumps(settings))
 
@@ -422,7 +425,7 @@ def make_batch(pipeline, batch, label, steps, scale, args):
     return tqdm(items, name, unit=unit, leave=False, file=sys.stderr, disable=None if writes else True, **options)
 
   def sample(loop, requests, given):
-    progress = lambda items, stage: bar(items, stage, loop, {"text": "batch", "denoise": "step"}[stage])  # noqa: E731
+    progress = lambda items, stage: bar(items, stage, loop, "step" if stage == "denoise" else "batch")  # noqa: E731
     return pipeline.sample_latents(requests, steps, scale, progress, given, negative)
 
   def decode(loop, latents):
@@ -435,20 +438,28 @@ def make_batch(pipeline, batch, label, steps, scale, args):
     size, fps = (own["height"], own["width"]), one.requests[0].fps
     references = tuple(read_reference(path, size, fps, args.compat is not None) for path in one.files)
     items.append(Item(one.requests, references, one.job))
-  with contextlib.ExitStack() as opened:
-    writers = []
-    for item, (one, path, own) in zip(items, batch if writes else ()):
+  videos = make_videos(pipeline, items, sample, decode if writes else None, args.compat)
+  if not writes:
+    for _ in videos:
+      pass
+    return
+  with contextlib.ExitStack() as all_files:
+    # Each file is closed by itself, in order: one that can't be takes none with it that is whole.
+    files, writers = [all_files.enter_context(contextlib.ExitStack()) for _ in batch], []
+    for file, item, (one, path, own) in zip(files, items, batch):
       count = length_of(item, pipeline.codec.config)
-      writers.append(opened.enter_context(open_media(path, count, one.requests[0].fps, own | {"num_frames": count})))
-    for parts in make_videos(pipeline, items, sample, decode if writes else None, args.compat):
-      for write, frames in zip(writers, parts):
-        for some in frames:
-          write(some)
-  for one, path, _ in batch if writes else ():
-    print(f"{path}  ({time.monotonic() - began:.1f} s)  {one.requests[0].prompt}", flush=True)
+      writers.append(file.enter_context(open_media(path, count, one.requests[0].fps, own | {"num_frames": count})))
+    for parts_of_all in videos:
+      for write, parts in zip(writers, parts_of_all):
+        for part in parts:
+          write(part)
+    for file, (one, path, _) in zip(files, batch):
+      file.close()
+      print(f"{path}  ({time.monotonic() - began:.1f} s)  {one.requests[0].prompt}", flush=True)
 
 
 if __name__ == "__main__":
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that unfinished files go
   try:
     main()
   except KeyboardInterrupt:

@@ -108,8 +108,7 @@ class Codec:
     size = self.config.latent_size(*frames.shape[1:3])
     if self.tiles and self.tiles.cut(size):
       return encode_in_tiles(dataclasses.replace(self, tiles=None).encode, frames, self.tiles, self.config.downsampling, size)
-    parts = self.encode_parts(frames)
-    return tuple(join(part, self.config.latent_frames(len(frames))) for part in zip(*parts))
+    return join(self.encode_parts(frames), self.config.latent_frames(len(frames)))
 
   def decode(self, latents, num_frames, done=lambda frames: None):
     """Normalised latents `[T', h, w, C]` -> NumPy pixels `[num_frames, 8h, 8w, 3]`; ValueError for a length that the
@@ -120,11 +119,11 @@ class Codec:
     if self.tiles and self.tiles.cut(latents.shape[1:3]):
       whole = dataclasses.replace(self, tiles=None, as_uint8=False)
       finish = to_uint8 if self.as_uint8 else None
-      shares = iter(np.diff(np.linspace(0, num_frames, 1 + self.tiles.count(latents.shape[1:3])).astype(int)).tolist())
+      share = num_frames / self.tiles.count(latents.shape[1:3])
 
       def decode_tile(z):
         pixels = whole.decode(z, num_frames)
-        done(next(shares))
+        done(share)
         return pixels
 
       return decode_in_tiles(decode_tile, latents, self.tiles, self.config.downsampling, finish)
@@ -136,7 +135,9 @@ class Codec:
     lowered, times = {}, collections.Counter()
 
     def shape(x, sharding=None):
-      return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding or getattr(x, "sharding", None))
+      if isinstance(x, jax.ShapeDtypeStruct) and sharding is None:
+        return x
+      return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
     def lower(function, model, variables, *arrays, **static):
       key = function, str(jax.tree.map(lambda x: (x.shape, x.dtype), arrays)), tuple(static.items())
@@ -149,11 +150,11 @@ class Codec:
     plain = dataclasses.replace(self, run=lower, place=shape, tiles=None, as_uint8=self.as_uint8 and not cut)
     for height, width in tile_sizes(self.tiles, size) if cut else [size]:
       if method == "encode":
-        pixels = np.zeros((num_frames, height * config.downsampling, width * config.downsampling, 3), np.uint8)
-        parts = plain.encode_parts(pixels)
+        pixels = num_frames, height * config.downsampling, width * config.downsampling, 3
+        parts = plain.encode_parts(np.broadcast_to(np.zeros((), np.uint8), pixels))
       else:
-        latents = np.zeros((config.latent_frames(num_frames), height, width, config.latent_channels), np.float32)
-        parts = plain.decode_parts(latents, num_frames)
+        latents = config.latent_frames(num_frames), height, width, config.latent_channels
+        parts = plain.decode_parts(np.broadcast_to(np.zeros((), np.float32), latents), num_frames)
       for _ in parts:
         pass
     return times
@@ -174,7 +175,7 @@ class Codec:
     return sum(times * program.cost_analysis()["flops"] for program, times in self.lower(method, size, num_frames).items())
 
   def encode_parts(self, frames):
-    """The pieces of `encode`, (mean, std) each, on the device: nothing is waited for."""
+    """The pieces of `encode`, (mean, std) each, one after the other, on the device: nothing is waited for."""
     raise NotImplementedError
 
   def decode_parts(self, latents, num_frames):
@@ -190,21 +191,29 @@ class Codec:
 
 
 def join(parts, length, done=lambda frames: None, ahead=2):
-  """Pieces as one NumPy array of the first `length` frames; `ahead` of them are computed before the first is waited for. `done`
-  is called with the frames of each."""
-  waiting, arrays = collections.deque(), []
+  """Pieces, arrays or tuples of them, as one NumPy array (a tuple) of the first `length` frames; at most `ahead` of them are
+  computed before the first is waited for. `done` is called with how many frames each of them finishes."""
+  waiting, arrays, left = collections.deque(), [], length
 
   def finish():
-    arrays.append(np.asarray(waiting.popleft()))
-    done(min(len(arrays[-1]), length - sum(map(len, arrays[:-1]))))
+    nonlocal left
+    arrays.append(jax.tree.map(np.asarray, waiting.popleft()))
+    count = min(left, len(jax.tree.leaves(arrays[-1])[0]))
+    left -= count
+    done(count)
 
   for part in parts:
     waiting.append(part)
-    if len(waiting) > ahead:
+    while waiting and (len(waiting) > ahead or _is_there(waiting[0])):
       finish()
   while waiting:
     finish()
-  return np.concatenate(arrays)[:length]
+  return jax.tree.map(lambda *pieces: np.concatenate(pieces)[:length], *arrays)
+
+
+def _is_there(part):
+  """Whether nothing has to be waited for."""
+  return all(not isinstance(x, jax.Array) or x.is_ready() for x in jax.tree.leaves(part))
 
 
 def micro_batches(values, size):
@@ -243,8 +252,8 @@ def decode_frames(model, variables, latents, *, as_uint8):
 
 class ImageCodec(Codec):
   def encode_parts(self, frames):
-    size = self.micro_batch * self.devices
-    return [self._call(encode_frames, self._spread(part)) for part in micro_batches(frames, size)]
+    for part in micro_batches(frames, self.micro_batch * self.devices):
+      yield self._call(encode_frames, self._spread(part))
 
   def decode_parts(self, latents, num_frames):
     for part in micro_batches(latents, self.micro_batch * self.devices):
@@ -279,16 +288,18 @@ class TemporalCodec(Codec):
   """As many chunks at a time as there are devices; of the chunk that is left over each computes a copy."""
 
   def encode_parts(self, frames):
-    size, parts = self.micro_batch * self.devices, []
+    size = self.micro_batch * self.devices
     for start, count, number in self._chunks(len(frames)):
       chunk = frames[start : start + count * number]
       pieces = (self._call(image_latents, self._spread(part)) for part in micro_batches(chunk, size))
-      # Over several devices pieces and chunks are split differently: on the way through the host.
-      latents = jnp.concatenate([*pieces])[: len(chunk)] if self.devices == 1 else join(pieces, len(chunk))
+      if self.devices == 1:
+        pieces = [*pieces]
+        latents = (jnp if isinstance(pieces[0], jax.Array) else np).concatenate(pieces)[: len(chunk)]
+      else:  # pieces and chunks are split differently: on the way through the host
+        latents = join(pieces, len(chunk))
       latents = latents.reshape(number, count, *latents.shape[1:])
       moments = self._call(encode_chunks, self._spread(filled(latents, self.devices)))
-      parts.append(tuple(m[:number].reshape(-1, *m.shape[2:]) for m in moments))
-    return parts
+      yield tuple(m[:number].reshape(-1, *m.shape[2:]) for m in moments)
 
   def decode_parts(self, latents, num_frames):
     size, begin = self.micro_batch * self.devices, 0
@@ -350,8 +361,9 @@ class CausalCodec(Codec):
 
   def encode_parts(self, frames):
     if self._splits(len(frames)):
-      return [self._call(encode_split, frames, mesh=self.mesh)]
-    return list(self._chunks(encode_causal, frames, self.config.encode_chunk))
+      yield self._call(encode_split, frames, mesh=self.mesh)
+    else:
+      yield from self._chunks(encode_causal, frames, self.config.encode_chunk)
 
   def decode_parts(self, latents, num_frames):
     if self._splits(num_frames):
@@ -388,22 +400,21 @@ def memory_beside(compiled, weights):
   return kept + memory.temp_size_in_bytes - bytes_on_device(weights)
 
 
-def fit_tiles(codec, size, clips, budget):
+def fit_tiles(codec, size, lengths, budget):
   """(`codec` as it is, or with the largest tiles with which so many bytes are enough; {method: its bytes}).
 
   Compiles, allocates nothing. If not even the smallest tiles fit they are what is returned.
 
   Args:
-    size: (h, w) of the latents; clips: {method, as in `Codec.lower`: frames}; budget: bytes on one device beside the weights.
+    size: (h, w) of the latents; lengths: {method, as in `Codec.lower`: frames of its clips}; budget: bytes on one device beside
+      the weights.
   """
-  measure = lambda codec: {method: codec.memory(method, size, frames) for method, frames in clips.items()}  # noqa: E731
-  needed = measure(codec)
-  for tiles in sizes_for(size):
-    if max(needed.values()) <= budget:
-      break
+  choices = sizes_for(size)
+  while True:
+    needed = {method: max(codec.memory(method, size, frames) for frames in clips) for method, clips in lengths.items()}
+    if max(needed.values()) <= budget or (tiles := next(choices, None)) is None:
+      return codec, needed
     codec = dataclasses.replace(codec, tiles=tiles)
-    needed = measure(codec)
-  return codec, needed
 
 
 def make_codec(model, variables, micro_batch=4, run=run_jitted):

@@ -1,6 +1,6 @@
 """Makes the videos of jobs (`tasks.Job`): a clip per loop, each of which may be given frames of files and of earlier clips.
 
-What is finished is handed out clip after clip, so that a video of many clips needs the memory of one.
+What is finished is handed out clip after clip, so that a video of many clips needs the memory of two, not of all.
 """
 
 import dataclasses
@@ -37,27 +37,46 @@ def given_frames(placement, latents):
   return placement.ratio, np.stack([empty if z is None else z for z in laid]), taken
 
 
-def encode_used(pipeline, references, placements, num_frames=None):
-  """Latents of those latent frames of the references that a placement uses: {number: `[h, w, C]`} of each. Where frames are
-  encoded alone, a long video is not encoded as a whole for its last ones.
+def what_is_encoded(number, frames, placements, config, num_frames=None):
+  """Which frames of a reference are encoded because placements use it, and what that gives.
 
-  With a video autoencoder the latents of a clip hold different numbers of frames. Where the first of a clip of `num_frames`
-  are the last of a reference, so many of its frames as those hold are encoded as a clip of their own; None: as the originals.
+  Where frames are encoded alone, a long video is not encoded as a whole for its last ones. With a video autoencoder the latents
+  of a clip hold different numbers of frames. Where the first of a clip of `num_frames` are the last of a reference, so many of
+  its frames as those hold are encoded as a clip of their own; None: as the originals.
+
+  Args:
+    number, frames: of the reference, and how many it has; config: of the autoencoder.
+
+  Returns:
+    (numbers of frames, {latent frame that is used: its place among the latents of these frames}); nothing is used: (none, {}).
   """
-  encoded, config = [], pipeline.codec.config
+  places = {(slot, int(t)) for p in placements for slot, (r, t) in enumerate(zip(p.reference, p.frame)) if r == number}
+  used, count = sorted({t for _, t in places}), config.latent_frames(frames)
+  in_order = {t: place for place, t in enumerate(used)}
+  if not used or count == frames:
+    return np.asarray(used, int), in_order
+  if num_frames and used[0] and places == {(slot, count - len(used) + slot) for slot in range(len(used))}:
+    return np.arange(frames)[-config.frame_starts(num_frames)[len(used)] :], in_order
+  return np.arange(frames), {t: t for t in used}
+
+
+def encode_used(pipeline, references, placements, num_frames=None):
+  """Latents of those latent frames of the references that placements use: {number: `[h, w, C]`} of each."""
+  encoded = []
   for number, frames in enumerate(references):
-    places = {(slot, int(t)) for p in placements for slot, (r, t) in enumerate(zip(p.reference, p.frame)) if r == number}
-    used, count = sorted({t for _, t in places}), config.latent_frames(len(frames))
-    if not used:
-      encoded.append({})
-    elif count == len(frames):
-      encoded.append(dict(zip(used, pipeline.encode(frames[used]))))
-    elif num_frames and used[0] and places == {(slot, count - len(used) + slot) for slot in range(len(used))}:
-      encoded.append(dict(zip(used, pipeline.encode(frames[-config.frame_starts(num_frames)[len(used)] :]))))
-    else:
-      latents = pipeline.encode(frames)
-      encoded.append({t: latents[t] for t in used})
+    which, used = what_is_encoded(number, len(frames), placements, pipeline.codec.config, num_frames)
+    latents = pipeline.encode(frames[which]) if used else None
+    encoded.append({t: latents[place] for t, place in used.items()})
   return encoded
+
+
+def encoded_lengths(job, file_frames, config, num_frames, compat=None):
+  """Frames of the clips that `make_videos` encodes for a job with clips of `num_frames` and files of so many frames: a set."""
+  count, files = config.latent_frames(num_frames), [config.latent_frames(n) for n in file_frames]
+  placements = [place_loop(job, loop, count, files, compat) for loop in range(job.loops)]
+  own = None if compat else num_frames
+  lengths = {len(what_is_encoded(i, n, placements, config, own)[0]) for i, n in enumerate(file_frames)} - {0}
+  return lengths | ({num_frames} if compat and job.loops > 1 else set())
 
 
 def make_videos(pipeline, items, sample, decode, compat=None):
@@ -67,8 +86,8 @@ def make_videos(pipeline, items, sample, decode, compat=None):
   Args:
     items: of one size and with equally many loops.
     sample: `(loop, requests, given) -> latents`, of `Pipeline.sample_latents` with its settings.
-    decode: `(loop, latents) -> videos`, of `Pipeline.decode`; None: only take part and yield empty lists, as the processes do
-      that write nothing.
+    decode: `(loop, latents) -> videos`, of `Pipeline.decode`; None: only take part and yield no parts, as the processes do that
+      write nothing.
     compat: of `conditions`; with one, clips go on from the encoded pixels of the one before as the originals do, by default
       from its latents, which no autoencoder has changed.
   """
@@ -85,14 +104,12 @@ def make_videos(pipeline, items, sample, decode, compat=None):
   for loop in loops:
     given = [given_frames(placed[loop], known) for placed, known in zip(placements, latents)]
     made = sample(loop, [item.requests[loop] for item in items], given)
-    if decode:
-      decoded = decode(loop, made)
-    else:
-      decoded = pipeline.decode(made, num_frames) if compat else [None] * len(made)
-    for known, seen, z, pixels in zip(latents, frames, made, decoded):
-      known.append(pipeline.encode(pixels) if compat else z)
-      seen.append(pixels)
-    yield [take_finished(seen, pieces, config) for seen, pieces in zip(frames, waiting)] if decode else []
+    encodes = compat and loop + 1 < len(loops)
+    videos = decode(loop, made) if decode else pipeline.decode(made, num_frames) if encodes else [None] * len(made)
+    for known, seen, z, pixels in zip(latents, frames, made, videos):
+      known.append(pipeline.encode(pixels) if encodes else z)
+      seen.append(pixels if decode else None)
+    yield [take_finished(seen, pieces, config) if decode else [] for seen, pieces in zip(frames, waiting)]
 
 
 def take_finished(seen, pieces, config):
@@ -110,7 +127,7 @@ def take_finished(seen, pieces, config):
 
 def whole_videos(parts):
   """The videos of `make_videos`, each as one array `[T, H, W, 3]`."""
-  return [np.concatenate([part for some in video for part in some]) for video in zip(*parts)]
+  return [np.concatenate([part for after_a_clip in video for part in after_a_clip]) for video in zip(*parts)]
 
 
 def length_of(item, config):

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import shutil
+import uuid
 from fractions import Fraction
 
 import av
@@ -32,13 +33,13 @@ def write_media(path, frames, fps, settings):
 
 @contextlib.contextmanager
 def open_media(path, num_frames, fps, settings):
-  """Gives a function that takes the frames of a file, uint8 `[T, H, W, 3]`, part after part. The file is at `path` when the
-  block ends, with `settings` in it and in a JSON file beside it, or not at all when it raises.
+  """Gives a function that takes the `num_frames` frames of a file, uint8 `[T, H, W, 3]`, part after part. The file is at `path`
+  when the block ends, with `settings` in it and in a JSON file beside it, or not at all when it raises.
 
   By the ending of `path`: mp4 is H.264 (crf 17), gif and webp loop for ever, png has one frame, and without one it is a folder
   of a png per frame (settings in the JSON file only). mp4 and folders are written as the frames come.
 
-  Raises ValueError for an unknown ending or several frames as png.
+  Raises ValueError for an unknown ending, several frames as png, or more or fewer frames than were promised.
   """
   kind = os.path.splitext(str(path))[1][1:].lower()
   if kind and kind not in VIDEO_FORMATS + IMAGE_FORMATS:
@@ -46,8 +47,17 @@ def open_media(path, num_frames, fps, settings):
   if kind in IMAGE_FORMATS and num_frames != 1:
     raise ValueError(f"{path}: {num_frames} frames don't fit into a {kind}; choose one of {', '.join(VIDEO_FORMATS)}")
   comment = json.dumps(settings, ensure_ascii=False)
+  written = 0
   with _open_file(path, kind, fps, comment) if kind else _open_folder(path) as write:
-    yield write
+
+    def count_and_write(frames):
+      nonlocal written
+      written += len(frames)
+      write(frames)
+
+    yield count_and_write
+    if written != num_frames:
+      raise ValueError(f"{path}: {written} frames were given, not {num_frames}")
   paths.write_text(settings_file(path), json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -55,7 +65,8 @@ def open_media(path, num_frames, fps, settings):
 def _open_folder(path):
   """00000.png, 00001.png, ..."""
   remote, numbers = paths.is_remote(path), itertools.count()
-  temporary = path if remote else f"{os.path.dirname(path) or '.'}/.{os.path.basename(path)}.tmp{os.getpid()}"
+  unique = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"  # as `paths.whole`
+  temporary = path if remote else os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.tmp{unique}")
   try:
     with paths.local_folder(temporary) as folder:
       os.makedirs(folder, exist_ok=True)

@@ -40,7 +40,7 @@ class Request:
   loop: int = 0
 
 
-class State(NamedTuple):
+class SamplerState(NamedTuple):
   """What goes from step to step of the sampler.
 
   Attributes: x: latents as tokens `[B, T, S, P]`; edit, memory: those of `diffusion.elements`, None where there are none; kept:
@@ -94,7 +94,7 @@ class Pipeline:
     if mesh is not None:
       tokens, rows = self.layout.sharding(*OVER_TIME), self.layout.sharding("batch")
       kept = jax.tree.map(lambda part: self.layout.sharding(*part.axes), self._kept_arrays(1, 1, 1))
-      places = State(tokens, rows, (tokens, rows, rows) if self.diffusion.remembers else None, kept)
+      places = SamplerState(tokens, rows, (tokens, rows, rows) if self.diffusion.remembers else None, kept)
     self._step = jax.jit(self._sampler_step, static_argnames=static, out_shardings=places, donate_argnames="state")
 
   def set_weights(self, params, frozen, text_params=None):
@@ -109,7 +109,7 @@ class Pipeline:
     rows = [2 * batch] if self.guidance.together else [batch, batch]
     return tuple(self.model.kept_arrays(self.cache, n, frames, space) for n in rows)
 
-  def needed_memory(self, request, batch, steps=30, guidance_scale=7.0, *, given=0, negative=False):
+  def needed_memory(self, request, batch, steps=30, guidance_scale=7.0, *, given=False, encoded=(), negative=False):
     """Bytes on one device while `batch` requests like this one are made, as the compiler counts them: {"weights", and beside
     them "text", "encode" if there is something to encode, "denoise", "decode"}; the largest of these and the weights are there
     at a time.
@@ -118,7 +118,7 @@ class Pipeline:
     found again in the compilation cache when they run.
 
     Args:
-      given: frames of the longest clip that is encoded because some of it is given; 0: none is.
+      given: whether some frames are given; encoded: frames of the clips that are encoded for that.
       negative: whether guidance leads away from a negative prompt.
     """
     config, size, diffusion = self.model.config, self.latent_size(request), self.diffusion.for_sampling(steps)
@@ -141,14 +141,14 @@ class Pipeline:
     edit = (shape((batch, frames)), shape((batch, frames), bool)) if given else None
     memory = (x, shape((batch,)), shape((batch, frames), bool)) if diffusion.remembers else None
     step = self._step.lower(
-      self.variables, State(x, edit, memory, kept), conditions, (t, t), x if diffusion.stochastic else None,
+      self.variables, SamplerState(x, edit, memory, kept), conditions, (t, t), x if diffusion.stochastic else None,
       x if given else None, self._computes(diffusion, 0, t), diffusion=diffusion,
       guidance=dataclasses.replace(self.guidance, scale=float(guidance_scale)), latent_size=size, negative=negative,
     ).compile()  # fmt: skip
     return {
       "weights": bytes_on_device((self.variables, self.text_params, self.codec.variables)),
       "text": memory_beside(embed, self.text_params),
-      **({"encode": self.codec.memory("encode", size[1:], given)} if given else {}),
+      **({"encode": max(self.codec.memory("encode", size[1:], n) for n in encoded)} if encoded else {}),
       "denoise": memory_beside(step, self.variables),
       "decode": self.codec.memory("decode", size[1:], request.num_frames),
     }  # fmt: skip
@@ -239,7 +239,7 @@ class Pipeline:
     memory = memory if diffusion.remembers else None
     kept = jax.tree.map(lambda part: self._place(np.zeros(part.shape, part.dtype), part.axes), self._kept_arrays(*x.shape[:3]))
     guidance = dataclasses.replace(self.guidance, scale=float(guidance_scale))
-    state = State(x, edit, memory, kept)
+    state = SamplerState(x, edit, memory, kept)
     for i in progress(range(steps), "denoise"):
       noise = noise_of(fold_in(step_keys, i)) if diffusion.stochastic else None
       state = self._step(
@@ -273,7 +273,7 @@ class Pipeline:
   def _sampler_step(
     self, variables, state, conditions, times, noise, frame_noise, computes, *, diffusion, guidance, latent_size, negative
   ):
-    """The `State` after a step from and to `times`, `[B]` each. `conditions`: of the model, pairs where the branches differ;
+    """The state after a step from and to `times`, `[B]` each. `conditions`: of the model, pairs where the branches differ;
     `noise`, `frame_noise`: as the formulation's `step` takes them; `computes`: of `_computes`."""
     config, batch = self.model.config, state.x.shape[0]
     grid = jnp.asarray(grid_size(latent_size, config.patch_size), jnp.int32)
@@ -312,7 +312,7 @@ class Pipeline:
       step_model, state.x, *times, num_channels=config.in_channels, noise=noise, frame_noise=frame_noise, edit=state.edit,
       memory=state.memory, valid=valid,
     )  # fmt: skip
-    return State(*after, tuple(kept))
+    return SamplerState(*after, tuple(kept))
 
 
 def image_valid(latent_size, patch_size, channels, token_parts=1):

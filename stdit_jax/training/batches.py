@@ -113,7 +113,7 @@ class ClipEncoder:
     def finish():
       for members, parts in begun:
         lengths = [self.config.latent_frames(len(clips[i])) for i in members]
-        moments = [join(part, sum(lengths)) for part in zip(*parts)]
+        moments = join(parts, sum(lengths))
         for i, *own in zip(members, *(np.split(m, np.cumsum(lengths)[:-1]) for m in moments)):
           latents[i] = [part.copy() for part in own]
           self.cache.put(keys[i], latents[i])
@@ -136,7 +136,7 @@ class ClipEncoder:
   def _begin_clips(self, clips, missing):
     """The same of clips that are encoded as a whole, clip after clip on device after device."""
     for codec, i in zip(itertools.cycle(self._codecs), missing):
-      yield [i], codec.encode_parts(clips[i])
+      yield [i], list(codec.encode_parts(clips[i]))
 
   def _run(self, function, model, variables, *arrays):
     """Runs a piece by a program that is counted: "encode 144x256" of micro batches, "encode_chunks 1x17x18x32" of others."""

@@ -46,7 +46,7 @@ def main():
       place = NamedSharding(Mesh(np.asarray(chips[:count]), ("pieces",)), PartitionSpec())
     placed = jax.tree.map(lambda s, place=place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes)
     made, began = codec.make_codec(model, placed, args.micro_batch), time.monotonic()
-    made, needed = codec.fit_tiles(made, size, {"decode": args.frames}, (limit - args.beside - weights) * GIB)
+    made, needed = codec.fit_tiles(made, size, {"decode": {args.frames}}, (limit - args.beside - weights) * GIB)
     tiles = f"{made.tiles.height * 8} x {made.tiles.width * 8}" if made.tiles else "whole"
     needed = needed["decode"] / GIB + weights + args.beside
     print(f"{count:>5} {tiles:>11} {needed:6.2f} {limit:6.2f} {time.monotonic() - began:10.0f} s", flush=True)

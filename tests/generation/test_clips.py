@@ -59,16 +59,24 @@ def test_parts_come_with_their_clip_and_go(task, loops, expected):
     told.append([[int(frame[0, 0, 0]) for part in parts for frame in part] for parts in videos])
     del videos
     # Only the last clip may be there, which the loop has not left yet.
-    assert not any(video() is not None for clip in pipeline.decoded[:loop] for video in clip)
+    assert not any(video() is not None for videos in pipeline.decoded[:loop] for video in videos)
   assert told == [[numbers, numbers] for numbers in expected]
   assert clips.length_of(item, pipeline.codec.config) == sum(map(len, expected))
   (one, _) = clips.whole_videos(clips.make_videos(pipeline, [item, item], pipeline.sample, pipeline.decode))
   assert one[:, 0, 0, 0].tolist() == [number for numbers in expected for number in numbers]
 
 
-def test_who_writes_nothing_takes_part():
-  pipeline = Pixels()
-  job = tasks.make_job("endless", FRAMES, [], loops=2, length=1)
-  item = clips.Item(tuple(Request("x", 8, 8, FRAMES, loop=n) for n in range(2)), (), job)
-  assert list(clips.make_videos(pipeline, [item], pipeline.sample, None)) == [[], []]
-  assert not pipeline.decoded
+@pytest.mark.parametrize("compat", [None, "open-sora-1.2"])
+def test_what_is_encoded_and_who_writes_nothing(compat):
+  """As the originals, with compat all clips but the last are encoded again, by all processes; otherwise only what is used."""
+  job = tasks.make_job("endless", FRAMES, [REFERENCE], loops=3, length=1)
+  item = clips.Item(tuple(Request("x", 8, 8, FRAMES, loop=n) for n in range(3)), (clip(0, REFERENCE),), job)
+  for writes in (True, False):
+    pipeline, encoded = Pixels(), []
+    pipeline.encode = lambda frames, encoded=encoded: encoded.append(len(frames)) or frames.astype(np.float32)
+    pipeline.decode = lambda latents, num_frames: [z.astype(np.uint8) for z in latents]
+    decode = (lambda loop, latents, p=pipeline: p.decode(latents, FRAMES)) if writes else None
+    parts = list(clips.make_videos(pipeline, [item], pipeline.sample, decode, compat))
+    assert encoded == [1, *([FRAMES] * 2 if compat else [])]
+    assert set(encoded) == clips.encoded_lengths(job, [REFERENCE], pipeline.codec.config, FRAMES, compat)
+    assert [len(videos[0]) for videos in parts] == ([2, 1, 1] if writes else [0, 0, 0])

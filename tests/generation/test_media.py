@@ -78,13 +78,30 @@ def test_frames_may_come_in_parts(tmp_path, name):
   assert len(one) == (2 if "." in name else 6)
   for a, b in zip(one, other, strict=True):
     assert a.name == b.name
-    assert a.read_bytes() == b.read_bytes()
+    np.testing.assert_array_equal(*map(shown, (a, b)))
+
+
+def shown(path):
+  """Frames of a file, or its bytes where it has none."""
+  if path.suffix == ".json":
+    return list(path.read_bytes())
+  with av.open(str(path)) as container:
+    return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+@pytest.mark.parametrize("count", [4, 6])
+def test_other_frames_than_promised_are_an_error(tmp_path, count):
+  with pytest.raises(ValueError, match="5 frames were given, not"), open_media(tmp_path / "a.gif", count, 24, {}) as write:
+    write(frames())
+  assert files_in(tmp_path) == []
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.gif", "a"])
 def test_a_failure_leaves_nothing_behind(tmp_path, name):
-  with pytest.raises(KeyboardInterrupt), open_media(tmp_path / name, 5, 24, SETTINGS) as write:  # noqa: PT012
-    write(frames()[:2])
+  with pytest.raises(KeyboardInterrupt), open_media(tmp_path / name, 500, 24, SETTINGS) as write:  # noqa: PT012
+    for _ in range(20):  # more than H.264's encoder looks ahead
+      write(frames())
+    assert name == "a.gif" or len(files_in(tmp_path)) == 1
     raise KeyboardInterrupt
   with pytest.raises((TypeError, ValueError)):
     write_media(tmp_path / name, frames().astype(np.float64), 24, SETTINGS)

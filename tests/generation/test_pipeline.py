@@ -13,6 +13,7 @@ from data.video import read_frames
 from stdit_jax import sample
 from stdit_jax.autoencoders import codec
 from stdit_jax.diffusion.noise import Purpose, sample_keys
+from stdit_jax.generation import media
 from stdit_jax.generation import pipeline as pipelines
 from stdit_jax.generation.pipeline import Request, latent_noise
 from stdit_jax.generation.references import read_reference
@@ -149,7 +150,11 @@ def test_memory_is_that_of_the_programs_that_run(trained, sampler, cache, condit
   def check(pipeline):  # before any weight is there
     assert not any(isinstance(x, jax.Array) for x in jax.tree.leaves((pipeline.variables, pipeline.text_params)))
     pipeline._step, pipeline._text = Recorder(pipeline._step), Recorder(pipeline._text)
-    seen.append(pipeline.needed_memory(REQUESTS[0], 3, 2, 3.0, given=3 * conditioned, negative=conditioned))
+    seen.append(
+      pipeline.needed_memory(
+        REQUESTS[0], 3, 2, 3.0, given=conditioned, encoded={3} if conditioned else set(), negative=conditioned
+      )
+    )
 
   args = sample.make_parser().parse_args(["--run", str(trained), "--sampler", sampler, "--step-cache", cache])
   made = loading.load_pipeline(args, *loading.read_model(args), check)
@@ -167,6 +172,47 @@ def test_memory_is_that_of_the_programs_that_run(trained, sampler, cache, condit
   larger = made.needed_memory(dataclasses.replace(REQUESTS[0], num_frames=30), 3, steps=2)
   assert larger["denoise"] > 3 * needed["denoise"] > 0
   assert all(needed[method] > 8 * 72 * 56 * 3 for method in ("decode", *(["encode"] if conditioned else [])))
+
+
+@pytest.mark.parametrize("arguments", [["--loops", "2"], ["--task", "animate", "ASSETS/0.png", "--loops", "2"], []])
+def test_the_command_compiles_what_it_runs(assets, trained, tmp_path, monkeypatch, arguments):
+  """The program of clips that go on from others is the one whose memory was looked at, and the encoder's."""
+  jitted, recorders, checked = codec.jitted, {}, []
+  monkeypatch.setattr(codec, "jitted", lambda f: recorders.setdefault(f.__name__, Recorder(jitted(f))))
+  needed_memory = pipelines.Pipeline.needed_memory
+
+  def record(self, *args, **options):
+    self._step = recorders.setdefault("step", Recorder(self._step))
+    needed = needed_memory(self, *args, **options)
+    checked.extend({name: set(recorder.texts) for name, recorder in recorders.items()}.items())
+    return needed
+
+  monkeypatch.setattr(pipelines.Pipeline, "needed_memory", record)
+  arguments = [argument.replace("ASSETS", str(assets)) for argument in arguments]
+  sample.main(["--run", str(trained), *SIZE, "--prompt", "x", *arguments, "--output", str(tmp_path), "--format", "gif"])
+  assert {name for name, _ in checked} == {"step", "decode_frames", *(["encode_frames"] if "--task" in arguments else [])}
+  for name, texts in checked:
+    assert texts <= set(recorders[name].texts)
+    assert recorders[name].texts[-1] in texts
+
+
+def test_a_file_that_can_not_be_written_takes_no_other_with_it(trained, tmp_path, monkeypatch):
+  """Of two that are made together the second one's settings can't be written."""
+  write_text = media.paths.write_text
+
+  def full(path, text):
+    if "seed1" in str(path):
+      raise OSError(28, "No space left on device")
+    write_text(path, text)
+
+  monkeypatch.setattr(media.paths, "write_text", full)
+  with pytest.raises(SystemExit):
+    sample.main([
+      *["--run", str(trained), *SIZE, "--prompt", "x", "--num-samples", "2", "--batch-size", "2"],
+      *["--output", str(tmp_path), "--format", "gif"],
+    ])  # fmt: skip
+  names = sorted(p.name for p in tmp_path.iterdir())
+  assert names == ["0000-x-seed0.gif", "0000-x-seed0.json", "0000-x-seed1.gif"]
 
 
 def random_latents(seed, frames=3):
