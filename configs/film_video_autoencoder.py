@@ -5,6 +5,8 @@
   python -m stdit_jax.train --config configs/film_video_autoencoder.py
   python -m stdit_jax.convert --input runs/film_video_autoencoder --dtype float16 \\
       --output data/film/video_autoencoder.safetensors
+  python -m stdit_jax.evaluate --task autoencoder --autoencoder data/film/video_autoencoder.safetensors \\
+      --tables data/film/prepared/held_out.csv --buckets 144p:17 --frame-interval 3
 
 Not trained yet: steps, rates and weights are first guesses, for an hour of two cores by counts of FLOPs. The recipe is
 configs/open_sora_1_2_vae.py's in small: image latents first, with the image autoencoder as it is, then pixels. No adversary: in
@@ -23,7 +25,7 @@ def get_config():
     name="small-temporal", crop=64, image_weights="data/film/autoencoder.safetensors", reconstruction="l2"
   )  # fmt: skip
   config.autoencoder.perceptual.update(name="hed-vgg16", weights="runs/hed.safetensors", frames=2)
-  config.data.tables = (("data/film/prepared/table.csv", 1),)
+  config.data.tables = (("data/film/prepared/train.csv", 1),)
   config.data.buckets = (("144p", 17, 1.0, 4), ("144p", 1, 1.0, 32))
   config.data.frame_interval = 3
   config.data.captions = "optional"

@@ -4,8 +4,9 @@
   python -m data.prepare.film --output FOLDER --clips FOLDER         your own videos
 
 Writes FOLDER/table.csv (see data/sources.py; paths belong to its folder), FOLDER/clips, FOLDER/images. Each scene gives a clip
-and its middle frame as an image, and both again with a square and a portrait crop of the same pixels. It is one chain of the
-steps of `data.prepare` (`chain` below), so a second run makes only what is missing.
+and its middle frame as an image, and both again with a square and a portrait crop of the same pixels. FOLDER/held_out.csv has
+the rows of every tenth scene, FOLDER/train.csv the others, to measure on what was not trained on. It is one chain of the steps
+of `data.prepare` (`chain` below), so a second run makes only what is missing.
 
 The film's captions are `data/film/captions.csv`: start (seconds), text, and focus, where from left (0) to right (1) the subject
 is, so that the crops show it. A caption that starts inside a scene begins a new clip there (long shots have several captions);
@@ -49,6 +50,7 @@ CREDIT = "Big Buck Bunny (c) 2008 Blender Foundation, www.bigbuckbunny.org, CC-B
 CAPTIONS = Path(__file__).parents[1] / "film" / "captions.csv"
 
 _LIMIT = 100 << 20  # bytes that we are ready to unpack from one archive member
+HELD_OUT = 10  # one scene in so many
 _COLUMNS = ("path", "text", "num_frames", "height", "width", "fps", "crop")
 
 
@@ -259,8 +261,20 @@ def prepare(videos: dict[str, tuple[Path, list[Caption]]], output: Path, *, shor
       raise
     name, reason = next(iter(skipped.items()))
     raise ValueError(f"no usable scene in {len(videos)} videos; the first reason: {name}: {reason}") from error
+  hold_out(output / "table.csv")
   clips, rows, skipped = _outcome(made, videos)
   return {"clips": clips, "rows": rows, "skipped": list(skipped.items())}
+
+
+def hold_out(table: Path) -> None:
+  """Writes held_out.csv and train.csv beside a table: every tenth scene, from the fifth on, and the others. All rows of a
+  scene, whose files have one name but for the ending, go together."""
+  rows = pl.read_csv(table, infer_schema=False)
+  scene = pl.Series([PurePosixPath(path).stem for path in rows["path"]], dtype=pl.String)
+  held_out = scene.is_in(scene.unique().sort()[HELD_OUT // 2 - 1 :: HELD_OUT].implode())
+  for name, part in (("train.csv", rows.filter(~held_out)), ("held_out.csv", rows.filter(held_out))):
+    with paths.whole(table.with_name(name)) as temporary:
+      part.write_csv(temporary)
 
 
 def _outcome(made: Chain, videos: dict[str, tuple[Path, list[Caption]]]) -> tuple[int, int, dict[str, str]]:

@@ -13,9 +13,25 @@ from data.prepare import film
 from tests.data.prepare.videos import two_scenes, write_video
 
 
-def read_table(folder):
-  with open(folder / "table.csv", newline="", encoding="utf-8") as f:
+def read_table(folder, name="table.csv"):
+  with open(folder / name, newline="", encoding="utf-8") as f:
     return list(csv.DictReader(f))
+
+
+def test_every_tenth_scene_is_held_out_with_all_its_rows(tmp_path):
+  rows = [
+    {"path": f"{folder}/film_{i:03d}.{ending}", "text": f'scene {i}, "quoted"', "crop": crop}
+    for i in range(23)
+    for folder, ending, crop in (("clips", "mp4", ""), ("clips", "mp4", "0,0,8,8"), ("images", "png", ""))
+  ]
+  with open(tmp_path / "table.csv", "w", newline="", encoding="utf-8") as f:
+    writer = csv.DictWriter(f, rows[0])
+    writer.writeheader()
+    writer.writerows(rows)
+  film.hold_out(tmp_path / "table.csv")
+  held_out, train = (read_table(tmp_path, f"{name}.csv") for name in ("held_out", "train"))
+  assert held_out == [row for i in (4, 14) for row in rows[3 * i : 3 * i + 3]]
+  assert train == [row for row in rows if row not in held_out]
 
 
 def test_own_videos(tmp_path, capsys):
@@ -41,6 +57,8 @@ def test_own_videos(tmp_path, capsys):
   texts = [(r["text"], r["num_frames"]) for r in rows if r["path"].startswith("clips") and not r["crop"]]
   sidecar, second, words = "A sidecar caption.", "Second part.", "red ball 01"
   assert sorted(texts) == [(sidecar, "40"), (sidecar, "50"), (second, "50"), (words, "40"), (words, "50")]
+  assert len(read_table(output, "held_out.csv")) == 6  # one scene of five
+  assert len(read_table(output, "train.csv")) == 24
   assert {r["crop"] for r in rows if r["text"] == "Second part."} == {"", "0,0,72,72", "0,0,40,72"}
   for row in rows:
     info = video.probe(output / row["path"])
