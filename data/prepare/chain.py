@@ -210,7 +210,8 @@ class Chain:
     record = paths.join(self.folder(name), "done.json")
     old = json.loads(paths.read_text(record)) if paths.exists(record) else {}
     if old.get("key") != key or not all(paths.exists(f) for f in old["files"]):
-      context = Context(self.folder(name), "", limits=self.limits, pool=self._pool, history=self._history(before))
+      context = Context(self.folder(name), "", limits=self.limits, pool=self._pool)
+      context.history, context.unselected = self._history(before), self._unselected(before)
       said, files = step.write(self.tables(before), context)
       # Archives of an earlier run would lie among these, and be read with them; a table of another name stays.
       folders = {os.path.dirname(file) for file in files}
@@ -224,7 +225,11 @@ class Chain:
   def _history(self, last: str) -> tuple:
     names = list(self.steps)
     named = [(name, self.counts(name)) for name in names[: names.index(last) + 1]]
-    return tuple((name, c.rows_in, c.rows, c.errors, c.seconds) for name, c in named)
+    return tuple((n, c.rows_in, c.rows, c.errors, c.seconds, self.steps[n].tell(c.counted)) for n, c in named)
+
+  def _unselected(self, last: str) -> tuple[list[str], ...]:
+    names = list(self.steps)
+    return tuple(self.tables(self._before(n)) for n in names[: names.index(last) + 1] if self.steps[n].selects)
 
   def _summary(self, name: str) -> str:
     """One line about a step that ran, and the first failures."""

@@ -28,6 +28,7 @@ class Step:
   silent: ClassVar[tuple[str, ...]] = ()  # settings that don't change the result
   needs: ClassVar[tuple[str, ...]] = ()  # columns without which it makes no sense
   fails: ClassVar[bool] = False  # whether its rows may fail, or be tried again
+  selects: ClassVar[bool] = False  # whether it leaves rows out for what they are: the report shows those, too
 
   def check(self) -> None:
     """Raises ValueError about a setting, in one line."""
@@ -129,7 +130,8 @@ class Context:
   limits: of a file.
   pool, progress: None in a worker process.
   counts: what `transform` counted; `Step.tell` says the sums over all shards.
-  history: (step, rows in, rows, failed, seconds of work) of the steps before, for `write`.
+  history: (step, rows in, rows, failed, seconds of work, what `Step.tell` says) of the steps before, for `write`.
+  unselected: for `write`: the shards that came into each step before that `selects`, in order.
   """
 
   folder: str
@@ -140,6 +142,7 @@ class Context:
   progress: Callable[[float], None] | None = None
   counts: dict[str, int] = dataclasses.field(default_factory=dict)
   history: tuple = ()
+  unselected: tuple[list[str], ...] = ()
 
   def bare(self) -> Context:
     """What is sent to workers."""
