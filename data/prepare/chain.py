@@ -2,6 +2,10 @@
 
 A shard whose key is the wanted one is left alone, anything else is made again, and so is one with rows that may not
 fail another time. So a run may be ended at any time, by any means, and the same command goes on.
+
+What is noticed between runs, for all rows of a shard: other settings, rows, sources of another size or time of change
+(`Collect`) and captions in files beside them (`states_beside`). What is not: other weights, tokenizers or answers of an
+endpoint under the same name; remove the step's folder to have it made again.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ import polars as pl
 from data import paths
 from data.prepare.messages import Progress, clock, say, shown
 from data.prepare.shards import digest, height, identity, part_number, parts, read_meta, scan, scan_all, with_failures
-from data.prepare.steps import Context, RowStep, Source, Step, run_shard
+from data.prepare.steps import Context, RowStep, Source, Step, run_shard, states_beside
 from data.prepare.workers import DEFAULT_LIMITS, Limits, Pool
 
 _POLL = 2.0  # seconds between looks at what other machines have done
@@ -69,6 +73,7 @@ class Chain:
     self._pool = Pool(workers, limits)
     self._metas: dict[str, dict[str, Any] | None] = {}
     self._facts: dict[str, tuple] = {}
+    self._states: dict[str, list] = {}
 
   def folder(self, name: str) -> str:
     return paths.join(self.output, name)
@@ -130,7 +135,14 @@ class Chain:
     step, before = self.steps[name], self._before(name)
     sources = self._identities(before)
     facts = self._gathered(name, sources)[1] if step.gathers else None
-    return {part: digest([step.recipe(), mark, facts]) for part, mark in sources.items()}
+    path = functools.partial(paths.join, self.folder(before))
+    return {part: digest([step.recipe(), mark, facts, *self._beside(step, path(part), mark)]) for part, mark in sources.items()}
+
+  def _beside(self, step: Step, source: str, mark: str) -> list:
+    """`states_beside`, looked at once in a run: what changes later is seen by the next one."""
+    if mark not in self._states:
+      self._states[mark] = states_beside(step, source)
+    return self._states[mark]
 
   def _before(self, name: str) -> str:
     names = list(self.steps)
@@ -328,7 +340,7 @@ def run_alone(name: str, step: Step, source: str, target: str, *, workers: int =
         raise ValueError(f"{b} is the input: give another output")
       if not b.endswith((".parquet", ".csv")):
         raise ValueError(f"{b}: the output's name must end in .parquet or .csv")
-      key = digest([step.recipe(), identity(a), _plain(facts)])
+      key = digest([step.recipe(), identity(a), _plain(facts), *states_beside(step, a)])
       meta = read_meta(b) if b.endswith(".parquet") and paths.exists(b) else None
       if meta == {}:
         raise ValueError(f"{b} is there and was not written by this program: give another output")

@@ -35,6 +35,9 @@ _HASH_AT = (0.25, 0.5, 0.75)  # places in a video whose pictures are hashed
 class Collect(Source):
   """Lists files. Shards keep their files from run to run, new files make new shards; a file that has gone stays listed.
 
+  Where the size or time of change of a file is another than it was, all steps make its shard again. Of files that a table names
+  only the time is looked at, and only on disks: in a bucket each one would be a request.
+
   sources: folders (with all below), patterns ("clips/**/*.mp4"), tables with a column `path` (.parquet, .csv, .jsonl; their
     other columns are kept; relative paths belong to the table's folder), each local or gs://.
   kinds: "video", "image": which endings are taken of folders and patterns.
@@ -81,7 +84,9 @@ class Collect(Source):
     shards = [_plain_crops(scan(paths.join(folder, name))).with_columns(_part=pl.lit(i)) for i, name in enumerate(names)]
     old = pl.concat(shards, how="diagonal_relaxed").collect().with_row_index("_row")
     key = [k for k in key if k in old.columns]
-    rows = old.select("_part", "_row", *key).join(found, on=key, how="inner", nulls_equal=True)
+    was = pl.col("changed") if "changed" in old.columns else pl.lit(None, pl.Int64)  # not in tables of older versions
+    rows = old.select("_part", "_row", *key, was.alias("_was")).join(found, on=key, how="inner", nulls_equal=True)
+    rows = rows.with_columns(pl.coalesce("changed", "_was").alias("changed")).drop("_was")  # a file of a table may be away
     if not self.forget:  # one that has gone keeps its row, and fails where it is needed
       rows = pl.concat([rows, old.join(found, on=key, how="anti", nulls_equal=True)], how="diagonal_relaxed")
     # In the order of the first run: it is part of what says whether a shard changed.
@@ -156,7 +161,13 @@ def _table(source: str) -> pl.DataFrame:
   resolved = pl.col("path").cast(pl.String).map_elements(lambda p: sources.resolve(p, folder), return_dtype=pl.String)
   table = _plain_crops(table)
   missing = pl.when(pl.col("path").is_null()).then(pl.lit("collect: no path"))
-  return table.with_columns(resolved, missing.alias("error"), pl.lit(False).alias("retry"))
+  table = table.with_columns(resolved, missing.alias("error"), pl.lit(False).alias("retry"))
+  return table.with_columns(changed=pl.col("path").map_elements(_changed, return_dtype=pl.Int64))
+
+
+def _changed(path: str) -> int | None:
+  """Time of change of a file on a disk, ns."""
+  return _file_row(path).get("changed") if "://" not in path else None
 
 
 # ----------------------------------------------------------------------------------------------------------------- probe
@@ -198,8 +209,9 @@ class Probe(RowStep):
     whole = row.get("start") is None and row.get("end") is None
     cut = {"start": None, "end": None} if whole else {"start": begin, "end": begin + frames}
     content = _sha256(path) if self.content_hash else None
+    known = content or f"{path} {row.get('changed')}"  # clips of what the file held before are others
     return [{
-      **cut, "id": clip_id(content or path, **cut), "bytes": size, "num_frames": frames, "height": info.height,
+      **cut, "id": clip_id(known, **cut), "bytes": size, "num_frames": frames, "height": info.height,
       "width": info.width, "fps": info.fps, "duration": frames / info.fps if codec else None,
       "aspect_ratio": info.height / info.width, "resolution": info.height * info.width, "codec": codec, "rotation": rotation,
       "audio": audio, "hash": content, "picture_hash": _picture_hash(path, info.num_frames) if self.picture_hash else None,

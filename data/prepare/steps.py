@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
@@ -52,6 +53,11 @@ class Step:
   def write(self, tables: list[str], context: Context) -> tuple[str, list[str]]:
     """For a step that ends a chain (an export): writes what it makes of all shards -> (one line about it, its files)."""
     raise NotImplementedError
+
+  @property
+  def beside(self) -> str:
+    """Ending of the files beside those of the rows that it reads as well, such as ".txt"; "": none."""
+    return ""
 
   @property
   def gathers(self) -> bool:
@@ -158,6 +164,31 @@ class Context:
         self.progress(done * share)
 
     return self.pool.map(function, groups, sizes=sizes, progress=progress)
+
+
+def beside(path: str, ending: str) -> str:
+  """The file of the same name with another ending."""
+  return os.path.splitext(path)[0] + ending
+
+
+def states_beside(step: Step, source: str) -> list[tuple[int, int] | None]:
+  """(bytes, time of change) of each file that a step reads beside those of a table's rows, None where there is none. Files in a
+  bucket are left out, since each would be a request; another content of the same size and time is not seen, either."""
+  if not step.beside:
+    return []
+  table = scan(source)
+  names = [name for name in ("video", "path") if name in table.collect_schema()]  # clips have theirs beside their video
+  if not names:
+    return []  # `needs` says so
+  files = table.select(pl.coalesce(names).unique(maintain_order=True)).collect().to_series()
+  return [_state(beside(file, step.beside)) for file in files.drop_nulls() if not paths.is_remote(file)]
+
+
+def _state(path: str) -> tuple[int, int] | None:
+  try:
+    return paths.stat(path)
+  except OSError:
+    return None
 
 
 def run_shard(step: Step, source: str, target: str, key: str, context: Context) -> dict[str, Any]:

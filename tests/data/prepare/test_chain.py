@@ -11,13 +11,14 @@ import time
 
 import polars as pl
 import pytest
+from PIL import Image
 
-from data import paths
+from data import paths, video
 from data.prepare import __main__ as main
 from data.prepare import config as configs
 from data.prepare import shards, steps, workers
 from data.video import Away, BadVideo
-from tests.data.prepare.videos import two_scenes, write_video
+from tests.data.prepare.videos import picture, two_scenes, write_video
 
 CONFIG = """
 def get_config():
@@ -191,6 +192,62 @@ def test_a_vanished_file_is_tried_again(videos, tmp_path, undisturbed, capsys):
   os.rename(tmp_path / "away", folder / "3.mp4")
   assert main.main(command) == 0
   assert table(tmp_path / "out").drop("video").equals(table(undisturbed).drop("video"))
+
+
+def test_captions_beside_that_changed_are_read_again(tmp_path, capsys):
+  """With the steps behind, for their shards alone."""
+  folder = tmp_path / "pictures"
+  folder.mkdir()
+  for name in ("a", "b", "c"):
+    Image.fromarray(picture(ord(name), 0)).save(folder / f"{name}.png")
+    (folder / f"{name}.txt").write_text(f"This is {name}.")
+  (folder / "c.txt").unlink()
+  values = dict(
+    output=str(tmp_path / "out"), steps=("collect", "probe", "caption", "clean"), workers=1,
+    collect=dict(sources=(str(folder),), rows_per_shard=1), probe=dict(picture_hash=False),
+    caption=dict(backend="existing", sidecar=".txt", name=True),
+  )  # fmt: skip
+  configs.chain(values).run()
+  assert table(tmp_path / "out", "clean")["text"].to_list() == ["This is a.", "This is b.", "C"]
+  before = times(tmp_path / "out")
+  (folder / "b.txt").write_text("This is another text.")
+  (folder / "c.txt").write_text("This came later.")
+  configs.chain(values).run()
+  changed = {name for name, when in times(tmp_path / "out").items() if before.get(name) != when}
+  assert changed == {f"{step}/part-0000{i}.parquet" for step in ("caption", "clean") for i in (1, 2)}
+  assert table(tmp_path / "out", "clean")["text"].to_list() == ["This is a.", "This is another text.", "This came later."]
+  alone = ["caption", str(tmp_path / "out" / "probe"), "-o", str(tmp_path / "alone"), "--backend=existing", "--sidecar=.txt"]
+  for text in ("Once.", "Twice."):
+    (folder / "a.txt").write_text(text)
+    assert main.main([*alone, "--workers=1"]) == 0
+    assert table(tmp_path, "alone")["text"][0] == text
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_sources_that_changed_are_made_again(tmp_path, listed):
+  """Files of a folder, or of a table; of one that is away, and comes back as it was, all is kept."""
+  folder = tmp_path / "videos"
+  folder.mkdir()
+  for name in ("a", "b"):
+    write_video(folder / f"{name}.mp4", two_scenes(20, 0, seeds=(ord(name),) * 2))
+  pl.DataFrame({"path": ["videos/a.mp4", "videos/b.mp4"]}).write_csv(tmp_path / "list.csv")
+  values = dict(
+    output=str(tmp_path / "out"), steps=("collect", "probe", "scenes", "cut"), workers=1,
+    collect=dict(sources=(str(tmp_path / "list.csv" if listed else folder),), rows_per_shard=1),
+    probe=dict(picture_hash=False, content_hash=False), scenes=dict(detector="none", min_seconds=0.5), cut=dict(short_side=36),
+  )  # fmt: skip
+  configs.chain(values).run()
+  before = times(tmp_path / "out")
+  os.rename(folder / "a.mp4", tmp_path / "away")
+  configs.chain(values).run()
+  os.rename(tmp_path / "away", folder / "a.mp4")
+  assert times(tmp_path / "out") == before
+  write_video(folder / "b.mp4", two_scenes(25, 0, seeds=(9, 9)))
+  configs.chain(values).run()
+  parts = [name for name, when in times(tmp_path / "out").items() if before.get(name) != when and name.endswith("parquet")]
+  assert sorted(parts) == [f"{step}/part-00001.parquet" for step in ("collect", "cut", "probe", "scenes")]
+  cut = pl.concat([pl.read_parquet(p) for p in sorted((tmp_path / "out" / "cut").glob("part-*.parquet"))])
+  assert [video.probe(path).num_frames for path in cut["path"]] == cut["num_frames"].to_list() == [20, 25]
 
 
 def test_damaged_shard_is_made_again(videos, tmp_path, undisturbed):
