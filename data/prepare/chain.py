@@ -97,7 +97,7 @@ class Chain:
       before = None
       for name, step in self.steps.items():
         if isinstance(step, Source):
-          step.list(self.folder(name))
+          step.list(self.folder(name), self._own())
         elif step.writes:
           self._write(name, step, before)
         else:
@@ -107,6 +107,11 @@ class Chain:
           say(self._summary(name))
         if name == until:
           break
+
+  def _own(self) -> list[str]:
+    """Folders of the steps that there are and, by their shards, of those that an earlier config had."""
+    folders = ((name, self.folder(name)) for name in paths.names(self.output))
+    return [folder for name, folder in folders if name in self.steps or (paths.is_folder(folder) and parts(folder))]
 
   def scan(self, name: str) -> pl.LazyFrame:
     """All shards of a step as one lazy table."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import functools
 import glob
 import hashlib
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import cv2
@@ -19,7 +20,7 @@ from PIL import Image
 
 from data import paths, sources, video
 from data.prepare import decode
-from data.prepare.messages import say
+from data.prepare.messages import say, shown
 from data.prepare.shards import FAILED, part_name, part_number, parts, read_meta, scan, write_shard
 from data.prepare.steps import Context, RowStep, Source
 
@@ -39,7 +40,8 @@ class Collect(Source):
   only the time is looked at, and only on disks: in a bucket each one would be a request.
 
   sources: folders (with all below), patterns ("clips/**/*.mp4"), tables with a column `path` (.parquet, .csv, .jsonl; their
-    other columns are kept; relative paths belong to the table's folder), each local or gs://.
+    other columns are kept; relative paths belong to the table's folder), each local or gs://. The output may lie below one:
+    files that the run's steps made there are passed over. (Those in `cut.clips_folder` are files as any.)
   kinds: "video", "image": which endings are taken of folders and patterns.
   rows_per_shard: rows of a shard, what a killed run loses at most.
   forget: what is no longer listed leaves the table, too. A disk that is not mounted then empties it.
@@ -63,8 +65,8 @@ class Collect(Source):
     if self.rows_per_shard < 1:
       raise ValueError("rows_per_shard must be at least 1")
 
-  def list(self, folder: str) -> None:
-    found = pl.concat([self._listed(source) for source in self.sources], how="diagonal_relaxed")
+  def list(self, folder: str, own: Sequence[str] = ()) -> None:
+    found = pl.concat([self._listed(source, own) for source in self.sources], how="diagonal_relaxed")
     key = [name for name in ("path", "start", "end", "crop") if name in found.columns]
     listed = found.height
     found = found.unique(key, keep="first", maintain_order=True)
@@ -101,7 +103,7 @@ class Collect(Source):
     if (read_meta(path) or {}).get("key") != mark:
       write_shard(path, table.lazy(), {"key": mark, "identity": mark, "retry": 0, "seconds": 0.0, "recipe": self.recipe()})
 
-  def _listed(self, source: str) -> pl.DataFrame:
+  def _listed(self, source: str, own: Sequence[str]) -> pl.DataFrame:
     """One source as a table, in an order that does not depend on the disk."""
     paths.check(source, "collect.sources")
     if source.endswith(sources.FORMATS):
@@ -112,12 +114,32 @@ class Collect(Source):
         f"collect.sources: {source!r} is no folder, pattern or table ({', '.join(sources.FORMATS)}) that is there"
       )
     files = _matching(source) if pattern else paths.files_below(source)
-    rows = (_file_row(path) for path in files if path.lower().endswith(self._endings()))
-    batches = iter(lambda: list(itertools.islice(rows, _BATCH)), [])
-    return pl.concat(pl.DataFrame(batch, schema=LISTED, orient="row") for batch in itertools.chain([[]], batches))
+    passed, own = 0, tuple(_real(folder) for folder in own)
+
+    def rows() -> Iterator[dict[str, Any]]:
+      nonlocal passed
+      for path in files:
+        if path.lower().endswith(self._endings()):
+          if _real(os.path.dirname(path)).startswith(own):
+            passed += 1
+          else:
+            yield _file_row(path)
+
+    listed = rows()
+    batches = iter(lambda: list(itertools.islice(listed, _BATCH)), [])
+    found = pl.concat(pl.DataFrame(batch, schema=LISTED, orient="row") for batch in itertools.chain([[]], batches))
+    if passed:
+      say(f"collect: {passed:,} files below {shown(source)} are passed over: this run made them")
+    return found
 
   def _endings(self) -> tuple[str, ...]:
     return tuple(ending for kind in self.kinds for ending in _KINDS[kind])
+
+
+@functools.lru_cache(1000)
+def _real(folder: str) -> str:
+  """A folder under its one name, with a slash behind."""
+  return (folder if paths.is_remote(folder) else os.path.realpath(folder)).rstrip("/") + "/"
 
 
 def _matching(pattern: str) -> Iterator[str]:

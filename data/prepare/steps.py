@@ -7,7 +7,7 @@ import functools
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import polars as pl
@@ -79,8 +79,9 @@ class Step:
 class Source(Step):
   """The first step: lists what there is as shards of a table. Shards keep their rows, new ones are added behind."""
 
-  def list(self, folder: str) -> None:
-    """Writes folder/part-00000.parquet, ...; leaves those alone in which nothing changed."""
+  def list(self, folder: str, own: Sequence[str] = ()) -> None:
+    """Writes folder/part-00000.parquet, ...; leaves those alone in which nothing changed. What lies in the folders `own` is no
+    source: the run made it."""
     raise NotImplementedError
 
 

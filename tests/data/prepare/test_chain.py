@@ -250,6 +250,30 @@ def test_sources_that_changed_are_made_again(tmp_path, listed):
   assert [video.probe(path).num_frames for path in cut["path"]] == cut["num_frames"].to_list() == [20, 25]
 
 
+def test_what_the_run_made_below_a_source_is_no_source(tmp_path, capsys):
+  """Also when it is reached by another name, or when an earlier config had the step; sources in the output stay sources."""
+  folder = tmp_path / "videos"
+  folder.mkdir()
+  write_video(folder / "a.mp4", two_scenes(20, 0))
+  (tmp_path / "link").symlink_to(folder)
+  values = dict(
+    output=str(tmp_path / "link" / "out"), steps=("collect", "probe", "scenes", "cut"), workers=1,
+    collect=dict(sources=(str(folder),)), scenes=dict(detector="none", min_seconds=0.5), cut=dict(pictures=True),
+  )  # fmt: skip
+  configs.chain(values).run()
+  before = times(folder)
+  assert len([name for name in before if name.endswith((".mp4", ".png"))]) == 3
+  for steps_then in (values["steps"], ("collect", "probe")):
+    capsys.readouterr()
+    configs.chain({**values, "steps": steps_then}).run()
+    assert f"collect: 2 files below {folder} are passed over: this run made them" in capsys.readouterr().out
+    assert times(folder) == before
+  shutil.rmtree(folder / "out")
+  for output in (tmp_path, folder):  # the source lies in it, or is it
+    configs.chain(dict(output=str(output), steps=("collect",), collect=dict(sources=(str(folder),)))).run()
+    assert pl.read_parquet(output / "collect" / "part-00000.parquet")["path"].to_list() == [str(folder / "a.mp4")]
+
+
 def test_damaged_shard_is_made_again(videos, tmp_path, undisturbed):
   shutil.copytree(undisturbed, tmp_path / "out")
   part = tmp_path / "out" / "scenes" / "part-00001.parquet"
