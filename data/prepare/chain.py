@@ -16,6 +16,7 @@ import functools
 import json
 import os
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,10 @@ class Counts:
   retry: int
   seconds: float
   counted: dict[str, int]
+
+
+class _Outdated(Exception):  # noqa: N818 - it says where to go on
+  """What this machine made shards of is another now."""
 
 
 class Chain:
@@ -94,19 +99,45 @@ class Chain:
   def run(self, until: str | None = None) -> None:
     """All steps in order, up to `until`; what is done is skipped."""
     with self._pool:
-      before = None
-      for name, step in self.steps.items():
-        if isinstance(step, Source):
-          step.list(self.folder(name), self._own())
-        elif step.writes:
-          self._write(name, step, before)
-        else:
-          self._run_step(name, step, before)
-        if not step.writes:
-          before = name
-          say(self._summary(name))
-        if name == until:
-          break
+      (first, source), *rest = self.steps.items()
+      self._list(first, source)
+      say(self._summary(first))
+      while first != until:
+        try:
+          return self._make(first, rest, until)
+        except _Outdated as error:
+          say(f"{error}: other machines listed files or tried again what had failed since; from the first step on")
+
+  def _make(self, before: str, rest: list[tuple[str, Step]], until: str | None) -> None:
+    """The steps behind the source. Raises `_Outdated`."""
+    for name, step in rest:
+      if step.writes:
+        self._write(name, step, before)
+      else:
+        self._run_step(name, step, before)
+        before = name
+        say(self._summary(name))
+      if name == until:
+        break
+    if self.shard[1] > 1:
+      self._missing(before)
+
+  def _list(self, name: str, source: Source) -> None:
+    """Of several machines the first one lists, and each other one begins with its list, if that is whole: their own would
+    differ where files come meanwhile, or times of change are others. Who has begun with a list before begins another run: it
+    lists again. Machines that begin while nobody is done with it all list; what then differs is made again (`_missing`)."""
+    index, count = self.shard
+    if count == 1:
+      return source.list(self.folder(name), self._own())
+    record, mine = (paths.join(self.folder(name), file) for file in ("listed.json", f"listed-{index}.json"))
+    listed, begun = (json.loads(paths.read_text(file)) if paths.exists(file) else {} for file in (record, mine))
+    if listed.get("recipe") == source.recipe() and listed["list"] != begun.get("list"):
+      say(f"{name}: the list of another machine is there")
+    else:
+      source.list(self.folder(name), self._own())
+      listed = {"list": uuid.uuid4().hex, "recipe": source.recipe()}
+      paths.write_text(record, json.dumps(listed))
+    paths.write_text(mine, json.dumps({"list": listed["list"]}))
 
   def _own(self) -> list[str]:
     """Folders of the steps that there are and, by their shards, of those that an earlier config had."""
@@ -139,6 +170,8 @@ class Chain:
     """{shard: key that its output has to have} for all shards of the step before that are up to date."""
     step, before = self.steps[name], self._before(name)
     sources = self._identities(before)
+    if step.gathers and len(sources) < len(self.parts(next(iter(self.steps)))):
+      return {}  # of what they have to be made is not known yet
     facts = self._gathered(name, sources)[1] if step.gathers else None
     path = functools.partial(paths.join, self.folder(before))
     return {part: digest([step.recipe(), mark, facts, *self._beside(step, path(part), mark)]) for part, mark in sources.items()}
@@ -208,8 +241,7 @@ class Chain:
   def _wait(self, name: str) -> None:
     """Until the other machines have made their shards of a step, from the source on."""
     since, seen = time.monotonic(), -1
-    wanted = set(self.parts(next(iter(self.steps))))
-    while missing := len(wanted - set(self._identities(name))):
+    while missing := self._missing(name):
       if self.shard[1] == 1:
         raise ValueError(f"{name}: {missing} shards are missing: run the same command again")
       if missing != seen:
@@ -218,6 +250,14 @@ class Chain:
       if time.monotonic() - since > self.patience:
         raise ValueError(f"{name}: {missing} shards of other machines did not come in {clock(self.patience)}: do they run?")
       time.sleep(_POLL)
+
+  def _missing(self, name: str) -> int:
+    """How many shards of a step are not there or out of date. Raises `_Outdated` where one of them is of this machine, of
+    several: it has been there already, and nobody else makes it."""
+    missing = set(self.parts(next(iter(self.steps)))) - set(self._identities(name))
+    if self.shard[1] > 1 and (mine := sum(map(self._is_mine, missing))):
+      raise _Outdated(f"{name}: {mine} shards of this machine are missing or out of date")
+    return len(missing)
 
   def _write(self, name: str, step: Step, before: str) -> None:
     if self.shard[0] != 0:

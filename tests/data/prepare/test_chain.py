@@ -1,5 +1,6 @@
 """A run: shards, keys, resumption after real kills, a full disk, vanished files; several machines."""
 
+import dataclasses
 import os
 import re
 import resource
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import ClassVar
 
 import polars as pl
 import pytest
@@ -15,8 +17,8 @@ from PIL import Image
 
 from data import paths, video
 from data.prepare import __main__ as main
+from data.prepare import chain, collect, selection, shards, steps, workers
 from data.prepare import config as configs
-from data.prepare import shards, steps, workers
 from data.video import Away, BadVideo
 from tests.data.prepare.videos import picture, two_scenes, write_video
 
@@ -110,6 +112,72 @@ def test_two_machines_give_what_one_gives(videos, tmp_path, undisturbed):
   assert main.main([*command[3:], "--shard", "0/2"]) == 0
   assert other.wait(60) == 0
   assert table(tmp_path / "out").equals(table(undisturbed))
+
+
+def test_machines_begin_with_one_list(tmp_path):
+  """What comes and changes between their starts waits for the next run, whoever begins that."""
+  folder = tmp_path / "pictures"
+  folder.mkdir()
+  for name in ("a", "b"):
+    (folder / f"{name}.png").write_text(name)
+  values = dict(
+    output=str(tmp_path / "out"), steps=("collect", "sample"), patience=0.0,
+    collect=dict(sources=(str(folder),), rows_per_shard=1), sample=dict(rows=9),
+  )  # fmt: skip
+  run = lambda index: configs.chain(values, shard=(index, 2)).run()  # noqa: E731
+  found = lambda step: [p[0] for p in table(tmp_path / "out", step).select("path").rows()]  # noqa: E731
+  run(0)
+  before = times(tmp_path / "out")
+  (folder / "b.png").write_text("changed")
+  (folder / "c.png").write_text("c")
+  run(1)
+  assert found("collect") == found("sample") == ["a.png", "b.png"]
+  assert before.items() <= times(tmp_path / "out").items()
+  run(1)
+  assert found("collect") == ["a.png", "b.png", "c.png"]
+  assert found("sample") == ["a.png", "b.png"]
+  before = times(tmp_path / "out" / "collect")
+  (folder / "d.png").write_text("d")
+  run(0)
+  assert found("collect") == found("sample") == ["a.png", "b.png", "c.png"]
+  assert {name for name, when in times(tmp_path / "out" / "collect").items() if before[name] != when} == {"listed-0.json"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Meanwhile(steps.Step):
+  """Changes nothing; something happens while it is at work."""
+
+  title: ClassVar[str] = "meanwhile"
+  events: ClassVar[list] = []
+
+  def transform(self, table, context):
+    while self.events:
+      self.events.pop()()
+    return table
+
+
+def test_a_machine_makes_again_what_another_ones_list_changed(tmp_path, capsys):
+  """Nobody waits for it: the other machine lists a new file and a changed one, both of this machine, while it is at work."""
+  folder = tmp_path / "pictures"
+  folder.mkdir()
+  for name in ("a", "b"):
+    (folder / f"{name}.png").write_text(name)
+  made = {"collect": collect.Collect(sources=(str(folder),), rows_per_shard=1), "meanwhile": Meanwhile()}
+  machine = lambda index: chain.Chain(  # noqa: E731
+    str(tmp_path / "out"), {**made, "sample": selection.Sample(rows=9)}, shard=(index, 2), patience=1.0
+  )
+  machine(1).run("meanwhile")
+
+  def other():
+    (folder / "a.png").write_text("changed")
+    (folder / "c.png").write_text("c")
+    machine(1).run("meanwhile")
+
+  Meanwhile.events.append(other)
+  machine(0).run()
+  assert "meanwhile: 2 shards of this machine are missing or out of date: other machines listed" in capsys.readouterr().out
+  machine(1).run()
+  assert table(tmp_path / "out", "sample").select("path", "bytes").rows() == [("a.png", 7), ("b.png", 1), ("c.png", 1)]
 
 
 def test_ray_gives_what_one_machine_gives(videos, tmp_path, undisturbed):
