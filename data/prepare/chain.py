@@ -17,7 +17,7 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +170,7 @@ class Chain:
     """{shard: key that its output has to have} for all shards of the step before that are up to date."""
     step, before = self.steps[name], self._before(name)
     sources = self._identities(before)
-    if step.gathers and len(sources) < len(self.parts(next(iter(self.steps)))):
+    if not sources or (step.gathers and len(sources) < len(self.parts(next(iter(self.steps))))):
       return {}  # of what they have to be made is not known yet
     facts = self._gathered(name, sources)[1] if step.gathers else None
     path = functools.partial(paths.join, self.folder(before))
@@ -263,10 +263,8 @@ class Chain:
     if self.shard[0] != 0:
       return
     self._wait(before)
-    key = digest([step.recipe(), self._identities(before)])
-    record = paths.join(self.folder(name), "done.json")
-    old = json.loads(paths.read_text(record)) if paths.exists(record) else {}
-    if old.get("key") != key or not all(paths.exists(f) for f in old["files"]):
+    key, old, done = self._written(name, before)
+    if not done:
       context = Context(self.folder(name), "", limits=self.limits, pool=self._pool)
       context.history, context.unselected = self._history(before), self._unselected(before)
       said, files = step.write(self.tables(before), context)
@@ -276,8 +274,16 @@ class Chain:
         if file.endswith(".tar") and os.path.dirname(file) in folders and paths.exists(file):
           paths.remove(file)
       old = {"key": key, "said": said, "files": files}
-      paths.write_text(record, json.dumps(old))
+      paths.write_text(paths.join(self.folder(name), "done.json"), json.dumps(old))
     say(f"{name}: {old['said']}")
+
+  def _written(self, name: str, before: str) -> tuple[str, dict[str, Any], bool]:
+    """Of a step that ends the chain: the key that its result has to have, its record of the last one ({}: there is none), and
+    whether that one is up to date."""
+    record = paths.join(self.folder(name), "done.json")
+    old = json.loads(paths.read_text(record)) if paths.exists(record) else {}
+    key = digest([self.steps[name].recipe(), self._identities(before)])
+    return key, old, old.get("key") == key and all(paths.exists(f) for f in old["files"])
 
   def _history(self, last: str) -> tuple:
     names = list(self.steps)
@@ -304,14 +310,15 @@ class Chain:
         text += f"\n  {shown(row['path'])}: {shown(row['error'])}"
     return text
 
-  def counts(self, name: str) -> Counts:
-    """Of the shards that were made with the present settings of the step."""
+  def counts(self, name: str, of: Collection[str] | None = None) -> Counts:
+    """Of some shards; None: those that were made with the present settings of the step."""
     names, steps = list(self.steps), self.steps
     first, before = names[0], names[max(0, names.index(name) - 1)]
     wanted = self.parts(first)
     there, recipe = set(self.parts(name)), steps[name].recipe()
-    metas = {p: read_meta(paths.join(self.folder(name), p)) or {} for p in wanted if p in there}
+    metas = {p: self._meta(paths.join(self.folder(name), p)) or {} for p in wanted if p in there}
     done = [p for p, meta in metas.items() if isinstance(steps[name], Source) or meta.get("recipe") == recipe]
+    done = done if of is None else [p for p in metas if p in of]
     rows = errors = retry = rows_in = 0
     seconds, counted = 0.0, collections.Counter()
     for part in done:
@@ -326,28 +333,39 @@ class Chain:
       rows_in += height(paths.join(self.folder(before), part))
     return Counts(len(wanted), len(done), rows_in, rows, errors, retry, seconds, dict(counted))
 
+  def _current(self, name: str) -> list[str]:
+    """Shards of a step that the next run leaves alone, if nothing new is listed and nothing succeeds that failed before."""
+    step, path = self.steps[name], functools.partial(paths.join, self.folder(name))
+    if isinstance(step, Source):
+      return [part for part in self.parts(name) if (self._meta(path(part)) or {}).get("recipe") == step.recipe()]
+    return [part for part in self._identities(name) if step.complete(scan(path(part)))]
+
   def status(self) -> str:
-    """A table: what is done, failed and left, and how long that takes, by the work so far."""
-    lines = [f"{'step':<16} {'shards':>11} {'rows':>12} {'failed':>8} {'to retry':>8} {'left':>8}"]
-    before = None
+    """A table: what is done, failed, left, made again, and how long that takes, by the work so far.
+
+    "again": shards that are there and not up to date. A step that looks at the whole table has all of its shards among them
+    until the table is up to date; what it then finds may leave them as they are. It goes by the files that were listed last.
+    """
+    lines = [f"{'step':<16} {'shards':>11} {'rows':>12} {'failed':>8} {'to retry':>8} {'again':>8} {'left':>8}"]
+    before, whole = None, True
     total_left, known = 0.0, bool(self.parts(next(iter(self.steps))))
     for name, step in self.steps.items():
       if step.writes:
-        record = paths.join(self.folder(name), "done.json")
-        state = "done" if paths.exists(record) and json.loads(paths.read_text(record))["key"] else "waiting"
+        _, old, done = self._written(name, before)
+        state = "done" if done and whole else "again" if old.get("key") else "waiting"
         lines.append(f"{name:<16} {state:>11}")
         continue
-      counts = self.counts(name)
-      left = "-"
-      if before is not None and counts.shards > counts.done:
-        if counts.done and counts.rows_in:
-          rest = counts.seconds / counts.done * (counts.shards - counts.done)
+      counts = self.counts(name, self._current(name))
+      there = [meta for p in self.parts(name) if (meta := self._meta(paths.join(self.folder(name), p)))]
+      left, whole = "-", counts.done == counts.shards
+      if before is not None and not whole:
+        if there:
+          rest = sum(meta["seconds"] for meta in there) / len(there) * (counts.shards - counts.done)
           total_left, left = total_left + rest, clock(rest)
         else:
           known, left = False, "?"
-      lines.append(
-        f"{name:<16} {f'{counts.done}/{counts.shards}':>11} {counts.rows:>12,} {counts.errors:>8,} {counts.retry:>8,} {left:>8}"
-      )
+      columns = f"{counts.errors:>8,} {counts.retry:>8,} {len(there) - counts.done:>8,} {left:>8}"
+      lines.append(f"{name:<16} {f'{counts.done}/{counts.shards}':>11} {counts.rows:>12,} {columns}")
       before = name
     lines.append(f"time left: {clock(total_left)}" + ("" if known else " and steps that have not begun") + " on one machine")
     return "\n".join(lines)

@@ -100,8 +100,9 @@ class Collect(Source):
 
   def _write(self, path: str, table: pl.DataFrame) -> None:
     mark = hashlib.sha256(table.write_ndjson().encode()).hexdigest()[:32]
-    if (read_meta(path) or {}).get("key") != mark:
-      write_shard(path, table.lazy(), {"key": mark, "identity": mark, "retry": 0, "seconds": 0.0, "recipe": self.recipe()})
+    old, recipe = read_meta(path) or {}, self.recipe()
+    if old.get("key") != mark or old.get("recipe") != recipe:
+      write_shard(path, table.lazy(), {"key": mark, "identity": mark, "retry": 0, "seconds": 0.0, "recipe": recipe})
 
   def _listed(self, source: str, own: Sequence[str]) -> pl.DataFrame:
     """One source as a table, in an order that does not depend on the disk."""

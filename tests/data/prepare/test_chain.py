@@ -88,6 +88,41 @@ def test_changed_settings_make_the_step_and_what_follows_again(videos, tmp_path,
   assert table(tmp_path / "out")["num_frames"].to_list() == [40] * 5
 
 
+def test_status_says_what_is_made_again(tmp_path):
+  """A step whose settings or files changed, and all behind it."""
+  folder = tmp_path / "pictures"
+  folder.mkdir()
+  for name in ("a", "b"):
+    (folder / f"{name}.png").write_text(name)
+  values = dict(
+    output=str(tmp_path / "out"), steps=("collect", "filter", "sample", "split", "export"),
+    collect=dict(sources=(str(folder),), rows_per_shard=1), filter=dict(where=("bytes > 0",)), sample=dict(rows=9),
+  )  # fmt: skip
+
+  def status(values):
+    lines = [line.split() for line in configs.chain(values).status().splitlines()]
+    assert lines[0] == ["step", "shards", "rows", "failed", "to", "retry", "again", "left"]
+    return {name: (shards, *(rest[3:4])) for name, shards, *rest in lines[1:-1]}
+
+  nothing = dict.fromkeys(("collect", "filter", "sample", "split"), ("0/0", "0"))
+  assert status(values) == {**nothing, "export": ("waiting",)}
+  configs.chain(values).run()
+  done = dict.fromkeys(nothing, ("2/2", "0"))
+  assert status(values) == {**done, "export": ("done",)}
+  again = dict.fromkeys(("filter", "sample", "split"), ("0/2", "2"))
+  assert status({**values, "filter": dict(where=("bytes > 1",))}) == {**done, **again, "export": ("again",)}
+  assert status({**values, "sample": dict(rows=8)}) == {**done, **again, "filter": ("2/2", "0"), "export": ("again",)}
+  assert status({**values, "export": dict(name="mine.parquet")}) == {**done, "export": ("again",)}
+  assert status({**values, "collect": dict(sources=(str(folder), str(tmp_path)))})["collect"] == ("0/2", "2")
+  (folder / "b.png").write_text("changed")
+  (folder / "c.png").write_text("c")
+  configs.chain(values).run("collect")
+  listed = {"collect": ("3/3", "0"), "filter": ("1/3", "1"), "sample": ("0/3", "2"), "split": ("0/3", "2")}
+  assert status(values) == {**listed, "export": ("again",)}
+  configs.chain(values).run()
+  assert status(values) == {**dict.fromkeys(nothing, ("3/3", "0")), "export": ("done",)}
+
+
 def test_new_files_make_new_shards(videos, tmp_path):
   folder = tmp_path / "videos"
   folder.mkdir()
