@@ -132,6 +132,7 @@ class Chain:
     record, mine = (paths.join(self.folder(name), file) for file in ("listed.json", f"listed-{index}.json"))
     listed, begun = (json.loads(paths.read_text(file)) if paths.exists(file) else {} for file in (record, mine))
     if listed.get("recipe") == source.recipe() and listed["list"] != begun.get("list"):
+      source.reach()
       say(f"{name}: the list of another machine is there")
     else:
       source.list(self.folder(name), self._own())

@@ -65,7 +65,18 @@ class Collect(Source):
     if self.rows_per_shard < 1:
       raise ValueError("rows_per_shard must be at least 1")
 
+  def reach(self) -> None:
+    for source in self.sources:
+      paths.check(source, "collect.sources")
+      if source.endswith(sources.FORMATS):
+        sources.check_table(source)
+      elif not _is_pattern(source) and not paths.is_folder(source):
+        raise ValueError(
+          f"collect.sources: {source!r} is no folder, pattern or table ({', '.join(sources.FORMATS)}) that is there"
+        )
+
   def list(self, folder: str, own: Sequence[str] = ()) -> None:
+    self.reach()
     found = pl.concat([self._listed(source, own) for source in self.sources], how="diagonal_relaxed")
     key = [name for name in ("path", "start", "end", "crop") if name in found.columns]
     listed = found.height
@@ -106,15 +117,9 @@ class Collect(Source):
 
   def _listed(self, source: str, own: Sequence[str]) -> pl.DataFrame:
     """One source as a table, in an order that does not depend on the disk."""
-    paths.check(source, "collect.sources")
     if source.endswith(sources.FORMATS):
       return _table(source)
-    pattern = glob.has_magic(source) and not paths.exists(source)
-    if not pattern and not paths.is_folder(source):
-      raise ValueError(
-        f"collect.sources: {source!r} is no folder, pattern or table ({', '.join(sources.FORMATS)}) that is there"
-      )
-    files = _matching(source) if pattern else paths.files_below(source)
+    files = _matching(source) if _is_pattern(source) else paths.files_below(source)
     passed, own = 0, tuple(_real(folder) for folder in own)
 
     def rows() -> Iterator[dict[str, Any]]:
@@ -141,6 +146,10 @@ class Collect(Source):
 def _real(folder: str) -> str:
   """A folder under its one name, with a slash behind."""
   return (folder if paths.is_remote(folder) else os.path.realpath(folder)).rstrip("/") + "/"
+
+
+def _is_pattern(source: str) -> bool:
+  return glob.has_magic(source) and not paths.exists(source)
 
 
 def _matching(pattern: str) -> Iterator[str]:
@@ -172,7 +181,6 @@ def _plain_crops(table: Any) -> Any:
 
 
 def _table(source: str) -> pl.DataFrame:
-  sources.check_table(source)
   with paths.local_copy(source) as copy:
     try:
       table = scan(copy).collect()

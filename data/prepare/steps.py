@@ -79,6 +79,9 @@ class Step:
 class Source(Step):
   """The first step: lists what there is as shards of a table. Shards keep their rows, new ones are added behind."""
 
+  def reach(self) -> None:
+    """Raises ValueError where something that it lists is not there, seen from this machine."""
+
   def list(self, folder: str, own: Sequence[str] = ()) -> None:
     """Writes folder/part-00000.parquet, ...; leaves those alone in which nothing changed. What lies in the folders `own` is no
     source: the run made it."""

@@ -176,6 +176,11 @@ def test_machines_begin_with_one_list(tmp_path):
   run(0)
   assert found("collect") == found("sample") == ["a.png", "b.png", "c.png"]
   assert {name for name, when in times(tmp_path / "out" / "collect").items() if before[name] != when} == {"listed-0.json"}
+  run(0)
+  assert found("collect") == ["a.png", "b.png", "c.png", "d.png"]
+  os.rename(folder, tmp_path / "not mounted")
+  with pytest.raises(ValueError, match="is no folder"):
+    run(1)
 
 
 @dataclasses.dataclass(frozen=True)
