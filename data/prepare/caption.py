@@ -27,7 +27,7 @@ from data.prepare import prompts
 from data.prepare.cut import small_size
 from data.prepare.messages import say
 from data.prepare.shards import FAILED
-from data.prepare.steps import Context, Step
+from data.prepare.steps import Context, Step, beside
 from data.prepare.workers import Failure, Passing
 
 _LARGEST_SIDECAR = 100_000  # bytes
@@ -53,7 +53,8 @@ class Caption(Step):
   Endpoint: url (with /v1), model, key_variable (environment variable with the key), timeout (seconds), attempts, per_minute
   (calls, 0: no limit), concurrency (calls at a time), max_tokens, temperature, prices (for a million tokens in and out),
   cache (SQLite file of answers; "": in the user's cache folder).
-  Existing: column, then sidecar (ending of a text file beside the video), else words of the file's name (name = True).
+  Existing: column, then sidecar (ending of a text file beside the video; one that changed, came or went since is read again,
+    on disks), else words of the file's name (name = True).
     timeline: column of (start in seconds, text, focus) records; text and focus go to the clip that begins there.
   Local: model is a folder of transformers' image-text-to-text models with its processor; batch: clips at a time.
   """
@@ -94,6 +95,10 @@ class Caption(Step):
   name: bool = False
 
   batch: int = 4
+
+  @property
+  def beside(self) -> str:
+    return self.sidecar if self.backend == "existing" else ""
 
   def check(self) -> None:
     if self.backend not in BACKENDS and ":" not in self.backend:
@@ -370,8 +375,7 @@ class ExistingCaptioner:
     if step.column and row.get(step.column):
       return str(row[step.column]).strip() or None
     source = row.get("video") or row["path"]
-    file = os.path.splitext(source)[0] + step.sidecar
-    if step.sidecar and paths.exists(file):
+    if step.sidecar and paths.exists(file := beside(source, step.sidecar)):
       return sidecar_text(file)
     return words_of_name(source) or None if step.name else None
 

@@ -2,6 +2,10 @@
 
 A shard whose key is the wanted one is left alone, anything else is made again, and so is one with rows that may not
 fail another time. So a run may be ended at any time, by any means, and the same command goes on.
+
+What is noticed between runs, for all rows of a shard: other settings, rows, sources of another size or time of change
+(`Collect`) and captions in files beside them (`states_beside`). What is not: other weights, tokenizers or answers of an
+endpoint under the same name; remove the step's folder to have it made again.
 """
 
 from __future__ import annotations
@@ -12,7 +16,8 @@ import functools
 import json
 import os
 import time
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +26,7 @@ import polars as pl
 from data import paths
 from data.prepare.messages import Progress, clock, say, shown
 from data.prepare.shards import digest, height, identity, part_number, parts, read_meta, scan, scan_all, with_failures
-from data.prepare.steps import Context, RowStep, Source, Step, run_shard
+from data.prepare.steps import Context, RowStep, Source, Step, run_shard, states_beside
 from data.prepare.workers import DEFAULT_LIMITS, Limits, Pool
 
 _POLL = 2.0  # seconds between looks at what other machines have done
@@ -39,6 +44,10 @@ class Counts:
   retry: int
   seconds: float
   counted: dict[str, int]
+
+
+class _Outdated(Exception):  # noqa: N818 - it says where to go on
+  """What this machine made shards of is another now."""
 
 
 class Chain:
@@ -69,6 +78,7 @@ class Chain:
     self._pool = Pool(workers, limits)
     self._metas: dict[str, dict[str, Any] | None] = {}
     self._facts: dict[str, tuple] = {}
+    self._states: dict[str, list] = {}
 
   def folder(self, name: str) -> str:
     return paths.join(self.output, name)
@@ -89,19 +99,51 @@ class Chain:
   def run(self, until: str | None = None) -> None:
     """All steps in order, up to `until`; what is done is skipped."""
     with self._pool:
-      before = None
-      for name, step in self.steps.items():
-        if isinstance(step, Source):
-          step.list(self.folder(name))
-        elif step.writes:
-          self._write(name, step, before)
-        else:
-          self._run_step(name, step, before)
-        if not step.writes:
-          before = name
-          say(self._summary(name))
-        if name == until:
-          break
+      (first, source), *rest = self.steps.items()
+      self._list(first, source)
+      say(self._summary(first))
+      while first != until:
+        try:
+          return self._make(first, rest, until)
+        except _Outdated as error:
+          say(f"{error}: other machines listed files or tried again what had failed since; from the first step on")
+
+  def _make(self, before: str, rest: list[tuple[str, Step]], until: str | None) -> None:
+    """The steps behind the source. Raises `_Outdated`."""
+    for name, step in rest:
+      if step.writes:
+        self._write(name, step, before)
+      else:
+        self._run_step(name, step, before)
+        before = name
+        say(self._summary(name))
+      if name == until:
+        break
+    if self.shard[1] > 1:
+      self._missing(before)
+
+  def _list(self, name: str, source: Source) -> None:
+    """Of several machines the first one lists, and each other one begins with its list, if that is whole: their own would
+    differ where files come meanwhile, or times of change are others. Who has begun with a list before begins another run: it
+    lists again. Machines that begin while nobody is done with it all list; what then differs is made again (`_missing`)."""
+    index, count = self.shard
+    if count == 1:
+      return source.list(self.folder(name), self._own())
+    record, mine = (paths.join(self.folder(name), file) for file in ("listed.json", f"listed-{index}.json"))
+    listed, begun = (json.loads(paths.read_text(file)) if paths.exists(file) else {} for file in (record, mine))
+    if listed.get("recipe") == source.recipe() and listed["list"] != begun.get("list"):
+      source.reach()
+      say(f"{name}: the list of another machine is there")
+    else:
+      source.list(self.folder(name), self._own())
+      listed = {"list": uuid.uuid4().hex, "recipe": source.recipe()}
+      paths.write_text(record, json.dumps(listed))
+    paths.write_text(mine, json.dumps({"list": listed["list"]}))
+
+  def _own(self) -> list[str]:
+    """Folders of the steps that there are and, by their shards, of those that an earlier config had."""
+    folders = ((name, self.folder(name)) for name in paths.names(self.output))
+    return [folder for name, folder in folders if name in self.steps or (paths.is_folder(folder) and parts(folder))]
 
   def scan(self, name: str) -> pl.LazyFrame:
     """All shards of a step as one lazy table."""
@@ -129,8 +171,17 @@ class Chain:
     """{shard: key that its output has to have} for all shards of the step before that are up to date."""
     step, before = self.steps[name], self._before(name)
     sources = self._identities(before)
+    if not sources or (step.gathers and len(sources) < len(self.parts(next(iter(self.steps))))):
+      return {}  # of what they have to be made is not known yet
     facts = self._gathered(name, sources)[1] if step.gathers else None
-    return {part: digest([step.recipe(), mark, facts]) for part, mark in sources.items()}
+    path = functools.partial(paths.join, self.folder(before))
+    return {part: digest([step.recipe(), mark, facts, *self._beside(step, path(part), mark)]) for part, mark in sources.items()}
+
+  def _beside(self, step: Step, source: str, mark: str) -> list:
+    """`states_beside`, looked at once in a run: what changes later is seen by the next one."""
+    if mark not in self._states:
+      self._states[mark] = states_beside(step, source)
+    return self._states[mark]
 
   def _before(self, name: str) -> str:
     names = list(self.steps)
@@ -191,8 +242,7 @@ class Chain:
   def _wait(self, name: str) -> None:
     """Until the other machines have made their shards of a step, from the source on."""
     since, seen = time.monotonic(), -1
-    wanted = set(self.parts(next(iter(self.steps))))
-    while missing := len(wanted - set(self._identities(name))):
+    while missing := self._missing(name):
       if self.shard[1] == 1:
         raise ValueError(f"{name}: {missing} shards are missing: run the same command again")
       if missing != seen:
@@ -202,15 +252,22 @@ class Chain:
         raise ValueError(f"{name}: {missing} shards of other machines did not come in {clock(self.patience)}: do they run?")
       time.sleep(_POLL)
 
+  def _missing(self, name: str) -> int:
+    """How many shards of a step are not there or out of date. Raises `_Outdated` where one of them is of this machine, of
+    several: it has been there already, and nobody else makes it."""
+    missing = set(self.parts(next(iter(self.steps)))) - set(self._identities(name))
+    if self.shard[1] > 1 and (mine := sum(map(self._is_mine, missing))):
+      raise _Outdated(f"{name}: {mine} shards of this machine are missing or out of date")
+    return len(missing)
+
   def _write(self, name: str, step: Step, before: str) -> None:
     if self.shard[0] != 0:
       return
     self._wait(before)
-    key = digest([step.recipe(), self._identities(before)])
-    record = paths.join(self.folder(name), "done.json")
-    old = json.loads(paths.read_text(record)) if paths.exists(record) else {}
-    if old.get("key") != key or not all(paths.exists(f) for f in old["files"]):
-      context = Context(self.folder(name), "", limits=self.limits, pool=self._pool, history=self._history(before))
+    key, old, done = self._written(name, before)
+    if not done:
+      context = Context(self.folder(name), "", limits=self.limits, pool=self._pool)
+      context.history, context.unselected = self._history(before), self._unselected(before)
       said, files = step.write(self.tables(before), context)
       # Archives of an earlier run would lie among these, and be read with them; a table of another name stays.
       folders = {os.path.dirname(file) for file in files}
@@ -218,13 +275,25 @@ class Chain:
         if file.endswith(".tar") and os.path.dirname(file) in folders and paths.exists(file):
           paths.remove(file)
       old = {"key": key, "said": said, "files": files}
-      paths.write_text(record, json.dumps(old))
+      paths.write_text(paths.join(self.folder(name), "done.json"), json.dumps(old))
     say(f"{name}: {old['said']}")
+
+  def _written(self, name: str, before: str) -> tuple[str, dict[str, Any], bool]:
+    """Of a step that ends the chain: the key that its result has to have, its record of the last one ({}: there is none), and
+    whether that one is up to date."""
+    record = paths.join(self.folder(name), "done.json")
+    old = json.loads(paths.read_text(record)) if paths.exists(record) else {}
+    key = digest([self.steps[name].recipe(), self._identities(before)])
+    return key, old, old.get("key") == key and all(paths.exists(f) for f in old["files"])
 
   def _history(self, last: str) -> tuple:
     names = list(self.steps)
     named = [(name, self.counts(name)) for name in names[: names.index(last) + 1]]
-    return tuple((name, c.rows_in, c.rows, c.errors, c.seconds) for name, c in named)
+    return tuple((n, c.rows_in, c.rows, c.errors, c.seconds, self.steps[n].tell(c.counted)) for n, c in named)
+
+  def _unselected(self, last: str) -> tuple[list[str], ...]:
+    names = list(self.steps)
+    return tuple(self.tables(self._before(n)) for n in names[: names.index(last) + 1] if self.steps[n].selects)
 
   def _summary(self, name: str) -> str:
     """One line about a step that ran, and the first failures."""
@@ -242,14 +311,15 @@ class Chain:
         text += f"\n  {shown(row['path'])}: {shown(row['error'])}"
     return text
 
-  def counts(self, name: str) -> Counts:
-    """Of the shards that were made with the present settings of the step."""
+  def counts(self, name: str, of: Collection[str] | None = None) -> Counts:
+    """Of some shards; None: those that were made with the present settings of the step."""
     names, steps = list(self.steps), self.steps
     first, before = names[0], names[max(0, names.index(name) - 1)]
     wanted = self.parts(first)
     there, recipe = set(self.parts(name)), steps[name].recipe()
-    metas = {p: read_meta(paths.join(self.folder(name), p)) or {} for p in wanted if p in there}
+    metas = {p: self._meta(paths.join(self.folder(name), p)) or {} for p in wanted if p in there}
     done = [p for p, meta in metas.items() if isinstance(steps[name], Source) or meta.get("recipe") == recipe]
+    done = done if of is None else [p for p in metas if p in of]
     rows = errors = retry = rows_in = 0
     seconds, counted = 0.0, collections.Counter()
     for part in done:
@@ -264,28 +334,39 @@ class Chain:
       rows_in += height(paths.join(self.folder(before), part))
     return Counts(len(wanted), len(done), rows_in, rows, errors, retry, seconds, dict(counted))
 
+  def _current(self, name: str) -> list[str]:
+    """Shards of a step that the next run leaves alone, if nothing new is listed and nothing succeeds that failed before."""
+    step, path = self.steps[name], functools.partial(paths.join, self.folder(name))
+    if isinstance(step, Source):
+      return [part for part in self.parts(name) if (self._meta(path(part)) or {}).get("recipe") == step.recipe()]
+    return [part for part in self._identities(name) if step.complete(scan(path(part)))]
+
   def status(self) -> str:
-    """A table: what is done, failed and left, and how long that takes, by the work so far."""
-    lines = [f"{'step':<16} {'shards':>11} {'rows':>12} {'failed':>8} {'to retry':>8} {'left':>8}"]
-    before = None
+    """A table: what is done, failed, left, made again, and how long that takes, by the work so far.
+
+    "again": shards that are there and not up to date. A step that looks at the whole table has all of its shards among them
+    until the table is up to date; what it then finds may leave them as they are. It goes by the files that were listed last.
+    """
+    lines = [f"{'step':<16} {'shards':>11} {'rows':>12} {'failed':>8} {'to retry':>8} {'again':>8} {'left':>8}"]
+    before, whole = None, True
     total_left, known = 0.0, bool(self.parts(next(iter(self.steps))))
     for name, step in self.steps.items():
       if step.writes:
-        record = paths.join(self.folder(name), "done.json")
-        state = "done" if paths.exists(record) and json.loads(paths.read_text(record))["key"] else "waiting"
+        _, old, done = self._written(name, before)
+        state = "done" if done and whole else "again" if old.get("key") else "waiting"
         lines.append(f"{name:<16} {state:>11}")
         continue
-      counts = self.counts(name)
-      left = "-"
-      if before is not None and counts.shards > counts.done:
-        if counts.done and counts.rows_in:
-          rest = counts.seconds / counts.done * (counts.shards - counts.done)
+      counts = self.counts(name, self._current(name))
+      there = [meta for p in self.parts(name) if (meta := self._meta(paths.join(self.folder(name), p)))]
+      left, whole = "-", counts.done == counts.shards
+      if before is not None and not whole:
+        if there:
+          rest = sum(meta["seconds"] for meta in there) / len(there) * (counts.shards - counts.done)
           total_left, left = total_left + rest, clock(rest)
         else:
           known, left = False, "?"
-      lines.append(
-        f"{name:<16} {f'{counts.done}/{counts.shards}':>11} {counts.rows:>12,} {counts.errors:>8,} {counts.retry:>8,} {left:>8}"
-      )
+      columns = f"{counts.errors:>8,} {counts.retry:>8,} {len(there) - counts.done:>8,} {left:>8}"
+      lines.append(f"{name:<16} {f'{counts.done}/{counts.shards}':>11} {counts.rows:>12,} {columns}")
       before = name
     lines.append(f"time left: {clock(total_left)}" + ("" if known else " and steps that have not begun") + " on one machine")
     return "\n".join(lines)
@@ -323,7 +404,7 @@ def run_alone(name: str, step: Step, source: str, target: str, *, workers: int =
         raise ValueError(f"{b} is the input: give another output")
       if not b.endswith((".parquet", ".csv")):
         raise ValueError(f"{b}: the output's name must end in .parquet or .csv")
-      key = digest([step.recipe(), identity(a), _plain(facts)])
+      key = digest([step.recipe(), identity(a), _plain(facts), *states_beside(step, a)])
       meta = read_meta(b) if b.endswith(".parquet") and paths.exists(b) else None
       if meta == {}:
         raise ValueError(f"{b} is there and was not written by this program: give another output")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import functools
 import glob
 import hashlib
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import cv2
@@ -19,7 +20,7 @@ from PIL import Image
 
 from data import paths, sources, video
 from data.prepare import decode
-from data.prepare.messages import say
+from data.prepare.messages import say, shown
 from data.prepare.shards import FAILED, part_name, part_number, parts, read_meta, scan, write_shard
 from data.prepare.steps import Context, RowStep, Source
 
@@ -35,8 +36,12 @@ _HASH_AT = (0.25, 0.5, 0.75)  # places in a video whose pictures are hashed
 class Collect(Source):
   """Lists files. Shards keep their files from run to run, new files make new shards; a file that has gone stays listed.
 
+  Where the size or time of change of a file is another than it was, all steps make its shard again. Of files that a table names
+  only the time is looked at, and only on disks: in a bucket each one would be a request.
+
   sources: folders (with all below), patterns ("clips/**/*.mp4"), tables with a column `path` (.parquet, .csv, .jsonl; their
-    other columns are kept; relative paths belong to the table's folder), each local or gs://.
+    other columns are kept; relative paths belong to the table's folder), each local or gs://. The output may lie below one:
+    files that the run's steps made there are passed over. (Those in `cut.clips_folder` are files as any.)
   kinds: "video", "image": which endings are taken of folders and patterns.
   rows_per_shard: rows of a shard, what a killed run loses at most.
   forget: what is no longer listed leaves the table, too. A disk that is not mounted then empties it.
@@ -60,8 +65,19 @@ class Collect(Source):
     if self.rows_per_shard < 1:
       raise ValueError("rows_per_shard must be at least 1")
 
-  def list(self, folder: str) -> None:
-    found = pl.concat([self._listed(source) for source in self.sources], how="diagonal_relaxed")
+  def reach(self) -> None:
+    for source in self.sources:
+      paths.check(source, "collect.sources")
+      if source.endswith(sources.FORMATS):
+        sources.check_table(source)
+      elif not _is_pattern(source) and not paths.is_folder(source):
+        raise ValueError(
+          f"collect.sources: {source!r} is no folder, pattern or table ({', '.join(sources.FORMATS)}) that is there"
+        )
+
+  def list(self, folder: str, own: Sequence[str] = ()) -> None:
+    self.reach()
+    found = pl.concat([self._listed(source, own) for source in self.sources], how="diagonal_relaxed")
     key = [name for name in ("path", "start", "end", "crop") if name in found.columns]
     listed = found.height
     found = found.unique(key, keep="first", maintain_order=True)
@@ -81,7 +97,9 @@ class Collect(Source):
     shards = [_plain_crops(scan(paths.join(folder, name))).with_columns(_part=pl.lit(i)) for i, name in enumerate(names)]
     old = pl.concat(shards, how="diagonal_relaxed").collect().with_row_index("_row")
     key = [k for k in key if k in old.columns]
-    rows = old.select("_part", "_row", *key).join(found, on=key, how="inner", nulls_equal=True)
+    was = pl.col("changed") if "changed" in old.columns else pl.lit(None, pl.Int64)  # not in tables of older versions
+    rows = old.select("_part", "_row", *key, was.alias("_was")).join(found, on=key, how="inner", nulls_equal=True)
+    rows = rows.with_columns(pl.coalesce("changed", "_was").alias("changed")).drop("_was")  # a file of a table may be away
     if not self.forget:  # one that has gone keeps its row, and fails where it is needed
       rows = pl.concat([rows, old.join(found, on=key, how="anti", nulls_equal=True)], how="diagonal_relaxed")
     # In the order of the first run: it is part of what says whether a shard changed.
@@ -93,26 +111,45 @@ class Collect(Source):
 
   def _write(self, path: str, table: pl.DataFrame) -> None:
     mark = hashlib.sha256(table.write_ndjson().encode()).hexdigest()[:32]
-    if (read_meta(path) or {}).get("key") != mark:
-      write_shard(path, table.lazy(), {"key": mark, "identity": mark, "retry": 0, "seconds": 0.0, "recipe": self.recipe()})
+    old, recipe = read_meta(path) or {}, self.recipe()
+    if old.get("key") != mark or old.get("recipe") != recipe:
+      write_shard(path, table.lazy(), {"key": mark, "identity": mark, "retry": 0, "seconds": 0.0, "recipe": recipe})
 
-  def _listed(self, source: str) -> pl.DataFrame:
+  def _listed(self, source: str, own: Sequence[str]) -> pl.DataFrame:
     """One source as a table, in an order that does not depend on the disk."""
-    paths.check(source, "collect.sources")
     if source.endswith(sources.FORMATS):
       return _table(source)
-    pattern = glob.has_magic(source) and not paths.exists(source)
-    if not pattern and not paths.is_folder(source):
-      raise ValueError(
-        f"collect.sources: {source!r} is no folder, pattern or table ({', '.join(sources.FORMATS)}) that is there"
-      )
-    files = _matching(source) if pattern else paths.files_below(source)
-    rows = (_file_row(path) for path in files if path.lower().endswith(self._endings()))
-    batches = iter(lambda: list(itertools.islice(rows, _BATCH)), [])
-    return pl.concat(pl.DataFrame(batch, schema=LISTED, orient="row") for batch in itertools.chain([[]], batches))
+    files = _matching(source) if _is_pattern(source) else paths.files_below(source)
+    passed, own = 0, tuple(_real(folder) for folder in own)
+
+    def rows() -> Iterator[dict[str, Any]]:
+      nonlocal passed
+      for path in files:
+        if path.lower().endswith(self._endings()):
+          if _real(os.path.dirname(path)).startswith(own):
+            passed += 1
+          else:
+            yield _file_row(path)
+
+    listed = rows()
+    batches = iter(lambda: list(itertools.islice(listed, _BATCH)), [])
+    found = pl.concat(pl.DataFrame(batch, schema=LISTED, orient="row") for batch in itertools.chain([[]], batches))
+    if passed:
+      say(f"collect: {passed:,} files below {shown(source)} are passed over: this run made them")
+    return found
 
   def _endings(self) -> tuple[str, ...]:
     return tuple(ending for kind in self.kinds for ending in _KINDS[kind])
+
+
+@functools.lru_cache(1000)
+def _real(folder: str) -> str:
+  """A folder under its one name, with a slash behind."""
+  return (folder if paths.is_remote(folder) else os.path.realpath(folder)).rstrip("/") + "/"
+
+
+def _is_pattern(source: str) -> bool:
+  return glob.has_magic(source) and not paths.exists(source)
 
 
 def _matching(pattern: str) -> Iterator[str]:
@@ -144,7 +181,6 @@ def _plain_crops(table: Any) -> Any:
 
 
 def _table(source: str) -> pl.DataFrame:
-  sources.check_table(source)
   with paths.local_copy(source) as copy:
     try:
       table = scan(copy).collect()
@@ -156,7 +192,13 @@ def _table(source: str) -> pl.DataFrame:
   resolved = pl.col("path").cast(pl.String).map_elements(lambda p: sources.resolve(p, folder), return_dtype=pl.String)
   table = _plain_crops(table)
   missing = pl.when(pl.col("path").is_null()).then(pl.lit("collect: no path"))
-  return table.with_columns(resolved, missing.alias("error"), pl.lit(False).alias("retry"))
+  table = table.with_columns(resolved, missing.alias("error"), pl.lit(False).alias("retry"))
+  return table.with_columns(changed=pl.col("path").map_elements(_changed, return_dtype=pl.Int64))
+
+
+def _changed(path: str) -> int | None:
+  """Time of change of a file on a disk, ns."""
+  return _file_row(path).get("changed") if "://" not in path else None
 
 
 # ----------------------------------------------------------------------------------------------------------------- probe
@@ -198,8 +240,9 @@ class Probe(RowStep):
     whole = row.get("start") is None and row.get("end") is None
     cut = {"start": None, "end": None} if whole else {"start": begin, "end": begin + frames}
     content = _sha256(path) if self.content_hash else None
+    known = content or f"{path} {row.get('changed')}"  # clips of what the file held before are others
     return [{
-      **cut, "id": clip_id(content or path, **cut), "bytes": size, "num_frames": frames, "height": info.height,
+      **cut, "id": clip_id(known, **cut), "bytes": size, "num_frames": frames, "height": info.height,
       "width": info.width, "fps": info.fps, "duration": frames / info.fps if codec else None,
       "aspect_ratio": info.height / info.width, "resolution": info.height * info.width, "codec": codec, "rotation": rotation,
       "audio": audio, "hash": content, "picture_hash": _picture_hash(path, info.num_frames) if self.picture_hash else None,

@@ -1,7 +1,7 @@
 """The report: one HTML file without any address in it, for a look at a table before and after filtering.
 
-Counts per step, histograms, what thresholds would remove, contact sheets of the best, worst and random clips of each score, and
-the buckets of a training config.
+Counts per step, failures, histograms, what thresholds would remove, contact sheets of the best, worst and random clips of each
+score: of the rows that came into the filter. Hours and the buckets of a training config: of those that it kept.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ class Report(Step):
   """
 
   title: ClassVar[str] = "report"
+  version: ClassVar[int] = 2
   needs: ClassVar[tuple[str, ...]] = ("path",)
 
   file: str = "report.html"
@@ -68,30 +69,65 @@ class Report(Step):
 
   def write(self, tables: list[str], context: Context) -> tuple[str, list[str]]:
     target = paths.join(os.path.dirname(context.folder) if context.folder else "", self.file)
-    page = build(tables, history=context.history, training=self.training, pool=context.pool if self.sheets else None)
+    page = build(
+      tables, unselected=context.unselected, history=context.history, training=self.training,
+      pool=context.pool if self.sheets else None,
+    )  # fmt: skip
     paths.write_text(target, page)
     return target, [target]
 
 
-def build(tables: list[str], *, history: tuple = (), training: str = "", pool: Pool | None = None) -> str:
-  """The page. history: (step, rows in, rows, failed, seconds) of each step; pool: who reads clips, None for no sheets."""
+def build(
+  tables: list[str], *, unselected: tuple = (), history: tuple = (), training: str = "", pool: Pool | None = None
+) -> str:
+  """The page.
+
+  Args:
+    tables: of what is kept.
+    unselected: tables that came into each filter. A column is shown of the first ones in which it has values: scores of all
+      rows that were scored, captions of those that were captioned.
+    history: (step, rows in, rows, failed, seconds, what it tells) of each step.
+    training: a training config whose buckets are shown.
+    pool: who reads clips, None for no sheets.
+  """
   import jinja2
 
-  table = scan_all(tables)
-  schema = table.collect_schema()
-  fine = table.filter(pl.col("error").is_null())
-  counts = (
-    table.select(rows=pl.len(), failed=pl.col("error").is_not_null().sum()).collect(engine="streaming").row(0, named=True)
-  )
-  measures = [m for name in MEASURES if name in schema and (m := measure(fine, name))]
-  sheets = [_sheet(fine, m, pool) for m in measures if m["better"] is not None] if pool else []
+  stages = [scan_all(files) for files in (*unselected, tables)]
+  fine = [stage.filter(pl.col("error").is_null()) for stage in stages]
+  measured = [found for name in MEASURES if (found := _measured(fine, name))]
+  sheets = [_sheet(rows, m, pool) for m, rows in measured if m["better"] is not None] if pool else []
+  if unselected:
+    _add_captions(sheets, fine[-1])
   environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
   environment.filters |= {"number": number, "seconds": lambda s: f"{s:,.0f} s"}
   return environment.from_string(Path(__file__).with_name("report.html").read_text()).render(
-    title=_title(tables[0]), counts=counts, history=history, measures=measures,
-    failures=_failures(table), classes=_classes(fine, schema), sheets=[s for s in sheets if s["rows"]],
-    hours=_hours(fine, schema), buckets=_buckets(tables, training) if training else [], training=training,
+    title=_title(tables[0]), rows=_height(stages[0]), failed=sum(_height(s) for s in stages) - sum(_height(s) for s in fine),
+    kept=_height(fine[-1]) if unselected else None, history=history, measures=[m for m, _ in measured],
+    failures=_failures(stages), classes=_classes(fine), sheets=[s for s in sheets if s["rows"]],
+    hours=_hours(fine[-1]), buckets=_buckets(tables, training) if training else [], training=training,
   )  # fmt: skip
+
+
+def _height(table: pl.LazyFrame) -> int:
+  return table.select(pl.len()).collect(engine="streaming").item()
+
+
+def _measured(stages: list[pl.LazyFrame], name: str) -> tuple[dict[str, Any], pl.LazyFrame] | None:
+  """`measure` of the first of some tables in which the column has values, and that table; None if there is none."""
+  for table in stages:
+    if name in table.collect_schema() and (found := measure(table, name)):
+      return found, table
+  return None
+
+
+def _add_captions(sheets: list[dict[str, Any]], kept: pl.LazyFrame) -> None:
+  """To clips of a table of before they were captioned, those that came later, by `id`."""
+  clips = [clip for sheet in sheets for row in sheet["rows"] for clip in row["clips"]]
+  if clips and {"id", "text"} <= {*kept.collect_schema()}:
+    of_these = kept.filter(pl.col("id").is_in([clip.get("id") for clip in clips])).select("id", "text")
+    texts = dict(of_these.collect(engine="streaming").iter_rows())
+    for clip in clips:
+      clip["text"] = texts.get(clip.get("id"), clip.get("text"))
 
 
 def _title(table: str) -> str:
@@ -134,30 +170,29 @@ def measure(table: pl.LazyFrame, name: str) -> dict[str, Any] | None:
   }  # fmt: skip
 
 
-def _failures(table: pl.LazyFrame) -> list[dict[str, Any]]:
-  """Reasons with numbers and an example, the most frequent first."""
-  reason = pl.col("error").str.replace_all(r"\d+", "N").str.slice(0, 80)
-  failed = table.filter(pl.col("error").is_not_null()).group_by(reason.alias("reason"))
-  found = failed.agg(pl.len().alias("count"), pl.col("path").first(), pl.col("retry").any()).sort(
-    "count", "reason", descending=True
-  )
-  return found.head(30).collect().to_dicts()
+def _failures(stages: list[pl.LazyFrame]) -> list[dict[str, Any]]:
+  """Reasons with numbers and an example, the most frequent first. No row fails in two of the tables: a filter takes it away."""
+  reason = pl.col("error").str.replace_all(r"\d+", "N").str.slice(0, 80).alias("reason")
+  failed = pl.concat(s.filter(pl.col("error").is_not_null()).select(reason, "path", "retry") for s in stages)
+  found = failed.group_by("reason").agg(pl.len().alias("count"), pl.col("path").first(), pl.col("retry").any())
+  return found.sort("count", "reason", descending=True).head(30).collect().to_dicts()
 
 
-def _classes(table: pl.LazyFrame, schema: pl.Schema) -> list[tuple[str, list[dict]]]:
-  """(title, values with counts) of columns of words."""
+def _classes(stages: list[pl.LazyFrame]) -> list[tuple[str, list[dict]]]:
+  """(title, values with counts) of columns of words, each in the first of some tables that has it."""
   titles = {"cmotion": "camera motion", "codec": "codec", "split": "split"}
   found = []
   for name, title in titles.items():
-    if name in schema:
-      counted = table.group_by(pl.col(name).cast(pl.String).fill_null("-").alias("value")).len()
+    having = [table for table in stages if name in table.collect_schema()]
+    if having:
+      counted = having[0].group_by(pl.col(name).cast(pl.String).fill_null("-").alias("value")).len()
       ordered = counted.sort("len", "value", descending=[True, False]).head(20)
       found.append((title, ordered.collect(engine="streaming").to_dicts()))
   return found
 
 
-def _hours(table: pl.LazyFrame, schema: pl.Schema) -> float | None:
-  if "duration" not in schema:
+def _hours(table: pl.LazyFrame) -> float | None:
+  if "duration" not in table.collect_schema():
     return None
   return table.select(pl.col("duration").cast(pl.Float64).sum() / 3600).collect(engine="streaming").item()
 

@@ -54,6 +54,7 @@ class Filter(Step):
   """
 
   title: ClassVar[str] = "filter"
+  selects: ClassVar[bool] = True
 
   where: tuple[str, ...] | dict[str, Any] = ()
 

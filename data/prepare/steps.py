@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import polars as pl
@@ -28,6 +29,7 @@ class Step:
   silent: ClassVar[tuple[str, ...]] = ()  # settings that don't change the result
   needs: ClassVar[tuple[str, ...]] = ()  # columns without which it makes no sense
   fails: ClassVar[bool] = False  # whether its rows may fail, or be tried again
+  selects: ClassVar[bool] = False  # whether it leaves rows out for what they are: the report shows those, too
 
   def check(self) -> None:
     """Raises ValueError about a setting, in one line."""
@@ -53,6 +55,11 @@ class Step:
     raise NotImplementedError
 
   @property
+  def beside(self) -> str:
+    """Ending of the files beside those of the rows that it reads as well, such as ".txt"; "": none."""
+    return ""
+
+  @property
   def gathers(self) -> bool:
     """Whether it has to see the whole table before its first shard."""
     return type(self).gather is not Step.gather
@@ -72,8 +79,12 @@ class Step:
 class Source(Step):
   """The first step: lists what there is as shards of a table. Shards keep their rows, new ones are added behind."""
 
-  def list(self, folder: str) -> None:
-    """Writes folder/part-00000.parquet, ...; leaves those alone in which nothing changed."""
+  def reach(self) -> None:
+    """Raises ValueError where something that it lists is not there, seen from this machine."""
+
+  def list(self, folder: str, own: Sequence[str] = ()) -> None:
+    """Writes folder/part-00000.parquet, ...; leaves those alone in which nothing changed. What lies in the folders `own` is no
+    source: the run made it."""
     raise NotImplementedError
 
 
@@ -129,7 +140,8 @@ class Context:
   limits: of a file.
   pool, progress: None in a worker process.
   counts: what `transform` counted; `Step.tell` says the sums over all shards.
-  history: (step, rows in, rows, failed, seconds of work) of the steps before, for `write`.
+  history: (step, rows in, rows, failed, seconds of work, what `Step.tell` says) of the steps before, for `write`.
+  unselected: for `write`: the shards that came into each step before that `selects`, in order.
   """
 
   folder: str
@@ -140,6 +152,7 @@ class Context:
   progress: Callable[[float], None] | None = None
   counts: dict[str, int] = dataclasses.field(default_factory=dict)
   history: tuple = ()
+  unselected: tuple[list[str], ...] = ()
 
   def bare(self) -> Context:
     """What is sent to workers."""
@@ -155,6 +168,31 @@ class Context:
         self.progress(done * share)
 
     return self.pool.map(function, groups, sizes=sizes, progress=progress)
+
+
+def beside(path: str, ending: str) -> str:
+  """The file of the same name with another ending."""
+  return os.path.splitext(path)[0] + ending
+
+
+def states_beside(step: Step, source: str) -> list[tuple[int, int] | None]:
+  """(bytes, time of change) of each file that a step reads beside those of a table's rows, None where there is none. Files in a
+  bucket are left out, since each would be a request; another content of the same size and time is not seen, either."""
+  if not step.beside:
+    return []
+  table = scan(source)
+  names = [name for name in ("video", "path") if name in table.collect_schema()]  # clips have theirs beside their video
+  if not names:
+    return []  # `needs` says so
+  files = table.select(pl.coalesce(names).unique(maintain_order=True)).collect().to_series()
+  return [_state(beside(file, step.beside)) for file in files.drop_nulls() if not paths.is_remote(file)]
+
+
+def _state(path: str) -> tuple[int, int] | None:
+  try:
+    return paths.stat(path)
+  except OSError:
+    return None
 
 
 def run_shard(step: Step, source: str, target: str, key: str, context: Context) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """A run: shards, keys, resumption after real kills, a full disk, vanished files; several machines."""
 
+import dataclasses
 import os
 import re
 import resource
@@ -8,16 +9,18 @@ import signal
 import subprocess
 import sys
 import time
+from typing import ClassVar
 
 import polars as pl
 import pytest
+from PIL import Image
 
-from data import paths
+from data import paths, video
 from data.prepare import __main__ as main
+from data.prepare import chain, collect, selection, shards, steps, workers
 from data.prepare import config as configs
-from data.prepare import shards, steps, workers
 from data.video import Away, BadVideo
-from tests.data.prepare.videos import two_scenes, write_video
+from tests.data.prepare.videos import picture, two_scenes, write_video
 
 CONFIG = """
 def get_config():
@@ -85,6 +88,41 @@ def test_changed_settings_make_the_step_and_what_follows_again(videos, tmp_path,
   assert table(tmp_path / "out")["num_frames"].to_list() == [40] * 5
 
 
+def test_status_says_what_is_made_again(tmp_path):
+  """A step whose settings or files changed, and all behind it."""
+  folder = tmp_path / "pictures"
+  folder.mkdir()
+  for name in ("a", "b"):
+    (folder / f"{name}.png").write_text(name)
+  values = dict(
+    output=str(tmp_path / "out"), steps=("collect", "filter", "sample", "split", "export"),
+    collect=dict(sources=(str(folder),), rows_per_shard=1), filter=dict(where=("bytes > 0",)), sample=dict(rows=9),
+  )  # fmt: skip
+
+  def status(values):
+    lines = [line.split() for line in configs.chain(values).status().splitlines()]
+    assert lines[0] == ["step", "shards", "rows", "failed", "to", "retry", "again", "left"]
+    return {name: (shards, *(rest[3:4])) for name, shards, *rest in lines[1:-1]}
+
+  nothing = dict.fromkeys(("collect", "filter", "sample", "split"), ("0/0", "0"))
+  assert status(values) == {**nothing, "export": ("waiting",)}
+  configs.chain(values).run()
+  done = dict.fromkeys(nothing, ("2/2", "0"))
+  assert status(values) == {**done, "export": ("done",)}
+  again = dict.fromkeys(("filter", "sample", "split"), ("0/2", "2"))
+  assert status({**values, "filter": dict(where=("bytes > 1",))}) == {**done, **again, "export": ("again",)}
+  assert status({**values, "sample": dict(rows=8)}) == {**done, **again, "filter": ("2/2", "0"), "export": ("again",)}
+  assert status({**values, "export": dict(name="mine.parquet")}) == {**done, "export": ("again",)}
+  assert status({**values, "collect": dict(sources=(str(folder), str(tmp_path)))})["collect"] == ("0/2", "2")
+  (folder / "b.png").write_text("changed")
+  (folder / "c.png").write_text("c")
+  configs.chain(values).run("collect")
+  listed = {"collect": ("3/3", "0"), "filter": ("1/3", "1"), "sample": ("0/3", "2"), "split": ("0/3", "2")}
+  assert status(values) == {**listed, "export": ("again",)}
+  configs.chain(values).run()
+  assert status(values) == {**dict.fromkeys(nothing, ("3/3", "0")), "export": ("done",)}
+
+
 def test_new_files_make_new_shards(videos, tmp_path):
   folder = tmp_path / "videos"
   folder.mkdir()
@@ -109,6 +147,77 @@ def test_two_machines_give_what_one_gives(videos, tmp_path, undisturbed):
   assert main.main([*command[3:], "--shard", "0/2"]) == 0
   assert other.wait(60) == 0
   assert table(tmp_path / "out").equals(table(undisturbed))
+
+
+def test_machines_begin_with_one_list(tmp_path):
+  """What comes and changes between their starts waits for the next run, whoever begins that."""
+  folder = tmp_path / "pictures"
+  folder.mkdir()
+  for name in ("a", "b"):
+    (folder / f"{name}.png").write_text(name)
+  values = dict(
+    output=str(tmp_path / "out"), steps=("collect", "sample"), patience=0.0,
+    collect=dict(sources=(str(folder),), rows_per_shard=1), sample=dict(rows=9),
+  )  # fmt: skip
+  run = lambda index: configs.chain(values, shard=(index, 2)).run()  # noqa: E731
+  found = lambda step: [p[0] for p in table(tmp_path / "out", step).select("path").rows()]  # noqa: E731
+  run(0)
+  before = times(tmp_path / "out")
+  (folder / "b.png").write_text("changed")
+  (folder / "c.png").write_text("c")
+  run(1)
+  assert found("collect") == found("sample") == ["a.png", "b.png"]
+  assert before.items() <= times(tmp_path / "out").items()
+  run(1)
+  assert found("collect") == ["a.png", "b.png", "c.png"]
+  assert found("sample") == ["a.png", "b.png"]
+  before = times(tmp_path / "out" / "collect")
+  (folder / "d.png").write_text("d")
+  run(0)
+  assert found("collect") == found("sample") == ["a.png", "b.png", "c.png"]
+  assert {name for name, when in times(tmp_path / "out" / "collect").items() if before[name] != when} == {"listed-0.json"}
+  run(0)
+  assert found("collect") == ["a.png", "b.png", "c.png", "d.png"]
+  os.rename(folder, tmp_path / "not mounted")
+  with pytest.raises(ValueError, match="is no folder"):
+    run(1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Meanwhile(steps.Step):
+  """Changes nothing; something happens while it is at work."""
+
+  title: ClassVar[str] = "meanwhile"
+  events: ClassVar[list] = []
+
+  def transform(self, table, context):
+    while self.events:
+      self.events.pop()()
+    return table
+
+
+def test_a_machine_makes_again_what_another_ones_list_changed(tmp_path, capsys):
+  """Nobody waits for it: the other machine lists a new file and a changed one, both of this machine, while it is at work."""
+  folder = tmp_path / "pictures"
+  folder.mkdir()
+  for name in ("a", "b"):
+    (folder / f"{name}.png").write_text(name)
+  made = {"collect": collect.Collect(sources=(str(folder),), rows_per_shard=1), "meanwhile": Meanwhile()}
+  machine = lambda index: chain.Chain(  # noqa: E731
+    str(tmp_path / "out"), {**made, "sample": selection.Sample(rows=9)}, shard=(index, 2), patience=1.0
+  )
+  machine(1).run("meanwhile")
+
+  def other():
+    (folder / "a.png").write_text("changed")
+    (folder / "c.png").write_text("c")
+    machine(1).run("meanwhile")
+
+  Meanwhile.events.append(other)
+  machine(0).run()
+  assert "meanwhile: 2 shards of this machine are missing or out of date: other machines listed" in capsys.readouterr().out
+  machine(1).run()
+  assert table(tmp_path / "out", "sample").select("path", "bytes").rows() == [("a.png", 7), ("b.png", 1), ("c.png", 1)]
 
 
 def test_ray_gives_what_one_machine_gives(videos, tmp_path, undisturbed):
@@ -191,6 +300,86 @@ def test_a_vanished_file_is_tried_again(videos, tmp_path, undisturbed, capsys):
   os.rename(tmp_path / "away", folder / "3.mp4")
   assert main.main(command) == 0
   assert table(tmp_path / "out").drop("video").equals(table(undisturbed).drop("video"))
+
+
+def test_captions_beside_that_changed_are_read_again(tmp_path, capsys):
+  """With the steps behind, for their shards alone."""
+  folder = tmp_path / "pictures"
+  folder.mkdir()
+  for name in ("a", "b", "c"):
+    Image.fromarray(picture(ord(name), 0)).save(folder / f"{name}.png")
+    (folder / f"{name}.txt").write_text(f"This is {name}.")
+  (folder / "c.txt").unlink()
+  values = dict(
+    output=str(tmp_path / "out"), steps=("collect", "probe", "caption", "clean"), workers=1,
+    collect=dict(sources=(str(folder),), rows_per_shard=1), probe=dict(picture_hash=False),
+    caption=dict(backend="existing", sidecar=".txt", name=True),
+  )  # fmt: skip
+  configs.chain(values).run()
+  assert table(tmp_path / "out", "clean")["text"].to_list() == ["This is a.", "This is b.", "C"]
+  before = times(tmp_path / "out")
+  (folder / "b.txt").write_text("This is another text.")
+  (folder / "c.txt").write_text("This came later.")
+  configs.chain(values).run()
+  changed = {name for name, when in times(tmp_path / "out").items() if before.get(name) != when}
+  assert changed == {f"{step}/part-0000{i}.parquet" for step in ("caption", "clean") for i in (1, 2)}
+  assert table(tmp_path / "out", "clean")["text"].to_list() == ["This is a.", "This is another text.", "This came later."]
+  alone = ["caption", str(tmp_path / "out" / "probe"), "-o", str(tmp_path / "alone"), "--backend=existing", "--sidecar=.txt"]
+  for text in ("Once.", "Twice."):
+    (folder / "a.txt").write_text(text)
+    assert main.main([*alone, "--workers=1"]) == 0
+    assert table(tmp_path, "alone")["text"][0] == text
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_sources_that_changed_are_made_again(tmp_path, listed):
+  """Files of a folder, or of a table; of one that is away, and comes back as it was, all is kept."""
+  folder = tmp_path / "videos"
+  folder.mkdir()
+  for name in ("a", "b"):
+    write_video(folder / f"{name}.mp4", two_scenes(20, 0, seeds=(ord(name),) * 2))
+  pl.DataFrame({"path": ["videos/a.mp4", "videos/b.mp4"]}).write_csv(tmp_path / "list.csv")
+  values = dict(
+    output=str(tmp_path / "out"), steps=("collect", "probe", "scenes", "cut"), workers=1,
+    collect=dict(sources=(str(tmp_path / "list.csv" if listed else folder),), rows_per_shard=1),
+    probe=dict(picture_hash=False, content_hash=False), scenes=dict(detector="none", min_seconds=0.5), cut=dict(short_side=36),
+  )  # fmt: skip
+  configs.chain(values).run()
+  before = times(tmp_path / "out")
+  os.rename(folder / "a.mp4", tmp_path / "away")
+  configs.chain(values).run()
+  os.rename(tmp_path / "away", folder / "a.mp4")
+  assert times(tmp_path / "out") == before
+  write_video(folder / "b.mp4", two_scenes(25, 0, seeds=(9, 9)))
+  configs.chain(values).run()
+  parts = [name for name, when in times(tmp_path / "out").items() if before.get(name) != when and name.endswith("parquet")]
+  assert sorted(parts) == [f"{step}/part-00001.parquet" for step in ("collect", "cut", "probe", "scenes")]
+  cut = pl.concat([pl.read_parquet(p) for p in sorted((tmp_path / "out" / "cut").glob("part-*.parquet"))])
+  assert [video.probe(path).num_frames for path in cut["path"]] == cut["num_frames"].to_list() == [20, 25]
+
+
+def test_what_the_run_made_below_a_source_is_no_source(tmp_path, capsys):
+  """Also when it is reached by another name, or when an earlier config had the step; sources in the output stay sources."""
+  folder = tmp_path / "videos"
+  folder.mkdir()
+  write_video(folder / "a.mp4", two_scenes(20, 0))
+  (tmp_path / "link").symlink_to(folder)
+  values = dict(
+    output=str(tmp_path / "link" / "out"), steps=("collect", "probe", "scenes", "cut"), workers=1,
+    collect=dict(sources=(str(folder),)), scenes=dict(detector="none", min_seconds=0.5), cut=dict(pictures=True),
+  )  # fmt: skip
+  configs.chain(values).run()
+  before = times(folder)
+  assert len([name for name in before if name.endswith((".mp4", ".png"))]) == 3
+  for steps_then in (values["steps"], ("collect", "probe")):
+    capsys.readouterr()
+    configs.chain({**values, "steps": steps_then}).run()
+    assert f"collect: 2 files below {folder} are passed over: this run made them" in capsys.readouterr().out
+    assert times(folder) == before
+  shutil.rmtree(folder / "out")
+  for output in (tmp_path, folder):  # the source lies in it, or is it
+    configs.chain(dict(output=str(output), steps=("collect",), collect=dict(sources=(str(folder),)))).run()
+    assert pl.read_parquet(output / "collect" / "part-00000.parquet")["path"].to_list() == [str(folder / "a.mp4")]
 
 
 def test_damaged_shard_is_made_again(videos, tmp_path, undisturbed):

@@ -2,12 +2,14 @@
 
 import csv
 import html.parser
+import re
 
 import numpy as np
 import polars as pl
 import pytest
 
 from data.prepare import __main__ as main
+from data.prepare import config as configs
 from data.prepare import report
 from tests.data.prepare.videos import two_scenes, write_video
 
@@ -74,6 +76,31 @@ def test_report_shows_what_is_there(table, tmp_path, capsys):
   assert "can't be read" in page.texts
   motion = text[text.index("motion (optical flow)</h3>", text.index("Contact sheets")) :]
   assert motion.index("7.mp4") < motion.index("6.mp4") < motion.index("worst")
+
+
+def test_report_shows_what_came_into_the_filter(table, tmp_path):
+  """Scores, failures and clips of all rows, where the run's table has only those that were kept."""
+  values = dict(
+    output=str(tmp_path), steps=("collect", "probe", "filter", "caption", "report"), workers=1,
+    collect=dict(sources=(str(table / "t.parquet"),), rows_per_shard=5), probe=dict(picture_hash=False),
+    filter=dict(where=dict(moves="flow >= 4")), caption=dict(backend="existing", name=True),
+  )  # fmt: skip
+  configs.chain(values).run()
+  page = Page((tmp_path / "report.html").read_text())
+  text = " ".join(page.texts)
+  assert "9 rows, 2 of them failed; 4 are kept; 0.00185 hours" in text
+  steps = text[text.index("work") : text.index("What failed")].split()
+  assert steps[steps.index("filter") :][:5] == ["filter", "9", "4", "0", "0"]
+  # Removes, only this: 0 to 3 and the row without a value, of which two have an error, too.
+  assert re.search(r" no error +2 +0\n +moves +5 +3\n +together +5 of 9 ", text)
+  assert "probe: not a video, or damaged" in text
+  assert "/x/<b>.mp4 by the next run" in text
+  motion = text[text.index("motion (optical flow) flow") :]
+  assert sum(map(int, re.findall(r"from [\d.]+: (\d+) rows", motion[: motion.index("mean")]))) == 7
+  assert "mean 3.57, 0 to 7" in motion
+  sheets = text[text.index("Contact sheets") :]
+  assert re.search(r"worst 0 0\.mp4 .* 1 1\.mp4 Clip 1\. 2 2\.mp4", sheets)
+  assert "best 7 7.mp4 7 6 6.mp4 6" in sheets  # with the captions that they got after the filter
 
 
 def test_histograms_and_thresholds():
