@@ -28,14 +28,17 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def assets(tmp_path_factory):
-  """Folder of `tests.tiny_run.make_assets`. Whoever uses it compiles through one cache, subprocesses too."""
+  """Folder of `tests.tiny_run.make_assets`. Whoever uses it compiles through one cache, subprocesses and the other workers of
+  this run of pytest too."""
   import jax
 
   from tests import tiny_run
 
   folder = tmp_path_factory.mktemp("assets")
+  own = tmp_path_factory.getbasetemp()
+  shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
   old = jax.config.jax_compilation_cache_dir
-  jax.config.update("jax_compilation_cache_dir", str(folder / "xla"))
+  jax.config.update("jax_compilation_cache_dir", str(shared / "xla"))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
   tiny_run.make_assets(folder)
   yield pathlib.Path(folder)
