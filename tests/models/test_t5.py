@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from stdit_jax.models import t5
+from tests.helpers import QUICK_COMPILE
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -105,7 +106,7 @@ def test_matches_transformers(name):
     out = model.apply({"params": params}, ids, mask)
     return (out * cotangent).mean(), out
 
-  grads, out = jax.jit(jax.grad(loss, has_aux=True))(params)
+  grads, out = jax.jit(jax.grad(loss, has_aux=True), compiler_options=QUICK_COMPILE)(params)
   assert relative_error(out, expected.detach()) < 2e-5
   expected_grads = to_params(config, {n: p.grad for n, p in theirs.named_parameters()})
   for (path, ours), other in zip(jax.tree.leaves_with_path(grads), jax.tree.leaves(expected_grads)):
@@ -147,7 +148,7 @@ def test_scan_remat_and_no_jit_agree():
       out = t5.build(config).apply({"params": params}, ids, mask)
       return jnp.square(out).mean(), out
 
-    return jax.jit(jax.grad(loss, has_aux=True))(params)
+    return jax.jit(jax.grad(loss, has_aux=True), compiler_options=QUICK_COMPILE)(params)
 
   expected = gradients(config)
   for fields in ({"scan": False}, {"remat": "full"}, {"remat": "dots"}):
