@@ -27,7 +27,7 @@ def trained(assets, tmp_path_factory):
   variables = temporal.init(temporal.build(config), jax.random.key(0))
   save_variables(folder / "autoencoder.safetensors", "open-sora-vae", variables, config=config)
   more = {"autoencoder__name": "tiny-temporal", "autoencoder__weights": str(folder / "autoencoder.safetensors")}
-  more |= {"data__buckets": (("144p", 9, 1.0, 2),), "stages": ({"name": "tiny", "steps": 2},)}
+  more |= {"data__buckets": (("64p", 9, 1.0, 2),), "stages": ({"name": "tiny", "steps": 2},)}
   run = Run(tiny_config(assets, folder / "run", **more))
   run.train()
   encodes = {name: n for name, n in run.counter.counts.items() if "encode" in name or "latents" in name}

@@ -29,10 +29,10 @@ def one_micro_step(run, mesh, state, frozen, batch):
     run.stages[0],
     step.TraceCounter(),
   )
-  programs.make_gradient(("144p", 1), tuple(batch), 1, layout)
+  programs.make_gradient(("64p", 1), tuple(batch), 1, layout)
   placed, constants = jax.device_put((state["params"], frozen), (programs._state["params"], programs._frozen))
   arrays = to_global(batch, layout)
-  accumulator, values = programs.gradients["144p", 1](placed, constants, arrays, programs.new_accumulator(placed))
+  accumulator, values = programs.gradients["64p", 1](placed, constants, arrays, programs.new_accumulator(placed))
   shape = batch["latents_mean"].shape[1:]
   noise = jax.jit(lambda b: token_noise(sample_keys(42, b["sample_id"], 1), b["latent_size"], shape, b["grid"]))(arrays)
   gradients = {path_name(p): np.asarray(g) for p, g in jax.tree_util.tree_flatten_with_path(accumulator["gradients"])[0]}
@@ -58,7 +58,7 @@ def main(folder):
   save_file(one, folder / "one.safetensors")
 
   run.train(started=(state, frozen, 0))  # a checkpoint of eight devices
-  resumed = loop.Run(eight_config(assets, folder / "single", mesh={"data": 4, "fsdp": 2}, steps=3))
+  resumed = loop.Run(eight_config(assets, folder / "single", mesh={"data": 2, "fsdp": 4}, steps=3))
   state, frozen, at = resumed.start()  # and one of a single device
   assert at == 2, at
   params = {path_name(p): np.asarray(x) for p, x in jax.tree_util.tree_flatten_with_path(state["params"])[0]}

@@ -177,7 +177,7 @@ def trained(assets, tmp_path_factory):
   return folder
 
 
-ONE = {"stages": ({"name": "one", "steps": 1},), "data__buckets": (("144p", 1, 1.0, 2),)}
+ONE = {"stages": ({"name": "one", "steps": 1},), "data__buckets": (("64p", 1, 1.0, 2),)}
 
 
 def test_another_run_in_the_folder(assets, trained):
@@ -207,7 +207,7 @@ def test_data_that_changed_since_the_checkpoint_names_the_keys(assets, trained, 
   for changes, words in (
     ({"data__tables": (str(assets / "other.csv"),)}, "contents of the table"),
     ({"data__seed": 1, "data__frame_interval": 1}, r"frame_interval: 3 -> 1; seed: 42 -> 1"),
-    ({"data__buckets": (("144p", 1, 1.0, 3),)}, "buckets: 144p x 1"),
+    ({"data__buckets": (("64p", 1, 1.0, 3),)}, "buckets: 64p x 1"),
   ):
     with pytest.raises(ValueError, match=rf"is not that of the checkpoint .*{words}.*restart_data=True"):
       Run(tiny_config(assets, folder, **{**longer, **changes})).start()

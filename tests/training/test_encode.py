@@ -33,8 +33,9 @@ def table(assets):
 
 
 def settings(assets, table, **changes):
-  frozen = frozen_text(assets, "ahead")
-  return {**frozen, "data__tables": (table,), "data__drop_last": False, "data__windows_per_row": 2, **changes}
+  frozen, buckets = frozen_text(assets, "ahead"), (("144p", 1, 1.0, 2), ("144p", 4, 1.0, 2))  # of which there are some shards
+  same = {"data__tables": (table,), "data__buckets": buckets, "data__drop_last": False, "data__windows_per_row": 2}
+  return {**frozen, **same, **changes}
 
 
 def run(config, output, *more, share=(0, 1)):

@@ -5,7 +5,7 @@ import subprocess
 import sys
 import time
 
-from tests.tiny_run import ROOT, environment, write_config
+from tests.tiny_run import ROOT, environment, small_autoencoder, write_config
 
 FLAGS = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"}
 
@@ -13,7 +13,7 @@ FLAGS = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_e
 def test_profiles_by_configuration_and_by_signal(assets, tmp_path):
   """In a process of its own, as a user has it: beside PyTorch jaxlib 0.10.2 can crash when a trace starts."""
   steps = {"stages": ({"name": "long", "steps": 10**6},), "profile_steps": (2, 3), "checkpoint_every": 10**5}
-  config = write_config(tmp_path / "config.py", assets, tmp_path / "run", **steps, data__buckets=(("144p", 1, 1.0, 2),))
+  config = write_config(tmp_path / "config.py", assets, tmp_path / "run", **steps, **small_autoencoder())
   log, folder = tmp_path / "log", tmp_path / "run" / "profile"
   command = [sys.executable, "-m", "stdit_jax.train", "--config", str(config)]
   with log.open("w") as output:

@@ -20,13 +20,13 @@ from stdit_jax import convert, sample
 from stdit_jax.training.checkpoints import Checkpoints, DamagedCheckpointError, load_weights
 from stdit_jax.training.loop import Run
 from tests.object_store import BUCKET
-from tests.tiny_run import ROOT, environment, tiny_config, write_config
+from tests.tiny_run import ROOT, environment, small_autoencoder, tiny_config, write_config
 
 STEPS = 20
 STAGES = (
   {"name": "first", "steps": 12, "optimizer.accumulate": 2},
   {"name": "second", "steps": 8, "keep_optimizer": False, "optimizer.learning_rate": 2e-3, "optimizer.b1": 0.8,
-   "data.buckets": (("144p", 4, 1.0, 2),), "mask_ratios": {"quarter_tail": 0.5}},
+   "data.buckets": (("64p", 4, 1.0, 2),), "mask_ratios": {"quarter_tail": 0.5}},
 )  # fmt: skip
 VIDEO = ("0000-columns-seed0.mp4", "0000-columns-seed0.json")
 # Quick compilation, as `tests.helpers.QUICK_COMPILE`.
@@ -124,7 +124,7 @@ def test_in_a_bucket_killed_and_resumed_it_ends_with_the_bits_of_a_disk(assets, 
   """Table, clips, weights, compiled programs and output lie in gs://: every kind of file that a run writes is there."""
   folder, settings = left_alone
   store.copy_in(assets, "assets")
-  settings = {**settings, "data__workers": 1, "sample_every": STEPS}
+  settings = {**settings, "data__workers": 1, "sample_every": STEPS, "sample__resolution": "64p"}
   config = write_config(tmp_path / "config.py", f"gs://{BUCKET}/assets", f"gs://{BUCKET}/runs/there", **settings)
   log, prefix = tmp_path / "log", "runs/there/"
   own = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "JAX_COMPILATION_CACHE_DIR": ""}
@@ -246,16 +246,15 @@ def test_stages_change_rate_buckets_and_optimizer(left_alone):
   rates = [line["learning_rate"] for line in lines]
   np.testing.assert_allclose(rates[:5], 1e-3 * np.array([0.25, 0.5, 0.75, 1, 1]), rtol=1e-6)
   np.testing.assert_allclose(rates[12:17], 2e-3 * np.array([0.25, 0.5, 0.75, 1, 1]), rtol=1e-6)
-  assert not any("loss/144p x 1" in line for line in lines[12:])
-  assert any("loss/144p x 1" in line for line in lines[:12])
+  assert not any("loss/64p x 1" in line for line in lines[12:])
+  assert any("loss/64p x 1" in line for line in lines[:12])
   counts = jax.tree.leaves(items(folder / "alone")["opt"][0]["count"])
   assert set(map(int, counts)) == {8}  # the second stage began with a fresh optimizer
 
 
 def test_workers_end_with_their_killed_training(assets, tmp_path):
-  config = write_config(
-    tmp_path / "config.py", assets, tmp_path / "run", data__workers=1, stages=({"name": "long", "steps": 10**6},)
-  )
+  settings = {**small_autoencoder(), "data__workers": 1, "stages": ({"name": "long", "steps": 10**6},)}
+  config = write_config(tmp_path / "config.py", assets, tmp_path / "run", **settings, checkpoint_every=10**5)
   log, worker = tmp_path / "log", []
 
   def children():

@@ -23,7 +23,7 @@ from tests.tiny_run import tiny_config
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
-ONE_STEP = {"stages": ({"name": "one", "steps": 1},), "data__buckets": (("144p", 1, 1.0, 2),)}
+ONE_STEP = {"stages": ({"name": "one", "steps": 1},), "data__buckets": (("64p", 1, 1.0, 2),)}
 
 
 def metrics_of(run):
@@ -43,7 +43,7 @@ def test_what_a_line_says(first, capsys):
   for line in metrics_of(run):
     assert {"loss", "gradient_norm", "learning_rate", "stepped", "nonfinite", "speed/step_seconds"} <= line.keys()
     quarters = [value for name, value in line.items() if name.startswith("loss/t ")]
-    (bucket,) = (value for name, value in line.items() if name.startswith("loss/144p"))
+    (bucket,) = (value for name, value in line.items() if name.startswith("loss/64p"))
     assert not any("share" in name and name.startswith("loss") for name in line)
     np.testing.assert_allclose(bucket, line["loss"], rtol=1e-6)
     assert 1 <= len(quarters) <= 2  # of two samples
@@ -52,10 +52,10 @@ def test_what_a_line_says(first, capsys):
     np.testing.assert_allclose(line["speed/data_seconds"] / line["speed/step_seconds"], line["speed/data_share"], rtol=1e-6)
     assert line["speed/tokens_per_second"] > 0
     assert "speed/mfu" not in line  # nobody publishes the peak of a CPU
-    frames = 1 if "loss/144p x 1" in line else 4
-    tokens, work = run._work[0, ("144p", frames)]
+    frames = 1 if "loss/64p x 1" in line else 4
+    tokens, work = run._work[0, ("64p", frames)]
     assert (
-      tokens == 2 * frames * batches.batch_shapes(run.config, run.objectives[0], ("144p", frames), 2)["latents_mean"].shape[2]
+      tokens == 2 * frames * batches.batch_shapes(run.config, run.objectives[0], ("64p", frames), 2)["latents_mean"].shape[2]
     )
     ratio = line["speed/tflops_per_device"] * 1e12 / line["speed/tokens_per_second"]
     np.testing.assert_allclose(ratio, work / tokens, rtol=1e-6)
@@ -96,8 +96,8 @@ def test_a_stage_says_how_long_it_waited_for_data():
 
 def test_every_program_is_traced_once(first):
   run, _ = first
-  gradients = {f"tiny: gradient 144p x {frames}": 1 for frames in (1, 4)}
-  encodes = {f"tiny: encode {h}x{w}": 1 for h, w in ((144, 256), (256, 144), (192, 192))}
+  gradients = {f"tiny: gradient 64p x {frames}": 1 for frames in (1, 4)}
+  encodes = {f"tiny: encode {h}x{w}": 1 for h, w in ((48, 80), (80, 48), (64, 64))}
   assert dict(run.counter.counts) == {**gradients, "tiny: update": 1, **encodes}
 
 
@@ -132,7 +132,7 @@ def test_bfloat16_compute_over_float32_state(first, assets, tmp_path):
 
 def test_kept_latents_change_nothing(assets, tmp_path):
   states = []
-  for gigabytes in (0.0, 4e-4, 1.0):  # nothing, some of it, everything
+  for gigabytes in (0.0, 4.3e-5, 1.0):  # nothing, some of it, everything
     steps = {"stages": ({"name": "epochs", "steps": 12},), "data__windows_per_row": 1, "checkpoint_every": 12}
     run = Run(tiny_config(assets, tmp_path / str(gigabytes), autoencoder__cache_gb=gigabytes, **steps))
     states.append(jax.tree.map(np.asarray, run.train()))
@@ -172,12 +172,13 @@ def test_iddpm_trains_and_samples(assets, tmp_path):
   config = tiny_config(
     assets, tmp_path / "iddpm", **ONE_STEP, model__name="STDiT2-tiny/2", diffusion={"name": "iddpm", "fields": {}},
     mask_ratios={"mask_no": 0.5, "mask_image_head": 0.5}, sample_every=1, sample__num_frames=1,
+    sample__resolution="64p",
   )  # fmt: skip
   run = Run(config)
   run.train(Sampler(run))
   assert np.isfinite(metrics_of(run)[0]["loss"])
   samples = tmp_path / "iddpm" / "samples"
-  assert Image.open(samples / "step0000001-0.png").size == (192, 192)
+  assert Image.open(samples / "step0000001-0.png").size == (64, 64)
   settings = json.loads((samples / "step0000001-0.json").read_text())
   assert settings["step"] == 1
   assert settings["prompt"] == "a picture"

@@ -26,14 +26,17 @@ from tests.training.test_resume import assert_same_bits, metrics
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
-IMAGES = {"data.buckets": (("144p", 1, 1.0, 2),)}
+IMAGES = {"data.buckets": (("64p", 1, 1.0, 2),)}
 STAGES = (
   {"name": "images", "steps": 2, "model.fields.temporal_blocks": False, "model.fields.qk_norm": False,
    "diffusion": {"name": "iddpm", "fields": {}}, **IMAGES},
   {"name": "norms", "steps": 2, "keep_optimizer": False, "model.fields.temporal_blocks": False, **IMAGES},
-  {"name": "clips", "steps": 2, "autoencoder.fields": {"scale": 2.0}, "data.buckets": (("144p", 4, 1.0, 2),)},
+  {"name": "clips", "steps": 2, "autoencoder.fields": {"scale": 2.0}, "data.buckets": (("64p", 4, 1.0, 2),)},
 )  # fmt: skip
-SETTINGS = {"checkpoint_every": 1, "keep_checkpoints": 9, "sample_every": 4, "sample__num_frames": 1, "sample__steps": 1}
+SETTINGS = {
+  "checkpoint_every": 1, "keep_checkpoints": 9, "sample_every": 4, "sample__resolution": "64p", "sample__num_frames": 1,
+  "sample__steps": 1,
+}  # fmt: skip
 
 
 def make_run(assets, output, stages=STAGES):
@@ -61,7 +64,7 @@ def test_programs_are_counted_per_stage_and_samples_are_of_its_model(alone):
   folder, run = alone
   counts = {name for name in run.counter.counts if "encode" not in name}
   frames = {"images": 1, "norms": 1, "clips": 4}
-  assert counts == {f"{stage}: {program}" for stage, n in frames.items() for program in ("update", f"gradient 144p x {n}")}
+  assert counts == {f"{stage}: {program}" for stage, n in frames.items() for program in ("update", f"gradient 64p x {n}")}
   assert {name.partition(" ")[0] for name in run.counter.counts if "encode" in name} == {"images:", "clips:"}
   assert sorted(p.stem for p in (folder / "samples").glob("*.json")) == ["step0000004-0", "step0000006-0"]
 
