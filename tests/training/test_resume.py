@@ -22,6 +22,8 @@ from stdit_jax.training.loop import Run
 from tests.object_store import BUCKET
 from tests.tiny_run import ROOT, environment, small_autoencoder, tiny_config, write_config
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 STEPS = 20
 STAGES = (
   {"name": "first", "steps": 12, "optimizer.accumulate": 2},
