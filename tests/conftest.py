@@ -1,6 +1,7 @@
 """Shared by the tests that train and sample: data and weights made once per session, quick compilation."""
 
 import functools
+import gc
 import os
 import pathlib
 
@@ -8,7 +9,8 @@ import pytest
 
 # With libtpu installed (tests/planning) and no TPU, JAX would look for one; its profiler then ends the process.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-
+# Every operation of a program notes up to 100 frames of where it comes from, and under pytest and Flax there are so many.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "1")
 
 LONGEST = (
   "resume", "processes", "plan", "devices", "runs", "autoencoding", "encode", "bad_input", "pipeline", "compilation",
@@ -24,6 +26,13 @@ def pytest_collection_modifyitems(items):
     return LONGEST.index(name) if name in LONGEST else len(LONGEST)
 
   items.sort(key=place)  # the order within a file stays
+
+
+def pytest_collection_finish():
+  """What has been imported by now stays to the end: Python need not look through it for garbage again while JAX traces."""
+  gc.collect()
+  gc.freeze()
+  gc.set_threshold(10_000, 10, 10)
 
 
 @pytest.fixture(scope="session")
