@@ -15,8 +15,6 @@ from tests.tiny_run import run_module, tiny_config
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-
-
 BUCKETS = (("144p", 1, 1.0, 2), ("144p", 4, 1.0, 2))  # so many latents that the mean square of their noise is 1
 
 
