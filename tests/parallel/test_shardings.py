@@ -1,5 +1,6 @@
 """The sharding table: every parameter of every size has a rule and divides; what has none or does not is refused."""
 
+import functools
 import types
 
 import jax
@@ -17,14 +18,19 @@ def fake_mesh(fsdp, tensor=1):
   return types.SimpleNamespace(shape={"data": 2, "fsdp": fsdp, "sequence": 2, "tensor": tensor})
 
 
+@functools.cache
+def shapes_of(name):
+  """(shapes, prefix of the names of its parameters) of a denoiser, or of "T5 <size>"."""
+  if name.startswith("T5 "):
+    return t5.init_shapes(t5.get_config(name[3:])), "text_encoder/"
+  return stdit.init_shapes(stdit.get_config(name)), ""
+
+
 @pytest.mark.parametrize(("fsdp", "tensor"), [(8, 1), (16, 1), (8, 2), (4, 4)])
 @pytest.mark.parametrize("name", [*DENOISERS, *(f"T5 {size}" for size in ("small", "base", "large", "xl", "xxl", "byt5-mini"))])
 def test_every_parameter_has_a_rule_and_divides(name, fsdp, tensor):
   """And what stays whole on every device is a small part of the model."""
-  if name.startswith("T5 "):
-    shapes, prefix = t5.init_shapes(t5.get_config(name[3:])), "text_encoder/"
-  else:
-    shapes, prefix = stdit.init_shapes(stdit.get_config(name)), ""
+  shapes, prefix = shapes_of(name)
   whole = total = 0
   for path, leaf in jax.tree_util.tree_leaves_with_path(shapes["params"]):
     spec = spec_for(f"params/{prefix}{path_name(path)}", leaf.shape, fake_mesh(fsdp, tensor))
