@@ -26,6 +26,7 @@ from stdit_jax.training import batches
 from stdit_jax.training.autoencoding import AutoencoderObjective
 from tests.helpers import QUICK_COMPILE, random_variables, relative_error
 from tests.models.test_invariants import CONFIGS, join, outputs_and_gradients, sample
+from tests.tiny_run import QUICK_FLAGS
 
 DEVICES = 8
 needs_devices = pytest.mark.skipif(jax.device_count() < DEVICES, reason="runs in the child process")
@@ -33,7 +34,7 @@ needs_devices = pytest.mark.skipif(jax.device_count() < DEVICES, reason="runs in
 
 @pytest.mark.skipif(jax.device_count() >= DEVICES, reason="is the child process")
 def test_in_a_process_with_eight_devices():
-  flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
+  flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES} {QUICK_FLAGS}"
   # NPROC: collectives hold a thread of XLA's pool while they wait for the other devices (as in tests/training/test_devices.py).
   environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "NPROC": "64"}
   command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-k", "not in_a_process", __file__]
