@@ -19,7 +19,7 @@ from tests.tiny_run import ROOT, environment, small_autoencoder, start_processes
 
 STEPS = 10
 SETTINGS = {"data__buckets": (("64p", 1, 1.0, 8),), "data__drop_last": False, "mesh": {"data": 2, "fsdp": 4}}
-WATCHDOG = {"watchdog": {"timeout": 4.0, "slow_timeout": 120.0}}
+WATCHDOG = {"watchdog": {"timeout": 10.0, "slow_timeout": 120.0}}  # beside other tests a step has waited six seconds for a core
 
 
 def lines(output):
@@ -171,7 +171,7 @@ def test_one_that_hangs_or_dies_ends_the_other_which_names_it(assets, folder, vi
     took = time.monotonic() - began
   text = (folder / name / f"{1 - victim}.log").read_text()
   assert code == 75, text[-3000:]
-  assert took < 20, text[-3000:]
+  assert took < 30, text[-3000:]
   said = next(line for line in text.splitlines() if line.startswith("watchdog: "))
   assert re.match(rf"watchdog: process {victim} of 2 \(host \S+\)", said), said
   assert f"process {1 - victim} of 2 (host " in said
