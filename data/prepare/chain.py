@@ -78,7 +78,7 @@ class Chain:
     self._pool = Pool(workers, limits)
     self._metas: dict[str, dict[str, Any] | None] = {}
     self._facts: dict[str, tuple] = {}
-    self._states: dict[str, list] = {}
+    self._states: dict[tuple[str, str], list] = {}
 
   def folder(self, name: str) -> str:
     return paths.join(self.output, name)
@@ -179,9 +179,10 @@ class Chain:
 
   def _beside(self, step: Step, source: str, mark: str) -> list:
     """`states_beside`, looked at once in a run: what changes later is seen by the next one."""
-    if mark not in self._states:
-      self._states[mark] = states_beside(step, source)
-    return self._states[mark]
+    key = step.beside, mark  # shards of two steps may have one mark, where the second changes nothing
+    if key not in self._states:
+      self._states[key] = states_beside(step, source)
+    return self._states[key]
 
   def _before(self, name: str) -> str:
     names = list(self.steps)

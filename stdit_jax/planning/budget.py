@@ -62,7 +62,8 @@ def encoder_seconds(stage, shares, topology, chips):
   """{"videos", "captions"}: mean seconds that the encoders take for a micro step, at the published peak of the chips; 0 where
   what they make comes from a cache or from disk.
 
-  FLOPs of the autoencoder are XLA's own count for pictures as square as the resolution has them, those of T5 by formula.
+  FLOPs of the autoencoder are XLA's own count for pictures as square as the resolution has them, those of T5 by formula. (With
+  `text_encoder.where="step"` the bound of the bucket holds the bytes that T5 moves already, but not its FLOPs.)
 
   Args:
     shares: of `bucket_shares`.

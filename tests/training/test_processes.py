@@ -19,7 +19,7 @@ from tests.tiny_run import ROOT, environment, small_autoencoder, start_processes
 
 STEPS = 10
 SETTINGS = {"data__buckets": (("64p", 1, 1.0, 8),), "data__drop_last": False, "mesh": {"data": 2, "fsdp": 4}}
-WATCHDOG = {"watchdog": {"timeout": 10.0, "slow_timeout": 120.0}}  # beside other tests a step has waited six seconds for a core
+WATCHDOG = {"watchdog": {"timeout": 10.0, "slow_timeout": 120.0}}  # beside other tests a step has taken six seconds
 
 
 def lines(output):
