@@ -1,6 +1,5 @@
 """Reference values of the original PyTorch modules: loading, layouts, comparison."""
 
-import functools
 import json
 import pathlib
 
@@ -16,7 +15,6 @@ REFERENCE = pathlib.Path(__file__).parent / "reference" / "open_sora"
 
 # Fields of the originals' constructors that our configurations don't have: fixed in all released models.
 _NOT_OURS = {"class_dropout_prob"}
-init_shapes = functools.cache(stdit.init_shapes)  # tests ask for the same ones again and again, and it traces
 _CONFIGS = {"stdit1_tiny": stdit.STDiT1Config, "stdit2_tiny": stdit.STDiT2Config, "stdit3_tiny": stdit.STDiT3Config}
 
 # For `jax.jit(compiler_options=...)` of tests: compiles a tiny model in a sixth of the time, the program itself is slower.
@@ -49,13 +47,14 @@ def load_golden_model(name, **overrides):
   path = REFERENCE / f"{name}.safetensors"
   # Without the norms of queries and keys their weights are left over: not an error here.
   strict = overrides.get("qk_norm", True)
-  variables = load_variables(path, "open-sora", init_shapes(config), config=config, strict=strict, log=lambda message: None)
+  shapes, quiet = stdit.init_shapes(config), lambda message: None
+  variables = load_variables(path, "open-sora", shapes, config=config, strict=strict, log=quiet)
   return stdit.build(config), variables
 
 
 def random_variables(config, seed=0):
   """Variables of a denoiser with every parameter redrawn, so that none that starts at zero hides a mistake."""
-  shapes = init_shapes(config)
+  shapes = stdit.init_shapes(config)
   rng = np.random.default_rng(seed)
   draw = lambda s: jnp.asarray(rng.standard_normal(s.shape, np.float32) * (0.2 if len(s.shape) < 3 else 0.1))  # noqa: E731
   constants = {"null_caption": draw(shapes["constants"]["null_caption"])}

@@ -14,6 +14,7 @@ Only lengths of 8k + 1 frames come back as long as they were; 4k + 1 with an eve
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -380,8 +381,9 @@ def over_devices(model, mesh, axis_name, method, batch_axes=()):
   return apply
 
 
+@functools.cache
 def init_shapes(config):
-  """The tree of `init` as shapes: nothing is allocated."""
+  """The tree of `init` as shapes: nothing is allocated. Made once per configuration, so not to be changed."""
   side = 2 * config.downsampling
   made = jax.eval_shape(Causal3D(config).init, jax.random.key(0), jnp.zeros((1, 1, side, side, config.in_channels)))
   return {"params": made["params"]}

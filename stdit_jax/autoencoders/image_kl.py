@@ -24,6 +24,7 @@ Two scales of latents: `ImageKL.encode`/`decode` work on raw latents, every func
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -289,8 +290,9 @@ class ImageKL(nn.Module):
     return self.decode(z), mean, logvar
 
 
+@functools.cache
 def init_shapes(config):
-  """The tree of `init` as shapes: nothing is allocated."""
+  """The tree of `init` as shapes: nothing is allocated. Made once per configuration, so not to be changed."""
   side = 2 * config.downsampling
   return jax.eval_shape(ImageKL(config).init, jax.random.key(0), jnp.zeros((1, side, side, config.in_channels)))
 

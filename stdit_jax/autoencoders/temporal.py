@@ -289,8 +289,9 @@ def _in_chunks(function, x, chunk):
   return jax.tree.map(lambda *of_parts: jnp.concatenate(of_parts, axis=1), *parts)
 
 
+@functools.cache
 def init_shapes(config):
-  """The tree of `init` as shapes: nothing is allocated."""
+  """The tree of `init` as shapes: nothing is allocated. Made once per configuration, so not to be changed."""
   side = 2 * config.downsampling
   return jax.eval_shape(VideoAutoencoder(config).init, jax.random.key(0), jnp.zeros((1, 1, side, side, 3)))
 

@@ -654,8 +654,9 @@ def init(config, key):
   return build(config).init(key, *args, **conditions)
 
 
+@functools.cache
 def init_shapes(config):
-  """The tree of `init` as shapes: nothing is allocated."""
+  """The tree of `init` as shapes: nothing is allocated. Made once per configuration, so not to be changed."""
   return jax.eval_shape(functools.partial(init, config), jax.random.key(0))
 
 
