@@ -112,19 +112,6 @@ def plan_identity(config, table):
   return json.loads(json.dumps({**plan.describe(config, table), "windows_per_row": config.windows_per_row}))
 
 
-def fingerprint(path):
-  """sha256 of a file, or of all files in a folder: of large ones the size and 4 MB from all over."""
-  digest = hashlib.sha256()
-  for name in paths.files_below(path) if paths.is_folder(path) else [path]:
-    size, block = paths.stat(name)[0], 1 << 16
-    with paths.errors(name), paths.open_file(name) as file:
-      digest.update(str(size).encode())
-      for at in np.unique(np.linspace(0, max(0, size - block), min(64, -(-size // block)), dtype=np.int64)):
-        file.seek(int(at))
-        digest.update(file.read(block))
-  return digest.hexdigest()
-
-
 def _flat(values, prefix=""):
   flat = {}
   for key, value in values.items():

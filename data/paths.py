@@ -8,6 +8,7 @@ of `gcloud auth application-default login`; STORAGE_EMULATOR_HOST names a stand-
 
 import contextlib
 import errno
+import hashlib
 import logging
 import os
 import pathlib
@@ -19,6 +20,7 @@ import tempfile
 import uuid
 
 import fsspec
+import numpy as np
 
 # Other processes write there too, and so do orbax and JAX, by file systems of their own: nobody may trust an old listing.
 fsspec.config.conf.setdefault("gs", {}).setdefault("use_listings_cache", False)
@@ -167,6 +169,19 @@ def read_text(path):
   return read_bytes(path).decode()
 
 
+def fingerprint(path):
+  """sha256 of a file, or of all files in a folder: of large ones the size and 4 MB from all over."""
+  digest = hashlib.sha256()
+  for name in files_below(path) if is_folder(path) else [path]:
+    size, block = stat(name)[0], 1 << 16
+    with errors(name), open_file(name) as file:
+      digest.update(str(size).encode())
+      for at in np.unique(np.linspace(0, max(0, size - block), min(64, -(-size // block)), dtype=np.int64)):
+        file.seek(int(at))
+        digest.update(file.read(block))
+  return digest.hexdigest()
+
+
 @contextlib.contextmanager
 def local_copy(path):
   """A local name of a file: its own, or that of a temporary copy."""
@@ -206,7 +221,7 @@ def whole(path):
 
 def write_text(path, text):
   with whole(path) as temporary:
-    pathlib.Path(temporary).write_text(text)
+    pathlib.Path(temporary).write_text(text, encoding="utf-8")
 
 
 def make_folder(path):

@@ -121,7 +121,8 @@ def ground_of(frames):
 
 
 def judge(frames, scene):
-  """Whether a video shows what a scene says of all its objects: {what: bool}, color, shape, direction, speed, count, ground.
+  """Whether a video shows what a scene says of all its objects: {what: bool}, color, shape, direction, speed, always (they are
+  seen in every frame), count, ground.
 
   The objects are the largest that are seen: one alone whatever its colour, of two each by its colour.
   """
@@ -135,5 +136,6 @@ def judge(frames, scene):
     name: all(seen is not None and getattr(seen, name) == getattr(one, name) for one, seen in pairs)
     for name in ("color", "shape", "direction", "speed")
   }
+  result["always"] = all(seen is not None and not np.isnan(seen.path).any() for _, seen in pairs)
   word, striped = ground_of(frames)
   return result | {"count": len(found) == len(scene.objects), "ground": (word, striped) == (scene.ground, scene.striped)}

@@ -336,6 +336,8 @@ def _read_image(path):
 
   def read(path):
     with Image.open(_readable(path), formats=IMAGE_FORMATS) as image:
+      if getattr(image, "is_animated", False) and image.format == "WEBP":
+        raise BadVideo(f"an animation of {image.n_frames} frames; webp is read as a still only: make an mp4 or a gif of it")
       image = ImageOps.exif_transpose(image)
       if image.mode.startswith("I"):  # 16 bits per pixel: Pillow's own conversion saturates
         return np.repeat((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)[..., None], 3, -1)

@@ -28,8 +28,16 @@ def one_line_errors(kinds=(ValueError, OSError)):
 
 
 def describe_flag_error(error, argv):
-  """One line about what the parser refused. Of an unknown key ml_collections gives only its quoted name, and a near one."""
+  """One line about what the parser refused, or what went wrong in the configuration's own code. Of an unknown key
+  ml_collections gives only its quoted name, and a near one."""
   text = " ".join(str(error).replace("\\n", " ").split())
+  path = next((a.partition("=")[2] or b for a, b in zip(argv, [*argv[1:], ""]) if a.split("=")[0] == "--config"), "--config")
+  if "has no attribute 'get_config'" in text:
+    return f"{path} has no get_config()"
+  if not_read := re.search(r"\[Errno \d+\] (.*?): ", text):
+    return f"--config {path} can't be read: {not_read[1]}"
+  if isinstance(error, (SyntaxError, ImportError, NameError, ArithmeticError, LookupError)) and not isinstance(error, KeyError):
+    return f"{path} is no configuration: {type(error).__name__}: {text}"
   if said := re.search(r"Error whilst parsing config file: Traceback .* ValueError: (.*)$", text):
     return said[1]  # the file's own refusal of what stands behind its colon
   if not (unknown := re.match(r"""["'\\]+(\w+)["'\\]+(.*?)["']*$""", text)):
@@ -52,20 +60,30 @@ def parse_config(argv, values):
   Raises:
     ValueError: a mistyped flag or key, a file that is none, no configuration.
   """
-  from absl import flags
-
+  sys.modules.pop("config_config", None)  # as which ml_collections loads a file, over what another one has defined there
   try:
     rest = values(argv)
-  except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError, ImportError) as error:
+    config = values["config"].value
+    if config is not None:
+      _ = config.is_locked  # a file that is not there raises here only
+  except Exception as error:  # the configuration's own code may raise whatever it likes
     raise ValueError(describe_flag_error(error, argv)) from None
   if len(rest) > 1:
     raise ValueError(f"unexpected argument {rest[1]!r}; give keys as --config.KEY=VALUE")
-  if values["config"].value is None:
+  if config is None:
     raise ValueError("give a configuration: --config configs/quickstart.py")
-  return values["config"].value
+  return config
 
 
-def read_config(path, changes):
+def parse_with_changes(parser, argv):
+  """The arguments of a parser, and in `changes` those of a configuration, --config.KEY=VALUE, which `read_config` takes."""
+  argv = sys.argv[1:] if argv is None else argv
+  args = parser.parse_args([a for a in argv if not a.startswith("--config.")])
+  args.changes = [a for a in argv if a.startswith("--config.")]
+  return args
+
+
+def read_config(path, changes=()):
   """The configuration of a file with the arguments --config.KEY=VALUE, for entry points that have other arguments as well."""
   from absl import flags
   from ml_collections import config_flags

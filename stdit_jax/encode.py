@@ -37,6 +37,7 @@ from stdit_jax.cli import (
   connect_processes,
   keep_freed_memory,
   one_line_errors,
+  parse_with_changes,
   read_config,
   use_compilation_cache,
 )
@@ -178,9 +179,7 @@ def write(work, numbers, keys, shows=True):
 
 
 def main(argv=None):
-  argv = sys.argv[1:] if argv is None else argv
-  args = make_parser().parse_args([a for a in argv if not a.startswith("--config.")])
-  args.changes = [a for a in argv if a.startswith("--config.")]
+  args = parse_with_changes(make_parser(), argv)
   logging.set_verbosity(logging.ERROR)
   with one_line_errors():
     check(args)

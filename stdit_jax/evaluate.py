@@ -32,6 +32,7 @@ from stdit_jax.cli import (
   keep_freed_memory,
   one_line_errors,
   parse_mesh,
+  parse_with_changes,
   use_compilation_cache,
 )
 from stdit_jax.generation.shapes_exam import PARTS
@@ -149,7 +150,9 @@ def evaluate_shapes(args):
   def progress(batches, name):
     return tqdm(batches, name, unit="batch", leave=False, disable=None if writes else True)
 
-  exam = Exam(count=args.count, steps=steps, scale=scale, batch=args.batch_size)
+  exam = Exam(steps, scale, args.count, batch=args.batch_size)
+  described += f", {args.count} scenes of each part, {config.diffusion.fields.get('sampler', 'euler')}, {steps} steps, "
+  described += f"guidance scale {scale:g}" + (f", step cache {args.step_cache}" if args.step_cache else "")
   return described, examine(pipeline, exam, args.parts, progress)
 
 
@@ -229,11 +232,11 @@ def print_nested(values):
   for part, measures in values.items():
     print(f"{part}:")
     for name, value in measures.items():
-      print(f"  {name:<42} {value:>8.1%}" if 0 <= value <= 1 and "dB" not in name else f"  {name:<42} {value:>8.2f}")
+      print(f"  {name:<42} {value:>8.2f}" if name.endswith(("dB", "ratio")) else f"  {name:<42} {value:>8.1%}")
 
 
 def main(argv=None):
-  args = make_parser().parse_args(argv)
+  args = parse_with_changes(make_parser(), argv)
   logging.set_verbosity(logging.ERROR)  # orbax reports what it reads
   with one_line_errors(), tempfile.TemporaryDirectory() as folder:
     connect_processes()

@@ -44,7 +44,7 @@ import time
 from data import paths
 from data.aspect_ratios import NUM_PIXELS
 from data.config import DataConfig
-from stdit_jax.cli import OneLineParser, one_line_errors, read_config
+from stdit_jax.cli import OneLineParser, one_line_errors, parse_with_changes, read_config
 from stdit_jax.models import stdit
 from stdit_jax.parallel.topology import is_gpu, parse_topology, topology_chips
 from stdit_jax.planning import budget, meshes, search
@@ -319,9 +319,8 @@ def mesh_rank(results):
 
 
 def main(argv=None):
-  argv = sys.argv[1:] if argv is None else argv
-  args = make_parser().parse_args([a for a in argv if not a.startswith("--config.")])
-  args.changes, args.argv = [a for a in argv if a.startswith("--config.")], argv
+  args = parse_with_changes(make_parser(), argv)
+  args.argv = sys.argv[1:] if argv is None else argv
   with one_line_errors():
     args.topology = choose_topology(args)
     if args.write_buckets and not args.search_batch_size:

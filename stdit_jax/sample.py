@@ -20,6 +20,7 @@ Of several processes (`cli.connect_processes`) all run the same command, and the
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -27,17 +28,18 @@ import signal
 import sys
 import time
 
-from data import paths
+from data import paths, video
 from stdit_jax.cli import (
   InputError,
   OneLineParser,
   connect_processes,
   keep_freed_memory,
   one_line_errors,
+  parse_with_changes,
   use_compilation_cache,
 )
 from stdit_jax.generation import conditions, tasks
-from stdit_jax.generation.media import FRAMES, IMAGE_FORMATS, VIDEO_FORMATS, settings_file
+from stdit_jax.generation.media import FRAMES, IMAGE_FORMATS, VIDEO_FORMATS, check_rate, settings_file
 from stdit_jax.training import loading
 
 
@@ -96,19 +98,31 @@ def make_parser():
   return parser
 
 
-def read_prompts(args):
-  """All prompts of the command line; ValueError when there are none, the file is none of prompts, or a count is below 1."""
-  from stdit_jax.generation.prompts import read_prompt_file
-
+def check_numbers(args):
+  """Raises ValueError for a number of the command line that can't be."""
   for name in ("num_samples", "batch_size", "steps", "loops"):
     value = getattr(args, name)
     if value is not None and value < 1:
       raise ValueError(f"--{name.replace('_', '-')} is {value}; allowed: at least 1")
+  last_seed = args.seed + args.num_samples - 1
+  if args.seed < 0 or last_seed >= 2**32:
+    raise ValueError(f"--seed: seeds are {args.seed} to {last_seed}; allowed: 0 to {2**32 - 1}")
+  if not 0 <= args.condition_edit <= 1:
+    raise ValueError(f"--condition-edit is {args.condition_edit:g}; allowed: 0 to 1")
+  if args.autoencoder_memory is not None and not args.autoencoder_memory > 0:
+    raise ValueError(f"--autoencoder-memory is {args.autoencoder_memory:g}; allowed: above 0 (GiB)")
+
+
+def read_prompts(args):
+  """All prompts of the command line; ValueError when there are none, or the file is none of prompts."""
+  from stdit_jax.generation.prompts import read_prompt_file
+
   prompts = list(args.prompt)
   if args.prompt_file:
     prompts += read_prompt_file(args.prompt_file)
   if not prompts:
-    raise ValueError('no prompt; give --prompt "..." or --prompt-file FILE')
+    where = f" in {args.prompt_file}" if args.prompt_file else ""
+    raise ValueError(f'no prompt{where}; give --prompt "..." or --prompt-file FILE')
   return prompts
 
 
@@ -142,8 +156,8 @@ def picture_shape(args, config, files, downsampling):
   return aspect_ratios.size(resolution, ratio)
 
 
-def make_work(args, config, autoencoder):
-  """The files to make, everything checked before any weight is read.
+def make_work(args, prompts, config, autoencoder):
+  """The files to make of the prompts, everything checked before any weight is read.
 
   Raises ValueError for sizes, lengths, counts, tasks or strategies that can't be, with what can.
   """
@@ -161,15 +175,10 @@ def make_work(args, config, autoencoder):
   if task:
     tasks.check_files(task, len(files))
   fps = config.sample.fps if args.fps is None else args.fps
-  last_seed = args.seed + args.num_samples - 1
-  if args.seed < 0 or last_seed >= 2**32:
-    raise ValueError(f"--seed: seeds are {args.seed} to {last_seed}; allowed: 0 to {2**32 - 1}")
-  if not 0 < fps <= 240:
-    raise ValueError(f"--fps is {fps}; allowed: above 0, at most 240")
-  if not 0 <= args.condition_edit <= 1:
-    raise ValueError(f"--condition-edit is {args.condition_edit:g}; allowed: 0 to 1")
+  if not 0.1 <= fps <= 240:
+    raise ValueError(f"--fps is {fps:g}; allowed: 0.1 to 240")
   work = []
-  for i, prompt in enumerate(read_prompts(args)):
+  for i, prompt in enumerate(prompts):
     text, own = split_json(prompt)
     if own and task:
       raise ValueError(f"prompt {prompt!r} has files or a mask strategy of its own, which does not go with --task {task}")
@@ -177,19 +186,23 @@ def make_work(args, config, autoencoder):
     files = tuple(files) if task else named
     counts = [count_frames(path, fps, args.compat is not None) for path in files]
     frames = 1 if task == "image" else aspect_ratios.get_num_frames(args.num_frames or config.sample.num_frames)
+    said = f"--num-frames is {frames}"
     if task == "edit" and not args.num_frames:
       frames = counts[0]
+      said = f"{files[0]} has {frames} frames (--num-frames takes fewer)"
     if not autoencoder.keeps(frames):
       allowed = nearest_lengths(autoencoder, frames)
-      raise ValueError(f"--num-frames is {frames}, a length that the autoencoder does not give back; nearest: {allowed}")
+      raise ValueError(f"{said}, a length that the autoencoder does not give back; nearest: {allowed}")
     lengths, count = tuple(map(autoencoder.latent_frames, counts)), autoencoder.latent_frames(frames)
+    if not args.compat:
+      tasks.check_length(task, args.loops, frames, args.condition_frames, autoencoder)
     if task:
-      if not args.compat:
-        tasks.check_length(task, args.loops, frames, autoencoder)
       options = {"loops": args.loops, "length": args.condition_frames, "strength": args.edit_strength}
       job = tasks.make_job(task, count, lengths, **options, edit=args.condition_edit, group=autoencoder.group)
     else:
       rules = conditions.parse_mask_strategy(own.get("mask_strategy", args.mask_strategy))
+      if not args.compat:
+        check_rules(rules, files, args.loops)
       carried = tasks.condition_length(args.condition_frames, count, autoencoder.group) if args.loops > 1 else 0
       job = tasks.of_strategy(rules, len(files), args.loops, carried, args.condition_edit)
     for loop in range(job.loops):
@@ -197,11 +210,21 @@ def make_work(args, config, autoencoder):
     height, width = picture_shape(args, config, files, autoencoder.downsampling)
     scores = args.aesthetic_score, args.motion_score, args.camera_motion
     texts = [clean_caption(append_scores(piece, *scores)) for piece in split_loops(text, job.loops)]
-    words = "-".join([*re.findall(r"[a-z0-9]+", texts[0].lower())[:6], *([task] if task else [])]) or "prompt"
+    words = [word[:40] for word in re.findall(r"[a-z0-9]+", texts[0].lower())[:6]]
+    words = "-".join([*words, *([task] if task else [])]) or "prompt"
     for seed in range(args.seed, args.seed + args.num_samples):
       requests = tuple(Request(piece, height, width, frames, fps, seed, loop) for loop, piece in enumerate(texts))
       work.append(Work(f"{i:04d}-{words}-seed{seed}", requests, files, job, tuple(counts), lengths))
   return work
+
+
+def check_rules(rules, files, loops):
+  """Raises ValueError where files or rules would do nothing, which the originals pass over."""
+  if files and not rules:
+    raise ValueError(f"{files[0]} is given, but nothing says where; give --mask-strategy, or --task, e.g. --task animate FILE")
+  for rule in rules:
+    if rule.loop >= loops:
+      raise ValueError(f"{conditions.describe(rule)} is of loop {rule.loop}, and there are {loops}, numbered from 0 (--loops)")
 
 
 def explain(work, autoencoder, compat):
@@ -226,14 +249,15 @@ def explain(work, autoencoder, compat):
 
 
 def main(argv=None):
-  args = make_parser().parse_args(argv)
+  args = parse_with_changes(make_parser(), argv)
   with one_line_errors():
-    read_prompts(args)
+    check_numbers(args)
+    prompts = read_prompts(args)
     connect_processes()
     config, step = loading.read_model(args)
     loading.guidance_of(args)
     autoencoder = autoencoder_of(config)
-    work = make_work(args, config, autoencoder)
+    work = make_work(args, prompts, config, autoencoder)
     if args.explain:
       return explain(work, autoencoder, args.compat)
     steps, scale = loading.steps_and_scale(args, config)
@@ -244,7 +268,7 @@ def main(argv=None):
     files, missing = choose_files(args, work, settings)
     if not missing:
       return print(f"all {len(work)} files exist and are kept (--overwrite makes them again)")
-    paths.make_folder(os.path.dirname(files[0]) or ".")
+    paths.check_writable(os.path.dirname(files[0]) or ".", "--output")
     check = lambda pipeline: check_memory(pipeline, [work[i] for i in missing], steps, scale, args)  # noqa: E731
     pipeline = loading.load_pipeline(args, config, step, check)
   with one_line_errors((OSError, InputError)):
@@ -303,7 +327,8 @@ def autoencoder_of(config):
 
 
 def settings_of(one, args, steps, scale, described, autoencoder):
-  """What makes a file what it is, as it is written into it and beside it, where the number of its frames is added."""
+  """What makes a file what it is, as it is written into it and beside it, where what making it adds (`MADE`) comes as well.
+  Files that it is made from are there with their fingerprints: another file of that name is another setting."""
   first, prompts, step = one.requests[0], [r.prompt for r in one.requests], autoencoder.downsampling
   settings = {
     "prompt": prompts[0] if len(set(prompts)) == 1 else prompts, "seed": first.seed, "steps": steps, "guidance_scale": scale,
@@ -315,9 +340,15 @@ def settings_of(one, args, steps, scale, described, autoencoder):
     settings |= {"references": one.files, "loops": one.job.loops, "task": args.task[0] if args.task else None}
     settings |= {"rules": [dataclasses.astuple(rule) for rule in one.job.rules], "pieces": one.job.pieces}
   names = "negative_prompt", "sampler", "guidance_interval", "guidance_rescale", "guidance_channels", "step_cache", "compat"
-  names += "config", "autoencoder", "text_encoder", "autoencoder_memory"
-  settings |= {name: value for name in names if (value := getattr(args, name)) not in (None, 0)}
+  names += "config", "changes", "autoencoder", "text_encoder", "autoencoder_memory"
+  settings |= {name: value for name in names if (value := getattr(args, name)) not in (None, 0, [], ())}
+  used = [path for path in (*one.files, args.weights, args.autoencoder, args.text_encoder) if path and paths.exists(path)]
+  settings |= {"files": {path: fingerprint(path) for path in used}} if used else {}
   return json.loads(json.dumps(settings))
+
+
+fingerprint = functools.cache(paths.fingerprint)
+MADE = ("num_frames", "tiles")  # in the JSON of a file, but no setting that was given
 
 
 def choose_files(args, work, settings):
@@ -332,6 +363,9 @@ def choose_files(args, work, settings):
 
   ending = os.path.splitext(args.output)[1][1:].lower()
   alone = ending in VIDEO_FORMATS + IMAGE_FORMATS
+  if not alone and f".{ending}" in video.VIDEO_EXTENSIONS + video.IMAGE_EXTENSIONS:
+    allowed = ", ".join(VIDEO_FORMATS + IMAGE_FORMATS)
+    raise ValueError(f"--output {args.output}: allowed endings are {allowed}; or give a folder")
   if alone and (len(work) > 1 or (ending in IMAGE_FORMATS and not is_image(work[0]))):
     what = f"{len(work)} files are" if len(work) > 1 else "a video is"
     raise ValueError(f"--output {args.output} is one {ending}, but {what} to be made; give a folder, and --format")
@@ -339,6 +373,7 @@ def choose_files(args, work, settings):
   for one, own in zip(work, settings):
     kind = "png" if is_image(one) else "" if args.format == FRAMES else args.format
     stem = os.path.splitext(args.output)[0] if alone else paths.join(args.output, one.stem)
+    check_rate(ending if alone else kind, one.requests[0].fps)
     path, number = args.output if alone else f"{stem}.{kind}".rstrip("."), 1
     while not args.overwrite and made_with(path) not in (None, own):
       if taken := alone:
@@ -358,7 +393,7 @@ def made_with(path):
   """The settings with which the file of this name, or one that differs in its ending, was made; None where there is none."""
   try:
     found = json.loads(paths.read_text(settings_file(path)))
-    found.pop("num_frames")
+    found = {key: value for key, value in found.items() if key not in MADE}
   except FileNotFoundError:
     return {} if paths.exists(path) else None
   except (ValueError, KeyError, AttributeError, TypeError):
@@ -448,7 +483,8 @@ def make_batch(pipeline, batch, label, steps, scale, args):
     files, writers = [all_files.enter_context(contextlib.ExitStack()) for _ in batch], []
     for file, item, (one, path, own) in zip(files, items, batch):
       count = length_of(item, pipeline.codec.config)
-      writers.append(file.enter_context(open_media(path, count, one.requests[0].fps, own | {"num_frames": count})))
+      made = {"num_frames": count} | ({"tiles": dataclasses.asdict(tiles)} if (tiles := pipeline.codec.tiles) else {})
+      writers.append(file.enter_context(open_media(path, count, one.requests[0].fps, own | made)))
     for parts_of_all in videos:
       for write, parts in zip(writers, parts_of_all):
         for part in parts:

@@ -8,9 +8,10 @@ channels per patch position are the predicted noise, then the variance interpola
 Behaviour kept from the original, since released weights were trained with it:
   * tables are derived in float32, which shifts some entries near t = 0 by up to 6e-4 (`tables="float64"`: exact ones).
   * in masked training clean frames are q_sample at index 0 (noise of standard deviation 0.01), not the clean latents.
-  * in masked sampling a frame is shown as clean on the very step on which noise is added to it.
-Mended: frames with edit ratio 0 come back unchanged. The original noises and denoises them once, on the last step;
-`compat="open-sora-1.1"` does that, too.
+Mended, and restored by `compat="open-sora-1.1"`:
+  * frames with edit ratio 0 come back unchanged; the original noises and denoises them once, on the last step.
+  * a frame is shown as one to generate from the step on in which noise is added to it; the original shows it as clean in
+    that step, and takes what the model says of it although the loss was never of clean frames.
 """
 
 import dataclasses
@@ -240,7 +241,7 @@ class IDDPM:
     """One step at schedule index `t` (`[B]` or scalar); pure, to be jitted with the loop outside.
 
     Frame masks (n = steps, m = trunc(ratio n)): index > m: the frame is shown as clean and restored; index == m: it is
-    noised with `frame_noise`, still shown as clean, and takes part from then on; index < m: generated as usual.
+    noised with `frame_noise` and takes part from then on (with `compat` it is still shown as clean); index < m: generated.
 
     Args:
       denoise: `(x, t, x_mask) -> output`, guidance included.
@@ -261,7 +262,7 @@ class IDDPM:
       ratio, _ = edit
       start = (ratio * self.num_steps).astype(jnp.int32)
       start = start if self.compat else jnp.where(ratio > 0, start, -1)
-      x_mask = start > index[:, None]
+      x_mask = start > index[:, None] if self.compat else start >= index[:, None]
       x = jnp.where(expand(start == index[:, None], x), self.add_noise(x, frame_noise, index), x)
     x = zero_invalid(x, valid)
     output = denoise(x, self.model_timesteps(index), x_mask)

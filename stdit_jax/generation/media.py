@@ -18,6 +18,14 @@ from data import paths
 VIDEO_FORMATS = ("mp4", "gif", "webp")
 FRAMES = "frames"  # a folder of pictures, its name without an ending
 IMAGE_FORMATS = ("png",)
+MAX_GIF_FPS = 50
+BT_709, LIMITED_RANGE = 1, 1  # of FFmpeg: AVCOL_SPC_BT709, _PRI_ and _TRC_ alike; AVCOL_RANGE_MPEG
+
+
+def check_rate(kind, fps):
+  """Raises ValueError for more frames per second than a format shows: players take shorter times of a gif for 100 ms."""
+  if kind == "gif" and fps > MAX_GIF_FPS:
+    raise ValueError(f"--fps is {fps:g}; a gif shows at most {MAX_GIF_FPS} frames per second")
 
 
 def settings_file(path):
@@ -98,13 +106,17 @@ def _open_mp4(path, fps, comment):
   with av.open(path, "w", options={"movflags": "use_metadata_tags+faststart"}) as container:
     container.metadata["comment"] = comment
     stream = container.add_stream("libx264", rate=rate, options={"crf": "17"})
-    stream.pix_fmt = "yuv420p"
+    stream.pix_fmt, codec = "yuv420p", stream.codec_context
+    # Said in the file, or players would guess by the height: BT.601 of small pictures, BT.709 from 720 lines on.
+    codec.colorspace = codec.color_primaries = codec.color_trc = BT_709
+    codec.color_range = LIMITED_RANGE
 
     def write(frames):
       if not stream.codec_context.is_open:
         stream.height, stream.width = (side - side % 2 for side in frames.shape[1:3])  # 4:2:0 needs even sides
       for frame in frames[:, : stream.height, : stream.width]:
-        picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+        picture = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format="yuv420p", dst_colorspace="ITU709")
+        picture.colorspace = BT_709
         picture.pts, picture.time_base = next(numbers), 1 / rate
         container.mux(stream.encode(picture))
 
@@ -122,7 +134,9 @@ def _open_pictures(path, kind, fps, comment):
     info.add_itxt("Comment", comment)
     own = {"pnginfo": info}
   else:
-    own = {"save_all": True, "append_images": pictures[1:], "duration": round(1000 / fps), "loop": 0}
+    unit = 10 if kind == "gif" else 1  # milliseconds that the file counts in: rounded times, so that the rate stays the same
+    ends = np.round(np.arange(len(pictures) + 1) * 1000 / fps / unit).astype(int) * unit
+    own = {"save_all": True, "append_images": pictures[1:], "duration": np.diff(ends).tolist(), "loop": 0}
     own |= {"comment": comment.encode()} if kind == "gif" else {"quality": 90, "method": 4, "xmp": comment.encode()}
   pictures[0].save(path, **own)
 

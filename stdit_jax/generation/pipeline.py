@@ -10,6 +10,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from data.tokens import grid_size, patchify, unpatchify
+from data.video import IMAGE_FPS
 from stdit_jax.autoencoders.codec import bytes_on_device, memory_beside
 from stdit_jax.diffusion.elements import start_edit, start_memory
 from stdit_jax.diffusion.guidance import Guidance, guided
@@ -18,8 +19,6 @@ from stdit_jax.models import step_cache
 from stdit_jax.models.layers import OVER_TIME
 from stdit_jax.parallel.shardings import Layout
 
-# Open-Sora shows images to the model with this frame rate (`IMG_FPS`).
-IMAGE_FPS = 120
 KEPT_EMBEDDINGS = 4  # batches of prompts
 
 
@@ -143,7 +142,7 @@ class Pipeline:
     step = self._step.lower(
       self.variables, SamplerState(x, edit, memory, kept), conditions, (t, t), x if diffusion.stochastic else None,
       x if given else None, self._computes(diffusion, 0, t), diffusion=diffusion,
-      guidance=dataclasses.replace(self.guidance, scale=float(guidance_scale)), latent_size=size, negative=negative,
+      guidance=self._guidance_of(guidance_scale), latent_size=size, negative=negative,
     ).compile()  # fmt: skip
     return {
       "weights": bytes_on_device((self.variables, self.text_params, self.codec.variables)),
@@ -152,6 +151,11 @@ class Pipeline:
       "denoise": memory_beside(step, self.variables),
       "decode": self.codec.memory("decode", size[1:], request.num_frames),
     }  # fmt: skip
+
+  def _guidance_of(self, scale):
+    """Guidance of that scale. Of scale 1 the branch that counts nothing is left out, but where a step cache keeps both."""
+    together = self.guidance.together and (scale != 1 or self.cache is not None)
+    return dataclasses.replace(self.guidance, scale=float(scale), together=together)
 
   def latent_size(self, request):
     """(T, H, W) of the latents of a request."""
@@ -238,7 +242,7 @@ class Pipeline:
     memory = tuple(self._place(part, axes) for part, axes in zip(start_memory(x), (OVER_TIME, *[("batch",)] * 2)))
     memory = memory if diffusion.remembers else None
     kept = jax.tree.map(lambda part: self._place(np.zeros(part.shape, part.dtype), part.axes), self._kept_arrays(*x.shape[:3]))
-    guidance = dataclasses.replace(self.guidance, scale=float(guidance_scale))
+    guidance = self._guidance_of(guidance_scale)
     state = SamplerState(x, edit, memory, kept)
     for i in progress(range(steps), "denoise"):
       noise = noise_of(fold_in(step_keys, i)) if diffusion.stochastic else None

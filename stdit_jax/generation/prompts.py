@@ -26,9 +26,11 @@ def split_json(prompt):
     values = json.loads(brace + rest)
   except json.JSONDecodeError as error:
     raise ValueError(f"prompt {prompt!r}: what follows '{{' is no JSON object ({error.msg})") from None
-  wrong = [key for key, value in values.items() if key not in JSON_KEYS or not isinstance(value, str)]
-  if wrong:
-    raise ValueError(f"prompt {prompt!r}: {wrong[0]!r} is none of {', '.join(JSON_KEYS)}, with text")
+  for key, value in values.items():
+    if key not in JSON_KEYS:
+      raise ValueError(f"prompt {prompt!r}: {key!r} is none of {', '.join(JSON_KEYS)}")
+    if not isinstance(value, str):
+      raise ValueError(f"prompt {prompt!r}: {key!r} must be text, of several files joined by ';'")
   return text, values
 
 
@@ -77,7 +79,7 @@ def read_prompt_file(path):
     ValueError: no UTF-8 text, no such column, a line that is no JSON object. OSError: the file can't be read.
   """
   try:
-    text = paths.read_text(path)
+    text = paths.read_text(path).removeprefix("\ufeff")  # as Excel begins its files
   except UnicodeDecodeError:
     raise ValueError(f"--prompt-file {path} is not UTF-8 text") from None
   kind = str(path).lower().rsplit(".", 1)[-1]
@@ -85,13 +87,13 @@ def read_prompt_file(path):
     rows = list(csv.DictReader(io.StringIO(text)))
   elif kind == "jsonl":
     rows = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # other ends of lines may stand within JSON
       try:
         rows += [json.loads(line)] if line.strip() else []
       except json.JSONDecodeError as error:
         raise ValueError(f"--prompt-file {path}: line {number} is no JSON ({error.msg})") from None
   else:
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    return [line.strip() for line in text.split("\n") if line.strip()]
   return [_prompt_of(row, f"--prompt-file {path}: row {number}") for number, row in enumerate(rows, 1)]
 
 

@@ -50,25 +50,51 @@ def check_files(task, count):
     raise ValueError(f"--task {task} takes {allowed} files after its name; {count} are given")
 
 
-def check_length(task, loops, num_frames, autoencoder):
+def check_length(task, loops, num_frames, wanted, autoencoder):
   """Raises ValueError where the last latents of a clip are to be the first ones of another, or the other way round, and do not
-  hold the same frames: with an autoencoder that makes chunks, Open-Sora 1.2's, only whole chunks do."""
-  joined = task in ("extend-backward", "connect", "loop") or (task in GOES_ON and loops > 1)
-  if joined and autoencoder.group > 1 and num_frames % autoencoder.chunk:
-    chunks, least = num_frames // autoencoder.chunk, 3 if task in ("connect", "loop") else 2  # one is given by default, or two
-    near = sorted({max(least, number) * autoencoder.chunk for number in (chunks, chunks + 1)})
-    what = f"--task {task}" + " with --loops" * (task in GOES_ON)
-    raise ValueError(
-      f"--num-frames is {num_frames}; for {what} the autoencoder needs whole chunks of {autoencoder.chunk}: "
-      f"{' or '.join(map(str, near))}"
-    )
+  hold as many frames: of an autoencoder that makes chunks, Open-Sora 1.2's, only whole chunks do, and of CogVideoX's those of a
+  clip whose first frame does not stand alone.
+
+  Args:
+    task: None without one; wanted: --condition-frames, None for the default; autoencoder: its configuration.
+  """
+  if task not in ("extend-backward", "connect", "loop") and not (loops > 1 and task in (None, *GOES_ON)):
+    return
+
+  def held(frames):
+    return np.diff(autoencoder.frame_starts(frames))
+
+  def joins(frames, wanted):
+    count, of_each = autoencoder.latent_frames(frames), held(frames)
+    length = default_length(count, autoencoder.group) if wanted is None else wanted
+    given = length * (2 if task in ("connect", "loop") else 1)
+    return autoencoder.keeps(frames) and length >= 1 and given < count and (of_each[:length] == of_each[-length:]).all()
+
+  if len(set(held(num_frames))) == 1 or joins(num_frames, wanted):
+    return
+  what = f"--task {task}" if task and task not in GOES_ON else "--loops"
+  if joins(num_frames, None):
+    lengths = [str(n) for n in range(1, autoencoder.latent_frames(num_frames)) if joins(num_frames, n)]
+    raise ValueError(f"--condition-frames is {wanted}; allowed for {what}, so that whole chunks meet: {', '.join(lengths)}")
+  near = sorted(filter(lambda n: joins(n, None), range(1, 2 * num_frames + 100)), key=lambda n: abs(n - num_frames))[:2]
+  raise ValueError(
+    f"--num-frames is {num_frames}; for {what} the last latents of a clip must hold as many frames as its first ones, and some "
+    f"be left to generate: {' or '.join(map(str, sorted(near)))}"
+  )
+
+
+def default_length(frames, group=1):
+  """Latent frames of a clip of `frames` that are given of another one by default: 4 as in Open-Sora 1.1, of short clips a
+  quarter, the most that training shows (`frame_masks`), and whole groups of the autoencoder, as in 1.2 (5)."""
+  return -(-max(1, min(4, frames // 4)) // group) * group
 
 
 def condition_length(wanted, frames, group=1):
-  """Latent frames of a clip of `frames` that are given of another one: those wanted, by default 4 as in Open-Sora 1.1, of short
-  clips a quarter, the most that training shows (`frame_masks`), and whole groups of the autoencoder, as in 1.2 (5). ValueError
-  when nothing is left to generate."""
-  length = -(-max(1, min(4, frames // 4)) // group) * group if wanted is None else wanted
+  """Latent frames of a clip of `frames` that are given of another one: those wanted, or the default. ValueError when nothing is
+  left to generate."""
+  length = default_length(frames, group) if wanted is None else wanted
+  if wanted is None and length >= frames:
+    raise ValueError(f"--num-frames is too small: {length} of the clip's {frames} latent frames are given; more are needed")
   if not 1 <= length < frames:
     raise ValueError(f"--condition-frames is {length}; allowed: 1 to {frames - 1}, one less than the clip has")
   return length
@@ -106,6 +132,8 @@ def make_job(task, frames, file_frames, *, loops=1, length=None, strength=0.6, e
     raise ValueError(f"--loops makes {', '.join(GOES_ON)} longer, or a prompt without a task; not {task}")
   files = len(file_frames)
   if task in ("animate", "image"):
+    if task == "animate" and frames < 2:
+      raise ValueError("--num-frames is too small for --task animate: the image is all of the clip")
     first = () if task == "image" else (Rule(0, 0, 0, 0, 1),)
     return of_strategy(first, files, loops, condition_length(length, frames, group) if loops > 1 else 0, edit)
   if task == "interpolate":
@@ -121,6 +149,8 @@ def make_job(task, frames, file_frames, *, loops=1, length=None, strength=0.6, e
   length = condition_length(length, frames, group)
   given = [min(length, n) for n in file_frames]
   if task == "loop":
+    if frames < 3:
+      raise ValueError("--num-frames is too small for --task loop: a clip needs three latent frames")
     if 2 * length >= frames:
       raise ValueError(f"--condition-frames is {length}; allowed with --task loop: 1 to {(frames - 1) // 2}")
     first = (Rule(0, 0, 0, 0, 1),) if files else ()

@@ -2,7 +2,15 @@
 
 from stdit_jax.interop.mapping import Report
 from stdit_jax.interop.safetensors_io import CheckpointError, SafetensorsFile, open_checkpoint, write_checkpoint
-from stdit_jax.interop.weights import LAYOUTS, export_tensors, foreign_spec, load_variables, model_metadata, save_variables
+from stdit_jax.interop.weights import (
+  LAYOUTS,
+  export_tensors,
+  foreign_spec,
+  load_variables,
+  model_metadata,
+  open_source,
+  save_variables,
+)
 
 __all__ = [
   "LAYOUTS",
@@ -14,6 +22,7 @@ __all__ = [
   "load_variables",
   "model_metadata",
   "open_checkpoint",
+  "open_source",
   "save_variables",
   "write_checkpoint",
 ]

@@ -40,7 +40,7 @@ def _plain(values):
 
 def _if_there(path):
   """{"weights": fingerprint} of weights that are there: a training from a cache needs none."""
-  return {"weights": latents.fingerprint(path)} if path and paths.exists(path) else {}
+  return {"weights": paths.fingerprint(path)} if path and paths.exists(path) else {}
 
 
 def autoencoder_identity(config):
@@ -55,7 +55,7 @@ def text_identity(config):
   fields = {name: value for name, value in fields.items() if name not in ("scan", "remat")}
   tokenizer = config.tokenizer
   if paths.is_folder(tokenizer):
-    tokenizer = latents.fingerprint(tokenizer)
+    tokenizer = paths.fingerprint(tokenizer)
   plain = {name: config[name] for name in ("name", "max_length", "clean_captions")}
   return {**plain, "tokenizer": tokenizer, "fields": _plain(fields), **_if_there(config.weights)}
 

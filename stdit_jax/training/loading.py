@@ -1,21 +1,23 @@
 """A pipeline from a training run's folder, or from a configuration and converted weights: for entry points that sample."""
 
 import dataclasses
+import math
 import pathlib
 
 import ml_collections
 
-from stdit_jax.cli import parse_mesh
+from stdit_jax.cli import parse_mesh, read_config
 from stdit_jax.generation.conditions import COMPAT
 
 
 def add_model_arguments(parser):
-  """The arguments that `read_model` and `load_pipeline` read."""
+  """The arguments that `read_model` and `load_pipeline` read, but for `changes`, which `cli.parse_with_changes` sets."""
+  parser.set_defaults(changes=())
   model = parser.add_argument_group("model")
   model.add_argument("--run", help="folder of a training run (its `output`)")
   model.add_argument("--item", default="ema", choices=("ema", "params"), help="which of the run's weights (default: ema)")
   model.add_argument("--step", type=int, help="which checkpoint of the run (default: the newest)")
-  model.add_argument("--config", help="instead of --run: configuration file of the model")
+  model.add_argument("--config", help="instead of --run: configuration file of the model; --config.KEY=VALUE changes it")
   model.add_argument("--weights", help="with --config: safetensors of the denoiser, original names")
   model.add_argument("--text-encoder", help="safetensors file or folder of the T5 encoder, if not the config's")
   model.add_argument("--autoencoder", help="safetensors of the image autoencoder, if not the config's")
@@ -50,10 +52,12 @@ def read_model(args):
 
   if bool(args.run) == bool(args.config):
     raise ValueError("give either --run FOLDER (a training run) or --config FILE with --weights FILE")
+  if args.run and (args.weights or args.changes):
+    raise ValueError(f"{args.changes[0] if args.changes else '--weights'} goes with --config FILE; a --run has its own")
   if args.run:
     config, step = checkpoints.stage_config(args.run, args.step)
   else:
-    config, step = make_stages(read_config_file(args.config))[-1].config, None
+    config, step = make_stages(read_config(args.config, args.changes))[-1].config, None
   for key, value in (("autoencoder", args.autoencoder), ("text_encoder", args.text_encoder)):
     if value:
       config[key].weights = value
@@ -74,8 +78,10 @@ def read_model(args):
 
 
 def steps_and_scale(args, config):
-  """(sampler steps, guidance scale) of the command line, else of the configuration."""
+  """(sampler steps, guidance scale) of the command line, else of the configuration; ValueError for a scale that is none."""
   scale = config.sample.guidance_scale if args.guidance_scale is None else args.guidance_scale
+  if not math.isfinite(scale):
+    raise ValueError(f"--guidance-scale is {scale}; give a number, 1 for none")
   return config.sample.steps if args.steps is None else args.steps, scale
 
 
@@ -102,7 +108,7 @@ def load_pipeline(args, config, step, check=lambda pipeline: None):
 
   from stdit_jax.generation.pipeline import Pipeline
   from stdit_jax.generation.prompts import TokenizeText
-  from stdit_jax.interop import load_variables
+  from stdit_jax.interop import load_variables, open_source
   from stdit_jax.models import stdit, step_cache, t5
   from stdit_jax.parallel.mesh import make_mesh
   from stdit_jax.parallel.shardings import tree_shardings
@@ -115,11 +121,12 @@ def load_pipeline(args, config, step, check=lambda pipeline: None):
   tokenize = TokenizeText(config.text_encoder.tokenizer, config.text_encoder.max_length)
   params, frozen = placed_shapes(objective.shapes, mesh)
   text_params = None
-  weights.need_file(config.autoencoder.weights, "autoencoder.weights")
+  weights.need_file(config.autoencoder.weights, "autoencoder.weights (--autoencoder)")
+  shapes = stdit.init_shapes(objective.model.config)
   if not args.run:
-    weights.need_file(args.weights, "--weights")
-  if "text_encoder" not in params or args.text_encoder:
-    weights.need_file(config.text_encoder.weights, "text_encoder.weights")
+    open_source(weights.need_file(args.weights, "--weights"), "open-sora", shapes, objective.model.config).check()
+  if not args.run or "text_encoder" not in params or args.text_encoder:
+    weights.need_file(config.text_encoder.weights, "text_encoder.weights (--text-encoder)")
   if "text_encoder" not in params:
     text_params = placed_shapes(t5.init_shapes(objective.text.config), mesh)["params"]
   cache = step_cache.parse(args.step_cache) if args.step_cache else None
@@ -130,11 +137,8 @@ def load_pipeline(args, config, step, check=lambda pipeline: None):
   if args.run:
     params, frozen, _ = checkpoints.load_weights(args.run, args.item, step, mesh)
   else:
-    path = weights.need_file(args.weights, "--weights")
-    shapes, place = stdit.init_shapes(objective.model.config), None
-    if mesh:
-      place = tree_shardings(shapes, mesh)
-    variables = load_variables(path, "open-sora", shapes, config=objective.model.config, shardings=place)
+    place = tree_shardings(shapes, mesh) if mesh else None
+    variables = load_variables(args.weights, "open-sora", shapes, config=objective.model.config, shardings=place)
     params, frozen = {"denoiser": variables["params"]}, {"denoiser": variables["constants"]}
   text_params = None
   if "text_encoder" not in params or args.text_encoder:
@@ -164,7 +168,7 @@ def load_autoencoder(args):
   if args.run:
     config, step = checkpoints.stage_config(args.run, args.step)
   elif args.config:
-    config = make_stages(read_config_file(args.config))[-1].config
+    config = make_stages(read_config(args.config, args.changes))[-1].config
   elif not args.autoencoder:
     raise ValueError("give --run FOLDER, --config FILE or --autoencoder FILE")
   if args.run and config.task == "autoencoder" and not args.autoencoder:
@@ -208,17 +212,3 @@ def free_memory():
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
   except (OSError, StopIteration):
     return None
-
-
-def read_config_file(path):
-  """`get_config()` of a Python file."""
-  import runpy
-
-  try:
-    return runpy.run_path(path)["get_config"]()
-  except KeyError:
-    raise ValueError(f"{path} has no get_config()") from None
-  except OSError as error:
-    raise ValueError(f"--config {path} can't be read: {error.strerror}") from None
-  except Exception as error:  # whatever the file's own code raises
-    raise ValueError(f"{path} is no configuration: {type(error).__name__}: {error}") from None

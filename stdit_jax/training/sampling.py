@@ -3,6 +3,7 @@
 import jax
 
 from data import aspect_ratios, paths
+from stdit_jax.autoencoders.codec import nearest_lengths
 from stdit_jax.generation.media import contact_sheet, write_media
 from stdit_jax.generation.pipeline import Pipeline, Request
 from stdit_jax.generation.prompts import TokenizeText
@@ -24,10 +25,11 @@ class Sampler:
     if config.text_encoder.where == "disk":
       raise ValueError("config: sample_every needs a text encoder, but text_encoder.where is 'disk'; set sample_every=0")
     for stage in run.stages:
-      if not autoencoder_model(stage.config.autoencoder).config.keeps(config.sample.num_frames):
+      autoencoder, frames = autoencoder_model(stage.config.autoencoder).config, config.sample.num_frames
+      if not autoencoder.keeps(frames):
         raise ValueError(
-          f"config: sample.num_frames is {config.sample.num_frames}, which the autoencoder of stage {stage.name!r}, "
-          f"{stage.config.autoencoder.name}, does not give back; take a multiple of 8, or one more"
+          f"config: sample.num_frames is {frames}, which the autoencoder of stage {stage.name!r}, "
+          f"{stage.config.autoencoder.name}, does not give back; nearest: {nearest_lengths(autoencoder, frames)}"
         )
     self.config, self.run, self.pipeline, self.stage = config, run, None, None
     height, width = aspect_ratios.size(config.sample.resolution, config.sample.aspect_ratio)

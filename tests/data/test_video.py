@@ -149,6 +149,10 @@ def test_images(tmp_path):
   np.testing.assert_array_equal(video.read_frames(tmp_path / "alpha.png", [0])[0], picture)
   Image.fromarray((picture[..., 0].astype(np.uint16) << 8) + 3).save(tmp_path / "deep.png")
   np.testing.assert_array_equal(video.read_frames(tmp_path / "deep.png", [0])[0][..., 0], picture[..., 0])
+  stills = [Image.fromarray(picture), Image.fromarray(255 - picture)]
+  stills[0].save(tmp_path / "moving.webp", save_all=True, append_images=stills[1:])
+  with pytest.raises(video.BadVideo, match="an animation of 2 frames; webp is read as a still only"):
+    video.probe(tmp_path / "moving.webp")
 
 
 def bad_files(folder):

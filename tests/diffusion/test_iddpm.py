@@ -196,10 +196,12 @@ def test_sampling_step(layout, index):
   np.testing.assert_array_equal(seen["x_mask"], mask["x_mask"])
   assert relative_error(sample, give(mask["sample"])) < 1e-5
 
-  # The default differs in one thing: frames of ratio 0 are never touched.
+  # The default differs in two things: frames of ratio 0 are never touched, and what has just been noised is not shown as clean.
   mended = IDDPM().for_sampling(100)
   mended, _, _ = mended.step(denoise, x, index, num_channels=4, edit=start, valid=valid, **noises)
-  kept = np.asarray(case["in/mask"]) == 0
+  ratio = np.asarray(case["in/mask"])
+  kept = ratio == 0
+  np.testing.assert_array_equal(seen["x_mask"], ~kept & (np.trunc(ratio * 100) >= index))
   np.testing.assert_array_equal(np.asarray(mended)[kept], np.asarray(x)[kept])
   np.testing.assert_array_equal(np.asarray(mended)[~kept], np.asarray(sample)[~kept])
 

@@ -99,6 +99,13 @@ def test_prompt_files(tmp_path):
   given = {"reference_path": "a.png;b.mp4", "mask_strategy": "0;0,1,-1,-1"}
   (tmp_path / "a.txt").write_text("one\n\n two \n")
   assert read_prompt_file(tmp_path / "a.txt") == ["one", "two"]
+  # As Excel writes it, and with an end of a line that is none.
+  (tmp_path / "bom.txt").write_text("\ufeff|0|one\u2028two|1|three\r\n", encoding="utf-8")
+  assert read_prompt_file(tmp_path / "bom.txt") == ["|0|one\u2028two|1|three"]
+  (tmp_path / "bom.csv").write_text("\ufeffprompt\r\ncolumns\r\n", encoding="utf-8")
+  assert read_prompt_file(tmp_path / "bom.csv") == ["columns"]
+  (tmp_path / "line.jsonl").write_text('{"prompt": "one\u2028two"}\n', encoding="utf-8")
+  assert read_prompt_file(tmp_path / "line.jsonl") == ["one\u2028two"]
   (tmp_path / "a.csv").write_text('text,reference_path,mask_strategy\ncolumns,a.png;b.mp4,"0;0,1,-1,-1"\n"a, b",,\n')
   (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "columns", **given}) + "\n\n" + json.dumps({"text": "a, b"}))
   for name in ("a.csv", "a.jsonl"):

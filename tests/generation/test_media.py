@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data import video
 from stdit_jax.generation.media import contact_sheet, open_media, write_media
 from tests.data.files import number_of, picture
 
@@ -32,6 +33,31 @@ def test_mp4(tmp_path):
   assert [number_of(frame) for frame in decoded] == list(range(5))
   assert json.loads((tmp_path / "a.json").read_text()) == SETTINGS
   assert files_in(tmp_path) == ["a.json", "a.mp4"]
+
+
+@pytest.mark.parametrize("height", [64, 720])
+def test_colours_of_an_mp4(tmp_path, height):
+  """Players and `data.video` take what names no colours for others from 720 lines on."""
+  colors = np.array([(40, 180, 60), (225, 40, 40), (30, 60, 200)], np.uint8)
+  given = np.broadcast_to(colors[:, None, None], (3, height, 64, 3))
+  write_media(tmp_path / "a.mp4", given, 24, SETTINGS)
+  read = video.read_frames(tmp_path / "a.mp4")
+  assert np.abs(read.astype(int) - given).max() <= 2
+  with av.open(str(tmp_path / "a.mp4")) as container:
+    codec = container.streams.video[0].codec_context
+    assert (codec.colorspace, codec.color_primaries, codec.color_trc, codec.color_range) == (1, 1, 1, 1)
+
+
+@pytest.mark.parametrize(("kind", "fps", "durations"), [("gif", 24, [40, 40, 40, 50, 40]), ("webp", 24, [42, 41, 42, 42, 41])])
+def test_pictures_keep_the_rate_in_the_mean(tmp_path, kind, fps, durations):
+  write_media(tmp_path / f"a.{kind}", frames(), fps, SETTINGS)
+  with Image.open(tmp_path / f"a.{kind}") as image:
+    found = []
+    for i in range(5):
+      image.seek(i)
+      image.load()
+      found.append(image.info["duration"])
+  assert found == durations
 
 
 @pytest.mark.parametrize("kind", ["gif", "webp"])

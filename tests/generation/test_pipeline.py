@@ -518,11 +518,22 @@ def test_explain_makes_nothing(assets, trained, tmp_path, capsys):
   (["--task", "image", "--reference", "x.png"], "not both"),
   (["--mask-strategy", "0"], "there are 0 references"),
   (["--mask-strategy", "0;x"], "'x' is not LOOP"),
+  (["--reference", "ASSETS/0.png"], "0.png is given, but nothing says where; give --mask-strategy, or --task"),
+  (["--reference", "ASSETS/0.png", "--mask-strategy", "1,0"], "is of loop 1, and there are 1, numbered from 0 (--loops)"),
+  (["--task", "animate", "ASSETS/0.png", "--num-frames", "1"], "--num-frames is too small for --task animate"),
+  (["--task", "endless", "--loops", "3", "--num-frames", "1"], "--num-frames is too small: 1 of the clip's 1 latent frames"),
+  (["--guidance-scale", "nan"], "--guidance-scale is nan; give a number"),
+  (["--fps", "0.0004"], "--fps is 0.0004; allowed: 0.1 to 240"),
+  (["--autoencoder-memory", "-1"], "--autoencoder-memory is -1; allowed: above 0 (GiB)"),
+  (["--format", "gif", "--fps", "60"], "a gif shows at most 50 frames per second"),
+  (["--weights", "w.safetensors"], "--weights goes with --config FILE; a --run has its own"),
+  (["--config.sample.fps=3"], "--config.sample.fps=3 goes with --config FILE"),
   (["--loops", "0"], "--loops is 0; allowed: at least 1"),
   (["--loops", "2", "--condition-frames", "3"], "--condition-frames is 3; allowed: 1 to 2"),
   (["--condition-edit", "2"], "--condition-edit is 2; allowed: 0 to 1"),
   (["--compat", "open-sora-1.1"], "is of iddpm; the model was trained with rectified-flow"),
   (["--prompt", 'x {"a": 1}'], "'a' is none of reference_path, mask_strategy"),
+  (["--prompt", 'x {"reference_path": ["a.png"]}'], "'reference_path' must be text, of several files joined by ';'"),
 ])  # fmt: skip
 def test_bad_tasks_are_one_line(assets, trained, tmp_path, capsys, arguments, words):
   fixed = ["--run", str(trained), *SIZE, "--prompt", "x", "--output", str(tmp_path / "out")]

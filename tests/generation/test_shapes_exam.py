@@ -21,6 +21,7 @@ class Pupil:
 
   mistakes: dict = dataclasses.field(default_factory=dict)
   forgets: bool = False  # given frames
+  hides: int = 0  # the object, in so many of the last frames
   made: int = 0
 
   codec = types.SimpleNamespace(config=image_kl.TABLE["tiny-kl-f8"])  # of which lengths are asked
@@ -53,6 +54,8 @@ class Pupil:
       start = seen.path[0] - there.path[0] - np.array(one.step) * frame
     scene = dataclasses.replace(middle, objects=(shapes.Object(**words, start=tuple(start)),))
     video = shapes.draw(scene, range(request.num_frames)).astype(np.float32)
+    if self.hides:
+      video[-self.hides :] = video.mean(-1, keepdims=True)[-self.hides :]
     if known is not None and not self.forgets:
       video[known[2]] = known[1][known[2]]
     return video
@@ -74,7 +77,7 @@ def test_who_draws_what_the_caption_says_passes():
     assert values["given frames, dB"] == values["autoencoder alone, dB"] == 99
     assert values["direction"] == values["within 0.1 short sides of the true path"] == 1
     assert values["smooth"] > 0.9  # where the given frames were measured, there are steps of a fraction of a pixel
-  assert results["loop"]["closed (at most 1.5)"] < 1  # a straight way leads nowhere back
+  assert results["loop"]["closed: at most 1.5"] < 1  # a straight way leads nowhere back
   assert results["loop"]["ground"] == 1
   assert pupil.made % EXAM.batch == 0  # every batch is full: one program per size
 
@@ -86,6 +89,13 @@ def test_each_mistake_is_found(word, mistake):
   values = shapes_exam.examine(Pupil({word: mistake}), EXAM, ("text",))["text, seen combinations"]
   assert values[word] == pytest.approx(right)
   assert all(values[other] == 1 for other in ("color", "shape", "direction", "speed") if other != word)
+
+
+def test_an_object_that_goes_away_is_found():
+  results = shapes_exam.examine(Pupil(hides=2), EXAM, ("text", "animate"))
+  for part in ("text, seen combinations", "animate"):
+    assert results[part]["always"] == 0
+  assert results["animate"]["within 0.1 short sides of the true path"] == 0
 
 
 def test_forgotten_frames_are_found():

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from stdit_jax import sample
-from stdit_jax.autoencoders import temporal
+from stdit_jax.autoencoders import causal3d, temporal
 from stdit_jax.generation import clips, tasks
 from stdit_jax.generation.references import read_reference
 from stdit_jax.interop import save_variables
@@ -88,10 +88,27 @@ def test_the_end_of_a_video_is_encoded_as_the_beginning_of_a_clip_lies_in_time(t
 
 def test_chunks_that_would_not_meet_are_refused(trained, capsys):
   arguments = ["--run", str(trained), "--prompt", "x", "--num-frames", "20", "--task"]
-  for task, lengths in ((["loop"], "51"), (["endless", "--loops", "2"], "34")):
+  for task, words in (
+    (["loop"], "--num-frames is 20; for --task loop the last latents of a clip must hold as many frames as its first ones, and "
+     "some be left to generate: 51 or 68\n"),
+    (["endless", "--loops", "2"], "--num-frames is 20; for --loops the last latents of a clip must hold as many"),
+    (["endless", "--loops", "2", "--num-frames", "34", "--condition-frames", "3"],
+     "--condition-frames is 3; allowed for --loops, so that whole chunks meet: 5\n"),
+  ):  # fmt: skip
     with pytest.raises(SystemExit):
       sample.main([*arguments, *task])
-    assert f"the autoencoder needs whole chunks of 17: {lengths}\n" in capsys.readouterr().err
+    assert words in capsys.readouterr().err
+  with pytest.raises(SystemExit):
+    sample.main([*arguments[:-1], "--loops", "2"])  # without a task, too
+  assert "to generate: 34 or 51\n" in capsys.readouterr().err
+
+
+def test_of_cogvideox_clips_go_on_whose_first_frame_is_not_alone():
+  config = causal3d.get_config("tiny-causal3d")
+  tasks.check_length("endless", 2, 16, None, config)
+  tasks.check_length("animate", 1, 17, None, config)
+  with pytest.raises(ValueError, match=r"--num-frames is 17; .* be left to generate: 16 or 24$"):
+    tasks.check_length("endless", 2, 17, None, config)
 
 
 def test_a_length_that_does_not_come_back_is_refused(assets, tmp_path, capsys):
