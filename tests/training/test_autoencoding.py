@@ -170,8 +170,8 @@ def test_each_network_gets_the_gradient_of_its_own_terms():
 
   def terms(params):
     rest, _, made = one._terms(params["autoencoder"], frozen, data, None)
-    pixels = one._pixel_terms(frozen, made["pixels"], clips, data)[0]
-    judge = lambda x: one._judge(params["discriminator"], x)  # noqa: E731
+    pixels = one._pixel_terms(frozen, made["pixels"], clips, data, None)[0]
+    judge = lambda x: one._judge(params["discriminator"], x, None)  # noqa: E731
     adversarial = discriminator.generator_loss(judge(made["pixels"]))
     hinge = discriminator.hinge_loss(judge(clips), judge(made["pixels"]))
     return [jnp.sum(share * term) for term in (rest, pixels, adversarial, hinge)]
