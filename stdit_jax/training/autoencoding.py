@@ -69,6 +69,12 @@ class AutoencoderObjective(Objective):
       raise ValueError(
         f"config: all weights of the autoencoder's loss are 0; give one of autoencoder.<name>_weight: {', '.join(WEIGHTS)}"
       )
+    if limit := self.config.max_tokens_per_device:
+      # Micro batches would change the result: each would weigh the adversary by gradients of its own (`_adaptive_weight`).
+      raise ValueError(
+        f"config: max_tokens_per_device is {limit}, but autoencoders train on pixels, and their batches are not split: set it "
+        "to 0; smaller batches in data.buckets and a larger optimizer.accumulate take less memory"
+      )
     for bucket in parse_buckets(self.config.data.buckets):
       if bucket.batch_size and not self.model.config.keeps(bucket.num_frames):
         raise ValueError(

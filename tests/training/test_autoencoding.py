@@ -276,6 +276,7 @@ def test_a_video_autoencoder_trains_in_stages(assets, trunk, tmp_path, capsys):
     ({"autoencoder__name": "tiny-causal3d", "data__buckets": (("144p", 4, 1.0, 2),)}, "clips of 4 frames, which"),
     ({"autoencoder__reconstruction_weight": 0.0, "autoencoder__kl_weight": 0.0}, "all weights of the autoencoder's loss are 0"),
     ({"autoencoder__image_weights": "/no/file"}, "image_weights is given, but"),
+    ({"max_tokens_per_device": 100}, "'tiny': max_tokens_per_device is 100, but autoencoders train on pixels"),
   ],
 )  # fmt: skip
 def test_what_is_refused(assets, tmp_path, changes, message):
