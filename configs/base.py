@@ -18,7 +18,7 @@ def get_config():
   # Devices along each axis within a slice, and slices along each axis; -1 takes the rest (stdit_jax/parallel/mesh.py).
   config.mesh = dict(data=-1, fsdp=1, sequence=1, tensor=1)
   config.slices = dict(data=-1, fsdp=1, sequence=1, tensor=1)
-  config.max_tokens_per_device = 0  # larger batches are split into micro batches that accumulate; 0: never
+  config.max_tokens_per_device = 0  # larger batches of a denoiser are split into micro batches that accumulate; 0: never
   # Which buckets split tokens over the `sequence` axis, instead of taking it as more batch: "auto" those whose batch does not
   # divide by all devices, or whose samples have more than max_tokens_per_device tokens; "never"; "always"; or those that a
   # list names, as ("480p:204",).

@@ -17,8 +17,14 @@ from flax import linen as nn
 
 from stdit_jax import fields
 from stdit_jax.autoencoders.layers import GroupNorm
+from stdit_jax.parallel.shardings import Layout, constrain
 
 _MOST = 8  # times the features of the first layer
+# How clips and activations lie on the mesh: where clips are split in time, over height instead. Convolutions see neighbours
+# along both, and XLA fetches those of other devices; but 8k + 1 frames divide by nothing, less and less so the more often they
+# are halved, while the sides of a crop divide as long as each device has a row after the last layer. Made clips, which come
+# split in time, get there by one all-to-all of pixels: little beside the activations.
+_AXES = ("batch", None, "tokens")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,10 +49,14 @@ def get_config(values):
 
 
 class Discriminator(nn.Module):
-  """Clips `[N, T, H, W, 3]` in [-1, 1] -> one number per patch, float32 `[N, t, h, w]`: above 0 for real ones."""
+  """Clips `[N, T, H, W, 3]` in [-1, 1] -> one number per patch, float32 `[N, t, h, w]`: above 0 for real ones.
+
+  Attributes: layout: how clips and activations lie on the mesh, None: wherever XLA puts them.
+  """
 
   config: DiscriminatorConfig
   dtype: jnp.dtype = jnp.float32
+  layout: Layout | None = None
 
   @nn.compact
   def __call__(self, x):
@@ -54,9 +64,10 @@ class Discriminator(nn.Module):
 
     def conv(name, x, features, stride, bias=True):
       sides = ((1, 1), (1, 2), (1, 2)) if stride == 1 else ((1, 1), (1, 1), (1, 1))
-      return nn.Conv(features, (3, 4, 4), (stride,) * 3, sides, use_bias=bias, dtype=self.dtype, name=name)(x)
+      x = nn.Conv(features, (3, 4, 4), (stride,) * 3, sides, use_bias=bias, dtype=self.dtype, name=name)(x)
+      return constrain(x, self.layout, *_AXES)
 
-    x = nn.leaky_relu(conv("conv_0", x, c.features, 2), 0.2)
+    x = nn.leaky_relu(conv("conv_0", constrain(x, self.layout, *_AXES), c.features, 2), 0.2)
     for i in range(1, c.layers + 1):
       x = conv(f"conv_{i}", x, c.features * min(2**i, _MOST), 2 if i < c.layers else 1, bias=False)
       x = nn.leaky_relu(GroupNorm(c.groups, self.dtype, 1e-5, name=f"norm_{i}")(x), 0.2)

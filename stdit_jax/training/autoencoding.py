@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from data.buckets import parse_buckets
 from stdit_jax.autoencoders import causal3d, codec, discriminator, image_kl, losses, perceptual, temporal
@@ -68,6 +69,12 @@ class AutoencoderObjective(Objective):
       raise ValueError(
         f"config: all weights of the autoencoder's loss are 0; give one of autoencoder.<name>_weight: {', '.join(WEIGHTS)}"
       )
+    if limit := self.config.max_tokens_per_device:
+      # Micro batches would change the result: each would weigh the adversary by gradients of its own (`_adaptive_weight`).
+      raise ValueError(
+        f"config: max_tokens_per_device is {limit}, but autoencoders train on pixels, and their batches are not split: set it "
+        "to 0; smaller batches in data.buckets and a larger optimizer.accumulate take less memory"
+      )
     for bucket in parse_buckets(self.config.data.buckets):
       if bucket.batch_size and not self.model.config.keeps(bucket.num_frames):
         raise ValueError(
@@ -106,8 +113,8 @@ class AutoencoderObjective(Objective):
     real, fake = image_kl.to_float(batch["pixels"]), made["pixels"]
     if self.config.autoencoder.adaptive:
       weight *= still(self._adaptive_weight(still(params), frozen, batch, still(made), layout))
-    judge = functools.partial(self._judge, params["discriminator"])
-    values["adversarial"] = discriminator.generator_loss(self._judge(still(params["discriminator"]), fake))
+    judge = functools.partial(self._judge, params["discriminator"], layout=layout)
+    values["adversarial"] = discriminator.generator_loss(self._judge(still(params["discriminator"]), fake, layout))
     values["discriminator"] = discriminator.hinge_loss(judge(real), judge(still(fake)))
     return loss + weight * values["adversarial"] + values["discriminator"], values
 
@@ -134,11 +141,11 @@ class AutoencoderObjective(Objective):
         loss += weights["identity"] * values["identity"]
     if self.decodes:
       made["pixels"] = self._decode(params, made, layout)
-      of_pixels, more = self._pixel_terms(frozen, made["pixels"], frames, batch)
+      of_pixels, more = self._pixel_terms(frozen, made["pixels"], frames, batch, layout)
       loss, values = loss + of_pixels, values | more
     return loss, values, made
 
-  def _pixel_terms(self, frozen, pixels, frames, batch):
+  def _pixel_terms(self, frozen, pixels, frames, batch, layout):
     """-> (weighted terms per sample that look at pixels, but for the adversarial one; their values)."""
     own = self.config.autoencoder
     error = losses.reconstruction_error(pixels, frames, own.reconstruction)
@@ -146,8 +153,7 @@ class AutoencoderObjective(Objective):
     loss = self.weights["reconstruction"] * error
     if self.weights["perceptual"]:
       pixels, frames = self._some_frames(batch, pixels, frames)
-      distance = perceptual.distance(own.perceptual.name, frozen["perceptual"], *map(_frames, (pixels, frames)))
-      values["perceptual"] = distance.reshape(frames.shape[:2]).mean(1)
+      values["perceptual"] = self._distance(frozen["perceptual"], layout, pixels, frames).mean(1)
       loss += self.weights["perceptual"] * values["perceptual"]
     return loss, values
 
@@ -160,8 +166,25 @@ class AutoencoderObjective(Objective):
     numbers = jax.vmap(lambda key: jax.random.choice(key, total, (count,), replace=False))(keys)
     return [jnp.take_along_axis(clip, numbers[:, :, None, None, None], axis=1) for clip in clips]
 
-  def _judge(self, params, clips):
-    return self.discriminator.apply({"params": params}, clips)
+  def _distance(self, params, layout, *clips):
+    """The perceptual distance of every frame of two clips `[B, T, ...]` -> `[B, T]`."""
+
+    def distance(params, *clips):
+      of_frames = perceptual.distance(self.config.autoencoder.perceptual.name, params, *map(_frames, clips))
+      return of_frames.reshape(clips[0].shape[:2])
+
+    if layout is None or not layout.split_tokens:
+      return distance(params, *clips)
+    # Every device looks at frames of its own. A constraint could not say so: frames are folded into the batch, and folded, a
+    # device's part of several clips is no range of rows. What is padded is cut off again.
+    frames = clips[0].shape[1]
+    padded = (jnp.pad(clip, ((0, 0), (0, -frames % layout.token_parts), *[(0, 0)] * 3)) for clip in clips)
+    spec = layout.spec("batch", "tokens")
+    split = jax.shard_map(distance, mesh=layout.mesh, in_specs=(P(), spec, spec), out_specs=spec, check_vma=False)
+    return split(params, *padded)[:, :frames]
+
+  def _judge(self, params, clips, layout):
+    return self.discriminator.clone(layout=layout).apply({"params": params}, clips)
 
   def _adaptive_weight(self, params, frozen, batch, made, layout):
     """`discriminator.adaptive_weight` of the batch (VQGAN, equation 7)."""
@@ -171,8 +194,8 @@ class AutoencoderObjective(Objective):
     pixels, pull = jax.vjp(lambda last: self._decode(with_last(last), made, layout), last)
     share = batch["weight"] / jnp.maximum(batch["weight"].sum(), 1e-12)
     terms = (
-      lambda x: self._pixel_terms(frozen, x, frames, batch)[0],
-      lambda x: discriminator.generator_loss(self._judge(params["discriminator"], x)),
+      lambda x: self._pixel_terms(frozen, x, frames, batch, layout)[0],
+      lambda x: discriminator.generator_loss(self._judge(params["discriminator"], x, layout)),
     )
     gradients = [jax.grad(lambda x, term=term: jnp.sum(share * term(x)))(pixels) for term in terms]
     return discriminator.adaptive_weight(*map(pull, gradients))

@@ -2,38 +2,37 @@
 
   python -m tests.long.kill_and_encode [--moments 10] [--seed 0] [--folder DIR]
 
-A few minutes on two cores; exit code 0 when all shards are those of a command that was left alone, byte for byte.
+A few minutes on two cores; exit code 0 when all shards hold the records of a command that was left alone, in the same order.
 """
 
-import argparse
-import pathlib
-import random
 import subprocess
 import sys
-import tempfile
 import time
 
 import numpy as np
 import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordReader
+from tensorflow_datasets.proto import tf_example_pb2
 
 from tests import tiny_run
+from tests.long import kills
 
 CLIPS = 300
 
 
 def shards(folder):
-  return {p.relative_to(folder): p.read_bytes() for p in sorted(folder.glob("*/part-*/[!.]*array_record*"))}
+  return sorted(p.relative_to(folder) for p in folder.glob("*/part-*/[!.]*array_record*"))
+
+
+def records(folder):
+  """{shard: its records}, not as bytes: a protobuf writes its fields in an order that every process chooses anew."""
+  parse = tf_example_pb2.Example.FromString
+  return {name: list(map(parse, ArrayRecordReader(str(folder / name)).read_all())) for name in shards(folder)}
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--moments", type=int, default=10)
-  parser.add_argument("--seed", type=int, default=0)
-  parser.add_argument("--folder", type=pathlib.Path, default=None)
-  arguments = parser.parse_args()
-  folder = arguments.folder or pathlib.Path(tempfile.mkdtemp(prefix="kill-and-encode-"))
-  (folder / "assets").mkdir(parents=True)
-  tiny_run.make_assets(folder / "assets")
+  arguments = kills.parser(__doc__, moments=10).parse_args()
+  folder, rng = kills.begin(arguments)
   settings = {
     "data__tables": (f"shapes://train/0/{CLIPS}",), "data__buckets": (("64p", 1, 1.0, 4), ("64p", 8, (0.5, 0.5), 2)),
     "data__frame_interval": 1, "data__workers": 0,
@@ -50,23 +49,20 @@ def main():
 
   began = time.monotonic()
   assert start(folder / "alone").wait() == 0, (folder / "log").read_text()[-3000:]
-  took, want = time.monotonic() - began, shards(folder / "alone")
+  took, want = time.monotonic() - began, records(folder / "alone")
   print(f"left alone: {len(want)} shards in {took:.0f} s", flush=True)
-  killed, rng, before = folder / "killed", random.Random(arguments.seed), 0
+  killed, before = folder / "killed", 0
   for moment in range(arguments.moments):
     process, goal = start(killed), before + rng.randint(0, max(1, 2 * len(want) // arguments.moments))
-    while process.poll() is None and len(shards(killed)) < min(goal, len(want) - 1):
-      time.sleep(0.001)
+    kills.wait_for(process, lambda goal=goal: len(shards(killed)) >= min(goal, len(want) - 1))
     time.sleep(rng.uniform(0, 0.2) if goal > before else rng.uniform(0, took / 3))
-    assert process.poll() is None, "it ended before it could be killed: fewer moments, or more clips"
-    process.kill()
-    process.wait()
-    there, half = shards(killed), len(list(killed.glob("*/part-*/.*.tmp")))
-    assert all(want[name] == data for name, data in there.items())
+    kills.kill(process)
+    there, half = records(killed), len(list(killed.glob("*/part-*/.*.tmp")))
+    assert all(want[name] == found for name, found in there.items())
     print(f"kill {moment + 1}: {before} -> {len(there)} shards" + f", {half} half written" * bool(half), flush=True)
     before = len(there)
   assert start(killed).wait() == 0, (folder / "log").read_text()[-3000:]
-  assert shards(killed) == want
+  assert records(killed) == want
   assert not list(killed.glob("*/part-*/.*"))
   for part in sorted(killed.glob("*/part-*")):
     source = tfds.builder_from_directory(part).as_data_source("train")
@@ -77,7 +73,7 @@ def main():
       found = {r["caption"] for r in source}
     assert len(found) == len(source) == len(keys), (len(found), len(source), len(keys))
     print(f"{part.relative_to(killed)}: {len(found)} different records, {len(keys)} wanted")
-  print(f"the same bytes after {arguments.moments} kills; {folder}")
+  print(f"the same records after {arguments.moments} kills; {folder}")
 
 
 if __name__ == "__main__":

@@ -16,10 +16,11 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from configs import base
-from stdit_jax.autoencoders import causal3d, codec
+from stdit_jax.autoencoders import causal3d, codec, perceptual
 from stdit_jax.models import stdit, t5
 from stdit_jax.models.layers import OVER_TIME
 from stdit_jax.models.step_cache import PyramidBroadcast, ResidualCache, Reuse
+from stdit_jax.parallel import hlo
 from stdit_jax.parallel.mesh import make_mesh, mesh_sizes
 from stdit_jax.parallel.shardings import Layout, tree_shardings
 from stdit_jax.training import batches
@@ -187,6 +188,41 @@ def test_an_autoencoder_trains_on_clips_split_in_time():
 
   for split, alone in zip(results(Layout(make_mesh({"data": 2, "sequence": 4}), True)), results(None)):
     assert relative_error(split, alone) < 2e-5
+
+
+@needs_devices
+@pytest.mark.parametrize(("judge", "crop"), [("perceptual", 16), ("adversarial", 32), ("adversarial", 24)])
+def test_what_judges_clips_is_split_as_they_are(monkeypatch, judge, crop):
+  """Clips that are not split, as real ones, two for every part of the batch: values and gradients are those of one device, and
+  each of the eight convolves an eighth, whatever XLA made of it by itself. Neither 33 frames nor 24 rows, halved, divide."""
+  monkeypatch.setattr(perceptual, "BLOCKS", tuple((count, 4) for count, _ in perceptual.BLOCKS))
+  config = base.get_config()
+  config.task, config.data.buckets = "autoencoder", (("144p", 33, 1.0, 2),)
+  config.autoencoder.update(name="tiny-causal3d", crop=crop, discriminator={"features": 8, "layers": 2, "groups": 4})
+  config.autoencoder[f"{judge}_weight"] = 1.0
+  objective, rng = AutoencoderObjective(config), np.random.default_rng(0)
+  draw = lambda s: rng.standard_normal(s.shape, np.float32) * 0.2  # noqa: E731
+  params, frozen = jax.tree.map(draw, jax.eval_shape(objective.init, jax.random.key(0)))
+  clips = rng.standard_normal((2, 4, 33, crop, crop, 3), np.float32)
+
+  def losses(layout, params, made, real):
+    if judge == "perceptual":
+      return objective._pixel_terms(frozen, made, real, {}, layout)[1]["perceptual"]
+    return sum(jnp.square(objective._judge(params["discriminator"], x, layout)).mean((1, 2, 3)) for x in (real, made))
+
+  def results(layout):
+    gradient = jax.value_and_grad(lambda *a: losses(layout, *a).sum(), argnums=(0, 1) if judge == "adversarial" else 1)
+    place = functools.partial(jax.device_put, device=layout and layout.sharding("batch"))
+    compiled = jax.jit(gradient, compiler_options=QUICK_COMPILE).lower(params, *map(place, clips)).compile()
+    instructions, _ = hlo.computations(compiled.as_text())
+    convolved = [hlo.shape_bytes(kind) for i in instructions.values() for _, kind, opcode, _ in i if opcode == "convolution"]
+    return jax.tree.leaves(compiled(params, *map(place, clips))), max(convolved)
+
+  split, most = results(Layout(make_mesh({"data": 2, "sequence": 4}), True))
+  alone, whole = results(None)
+  assert whole / 8 <= most < whole / 6
+  for ours, theirs in zip(split, alone, strict=True):
+    assert relative_error(ours, theirs) < 2e-5
 
 
 @needs_devices

@@ -170,8 +170,8 @@ def test_each_network_gets_the_gradient_of_its_own_terms():
 
   def terms(params):
     rest, _, made = one._terms(params["autoencoder"], frozen, data, None)
-    pixels = one._pixel_terms(frozen, made["pixels"], clips, data)[0]
-    judge = lambda x: one._judge(params["discriminator"], x)  # noqa: E731
+    pixels = one._pixel_terms(frozen, made["pixels"], clips, data, None)[0]
+    judge = lambda x: one._judge(params["discriminator"], x, None)  # noqa: E731
     adversarial = discriminator.generator_loss(judge(made["pixels"]))
     hinge = discriminator.hinge_loss(judge(clips), judge(made["pixels"]))
     return [jnp.sum(share * term) for term in (rest, pixels, adversarial, hinge)]
@@ -276,6 +276,7 @@ def test_a_video_autoencoder_trains_in_stages(assets, trunk, tmp_path, capsys):
     ({"autoencoder__name": "tiny-causal3d", "data__buckets": (("144p", 4, 1.0, 2),)}, "clips of 4 frames, which"),
     ({"autoencoder__reconstruction_weight": 0.0, "autoencoder__kl_weight": 0.0}, "all weights of the autoencoder's loss are 0"),
     ({"autoencoder__image_weights": "/no/file"}, "image_weights is given, but"),
+    ({"max_tokens_per_device": 100}, "'tiny': max_tokens_per_device is 100, but autoencoders train on pixels"),
   ],
 )  # fmt: skip
 def test_what_is_refused(assets, tmp_path, changes, message):

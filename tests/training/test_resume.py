@@ -1,6 +1,6 @@
 """A run that is killed or stopped and resumed ends with the same bits as the one left alone, over stages, buckets and epochs.
 
-`python -m tests.long.kill_and_resume` does the same with 20 random moments.
+`python -m tests.long.kill_and_resume` does the same with 20 random moments, and with the training of an autoencoder.
 """
 
 import json
