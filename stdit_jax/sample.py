@@ -258,6 +258,8 @@ def main(argv=None):
     loading.guidance_of(args)
     autoencoder = autoencoder_of(config)
     work = make_work(args, prompts, config, autoencoder)
+    if config.model.name.startswith("STDiT-") and any(one.job.rules for one in work):
+      raise ValueError(f"{config.model.name} (Open-Sora 1.0) can't be given frames: it makes videos from text alone")
     if args.explain:
       return explain(work, autoencoder, args.compat)
     steps, scale = loading.steps_and_scale(args, config)

@@ -218,6 +218,8 @@ class IDDPM:
 
   def for_sampling(self, num_steps):
     """The schedule respaced to `num_steps` (an int, or another respacing)."""
+    if isinstance(num_steps, int) and num_steps > self.num_timesteps:
+      raise ValueError(f"{num_steps} sampler steps; iddpm allows at most its {self.num_timesteps} timesteps")
     return dataclasses.replace(self, respacing=num_steps)
 
   def sampling_timesteps(self, num_steps, height, width=None, num_frames=None, latent_frames=None):

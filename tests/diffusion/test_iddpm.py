@@ -206,6 +206,11 @@ def test_sampling_step(layout, index):
   np.testing.assert_array_equal(np.asarray(mended)[~kept], np.asarray(sample)[~kept])
 
 
+def test_more_steps_than_timesteps_are_refused():
+  with pytest.raises(ValueError, match="1001 sampler steps; iddpm allows at most its 1000 timesteps"):
+    IDDPM().for_sampling(1001)
+
+
 def test_ddim_step():
   golden = load_golden("iddpm")[0]
   case = cases_of(golden, "p_sample")

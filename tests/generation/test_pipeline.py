@@ -500,6 +500,14 @@ def test_strategies_and_prompts_of_their_own(assets, trained, pipeline, tmp_path
   assert (two[3:] != same[3:]).any()
 
 
+def test_the_first_stdit_is_given_no_frames(assets, tmp_path, capsys):
+  changes = {"model__name": "STDiT-tiny/2", "model__fields": {"model_max_length": 16}, "mask_ratios": {}}
+  config = write_config(tmp_path / "config.py", assets, tmp_path / "unused", **changes, diffusion__name="iddpm")
+  with pytest.raises(SystemExit):
+    sample.main(["--config", str(config), "--weights", "w", "--prompt", "x", "--task", "animate", str(assets / "0.png")])
+  assert "STDiT-tiny/2 (Open-Sora 1.0) can't be given frames" in capsys.readouterr().err
+
+
 def test_explain_makes_nothing(assets, trained, tmp_path, capsys):
   arguments = ["--run", str(trained), *SIZE, "--prompt", "x", "--output", str(tmp_path / "none"), "--explain"]
   sample.main([*arguments, "--task", "connect", str(assets / "0.mp4"), str(assets / "0.png"), "--num-frames", "5"])
