@@ -20,6 +20,7 @@ import numpy as np
 from data import aspect_ratios, latents, paths, plan, sources, video
 
 log = logging.getLogger("data")
+log.setLevel(logging.WARNING)  # what is skipped is said, although entry points silence the libraries' reports at the root
 
 _ENDLESS = 1 << 40  # grain wants a length
 _AHEAD_BYTES = 2 << 30

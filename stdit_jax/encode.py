@@ -92,6 +92,8 @@ def choose_stages(args):
   stages = make_stages(read_config(args.config, args.changes))
   if unknown := sorted(set(args.stage or ()) - {s.name for s in stages}):
     raise ValueError(f"--stage {unknown[0]!r} is none of {', '.join(s.name for s in stages)}")
+  # For all stages alike, so that the latents of one are not made anew when another one is added.
+  args.log_variance = any(stage.config.autoencoder.sample_posterior for stage in stages)
   stages = [s for s in stages if not args.stage or s.name in args.stage]
   if stages[0].config.task != "denoiser":
     raise ValueError(f"config: task={stages[0].config.task!r}: only a denoiser's data can be encoded ahead")
@@ -112,7 +114,6 @@ def make_work(stages, args, counter):
 
   members = [encoding.Source.open(stage, paths.join(args.output, "data")) for stage in stages]
   common = (args.output, args.epochs, int(args.shard_mb * 2**20))
-  log_variance = any(stage.config.autoencoder.sample_posterior for stage in stages)
 
   def alike(made_from):
     groups = collections.defaultdict(list)
@@ -120,7 +121,7 @@ def make_work(stages, args, counter):
       groups[json.dumps(made_from(member))].append(member)
     return [(json.loads(values), group) for values, group in groups.items()]
 
-  for values, group in alike(lambda m: encoding.LatentsWork.made_from(m, args.dtype, log_variance)):
+  for values, group in alike(lambda m: encoding.LatentsWork.made_from(m, args.dtype, args.log_variance)):
     yield encoding.LatentsWork(values, group, *common, counter)
   if args.text:
     for values, group in alike(lambda m: encoding.TextWork.made_from(m, args.dtype)):

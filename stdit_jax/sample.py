@@ -303,12 +303,10 @@ def check_memory(pipeline, work, steps, scale, args):
     pipeline.codec, less = fit_tiles(pipeline.codec, pipeline.latent_size(request)[1:], lengths, budget)
     needed |= less
     if jax.process_index() == 0 and pipeline.codec.tiles:
-      tiles, factor = pipeline.codec.tiles, config.downsampling
-      print(
-        f"{' and '.join(f'{method}s' for method in lengths)} in tiles of {tiles.height * factor} x {tiles.width * factor} "
-        "pixels, to need less memory",
-        flush=True,
-      )
+      tiles, size = pipeline.codec.tiles, pipeline.latent_size(request)[1:]
+      sides = (min(pair) * config.downsampling for pair in zip((tiles.height, tiles.width), size))
+      what = " and ".join(f"{method}s" for method in lengths)
+      print(f"{what} in tiles of {' x '.join(map(str, sides))} pixels, to need less memory", flush=True)
   parts = ", ".join(f"{name} {size / gib:.2f}" for name, size in needed.items())
   total = weights + max(needed.values())
   text = f"memory of each device: {total / gib:.2f} GiB (weights {weights / gib:.2f}, beside them in turn {parts})"

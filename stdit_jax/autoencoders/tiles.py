@@ -41,7 +41,17 @@ class Tiles:
 
   def places(self, size):
     """[[(top, left) in latents]], row after row, for latents of this (height, width)."""
-    return [[(top, left) for left in range(0, size[1], self.steps[1])] for top in range(0, size[0], self.steps[0])]
+    rows, columns = self.starts(size)
+    return [[(top, left) for left in columns] for top in rows]
+
+  def starts(self, size):
+    """Where tiles begin, of rows and of columns."""
+    return [range(0, side, step) for side, step in zip(size, self.steps)]
+
+  def repeats(self, size):
+    """Whether a tile begins where another one already reaches the border."""
+    sides = zip(self.starts(size), (self.height, self.width), size)
+    return any(len(starts) > 1 and starts[-2] + tile >= side for starts, tile, side in sides)
 
 
 def tile_sizes(tiles, size):
@@ -51,16 +61,20 @@ def tile_sizes(tiles, size):
 
 
 def sizes_for(size, smallest=8):
-  """Tiles for latents of this (height, width), larger ones first: ever more of them, along a tile's longer side."""
-  parts, longest = [1, 1], [float(side) for side in size]
+  """Tiles for latents of this (height, width), larger ones first: ever more of them, along a tile's longer side. None of them
+  repeats what another one has, as those of diffusers may: a strip of its own at the border would only have other statistics. So
+  a side that is not cut has a longer tile than itself."""
+  parts, sides = [1, 1], list(size)
   overlap = Tiles(2, 2).overlap
   while True:
-    side = int(longest[1] > longest[0])
-    parts[side] += 1
-    longest = [length / (1 + (n - 1) * (1 - o)) for length, n, o in zip(size, parts, overlap)]
-    if min(longest) < smallest:
+    parts[int(sides[1] > sides[0])] += 1
+    steps = [math.ceil(length / n) for length, n in zip(size, parts)]
+    tile = [next(n for n in itertools.count(step) if int(n * (1 - o)) >= step) for step, o in zip(steps, overlap)]
+    sides = [min(pair) for pair in zip(tile, size)]
+    if min(sides) < smallest:
       return
-    yield Tiles(*(math.ceil(length) for length in longest))
+    if not (tiles := Tiles(*tile)).repeats(size):
+      yield tiles
 
 
 def encode_in_tiles(encode, frames, tiles, factor, size):

@@ -113,7 +113,10 @@ class Source:
         stored = self.checkpoint.read(self.prefix + name, self.allow_non_finite).astype(np.float32)
         # 1e-2: the tables may have been stored in bfloat16; another scale changes them by far more
         if np.abs(stored - make()).max() > 1e-2:
-          raise CheckpointError(f"{self.checkpoint.path}: {name!r} was made with other numbers than the config's")
+          raise CheckpointError(
+            f"{self.checkpoint.path}: {name!r} was made with other numbers than the config's; the option --config of "
+            "python -m stdit_jax.convert writes a file with others"
+          )
 
 
 def open_source(path, layouts, tree, config=None, allow_non_finite: bool = False) -> Source:

@@ -83,6 +83,10 @@ class AutoencoderObjective(Objective):
         )
     if self.weights["perceptual"]:
       perceptual.shapes(own.perceptual.name)
+      if own.crop < perceptual.SMALLEST:
+        raise ValueError(
+          f"config: autoencoder.crop is {own.crop}; the perceptual distance needs sides of at least {perceptual.SMALLEST}"
+        )
 
   @property
   def decodes(self):

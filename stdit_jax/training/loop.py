@@ -174,6 +174,11 @@ class Run:
       )
     if config.autoencoder.image_weights:
       weights.need_file(config.autoencoder.image_weights, "autoencoder.image_weights")
+    elif objective.weights["latent"] and not config.init:
+      raise ValueError(
+        "config: autoencoder.latent_weight compares with latents of the image autoencoder inside, which would be random; give "
+        "autoencoder.image_weights, or init"
+      )
     if objective.weights["perceptual"]:
       weights.need_file(config.autoencoder.perceptual.weights, "autoencoder.perceptual.weights")
 

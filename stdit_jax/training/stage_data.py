@@ -36,11 +36,17 @@ def choose_layouts(stage, buckets, mesh, objective):
     latents = batch_shapes(config, objective, key, rows).get("latents_mean")
     tokens = latents.shape[1] * latents.shape[2] if latents is not None else 0
     whole, split = Layout(mesh), Layout(mesh, split_tokens=True)
+    splits = objective.splits(key[1], sequence)
     if config.split_tokens == "auto":
       wants_split = rows % whole.batch_parts or (limit and tokens > limit)
     else:
       wants_split = config.split_tokens == "always" or f"{key[0]}:{key[1]}" in config.split_tokens
-    layout = layouts[key] = split if wants_split and sequence > 1 and objective.splits(key[1], sequence) else whole
+      if wants_split and sequence > 1 and not splits and config.split_tokens != "always":
+        raise ValueError(
+          f"config: stage {stage.name!r}: split_tokens names bucket {bucket.name}, whose clips can't be split over {sequence} "
+          "devices; leave it out, or choose another length or mesh.sequence"
+        )
+    layout = layouts[key] = split if wants_split and sequence > 1 and splits else whole
     if rows % layout.batch_parts:
       near = math.ceil(rows / layout.batch_parts) * layout.batch_parts
       raise ValueError(

@@ -16,10 +16,12 @@ from stdit_jax.training.checkpoints import is_run_folder, load_weights
 
 def need_file(path, key):
   """Raises ValueError when a file or folder that the configuration names is missing."""
+  module = "interop.fetch makes one of hed-vgg16" if key.startswith("autoencoder.perceptual") else "convert"
+  how = f"give a safetensors file or a folder of them (python -m stdit_jax.{module})"
   if not path:
-    raise ValueError(f"config: {key} is empty; give a safetensors file or a folder of them (see python -m stdit_jax.convert)")
+    raise ValueError(f"config: {key} is empty; {how}")
   if not paths.exists(path):
-    raise ValueError(f"config: {key}={path!r} does not exist")
+    raise ValueError(f"config: {key}={path!r} does not exist; {how}")
   return path
 
 

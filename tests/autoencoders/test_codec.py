@@ -1,12 +1,13 @@
 """Clips to normalised latents and back, in pieces: the values of the whole, in memory that does not grow."""
 
 import collections
+import itertools
 
 import jax
 import numpy as np
 import pytest
 
-from stdit_jax.autoencoders import causal3d, codec, image_kl, temporal
+from stdit_jax.autoencoders import causal3d, codec, image_kl, temporal, tiles
 from stdit_jax.autoencoders.codec import fit_tiles, make_codec
 from tests.helpers import relative_error
 
@@ -107,6 +108,16 @@ def test_pieces_are_told_when_they_are_there():
 
   assert codec.join(parts(), 10, told.append).shape == (10, 2)
   assert told == [3, 3, 3, 1]
+
+
+@pytest.mark.parametrize("size", [(90, 160), (60, 107), (30, 53), (64, 64)])
+def test_no_tile_holds_only_what_another_has(size):
+  for each in tiles.sizes_for(size):
+    for starts, tile, side in zip(each.starts(size), (each.height, each.width), size):
+      assert all(start + tile < side for start in starts[:-1])
+      assert starts[-1] + tile >= side
+  first = itertools.islice(tiles.sizes_for((90, 160)), 3)
+  assert [each.count((90, 160)) for each in first] == [2, 3, 6]
 
 
 def test_tiles_need_less_memory(made):

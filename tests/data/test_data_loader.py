@@ -1,5 +1,6 @@
 """The loader: the same sequence on any number of processes and workers, from any step; bad rows have weight 0."""
 
+import logging
 import pathlib
 import subprocess
 import sys
@@ -22,6 +23,12 @@ def tokenize(caption):
   data = caption.encode()[:16]
   ids[: len(data)] = list(data)
   return ids, ids > 0
+
+
+def test_what_is_skipped_is_said_where_the_root_logger_is_silent(monkeypatch):
+  """As `train` sets it, so that orbax reports nothing."""
+  monkeypatch.setattr(logging.getLogger(), "level", logging.ERROR)
+  assert loader.log.isEnabledFor(logging.WARNING)
 
 
 @pytest.fixture(scope="module")

@@ -271,11 +271,13 @@ def test_a_video_autoencoder_trains_in_stages(assets, trunk, tmp_path, capsys):
   [
     ({"autoencoder__latent_weight": 1.0}, "latent_weight is 1.0, but 'tiny-kl-f8' has no image autoencoder"),
     ({"autoencoder__perceptual_weight": -1.0}, "perceptual_weight is -1.0; allowed: a number of at least 0"),
-    ({"autoencoder__perceptual_weight": 1.0}, "autoencoder.perceptual.weights is empty"),
+    ({"autoencoder__perceptual_weight": 1.0}, "perceptual.weights is empty; .*stdit_jax.interop.fetch makes one of hed-vgg16"),
     ({"autoencoder__discriminator": {"feature": 3}}, "discriminator: unknown field 'feature'; allowed: features"),
     ({"autoencoder__name": "tiny-causal3d", "data__buckets": (("144p", 4, 1.0, 2),)}, "clips of 4 frames, which"),
     ({"autoencoder__reconstruction_weight": 0.0, "autoencoder__kl_weight": 0.0}, "all weights of the autoencoder's loss are 0"),
     ({"autoencoder__image_weights": "/no/file"}, "image_weights is given, but"),
+    ({"autoencoder__name": "tiny-temporal", "autoencoder__latent_weight": 1.0}, "autoencoder inside, which would be random"),
+    ({"autoencoder__perceptual_weight": 1.0, "autoencoder__crop": 8}, "autoencoder.crop is 8; the perceptual distance needs"),
     ({"max_tokens_per_device": 100}, "'tiny': max_tokens_per_device is 100, but autoencoders train on pixels"),
   ],
 )  # fmt: skip
