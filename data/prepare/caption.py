@@ -24,16 +24,19 @@ from PIL import Image
 
 from data import paths, video
 from data.prepare import prompts
-from data.prepare.cut import small_size
+from data.prepare.cut import part_of, small_size
 from data.prepare.messages import say
 from data.prepare.shards import FAILED
-from data.prepare.steps import Context, Step, beside
+from data.prepare.steps import Context, Step, beside, sizes_of
 from data.prepare.workers import Failure, Passing
 
 _LARGEST_SIDECAR = 100_000  # bytes
 _TOGETHER = 1000  # rows whose pictures may be in memory
 _MOST_FRAMES = 16  # that a chain describes one by one
 _TOKEN_SIDE = 28  # pixels of a picture's side that one token stands for (Qwen2-VL's patches of 14, merged 2 x 2): for estimates
+# Characters of writing without spaces (Thai to Khmer, kana, Chinese), each of which counts as a word.
+_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\s{_UNSPACED}]+")
 _REFUSALS = re.compile(r"^(i'?m (sorry|unable)|sorry|i can(no|')t|as an ai|unfortunately)|\bas an ai (language )?model\b", re.I)
 
 
@@ -54,12 +57,13 @@ class Caption(Step):
   (calls, 0: no limit), concurrency (calls at a time), max_tokens, temperature, prices (for a million tokens in and out),
   cache (SQLite file of answers; "": in the user's cache folder).
   Existing: column, then sidecar (ending of a text file beside the video; one that changed, came or went since is read again,
-    on disks), else words of the file's name (name = True).
+    on disks), else words of the file's name (name = True). Where there is none, a row keeps what it has.
     timeline: column of (start in seconds, text, focus) records; text and focus go to the clip that begins there.
   Local: model is a folder of transformers' image-text-to-text models with its processor; batch: clips at a time.
   """
 
   title: ClassVar[str] = "caption"
+  version: ClassVar[int] = 2
   unit: ClassVar[str] = "clips"
   fails: ClassVar[bool] = True
   needs: ClassVar[tuple[str, ...]] = ("path", "num_frames", "height", "width")
@@ -132,7 +136,9 @@ class Caption(Step):
     return pl.DataFrame(rows, schema={**frame.schema, **added}, orient="row").lazy()
 
   def _columns(self, result: Any) -> dict[str, Any]:
-    """A text, or several columns."""
+    """A text, several columns, or nothing."""
+    if result is None:
+      return {}
     return result if isinstance(result, dict) else {self.into: result}
 
   def _captions(self, captioner: Any, rows: list[dict], context: Context, done: int) -> list[Any]:
@@ -173,7 +179,7 @@ class Caption(Step):
 
       try:
         look = functools.partial(_pictures, captioner.pictures)
-        context.pool.map(look, rows, sizes=[row.get("bytes") for row in rows], finished=finished)
+        context.pool.map(look, rows, sizes=sizes_of(rows), finished=finished)
         for future in futures.as_completed(asked):
           results[asked[future]] = future.result()
           advance(1)
@@ -247,8 +253,9 @@ def _pictures(how: Pictures, row: dict, report: Callable) -> list[bytes]:
   whole = how.places(row["num_frames"])
   single = how.single(row["num_frames"], row.get("fps") or video.DEFAULT_FPS)
   numbers = np.unique(whole + single)
-  size = small_size(row["height"], row["width"], how.side)
-  read = video.read_frames(row["path"], numbers + (row.get("start") or 0), size=size)
+  crop, height, width = part_of(row)
+  size = small_size(height, width, how.side)
+  read = video.read_frames(row["path"], numbers + (row.get("start") or 0), size=size, crop=crop)
   images = dict(zip(numbers.tolist(), read))
   shown = [images[i] for i in whole]
   if how.grid and len(shown) > 1:
@@ -277,7 +284,7 @@ def as_jpeg(image: np.ndarray) -> bytes:
 def usable(text: str) -> str:
   """A captioner's answer without fences and quotes. ValueError for what is none: empty, a refusal, data, endless repetition."""
   text = re.sub(r"^```\w*\n|\n?```$", "", text.strip()).strip().strip('"').strip()
-  words = text.lower().split()
+  words = _WORD.findall(text.lower())
   if len(words) < 3:
     raise ValueError("fewer than three words")
   if _REFUSALS.search(text):
@@ -320,7 +327,7 @@ class EndpointCaptioner:
     """What is about to be asked, before anything is: pictures as tokens of 28 x 28 pixels, answers of the full length."""
     calls = tokens = 0
     for row in rows:
-      height, width = small_size(row["height"], row["width"], self.step.side)
+      height, width = small_size(*part_of(row)[1:], self.step.side)
       picture = math.ceil(height / _TOKEN_SIDE) * math.ceil(width / _TOKEN_SIDE)
       whole = len(self.pictures.places(row["num_frames"]))
       single = len(self.pictures.single(row["num_frames"], row.get("fps") or video.DEFAULT_FPS))

@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import base64
 import dataclasses
+import importlib.util
+import json
 import math
 import os
 import tempfile
@@ -23,10 +25,10 @@ from data import paths, video
 from data.command_line import OneLineParser
 from data.prepare import caption, check
 from data.prepare import config as configs
-from data.prepare.cut import small_size
+from data.prepare.cut import part_of, small_size
 from data.prepare.selection import draw
-from data.prepare.shards import scan_all
-from data.prepare.steps import Context, Step
+from data.prepare.shards import digest, refuse_overwriting, scan_all, tables_in
+from data.prepare.steps import Context, Step, sizes_of
 from data.prepare.workers import DEFAULT_LIMITS, Failure, Pool
 
 _BINS = 40
@@ -56,7 +58,7 @@ class Report(Step):
   """
 
   title: ClassVar[str] = "report"
-  version: ClassVar[int] = 2
+  version: ClassVar[int] = 3
   needs: ClassVar[tuple[str, ...]] = ("path",)
 
   file: str = "report.html"
@@ -64,8 +66,17 @@ class Report(Step):
   sheets: bool = True
 
   def check(self) -> None:
-    if self.training and not os.path.isfile(self.training):
-      raise ValueError(f"training = {self.training!r}: no such file")
+    if importlib.util.find_spec("jinja2") is None:
+      raise ValueError("the page needs `pip install -c constraints.txt -r requirements-prepare.txt` (jinja2)")
+    self._stages()
+
+  def _stages(self) -> dict[str, Any]:
+    """Data settings of the training's stages."""
+    return check.stages(configs.load(self.training), "table") if self.training else {}
+
+  def recipe(self) -> dict[str, Any]:
+    settings = {name: dataclasses.asdict(stage) for name, stage in self._stages().items()}
+    return {**super().recipe(), "training": digest(json.loads(json.dumps(settings, default=str)))}
 
   def write(self, tables: list[str], context: Context) -> tuple[str, list[str]]:
     target = paths.join(os.path.dirname(context.folder) if context.folder else "", self.file)
@@ -200,7 +211,7 @@ def _hours(table: pl.LazyFrame) -> float | None:
 def _sheet(table: pl.LazyFrame, found: dict[str, Any], pool: Pool) -> dict[str, Any]:
   """Best, worst and random clips of a score, each with a strip of frames."""
   name = found["name"]
-  columns = [c for c in ("path", "text", "num_frames", "height", "width", "start", "id", "bytes")
+  columns = [c for c in ("path", "text", "num_frames", "height", "width", "start", "crop", "id", "bytes")
              if c in table.collect_schema()]  # fmt: skip
   scored = table.filter(pl.col(name).is_not_null() & (pl.col("num_frames") > 1)).select(pl.col(name).alias("score"), *columns)
   picks = [
@@ -211,7 +222,7 @@ def _sheet(table: pl.LazyFrame, found: dict[str, Any], pool: Pool) -> dict[str, 
   rows = []
   for kind, pick in picks:
     clips = pick.collect(engine="streaming").to_dicts()
-    strips = pool.map(strip, clips, sizes=[c.get("bytes") for c in clips])
+    strips = pool.map(strip, clips, sizes=sizes_of(clips))
     made = [{**clip, "image": None if isinstance(s, Failure) else s} for clip, s in zip(clips, strips)]
     if made:
       rows.append({"kind": kind, "clips": made})
@@ -222,8 +233,9 @@ def strip(row: dict[str, Any], report: Callable) -> str:
   """In a worker: frames of a clip side by side as a data address."""
   frames = row["num_frames"]
   numbers = sorted({int((i + 0.5) * frames / _STRIP) for i in range(_STRIP)})
-  size = small_size(row["height"], row["width"], _SIDE)
-  images = video.read_frames(row["path"], np.array(numbers) + (row.get("start") or 0), size=size)
+  crop, height, width = part_of(row)
+  size = small_size(height, width, _SIDE)
+  images = video.read_frames(row["path"], np.array(numbers) + (row.get("start") or 0), size=size, crop=crop)
   return "data:image/jpeg;base64," + base64.b64encode(caption.as_jpeg(np.concatenate(list(images), 1))).decode()
 
 
@@ -257,9 +269,10 @@ def main(arguments: list[str]) -> int:
   options = parser.parse_args(arguments)
   tables = [options.input]
   if paths.is_folder(options.input):
-    tables = [paths.join(options.input, n) for n in paths.names(options.input) if n.endswith(".parquet")]
+    tables = tables_in(options.input)
   if not tables or not all(paths.exists(t) for t in tables):
     raise ValueError(f"{options.input} is no table and no folder of parquet shards")
+  refuse_overwriting(options.output, [*tables, options.config])
   with Pool(options.workers, DEFAULT_LIMITS) as pool:
     paths.write_text(options.output, build(tables, training=options.config, pool=None if options.no_sheets else pool))
   print(options.output)

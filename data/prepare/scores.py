@@ -5,7 +5,8 @@ A scorer is a frozen dataclass whose fields are its settings, with
   columns: {name: polars type} that it adds,
   side: pixels of the shorter side of the pictures that it wants,
   frames(num_frames, fps): the numbers, ascending, of the frames of a clip that it wants, none if it has nothing to say,
-  __call__(images, row): uint8 [T, H, W, 3] and the row of the table -> {column: value}.
+  __call__(images, row): uint8 [T, H, W, 3] and the row of the table, with height and width of what `crop` leaves -> {column:
+    value}.
 
 `SCORERS` has ours; any other is named by its import path: scorers = {"mine": {"scorer": "package.module:Class", ...}}.
 """
@@ -24,7 +25,7 @@ import numpy as np
 
 from data import video
 from data.prepare.config import create
-from data.prepare.cut import small_size
+from data.prepare.cut import part_of, small_size
 from data.prepare.steps import Context, RowStep
 
 SCORERS = {
@@ -45,6 +46,7 @@ class Scores(RowStep):
   """
 
   title: ClassVar[str] = "scores"
+  version: ClassVar[int] = 2
   unit: ClassVar[str] = "clips"
   needs: ClassVar[tuple[str, ...]] = ("path", "num_frames", "height", "width")
 
@@ -71,8 +73,10 @@ class Scores(RowStep):
     if not len(numbers):
       return [{}]
     side = max(scorer.side for scorer, frames in wanted if len(frames))
-    size = small_size(row["height"], row["width"], side)
-    pictures = video.read_frames(row["path"], numbers + (row.get("start") or 0), size=size)
+    crop, height, width = part_of(row)
+    row = {**row, "crop": crop, "height": height, "width": width}
+    size = small_size(height, width, side)
+    pictures = video.read_frames(row["path"], numbers + (row.get("start") or 0), size=size, crop=crop)
     values: dict[str, Any] = {}
     for scorer, frames in wanted:
       if len(frames):

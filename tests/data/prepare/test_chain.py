@@ -400,6 +400,104 @@ def test_shards_stay_in_order_when_there_are_many(tmp_path):
   assert [shards.part_number(name) for name in names] == [2, 99_999, 100_000]
 
 
+def pictures(folder, names):
+  folder.mkdir(exist_ok=True)
+  for name in names:
+    Image.fromarray(picture(ord(name), 0)).save(folder / f"{name}.png")
+  return folder
+
+
+def test_a_new_copy_makes_no_other_shard_again(tmp_path):
+  """What a step finds out about the whole table is in the key of all its shards; those that come out as before are no news."""
+  folder = pictures(tmp_path / "pictures", "abc")
+  values = dict(
+    output=str(tmp_path / "out"), steps=("collect", "probe", "duplicates", "split", "filter"), workers=1,
+    collect=dict(sources=(str(folder),), rows_per_shard=1), probe=dict(picture_hash=False),
+  )  # fmt: skip
+  configs.chain(values).run()
+  before = times(tmp_path / "out")
+  shutil.copy(folder / "b.png", folder / "z.png")
+  configs.chain(values).run()
+  assert table(tmp_path / "out", "split")["error"].is_not_null().to_list() == [False, False, False, True]
+  after = times(tmp_path / "out")
+  assert {name for name in before if after[name] != before[name]} == {f"duplicates/part-0000{i}.parquet" for i in range(3)}
+  os.unlink(folder / "b.png")  # the copy is the one that is left
+  values["collect"]["forget"] = True
+  configs.chain(values).run()
+  assert table(tmp_path / "out", "filter")["path"].to_list() == ["a.png", "c.png", "z.png"]
+
+
+def test_machines_go_on_where_a_folder_was_removed(tmp_path):
+  values = dict(
+    output=str(tmp_path / "out"), steps=("collect", "probe", "split", "sample"), patience=0.0, workers=1,
+    collect=dict(sources=(str(pictures(tmp_path / "pictures", "abcd")),), rows_per_shard=1), sample=dict(rows=9),
+  )  # fmt: skip
+  run = lambda index, until="split": configs.chain(values, shard=(index, 2)).run(until)  # noqa: E731
+  run(0)
+  run(1)
+  shutil.rmtree(tmp_path / "out" / "probe")
+  run(0)  # what the other machine made of its part is there, and that part is not
+  run(1)
+  run(0, None)
+  run(1, None)
+  assert table(tmp_path / "out", "sample").height == 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Fussy(steps.RowStep):
+  """Fails, once or for ever, for some of the files."""
+
+  title: ClassVar[str] = "fussy"
+  needs: ClassVar[tuple[str, ...]] = ("path",)
+
+  bad: str = ""
+
+  def rows(self, group, context, report):
+    if group[0]["path"][-5] in self.bad:
+      raise workers.Passing("not now")
+    return [{}]
+
+
+def test_steps_of_one_title_count_their_own_failures(tmp_path, capsys):
+  folder = pictures(tmp_path / "pictures", "abc")
+  made = {"collect": collect.Collect(sources=(str(folder),)), "one": Fussy(bad="a"), "two": Fussy(bad="bc")}
+  chained = chain.Chain(str(tmp_path / "out"), made, workers=1)
+  chained.run()
+  printed = capsys.readouterr().out
+  assert "one: 3 rows, 1 failed, 1 of them are tried again" in printed
+  assert "two: 3 rows, 2 failed, 2 of them are tried again" in printed
+  assert [chained.counts(name).retry for name in made] == [0, 1, 2]
+  assert table(tmp_path / "out", "two")["error"].to_list() == ["fussy: not now"] * 3
+
+
+def test_unreadable_folders_are_named(tmp_path, monkeypatch, capsys):
+  folder = pictures(tmp_path / "pictures", "a")
+  pictures(folder / "mine", "b")
+  scandir = os.scandir
+
+  def refusing(path):
+    if str(path).endswith("mine"):
+      raise PermissionError(13, "Permission denied")
+    return scandir(path)
+
+  monkeypatch.setattr(paths.os, "scandir", refusing)
+  collect.Collect(sources=(str(folder),)).list(str(tmp_path / "out"))
+  assert f"collect: 1 folders below {folder} can't be read, as {folder}/mine: no permission" in capsys.readouterr().out
+  assert table(tmp_path, "out").height == 1
+
+
+def test_time_limits_go_by_the_size_of_files_that_a_table_does_not_say(tmp_path):
+  (tmp_path / "a").write_bytes(b"x" * 3000)
+  rows = [{"path": str(tmp_path / "a")}, {"path": "/nowhere"}, {"path": "/b", "bytes": 5}]
+  assert steps.sizes_of(rows) == [3000, None, 5]
+  context = steps.Context("", "")
+  context.pool = workers.Pool(1)
+  seen = []
+  context.pool.map = lambda function, items, *, sizes, progress: seen.append(sizes)
+  context.map(None, [[row] for row in rows])
+  assert seen == [[3000, 0, 5]]
+
+
 # --------------------------------------------------------------------------------------------------------------- workers
 
 
@@ -555,3 +653,28 @@ def test_a_clip_that_was_damaged_since_it_was_made_is_made_again(videos, tmp_pat
   assert main.main(["run", "--config", config_file(tmp_path, videos)]) == 0
   assert damaged.stat().st_size > 100
   assert table(tmp_path / "out").equals(table(undisturbed))
+
+
+def test_a_step_alone_says_what_failed(tmp_path, capsys):
+  rows = [{"path": f"/nowhere/{i}.mp4", "num_frames": 9, "height": 48, "width": 64} for i in range(4)]
+  pl.DataFrame(rows).write_parquet(tmp_path / "t.parquet")
+  alone = lambda step: main.main([step, str(tmp_path / "t.parquet"), "-o", str(tmp_path / "o.parquet"), "--workers=1"])  # noqa: E731
+  assert alone("scores") == 0
+  printed = capsys.readouterr().out
+  assert "scores: 4 rows of 4" in printed
+  assert ", 4 failed, 4 of them are tried again by the next run\n  /nowhere/0.mp4: scores: no such file\n" in printed
+  assert printed.count("/nowhere/") == 3
+  for step, column in (("scenes", "fps"), ("crops", "id")):
+    assert alone(step) == 2
+    assert f"{step} needs the column {column}, which" in capsys.readouterr().err
+
+
+def test_a_bucket_is_asked_once_for_a_folder(tmp_path, store, monkeypatch):
+  for name in ("a", "b"):
+    paths.write_text(f"gs://clips/listed/{name}.mp4", name)
+  step = collect.Collect(sources=("gs://clips/listed",))
+  monkeypatch.setattr(collect, "state_of", None)  # nor for each file
+  step.list(str(tmp_path / "out"))
+  found = pl.read_parquet(tmp_path / "out" / "part-00000.parquet")
+  assert found.select("path", "bytes").rows() == [("gs://clips/listed/a.mp4", 1), ("gs://clips/listed/b.mp4", 1)]
+  assert found["changed"].to_list() == [int(paths.stat(path)[1]) for path in found["path"]]

@@ -152,3 +152,29 @@ def test_mistakes(table, capsys, table_name, config, message):
   error = capsys.readouterr().err
   assert message in error
   assert error.count("\n") == 1
+
+
+def test_nothing_that_is_read_is_written_over(table, tmp_path, capsys):
+  (tmp_path / "t.parquet").write_bytes((table / "t.parquet").read_bytes())
+  (tmp_path / "link.parquet").symlink_to(tmp_path / "t.parquet")
+  for command in (["report", "-o"], ["check", f"--config={table / 'training.py'}", "--bad"]):
+    arguments = [*command, str(tmp_path / "link.parquet"), str(tmp_path / "t.parquet")]
+    assert main.main([*arguments, "--workers=1"]) == 2
+    assert "is a file that is read: give another name" in capsys.readouterr().err
+  assert (tmp_path / "t.parquet").read_bytes() == (table / "t.parquet").read_bytes()
+
+
+def test_report_follows_the_training_config(table, tmp_path):
+  """Its content, not its name alone."""
+  (tmp_path / "training.py").write_text(TRAINING)
+  values = dict(
+    output=str(tmp_path / "out"), steps=("collect", "report"), workers=1, collect=dict(sources=(str(table / "t.parquet"),)),
+    report=dict(training=str(tmp_path / "training.py"), sheets=False),
+  )  # fmt: skip
+  pages = []
+  for text in (TRAINING, TRAINING + "# another comment", TRAINING.replace('"144p", 8', '"144p", 16')):
+    (tmp_path / "training.py").write_text(text)
+    configs.chain(values).run()
+    pages.append(((tmp_path / "out" / "report.html").stat().st_mtime_ns, (tmp_path / "out" / "report.html").read_text()))
+  assert pages[0] == pages[1]
+  assert "144p x 16" in pages[2][1]
