@@ -33,7 +33,7 @@ def get_config():
   # The report shows what other thresholds would remove; these take black, still and empty clips only.
   config.filter = dict(where=dict(moves="flow >= 0.1", lit="black < 0.5", moving="frozen < 0.9"))
   config.caption = dict(backend="existing", column="text", sidecar=".txt", name=True)
-  config.clean = dict(openings=True, tokenizer="byt5")
+  config.clean = dict(openings=True, tokenizer="byt5")  # `text_len` in bytes; in tokens with the folder of a T5's tokenizer
   config.split = dict(shares=dict(train=0.98, validation=0.02))
   config.export = dict(formats=("table",))  # also "tfds", "webdataset" (both need the step cut)
   config.report = dict(training="")  # a training config, whose buckets are shown

@@ -55,7 +55,8 @@ class Caption(Step):
 
   Endpoint: url (with /v1), model, key_variable (environment variable with the key), timeout (seconds), attempts, per_minute
   (calls, 0: no limit), concurrency (calls at a time), max_tokens, temperature, prices (for a million tokens in and out),
-  cache (SQLite file of answers; "": in the user's cache folder).
+  cache (SQLite file of answers; "": in the user's cache folder). On a cluster url has to be known to all machines, and each one
+  has its own cache, concurrency and per_minute.
   Existing: column, then sidecar (ending of a text file beside the video; one that changed, came or went since is read again,
     on disks), else words of the file's name (name = True). Where there is none, a row keeps what it has.
     timeline: column of (start in seconds, text, focus) records; text and focus go to the clip that begins there.
@@ -111,10 +112,24 @@ class Caption(Step):
       raise ValueError("backend 'endpoint' needs url = 'http://HOST:PORT/v1' and model")
     if self.backend == "existing" and not (self.column or self.sidecar or self.timeline or self.name):
       raise ValueError("backend 'existing' needs column, sidecar, timeline or name")
+    if self.backend == "local":
+      from data.prepare import caption_local
+
+      caption_local.check(self.model)
+    elif self.backend not in BACKENDS:
+      _captioner_class(self.backend)
+    if self.prompt not in prompts.PROMPTS and len(self.prompt.split()) < 2:
+      raise ValueError(f"prompt = {self.prompt!r} is no text, and none of {', '.join(prompts.PROMPTS)}")
+    if self.sidecar and not self.sidecar.startswith("."):
+      raise ValueError(f"sidecar = {self.sidecar!r} is no ending, as '.txt'")
     if self.chain not in ("", "cogvideox"):
       raise ValueError(f"chain = {self.chain!r} is neither '' nor 'cogvideox'")
     if self.frames < 1 or self.side < 16 or self.attempts < 1 or self.concurrency < 1 or len(self.prices) != 2:
       raise ValueError("frames, attempts and concurrency must be at least 1, side at least 16, prices two numbers")
+    if self.max_tokens < 1 or self.batch < 1 or self.timeout <= 0 or self.frame_seconds <= 0:
+      raise ValueError("max_tokens and batch must be at least 1, timeout and frame_seconds more than 0")
+    if self.per_minute < 0 or self.temperature < 0 or min(self.prices) < 0:
+      raise ValueError("per_minute, temperature and prices must be 0 or more")
 
   def transform(self, table: pl.LazyFrame, context: Context) -> pl.LazyFrame:
     frame = table.collect()
@@ -207,12 +222,17 @@ def _guarded(function: Callable, *arguments: Any) -> Any:
 
 
 def make_captioner(step: Caption) -> Any:
-  """The step's backend. ValueError in one line if there is none."""
-  module, _, name = BACKENDS.get(step.backend, step.backend).partition(":")
+  """The step's backend."""
+  return _captioner_class(step.backend)(step)
+
+
+def _captioner_class(backend: str) -> type:
+  """ValueError in one line if there is none."""
+  module, _, name = BACKENDS.get(backend, backend).partition(":")
   try:
-    return getattr(importlib.import_module(module), name)(step)
+    return getattr(importlib.import_module(module), name)
   except (ImportError, AttributeError) as error:
-    raise ValueError(f"caption: backend {step.backend!r} can't be used ({error})") from None
+    raise ValueError(f"backend {backend!r} can't be used ({error})") from None
 
 
 BACKENDS = {

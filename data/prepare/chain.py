@@ -39,7 +39,7 @@ from data.prepare.shards import (
   tables_in,
   with_failures,
 )
-from data.prepare.steps import Context, RowStep, Source, Step, run_shard, states_beside
+from data.prepare.steps import Context, Source, Step, run_shard, states_beside
 from data.prepare.workers import DEFAULT_LIMITS, Limits, Pool
 
 _POLL = 2.0  # seconds between looks at what other machines have done
@@ -229,7 +229,7 @@ class Chain:
       (step, paths.join(self.folder(before), part), path(part), key, Context(self.folder(name), part, facts, self.limits))
       for part, key in todo.items()
     ]
-    if self.cluster and isinstance(step, RowStep):
+    if self.cluster and step.fails:  # that is, looks at files or asks somebody, row by row
       for part, meta in self.cluster(jobs, self.workers):
         self._metas[path(part)] = meta
         done += sizes[part]
@@ -405,8 +405,6 @@ def _told_failures(title: str, errors: int, retry: int, tables: list[str]) -> st
 def run_alone(name: str, step: Step, source: str, target: str, *, workers: int = 2, limits: Limits = DEFAULT_LIMITS) -> str:
   """One step on a table file, or on a folder of shards -> the same under `target`; what is done is skipped. Returns what to
   say about it."""
-  if isinstance(step, Source):
-    raise ValueError(f"{name} is the source of a chain: use it in a config")
   folder = paths.is_folder(source)
   found = tables_in(source) if folder else []
   pairs = [(a, paths.join(target, os.path.basename(a))) for a in found] if folder else [(source, target)]
@@ -418,6 +416,8 @@ def run_alone(name: str, step: Step, source: str, target: str, *, workers: int =
       raise ValueError(f"{a} is no table (.parquet, .csv, .jsonl) that is there")
   with Pool(workers, limits) as pool:
     if step.writes:
+      if target.endswith((".parquet", ".csv", ".jsonl")):
+        raise ValueError(f"-o {target}: {name} may write several files: give a folder")
       return step.write(tables, Context(paths.join(paths.absolute(target), name), "", limits=limits, pool=pool))[0]
     facts = None
     if step.gathers:

@@ -234,6 +234,10 @@ class Probe(RowStep):
   picture_hash: bool = True
   max_streams: int = 32
 
+  def check(self) -> None:
+    if self.max_streams < 1:
+      raise ValueError("max_streams must be at least 1")
+
   def rows(self, group: list[dict], context: Context, report: Callable) -> list[dict]:
     (row,) = group
     path = row["path"]

@@ -46,8 +46,8 @@ _OWN = ("output", "steps", "workers", "limits", "patience")
 
 def step_class(title: str) -> type[Step]:
   """The class of a step by what configs call it."""
-  if title not in STEPS:
-    near = difflib.get_close_matches(title, STEPS, 1)
+  if not isinstance(title, str) or title not in STEPS:
+    near = difflib.get_close_matches(str(title), STEPS, 1)
     raise ValueError(
       f"there is no step {title!r}" + (f", did you mean {near[0]!r}?" if near else f"; known: {', '.join(STEPS)}")
     )
@@ -105,10 +105,16 @@ def literal(text: str) -> Any:
 
 def chain(values: Mapping[str, Any], *, workers: int = 0, shard: tuple[int, int] = (0, 1)) -> Chain:
   """The chain that a config declares, every setting checked."""
-  names = values.get("steps") or ()
+  if "steps" not in values:
+    raise ValueError("steps is missing: the config is none of this pipeline, as configs/data/local.py is")
+  names = values["steps"]
   names = (names,) if isinstance(names, str) else names
+  if not isinstance(names, (tuple, list)) or not all(isinstance(name, str) for name in names):
+    raise ValueError(f"steps = {names!r} is no tuple of names; known: {', '.join(STEPS)}")
   if not values.get("output"):
     raise ValueError("output is missing: the folder of the run, or gs://BUCKET/NAME")
+  if not isinstance(values["output"], str):
+    raise ValueError(f"output = {values['output']!r} is no folder")
   paths.check(values["output"], "output")
   for key in values:
     if key not in (*_OWN, *names) and key not in STEPS:
@@ -141,6 +147,11 @@ def _settings(values: Mapping[str, Any], key: str) -> dict[str, Any]:
   if not isinstance(found, Mapping):
     raise ValueError(f"{key} = {found!r} is none: it holds settings")
   return dict(found)
+
+
+def defaults(cls: type) -> dict[str, Any]:
+  """{setting: its default} of a step."""
+  return {f.name: getattr(cls(), f.name) for f in dataclasses.fields(cls)}
 
 
 def create(cls: type, settings: Mapping[str, Any], where: str) -> Any:

@@ -268,6 +268,8 @@ class Cut(RowStep):
   def check(self) -> None:
     if self.short_side and self.short_side < 16:
       raise ValueError("short_side must be 0 (as the video) or at least 16 pixels")
+    if self.max_fps < 0:
+      raise ValueError("max_fps must be 0 (no limit) or more")
 
   def groups(self, rows: list[dict]) -> Iterator[list[dict]]:
     for _, same in itertools.groupby(rows, lambda row: row["path"]):

@@ -53,6 +53,8 @@ class Export(Step):
   def check(self) -> None:
     if wrong := set(self.formats) - set(FORMATS):
       raise ValueError(f"formats has {', '.join(wrong)}; allowed: {', '.join(FORMATS)}")
+    if self.samples < 1 or not self.formats:
+      raise ValueError("samples must be at least 1, formats at least one of " + ", ".join(FORMATS))
     if not self.name.endswith((".parquet", ".csv")) or "/" in self.name:
       raise ValueError(f"name = {self.name!r} must be a file name that ends in .parquet or .csv")
 
@@ -64,7 +66,7 @@ class Export(Step):
     if unknown := [c for c in self.columns if c not in names]:
       raise ValueError(f"export.columns has {', '.join(unknown)}; the table has {', '.join(names)}")
     if not table.select(pl.len()).collect(engine="streaming").item():
-      raise ValueError("export: no row without an error is left")
+      raise ValueError(f"export: no row without an error is left{_last(context.history)}")
     paths.make_folder(folder)
     files, said = [], []
     splits = _splits(table) if "split" in names else {"": table}
@@ -99,6 +101,12 @@ class Export(Step):
     kept = self.columns or known_columns(names)
     write_shard(target, relative_to(table, os.path.dirname(target)).select(kept), {"key": "", "identity": "", "retry": 0})
     return target
+
+
+def _last(history: tuple) -> str:
+  """Which step left no row of those that came to it."""
+  gone = next((name for name, rows_in, rows, *_ in history if rows_in and not rows), "")
+  return f": {gone} left none, look at its settings" if gone else ""
 
 
 def known_columns(names: list[str]) -> list[str]:

@@ -88,6 +88,10 @@ class Quality:
 
   count: int = 8
 
+  def check(self) -> None:
+    if self.count < 1:
+      raise ValueError("count must be at least 1")
+
   def frames(self, num_frames: int, fps: float) -> np.ndarray:
     places = _spread(num_frames, self.count)
     return np.unique(np.concatenate([places, np.minimum(places + 1, num_frames - 1)]))
@@ -139,6 +143,10 @@ class Camera:
   threshold: float = 0.25
   seconds: float = 0.2
   most: int = 64
+
+  def check(self) -> None:
+    if self.threshold <= 0 or self.seconds <= 0 or self.most < 2:
+      raise ValueError("threshold and seconds must be more than 0, most at least 2")
 
   def frames(self, num_frames: int, fps: float) -> np.ndarray:
     if num_frames < 2:
@@ -224,6 +232,8 @@ class Text:
   def check(self) -> None:
     if importlib.util.find_spec("rapidocr") is None:
       raise ValueError("text needs `pip install -c constraints.txt -r requirements-prepare.txt`")
+    if not self.at or not all(0 <= place <= 1 for place in self.at):
+      raise ValueError("at needs places from 0 to 1")
 
   def frames(self, num_frames: int, fps: float) -> np.ndarray:
     return np.unique([min(num_frames - 1, int(place * num_frames)) for place in self.at])

@@ -124,6 +124,8 @@ class Scenes(RowStep):
       raise ValueError(f"long = {self.long!r} is neither 'split' nor 'first'")
     if self.min_seconds < 0 or self.max_seconds < 0 or (self.max_seconds and self.max_seconds < self.min_seconds):
       raise ValueError("max_seconds must be 0 or at least min_seconds, and min_seconds at least 0")
+    if (self.threshold is not None and self.threshold <= 0) or self.min_content < 0 or self.min_scene_frames < 1:
+      raise ValueError("threshold must be more than 0, min_content at least 0, min_scene_frames at least 1")
 
   def rows(self, group: list[dict], context: Context, report: Callable) -> list[list[dict]]:
     (row,) = group

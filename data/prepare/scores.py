@@ -42,7 +42,9 @@ SCORERS = {
 class Scores(RowStep):
   """Adds the columns of its scorers.
 
-  scorers: {name: settings}, or a tuple of names; see `data.prepare.scores`.
+  scorers: {name: settings}, or a tuple of names. Ours, with their settings: motion (count, every, preset), quality (count),
+    camera (threshold, seconds, most), text (at, confidence, letters), aesthetic (model, head, at), matching (image_model,
+    text_model, tokenizer, scale); see data/prepare/measures.py and clip.py. One of yours: {name: {"scorer": "module:Class"}}.
   """
 
   title: ClassVar[str] = "scores"
@@ -63,6 +65,8 @@ class Scores(RowStep):
 
   def _made(self) -> list[Any]:
     named = self.scorers if isinstance(self.scorers, dict) else {key: {} for key in self.scorers}
+    if wrong := next((name for name, settings in named.items() if not isinstance(settings, dict)), None):
+      raise ValueError(f"scorers.{wrong} = {named[wrong]!r} is none: it holds settings, such as {{}}")
     return [make_scorer(name, json.dumps(settings)) for name, settings in named.items()]
 
   def rows(self, group: list[dict], context: Context, report: Callable) -> list[dict]:
@@ -97,8 +101,13 @@ def make_scorer(name: str, settings: str) -> Any:
     cls = getattr(importlib.import_module(module), attribute)
   except (ImportError, AttributeError) as error:
     raise ValueError(f"scorers.{name}: {path} cannot be imported ({error})") from None
-  # Its settings are checked as those of a step.
-  return create(cls, values, f"scorers.{name}") if dataclasses.is_dataclass(cls) else cls(**values)
+  try:  # the settings of a dataclass are checked as those of a step
+    made = create(cls, values, f"scorers.{name}") if dataclasses.is_dataclass(cls) else cls(**values)
+  except TypeError as error:
+    raise ValueError(f"scorers.{name}: {error}") from None
+  if missing := [part for part in ("columns", "side", "frames", "__call__") if not hasattr(made, part)]:
+    raise ValueError(f"scorers.{name}: {path} is no scorer: it has no {missing[0]}")
+  return made
 
 
 def _smaller(images: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -196,6 +197,8 @@ class Split(Step):
     values = list(self.shares.values())
     if not values or not all(isinstance(v, (int, float)) and v >= 0 for v in values) or not sum(values):
       raise ValueError("shares must be {name: number from 0 up}")
+    if wrong := [name for name in self.shares if not re.fullmatch(r"[\w-]+", name)]:
+      raise ValueError(f"shares has {wrong[0]!r}: only letters, digits, _ and - can name the file of a split")
 
   def transform(self, table: pl.LazyFrame, context: Context) -> pl.LazyFrame:
     names, shares = list(self.shares), np.array(list(self.shares.values()), float)

@@ -191,6 +191,17 @@ def test_an_endpoint_that_is_away_costs_no_table(server, clips, tmp_path):
   assert pl.read_parquet(tmp_path / "out.parquet").equals(pl.read_parquet(tmp_path / "good.parquet"))
 
 
+def test_an_endpoint_where_nobody_is_ends_the_run(server, clips, tmp_path, capsys):
+  """At once, not after all attempts of every clip; one that goes away later is another thing."""
+  one = server()
+  one.close()
+  assert main.main(command(clips, tmp_path, one.url, "--attempts=2")) == 2
+  error = capsys.readouterr().err
+  assert error.startswith(f"error: caption: nobody is at {one.url}")
+  assert "is the endpoint running?" in error
+  assert not (tmp_path / "out.parquet").exists()
+
+
 def test_killed_while_it_asks(server, clips, tmp_path):
   one = server(lambda number: time.sleep(0.05) or "")
   arguments = command(clips, tmp_path, one.url, "--concurrency=1")

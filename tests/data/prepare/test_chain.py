@@ -229,12 +229,35 @@ def test_ray_gives_what_one_machine_gives(videos, tmp_path, undisturbed):
   try:
     cluster.add_node(num_cpus=1)
     command = ["run", "--config", config_file(tmp_path, videos), "--workers", "1", "--ray", cluster.address]
+    command += ["--config.steps=('collect','probe','duplicates','scenes','cut','caption')"]
+    command += ["--config.caption={'backend':'existing','name':True}"]
     assert main.main([*command, "--config.collect.rows_per_shard=3"]) == 0  # two shards: one for each node
     assert len([n for n in ray.nodes() if n["Alive"]]) == 2
   finally:
     ray.shutdown()
     cluster.shutdown()
   assert table(tmp_path / "out").equals(table(undisturbed))
+  assert table(tmp_path / "out", "caption")["text"].to_list() == [str(i) for i in range(5) for _ in range(2)]
+
+
+def test_all_that_looks_at_files_or_asks_is_made_on_the_cluster(tmp_path):
+  asked = []
+
+  def cluster(jobs, workers_each):
+    for job in jobs:
+      asked.append(job[0].title)
+      with workers.Pool(workers_each) as job[-1].pool:
+        yield job[-1].part, steps.run_shard(*job)
+
+  values = dict(
+    output=str(tmp_path / "out"), steps=("collect", "probe", "caption", "clean", "split"), workers=1,
+    collect=dict(sources=(str(pictures(tmp_path / "pictures", "a")),)), caption=dict(backend="existing", name=True),
+  )  # fmt: skip
+  made = configs.chain(values)
+  made.cluster = cluster
+  made.run()
+  assert asked == ["probe", "caption"]
+  assert table(tmp_path / "out", "split")["text"].to_list() == ["A"]
 
 
 def test_killed_again_and_again(videos, tmp_path, undisturbed):
@@ -567,6 +590,12 @@ def test_workers_survive_everything(tmp_path):
     ("--config.scenes=3", "scenes = 3 is none: it holds settings"),
     ("--config.limits=3", "limits = 3 is none: it holds settings"),
     ("--config.ouput=x", "there is no key 'ouput', did you mean 'output'?"),
+    ("--config.steps=(1,2)", "steps = (1, 2) is no tuple of names"),
+    ("--config.steps=5", "steps = 5 is no tuple of names"),
+    ("--config.output=5", "output = 5 is no folder"),
+    ("--config.collect.sources=(1,)", "collect.sources = (1,) is no tuple[str, ...]"),
+    ("--config.limits.seconds=-5", "limits: seconds, bytes_per_second, memory_gb and max_pixels must be more than 0"),
+    ("--config.cut.max_fps=-1", "cut: max_fps must be 0"),
     ("--shard=2/2", "--shard 2/2: give I/N"),
     ("stray", "unexpected argument 'stray'"),
   ],
@@ -577,6 +606,64 @@ def test_mistakes_are_one_line(videos, tmp_path, capsys, argument, message):
   assert message in error
   assert error.startswith("error: ")
   assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+  ("step", "settings", "message"),
+  [
+    ("caption", dict(backend="local", model="/nowhere"), "mine: model = '/nowhere' is no folder with a transformers model"),
+    ("caption", dict(backend="no.such:Module"), "mine: backend 'no.such:Module' can't be used"),
+    ("caption", dict(backend="existing", sidecar="txt"), "mine: sidecar = 'txt' is no ending"),
+    (
+      "caption",
+      dict(url="http://x/v1", model="m", prompt="dens"),
+      "mine: prompt = 'dens' is no text, and none of short, dense",
+    ),
+    ("scores", dict(scorers={"motion": None}), "mine: scorers.motion = None is none"),
+    (
+      "scores",
+      dict(scorers={"a": {"scorer": "tests.data.prepare.test_scores:Mine", "b": 1}}),
+      "mine: scorers.a: Mine() takes no",
+    ),
+    ("scores", dict(scorers={"a": {"scorer": "collections:Counter"}}), "mine: scorers.a: collections:Counter is no scorer"),
+    ("split", dict(shares={"a/b": 1}), "mine: shares has 'a/b': only letters"),
+    ("split", dict(shares={"a": "much"}), "mine: shares must be"),
+    ("report", dict(training="/nowhere.py"), "no such file"),
+    ("report", dict(training=__file__), "get_config"),
+    ("export", dict(samples=0), "mine: samples must be at least 1"),
+    ({}, {}, "there is no step {}"),
+  ],
+)
+def test_mistakes_are_found_before_anything_runs(tmp_path, step, settings, message):
+  values = dict(
+    output=str(tmp_path), steps=("collect", "mine"), collect=dict(sources=("/v",)), mine=dict(step=step, **settings)
+  )
+  with pytest.raises(ValueError, match=r"^[^\n]+$") as error:
+    configs.chain(values)
+  assert message in str(error.value)
+
+
+def test_what_is_given_to_the_wrong_command(videos, tmp_path, capsys):
+  pl.DataFrame({"path": ["a.mp4"], "error": ["x: y"]}).write_parquet(tmp_path / "t.parquet")
+  (tmp_path / "other.py").write_text("def get_config():\n  return dict(model=dict(), autoencoder=dict())\n")
+  mistakes = (
+    (["run", "--config", str(tmp_path / "other.py")], "steps is missing: the config is none of this pipeline"),
+    (["collect", str(videos), "-o", str(tmp_path / "o")], "collect begins a chain: use it in a config; `table FOLDER"),
+    (["export", str(tmp_path / "t.parquet"), "-o", str(tmp_path / "x.parquet")], "export may write several files: give"),
+  )  # fmt: skip
+  for command, message in mistakes:
+    assert main.main(command) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+  assert not (tmp_path / "x.parquet").exists()
+  text = config_file(tmp_path, videos)
+  command = ["run", "--config", text, "--config.steps=('collect','probe','scenes','export')", "--config.scenes.detector=none"]
+  assert main.main([*command, "--config.scenes.min_seconds=5.0"]) == 2
+  assert "export: no row without an error is left: scenes left none, look at its settings" in capsys.readouterr().err
+  with pytest.raises(SystemExit):
+    main.main(["scenes", "--help"])
+  assert "--min_seconds=2.0\n" in capsys.readouterr().out
 
 
 def test_one_step_alone(videos, tmp_path, undisturbed, capsys):
