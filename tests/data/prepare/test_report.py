@@ -142,7 +142,7 @@ def test_report_of_what_others_measured(tmp_path):
   assert main.main(command) == 0
   page = Page((tmp_path / "r.html").read_text())
   text = " ".join(page.texts)
-  assert "12 rows, 3 of them failed, 3 are copies" in text
+  assert "12 rows, 3 of them failed, 3 of them copies" in text
   assert "duplicates: the same content as ... 3 /c/0.mp4" in text
   assert "caption: its caption file ... is empty 3 /d/0.mp4" in text
   sheets = page.texts[page.texts.index("Contact sheets") :]
