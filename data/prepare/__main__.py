@@ -99,8 +99,6 @@ def _shard(text: str) -> tuple[int, int]:
 
 def _alone(title: str, arguments: list[str]) -> int:
   cls = configs.step_class(title)
-  if issubclass(cls, Source):
-    raise ValueError(f"{title} begins a chain: use it in a config; `table FOLDER -o TABLE` lists the files of a folder")
   defaults = "\n".join(f"  --{name}={value!r}" for name, value in configs.defaults(cls).items())
   parser = _parser(
     title, description=cls.__doc__, epilog=f"settings and their defaults:\n{defaults}",
@@ -109,6 +107,8 @@ def _alone(title: str, arguments: list[str]) -> int:
   parser.add_argument("input", help="a table (.parquet, .csv, .jsonl) or a folder of parquet shards")
   parser.add_argument("-o", "--output", required=True, help="table or folder to write")
   options, rest = parser.parse_known_args(arguments)
+  if issubclass(cls, Source):
+    raise ValueError(f"{title} begins a chain: use it in a config; `table FOLDER -o TABLE` lists the files of a folder")
   settings = {}
   for argument in rest:
     key, sign, value = argument.removeprefix("--").partition("=")

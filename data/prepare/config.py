@@ -177,7 +177,7 @@ def _kinds(cls: type) -> dict[str, Any]:
   """{field: its type}; none for a class whose annotations have names that are not there (under `TYPE_CHECKING`)."""
   try:
     return typing.get_type_hints(cls)
-  except NameError:
+  except (NameError, AttributeError):
     return {}
 
 

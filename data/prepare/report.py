@@ -31,6 +31,7 @@ from data.prepare.shards import digest, failed_in, refuse_overwriting, scan_all,
 from data.prepare.steps import Context, Step, sizes_of
 from data.prepare.workers import DEFAULT_LIMITS, Failure, Pool
 
+_NEEDED = "the page needs `pip install -c constraints.txt -r requirements-prepare.txt` (jinja2)"
 _BINS = 40
 # Column -> (title, whether high values are the good ones, or None if there is no better). Numbers that have no place here, such
 # as those of a user's scorer, are shown behind them.
@@ -75,7 +76,7 @@ class Report(Step):
 
   def check(self) -> None:
     if importlib.util.find_spec("jinja2") is None:
-      raise ValueError("the page needs `pip install -c constraints.txt -r requirements-prepare.txt` (jinja2)")
+      raise ValueError(_NEEDED)
     self._stages()
 
   def _stages(self) -> dict[str, Any]:
@@ -109,8 +110,10 @@ def build(
     training: a training config whose buckets are shown.
     pool: who reads clips, None for no sheets.
   """
-  import jinja2
-
+  try:
+    import jinja2
+  except ImportError:
+    raise ValueError(_NEEDED) from None
   stages = [scan_all(files) for files in (*unselected, tables)]
   fine = [stage.filter(pl.col("error").is_null()) for stage in stages]
   numbers = (name for table in fine for name, kind in table.collect_schema().items() if kind.is_numeric())

@@ -661,9 +661,10 @@ def test_what_is_given_to_the_wrong_command(videos, tmp_path, capsys):
   command = ["run", "--config", text, "--config.steps=('collect','probe','scenes','export')", "--config.scenes.detector=none"]
   assert main.main([*command, "--config.scenes.min_seconds=5.0"]) == 2
   assert "export: no row without an error is left: scenes left none, look at its settings" in capsys.readouterr().err
-  with pytest.raises(SystemExit):
-    main.main(["scenes", "--help"])
-  assert "--min_seconds=2.0\n" in capsys.readouterr().out
+  for step, setting in (("scenes", "--min_seconds=2.0\n"), ("collect", "--rows_per_shard=200\n")):
+    with pytest.raises(SystemExit):
+      main.main([step, "--help"])
+    assert setting in capsys.readouterr().out
 
 
 def test_one_step_alone(videos, tmp_path, undisturbed, capsys):
