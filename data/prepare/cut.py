@@ -135,37 +135,43 @@ def part_of(row: dict[str, Any]) -> tuple[tuple[int, int, int, int] | None, int,
   return crop, crop[3], crop[2]
 
 
-def _cropped(frame: av.VideoFrame, reformatter: VideoReformatter, crop: tuple[int, int, int, int]) -> av.VideoFrame:
-  """A part of the frame as it is shown, rgb24: in the file's own format a part can't begin at every pixel."""
-  unnamed = "ITU709" if frame.colorspace not in _KNOWN_COLORS and frame.height >= 720 else None
-  image = np.rot90(reformatter.reformat(frame, format="rgb24", src_colorspace=unnamed, threads=1).to_ndarray(),
-                   round(frame.rotation / 90))  # fmt: skip
-  x, y, width, height = crop
-  if min(x, y) < 0 or min(width, height) < 1 or x + width > image.shape[1] or y + height > image.shape[0]:
-    raise BadVideo(f"crop {crop} leaves the picture of {image.shape[1]} x {image.shape[0]}")
-  return av.VideoFrame.from_ndarray(np.ascontiguousarray(image[y : y + height, x : x + width]), format="rgb24")
-
-
 def _upright(
   frame: av.VideoFrame, reformatter: VideoReformatter, short_side: int, crop: tuple[int, int, int, int] | None = None
 ) -> av.VideoFrame:
-  """The frame as it is shown, small, yuv420p."""
-  if crop:
-    part = _cropped(frame, reformatter, crop)
-    height, width = small_size(part.height, part.width, short_side)
-    small = part.reformat(width, height, "yuv420p", dst_colorspace="ITU601", dst_color_range="MPEG", interpolation="AREA")
-    small.colorspace = _ITU601
+  """The frame, or a part of it, as it is shown, small, yuv420p."""
+  if crop or frame.rotation % 360:
+    image = _shown(frame, reformatter, short_side, crop)
+    height, width = small_size(*image.shape[:2], short_side)
+    small = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(
+      width, height, "yuv420p", dst_colorspace="ITU601", dst_color_range="MPEG", interpolation="AREA"
+    )
+    small.colorspace = _ITU601  # of the new colours, not of the file's
     return small
   height, width = small_size(frame.height, frame.width, short_side)
-  size = {"width": width, "height": height, "interpolation": "AREA", "threads": 1}
-  if frame.rotation % 360 == 0:
-    small = reformatter.reformat(frame, format="yuv420p", dst_color_range="MPEG", **size)
-    if frame.colorspace not in _KNOWN_COLORS and frame.height >= 720:
-      small.colorspace = 1  # players, and data/video.py, take unnamed colours of large pictures for BT.709
-    return small
-  image = reformatter.reformat(frame, format="rgb24", **size).to_ndarray()
-  image = np.ascontiguousarray(np.rot90(image, round(frame.rotation / 90)))  # rotation is counter-clockwise, like rot90
-  return av.VideoFrame.from_ndarray(image, format="rgb24").reformat(format="yuv420p")
+  small = reformatter.reformat(frame, width, height, "yuv420p", dst_color_range="MPEG", interpolation="AREA", threads=1)
+  if _is_unnamed_hd(frame):
+    small.colorspace = 1  # players, and data/video.py, take unnamed colours of large pictures for BT.709
+  return small
+
+
+def _is_unnamed_hd(frame: av.VideoFrame) -> bool:
+  return frame.colorspace not in _KNOWN_COLORS and frame.height >= 720
+
+
+def _shown(
+  frame: av.VideoFrame, reformatter: VideoReformatter, short_side: int, crop: tuple[int, int, int, int] | None
+) -> np.ndarray:
+  """A turned frame, small, or a part of one, uint8 [H, W, 3]: in the file's own format a part can't begin at every pixel."""
+  size = (frame.height, frame.width) if crop else small_size(frame.height, frame.width, short_side)
+  source = "ITU709" if _is_unnamed_hd(frame) else None
+  small = reformatter.reformat(frame, *size[::-1], "rgb24", src_colorspace=source, interpolation="AREA", threads=1)
+  image = np.rot90(small.to_ndarray(), round(frame.rotation / 90))  # rotation is counter-clockwise, like rot90
+  if crop:
+    x, y, width, height = crop
+    if min(x, y) < 0 or min(width, height) < 1 or x + width > image.shape[1] or y + height > image.shape[0]:
+      raise BadVideo(f"crop {crop} leaves the picture of {image.shape[1]} x {image.shape[0]}")
+    image = image[y : y + height, x : x + width]
+  return np.ascontiguousarray(image)
 
 
 def _is_dark(frame: av.VideoFrame) -> bool:

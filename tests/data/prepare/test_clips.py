@@ -2,7 +2,10 @@
 
 import io
 import itertools
+from fractions import Fraction
 
+import av
+import cv2
 import numpy as np
 import polars as pl
 import pytest
@@ -77,6 +80,26 @@ def test_small_sizes_and_rotation(tmp_path):
   wanted = video.read_frames(turned, [5], size=(64, 36))[0]
   got = video.read_frames(tmp_path / "b.mp4", [0])[0]
   assert np.abs(wanted.astype(int) - got).mean() < 6
+
+
+@pytest.mark.parametrize("short_side", [0, 256])
+@pytest.mark.parametrize("colors", [None, 1])
+def test_colours_of_turned_videos_stay(tmp_path, short_side, colors):
+  """Of telephones': large, BT.709, named or not."""
+  image = cv2.resize(np.random.default_rng(0).integers(20, 235, (9, 16, 3)).astype(np.uint8), (1280, 720))
+  with av.open(str(tmp_path / "a.mp4"), "w") as container:
+    stream = container.add_stream("libx264", rate=24, options={"crf": "8", "preset": "ultrafast"})
+    stream.height, stream.width, stream.pix_fmt = 720, 1280, "yuv420p"
+    if colors:
+      stream.codec_context.colorspace = colors
+    stream.set_display_rotation(90)
+    frame = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(format="yuv420p", dst_colorspace="ITU709")
+    frame.pts, frame.time_base = 0, Fraction(1, 24)
+    container.mux(stream.encode(frame))
+    container.mux(stream.encode(None))
+  info = cut_clip(tmp_path / "a.mp4", 0, 1, tmp_path / "b.mp4", short_side=short_side, trim_dark=False)
+  wanted = video.read_frames(tmp_path / "a.mp4", [0], size=(info.height, info.width))[0].astype(int)
+  assert np.abs(video.read_frames(tmp_path / "b.mp4", [0])[0] - wanted).mean() < 2.5
 
 
 def test_black_ends_are_left_out(tmp_path):
