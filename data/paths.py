@@ -130,25 +130,46 @@ def names(folder):
     return []
 
 
-def files_below(folder):
-  """Yields the paths of all files in a folder and in those in it, sorted. Links to folders are not followed."""
+def files_below(folder, unread=lambda folder: None):
+  """Yields the paths of all files in a folder and in those in it, sorted. Links to folders are not followed; `unread` is called
+  with those that may not be read."""
+  return (path for path, _ in _below(folder, unread))
+
+
+def states_below(folder, unread=lambda folder: None):
+  """As `files_below`, (path, what `stat` says of it or None if it has gone), of a bucket in one listing."""
+  for path, state in _below(folder, unread):
+    if state is None:
+      with contextlib.suppress(OSError):
+        state = stat(path)
+    yield path, state
+
+
+def _below(folder, unread):
   if is_remote(folder):
     with errors(folder):
-      yield from sorted((f"gs://{name}" for name in _bucket().find(folder)), key=lambda name: name.split("/"))
+      found = _bucket().find(folder, detail=True)
+    for name in sorted(found, key=lambda name: name.split("/")):
+      yield f"gs://{name}", (found[name]["size"], found[name].get("generation"))
     return
-  waiting = _entries(folder)
+  waiting = _entries(folder, unread)
   while waiting:
     entry = waiting.pop()
     if entry.is_dir(follow_symlinks=False):
-      waiting += _entries(entry)
+      waiting += _entries(entry.path, unread)
     elif entry.is_file():
-      yield entry.path
+      yield entry.path, None
 
 
-def _entries(folder):
+def _entries(folder, unread):
   """What is in a folder, in reverse order; nothing if it can't be read."""
-  with contextlib.suppress(FileNotFoundError, PermissionError), os.scandir(folder) as found:
-    return sorted(found, key=lambda entry: entry.name, reverse=True)
+  try:
+    with os.scandir(folder) as found:
+      return sorted(found, key=lambda entry: entry.name, reverse=True)
+  except PermissionError:
+    unread(str(folder))
+  except FileNotFoundError:
+    pass  # it has gone meanwhile
   return []
 
 

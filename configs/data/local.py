@@ -3,8 +3,8 @@ the range of each scene, and the loader reads it from the film.
 
   python -m data.prepare run --config configs/data/local.py --config.collect.sources="('videos',)" --config.output=runs/data/my
 
-Captions are those beside the videos (NAME.txt), else the words of the file's name. With a vision-language model behind an
-OpenAI-compatible endpoint, as vLLM, SGLang or Ollama serve one:
+Captions are those of a list's column `text`, else those beside the videos (NAME.txt), else the words of the file's name. With a
+vision-language model behind an OpenAI-compatible endpoint, as vLLM, SGLang or Ollama serve one:
 
   ... --config.caption.backend=endpoint --config.caption.url=http://localhost:8000/v1 --config.caption.model=NAME
 
@@ -32,8 +32,8 @@ def get_config():
   config.scores = dict(scorers=dict(motion=dict(), quality=dict(), camera=dict()))
   # The report shows what other thresholds would remove; these take black, still and empty clips only.
   config.filter = dict(where=dict(moves="flow >= 0.1", lit="black < 0.5", moving="frozen < 0.9"))
-  config.caption = dict(backend="existing", sidecar=".txt", name=True)
-  config.clean = dict(openings=True, tokenizer="byt5")
+  config.caption = dict(backend="existing", column="text", sidecar=".txt", name=True)
+  config.clean = dict(openings=True, tokenizer="byt5")  # `text_len` in bytes; in tokens with the folder of a T5's tokenizer
   config.split = dict(shares=dict(train=0.98, validation=0.02))
   config.export = dict(formats=("table",))  # also "tfds", "webdataset" (both need the step cut)
   config.report = dict(training="")  # a training config, whose buckets are shown

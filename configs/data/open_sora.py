@@ -1,11 +1,13 @@
-"""The steps of Open-Sora 1.2's data pipeline, with its thresholds: clips of 2 to 15 s cut to files, text-heavy and plain ones
-left out, captioned by a vision-language model, matched with their captions.
+"""The steps of Open-Sora 1.2's data pipeline: clips of 2 to 15 s cut to files, text-heavy and plain ones left out, captioned by
+a vision-language model, matched with their captions. Of the thresholds `aes >= 5` is the original's; it names none for motion,
+text and matching, so `flow >= 0.3`, `text_area <= 0.05` and `match >= 20` are ours, as are those for black and still clips.
 
   python -m data.prepare run --config configs/data/open_sora.py --config.collect.sources="('gs://BUCKET/raw',)" \\
     --config.output=gs://BUCKET/prepared --config.caption.url=http://HOST:8000/v1 --config.caption.model=NAME --shard 0/64
 
 You bring a CLIP ViT-L/14 as ONNX, its tokenizer, and LAION's aesthetic head as safetensors (data/prepare/clip.py says how); and
-an endpoint. Where the original has no number (motion, text, matching), the report says what a threshold would remove.
+an endpoint. The report says what other thresholds would remove. `text_len` counts bytes (the tokenizer "byt5", which is in
+transformers); for tokens of the T5 that you train with give the folder of its tokenizer as `clean.tokenizer`.
 """
 
 from configs.data import local

@@ -24,6 +24,7 @@ from data.command_line import OneLineParser
 from data.prepare import config as configs
 from data.prepare.chain import run_alone
 from data.prepare.messages import shown
+from data.prepare.steps import Source
 
 OTHERS = ("table", "check", "report")  # modules with a `main`
 COMMANDS = ("run", "status", *OTHERS)
@@ -98,10 +99,16 @@ def _shard(text: str) -> tuple[int, int]:
 
 def _alone(title: str, arguments: list[str]) -> int:
   cls = configs.step_class(title)
-  parser = _parser(title, description=cls.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  defaults = "\n".join(f"  --{name}={value!r}" for name, value in configs.defaults(cls).items())
+  parser = _parser(
+    title, description=cls.__doc__, epilog=f"settings and their defaults:\n{defaults}",
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )  # fmt: skip
   parser.add_argument("input", help="a table (.parquet, .csv, .jsonl) or a folder of parquet shards")
   parser.add_argument("-o", "--output", required=True, help="table or folder to write")
   options, rest = parser.parse_known_args(arguments)
+  if issubclass(cls, Source):
+    raise ValueError(f"{title} begins a chain: use it in a config; `table FOLDER -o TABLE` lists the files of a folder")
   settings = {}
   for argument in rest:
     key, sign, value = argument.removeprefix("--").partition("=")

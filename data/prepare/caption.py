@@ -24,16 +24,19 @@ from PIL import Image
 
 from data import paths, video
 from data.prepare import prompts
-from data.prepare.cut import small_size
+from data.prepare.cut import part_of, small_size
 from data.prepare.messages import say
 from data.prepare.shards import FAILED
-from data.prepare.steps import Context, Step, beside
+from data.prepare.steps import Context, Step, beside, sizes_of
 from data.prepare.workers import Failure, Passing
 
 _LARGEST_SIDECAR = 100_000  # bytes
 _TOGETHER = 1000  # rows whose pictures may be in memory
 _MOST_FRAMES = 16  # that a chain describes one by one
 _TOKEN_SIDE = 28  # pixels of a picture's side that one token stands for (Qwen2-VL's patches of 14, merged 2 x 2): for estimates
+# Characters of writing without spaces (Thai to Khmer, kana, Chinese), each of which counts as a word.
+_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\s{_UNSPACED}]+")
 _REFUSALS = re.compile(r"^(i'?m (sorry|unable)|sorry|i can(no|')t|as an ai|unfortunately)|\bas an ai (language )?model\b", re.I)
 
 
@@ -52,14 +55,16 @@ class Caption(Step):
 
   Endpoint: url (with /v1), model, key_variable (environment variable with the key), timeout (seconds), attempts, per_minute
   (calls, 0: no limit), concurrency (calls at a time), max_tokens, temperature, prices (for a million tokens in and out),
-  cache (SQLite file of answers; "": in the user's cache folder).
+  cache (SQLite file of answers; "": in the user's cache folder). On a cluster url has to be known to all machines, and each one
+  has its own cache, concurrency and per_minute.
   Existing: column, then sidecar (ending of a text file beside the video; one that changed, came or went since is read again,
-    on disks), else words of the file's name (name = True).
+    on disks), else words of the file's name (name = True). Where there is none, a row keeps what it has.
     timeline: column of (start in seconds, text, focus) records; text and focus go to the clip that begins there.
   Local: model is a folder of transformers' image-text-to-text models with its processor; batch: clips at a time.
   """
 
   title: ClassVar[str] = "caption"
+  version: ClassVar[int] = 2
   unit: ClassVar[str] = "clips"
   fails: ClassVar[bool] = True
   needs: ClassVar[tuple[str, ...]] = ("path", "num_frames", "height", "width")
@@ -107,10 +112,24 @@ class Caption(Step):
       raise ValueError("backend 'endpoint' needs url = 'http://HOST:PORT/v1' and model")
     if self.backend == "existing" and not (self.column or self.sidecar or self.timeline or self.name):
       raise ValueError("backend 'existing' needs column, sidecar, timeline or name")
+    if self.backend == "local":
+      from data.prepare import caption_local
+
+      caption_local.check(self.model)
+    elif self.backend not in BACKENDS:
+      _captioner_class(self.backend)
+    if self.prompt not in prompts.PROMPTS and len(self.prompt.split()) < 2:
+      raise ValueError(f"prompt = {self.prompt!r} is no text, and none of {', '.join(prompts.PROMPTS)}")
+    if self.sidecar and not self.sidecar.startswith("."):
+      raise ValueError(f"sidecar = {self.sidecar!r} is no ending, as '.txt'")
     if self.chain not in ("", "cogvideox"):
       raise ValueError(f"chain = {self.chain!r} is neither '' nor 'cogvideox'")
     if self.frames < 1 or self.side < 16 or self.attempts < 1 or self.concurrency < 1 or len(self.prices) != 2:
       raise ValueError("frames, attempts and concurrency must be at least 1, side at least 16, prices two numbers")
+    if self.max_tokens < 1 or self.batch < 1 or self.timeout <= 0 or self.frame_seconds <= 0:
+      raise ValueError("max_tokens and batch must be at least 1, timeout and frame_seconds more than 0")
+    if self.per_minute < 0 or self.temperature < 0 or min(self.prices) < 0:
+      raise ValueError("per_minute, temperature and prices must be 0 or more")
 
   def transform(self, table: pl.LazyFrame, context: Context) -> pl.LazyFrame:
     frame = table.collect()
@@ -132,7 +151,9 @@ class Caption(Step):
     return pl.DataFrame(rows, schema={**frame.schema, **added}, orient="row").lazy()
 
   def _columns(self, result: Any) -> dict[str, Any]:
-    """A text, or several columns."""
+    """A text, several columns, or nothing."""
+    if result is None:
+      return {}
     return result if isinstance(result, dict) else {self.into: result}
 
   def _captions(self, captioner: Any, rows: list[dict], context: Context, done: int) -> list[Any]:
@@ -173,7 +194,7 @@ class Caption(Step):
 
       try:
         look = functools.partial(_pictures, captioner.pictures)
-        context.pool.map(look, rows, sizes=[row.get("bytes") for row in rows], finished=finished)
+        context.pool.map(look, rows, sizes=sizes_of(rows), finished=finished)
         for future in futures.as_completed(asked):
           results[asked[future]] = future.result()
           advance(1)
@@ -201,12 +222,17 @@ def _guarded(function: Callable, *arguments: Any) -> Any:
 
 
 def make_captioner(step: Caption) -> Any:
-  """The step's backend. ValueError in one line if there is none."""
-  module, _, name = BACKENDS.get(step.backend, step.backend).partition(":")
+  """The step's backend."""
+  return _captioner_class(step.backend)(step)
+
+
+def _captioner_class(backend: str) -> type:
+  """ValueError in one line if there is none."""
+  module, _, name = BACKENDS.get(backend, backend).partition(":")
   try:
-    return getattr(importlib.import_module(module), name)(step)
+    return getattr(importlib.import_module(module), name)
   except (ImportError, AttributeError) as error:
-    raise ValueError(f"caption: backend {step.backend!r} can't be used ({error})") from None
+    raise ValueError(f"backend {backend!r} can't be used ({error})") from None
 
 
 BACKENDS = {
@@ -247,8 +273,9 @@ def _pictures(how: Pictures, row: dict, report: Callable) -> list[bytes]:
   whole = how.places(row["num_frames"])
   single = how.single(row["num_frames"], row.get("fps") or video.DEFAULT_FPS)
   numbers = np.unique(whole + single)
-  size = small_size(row["height"], row["width"], how.side)
-  read = video.read_frames(row["path"], numbers + (row.get("start") or 0), size=size)
+  crop, height, width = part_of(row)
+  size = small_size(height, width, how.side)
+  read = video.read_frames(row["path"], numbers + (row.get("start") or 0), size=size, crop=crop)
   images = dict(zip(numbers.tolist(), read))
   shown = [images[i] for i in whole]
   if how.grid and len(shown) > 1:
@@ -277,7 +304,7 @@ def as_jpeg(image: np.ndarray) -> bytes:
 def usable(text: str) -> str:
   """A captioner's answer without fences and quotes. ValueError for what is none: empty, a refusal, data, endless repetition."""
   text = re.sub(r"^```\w*\n|\n?```$", "", text.strip()).strip().strip('"').strip()
-  words = text.lower().split()
+  words = _WORD.findall(text.lower())
   if len(words) < 3:
     raise ValueError("fewer than three words")
   if _REFUSALS.search(text):
@@ -320,7 +347,7 @@ class EndpointCaptioner:
     """What is about to be asked, before anything is: pictures as tokens of 28 x 28 pixels, answers of the full length."""
     calls = tokens = 0
     for row in rows:
-      height, width = small_size(row["height"], row["width"], self.step.side)
+      height, width = small_size(*part_of(row)[1:], self.step.side)
       picture = math.ceil(height / _TOKEN_SIDE) * math.ceil(width / _TOKEN_SIDE)
       whole = len(self.pictures.places(row["num_frames"]))
       single = len(self.pictures.single(row["num_frames"], row.get("fps") or video.DEFAULT_FPS))

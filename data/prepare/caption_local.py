@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import os
 from typing import Any
@@ -13,6 +14,14 @@ from data.prepare.caption import Caption, Pictures, usable
 from data.prepare.workers import Failure
 
 
+def check(model: str) -> None:
+  """Raises ValueError where a model can't be used, before it is needed."""
+  if not os.path.isfile(os.path.join(model, "config.json")):
+    raise ValueError(f"model = {model!r} is no folder with a transformers model (config.json)")
+  if missing := [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]:
+    raise ValueError(f"backend 'local' needs {' and '.join(missing)} (pip install)")
+
+
 class LocalCaptioner:
   """An image-text-to-text (LLaVA, Qwen-VL, PaliGemma ...) or image-to-text (BLIP, GIT ...) model from a folder.
 
@@ -20,13 +29,9 @@ class LocalCaptioner:
   """
 
   def __init__(self, step: Caption):
-    if not os.path.isdir(step.model):
-      raise ValueError(f"caption.model = {step.model!r} is no folder with a transformers model")
-    try:
-      import torch
-      import transformers
-    except ImportError as error:
-      raise ValueError(f"caption.backend 'local' needs torch and transformers ({error})") from None
+    import torch
+    import transformers
+
     self.step, self._torch = step, torch
     self.pictures = Pictures(step.frames, step.side, step.grid, 0.0)
     how = {"local_files_only": True, "trust_remote_code": False}

@@ -25,8 +25,21 @@ import polars as pl
 
 from data import paths
 from data.prepare.messages import Progress, clock, say, shown
-from data.prepare.shards import digest, height, identity, part_number, parts, read_meta, scan, scan_all, with_failures
-from data.prepare.steps import Context, RowStep, Source, Step, run_shard, states_beside
+from data.prepare.shards import (
+  digest,
+  failed_in,
+  height,
+  identity,
+  part_number,
+  parts,
+  read_meta,
+  refuse_overwriting,
+  scan,
+  scan_all,
+  tables_in,
+  with_failures,
+)
+from data.prepare.steps import Context, Source, Step, run_shard, states_beside
 from data.prepare.workers import DEFAULT_LIMITS, Limits, Pool
 
 _POLL = 2.0  # seconds between looks at what other machines have done
@@ -216,7 +229,7 @@ class Chain:
       (step, paths.join(self.folder(before), part), path(part), key, Context(self.folder(name), part, facts, self.limits))
       for part, key in todo.items()
     ]
-    if self.cluster and isinstance(step, RowStep):
+    if self.cluster and step.fails:  # that is, looks at files or asks somebody, row by row
       for part, meta in self.cluster(jobs, self.workers):
         self._metas[path(part)] = meta
         done += sizes[part]
@@ -303,13 +316,9 @@ class Chain:
     text += f", {clock(counts.seconds)} of work" if counts.seconds >= 1 else ""
     if told := self.steps[name].tell(counts.counted):
       text += f"\n{told}"
-    if not counts.errors:
-      return text
-    text += f", {counts.errors:,} failed" + (f", {counts.retry:,} of them are tried again by the next run" * bool(counts.retry))
-    if counts.done == counts.shards:
-      mine = pl.col("error").str.starts_with(f"{self.steps[name].title}:")
-      for row in self.scan(name).filter(mine).select("path", "error").head(3).collect().to_dicts():
-        text += f"\n  {shown(row['path'])}: {shown(row['error'])}"
+    if counts.errors:
+      complete = counts.done == counts.shards
+      text += _told_failures(self.steps[name].title, counts.errors, counts.retry, self.tables(name) if complete else [])
     return text
 
   def counts(self, name: str, of: Collection[str] | None = None) -> Counts:
@@ -320,7 +329,8 @@ class Chain:
     there, recipe = set(self.parts(name)), steps[name].recipe()
     metas = {p: self._meta(paths.join(self.folder(name), p)) or {} for p in wanted if p in there}
     done = [p for p, meta in metas.items() if isinstance(steps[name], Source) or meta.get("recipe") == recipe]
-    done = done if of is None else [p for p in metas if p in of]
+    had = set(self.parts(before))  # of several machines one may not have made again yet what another one's shard is made of
+    done = [p for p in (done if of is None else metas) if p in had and (of is None or p in of)]
     rows = errors = retry = rows_in = 0
     seconds, counted = 0.0, collections.Counter()
     for part in done:
@@ -328,11 +338,11 @@ class Chain:
       retry += meta.get("retry", 0)
       seconds += meta.get("seconds", 0.0)
       counted.update(meta.get("counts", {}))
-      with paths.local_copy(path) as copy:
-        mine = pl.col("error").str.starts_with(f"{steps[name].title}:")
-        found = with_failures(scan(copy)).select(pl.len(), mine.sum().alias("errors")).collect().row(0)
-      rows, errors = rows + found[0], errors + (found[1] or 0)
-      rows_in += height(paths.join(self.folder(before), part))
+      there_rows, failed = _failed(path, steps[name].title)
+      rows, errors = rows + there_rows, errors + failed
+      rows_before, failed = _failed(paths.join(self.folder(before), part), steps[name].title)
+      rows_in += rows_before
+      errors -= failed if before != name else 0  # of an earlier step of this kind
     return Counts(len(wanted), len(done), rows_in, rows, errors, retry, seconds, dict(counted))
 
   def _current(self, name: str) -> list[str]:
@@ -378,14 +388,26 @@ def _plain(facts: Any) -> Any:
   return facts.write_csv() if isinstance(facts, pl.DataFrame) else facts
 
 
+def _failed(table: str, title: str) -> tuple[int, int]:
+  """(rows, those of them that failed in a step of this title) of a shard."""
+  return with_failures(scan(table)).select(pl.len(), failed_in(title).sum().alias("failed")).collect().row(0)
+
+
+def _told_failures(title: str, errors: int, retry: int, tables: list[str]) -> str:
+  """How many rows failed, how many of them are tried again, and the first ones."""
+  text = f", {errors:,} failed" + (f", {retry:,} of them are tried again by the next run" * bool(retry))
+  if tables:
+    for row in scan_all(tables).filter(failed_in(title)).select("path", "error").head(3).collect().to_dicts():
+      text += f"\n  {shown(row['path'])}: {shown(row['error'])}"
+  return text
+
+
 def run_alone(name: str, step: Step, source: str, target: str, *, workers: int = 2, limits: Limits = DEFAULT_LIMITS) -> str:
   """One step on a table file, or on a folder of shards -> the same under `target`; what is done is skipped. Returns what to
   say about it."""
-  if isinstance(step, Source):
-    raise ValueError(f"{name} is the source of a chain: use it in a config")
   folder = paths.is_folder(source)
-  names = [n for n in paths.names(source) if n.endswith(".parquet")] if folder else []
-  pairs = [(paths.join(source, n), paths.join(target, n)) for n in names] if folder else [(source, target)]
+  found = tables_in(source) if folder else []
+  pairs = [(a, paths.join(target, os.path.basename(a))) for a in found] if folder else [(source, target)]
   if not pairs:
     raise ValueError(f"{source} has no .parquet files")
   tables = [a for a, _ in pairs]
@@ -394,15 +416,16 @@ def run_alone(name: str, step: Step, source: str, target: str, *, workers: int =
       raise ValueError(f"{a} is no table (.parquet, .csv, .jsonl) that is there")
   with Pool(workers, limits) as pool:
     if step.writes:
+      if target.endswith((".parquet", ".csv", ".jsonl")):
+        raise ValueError(f"-o {target}: {name} may write several files: give a folder")
       return step.write(tables, Context(paths.join(paths.absolute(target), name), "", limits=limits, pool=pool))[0]
     facts = None
     if step.gathers:
       facts = step.gather(scan_all(tables))
     sizes = [height(a) for a in tables]
-    progress, done, counted = Progress(name, sum(sizes), step.unit), 0, collections.Counter()
+    progress, done, counted, retry = Progress(name, sum(sizes), step.unit), 0, collections.Counter(), 0
     for (a, b), size in zip(pairs, sizes):
-      if paths.absolute(a) == paths.absolute(b):
-        raise ValueError(f"{b} is the input: give another output")
+      refuse_overwriting(b, [a])
       if not b.endswith((".parquet", ".csv")):
         raise ValueError(f"{b}: the output's name must end in .parquet or .csv")
       key = digest([step.recipe(), identity(a), _plain(facts), *states_beside(step, a)])
@@ -414,6 +437,10 @@ def run_alone(name: str, step: Step, source: str, target: str, *, workers: int =
         context.progress = lambda rows, done=done: progress(done + rows)
         meta = run_shard(step, a, b, key, context)
       counted.update(meta["counts"])
-      done += size
-    told = step.tell(dict(counted))
-    return f"{name}: {sum(height(b) for _, b in pairs):,} rows of {sum(sizes):,}: {target}" + (f"\n{told}" if told else "")
+      done, retry = done + size, retry + meta["retry"]
+    made = [b for _, b in pairs]
+    rows = sum(height(b) for b in made)
+    errors = sum(_failed(b, step.title)[1] - _failed(a, step.title)[1] for a, b in pairs) if step.fails else 0
+    text = f"{name}: {rows:,} rows of {sum(sizes):,}: {target}"
+    text += f"\n{told}" if (told := step.tell(dict(counted))) else ""
+    return text + (_told_failures(step.title, errors, retry, made) if errors else "")

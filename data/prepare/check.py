@@ -20,6 +20,7 @@ from data import loader, paths, plan, sources
 from data.command_line import OneLineParser
 from data.prepare import config as configs
 from data.prepare.messages import Progress, shown
+from data.prepare.shards import refuse_overwriting
 from data.prepare.workers import DEFAULT_LIMITS, Failure, Pool
 
 _LISTED = 20  # broken rows that are printed
@@ -95,6 +96,7 @@ def main(arguments: list[str]) -> int:
   empty = False
   with tempfile.TemporaryDirectory() as folder, Pool(options.workers, DEFAULT_LIMITS) as pool:
     sources.check_table(options.table)
+    refuse_overwriting(options.bad or "", [options.table, options.config])
     found = stages(configs.load(options.config), options.table)
     if options.stage and options.stage not in found:
       raise ValueError(f"--stage {options.stage}: stages with data of their own are {', '.join(found)}")

@@ -42,7 +42,7 @@ class Clean(Step):
   t5: the two passes of the original's `clean_caption`: lower case, no markup, addresses, ids.
   camera: append the original's sentence about `cmotion` (" Camera motion: pan left."), for single classes. The column is then
     `camera`: the loader, which appends `cmotion` itself, must not do so twice.
-  tokenizer: "byt5" or a folder, for `text_len` in tokens; "": no count.
+  tokenizer: a folder, for `text_len` in its tokens, or "byt5", whose tokens are bytes (T5 has a quarter as many); "": no count.
   """
 
   title: ClassVar[str] = "clean"

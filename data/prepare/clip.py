@@ -51,20 +51,41 @@ def _session(path: str) -> Any:
 
 def _embed(path: str, name: str, wanted: str, values: np.ndarray) -> np.ndarray:
   """Output `wanted` [N, C] of a model for its input `name`, normalised to length 1."""
-  session = _session(path)
-  names = [i.name for i in session.get_inputs()]
-  feeds = {name if name in names else names[0]: values}
-  if "attention_mask" in names:
-    feeds["attention_mask"] = np.ones_like(values)
+  session, own = _session(path), _input(path, name)
+  feeds = {own.name: values}
+  for other in session.get_inputs():
+    if other.name == "attention_mask" and name == "input_ids":
+      feeds[other.name] = np.ones_like(values)
+    elif other.name != own.name:  # of the other half of a whole CLIP: it has to be there, and is not looked at
+      feeds[other.name] = _blank(path, other)
   outputs = [o.name for o in session.get_outputs()]
   (found,) = session.run([wanted if wanted in outputs else outputs[0]], feeds)
   return found / np.linalg.norm(found, axis=-1, keepdims=True)
 
 
+def _input(path: str, name: str) -> Any:
+  """A model's input of this name, else its first one."""
+  there = _session(path).get_inputs()
+  return next((i for i in there if i.name == name), there[0])
+
+
+def _side(path: str) -> int:
+  """Pixels of a side of the pictures that a model takes."""
+  side = _input(path, "pixel_values").shape[-1]
+  return side if isinstance(side, int) else 224
+
+
+def _blank(path: str, wanted: Any) -> np.ndarray:
+  """The smallest input of a kind: one black picture, one text of two tokens, or its mask."""
+  if wanted.name == "pixel_values":
+    return np.zeros((1, 3, _side(path), _side(path)), np.float32)
+  length = wanted.shape[-1]
+  return np.ones((1, length if isinstance(length, int) else 2), np.int64)
+
+
 def embed_images(path: str, images: np.ndarray) -> np.ndarray:
   """Pictures uint8 [T, H, W, 3] -> features [T, C] of length 1."""
-  side = _session(path).get_inputs()[0].shape[-1]
-  side = side if isinstance(side, int) else 224
+  side = _side(path)
   return _embed(path, "pixel_values", "image_embeds", np.stack([preprocess(image, side) for image in images]))
 
 
@@ -83,7 +104,7 @@ def embed_text(path: str, folder: str, text: str, length: int = 77) -> np.ndarra
   tokenizer = _tokenizer(folder)
   tokenizer.enable_truncation(length)
   ids = tokenizer.encode(text).ids
-  fixed = next(i for i in _session(path).get_inputs() if i.name == "input_ids" or i is _session(path).get_inputs()[0]).shape[-1]
+  fixed = _input(path, "input_ids").shape[-1]
   if isinstance(fixed, int):
     ids += ids[-1:] * (fixed - len(ids))  # CLIP pads with its end token, and looks at the first one
   return _embed(path, "input_ids", "text_embeds", np.array([ids], np.int64))[0]

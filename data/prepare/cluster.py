@@ -1,4 +1,5 @@
-"""The same shards on a Ray cluster: every shard is a task, made by the very function that makes it here."""
+"""The same shards on a Ray cluster: every shard of a step that looks at files or asks somebody is a task, made by the very
+function that makes it here."""
 
 from __future__ import annotations
 

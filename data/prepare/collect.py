@@ -22,10 +22,11 @@ from data import paths, sources, video
 from data.prepare import decode
 from data.prepare.messages import say, shown
 from data.prepare.shards import FAILED, part_name, part_number, parts, read_meta, scan, write_shard
-from data.prepare.steps import Context, RowStep, Source
+from data.prepare.steps import Context, RowStep, Source, state_of
 
 _KINDS = {"video": video.VIDEO_EXTENSIONS, "image": video.IMAGE_EXTENSIONS}
 LISTED = {"path": pl.String, "bytes": pl.Int64, "changed": pl.Int64, **FAILED}
+_KEY = ("path", "start", "end", "crop")  # what makes a row another one
 _BATCH = 10_000  # files that are rows of Python at a time
 _TOGETHER = 1000  # shards that are compared with the list at a time
 _HASH_SIDE = 8  # bits along one side of a difference hash
@@ -78,25 +79,28 @@ class Collect(Source):
   def list(self, folder: str, own: Sequence[str] = ()) -> None:
     self.reach()
     found = pl.concat([self._listed(source, own) for source in self.sources], how="diagonal_relaxed")
-    key = [name for name in ("path", "start", "end", "crop") if name in found.columns]
+    key = [name for name in _KEY if name in found.columns]
     listed = found.height
     found = found.unique(key, keep="first", maintain_order=True)
     if found.height < listed:
       say(f"collect: {listed - found.height:,} rows are left out: the same {', '.join(key)} as an earlier one")
     names = parts(folder)
     for i in range(0, len(names), _TOGETHER):
-      found = self._refresh(folder, names[i : i + _TOGETHER], found, key)
+      found = self._refresh(folder, names[i : i + _TOGETHER], found)
     begin = part_number(names[-1]) + 1 if names else 0
     for i, offset in enumerate(range(0, found.height, self.rows_per_shard)):
       self._write(paths.join(folder, part_name(begin + i)), found.slice(offset, self.rows_per_shard))
     if not names and not found.height:
       raise ValueError(f"collect.sources: nothing there that ends in {' '.join(self._endings())}")
 
-  def _refresh(self, folder: str, names: list[str], found: pl.DataFrame, key: list[str]) -> pl.DataFrame:
+  def _refresh(self, folder: str, names: list[str], found: pl.DataFrame) -> pl.DataFrame:
     """Writes the shards that are there with their files as these are now -> what of `found` is in none of them."""
     shards = [_plain_crops(scan(paths.join(folder, name))).with_columns(_part=pl.lit(i)) for i, name in enumerate(names)]
     old = pl.concat(shards, how="diagonal_relaxed").collect().with_row_index("_row")
-    key = [k for k in key if k in old.columns]
+    # A range is not the whole file, also where only the list of now, or of then, has any.
+    key = [name for name in _KEY if name in found.columns or name in old.columns]
+    found = found.with_columns(pl.lit(None, old.schema[k]).alias(k) for k in key if k not in found.columns)
+    old = old.with_columns(pl.lit(None, found.schema[k]).alias(k) for k in key if k not in old.columns)
     was = pl.col("changed") if "changed" in old.columns else pl.lit(None, pl.Int64)  # not in tables of older versions
     rows = old.select("_part", "_row", *key, was.alias("_was")).join(found, on=key, how="inner", nulls_equal=True)
     rows = rows.with_columns(pl.coalesce("changed", "_was").alias("changed")).drop("_was")  # a file of a table may be away
@@ -119,21 +123,24 @@ class Collect(Source):
     """One source as a table, in an order that does not depend on the disk."""
     if source.endswith(sources.FORMATS):
       return _table(source)
-    files = _matching(source) if _is_pattern(source) else paths.files_below(source)
+    unread: list[str] = []
+    files = _matching(source, unread.append) if _is_pattern(source) else paths.states_below(source, unread.append)
     passed, own = 0, tuple(_real(folder) for folder in own)
 
     def rows() -> Iterator[dict[str, Any]]:
       nonlocal passed
-      for path in files:
+      for path, state in files:
         if path.lower().endswith(self._endings()):
           if _real(os.path.dirname(path)).startswith(own):
             passed += 1
           else:
-            yield _file_row(path)
+            yield _file_row(path, state)
 
     listed = rows()
     batches = iter(lambda: list(itertools.islice(listed, _BATCH)), [])
     found = pl.concat(pl.DataFrame(batch, schema=LISTED, orient="row") for batch in itertools.chain([[]], batches))
+    if unread:
+      say(f"collect: {len(unread):,} folders below {shown(source)} can't be read, as {shown(unread[0])}: no permission")
     if passed:
       say(f"collect: {passed:,} files below {shown(source)} are passed over: this run made them")
     return found
@@ -152,25 +159,24 @@ def _is_pattern(source: str) -> bool:
   return glob.has_magic(source) and not paths.exists(source)
 
 
-def _matching(pattern: str) -> Iterator[str]:
+def _matching(pattern: str, unread: Callable[[str], None]) -> Iterator[tuple[str, tuple[int, int] | None]]:
+  """(file, what `paths.stat` says of it or None if it has gone) of those that a pattern means."""
   if not paths.is_remote(pattern):
-    return (p for p in sorted(glob.iglob(pattern, recursive=True)) if os.path.isfile(p))
+    return ((p, state_of(p)) for p in sorted(glob.iglob(pattern, recursive=True)) if os.path.isfile(p))
   folder = pattern[: min(pattern.find(c) for c in "*?[" if c in pattern)].rpartition("/")[0]
-  return (p for p in paths.files_below(folder) if fnmatch.fnmatchcase(p, pattern.replace("**/", "*")))
+  return (found for found in paths.states_below(folder, unread) if fnmatch.fnmatchcase(found[0], pattern.replace("**/", "*")))
 
 
-def _file_row(path: str) -> dict[str, Any]:
+def _file_row(path: str, state: tuple[int, int] | None) -> dict[str, Any]:
   path = paths.absolute(path)
   try:
     path.encode()
   except UnicodeEncodeError:
     shown = os.fsencode(path).decode("utf-8", "backslashreplace")
     return {"path": shown, "error": "collect: the name is not UTF-8: rename the file", "retry": False}
-  try:
-    size, changed = paths.stat(path)
-  except OSError:
+  if state is None:
     return {"path": path}  # gone since it was listed
-  return {"path": path, "bytes": size, "changed": int(changed or 0)}
+  return {"path": path, "bytes": state[0], "changed": int(state[1] or 0)}
 
 
 def _plain_crops(table: Any) -> Any:
@@ -198,7 +204,7 @@ def _table(source: str) -> pl.DataFrame:
 
 def _changed(path: str) -> int | None:
   """Time of change of a file on a disk, ns."""
-  return _file_row(path).get("changed") if "://" not in path else None
+  return _file_row(path, state_of(path)).get("changed") if "://" not in path else None
 
 
 # ----------------------------------------------------------------------------------------------------------------- probe
@@ -227,6 +233,10 @@ class Probe(RowStep):
   content_hash: bool = True
   picture_hash: bool = True
   max_streams: int = 32
+
+  def check(self) -> None:
+    if self.max_streams < 1:
+      raise ValueError("max_streams must be at least 1")
 
   def rows(self, group: list[dict], context: Context, report: Callable) -> list[dict]:
     (row,) = group

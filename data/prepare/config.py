@@ -13,6 +13,8 @@ import importlib
 import importlib.util
 import os
 import sys
+import types
+import typing
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,8 +46,8 @@ _OWN = ("output", "steps", "workers", "limits", "patience")
 
 def step_class(title: str) -> type[Step]:
   """The class of a step by what configs call it."""
-  if title not in STEPS:
-    near = difflib.get_close_matches(title, STEPS, 1)
+  if not isinstance(title, str) or title not in STEPS:
+    near = difflib.get_close_matches(str(title), STEPS, 1)
     raise ValueError(
       f"there is no step {title!r}" + (f", did you mean {near[0]!r}?" if near else f"; known: {', '.join(STEPS)}")
     )
@@ -103,10 +105,16 @@ def literal(text: str) -> Any:
 
 def chain(values: Mapping[str, Any], *, workers: int = 0, shard: tuple[int, int] = (0, 1)) -> Chain:
   """The chain that a config declares, every setting checked."""
-  names = values.get("steps") or ()
+  if "steps" not in values:
+    raise ValueError("steps is missing: the config is none of this pipeline, as configs/data/local.py is")
+  names = values["steps"]
   names = (names,) if isinstance(names, str) else names
+  if not isinstance(names, (tuple, list)) or not all(isinstance(name, str) for name in names):
+    raise ValueError(f"steps = {names!r} is no tuple of names; known: {', '.join(STEPS)}")
   if not values.get("output"):
     raise ValueError("output is missing: the folder of the run, or gs://BUCKET/NAME")
+  if not isinstance(values["output"], str):
+    raise ValueError(f"output = {values['output']!r} is no folder")
   paths.check(values["output"], "output")
   for key in values:
     if key not in (*_OWN, *names) and key not in STEPS:
@@ -141,16 +149,21 @@ def _settings(values: Mapping[str, Any], key: str) -> dict[str, Any]:
   return dict(found)
 
 
+def defaults(cls: type) -> dict[str, Any]:
+  """{setting: its default} of a step."""
+  return {f.name: getattr(cls(), f.name) for f in dataclasses.fields(cls)}
+
+
 def create(cls: type, settings: Mapping[str, Any], where: str) -> Any:
   """A dataclass from a mapping of a config. ValueError for unknown keys, wrong types and values, naming the allowed ones."""
-  fields = {f.name: f for f in dataclasses.fields(cls)}
+  fields, kinds = {f.name: f for f in dataclasses.fields(cls)}, _kinds(cls)
   values = {}
   for key, value in settings.items():
     if key not in fields:
       near = difflib.get_close_matches(key, fields, 1)
       hint = f", did you mean {near[0]!r}?" if near else f"; it has: {', '.join(fields)}"
       raise ValueError(f"{where}: there is no setting {key!r}{hint}")
-    values[key] = _typed(f"{where}.{key}", plain(value), fields[key])
+    values[key] = _typed(f"{where}.{key}", plain(value), kinds.get(key, Any))
   made = cls(**values)
   try:
     if hasattr(made, "check"):
@@ -160,14 +173,34 @@ def create(cls: type, settings: Mapping[str, Any], where: str) -> Any:
   return made
 
 
-def _typed(where: str, value: Any, field: dataclasses.Field) -> Any:
-  """The value, if its type is that of the field's annotation."""
-  kinds = {"int": int, "float": (int, float), "str": str, "bool": bool, "tuple": tuple, "dict": dict, "None": type(None)}
-  names = [part.split("[")[0].strip() for part in str(field.type).split("|")]
-  allowed = tuple(kinds[name] for name in names if name in kinds)
-  if isinstance(value, str) and "tuple" in names and "str" not in names:
+def _kinds(cls: type) -> dict[str, Any]:
+  """{field: its type}; none for a class whose annotations have names that are not there (under `TYPE_CHECKING`)."""
+  try:
+    return typing.get_type_hints(cls)
+  except (NameError, AttributeError):
+    return {}
+
+
+def _typed(where: str, value: Any, kind: Any) -> Any:
+  """The value, if it is of a field's type; a text for one that wants several is the only one of them."""
+  if isinstance(value, str) and not _fits(value, kind) and _fits((value,), kind):
     value = (value,)
-  right = isinstance(value, sum(((a,) if isinstance(a, type) else a for a in allowed), ()))
-  if not right or (isinstance(value, bool) and "bool" not in names):
-    raise ValueError(f"{where} = {value!r} is no {' or '.join(names)}")
+  if not _fits(value, kind):
+    text = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
+    raise ValueError(f"{where} = {value!r} is no {text.replace('|', 'or')}")
   return value
+
+
+def _fits(value: Any, kind: Any) -> bool:
+  """Whether a config's value is of a type; of one that configs can't hold nothing is asked."""
+  origin, inner = typing.get_origin(kind), typing.get_args(kind)
+  if origin in (typing.Union, types.UnionType):
+    return any(_fits(value, one) for one in inner)
+  if origin is tuple:
+    each = inner[:1] * len(value) if inner[1:] == (...,) and isinstance(value, tuple) else inner
+    return isinstance(value, tuple) and len(value) == len(each) and all(map(_fits, value, each))
+  if origin is dict:
+    return isinstance(value, dict) and all(_fits(k, inner[0]) and _fits(v, inner[1]) for k, v in value.items())
+  if kind not in (int, float, str, bool, tuple, dict, type(None)):
+    return True
+  return isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))

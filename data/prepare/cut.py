@@ -26,6 +26,7 @@ from data.video import IMAGE_FPS, BadVideo, VideoInfo, is_image, probe
 
 _DARK = 24.0  # mean luma, of 16 (black) to 235 (white), below which a frame at the end of a scene belongs to a fade
 _KNOWN_COLORS = (1, 4, 5, 6, 7, 9, 10)
+_ITU601 = 6
 _GROUP_SECONDS = 60.0  # of video that one call cuts: some clips per decoding, and work for all processes
 # Key frames are at most 24 frames apart, no B-frames and no loop filter: made to be decoded often, not to be small.
 # Without x264's macroblock tree: with it one clip in fifty came out with other bits from one run to the next.
@@ -36,12 +37,14 @@ _ENCODER = {
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-  """Frames [start, end) of a video as `output` (mp4), its middle frame as `picture` (PNG) if wanted."""
+  """Frames [start, end) of a video as `output` (mp4), its middle frame as `picture` (PNG) if wanted; `crop`: (x, y, width,
+  height) of the pictures as they are shown, None for all."""
 
   start: int
   end: int
   output: str
   picture: str | None = None
+  crop: tuple[int, int, int, int] | None = None
 
 
 def cut_clips(
@@ -90,7 +93,7 @@ def _cut(reader: decode.Reader, stream, clip: Clip, short_side: int, max_fps: fl
   def frames() -> Iterator[av.VideoFrame]:
     for number, frame in reader.frames(clip.start, clip.end):
       for _ in range(repeats[number - clip.start]):
-        small = _upright(frame, reformatter, short_side)
+        small = _upright(frame, reformatter, short_side, clip.crop)
         if number - clip.start == half and not middle:
           middle.append(small.to_ndarray(format="rgb24"))
         yield small
@@ -122,18 +125,53 @@ def small_size(height: int, width: int, short_side: int) -> tuple[int, int]:
   return max(2, round(height * scale / 2) * 2), max(2, round(width * scale / 2) * 2)
 
 
-def _upright(frame: av.VideoFrame, reformatter: VideoReformatter, short_side: int) -> av.VideoFrame:
-  """The frame as it is shown, small, yuv420p."""
-  height, width = small_size(frame.height, frame.width, short_side)
-  size = {"width": width, "height": height, "interpolation": "AREA", "threads": 1}
-  if frame.rotation % 360 == 0:
-    small = reformatter.reformat(frame, format="yuv420p", dst_color_range="MPEG", **size)
-    if frame.colorspace not in _KNOWN_COLORS and frame.height >= 720:
-      small.colorspace = 1  # players, and data/video.py, take unnamed colours of large pictures for BT.709
+def part_of(row: dict[str, Any]) -> tuple[tuple[int, int, int, int] | None, int, int]:
+  """What a row shows of its file's pictures: (`crop` as (x, y, width, height) or None, height and width of that)."""
+  if not row.get("crop"):
+    return None, row["height"], row["width"]
+  crop = tuple(int(v) for v in re.findall(r"-?\d+", str(row["crop"])))
+  if len(crop) != 4:
+    raise BadVideo(f"crop {row['crop']!r} is not x,y,width,height")
+  return crop, crop[3], crop[2]
+
+
+def _upright(
+  frame: av.VideoFrame, reformatter: VideoReformatter, short_side: int, crop: tuple[int, int, int, int] | None = None
+) -> av.VideoFrame:
+  """The frame, or a part of it, as it is shown, small, yuv420p."""
+  if crop or frame.rotation % 360:
+    image = _shown(frame, reformatter, short_side, crop)
+    height, width = small_size(*image.shape[:2], short_side)
+    small = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(
+      width, height, "yuv420p", dst_colorspace="ITU601", dst_color_range="MPEG", interpolation="AREA"
+    )
+    small.colorspace = _ITU601  # of the new colours, not of the file's
     return small
-  image = reformatter.reformat(frame, format="rgb24", **size).to_ndarray()
-  image = np.ascontiguousarray(np.rot90(image, round(frame.rotation / 90)))  # rotation is counter-clockwise, like rot90
-  return av.VideoFrame.from_ndarray(image, format="rgb24").reformat(format="yuv420p")
+  height, width = small_size(frame.height, frame.width, short_side)
+  small = reformatter.reformat(frame, width, height, "yuv420p", dst_color_range="MPEG", interpolation="AREA", threads=1)
+  if _is_unnamed_hd(frame):
+    small.colorspace = 1  # players, and data/video.py, take unnamed colours of large pictures for BT.709
+  return small
+
+
+def _is_unnamed_hd(frame: av.VideoFrame) -> bool:
+  return frame.colorspace not in _KNOWN_COLORS and frame.height >= 720
+
+
+def _shown(
+  frame: av.VideoFrame, reformatter: VideoReformatter, short_side: int, crop: tuple[int, int, int, int] | None
+) -> np.ndarray:
+  """A turned frame, small, or a part of one, uint8 [H, W, 3]: in the file's own format a part can't begin at every pixel."""
+  size = (frame.height, frame.width) if crop else small_size(frame.height, frame.width, short_side)
+  source = "ITU709" if _is_unnamed_hd(frame) else None
+  small = reformatter.reformat(frame, *size[::-1], "rgb24", src_colorspace=source, interpolation="AREA", threads=1)
+  image = np.rot90(small.to_ndarray(), round(frame.rotation / 90))  # rotation is counter-clockwise, like rot90
+  if crop:
+    x, y, width, height = crop
+    if min(x, y) < 0 or min(width, height) < 1 or x + width > image.shape[1] or y + height > image.shape[0]:
+      raise BadVideo(f"crop {crop} leaves the picture of {image.shape[1]} x {image.shape[0]}")
+    image = image[y : y + height, x : x + width]
+  return np.ascontiguousarray(image)
 
 
 def _is_dark(frame: av.VideoFrame) -> bool:
@@ -213,8 +251,8 @@ def crop_boxes(height: int, width: int, focus: float = 0.5) -> list[tuple[int, i
 
 @dataclasses.dataclass(frozen=True)
 class Cut(RowStep):
-  """Each row's frames [start, end) as a file; `path` is then the clip, `video` the file that it is from. Without this step the
-  table keeps `start` and `end`, and the loader reads the range.
+  """Each row's frames [start, end), of them its `crop`, as a file; `path` is then the clip, `video` the file that it is from.
+  Without this step the table keeps `start`, `end` and `crop`, and the loader reads that part.
 
   short_side, max_fps, trim_dark: see `cut_clips`. The original has 1080 and no limit, 1.1 had 720 and 30.
   pictures: also the clip's middle frame, as a row of its own (an image).
@@ -222,6 +260,7 @@ class Cut(RowStep):
   """
 
   title: ClassVar[str] = "cut"
+  version: ClassVar[int] = 2
   needs: ClassVar[tuple[str, ...]] = ("path", "start", "end", "id")
   columns: ClassVar[dict[str, Any]] = {"video": pl.String}
 
@@ -235,6 +274,8 @@ class Cut(RowStep):
   def check(self) -> None:
     if self.short_side and self.short_side < 16:
       raise ValueError("short_side must be 0 (as the video) or at least 16 pixels")
+    if self.max_fps < 0:
+      raise ValueError("max_fps must be 0 (no limit) or more")
 
   def groups(self, rows: list[dict]) -> Iterator[list[dict]]:
     for _, same in itertools.groupby(rows, lambda row: row["path"]):
@@ -260,10 +301,16 @@ class Cut(RowStep):
         results[i] = Failure(f"its id {row['id']!r} can't be part of a file name: only letters, digits, _ and - can")
         continue
       stem = re.sub(r"[^A-Za-z0-9-]+", "-", Path(row["path"]).stem)[:40]
-      name = f"{stem}_{row['start']:06d}-{row['end']:06d}_{row['id']}-{mark}"
+      try:
+        crop, _, _ = part_of({"height": 0, "width": 0, **row})
+      except BadVideo as error:
+        results[i] = Failure(str(error))
+        continue
+      part = "".join(f"-{v}" for v in crop or ())  # rows that show other parts of a picture may have one id
+      name = f"{stem}_{row['start']:06d}-{row['end']:06d}{part}_{row['id']}-{mark}"
       own = paths.join(context.folder, f"clips-{mark}", row["id"][:2])
       picture = paths.join(self.pictures_folder or own, f"{name}.png") if self.pictures else None
-      clips[i] = Clip(row["start"], row["end"], paths.join(self.clips_folder or own, f"{name}.mp4"), picture)
+      clips[i] = Clip(row["start"], row["end"], paths.join(self.clips_folder or own, f"{name}.mp4"), picture, crop)
     settings = {"short_side": self.short_side, "max_fps": self.max_fps, "trim_dark": self.trim_dark}
     infos = {i: info for i, clip in clips.items() if (info := _there(clip))}
     todo = [i for i in clips if i not in infos]
@@ -278,7 +325,7 @@ class Cut(RowStep):
 
   def _cut_rows(self, row: dict, clip: Clip, info: VideoInfo) -> list[dict]:
     values = {
-      "video": row["path"], "start": None, "end": None, "num_frames": info.num_frames, "height": info.height,
+      "video": row["path"], "start": None, "end": None, "crop": None, "num_frames": info.num_frames, "height": info.height,
       "width": info.width, "resolution": info.height * info.width, "aspect_ratio": info.height / info.width, "rotation": 0,
     }  # fmt: skip
     moving = {
@@ -309,7 +356,7 @@ class Crops(RowStep):
   """
 
   title: ClassVar[str] = "crops"
-  needs: ClassVar[tuple[str, ...]] = ("path", "height", "width")
+  needs: ClassVar[tuple[str, ...]] = ("path", "height", "width", "id")
   columns: ClassVar[dict[str, Any]] = {"crop": pl.String}
 
   focus: str = ""

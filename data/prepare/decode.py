@@ -51,7 +51,8 @@ def frame_rate(stream) -> Fraction:
 
 
 def frame_times(path: str) -> np.ndarray | None:
-  """Presentation times (int64, in units of the stream's time base) of all frames from the packets alone; None if not stored."""
+  """Presentation times (int64, in units of the stream's time base) of all frames from the packets alone; None if not stored, or
+  if two frames have one: they would be one frame here, and two for `data.video`."""
   return _frame_times(path, *paths.stat(path))
 
 
@@ -59,9 +60,9 @@ def frame_times(path: str) -> np.ndarray | None:
 def _frame_times(path: str, _size: int, _changed: int) -> np.ndarray | None:
   with open_video(path, threads=1) as (container, stream):
     times = [packet.pts for packet in container.demux(stream) if packet.size and not packet.is_discard]
-  if not times or None in times:
+  if not times or None in times or len(set(times)) < len(times):
     return None
-  return np.unique(np.asarray(times, np.int64))
+  return np.sort(np.asarray(times, np.int64))
 
 
 class Reader:

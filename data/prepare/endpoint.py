@@ -23,6 +23,7 @@ _RETRY = {408, 409, 425, 429, 500, 502, 503, 504, 529}
 _REFUSES_ONE = {400, 413, 415, 422}  # this question; any other status would meet all of them
 _MOST_BYTES = 1 << 20  # of an answer
 _LONGEST_WAIT = 60.0  # seconds
+_CONNECT = 20.0  # seconds for a connection
 
 
 @dataclasses.dataclass
@@ -117,10 +118,11 @@ class Endpoint:
     except httpx2.InvalidURL as error:
       raise ValueError(f"url {url!r} is none: {error}") from None
     self._client = httpx2.Client(
-      base_url=url.rstrip("/") + "/", timeout=httpx2.Timeout(timeout, connect=min(timeout, 20.0)),
+      base_url=url.rstrip("/") + "/", timeout=httpx2.Timeout(timeout, connect=min(timeout, _CONNECT)),
       headers={"authorization": f"Bearer {key}"} if key else {}, limits=httpx2.Limits(max_connections=connections),
       follow_redirects=False, trust_env=False,
     )  # fmt: skip
+    self._reached = False  # whether a question ever got through
     self._timeout, self._pace, self._cache, self._lock = timeout, Pace(per_minute), Cache(cache), threading.Lock()
 
   def close(self) -> None:
@@ -131,7 +133,8 @@ class Endpoint:
     """The answer to a prompt with JPEG pictures.
 
     `check(text)` returns the usable part or raises `ValueError`; then the question is asked again, with another seed.
-    Raises Passing when all attempts failed, Refused when it makes no sense to ask again.
+    Raises Passing when all attempts failed, Refused when it makes no sense to ask again, or when nobody is there: no question
+    ever reached the endpoint.
     """
     addresses = [f"data:image/jpeg;base64,{base64.b64encode(image).decode()}" for image in images]
     content = [{"type": "text", "text": prompt}, *({"type": "image_url", "image_url": {"url": a}} for a in addresses)]
@@ -161,6 +164,8 @@ class Endpoint:
       else:
         self._cache.put(key, answer)
         return useful
+    if not self._reached:
+      raise Refused(f"nobody is at {self._client.base_url} ({reason}): is the endpoint running?", True)
     raise Passing(f"the endpoint failed {self._attempts} times, last: {reason}")
 
   def _call(self, body: dict[str, Any]) -> str:
@@ -173,10 +178,17 @@ class Endpoint:
             raise _TryAgain("an endless answer")
           if time.monotonic() - begin > self._timeout:  # one that drips is late, too
             raise _TryAgain(f"no whole answer in {self._timeout:g} s")
+    except httpx2.ConnectTimeout:
+      raise _TryAgain(f"no connection in {min(self._timeout, _CONNECT):g} s") from None
+    except httpx2.ConnectError as error:
+      raise _TryAgain(f"no connection: {' '.join(str(error).split())[:100]}") from None
     except httpx2.TimeoutException:
+      self._reached = True
       raise _TryAgain(f"no answer in {self._timeout:g} s") from None
     except httpx2.HTTPError as error:
+      self._reached = True
       raise _TryAgain(f"no connection ({type(error).__name__}: {' '.join(str(error).split())[:100]})") from None
+    self._reached = True
     self._count(calls=1)
     if response.status_code in _RETRY:
       with contextlib.suppress(ValueError):

@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import tarfile
 import tempfile
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from data.prepare.shards import height, read_meta, scan_all, write_shard
 from data.prepare.steps import Context, Step
 
 FORMATS = ("table", "tfds", "webdataset")
+TFDS = "tfds/clips/1.0.0"  # the data set's name and version, as its builder writes them
 # Of data/sources.py; then what a look at the data needs.
 COLUMNS = (
   "path", "text", "num_frames", "height", "width", "fps", "start", "end", "crop", "aes", "flow", "cmotion", "text_features",
@@ -36,7 +38,7 @@ class Export(Step):
   name: of the table (train.parquet, validation.parquet ... where rows are split), .parquet or .csv. Paths of files below its
     folder are relative to it, so that the folder may be moved.
   columns: those of the table; (): those that `data/sources.py` knows, as far as they are there, and duration, match, id.
-  samples: of one WebDataset archive.
+  samples: of one WebDataset archive. Samples are called by their id; one that several rows have gets a number.
   """
 
   title: ClassVar[str] = "export"
@@ -51,6 +53,8 @@ class Export(Step):
   def check(self) -> None:
     if wrong := set(self.formats) - set(FORMATS):
       raise ValueError(f"formats has {', '.join(wrong)}; allowed: {', '.join(FORMATS)}")
+    if self.samples < 1 or not self.formats:
+      raise ValueError("samples must be at least 1, formats at least one of " + ", ".join(FORMATS))
     if not self.name.endswith((".parquet", ".csv")) or "/" in self.name:
       raise ValueError(f"name = {self.name!r} must be a file name that ends in .parquet or .csv")
 
@@ -62,7 +66,8 @@ class Export(Step):
     if unknown := [c for c in self.columns if c not in names]:
       raise ValueError(f"export.columns has {', '.join(unknown)}; the table has {', '.join(names)}")
     if not table.select(pl.len()).collect(engine="streaming").item():
-      raise ValueError("export: no row without an error is left")
+      raise ValueError(f"export: no row without an error is left{_last(context.history)}")
+    paths.make_folder(folder)
     files, said = [], []
     splits = _splits(table) if "split" in names else {"": table}
     for split, part in splits.items():
@@ -75,21 +80,39 @@ class Export(Step):
         files += made
         said.append(f"{len(made)} archives {os.path.dirname(made[0])}/{split or 'train'}-*.tar" if made else "no archive")
     if "tfds" in self.formats:
-      place = write_tfds({split or "train": part for split, part in splits.items()}, folder)
+      place = paths.join(folder, TFDS)
       files.append(paths.join(place, "dataset_info.json"))
+      self._claim(files[-1], context)
+      write_tfds({split or "train": part for split, part in splits.items()}, folder)
       said.append(f"TFDS data set in {place}")
     return ", ".join(said), files
 
-  def _table(self, table: pl.LazyFrame, target: str, names: list[str], context: Context) -> str:
+  def _claim(self, target: str, context: Context) -> None:
+    """Raises ValueError where a file that is to be written is somebody else's."""
     record = paths.join(context.folder, "done.json")
     mine = json.loads(paths.read_text(record))["files"] if paths.exists(record) else []
     if paths.exists(target) and target not in mine and not (target.endswith(".parquet") and read_meta(target)):
       raise ValueError(f"{target} is there and was not written by this program: choose another export.folder or export.name")
     if target not in mine:  # from now on, also when the export is broken off
       paths.write_text(record, json.dumps({"key": "", "said": "", "files": [*mine, target]}))
-    kept = [c for c in (self.columns or COLUMNS) if c in names]
+
+  def _table(self, table: pl.LazyFrame, target: str, names: list[str], context: Context) -> str:
+    self._claim(target, context)
+    kept = self.columns or known_columns(names)
     write_shard(target, relative_to(table, os.path.dirname(target)).select(kept), {"key": "", "identity": "", "retry": 0})
     return target
+
+
+def _last(history: tuple) -> str:
+  """Which step left no row of those that came to it."""
+  gone = next((name for name, rows_in, rows, *_ in history if rows_in and not rows), "")
+  return f": {gone} left none, look at its settings" if gone else ""
+
+
+def known_columns(names: list[str]) -> list[str]:
+  """Those of a table's columns that a training, or a look at the data, can use."""
+  texts = sorted((n for n in names if re.fullmatch(r"text_\d+", n)), key=lambda n: int(n.removeprefix("text_")))
+  return [c for column in COLUMNS for c in ((column, *texts) if column == "text" else (column,)) if c in names]
 
 
 def _splits(table: pl.LazyFrame) -> dict[str, pl.LazyFrame]:
@@ -111,16 +134,26 @@ def relative_to(table: pl.LazyFrame, folder: str) -> pl.LazyFrame:
 
 def _samples(table: pl.LazyFrame) -> Iterator[tuple[str, str, dict[str, Any]]]:
   """(key, file, other columns) row by row. ValueError for rows that are parts of files."""
-  for batch in table.collect_batches():
+  names = table.collect_schema().names()
+  columns = [c for c in known_columns(names) if c != "path"]
+  name = pl.col("path").cast(pl.String)
+  if "id" in names:
+    name = pl.coalesce(pl.col("id").cast(pl.String).replace("", None), name)
+  several = table.group_by(name.alias("name")).len().filter(pl.col("len") > 1).collect(engine="streaming")["name"]
+  seen = dict.fromkeys(several, 0)  # two samples of one name would be one for whoever reads them
+  for batch in table.with_columns(_name=name).collect_batches(maintain_order=True):
     for row in batch.iter_rows(named=True):
       if row.get("start") is not None or row.get("crop"):
         raise ValueError("rows with a range or a crop of a file can't be exported as files: put the step cut (no crops) before")
-      yield _key(row), row["path"], {k: row.get(k) for k in COLUMNS if k in row and k != "path"}
+      key = _key(row["_name"])
+      if row["_name"] in seen:
+        seen[row["_name"]] += 1
+        key += f"_{seen[row['_name']]}"
+      yield key, row["path"], {k: row[k] for k in columns}
 
 
-def _key(row: dict[str, Any]) -> str:
+def _key(name: str) -> str:
   """What a sample is called: its id if that is plain, as the pipeline's are; others could lead out of a folder."""
-  name = str(row.get("id") or row["path"])
   if re.fullmatch(r"[\w-]+", name):
     return name
   plain = re.sub(r"\W+", "_", os.path.splitext(os.path.basename(name))[0])
@@ -140,6 +173,10 @@ def write_webdataset(table: pl.LazyFrame, folder: str, split: str, samples: int)
         for ending, content in (("txt", values.get("text") or ""), ("json", json.dumps(values))):
           _add(archive, f"{key}.{ending}", io.BytesIO(content.encode()), len(content.encode()))
     made.append(target)
+  # What an earlier export of more archives left would be read with these.
+  numbers = (paths.join(folder, f"{split}-{i:06}.tar") for i in itertools.count(len(made)))
+  for old in itertools.takewhile(paths.exists, numbers):
+    paths.remove(old)
   return made
 
 
@@ -149,8 +186,9 @@ def _add(archive: tarfile.TarFile, name: str, content: Any, size: int) -> None:
   archive.addfile(info, content)
 
 
-def write_tfds(splits: dict[str, pl.LazyFrame], folder: str) -> str:
-  """A TFDS data set `clips` (array_record, readable without TensorFlow by `tfds.data_source`) -> its folder.
+def write_tfds(splits: dict[str, pl.LazyFrame], folder: str) -> None:
+  """A TFDS data set `clips` (array_record, readable without TensorFlow by `tfds.data_source`) in folder/TFDS, in place of an
+  earlier one.
 
   Features: id, video (the encoded file), text, num_frames, height, width, fps.
   """
@@ -159,7 +197,7 @@ def write_tfds(splits: dict[str, pl.LazyFrame], folder: str) -> str:
 
   numbers = {"num_frames": np.int64, "height": np.int64, "width": np.int64, "fps": np.float64}
 
-  class Clips(tfds.core.GeneratorBasedBuilder):
+  class Clips(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # a second export may follow
     """Clips with captions, written by data.prepare."""
 
     VERSION = tfds.core.Version("1.0.0")
@@ -183,12 +221,10 @@ def write_tfds(splits: dict[str, pl.LazyFrame], folder: str) -> str:
   with tempfile.TemporaryDirectory(dir=folder if not paths.is_remote(folder) else None, prefix=".tfds-") as place:
     builder = Clips(data_dir=place, file_format="array_record")
     builder.download_and_prepare()
-    made = os.path.relpath(builder.data_dir, place)
-    target = paths.join(folder, "tfds", made)
+    target = paths.join(folder, TFDS)
     if paths.is_remote(folder):
-      paths.upload(os.path.join(place, made), target)
+      paths.upload(builder.data_dir, target)
     else:
       if paths.exists(target):
-        paths.move(target, f"{target}.old-{os.getpid()}")  # nothing is overwritten
-      paths.move(os.path.join(place, made), target)
-  return target
+        shutil.rmtree(target)
+      paths.move(str(builder.data_dir), target)

@@ -53,7 +53,8 @@ class Motion:
   def frames(self, num_frames: int, fps: float) -> np.ndarray:
     if num_frames < 2:
       return np.zeros(0, np.int64)
-    return np.unique(np.arange(self.count) * min(self.every, (num_frames - 1) / (self.count - 1))).astype(np.int64)
+    places = np.arange(self.count) * min(self.every, (num_frames - 1) / (self.count - 1))
+    return np.unique(places.astype(np.int64))  # whole numbers first: two frames are one pair, not three with stills among them
 
   def __call__(self, images: np.ndarray, row: dict) -> dict[str, float]:
     dis = cv2.DISOpticalFlow_create(_PRESETS[self.preset])
@@ -87,6 +88,10 @@ class Quality:
 
   count: int = 8
 
+  def check(self) -> None:
+    if self.count < 1:
+      raise ValueError("count must be at least 1")
+
   def frames(self, num_frames: int, fps: float) -> np.ndarray:
     places = _spread(num_frames, self.count)
     return np.unique(np.concatenate([places, np.minimum(places + 1, num_frames - 1)]))
@@ -100,13 +105,14 @@ class Quality:
     box = _content(grey.max(0))
     x, y, w, h = (round(v * row["height"] / grey.shape[1]) for v in box)
     share = 1 - box[2] * box[3] / grey[0].size
+    left, top = row["crop"][:2] if row.get("crop") else (0, 0)
     return {
       "sharpness": float(np.median([cv2.Laplacian(g, cv2.CV_64F).var() for g in grey])),
       "brightness": float(means.mean()),
       "black": float((means < _DARK).mean()),
       "frozen": float((np.array(steps) < _SAME).mean()) if steps else None,
       "letterbox": float(share),
-      "content": f"{x},{y},{min(w, row['width'] - x)},{min(h, row['height'] - y)}" if 0 < share < 1 else None,
+      "content": f"{left + x},{top + y},{min(w, row['width'] - x)},{min(h, row['height'] - y)}" if 0 < share < 1 else None,
     }
 
 
@@ -137,6 +143,10 @@ class Camera:
   threshold: float = 0.25
   seconds: float = 0.2
   most: int = 64
+
+  def check(self) -> None:
+    if self.threshold <= 0 or self.seconds <= 0 or self.most < 2:
+      raise ValueError("threshold and seconds must be more than 0, most at least 2")
 
   def frames(self, num_frames: int, fps: float) -> np.ndarray:
     if num_frames < 2:
@@ -169,10 +179,12 @@ def camera_class(moved: np.ndarray, threshold: float) -> str:
   """Label from the moves [4, 2] = (x, y) in pixels of the middles of the top, bottom, left and right edge."""
   top, bottom, left, right = (np.where(np.abs(m) > threshold, np.sign(m), 0) for m in moved)
   labels = []
-  if (top[0] == bottom[0] != 0) or (left[0] == right[0] != 0):
-    labels.append("pan_right" if (top[0] or left[0]) < 0 else "pan_left")  # the picture goes left: the camera goes right
-  if (top[1] == bottom[1] != 0) or (left[1] == right[1] != 0):
-    labels.append("tilt_up" if (top[1] or left[1]) > 0 else "tilt_down")
+  # Of each direction the first pair of edges that go the same way (0: none does).
+  x, y = ((top[i] if top[i] == bottom[i] else 0) or (left[i] if left[i] == right[i] else 0) for i in (0, 1))
+  if x:
+    labels.append("pan_right" if x < 0 else "pan_left")  # the picture goes left: the camera goes right
+  if y:
+    labels.append("tilt_up" if y > 0 else "tilt_down")
   apart = (top[1] < 0 < bottom[1]) or (left[0] < 0 < right[0])
   together = (top[1] > 0 > bottom[1]) or (left[0] > 0 > right[0])
   if apart != together:
@@ -220,6 +232,8 @@ class Text:
   def check(self) -> None:
     if importlib.util.find_spec("rapidocr") is None:
       raise ValueError("text needs `pip install -c constraints.txt -r requirements-prepare.txt`")
+    if not self.at or not all(0 <= place <= 1 for place in self.at):
+      raise ValueError("at needs places from 0 to 1")
 
   def frames(self, num_frames: int, fps: float) -> np.ndarray:
     return np.unique([min(num_frames - 1, int(place * num_frames)) for place in self.at])

@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import base64
 import dataclasses
+import importlib.util
+import json
 import math
 import os
 import tempfile
@@ -23,24 +25,33 @@ from data import paths, video
 from data.command_line import OneLineParser
 from data.prepare import caption, check
 from data.prepare import config as configs
-from data.prepare.cut import small_size
+from data.prepare.cut import part_of, small_size
 from data.prepare.selection import draw
-from data.prepare.shards import scan_all
-from data.prepare.steps import Context, Step
+from data.prepare.shards import digest, failed_in, refuse_overwriting, scan_all, tables_in
+from data.prepare.steps import Context, Step, sizes_of
 from data.prepare.workers import DEFAULT_LIMITS, Failure, Pool
 
+_NEEDED = "the page needs `pip install -c constraints.txt -r requirements-prepare.txt` (jinja2)"
 _BINS = 40
-# Column -> (title, whether high values are the good ones, or None if there is no better).
+# Column -> (title, whether high values are the good ones, or None if there is no better). Numbers that have no place here, such
+# as those of a user's scorer, are shown behind them.
 MEASURES = {
   "duration": ("duration, seconds", None), "num_frames": ("frames", None), "fps": ("frames per second", None),
   "height": ("height, pixels", None), "width": ("width, pixels", None), "aspect_ratio": ("aspect ratio, height / width", None),
-  "flow": ("motion (optical flow)", True), "sharpness": ("sharpness", True), "brightness": ("brightness", True),
+  "flow": ("motion (optical flow)", True), "sharpness": ("sharpness", True), "brightness": ("brightness", None),
   "black": ("share of black frames", False), "frozen": ("share of frozen frames", False),
   "letterbox": ("share of black bars", False), "text_area": ("share of text", False),
   "ocr": ("text boxes", False), "aes": ("aesthetic score", True),
-  "match": ("text-video matching", True), "camera_zoom": ("camera zoom", None), "words": ("words of a caption", None),
-  "text_len": ("tokens of a caption", None),
+  "match": ("text-video matching", True), "camera_x": ("how the picture moves, to the right", None),
+  "camera_y": ("how the picture moves, down", None), "camera_zoom": ("camera zoom", None),
+  "words": ("words of a caption", None), "text_len": ("tokens of a caption", None),
 }  # fmt: skip
+# Numbers of the pipeline that are no measures, and measures of files, which no sheet has to show.
+_NO_MEASURES = ("bytes", "changed", "start", "end", "scene", "resolution", "rotation", "focus")
+_NO_SHEETS = (
+  "duration", "num_frames", "fps", "height", "width", "aspect_ratio", "camera_x", "camera_y", "camera_zoom", "words", "text_len"
+)  # fmt: skip
+_WORDS = 80  # frequent ones that are shown
 _THRESHOLDS = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9)  # shares of the rows that a threshold would remove
 _SHOWN = 6  # clips of a contact sheet
 _STRIP = 3  # frames of a clip in it
@@ -56,7 +67,7 @@ class Report(Step):
   """
 
   title: ClassVar[str] = "report"
-  version: ClassVar[int] = 2
+  version: ClassVar[int] = 3
   needs: ClassVar[tuple[str, ...]] = ("path",)
 
   file: str = "report.html"
@@ -64,8 +75,17 @@ class Report(Step):
   sheets: bool = True
 
   def check(self) -> None:
-    if self.training and not os.path.isfile(self.training):
-      raise ValueError(f"training = {self.training!r}: no such file")
+    if importlib.util.find_spec("jinja2") is None:
+      raise ValueError(_NEEDED)
+    self._stages()
+
+  def _stages(self) -> dict[str, Any]:
+    """Data settings of the training's stages."""
+    return check.stages(configs.load(self.training), "table") if self.training else {}
+
+  def recipe(self) -> dict[str, Any]:
+    settings = {name: dataclasses.asdict(stage) for name, stage in self._stages().items()}
+    return {**super().recipe(), "training": digest(json.loads(json.dumps(settings, default=str)))}
 
   def write(self, tables: list[str], context: Context) -> tuple[str, list[str]]:
     target = paths.join(os.path.dirname(context.folder) if context.folder else "", self.file)
@@ -90,20 +110,25 @@ def build(
     training: a training config whose buckets are shown.
     pool: who reads clips, None for no sheets.
   """
-  import jinja2
-
+  try:
+    import jinja2
+  except ImportError:
+    raise ValueError(_NEEDED) from None
   stages = [scan_all(files) for files in (*unselected, tables)]
   fine = [stage.filter(pl.col("error").is_null()) for stage in stages]
-  measured = [found for name in MEASURES if (found := _measured(fine, name))]
-  sheets = [_sheet(rows, m, pool) for m, rows in measured if m["better"] is not None] if pool else []
+  numbers = (name for table in fine for name, kind in table.collect_schema().items() if kind.is_numeric())
+  names = [name for name in dict.fromkeys((*MEASURES, *numbers)) if name not in _NO_MEASURES]
+  measured = [found for name in names if (found := _measured(fine, name))]
+  sheets = [_sheet(rows, m, pool) for m, rows in measured if m["name"] not in _NO_SHEETS] if pool else []
   if unselected:
     _add_captions(sheets, fine[-1])
   environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
   environment.filters |= {"number": number, "seconds": lambda s: f"{s:,.0f} s"}
   return environment.from_string(Path(__file__).with_name("report.html").read_text()).render(
-    title=_title(tables[0]), rows=_height(stages[0]), failed=sum(_height(s) for s in stages) - sum(_height(s) for s in fine),
+    title=_title(tables[0]), rows=_height(stages[0]), copies=sum(_height(s.filter(failed_in("duplicates"))) for s in stages),
+    failed=sum(_height(s.filter(pl.col("error").is_not_null() & ~failed_in("duplicates"))) for s in stages),
     kept=_height(fine[-1]) if unselected else None, history=history, measures=[m for m, _ in measured],
-    failures=_failures(stages), classes=_classes(fine), sheets=[s for s in sheets if s["rows"]],
+    failures=_failures(stages), classes=_classes(fine), words=_words(fine), sheets=[s for s in sheets if s["rows"]],
     hours=_hours(fine[-1]), buckets=_buckets(tables, training) if training else [], training=training,
   )  # fmt: skip
 
@@ -144,7 +169,8 @@ def number(value: float | int | None) -> str:
 
 
 def measure(table: pl.LazyFrame, name: str) -> dict[str, Any] | None:
-  """Histogram and thresholds of a column: bins between its 0.1 and 99.9 percentiles, what lies outside in the outer ones."""
+  """Histogram and thresholds of a column: bins between its 0.1 and 99.9 percentiles, what lies outside in the outer ones;
+  conditions that remove about the shares `_THRESHOLDS` of its values, each with what it removes of all rows."""
   column = pl.col(name).cast(pl.Float64)
   column = pl.when(column.is_finite()).then(column)
   ranks = (0.001, *_THRESHOLDS, 0.999)
@@ -159,20 +185,28 @@ def measure(table: pl.LazyFrame, name: str) -> dict[str, Any] | None:
   place = ((column - low) / (high - low) * _BINS).floor().clip(0, _BINS - 1).cast(pl.Int64)
   found = dict(table.select(b=place).drop_nulls().group_by("b").len().collect(engine="streaming").iter_rows())
   heights = [found.get(i, 0) for i in range(_BINS)]
-  title, better = MEASURES[name]
+  title, better = MEASURES.get(name, (name.replace("_", " "), None))
   side = better is not False  # thresholds cut off low values, or, where these are the good ones, high ones
-  cuts = [{"share": q, "value": facts[f"q{q if side else round(1 - q, 3)}"]} for q in _THRESHOLDS]
+  # Of values that many rows have several shares may be cut off by one threshold, or none: what counts is what it removes.
+  values = list(dict.fromkeys(facts[f"q{q if side else round(1 - q, 3)}"] for q in _THRESHOLDS))
+  kept = table.select((column >= v if side else column <= v).sum().alias(str(i)) for i, v in enumerate(values))
+  rows = facts["count"] + facts["missing"]
+  shares = [1 - k / rows for k in kept.collect(engine="streaming").row(0)]
+  cuts = [{"share": share, "value": value} for share, value in zip(shares, values)]
   return {
     "name": name, "title": title, "better": better, "count": facts["count"], "missing": facts["missing"], "mean": facts["mean"],
     "least": facts["least"], "most": facts["most"], "low": low, "high": high, "sign": ">=" if side else "<=", "cuts": cuts,
-    "bars": [{"x": i, "h": 100 * h / max(heights), "count": h, "from": low + (high - low) * i / _BINS}
+    "bars": [{"x": i, "h": 100 * h / max(heights), "count": h, "from": low + (high - low) * i / _BINS,
+              "to": low + (high - low) * (i + 1) / _BINS}
              for i, h in enumerate(heights)],
   }  # fmt: skip
 
 
 def _failures(stages: list[pl.LazyFrame]) -> list[dict[str, Any]]:
   """Reasons with numbers and an example, the most frequent first. No row fails in two of the tables: a filter takes it away."""
-  reason = pl.col("error").str.replace_all(r"\d+", "N").str.slice(0, 80).alias("reason")
+  # Names of files and numbers differ where the reason is the same.
+  reason = pl.col("error").str.replace(r"(^|\s)(gs:/)?/.*", "${1}...").str.replace(r"(caption file) .* (is|has) ", "$1 ... $2 ")
+  reason = reason.str.replace_all(r"\d+", "N").str.slice(0, 80).alias("reason")
   failed = pl.concat(s.filter(pl.col("error").is_not_null()).select(reason, "path", "retry") for s in stages)
   found = failed.group_by("reason").agg(pl.len().alias("count"), pl.col("path").first(), pl.col("retry").any())
   return found.sort("count", "reason", descending=True).head(30).collect().to_dicts()
@@ -191,6 +225,16 @@ def _classes(stages: list[pl.LazyFrame]) -> list[tuple[str, list[dict]]]:
   return found
 
 
+def _words(stages: list[pl.LazyFrame]) -> list[dict[str, Any]]:
+  """The words of at least four letters that most captions of the last table with any have, with how many these are."""
+  having = [t for t in stages if t.collect_schema().get("text") == pl.String]
+  if not having:
+    return []
+  words = having[-1].select(word=pl.col("text").str.to_lowercase().str.extract_all(r"\p{L}{4,}").list.unique())
+  counted = words.explode("word").drop_nulls().group_by("word").len()
+  return counted.sort("len", "word", descending=[True, False]).head(_WORDS).collect(engine="streaming").to_dicts()
+
+
 def _hours(table: pl.LazyFrame) -> float | None:
   if "duration" not in table.collect_schema():
     return None
@@ -198,20 +242,23 @@ def _hours(table: pl.LazyFrame) -> float | None:
 
 
 def _sheet(table: pl.LazyFrame, found: dict[str, Any], pool: Pool) -> dict[str, Any]:
-  """Best, worst and random clips of a score, each with a strip of frames."""
-  name = found["name"]
-  columns = [c for c in ("path", "text", "num_frames", "height", "width", "start", "id", "bytes")
+  """Best, worst and random clips of a score (or highest and lowest ones), each with a strip of frames."""
+  name, high = found["name"], found["better"] is not False
+  if not {"num_frames", "height", "width"} <= {*table.collect_schema()}:
+    return {"title": found["title"], "rows": []}
+  columns = [c for c in ("path", "text", "num_frames", "height", "width", "start", "crop", "id", "bytes")
              if c in table.collect_schema()]  # fmt: skip
-  scored = table.filter(pl.col(name).is_not_null() & (pl.col("num_frames") > 1)).select(pl.col(name).alias("score"), *columns)
+  scored = table.filter(pl.col(name).is_not_null()).select(pl.col(name).alias("score"), *columns)
+  best, worst = ("highest", "lowest") if found["better"] is None else ("best", "worst")
   picks = [
-    ("best", scored.top_k(_SHOWN, by="score", reverse=not found["better"])),
-    ("worst", scored.top_k(_SHOWN, by="score", reverse=found["better"])),
+    (best, scored.top_k(_SHOWN, by="score", reverse=not high)),
+    (worst, scored.top_k(_SHOWN, by="score", reverse=high)),
     ("random", scored.with_columns(_d=draw(scored, 0)).top_k(_SHOWN, by="_d").drop("_d")),
   ]
   rows = []
   for kind, pick in picks:
     clips = pick.collect(engine="streaming").to_dicts()
-    strips = pool.map(strip, clips, sizes=[c.get("bytes") for c in clips])
+    strips = pool.map(strip, clips, sizes=sizes_of(clips))
     made = [{**clip, "image": None if isinstance(s, Failure) else s} for clip, s in zip(clips, strips)]
     if made:
       rows.append({"kind": kind, "clips": made})
@@ -222,8 +269,9 @@ def strip(row: dict[str, Any], report: Callable) -> str:
   """In a worker: frames of a clip side by side as a data address."""
   frames = row["num_frames"]
   numbers = sorted({int((i + 0.5) * frames / _STRIP) for i in range(_STRIP)})
-  size = small_size(row["height"], row["width"], _SIDE)
-  images = video.read_frames(row["path"], np.array(numbers) + (row.get("start") or 0), size=size)
+  crop, height, width = part_of(row)
+  size = small_size(height, width, _SIDE)
+  images = video.read_frames(row["path"], np.array(numbers) + (row.get("start") or 0), size=size, crop=crop)
   return "data:image/jpeg;base64," + base64.b64encode(caption.as_jpeg(np.concatenate(list(images), 1))).decode()
 
 
@@ -240,7 +288,7 @@ def _buckets(tables: list[str], training: str) -> list[dict[str, Any]]:
       try:
         found.append({"stage": name, "report": check.preview(settings, folder), "reason": ""})
       except ValueError as error:
-        found.append({"stage": name, "report": None, "reason": str(error)})
+        found.append({"stage": name, "report": None, "reason": str(error).replace(joined, "the table")})
   return found
 
 
@@ -257,9 +305,10 @@ def main(arguments: list[str]) -> int:
   options = parser.parse_args(arguments)
   tables = [options.input]
   if paths.is_folder(options.input):
-    tables = [paths.join(options.input, n) for n in paths.names(options.input) if n.endswith(".parquet")]
+    tables = tables_in(options.input)
   if not tables or not all(paths.exists(t) for t in tables):
     raise ValueError(f"{options.input} is no table and no folder of parquet shards")
+  refuse_overwriting(options.output, [*tables, options.config])
   with Pool(options.workers, DEFAULT_LIMITS) as pool:
     paths.write_text(options.output, build(tables, training=options.config, pool=None if options.no_sheets else pool))
   print(options.output)

@@ -90,13 +90,14 @@ class Scenes(RowStep):
   min_scene_frames: frames between two cuts, PySceneDetect's default in the library. (Its command has 0.6 s.)
   min_seconds: shorter scenes are left out. Open-Sora's function has 2, its command no limit.
   max_seconds: longer scenes are split, 0: never.
-  long: "split" makes equal parts of at most max_seconds; "first" keeps only the first max_seconds, as the original.
+  long: "split" makes equal parts of at most max_seconds, and leaves out the end where they would be shorter than min_seconds;
+    "first" keeps only the first max_seconds, as the original.
   cuts_at: column with more cuts, a list of seconds; one within 0.25 s of a detected cut means that one.
   """
 
   title: ClassVar[str] = "scenes"
   unit: ClassVar[str] = "files"
-  needs: ClassVar[tuple[str, ...]] = ("path", "num_frames")
+  needs: ClassVar[tuple[str, ...]] = ("path", "num_frames", "fps")
   columns: ClassVar[dict[str, Any]] = {
     "source_id": pl.String, "scene": pl.Int64, "start": pl.Int64, "end": pl.Int64, "num_frames": pl.Int64,
     "duration": pl.Float64, "id": pl.String,
@@ -111,6 +112,11 @@ class Scenes(RowStep):
   long: str = "split"
   cuts_at: str = ""
 
+  @property
+  def version(self) -> int:
+    """2 where the parts of a long scene could be too short."""
+    return 2 if self.min_seconds >= self.max_seconds / 2 > 0 else 1
+
   def check(self) -> None:
     if self.detector not in _DETECTORS:
       raise ValueError(f"detector = {self.detector!r} is none of {', '.join(_DETECTORS)}")
@@ -118,6 +124,8 @@ class Scenes(RowStep):
       raise ValueError(f"long = {self.long!r} is neither 'split' nor 'first'")
     if self.min_seconds < 0 or self.max_seconds < 0 or (self.max_seconds and self.max_seconds < self.min_seconds):
       raise ValueError("max_seconds must be 0 or at least min_seconds, and min_seconds at least 0")
+    if (self.threshold is not None and self.threshold <= 0) or self.min_content < 0 or self.min_scene_frames < 1:
+      raise ValueError("threshold must be more than 0, min_content at least 0, min_scene_frames at least 1")
 
   def rows(self, group: list[dict], context: Context, report: Callable) -> list[list[dict]]:
     (row,) = group
@@ -151,7 +159,10 @@ class Scenes(RowStep):
       return [(start, end)]
     if self.long == "first":
       return [(start, start + most)]
-    edges = np.linspace(start, end, math.ceil((end - start) / most) + 1).astype(int).tolist()
+    count = math.ceil((end - start) / most)
+    if (end - start) // count < self.min_seconds * rate:  # one less, of the full length: the rest is too short for a scene
+      count, end = count - 1, start + (count - 1) * most
+    edges = np.linspace(start, end, count + 1).astype(int).tolist()
     return list(itertools.pairwise(edges))
 
 

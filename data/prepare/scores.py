@@ -5,7 +5,8 @@ A scorer is a frozen dataclass whose fields are its settings, with
   columns: {name: polars type} that it adds,
   side: pixels of the shorter side of the pictures that it wants,
   frames(num_frames, fps): the numbers, ascending, of the frames of a clip that it wants, none if it has nothing to say,
-  __call__(images, row): uint8 [T, H, W, 3] and the row of the table -> {column: value}.
+  __call__(images, row): uint8 [T, H, W, 3] and the row of the table, with height and width of what `crop` leaves -> {column:
+    value}.
 
 `SCORERS` has ours; any other is named by its import path: scorers = {"mine": {"scorer": "package.module:Class", ...}}.
 """
@@ -24,7 +25,7 @@ import numpy as np
 
 from data import video
 from data.prepare.config import create
-from data.prepare.cut import small_size
+from data.prepare.cut import part_of, small_size
 from data.prepare.steps import Context, RowStep
 
 SCORERS = {
@@ -41,10 +42,13 @@ SCORERS = {
 class Scores(RowStep):
   """Adds the columns of its scorers.
 
-  scorers: {name: settings}, or a tuple of names; see `data.prepare.scores`.
+  scorers: {name: settings}, or a tuple of names. Ours, with their settings: motion (count, every, preset), quality (count),
+    camera (threshold, seconds, most), text (at, confidence, letters), aesthetic (model, head, at), matching (image_model,
+    text_model, tokenizer, scale); see data/prepare/measures.py and clip.py. One of yours: {name: {"scorer": "module:Class"}}.
   """
 
   title: ClassVar[str] = "scores"
+  version: ClassVar[int] = 2
   unit: ClassVar[str] = "clips"
   needs: ClassVar[tuple[str, ...]] = ("path", "num_frames", "height", "width")
 
@@ -61,6 +65,8 @@ class Scores(RowStep):
 
   def _made(self) -> list[Any]:
     named = self.scorers if isinstance(self.scorers, dict) else {key: {} for key in self.scorers}
+    if wrong := next((name for name, settings in named.items() if not isinstance(settings, dict)), None):
+      raise ValueError(f"scorers.{wrong} = {named[wrong]!r} is none: it holds settings, such as {{}}")
     return [make_scorer(name, json.dumps(settings)) for name, settings in named.items()]
 
   def rows(self, group: list[dict], context: Context, report: Callable) -> list[dict]:
@@ -71,8 +77,10 @@ class Scores(RowStep):
     if not len(numbers):
       return [{}]
     side = max(scorer.side for scorer, frames in wanted if len(frames))
-    size = small_size(row["height"], row["width"], side)
-    pictures = video.read_frames(row["path"], numbers + (row.get("start") or 0), size=size)
+    crop, height, width = part_of(row)
+    row = {**row, "crop": crop, "height": height, "width": width}
+    size = small_size(height, width, side)
+    pictures = video.read_frames(row["path"], numbers + (row.get("start") or 0), size=size, crop=crop)
     values: dict[str, Any] = {}
     for scorer, frames in wanted:
       if len(frames):
@@ -93,8 +101,13 @@ def make_scorer(name: str, settings: str) -> Any:
     cls = getattr(importlib.import_module(module), attribute)
   except (ImportError, AttributeError) as error:
     raise ValueError(f"scorers.{name}: {path} cannot be imported ({error})") from None
-  # Its settings are checked as those of a step.
-  return create(cls, values, f"scorers.{name}") if dataclasses.is_dataclass(cls) else cls(**values)
+  try:  # the settings of a dataclass are checked as those of a step
+    made = create(cls, values, f"scorers.{name}") if dataclasses.is_dataclass(cls) else cls(**values)
+  except TypeError as error:
+    raise ValueError(f"scorers.{name}: {error}") from None
+  if missing := [part for part in ("columns", "side", "frames", "__call__") if not hasattr(made, part)]:
+    raise ValueError(f"scorers.{name}: {path} is no scorer: it has no {missing[0]}")
+  return made
 
 
 def _smaller(images: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
+import re
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,13 +15,34 @@ import polars as pl
 
 from data.prepare.steps import Context, Step
 
+# What polars calls parts of an expression that look at several rows.
+_SEVERAL = {"Agg", "Over", "Len", "Window", "Rolling", "Quantile", "Rank", "RowIndex", "Any", "All"}
+
 
 def expression(text: str, where: str) -> pl.Expr:
-  """A condition in SQL ("flow >= 0.5 and fps <= 60") as a polars expression. ValueError in one line if it is none."""
+  """A condition in SQL ("flow >= 0.5 and fps <= 60") as a polars expression. ValueError in one line if it is none, or one that
+  needs other rows: it would see those of a shard, not of the table."""
   try:
-    return pl.sql_expr(text)
+    found = pl.sql_expr(text)
   except (pl.exceptions.PolarsError, TypeError) as error:
     raise ValueError(f"{where} {text!r} is no SQL expression ({str(error).splitlines()[0]})") from None
+  if _SEVERAL & set(_parts(json.loads(found.meta.serialize(format="json")))):
+    raise ValueError(f"{where} {text!r} needs more rows than one (avg, max, count, over ...): give a number")
+  return found
+
+
+def _parts(tree: Any) -> Iterator[str]:
+  """Names of the nodes of an expression, without those of columns and the texts that are compared."""
+  if isinstance(tree, str):
+    yield tree
+  elif isinstance(tree, list):
+    for part in tree:
+      yield from _parts(part)
+  elif isinstance(tree, dict):
+    for name, part in tree.items():
+      yield name
+      if name not in ("Column", "Literal", "Alias"):
+        yield from _parts(part)
 
 
 def draws(keys: pl.Series, seed: int) -> np.ndarray:
@@ -173,6 +197,8 @@ class Split(Step):
     values = list(self.shares.values())
     if not values or not all(isinstance(v, (int, float)) and v >= 0 for v in values) or not sum(values):
       raise ValueError("shares must be {name: number from 0 up}")
+    if wrong := [name for name in self.shares if not re.fullmatch(r"[\w-]+", name)]:
+      raise ValueError(f"shares has {wrong[0]!r}: only letters, digits, _ and - can name the file of a split")
 
   def transform(self, table: pl.LazyFrame, context: Context) -> pl.LazyFrame:
     names, shares = list(self.shares), np.array(list(self.shares.values()), float)

@@ -1,7 +1,8 @@
 """Shards: one parquet file of a step's output for each one of its input, which says itself what it was made from.
 
 A shard carries, in the metadata of its file, the key of its recipe: the step, its settings, the identity of the input
-shard and of what the step gathered over the whole table. It is written under a temporary name and renamed, so that it is
+shard and of what the step gathered over the whole table. Its own identity is this key, with what failed; of a step that
+gathers it is the digest of its rows. It is written under a temporary name and renamed, so that it is
 there whole or not at all, whenever and however a run ends.
 
 A row that fails keeps its place, with the reason in `error`; later steps pass it on untouched. `retry` says that the
@@ -17,9 +18,11 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterable
 from typing import Any
 
 import polars as pl
+from polars import selectors
 
 from data import paths
 
@@ -48,8 +51,7 @@ def digest(value: Any) -> str:
 def read_meta(path: str) -> dict[str, Any] | None:
   """What `write_shard` wrote into a shard, {} for a foreign parquet file, None for one that is missing or damaged."""
   try:
-    with paths.local_copy(path) as copy:
-      return json.loads(pl.read_parquet_metadata(copy).get(_META, "{}"))
+    return json.loads(pl.read_parquet_metadata(local(path)).get(_META, "{}"))
   except (FileNotFoundError, pl.exceptions.PolarsError, ValueError):
     return None
 
@@ -63,13 +65,17 @@ def identity(path: str) -> str:
 
 
 def scan(path: str) -> pl.LazyFrame:
-  """A table file; one in a bucket is copied to the local disk. A column of a csv or jsonl file has the type that suits
-  all its cells; those that we know as text stay text, whatever it looks like."""
-  if paths.is_remote(path):
-    path = _copied(path, paths.stat(path)[1])
+  """A table file. A column of a csv or jsonl file has the type that suits all its cells; those that we know as text stay
+  text, whatever it looks like."""
+  path = local(path)
   if path.endswith(".csv"):
     return pl.scan_csv(path, infer_schema_length=None, schema_overrides=dict.fromkeys(_TEXTS, pl.String))
   return pl.scan_ndjson(path, infer_schema_length=None) if path.endswith(".jsonl") else pl.scan_parquet(path)
+
+
+def local(path: str) -> str:
+  """A local name of a table: its own, or that of a copy of what a bucket has now; every version is copied once."""
+  return _copied(path, paths.stat(path)[1]) if paths.is_remote(path) else path
 
 
 @functools.cache
@@ -84,6 +90,32 @@ def _copied(path: str, version: Any) -> str:
     target = os.path.join(_copies().name, f"{digest([path, str(version)])}{os.path.splitext(path)[1]}")
     shutil.copy(copy, target)
   return target
+
+
+def content(table: pl.LazyFrame) -> str:
+  """Digest of a table's rows."""
+  found = hashlib.sha256(str(table.collect_schema()).encode())
+  # JSON has no bytes, and no numbers that are none.
+  plain = table.with_columns(selectors.binary().bin.encode("hex"), selectors.float().cast(pl.String))
+  for batch in plain.collect_batches(maintain_order=True):
+    found.update(batch.write_ndjson().encode())
+  return found.hexdigest()[:32]
+
+
+def failed_in(title: str) -> pl.Expr:
+  """Whether a row failed in a step that configs call `title`."""
+  return pl.col("error").str.starts_with(f"{title}:").fill_null(False)
+
+
+def tables_in(folder: str) -> list[str]:
+  """The parquet files of a folder, without what a killed write left (`paths.whole`)."""
+  return [paths.join(folder, n) for n in paths.names(folder) if n.endswith(".parquet") and not n.startswith(".")]
+
+
+def refuse_overwriting(target: str, read: Iterable[str]) -> None:
+  """Raises ValueError where a file to write is one of those that are read."""
+  if os.path.realpath(target) in map(os.path.realpath, read):
+    raise ValueError(f"{target} is a file that is read: give another name")
 
 
 def with_failures(table: pl.LazyFrame) -> pl.LazyFrame:
@@ -114,5 +146,4 @@ def polars_line(error: Exception) -> str:
 
 
 def height(path: str) -> int:
-  with paths.local_copy(path) as copy:
-    return scan(copy).select(pl.len()).collect().item()
+  return scan(path).select(pl.len()).collect().item()

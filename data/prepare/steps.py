@@ -8,14 +8,16 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
 from typing import Any, ClassVar
 
 import polars as pl
 
 from data import paths
-from data.prepare.shards import FAILED, digest, polars_line, scan, with_failures, write_shard
+from data.prepare.shards import FAILED, content, digest, failed_in, polars_line, scan, with_failures, write_shard
 from data.prepare.workers import DEFAULT_LIMITS, Failure, Limits, Pool
 
+_ASKED_TOGETHER = 16  # sizes of files
 _FRAME_BYTES = 5000  # that a frame counts for at least, in time limits: a day of a still camera is a small file
 
 
@@ -160,7 +162,9 @@ class Context:
 
   def map(self, function: Callable, groups: list) -> list[Any]:
     """`Pool.map` over groups of rows, with progress and with time limits from the size of each group's file."""
-    sizes = [max(group[0].get("bytes") or 0, _FRAME_BYTES * sum(r.get("num_frames") or 0 for r in group)) for group in groups]
+    frames = (sum(r.get("num_frames") or 0 for r in group) for group in groups)
+    files = sizes_of([group[0] for group in groups])
+    sizes = [max(size or 0, _FRAME_BYTES * count) for size, count in zip(files, frames)]
     share = sum(map(len, groups)) / max(len(groups), 1)
 
     def progress(done: float) -> None:
@@ -185,41 +189,58 @@ def states_beside(step: Step, source: str) -> list[tuple[int, int] | None]:
   if not names:
     return []  # `needs` says so
   files = table.select(pl.coalesce(names).unique(maintain_order=True)).collect().to_series()
-  return [_state(beside(file, step.beside)) for file in files.drop_nulls() if not paths.is_remote(file)]
+  return [state_of(beside(file, step.beside)) for file in files.drop_nulls() if not paths.is_remote(file)]
 
 
-def _state(path: str) -> tuple[int, int] | None:
+def state_of(path: str) -> tuple[int, int] | None:
+  """(bytes, number that changes with the contents) of a file, None if it can't be had."""
   try:
     return paths.stat(path)
   except OSError:
     return None
 
 
+def sizes_of(rows: list[dict[str, Any]]) -> list[int | None]:
+  """Bytes of each row's file, by which its time limit goes: of tables that don't say it, asked for."""
+  sizes = [row.get("bytes") for row in rows]
+  unknown = [i for i, size in enumerate(sizes) if size is None]
+  if unknown:
+    with futures.ThreadPoolExecutor(_ASKED_TOGETHER) as threads:  # in a bucket each one is a request
+      found = threads.map(state_of, [str(rows[i]["path"]) for i in unknown])
+    for i, state in zip(unknown, found):
+      sizes[i] = state and state[0]
+  return sizes
+
+
 def run_shard(step: Step, source: str, target: str, key: str, context: Context) -> dict[str, Any]:
   """Makes one shard -> its metadata. Raises ValueError for a table that the step can't take."""
   begin = time.monotonic()
-  with paths.local_copy(source) as copy:
-    table = with_failures(scan(copy))
-    missing = [name for name in step.needs if name not in table.collect_schema().names()]
-    if missing:
-      raise ValueError(f"{step.title} needs the column {' and '.join(missing)}, which {source} doesn't have")
-    try:
-      result = step.transform(table, context)
-      failed: list[int] = []
-      if step.fails:
-        result = result.collect()
-        passing = pl.col("retry") & pl.col("error").str.starts_with(f"{step.title}:")
-        failed = result.with_row_index("_i").filter(passing)["_i"].to_list()
-        result = result.lazy()
-    except pl.exceptions.PolarsError as error:
-      raise ValueError(f"{step.title}: {polars_line(error)}") from None
-    meta = {
-      "key": key,
-      "identity": digest([key, failed]) if failed else key,
-      "retry": len(failed),
-      "seconds": round(time.monotonic() - begin, 3),
-      "recipe": step.recipe(),
-      "counts": context.counts,
-    }
-    write_shard(target, result, meta)
+  table = with_failures(scan(source))
+  missing = [name for name in step.needs if name not in table.collect_schema().names()]
+  if missing:
+    raise ValueError(f"{step.title} needs the column {' and '.join(missing)}, which {source} doesn't have")
+  mark, retry = key, 0
+  try:
+    result = step.transform(table, context)
+    if step.fails:
+      passing = pl.col("retry") & failed_in(step.title)
+      result = result.collect()
+      failed = result.with_row_index("_i").filter(passing)["_i"].to_list()
+      # A step of the same kind before has failures of its own.
+      retry = len(failed) - table.filter(passing).select(pl.len()).collect().item()
+      mark = digest([key, failed]) if retry else key
+      result = result.lazy()
+    if step.gathers:
+      mark = content(result)  # the key holds what all shards have: a new row in one changes few of the others
+  except pl.exceptions.PolarsError as error:
+    raise ValueError(f"{step.title}: {polars_line(error)}") from None
+  meta = {
+    "key": key,
+    "identity": mark,
+    "retry": retry,
+    "seconds": round(time.monotonic() - begin, 3),
+    "recipe": step.recipe(),
+    "counts": context.counts,
+  }
+  write_shard(target, result, meta)
   return meta

@@ -21,7 +21,7 @@ from data.prepare.chain import Chain
 from data.prepare.collect import LISTED, Collect, Probe
 from data.prepare.export import relative_to
 from data.prepare.messages import shown
-from data.prepare.shards import write_shard
+from data.prepare.shards import refuse_overwriting, write_shard
 
 _PROBED = ("num_frames", "height", "width", "fps")
 
@@ -39,8 +39,7 @@ def main(arguments: list[str]) -> int:
   target = paths.absolute(options.output)
   if not target.endswith((".csv", ".parquet")):
     raise ValueError(f"-o {options.output}: the output's name must end in .csv or .parquet")
-  if target == paths.absolute(options.source):
-    raise ValueError(f"-o {options.output} is the table that is read: give another name")
+  refuse_overwriting(target, [options.source])
   steps = {
     "collect": Collect(sources=(options.source,)),
     "probe": Probe(decode=options.decode, content_hash=False, picture_hash=False),

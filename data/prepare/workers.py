@@ -48,6 +48,11 @@ class Limits:
   memory_gb: float = 4.0
   max_pixels: int = 8192 * 8192
 
+  def check(self) -> None:
+    """Raises ValueError about a value, in one line."""
+    if self.seconds <= 0 or self.bytes_per_second <= 0 or self.memory_gb <= 0 or self.max_pixels < 1:
+      raise ValueError("seconds, bytes_per_second, memory_gb and max_pixels must be more than 0")
+
   def time_of(self, size: int | None) -> float:
     """Seconds for a file of `size` bytes."""
     return self.seconds + (size or 0) / self.bytes_per_second

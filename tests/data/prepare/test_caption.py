@@ -6,6 +6,7 @@ import http.server
 import io
 import json
 import os
+import pathlib
 import resource
 import subprocess
 import sys
@@ -21,6 +22,8 @@ from data.prepare import __main__ as main
 from data.prepare import caption, caption_local, clean, endpoint
 from data.prepare import config as configs
 from tests.data.prepare.videos import two_scenes, write_video
+
+REPOSITORY = pathlib.Path(__file__).parents[3]
 
 
 class Server:
@@ -188,6 +191,17 @@ def test_an_endpoint_that_is_away_costs_no_table(server, clips, tmp_path):
   assert pl.read_parquet(tmp_path / "out.parquet").equals(pl.read_parquet(tmp_path / "good.parquet"))
 
 
+def test_an_endpoint_where_nobody_is_ends_the_run(server, clips, tmp_path, capsys):
+  """At once, not after all attempts of every clip; one that goes away later is another thing."""
+  one = server()
+  one.close()
+  assert main.main(command(clips, tmp_path, one.url, "--attempts=2")) == 2
+  error = capsys.readouterr().err
+  assert error.startswith(f"error: caption: nobody is at {one.url}")
+  assert "is the endpoint running?" in error
+  assert not (tmp_path / "out.parquet").exists()
+
+
 def test_killed_while_it_asks(server, clips, tmp_path):
   one = server(lambda number: time.sleep(0.05) or "")
   arguments = command(clips, tmp_path, one.url, "--concurrency=1")
@@ -301,6 +315,20 @@ def test_existing_captions(tmp_path):
   assert found["error"].null_count() == 6
 
 
+def test_what_a_list_says_is_kept(tmp_path):
+  """By the config of the project, and wherever there is nothing else."""
+  write_video(tmp_path / "v.mp4", two_scenes(5, 0))
+  (tmp_path / "list.csv").write_text("path,text\nv.mp4,A caption of mine.\n")
+  local = dict(configs.load(str(REPOSITORY / "configs" / "data" / "local.py"))["caption"])
+  for name, settings in (("a", local), ("b", dict(backend="existing", sidecar=".txt"))):
+    values = dict(
+      output=str(tmp_path / name), steps=("collect", "probe", "caption"), workers=1, caption=settings,
+      collect=dict(sources=(str(tmp_path / "list.csv"),)), probe=dict(picture_hash=False),
+    )  # fmt: skip
+    configs.chain(values).run()
+    assert pl.read_parquet(tmp_path / name / "caption" / "part-00000.parquet")["text"].to_list() == ["A caption of mine."]
+
+
 # ------------------------------------------------------------------------------------------------------------------- local
 
 
@@ -357,6 +385,16 @@ def test_useless_answers(text, reason):
 
 def test_usable_answers():
   assert caption.usable('```text\n"A cat sits.\nIt sleeps."\n```') == "A cat sits. It sleeps."
+  chinese = (
+    "一只兔子从山洞里出来,在草地上伸懒腰。" * 4 + "阳光照在它的毛上,远处有一条小河,河边站着一只鸟,它慢慢地走过去,看着水里的鱼。"
+  )
+  assert caption.usable(chinese[80:]) == chinese[80:]
+  assert caption.usable("猫が庭で遊んでいます") == "猫が庭で遊んでいます"
+  assert caption.usable("แมวนั่งอยู่ในสวน") == "แมวนั่งอยู่ในสวน"
+  with pytest.raises(ValueError, match="repeats"):
+    caption.usable("一只猫" * 30)
+  with pytest.raises(ValueError, match="fewer"):
+    caption.usable("猫")
 
 
 def test_grid():

@@ -229,12 +229,35 @@ def test_ray_gives_what_one_machine_gives(videos, tmp_path, undisturbed):
   try:
     cluster.add_node(num_cpus=1)
     command = ["run", "--config", config_file(tmp_path, videos), "--workers", "1", "--ray", cluster.address]
+    command += ["--config.steps=('collect','probe','duplicates','scenes','cut','caption')"]
+    command += ["--config.caption={'backend':'existing','name':True}"]
     assert main.main([*command, "--config.collect.rows_per_shard=3"]) == 0  # two shards: one for each node
     assert len([n for n in ray.nodes() if n["Alive"]]) == 2
   finally:
     ray.shutdown()
     cluster.shutdown()
   assert table(tmp_path / "out").equals(table(undisturbed))
+  assert table(tmp_path / "out", "caption")["text"].to_list() == [str(i) for i in range(5) for _ in range(2)]
+
+
+def test_all_that_looks_at_files_or_asks_is_made_on_the_cluster(tmp_path):
+  asked = []
+
+  def cluster(jobs, workers_each):
+    for job in jobs:
+      asked.append(job[0].title)
+      with workers.Pool(workers_each) as job[-1].pool:
+        yield job[-1].part, steps.run_shard(*job)
+
+  values = dict(
+    output=str(tmp_path / "out"), steps=("collect", "probe", "caption", "clean", "split"), workers=1,
+    collect=dict(sources=(str(pictures(tmp_path / "pictures", "a")),)), caption=dict(backend="existing", name=True),
+  )  # fmt: skip
+  made = configs.chain(values)
+  made.cluster = cluster
+  made.run()
+  assert asked == ["probe", "caption"]
+  assert table(tmp_path / "out", "split")["text"].to_list() == ["A"]
 
 
 def test_killed_again_and_again(videos, tmp_path, undisturbed):
@@ -400,6 +423,104 @@ def test_shards_stay_in_order_when_there_are_many(tmp_path):
   assert [shards.part_number(name) for name in names] == [2, 99_999, 100_000]
 
 
+def pictures(folder, names):
+  folder.mkdir(exist_ok=True)
+  for name in names:
+    Image.fromarray(picture(ord(name), 0)).save(folder / f"{name}.png")
+  return folder
+
+
+def test_a_new_copy_makes_no_other_shard_again(tmp_path):
+  """What a step finds out about the whole table is in the key of all its shards; those that come out as before are no news."""
+  folder = pictures(tmp_path / "pictures", "abc")
+  values = dict(
+    output=str(tmp_path / "out"), steps=("collect", "probe", "duplicates", "split", "filter"), workers=1,
+    collect=dict(sources=(str(folder),), rows_per_shard=1), probe=dict(picture_hash=False),
+  )  # fmt: skip
+  configs.chain(values).run()
+  before = times(tmp_path / "out")
+  shutil.copy(folder / "b.png", folder / "z.png")
+  configs.chain(values).run()
+  assert table(tmp_path / "out", "split")["error"].is_not_null().to_list() == [False, False, False, True]
+  after = times(tmp_path / "out")
+  assert {name for name in before if after[name] != before[name]} == {f"duplicates/part-0000{i}.parquet" for i in range(3)}
+  os.unlink(folder / "b.png")  # the copy is the one that is left
+  values["collect"]["forget"] = True
+  configs.chain(values).run()
+  assert table(tmp_path / "out", "filter")["path"].to_list() == ["a.png", "c.png", "z.png"]
+
+
+def test_machines_go_on_where_a_folder_was_removed(tmp_path):
+  values = dict(
+    output=str(tmp_path / "out"), steps=("collect", "probe", "split", "sample"), patience=0.0, workers=1,
+    collect=dict(sources=(str(pictures(tmp_path / "pictures", "abcd")),), rows_per_shard=1), sample=dict(rows=9),
+  )  # fmt: skip
+  run = lambda index, until="split": configs.chain(values, shard=(index, 2)).run(until)  # noqa: E731
+  run(0)
+  run(1)
+  shutil.rmtree(tmp_path / "out" / "probe")
+  run(0)  # what the other machine made of its part is there, and that part is not
+  run(1)
+  run(0, None)
+  run(1, None)
+  assert table(tmp_path / "out", "sample").height == 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Fussy(steps.RowStep):
+  """Fails, once or for ever, for some of the files."""
+
+  title: ClassVar[str] = "fussy"
+  needs: ClassVar[tuple[str, ...]] = ("path",)
+
+  bad: str = ""
+
+  def rows(self, group, context, report):
+    if group[0]["path"][-5] in self.bad:
+      raise workers.Passing("not now")
+    return [{}]
+
+
+def test_steps_of_one_title_count_their_own_failures(tmp_path, capsys):
+  folder = pictures(tmp_path / "pictures", "abc")
+  made = {"collect": collect.Collect(sources=(str(folder),)), "one": Fussy(bad="a"), "two": Fussy(bad="bc")}
+  chained = chain.Chain(str(tmp_path / "out"), made, workers=1)
+  chained.run()
+  printed = capsys.readouterr().out
+  assert "one: 3 rows, 1 failed, 1 of them are tried again" in printed
+  assert "two: 3 rows, 2 failed, 2 of them are tried again" in printed
+  assert [chained.counts(name).retry for name in made] == [0, 1, 2]
+  assert table(tmp_path / "out", "two")["error"].to_list() == ["fussy: not now"] * 3
+
+
+def test_unreadable_folders_are_named(tmp_path, monkeypatch, capsys):
+  folder = pictures(tmp_path / "pictures", "a")
+  pictures(folder / "mine", "b")
+  scandir = os.scandir
+
+  def refusing(path):
+    if str(path).endswith("mine"):
+      raise PermissionError(13, "Permission denied")
+    return scandir(path)
+
+  monkeypatch.setattr(paths.os, "scandir", refusing)
+  collect.Collect(sources=(str(folder),)).list(str(tmp_path / "out"))
+  assert f"collect: 1 folders below {folder} can't be read, as {folder}/mine: no permission" in capsys.readouterr().out
+  assert table(tmp_path, "out").height == 1
+
+
+def test_time_limits_go_by_the_size_of_files_that_a_table_does_not_say(tmp_path):
+  (tmp_path / "a").write_bytes(b"x" * 3000)
+  rows = [{"path": str(tmp_path / "a")}, {"path": "/nowhere"}, {"path": "/b", "bytes": 5}]
+  assert steps.sizes_of(rows) == [3000, None, 5]
+  context = steps.Context("", "")
+  context.pool = workers.Pool(1)
+  seen = []
+  context.pool.map = lambda function, items, *, sizes, progress: seen.append(sizes)
+  context.map(None, [[row] for row in rows])
+  assert seen == [[3000, 0, 5]]
+
+
 # --------------------------------------------------------------------------------------------------------------- workers
 
 
@@ -469,6 +590,12 @@ def test_workers_survive_everything(tmp_path):
     ("--config.scenes=3", "scenes = 3 is none: it holds settings"),
     ("--config.limits=3", "limits = 3 is none: it holds settings"),
     ("--config.ouput=x", "there is no key 'ouput', did you mean 'output'?"),
+    ("--config.steps=(1,2)", "steps = (1, 2) is no tuple of names"),
+    ("--config.steps=5", "steps = 5 is no tuple of names"),
+    ("--config.output=5", "output = 5 is no folder"),
+    ("--config.collect.sources=(1,)", "collect.sources = (1,) is no tuple[str, ...]"),
+    ("--config.limits.seconds=-5", "limits: seconds, bytes_per_second, memory_gb and max_pixels must be more than 0"),
+    ("--config.cut.max_fps=-1", "cut: max_fps must be 0"),
     ("--shard=2/2", "--shard 2/2: give I/N"),
     ("stray", "unexpected argument 'stray'"),
   ],
@@ -479,6 +606,65 @@ def test_mistakes_are_one_line(videos, tmp_path, capsys, argument, message):
   assert message in error
   assert error.startswith("error: ")
   assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+  ("step", "settings", "message"),
+  [
+    ("caption", dict(backend="local", model="/nowhere"), "mine: model = '/nowhere' is no folder with a transformers model"),
+    ("caption", dict(backend="no.such:Module"), "mine: backend 'no.such:Module' can't be used"),
+    ("caption", dict(backend="existing", sidecar="txt"), "mine: sidecar = 'txt' is no ending"),
+    (
+      "caption",
+      dict(url="http://x/v1", model="m", prompt="dens"),
+      "mine: prompt = 'dens' is no text, and none of short, dense",
+    ),
+    ("scores", dict(scorers={"motion": None}), "mine: scorers.motion = None is none"),
+    (
+      "scores",
+      dict(scorers={"a": {"scorer": "tests.data.prepare.test_scores:Mine", "b": 1}}),
+      "mine: scorers.a: Mine() takes no",
+    ),
+    ("scores", dict(scorers={"a": {"scorer": "collections:Counter"}}), "mine: scorers.a: collections:Counter is no scorer"),
+    ("split", dict(shares={"a/b": 1}), "mine: shares has 'a/b': only letters"),
+    ("split", dict(shares={"a": "much"}), "mine: shares must be"),
+    ("report", dict(training="/nowhere.py"), "no such file"),
+    ("report", dict(training=__file__), "get_config"),
+    ("export", dict(samples=0), "mine: samples must be at least 1"),
+    ({}, {}, "there is no step {}"),
+  ],
+)
+def test_mistakes_are_found_before_anything_runs(tmp_path, step, settings, message):
+  values = dict(
+    output=str(tmp_path), steps=("collect", "mine"), collect=dict(sources=("/v",)), mine=dict(step=step, **settings)
+  )
+  with pytest.raises(ValueError, match=r"^[^\n]+$") as error:
+    configs.chain(values)
+  assert message in str(error.value)
+
+
+def test_what_is_given_to_the_wrong_command(videos, tmp_path, capsys):
+  pl.DataFrame({"path": ["a.mp4"], "error": ["x: y"]}).write_parquet(tmp_path / "t.parquet")
+  (tmp_path / "other.py").write_text("def get_config():\n  return dict(model=dict(), autoencoder=dict())\n")
+  mistakes = (
+    (["run", "--config", str(tmp_path / "other.py")], "steps is missing: the config is none of this pipeline"),
+    (["collect", str(videos), "-o", str(tmp_path / "o")], "collect begins a chain: use it in a config; `table FOLDER"),
+    (["export", str(tmp_path / "t.parquet"), "-o", str(tmp_path / "x.parquet")], "export may write several files: give"),
+  )  # fmt: skip
+  for command, message in mistakes:
+    assert main.main(command) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+  assert not (tmp_path / "x.parquet").exists()
+  text = config_file(tmp_path, videos)
+  command = ["run", "--config", text, "--config.steps=('collect','probe','scenes','export')", "--config.scenes.detector=none"]
+  assert main.main([*command, "--config.scenes.min_seconds=5.0"]) == 2
+  assert "export: no row without an error is left: scenes left none, look at its settings" in capsys.readouterr().err
+  for step, setting in (("scenes", "--min_seconds=2.0\n"), ("collect", "--rows_per_shard=200\n")):
+    with pytest.raises(SystemExit):
+      main.main([step, "--help"])
+    assert setting in capsys.readouterr().out
 
 
 def test_one_step_alone(videos, tmp_path, undisturbed, capsys):
@@ -555,3 +741,28 @@ def test_a_clip_that_was_damaged_since_it_was_made_is_made_again(videos, tmp_pat
   assert main.main(["run", "--config", config_file(tmp_path, videos)]) == 0
   assert damaged.stat().st_size > 100
   assert table(tmp_path / "out").equals(table(undisturbed))
+
+
+def test_a_step_alone_says_what_failed(tmp_path, capsys):
+  rows = [{"path": f"/nowhere/{i}.mp4", "num_frames": 9, "height": 48, "width": 64} for i in range(4)]
+  pl.DataFrame(rows).write_parquet(tmp_path / "t.parquet")
+  alone = lambda step: main.main([step, str(tmp_path / "t.parquet"), "-o", str(tmp_path / "o.parquet"), "--workers=1"])  # noqa: E731
+  assert alone("scores") == 0
+  printed = capsys.readouterr().out
+  assert "scores: 4 rows of 4" in printed
+  assert ", 4 failed, 4 of them are tried again by the next run\n  /nowhere/0.mp4: scores: no such file\n" in printed
+  assert printed.count("/nowhere/") == 3
+  for step, column in (("scenes", "fps"), ("crops", "id")):
+    assert alone(step) == 2
+    assert f"{step} needs the column {column}, which" in capsys.readouterr().err
+
+
+def test_a_bucket_is_asked_once_for_a_folder(tmp_path, store, monkeypatch):
+  for name in ("a", "b"):
+    paths.write_text(f"gs://clips/listed/{name}.mp4", name)
+  step = collect.Collect(sources=("gs://clips/listed",))
+  monkeypatch.setattr(collect, "state_of", None)  # nor for each file
+  step.list(str(tmp_path / "out"))
+  found = pl.read_parquet(tmp_path / "out" / "part-00000.parquet")
+  assert found.select("path", "bytes").rows() == [("gs://clips/listed/a.mp4", 1), ("gs://clips/listed/b.mp4", 1)]
+  assert found["changed"].to_list() == [int(paths.stat(path)[1]) for path in found["path"]]

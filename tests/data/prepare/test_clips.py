@@ -1,12 +1,21 @@
 """Scene detection and cutting, on small videos made here."""
 
+import io
 import itertools
+from fractions import Fraction
 
+import av
+import cv2
 import numpy as np
+import polars as pl
 import pytest
+from PIL import Image
 
 from data import video
-from data.prepare import cut, scenes
+from data.prepare import __main__ as main
+from data.prepare import caption, cut, decode, scenes
+from tests.data.files import number_of as numbered
+from tests.data.files import write_video as numbered_video
 from tests.data.prepare.videos import number_of, two_scenes, write_video
 
 
@@ -73,6 +82,26 @@ def test_small_sizes_and_rotation(tmp_path):
   assert np.abs(wanted.astype(int) - got).mean() < 6
 
 
+@pytest.mark.parametrize("short_side", [0, 256])
+@pytest.mark.parametrize("colors", [None, 1])
+def test_colours_of_turned_videos_stay(tmp_path, short_side, colors):
+  """Of telephones': large, BT.709, named or not."""
+  image = cv2.resize(np.random.default_rng(0).integers(20, 235, (9, 16, 3)).astype(np.uint8), (1280, 720))
+  with av.open(str(tmp_path / "a.mp4"), "w") as container:
+    stream = container.add_stream("libx264", rate=24, options={"crf": "8", "preset": "ultrafast"})
+    stream.height, stream.width, stream.pix_fmt = 720, 1280, "yuv420p"
+    if colors:
+      stream.codec_context.colorspace = colors
+    stream.set_display_rotation(90)
+    frame = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(format="yuv420p", dst_colorspace="ITU709")
+    frame.pts, frame.time_base = 0, Fraction(1, 24)
+    container.mux(stream.encode(frame))
+    container.mux(stream.encode(None))
+  info = cut_clip(tmp_path / "a.mp4", 0, 1, tmp_path / "b.mp4", short_side=short_side, trim_dark=False)
+  wanted = video.read_frames(tmp_path / "a.mp4", [0], size=(info.height, info.width))[0].astype(int)
+  assert np.abs(video.read_frames(tmp_path / "b.mp4", [0])[0] - wanted).mean() < 2.5
+
+
 def test_black_ends_are_left_out(tmp_path):
   black = np.zeros((72, 128, 3), np.uint8)
   images = two_scenes()[:30]
@@ -94,3 +123,41 @@ def test_crop_boxes():
   assert cut.crop_boxes(256, 456, 1.0) == [(200, 0, 256, 256), (312, 0, 144, 256)]
   assert cut.crop_boxes(456, 256, 1.0) == [(0, 200, 256, 256), (0, 312, 256, 144)]
   assert cut.crop_boxes(256, 256) == [(56, 0, 144, 256)]
+
+
+def test_a_crop_is_cut_and_scored(tmp_path):
+  """Of a turned file too: `crop` counts in pixels of the picture as it is shown."""
+  images = two_scenes(20, 0)
+  for name, turned, crop in (("a", False, (32, 10, 64, 48)), ("b", True, (7, 20, 48, 64))):
+    path = write_video(tmp_path / f"{name}.mp4", images, turned=turned)
+    row = {"path": str(path), "start": 4, "end": 16, "num_frames": 12, "height": 128, "width": 72, "fps": 24.0, "id": "x"}
+    pl.DataFrame([{**row, "crop": ",".join(map(str, crop))}, {**row, "crop": None}]).write_parquet(tmp_path / "t.parquet")
+    assert main.main(["cut", str(tmp_path / "t.parquet"), "-o", str(tmp_path / name / "o.parquet"), "--workers=1"]) == 0
+    cropped, whole = pl.read_parquet(tmp_path / name / "o.parquet").to_dicts()
+    assert (cropped["crop"], cropped["width"], cropped["height"], cropped["num_frames"]) == (None, crop[2], crop[3], 12)
+    assert cropped["path"] != whole["path"]
+    wanted = video.read_frames(path, [4, 15], crop=crop)
+    assert np.abs(video.read_frames(cropped["path"], [0, 11]).astype(int) - wanted).mean() < 4
+    seen = caption._pictures(caption.Pictures(1, 256, False, 0.0), {**row, "crop": list(crop)}, None)
+    assert Image.open(io.BytesIO(seen[0])).size == crop[2:]
+
+
+def test_two_frames_of_one_time_are_two_frames(tmp_path):
+  """As for the loader, so that ranges mean the same frames here and there."""
+  times = [i * 10 for i in range(24)]
+  times[10] = times[9] + 1  # in 2400th of a second: the same of the milliseconds that Matroska counts
+  path = numbered_video(tmp_path / "a.mkv", 24, rate=240, times=times)
+  assert video.probe(path).num_frames == 24
+  assert decode.frame_times(path) is None
+  info = cut_clip(path, 14, 24, tmp_path / "b.mp4", trim_dark=False, max_fps=0.0)
+  assert info.num_frames == 10
+  numbers = [numbered(f) for f in video.read_frames(tmp_path / "b.mp4")]
+  assert numbers == [numbered(f) for f in video.read_frames(path, np.arange(14, 24))] == list(range(14, 24))
+
+
+def test_parts_of_a_long_scene_are_not_too_short():
+  step = scenes.Scenes(min_seconds=10.0, max_seconds=15.0)
+  assert step._parts(0, 160, 10.0) == [(0, 150)]
+  assert step._parts(0, 330, 10.0) == [(0, 110), (110, 220), (220, 330)]
+  assert step._parts(0, 310, 10.0) == [(0, 103), (103, 206), (206, 310)]
+  assert scenes.Scenes()._parts(0, 160, 10.0) == [(0, 80), (80, 160)]

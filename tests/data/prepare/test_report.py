@@ -7,6 +7,7 @@ import re
 import numpy as np
 import polars as pl
 import pytest
+from PIL import Image
 
 from data.prepare import __main__ as main
 from data.prepare import config as configs
@@ -96,7 +97,7 @@ def test_report_shows_what_came_into_the_filter(table, tmp_path):
   assert "probe: not a video, or damaged" in text
   assert "/x/<b>.mp4 by the next run" in text
   motion = text[text.index("motion (optical flow) flow") :]
-  assert sum(map(int, re.findall(r"from [\d.]+: (\d+) rows", motion[: motion.index("mean")]))) == 7
+  assert sum(map(int, re.findall(r"from [\d.]+ to [\d.]+: (\d+) rows", motion[: motion.index("mean")]))) == 7
   assert "mean 3.57, 0 to 7" in motion
   sheets = text[text.index("Contact sheets") :]
   assert re.search(r"worst 0 0\.mp4 .* 1 1\.mp4 Clip 1\. 2 2\.mp4", sheets)
@@ -110,14 +111,53 @@ def test_histograms_and_thresholds():
   assert (found["count"], found["missing"], found["sign"]) == (20_000, 2, ">=")
   assert sum(b["count"] for b in found["bars"]) == 20_000
   assert max(b["h"] for b in found["bars"]) == 100
-  for cut in found["cuts"]:
-    assert (values < cut["value"]).mean() == pytest.approx(cut["share"], abs=0.002)
+  for cut, share in zip(found["cuts"], report._THRESHOLDS, strict=True):
+    assert (values < cut["value"]).mean() == pytest.approx(cut["share"], abs=0.0002) == pytest.approx(share, abs=0.0002)
   low_is_good = report.measure(table, "text_area")
   assert low_is_good["sign"] == "<="
   for cut in low_is_good["cuts"]:
-    assert (values / 20 > cut["value"]).mean() == pytest.approx(cut["share"], abs=0.002)
+    assert (values / 20 > cut["value"]).mean() == pytest.approx(cut["share"], abs=0.0002)
+  # What many rows have is one threshold, with what it removes; so are rows without a value.
+  cuts = lambda *values, name: [tuple(c.values()) for c in report.measure(pl.DataFrame({name: values}).lazy(), name)["cuts"]]  # noqa: E731
+  assert cuts(24.0, 24.0, 24.0, name="fps") == [(0.0, 24.0)]
+  assert cuts(*[0.0] * 90, *[0.5] * 10, name="black") == [(0.0, 0.5), (pytest.approx(0.1), 0.0)]
+  assert cuts(*[24.0] * 75, *[None] * 25, name="fps") == [(0.25, 24.0)]
   assert report.measure(pl.DataFrame({"flow": [None]}).lazy(), "flow") is None
   assert len(report.measure(pl.DataFrame({"fps": [24.0] * 3}).lazy(), "fps")["bars"]) == 40
+
+
+def test_report_of_what_others_measured(tmp_path):
+  """Numbers of a scorer of one's own, pictures, copies, frequent words; failures by their reason, whatever the file."""
+  rows = []
+  for i in range(6):
+    Image.fromarray(two_scenes(1, 0, seeds=(i, i))[0]).save(tmp_path / f"{i}.png")
+    text = f"A rabbit sits{' quietly' * (i > 2)}, number {i}."
+    rows.append({"path": str(tmp_path / f"{i}.png"), "text": text, "num_frames": 1, "height": 72,
+                 "width": 128, "my_score": i / 10, "brightness": 9.0 * i, "error": None})  # fmt: skip
+  for i in range(3):
+    rows += [{"path": f"/c/{i}.mp4", "error": f"duplicates: the same content as /a b/{'x' * i}.mp4"},
+             {"path": f"/d/{i}.mp4", "error": f"caption: its caption file of {'x' * i} a.txt is empty"}]  # fmt: skip
+  pl.DataFrame(rows, schema_overrides={"error": pl.String}).write_parquet(tmp_path / "t.parquet")
+  command = ["report", str(tmp_path / "t.parquet"), "-o", str(tmp_path / "r.html"), "--workers=1"]
+  assert main.main(command) == 0
+  page = Page((tmp_path / "r.html").read_text())
+  text = " ".join(page.texts)
+  assert "12 rows, 3 of them failed, 3 of them copies" in text
+  assert "duplicates: the same content as ... 3 /c/0.mp4" in text
+  assert "caption: its caption file ... is empty 3 /d/0.mp4" in text
+  sheets = page.texts[page.texts.index("Contact sheets") :]
+  assert [t for t in sheets if t in ("my score", "brightness", "highest", "lowest")] == [
+    "brightness",
+    "highest",
+    "lowest",
+    "my score",
+    "highest",
+    "lowest",
+  ]
+  assert sheets[sheets.index("my score") :][1:3] == ["highest", "0.5"]
+  assert "frequent words captions that have them number 6 rabbit 6 sits 6 quietly 3" in text
+  pl.DataFrame({"path": ["/a.mp4"], "flow": [1.0]}).write_parquet(tmp_path / "t.parquet")
+  assert main.main(command) == 0
 
 
 def test_check_finds_what_the_loader_could_not_read(table, tmp_path, capsys):
@@ -152,3 +192,29 @@ def test_mistakes(table, capsys, table_name, config, message):
   error = capsys.readouterr().err
   assert message in error
   assert error.count("\n") == 1
+
+
+def test_nothing_that_is_read_is_written_over(table, tmp_path, capsys):
+  (tmp_path / "t.parquet").write_bytes((table / "t.parquet").read_bytes())
+  (tmp_path / "link.parquet").symlink_to(tmp_path / "t.parquet")
+  for command in (["report", "-o"], ["check", f"--config={table / 'training.py'}", "--bad"]):
+    arguments = [*command, str(tmp_path / "link.parquet"), str(tmp_path / "t.parquet")]
+    assert main.main([*arguments, "--workers=1"]) == 2
+    assert "is a file that is read: give another name" in capsys.readouterr().err
+  assert (tmp_path / "t.parquet").read_bytes() == (table / "t.parquet").read_bytes()
+
+
+def test_report_follows_the_training_config(table, tmp_path):
+  """Its content, not its name alone."""
+  (tmp_path / "training.py").write_text(TRAINING)
+  values = dict(
+    output=str(tmp_path / "out"), steps=("collect", "report"), workers=1, collect=dict(sources=(str(table / "t.parquet"),)),
+    report=dict(training=str(tmp_path / "training.py"), sheets=False),
+  )  # fmt: skip
+  pages = []
+  for text in (TRAINING, TRAINING + "# another comment", TRAINING.replace('"144p", 8', '"144p", 16')):
+    (tmp_path / "training.py").write_text(text)
+    configs.chain(values).run()
+    pages.append(((tmp_path / "out" / "report.html").stat().st_mtime_ns, (tmp_path / "out" / "report.html").read_text()))
+  assert pages[0] == pages[1]
+  assert "144p x 16" in pages[2][1]

@@ -1,6 +1,9 @@
 """Scores: on pictures whose motion, light and text are known, and against `transformers` with tiny random weights."""
 
+import collections
+import dataclasses
 import warnings
+from typing import ClassVar
 
 import cv2
 import numpy as np
@@ -65,6 +68,7 @@ def test_motion_is_that_of_the_original_in_its_units():
   motion = measures.Motion()
   assert motion.frames(100, 24.0).tolist() == [0, 10, 20, 30]
   assert motion.frames(16, 24.0).tolist() == [0, 5, 10, 15]
+  assert [motion.frames(n, 24.0).tolist() for n in (2, 3)] == [[0, 1], [0, 1, 2]]
   assert len(motion.frames(1, 120.0)) == 0
   # 6 pixels of 160 are 6 * 576 / 160 of 576; the mean over both components halves them.
   images = camera([(6 * i, 0) for i in range(4)])
@@ -147,6 +151,19 @@ def tiny(tmp_path_factory):
       Part(part), (example,), str(folder / f"{part}.onnx"), input_names=[name], output_names=[output],
       dynamic_axes={name: {0: "n"}, output: {0: "n"}}, dynamo=False,
     )  # fmt: skip
+
+  class Whole(torch.nn.Module):
+    def forward(self, input_ids, pixel_values, attention_mask):
+      out = model(input_ids=input_ids, pixel_values=pixel_values, attention_mask=attention_mask)
+      return out.logits_per_image, out.logits_per_text, out.text_embeds, out.image_embeds
+
+  names = ["input_ids", "pixel_values", "attention_mask"]
+  examples = torch.tensor([[8, 0, 1, 9, 9, 9, 9, 9]]), torch.zeros(2, 3, 30, 30), torch.ones(1, 8, dtype=torch.int64)
+  torch.onnx.export(
+    Whole(), examples, str(folder / "whole.onnx"), input_names=names, dynamo=False,
+    output_names=["logits_per_image", "logits_per_text", "text_embeds", "image_embeds"],
+    dynamic_axes={"input_ids": {0: "text"}, "pixel_values": {0: "image"}, "attention_mask": {0: "text"}},
+  )  # fmt: skip
   tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[unk]"))
   tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
   tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 8), ("</s>", 9)])
@@ -182,6 +199,9 @@ def test_clip_scores_are_those_of_transformers(tiny):
     ].numpy()
   assert np.abs(cut - wanted / np.linalg.norm(wanted)).max() < 1e-5
   assert matching(images[:1], {"text": None}) == {"match": None}
+  # One file for both, as `optimum-cli` writes it: it wants a text with every picture.
+  whole = clip.Matching(*[str(folder / "whole.onnx")] * 2, str(folder), scale=scale)
+  assert whole(images[1:2], {"text": "a big gray rabbit"})["match"] == pytest.approx(found, abs=0.02)
 
 
 def test_pickled_heads_are_refused(tiny, tmp_path):
@@ -244,3 +264,55 @@ def test_a_scorer_of_ones_own(tmp_path):
   assert main.main(["scores", str(tmp_path / "t.csv"), "-o", str(tmp_path / "s.csv"), f"--scorers={scorers}"]) == 0
   assert pl.read_csv(tmp_path / "s.csv")["red"][0] == pytest.approx(200, abs=4)
   assert main.main(["scores", str(tmp_path / "t.csv"), "-o", str(tmp_path / "s.csv"), "--scorers=('beauty',)"]) == 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Settable:
+  """One with settings, whose annotations are types, as in a module without `from __future__ import annotations`."""
+
+  at: float = 0.5
+  names: tuple[str, ...] = ()
+  hint: collections.OrderedDict | None = None
+
+  columns: ClassVar[dict] = {"mine": pl.Float64}
+  side: ClassVar[int] = 64
+
+  def frames(self, num_frames, fps):
+    return [0]
+
+  def __call__(self, images, row):
+    return {"mine": self.at}
+
+
+def test_settings_of_a_scorer_of_ones_own():
+  path = "tests.data.prepare.test_scores:"
+  make = lambda name, **settings: configs.create(  # noqa: E731
+    scores.Scores, {"scorers": {"mine": {"scorer": path + name, **settings}}}, "scores"
+  )
+  (made,) = make("Settable", at=0.3, names=["a"])._made()
+  assert (made.at, made.names) == (0.3, ("a",))
+  with pytest.raises(ValueError, match=r"scorers.mine.at = 'x' is no float"):
+    make("Settable", at="x")
+  with pytest.raises(ValueError, match=r"scorers.mine.names = \(1,\) is no tuple\[str, ...\]"):
+    make("Settable", names=[1])
+
+
+def test_labels_come_from_edges_that_agree():
+  moved = lambda *x: np.array([(v, 0.0) for v in x])  # noqa: E731
+  assert measures.camera_class(moved(9, 0, -9, -9), 1.0) == "pan_right"  # top and bottom disagree, left and right don't
+  assert measures.camera_class(moved(9, 9, 0, 0), 1.0) == "pan_left"
+  turned = moved(0, 9, 9, 9)[:, ::-1]
+  assert measures.camera_class(turned, 1.0) == "tilt_up"
+  assert measures.camera_class(moved(0, -9, 9, 9)[:, ::-1] * (1, -1), 1.0) == "tilt_down"
+
+
+def test_scores_are_those_of_the_crop(tmp_path):
+  image = np.full((64, 128, 3), 40, np.uint8)
+  image[:, 64:] = 200
+  image[:16, 64:] = 0
+  path = write_video(tmp_path / "v.mp4", [image] * 4)
+  row = {"path": str(path), "num_frames": 4, "height": 64, "width": 128, "fps": 24.0}
+  quality = scores.Scores(scorers={"quality": {}})
+  found = [quality.rows([{**row, "crop": crop}], steps.Context("", ""), None)[0] for crop in (None, "0,0,64,64", "64,0,64,64")]
+  assert [round(f["brightness"] / 10) for f in found] == [10, 4, 15]
+  assert [f["content"] for f in found] == [None, None, "64,16,64,48"]

@@ -54,7 +54,10 @@ def test_filter_says_what_each_condition_removes(tmp_path, capsys):
   [
     ("('flow >',)", "is no SQL expression"),
     ("('flaw > 1',)", 'unable to find column "flaw"'),
-    ("(1,)", "is no SQL expression"),
+    ("(1,)", "filter.where = (1,) is no tuple[str, ...] or dict[str, Any]"),
+    ("('flow > avg(flow)',)", "needs more rows than one"),
+    ("('count(*) > 1',)", "needs more rows than one"),
+    ("('row_number() over (order by flow) < 9',)", "needs more rows than one"),
   ],
 )
 def test_mistakes_in_conditions(tmp_path, capsys, where, message):
@@ -63,6 +66,17 @@ def test_mistakes_in_conditions(tmp_path, capsys, where, message):
   error = capsys.readouterr().err
   assert message in error
   assert error.count("\n") == 1
+
+
+def test_what_a_killed_write_left_is_no_table(tmp_path):
+  write_shards(tmp_path / "in", 30, 1)
+  (tmp_path / "in" / ".part-00000.tmp1-a.parquet").write_bytes((tmp_path / "in" / "part-00000.parquet").read_bytes())
+  (tmp_path / "in" / ".part-00001.tmp1-a.parquet").write_bytes(b"PAR1")
+  assert main.main(["filter", str(tmp_path / "in"), "-o", str(tmp_path / "out")]) == 0
+  assert read(tmp_path / "out").height == 27
+  assert [p.name for p in (tmp_path / "out").iterdir()] == ["part-00000.parquet"]
+  assert main.main(["report", str(tmp_path / "in"), "-o", str(tmp_path / "r.html"), "--no-sheets"]) == 0
+  assert "30 rows, 3 of them failed" in (tmp_path / "r.html").read_text()
 
 
 def test_draws():
@@ -196,6 +210,40 @@ def test_tfds(clips, tmp_path):
   row = next(r for r in source["train"] if r["id"] == f"{2:016x}".encode())
   assert row["video"] == (clips / "clip 2.mp4").read_bytes()
   assert (row["text"], row["num_frames"], row["fps"]) == (b"Clip number 2.", 14, 24.0)
+
+
+def test_all_captions_are_exported(clips, tmp_path):
+  """Those that the loader draws one of."""
+  table = pl.read_parquet(clips / "in.parquet").drop("split")
+  table = table.with_columns(text_10=pl.lit("ten"), text_2=pl.lit("two"), text_len=pl.lit(3))
+  table.write_parquet(tmp_path / "t.parquet")
+  assert main.main(["export", str(tmp_path / "t.parquet"), "-o", str(tmp_path / "out")]) == 0
+  exported = tmp_path / "out" / "table.parquet"
+  assert pl.read_parquet(exported).columns[:4] == ["path", "text", "text_2", "text_10"]
+  assert "text_len" not in pl.read_parquet(exported).columns
+  config = data_config.DataConfig.create(dict(tables=(str(exported),), buckets=(("144p", 8, 1.0, 3),)))
+  assert sources.open_table(config, str(tmp_path)).row(0).captions == ("Clip number 1.", "two", "ten")
+
+
+def test_rows_of_one_id_are_several_samples(clips, tmp_path):
+  """As copies have, where nobody looked for duplicates."""
+  table = pl.read_parquet(clips / "in.parquet").filter(pl.col("error").is_null()).drop("split")
+  table.with_columns(id=pl.Series(["same", "same", "other", "", ""])).write_parquet(tmp_path / "t.parquet")
+  command = ["export", str(tmp_path / "t.parquet"), "-o", str(tmp_path / "out" / "new")]
+  for samples in (1, 100):  # the second time without the archives of the first
+    assert main.main([*command, "--formats=('webdataset',)", f"--samples={samples}"]) == 0
+  (archive,) = (tmp_path / "out" / "new" / "webdataset").iterdir()
+  with tarfile.open(archive) as opened:
+    names = opened.getnames()
+  assert len(set(names)) == len(names) == 15
+  assert [name for name in names if name.endswith("mp4")][:3] == ["same_1.mp4", "same_2.mp4", "other.mp4"]
+  for _ in range(2):  # also in place of an earlier one, into a folder that is not there
+    assert main.main([*command, "--formats=('tfds',)", f"--folder={tmp_path / 'deep' / 'tfds'}"]) == 0
+  import tensorflow_datasets as tfds
+
+  place = tmp_path / "deep" / "tfds" / "tfds" / "clips"
+  assert [p.name for p in place.iterdir()] == ["1.0.0"]
+  assert len(tfds.builder_from_directory(place / "1.0.0").as_data_source()["train"]) == 5
 
 
 def test_ranges_are_not_exported_as_files(clips, tmp_path, capsys):

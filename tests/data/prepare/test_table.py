@@ -84,12 +84,24 @@ def test_a_table_of_ranges_is_listed_the_same_way_again(clips):
   assert pl.read_parquet(clips / "run" / "part-00000.parquet")["start"].to_list() == [1]
 
 
+def test_ranges_whose_table_is_no_source_any_more_stay_ranges(clips):
+  """And the whole file is a row beside them."""
+  rows = [{"path": "clips/a.mp4", "text": "x", "start": i, "end": i + 5} for i in range(3)]
+  listed, folder = files.write_csv(clips / "r.csv", rows), str(clips / "clips")
+  for sources_then, starts in (((listed,), [0, 1, 2]), ((folder,), [0, 1, 2, None]), ((listed, folder), [0, 1, 2, None])):
+    for _ in range(2):
+      collect.Collect(sources=sources_then).list(str(clips / "run"))
+      found = pl.concat([pl.read_parquet(p) for p in sorted((clips / "run").glob("*.parquet"))], how="diagonal_relaxed")
+      assert found.filter(pl.col("path").str.ends_with("/a.mp4"))["start"].to_list() == starts
+      assert found.height == (3 if len(starts) == 3 else 6)
+
+
 def test_mistakes(clips, capsys):
   (clips / "none.csv").write_text("path\nclips/bad.mp4\n")
   mistakes = (
     ("nothing.csv", "t.csv", "does not exist"),
     ("clips", "t.txt", "must end in .csv or .parquet"),
-    ("none.csv", "none.csv", "is the table that is read: give another name"),
+    ("none.csv", "none.csv", "is a file that is read: give another name"),
     ("none.csv", "t.csv", "none of 1 files of"),
   )
   for source, output, message in mistakes:
