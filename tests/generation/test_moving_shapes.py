@@ -11,18 +11,20 @@ from tests.tiny_run import ROOT
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
-def test_colours_and_grounds_are_those_of_the_prompt():
-  """Of six prompts one may fail: in so few steps."""
+def test_the_shipped_model_makes_what_the_prompt_says():
+  """Six prompts of as many colours, in the fewest steps that show it; four frames, of which a small step may be misread."""
   folder = ROOT / "data" / "moving_shapes"
   files = ["--weights", str(folder / "denoiser.safetensors"), "--text-encoder", str(folder / "text_encoder.safetensors")]
-  args = sample.make_parser().parse_args(["--config", str(ROOT / "configs" / "shapes.py"), *files])
+  more = ["--config", str(ROOT / "configs" / "shapes.py"), "--sampler", "adams-bashforth"]
+  args = sample.make_parser().parse_args([*files, *more])
   pipeline = loading.load_pipeline(args, *loading.read_model(args))
+  words = zip(shapes.COLORS, [*shapes.GROUNDS] * 2, [*shapes.SHAPES] * 2, shapes.DIRECTIONS)
   scenes = [
-    shapes.Scene((shapes.Object("circle", color, "right", "slowly", (0, 0)),), ground, False, 96, 96, 9)
-    for color, ground in zip(shapes.COLORS, [*shapes.GROUNDS] * 2)
+    shapes.Scene((shapes.Object(shape, color, direction, "quickly", (0, 0)),), ground, False, 96, 96, 9)
+    for color, ground, shape, direction in words
   ]
   requests = [Request(shapes.captions(one)[0], 64, 64, 4, float(shapes.FPS), seed) for seed, one in enumerate(scenes)]
-  videos = pipeline.decode(pipeline.sample_latents(requests, 12, 4.0), 4)
+  videos = pipeline.decode(pipeline.sample_latents(requests, 10, 3.0), 4)
   judged = [shapes_vision.judge(video, one) for one, video in zip(scenes, videos, strict=True)]
-  for what in ("color", "ground"):
-    assert sum(each[what] for each in judged) >= 5, (what, judged)
+  for what, least in (("color", 6), ("ground", 6), ("shape", 6), ("direction", 4)):
+    assert sum(each[what] for each in judged) >= least, (what, judged)
