@@ -20,7 +20,6 @@ Of several processes (`cli.connect_processes`) all run the same command, and the
 import argparse
 import contextlib
 import dataclasses
-import functools
 import json
 import os
 import re
@@ -41,6 +40,8 @@ from stdit_jax.cli import (
 from stdit_jax.generation import conditions, tasks
 from stdit_jax.generation.media import FRAMES, IMAGE_FORMATS, VIDEO_FORMATS, check_rate, settings_file
 from stdit_jax.training import loading
+
+MADE = ("num_frames", "tiles")  # in the JSON beside a file, but no settings that were given
 
 
 def make_parser():
@@ -263,7 +264,8 @@ def main(argv=None):
     if args.explain:
       return explain(work, autoencoder, args.compat)
     steps, scale = loading.steps_and_scale(args, config)
-    settings = [settings_of(one, args, steps, scale, loading.describe(args, step), autoencoder) for one in work]
+    described, marks = loading.describe(args, step), fingerprints(args, work)
+    settings = [settings_of(one, args, steps, scale, described, autoencoder, marks) for one in work]
     paths.check(args.output, "--output")
     use_compilation_cache()
     keep_freed_memory()
@@ -326,9 +328,15 @@ def autoencoder_of(config):
   return autoencoder_model(config.autoencoder).config
 
 
-def settings_of(one, args, steps, scale, described, autoencoder):
+def fingerprints(args, work):
+  """{path: fingerprint} of the files that are given: another one of the same name is another setting."""
+  given = {args.weights, args.autoencoder, args.text_encoder, *(path for one in work for path in one.files)}
+  return {path: paths.fingerprint(path) for path in given if path and paths.exists(path)}
+
+
+def settings_of(one, args, steps, scale, described, autoencoder, marks):
   """What makes a file what it is, as it is written into it and beside it, where what making it adds (`MADE`) comes as well.
-  Files that it is made from are there with their fingerprints: another file of that name is another setting."""
+  `marks`: of `fingerprints`."""
   first, prompts, step = one.requests[0], [r.prompt for r in one.requests], autoencoder.downsampling
   settings = {
     "prompt": prompts[0] if len(set(prompts)) == 1 else prompts, "seed": first.seed, "steps": steps, "guidance_scale": scale,
@@ -342,13 +350,9 @@ def settings_of(one, args, steps, scale, described, autoencoder):
   names = "negative_prompt", "sampler", "guidance_interval", "guidance_rescale", "guidance_channels", "step_cache", "compat"
   names += "config", "changes", "autoencoder", "text_encoder", "autoencoder_memory"
   settings |= {name: value for name in names if (value := getattr(args, name)) not in (None, 0, [], ())}
-  used = [path for path in (*one.files, args.weights, args.autoencoder, args.text_encoder) if path and paths.exists(path)]
-  settings |= {"files": {path: fingerprint(path) for path in used}} if used else {}
+  used = *one.files, args.weights, args.autoencoder, args.text_encoder
+  settings |= {"files": {path: marks[path] for path in used if path in marks}}
   return json.loads(json.dumps(settings))
-
-
-fingerprint = functools.cache(paths.fingerprint)
-MADE = ("num_frames", "tiles")  # in the JSON of a file, but no setting that was given
 
 
 def choose_files(args, work, settings):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import av
 import jax
@@ -316,6 +317,18 @@ def test_what_exists_is_kept_unless_overwritten_and_formats(trained, tmp_path, c
   capsys.readouterr()
   sample.main([*arguments, "--num-frames", "1"])
   assert capsys.readouterr().out == "all 1 files exist and are kept (--overwrite makes them again)\n"
+
+
+def test_another_file_of_the_same_name_is_another_setting(assets, trained, tmp_path):
+  image = tmp_path / "a.png"
+  args = sample.make_parser().parse_args(["--run", str(trained), *SIZE, "--task", "animate", str(image)])
+  config, _ = loading.read_model(args)
+  autoencoder, found = sample.autoencoder_of(config), []
+  for name in ("0.png", "0.png", "1.png"):
+    shutil.copy(assets / name, image)
+    (work,) = sample.make_work(args, ["x"], config, autoencoder)
+    found.append(sample.settings_of(work, args, 2, 1.0, "model", autoencoder, sample.fingerprints(args, [work])))
+  assert found[0] == found[1] != found[2]
 
 
 def test_output_may_be_one_file(trained, tmp_path, capsys):
