@@ -66,7 +66,7 @@ def check_length(task, loops, num_frames, wanted, autoencoder):
 
   def joins(frames, wanted):
     count, of_each = autoencoder.latent_frames(frames), held(frames)
-    length = default_length(count, autoencoder.group) if wanted is None else wanted
+    length = default_length(count, autoencoder.group, task) if wanted is None else wanted
     given = length * (2 if task in ("connect", "loop") else 1)
     return autoencoder.keeps(frames) and length >= 1 and given < count and (of_each[:length] == of_each[-length:]).all()
 
@@ -83,16 +83,17 @@ def check_length(task, loops, num_frames, wanted, autoencoder):
   )
 
 
-def default_length(frames, group=1):
+def default_length(frames, group=1, task=None):
   """Latent frames of a clip of `frames` that are given of another one by default: 4 as in Open-Sora 1.1, of short clips a
-  quarter, the most that training shows (`frame_masks`), and whole groups of the autoencoder, as in 1.2 (5)."""
-  return -(-max(1, min(4, frames // 4)) // group) * group
+  quarter, the most that training shows (`frame_masks`), and whole groups of the autoencoder, as in 1.2 (5). For a loop half as
+  many: both ends are given, and all the way back has to fit between them."""
+  return -(-max(1, min(4, frames // (8 if task == "loop" else 4))) // group) * group
 
 
-def condition_length(wanted, frames, group=1):
+def condition_length(wanted, frames, group=1, task=None):
   """Latent frames of a clip of `frames` that are given of another one: those wanted, or the default. ValueError when nothing is
   left to generate."""
-  length = default_length(frames, group) if wanted is None else wanted
+  length = default_length(frames, group, task) if wanted is None else wanted
   if wanted is None and length >= frames:
     raise ValueError(f"--num-frames is too small: {length} of the clip's {frames} latent frames are given; more are needed")
   if not 1 <= length < frames:
@@ -146,7 +147,7 @@ def make_job(task, frames, file_frames, *, loops=1, length=None, strength=0.6, e
       raise ValueError(f"--edit-strength is {strength:g}; allowed: above 0, at most 1")
     return Job((Rule(0, 0, 0, 0, file_frames[0], strength),), 1, clips(files, 1, 0))
 
-  length = condition_length(length, frames, group)
+  length = condition_length(length, frames, group, task)
   given = [min(length, n) for n in file_frames]
   if task == "loop":
     if frames < 3:

@@ -39,7 +39,7 @@ def length_of(job, files):
     ("connect", [30, 20], {"length": 4}, ["AAAA....BBBB"], 54),
     ("connect", [1, 20], {"length": 4}, ["A.......BBBB"], 28),
     ("interpolate", [1, 1, 1], {}, ["A.....B....C"], 12),
-    ("loop", [], {}, ["............", "AAA......AAA"], 18),
+    ("loop", [], {}, ["............", "A..........A"], 22),
     ("loop", [1], {"length": 2}, ["A...........", "BB........BB"], 20),
     ("edit", [12], {"strength": 0.4}, ["aaaaaaaaaaaa"], 12),
     ("edit", [5], {}, ["aaaaa......."], 12),
