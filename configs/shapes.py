@@ -10,10 +10,10 @@ from the exported weights of the one before: 1,000 steps of pictures and 1,983 o
       --config.init=denoiser.safetensors --config.text_encoder.weights=text_encoder.safetensors \
       --config.stages="({'name':'videos','steps':3000,'optimizer.schedule':'cosine'},)"
 
-(the third one with 1400 and 'optimizer.learning_rate':6e-4, as the fourth with 1000, in which moreover three of four pictures are
-left out, --config.data.buckets="(('64p',1,0.25,64),('64p',4,1.0,64),('64p',8,1.0,32))", and image_head and image_head_tail of
---config.mask_ratios are 0.1, quarter_head_tail 0.08). Together about two hours of two cores. Directions come last: right in 33,
-67, 87 and 94 % of the videos after the four. The stages below are as many steps in one run, which has not been made. Then:
+(the third one with 1400 and 'optimizer.learning_rate':6e-4, as the fourth with 1000, in which moreover three of four pictures
+are left out, --config.data.buckets="(('64p',1,0.25,64),('64p',4,1.0,64),('64p',8,1.0,32))", and image_head and image_head_tail
+of --config.mask_ratios are 0.1, quarter_head_tail 0.08). Together about two hours of two cores. Directions come last: right in
+33, 67, 87 and 94 % of the videos after the four. The stages below are as many steps in one run, which has not been made. Then:
 
   python -m stdit_jax.convert --input runs/shapes --to open-sora --dtype float16 \
       --output data/moving_shapes/denoiser.safetensors
