@@ -153,6 +153,7 @@ def evaluate_shapes(args):
   exam = Exam(steps, scale, args.count, batch=args.batch_size)
   described += f", {args.count} scenes of each part, {config.diffusion.fields.get('sampler', 'euler')}, {steps} steps, "
   described += f"guidance scale {scale:g}" + (f", step cache {args.step_cache}" if args.step_cache else "")
+  described += f", timestep shift {args.timestep_shift:g}" if args.timestep_shift else ""
   return described, examine(pipeline, exam, args.parts, progress)
 
 

@@ -347,7 +347,8 @@ def settings_of(one, args, steps, scale, described, autoencoder, marks):
   if one.files or one.job.loops > 1:
     settings |= {"references": one.files, "loops": one.job.loops, "task": args.task[0] if args.task else None}
     settings |= {"rules": [dataclasses.astuple(rule) for rule in one.job.rules], "pieces": one.job.pieces}
-  names = "negative_prompt", "sampler", "guidance_interval", "guidance_rescale", "guidance_channels", "step_cache", "compat"
+  names = "negative_prompt", "sampler", "timestep_shift", "guidance_interval", "guidance_rescale", "guidance_channels"
+  names += "step_cache", "compat"
   names += "config", "changes", "autoencoder", "text_encoder", "autoencoder_memory"
   settings |= {name: value for name in names if (value := getattr(args, name)) not in (None, 0, [], ())}
   used = *one.files, args.weights, args.autoencoder, args.text_encoder

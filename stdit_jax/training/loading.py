@@ -33,6 +33,10 @@ def add_sampler_arguments(how):
   how.add_argument("--guidance-scale", type=float, help="classifier-free guidance; 1 is none")
   how.add_argument("--sampler", help="euler (default) or adams-bashforth; of iddpm ancestral (default), ddim, dpm++")
   how.add_argument(
+    "--timestep-shift", type=float, metavar="A", help="of rectified flow: timesteps nearer to noise, e.g. 3 with few steps "
+    "(default: 1, none)",
+  )  # fmt: skip
+  how.add_argument(
     "--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="timesteps that are guided (default: all)"
   )
   how.add_argument("--guidance-rescale", type=float, default=0.0, help="0 to 1: less contrast at large scales (default: 0)")
@@ -71,9 +75,11 @@ def read_model(args):
   own = {"open-sora-1.1": "iddpm", "open-sora-1.2": "rectified-flow", None: config.diffusion.name}[args.compat]
   if config.diffusion.name != own:
     raise ValueError(f"--compat {args.compat} is of {own}; the model was trained with {config.diffusion.name}")
-  given = {"compat": args.compat, "sampler": args.sampler}
+  given = {"compat": args.compat, "sampler": args.sampler, "sampling_shift": args.timestep_shift}
+  if args.timestep_shift is not None and config.diffusion.name != "rectified-flow":
+    raise ValueError(f"--timestep-shift is of rectified-flow; the model was trained with {config.diffusion.name}")
   with config.ignore_type():
-    config.diffusion.fields.update({name: value for name, value in given.items() if value})
+    config.diffusion.fields.update({name: value for name, value in given.items() if value is not None})
   return config, step
 
 

@@ -302,6 +302,17 @@ def test_reference_frames_are_exact_and_padding_zero():
     flow.step(lambda x, *_: x, x, 1000.0, 900.0, num_channels=4, edit=edit)
 
 
+def test_shift_of_the_sampling_timesteps():
+  """From noise to nothing as ever, the middle at 3/4; training timesteps are not shifted; what is none is refused."""
+  shifted = RectifiedFlow(sampling_shift=3.0)
+  times = shifted.sampling_timesteps(4, _f32([64]))[:, 0]
+  np.testing.assert_allclose(times, [1000, 900, 750, 500, 0], rtol=1e-6)
+  keys = jax.random.split(jax.random.key(0), 8)
+  np.testing.assert_array_equal(shifted.sample_timesteps(keys), RectifiedFlow().sample_timesteps(keys))
+  with pytest.raises(ValueError, match=r"sampling_shift is 0\.0, allowed: above 0"):
+    RectifiedFlow(sampling_shift=0.0)
+
+
 @pytest.mark.parametrize(("sampler", "order"), [("euler", 1), ("adams-bashforth", 2)])
 def test_order_of_the_samplers(sampler, order):
   """Data that are normal with standard deviation c: the velocity is ((1 - s) c^2 - s) / V x with V = (1 - s)^2 c^2 + s^2, and
