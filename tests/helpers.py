@@ -1,6 +1,7 @@
 """Reference values of the original PyTorch modules: loading, layouts, comparison."""
 
 import json
+import os
 import pathlib
 
 import jax
@@ -17,8 +18,10 @@ REFERENCE = pathlib.Path(__file__).parent / "reference" / "open_sora"
 _NOT_OURS = {"class_dropout_prob"}
 _CONFIGS = {"stdit1_tiny": stdit.STDiT1Config, "stdit2_tiny": stdit.STDiT2Config, "stdit3_tiny": stdit.STDiT3Config}
 
-# For `jax.jit(compiler_options=...)` of tests: compiles a tiny model in a sixth of the time, the program itself is slower.
-QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+# For `jax.jit(compiler_options=...)` of tests: compiles a tiny model in a sixth of the time, the program itself is slower. Not
+# for GPUs (JAX_PLATFORMS=cuda), where every program with these options failed.
+CPU = os.environ.get("JAX_PLATFORMS", "cpu") == "cpu"
+QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False} if CPU else {}
 
 
 def load_json(name):

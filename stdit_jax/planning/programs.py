@@ -71,6 +71,29 @@ def resident_bytes(config, objective, mesh):
   return sizes
 
 
+def make_programs(stage, mesh, bucket):
+  """The programs that train a stage on a mesh, with the gradient program of one bucket (resolution, frames, global batch size).
+
+  Returns:
+    (objective, programs, {name: shape of the batch's array}, layout of the batch, micro batches)
+
+  Raises:
+    ValueError: a configuration or batch that does not work on the mesh.
+  """
+  config, (resolution, frames, rows) = stage.config, bucket
+  objective = OBJECTIVES[config.task](config)
+  params, frozen = objective.shapes
+  optimizer = make_optimizer(config.optimizer)
+  layouts, micro_batches = choose_layouts(stage, [Bucket(resolution, frames, 1.0, rows)], mesh, objective)
+  layout, parts = layouts[resolution, frames], micro_batches[resolution, frames]
+  batch = batch_shapes(config, objective, (resolution, frames), rows, layout.token_parts)
+  scales = learning_rate_scales(params, config.train, config.optimizer.scales)
+  states = state_shapes(params, optimizer)
+  programs = Programs(objective.loss, mesh, states, frozen, optimizer, scales, stage, TraceCounter())
+  programs.make_gradient((resolution, frames), tuple(batch), parts, layout)
+  return objective, programs, batch, layout, parts
+
+
 def lower(job):
   """Lowers the gradient program of a bucket, the very function that trains (on GPUs all but attention by cuDNN: gpus.py).
 
@@ -86,23 +109,14 @@ def lower(job):
   config = stage.config
   mesh = make_mesh(config.mesh, topology_devices(job.topology, job.slices), config.slices)
   resolution, frames, rows = job.bucket
-  objective = OBJECTIVES[config.task](config)
-  params, frozen = objective.shapes
-  optimizer = make_optimizer(config.optimizer)
-  states = state_shapes(params, optimizer)
-  layouts, micro_batches = choose_layouts(stage, [Bucket(resolution, frames, 1.0, rows)], mesh, objective)
-  layout, parts = layouts[resolution, frames], micro_batches[resolution, frames]
-  batch = batch_shapes(config, objective, (resolution, frames), rows, layout.token_parts)
-  scales = learning_rate_scales(params, config.train, config.optimizer.scales)
-  programs = Programs(objective.loss, mesh, states, frozen, optimizer, scales, stage, TraceCounter())
-  programs.make_gradient((resolution, frames), tuple(batch), parts, layout)
+  objective, programs, batch, layout, parts = make_programs(stage, mesh, job.bucket)
   resident = resident_bytes(config, objective, mesh)
   # While it runs the host makes the next batch, which may be of the same size.
   resident["next batch"] = sum(
     math.prod(layout.sharding(*array_axes(name)).shard_shape(s.shape)) * s.dtype.itemsize for name, s in batch.items()
   )
   # The program's own peak holds parameters, gradients and what is frozen in it; the rest waits beside it.
-  own = resident["parameters"] + resident["gradients"] + bytes_per_device(frozen, mesh)
+  own = resident["parameters"] + resident["gradients"] + bytes_per_device(objective.shapes[1], mesh)
   facts = {
     "stage": stage.name, "resolution": resolution, "frames": frames, "batch": rows, "batch_parts": layout.batch_parts,
     "samples_per_part": rows // layout.batch_parts // parts, "micro_batches": parts, "split_tokens": layout.split_tokens,

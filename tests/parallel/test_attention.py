@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stdit_jax.parallel.attention import attend
+from stdit_jax.parallel.attention import attend, flash
 from tests.helpers import relative_error
 
 # batch, groups, queries, keys, heads, head dimension
@@ -72,6 +72,39 @@ def test_softmax_is_float32_in_half_precision():
   for a, b in zip(half, full):
     assert a.dtype == jnp.bfloat16
     assert relative_error(a.astype(jnp.float32), b) < 2e-2
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("mask", ["none", "padding", "empty"])
+def test_flash_attention_by_lengths(name, mask):
+  """What cuDNN is asked for, computed by XLA: lengths say the same as the mask, and no sequence is empty."""
+  mask = masks(name)[mask]
+  whole = np.ones((*SHAPES[name][:2], SHAPES[name][3]), bool) if mask is None else mask
+  read = whole.any(-1)
+  *args, cotangent = inputs(name, offset=2.0)
+  cotangent = jnp.where(read[..., None, None, None], cotangent, 0)
+  y, pull = jax.vjp(lambda *args: flash(*args, jnp.asarray(whole), "xla"), *args)
+  for ours, theirs in zip((y, *pull(cotangent)), value_and_gradients(*args, cotangent, mask, "einsum")):
+    assert np.isfinite(ours).all()
+    assert relative_error(np.asarray(ours)[read], np.asarray(theirs)[read]) < 2e-6
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN is on GPUs: JAX_PLATFORMS=cuda")
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("mask", ["none", "padding", "empty"])
+def test_cudnn_agrees_with_float32(name, mask):
+  """Odd lengths, head dimensions of 8 to 72, padding; values and gradients as near as bfloat16 allows."""
+  mask = masks(name)[mask]
+  read = np.ones(SHAPES[name][:2], bool) if mask is None else mask.any(-1)
+  half = inputs(name, jnp.bfloat16)
+  half = (*half[:3], jnp.where(read[..., None, None, None], half[3], 0))
+  ours = value_and_gradients(*half, mask, "cudnn")
+  with jax.default_matmul_precision("highest"):
+    theirs = value_and_gradients(*(x.astype(jnp.float32) for x in half), mask, "einsum")
+  for a, b in zip(ours, theirs):
+    assert a.dtype == jnp.bfloat16
+    assert np.isfinite(a.astype(jnp.float32)).all()
+    assert relative_error(np.asarray(a.astype(jnp.float32))[read], np.asarray(b)[read]) < 2e-2
 
 
 def test_unknown_implementation():

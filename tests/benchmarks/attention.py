@@ -1,0 +1,89 @@
+"""The implementations of attention side by side on the device here: `python -m tests.benchmarks.attention`.
+
+  python -m tests.benchmarks.attention --implementation cudnn einsum    # on a GPU
+
+Shapes are those of STDiT3-XL/2 (16 heads of 72) in bfloat16: space, time and text of a bucket. The table says, per shape and
+implementation, the median milliseconds of a forward pass and of forward and backward together, and the largest relative error,
+of values and the three gradients, against float32 by the formula. Implementations take turns.
+"""
+
+import argparse
+import functools
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from stdit_jax.parallel.attention import IMPLEMENTATIONS, attend
+
+# name: batch, groups, queries, keys
+SHAPES = {
+  "144p space": (16, 15, 144, 144), "240p space": (8, 15, 405, 405), "480p space": (2, 15, 1632, 1632),
+  "720p space": (1, 15, 3655, 3655), "144p time": (16, 144, 15, 15), "480p time": (2, 1632, 15, 15),
+  "480p time, 30": (1, 1632, 30, 30), "480p time, 120": (1, 1632, 120, 120), "480p text": (2, 1, 24480, 300),
+  "144p text": (16, 1, 2160, 300),
+}  # fmt: skip
+HEADS, HEAD_DIM = 16, 72
+
+
+@functools.partial(jax.jit, static_argnums=4)
+def forward(query, key, value, mask, implementation):
+  return attend(query, key, value, mask, implementation)
+
+
+@functools.partial(jax.jit, static_argnums=5)
+def both(query, key, value, mask, cotangent, implementation):
+  y, pull = jax.vjp(lambda *args: attend(*args, mask, implementation), query, key, value)
+  return y, *pull(cotangent)
+
+
+def milliseconds(function, *args):
+  started = time.perf_counter()
+  jax.block_until_ready(function(*args))
+  return 1e3 * (time.perf_counter() - started)
+
+
+def relative_error(a, b):
+  a, b = (np.asarray(x, np.float32) for x in (a, b))
+  return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+def main(argv=None):
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--implementation", nargs="+", choices=IMPLEMENTATIONS, default=["einsum", "xla"])
+  parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))
+  parser.add_argument("--repeats", type=int, default=10)
+  args = parser.parse_args(argv)
+  print(
+    f"{jax.devices()[0].device_kind}\n| shape | implementation | forward ms | with backward ms | error |\n|---|---|---|---|---|"
+  )
+  for name in args.shape:
+    batch, groups, queries, keys = SHAPES[name]
+    rng = np.random.default_rng(0)
+    lengths = (queries, keys, keys, queries)
+    query, key, value, cotangent = (
+      jnp.asarray(rng.standard_normal((batch, groups, n, HEADS, HEAD_DIM), np.float32), jnp.bfloat16) for n in lengths
+    )
+    # As in a batch of several aspect ratios: some keys are padding.
+    valid = rng.integers(-(-4 * keys // 5), keys + 1, (batch, 1, 1))
+    mask = jnp.asarray(np.broadcast_to(np.arange(keys) < valid, (batch, groups, keys)))
+    with jax.default_matmul_precision("highest"):
+      exact = both(*(x.astype(jnp.float32) for x in (query, key, value)), mask, cotangent.astype(jnp.float32), "einsum")
+      exact = [np.asarray(x) for x in exact]
+    errors, times = {}, {which: ([], []) for which in args.implementation}
+    for which in args.implementation:
+      jax.block_until_ready(forward(query, key, value, mask, which))
+      errors[which] = max(map(relative_error, both(query, key, value, mask, cotangent, which), exact))
+    for _ in range(args.repeats):
+      for which, (ahead, whole) in times.items():
+        ahead.append(milliseconds(forward, query, key, value, mask, which))
+        whole.append(milliseconds(both, query, key, value, mask, cotangent, which))
+    for which, (ahead, whole) in times.items():
+      values = f"{statistics.median(ahead):.3f} | {statistics.median(whole):.3f} | {errors[which]:.4f}"
+      print(f"| {name} | {which} | {values} |", flush=True)
+
+
+if __name__ == "__main__":
+  main()

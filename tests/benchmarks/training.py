@@ -1,0 +1,152 @@
+"""How fast the accelerators here train: `python -m tests.benchmarks.training --config C --stage S --bucket R:F:BATCH`.
+
+Runs the very gradient and update programs that `train` runs, on random values in clips of 9:16: no data, no encoders. The table
+says, per bucket and implementation of attention, the medians of the seconds of both programs, tokens a second of the two
+together, model TFLOP/s of the gradient program as `train` counts them, their share of the published peak, and GiB: what the
+compiler counts for the gradient program, its arguments included, and the most that the process has held so far, where the
+device tells. Implementations take turns, so that whatever else the machine does hits all alike.
+
+  python -m tests.benchmarks.training --config configs/open_sora_1_2.py:stage1 --stage stage1 --bucket 480p:51:2 \\
+    --attention cudnn einsum --config.mesh.fsdp=1
+"""
+
+import argparse
+import gc
+import statistics
+import time
+
+import jax
+import numpy as np
+
+from data import aspect_ratios
+from data.tokens import grid_size
+from stdit_jax.cli import one_line_errors, parse_with_changes, read_config
+from stdit_jax.parallel.mesh import make_mesh
+from stdit_jax.parallel.shardings import tree_shardings
+from stdit_jax.parallel.topology import peak_tflops
+from stdit_jax.plan import parse_bucket
+from stdit_jax.planning.programs import GIB, make_programs
+from stdit_jax.training.autoencoding import autoencoder_model
+from stdit_jax.training.batches import array_axes
+from stdit_jax.training.metrics import batch_work
+from stdit_jax.training.stages import make_stages
+from stdit_jax.training.state import make_optimizer, new_state
+
+
+def random_batch(config, objective, bucket, shapes, layout):
+  """A batch of clips of 9:16, all of whose words count."""
+  resolution, frames, rows = bucket
+  autoencoder = autoencoder_model(config.autoencoder).config
+  height, width = aspect_ratios.size(resolution, "9:16")
+  latent_size = (autoencoder.latent_frames(frames), *autoencoder.latent_size(height, width))
+  known = {
+    "latent_size": latent_size, "grid": grid_size(latent_size, objective.model.config.patch_size),
+    "height": height, "width": width, "num_frames": frames, "fps": 24, "weight": 1, "text_mask": True,
+  }  # fmt: skip
+  rng = np.random.default_rng(0)
+  batch = {"sample_id": np.stack([np.arange(rows), np.zeros(rows)], 1).astype(np.uint32)}
+  for name, s in shapes.items():
+    if name in known:
+      batch[name] = np.broadcast_to(np.asarray(known[name], s.dtype), s.shape)
+    elif name != "sample_id":
+      batch[name] = rng.standard_normal(s.shape, np.float32).astype(s.dtype)
+  return {name: jax.device_put(batch[name], layout.sharding(*array_axes(name))) for name in shapes}
+
+
+def seconds_of(function, *args):
+  """(seconds until the device is done, what the function returned)."""
+  started = time.perf_counter()
+  result = jax.block_until_ready(function(*args))
+  return time.perf_counter() - started, result
+
+
+def measure(stage, mesh, bucket, repeats, compiled):
+  """One row of the table, as {column: value}. `compiled`: programs of earlier rounds, kept."""
+  config = stage.config
+  objective, programs, shapes, layout, _ = make_programs(stage, mesh, bucket)
+  key = bucket, config.model.fields.attention
+  if key not in compiled:
+    lowered = (
+      programs.gradients[bucket[:2]].lower(*programs.gradient_arguments(shapes)),
+      programs.update.lower(*programs.update_arguments()),
+    )
+    compiled[key] = [program.compile() for program in lowered]
+  gradient, update = compiled[key]
+  optimizer = make_optimizer(config.optimizer)
+
+  def start(random_key):
+    params, frozen = objective.init(random_key)
+    return new_state(params, optimizer), frozen
+
+  states = jax.eval_shape(start, jax.random.key(0))
+  state, frozen = jax.jit(start, out_shardings=tree_shardings(states, mesh))(jax.random.key(0))
+  accumulator = programs.new_accumulator(state["params"])
+  batch = random_batch(config, objective, bucket, shapes, layout)
+  times = []
+  for step in range(repeats + 1):  # the first one warms up
+    forward, (accumulator, metrics) = seconds_of(gradient, state["params"], frozen, batch, accumulator)
+    back, (state, accumulator, _) = seconds_of(update, state, accumulator, np.int32(step))
+    times.append((forward, back))
+  assert np.isfinite(metrics["loss"])
+  tokens, model_flops = batch_work(config, objective, shapes)
+  stats = jax.local_devices()[0].memory_stats() or {}
+  memory = gradient.memory_analysis()
+  return {
+    "times": times[1:], "tokens": tokens, "flops": model_flops,
+    "counted": memory.peak_memory_in_bytes / GIB, "held": stats.get("peak_bytes_in_use", 0) / GIB,
+    "loss": float(metrics["loss"]),
+  }  # fmt: skip
+
+
+def main(argv=None):
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--config", required=True)
+  parser.add_argument("--stage", required=True)
+  parser.add_argument("--bucket", required=True, nargs="+", metavar="RESOLUTION:FRAMES:BATCH")
+  parser.add_argument("--attention", nargs="+", default=["auto"])
+  parser.add_argument("--repeats", type=int, default=5, help="optimizer steps in a round (default: %(default)s)")
+  parser.add_argument("--rounds", type=int, default=2, help="turns of each implementation (default: %(default)s)")
+  args = parse_with_changes(parser, argv)
+  stages = {}
+  with one_line_errors():
+    for attention in args.attention:
+      config = read_config(args.config, args.changes)
+      with config.unlocked():
+        config.model.fields.attention = attention
+      stages[attention] = {s.name: s for s in make_stages(config)}[args.stage]
+    mesh = make_mesh(config.mesh, jax.devices(), config.slices)
+    buckets = [parse_bucket(text, ()) for text in args.bucket]
+  device = jax.devices()[0]
+  peak = peak_tflops(device.device_kind)
+  print(f"{config.model.name}, {config.model.fields.get('dtype', 'float32')}, {jax.device_count()} x {device.device_kind}")
+  columns = (
+    "bucket", "batch", "attention", "gradient s", "update s", "tokens/s", "TFLOP/s", "of peak", "GiB counted", "held", "loss",
+  )  # fmt: skip
+  print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
+  for bucket in buckets:
+    compiled, rounds = {}, {attention: [] for attention in stages}
+    for _ in range(args.rounds):
+      for attention, stage in stages.items():
+        try:
+          rounds[attention].append(measure(stage, mesh, bucket, args.repeats, compiled))
+        except jax.errors.JaxRuntimeError as error:
+          if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        gc.collect()
+    for attention, rows in rounds.items():
+      name = f"{bucket[0]} x {bucket[1]}", bucket[2], attention
+      if not rows:
+        print("| " + " | ".join(map(str, name)) + " | out of memory |", flush=True)
+        continue
+      forward, back = (statistics.median(t[i] for row in rows for t in row["times"]) for i in (0, 1))
+      row = rows[-1]
+      speed = row["flops"] / jax.device_count() / forward / 1e12
+      values = (
+        *name, f"{forward:.4f}", f"{back:.4f}", f"{row['tokens'] / (forward + back):,.0f}", f"{speed:.1f}",
+        f"{speed / peak:.1%}" if peak else "", f"{row['counted']:.1f}", f"{row['held']:.1f}", f"{row['loss']:.4f}",
+      )  # fmt: skip
+      print("| " + " | ".join(map(str, values)) + " |", flush=True)
+
+
+if __name__ == "__main__":
+  main()
