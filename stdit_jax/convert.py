@@ -24,11 +24,13 @@ RUN_PARTS = {"denoiser": "model", "text_encoder": "text_encoder", "autoencoder":
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "": 1}
 
 EPILOG = """layouts:
-  open-sora  the PyTorch denoisers of Open-Sora 1.0, 1.1 and 1.2
-  diffusers  diffusers' AutoencoderKL (also inside Open-Sora 1.2's video autoencoder); old attention names are read
-  ldm        the original latent-diffusion code, with or without 'first_stage_model.'
-  t5         Hugging Face T5EncoderModel (v1.1; t5-v1.0 the older one)
-  native     our own names, one tensor per layer
+  open-sora      the PyTorch denoisers of Open-Sora 1.0, 1.1 and 1.2
+  open-sora-vae  the video autoencoder of Open-Sora 1.2, its image autoencoder included
+  diffusers      diffusers' AutoencoderKL; old names of its attention are read
+  ldm            the original latent-diffusion code, with or without 'first_stage_model.'
+  cogvideox-vae  diffusers' AutoencoderKLCogVideoX
+  t5             Hugging Face T5EncoderModel (v1.1; t5-v1.0 the older one)
+  native         our own names, one tensor per layer
 --check without --input compares the model's names and shapes with the key table of the real size. With --input it reports
 what the file has against the model, and proves that import and export give the file back, bit for bit.
 Pickles (.pt, .pth, .bin, .ckpt) are never opened; naming one prints the lines of Python that make a safetensors file of it."""

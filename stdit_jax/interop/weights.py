@@ -104,9 +104,15 @@ class Source:
     return array
 
   def check(self, strict: bool = True, unexpected: bool = True) -> None:
-    """Raises CheckpointError with the whole report unless everything fits."""
+    """Raises CheckpointError with the whole report unless everything fits, or anything at all where it need not be `strict`."""
     report = self.report
-    if strict and (report.missing or report.mis_shaped or (unexpected and report.unexpected)):
+    nothing = len(report.missing) + len(report.mis_shaped) == report.expected
+    if len(report.missing) == report.expected:
+      raise CheckpointError(
+        f"{self.checkpoint.path} is no file of this model (layout {self.layout.name}): it has none of its {report.expected} "
+        f"tensors, the first of which is {report.missing[0]!r}, but {len(self.shapes)} like {next(iter(self.shapes), 'none')!r}"
+      )
+    if nothing or (strict and (report.missing or report.mis_shaped or (unexpected and report.unexpected))):
       raise CheckpointError(f"{self.checkpoint.path} (layout {self.layout.name}) doesn't fit the model: {report}")
     for name, make in layout_computed(self.layout, self.config).items() if strict else ():
       if name in self.shapes:
@@ -164,8 +170,6 @@ def load_variables(
   source = open_source(path, layout, target, config, allow_non_finite)
   if not strict:
     _adapt(source)
-    if len(source.report.missing) + len(source.report.mis_shaped) == len(source.entries):
-      raise CheckpointError(f"{path}: nothing in it fits the model: {source.report}")
   source.check(strict)
   if not source.report.clean or source.report.adapted:
     log(f"{path}: {source.report}")
