@@ -20,6 +20,8 @@ KEY_TABLES = {
   "STDiT3-XL/2": "stdit3_xl2_v1_2.json",
   "STDiT3-3B/2": "stdit3_3b2_v1_2.json",
   "open-sora-1.2": "vae_pipeline_v1_2.json",
+  "cogvideox-2b": "cogvideox_vae.json",
+  "cogvideox-5b": "cogvideox_vae.json",
 }
 
 
