@@ -7,8 +7,8 @@ Buckets, keep probabilities, mask ratios, learning rate and average are the orig
 v1.1.0, configs/opensora-v1-1/train), the order of the stages and their steps those of its report 02, for 64 devices as there
 (H800, 80 GB); what a device does not hold at a time is split into micro batches. Every optimizer step is one bucket;
 `optimizer.accumulate` makes it several. Training needs weights: `init` (denoiser, with Open-Sora's names: PixArt's are not read
-yet), `text_encoder.weights` (T5 v1.1 XXL), `autoencoder.weights` (sd-vae-ft-ema). The last stage was trained on better videos:
-give it a "data.tables" of its own.
+yet), `text_encoder.weights` and `text_encoder.tokenizer` (T5 v1.1 XXL's), `autoencoder.weights` (sd-vae-ft-ema).
+The last stage was trained on better videos: give it a "data.tables" of its own.
 """
 
 import json

@@ -9,8 +9,8 @@ Buckets, keep probabilities, mask ratios, learning rates, epsilon and average ar
 Open-Sora v1.2.0, configs/opensora-v1-2/train), steps those of its report 03. Batch sizes are per device there, for GPUs of
 80 GB; here they stand for 256 of them (it had 96, and 8 for the adaptation), and what a device does not hold at a time is split
 into micro batches. Every optimizer step is one bucket; `optimizer.accumulate` makes it several. Training needs weights: `init`
-(denoiser, with Open-Sora's names: PixArt's are not read yet), `text_encoder.weights` (T5 v1.1 XXL), `autoencoder.weights`
-(that of SDXL).
+(denoiser, with Open-Sora's names: PixArt's are not read yet), `text_encoder.weights` and `text_encoder.tokenizer` (T5 v1.1
+XXL's file and folder), `autoencoder.weights` (that of SDXL).
 """
 
 import json

@@ -3,7 +3,7 @@
 #
 #   pod=(--name film --zone europe-west4-b --topology v5e:4x4 --slices 2 --spot)
 #   bash launch/tpu_multislice.sh watch "${pod[@]}" -- --config configs/film.py --config.output=gs://BUCKET/film \
-#     --config.data.reference_devices=32
+#     --config.data.tables="('gs://BUCKET/prepared/table.csv',)" --config.data.reference_devices=32
 #
 # The commands are those of tpu_vm.sh: create, copy, install, run, logs, status, stop, delete, watch. The slices are one queued
 # resource (--slices N of them, alike) and come and go together: when one is preempted, watch makes all of them again.

@@ -3,7 +3,7 @@
 #
 #   pod=(--name film --zone europe-west4-b --topology v5e:4x4 --queued --spot)
 #   bash launch/tpu_vm.sh watch "${pod[@]}" -- --config configs/film.py --config.output=gs://BUCKET/film \
-#     --config.data.reference_devices=16
+#     --config.data.tables="('gs://BUCKET/prepared/table.csv',)" --config.data.reference_devices=16
 #
 # watch does everything: it creates the machine, copies the code, installs, trains, and after a preemption does so again, so
 # that training goes on from the newest checkpoint; it ends with the training. It may be ended and started again at any time.

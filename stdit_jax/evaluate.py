@@ -9,7 +9,7 @@
                denoiser sees latents of unit variance
 
   python -m stdit_jax.evaluate --run runs/film --tables held_out.csv
-  python -m stdit_jax.evaluate --run runs/film --step 2000 --item params --output loss.json
+  python -m stdit_jax.evaluate --run runs/film --tables held_out.csv --item params --output loss.json
   python -m stdit_jax.evaluate --run runs/shapes --task shapes
   python -m stdit_jax.evaluate --task autoencoder --autoencoder data/film/autoencoder.safetensors \\
       --tables data/film/prepared/table.csv --buckets 144p:1 144p:17 --picture film.png

@@ -25,9 +25,10 @@ computed, none is measured on a device:
                what the encoders of videos and captions take where these are not cached: their FLOPs at the chips' peak; not
                in it: checkpoints, samples, restarts
 
-A search fits memory to compilations of a bucket, one to three, the last of which confirms what was predicted; it ends where a
-batch takes 88 % of the memory, or the next one would be less than 5 % larger. It begins with BATCH where --bucket gives one.
-"equal" is the batch with which a step takes as long as the longest bucket's at one sample per device, or --step-seconds.
+A search fits memory to compilations of a bucket, mostly one to three, six at most, the last of which confirms what was
+predicted; it ends where a batch takes 88 % of the memory, or the next one would be less than 5 % larger. It begins with BATCH
+where --bucket gives one. "equal" is the batch with which a step takes as long as the longest bucket's at one sample per device,
+or --step-seconds.
 
 Results are kept in --cache, and used again while program, topology and compiler are the same; ^C loses only what is compiling.
 """

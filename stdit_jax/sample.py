@@ -4,7 +4,7 @@
   python -m stdit_jax.sample --run runs/quickstart --prompt "the rabbit hops away" --task animate rabbit.png
   python -m stdit_jax.sample --run runs/quickstart --prompt "|0|a meadow|2|a forest" --task endless --loops 4
   python -m stdit_jax.sample --config configs/open_sora_1_2.py --weights stdit3.safetensors --text-encoder t5-xxl/ \\
-      --autoencoder vae.safetensors --prompt "..." --resolution 480p --aspect-ratio 9:16
+      --config.text_encoder.tokenizer=t5-xxl/ --autoencoder vae.safetensors --prompt "..." --resolution 480p --aspect-ratio 9:16
 
 Tasks, given as NAME and its files:
 {tasks}

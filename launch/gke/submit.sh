@@ -4,7 +4,7 @@
 #   bash launch/gke/submit.sh build --image REGION-docker.pkg.dev/PROJECT/REPOSITORY/stdit_jax:1
 #   bash launch/gke/submit.sh apply --name film --image REGION-docker.pkg.dev/PROJECT/REPOSITORY/stdit_jax:1 \
 #     --topology v5e:4x4 --slices 2 --spot -- --config configs/film.py --config.output=gs://BUCKET/film \
-#     --config.data.reference_devices=32
+#     --config.data.tables="('gs://BUCKET/prepared/table.csv',)" --config.data.reference_devices=32
 #
 #   build     makes the image of this folder with docker, and pushes it
 #   render    prints the manifest (launch/gke/jobset.yaml with the values below)

@@ -10,7 +10,7 @@ from chunk to chunk, but norms take their statistics over one chunk. So the chun
 memory. Here `Frames.chunks` says over what norms take them: the original's chunks, or the whole clip (`statistics`). Whether a
 clip then runs whole, chunk by chunk or over several devices changes no number.
 
-Only lengths of 8k + 1 frames come back as long as they were; 4k + 1 with an even number of latents becomes longer.
+Only lengths of 8k and 8k + 1 frames come back as long as they were; 4k + 1 with an even number of latents becomes longer.
 """
 
 import dataclasses

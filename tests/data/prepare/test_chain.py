@@ -1,4 +1,4 @@
-"""A run: shards, keys, resumption after real kills, a full disk, vanished files; several machines."""
+"""A run: shards, keys, resumption after real kills, a full disk; several machines; mistakes."""
 
 import dataclasses
 import os
@@ -13,55 +13,12 @@ from typing import ClassVar
 
 import polars as pl
 import pytest
-from PIL import Image
 
-from data import paths, video
+from data import paths
 from data.prepare import __main__ as main
-from data.prepare import chain, collect, selection, shards, steps, workers
+from data.prepare import chain, collect, selection, steps, workers
 from data.prepare import config as configs
-from data.video import Away, BadVideo
-from tests.data.prepare.videos import picture, two_scenes, write_video
-
-CONFIG = """
-def get_config():
-  return dict(
-    output={output!r}, steps=("collect", "probe", "duplicates", "scenes", "cut"), workers=2, patience=60.0,
-    collect=dict(sources=({sources!r},), rows_per_shard=2), scenes=dict(min_seconds=1.0), cut=dict(short_side=36),
-    duplicates=dict(pictures=False),
-  )
-"""
-
-
-@pytest.fixture(scope="module")
-def videos(tmp_path_factory):
-  """Five videos of two scenes each."""
-  folder = tmp_path_factory.mktemp("videos")
-  for i in range(5):
-    write_video(folder / f"{i}.mp4", two_scenes(30 + i, 40))
-  return folder
-
-
-def config_file(tmp_path, sources, name="out"):
-  path = tmp_path / f"{name}.py"
-  path.write_text(CONFIG.format(output=str(tmp_path / name), sources=str(sources)))
-  return str(path)
-
-
-def table(folder, step="cut"):
-  """The step's table without what names the run's folder."""
-  frame = pl.concat([pl.read_parquet(p) for p in sorted((folder / step).glob("part-*.parquet"))])
-  return frame.with_columns(pl.col("path").str.split("/").list.last())
-
-
-@pytest.fixture(scope="module")
-def undisturbed(videos, tmp_path_factory):
-  folder = tmp_path_factory.mktemp("undisturbed")
-  assert main.main(["run", "--config", config_file(folder, videos)]) == 0
-  return folder / "out"
-
-
-def times(folder):
-  return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+from tests.data.prepare.runs import CONFIG, config_file, pictures, table, times
 
 
 def test_runs_and_then_has_nothing_to_do(videos, undisturbed, capsys):
@@ -76,68 +33,6 @@ def test_runs_and_then_has_nothing_to_do(videos, undisturbed, capsys):
   assert times(undisturbed) == before
   assert main.main(["status", *command]) == 0
   assert re.search(r"cut +3/3 +10 +0 +0", capsys.readouterr().out)
-
-
-def test_changed_settings_make_the_step_and_what_follows_again(videos, tmp_path, undisturbed, capsys):
-  shutil.copytree(undisturbed, tmp_path / "out")
-  before = times(tmp_path / "out")
-  assert main.main(["run", "--config", config_file(tmp_path, videos), "--config.scenes.min_seconds=1.5"]) == 0
-  changed = {name for name, when in times(tmp_path / "out").items() if before.get(name) != when}
-  assert {name.split("/")[0] for name in changed} == {"scenes", "cut"}
-  assert "scenes: 3 shards are made again (min_seconds: 1.0 -> 1.5)" in capsys.readouterr().out
-  assert table(tmp_path / "out")["num_frames"].to_list() == [40] * 5
-
-
-def test_status_says_what_is_made_again(tmp_path):
-  """A step whose settings or files changed, and all behind it."""
-  folder = tmp_path / "pictures"
-  folder.mkdir()
-  for name in ("a", "b"):
-    (folder / f"{name}.png").write_text(name)
-  values = dict(
-    output=str(tmp_path / "out"), steps=("collect", "filter", "sample", "split", "export"),
-    collect=dict(sources=(str(folder),), rows_per_shard=1), filter=dict(where=("bytes > 0",)), sample=dict(rows=9),
-  )  # fmt: skip
-
-  def status(values):
-    lines = [line.split() for line in configs.chain(values).status().splitlines()]
-    assert lines[0] == ["step", "shards", "rows", "failed", "to", "retry", "again", "left"]
-    return {name: (shards, *(rest[3:4])) for name, shards, *rest in lines[1:-1]}
-
-  nothing = dict.fromkeys(("collect", "filter", "sample", "split"), ("0/0", "0"))
-  assert status(values) == {**nothing, "export": ("waiting",)}
-  configs.chain(values).run()
-  done = dict.fromkeys(nothing, ("2/2", "0"))
-  assert status(values) == {**done, "export": ("done",)}
-  again = dict.fromkeys(("filter", "sample", "split"), ("0/2", "2"))
-  assert status({**values, "filter": dict(where=("bytes > 1",))}) == {**done, **again, "export": ("again",)}
-  assert status({**values, "sample": dict(rows=8)}) == {**done, **again, "filter": ("2/2", "0"), "export": ("again",)}
-  assert status({**values, "export": dict(name="mine.parquet")}) == {**done, "export": ("again",)}
-  assert status({**values, "collect": dict(sources=(str(folder), str(tmp_path)))})["collect"] == ("0/2", "2")
-  (folder / "b.png").write_text("changed")
-  (folder / "c.png").write_text("c")
-  configs.chain(values).run("collect")
-  listed = {"collect": ("3/3", "0"), "filter": ("1/3", "1"), "sample": ("0/3", "2"), "split": ("0/3", "2")}
-  assert status(values) == {**listed, "export": ("again",)}
-  configs.chain(values).run()
-  assert status(values) == {**dict.fromkeys(nothing, ("3/3", "0")), "export": ("done",)}
-
-
-def test_new_files_make_new_shards(videos, tmp_path):
-  folder = tmp_path / "videos"
-  folder.mkdir()
-  for i in (1, 2, 3):
-    os.link(videos / f"{i}.mp4", folder / f"{i}.mp4")
-  command = ["run", "--config", config_file(tmp_path, folder)]
-  assert main.main(command) == 0
-  before = times(tmp_path / "out")
-  os.link(videos / "0.mp4", folder / "0.mp4")
-  assert main.main(command) == 0
-  after = times(tmp_path / "out")
-  assert all(
-    after[name] == when for name, when in before.items() if name.split("/")[0] in ("collect", "probe", "scenes", "cut")
-  )
-  assert sorted(table(tmp_path / "out")["num_frames"]) == [30, 31, 32, 33, *[40] * 4]
 
 
 def test_two_machines_give_what_one_gives(videos, tmp_path, undisturbed):
@@ -307,165 +202,6 @@ def test_full_disk_ends_the_run_and_the_next_one_finishes(videos, tmp_path, undi
   assert table(tmp_path / "out").equals(table(undisturbed))
 
 
-def test_a_vanished_file_is_tried_again(videos, tmp_path, undisturbed, capsys):
-  folder = tmp_path / "videos"
-  folder.mkdir()
-  for i in range(5):
-    os.link(videos / f"{i}.mp4", folder / f"{i}.mp4")
-  command = ["run", "--config", config_file(tmp_path, folder)]
-  assert main.main([*command, "--until", "collect"]) == 0
-  os.rename(folder / "3.mp4", tmp_path / "away")
-  assert main.main(command) == 0
-  assert "1 failed, 1 of them are tried again by the next run" in capsys.readouterr().out
-  failed = table(tmp_path / "out").filter(pl.col("error").is_not_null())
-  assert failed["path"].to_list() == ["3.mp4"]
-  assert "No such file" in failed["error"][0]
-  os.rename(tmp_path / "away", folder / "3.mp4")
-  assert main.main(command) == 0
-  assert table(tmp_path / "out").drop("video").equals(table(undisturbed).drop("video"))
-
-
-def test_captions_beside_that_changed_are_read_again(tmp_path, capsys):
-  """With the steps behind, for their shards alone."""
-  folder = tmp_path / "pictures"
-  folder.mkdir()
-  for name in ("a", "b", "c"):
-    Image.fromarray(picture(ord(name), 0)).save(folder / f"{name}.png")
-    (folder / f"{name}.txt").write_text(f"This is {name}.")
-  (folder / "c.txt").unlink()
-  values = dict(
-    output=str(tmp_path / "out"), steps=("collect", "probe", "caption", "clean"), workers=1,
-    collect=dict(sources=(str(folder),), rows_per_shard=1), probe=dict(picture_hash=False),
-    caption=dict(backend="existing", sidecar=".txt", name=True),
-  )  # fmt: skip
-  configs.chain(values).run()
-  assert table(tmp_path / "out", "clean")["text"].to_list() == ["This is a.", "This is b.", "C"]
-  before = times(tmp_path / "out")
-  (folder / "b.txt").write_text("This is another text.")
-  (folder / "c.txt").write_text("This came later.")
-  configs.chain(values).run()
-  changed = {name for name, when in times(tmp_path / "out").items() if before.get(name) != when}
-  assert changed == {f"{step}/part-0000{i}.parquet" for step in ("caption", "clean") for i in (1, 2)}
-  assert table(tmp_path / "out", "clean")["text"].to_list() == ["This is a.", "This is another text.", "This came later."]
-  alone = ["caption", str(tmp_path / "out" / "probe"), "-o", str(tmp_path / "alone"), "--backend=existing", "--sidecar=.txt"]
-  for text in ("Once.", "Twice."):
-    (folder / "a.txt").write_text(text)
-    assert main.main([*alone, "--workers=1"]) == 0
-    assert table(tmp_path, "alone")["text"][0] == text
-
-
-@pytest.mark.parametrize("listed", [False, True])
-def test_sources_that_changed_are_made_again(tmp_path, listed):
-  """Files of a folder, or of a table; of one that is away, and comes back as it was, all is kept."""
-  folder = tmp_path / "videos"
-  folder.mkdir()
-  for name in ("a", "b"):
-    write_video(folder / f"{name}.mp4", two_scenes(20, 0, seeds=(ord(name),) * 2))
-  pl.DataFrame({"path": ["videos/a.mp4", "videos/b.mp4"]}).write_csv(tmp_path / "list.csv")
-  values = dict(
-    output=str(tmp_path / "out"), steps=("collect", "probe", "scenes", "cut"), workers=1,
-    collect=dict(sources=(str(tmp_path / "list.csv" if listed else folder),), rows_per_shard=1),
-    probe=dict(picture_hash=False, content_hash=False), scenes=dict(detector="none", min_seconds=0.5), cut=dict(short_side=36),
-  )  # fmt: skip
-  configs.chain(values).run()
-  before = times(tmp_path / "out")
-  os.rename(folder / "a.mp4", tmp_path / "away")
-  configs.chain(values).run()
-  os.rename(tmp_path / "away", folder / "a.mp4")
-  assert times(tmp_path / "out") == before
-  write_video(folder / "b.mp4", two_scenes(25, 0, seeds=(9, 9)))
-  configs.chain(values).run()
-  parts = [name for name, when in times(tmp_path / "out").items() if before.get(name) != when and name.endswith("parquet")]
-  assert sorted(parts) == [f"{step}/part-00001.parquet" for step in ("collect", "cut", "probe", "scenes")]
-  cut = pl.concat([pl.read_parquet(p) for p in sorted((tmp_path / "out" / "cut").glob("part-*.parquet"))])
-  assert [video.probe(path).num_frames for path in cut["path"]] == cut["num_frames"].to_list() == [20, 25]
-
-
-def test_what_the_run_made_below_a_source_is_no_source(tmp_path, capsys):
-  """Also when it is reached by another name, or when an earlier config had the step; sources in the output stay sources."""
-  folder = tmp_path / "videos"
-  folder.mkdir()
-  write_video(folder / "a.mp4", two_scenes(20, 0))
-  (tmp_path / "link").symlink_to(folder)
-  values = dict(
-    output=str(tmp_path / "link" / "out"), steps=("collect", "probe", "scenes", "cut"), workers=1,
-    collect=dict(sources=(str(folder),)), scenes=dict(detector="none", min_seconds=0.5), cut=dict(pictures=True),
-  )  # fmt: skip
-  configs.chain(values).run()
-  before = times(folder)
-  assert len([name for name in before if name.endswith((".mp4", ".png"))]) == 3
-  for steps_then in (values["steps"], ("collect", "probe")):
-    capsys.readouterr()
-    configs.chain({**values, "steps": steps_then}).run()
-    assert f"collect: 2 files below {folder} are passed over: this run made them" in capsys.readouterr().out
-    assert times(folder) == before
-  shutil.rmtree(folder / "out")
-  for output in (tmp_path, folder):  # the source lies in it, or is it
-    configs.chain(dict(output=str(output), steps=("collect",), collect=dict(sources=(str(folder),)))).run()
-    assert pl.read_parquet(output / "collect" / "part-00000.parquet")["path"].to_list() == [str(folder / "a.mp4")]
-
-
-def test_damaged_shard_is_made_again(videos, tmp_path, undisturbed):
-  shutil.copytree(undisturbed, tmp_path / "out")
-  part = tmp_path / "out" / "scenes" / "part-00001.parquet"
-  whole = part.read_bytes()
-  part.write_bytes(whole[:200])
-  assert main.main(["run", "--config", config_file(tmp_path, videos)]) == 0
-  assert len(part.read_bytes()) > 200
-  assert table(tmp_path / "out").equals(table(undisturbed))
-
-
-def test_shards_stay_in_order_when_there_are_many(tmp_path):
-  names = [shards.part_name(i) for i in (2, 99_999, 100_000)]
-  for name in (*names, "part-x.parquet", ".part-00001.tmp1.parquet"):
-    (tmp_path / name).touch()
-  assert shards.parts(str(tmp_path)) == names
-  assert [shards.part_number(name) for name in names] == [2, 99_999, 100_000]
-
-
-def pictures(folder, names):
-  folder.mkdir(exist_ok=True)
-  for name in names:
-    Image.fromarray(picture(ord(name), 0)).save(folder / f"{name}.png")
-  return folder
-
-
-def test_a_new_copy_makes_no_other_shard_again(tmp_path):
-  """What a step finds out about the whole table is in the key of all its shards; those that come out as before are no news."""
-  folder = pictures(tmp_path / "pictures", "abc")
-  values = dict(
-    output=str(tmp_path / "out"), steps=("collect", "probe", "duplicates", "split", "filter"), workers=1,
-    collect=dict(sources=(str(folder),), rows_per_shard=1), probe=dict(picture_hash=False),
-  )  # fmt: skip
-  configs.chain(values).run()
-  before = times(tmp_path / "out")
-  shutil.copy(folder / "b.png", folder / "z.png")
-  configs.chain(values).run()
-  assert table(tmp_path / "out", "split")["error"].is_not_null().to_list() == [False, False, False, True]
-  after = times(tmp_path / "out")
-  assert {name for name in before if after[name] != before[name]} == {f"duplicates/part-0000{i}.parquet" for i in range(3)}
-  os.unlink(folder / "b.png")  # the copy is the one that is left
-  values["collect"]["forget"] = True
-  configs.chain(values).run()
-  assert table(tmp_path / "out", "filter")["path"].to_list() == ["a.png", "c.png", "z.png"]
-
-
-def test_machines_go_on_where_a_folder_was_removed(tmp_path):
-  values = dict(
-    output=str(tmp_path / "out"), steps=("collect", "probe", "split", "sample"), patience=0.0, workers=1,
-    collect=dict(sources=(str(pictures(tmp_path / "pictures", "abcd")),), rows_per_shard=1), sample=dict(rows=9),
-  )  # fmt: skip
-  run = lambda index, until="split": configs.chain(values, shard=(index, 2)).run(until)  # noqa: E731
-  run(0)
-  run(1)
-  shutil.rmtree(tmp_path / "out" / "probe")
-  run(0)  # what the other machine made of its part is there, and that part is not
-  run(1)
-  run(0, None)
-  run(1, None)
-  assert table(tmp_path / "out", "sample").height == 4
-
-
 @dataclasses.dataclass(frozen=True)
 class Fussy(steps.RowStep):
   """Fails, once or for ever, for some of the files."""
@@ -507,72 +243,6 @@ def test_unreadable_folders_are_named(tmp_path, monkeypatch, capsys):
   collect.Collect(sources=(str(folder),)).list(str(tmp_path / "out"))
   assert f"collect: 1 folders below {folder} can't be read, as {folder}/mine: no permission" in capsys.readouterr().out
   assert table(tmp_path, "out").height == 1
-
-
-def test_time_limits_go_by_the_size_of_files_that_a_table_does_not_say(tmp_path):
-  (tmp_path / "a").write_bytes(b"x" * 3000)
-  rows = [{"path": str(tmp_path / "a")}, {"path": "/nowhere"}, {"path": "/b", "bytes": 5}]
-  assert steps.sizes_of(rows) == [3000, None, 5]
-  context = steps.Context("", "")
-  context.pool = workers.Pool(1)
-  seen = []
-  context.pool.map = lambda function, items, *, sizes, progress: seen.append(sizes)
-  context.map(None, [[row] for row in rows])
-  assert seen == [[3000, 0, 5]]
-
-
-# --------------------------------------------------------------------------------------------------------------- workers
-
-
-def behave(item, report):
-  """In a worker: what an item asks for."""
-  kind, value = item
-  if kind == "bad":
-    raise BadVideo("bad\nfile")
-  if kind == "passing":
-    raise workers.Passing("no answer")
-  if kind == "sleep":
-    time.sleep(value)
-  if kind == "memory":
-    return len(bytes(value))
-  if kind == "signal":
-    os.kill(os.getpid(), value)
-  if kind == "once":  # dies the first time
-    try:
-      os.close(os.open(value, os.O_CREAT | os.O_EXCL))
-    except FileExistsError:
-      return "second"
-    os.kill(os.getpid(), signal.SIGKILL)
-  if kind == "odd":
-    raise RuntimeError("what is this")
-  if kind == "away":
-    raise Away("no such file")
-  if kind == "damaged":  # Pillow's words
-    raise OSError("image file is truncated")
-  return value
-
-
-def test_workers_survive_everything(tmp_path):
-  items = [("ok", 1), ("bad", 0), ("passing", 0), ("sleep", 60), ("memory", 1 << 30), ("signal", signal.SIGSEGV),
-           ("signal", signal.SIGKILL), ("once", str(tmp_path / "mark")), ("odd", 0), ("ok", 2),
-           ("away", 0), ("damaged", 0)]  # fmt: skip
-  seen = []
-  with workers.Pool(2, workers.Limits(seconds=2.0, memory_gb=0.5)) as pool:
-    results = pool.map(behave, items, progress=seen.append)
-  reasons = [r.reason if isinstance(r, workers.Failure) else r for r in results]
-  assert reasons[0] == 1 and reasons[7] == "second" and reasons[9] == 2  # noqa: PT018
-  assert reasons[1] == "bad file"
-  assert reasons[3].startswith("took longer than")
-  assert reasons[4].startswith("needs more memory")
-  assert reasons[5].startswith("the decoder died of it (SIGSEGV)")
-  assert reasons[6].startswith("killed")
-  assert reasons[8] == "RuntimeError: what is this"
-  retried = [r.retry for r in results if isinstance(r, workers.Failure)]
-  assert retried == [False, True, False, False, False, True, False, True, False]
-  assert seen[-1] == len(items)
-
-
-# --------------------------------------------------------------------------------------------------------------- mistakes
 
 
 @pytest.mark.parametrize(
@@ -729,18 +399,6 @@ def test_rows_of_a_table_that_show_other_parts_of_a_picture_are_all_kept(videos,
   assert main.main(["table", str(tmp_path / "crops.parquet"), "-o", str(tmp_path / "t.parquet"), "--workers", "1"]) == 0
   assert pl.read_parquet(tmp_path / "t.parquet")["crop"].to_list() == [None, "0,0,36,36", "8,0,36,36"]
   assert "collect: 1 rows are left out: the same path, crop as an earlier one" in capsys.readouterr().out
-
-
-def test_a_clip_that_was_damaged_since_it_was_made_is_made_again(videos, tmp_path, undisturbed):
-  shutil.copytree(undisturbed, tmp_path / "out")
-  damaged = sorted((tmp_path / "out" / "cut").rglob("*.mp4"))[0]
-  damaged.write_bytes(b"")
-  shutil.rmtree(tmp_path / "out" / "collect")  # shards are made anew, clips that are there kept
-  for path in (tmp_path / "out" / "cut").glob("part-*.parquet"):
-    path.unlink()
-  assert main.main(["run", "--config", config_file(tmp_path, videos)]) == 0
-  assert damaged.stat().st_size > 100
-  assert table(tmp_path / "out").equals(table(undisturbed))
 
 
 def test_a_step_alone_says_what_failed(tmp_path, capsys):
