@@ -20,8 +20,8 @@ def get_config():
   config.slices = dict(data=-1, fsdp=1, sequence=1, tensor=1)
   config.max_tokens_per_device = 0  # larger batches of a denoiser are split into micro batches that accumulate; 0: never
   # Which buckets split tokens over the `sequence` axis, instead of taking it as more batch: "auto" those whose batch does not
-  # divide by all devices, or whose samples have more than max_tokens_per_device tokens; "never"; "always"; or those that a
-  # list names, as ("480p:204",).
+  # divide by all devices, or whose samples have more than max_tokens_per_device tokens; "never"; "always"; or those that it
+  # names, as "480p:204,720p:51".
   config.split_tokens = "auto"
 
   # Where to start: a run folder of ours or safetensors in the original layout; "" is the original initialisation.

@@ -34,7 +34,7 @@ def get_config():
       name="long", steps=20_000,
       **adversary,
       **{
-        "split_tokens": ("360p:161",),
+        "split_tokens": "360p:161",
         "data.buckets": (("360p", 161, (1.0, 0.5), 8), ("360p", 17, 1.0, 64), ("360p", 1, 1.0, 64)),
       },
     ),

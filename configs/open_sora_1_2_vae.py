@@ -11,6 +11,8 @@ Where the original differs: it adds up pixels where we take means (all the same 
 and would hardly act here: it is left out); it divides them by the frames of the clip, but not the KL term (`kl_weight` is 17
 times its 1e-6); it takes the first frame of every fifth clip where we mix in pictures of a table of their own: give that table
 the weight that makes them a fifth. It crops the middle of frames of 256 pixels, here crops are anywhere in 360p.
+
+As there, clips are encoded whole (`chunk=0`); chunks of 17 frames come with a denoiser, whose configuration has the name alone.
 """
 
 from configs import base
@@ -27,6 +29,7 @@ def get_config():
   config.output = "runs/open_sora_1_2_vae"
   config.task = "autoencoder"
   config.autoencoder.update(name="open-sora-1.2", dtype="bfloat16", crop=256, reconstruction_weight=0.0, kl_weight=0.0)
+  config.autoencoder.fields = dict(chunk=0)
   config.autoencoder.perceptual.name = "vgg16-lpips"
   config.data.captions = "optional"
   config.data.buckets = (("360p", 17, 1.0, 1), ("360p", 1, 1.0, 1))

@@ -93,10 +93,9 @@ def read_overrides(text: str | None) -> dict:
 def find_model(args, metadata: dict):
   """(name, config, module name) from the flags, or from what one of our own files says of itself."""
   name, overrides = args.model, read_overrides(args.config)
-  if not name and {"model", "config"} <= set(metadata):
-    if not metadata["config"].startswith("{"):
-      raise ValueError(f"{args.input}: its own description of the model's config is damaged; give --model")
-    name, overrides = metadata["model"], read_overrides(metadata["config"]) | overrides
+  if not name:
+    name, own = models.described(metadata, args.input)
+    overrides = own | overrides
   if not name:
     raise ValueError("--model is needed: the input doesn't say which model it is")
   layouts = [layout for layout in (args.source, args.target) if layout not in (None, "auto")]

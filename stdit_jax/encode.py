@@ -101,6 +101,8 @@ def choose_stages(args):
   if args.text and text.train:
     raise ValueError("--text: text_encoder.train is set, and a text encoder that trains gives other embeddings every step")
   args.text = text.where == "ahead" if args.text is None else args.text
+  if args.text and text.where == "disk":
+    raise ValueError("--text: text_encoder.where is 'disk', where embeddings are in the table: no training would read these")
   for stage in stages:
     need_file(stage.config.autoencoder.weights, "autoencoder.weights")
   if args.text:

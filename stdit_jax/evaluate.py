@@ -19,6 +19,7 @@ Nothing is written into the run. Of several processes (`cli.connect_processes`) 
 
 import argparse
 import json
+import os
 import tempfile
 
 from absl import logging
@@ -184,7 +185,7 @@ def evaluate_autoencoder(args, folder):
   for bucket in reversed(buckets):  # from few pixels and frames to many
     chosen = reconstruction.choose(table, bucket, args.count, args.frame_interval)
     rows = tqdm(chosen, bucket.name, unit="clip", leave=False, disable=None)
-    clips = (reconstruction.read(row, size, bucket.num_frames, args.frame_interval) for row, size in rows)
+    clips = reconstruction.read(rows, bucket.num_frames, args.frame_interval)
     found[bucket.name], seen = exam(clips, show=(len(chosen) - 1) // 2)  # films begin with black
     shown += [(bucket.name, *seen)] if seen else []
   if not shown:
@@ -207,6 +208,22 @@ def what_to_measure(args, config):
   if wrong := [name for name in names if name.count(":") != 1]:
     raise ValueError(f"--buckets {wrong[0]}: write RESOLUTION:FRAMES, like 144p:17")
   return tables, [name.split(":") for name in names]
+
+
+def check_arguments(args):
+  """Raises ValueError for arguments that nothing would come of, and for files that could not be written in the end."""
+  if args.changes and not args.config:
+    raise ValueError(f"{args.changes[0]}: changes are of --config FILE; a run is measured as it was trained")
+  unused = {
+    "loss": ("config", "weights", "autoencoder", "model", "buckets", "picture", "perceptual", "i3d", "count"),
+    "shapes": ("tables", "model", "buckets", "picture", "perceptual", "i3d"),
+    "autoencoder": ("mesh", "weights", "samples_per_bucket", "timesteps"),
+  }
+  for name in unused[args.task]:
+    if getattr(args, name):
+      raise ValueError(f"--{name.replace('_', '-')} says nothing to --task {args.task}")
+  for path in filter(None, (args.output, args.picture)):
+    paths.check_writable(os.path.dirname(path) or ".", "folder of the output")
 
 
 def check_counts(args, **defaults):
@@ -240,6 +257,7 @@ def main(argv=None):
   args = parse_with_changes(make_parser(), argv)
   logging.set_verbosity(logging.ERROR)  # orbax reports what it reads
   with one_line_errors(), tempfile.TemporaryDirectory() as folder:
+    check_arguments(args)
     connect_processes()
     use_compilation_cache()
     keep_freed_memory()

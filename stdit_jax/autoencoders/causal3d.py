@@ -23,7 +23,7 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec
 
 from stdit_jax import fields
-from stdit_jax.autoencoders.layers import Frames, GroupNorm, double, half, init_like_torch
+from stdit_jax.autoencoders.layers import Frames, GroupNorm, check_latents, double, half, init_like_torch
 
 STATISTICS = ("chunks", "clip")
 
@@ -34,7 +34,7 @@ class Causal3DConfig:
 
   Attributes:
     statistics: of the norms, "chunks" as the original, or "clip": over the whole clip.
-    encode_chunk, decode_chunk: frames, and latents, of a chunk.
+    encode_chunk, decode_chunk: frames, and latents, of a chunk; whole ones of what the strides in time pair.
   """
 
   block_out_channels: tuple[int, ...] = (128, 256, 256, 512)
@@ -53,7 +53,7 @@ class Causal3DConfig:
 
   def __post_init__(self):
     for channels in self.block_out_channels:
-      if channels % self.norm_num_groups:
+      if self.norm_num_groups < 1 or channels % self.norm_num_groups:
         raise ValueError(
           f"Causal3DConfig: block_out_channels {self.block_out_channels} must be multiples of norm_num_groups="
           f"{self.norm_num_groups}; {channels} is not."
@@ -62,6 +62,11 @@ class Causal3DConfig:
       raise ValueError(f"Causal3DConfig: statistics is {self.statistics!r}; allowed: {', '.join(STATISTICS)}")
     if self.temporal_compression_ratio not in (1, 2, 4, 8)[: len(self.block_out_channels)]:
       raise ValueError(f"Causal3DConfig: temporal_compression_ratio is {self.temporal_compression_ratio}; allowed: 1, 2, 4, 8")
+    pairs = 2 if self.halvings else 1
+    for name, unit in (("encode_chunk", self.temporal_compression_ratio), ("decode_chunk", pairs)):
+      if (size := getattr(self, name)) < 1 or size % unit:
+        raise ValueError(f"Causal3DConfig: {name} is {size}; allowed: multiples of {unit}")
+    check_latents(self)
 
   @property
   def downsampling(self):

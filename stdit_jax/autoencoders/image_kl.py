@@ -32,7 +32,7 @@ import numpy as np
 from flax import linen as nn
 
 from stdit_jax import fields
-from stdit_jax.autoencoders.layers import GroupNorm, init_like_torch
+from stdit_jax.autoencoders.layers import GroupNorm, check_latents, init_like_torch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,15 +57,12 @@ class ImageKLConfig:
 
   def __post_init__(self):
     for channels in self.block_out_channels:
-      if channels % self.norm_num_groups:
+      if self.norm_num_groups < 1 or channels % self.norm_num_groups:
         raise ValueError(
           f"ImageKLConfig: block_out_channels {self.block_out_channels} must be multiples of norm_num_groups="
           f"{self.norm_num_groups}; {channels} is not."
         )
-    for name in ("shift", "scale"):
-      value = getattr(self, name)
-      if not isinstance(value, (int, float)) and len(value) != self.latent_channels:
-        raise ValueError(f"ImageKLConfig: {name} needs one number or {self.latent_channels} (latent_channels), not {value}.")
+    check_latents(self)
 
   @property
   def downsampling(self):

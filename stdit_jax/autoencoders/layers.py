@@ -9,6 +9,15 @@ import numpy as np
 from flax import linen as nn
 
 
+def check_latents(config):
+  """Raises ValueError unless `shift` and `scale` of an autoencoder's configuration are numbers for its latents."""
+  for name in ("shift", "scale"):
+    value = getattr(config, name)
+    if not isinstance(value, (int, float)) and len(value) != config.latent_channels:
+      what = f"{type(config).__name__}: {name} needs one number or {config.latent_channels} (latent_channels)"
+      raise ValueError(f"{what}, not {value}.")
+
+
 def half(frames):
   """Frames after time was halved: the first of an odd number stands alone."""
   return frames // 2 + frames % 2

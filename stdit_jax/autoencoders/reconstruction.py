@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import os
+import sys
 import time
 
 import jax
@@ -43,16 +44,16 @@ def _listed(source, number, folder):
   if not files:
     raise ValueError(f"{source} is no table ({', '.join(sources.FORMATS)}), no picture or video, and no folder of them")
   table = os.path.join(folder, f"files{number}.jsonl")
-  lines = [{"path": paths.absolute(path), "text": "", **dataclasses.asdict(_read(video.probe, path))} for path in files]
+  lines = []
+  for path in files:
+    try:
+      lines.append({"path": paths.absolute(path), "text": "", **dataclasses.asdict(video.probe(path))})
+    except video.BadVideo as error:
+      print(f"{path}: {error}; passed over", file=sys.stderr)
+  if not lines:
+    raise ValueError(f"{source} has no file that can be read")
   paths.write_text(table, "".join(json.dumps(line) + "\n" for line in lines))
   return table
-
-
-def _read(function, path, *args, **options):
-  try:
-    return function(path, *args, **options)
-  except video.BadVideo as error:
-    raise ValueError(f"{path}: {error}") from None
 
 
 def choose(table, bucket, count, interval):
@@ -68,9 +69,13 @@ def choose(table, bucket, count, interval):
   return [(table.row(i), sizes[ratio]) for i, ratio in zip(found, ratios)]
 
 
-def read(row, size, num_frames, interval):
-  """The first frames of a row: uint8 `[num_frames, *size, 3]`."""
-  return _read(video.read_clip, row.path, row.start, num_frames, interval, size=size, crop=row.crop)
+def read(rows, num_frames, interval):
+  """Of rows as `choose` gives them the first frames each, uint8 `[num_frames, *size, 3]`; what can't be read is passed over."""
+  for row, size in rows:
+    try:
+      yield video.read_clip(row.path, row.start, num_frames, interval, size=size, crop=row.crop)
+    except video.BadVideo as error:
+      print(f"\n{row.path}: {error}; passed over", file=sys.stderr)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,8 +111,9 @@ class Exam:
 
   @property
   def scale(self):
-    """Their standard deviation."""
-    return np.sqrt(np.maximum(self._squares / self._count - self.shift**2, 0))
+    """The `scale` with which the latents that a denoiser sees have unit variance."""
+    deviation = np.sqrt(np.maximum(self._squares / self._count - self.shift**2, 0))
+    return deviation * self.codec.config.scaling_factor
 
   def check(self, bucket):
     """Raises ValueError for a length that the autoencoder does not give back."""

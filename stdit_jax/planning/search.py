@@ -38,7 +38,7 @@ AT_WORK = 60
 def with_whole_batches(config, split):
   """The configuration (plain values) with batches that are not split into micro batches, and the tokens of the buckets
   `split` ("480p:204"), of no others, over the mesh's `sequence` axis."""
-  changes = {"max_tokens_per_device": 0, "split_tokens": list(split) or "never"}
+  changes = {"max_tokens_per_device": 0, "split_tokens": ",".join(split) or "never"}
   stages = [{key: value for key, value in stage.items() if key not in changes} for stage in config["stages"]]
   return {**config, **changes, "stages": stages}
 
@@ -201,6 +201,6 @@ def fragment(stages, found, equal, topology, command):
           rows.append(f"      {(b.resolution, b.num_frames, keep, batches[key])!r},")
           split += [f"{b.resolution}:{b.num_frames}"] * found[key].result["split_tokens"]
       lines += [f'  "{stage.name}": {{', '    "data.buckets": (', *rows, "    ),", '    "data.reference_devices": 1,']
-      lines += ['    "max_tokens_per_device": 0,', f'    "split_tokens": {tuple(split) or "never"!r},', "  },"]
+      lines += ['    "max_tokens_per_device": 0,', f'    "split_tokens": {",".join(split) or "never"!r},', "  },"]
     lines.append("}")
   return "\n".join(lines).replace("'", '"') + "\n"

@@ -81,6 +81,17 @@ class AutoencoderObjective(Objective):
           f"config: bucket {bucket.name} has clips of {bucket.num_frames} frames, which {own.name!r} does not give back; "
           f"nearest: {codec.nearest_lengths(self.model.config, bucket.num_frames)}"
         )
+    if self.weights["adversarial"]:
+      if own.adaptive and not (self.weights["reconstruction"] or self.weights["perceptual"]):
+        raise ValueError(
+          "config: autoencoder.adaptive weighs the adversary by the gradients of reconstruction and perceptual distance, whose "
+          "weights are 0, so that it would count nothing: give one of these a weight, or set autoencoder.adaptive=False"
+        )
+      if own.crop < 2**own.discriminator.layers:
+        raise ValueError(
+          f"config: autoencoder.crop is {own.crop}, of which {own.discriminator.layers} layers of the discriminator leave "
+          f"nothing; take at least {2**own.discriminator.layers}, or fewer autoencoder.discriminator.layers"
+        )
     if self.weights["perceptual"]:
       perceptual.shapes(own.perceptual.name)
       if own.crop < perceptual.SMALLEST:

@@ -160,16 +160,17 @@ def load_pipeline(args, config, step, check=lambda pipeline: None):
 def load_autoencoder(args):
   """(codec, description of its weights, configuration or None): the autoencoder of --run or of --config, one that it trains
   or one that it uses, or with --autoencoder that file, of --model or of the model that it names itself."""
-  import json
-
   from stdit_jax.autoencoders.codec import make_codec
   from stdit_jax.interop import open_checkpoint
+  from stdit_jax.interop.models import described
   from stdit_jax.training import checkpoints, weights
   from stdit_jax.training.autoencoding import autoencoder_model
   from stdit_jax.training.stages import make_stages
 
   if args.run and args.config:
     raise ValueError("give either --run FOLDER (a training run) or --config FILE")
+  if args.model and (args.run or args.config):
+    raise ValueError("--model is of --autoencoder alone; which one a run or a configuration has, it says itself")
   step, config = None, None
   if args.run:
     config, step = checkpoints.stage_config(args.run, args.step)
@@ -186,11 +187,11 @@ def load_autoencoder(args):
   if args.autoencoder:
     own.weights = weights.need_file(args.autoencoder, "--autoencoder")
   if not config:
-    said = open_checkpoint(own.weights).metadata
-    if not (args.model or said.get("model")):
+    metadata = open_checkpoint(own.weights).metadata
+    said, fields = (None, {}) if args.model not in (None, metadata.get("model")) else described(metadata, own.weights)
+    if not (args.model or said):
       raise ValueError(f"{own.weights} doesn't say which autoencoder it is; give --model NAME")
-    own.name = args.model or said["model"]
-    own.fields = json.loads(said.get("config", "{}")) if own.name == said.get("model") else {}
+    own.name, own.fields = args.model or said, fields
   return weights.load_codec(own), own.weights, config
 
 

@@ -129,6 +129,7 @@ class Run:
     )
     self.changed = check_output(config.output, config)
     self.data = [StageData(s, config.output, self.mesh, o) for s, o in zip(self.stages, self.objectives)]
+    self._check_split()
     self.validations = [
       Validation(s, config.output, self.mesh, o) if s.config.validation.every else None
       for s, o in zip(self.stages, self.objectives)
@@ -153,6 +154,17 @@ class Run:
       scales = learning_rate_scales(params, config.train, config.optimizer.scales)
       return objective, optimizer, scales, state_shapes(params, optimizer), frozen
 
+  def _check_split(self):
+    """What `split_tokens` names are buckets: those of one stage, where it is said once for all."""
+    known = {f"{b.resolution}:{b.num_frames}" for data in self.data for b in data.config.parsed_buckets()}
+    for stage in self.stages:
+      named = stage.config.split_tokens
+      if unknown := sorted(set(named.split(",")) - known - {"auto", "never", "always"}):
+        raise ValueError(
+          f"config: stage {stage.name!r}: split_tokens names {unknown[0]}, which no stage has; buckets are "
+          f"{', '.join(sorted(known))}"
+        )
+
   @staticmethod
   def _check_weights(config, objective):
     """Everything that has to be read is there, before anything compiles."""
@@ -173,12 +185,15 @@ class Run:
         "config: autoencoder.weights are of one that encodes for a denoiser; to train an autoencoder from a file set init"
       )
     if config.autoencoder.image_weights:
+      if config.init:
+        raise ValueError("config: init brings the image autoencoder inside, too; set either it or autoencoder.image_weights")
       weights.need_file(config.autoencoder.image_weights, "autoencoder.image_weights")
-    elif objective.weights["latent"] and not config.init:
-      raise ValueError(
-        "config: autoencoder.latent_weight compares with latents of the image autoencoder inside, which would be random; give "
-        "autoencoder.image_weights, or init"
-      )
+    for name in ("latent", "identity"):
+      if objective.weights[name] and not (config.init or config.autoencoder.image_weights):
+        raise ValueError(
+          f"config: autoencoder.{name}_weight compares with latents of the image autoencoder inside, which would be random; "
+          "give autoencoder.image_weights, or init"
+        )
     if objective.weights["perceptual"]:
       weights.need_file(config.autoencoder.perceptual.weights, "autoencoder.perceptual.weights")
 

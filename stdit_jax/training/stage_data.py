@@ -19,7 +19,7 @@ def choose_layouts(stage, buckets, mesh, objective):
   """How each bucket of a stage uses the mesh, and the micro batches of each.
 
   By `split_tokens` of the configuration: "auto" splits the tokens of a bucket over the mesh's `sequence` axis when its batch
-  does not divide by all devices, or when one sample alone has more tokens than `max_tokens_per_device`; a list names those.
+  does not divide by all devices, or when one sample alone has more tokens than `max_tokens_per_device`; it may name those.
 
   Returns:
     ({(resolution, frames): Layout}, {(resolution, frames): micro batches}) of the buckets that have a batch size.
@@ -40,7 +40,7 @@ def choose_layouts(stage, buckets, mesh, objective):
     if config.split_tokens == "auto":
       wants_split = rows % whole.batch_parts or (limit and tokens > limit)
     else:
-      wants_split = config.split_tokens == "always" or f"{key[0]}:{key[1]}" in config.split_tokens
+      wants_split = config.split_tokens == "always" or f"{key[0]}:{key[1]}" in config.split_tokens.split(",")
       if wants_split and sequence > 1 and not splits and config.split_tokens != "always":
         raise ValueError(
           f"config: stage {stage.name!r}: split_tokens names bucket {bucket.name}, whose clips can't be split over {sequence} "

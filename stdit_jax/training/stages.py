@@ -78,7 +78,7 @@ def check_types(config, reference, prefix=""):
       if name not in FREE:
         check_types(value, default, f"{name}.")
       continue
-    several = ("data.tables", "data.buckets", "data.max_bad_rows", "split_tokens", "validation.tables")
+    several = ("data.tables", "data.buckets", "data.max_bad_rows", "validation.tables")
     if default is None or name in several:
       continue  # of several types: checked by data.config
     if not is_of_type(value, type(default)):
@@ -114,13 +114,9 @@ def check_values(config):
     value = functools.reduce(lambda group, part: group[part], key.split("."), config)
     if value not in allowed:
       raise ValueError(f"config: {key} is {value!r}; allowed: {', '.join(repr(a) for a in allowed)}")
-  if not isinstance(config.split_tokens, str):
-    names = tuple(config.split_tokens)
-    if bad := [n for n in names if not isinstance(n, str) or not re.fullmatch(r"\w+:\d+", n)]:
-      raise ValueError(f"config: split_tokens has {bad[0]!r}; allowed: buckets, RESOLUTION:FRAMES, as in ('480p:204',)")
-  elif config.split_tokens not in ("auto", "never", "always"):
+  if config.split_tokens not in ("auto", "never", "always") and not re.fullmatch(r"(\w+:\d+)(,\w+:\d+)*", config.split_tokens):
     raise ValueError(
-      f"config: split_tokens is {config.split_tokens!r}; allowed: 'auto', 'never', 'always', or buckets such as ('480p:204',)"
+      f"config: split_tokens is {config.split_tokens!r}; allowed: 'auto', 'never', 'always', or buckets: '480p:204,720p:51'"
     )
   if config.text_encoder.where not in ("step", "ahead", "disk"):
     raise ValueError(f"config: text_encoder.where is {config.text_encoder.where!r}; allowed: 'step', 'ahead', 'disk'")

@@ -33,7 +33,8 @@ def fixed_data(stage, mesh, objective):
   buckets = []
   for b in DataConfig.create(config.data.to_dict()).parsed_buckets():
     if b.batch_size and b.keep_prob:
-      splits = config.split_tokens in ("auto", "always") or f"{b.resolution}:{b.num_frames}" in config.split_tokens
+      splits = config.split_tokens in ("auto", "always") or f"{b.resolution}:{b.num_frames}" in config.split_tokens.split(",")
+      splits = splits and objective.splits(b.num_frames, mesh.shape["sequence"])
       parts = Layout(mesh, split_tokens=splits).batch_parts
       buckets.append(dataclasses.replace(b, batch_size=math.ceil(b.batch_size / parts) * parts))
   layouts, micro_batches = choose_layouts(stage, buckets, mesh, objective)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stdit_jax.autoencoders import image_kl, losses
+from stdit_jax.autoencoders import codec, image_kl, losses
 from tests.helpers import QUICK_COMPILE
 
 torch = pytest.importorskip("torch")
@@ -195,6 +195,22 @@ def test_bad_input_is_refused():
     image_kl.get_config("tiny-kl-f8", block_out_channels=(6, 12))
   with pytest.raises(ValueError, match="scale needs one number or 4"):
     image_kl.get_config("tiny-kl-f8", scale=(1.0, 2.0))
+
+
+@pytest.mark.parametrize(
+  ("name", "fields", "message"),
+  [
+    ("cogvideox-2b", {"decode_chunk": 1}, "decode_chunk is 1; allowed: multiples of 2"),
+    ("cogvideox-2b", {"encode_chunk": 6}, "encode_chunk is 6; allowed: multiples of 4"),
+    ("cogvideox-2b", {"norm_num_groups": 0}, "must be multiples of norm_num_groups=0"),
+    ("cogvideox-2b", {"shift": (1.0, 2.0)}, "shift needs one number or 16"),
+    ("open-sora-1.2", {"latent_channels": 8}, "those of the image autoencoder 'sd-kl-f8' are 4"),
+    ("open-sora-1.2", {"chunk": -1}, "chunk is -1; allowed: frames of a chunk, or 0"),
+  ],
+)
+def test_fields_that_video_autoencoders_refuse(name, fields, message):
+  with pytest.raises(ValueError, match=message):
+    codec.find(name).get_config(name, **fields)
 
 
 def test_initialisation_is_pytorchs():

@@ -48,7 +48,8 @@ def test_measures():
   assert values["encode frames/s"] > 0
   red = videos[:, :, ::8, ::8, 0] / 255
   np.testing.assert_allclose(exam.shift, [red.mean() + 2] * 4, rtol=1e-6)
-  np.testing.assert_allclose(exam.scale, [red.std()] * 4, rtol=1e-5)
+  # What a denoiser sees is (z - shift) * scaling_factor / scale.
+  np.testing.assert_allclose(red.std() * exam.codec.config.scaling_factor / exam.scale, [1] * 4, rtol=1e-5)
   assert exam(clips(1, frames=1))[0]["flicker"] is None
 
 
@@ -168,6 +169,9 @@ def test_refusals(weights, tmp_path, capsys):
     ((*tiny, *tables, "--buckets", "64p:14"), "no row of the tables is large and long enough for 64p x 14"),
     ((*tiny, "--tables", tmp_path / "empty", "--buckets", "64p:1"), "empty is no table (.parquet, .csv, .jsonl), no picture"),
     ((*tiny, *tables, "--buckets", "64p:1", "--repeat", 0), "--repeat is 0; allowed: at least 1"),
+    ((*tiny, *tables, "--mesh", "data=2"), "--mesh says nothing to --task autoencoder"),
+    ((*tiny, *tables, "--config.autoencoder.dtype=bfloat16"), "changes are of --config FILE"),
+    ((*tiny, *tables, "--output", weights / "tiny.safetensors" / "a.json"), "can't be used"),
     ((*tiny, *tables, "--buckets", "64p:1", "--perceptual", "vgg", "x"), "unknown trunk 'vgg'; allowed: vgg16-lpips"),
   ):
     with pytest.raises(SystemExit):

@@ -41,7 +41,7 @@ def random_batch(config, objective, bucket, shapes, layout):
   latent_size = (autoencoder.latent_frames(frames), *autoencoder.latent_size(height, width))
   known = {
     "latent_size": latent_size, "grid": grid_size(latent_size, objective.model.config.patch_size),
-    "height": height, "width": width, "num_frames": frames, "fps": 24, "weight": 1, "text_mask": True,
+    "height": height, "width": width, "num_frames": frames, "fps": 24, "weight": 1, "text_mask": True, "text_ids": 3,
   }  # fmt: skip
   rng = np.random.default_rng(0)
   batch = {"sample_id": np.stack([np.arange(rows), np.zeros(rows)], 1).astype(np.uint32)}
@@ -113,7 +113,10 @@ def main(argv=None):
       config = read_config(args.config, args.changes)
       with config.unlocked():
         config.model.fields.attention = attention
-      stages[attention] = {s.name: s for s in make_stages(config)}[args.stage]
+      made = {s.name: s for s in make_stages(config)}
+      if args.stage not in made or config.task != "denoiser":
+        raise ValueError(f"--stage {args.stage} is none of {', '.join(made)}, or trains no denoiser")
+      stages[attention] = made[args.stage]
     mesh = make_mesh(config.mesh, jax.devices(), config.slices)
     buckets = [parse_bucket(text, ()) for text in args.bucket]
   device = jax.devices()[0]

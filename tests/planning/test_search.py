@@ -131,7 +131,7 @@ def test_the_fragment_is_a_stage(tmp_path):
   exec(text, made)
   assert made["LARGEST"]["stage1"]["data.buckets"] == (("360p", 408, (0.15, 0.1), 8), ("144p", 51, 1.0, 32))
   assert made["EQUAL"]["stage1"]["data.buckets"] == (("360p", 408, (0.15, 0.1), 8), ("144p", 51, 1.0, 8))
-  assert made["EQUAL"]["stage1"]["split_tokens"] == ("360p:408",)
+  assert made["EQUAL"]["stage1"]["split_tokens"] == "360p:408"
   config = from_plain(plain(namespace["get_config"]()) | {"stages": [dict(name="stage1", steps=1, **made["EQUAL"]["stage1"])]})
   (stage,) = make_stages(config)
   assert stage.config.data.reference_devices == 1
@@ -140,7 +140,7 @@ def test_the_fragment_is_a_stage(tmp_path):
 def test_whole_batches_replace_what_stages_say():
   config = {"max_tokens_per_device": 5, "split_tokens": "auto", "stages": [{"name": "a", "max_tokens_per_device": 7}]}
   assert search.with_whole_batches(config, ("480p:204",)) == {
-    "max_tokens_per_device": 0, "split_tokens": ["480p:204"], "stages": [{"name": "a"}]
+    "max_tokens_per_device": 0, "split_tokens": "480p:204", "stages": [{"name": "a"}]
   }  # fmt: skip
   sizes = {"mesh": {"data": -1, "fsdp": 8, "sequence": 4}, "slices": {"data": -1}}
   assert search.batch_units(sizes, 512, 2) == (512, 128)

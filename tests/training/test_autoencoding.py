@@ -20,7 +20,7 @@ from stdit_jax.training.autoencoding import AutoencoderObjective
 from stdit_jax.training.loop import Run
 from stdit_jax.training.stage_data import choose_layouts
 from stdit_jax.training.stages import make_stages
-from tests.helpers import relative_error, to_theirs
+from tests.helpers import REFERENCE, relative_error, to_theirs
 from tests.tiny_run import tiny_config
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -209,6 +209,9 @@ def trunk(tmp_path_factory, monkeypatch):
   return path
 
 
+A_FILE = str(REFERENCE / "vae_temporal_tiny.safetensors")
+
+
 def run_config(assets, output, **changes):
   settings = {
     "task": "autoencoder", "autoencoder__crop": 16, "data__captions": "optional", "autoencoder__discriminator": SMALL,
@@ -277,7 +280,11 @@ def test_a_video_autoencoder_trains_in_stages(assets, trunk, tmp_path, capsys):
     ({"autoencoder__reconstruction_weight": 0.0, "autoencoder__kl_weight": 0.0}, "all weights of the autoencoder's loss are 0"),
     ({"autoencoder__image_weights": "/no/file"}, "image_weights is given, but"),
     ({"autoencoder__name": "tiny-temporal", "autoencoder__latent_weight": 1.0}, "autoencoder inside, which would be random"),
+    ({"autoencoder__name": "tiny-temporal", "autoencoder__identity_weight": 1.0}, "identity_weight compares with latents"),
+    ({"autoencoder__name": "tiny-temporal", "autoencoder__image_weights": "a", "init": A_FILE}, "set either it or"),
     ({"autoencoder__perceptual_weight": 1.0, "autoencoder__crop": 8}, "autoencoder.crop is 8; the perceptual distance needs"),
+    ({"autoencoder__adversarial_weight": 1.0, "autoencoder__reconstruction_weight": 0.0}, "so that it would count nothing"),
+    ({"autoencoder__adversarial_weight": 1.0, "autoencoder__discriminator": {"layers": 7}}, "7 layers of the discriminator"),
     ({"max_tokens_per_device": 100}, "'tiny': max_tokens_per_device is 100, but autoencoders train on pixels"),
   ],
 )  # fmt: skip

@@ -189,10 +189,10 @@ def test_which_buckets_split_their_tokens(made):
 
   assert split("auto") == [1]
   assert split("always") == [1, 4]
-  assert split(["144p:1", "144p:4"]) == [1, 4]
-  assert split(("144p:4",), buckets[1:]) == [4]
+  assert split("144p:1,144p:4") == [1, 4]
+  assert split("144p:4", buckets[1:]) == [4]
   with pytest.raises(ValueError, match="the batch of 2 of bucket 144p x 1 does not divide by the 3 parts"):
-    split(("144p:4",))
+    split("144p:4")
 
 
 def test_rows_without_weight_have_no_influence(made, programs):
