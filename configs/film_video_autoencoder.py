@@ -16,9 +16,15 @@ the file for denoisers is written:
 
 The plain recipe to compare with: --config.autoencoder.perceptual_weight=0 and another --config.output.
 
-Not trained yet: steps, rates and weights are first guesses, for an hour of two cores by counts of FLOPs. The recipe is
-configs/open_sora_1_2_vae.py's in small: image latents first, with the image autoencoder as it is, then pixels. No adversary: in
-so few steps a discriminator learns nothing, and gives noise.
+Not trained to its end yet. The recipe is configs/open_sora_1_2_vae.py's in small: image latents first, with the image
+autoencoder as it is, then pixels. No adversary: in so few steps a discriminator learns nothing, and gives noise. What
+was found so far, on held-out scenes:
+
+* The image autoencoder keeps 25.3 dB of every frame, 20.8 dB of every fourth, repeated, 21.2 where the latents of both
+  neighbours are mixed. Of latents with noise of 10 % of their variance it makes 22.2 dB, of 5 % 23.3: 3 dB more than
+  repetition want 4 %.
+* 1,200 steps of the first stage (16 minutes of two cores) leave 8 %; hence 4,000 now.
+* In the last stage a rate of 5e-4 doubles the error in 100 steps; 1e-4 lowers it. A step is two seconds.
 """
 
 from configs import base
@@ -47,11 +53,11 @@ def get_config():
   }  # fmt: skip
   config.stages = (
     # Variances that have not been learned are noise as large as the latents: first without them, then they are brought down.
-    dict(name="latents", steps=1200, train="^autoencoder/temporal", **latents, **{"autoencoder.sample_posterior": False}),
+    dict(name="latents", steps=4000, train="^autoencoder/temporal", **latents, **{"autoencoder.sample_posterior": False}),
     dict(name="posterior", steps=200, train="^autoencoder/temporal", **latents, **{"optimizer.learning_rate": 5e-4}),
     dict(
-      name="pixels", steps=900, keep_optimizer=False,
-      **{"data.buckets": (("144p", 17, 1.0, 1), ("144p", 1, 1.0, 8)), "optimizer.learning_rate": 5e-4},
+      name="pixels", steps=1500, keep_optimizer=False, train="^autoencoder/(temporal|image/(decoder|post_quant_conv))",
+      **{"data.buckets": (("144p", 17, 1.0, 1), ("144p", 1, 1.0, 8)), "optimizer.learning_rate": 1e-4},
     ),
   )  # fmt: skip
   config.validation.update(tables=(("data/film/prepared/held_out.csv", 1),), every=300, samples_per_bucket=16)
