@@ -185,10 +185,9 @@ class Codec:
   def _call(self, function, *arrays, **static):
     return self.run(function, self.model, self.variables, *arrays, **static)
 
-  def _micro_batches(self, values):
-    """Frames, as many at a time as all devices take; of fewer than that none is computed in vain but to give each its part."""
-    fewest = -(-len(values) // self.devices) * self.devices
-    return micro_batches(values, min(self.micro_batch * self.devices, fewest))
+  def _frames_at_a_time(self, num_frames):
+    """As many as all devices take, none in vain where a clip has fewer: one number, so one program, for the whole clip."""
+    return min(self.micro_batch, -(-num_frames // self.devices)) * self.devices
 
   def _spread(self, array):
     """An array that is split along its first axis over the devices, which divide it."""
@@ -257,11 +256,11 @@ def decode_frames(model, variables, latents, *, as_uint8):
 
 class ImageCodec(Codec):
   def encode_parts(self, frames):
-    for part in self._micro_batches(frames):
+    for part in micro_batches(frames, self._frames_at_a_time(len(frames))):
       yield self._call(encode_frames, self._spread(part))
 
   def decode_parts(self, latents, num_frames):
-    for part in self._micro_batches(latents):
+    for part in micro_batches(latents, self._frames_at_a_time(num_frames)):
       yield self._call(decode_frames, self._spread(part), as_uint8=self.as_uint8)
 
 
@@ -293,9 +292,10 @@ class TemporalCodec(Codec):
   """As many chunks at a time as there are devices; of the chunk that is left over each computes a copy."""
 
   def encode_parts(self, frames):
+    size = self._frames_at_a_time(len(frames))
     for start, count, number in self._chunks(len(frames)):
       chunk = frames[start : start + count * number]
-      pieces = (self._call(image_latents, self._spread(part)) for part in self._micro_batches(chunk))
+      pieces = (self._call(image_latents, self._spread(part)) for part in micro_batches(chunk, size))
       if self.devices == 1:
         pieces = [*pieces]
         latents = (jnp if isinstance(pieces[0], jax.Array) else np).concatenate(pieces)[: len(chunk)]
@@ -306,14 +306,14 @@ class TemporalCodec(Codec):
       yield tuple(m[:number].reshape(-1, *m.shape[2:]) for m in moments)
 
   def decode_parts(self, latents, num_frames):
-    begin = 0
+    size, begin = self._frames_at_a_time(num_frames), 0
     for _, count, number in self._chunks(num_frames):
       length = -(-count // self.config.factor)
       chunks = latents[begin : begin + length * number].reshape(number, length, *latents.shape[1:])
       decoded = self._call(decode_chunks, self._spread(filled(chunks, self.devices)), num_frames=count)
       decoded = np.asarray(decoded)[:number].reshape(-1, *decoded.shape[2:])
       pixels = (
-        self._call(decode_image_latents, self._spread(part), as_uint8=self.as_uint8) for part in self._micro_batches(decoded)
+        self._call(decode_image_latents, self._spread(part), as_uint8=self.as_uint8) for part in micro_batches(decoded, size)
       )
       yield join(pixels, len(decoded))
       begin += length * number

@@ -87,10 +87,11 @@ class AutoencoderObjective(Objective):
           "config: autoencoder.adaptive weighs the adversary by the gradients of reconstruction and perceptual distance, whose "
           "weights are 0, so that it would count nothing: give one of these a weight, or set autoencoder.adaptive=False"
         )
-      if own.crop < 2**own.discriminator.layers:
+      layers = self.discriminator.config.layers
+      if own.crop < 2**layers:
         raise ValueError(
-          f"config: autoencoder.crop is {own.crop}, of which {own.discriminator.layers} layers of the discriminator leave "
-          f"nothing; take at least {2**own.discriminator.layers}, or fewer autoencoder.discriminator.layers"
+          f"config: autoencoder.crop is {own.crop}, of which {layers} layers of the discriminator leave nothing; take at least "
+          f"{2**layers}, or fewer autoencoder.discriminator.layers"
         )
     if self.weights["perceptual"]:
       perceptual.shapes(own.perceptual.name)
