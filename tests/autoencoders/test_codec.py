@@ -1,6 +1,7 @@
 """Clips to normalised latents and back, in pieces: the values of the whole, in memory that does not grow."""
 
 import collections
+import dataclasses
 import itertools
 
 import jax
@@ -82,6 +83,14 @@ def test_longer_clips_need_no_other_programs_of_their_memory(made):
     assert peaks[1] > 2 * peaks[0]
   elif getattr(made.config, "chunk", 1):
     assert peaks[1] == peaks[0]
+
+
+def test_a_picture_is_computed_once(made):
+  """However many frames are computed at a time."""
+  made, _ = made
+  for method in ("encode", "decode"):
+    several, one = (dataclasses.replace(made, micro_batch=n).flops(method, (4, 6), 1) for n in (4, 1))
+    assert several == one
 
 
 def test_the_lowered_programs_are_those_that_run(made):
