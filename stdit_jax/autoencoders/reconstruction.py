@@ -122,13 +122,14 @@ class Exam:
       raise ValueError(f"{bucket.name}: a length that the autoencoder does not give back; nearest: {near}")
 
   def __call__(self, clips, show=0):
-    """Clips uint8 `[T, H, W, 3]` of one length -> {measure: value or None}, (original, reconstruction) of the clip `show`."""
+    """Clips uint8 `[T, H, W, 3]` of one length -> {measure: value or None}, (original, reconstruction) of clip `show`, or of
+    the last before it."""
     clip_values, features, shown, sizes = [], [], None, np.zeros(2)
     seconds, frames = np.zeros(2), 0
     for i, clip in enumerate(clips):
       latents, decoded, spent = self._there_and_back(clip)
       original = clip[:, : decoded.shape[1], : decoded.shape[2]]  # sides that are no multiple of 8 come back shorter
-      shown = (original, decoded) if i == show else shown
+      shown = (original, decoded) if i <= show else shown
       sizes += latents.size, clip.size
       seconds, frames = seconds + spent, frames + len(clip)
       clip_values.append(self._compare(original, decoded))

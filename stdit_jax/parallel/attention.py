@@ -79,10 +79,10 @@ def _dot_product(query, key, value, key_mask):
   return jax.nn.dot_product_attention(*flat, mask=mask, implementation="xla").reshape(query.shape)
 
 
-def flash(query, key, value, key_mask, implementation="cudnn"):
+def cudnn_kernel(query, key, value, key_mask, implementation="cudnn"):
   """cuDNN's flash attention. It is told how many keys are valid: a mask would be an array of all queries by all keys to it.
   Odd lengths, which JAX (0.10, 0.11) refuses for it in training, are made even. `implementation="xla"` computes the same
-  everywhere."""
+  everywhere. `plan` puts another in its place, since XLA can't compile it where cuDNN is not installed (planning/gpus.py)."""
   lengths = jnp.maximum(key_mask.sum(-1, dtype=jnp.int32), 1).reshape(-1)  # of no key at all it makes NaN
 
   def flat(x):
@@ -92,10 +92,6 @@ def flash(query, key, value, key_mask, implementation="cudnn"):
     flat(query), flat(key), flat(value), key_value_seq_lengths=lengths, implementation=implementation
   )
   return y[:, : query.shape[2]].reshape(query.shape)
-
-
-# `plan` puts another in its place, since XLA can't compile it where cuDNN is not installed (planning/gpus.py).
-cudnn_kernel = flash
 
 
 def _block(length):

@@ -135,6 +135,21 @@ def test_command(weights, media, tmp_path, capsys):
   np.testing.assert_array_equal(error, np.minimum(np.abs(original - decoded) * reconstruction.ERROR_FACTOR, 255))
 
 
+def test_a_file_that_can_not_be_read_is_passed_over(weights, media, tmp_path, capsys):
+  """Listed with a folder, and met in a table."""
+  for path in media.iterdir():
+    (tmp_path / path.name).write_bytes(path.read_bytes())
+  (tmp_path / "broken.png").write_bytes(b"no picture")
+  rows = [f"{path},,1,64,64" for path in (tmp_path / "broken.png", next(p for p in media.iterdir() if p.suffix == ".png"))]
+  (tmp_path / "table.csv").write_text("\n".join(["path,text,num_frames,height,width", *rows]) + "\n")
+  for tables in (tmp_path, tmp_path / "table.csv"):
+    run("--autoencoder", weights / "tiny.safetensors", "--tables", tables, "--buckets", "64p:1")
+    out, err = capsys.readouterr()
+    assert "64p x 1" in out
+    assert "broken.png: " in err
+    assert "passed over" in err
+
+
 def test_models_by_name_and_of_a_configuration(weights, media, tmp_path, capsys):
   config = tmp_path / "config.py"
   config.write_text(f"""

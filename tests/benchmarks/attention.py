@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from stdit_jax.parallel.attention import IMPLEMENTATIONS, attend
+from tests.helpers import relative_error
 
 # name: batch, groups, queries, keys
 SHAPES = {
@@ -43,11 +44,6 @@ def milliseconds(function, *args):
   started = time.perf_counter()
   jax.block_until_ready(function(*args))
   return 1e3 * (time.perf_counter() - started)
-
-
-def relative_error(a, b):
-  a, b = (np.asarray(x, np.float32) for x in (a, b))
-  return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
 def main(argv=None):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stdit_jax.parallel.attention import attend, flash
+from stdit_jax.parallel.attention import attend, cudnn_kernel
 from tests.helpers import relative_error
 
 # batch, groups, queries, keys, heads, head dimension
@@ -83,7 +83,7 @@ def test_flash_attention_by_lengths(name, mask):
   read = whole.any(-1)
   *args, cotangent = inputs(name, offset=2.0)
   cotangent = jnp.where(read[..., None, None, None], cotangent, 0)
-  y, pull = jax.vjp(lambda *args: flash(*args, jnp.asarray(whole), "xla"), *args)
+  y, pull = jax.vjp(lambda *args: cudnn_kernel(*args, jnp.asarray(whole), "xla"), *args)
   for ours, theirs in zip((y, *pull(cotangent)), value_and_gradients(*args, cotangent, mask, "einsum")):
     assert np.isfinite(ours).all()
     assert relative_error(np.asarray(ours)[read], np.asarray(theirs)[read]) < 2e-6

@@ -31,6 +31,14 @@ def times(folder):
   return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
 
 
+def unopened(folder):
+  """A folder of two files that pass for pictures as long as nobody opens them."""
+  folder.mkdir()
+  for name in ("a", "b"):
+    (folder / f"{name}.png").write_text(name)
+  return folder
+
+
 def pictures(folder, names):
   folder.mkdir(exist_ok=True)
   for name in names:

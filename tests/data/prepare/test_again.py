@@ -11,7 +11,7 @@ from data import video
 from data.prepare import __main__ as main
 from data.prepare import config as configs
 from data.prepare import shards
-from tests.data.prepare.runs import config_file, pictures, table, times
+from tests.data.prepare.runs import config_file, pictures, table, times, unopened
 from tests.data.prepare.videos import picture, two_scenes, write_video
 
 
@@ -27,10 +27,7 @@ def test_changed_settings_make_the_step_and_what_follows_again(videos, tmp_path,
 
 def test_status_says_what_is_made_again(tmp_path):
   """A step whose settings or files changed, and all behind it."""
-  folder = tmp_path / "pictures"
-  folder.mkdir()
-  for name in ("a", "b"):
-    (folder / f"{name}.png").write_text(name)
+  folder = unopened(tmp_path / "pictures")
   values = dict(
     output=str(tmp_path / "out"), steps=("collect", "filter", "sample", "split", "export"),
     collect=dict(sources=(str(folder),), rows_per_shard=1), filter=dict(where=("bytes > 0",)), sample=dict(rows=9),

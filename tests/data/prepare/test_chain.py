@@ -18,7 +18,7 @@ from data import paths
 from data.prepare import __main__ as main
 from data.prepare import chain, collect, selection, steps, workers
 from data.prepare import config as configs
-from tests.data.prepare.runs import CONFIG, config_file, pictures, table, times
+from tests.data.prepare.runs import CONFIG, config_file, pictures, table, times, unopened
 
 
 def test_runs_and_then_has_nothing_to_do(videos, undisturbed, capsys):
@@ -46,10 +46,7 @@ def test_two_machines_give_what_one_gives(videos, tmp_path, undisturbed):
 
 def test_machines_begin_with_one_list(tmp_path):
   """What comes and changes between their starts waits for the next run, whoever begins that."""
-  folder = tmp_path / "pictures"
-  folder.mkdir()
-  for name in ("a", "b"):
-    (folder / f"{name}.png").write_text(name)
+  folder = unopened(tmp_path / "pictures")
   values = dict(
     output=str(tmp_path / "out"), steps=("collect", "sample"), patience=0.0,
     collect=dict(sources=(str(folder),), rows_per_shard=1), sample=dict(rows=9),
@@ -93,10 +90,7 @@ class Meanwhile(steps.Step):
 
 def test_a_machine_makes_again_what_another_ones_list_changed(tmp_path, capsys):
   """Nobody waits for it: the other machine lists a new file and a changed one, both of this machine, while it is at work."""
-  folder = tmp_path / "pictures"
-  folder.mkdir()
-  for name in ("a", "b"):
-    (folder / f"{name}.png").write_text(name)
+  folder = unopened(tmp_path / "pictures")
   made = {"collect": collect.Collect(sources=(str(folder),), rows_per_shard=1), "meanwhile": Meanwhile()}
   machine = lambda index: chain.Chain(  # noqa: E731
     str(tmp_path / "out"), {**made, "sample": selection.Sample(rows=9)}, shard=(index, 2), patience=1.0
