@@ -41,7 +41,7 @@ def get_config():
   )  # fmt: skip
   config.autoencoder.perceptual.update(name="hed-vgg16", weights="runs/hed.safetensors", frames=2)
   config.data.tables = (("data/film/prepared/train.csv", 1),)
-  config.data.buckets = (("144p", 17, 1.0, 2), ("144p", 1, 1.0, 14))
+  config.data.buckets = (("144p", 17, 1.0, 4), ("144p", 1, 1.0, 28))
   config.data.frame_interval = 3
   config.data.captions = "optional"
   config.data.workers = 1
@@ -56,8 +56,8 @@ def get_config():
     dict(name="latents", steps=4000, train="^autoencoder/temporal", **latents, **{"autoencoder.sample_posterior": False}),
     dict(name="posterior", steps=200, train="^autoencoder/temporal", **latents, **{"optimizer.learning_rate": 5e-4}),
     dict(
-      name="pixels", steps=1500, keep_optimizer=False, train="^autoencoder/(temporal|image/(decoder|post_quant_conv))",
-      **{"data.buckets": (("144p", 17, 1.0, 1), ("144p", 1, 1.0, 8)), "optimizer.learning_rate": 1e-4},
+      name="pixels", steps=1500, keep_optimizer=False, train="^autoencoder/",
+      **{"data.buckets": (("144p", 17, 1.0, 4), ("144p", 1, 1.0, 16)), "optimizer.learning_rate": 2e-4},
     ),
   )  # fmt: skip
   config.validation.update(tables=(("data/film/prepared/held_out.csv", 1),), every=300, samples_per_bucket=16)

@@ -256,7 +256,9 @@ class Run:
           f"config: step {step} was made with another model than that of stage {made.name!r}, to which it belongs now "
           f"({', '.join(other)}); give the stages the steps that they had"
         )
-      same = self.data[stage.index].check_same(position["data"], self.config.restart_data)
+      # A stage that was put behind a run that had ended begins with data of its own.
+      begins = step == stage.start and position["stage"] != stage.name
+      same = begins or self.data[stage.index].check_same(position["data"], self.config.restart_data)
       shapes = self.state_shapes[made.index], constants(self.frozen_shapes[made.index])
       state, frozen = self.checkpoints.restore(step, *(with_shardings(tree, self.mesh) for tree in shapes))
     except DamagedCheckpointError as error:

@@ -217,6 +217,20 @@ def test_data_that_changed_since_the_checkpoint_names_the_keys(assets, trained, 
   assert step == 1
 
 
+def test_a_stage_behind_a_run_that_had_ended_has_data_of_its_own(assets, trained, tmp_path):
+  """Only where it begins: a stage that took the place of another in its midst would train on data in no order at all."""
+  folder, other = tmp_path / "run", tmp_path / "other"
+  shutil.copytree(trained, folder)
+  shutil.copytree(trained, other)
+  more = {"name": "two", "steps": 1, "data.buckets": (("64p", 1, 1.0, 3),), "data.seed": 1}
+  longer = {**ONE, "stages": (*ONE["stages"], more)}
+  Run(tiny_config(assets, folder, **longer)).train()
+  _, _, step = Run(tiny_config(assets, folder, **longer)).start()
+  assert step == 2
+  with pytest.raises(ValueError, match="is not that of the checkpoint"):
+    Run(tiny_config(assets, other, **{**ONE, "stages": ({**more, "steps": 2},)})).start()
+
+
 # ------------------------------------------------------------------------------------------------- through the command line
 
 
