@@ -7,6 +7,8 @@ checkpoint in `output`. On a pod the same command runs on every host (see launch
 the message names, 75 stopped by SIGTERM or because a process hangs or is gone: start it again, 130 interrupted.
 """
 
+import contextlib
+import functools
 import sys
 import traceback
 
@@ -21,6 +23,7 @@ from stdit_jax.cli import (
   parse_config,
   use_compilation_cache,
 )
+from stdit_jax.training.claim import claim
 from stdit_jax.training.stages import make_stages
 from stdit_jax.training.watchdog import RESTART, StartAgain, Watchdog
 
@@ -55,21 +58,24 @@ def connect(config):
 def run(config, watchdog):
   """Trains; user's mistakes end as one line with exit code 2, SIGTERM with RESTART, ^C with 130."""
   try:
-    with one_line_errors():
-      from stdit_jax.interop import CheckpointError
-      from stdit_jax.training.loop import Preempted, Run
-      from stdit_jax.training.sampling import Sampler
+    with contextlib.ExitStack() as held:
+      with one_line_errors():
+        from stdit_jax.interop import CheckpointError
+        from stdit_jax.training.loop import Preempted, Run
+        from stdit_jax.training.sampling import Sampler
 
-      keep_freed_memory()
-      training = Run(config, watchdog.beat)
-      on_sample = Sampler(training) if config.sample_every else None
-      started = training.start()
-    with one_line_errors((InputError, CheckpointError, OSError)):
-      try:
-        training.train(on_sample, started)
-      except Preempted as stop:
-        print(stop, file=sys.stderr)
-        raise SystemExit(RESTART) from None
+        keep_freed_memory()
+        training = Run(config, watchdog.beat)
+        if watchdog.index == 0:
+          held.enter_context(claim(config.output, functools.partial(watchdog.leave, code=2)))
+        on_sample = Sampler(training) if config.sample_every else None
+        started = training.start()
+      with one_line_errors((InputError, CheckpointError, OSError)):
+        try:
+          training.train(on_sample, started)
+        except Preempted as stop:
+          print(stop, file=sys.stderr)
+          raise SystemExit(RESTART) from None
   except KeyboardInterrupt:
     print("interrupted; the same command resumes from the newest checkpoint", file=sys.stderr)
     raise SystemExit(130) from None

@@ -23,7 +23,7 @@ from data import paths
 from stdit_jax.cli import InputError
 from stdit_jax.parallel.mesh import make_mesh
 from stdit_jax.parallel.shardings import tree_shardings
-from stdit_jax.training import batches, encoding, transition, weights
+from stdit_jax.training import batches, claim, encoding, transition, weights
 from stdit_jax.training.autoencoding import autoencoder_model
 from stdit_jax.training.checkpoints import CONFIG, Checkpoints, DamagedCheckpointError, from_plain, plain
 from stdit_jax.training.compilation import AheadOfTime
@@ -97,8 +97,9 @@ def check_output(folder, config):
 def _foreign(folder):
   """Names in a folder that no run of ours put there before its first checkpoint: a run may have been stopped early."""
   data = [name for name in paths.names(paths.join(folder, "data")) if not name.startswith(("table-", "plan-", "tmp"))]
-  own = {"checkpoints", "compilation_cache"} | (set() if data else {"data"})
-  return [name for name in paths.names(folder) if name not in own and not name.startswith((".config.tmp", ".writable"))]
+  own = {"checkpoints", "compilation_cache", claim.NAME} | (set() if data else {"data"})
+  temporary = (".config.tmp", ".running.tmp", ".writable")
+  return [name for name in paths.names(folder) if name not in own and not name.startswith(temporary)]
 
 
 def constants(frozen):
