@@ -150,11 +150,16 @@ def convert(args) -> None:
 
 def convert_file(args, place, options):
   """Safetensors to `place` -> (what was done, files)."""
-  name, config, module = find_model(args, open_checkpoint(args.input).metadata)
+  metadata = open_checkpoint(args.input).metadata
+  name, config, module = find_model(args, metadata)
   tree = models.shapes(config, module)
-  source = open_source(args, config, module, tree)
+  # Numbers that a file holds beside its weights (shift, scale, ...) are those of the model that it says it is; --config may
+  # give others to what is written.
+  said, own = models.described(metadata, args.input)
+  before = models.find_model(said, own)[0] if said and not args.model else config
+  source = open_source(args, before, module, tree)
   target = args.target or ("native" if source.layout.name != "native" else models.FAMILIES[module][0])
-  spec, tensors = weights.conversion(source, target, tree, DTYPES.get(args.dtype))
+  spec, tensors = weights.conversion(source, target, tree, DTYPES.get(args.dtype), config)
   metadata = weights.model_metadata(name, config)
   written = write_checkpoint(place, spec, progress(tensors, spec), metadata=metadata, **options)
   return f"wrote {len(spec)} tensors in layout {target}", written

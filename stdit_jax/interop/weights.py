@@ -291,9 +291,12 @@ def save_variables(
   return write_checkpoint(path, spec, tensors, **options)
 
 
-def conversion(source: Source, layout: str | Layout, tree, dtype=None):
-  """A file in one layout as a file in another, nothing stacked: -> (spec for `write_checkpoint`, iterator of tensors)."""
-  layout, config = get_layout(layout), source.config
+def conversion(source: Source, layout: str | Layout, tree, dtype=None, config=None):
+  """A file in one layout as a file in another, nothing stacked: -> (spec for `write_checkpoint`, iterator of tensors).
+
+  `config`: of the model that is written, which has the shapes of the source's; None: the source's own.
+  """
+  layout, config = get_layout(layout), config or source.config
   sizes = layout.sizes(config) if config is not None else {}
   pairs = list(zip(source.entries, mapping.plan(layout, tree)))
   infos, spec = source.checkpoint.tensors, {}

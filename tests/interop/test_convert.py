@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from stdit_jax import convert
-from stdit_jax.interop import load_variables, open_checkpoint, save_variables
+from stdit_jax.autoencoders import temporal
+from stdit_jax.interop import load_variables, open_checkpoint, save_variables, weights
 from stdit_jax.models import stdit
 from tests.interop.test_layouts import REFERENCE, assert_same, golden, random_tree, write_all
 
@@ -55,6 +56,28 @@ def test_dtype_and_other_sizes(tmp_path, capsys):
     assert run(capsys, *flags, "--config", tmp_path / "fields.json", "--output", out)[0] == 0
     expected = {name: array.astype(jnp.dtype(dtype)) for name, array in read_all(tmp_path / "x.safetensors").items()}
     assert_same(read_all(out), expected)
+
+
+def test_other_numbers_for_a_file_that_says_what_it_holds(tmp_path, capsys):
+  """Shift and scale stand in the file of a video autoencoder, as the original's: --config gives it measured ones."""
+  config = temporal.get_config("tiny-temporal")
+  first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+  metadata = weights.model_metadata("tiny-temporal", config)
+  save_variables(first, "open-sora-vae", random_tree(temporal.init_shapes(config)), config=config, metadata=metadata)
+  numbers = {"shift": [1, 2, 3, 4.5], "scale": 2.0}
+  flags = ("--to", "open-sora-vae", "--config", json.dumps(numbers))
+  assert run(capsys, "--input", first, "--output", second, *flags)[0] == 0
+  before, after = read_all(first), read_all(second)
+  np.testing.assert_array_equal(after["shift"].ravel(), numbers["shift"])
+  np.testing.assert_array_equal(after["scale"].ravel(), [2.0] * 4)
+  assert_same({**before, "shift": after["shift"], "scale": after["scale"]}, after)
+  assert run(capsys, "--check", "--input", second)[0] == 0
+  code, _, error = run(capsys, "--check", "--input", second, "--config", json.dumps({"shift": 0.0}))
+  assert code == 2
+  assert "'shift' was made with other numbers than the config's" in error
+  code, _, error = run(capsys, "--input", second, "--output", tmp_path / "x.safetensors", "--config", '{"filters": 16}')
+  assert code == 2
+  assert "doesn't fit the model" in error
 
 
 @pytest.mark.parametrize("name", ["STDiT-XL/2", "STDiT2-XL/2", "STDiT3-XL/2", "STDiT3-3B/2"])
