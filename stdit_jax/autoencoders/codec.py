@@ -17,7 +17,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stdit_jax.autoencoders import causal3d, image_kl, temporal
 from stdit_jax.autoencoders.causal3d import chunk_sizes
@@ -348,35 +348,39 @@ def _causal(model, variables, past, x, method, finish):
 
 
 def encode_split(model, variables, frames, *, mesh):
-  """Frames `[T, H, W, 3]` of a clip that is split in time over a mesh -> normalised (mean, std)."""
-  moments = causal3d.over_devices(model, mesh, *mesh.axis_names, "encode")(variables, to_float(frames)[None])
+  """Frames `[T, H, W, 3]` of a clip that is split in time over the last axis of a mesh -> normalised (mean, std)."""
+  moments = causal3d.over_devices(model, mesh, mesh.axis_names[-1], "encode")(variables, to_float(frames)[None])
   return tuple(m[0] for m in posterior(model.config, *moments))
 
 
 def decode_split(model, variables, latents, *, mesh, as_uint8):
-  """Normalised latents `[T', h, w, C]` of a clip that is split in time over a mesh -> pixels."""
+  """Normalised latents `[T', h, w, C]` of a clip that is split in time over the last axis of a mesh -> pixels."""
   latents = denormalise(model.config, latents)[None]
-  return finished(causal3d.over_devices(model, mesh, *mesh.axis_names, "decode")(variables, latents)[0], as_uint8)
+  return finished(causal3d.over_devices(model, mesh, mesh.axis_names[-1], "decode")(variables, latents)[0], as_uint8)
 
 
 class CausalCodec(Codec):
-  """Whole clips when norms take their statistics over the clip, and over several devices that divide it: then memory grows with
-  its length."""
+  """Whole clips when norms take their statistics over the clip, and over several devices: then memory grows with its length. As
+  many devices split a clip as can, of those that divide all of them; the others compute the same."""
 
   def encode_parts(self, frames):
-    if self._splits(len(frames)):
-      yield self._call(encode_split, frames, mesh=self.mesh)
+    if mesh := self._split(len(frames)):
+      yield self._call(encode_split, frames, mesh=mesh)
     else:
       yield from self._chunks(encode_causal, frames, self.config.encode_chunk)
 
   def decode_parts(self, latents, num_frames):
-    if self._splits(num_frames):
-      yield self._call(decode_split, latents, mesh=self.mesh, as_uint8=self.as_uint8)
+    if mesh := self._split(num_frames):
+      yield self._call(decode_split, latents, mesh=mesh, as_uint8=self.as_uint8)
     else:
       yield from self._chunks(decode_causal, latents, self.config.decode_chunk, as_uint8=self.as_uint8)
 
-  def _splits(self, num_frames):
-    return self.devices > 1 and causal3d.splits(self.config, num_frames, self.devices)
+  def _split(self, num_frames):
+    """The mesh over whose last axis a clip of so many frames is split, None where it is computed whole."""
+    for count in range(self.devices, 1, -1):
+      if self.devices % count == 0 and causal3d.splits(self.config, num_frames, count):
+        return Mesh(self.mesh.devices.reshape(-1, count), ("copies", *self.mesh.axis_names))
+    return None
 
   def _chunks(self, function, values, chunk, **static):
     sizes = chunk_sizes(len(values), chunk) if self.config.statistics == "chunks" else (len(values),)
