@@ -215,12 +215,13 @@ pack() {
   fi
 }
 
+# The folder stays: that a training runs in would be gone for its next start.
 copy() {
   local command=("${ssh[@]}" scp "$archive" "$name:" "${place[@]}")
   [ -z "$multislice" ] || command+=(--node=all)
   [ -z "$reach" ] || command+=("$reach")
   run "${command[@]}" --worker=all &&
-    on_workers all all "rm -rf $code && mkdir -p $code && tar -xzf stdit_jax.tar.gz -C $code"
+    on_workers all all "mkdir -p $code && find $code -mindepth 1 -delete && tar -xzf stdit_jax.tar.gz -C $code"
 }
 
 install() {

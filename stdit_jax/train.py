@@ -93,6 +93,9 @@ def main(_):
       run(config, watchdog)
     except BaseException as error:
       preempted = isinstance(error, SystemExit) and error.code == RESTART  # all processes alike
+      if watchdog.count == 1 and isinstance(error, StartAgain):
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(RESTART) from None
       if watchdog.count == 1 or preempted:
         raise
       # Its exit would wait for the others, and they for this one.

@@ -18,10 +18,13 @@ from data import paths
 from stdit_jax.cli import InputError
 from stdit_jax.parallel.shardings import tree_shardings
 from stdit_jax.training.stages import FREE, make_stages, stage_that_made
+from stdit_jax.training.watchdog import StartAgain
 
 CONFIG = "config.json"
 # What tensorstore says when a checkpoint may well be whole, but cannot be had now.
 _NOT_ITS_FAULT = "PERMISSION_DENIED|UNAUTHENTICATED|RESOURCE_EXHAUSTED|UNAVAILABLE|DEADLINE_EXCEEDED"
+# Of these, and of what `paths.errors` says of a bucket out of reach, a later attempt may find nothing.
+_PASSES = "RESOURCE_EXHAUSTED|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|INTERNAL|the bucket gives no answer"
 
 
 def plain(config):
@@ -70,6 +73,10 @@ class Checkpoints:
     handlers = {name: ocp.StandardCheckpointHandler() for name in ("params", "ema", "opt", "constants")}
     handlers["position"] = ocp.JsonCheckpointHandler()
     self._manager = _Manager(self.folder, options=options, item_handlers=handlers)
+
+  def reload(self):
+    """Looks anew at what is there."""
+    self._manager.reload()
 
   def latest(self):
     """Step of the newest checkpoint that was written to its end, or None."""
@@ -134,7 +141,7 @@ class Checkpoints:
           paths.remove(self._mark(step))
     if jax.process_count() > 1:
       multihost_utils.sync_global_devices("checkpoints set aside")
-    self._manager.reload()
+    self.reload()
     return folder
 
   def reached_preemption(self, step):
@@ -168,7 +175,8 @@ class Checkpoints:
 
   @contextlib.contextmanager
   def _writing(self):
-    """A full disk and its like, which orbax reports when it is next called, as one clear line."""
+    """A full disk and its like, which orbax reports when it is next called, as one clear line. A bucket that gives no answer
+    now is StartAgain."""
     try:
       with paths.errors(self.folder):
         yield
@@ -176,6 +184,8 @@ class Checkpoints:
       if _lost_process(error):
         raise RuntimeError("a process was lost while a checkpoint was written") from error
       reason = re.sub(r"\W*\[os_error_code.*", "", " ".join(str(error).split()))[-200:]  # it comes last
+      if paths.is_remote(self.folder) and re.search(_PASSES, str(error)):
+        raise StartAgain(f"a checkpoint could not be written to {self.folder}, which may pass: {reason}") from error
       raise InputError(
         f"a checkpoint could not be written to {self.folder}: {reason}. Make room there or "
         "mend it; the same command then goes on from the newest whole checkpoint"

@@ -1,10 +1,10 @@
 """One training per run folder: two that write the same checkpoints would make both worthless.
 
 The first process of a run notes in `<output>/running.json` who it is, with a count that goes on every few seconds. Who finds
-such a note asks, on the same machine, whether that process lives; of another machine it watches the count for a while. What
-was killed counts no more, so nothing has to be cleaned up, and clocks of two machines are never compared. It works on any
-disk and in a bucket; who began at the very same moment, or slept so long that another took the folder, sees it at the next
-count and ends.
+such a note asks, on the same machine, whether that process lives; of another machine, or in another container, it watches the
+count for a while. What was killed counts no more, so nothing has to be cleaned up, and clocks of two machines are never
+compared. It works on any disk and in a bucket; who began at the very same moment, or slept so long that another took the
+folder, sees it at the next count and ends.
 """
 
 import contextlib
@@ -40,8 +40,9 @@ def claim(folder, taken, period=PERIOD, say=_say):
   have been told to stop, and this be the one that goes on in its place.
   """
   path = paths.join(folder, NAME)
-  own = {"id": uuid.uuid4().hex, "host": socket.gethostname(), "process": os.getpid(), "began": _began(os.getpid())}
-  _wait_until_free(path, own["host"], period, say)
+  own = {"id": uuid.uuid4().hex, "host": socket.gethostname(), "machine": _machine(), "process": os.getpid()}
+  own["began"] = _began(os.getpid())
+  _wait_until_free(path, period, say)
   stopped = threading.Event()
 
   def count():
@@ -67,11 +68,12 @@ def claim(folder, taken, period=PERIOD, say=_say):
         paths.remove(path)
 
 
-def _wait_until_free(path, host, period, say):
+def _wait_until_free(path, period, say):
   """Returns when nobody counts in the note at `path`, and raises ValueError when somebody goes on."""
   found = _read(path)
-  if found and found["host"] == host:
-    if found["began"] == _began(found["process"]):
+  if found and found["machine"] == _machine():
+    began = _began(found["process"])
+    if began is not None and began == found["began"]:
       raise ValueError(_refusal(path, found))
     return
   start = changed = time.monotonic()
@@ -89,31 +91,28 @@ def _read(path):
   """What a note says, None where there is none that can be understood."""
   try:
     found = json.loads(paths.read_text(path))
-    return {key: found[key] for key in ("id", "host", "process", "began", "count")}
+    return {key: found[key] for key in ("id", "host", "machine", "process", "began", "count")}
   except (FileNotFoundError, ValueError, TypeError, KeyError):
     return None
+
+
+def _machine():
+  """What processes have in common that see each other's numbers: a start of a system, and there a container; or a random text
+  where neither can be known, so that nobody is taken for one of them."""
+  try:
+    start = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{start} {os.readlink('/proc/self/ns/pid')}"
+  except OSError:
+    return uuid.uuid4().hex
 
 
 def _began(process):
   """When a process of this machine began, None if it has ended. Numbers of processes come again; this tells them apart."""
   try:
     state, *rest = pathlib.Path(f"/proc/{int(process)}/stat").read_text().rpartition(")")[2].split()
-  except ProcessLookupError:
-    return None
   except (OSError, ValueError):
-    return None if os.path.exists("/proc/self/stat") else _exists(process)
-  return None if state in "ZX" else rest[18]
-
-
-def _exists(process):
-  """Where /proc is not there: that it exists is all that is known."""
-  try:
-    os.kill(int(process), 0)
-  except (ProcessLookupError, ValueError):
     return None
-  except PermissionError:
-    pass
-  return "?"
+  return None if state in "ZX" else rest[18]
 
 
 def _name(found):
@@ -122,4 +121,7 @@ def _name(found):
 
 def _refusal(path, found):
   folder = os.path.dirname(path)
-  return f"config: output={folder!r}: {_name(found)} is training in this folder; stop it first, or give another folder"
+  return (
+    f"config: output={folder!r}: {_name(found)} is training in this folder, as its {NAME} says; stop it first, or give another "
+    "folder"
+  )

@@ -208,7 +208,16 @@ class Run:
         `config.resume` asks for one.
     """
     self._beat("starting", slow=True)
+    # The first process may have waited until another run gave the folder up: what that one saved meanwhile counts.
+    if jax.process_count() > 1:
+      multihost_utils.sync_global_devices("the folder is ours")
+    self.checkpoints.reload()
     there, wanted = self.checkpoints.steps(), self.config.resume
+    if wanted.isdigit() and self._went_back(there, wanted):
+      say(
+        f"the run went back to step {wanted} before, and goes on from there; to go back once more, move newer checkpoints away"
+      )
+      wanted = "auto"
     if wanted == "required" and not there:
       raise ValueError(f"config: resume='required', but {self.config.output} has no checkpoint")
     if wanted.isdigit() and int(wanted) not in there:
@@ -238,6 +247,12 @@ class Run:
       paths.write_text(paths.join(self.config.output, CONFIG), json.dumps(plain(self.config), indent=1))
     return state, frozen, 0
 
+  def _went_back(self, steps, wanted):
+    """Whether the newest checkpoint was made by a run that had gone back to `wanted`: a supervisor gives the same command."""
+    with contextlib.suppress(DamagedCheckpointError):
+      return bool(steps) and self.checkpoints.position(steps[-1]).get("config", {}).get("resume") == wanted != str(steps[-1])
+    return False
+
   def _initial(self):
     """(state, frozen) of step 0."""
     key, config = jax.random.key(self.config.seed), self.stages[0].config
@@ -260,6 +275,8 @@ class Run:
       # A stage that was put behind a run that had ended begins with data of its own.
       begins = step == stage.start and position["stage"] != stage.name
       same = begins or self.data[stage.index].check_same(position["data"], self.config.restart_data)
+      if not begins and not self.config.restart_data:
+        self._check_place(step, stage, position)
       shapes = self.state_shapes[made.index], constants(self.frozen_shapes[made.index])
       state, frozen = self.checkpoints.restore(step, *(with_shardings(tree, self.mesh) for tree in shapes))
     except DamagedCheckpointError as error:
@@ -269,6 +286,21 @@ class Run:
       raise StartAgain(str(error)) from error
     self.skip = {name: tuple(positions) for name, positions in position.get("skip", {}).items() if same or name != stage.name}
     return state, frozen | weights.read_frozen(self.objectives[made.index], made.config, self.mesh)
+
+  @staticmethod
+  def _check_place(step, stage, position):
+    """Raises ValueError where the steps of a stage would not be followed by those that come next in its data."""
+    if position["stage"] != stage.name:
+      raise ValueError(
+        f"config: step {step} was made in stage {position['stage']!r} and belongs to {stage.name!r} now; give the stages the "
+        "names and steps that they had"
+      )
+    now, was = stage.config.optimizer.accumulate, position.get("config", {}).get("optimizer", {}).get("accumulate")
+    if step > stage.start and was not in (None, now):
+      raise ValueError(
+        f"config: optimizer.accumulate is {now} and was {was} up to step {step}, in the midst of stage {stage.name!r}: samples "
+        f"would be left out or come again; set it to {was}, or end the stage at step {step} and begin another"
+      )
 
   def save(self, step, state, frozen):
     """Writes a checkpoint after `step` optimizer steps."""
@@ -306,7 +338,10 @@ class Run:
     if not self.checkpoints.steps():
       return *self._initial(), 0
     skip = self.skip
-    state, frozen = self._restore(target)
+    try:
+      state, frozen = self._restore(target)
+    except DamagedCheckpointError as error:
+      raise StartAgain(f"{error}; the next start tries an older one") from error
     self.skip = skip
     return state, frozen, target
 

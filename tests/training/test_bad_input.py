@@ -229,6 +229,15 @@ def test_a_stage_behind_a_run_that_had_ended_has_data_of_its_own(assets, trained
   assert step == 2
   with pytest.raises(ValueError, match="is not that of the checkpoint"):
     Run(tiny_config(assets, other, **{**ONE, "stages": ({**more, "steps": 2},)})).start()
+  with pytest.raises(ValueError, match="step 1 was made in stage 'one' and belongs to 'two' now"):
+    Run(tiny_config(assets, other, **{**ONE, "stages": ({"name": "two", "steps": 2},)})).start()
+
+
+def test_another_accumulation_in_the_midst_of_a_stage(assets, trained):
+  """It would leave samples out, or bring them again."""
+  changes = {**ONE, "stages": ({"name": "one", "steps": 3},), "optimizer__accumulate": 2}
+  with pytest.raises(ValueError, match=r"optimizer\.accumulate is 2 and was 1 up to step 1, in the midst of stage 'one'"):
+    Run(tiny_config(assets, trained, **changes)).start()
 
 
 # ------------------------------------------------------------------------------------------------- through the command line

@@ -233,6 +233,21 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning_and_kept(assets, lef
     Run(tiny_config(assets, folder / "empty", resume="required")).start()
 
 
+def test_going_back_is_done_once(assets, left_alone, capfd):
+  """A supervisor gives the same command again; and what another run saved after this one was put together counts."""
+  folder, settings = left_alone
+  output = folder / "back"
+  shutil.copytree(folder / "alone", output)
+  first, second = (Run(tiny_config(assets, output, **settings, resume="15")) for _ in range(2))
+  state, frozen, step = first.start()
+  assert step == 15
+  first.save(16, state, frozen)
+  first.checkpoints.wait()
+  _, _, step = second.start()
+  assert step == 16
+  assert "the run went back to step 15 before" in capfd.readouterr().out
+
+
 def test_a_finished_run_is_left_as_it_is(assets, left_alone):
   folder, settings = left_alone
   before = items(folder / "alone")
