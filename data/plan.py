@@ -282,13 +282,11 @@ class PlanSequence:
         thread = self._threads.pop(epoch, None)
         if thread:
           thread.join()
-        plan = None
-        with contextlib.suppress(FileNotFoundError):
-          plan = Plan(self._path(epoch, ".npy"), self._parsed)
-        if plan is None:
-          self._build(epoch)
-          plan = Plan(self._path(epoch, ".npy"), self._parsed)
-        self._plans[epoch] = plan
+        while epoch not in self._plans:  # another process that shares the folder may remove what it needs no more
+          try:
+            self._plans[epoch] = Plan(self._path(epoch, ".npy"), self._parsed)
+          except FileNotFoundError:
+            self._build(epoch)
         for old in [e for e in self._plans if e < epoch - 1]:
           del self._plans[old]
           with contextlib.suppress(OSError):  # whoever needs it once more builds it again

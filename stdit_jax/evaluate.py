@@ -69,7 +69,7 @@ def make_parser():
   auto.add_argument(
     "--buckets", nargs="+", metavar="RESOLUTION:FRAMES", help="like 144p:1 240p:17 (default: the configuration's)"
   )
-  auto.add_argument("--frame-interval", type=int, default=1, help="frames of a file per frame used (default: %(default)s)")
+  auto.add_argument("--frame-interval", type=int, help="frames of a file per frame used (default: the configuration's, or 1)")
   auto.add_argument(
     "--repeat", type=int, default=1, metavar="N", help="baseline: an image autoencoder keeps every N-th frame, shown until "
     "half way to the next",
@@ -165,10 +165,13 @@ def evaluate_autoencoder(args, folder):
 
   from stdit_jax.autoencoders import i3d, image_kl, perceptual, reconstruction
 
-  check_counts(args, count=16, frame_interval=1, repeat=1)
+  check_counts(args, count=16, repeat=1)
   if args.picture and not args.picture.endswith(".png"):
     raise ValueError(f"--picture {args.picture}: must end in .png")
   codec, described, config = loading.load_autoencoder(args)
+  check_counts(args, frame_interval=config.data.frame_interval if config else 1)
+  if args.frame_interval > 1:
+    described += f", one of {args.frame_interval} frames"
   if args.repeat > 1:
     if not isinstance(codec.model, image_kl.ImageKL):
       raise ValueError("--repeat is a baseline of image autoencoders; this one keeps motion by itself")

@@ -52,7 +52,8 @@ def nearest_lengths(config, num_frames):
 def jitted(function):
   """A function of a piece as a jitted one: all but weights and arrays is static."""
   static = [name for name in ("model", "num_frames", "as_uint8", "mesh") if name in inspect.signature(function).parameters]
-  return jax.jit(function, static_argnames=static)
+  # All weights stay arguments, also of a function that needs a part of them: `memory_beside` takes them off.
+  return jax.jit(function, static_argnames=static, keep_unused=True)
 
 
 def run_jitted(function, model, *args, **static):
@@ -409,7 +410,8 @@ def memory_beside(compiled, weights):
 
 
 def fit_tiles(codec, size, lengths, budget):
-  """(`codec` as it is, or with the largest tiles with which so many bytes are enough; {method: its bytes}).
+  """(`codec` as it is, or as so many bytes are enough for it; {method: its bytes}): first with fewer frames at a time, which
+  changes nothing but speed, and, with one, in the largest tiles that fit.
 
   Compiles, allocates nothing. If not even the smallest tiles fit they are what is returned.
 
@@ -420,9 +422,14 @@ def fit_tiles(codec, size, lengths, budget):
   choices = sizes_for(size)
   while True:
     needed = {method: max(codec.memory(method, size, frames) for frames in clips) for method, clips in lengths.items()}
-    if max(needed.values()) <= budget or (tiles := next(choices, None)) is None:
+    if max(needed.values()) <= budget:
       return codec, needed
-    codec = dataclasses.replace(codec, tiles=tiles)
+    if codec.micro_batch > 1 and not isinstance(codec, CausalCodec):
+      codec = dataclasses.replace(codec, micro_batch=codec.micro_batch // 2)
+    elif tiles := next(choices, None):
+      codec = dataclasses.replace(codec, tiles=tiles)
+    else:
+      return codec, needed
 
 
 def make_codec(model, variables, micro_batch=4, run=run_jitted):

@@ -103,8 +103,9 @@ class Source:
         raise CheckpointError(f"{self.checkpoint.path}: {names[0]!r} and {other!r} should be one tensor but differ")
     return array
 
-  def check(self, strict: bool = True, unexpected: bool = True) -> None:
-    """Raises CheckpointError with the whole report unless everything fits, or anything at all where it need not be `strict`."""
+  def check(self, strict: bool = True, unexpected: bool = True, numbers: bool = True) -> None:
+    """Raises CheckpointError with the whole report unless everything fits, or anything at all where it need not be `strict`;
+    and unless `numbers` that follow from the config and stand in the file as well are the same."""
     report = self.report
     nothing = len(report.missing) + len(report.mis_shaped) == report.expected
     if len(report.missing) == report.expected:
@@ -114,14 +115,15 @@ class Source:
       )
     if nothing or (strict and (report.missing or report.mis_shaped or (unexpected and report.unexpected))):
       raise CheckpointError(f"{self.checkpoint.path} (layout {self.layout.name}) doesn't fit the model: {report}")
-    for name, make in layout_computed(self.layout, self.config).items() if strict else ():
+    for name, make in layout_computed(self.layout, self.config).items() if strict and numbers else ():
       if name in self.shapes:
         stored = self.checkpoint.read(self.prefix + name, self.allow_non_finite).astype(np.float32)
         # 1e-2: the tables may have been stored in bfloat16; another scale changes them by far more
         if np.abs(stored - make()).max() > 1e-2:
+          there = f" ({', '.join(f'{x:.4g}' for x in stored.flat)})" if stored.size <= 16 else ""
           raise CheckpointError(
-            f"{self.checkpoint.path}: {name!r} was made with other numbers than the config's; the option --config of "
-            "python -m stdit_jax.convert writes a file with others"
+            f"{self.checkpoint.path}: {name!r} was made with other numbers{there} than the config's; give the model the same "
+            f"(fields.{name} of a configuration, --config of python -m stdit_jax.convert)"
           )
 
 
@@ -143,6 +145,7 @@ def load_variables(
   *,
   config=None,
   strict: bool = True,
+  numbers: bool = True,
   shardings=None,
   dtype=None,
   allow_non_finite: bool = False,
@@ -161,6 +164,7 @@ def load_variables(
     strict: raise unless names and shapes agree exactly. Otherwise load what fits, as Open-Sora's `ckpt_utils`: a null
       caption that is too short is filled up with its last row, a longer one is cut, position tables are dropped, and
       the report goes to `log`.
+    numbers: raise, too, unless numbers of the config that stand in the file (shift, scale, position tables) are the same.
     shardings: tree like `target` of jax.sharding.Sharding; None: the default device (or each array's own sharding).
     dtype: of all floating-point arrays of the result; None: as in `target`.
     allow_non_finite: accept NaN and infinite values.
@@ -170,7 +174,7 @@ def load_variables(
   source = open_source(path, layout, target, config, allow_non_finite)
   if not strict:
     _adapt(source)
-  source.check(strict)
+  source.check(strict, numbers=numbers)
   if not source.report.clean or source.report.adapted:
     log(f"{path}: {source.report}")
   groups = {}

@@ -115,6 +115,7 @@ def load_pipeline(args, config, step, check=lambda pipeline: None):
   from stdit_jax.generation.pipeline import Pipeline
   from stdit_jax.generation.prompts import TokenizeText
   from stdit_jax.interop import load_variables, open_source
+  from stdit_jax.interop.models import FAMILIES
   from stdit_jax.models import stdit, step_cache, t5
   from stdit_jax.parallel.mesh import make_mesh
   from stdit_jax.parallel.shardings import tree_shardings
@@ -128,9 +129,9 @@ def load_pipeline(args, config, step, check=lambda pipeline: None):
   params, frozen = placed_shapes(objective.shapes, mesh)
   text_params = None
   weights.need_file(config.autoencoder.weights, "autoencoder.weights (--autoencoder)")
-  shapes = stdit.init_shapes(objective.model.config)
+  shapes, layouts = stdit.init_shapes(objective.model.config), FAMILIES[stdit.__name__]
   if not args.run:
-    open_source(weights.need_file(args.weights, "--weights"), "open-sora", shapes, objective.model.config).check()
+    open_source(weights.need_file(args.weights, "--weights"), layouts, shapes, objective.model.config).check()
   if not args.run or "text_encoder" not in params or args.text_encoder:
     weights.need_file(config.text_encoder.weights, "text_encoder.weights (--text-encoder)")
   if "text_encoder" not in params:
@@ -144,7 +145,7 @@ def load_pipeline(args, config, step, check=lambda pipeline: None):
     params, frozen, _ = checkpoints.load_weights(args.run, args.item, step, mesh)
   else:
     place = tree_shardings(shapes, mesh) if mesh else None
-    variables = load_variables(args.weights, "open-sora", shapes, config=objective.model.config, shardings=place)
+    variables = load_variables(args.weights, layouts, shapes, config=objective.model.config, shardings=place)
     params, frozen = {"denoiser": variables["params"]}, {"denoiser": variables["constants"]}
   text_params = None
   if "text_encoder" not in params or args.text_encoder:
@@ -153,7 +154,8 @@ def load_pipeline(args, config, step, check=lambda pipeline: None):
   if not mesh:
     params, frozen, text_params = jax.device_put((params, frozen, text_params), jax.local_devices()[0])
   pipeline.set_weights(params, frozen, text_params)
-  pipeline.codec = dataclasses.replace(weights.load_codec(config.autoencoder, pieces), tiles=pipeline.codec.tiles)
+  fitted = {"tiles": pipeline.codec.tiles, "micro_batch": pipeline.codec.micro_batch}
+  pipeline.codec = dataclasses.replace(weights.load_codec(config.autoencoder, pieces), **fitted)
   return pipeline
 
 

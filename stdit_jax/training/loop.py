@@ -153,6 +153,11 @@ class Run:
       params, frozen = objective.shapes
       tree_shardings((params, frozen), self.mesh)  # raises where a size does not divide
       scales = learning_rate_scales(params, config.train, config.optimizer.scales)
+      if "discriminator" in params and not any(jax.tree.leaves(scales["discriminator"])):
+        raise ValueError(
+          f"config: train={config.train!r} leaves out the discriminator, which would judge as it was drawn; let it train, or "
+          "set autoencoder.adversarial_weight to 0"
+        )
       return objective, optimizer, scales, state_shapes(params, optimizer), frozen
 
   def _check_split(self):

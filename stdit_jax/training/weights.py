@@ -8,7 +8,7 @@ from data import paths
 from stdit_jax.autoencoders import codec, image_kl, perceptual
 from stdit_jax.interop import load_variables
 from stdit_jax.interop.models import FAMILIES
-from stdit_jax.models import t5
+from stdit_jax.models import stdit, t5
 from stdit_jax.parallel.shardings import path_name, tree_shardings
 from stdit_jax.training.autoencoding import autoencoder_model
 from stdit_jax.training.checkpoints import is_run_folder, load_weights
@@ -45,7 +45,7 @@ def load_codec(config, mesh=None):
   path, module = need_file(config.weights, "autoencoder.weights"), codec.module_of(model.config)
   shapes = module.init_shapes(model.config)
   places = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), shapes) if mesh else None
-  variables = load_variables(path, FAMILIES[module.__name__][0], shapes, config=model.config, shardings=places)
+  variables = load_variables(path, FAMILIES[module.__name__], shapes, config=model.config, shardings=places)
   return codec.make_codec(model, variables, config.micro_batch)
 
 
@@ -54,7 +54,7 @@ def load_text_encoder(config, model, mesh=None):
   path = need_file(config.text_encoder.weights, "text_encoder.weights")
   shapes = t5.init_shapes(model.config)
   shardings = tree_shardings(shapes, mesh) if mesh else None
-  return load_variables(path, "t5", shapes, config=model.config, shardings=shardings)["params"]
+  return load_variables(path, FAMILIES[t5.__name__], shapes, config=model.config, shardings=shardings)["params"]
 
 
 FROM_FILES = ("text_encoder", "perceptual")  # what is frozen and read anew at every start, and in no checkpoint
@@ -65,7 +65,8 @@ def load_image_autoencoder(config, path, shardings):
   image = config.image_config
   place = {"params": shardings["autoencoder"]["image"]}
   path = need_file(path, "autoencoder.image_weights")
-  return {"image": load_variables(path, "diffusers", image_kl.init_shapes(image), config=image, shardings=place)["params"]}
+  shapes = image_kl.init_shapes(image)
+  return {"image": load_variables(path, FAMILIES[image_kl.__name__], shapes, config=image, shardings=place)["params"]}
 
 
 def read_frozen(objective, config, mesh):
@@ -105,12 +106,16 @@ def initial_weights(objective, config, key, shardings, mesh):
     check_same_shapes({name: params[name] for name in found}, found, path)
     check_same_shapes({name: frozen[name] for name in constants}, constants, path)
     return params | found, frozen | constants
-  name, layout = "denoiser", "open-sora"
+  name, module = "denoiser", stdit
   if config.task == "autoencoder":
-    name, layout = "autoencoder", FAMILIES[codec.module_of(objective.model.config).__name__][0]
+    name, module = "autoencoder", codec.module_of(objective.model.config)
+  model, strict = objective.model.config, config.init_strict
   current = {"params": params[name]} | ({"constants": frozen[name]} if name in frozen else {})
   place = {"params": shardings[0][name]} | ({"constants": shardings[1][name]} if name in frozen else {})
-  loaded = load_variables(path, layout, current, config=objective.model.config, strict=config.init_strict, shardings=place)
+  numbers = name != "autoencoder"  # which trains on raw latents, whatever the shift and scale with which they will be used
+  loaded = load_variables(
+    path, FAMILIES[module.__name__], current, config=model, strict=strict, numbers=numbers, shardings=place
+  )
   params[name] = loaded["params"]
   if name in frozen:
     frozen[name] = loaded["constants"]

@@ -134,6 +134,7 @@ def test_tiles_need_less_memory(made):
   made, _ = made
   if made.config not in (CONFIGS["image"], CONFIGS["Open-Sora"]):
     pytest.skip("two kinds are enough; CogVideoX's tiles are compared with diffusers")
+  made = dataclasses.replace(made, micro_batch=1)
   length, size = 5, (20, 9)
   latents = np.random.default_rng(0).standard_normal(
     (made.config.latent_frames(length), *size, made.config.latent_channels), np.float32
@@ -144,6 +145,8 @@ def test_tiles_need_less_memory(made):
   assert max(less.values()) <= max(needed.values()) / 2
   assert less == {method: tiled.memory(method, size, length) for method in needed}
   assert fit_tiles(made, size, lengths, max(needed.values())) == (made, needed)
+  fewer, same = fit_tiles(dataclasses.replace(made, micro_batch=4), size, lengths, max(needed.values()))
+  assert (fewer.micro_batch, fewer.tiles, same) == (1, None, needed)
   told = []
   pixels, whole = tiled.decode(latents, length, told.append), made.decode(latents, length)
   assert sum(told) == pytest.approx(length)

@@ -158,13 +158,15 @@ def get_config():
   config = base.get_config()
   config.autoencoder.update(name="tiny-kl-f8", weights="{weights}/plain.safetensors")
   config.data.tables = (("{media}", 2),)
+  config.data.frame_interval = 2
   config.data.buckets = (("64p", 1, 1.0, 2), ("64p", 3, 0.5, 2))
   return config
 """)
   run("--config", config, "--count", 1)
   by_config = capsys.readouterr().out.splitlines()
+  assert by_config[0].endswith(", one of 2 frames:")
   assert [line[:9].strip() for line in by_config[2:4]] == ["64p x 1", "64p x 3"]
-  where = "--tables", media, "--buckets", "64p:1", "64p:3", "--count", 1
+  where = "--tables", media, "--buckets", "64p:1", "64p:3", "--count", 1, "--frame-interval", 2
   run("--autoencoder", weights / "plain.safetensors", "--model", "tiny-kl-f8", *where)
   by_name = capsys.readouterr().out.splitlines()
   assert [line.split()[4:6] for line in by_name[2:4]] == [line.split()[4:6] for line in by_config[2:4]]

@@ -3,7 +3,8 @@
   python -m tests.benchmarks.decoder_memory --topology v5e:2x4
   python -m tests.benchmarks.decoder_memory --name cogvideox-5b --size 480 720 --frames 49 --devices 1
 
-Beside its weights and those of a denoiser that stay (--beside), with the tiles that `sample` would choose for the rest.
+Beside its weights and those of a denoiser that stay (--beside), with as many frames at a time (from --micro-batch down) and the
+tiles that `sample` would choose for the rest.
 """
 
 import argparse
@@ -27,7 +28,7 @@ def main():
   parser.add_argument("--dtype", default="bfloat16")
   parser.add_argument("--size", type=int, nargs=2, default=(720, 1280), metavar=("H", "W"))
   parser.add_argument("--frames", type=int, default=408)
-  parser.add_argument("--micro-batch", type=int, default=1)
+  parser.add_argument("--micro-batch", type=int, default=4)
   parser.add_argument("--devices", type=int, nargs="+", default=(1, 8))
   parser.add_argument("--beside", type=float, default=4.3, metavar="GIB", help="(default: STDiT3-XL/2 in float32)")
   args = parser.parse_args()
@@ -39,7 +40,7 @@ def main():
   limit = CHIPS[parse_topology(args.topology)].memory_gib
   size = model.config.latent_size(*args.size)
   print(f"{args.name}, {args.frames} x {args.size[0]} x {args.size[1]}, {args.dtype}, {args.topology}: {limit:.2f} GiB a chip")
-  print(f"{'chips':>5} {'tiles':>11} {'GiB':>6} {'of':>6} {'compiled in':>12}")
+  print(f"{'chips':>5} {'frames':>6} {'tiles':>11} {'GiB':>6} {'of':>6} {'compiled in':>12}")
   for count in args.devices:
     place = SingleDeviceSharding(chips[0])
     if count > 1:
@@ -49,7 +50,9 @@ def main():
     made, needed = codec.fit_tiles(made, size, {"decode": {args.frames}}, (limit - args.beside - weights) * GIB)
     tiles = f"{made.tiles.height * 8} x {made.tiles.width * 8}" if made.tiles else "whole"
     needed = needed["decode"] / GIB + weights + args.beside
-    print(f"{count:>5} {tiles:>11} {needed:6.2f} {limit:6.2f} {time.monotonic() - began:10.0f} s", flush=True)
+    print(
+      f"{count:>5} {made.micro_batch:>6} {tiles:>11} {needed:6.2f} {limit:6.2f} {time.monotonic() - began:10.0f} s", flush=True
+    )
 
 
 if __name__ == "__main__":

@@ -12,14 +12,17 @@ from safetensors.numpy import load_file, save_file
 
 from configs import base, cogvideox_vae, open_sora_1_2_vae
 from data.config import DataConfig
-from stdit_jax.autoencoders import discriminator, image_kl, perceptual
+from stdit_jax.autoencoders import discriminator, image_kl, perceptual, temporal
 from stdit_jax.convert import main as convert
+from stdit_jax.interop import CheckpointError, save_variables
+from stdit_jax.interop.models import FAMILIES
 from stdit_jax.parallel.mesh import AXES
 from stdit_jax.training import checkpoints
 from stdit_jax.training.autoencoding import AutoencoderObjective
 from stdit_jax.training.loop import Run
 from stdit_jax.training.stage_data import choose_layouts
 from stdit_jax.training.stages import make_stages
+from stdit_jax.training.weights import load_codec
 from tests.helpers import REFERENCE, relative_error, to_theirs
 from tests.tiny_run import tiny_config
 
@@ -285,6 +288,7 @@ def test_a_video_autoencoder_trains_in_stages(assets, trunk, tmp_path, capsys):
     ({"autoencoder__perceptual_weight": 1.0, "autoencoder__crop": 8}, "autoencoder.crop is 8; the perceptual distance needs"),
     ({"autoencoder__adversarial_weight": 1.0, "autoencoder__reconstruction_weight": 0.0}, "so that it would count nothing"),
     ({"autoencoder__adversarial_weight": 1.0, "autoencoder__discriminator": {"layers": 7}}, "7 layers of the discriminator"),
+    ({"autoencoder__adversarial_weight": 1.0, "train": "^autoencoder/"}, "leaves out the discriminator, which would judge"),
     ({"max_tokens_per_device": 100}, "'tiny': max_tokens_per_device is 100, but autoencoders train on pixels"),
   ],
 )  # fmt: skip
@@ -292,6 +296,25 @@ def test_what_is_refused(assets, tmp_path, changes, message):
   with pytest.raises(ValueError, match=message):
     Run(run_config(assets, tmp_path / "run", **changes))
   assert not pathlib.Path(tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("layout", FAMILIES["stdit_jax.autoencoders.temporal"])
+def test_weights_in_every_layout_and_with_numbers_of_their_own(assets, tmp_path, layout):
+  """Who trains on starts from any of them, whatever their shift and scale; who only uses them has to take these as well."""
+  config = temporal.get_config("tiny-temporal", shift=(1.0, 2.0, 3.0, 4.0))
+  variables = temporal.init(temporal.build(config), jax.random.key(3))
+  path = str(tmp_path / "some.safetensors")
+  save_variables(path, layout, variables, config=config)
+  run = Run(run_config(assets, tmp_path / "run", autoencoder__name="tiny-temporal", init=path))
+  (state, _, _) = run.start()
+  jax.tree.map(np.testing.assert_array_equal, state["params"]["autoencoder"], variables["params"])
+  own = base.get_config().autoencoder
+  own.update(name="tiny-temporal", weights=path)
+  if layout == "open-sora-vae":  # ours has no place for them
+    with pytest.raises(CheckpointError, match=r"'shift' was made with other numbers \(1, 2, 3, 4\) than .*fields\.shift"):
+      load_codec(own)
+  own.fields = {"shift": (1.0, 2.0, 3.0, 4.0)}
+  jax.tree.map(np.testing.assert_array_equal, load_codec(own).variables, variables)
 
 
 def test_a_crop_that_some_clip_is_too_small_for_is_refused_at_the_start(assets, tmp_path):
