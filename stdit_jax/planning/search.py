@@ -185,7 +185,8 @@ def fragment(stages, found, equal, topology, command):
     "",
     " \\\\\n".join(textwrap.wrap(command, 120, initial_indent="  ", subsequent_indent="      ", break_on_hyphens=False)),
     "",
-    "LARGEST fills the memory; EQUAL makes the steps of all buckets take about the same time. A stage takes them up by",
+    "LARGEST fills the memory; EQUAL makes the steps of all buckets take about the same time. A stage takes them up, on the",
+    "mesh of that command, by",
     "  dict(name=..., steps=..., **EQUAL[name])",
     '"""',
   ]

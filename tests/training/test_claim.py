@@ -46,7 +46,7 @@ def test_of_this_machine(tmp_path):
       pass
     assert json.loads((tmp_path / NAME).read_text())["process"] == holder.pid
     holder.send_signal(signal.SIGKILL)
-    time.sleep(0.2)
+    os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)
     with claim(tmp_path, print):  # not reaped yet
       assert json.loads((tmp_path / NAME).read_text())["process"] == os.getpid()
   finally:
