@@ -4,7 +4,8 @@
 
 Every key of the configuration is in configs/base.py. Stop it at any time: the same command resumes from the newest
 checkpoint in `output`. On a pod the same command runs on every host (see launch/). Exit codes: 0 finished, 2 a mistake that
-the message names, 75 stopped by SIGTERM or because a process hangs or is gone: start it again, 130 interrupted.
+the message names, 75 stopped by SIGTERM, or a process hangs or is gone, or the bucket gives no answer: start it again, 130
+interrupted.
 """
 
 import contextlib

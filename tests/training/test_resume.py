@@ -5,6 +5,7 @@
 
 import json
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -17,8 +18,10 @@ import orbax.checkpoint as ocp
 import pytest
 
 from stdit_jax import convert, sample
+from stdit_jax.cli import InputError
 from stdit_jax.training.checkpoints import Checkpoints, DamagedCheckpointError, load_weights
 from stdit_jax.training.loop import Run
+from stdit_jax.training.watchdog import StartAgain
 from tests.object_store import BUCKET
 from tests.tiny_run import ROOT, environment, small_autoencoder, tiny_config, write_config
 
@@ -192,6 +195,23 @@ def metrics_steps(output):
 
 def largest_file(folder):
   return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+@pytest.mark.parametrize(
+  ("kind", "text", "raised"),
+  [
+    (ValueError, "UNAVAILABLE: connection reset", StartAgain),
+    (OSError, "the bucket gives no answer or an error (503)", StartAgain),
+    (PermissionError, "no permission, or not signed in", InputError),
+  ],
+)
+def test_what_a_bucket_says_may_pass(store, tmp_path, kind, text, raised):
+  """A run that can't save ends for good only where somebody has to mend something; on a disk that is always so."""
+  for folder, expected in ((f"gs://{BUCKET}/passing", raised), (tmp_path, InputError)):
+    checkpoints = Checkpoints(folder)
+    with pytest.raises(expected, match=re.escape(text)), checkpoints._writing():
+      raise kind(text)
+    checkpoints.close()
 
 
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning_and_kept(assets, left_alone, capfd):
