@@ -14,7 +14,7 @@ from configs import base
 
 
 def get_config():
-  """The 2B model's autoencoder on a mesh whose `sequence` axis of 8 devices splits the long clips."""
+  """The 2B model's autoencoder on 64 devices, of which every 8, the mesh's `sequence` axis, share a long clip."""
   config = base.get_config()
   config.output = "runs/cogvideox_vae"
   config.task = "autoencoder"
@@ -29,7 +29,7 @@ def get_config():
   config.stages = (
     dict(name="reconstruction", steps=5000),
     dict(name="adversary", steps=95_000, **adversary),
-    # Of the long clips every device has some 20 frames.
+    # On 64 devices each long clip lies on eight of them, some 20 frames on each; with fewer devices lower the batches.
     dict(
       name="long", steps=20_000,
       **adversary,
