@@ -16,9 +16,9 @@ the file for denoisers is written:
 
 The plain recipe to compare with: --config.autoencoder.perceptual_weight=0 and another --config.output.
 
-data/film/video_autoencoder.safetensors is this run's last checkpoint, 8,000 steps: seven minutes of an H100 (50 ms a step, of
-which the GPU works less than half: it waits for kernels to be launched, so larger batches would cost it nothing); on two
-cores about half a day, by the time of its first steps. What it keeps of the held-out scenes at 8 frames a second, 33 clips:
+data/film/video_autoencoder.safetensors is this run's last checkpoint, 8,000 steps: seven minutes of an H100 (50 ms a step; two
+trainings at once kept that rate, so the GPU was not what limited it, and larger batches may cost nothing there); on two cores
+about half a day, computed from the time of some steps. What it keeps of the held-out scenes at 8 frames a second, 33 clips:
 
                                            PSNR dB   perceptual   latents per value
     image autoencoder, every frame           25.34      0.01284             0.0208
