@@ -28,7 +28,8 @@ def get_config():
   config.init = ""
   config.init_strict = True  # False: load what fits, report the rest
   # "auto": the newest checkpoint of `output` that can be read, or from the start without any; "required": never from the
-  # start; "1200": that of step 1200. Newer ones are moved to `<output>/set-aside`.
+  # start; "1200": that of step 1200. Newer ones are moved to `<output>/set-aside`;
+  # the same command goes on, afterwards, from the newest.
   config.resume = "auto"
   config.restart_data = False  # start the data order anew when the table, the buckets or the model changed since the checkpoint
 

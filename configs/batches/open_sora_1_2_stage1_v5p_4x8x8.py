@@ -4,8 +4,8 @@
       --write-buckets configs/batches/open_sora_1_2_stage1_v5p_4x8x8.py
 
 LARGEST fills the memory (240p x 1, 256 x 1 and 144p x 1 were searched again when plan counted the batch that the host
-makes meanwhile; the others leave room for it); EQUAL makes the steps of all buckets take about the same time. A stage takes
-them up, on the mesh of that command, by
+makes meanwhile; the others leave room for it by arithmetic, and are older); EQUAL makes the steps of all buckets take about
+the same time. A stage takes them up, on the mesh of that command, by
   dict(name=..., steps=..., **EQUAL[name])
 """
 
