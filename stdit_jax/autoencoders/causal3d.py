@@ -23,7 +23,7 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec
 
 from stdit_jax import fields
-from stdit_jax.autoencoders.layers import Frames, GroupNorm, check_latents, double, half, init_like_torch
+from stdit_jax.autoencoders.layers import Conv3D, Frames, GroupNorm, check_latents, double, half, init_like_torch
 
 STATISTICS = ("chunks", "clip")
 
@@ -151,7 +151,7 @@ class CausalConv(nn.Module):
         self.put_variable("past", "frames", x[:, -past:])
     side = self.size // 2
     padding = ((0, 0), (side, side), (side, side))
-    return nn.Conv(self.features, (self.size,) * 3, padding=padding, dtype=self.dtype, name="conv")(x)
+    return Conv3D(self.features, (self.size,) * 3, padding=padding, dtype=self.dtype, name="conv")(x)
 
 
 class SpatialNorm(nn.Module):
@@ -195,7 +195,7 @@ class ResnetBlock(nn.Module):
     h = CausalConv(self.features, dtype=self.dtype, name="conv1")(nn.silu(norm("norm1", x)), frames)
     h = CausalConv(self.features, dtype=self.dtype, name="conv2")(nn.silu(norm("norm2", h)), frames)
     if x.shape[-1] != self.features:
-      x = nn.Conv(self.features, (1, 1, 1), dtype=self.dtype, name="conv_shortcut")(x)
+      x = Conv3D(self.features, (1, 1, 1), dtype=self.dtype, name="conv_shortcut")(x)
     return x + h
 
 
@@ -213,7 +213,7 @@ class Downsampler(nn.Module):
       x = jnp.concatenate([x[:, :first], pairs.mean(2).astype(x.dtype)], axis=1)
       frames = frames.scaled(half)
     padding = ((0, 0), (0, 1), (0, 1))
-    return nn.Conv(x.shape[-1], (1, 3, 3), (1, 2, 2), padding, dtype=self.dtype, name="conv")(x), frames
+    return Conv3D(x.shape[-1], (1, 3, 3), (1, 2, 2), padding, dtype=self.dtype, name="conv")(x), frames
 
 
 class Upsampler(nn.Module):
@@ -229,7 +229,7 @@ class Upsampler(nn.Module):
       x = jnp.concatenate([x[:, :first], jnp.repeat(x[:, first:], 2, axis=1)], axis=1)
       frames = frames.scaled(double)
     x = jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3)
-    return nn.Conv(x.shape[-1], (1, 3, 3), padding=((0, 0), (1, 1), (1, 1)), dtype=self.dtype, name="conv")(x), frames
+    return Conv3D(x.shape[-1], (1, 3, 3), padding=((0, 0), (1, 1), (1, 1)), dtype=self.dtype, name="conv")(x), frames
 
 
 class Level(nn.Module):

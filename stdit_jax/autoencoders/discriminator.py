@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from stdit_jax import fields
-from stdit_jax.autoencoders.layers import GroupNorm
+from stdit_jax.autoencoders.layers import Conv3D, GroupNorm
 from stdit_jax.parallel.shardings import Layout, constrain
 
 _MOST = 8  # times the features of the first layer
@@ -64,7 +64,7 @@ class Discriminator(nn.Module):
 
     def conv(name, x, features, stride, bias=True):
       sides = ((1, 1), (1, 2), (1, 2)) if stride == 1 else ((1, 1), (1, 1), (1, 1))
-      x = nn.Conv(features, (3, 4, 4), (stride,) * 3, sides, use_bias=bias, dtype=self.dtype, name=name)(x)
+      x = Conv3D(features, (3, 4, 4), (stride,) * 3, sides, use_bias=bias, dtype=self.dtype, name=name)(x)
       return constrain(x, self.layout, *_AXES)
 
     x = nn.leaky_relu(conv("conv_0", constrain(x, self.layout, *_AXES), c.features, 2), 0.2)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from stdit_jax.autoencoders.image_kl import to_float
+from stdit_jax.autoencoders.layers import Conv3D
 from stdit_jax.interop import load_variables
 
 FRAMES, SIDE, CLASSES = 16, 224, 400
@@ -35,7 +36,7 @@ POOLS = {"Mixed_4b": 3, "Mixed_5b": 2}  # window of the pool before a block, in 
 
 def _conv(name, x, features, size=1, stride=1):
   # Values come from a file: to draw them first would only cost tracing.
-  return nn.Conv(features, (size,) * 3, stride, "SAME", kernel_init=nn.initializers.zeros, name=name)(x)
+  return Conv3D(features, (size,) * 3, stride, "SAME", kernel_init=nn.initializers.zeros, name=name)(x)
 
 
 def _unit(*args):

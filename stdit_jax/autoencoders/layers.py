@@ -1,6 +1,7 @@
 """Layers that several autoencoders share, over pictures `[N, H, W, C]` and clips `[N, T, H, W, C]`."""
 
 import dataclasses
+import functools
 
 import flax
 import jax
@@ -87,6 +88,61 @@ class Frames:
     # The frame before goes where device 0 has the first one.
     later = [past[:, :1], past, x[:, 1:]] if self.first else [past, x]
     return jnp.where(jax.lax.axis_index(self.axis_name) == 0, start, jnp.concatenate(later, axis=1))
+
+
+def conv3d(x, kernel, strides, padding, *_, **__):
+  """Convolution of clips `[N, T, H, W, C]` in time and space, as `nn.Conv` asks for it, without dilation and groups.
+
+  On CPUs it is a sum of convolutions of frames, one for each place of the kernel in time: XLA's convolution in three dimensions
+  is 2 to 5 times slower there, its gradients with strides 25 times (tests/benchmarks/convolution.py).
+  """
+  if isinstance(padding, str):
+    padding = jax.lax.padtype_to_pads(x.shape[1:-1], kernel.shape[:3], strides, padding)
+  return _conv3d(x, kernel, tuple(strides), tuple(map(tuple, padding)))
+
+
+def _whole(x, kernel, strides, padding):
+  return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=("NDHWC", "DHWIO", "NDHWC"))
+
+
+def _frame_by_frame(x, kernel, strides, padding):
+  dtype, (x, kernel) = x.dtype, (value.astype(jnp.float32) for value in (x, kernel))  # a sum is rounded once
+  x = jnp.pad(x, ((0, 0), padding[0], (0, 0), (0, 0), (0, 0)))
+  last = x.shape[1] - len(kernel)
+  of_frames = functools.partial(
+    jax.lax.conv_general_dilated, window_strides=strides[1:], padding=padding[1:], dimension_numbers=("NHWC", "HWIO", "NHWC")
+  )
+  parts = []
+  for i, place in enumerate(kernel):
+    frames = x[:, i : i + last + 1 : strides[0]]
+    parts.append(of_frames(frames.reshape(-1, *frames.shape[2:]), place))
+  return sum(parts).astype(dtype).reshape(*frames.shape[:2], *parts[0].shape[1:])
+
+
+# Gradients choose for themselves: differentiated, a choice keeps what each of its branches wants to remember.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _conv3d(x, kernel, *how):
+  return _by_platform(lambda conv: lambda *args: conv(*args, *how), x, kernel)
+
+
+def _conv3d_forward(x, kernel, *how):
+  return _conv3d(x, kernel, *how), (x, kernel)
+
+
+def _conv3d_backward(*args):
+  *how, inputs, gradient = args
+  return _by_platform(lambda conv: lambda g, *inputs: jax.vjp(lambda *xs: conv(*xs, *how), *inputs)[1](g), gradient, *inputs)
+
+
+_conv3d.defvjp(_conv3d_forward, _conv3d_backward)
+
+
+def _by_platform(make, *args):
+  """`make(conv)(*args)` with the one of the two that is faster where the program will run."""
+  return jax.lax.platform_dependent(*args, cpu=make(_frame_by_frame), default=make(_whole))
+
+
+Conv3D = functools.partial(nn.Conv, conv_general_dilated=conv3d)
 
 
 class GroupNorm(nn.Module):

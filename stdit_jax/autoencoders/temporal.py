@@ -22,9 +22,10 @@ from flax import linen as nn
 
 from stdit_jax import fields
 from stdit_jax.autoencoders import image_kl
-from stdit_jax.autoencoders.layers import GroupNorm, check_latents, init_like_torch
+from stdit_jax.autoencoders.layers import Conv3D, GroupNorm, check_latents, init_like_torch
 
 CHUNK = 17
+FIRST_LOGVAR = -8.0  # of an autoencoder with a shortcut
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +37,9 @@ class TemporalConfig:
     latent_channels: of the image latents and of its own; filters: channels of the first level.
     channel_multipliers: of the levels; temporal_downsample: whether time is halved after a level.
     chunk: frames that are encoded together, 0: the whole clip.
+    shortcut: two linear maps beside the network, of the frames of a latent to its mean and back, which begin as the average
+      and its repetition: the network learns what these leave over (residual autoencoding: DC-AE, Chen et al. 2024, section
+      3.2, there without weights). The original has none: its code could not read what is exported, names of ours among its own.
     shift, scale: one number or one per channel: what denoisers see is (z - shift) / scale.
   """
 
@@ -47,6 +51,7 @@ class TemporalConfig:
   temporal_downsample: tuple[bool, ...] = (False, True, True)
   num_groups: int = 32
   chunk: int = CHUNK
+  shortcut: bool = False
   shift: float | tuple[float, ...] = (-0.10, 0.34, 0.27, 0.98)
   scale: float | tuple[float, ...] = (3.85, 2.32, 2.33, 3.06)
   scaling_factor = 1.0
@@ -140,7 +145,7 @@ class CausalConv(nn.Module):
     side = self.size // 2
     padding = ((self.size - self.stride if self.size > 1 else 0, 0), (side, side), (side, side))
     size, strides = (self.size,) * 3, (self.stride, 1, 1)
-    return nn.Conv(self.features, size, strides, padding, use_bias=self.bias, dtype=self.dtype, name="conv")(x)
+    return Conv3D(self.features, size, strides, padding, use_bias=self.bias, dtype=self.dtype, name="conv")(x)
 
 
 class ResBlock(nn.Module):
@@ -210,17 +215,25 @@ class Temporal(nn.Module):
     self.encoder, self.decoder = Encoder(self.config, self.dtype), Decoder(self.config, self.dtype)
     self.quant_conv = CausalConv(2 * self.config.latent_channels, 1, dtype=self.dtype)
     self.post_quant_conv = CausalConv(self.config.latent_channels, 1, dtype=self.dtype)
+    if self.config.shortcut:
+      self.shortcut_encoder = nn.Dense(self.config.latent_channels, use_bias=False, dtype=self.dtype)
+      self.shortcut_decoder = nn.Dense(self.config.factor * self.config.latent_channels, use_bias=False, dtype=self.dtype)
 
   def encode(self, x):
     """Image latents `[N, T, h, w, C]` -> posterior (mean, logvar), float32 `[N, ceil(T / 4), h, w, C]`; logvar is clipped to
     [-30, 20]."""
-    x = jnp.pad(x, ((0, 0), (-x.shape[1] % self.config.factor, 0), (0, 0), (0, 0), (0, 0)))
-    mean, logvar = jnp.split(self.quant_conv(self.encoder(x)).astype(jnp.float32), 2, axis=-1)
+    front = (0, 0), (-x.shape[1] % self.config.factor, 0), (0, 0), (0, 0), (0, 0)
+    mean, logvar = jnp.split(self.quant_conv(self.encoder(jnp.pad(x, front))).astype(jnp.float32), 2, axis=-1)
+    if self.config.shortcut:
+      groups = einops.rearrange(jnp.pad(x, front, "edge"), "n (t s) h w c -> n t h w (s c)", s=self.config.factor)
+      mean += self.shortcut_encoder(groups)
     return mean, jnp.clip(logvar, -30.0, 20.0)
 
   def decode(self, z, num_frames):
     """Latents `[N, T', h, w, C]` -> image latents, float32 `[N, num_frames, h, w, C]`."""
     x = self.decoder(self.post_quant_conv(z)).astype(jnp.float32)
+    if self.config.shortcut:
+      x += einops.rearrange(self.shortcut_decoder(z), "n t h w (s c) -> n (t s) h w c", s=self.config.factor)
     return x[:, -num_frames % self.config.factor :]
 
 
@@ -310,5 +323,14 @@ def build(config, dtype=jnp.float32):
 
 
 def init(model, key):
-  """Fresh variables {"params": ...}, as the original starts."""
-  return init_like_torch(init_shapes(model.config), key)
+  """Fresh variables {"params": ...}, as the original starts; beside a shortcut the network's last layers start at zero."""
+  variables = init_like_torch(init_shapes(model.config), key)
+  if model.config.shortcut:
+    own, same = variables["params"]["temporal"], jnp.eye(model.config.latent_channels)
+    own["shortcut_encoder"]["kernel"] = jnp.tile(same, (model.config.factor, 1)) / model.config.factor
+    own["shortcut_decoder"]["kernel"] = jnp.tile(same, (1, model.config.factor))
+    for last in (own["quant_conv"]["conv"], own["decoder"]["conv_out"]["conv"]):
+      last.update(jax.tree.map(jnp.zeros_like, last))
+    # Of variances of 1 nothing could be decoded.
+    own["quant_conv"]["conv"]["bias"] = jnp.repeat(jnp.asarray([0.0, FIRST_LOGVAR]), model.config.latent_channels)
+  return variables

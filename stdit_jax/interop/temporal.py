@@ -23,6 +23,7 @@ _REST = (
   ("decoder/conv_out/conv", "decoder.conv_out.conv", "conv3d"),
   ("quant_conv/conv", "quant_conv.conv", "conv3d"),
   ("post_quant_conv/conv", "post_quant_conv.conv", "conv3d"),
+  ("shortcut_{part}", "shortcut_{part}", "linear"),  # ours alone: the original's code knows none
 )
 _TEMPORAL = (
   *((f"{ours}/{leaf}", f"{theirs}.{name}", kind) for ours, theirs in _BLOCK_AT for leaf, name, kind in _BLOCK),

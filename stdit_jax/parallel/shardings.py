@@ -146,7 +146,7 @@ RULES = (
   (r"token_embedding$", P(None, "fsdp")),
   (r"(relative_bias|final_norm/scale)$", P()),
   # autoencoders, and what trains them, are small: whole on every device
-  (r"(^|/)(encoder|decoder|quant_conv|post_quant_conv|discriminator|perceptual)/", P()),
+  (r"(^|/)((shortcut_)?(encoder|decoder)|quant_conv|post_quant_conv|discriminator|perceptual)/", P()),
 )
 
 

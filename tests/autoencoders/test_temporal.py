@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from stdit_jax.autoencoders import image_kl, losses, temporal
-from stdit_jax.interop import load_variables
+from stdit_jax.interop import CheckpointError, load_variables, open_checkpoint, save_variables
+from stdit_jax.interop.models import FAMILIES
 from tests.helpers import QUICK_COMPILE, REFERENCE, load_golden, load_json, relative_error, to_ours
+from tests.interop.test_layouts import random_tree
 
 golden = functools.cache(load_golden)
 LENGTHS = golden("vae_temporal_tiny_cases")[1]["cases"]
@@ -113,3 +115,39 @@ def test_latent_sizes():
     frames, *size = row["input"]
     for config, expected in ((temporal.TABLE["open-sora-1.2"], row["latent"]), (whole, row["latent_no_micro"])):
       assert [config.latent_frames(frames), *config.latent_size(*size)] == expected
+
+
+def test_a_shortcut_begins_as_the_average():
+  """Before training: latents are averages of frames, what is decoded repeats them, and pictures come back as they are."""
+  model = temporal.build(temporal.get_config("tiny-temporal", shortcut=True))
+  variables = temporal.init(model, jax.random.key(0))
+  x = jax.random.normal(jax.random.key(1), (2, 9, 4, 6, 4))
+  mean, logvar = call(model, variables, "encode_latents", x)
+  averages = jnp.stack([x[:, 0], x[:, 1:5].mean(1), x[:, 5:].mean(1)], 1)
+  np.testing.assert_allclose(mean, averages, atol=1e-6)
+  np.testing.assert_array_equal(logvar, temporal.FIRST_LOGVAR)
+  again = call(model, variables, "decode_latents", mean, num_frames=9)
+  np.testing.assert_allclose(again, averages[:, np.asarray([0, 1, 1, 1, 1, 2, 2, 2, 2])], atol=1e-6)
+
+  def error(variables):
+    mean, logvar = model.apply(variables, x, method="encode_latents")
+    decoded = model.apply(variables, mean, num_frames=9, method="decode_latents")
+    return jnp.square(decoded - x).mean() + 1e-3 * jnp.square(logvar).mean()
+
+  gradients = jax.jit(jax.grad(error), compiler_options=QUICK_COMPILE)(variables)["params"]["temporal"]
+  for path in (("quant_conv", "conv"), ("decoder", "conv_out", "conv"), ("shortcut_encoder",), ("shortcut_decoder",)):
+    leaf = functools.reduce(lambda tree, name: tree[name], (*path, "kernel"), gradients)
+    assert (np.abs(leaf) > 0).all()
+
+
+def test_a_shortcut_in_a_file(tmp_path):
+  """Under names beside those of the original; files without it are of another model, and so the other way round."""
+  config, path = temporal.get_config("tiny-temporal", shortcut=True), tmp_path / "x.safetensors"
+  tree = random_tree(temporal.init_shapes(config))
+  save_variables(path, "open-sora-vae", tree, config=config)
+  own = {name for name in open_checkpoint(path).tensors if name.startswith("temporal_vae.shortcut")}
+  assert own == {"temporal_vae.shortcut_encoder.weight", "temporal_vae.shortcut_decoder.weight"}
+  loaded = load_variables(path, FAMILIES[temporal.__name__], temporal.init_shapes(config), config=config)
+  assert all(map(np.array_equal, jax.tree.leaves(loaded), jax.tree.leaves(tree)))
+  with pytest.raises(CheckpointError, match="shortcut_encoder"):
+    load_variables(path, "open-sora-vae", temporal.init_shapes(temporal.TABLE["tiny-temporal"]))
