@@ -53,8 +53,11 @@ def get_config():
     # stdit_jax/training/autoencoding.py says.
     crop=128, reconstruction="l1", reconstruction_weight=1.0, kl_weight=1e-6, latent_weight=0.0, identity_weight=0.0,
     perceptual_weight=0.0, adversarial_weight=0.0, adaptive=True,
+    # Pixels of so many frames of a clip, drawn anew every time, are decoded and compared, 0: of all (Open-Sora 1.2's kind only,
+    # whose image autoencoder knows single frames and costs most).
+    pixel_frames=0,
     image_weights="",  # of Open-Sora 1.2's image autoencoder, to begin with (safetensors of it alone)
-    # stdit_jax/autoencoders/perceptual.py; frames: of so many frames of a clip, drawn anew every time, 0: of all.
+    # stdit_jax/autoencoders/perceptual.py; frames: of so many of these, drawn again, 0: of all.
     perceptual=dict(name="vgg16-lpips", weights="", sha256="", frames=0),
     discriminator=ml_collections.ConfigDict(),  # fields of stdit_jax.autoencoders.discriminator.DiscriminatorConfig
   )  # fmt: skip

@@ -26,6 +26,7 @@ class Purpose(enum.IntEnum):
   SAMPLING_STEP = 6
   FRAME_NOISE = 7
   PERCEPTUAL_FRAMES = 8
+  PIXEL_FRAMES = 9
 
 
 def sample_keys(seed, sample_id, purpose):

@@ -40,7 +40,8 @@ class AutoencoderObjective(Objective):
     perceptual: `perceptual.distance` of every frame;
     adversarial: what the discriminator says, times `discriminator.adaptive_weight` if `adaptive`. The discriminator's own loss
       is added: each network gets the gradient of its own terms, and both step at once.
-  Where no term looks at pixels they are not decoded. A term begins with the stage that gives it a weight above 0.
+  Where no term looks at pixels they are not decoded, else of `autoencoder.pixel_frames` frames. A term begins with the stage
+  that gives it a weight above 0.
   """
 
   def __init__(self, config):
@@ -63,6 +64,12 @@ class AutoencoderObjective(Objective):
           f"config: autoencoder.{name}_weight is {self.weights[name]}, but {own.name!r} has no image autoencoder inside as "
           "Open-Sora 1.2's has: set it to 0"
         )
+    for name, count in (("pixel_frames", own.pixel_frames), ("perceptual.frames", own.perceptual.frames)):
+      if count < 0:
+        raise ValueError(f"config: autoencoder.{name} is {count}; allowed: frames of a clip, or 0 for all")
+    if own.pixel_frames and (self.module is not temporal or self.weights["adversarial"]):
+      what = "the discriminator looks at whole clips" if self.module is temporal else f"{own.name!r} decodes them together"
+      raise ValueError(f"config: autoencoder.pixel_frames is {own.pixel_frames}, but {what}: set it to 0 for all frames")
     if own.image_weights and self.module is not temporal:
       raise ValueError(f"config: autoencoder.image_weights is given, but {own.name!r} has no image autoencoder inside")
     if not any(self.weights[name] for name in WEIGHTS):
@@ -156,6 +163,9 @@ class AutoencoderObjective(Objective):
         values["identity"] = losses.reconstruction_error(made["latents"], made["image_latents"])
         loss += weights["identity"] * values["identity"]
     if self.decodes:
+      if self.module is temporal:
+        count = self.config.autoencoder.pixel_frames
+        made["again"], frames = self._some_frames(count, Purpose.PIXEL_FRAMES, batch, made["again"], frames)
       made["pixels"] = self._decode(params, made, layout)
       of_pixels, more = self._pixel_terms(frozen, made["pixels"], frames, batch, layout)
       loss, values = loss + of_pixels, values | more
@@ -168,17 +178,19 @@ class AutoencoderObjective(Objective):
     values = {"reconstruction": error, "squared_error": losses.reconstruction_error(pixels, frames, "l2")}
     loss = self.weights["reconstruction"] * error
     if self.weights["perceptual"]:
-      pixels, frames = self._some_frames(batch, pixels, frames)
+      # Its network costs more than the autoencoder.
+      count = self.config.autoencoder.perceptual.frames
+      pixels, frames = self._some_frames(count, Purpose.PERCEPTUAL_FRAMES, batch, pixels, frames)
       values["perceptual"] = self._distance(frozen["perceptual"], layout, pixels, frames).mean(1)
       loss += self.weights["perceptual"] * values["perceptual"]
     return loss, values
 
-  def _some_frames(self, batch, *clips):
-    """Of clips `[B, T, ...]` the frames whose perceptual distance counts: its network costs more than the autoencoder."""
-    total, count = clips[0].shape[1], self.config.autoencoder.perceptual.frames
+  def _some_frames(self, count, purpose, batch, *clips):
+    """Of clips `[B, T, ...]` the same `count` frames, drawn for each sample; 0: all."""
+    total = clips[0].shape[1]
     if not 0 < count < total:
       return clips
-    keys = sample_keys(self.config.seed, batch["sample_id"], Purpose.PERCEPTUAL_FRAMES)
+    keys = sample_keys(self.config.seed, batch["sample_id"], purpose)
     numbers = jax.vmap(lambda key: jax.random.choice(key, total, (count,), replace=False))(keys)
     return [jnp.take_along_axis(clip, numbers[:, :, None, None, None], axis=1) for clip in clips]
 

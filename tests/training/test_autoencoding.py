@@ -1,5 +1,6 @@
 """Training autoencoders of pictures and videos: every term of the loss, the adversary, whole runs of them."""
 
+import itertools
 import json
 import pathlib
 
@@ -14,6 +15,7 @@ from configs import base, cogvideox_vae, open_sora_1_2_vae
 from data.config import DataConfig
 from stdit_jax.autoencoders import discriminator, image_kl, perceptual, temporal
 from stdit_jax.convert import main as convert
+from stdit_jax.diffusion.noise import Purpose
 from stdit_jax.interop import CheckpointError, save_variables
 from stdit_jax.interop.models import FAMILIES
 from stdit_jax.parallel.mesh import AXES
@@ -134,18 +136,36 @@ class TorchDiscriminator(torch.nn.Module):
 
 def test_the_perceptual_distance_of_some_frames():
   """Each sample's own, of the whole clip's frames, in both clips the same ones."""
-  one = objective("tiny-kl-f8")
-  with one.config.unlocked():
-    one.config.autoencoder.perceptual.frames = 3
+  one, purpose = objective("tiny-kl-f8"), Purpose.PERCEPTUAL_FRAMES
   numbers = jnp.broadcast_to(jnp.arange(9.0)[None, :, None, None, None], (4, 9, 1, 1, 1))
   batch = {"sample_id": np.asarray([[0, i] for i in range(4)], np.uint32)}
-  a, b = (np.asarray(part)[..., 0, 0, 0] for part in one._some_frames(batch, numbers, 10 * numbers))
+  a, b = (np.asarray(part)[..., 0, 0, 0] for part in one._some_frames(3, purpose, batch, numbers, 10 * numbers))
   np.testing.assert_array_equal(b, 10 * a)
   assert all(len(set(row)) == 3 for row in a.tolist())
   assert len({tuple(row) for row in a.tolist()}) > 1
-  with one.config.unlocked():
-    one.config.autoencoder.perceptual.frames = 9
-  assert one._some_frames(batch, numbers)[0] is numbers
+  for count in (0, 9):
+    assert one._some_frames(count, purpose, batch, numbers)[0] is numbers
+
+
+def test_pixels_of_some_frames():
+  """They are those of the whole clip; a clip is seen whole in latents; over many draws every frame counts as often."""
+  every, some = (objective("tiny-temporal", sample_posterior=False, pixel_frames=count) for count in (0, 2))
+  every.weights["kl"] = some.weights["kl"] = 0.0
+  params, frozen = variables(every)
+  clips = image_kl.to_float(batch(5)["pixels"])
+  made, _, _ = jax.jit(every.model.apply)({"params": params["autoencoder"]}, clips)
+  of_frames = np.square(np.asarray(made) - np.asarray(clips)).mean((2, 3, 4))
+  seen = []
+  run = jax.jit(some.loss)
+  for i in range(20):
+    loss, values = run(params, frozen, batch(5) | {"sample_id": jnp.asarray([[i, 0], [i, 1]], jnp.uint32)})
+    for sample in range(2):
+      pairs = {pair: of_frames[sample, list(pair)].mean() for pair in itertools.combinations(range(5), 2)}
+      pair = min(pairs, key=lambda pair: abs(pairs[pair] - loss[sample]))
+      np.testing.assert_allclose(loss[sample], pairs[pair], rtol=2e-5)
+      seen += pair
+  assert set(seen) == set(range(5))
+  np.testing.assert_allclose(values["latent"], run_loss(every, params, frozen, batch(5))[1]["latent"], rtol=2e-5)
 
 
 @pytest.mark.parametrize("frames", [1, 5])
@@ -281,6 +301,11 @@ def test_a_video_autoencoder_trains_in_stages(assets, trunk, tmp_path, capsys):
     ({"autoencoder__discriminator": {"feature": 3}}, "discriminator: unknown field 'feature'; allowed: features"),
     ({"autoencoder__name": "tiny-causal3d", "data__buckets": (("144p", 4, 1.0, 2),)}, "clips of 4 frames, which"),
     ({"autoencoder__reconstruction_weight": 0.0, "autoencoder__kl_weight": 0.0}, "all weights of the autoencoder's loss are 0"),
+    ({"autoencoder__pixel_frames": 2}, "pixel_frames is 2, but 'tiny-kl-f8' decodes them together"),
+    ({"autoencoder__pixel_frames": -1}, "pixel_frames is -1; allowed"),
+    ({"autoencoder__perceptual__frames": -3}, "perceptual.frames is -3; allowed"),
+    ({"autoencoder__name": "tiny-temporal", "autoencoder__pixel_frames": 2, "autoencoder__adversarial_weight": 1.0},
+     "discriminator looks at whole clips"),
     ({"autoencoder__image_weights": "/no/file"}, "image_weights is given, but"),
     ({"autoencoder__name": "tiny-temporal", "autoencoder__latent_weight": 1.0}, "autoencoder inside, which would be random"),
     ({"autoencoder__name": "tiny-temporal", "autoencoder__identity_weight": 1.0}, "identity_weight compares with latents"),
