@@ -94,7 +94,7 @@ def conv3d(x, kernel, strides, padding, *_, **__):
   """Convolution of clips `[N, T, H, W, C]` in time and space, as `nn.Conv` asks for it, without dilation and groups.
 
   On CPUs it is a sum of convolutions of frames, one for each place of the kernel in time: XLA's convolution in three dimensions
-  is 2 to 5 times slower there, its gradients with strides 25 times (tests/benchmarks/convolution.py).
+  takes 1.3 to 8 times as long there, and 2 to 15 times with gradients (tests/benchmarks/convolution.py, two cores).
   """
   if isinstance(padding, str):
     padding = jax.lax.padtype_to_pads(x.shape[1:-1], kernel.shape[:3], strides, padding)

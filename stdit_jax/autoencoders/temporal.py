@@ -216,8 +216,8 @@ class Temporal(nn.Module):
     self.quant_conv = CausalConv(2 * self.config.latent_channels, 1, dtype=self.dtype)
     self.post_quant_conv = CausalConv(self.config.latent_channels, 1, dtype=self.dtype)
     if self.config.shortcut:
-      self.shortcut_encoder = nn.Dense(self.config.latent_channels, use_bias=False, dtype=self.dtype)
-      self.shortcut_decoder = nn.Dense(self.config.factor * self.config.latent_channels, use_bias=False, dtype=self.dtype)
+      self.shortcut_encoder = nn.Dense(self.config.latent_channels, use_bias=False, dtype=jnp.float32)
+      self.shortcut_decoder = nn.Dense(self.config.factor * self.config.latent_channels, use_bias=False, dtype=jnp.float32)
 
   def encode(self, x):
     """Image latents `[N, T, h, w, C]` -> posterior (mean, logvar), float32 `[N, ceil(T / 4), h, w, C]`; logvar is clipped to
