@@ -3,7 +3,7 @@
   python -m data.prepare.film --output data/film/prepared
   python -m stdit_jax.interop.fetch hed-vgg16 --output runs/hed.safetensors
   XLA_FLAGS="--xla_force_host_platform_device_count=2 --xla_cpu_multi_thread_eigen=false" \\
-      python -m stdit_jax.train --config configs/film_video_autoencoder.py --config.mesh.data=2    # elsewhere without the flags
+      python -m stdit_jax.train --config configs/film_video_autoencoder.py --config.mesh.data=2  # elsewhere: the config alone
 
 What it keeps of scenes that it has not seen (the image autoencoder saw some of their frames), beside the baseline, in which the
 image autoencoder keeps every fourth frame, so as many numbers. The first also prints shift and scale of the latents, with which

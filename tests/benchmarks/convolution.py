@@ -7,11 +7,11 @@ both ways, forwards and with the two gradients, and how many times longer the fi
 import argparse
 import functools
 import statistics
-import time
 
 import jax
 
 from stdit_jax.autoencoders import layers
+from tests.benchmarks.attention import milliseconds
 
 # name: clip [N, T, H, W], channels in and out, stride and padding in time
 SHAPES = {
@@ -31,12 +31,6 @@ def forward(conv, x, kernel, strides, padding):
 def both(conv, x, kernel, strides, padding):
   y, back = jax.vjp(lambda x, kernel: conv(x, kernel, strides, padding), x, kernel)
   return back(y)
-
-
-def milliseconds(function, *args):
-  started = time.perf_counter()
-  jax.block_until_ready(function(*args))
-  return 1e3 * (time.perf_counter() - started)
 
 
 def main(argv=None):
