@@ -46,8 +46,6 @@ def _if_there(path):
 def autoencoder_identity(config):
   """What decides the latents of pixels, of `autoencoder` of a configuration."""
   fields = dataclasses.asdict(autoencoder_model(config).config)
-  if not fields.get("shortcut", True):
-    del fields["shortcut"]  # caches from before there were any are as good
   return {"name": config.name, "dtype": config.dtype, "fields": _plain(fields), **_if_there(config.weights)}
 
 

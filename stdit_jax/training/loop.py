@@ -464,7 +464,9 @@ class Run:
       began = time.monotonic()
       batch = self._next_batch(rows, make_batch, step)
       say(f"stage {stage.name!r}: the first batch is there after {duration(time.monotonic() - began)}")
-      self._speed.start_stage()  # until here workers start and programs compile: no time of steps
+      # Until here workers start and programs compile: no time of steps.
+      self._speed.start_stage()
+      metrics.start_stage(step)
       while step < stage.start + stage.steps:
         micro_steps = []
         self._profiler.before(step + 1)

@@ -164,12 +164,11 @@ class Metrics:
   """
 
   def __init__(self, output, first_step, total_steps, active=True):
-    self._active, self._total, self.first_step = active, total_steps, first_step
-    self._start = self._last_time = time.monotonic()
-    self._last_step = first_step
+    self._active, self._total = active, total_steps
+    self.start_stage(first_step)
     if not active:
       return
-    self._output, self._folder, self._uploaded = output, output, self._start
+    self._output, self._folder, self._uploaded = output, output, time.monotonic()
     if paths.is_remote(output):
       self._folder = tempfile.mkdtemp(prefix="stdit_jax-")
     path = os.path.join(self._folder, "metrics.jsonl")
@@ -180,13 +179,21 @@ class Metrics:
     self._file = open(path, "a")  # noqa: SIM115 - as long as the run
     self._board = SummaryWriter(os.path.join(self._folder, "tensorboard"), purge_step=first_step or None)
 
+  def start_stage(self, step):
+    """A stage begins to step after `step`. Its own steps say how long the rest takes, not those of stages before it."""
+    self._start = self._last_time = time.monotonic()
+    self._first_step = self._last_step = step
+
   def write(self, step, values, note=""):
-    """Records scalars at optimizer step `step` (1 = after the first) and prints one line with rate and time left."""
+    """Records scalars at optimizer step `step` (1 = after the first) and prints one line with rate and time left.
+
+    The time left is that of all steps to come at the mean rate of the stage so far: a guess where other stages follow.
+    """
     if not self._active:
       return
     now = time.monotonic()
     rate = (step - self._last_step) / max(now - self._last_time, 1e-9)
-    mean_rate = (step - self.first_step) / max(now - self._start, 1e-9)
+    mean_rate = (step - self._first_step) / max(now - self._start, 1e-9)
     self._last_time, self._last_step = now, step
     left = duration((self._total - step) / mean_rate) if mean_rate else "?"
     self.record(step, values)

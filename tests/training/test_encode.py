@@ -265,15 +265,3 @@ def test_mistakes(assets, table, config, tmp_path, capsys):
   strict = write_config(tmp_path / "c.py", assets, tmp_path / "run", **strict)
   with pytest.raises(ValueError, match=r"1 files cannot be decoded, more than data.max_bad_rows allows .0."):
     run(strict, tmp_path / "out", "--epochs", 1)
-
-
-def test_what_was_encoded_before_there_were_shortcuts_is_found(assets, tmp_path):
-  """A field that says of an autoencoder that it has none changes nothing."""
-  without, with_one = (
-    encoding.autoencoder_identity(
-      tiny_config(assets, tmp_path, autoencoder__name="tiny-temporal", autoencoder__fields=f).autoencoder
-    )
-    for f in ({}, {"shortcut": True})
-  )
-  assert "shortcut" not in without["fields"]
-  assert with_one["fields"] == {**without["fields"], "shortcut": True}

@@ -17,7 +17,7 @@ from tests.object_store import BUCKET
 from tests.tiny_run import QUICK_FLAGS as FLAGS
 from tests.tiny_run import ROOT, environment, small_autoencoder, start_processes, write_config
 
-STEPS = 20
+STEPS = 10
 SETTINGS = {"data__buckets": (("64p", 1, 1.0, 8),), "data__drop_last": False, "mesh": {"data": 2, "fsdp": 4}}
 WATCHDOG = {"watchdog": {"timeout": 10.0, "slow_timeout": 120.0}}  # beside other tests a step has taken six seconds
 

@@ -17,7 +17,7 @@ from stdit_jax.interop import CheckpointError, save_variables
 from stdit_jax.training import batches
 from stdit_jax.training.checkpoints import load_weights
 from stdit_jax.training.loop import Run
-from stdit_jax.training.metrics import Averages, Speed, stage_note
+from stdit_jax.training.metrics import Averages, Metrics, Speed, stage_note
 from stdit_jax.training.sampling import Sampler
 from tests.tiny_run import tiny_config
 
@@ -92,6 +92,20 @@ def test_a_stage_says_how_long_it_waited_for_data():
   note = stage_note(steps, seconds, share, config)
   assert "more than 2%; raise data.workers (now 2) or data.read_ahead (now two batches)" in note
   assert "raise" not in stage_note(steps, seconds, 0.019, config)
+
+
+def test_time_left_is_by_the_steps_of_the_stage(tmp_path, monkeypatch, capsys):
+  """Neither compilation before it counts nor the quicker steps of another stage."""
+  now = 0.0
+  monkeypatch.setattr("stdit_jax.training.metrics.time.monotonic", lambda: now)
+  metrics = Metrics(str(tmp_path), 0, 200)
+  for at, step, started in ((1000, 0, True), (1010, 100, False), (1030, 100, True), (1130, 150, False)):
+    now = at
+    metrics.start_stage(step) if started else metrics.write(step, {"loss": 1.0})
+  metrics.close()
+  assert [line.split("  ", 2)[2] for line in capsys.readouterr().out.splitlines()] == [
+    "10.00 steps/s  10 s left", "0.50 steps/s  1:40 left"
+  ]  # fmt: skip
 
 
 def test_every_program_is_traced_once(first):
