@@ -1,6 +1,6 @@
 """Makes videos and images from text, images and videos, with a training run's folder or converted weights.
 
-  python -m stdit_jax.sample --run runs/quickstart --prompt "a gray rabbit in a meadow" --num-frames 16
+  python -m stdit_jax.sample --run runs/quickstart --prompt "a gray rabbit in a meadow" --num-frames 17
   python -m stdit_jax.sample --run runs/quickstart --prompt "the rabbit hops away" --task animate rabbit.png
   python -m stdit_jax.sample --run runs/quickstart --prompt "|0|a meadow|2|a forest" --task endless --loops 4
   python -m stdit_jax.sample --config configs/open_sora_1_2.py --weights stdit3.safetensors --text-encoder t5-xxl/ \\
