@@ -28,7 +28,7 @@ def get_config():
     name="small-temporal", weights="data/film/video_autoencoder.safetensors", sample_posterior=False, cache_gb=0.5,
     micro_batch=6,  # frames at a time: 17 are three times six, nearly
   )  # fmt: skip
-  # Mean and deviation of its latents over the film, as evaluate --task autoencoder prints them.
+  # Mean and deviation of its latents over held-out scenes, as evaluate --task autoencoder prints them.
   config.autoencoder.fields = dict(
     shortcut=True, shift=(1.391, 0.001, 0.604, -0.594), scale=(2.09, 4.327, 3.219, 3.248)
   )  # fmt: skip

@@ -15,6 +15,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import tempfile
 
 import numpy as np
@@ -179,6 +180,12 @@ class Part:
     """Numbers of the shards that are not there."""
     return [number for number in range(self.num_shards) if not paths.exists(self.shard(number))]
 
+  def drop(self, keys):
+    """Removes the shards that hold these keys, as far as they are there."""
+    for number in np.unique(np.searchsorted(self.starts, self.position(np.asarray(keys, np.int64))[0], "right") - 1):
+      with contextlib.suppress(FileNotFoundError):
+        os.unlink(self.shard(number))
+
   def position(self, keys):
     """(number of each key's record, whether it is there)."""
     at = np.searchsorted(self.keys, keys)
@@ -216,9 +223,13 @@ class Encoded:
   def __getstate__(self):
     return {"folder": self.folder, "made_from": self.made_from}
 
+  def part_numbers(self):
+    """Numbers of the folders of parts, of which one may have been removed."""
+    return sorted(int(found[1]) for found in (re.fullmatch(r"part-(\d+)", name) for name in paths.names(self.folder)) if found)
+
   @functools.cached_property
   def all_parts(self):
-    folders = [paths.join(self.folder, f"part-{i}") for i in range(len(paths.names(self.folder)))]
+    folders = [paths.join(self.folder, f"part-{i}") for i in self.part_numbers()]
     return [Part(folder) for folder in folders if paths.exists(paths.join(folder, _PART))]
 
   @functools.cached_property
@@ -248,11 +259,16 @@ class Encoded:
 class Cache:
   """What a training reads in place of videos (and of texts, if `text` is there).
 
-  epochs: of the first so many epochs of this plan everything is there. Picklable.
+  Attributes:
+    epochs: of the first so many epochs of this plan everything is there.
+    followed: {epoch: the epoch whose plan it follows}, of a training that went on from there: it keeps them, although more may
+      have been encoded since.
+
+  Picklable.
   """
 
   def __init__(self, latents, text, table, config):
-    self.latents, self.text, self.table, self.config = latents, text, table, config
+    self.latents, self.text, self.table, self.config, self.followed = latents, text, table, config, {}
     identity = plan_identity(config, table)
     self.epochs = min(e.epochs(identity) for e in (latents, text) if e is not None)
     made_for = [m for part in latents.parts for m in part.made_for]
@@ -263,6 +279,8 @@ class Cache:
   def source(self, epoch, plan_of):
     """The epoch whose plan an epoch follows: its own, or, where that asks for clips that are not there, one of the first,
     which go round again. `plan_of`: epoch -> `Plan`. ValueError if there are none to go round."""
+    if epoch in self.followed:
+      return self.followed[epoch]
     if self._holds(epoch, plan_of):
       return epoch
     if not self.epochs:  # with other batch sizes, say: which epochs are there is not recorded
@@ -285,6 +303,10 @@ class Cache:
   def _epochs_like(self, epoch):
     """An epoch, the one that it goes round to, and all that are there: one of them has what is asked for."""
     return filter(self._has_key, dict.fromkeys([epoch, epoch % (self.epochs or self._rounds or 1), *range(self._rounds)]))
+
+  def other_captions(self, epoch):
+    """Whether rows with captions or scores that change with the epoch may have those of an earlier one in this epoch."""
+    return self.text is not None and epoch >= self.epochs and self.table.captions_change(self.config.scores)
 
   def clip(self, epoch, slot_row, row, bucket, ratio):
     """{latents_mean, latents_std (None if only means are there), rate, error} of a row in a bucket."""
@@ -350,7 +372,7 @@ def prepare(folder, kind, made_from, keys, made_for, size_of_records, shard_byte
       _record(same.parts[-1], made_for)
     return None
   starts = _starts(size_of_records(wanted), shard_bytes)
-  part = paths.join(same.folder, f"part-{len(same.all_parts)}")
+  part = paths.join(same.folder, f"part-{max(same.part_numbers(), default=-1) + 1}")
   os.makedirs(part, exist_ok=True)
   with paths.whole(paths.join(part, _KEYS)) as temporary:
     np.save(temporary, wanted)

@@ -92,7 +92,7 @@ def make_loader(config, folder, *, shard=(0, 1), start=0, skip=(), tokenize=None
     raise ValueError(f"data folder {folder} or a table cannot be used: {e.filename or ''} {e.strerror or e}") from None
   shares = _shares(config.parsed_buckets(), shard)
   if cache is None:
-    _check_files(table, first)
+    check_files(table, [first.slot(i)[0] for i in range(min(64, first.num_slots))])
   return Loader(sequence, shares, start, skip, tokenize, epochs)
 
 
@@ -117,9 +117,10 @@ def _rows_per_step(parsed, shares):
   return [(b.batch_size or 0) // count * len(parts) for b, (parts, count) in zip(parsed, shares)]
 
 
-def _check_files(table, first):
-  """A table of another machine, or with a wrong folder, has none of its files: said now rather than row by row."""
-  found = {table.row(first.slot(i)[0]).path for i in range(min(64, first.num_slots))}
+def check_files(table, slot_rows):
+  """ValueError where none of these rows' files is there, as with a table of another machine, a wrong folder or a disk that is
+  away: said now rather than row by row."""
+  found = {table.row(slot_row).path for slot_row in slot_rows}
   if not any(video.is_address(p) or video.is_drawn(p) or paths.exists(p) for p in found):
     raise ValueError(
       f"none of the first {len(found)} files exists, such as {min(found)}; relative paths belong to the table's folder"
@@ -131,7 +132,7 @@ class Loader:
 
   def __init__(self, sequence, shares, start, skip, tokenize, epochs):
     self.plans, self.state, self.skip, self.epochs = sequence, start, frozenset(skip), epochs
-    self.rows_read, self._went_round = 0, False
+    self.rows_read, self._went_round, self._other_captions = 0, False, False
     config, table = sequence.config, sequence.table
     self.rows_per_step = _rows_per_step(config.parsed_buckets(), shares)
     usable = sequence.report(0)
@@ -173,6 +174,10 @@ class Loader:
       self._went_round = True
       place = os.path.dirname(self.plans.cache.latents.folder)
       log.warning("epoch %d asks for clips that %s lacks: it goes round again, as epoch %d", epoch, place, source)
+    if source == epoch and self.plans.cache and self.plans.cache.other_captions(epoch) and not self._other_captions:
+      self._other_captions = True
+      place = os.path.dirname(self.plans.cache.text.folder)
+      log.warning("epoch %d: rows whose caption of this epoch %s lacks have that of an earlier one", epoch, place)
     bucket = current.bucket(index)
     samples = []
     for _ in range(self.rows_per_step[current.bucket_index(index)]):
@@ -232,7 +237,7 @@ class BadRows:
 
 def read_clips(config, table, keys, ahead):
   """Decodes clips in the order of their keys (`latents.clip_keys`), `ahead` of them in advance: an iterator of
-  (key, {pixels, path, fps (the file's, 0 if unknown), error}). Close it.
+  (key, {pixels, path, fps (the file's, 0 if unknown), error, away}). Close it.
 
   Raises RuntimeError for passing I/O errors that last.
   """
@@ -420,18 +425,18 @@ class RowDecoder:
 
 
 class ClipDecoder(RowDecoder):
-  """Key of a clip -> {pixels, path, fps, error}. Picklable."""
+  """Key of a clip -> {pixels, path, fps, error, away (the file is not there)}. Picklable."""
 
   def __call__(self, key):
     clip = latents.unpack(int(key))
     row, num_frames = self.table.row(clip["row"]), clip["num_frames"]
     _, _, size = latents.size_of(clip["resolution"], clip["ratio"])
-    fields = {"path": row.path, "fps": 0.0, "error": "", "pixels": np.zeros((num_frames, *size, 3), np.uint8)}
+    fields = {"path": row.path, "fps": 0.0, "error": "", "away": False, "pixels": np.zeros((num_frames, *size, 3), np.uint8)}
     try:
       fields["fps"] = float(self._rate(row, num_frames))
       fields["pixels"] = self._pixels(row, num_frames, size, clip["window"], clip["row"])
     except video.BadVideo as e:
-      fields["error"] = str(e)
+      fields |= {"error": str(e), "away": isinstance(e, video.Away)}
     except OSError as e:
       raise RuntimeError(f"reading {row.path} failed again and again: {e.strerror or e}") from e
     return fields

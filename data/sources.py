@@ -122,6 +122,10 @@ class Table:
   def num_rows(self):
     return sum(f.num_rows for f in self._files)
 
+  def captions_change(self, scores):
+    """Whether a row may have another caption in another epoch: it has several, or one of these scores."""
+    return any(file.longest("text") > 1 or any(map(file.has, scores)) for file in self._files)
+
   @property
   def fingerprints(self):
     return [p.fingerprint for p in self.parts]
@@ -182,6 +186,14 @@ class _ArrowFile:
 
   def column(self, name):
     return self._table[name].to_numpy()
+
+  def longest(self, name):
+    """The length of the longest list in a column."""
+    return pc.max(pc.list_value_length(self._table[name])).as_py() or 0
+
+  def has(self, name):
+    """Whether a column has any value."""
+    return self._table[name].null_count < self.num_rows
 
   def row(self, i):
     return self._table.slice(i, 1).to_pylist()[0]

@@ -16,13 +16,18 @@ class InputError(ValueError):
 
 @contextlib.contextmanager
 def one_line_errors(kinds=(ValueError, OSError)):
-  """Turns errors about what the user gave into one line on stderr and exit code 2; STDIT_JAX_TRACEBACK=1 shows where."""
+  """Turns errors about what the user gave into one line on stderr and exit code 2, also that a device has too little memory for
+  it; STDIT_JAX_TRACEBACK=1 shows where."""
   try:
     yield
-  except kinds as error:
-    if os.environ.get("STDIT_JAX_TRACEBACK"):
+  except (*kinds, RuntimeError) as error:
+    memory = isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)  # of JAX
+    if os.environ.get("STDIT_JAX_TRACEBACK") or not (memory or isinstance(error, kinds)):
       raise
     text = " ".join(str(error).split()) if not isinstance(error, ValueError) else str(error)
+    if memory:
+      said = str(error).splitlines()[0].rstrip(".")
+      text = f"a device has too little memory: {said}. Take fewer frames or pixels, or more devices"
     print(f"error: {text}", file=sys.stderr)
     raise SystemExit(2) from None
 

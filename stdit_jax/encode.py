@@ -86,6 +86,7 @@ def check(args):
 
 def choose_stages(args):
   """The stages of the configuration that are asked for; `args.text` is decided then."""
+  from stdit_jax.training.autoencoding import autoencoder_model, check_lengths
   from stdit_jax.training.stages import make_stages
   from stdit_jax.training.weights import need_file
 
@@ -105,6 +106,7 @@ def choose_stages(args):
     raise ValueError("--text: text_encoder.where is 'disk', where embeddings are in the table: no training would read these")
   for stage in stages:
     need_file(stage.config.autoencoder.weights, "autoencoder.weights")
+    check_lengths(stage.config, autoencoder_model(stage.config.autoencoder).config)
   if args.text:
     need_file(text.weights, "text_encoder.weights")
   return stages
@@ -134,26 +136,29 @@ def gigabytes(size):
   return f"{size / 1e9:.3g} GB" if size >= 1e8 else f"{size / 1e6:.3g} MB"
 
 
-def encode(work, index, count, say):
-  """Writes the shards of a part that are this process's to write."""
+def estimate(works, index, count, say):
+  """[(work, shards, keys)] that are this process's to write; says before how large they become and how long they take."""
   import numpy as np
 
   from stdit_jax.training.metrics import duration
 
-  part, missing = work.part, work.part.missing()
-  own = [number for number in missing if number % count == index]
-  keys = np.concatenate([part.keys[part.starts[i] : part.starts[i + 1]] for i in own] or [part.keys[:0]])
-  shards = f"{part.num_shards} shards, {part.num_shards - len(missing)} of which are there"
-  say(f"{part.folder}: {work.count(part.keys)}, {gigabytes(work.expected_bytes(part.keys))} in {shards}")
-  if not len(keys):
-    return
-  size, free = work.expected_bytes(keys), shutil.disk_usage(part.folder).free
-  if size > free:
-    raise InputError(f"{gigabytes(size)} are to be written, and {part.folder} has {gigabytes(free)} left")
-  seconds, how = work.measure(keys)
-  time = duration(seconds * work.cost(keys).sum())
-  say(f"{gigabytes(size)} in {len(own)} shards to write, in {time} at the encoder's speed: {how}")
-  write(work, own, keys, shows=say is not quiet)
+  jobs, sizes = [], []
+  for work in works:
+    part, missing = work.part, work.part.missing()
+    own = [number for number in missing if number % count == index]
+    keys = np.concatenate([part.keys[part.starts[i] : part.starts[i + 1]] for i in own] or [part.keys[:0]])
+    shards = f"{part.num_shards} shards, {part.num_shards - len(missing)} of which are there"
+    say(f"{part.folder}: {work.count(part.keys)}, {gigabytes(work.expected_bytes(part.keys))} in {shards}")
+    if own:
+      jobs.append((work, own, keys))
+      sizes.append(work.expected_bytes(keys))
+  if jobs and sum(sizes) > (free := shutil.disk_usage(jobs[0][0].part.folder).free):
+    raise InputError(f"{gigabytes(sum(sizes))} are to be written, and {jobs[0][0].part.folder} has {gigabytes(free)} left")
+  for (work, own, keys), size in zip(jobs, sizes):
+    seconds, how = work.measure(keys)
+    time = duration(seconds * work.cost(keys).sum())
+    say(f"{gigabytes(size)} in {len(own)} shards to write, in {time} at the encoder's speed: {how}")
+  return jobs
 
 
 def quiet(text):
@@ -176,6 +181,10 @@ def write(work, numbers, keys, shows=True):
         bar.update(cost)
       for future in pending:
         future.result()
+    except InputError:  # too many files can't be read
+      pool.shutdown()
+      work.part.drop(work.away)  # those on a disk that is away are not missing for good
+      raise
     finally:
       pool.shutdown(cancel_futures=True)
       writer.close()
@@ -206,19 +215,17 @@ def run(stages, args, index, count):
 
   say = functools.partial(print, flush=True) if args.shard or index == 0 else quiet
   check_platform(stages[0].config.platform)
-  counter, done, bad = TraceCounter(), [], 0
-  for work in make_work(stages, args, counter):
-    if work.part is None:
-      continue
-    encode(work, index, count, say)
+  counter = TraceCounter()
+  works = [work for work in make_work(stages, args, counter) if work.part is not None]
+  for work, own, keys in estimate(works, index, count, say):
+    write(work, own, keys, shows=say is not quiet)
     latents.finish(work.part, work.features)
     counter.check()
-    done.append(work)
-    bad += len(work.bad_rows.found) if work.bad_rows else 0
+  bad = sum(len(work.bad_rows.found) for work in works if work.bad_rows)
   if global_state.client:
     global_state.client.wait_at_barrier("encoded", _FOREVER)  # or the first to end would end the others
-  parts = ", ".join(work.part.folder for work in done if latents.finish(work.part, work.features))
-  left = sum(len(work.part.missing()) for work in done)
+  parts = ", ".join(work.part.folder for work in works if latents.finish(work.part, work.features))
+  left = sum(len(work.part.missing()) for work in works)
   note = f", {bad} files could not be decoded" if bad else ""
   if left:
     say(f"this process's shards are written{note}; {left} are left to others")

@@ -3,8 +3,10 @@
 import subprocess
 import sys
 
+import jax
 import pytest
 
+from stdit_jax.cli import one_line_errors
 from tests.tiny_run import ROOT, environment
 
 COUNT_PAGES = """
@@ -37,3 +39,16 @@ def test_freed_memory_is_kept():
     assert result.returncode == 0, result.stderr
     pages[mode] = float(result.stdout)
   assert pages["keep"] < 0.01 * pages["give back"]
+
+
+def test_too_little_memory_is_one_line(capsys):
+  """Other errors of JAX are none of the user's."""
+  with pytest.raises(SystemExit) as exit, one_line_errors():
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.\nallocations: ...")
+  assert exit.value.code == 2
+  assert capsys.readouterr().err == (
+    "error: a device has too little memory: RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes. Take fewer "
+    "frames or pixels, or more devices\n"
+  )
+  with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), one_line_errors():
+    raise jax.errors.JaxRuntimeError("INTERNAL: something else")

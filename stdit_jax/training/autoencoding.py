@@ -29,6 +29,17 @@ def autoencoder_model(config):
   return module.build(module.get_config(config.name, **config.fields), DTYPES[config.dtype])
 
 
+def check_lengths(config, autoencoder):
+  """Raises ValueError where buckets of a configuration have clips that its autoencoder (its own configuration) does not give
+  back as long as they were."""
+  for bucket in parse_buckets(config.data.buckets):
+    if bucket.batch_size and not autoencoder.keeps(bucket.num_frames):
+      raise ValueError(
+        f"config: bucket {bucket.name} has clips of {bucket.num_frames} frames, which {config.autoencoder.name!r} does not "
+        f"give back; nearest: {codec.nearest_lengths(autoencoder, bucket.num_frames)}"
+      )
+
+
 class AutoencoderObjective(Objective):
   """The losses of an autoencoder over random crops of clips; `params` = autoencoder, and discriminator when there is one.
 
@@ -82,12 +93,7 @@ class AutoencoderObjective(Objective):
         f"config: max_tokens_per_device is {limit}, but autoencoders train on pixels, and their batches are not split: set it "
         "to 0; smaller batches in data.buckets and a larger optimizer.accumulate take less memory"
       )
-    for bucket in parse_buckets(self.config.data.buckets):
-      if bucket.batch_size and not self.model.config.keeps(bucket.num_frames):
-        raise ValueError(
-          f"config: bucket {bucket.name} has clips of {bucket.num_frames} frames, which {own.name!r} does not give back; "
-          f"nearest: {codec.nearest_lengths(self.model.config, bucket.num_frames)}"
-        )
+    check_lengths(self.config, self.model.config)
     if self.weights["adversarial"]:
       if own.adaptive and not (self.weights["reconstruction"] or self.weights["perceptual"]):
         raise ValueError(

@@ -60,6 +60,14 @@ def text_identity(config):
   return {**plain, "tokenizer": tokenizer, "fields": _plain(fields), **_if_there(config.weights)}
 
 
+def tokenizer(config):
+  """The `TokenizeText` of `text_encoder` of a configuration; ValueError where it has ids that the text encoder can't know."""
+  tokenize = TokenizeText(config.tokenizer, config.max_length, config.clean_captions)
+  if (ids := tokenize.vocab_size) > (known := t5.get_config(config.name).vocab_size):
+    raise ValueError(f"config: tokenizer {config.tokenizer!r} has {ids} ids, but text encoder {config.name!r} knows {known}")
+  return tokenize
+
+
 def uses_cached_text(config):
   """Whether a stage finds its embeddings beside its latents: those of an encoder ahead of the step, if they are there."""
   folder = config.data.latents
@@ -146,7 +154,7 @@ class LatentsWork:
     self.features = latents.features_of(
       "latents", self._autoencoder.latent_channels, made_from["dtype"], made_from["log_variance"]
     )
-    self.bad_rows = None
+    self.bad_rows, self.away = None, ()
 
   def _per_clip(self, keys, function):
     """`function(frames, height, width)` of every clip, as an array."""
@@ -193,7 +201,9 @@ class LatentsWork:
     return max(1, -(-_MICRO_BATCHES * codec.micro_batch * devices // num_frames)) if isinstance(codec, ImageCodec) else devices
 
   def measure(self, keys):
-    """(seconds per megapixel of the encoder alone, what it was measured with): one turn of the most frequent clip."""
+    """(seconds per megapixel of the encoder alone, what it was measured with): one turn of the most frequent clip. Raises
+    ValueError where none of the files is there."""
+    loader.check_files(self.source.plans.table, latents.unpack(keys[:: -(-len(keys) // 64)])["row"].tolist())
     values, counts = np.unique(self.cost(keys), return_counts=True)
     key = keys[np.argmax(self.cost(keys) == values[counts.argmax()])]
     fields = latents.unpack(key)
@@ -207,9 +217,10 @@ class LatentsWork:
     return seconds / values[counts.argmax()], f"{name} takes {seconds:.3g} s a clip on {jax.local_device_count()} device(s)"
 
   def records(self, keys):
-    """(key, record) of these clips, in order. Close it. Raises InputError for files that can't be read."""
+    """(key, record) of these clips, in order. Close it. Raises InputError for files that can't be read: `away` are then the
+    keys of those that were not there, which may be on a disk that comes back."""
     data, table = self.source.data, self.source.plans.table
-    self.bad_rows = loader.BadRows(data.max_bad_rows, len(np.unique(latents.unpack(self.part.keys)["row"])))
+    self.bad_rows, self.away = loader.BadRows(data.max_bad_rows, len(np.unique(latents.unpack(keys)["row"]))), []
     largest = int(3e6 * self.cost(keys).max())
     turn = max(self._turn(int(n)) for n in np.unique(latents.unpack(keys)["num_frames"]))
     ahead = data.read_ahead or max(2, min(2 * turn, _AHEAD_BYTES // largest))
@@ -228,6 +239,8 @@ class LatentsWork:
     while True:
       try:
         key, clip = next(clips)
+        if clip["away"]:
+          self.away.append(key)
         self.bad_rows.add(clip["path"], clip["error"])
       except StopIteration:
         break
@@ -261,7 +274,7 @@ class TextWork:
   """The captions that the first epochs of stages ask for, each once, and their embeddings. As `LatentsWork`."""
 
   unit = "captions"
-  bad_rows = None
+  bad_rows, away = None, ()
 
   @staticmethod
   def made_from(source, dtype):
@@ -271,7 +284,7 @@ class TextWork:
   def __init__(self, made_from, members, folder, epochs, shard_bytes):
     self._members, self._config = members, members[0].stage.config.text_encoder
     self._decoders = [loader.RowDecoder(s.data, s.plans.table, None) for s in members]
-    self._tokenize = TokenizeText(self._config.tokenizer, self._config.max_length, self._config.clean_captions)
+    self._tokenize = tokenizer(self._config)
     self._channels = t5.get_config(self._config.name, **self._config.fields).d_model
     self._bytes = self._channels * (4 if made_from["dtype"] == "float32" else 2)
     found = np.concatenate([self._found(number, epochs) for number in range(len(members))])
@@ -341,6 +354,7 @@ class TextWork:
     began = time.monotonic()
     np.asarray(self._start(captions)[1])
     seconds = (time.monotonic() - began) / (_CAPTIONS * jax.local_device_count())
+    del self._embed  # and load it again when its turn comes: until then latents have the memory
     return seconds, f"a caption takes {seconds:.3g} s on {jax.local_device_count()} device(s)"
 
   def records(self, keys):

@@ -24,7 +24,7 @@ from stdit_jax.cli import InputError
 from stdit_jax.parallel.mesh import make_mesh
 from stdit_jax.parallel.shardings import tree_shardings
 from stdit_jax.training import batches, claim, encoding, transition, weights
-from stdit_jax.training.autoencoding import autoencoder_model
+from stdit_jax.training.autoencoding import autoencoder_model, check_lengths
 from stdit_jax.training.checkpoints import CONFIG, Checkpoints, DamagedCheckpointError, from_plain, plain
 from stdit_jax.training.compilation import AheadOfTime
 from stdit_jax.training.metrics import Averages, Metrics, Speed, batch_work, duration, speed_note, stage_note
@@ -175,8 +175,9 @@ class Run:
   def _check_weights(config, objective):
     """Everything that has to be read is there, before anything compiles."""
     if config.task == "denoiser":
-      latent = autoencoder_model(config.autoencoder).config.latent_channels
-      if latent != (taken := objective.model.config.in_channels):
+      autoencoder = autoencoder_model(config.autoencoder).config
+      check_lengths(config, autoencoder)
+      if (latent := autoencoder.latent_channels) != (taken := objective.model.config.in_channels):
         raise ValueError(
           f"config: the autoencoder's latents have {latent} channels, but the denoiser takes {taken} (in_channels)"
         )
@@ -201,7 +202,7 @@ class Run:
           "give autoencoder.image_weights, or init"
         )
     if objective.weights["perceptual"]:
-      weights.need_file(config.autoencoder.perceptual.weights, "autoencoder.perceptual.weights")
+      weights.load_perceptual(config.autoencoder.perceptual)  # only to see it: a wrong file must not end the run days later
 
   # Start or resume.
 
@@ -282,6 +283,7 @@ class Run:
       same = begins or self.data[stage.index].check_same(position["data"], self.config.restart_data)
       if not begins and not self.config.restart_data:
         self._check_place(step, stage, position)
+        self.data[stage.index].follow(position.get("sources", ()))
       shapes = self.state_shapes[made.index], constants(self.frozen_shapes[made.index])
       state, frozen = self.checkpoints.restore(step, *(with_shardings(tree, self.mesh) for tree in shapes))
     except DamagedCheckpointError as error:
@@ -311,7 +313,9 @@ class Run:
     """Writes a checkpoint after `step` optimizer steps."""
     self._beat(f"step {step}: saving", slow=True)
     stage = stage_of(self.stages, step)
-    position = {"step": step, "stage": stage.name, "data": self.data[stage.index].identity(), "skip": self.skip}
+    data, taken = self.data[stage.index], (step - stage.start) * stage.config.optimizer.accumulate
+    position = {"step": step, "stage": stage.name, "data": data.identity(), "skip": self.skip}
+    position["sources"] = data.sources(taken, self.skip.get(stage.name, ()))
     position["config"] = plain(stage_that_made(self.stages, step).config)  # a reader needs the model, and config.json is older
     with self._speed.paused():
       self.checkpoints.save(step, state, constants(frozen), position)

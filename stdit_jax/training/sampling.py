@@ -25,6 +25,10 @@ class Sampler:
     if config.text_encoder.where == "disk":
       raise ValueError("config: sample_every needs a text encoder, but text_encoder.where is 'disk'; set sample_every=0")
     for stage in run.stages:
+      # Also where a training reads latents and embeddings from disk.
+      weights.need_file(stage.config.autoencoder.weights, "autoencoder.weights")
+      if stage.config.text_encoder.where == "ahead":
+        weights.need_file(stage.config.text_encoder.weights, "text_encoder.weights")
       autoencoder, frames = autoencoder_model(stage.config.autoencoder).config, config.sample.num_frames
       if not autoencoder.keeps(frames):
         raise ValueError(

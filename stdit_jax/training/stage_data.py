@@ -8,8 +8,6 @@ from data import paths, plan, sources
 from data.aspect_ratios import SIZES
 from data.config import DataConfig
 from data.loader import make_loader
-from stdit_jax.generation.prompts import TokenizeText
-from stdit_jax.models import t5
 from stdit_jax.parallel.shardings import Layout
 from stdit_jax.training import encoding
 from stdit_jax.training.batches import batch_shapes
@@ -85,10 +83,7 @@ class StageData:
       raise ValueError(f"config: stage {stage.name!r}: {error}") from None
     self._tokenize = None
     if config.task == "denoiser" and config.text_encoder.where != "disk" and not (self.cache and self.cache.text):
-      text = config.text_encoder
-      self._tokenize = TokenizeText(text.tokenizer, text.max_length, text.clean_captions)
-      if (ids := self._tokenize.vocab_size) > (known := t5.get_config(text.name).vocab_size):
-        raise ValueError(f"config: tokenizer {text.tokenizer!r} has {ids} ids, but text encoder {text.name!r} knows {known}")
+      self._tokenize = encoding.tokenizer(config.text_encoder)
     self.layouts, self.micro_batches = choose_layouts(stage, self.config.parsed_buckets(), mesh, objective)
     if config.task == "autoencoder":
       self._check_crop(config.autoencoder.crop)
@@ -119,6 +114,17 @@ class StageData:
         "start the data anew with --config.restart_data=True"
       )
     return not changes
+
+  def sources(self, taken, skip=()):
+    """What a checkpoint stores of a cache: the epochs whose plans the first ones follow, up to that of the next micro step."""
+    if self.cache is None:
+      return []
+    return [self._plans.source(epoch) for epoch in range(self._plans.locate(plan.place(taken, skip))[0] + 1)]
+
+  def follow(self, sources):
+    """Goes on from a checkpoint: its epochs follow the same plans, whatever has been encoded since."""
+    if self.cache is not None:
+      self.cache.followed = dict(enumerate(sources))
 
   def buckets_ahead(self, taken, count, skip=()):
     """Buckets of the next `count` micro steps after so many, in the order of need, as far as the epoch's plan tells."""

@@ -69,6 +69,11 @@ def load_image_autoencoder(config, path, shardings):
   return {"image": load_variables(path, FAMILIES[image_kl.__name__], shapes, config=image, shardings=place)["params"]}
 
 
+def load_perceptual(config):
+  """The trunk that `autoencoder.perceptual` of a configuration names, NumPy. Raises ValueError as `perceptual.load`."""
+  return perceptual.load(config.name, need_file(config.weights, "autoencoder.perceptual.weights"), config.sha256)
+
+
 def read_frozen(objective, config, mesh):
   """{name of `FROM_FILES`: parameters}, those of which the objective's frozen part has zeros; laid over the mesh."""
   frozen = objective.shapes[1]
@@ -76,8 +81,7 @@ def read_frozen(objective, config, mesh):
   if "text_encoder" in frozen and config.text_encoder.weights:
     values["text_encoder"] = load_text_encoder(config, objective.text, mesh)
   if "perceptual" in frozen:
-    own = config.autoencoder.perceptual
-    trunk = perceptual.load(own.name, need_file(own.weights, "autoencoder.perceptual.weights"), own.sha256)
+    trunk = load_perceptual(config.autoencoder.perceptual)
     values["perceptual"] = jax.device_put(trunk, tree_shardings({"perceptual": trunk}, mesh)["perceptual"])
   return values
 

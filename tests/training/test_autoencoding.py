@@ -323,6 +323,15 @@ def test_what_is_refused(assets, tmp_path, changes, message):
   assert not pathlib.Path(tmp_path / "run").exists()
 
 
+def test_a_wrong_trunk_of_a_later_stage_is_refused_at_the_start(assets, trunk, tmp_path):
+  """And not when that stage begins."""
+  stages = ({"name": "first", "steps": 1}, {"name": "second", "steps": 1, "autoencoder.perceptual_weight": 1.0})
+  for own, message in (({"sha256": "0" * 64}, "has the SHA-256 .*, not 000"), ({"name": "vgg16"}, "unknown trunk 'vgg16'")):
+    own = {"name": "hed-vgg16", "weights": str(trunk), "frames": 0, "sha256": "", **own}
+    with pytest.raises(ValueError, match=message):
+      Run(run_config(assets, tmp_path / "run", stages=stages, autoencoder__perceptual=own))
+
+
 @pytest.mark.parametrize("layout", FAMILIES["stdit_jax.autoencoders.temporal"])
 def test_weights_in_every_layout_and_with_numbers_of_their_own(assets, tmp_path, layout):
   """Who trains on starts from any of them, whatever their shift and scale; who only uses them has to take these as well."""

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 import sys
 
 import jax
@@ -225,6 +226,87 @@ def test_past_the_epochs_they_go_round_again_until_more_are_encoded(assets, tabl
     run(config, tmp_path / "out", "--epochs", 2)
 
 
+def test_a_training_keeps_the_order_that_it_began_with(assets, tmp_path):
+  """Also where more has been encoded since: no row of the epoch comes twice or never. What begins anew has the new one."""
+  own = {"data__tables": (str(assets / "features.csv"),), "data__windows_per_row": 0, "data__buckets": (("64p", 4, 1.0, 2),)}
+  own |= {"text_encoder__where": "disk", "text_encoder__train": False}
+  config, out = write_config(tmp_path / "c.py", assets, tmp_path / "run", **own), tmp_path / "out"
+
+  def training(folder, steps):
+    changes = {"stages": ({"name": "tiny", "steps": steps},), "data__latents": str(out)}
+    return Run(tiny_config(assets, tmp_path / folder, **own, **changes))
+
+  run(config, out, "--epochs", 1)
+  first = training("run", 4)  # three steps are an epoch
+  first.train()
+  rows = [[s.row for s in step.samples] for step, _ in zip(first.data[0].loader(3), range(3))]
+  run(config, out, "--epochs", 2)
+  resumed, anew = training("run", 6), training("other", 6)
+  resumed.start()
+  assert [data.sources(4) for data in (resumed.data[0], anew.data[0])] == [[0, 0], [0, 1]]
+  assert [[s.row for s in step.samples] for step, _ in zip(resumed.data[0].loader(3), range(3))] == rows
+  assert [[s.row for s in step.samples] for step, _ in zip(anew.data[0].loader(3), range(3))] != rows
+
+
+def test_past_the_epochs_captions_may_be_of_another(assets, table, folder, tmp_path, caplog):
+  """All windows are there, and one line says that not all captions are."""
+  config = tiny_config(assets, tmp_path, **settings(assets, table, data__latents=str(folder)))
+  data, at = Run(config).data[0], 0
+  while data._plans.locate(at)[0] < 3:
+    at += 1
+  assert data.sources(at) == [0, 1, 2, 3]
+  with data.loader(at) as steps:
+    next(steps), next(steps)
+  assert [m for m in caplog.messages if "caption" in m] == [
+    f"epoch 3: rows whose caption of this epoch {folder} lacks have that of an earlier one"
+  ]
+
+
+def test_files_that_are_away_are_not_missing_for_good(assets, tmp_path):
+  """A disk that is not there ends it before anything is written; one that goes meanwhile leaves no shard without its files."""
+  disk, out, away = tmp_path / "disk", tmp_path / "out", tmp_path / "away"
+  shutil.copytree(assets, disk)
+  away.mkdir()
+  own = {"data__tables": (str(disk / "table.csv"),), "data__buckets": (("64p", 1, 1.0, 2), ("64p", 4, 1.0, 2))}
+  config = write_config(tmp_path / "c.py", assets, tmp_path / "run", **own)
+  arguments = ("--epochs", 1, "--no-text", "--shard-mb", 0.001)
+  disk.rename(tmp_path / "elsewhere")
+  disk.mkdir()
+  shutil.copy(tmp_path / "elsewhere" / "table.csv", disk)
+  with pytest.raises(ValueError, match="none of the first 12 files exists"):
+    run(config, out, *arguments)
+  assert not shards(out)
+  shutil.copytree(tmp_path / "elsewhere", disk, dirs_exist_ok=True)
+
+  run(config, tmp_path / "undisturbed", *arguments)
+  whole = shards(tmp_path / "undisturbed")
+  assert len(whole) == 12
+  for name in ("0.png", "1.png", "5.mp4"):  # two may be bad, and the last one is read when the first are written
+    (disk / name).rename(away / name)
+  with pytest.raises(ValueError, match=r"3 files cannot be decoded, more than data.max_bad_rows allows .2.; first: .*no such"):
+    run(config, out, *arguments)
+  assert 4 <= len(shards(out)) <= 9
+  assert shards(out).items() <= whole.items()
+  for name in ("0.png", "1.png", "5.mp4"):
+    (away / name).rename(disk / name)
+  run(config, out, *arguments)
+  assert shards(out) == whole
+
+
+def test_a_part_that_was_removed_is_encoded_under_another_name(assets, tmp_path):
+  own = {"data__windows_per_row": 0, "data__buckets": (("64p", 4, 1.0, 2),)}
+  config, out = write_config(tmp_path / "c.py", assets, tmp_path / "run", **own), tmp_path / "out"
+  for epochs in (1, 2):
+    run(config, out, "--epochs", epochs, "--no-text")
+  (first,) = out.glob("latents-*/part-0")
+  second = {path: path.read_bytes() for path in first.with_name("part-1").iterdir()}
+  shutil.rmtree(first)
+  run(config, out, "--epochs", 2, "--no-text")
+  assert sorted(path.name for path in out.glob("latents-*/part-*")) == ["part-1", "part-2"]
+  assert second == {path: path.read_bytes() for path in second}
+  assert latents.Encoded(str(first.parent)).holds(latents.Part(str(first.with_name("part-2"))).keys).all()
+
+
 WRONG = [
   ({"data__frame_interval": 1}, "made otherwise: frame_interval: 3 -> 1"),
   ({"data__seed": 1, "data__resize": "original"}, 'resize: "area" -> "original"; seed: 42 -> 1'),
@@ -255,6 +337,7 @@ def test_mistakes(assets, table, config, tmp_path, capsys):
     (["--epochs", 1, "--shard", "2/2"], "--shard 2/2 is not I/N with I from 0 to N - 1"),
     (["--epochs", 1, "--stage", "second"], "--stage 'second' is none of tiny"),
     (["--epochs", 1, "--config.data.tabels=x"], "there is no key 'tabels'"),
+    (["--epochs", 1, "--config.autoencoder.name=tiny-causal3d"], "frames, which 'tiny-causal3d' does not give back; nearest:"),
     (["--epochs", 1, "--config.text_encoder.where=step", "--config.text_encoder.train=True", "--text"], "a text encoder that"),
   ):
     with pytest.raises(SystemExit) as stop:
