@@ -29,7 +29,7 @@ def get_config():
   config.output = "runs/open_sora_1_2_vae"
   config.task = "autoencoder"
   config.autoencoder.update(name="open-sora-1.2", dtype="bfloat16", crop=256, reconstruction_weight=0.0, kl_weight=0.0)
-  config.autoencoder.fields = dict(chunk=0)
+  config.autoencoder.fields = dict(chunk=0, remat=True)  # as the original: grad_checkpoint
   config.autoencoder.perceptual.name = "vgg16-lpips"
   config.data.captions = "optional"
   config.data.buckets = (("360p", 17, 1.0, 1), ("360p", 1, 1.0, 1))

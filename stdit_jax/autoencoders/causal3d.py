@@ -23,7 +23,7 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec
 
 from stdit_jax import fields
-from stdit_jax.autoencoders.layers import Conv3D, Frames, GroupNorm, check_latents, double, half, init_like_torch
+from stdit_jax.autoencoders.layers import Conv3D, Frames, GroupNorm, block_of, check_latents, double, half, init_like_torch
 
 STATISTICS = ("chunks", "clip")
 
@@ -35,6 +35,7 @@ class Causal3DConfig:
   Attributes:
     statistics: of the norms, "chunks" as the original, or "clip": over the whole clip.
     encode_chunk, decode_chunk: frames, and latents, of a chunk; whole ones of what the strides in time pair.
+    remat: whether the backward pass keeps of a block what it gives, and computes the rest again.
   """
 
   block_out_channels: tuple[int, ...] = (128, 256, 256, 512)
@@ -50,6 +51,7 @@ class Causal3DConfig:
   statistics: str = "chunks"
   encode_chunk: int = 8
   decode_chunk: int = 2
+  remat: bool = False
 
   def __post_init__(self):
     for channels in self.block_out_channels:
@@ -244,8 +246,9 @@ class Level(nn.Module):
 
   @nn.compact
   def __call__(self, x, frames, z=None):
+    block = block_of(ResnetBlock, self.config.remat, static=(2,))
     for i in range(self.layers):
-      x = ResnetBlock(self.config, self.features, self.dtype, name=f"resnets_{i}")(x, frames, z)
+      x = block(self.config, self.features, self.dtype, name=f"resnets_{i}")(x, frames, z)
     if self.sampler is None:
       return x, frames
     name = "downsamplers_0" if self.sampler is Downsampler else "upsamplers_0"

@@ -32,14 +32,15 @@ import numpy as np
 from flax import linen as nn
 
 from stdit_jax import fields
-from stdit_jax.autoencoders.layers import GroupNorm, check_latents, init_like_torch
+from stdit_jax.autoencoders.layers import GroupNorm, block_of, check_latents, init_like_torch
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageKLConfig:
   """One autoencoder. The field names are those of diffusers' `config.json` where both have the field.
 
-  `shift` (diffusers: shift_factor or latents_mean) and `scale` (latents_std) are one number or one per latent channel.
+  `shift` (diffusers: shift_factor or latents_mean) and `scale` (latents_std) are one number or one per latent channel; `remat`:
+  whether the backward pass keeps of a block what it gives, and computes the rest again.
   """
 
   block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
@@ -54,6 +55,7 @@ class ImageKLConfig:
   scaling_factor: float = 0.18215
   shift: float | tuple[float, ...] = 0.0
   scale: float | tuple[float, ...] = 1.0
+  remat: bool = False
 
   def __post_init__(self):
     for channels in self.block_out_channels:
@@ -165,11 +167,11 @@ class MidBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    groups = self.config.norm_num_groups
-    x = ResnetBlock(x.shape[-1], groups, self.dtype, name="resnets_0")(x)
+    groups, block = self.config.norm_num_groups, block_of(ResnetBlock, self.config.remat)
+    x = block(x.shape[-1], groups, self.dtype, name="resnets_0")(x)
     if self.config.mid_block_add_attention:
-      x = Attention(groups, self.dtype, name="attentions_0")(x)
-    return ResnetBlock(x.shape[-1], groups, self.dtype, name="resnets_1")(x)
+      x = block_of(Attention, self.config.remat)(groups, self.dtype, name="attentions_0")(x)
+    return block(x.shape[-1], groups, self.dtype, name="resnets_1")(x)
 
 
 class Sampler(nn.Module):
@@ -190,16 +192,17 @@ class Sampler(nn.Module):
 class Level(nn.Module):
   """The blocks of one resolution, then the way to the next one (`sampler`: "downsamplers_0", "upsamplers_0" or "")."""
 
+  config: ImageKLConfig
   features: int
   layers: int
-  groups: int
   sampler: str
   dtype: jnp.dtype
 
   @nn.compact
   def __call__(self, x):
+    block, groups = block_of(ResnetBlock, self.config.remat), self.config.norm_num_groups
     for i in range(self.layers):
-      x = ResnetBlock(self.features, self.groups, self.dtype, name=f"resnets_{i}")(x)
+      x = block(self.features, groups, self.dtype, name=f"resnets_{i}")(x)
     if self.sampler:
       x = Sampler(2 if self.sampler == "downsamplers_0" else 1, self.dtype, name=self.sampler)(x)
     return x
@@ -215,7 +218,7 @@ class Encoder(nn.Module):
     x = _conv("conv_in", x, c.block_out_channels[0], dtype=self.dtype)
     for i, features in enumerate(c.block_out_channels):
       sampler = "downsamplers_0" if i < levels - 1 else ""
-      x = Level(features, c.layers_per_block, c.norm_num_groups, sampler, self.dtype, name=f"down_blocks_{i}")(x)
+      x = Level(c, features, c.layers_per_block, sampler, self.dtype, name=f"down_blocks_{i}")(x)
     x = MidBlock(c, self.dtype, name="mid_block")(x)
     x = nn.silu(GroupNorm(c.norm_num_groups, self.dtype, name="conv_norm_out")(x))
     return _conv("conv_out", x, 2 * c.latent_channels, dtype=self.dtype)
@@ -232,7 +235,7 @@ class Decoder(nn.Module):
     x = MidBlock(c, self.dtype, name="mid_block")(x)
     for i, features in enumerate(reversed(c.block_out_channels)):
       sampler = "upsamplers_0" if i < levels - 1 else ""
-      x = Level(features, c.layers_per_block + 1, c.norm_num_groups, sampler, self.dtype, name=f"up_blocks_{i}")(x)
+      x = Level(c, features, c.layers_per_block + 1, sampler, self.dtype, name=f"up_blocks_{i}")(x)
     x = nn.silu(GroupNorm(c.norm_num_groups, self.dtype, name="conv_norm_out")(x))
     return _conv("conv_out", x, c.out_channels, dtype=self.dtype)
 

@@ -19,6 +19,12 @@ def check_latents(config):
       raise ValueError(f"{what}, not {value}.")
 
 
+def block_of(cls, remat, static=()):
+  """The class of a block, or one of the same parameters whose backward pass computes it again; `static`: numbers of arguments
+  of its call that are no arrays, counted from 0, itself."""
+  return nn.remat(cls, static_argnums=static) if remat else cls
+
+
 def half(frames):
   """Frames after time was halved: the first of an odd number stands alone."""
   return frames // 2 + frames % 2

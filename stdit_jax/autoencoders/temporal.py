@@ -22,7 +22,7 @@ from flax import linen as nn
 
 from stdit_jax import fields
 from stdit_jax.autoencoders import image_kl
-from stdit_jax.autoencoders.layers import Conv3D, GroupNorm, check_latents, init_like_torch
+from stdit_jax.autoencoders.layers import Conv3D, GroupNorm, block_of, check_latents, init_like_torch
 
 CHUNK = 17
 FIRST_LOGVAR = -8.0  # of an autoencoder with a shortcut
@@ -40,6 +40,7 @@ class TemporalConfig:
     shortcut: two linear maps beside the network, of the frames of a latent to its mean and back, which begin as the average
       and its repetition: the network learns what these leave over (residual autoencoding: DC-AE, Chen et al. 2024, section
       3.2, there without weights). The original has none: its code could not read what is exported, names of ours among its own.
+    remat: whether the backward pass keeps of a block what it gives, and computes the rest again.
     shift, scale: one number or one per channel: what denoisers see is (z - shift) / scale.
   """
 
@@ -52,6 +53,7 @@ class TemporalConfig:
   num_groups: int = 32
   chunk: int = CHUNK
   shortcut: bool = False
+  remat: bool = False
   shift: float | tuple[float, ...] = (-0.10, 0.34, 0.27, 0.98)
   scale: float | tuple[float, ...] = (3.85, 2.32, 2.33, 3.06)
   scaling_factor = 1.0
@@ -77,7 +79,7 @@ class TemporalConfig:
 
   @property
   def image_config(self):
-    return image_kl.get_config(self.image)
+    return image_kl.get_config(self.image, remat=self.remat)
 
   @property
   def downsampling(self):
@@ -172,15 +174,15 @@ class Encoder(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    c = self.config
+    c, block = self.config, block_of(ResBlock, self.config.remat)
     x = CausalConv(c.filters, bias=False, dtype=self.dtype, name="conv_in")(x)
     for level, multiplier in enumerate(c.channel_multipliers):
       for i in range(c.num_res_blocks):
-        x = ResBlock(c.filters * multiplier, c.num_groups, self.dtype, name=f"block_res_blocks_{level}_{i}")(x)
+        x = block(c.filters * multiplier, c.num_groups, self.dtype, name=f"block_res_blocks_{level}_{i}")(x)
       if level < len(c.temporal_downsample) and c.temporal_downsample[level]:
         x = CausalConv(x.shape[-1], stride=2, dtype=self.dtype, name=f"conv_blocks_{level}")(x)
     for i in range(c.num_res_blocks):
-      x = ResBlock(x.shape[-1], c.num_groups, self.dtype, name=f"res_blocks_{i}")(x)
+      x = block(x.shape[-1], c.num_groups, self.dtype, name=f"res_blocks_{i}")(x)
     x = nn.silu(GroupNorm(c.num_groups, self.dtype, 1e-5, name="norm1")(x))
     return CausalConv(2 * c.latent_channels, 1, dtype=self.dtype, name="conv2")(x)
 
@@ -191,13 +193,13 @@ class Decoder(nn.Module):
 
   @nn.compact
   def __call__(self, z):
-    c, levels = self.config, list(enumerate(self.config.channel_multipliers))
+    c, levels, block = self.config, list(enumerate(self.config.channel_multipliers)), block_of(ResBlock, self.config.remat)
     x = CausalConv(c.filters * c.channel_multipliers[-1], dtype=self.dtype, name="conv1")(z)
     for i in range(c.num_res_blocks):
-      x = ResBlock(x.shape[-1], c.num_groups, self.dtype, name=f"res_blocks_{i}")(x)
+      x = block(x.shape[-1], c.num_groups, self.dtype, name=f"res_blocks_{i}")(x)
     for level, multiplier in reversed(levels):
       for i in range(c.num_res_blocks):
-        x = ResBlock(c.filters * multiplier, c.num_groups, self.dtype, name=f"block_res_blocks_{level}_{i}")(x)
+        x = block(c.filters * multiplier, c.num_groups, self.dtype, name=f"block_res_blocks_{level}_{i}")(x)
       if level and c.temporal_downsample[level - 1]:
         x = CausalConv(2 * x.shape[-1], dtype=self.dtype, name=f"conv_blocks_{level - 1}")(x)
         x = einops.rearrange(x, "n t h w (c s) -> n (t s) h w c", s=2)

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import logging
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,8 @@ from stdit_jax.autoencoders.codec import ImageCodec, encode_frames, join, micro_
 from stdit_jax.cli import InputError
 from stdit_jax.training import weights
 from stdit_jax.training.autoencoding import autoencoder_model
+
+log = logging.getLogger("data")  # as data/loader.py says what it skips
 
 
 def array_axes(name):
@@ -263,19 +266,24 @@ class AutoencoderBatches:
   """Makes the autoencoder's batches: a random square crop of every clip, at a place that is the sample's own."""
 
   def __init__(self, config, layouts):
-    self.config, self.layouts = config, layouts
+    self.config, self.layouts, self._too_small = config, layouts, set()
 
   def __call__(self, step):
-    crop = self.config.autoencoder.crop
-    pixels = []
-    for s in step.samples:
-      height, width = s.pixels.shape[1:3]
-      if min(height, width) < crop:
-        raise InputError(f"config: autoencoder.crop={crop} does not fit into the {height}x{width} frames of {step.bucket[0]}")
-      rng = np.random.default_rng([self.config.seed, *map(int, s.sample_id)])
-      top, left = rng.integers(height - crop + 1), rng.integers(width - crop + 1)
-      pixels.append(s.pixels[:, top : top + crop, left : left + crop])
-    return to_global({"pixels": np.stack(pixels)} | sample_fields(step.samples), self.layouts[step.bucket])
+    samples, pixels = zip(*map(self._cropped, step.samples))
+    return to_global({"pixels": np.stack(pixels)} | sample_fields(samples), self.layouts[step.bucket])
+
+  def _cropped(self, s):
+    """(sample, its pixels). One that is too small has no weight: those of the first epoch are refused at the start
+    (stage_data.py), and the first that comes later must not end the run, again and again."""
+    crop, (height, width) = self.config.autoencoder.crop, s.pixels.shape[1:3]
+    if min(height, width) < crop:
+      if s.path not in self._too_small:
+        log.warning("skipped %s: autoencoder.crop=%d does not fit into its %d x %d pixels", s.path, crop, height, width)
+      self._too_small.add(s.path)
+      return dataclasses.replace(s, weight=0.0), np.zeros((len(s.pixels), crop, crop, 3), np.uint8)
+    rng = np.random.default_rng([self.config.seed, *map(int, s.sample_id)])
+    top, left = rng.integers(height - crop + 1), rng.integers(width - crop + 1)
+    return s, s.pixels[:, top : top + crop, left : left + crop]
 
 
 TEXT_ROWS = 16  # captions per device that the text encoder works on at a time: its memory does not grow with the batch

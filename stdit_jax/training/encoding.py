@@ -46,6 +46,7 @@ def _if_there(path):
 def autoencoder_identity(config):
   """What decides the latents of pixels, of `autoencoder` of a configuration."""
   fields = dataclasses.asdict(autoencoder_model(config).config)
+  del fields["remat"]
   return {"name": config.name, "dtype": config.dtype, "fields": _plain(fields), **_if_there(config.weights)}
 
 

@@ -1,5 +1,6 @@
 """Training autoencoders of pictures and videos: every term of the loss, the adversary, whole runs of them."""
 
+import dataclasses
 import itertools
 import json
 import pathlib
@@ -349,6 +350,40 @@ def test_weights_in_every_layout_and_with_numbers_of_their_own(assets, tmp_path,
       load_codec(own)
   own.fields = {"shift": (1.0, 2.0, 3.0, 4.0)}
   jax.tree.map(np.testing.assert_array_equal, load_codec(own).variables, variables)
+
+
+@pytest.mark.parametrize(("name", "frames"), [("tiny-kl-f8", 2), ("tiny-temporal", 17), ("tiny-causal3d", 9)])
+def test_blocks_that_are_computed_again_are_not_kept(name, frames):
+  """The same gradients, from less that the forward pass leaves behind."""
+  kept, gradients, data = [], [], batch(frames)
+  for remat in (False, True):
+    one = objective(name, fields={"remat": remat})
+    params, frozen = variables(one)
+    _, pull = jax.jit(lambda p, one=one, frozen=frozen: jax.vjp(lambda p: one.loss(p, frozen, data)[0].sum(), p))(params)
+    kept.append(sum(x.nbytes for x in jax.tree.leaves(pull)))
+    gradients.append(jax.tree.leaves(jax.jit(lambda pull: pull(jnp.float32(1))[0])(pull)))
+  assert kept[1] < 0.6 * kept[0]
+  largest = max(np.abs(g).max() for g in gradients[0])
+  for ours, theirs in zip(*gradients, strict=True):
+    np.testing.assert_allclose(ours, theirs, atol=2e-6 * largest)
+
+
+def test_a_clip_that_a_later_epoch_brings_and_is_too_small_has_no_weight(assets, tmp_path, caplog):
+  """It must not end the run where it comes, every time; the others are as without it."""
+  run = Run(run_config(assets, tmp_path / "run"))
+  make_batch = run._batch_maker(run.stages[0], None)
+  with run.data[0].loader(0) as steps:
+    loaded = next(steps)
+  whole = make_batch(loaded)
+  small = dataclasses.replace(loaded.samples[0], pixels=loaded.samples[0].pixels[:, :12])
+  for _ in range(2):
+    batch = make_batch(dataclasses.replace(loaded, samples=[small, *loaded.samples[1:]]))
+  assert batch["weight"].tolist() == [0.0, *whole["weight"].tolist()[1:]]
+  assert not np.asarray(batch["pixels"])[0].any()
+  np.testing.assert_array_equal(batch["pixels"][1:], whole["pixels"][1:])
+  assert [m for m in caplog.messages if "crop" in m] == [
+    f"skipped {small.path}: autoencoder.crop=16 does not fit into its 12 x {small.pixels.shape[2]} pixels"
+  ]
 
 
 def test_a_crop_that_some_clip_is_too_small_for_is_refused_at_the_start(assets, tmp_path):
