@@ -1,4 +1,4 @@
-"""The quick start with four times the tokens and more steps: forty minutes on two cores by its step rate (README's picture).
+"""The quick start with four times the tokens and more steps: less than an hour on two cores (README's picture).
 
 python -m data.prepare.film --output data/film/prepared
 python -m stdit_jax.train --config configs/film.py

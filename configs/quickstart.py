@@ -3,8 +3,8 @@
   bash launch/quickstart.sh            # prepares the film, trains this, samples, exports
   python -m stdit_jax.train --config configs/quickstart.py
 
-Seven and a half minutes of training on two cores: the samples show the colours and the layout of the scenes (sky, hills, a
-meadow, something gray where the rabbit stands), no detail; configs/film.py is the same with more steps.
+Seven minutes of training on two cores: the samples show the colours and the layout of the scenes (sky, trees, a meadow,
+something gray where the rabbit stands) in blots, no detail; configs/film.py is the same with more steps.
 """
 
 from configs import base

@@ -13,9 +13,10 @@ from stdit_jax.training.loading import load_autoencoder
 FILM = pathlib.Path(__file__).parents[2] / "data" / "film"
 
 
-@pytest.mark.parametrize(("name", "frames", "decibels"), [("autoencoder", 1, 33), ("video_autoencoder", 17, 28.5)])
+@pytest.mark.parametrize(("name", "frames", "decibels"), [("autoencoder", 1, 27), ("video_autoencoder", 17, 33)])
 def test_shipped(name, frames, decibels):
-  """At most 6 MB each, they say what they are, and keep what the film's denoiser made, as still scenes, so well."""
+  """At most 6 MB each, they say what they are, and keep what the film's denoiser made, as still scenes, so well: the second, by
+  which it was decoded, better than the first."""
   path = FILM / f"{name}.safetensors"
   assert path.stat().st_size <= 6e6
   codec, _, _ = load_autoencoder(argparse.Namespace(run=None, config=None, model=None, autoencoder=str(path)))
