@@ -76,7 +76,7 @@ def test_real_clips_become_a_table_that_the_loader_reads(clips, tmp_path, monkey
   assert table["flow"].min() > 0.1
   page = (output / "report.html").read_text()
   assert "Contact sheets" in page
-  assert "144p x 8" in page
+  assert "144p x 17" in page
   # Training reads it: the clips are ranges of the films.
   settings = dict(tables=(str(output / "train.parquet"),), buckets=(("144p", 8, 1.0, 2),), workers=0, frame_interval=3)
   config = data_config.DataConfig.create(settings)
