@@ -306,7 +306,11 @@ class Cache:
 
   def other_captions(self, epoch):
     """Whether rows with captions or scores that change with the epoch may have those of an earlier one in this epoch."""
-    return self.text is not None and epoch >= self.epochs and self.table.captions_change(self.config.scores)
+    return epoch >= self.epochs and self._captions_change
+
+  @functools.cached_property
+  def _captions_change(self):
+    return self.text is not None and self.table.captions_change(self.config.scores)
 
   def clip(self, epoch, slot_row, row, bucket, ratio):
     """{latents_mean, latents_std (None if only means are there), rate, error} of a row in a bucket."""

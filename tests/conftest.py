@@ -69,12 +69,15 @@ def store():
 
 @pytest.fixture(scope="module")
 def quick_compile():
-  """Programs made by `jax.jit` from here on are compiled without optimisation: tiny models spend all their time there."""
+  """Programs made by `jax.jit` from here on are compiled without optimisation: tiny models spend all their time there.
+  Convolutions in time are one operation, as on other platforms, not several as on CPUs (tests/autoencoders/test_conv3d.py).
+  """
   import jax
 
   # Imported when needed, and jitted within other programs, where options are refused: before `jit` is another.
   import jax.experimental.pallas.ops.tpu.splash_attention
 
+  from stdit_jax.autoencoders import layers
   from tests.helpers import QUICK_COMPILE
 
   jit = jax.jit
@@ -85,4 +88,5 @@ def quick_compile():
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(jax, "jit", quick)
+    patch.setattr(layers, "_by_platform", lambda make, *args: make(layers._whole)(*args))
     yield
