@@ -202,11 +202,12 @@ class LatentsWork:
     return max(1, -(-_MICRO_BATCHES * codec.micro_batch * devices // num_frames)) if isinstance(codec, ImageCodec) else devices
 
   def measure(self, keys):
-    """(seconds per megapixel of the encoder alone, what it was measured with): one turn of the most frequent clip. Raises
-    ValueError where none of the files is there."""
+    """(seconds per megapixel of the encoder alone, what it was measured with): one turn of the clips that most pixels are in.
+    Raises ValueError where none of the files is there."""
     loader.check_files(self.source.plans.table, latents.unpack(keys[:: -(-len(keys) // 64)])["row"].tolist())
     values, counts = np.unique(self.cost(keys), return_counts=True)
-    key = keys[np.argmax(self.cost(keys) == values[counts.argmax()])]
+    most = values[(values * counts).argmax()]
+    key = keys[np.argmax(self.cost(keys) == most)]
     fields = latents.unpack(key)
     resolution, _, size = latents.size_of(fields["resolution"], fields["ratio"])
     clips = [np.zeros((fields["num_frames"], *size, 3), np.uint8)] * self._turn(fields["num_frames"])
@@ -215,7 +216,7 @@ class LatentsWork:
     self.encoder(clips)
     seconds = (time.monotonic() - began) / len(clips)
     name = f"{resolution} x {fields['num_frames']}"
-    return seconds / values[counts.argmax()], f"{name} takes {seconds:.3g} s a clip on {jax.local_device_count()} device(s)"
+    return seconds / most, f"{name} takes {seconds:.3g} s a clip on {jax.local_device_count()} device(s)"
 
   def records(self, keys):
     """(key, record) of these clips, in order. Close it. Raises InputError for files that can't be read: `away` are then the
