@@ -17,6 +17,7 @@ from stdit_jax.interop import save_variables
 from stdit_jax.interop.models import FAMILIES
 from stdit_jax.training import encoding
 from stdit_jax.training.loop import Run
+from stdit_jax.training.sampling import Sampler
 from stdit_jax.training.stages import make_stages
 from tests.data import files
 from tests.tiny_run import frozen_text, tiny_config, write_config
@@ -85,6 +86,8 @@ def test_a_training_from_them_has_the_batches_of_one_from_videos(assets, table, 
   assert cached.data[0]._plans.locate(15)[0] >= 2
   assert set(same_batches(videos, cached, 16)) == {0, 1}
   assert cached.encoder is None
+  with pytest.raises(ValueError, match=r"autoencoder\.weights is empty"):  # and not when the first samples are due
+    Sampler(cached)
 
 
 @pytest.mark.parametrize(("name", "frames"), [("tiny-temporal", 7), ("tiny-causal3d", 9)])
