@@ -9,7 +9,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 
 from stdit_jax.parallel.attention import attend
 from stdit_jax.parallel.shardings import Layout, constrain
@@ -20,43 +19,6 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float
 COMPUTE_DTYPES = ("float32", "bfloat16")  # of what trains: float16 would need its loss scaled
 # How tokens `[B, T, S, D]` lie where attention goes over space, and over time: the other axis is split.
 OVER_SPACE, OVER_TIME = ("batch", "tokens", None, None), ("batch", None, "tokens", None)
-
-BLOCK_INPUT = "block_input"
-REMAT_POLICIES = {  # what the backward pass keeps of a block; what it does not keep it computes again
-  "none": None,  # everything
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # products with parameters, not attention
-  "full": jax.checkpoint_policies.nothing_saveable,  # block inputs only
-  "offload": jax.checkpoint_policies.save_and_offload_only_these_names(  # block inputs, in the host's memory
-    names_which_can_be_saved=[], names_which_can_be_offloaded=[BLOCK_INPUT], offload_src="device", offload_dst="pinned_host"
-  ),
-}
-
-
-def run_layers(layer, x, stacked, scan, remat):
-  """`x` through equal layers, `layer(x, parameters) -> (x, output)`, whose parameters are stacked in depth.
-
-  Args:
-    stacked: pytree of arrays `[depth, ...]`.
-    scan: one `lax.scan`, compiled once whatever the depth; False unrolls, which costs compile time by depth and spares the
-      copies of parameters into, and of gradients out of, the loop (a CPU's training step: tests/benchmarks/denoiser.py).
-    remat: one of REMAT_POLICIES.
-
-  Returns:
-    (x, outputs stacked in depth, None where layers give None)
-  """
-  if remat == "offload":
-    inner, layer = layer, lambda x, parameters: inner(checkpoint_name(x, BLOCK_INPUT), parameters)
-  if REMAT_POLICIES[remat] is not None:
-    layer = jax.checkpoint(layer, policy=REMAT_POLICIES[remat], prevent_cse=not scan)
-  if scan:
-    return jax.lax.scan(layer, x, stacked)
-  leaves, structure = jax.tree.flatten(stacked)
-  # Split, not indexed: the gradient of split is one concatenation, that of indexing a sum of arrays padded to full depth.
-  outputs = []
-  for parts in zip(*(jax.lax.split(leaf, (1,) * len(leaf)) for leaf in leaves)):
-    x, output = layer(x, structure.unflatten(part[0] for part in parts))
-    outputs.append(output)
-  return x, jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *outputs)
 
 
 def xavier_uniform(fan_in, fan_out):
