@@ -39,6 +39,7 @@ class DataConfig:
   workers: decoding processes; 0 = threads of this process.
   read_ahead: rows decoded in advance; None = two steps of the largest bucket, within 2 GB.
   max_bad_rows: files that may fail to decode before the run stops, a number or (a float) a share of the usable rows.
+  num_classes: N = every row needs a label from 0 to N - 1; None = labels are not needed. The model decides: users can't set it.
   """
 
   tables: tuple = ()
@@ -60,11 +61,12 @@ class DataConfig:
   workers: int = 2
   read_ahead: int | None = None
   max_bad_rows: int | float = 0.1
+  num_classes: int | None = None
 
   @classmethod
   def create(cls, values):
     """From a dict or ConfigDict; unknown keys are named with the closest known one. Validated."""
-    names = [f.name for f in dataclasses.fields(cls)]
+    names = [f.name for f in dataclasses.fields(cls) if f.name != "num_classes"]
     for key in values:
       if key not in names:
         close = difflib.get_close_matches(key, names, 1)
@@ -89,7 +91,7 @@ class DataConfig:
     }
     for key, low in whole.items():
       _check_whole(key, getattr(self, key), low)
-    for key in ("read_ahead", "rows_per_bucket"):
+    for key in ("read_ahead", "rows_per_bucket", "num_classes"):
       if getattr(self, key) is not None:
         _check_whole(key, getattr(self, key), 1)
     for key, allowed in (("resize", video.RESIZE_MODES), ("captions", CAPTION_RULES), ("fps_rule", FPS_RULES)):

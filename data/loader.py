@@ -31,10 +31,16 @@ _CAPTION, _CLIP, _SCORES = 3, 4, 5  # purposes of a row's random numbers
 class Sample:
   """One row, decoded.
 
-  pixels uint8 [T, H, W, 3]; num_frames, height, width: those of the pixels; fps: what the model is told; weight 1, or 0 with
-  `error` for a row that could not be decoded (pixels are zero then); sample_id (epoch, slot in the epoch's plan); row: number
-  of the row in its table; text_ids, text_mask: what `tokenize` gave, or None; text_features float [L, C] or None. From a cache
-  normalised latents_mean, latents_std float32 [T', h, w, C] (None if only means were kept), and no pixels.
+  pixels: uint8 [T, H, W, 3]. None if `latents_mean` is given.
+  num_frames, height, width: sizes of the pixels.
+  fps: the frame rate that the model is told.
+  weight, error: 1 and "". A row that could not be decoded has weight 0, the reason as `error` and zeros as pixels.
+  sample_id: (epoch, slot in the epoch's plan).
+  row: number of the row in its table.
+  label: the row's class, or None.
+  cond: {name: array}, what `condition` made of caption and label, or None.
+  text_features: float [L, C], or None.
+  latents_mean, latents_std: normalised, float32 [T', h, w, C], from a cache. The second is None if only means were stored.
   """
 
   pixels: np.ndarray | None
@@ -48,8 +54,8 @@ class Sample:
   row: int
   path: str
   error: str = ""
-  text_ids: np.ndarray | None = None
-  text_mask: np.ndarray | None = None
+  label: int | None = None
+  cond: dict[str, np.ndarray] | None = None
   text_features: np.ndarray | None = None
   latents_mean: np.ndarray | None = None
   latents_std: np.ndarray | None = None
@@ -66,7 +72,7 @@ class LoadedStep:
   samples: list
 
 
-def make_loader(config, folder, *, shard=(0, 1), start=0, skip=(), tokenize=None, epochs=None, cache=None):
+def make_loader(config, folder, *, shard=(0, 1), start=0, skip=(), condition=None, epochs=None, cache=None):
   """-> `Loader`, an iterator of `LoadedStep`.
 
   Args:
@@ -76,7 +82,8 @@ def make_loader(config, folder, *, shard=(0, 1), start=0, skip=(), tokenize=None
       dict {(resolution, frames): such a pair}, for buckets that are split differently.
     start: global micro step to begin with.
     skip: global micro steps that are passed over.
-    tokenize: picklable caption -> (ids, mask), called in the workers; None = no ids.
+    condition: picklable (caption, label or None) -> {name: array}, which makes `Sample.cond` in the workers; rows that cannot
+      be decoded get one, too. None = no `cond`.
     epochs: end after so many epochs, None = never.
     cache: a `latents.Cache` that is read in place of videos.
 
@@ -93,7 +100,7 @@ def make_loader(config, folder, *, shard=(0, 1), start=0, skip=(), tokenize=None
   shares = _shares(config.parsed_buckets(), shard)
   if cache is None:
     check_files(table, [first.slot(i)[0] for i in range(min(64, first.num_slots))])
-  return Loader(sequence, shares, start, skip, tokenize, epochs)
+  return Loader(sequence, shares, start, skip, condition, epochs)
 
 
 def _shares(parsed, shard):
@@ -130,7 +137,7 @@ def check_files(table, slot_rows):
 class Loader:
   """Iterator of `LoadedStep`; `state` is the next micro step. Close it, or use it in a `with` block."""
 
-  def __init__(self, sequence, shares, start, skip, tokenize, epochs):
+  def __init__(self, sequence, shares, start, skip, condition, epochs):
     self.plans, self.state, self.skip, self.epochs = sequence, start, frozenset(skip), epochs
     self.rows_read, self._went_round, self._other_captions = 0, False, False
     config, table = sequence.config, sequence.table
@@ -144,7 +151,7 @@ class Loader:
       first = int(sequence.plan(epoch).ends(self.rows_per_step)[step - 1])
     self._prepare(epoch + 1)
     source = RowSource(sequence, shares, epoch, first, epochs)
-    self._rows = _read_ahead(source, RowDecoder(config, table, tokenize, sequence.cache), config, self.rows_per_step)
+    self._rows = _read_ahead(source, RowDecoder(config, table, condition, sequence.cache), config, self.rows_per_step)
 
   @property
   def bad_rows(self):
@@ -341,8 +348,8 @@ def _end_with_parent():
 class RowDecoder:
   """(epoch, slot, slot row, aspect-ratio key, bucket) -> the fields of a `Sample`, as a dict. Picklable."""
 
-  def __init__(self, config, table, tokenize, cache=None):
-    self.config, self.table, self.tokenize, self.cache = config, table, tokenize, cache
+  def __init__(self, config, table, condition, cache=None):
+    self.config, self.table, self.condition, self.cache = config, table, condition, cache
 
   def __setstate__(self, state):
     self.__dict__.update(state)
@@ -356,6 +363,7 @@ class RowDecoder:
     height, width = aspect_ratios.size(bucket.resolution, key)
     fields = {"caption": "", "num_frames": bucket.num_frames, "height": height, "width": width, "fps": video.DEFAULT_FPS}
     fields |= {"weight": 1.0, "sample_id": np.array([epoch, slot]), "row": self.table.locate(slot_row)[1], "path": row.path}
+    fields["label"] = row.label
     try:
       if self.cache:
         self._read_cached(fields, element, row)
@@ -371,8 +379,8 @@ class RowDecoder:
       fields.update(weight=0.0, error=str(e))
     except OSError as e:
       raise RuntimeError(f"reading {row.path} failed again and again: {e.strerror or e}") from e
-    if self.tokenize:
-      fields["text_ids"], fields["text_mask"] = self.tokenize(fields["caption"])
+    if self.condition:
+      fields["cond"] = self.condition(fields["caption"], row.label)
     return fields
 
   def _read_cached(self, fields, element, row):

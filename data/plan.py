@@ -27,8 +27,8 @@ def describe(config, table):
   tables = [{"fingerprint": p.fingerprint, "weight": p.weight} for p in table.parts]
   parsed = [[b.resolution, b.num_frames, b.keep_prob, b.duration_prob, b.batch_size] for b in config.parsed_buckets()]
   plain = {k: getattr(config, k) for k in ("seed", "frame_interval", "drop_last", "captions", "max_caption_length")}
-  fixed = {"rows_per_bucket": config.rows_per_bucket} if config.rows_per_bucket else {}
-  return {"version": _VERSION, "tables": tables, "buckets": parsed, **plain, **fixed}
+  given = {k: getattr(config, k) for k in ("rows_per_bucket", "num_classes") if getattr(config, k) is not None}
+  return {"version": _VERSION, "tables": tables, "buckets": parsed, **plain, **given}
 
 
 def digest(description):

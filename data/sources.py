@@ -3,7 +3,8 @@
 Columns, as in the original: `path`, `text`, `num_frames`, `height`, `width` are needed; `fps`, `aes`, `flow`, `cmotion` are
 used if there. Ours besides: `start`, `end` (frames [start, end) of a longer file; `num_frames` then counts the file or the
 range), `crop` ("x,y,width,height" or a list, in pixels of the displayed picture), several captions per row (`text` as a
-list, or `text`, `text_2`, `text_3`...), `text_features` (a safetensors file with the caption's embedding `y` [L, C]).
+list, or `text`, `text_2`, `text_3`...), `text_features` (a safetensors file with the caption's embedding `y` [L, C]), `label`
+(a class, a whole number from 0).
 Tables and what they name may lie in gs://, or be drawn (`data.shapes`); relative paths belong to the table's folder. Rows keep
 their numbers: an unusable one stays, with the reason.
 """
@@ -35,17 +36,19 @@ FORMATS = (".parquet", ".csv", ".jsonl")
 PROBLEMS = (
   "", "no path", "num_frames missing or no positive whole number", "height or width missing or no positive whole number",
   "start and end don't fit num_frames", "crop is unreadable or leaves the picture", "caption is not UTF-8", "caption is empty",
-  "caption is too long",
+  "caption is too long", "label missing or outside 0 to N - 1",
 )  # fmt: skip
-_NO_PATH, _FRAMES, _SIZE, _RANGE, _CROP, _UTF8, _EMPTY, _LONG = range(1, 9)
-_VERSION = 1  # of the Arrow files: a change of their meaning makes new ones
+_NO_PATH, _FRAMES, _SIZE, _RANGE, _CROP, _UTF8, _EMPTY, _LONG, _LABEL = range(1, 10)
+_VERSION = 2  # of the Arrow files, in their names: a change of their columns makes new files of the same tables
+_CONTENTS_VERSION = 1  # in the fingerprint: a change refuses the runs and the caches that exist
 _BATCH = 1 << 16  # rows
 _BLOCK = 1 << 24  # bytes; a row must fit into one
 _SCHEMA = pa.schema(
   [
     ("path", pa.string()), ("text", pa.list_(pa.string())), ("num_frames", pa.int32()), ("height", pa.int32()),
     ("width", pa.int32()), ("fps", pa.float32()), ("start", pa.int32()), ("crop", pa.list_(pa.int32())), ("aes", pa.float32()),
-    ("flow", pa.float32()), ("cmotion", pa.string()), ("text_features", pa.string()), ("problem", pa.int8()),
+    ("flow", pa.float32()), ("cmotion", pa.string()), ("text_features", pa.string()), ("label", pa.int32()),
+    ("problem", pa.int8()),
   ]
 )  # fmt: skip
 
@@ -64,6 +67,7 @@ class Row:
   crop: tuple | None
   scores: dict
   text_features: str | None
+  label: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +90,7 @@ def open_table(config, folder):
   for source, weight in config.table_weights():
     check_table(source)
     fingerprint = _fingerprint(source, config)
-    arrow = os.path.join(folder, f"table-{fingerprint[:16]}.arrow")
+    arrow = os.path.join(folder, f"table-{fingerprint[:16]}-v{_VERSION}.arrow")
     if not os.path.exists(arrow):
       _build(source, arrow, config)
     parts.append(Part(source, arrow, weight, fingerprint))
@@ -161,7 +165,7 @@ class Table:
     return Row(
       path=resolve(values["path"], folder),
       captions=tuple(values["text"]),
-      **{k: values[k] for k in ("num_frames", "height", "width", "fps", "start")},
+      **{k: values[k] for k in ("num_frames", "height", "width", "fps", "start", "label")},
       crop=values["crop"] and tuple(values["crop"]),
       scores={k: values[k] for k in ("aes", "flow", "cmotion") if values[k] is not None},
       text_features=values["text_features"] and resolve(values["text_features"], folder),
@@ -218,7 +222,9 @@ def check_table(source):
 def _fingerprint(source, config):
   """sha256 of the table's contents and of what decides how they are read. Folders and dates don't count."""
   kind = f"{source} {shapes.VERSION}" if video.is_drawn(source) else pathlib.Path(source).suffix
-  digest = hashlib.sha256(json.dumps([_VERSION, config.captions, config.max_caption_length, kind]).encode())
+  rules = [_CONTENTS_VERSION, config.captions, config.max_caption_length, kind]
+  rules += [] if config.num_classes is None else [config.num_classes]
+  digest = hashlib.sha256(json.dumps(rules).encode())
   if video.is_drawn(source):
     return digest.hexdigest()
   with paths.errors(source), paths.open_file(source) as f:
@@ -250,7 +256,8 @@ def _build(source, arrow, config):
 
 
 def _needed(config):
-  return [c for c in NEEDED if c != "text" or config.captions == "required"]
+  columns = [c for c in NEEDED if c != "text" or config.captions == "required"]
+  return columns + ["label"] * (config.num_classes is not None)
 
 
 def read_table(source, needed=NEEDED):
@@ -317,12 +324,16 @@ def _normalised(batch, config):
   if config.captions == "required":
     mark(lengths == 0, _EMPTY)
   mark(longest > config.max_caption_length, _LONG)
+  label = _labels(columns.get("label"), n)
+  if config.num_classes is not None:
+    mark((label < 0) | (label >= config.num_classes), _LABEL)
   whole = [np.where(problem > 0, 0, x).astype(np.int32) for x in (frames, height, width, start)]
   fps, aes, flow = (_numbers(columns.get(k), n) for k in ("fps", "aes", "flow"))
   fps = np.where(fps > 0, fps, np.nan)
   numbers = [pa.array(x.astype(np.float32), from_pandas=True) for x in (fps, aes, flow)]
   arrays = [path.fill_null(""), text, *whole[:3], numbers[0], whole[3], crop, *numbers[1:],
-            _strings(columns.get("cmotion"), n), _strings(columns.get("text_features"), n), problem]  # fmt: skip
+            _strings(columns.get("cmotion"), n), _strings(columns.get("text_features"), n),
+            pa.array(label, mask=label < 0), problem]  # fmt: skip
   arrays = [pa.array(a, f.type) if isinstance(a, np.ndarray) else a.cast(f.type) for a, f in zip(arrays, _SCHEMA)]
   return pa.RecordBatch.from_arrays(arrays, schema=_SCHEMA)
 
@@ -330,6 +341,12 @@ def _normalised(batch, config):
 def _positive(values):
   with np.errstate(invalid="ignore"):
     return (values >= 1) & (values == np.floor(values)) & (values < 2**31)
+
+
+def _labels(column, n):
+  """Classes, int32 [n]; -1 where a cell holds no whole number from 0 up."""
+  labels = _numbers(column, n)
+  return np.where(_positive(labels + 1), labels, -1).astype(np.int32)
 
 
 def _is_blank(strings):

@@ -163,7 +163,8 @@ def evaluate_autoencoder(args, folder):
   import jax
   from tqdm import tqdm
 
-  from stdit_jax.autoencoders import i3d, image_kl, perceptual, reconstruction
+  from stdit_jax.autoencoders import image_kl, reconstruction
+  from stdit_jax.interop import measures
 
   check_counts(args, count=16, repeat=1)
   if args.picture and not args.picture.endswith(".png"):
@@ -179,8 +180,8 @@ def evaluate_autoencoder(args, folder):
   table, buckets = reconstruction.open_rows(*what_to_measure(args, config), folder)
   judges = reconstruction.Judges(
     args.perceptual[0] if args.perceptual else "",
-    perceptual.load(*args.perceptual) if args.perceptual else None,
-    i3d.load(args.i3d) if args.i3d else None,
+    measures.load_perceptual(*args.perceptual) if args.perceptual else None,
+    measures.load_i3d(args.i3d) if args.i3d else None,
   )
   exam, found, shown = reconstruction.Exam(codec, judges, args.repeat), {}, []
   for bucket in buckets:

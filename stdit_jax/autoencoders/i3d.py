@@ -16,7 +16,6 @@ from flax import linen as nn
 
 from stdit_jax.autoencoders.image_kl import to_float
 from stdit_jax.autoencoders.layers import Conv3D
-from stdit_jax.interop import load_variables
 
 FRAMES, SIDE, CLASSES = 16, 224, 400
 # Channels of the four branches: 1 x 1 | 1 x 1, 3 x 3 | 1 x 1, 3 x 3 | 1 x 1 after a pool; before 4b and 5b time is halved.
@@ -83,11 +82,6 @@ class I3D(nn.Module):
 def init_shapes():
   """The tree of variables as shapes: nothing is allocated."""
   return jax.eval_shape(I3D().init, jax.random.key(0), jnp.zeros((1, FRAMES, SIDE, SIDE, 3)))
-
-
-def load(path):
-  """The variables from the safetensors file that `interop.fetch` writes; CheckpointError if it is another."""
-  return load_variables(path, "native", init_shapes())
 
 
 @jax.jit

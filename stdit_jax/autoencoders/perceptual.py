@@ -11,16 +11,12 @@ channel (`heads`; where a trunk has none, the mean over channels), averaged over
 """
 
 import dataclasses
-import hashlib
 import pathlib
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from data import paths
 from stdit_jax import fields
-from stdit_jax.interop.safetensors_io import SafetensorsFile
 
 BLOCKS = ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512))  # convolutions 3 x 3 and their channels; a pool between two
 # Where the convolutions stand in torchvision's `features`, among ReLUs and pools.
@@ -73,45 +69,6 @@ def shapes(name):
   trunk = {key: {"kernel": leaf(3, 3, before, after), "bias": leaf(after)} for _, key, before, after in _convolutions()}
   heads = {f"block{i}": leaf(features) for i, (_, features) in enumerate(BLOCKS, 1)}
   return {"trunk": trunk} | ({"heads": heads} if fields.choose(TABLE, name, "trunk").heads else {})
-
-
-def load(name, path, sha256=""):
-  """The parameters of a trunk, NumPy float32 as `shapes`, from safetensors; other tensors (a classifier) are passed over.
-
-  Raises:
-    ValueError: a file with another SHA-256 than the one given, of another trunk, or without the tensors that it needs.
-  """
-  tree = shapes(name)
-  if sha256:
-    check_sha256(path, sha256)
-  file = SafetensorsFile(path)
-  if file.metadata.get("trunk", name) != name:
-    raise ValueError(f"{path} holds the trunk {file.metadata['trunk']!r}, not {name!r}")
-
-  def read(tensor, shape):
-    if tensor not in file.tensors:
-      raise ValueError(f"{path} has no tensor {tensor!r}; {name!r} needs VGG16 with torchvision's names, features.N.weight")
-    if (found := file.tensors[tensor].shape) != shape:
-      raise ValueError(f"{path}: {tensor!r} is {list(found)}; {name!r} needs {list(shape)}")
-    return file.read(tensor).astype(np.float32)
-
-  trunk = {}
-  for number, (_, key, before, after) in zip(NUMBERS, _convolutions()):
-    kernel = read(f"features.{number}.weight", (after, before, 3, 3)).transpose(2, 3, 1, 0)
-    trunk[key] = {"kernel": np.ascontiguousarray(kernel), "bias": read(f"features.{number}.bias", (after,))}
-  params = {"trunk": trunk}
-  if "heads" in tree:
-    heads = SafetensorsFile(HEADS)
-    params["heads"] = {f"block{i + 1}": heads.read(f"lin{i}.model.1.weight").reshape(-1) for i in range(len(BLOCKS))}
-  return params
-
-
-def check_sha256(path, sha256):
-  """Raises ValueError unless the file has this SHA-256 (hexadecimal)."""
-  with paths.errors(path), paths.open_file(path) as file:
-    found = hashlib.file_digest(file, "sha256").hexdigest()
-  if found != sha256.lower():
-    raise ValueError(f"{path} has the SHA-256 {found}, not {sha256}")
 
 
 def distance(name, params, a, b):

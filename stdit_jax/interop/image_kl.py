@@ -4,7 +4,7 @@ Our hierarchy is that of diffusers. The original counts the decoder's levels fro
 latents, and its attention projections are 1 x 1 convolutions. diffusers before 0.18 wrote query, key, value, proj_attn.
 """
 
-from stdit_jax.interop.mapping import Layout
+from stdit_jax.interop.mapping import CheckpointLayout
 
 # Ours, diffusers (the name written first), original, kind.
 _RESNET = (
@@ -60,9 +60,9 @@ def _rows(column, attention_kind):
 
 
 # The second prefix: the 2D part inside Open-Sora 1.2's video autoencoder; the third: inside a pipeline's state dict.
-DIFFUSERS = Layout("diffusers", _rows(1, "linear"), prefixes=("", "spatial_vae.module.", "vae."))
+DIFFUSERS = CheckpointLayout("diffusers", _rows(1, "linear"), prefixes=("", "spatial_vae.module.", "vae."))
 
-LDM = Layout(
+LDM = CheckpointLayout(
   "ldm",
   _rows(2, "conv1x1"),
   prefixes=("first_stage_model.", ""),

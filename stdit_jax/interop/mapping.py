@@ -35,6 +35,7 @@ AXES = {
   "conv3d": "o i t y x -> t y x i o",
   "conv_frame": "o i y x -> 1 y x i o",
   "patch": "o c t y x -> (t y x c) o",
+  "patch2d": "o c y x -> (y x c) o",
 }
 
 # Kind of a module -> (our leaf, their leaf, axes). Leaves that a model doesn't have (biases of T5) are never asked for.
@@ -48,19 +49,19 @@ MODULES = {
   "conv3d": (("kernel", "weight", "conv3d"), ("bias", "bias", "same")),
   "conv_frame": (("kernel", "weight", "conv_frame"), ("bias", "bias", "same")),
   "patch": (("kernel", "weight", "patch"), ("bias", "bias", "same")),
+  "patch2d": (("kernel", "weight", "patch2d"), ("bias", "bias", "same")),
   "norm": (("scale", "weight", "same"), ("bias", "bias", "same")),
 }
 
-# The modules whose leaves carry the depth in front.
-STACKED = ("blocks", "spatial_blocks", "temporal_blocks")
-
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class CheckpointLayout:
   """One foreign layout.
 
   Attributes:
     rows: the table: (our path, foreign name or names, kind). Of several names the first is written, all are read.
+      Without rows the names are our own paths.
+    stacks: names of our modules whose leaves carry the depth as their first axis.
     prefixes: tried in this order on a file's names; those without the chosen prefix belong to another model.
     ignored: regular expressions of names that may be there and are not read.
     sizes: config -> lengths of axes that our shapes don't tell (the sides of a patch).
@@ -69,6 +70,7 @@ class Layout:
 
   name: str
   rows: tuple[tuple, ...]
+  stacks: tuple[str, ...] = ("blocks",)
   prefixes: tuple[str, ...] = ("",)
   ignored: tuple[str, ...] = ()
   sizes: Callable[..., dict[str, int]] = lambda config: {}
@@ -89,9 +91,6 @@ class Layout:
     return rules
 
 
-NATIVE = Layout("native", rows=())
-
-
 @dataclasses.dataclass(frozen=True)
 class Entry:
   """One tensor of a file and where it goes: `path`, at index `layer` if stacked; `shape` and `dtype` are ours, per layer."""
@@ -110,13 +109,13 @@ def flatten(tree) -> dict[str, object]:
   return {"/".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in path): leaf for path, leaf in leaves}
 
 
-def plan(layout: Layout, tree) -> list[Entry]:
+def plan(layout: CheckpointLayout, tree) -> list[Entry]:
   """What a file of this layout holds for a tree of arrays or shapes. Raises CheckpointError for a path without a row."""
   leaves = flatten(tree)
   counts = _counts(leaves)
   entries = []
   for path, leaf in leaves.items():
-    starred = re.sub(rf"(^|/)({'|'.join(STACKED)})/", r"\1\2/*/", path, count=1)
+    starred = re.sub(rf"(^|/)({'|'.join(layout.stacks)})/", r"\1\2/*/", path, count=1)
     names, axes = _foreign(layout, starred, counts)
     if "*" not in starred:
       entries.append(Entry(path, None, names, axes, tuple(leaf.shape), np.dtype(leaf.dtype)))
@@ -128,7 +127,7 @@ def plan(layout: Layout, tree) -> list[Entry]:
 
 
 def _foreign(layout, path, counts):
-  if layout is NATIVE:
+  if not layout.rows:
     return (path,), "same"
   for pattern, own, templates, axes in layout.rules:
     if match := pattern.fullmatch(path):
@@ -208,7 +207,7 @@ def to_ours(entry: Entry, array: np.ndarray) -> np.ndarray:
 
 
 def to_foreign(entry: Entry, array: np.ndarray, sizes: Mapping[str, int]) -> np.ndarray:
-  """The inverse of `to_ours`; `sizes` from `Layout.sizes`."""
+  """The inverse of `to_ours`; `sizes` from `CheckpointLayout.sizes`."""
   if not AXES[entry.axes]:
     return array
   foreign, ours = _sides(entry.axes)
@@ -315,7 +314,7 @@ class Report:
     return "\n".join(lines)
 
 
-def find_prefix(layout: Layout, entries: list[Entry], names) -> str:
+def find_prefix(layout: CheckpointLayout, entries: list[Entry], names) -> str:
   """The first of the layout's prefixes under which the file has any name that is asked for."""
   wanted = [name for entry in entries for name in entry.names]
   return next((p for p in layout.prefixes if any(p + name in names for name in wanted)), layout.prefixes[-1])

@@ -4,7 +4,7 @@
 does. A full T5 file holds a decoder too, which is not read.
 """
 
-from stdit_jax.interop.mapping import Layout
+from stdit_jax.interop.mapping import CheckpointLayout
 
 _LAYER = "encoder.block.*.layer"
 
@@ -27,5 +27,5 @@ def _rows(up):
 
 
 _DECODER = (r"decoder\..*", r"lm_head\.weight")
-T5 = Layout("t5", _rows("wi_1"), prefixes=("", "text_encoder."), ignored=_DECODER)
-T5_V1_0 = Layout("t5-v1.0", _rows("wi"), prefixes=("", "text_encoder."), ignored=_DECODER)
+T5 = CheckpointLayout("t5", _rows("wi_1"), prefixes=("", "text_encoder."), ignored=_DECODER)
+T5_V1_0 = CheckpointLayout("t5-v1.0", _rows("wi"), prefixes=("", "text_encoder."), ignored=_DECODER)

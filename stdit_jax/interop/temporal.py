@@ -3,7 +3,7 @@
 import numpy as np
 
 from stdit_jax.interop.image_kl import DIFFUSERS
-from stdit_jax.interop.mapping import Layout
+from stdit_jax.interop.mapping import CheckpointLayout
 
 _BLOCK = (
   ("norm1", "norm1", "norm"),
@@ -46,7 +46,7 @@ def _computed(config):
   return {name: make(values) for name, values in numbers.items()}
 
 
-OPEN_SORA_VAE = Layout(
+OPEN_SORA_VAE = CheckpointLayout(
   "open-sora-vae",
   (
     *(

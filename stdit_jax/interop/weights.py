@@ -12,8 +12,8 @@ import numpy as np
 from stdit_jax.interop import mapping
 from stdit_jax.interop.causal3d import COGVIDEOX_VAE
 from stdit_jax.interop.image_kl import DIFFUSERS, LDM
-from stdit_jax.interop.mapping import NATIVE, Entry, Layout, Mismatch, Report
-from stdit_jax.interop.open_sora import OPEN_SORA, POSITION_TABLES
+from stdit_jax.interop.mapping import CheckpointLayout, Entry, Mismatch, Report
+from stdit_jax.interop.open_sora import OPEN_SORA, POSITION_TABLES, STACKS
 from stdit_jax.interop.safetensors_io import (
   DTYPES,
   Checkpoint,
@@ -25,12 +25,14 @@ from stdit_jax.interop.safetensors_io import (
 from stdit_jax.interop.t5 import T5, T5_V1_0
 from stdit_jax.interop.temporal import OPEN_SORA_VAE
 
+# Our own names, one tensor per layer.
+NATIVE = CheckpointLayout("native", rows=(), stacks=STACKS)
 LAYOUTS = {layout.name: layout for layout in (NATIVE, OPEN_SORA, DIFFUSERS, LDM, COGVIDEOX_VAE, OPEN_SORA_VAE, T5, T5_V1_0)}
 
 
-def get_layout(layout: str | Layout) -> Layout:
+def get_layout(layout: str | CheckpointLayout) -> CheckpointLayout:
   """A layout by its name; ValueError names the allowed ones."""
-  if isinstance(layout, Layout):
+  if isinstance(layout, CheckpointLayout):
     return layout
   if layout not in LAYOUTS:
     raise ValueError(f"unknown layout {layout!r}; allowed: {', '.join(LAYOUTS)}")
@@ -51,7 +53,7 @@ def cast(name: str, array: np.ndarray, dtype) -> np.ndarray:
 class Source:
   """A checkpoint seen through a layout: which name holds which entry, and what doesn't fit (`report`)."""
 
-  def __init__(self, path, layout: Layout, tree, config=None, allow_non_finite: bool = False):
+  def __init__(self, path, layout: CheckpointLayout, tree, config=None, allow_non_finite: bool = False):
     self.checkpoint: Checkpoint = open_checkpoint(path)
     self.layout, self.config, self.allow_non_finite = layout, config, allow_non_finite
     self.entries = mapping.plan(layout, tree)
@@ -134,13 +136,13 @@ def open_source(path, layouts, tree, config=None, allow_non_finite: bool = False
   return min(sources, key=lambda s: len(s.report.missing) + len(s.report.mis_shaped) + 1e-6 * len(s.report.unexpected))
 
 
-def layout_computed(layout: Layout, config) -> dict:
+def layout_computed(layout: CheckpointLayout, config) -> dict:
   return layout.computed(config) if config is not None else {}
 
 
 def load_variables(
   path,
-  layout: str | Layout | tuple[str, ...],
+  layout: str | CheckpointLayout | tuple[str, ...],
   target,
   *,
   config=None,
@@ -245,7 +247,7 @@ def _copy(name, target: np.ndarray, source: np.ndarray) -> None:
   mapping.transpose_into(target, cast(name, source, target.dtype) if target.dtype == np.float16 else source)
 
 
-def foreign_spec(layout: str | Layout, target, config=None) -> dict[str, tuple[int, ...]]:
+def foreign_spec(layout: str | CheckpointLayout, target, config=None) -> dict[str, tuple[int, ...]]:
   """{name: shape} of a file of this layout for a tree of arrays or shapes; open-sora needs the model's `config`, too."""
   layout = get_layout(layout)
   sizes = layout.sizes(config) if config is not None else {}
@@ -253,7 +255,7 @@ def foreign_spec(layout: str | Layout, target, config=None) -> dict[str, tuple[i
   return spec | {name: make().shape for name, make in layout_computed(layout, config).items()}
 
 
-def export_tensors(layout: str | Layout, variables, config=None, dtype=None) -> Iterator[tuple[str, np.ndarray]]:
+def export_tensors(layout: str | CheckpointLayout, variables, config=None, dtype=None) -> Iterator[tuple[str, np.ndarray]]:
   """(foreign name, array) for every tensor of a file; one of our parameters is on the host at a time."""
   layout = get_layout(layout)
   sizes = layout.sizes(config) if config is not None else {}
@@ -276,7 +278,7 @@ def _float_dtype(stored, dtype) -> np.dtype:
 
 def save_variables(
   path,
-  layout: str | Layout,
+  layout: str | CheckpointLayout,
   variables,
   *,
   config=None,
@@ -295,7 +297,7 @@ def save_variables(
   return write_checkpoint(path, spec, tensors, **options)
 
 
-def conversion(source: Source, layout: str | Layout, tree, dtype=None, config=None):
+def conversion(source: Source, layout: str | CheckpointLayout, tree, dtype=None, config=None):
   """A file in one layout as a file in another, nothing stacked: -> (spec for `write_checkpoint`, iterator of tensors).
 
   `config`: of the model that is written, which has the shapes of the source's; None: the source's own.

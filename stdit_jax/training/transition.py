@@ -5,11 +5,11 @@ import re
 import jax
 import jax.numpy as jnp
 
-from stdit_jax.interop.mapping import STACKED
+from stdit_jax.interop.open_sora import STACKS
 from stdit_jax.parallel.shardings import path_name, tree_shardings
 
 # What may be of another length along its first axis: stacks of layers, and the null caption.
-_RESIZABLE = re.compile(rf"(^|/)({'|'.join(STACKED)})/|/null_caption$")
+_RESIZABLE = re.compile(rf"(^|/)({'|'.join(STACKS)})/|/null_caption$")
 
 
 def by_name(*trees):

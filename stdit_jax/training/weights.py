@@ -5,8 +5,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from data import paths
-from stdit_jax.autoencoders import codec, image_kl, perceptual
-from stdit_jax.interop import load_variables
+from stdit_jax.autoencoders import codec, image_kl
+from stdit_jax.interop import load_variables, measures
 from stdit_jax.interop.models import FAMILIES
 from stdit_jax.models import stdit, t5
 from stdit_jax.parallel.shardings import path_name, tree_shardings
@@ -70,8 +70,8 @@ def load_image_autoencoder(config, path, shardings):
 
 
 def load_perceptual(config):
-  """The trunk that `autoencoder.perceptual` of a configuration names, NumPy. Raises ValueError as `perceptual.load`."""
-  return perceptual.load(config.name, need_file(config.weights, "autoencoder.perceptual.weights"), config.sha256)
+  """The parameters of the trunk that `autoencoder.perceptual` names, NumPy. Raises as `measures.load_perceptual`."""
+  return measures.load_perceptual(config.name, need_file(config.weights, "autoencoder.perceptual.weights"), config.sha256)
 
 
 def read_frozen(objective, config, mesh):

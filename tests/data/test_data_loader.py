@@ -1,11 +1,15 @@
 """The loader: the same sequence on any number of processes and workers, from any step; bad rows have weight 0."""
 
+import dataclasses
 import logging
 import pathlib
 import subprocess
 import sys
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
 import pytest
 import safetensors.numpy
 from PIL import Image
@@ -17,12 +21,12 @@ from tests.data import files
 BUCKETS = (("144p", 17, (1.0, 0.5), 2), ("144p", 9, 1.0, 4), ("144p", 1, 1.0, 2))
 
 
-def tokenize(caption):
-  """Bytes, 16 of them."""
+def condition(caption, label):
+  """16 bytes of the caption, and the label if there is one."""
   ids = np.zeros(16, np.int32)
   data = caption.encode()[:16]
   ids[: len(data)] = list(data)
-  return ids, ids > 0
+  return {"text_ids": ids, "text_mask": ids > 0, "label": np.int32(-1 if label is None else label)}
 
 
 def test_what_is_skipped_is_said_where_the_root_logger_is_silent(monkeypatch):
@@ -65,13 +69,13 @@ def assert_same(a, b):
   assert len(a.samples) == len(b.samples)
   for x, y in zip(a.samples, b.samples):
     for name, value in vars(x).items():
-      np.testing.assert_array_equal(value, getattr(y, name), err_msg=name)
+      np.testing.assert_equal(value, getattr(y, name), err_msg=name)
 
 
 @pytest.fixture(scope="module")
 def sequence(folder):
   """16 steps, more than three epochs."""
-  return load(folder, 16, tokenize=tokenize)
+  return load(folder, 16, condition=condition)
 
 
 def test_samples_are_what_the_table_says(folder, sequence):
@@ -90,7 +94,8 @@ def test_samples_are_what_the_table_says(folder, sequence):
       assert (s.weight, s.error, s.path) == (1.0, "", row.path)
       assert s.caption in row.captions
       captions.add(s.caption.split()[0])
-      np.testing.assert_array_equal(s.text_ids, tokenize(s.caption)[0])
+      assert s.label is None
+      np.testing.assert_equal(s.cond, condition(s.caption, None))
       assert s.fps == (120 if s.num_frames == 1 else 24)
       if s.num_frames > 1:
         numbers = [files.number_of(f) for f in s.pixels]
@@ -101,13 +106,13 @@ def test_samples_are_what_the_table_says(folder, sequence):
 
 def test_resume_from_any_step(folder, sequence):
   for start in range(16):
-    for a, b in zip(load(folder, 2, start=start, tokenize=tokenize), sequence[start:]):
+    for a, b in zip(load(folder, 2, start=start, condition=condition), sequence[start:]):
       assert_same(a, b)
 
 
 def test_two_processes_make_one(folder, sequence):
   """Two shards joined are the batches of one; a run may go on with another number of them."""
-  halves = [load(folder, 6, shard=(i, 2), start=5, tokenize=tokenize) for i in range(2)]
+  halves = [load(folder, 6, shard=(i, 2), start=5, condition=condition) for i in range(2)]
   for whole, *parts in zip(sequence[5:], *halves):
     assert [len(p.samples) for p in parts] == [whole.batch_size // 2] * 2
     parts[0].samples += parts[1].samples
@@ -116,7 +121,7 @@ def test_two_processes_make_one(folder, sequence):
 
 def test_worker_processes_change_nothing(folder, sequence):
   config = config_of(folder, workers=2)
-  with loader.make_loader(config, str(folder / "cache"), start=1, tokenize=tokenize) as steps:
+  with loader.make_loader(config, str(folder / "cache"), start=1, condition=condition) as steps:
     for want in sequence[1:12]:
       assert_same(next(steps), want)
     assert steps.state == 12
@@ -187,6 +192,27 @@ def test_text_features_and_scores(folder, monkeypatch):
   assert (bad.weight, "no such file" in bad.error) == (0.0, True)
   seen.clear()
   assert load(folder, 1, config_of(folder, "f.csv", buckets=(("144p", 9, 1.0, 2),), scores=()))[0].samples[0].caption == "a cat"
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_labels_and_conditions_pass_through_worker_processes(tmp_path, suffix):
+  def row(path, label):
+    return {"path": path, "label": label, "num_frames": 1, "height": 144, "width": 256}
+
+  for i in range(6):
+    Image.fromarray(files.picture(i, 144, 256)).save(tmp_path / f"{i}.png")
+  rows = [row(f"{i}.png", i % 3) for i in range(6)] + [row("missing.png", 2), row("0.png", 3), row("0.png", None)]
+  table = pa.Table.from_pylist(rows)
+  (pa.csv.write_csv if suffix == ".csv" else pa.parquet.write_table)(table, tmp_path / ("t" + suffix))
+  settings = {"captions": "optional", "workers": 2, "max_bad_rows": 1}
+  config = config_of(tmp_path, "t" + suffix, buckets=(("144p", 1, 1.0, 7),), **settings)
+  config = dataclasses.replace(config, num_classes=3)
+  with loader.make_loader(config, str(tmp_path / "cache"), condition=condition, epochs=1) as steps:
+    (step,) = steps
+    assert steps.report.dropped == {"label missing or outside 0 to N - 1": 2}
+  assert sorted((s.row, s.label, s.weight) for s in step.samples) == [*((i, i % 3, 1.0) for i in range(6)), (6, 2, 0.0)]
+  for s in step.samples:
+    np.testing.assert_equal(s.cond, condition("", s.label))
 
 
 def test_fps_rules(folder):

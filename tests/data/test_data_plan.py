@@ -10,6 +10,7 @@ from data.config import DataConfig
 from tests.data import files
 
 BUCKETS = (("144p", 17, (0.8, 0.5), 3), ("144p", 9, 1.0, 4), ("240p", 9, 0.5, 2), ("144p", 1, 1.0, 5))
+BASE = {"path": "a.mp4", "text": "x", "num_frames": 30, "height": 144, "width": 256}
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +113,10 @@ def test_changed_keys(tmp_path, table_path):
   new = sequence_of(tmp_path, table_path, seed=7, frame_interval=2).description
   assert plan.changed_keys(old, new) == ["frame_interval: 1 -> 2", "seed: 42 -> 7"]
   assert plan.digest(old) != plan.digest(new)
+  assert "num_classes" not in old  # runs without classes keep their identity
+  labelled = files.write_csv(tmp_path / "labels.csv", [{**BASE, "label": 1}])
+  two, three = (sequence_of(tmp_path, labelled, num_classes=n).description for n in (2, 3))
+  assert plan.changed_keys(two, three) == ["num_classes: 2 -> 3", "tables[0].fingerprint (contents of the table)"]
   fewer = tuple(b for b in BUCKETS if b[:2] != ("240p", 9))
   assert plan.changed_keys(old, sequence_of(tmp_path, table_path, buckets=fewer).description) == ["buckets: 240p x 9"]
   # What doesn't touch the plan changes nothing.

@@ -103,6 +103,17 @@ def test_one_odd_cell_changes_nothing_else(tmp_path):
   assert problems(table)[-1] == sources.PROBLEMS[3]
 
 
+def test_labels_are_problems_only_where_they_are_needed(tmp_path):
+  cells = ["0", "4", "5", "-1", "1.5", "two", ""]
+  path = files.write_csv(tmp_path / "t.csv", [{**BASE, "label": cell} for cell in cells])
+  table = open_table(tmp_path, path)
+  assert [table.row(i).label for i in range(7)] == [0, 4, 5, None, None, None, None]
+  assert problems(table) == [""] * 7
+  assert problems(open_table(tmp_path, path, num_classes=5)) == ["", ""] + [sources.PROBLEMS[9]] * 5
+  with pytest.raises(ValueError, match="no column 'label'"):
+    open_table(tmp_path, files.write_csv(tmp_path / "none.csv", [BASE]), num_classes=5)
+
+
 def test_a_huge_caption_is_left_out(tmp_path):
   table = table_of(tmp_path, [BASE, {**BASE, "text": "long " * 1_000_000}, BASE])
   assert problems(table) == ["", "caption is too long", ""]
@@ -170,6 +181,7 @@ def test_config_mistakes():
   good = {"tables": ("a.csv",), "buckets": BUCKETS}
   DataConfig.create(good)
   for change, message in (
+    ({"num_classes": 10}, "unknown data key 'num_classes'"),
     ({"bukets": ()}, "unknown data key 'bukets', did you mean 'buckets'"),
     ({"resize": "nearest"}, "data.resize = 'nearest' is none of 'area', 'original'"),
     ({"workers": -1}, "data.workers = -1 is no whole number from 0 up"),

@@ -13,7 +13,7 @@ import pytest
 from stdit_jax.autoencoders import causal3d, image_kl
 from stdit_jax.interop import CheckpointError, export_tensors, foreign_spec, load_variables, mapping, models, open_checkpoint
 from stdit_jax.interop import save_variables as save
-from stdit_jax.interop.mapping import AXES, Entry, Mismatch
+from stdit_jax.interop.mapping import AXES, CheckpointLayout, Entry, Mismatch
 from stdit_jax.models import stdit, t5
 
 REFERENCE = pathlib.Path(__file__).parents[1] / "reference" / "open_sora"
@@ -139,6 +139,38 @@ def test_axes_are_exactly_invertible(axes):
   np.testing.assert_array_equal(mapping.to_foreign(entry, there, lengths), array)
   with pytest.raises(Mismatch):
     mapping.to_ours(entry, array[:-1])
+
+
+def test_a_2d_patch_kernel_is_ordered_row_column_channel():
+  kernel = np.random.default_rng(0).standard_normal((5, 4, 2, 3), np.float32)  # [D, C, y, x], as Conv2d has it
+  entry = Entry("patch_embed/kernel", None, ("proj.weight",), "patch2d", (2 * 3 * 4, 5), kernel.dtype)
+  ours = mapping.to_ours(entry, kernel)
+  np.testing.assert_array_equal(ours[(1 * 3 + 2) * 4 + 3], kernel[:, 3, 1, 2])
+  np.testing.assert_array_equal(mapping.to_foreign(entry, ours, {"y": 2, "x": 3}), kernel)
+
+
+def test_a_new_model_brings_its_own_layout(tmp_path):
+  """The layout is an object with its own stacks; no table of this package knows it."""
+  rows = (("params/patch", "proj", "patch2d"), ("params/layers/*/fc", "h.*.fc", "linear"))
+  layout = CheckpointLayout("mine", rows, stacks=("layers",), sizes=lambda config: {"y": config, "x": config})
+  native = CheckpointLayout("native", rows=(), stacks=("layers",))
+  tree = random_tree(
+    {
+      "params": {
+        "patch": {"kernel": jax.ShapeDtypeStruct((2 * 2 * 4, 6), np.float32)},
+        "layers": {"fc": {"kernel": jax.ShapeDtypeStruct((3, 6, 7), np.float32)}},
+      }
+    }
+  )
+  spec = foreign_spec(layout, tree, 2)
+  assert spec == {"proj.weight": (6, 4, 2, 2)} | {f"h.{i}.fc.weight": (7, 6) for i in range(3)}
+  assert set(foreign_spec(native, tree)) == {"params/patch/kernel"} | {f"params/layers/{i}/fc/kernel" for i in range(3)}
+  for one in (layout, native):
+    path = tmp_path / f"{one.name}.safetensors"
+    save(path, one, tree, config=2)
+    assert open_checkpoint(path).tensors.keys() == dict(export_tensors(one, tree, 2)).keys()
+    again = load_variables(path, (layout, native), tree, config=2)  # the layout that fits best is chosen
+    assert_same(*({k: np.asarray(v) for k, v in mapping.flatten(t).items()} for t in (again, tree)))
 
 
 def test_a_path_without_a_row_is_an_error():
