@@ -6,10 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from data.buckets import parse_buckets
 from stdit_jax.autoencoders import causal3d, codec, discriminator, image_kl, losses, perceptual, temporal
+from stdit_jax.autoencoders.registry import DTYPES, autoencoder_model, check_lengths
 from stdit_jax.diffusion.noise import Purpose, fold_in, sample_keys
-from stdit_jax.models.layers import COMPUTE_DTYPES, DTYPES
 from stdit_jax.training.stages import WEIGHTS
 from stdit_jax.training.state import Objective
 
@@ -19,25 +18,6 @@ _LAST_LAYER = {
   temporal: ("image", "decoder", "conv_out"),
   causal3d: ("decoder", "conv_out"),
 }
-
-
-def autoencoder_model(config):
-  """The autoencoder of `config.autoencoder`; ValueError for an unknown name, field or dtype."""
-  if config.dtype not in COMPUTE_DTYPES:
-    raise ValueError(f"config: autoencoder.dtype is {config.dtype!r}; allowed: {', '.join(COMPUTE_DTYPES)}")
-  module = codec.find(config.name)
-  return module.build(module.get_config(config.name, **config.fields), DTYPES[config.dtype])
-
-
-def check_lengths(config, autoencoder):
-  """Raises ValueError where buckets of a configuration have clips that its autoencoder (its own configuration) does not give
-  back as long as they were."""
-  for bucket in parse_buckets(config.data.buckets):
-    if bucket.batch_size and not autoencoder.keeps(bucket.num_frames):
-      raise ValueError(
-        f"config: bucket {bucket.name} has clips of {bucket.num_frames} frames, which {config.autoencoder.name!r} does not "
-        f"give back; nearest: {codec.nearest_lengths(autoencoder, bucket.num_frames)}"
-      )
 
 
 class AutoencoderObjective(Objective):
