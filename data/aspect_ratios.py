@@ -100,11 +100,10 @@ def sizes_for_pixels(pixels, compat="1.2"):
   return table
 
 
-def max_tokens(resolution, spatial_factor=8, patch=2):
+def max_tokens(resolution, spatial_factor=8, patch=(2, 2)):
   """Largest number of tokens per frame over the ratios of a resolution.
 
-  A latent side is floor(pixels / spatial_factor), a side of the token grid ceil(latent / patch).
+  A latent side is floor(pixels / spatial_factor), a side of the token grid ceil(latent / patch), `patch` being (height, width).
   """
-  return max(
-    math.prod(-(-(side // spatial_factor) // patch) for side in hw) for hw in SIZES[check_resolution(resolution)].values()
-  )
+  sizes = SIZES[check_resolution(resolution)].values()
+  return max(math.prod(-(-(side // spatial_factor) // p) for side, p in zip(hw, patch)) for hw in sizes)
