@@ -212,9 +212,8 @@ class SelfAttention(nn.Module):
       query, key = RMSNorm(name="query_norm")(query), RMSNorm(name="key_norm")(key)
     if rope is not None and not self.rope_first:
       query, key = apply_rope(query, rope), apply_rope(key, rope)
-    if token_valid is not None and self.axis == "time":
-      token_valid = jnp.swapaxes(token_valid, 1, 2)
-    y = attend(query, key, value, token_valid, self.implementation, self.layout)
+    lengths = None if token_valid is None else token_valid.sum(2 if self.axis == "space" else 1)  # padding comes last
+    y = attend(query, key, value, self.implementation, self.layout, lengths=lengths)
     if self.axis == "time":
       y = jnp.swapaxes(y, 1, 2)
     return linear((features,), heads, self.out_init, tensor=0, name="out")(y)
@@ -245,7 +244,8 @@ class CrossAttention(nn.Module):
     space_first = self.axes == OVER_TIME and self.layout is not None and self.layout.split_tokens
     query = einops.rearrange(query, "b t s h d -> b 1 (s t) h d" if space_first else "b t s h d -> b 1 (t s) h d")
     key, value = jax.lax.split(jnp.swapaxes(key_value, 1, 2), (1, 1), axis=1)
-    mask = None if text_mask is None else text_mask[:, None]
-    y = attend(query, key, value, mask, self.implementation, self.layout, axes=("batch", None, "tokens"))
+    lengths = None if text_mask is None else text_mask.sum(1, keepdims=True)  # padding comes last
+    axes = ("batch", None, "tokens", "tensor")
+    y = attend(query, key, value, self.implementation, self.layout, axes, lengths=lengths)
     y = einops.rearrange(y, "b 1 (s t) h d -> b t s h d" if space_first else "b 1 (t s) h d -> b t s h d", t=t, s=s)
     return linear((features,), heads, self.out_init, axes=self.axes[:3], tensor=0, name="out")(y)

@@ -22,44 +22,51 @@ CUDNN_KEYS = (
 )
 
 
-def attend(query, key, value, key_mask=None, implementation="auto", layout=None, axes=("batch", "tokens", None)):
+def attend(
+  query, key, value, implementation="auto", layout=None, axes=("batch", "tokens", None, "tensor"), *, lengths=None, mask=None
+):
   """Attention of every query to the valid keys of its own sequence.
 
+  Either `lengths` or `mask` says which keys are valid; without both, all are. The output of a sequence without any valid key
+  is finite and means nothing.
+
   Args:
-    query: `[batch, groups, queries, heads, head_dim]`: groups are independent sequences of one sample (frames, or positions);
-      logits are scaled by `head_dim ** -0.5`.
+    query: `[batch, groups, queries, heads, head_dim]`. Groups are independent sequences of one sample (frames or positions).
+      Logits are scaled by `head_dim ** -0.5`.
     key, value: `[batch, groups, keys, heads, head_dim]`.
-    key_mask: `[batch, groups, keys]` bool, False for padding, which comes last, or None. What a sequence without any valid
-      key gets is finite and read by nobody; the originals, which pack valid tokens, have no such rows.
     implementation: one of IMPLEMENTATIONS; "auto" chooses by platform, dtype and length.
     layout: how activations lie on the mesh, or None.
-    axes: names (of `Layout.axes`) over which batch, groups and queries are split; keys are whole on every device.
+    axes: names (of `Layout.axes`) over which batch, groups, queries and heads are split. Keys are whole on every device.
+    lengths: `[batch, groups]` int, the number of valid keys. Padding comes last.
+    mask: `[batch, groups, keys]` bool, False for padding. Padding may be anywhere.
 
   Returns:
     `[batch, groups, queries, heads, head_dim]` in the dtype of `value`.
   """
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(f"attention implementation {implementation!r} is unknown; allowed: {', '.join(IMPLEMENTATIONS)}")
+  if lengths is not None and mask is not None:
+    raise ValueError("attention got lengths and mask; allowed: one of them. Pass lengths if padding comes last, else mask.")
   platform = jax.default_backend() if layout is None else layout.mesh.devices.flat[0].platform
   if implementation == "auto":
     implementation = _choose(platform, query, key)
-  of_queries, of_keys = (*axes, "tensor", None), (*axes[:2], None, "tensor", None)
+  of_queries, of_keys = axes + (None,), (*axes[:2], None, axes[3], None)
   query = constrain(query, layout, *of_queries)
   key, value = constrain(key, layout, *of_keys), constrain(value, layout, *of_keys)
   if implementation == "einsum":
-    return _einsum(query, key, value, key_mask)
-  if key_mask is None:
-    key_mask = jnp.ones(key.shape[:3], bool)
-  if implementation == "splash":
-    kernel = functools.partial(_splash, interpret=platform == "cpu")
-  elif implementation == "cudnn":
-    kernel = cudnn_kernel
-  else:
-    kernel = _dot_product
-  if layout is not None:  # kernels run on what each device has
-    specs = [layout.spec(*names) for names in (of_queries, of_keys, of_keys, of_keys[:3])]
+    return _einsum(query, key, value, lengths, mask)
+  cudnn = (layout and layout.cudnn) or cudnn_kernel
+  splash = functools.partial(_splash, interpret=platform == "cpu")
+  kernel = {"splash": splash, "cudnn": cudnn, "xla": _dot_product}[implementation]
+  if layout is not None:  # each device runs the kernel on its own part
+    specs = [layout.spec(*names) for names in (of_queries, of_keys, of_keys, of_keys[:2], of_keys[:3])]
     kernel = jax.shard_map(kernel, mesh=layout.mesh, in_specs=tuple(specs), out_specs=specs[0], check_vma=False)
-  return kernel(query, key, value, key_mask)
+  return kernel(query, key, value, lengths, mask)
+
+
+def _as_mask(key, lengths, mask):
+  """Which keys are valid, `[batch, groups, keys]` bool, or None if all are."""
+  return mask if lengths is None else jnp.arange(key.shape[2]) < lengths[..., None]
 
 
 def _choose(platform, query, key):
@@ -72,18 +79,27 @@ def _choose(platform, query, key):
   return "einsum"
 
 
-def _dot_product(query, key, value, key_mask):
+def _dot_product(query, key, value, lengths, mask):
   """The formula as JAX writes it, over batch and groups as one axis."""
   flat = [x.reshape(-1, *x.shape[2:]) for x in (query, key, value)]
-  mask = key_mask.reshape(-1, 1, 1, key_mask.shape[-1])
+  mask = _as_mask(key, lengths, mask)
+  mask = None if mask is None else mask.reshape(-1, 1, 1, mask.shape[-1])
   return jax.nn.dot_product_attention(*flat, mask=mask, implementation="xla").reshape(query.shape)
 
 
-def cudnn_kernel(query, key, value, key_mask, implementation="cudnn"):
-  """cuDNN's flash attention. It is told how many keys are valid: a mask would be an array of all queries by all keys to it.
-  Odd lengths, which JAX (0.10, 0.11) refuses for it in training, are made even. `implementation="xla"` computes the same
-  everywhere. `plan` puts another in its place, since XLA can't compile it where cuDNN is not installed (planning/gpus.py)."""
-  lengths = jnp.maximum(key_mask.sum(-1, dtype=jnp.int32), 1).reshape(-1)  # of no key at all it makes NaN
+def cudnn_kernel(query, key, value, lengths, mask, implementation="cudnn"):
+  """cuDNN's flash attention, which takes lengths: a mask would be an array of all queries by all keys to it.
+
+  With a mask, valid keys move to the front, since attention does not depend on the order of keys. JAX (0.10, 0.11) refuses
+  odd lengths of sequences in training, so they become even. `implementation="xla"` computes the same everywhere.
+  """
+  if mask is not None:
+    order = jnp.argsort(~mask, axis=2)[..., None, None]
+    key, value = (jnp.take_along_axis(x, order, axis=2) for x in (key, value))
+    lengths = mask.sum(2, dtype=jnp.int32)
+  if lengths is None:
+    lengths = jnp.full(key.shape[:2], key.shape[2], jnp.int32)
+  lengths = jnp.maximum(lengths, 1).reshape(-1)  # zero keys would give NaN
 
   def flat(x):
     return jnp.pad(x.reshape(-1, *x.shape[2:]), ((0, 0), (0, x.shape[2] % 2), (0, 0), (0, 0)))
@@ -102,8 +118,8 @@ def _block(length):
   return block, padded[block]
 
 
-def _splash(query, key, value, key_mask, interpret):
-  """Splash attention. Sequences are padded to its blocks; what is padding has a segment of its own."""
+def _splash(query, key, value, lengths, mask, interpret):
+  """Splash attention. Sequences are padded to its blocks; padding has a segment of its own."""
   # Here, since it costs every start a seventh of a second.
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
@@ -129,13 +145,15 @@ def _splash(query, key, value, key_mask, interpret):
     return jnp.swapaxes(y, 0, 1)[:queries]
 
   query = query * query.shape[-1] ** -0.5
-  return jax.vmap(jax.vmap(one))(query, key, value, key_mask).astype(value.dtype)
+  mask = jnp.ones(key.shape[:3], bool) if lengths is None and mask is None else _as_mask(key, lengths, mask)
+  return jax.vmap(jax.vmap(one))(query, key, value, mask).astype(value.dtype)
 
 
-def _einsum(query, key, value, key_mask):
+def _einsum(query, key, value, lengths, mask):
   """Heads in front of the sequences, so that neither logits nor weights, the largest arrays, are ever transposed."""
+  mask = _as_mask(key, lengths, mask)
   query, key, value = (jnp.swapaxes(x, -3, -2) for x in (query * query.shape[-1] ** -0.5, key, value))
-  return jnp.swapaxes(_weigh(query, key, value, key_mask), -3, -2)
+  return jnp.swapaxes(_weigh(query, key, value, mask), -3, -2)
 
 
 @jax.custom_vjp

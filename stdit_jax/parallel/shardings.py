@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import math
 import re
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +27,12 @@ class Layout:
   Attributes:
     mesh: of `mesh.make_mesh`.
     split_tokens: the `sequence` axis splits tokens (long clips); False: it is more batch (short clips).
+    cudnn: takes the place of `attention.cudnn_kernel`, for programs that are compiled where cuDNN is not installed.
   """
 
   mesh: Mesh
   split_tokens: bool = False
+  cudnn: Callable | None = None
 
   @property
   def axes(self):

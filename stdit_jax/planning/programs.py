@@ -71,8 +71,11 @@ def resident_bytes(config, objective, mesh):
   return sizes
 
 
-def make_programs(stage, mesh, bucket):
+def make_programs(stage, mesh, bucket, cudnn=None):
   """The programs that train a stage on a mesh, with the gradient program of one bucket (resolution, frames, global batch size).
+
+  Args:
+    cudnn: as in `Layout`.
 
   Returns:
     (objective, programs, {name: shape of the batch's array}, layout of the batch, micro batches)
@@ -85,7 +88,7 @@ def make_programs(stage, mesh, bucket):
   params, frozen = objective.shapes
   optimizer = make_optimizer(config.optimizer)
   layouts, micro_batches = choose_layouts(stage, [Bucket(resolution, frames, 1.0, rows)], mesh, objective)
-  layout, parts = layouts[resolution, frames], micro_batches[resolution, frames]
+  layout, parts = dataclasses.replace(layouts[resolution, frames], cudnn=cudnn), micro_batches[resolution, frames]
   batch = batch_shapes(config, objective, (resolution, frames), rows, layout.token_parts)
   scales = learning_rate_scales(params, config.train, config.optimizer.scales)
   states = state_shapes(params, optimizer)
@@ -95,7 +98,7 @@ def make_programs(stage, mesh, bucket):
 
 
 def lower(job):
-  """Lowers the gradient program of a bucket, the very function that trains (on GPUs all but attention by cuDNN: gpus.py).
+  """Lowers the gradient program of a bucket: the very function that trains, but for cuDNN's attention on GPUs (gpus.py).
 
   Returns:
     (the lowered program, what is known of it before it is compiled: a dict of plain values)
@@ -103,13 +106,13 @@ def lower(job):
   Raises:
     ValueError: a configuration, mesh or batch that does not work.
   """
-  if is_gpu(job.topology):
-    gpus.replace_cudnn()
   stage = next(s for s in make_stages(from_plain(job.config)) if s.name == job.stage)
   config = stage.config
   mesh = make_mesh(config.mesh, topology_devices(job.topology, job.slices), config.slices)
   resolution, frames, rows = job.bucket
-  objective, programs, batch, layout, parts = make_programs(stage, mesh, job.bucket)
+  objective, programs, batch, layout, parts = make_programs(
+    stage, mesh, job.bucket, gpus.stand_in if is_gpu(job.topology) else None
+  )
   resident = resident_bytes(config, objective, mesh)
   # While it runs the host makes the next batch, which may be of the same size.
   resident["next batch"] = sum(

@@ -30,13 +30,13 @@ HEADS, HEAD_DIM = 16, 72
 
 
 @functools.partial(jax.jit, static_argnums=4)
-def forward(query, key, value, mask, implementation):
-  return attend(query, key, value, mask, implementation)
+def forward(query, key, value, lengths, implementation):
+  return attend(query, key, value, implementation, lengths=lengths)
 
 
 @functools.partial(jax.jit, static_argnums=5)
-def both(query, key, value, mask, cotangent, implementation):
-  y, pull = jax.vjp(lambda *args: attend(*args, mask, implementation), query, key, value)
+def both(query, key, value, lengths, cotangent, implementation):
+  y, pull = jax.vjp(lambda *args: attend(*args, implementation, lengths=lengths), query, key, value)
   return y, *pull(cotangent)
 
 
@@ -58,24 +58,24 @@ def main(argv=None):
   for name in args.shape:
     batch, groups, queries, keys = SHAPES[name]
     rng = np.random.default_rng(0)
-    lengths = (queries, keys, keys, queries)
     query, key, value, cotangent = (
-      jnp.asarray(rng.standard_normal((batch, groups, n, HEADS, HEAD_DIM), np.float32), jnp.bfloat16) for n in lengths
+      jnp.asarray(rng.standard_normal((batch, groups, n, HEADS, HEAD_DIM), np.float32), jnp.bfloat16)
+      for n in (queries, keys, keys, queries)
     )
     # As in a batch of several aspect ratios: some keys are padding.
-    valid = rng.integers(-(-4 * keys // 5), keys + 1, (batch, 1, 1))
-    mask = jnp.asarray(np.broadcast_to(np.arange(keys) < valid, (batch, groups, keys)))
+    valid = rng.integers(-(-4 * keys // 5), keys + 1, (batch, 1))
+    lengths = jnp.asarray(np.broadcast_to(valid, (batch, groups)))
     with jax.default_matmul_precision("highest"):
-      exact = both(*(x.astype(jnp.float32) for x in (query, key, value)), mask, cotangent.astype(jnp.float32), "einsum")
+      exact = both(*(x.astype(jnp.float32) for x in (query, key, value)), lengths, cotangent.astype(jnp.float32), "einsum")
       exact = [np.asarray(x) for x in exact]
     errors, times = {}, {which: ([], []) for which in args.implementation}
     for which in args.implementation:
-      jax.block_until_ready(forward(query, key, value, mask, which))
-      errors[which] = max(map(relative_error, both(query, key, value, mask, cotangent, which), exact))
+      jax.block_until_ready(forward(query, key, value, lengths, which))
+      errors[which] = max(map(relative_error, both(query, key, value, lengths, cotangent, which), exact))
     for _ in range(args.repeats):
       for which, (ahead, whole) in times.items():
-        ahead.append(milliseconds(forward, query, key, value, mask, which))
-        whole.append(milliseconds(both, query, key, value, mask, cotangent, which))
+        ahead.append(milliseconds(forward, query, key, value, lengths, which))
+        whole.append(milliseconds(both, query, key, value, lengths, cotangent, which))
     for which, (ahead, whole) in times.items():
       values = f"{statistics.median(ahead):.3f} | {statistics.median(whole):.3f} | {errors[which]:.4f}"
       print(f"| {name} | {which} | {values} |", flush=True)

@@ -23,84 +23,102 @@ def inputs(name, dtype=jnp.float32, offset=0.0):
   return 3 * draw(queries), draw(keys), draw(keys) + offset, draw(queries)
 
 
-def masks(name):
-  """None, padding at the end, and a first sequence without any valid key."""
+PADDINGS = ("none", "lengths", "empty lengths", "holes", "empty mask")
+
+
+def padding(kind, name):
+  """Arguments of `attend` that say which keys are valid, and whether each sequence has a valid key `[batch, groups]`."""
   batch, groups, _, keys, _, _ = SHAPES[name]
-  padding = np.arange(keys) < np.random.default_rng(1).integers(1, keys + 1, (batch, groups, 1))
-  first = np.arange(batch * groups).reshape(batch, groups, 1) == 0
-  return {"none": None, "padding": padding, "empty": padding & ~first}
+  rng = np.random.default_rng(1)
+  first = np.arange(batch * groups).reshape(batch, groups) == 0
+  lengths = np.where(first & (kind == "empty lengths"), 0, rng.integers(1, keys + 1, (batch, groups)))
+  mask = (rng.random((batch, groups, keys)) < 0.6) & ~(first & (kind == "empty mask"))[..., None]
+  mask[..., 0] = False  # the first key is padding, unlike with lengths
+  mask[..., -1] |= ~mask.any(-1) & ~(first & (kind == "empty mask"))
+  if kind == "none":
+    return {}, np.ones((batch, groups), bool)
+  if kind.endswith("lengths"):
+    return {"lengths": jnp.asarray(lengths)}, lengths > 0
+  return {"mask": jnp.asarray(mask)}, mask.any(-1)
+
+
+def as_mask(valid, name):
+  """The same padding as a mask, whatever `attend` was told."""
+  if "lengths" in valid:
+    return {"mask": jnp.arange(SHAPES[name][3]) < valid["lengths"][..., None]}
+  return valid
 
 
 @functools.partial(jax.jit, static_argnums=5)
-def value_and_gradients(query, key, value, cotangent, mask, implementation):
-  y, pull = jax.vjp(lambda *args: attend(*args, mask, implementation), query, key, value)
+def value_and_gradients(query, key, value, cotangent, valid, implementation):
+  y, pull = jax.vjp(lambda *args: attend(*args, implementation, **valid), query, key, value)
+  return y, *pull(cotangent)
+
+
+@jax.jit
+def cudnn_by_xla(query, key, value, cotangent, valid):
+  """The call of cuDNN, computed by XLA: padding as lengths, no odd and no empty sequences."""
+  y, pull = jax.vjp(lambda *args: cudnn_kernel(*args, valid.get("lengths"), valid.get("mask"), "xla"), query, key, value)
   return y, *pull(cotangent)
 
 
 @pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize("mask", ["none", "padding", "empty"])
-@pytest.mark.parametrize("implementation", ["einsum", "splash"])
-def test_implementations_agree_with_jax(name, mask, implementation):
-  """Splash is the TPU's kernel, interpreted. What it gives for a sequence without any valid key is finite; nobody reads it."""
-  read = np.ones(SHAPES[name][:2], bool) if mask != "empty" or implementation == "einsum" else masks(name)[mask].any(-1)
-  mask = masks(name)[mask]
+@pytest.mark.parametrize("kind", PADDINGS)
+@pytest.mark.parametrize("implementation", ["einsum", "splash", "cudnn by xla"])
+def test_implementations_agree_with_jax(name, kind, implementation):
+  """Padding at the end and anywhere. A sequence without any valid key gives finite numbers, which nobody reads."""
+  valid, read = padding(kind, name)
+  if implementation == "einsum":  # agrees there, too
+    read = np.ones_like(read)
   *args, cotangent = inputs(name, offset=2.0)
   cotangent = jnp.where(read[..., None, None, None], cotangent, 0)
-  for ours, theirs in zip(*(value_and_gradients(*args, cotangent, mask, which) for which in (implementation, "xla"))):
+  if implementation == "cudnn by xla":
+    results = cudnn_by_xla(*args, cotangent, valid)
+  else:
+    results = value_and_gradients(*args, cotangent, valid, implementation)
+  for ours, theirs in zip(results, value_and_gradients(*args, cotangent, as_mask(valid, name), "xla")):
     assert ours.dtype == theirs.dtype
     assert np.isfinite(ours).all()
     assert relative_error(np.asarray(ours)[read], np.asarray(theirs)[read]) < 2e-6
 
 
-def test_masked_keys_get_nothing():
+@pytest.mark.parametrize("implementation", ["einsum", "splash", "cudnn by xla"])
+def test_padding_does_not_change_results(implementation):
   query, key, value, cotangent = inputs("text")
-  mask = masks("text")["padding"]
-  junk = jnp.where(mask[..., None, None], 0, 1e4)
-  clean, dirty = (value_and_gradients(query, key + x, value + x, cotangent, mask, "einsum") for x in (0, junk))
+  valid, _ = padding("holes", "text")
+  padded = ~valid["mask"][..., None, None]
+  run = (
+    cudnn_by_xla if implementation == "cudnn by xla" else functools.partial(value_and_gradients, implementation=implementation)
+  )
+  clean, dirty = (run(query, key + x, value + x, cotangent, valid) for x in (0, jnp.where(padded, 1e4, 0)))
   for a, b in zip(clean, dirty):
     np.testing.assert_array_equal(a, b)
   for gradient in clean[2:]:
-    assert not np.asarray(gradient)[~mask].any()
+    assert not np.asarray(gradient)[~np.asarray(valid["mask"])].any()
 
 
 def test_softmax_is_float32_in_half_precision():
   """bfloat16 in and out agrees with float32 throughout, and the exponential is taken in float32."""
-  program = str(jax.make_jaxpr(lambda q, k, v, _: attend(q, k, v, None, "einsum"))(*inputs("space", jnp.bfloat16)))
+  program = str(jax.make_jaxpr(lambda q, k, v, _: attend(q, k, v, "einsum"))(*inputs("space", jnp.bfloat16)))
   assert re.findall(r":(\w+)\[[\d,]+\] = exp ", program) == ["f32"]
-  half = value_and_gradients(*inputs("space", jnp.bfloat16), None, "einsum")
-  full = value_and_gradients(*(x.astype(jnp.float32) for x in inputs("space", jnp.bfloat16)), None, "einsum")
+  half = value_and_gradients(*inputs("space", jnp.bfloat16), {}, "einsum")
+  full = value_and_gradients(*(x.astype(jnp.float32) for x in inputs("space", jnp.bfloat16)), {}, "einsum")
   for a, b in zip(half, full):
     assert a.dtype == jnp.bfloat16
     assert relative_error(a.astype(jnp.float32), b) < 2e-2
 
 
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN needs a GPU: JAX_PLATFORMS=cuda")
 @pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize("mask", ["none", "padding", "empty"])
-def test_flash_attention_by_lengths(name, mask):
-  """What cuDNN is asked for, computed by XLA: lengths say the same as the mask, and no sequence is empty."""
-  mask = masks(name)[mask]
-  whole = np.ones((*SHAPES[name][:2], SHAPES[name][3]), bool) if mask is None else mask
-  read = whole.any(-1)
-  *args, cotangent = inputs(name, offset=2.0)
-  cotangent = jnp.where(read[..., None, None, None], cotangent, 0)
-  y, pull = jax.vjp(lambda *args: cudnn_kernel(*args, jnp.asarray(whole), "xla"), *args)
-  for ours, theirs in zip((y, *pull(cotangent)), value_and_gradients(*args, cotangent, mask, "einsum")):
-    assert np.isfinite(ours).all()
-    assert relative_error(np.asarray(ours)[read], np.asarray(theirs)[read]) < 2e-6
-
-
-@pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN is on GPUs: JAX_PLATFORMS=cuda")
-@pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize("mask", ["none", "padding", "empty"])
-def test_cudnn_agrees_with_float32(name, mask):
+@pytest.mark.parametrize("kind", PADDINGS)
+def test_cudnn_agrees_with_float32(name, kind):
   """Odd lengths, head dimensions of 8 to 72, padding; values and gradients as near as bfloat16 allows."""
-  mask = masks(name)[mask]
-  read = np.ones(SHAPES[name][:2], bool) if mask is None else mask.any(-1)
+  valid, read = padding(kind, name)
   half = inputs(name, jnp.bfloat16)
   half = (*half[:3], jnp.where(read[..., None, None, None], half[3], 0))
-  ours = value_and_gradients(*half, mask, "cudnn")
+  ours = value_and_gradients(*half, valid, "cudnn")
   with jax.default_matmul_precision("highest"):
-    theirs = value_and_gradients(*(x.astype(jnp.float32) for x in half), mask, "einsum")
+    theirs = value_and_gradients(*(x.astype(jnp.float32) for x in half), valid, "einsum")
   for a, b in zip(ours, theirs):
     assert a.dtype == jnp.bfloat16
     assert np.isfinite(a.astype(jnp.float32)).all()
@@ -110,4 +128,10 @@ def test_cudnn_agrees_with_float32(name, mask):
 def test_unknown_implementation():
   query, key, value, _ = inputs("time")
   with pytest.raises(ValueError, match="'flash' is unknown; allowed: auto, splash, cudnn, einsum, xla"):
-    attend(query, key, value, None, "flash")
+    attend(query, key, value, "flash")
+
+
+def test_lengths_and_mask_exclude_each_other():
+  query, key, value, _ = inputs("time")
+  with pytest.raises(ValueError, match="got lengths and mask; allowed: one of them"):
+    attend(query, key, value, lengths=jnp.ones((2, 12), int), mask=jnp.ones((2, 12, 5), bool))

@@ -1,44 +1,47 @@
-"""What stands in for cuDNN's attention where programs are compiled for GPUs without one."""
+"""The stand-in for cuDNN's attention, with which programs are compiled for GPUs where cuDNN is not installed."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
+import pytest
 
-from stdit_jax.parallel import attention
-from stdit_jax.planning import gpus
+from stdit_jax.parallel.attention import attend
+from stdit_jax.parallel.mesh import make_mesh
+from stdit_jax.parallel.shardings import Layout
+from stdit_jax.planning.gpus import stand_in
 
 
-def both_ways(kernel, query, key, value, key_mask):
+def both_ways(kernel, query, key, value, lengths=None, mask=None):
   """Attention and its gradients."""
-  y, backward = jax.vjp(lambda *x: kernel(*x, key_mask), query, key, value)
+  y, backward = jax.vjp(lambda *x: kernel(*x, lengths=lengths, mask=mask), query, key, value)
   return y, backward(y)
 
 
-def test_the_stand_in_has_the_arguments_results_and_sharding_of_attention(monkeypatch):
-  shape = jax.ShapeDtypeStruct((2, 3, 8, 4, 16), jnp.bfloat16)
-  keys, mask = jax.ShapeDtypeStruct((2, 3, 5, 4, 16), jnp.bfloat16), jax.ShapeDtypeStruct((2, 3, 5), bool)
-  monkeypatch.setattr(attention, "cudnn_kernel", attention.cudnn_kernel)
-  gpus.replace_cudnn()
-  stand_in, formula = (
+@pytest.mark.parametrize("padding", [{}, {"lengths": jnp.ones((2, 3), int)}, {"mask": jnp.ones((2, 3, 5), bool)}])
+def test_the_stand_in_has_the_results_and_gradients_of_attention(padding):
+  query, keys = (jax.ShapeDtypeStruct((2, 3, length, 4, 16), jnp.bfloat16) for length in (8, 5))
+  layout = Layout(make_mesh({"data": 1}, jax.devices()[:1]), cudnn=stand_in)
+  replaced, formula = (
     jax.eval_shape(
-      functools.partial(both_ways, functools.partial(attention.attend, implementation=name)), shape, keys, keys, mask
+      functools.partial(both_ways, functools.partial(attend, implementation=name, layout=layout), **padding), query, keys, keys
     )
     for name in ("cudnn", "einsum")
   )
-  assert stand_in == formula
+  assert replaced == formula
 
 
 def test_the_stand_in_reads_all_that_attention_reads():
-  """Every argument changes the result and every gradient depends on what the kernel keeps: nothing is optimised away."""
+  """Each argument changes the result, and each gradient depends on the saved arrays: XLA can't remove any of them."""
   query, key, value = jnp.arange(1.0, 3 * 48 + 1).reshape(3, 1, 1, 6, 2, 4)
-  mask = jnp.ones((1, 1, 6), bool)
-  y, gradients = both_ways(gpus._stand_in, query, key, value, mask)
+  lengths, mask = jnp.full((1, 1), 6), jnp.ones((1, 1, 6), bool)
+  y, gradients = both_ways(stand_in, query, key, value, mask=mask)
   for changed in (
-    (query + 1, key, value, mask),
-    (query, key + 1, value, mask),
-    (query, key, value + 1, mask),
-    (query, key, value, mask.at[0, 0, 0].set(False)),
+    (query + 1, key, value, lengths),
+    (query, key + 1, value, lengths),
+    (query, key, value + 1, lengths),
+    (query, key, value, lengths - 1),
+    (query, key, value, None, mask.at[0, 0, 0].set(False)),
   ):
-    assert (both_ways(gpus._stand_in, *changed)[0] != y).any()
+    assert (both_ways(stand_in, *changed)[0] != y).any()
   assert all((g != 0).any() for g in gradients)
