@@ -27,6 +27,7 @@ from absl import logging
 from data import paths
 from data.buckets import parse_buckets
 from data.config import DataConfig
+from stdit_jax import loading
 from stdit_jax.cli import (
   OneLineParser,
   connect_processes,
@@ -37,7 +38,6 @@ from stdit_jax.cli import (
   use_compilation_cache,
 )
 from stdit_jax.generation.shapes_exam import PARTS
-from stdit_jax.training import loading
 
 TASKS = ("loss", "shapes", "autoencoder")
 
@@ -108,31 +108,28 @@ def read_stage(args):
 
 def evaluate_loss(stage, step, args, folder):
   """-> {"validation/...": loss}; tables and plans are kept in `folder`."""
-  import jax
 
   from stdit_jax.parallel.mesh import make_mesh
-  from stdit_jax.training import batches, weights
+  from stdit_jax.training.batches import Encoders
   from stdit_jax.training.checkpoints import load_weights
   from stdit_jax.training.compilation import AheadOfTime
-  from stdit_jax.training.loop import say
-  from stdit_jax.training.objectives import OBJECTIVES
+  from stdit_jax.training.objectives import make_objective
+  from stdit_jax.training.run import say
   from stdit_jax.training.step import TraceCounter
   from stdit_jax.training.validation import Validation
 
   config, counter = stage.config, TraceCounter()
-  mesh, objective = make_mesh(config.mesh, slices=config.slices), OBJECTIVES[config.task](config)
-  params, frozen, _ = load_weights(args.run, args.item, step, mesh)
-  frozen |= weights.read_frozen(objective, config, mesh)
+  mesh, objective = make_mesh(config.mesh, slices=config.slices), make_objective(config)
+  params, frozen, _ = load_weights(args.run, args.item, step, mesh, objective.rules)
+  frozen |= objective.read_frozen(mesh)
   validation = Validation(stage, folder, mesh, objective)
-  encoder = batches.load_encoder(config, counter, stage.name) if config.task == "denoiser" else None
-  compiled = AheadOfTime(config.compile_threads, say)
-  shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, frozen))
-  validation.compile_ahead(compiled, counter, *shapes)
-  make_batch = batches.batch_maker(config, objective, validation.data.layouts, mesh, encoder)
+  make_batch = objective.batch_maker(Encoders(counter, mesh), stage.name)
+  compiler = AheadOfTime(config.compile_threads, say)
   try:
-    return validation(params, frozen, make_batch, compiled.get)
+    validation.compile_ahead(compiler, counter, *objective.shapes)
+    return validation(params, frozen, make_batch)
   finally:
-    compiled.close()
+    compiler.close()
 
 
 def evaluate_shapes(args):

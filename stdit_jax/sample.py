@@ -28,6 +28,7 @@ import sys
 import time
 
 from data import paths, video
+from stdit_jax import loading
 from stdit_jax.cli import (
   InputError,
   OneLineParser,
@@ -39,7 +40,6 @@ from stdit_jax.cli import (
 )
 from stdit_jax.generation import conditions, tasks
 from stdit_jax.generation.media import FRAMES, IMAGE_FORMATS, VIDEO_FORMATS, check_rate, settings_file
-from stdit_jax.training import loading
 
 MADE = ("num_frames", "tiles")  # in the JSON beside a file, but no settings that were given
 
@@ -251,6 +251,8 @@ def explain(work, autoencoder, compat):
 
 def main(argv=None):
   args = parse_with_changes(make_parser(), argv)
+  from stdit_jax.models.family import find_model
+
   with one_line_errors():
     check_numbers(args)
     prompts = read_prompts(args)
@@ -259,8 +261,10 @@ def main(argv=None):
     loading.guidance_of(args)
     autoencoder = autoencoder_of(config)
     work = make_work(args, prompts, config, autoencoder)
-    if config.model.name.startswith("STDiT-") and any(one.job.rules for one in work):
-      raise ValueError(f"{config.model.name} (Open-Sora 1.0) can't be given frames: it makes videos from text alone")
+    if any(one.job.rules for one in work):
+      family, _ = find_model(config.model.name, config.model.fields)
+      if not family.supports.frame_masks:
+        raise ValueError(f"{family.name} can't be given frames: it makes videos from text alone")
     if args.explain:
       return explain(work, autoencoder, args.compat)
     steps, scale = loading.steps_and_scale(args, config)
@@ -323,7 +327,7 @@ def check_memory(pipeline, work, steps, scale, args):
 
 def autoencoder_of(config):
   """The configuration of the autoencoder of a configuration."""
-  from stdit_jax.training.autoencoding import autoencoder_model
+  from stdit_jax.autoencoders.registry import autoencoder_model
 
   return autoencoder_model(config.autoencoder).config
 

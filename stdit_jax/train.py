@@ -62,18 +62,22 @@ def run(config, watchdog):
     with contextlib.ExitStack() as held:
       with one_line_errors():
         from stdit_jax.interop import CheckpointError
-        from stdit_jax.training.loop import Preempted, Run
-        from stdit_jax.training.sampling import Sampler
+        from stdit_jax.run_samples import Sampler
+        from stdit_jax.training.loop import train
+        from stdit_jax.training.preemption import Preempted
+        from stdit_jax.training.restarts import Restarts
+        from stdit_jax.training.run import Run
 
         keep_freed_memory()
         training = Run(config, watchdog.beat)
         if watchdog.index == 0:
           held.enter_context(claim(config.output, functools.partial(watchdog.leave, code=2)))
         on_sample = Sampler(training) if config.sample_every else None
-        started = training.start()
+        restarts = Restarts(training)
+        started = restarts.start()
       with one_line_errors((InputError, CheckpointError, OSError)):
         try:
-          training.train(on_sample, started)
+          train(training, on_sample, restarts, started)
         except Preempted as stop:
           print(stop, file=sys.stderr)
           raise SystemExit(RESTART) from None

@@ -2,6 +2,7 @@
 
 A conditioner is made of a stage's configuration, a family and the configuration of its model, and has
 
+  name                of the conditioner
   num_classes         classes of the `label` column, None where rows have none
   init(key)           (params, frozen): parameters of its own that train, and those that do not; {} for none
   from_files          names of `frozen` that are read from files at every start, and are in no checkpoint

@@ -73,7 +73,7 @@ class Captions:
     length, channels: of the features `[length, channels]` of a caption.
   """
 
-  num_classes = None
+  name, num_classes = "captions", None
 
   def __init__(self, config, family, model_config):
     self.config = config.text_encoder
@@ -166,9 +166,12 @@ class Captions:
     """Whether a folder of `data.latents` has the features of captions, which are then read from it."""
     return bool(folder) and self.ahead and latents.has_text(folder)
 
+  @functools.cached_property
+  def _tokenize(self):
+    return TokenizeText(self.config.tokenizer, self.config.max_length)
+
   def prompts(self, texts):
-    tokenize = TokenizeText(self.config.tokenizer, self.config.max_length)
-    ids, mask = zip(*(tokenize(text) for text in texts))
+    ids, mask = zip(*map(self._tokenize, texts))
     return {"text_ids": np.stack(ids), "text_mask": np.stack(mask)}
 
   def encoder_flops(self, rows):

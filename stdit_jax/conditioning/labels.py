@@ -12,11 +12,11 @@ from stdit_jax.parallel.shardings import ArraySpec
 class Labels:
   """Labels as they are; nothing to encode. As conditioning/__init__.py says."""
 
-  from_files, ahead, encoder = (), False, None
+  name, from_files, ahead, encoder = "labels", (), False, None
 
   def __init__(self, config, family, model_config):
     del config
-    self.name, self.num_classes = family.name, model_config.num_classes
+    self.family, self.num_classes = family.name, model_config.num_classes
 
   def init(self, key):
     del key
@@ -44,7 +44,7 @@ class Labels:
     """A prompt is the number of a class. Raises ValueError for anything else."""
     for text in texts:
       if not text.isdecimal() or int(text) >= self.num_classes:
-        raise ValueError(f"prompt {text!r}: {self.name} takes the number of a class, 0 to {self.num_classes - 1}")
+        raise ValueError(f"prompt {text!r}: {self.family} takes the number of a class, 0 to {self.num_classes - 1}")
     return {"label": np.asarray([int(text) for text in texts], np.int32)}
 
   def encoder_flops(self, rows):

@@ -140,7 +140,7 @@ def find_family(name: str) -> tuple[Family, str]:
   return family, size
 
 
-def find_model(name: str, overrides: Mapping = {}) -> tuple[Family, Any]:  # noqa: B006 - never changed
+def find_model(name: str, overrides: Mapping = {}) -> tuple[Family, Any]:
   """The family and the configuration of a named denoiser. Raises ValueError naming the allowed names or fields."""
   family, size = find_family(name)
   return family, family.get_config(size, **overrides)

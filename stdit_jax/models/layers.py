@@ -244,8 +244,7 @@ class CrossAttention(nn.Module):
     space_first = self.axes == OVER_TIME and self.layout is not None and self.layout.split_tokens
     query = einops.rearrange(query, "b t s h d -> b 1 (s t) h d" if space_first else "b t s h d -> b 1 (t s) h d")
     key, value = jax.lax.split(jnp.swapaxes(key_value, 1, 2), (1, 1), axis=1)
-    lengths = None if text_mask is None else text_mask.sum(1, keepdims=True)  # padding comes last
-    axes = ("batch", None, "tokens", "tensor")
-    y = attend(query, key, value, self.implementation, self.layout, axes, lengths=lengths)
+    mask = None if text_mask is None else text_mask[:, None].astype(bool)
+    y = attend(query, key, value, self.implementation, self.layout, ("batch", None, "tokens", "tensor"), mask=mask)
     y = einops.rearrange(y, "b 1 (s t) h d -> b t s h d" if space_first else "b 1 (t s) h d -> b t s h d", t=t, s=s)
     return linear((features,), heads, self.out_init, axes=self.axes[:3], tensor=0, name="out")(y)

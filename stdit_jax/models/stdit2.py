@@ -139,7 +139,7 @@ class STDiT2(nn.Module):
     return common.finish(self, x, frames, cached, reuse)
 
   def embed_sizes(self, sizes):
-    """-> embeddings `[B, D]` of (height, width, aspect ratio), for the spatial branch, and of (frames, fps), for the temporal."""
+    """-> embeddings `[B, D]`: of height, width and aspect ratio for the spatial branch, of frames and fps for the temporal."""
     cfg, layout = self.config, self.layout
     height, width, third = sizes["height"], sizes["width"], cfg.hidden_size // 3
     aspect_ratio = sizes.get("aspect_ratio", height / width)

@@ -286,7 +286,7 @@ def finish(module, x, frames, cached, reuse):
 
 
 def cache_specs(module, kinds, cache, batch, frames, space):
-  """What calls of `module` on `[batch, frames, space]` tokens keep for each other (`step_cache.cache_specs`); `kinds` as there."""
+  """What calls of `module` on `[batch, frames, space]` tokens keep for each other; `kinds` as in `step_cache.cache_specs`."""
   config, layout = module.config, module.layout
   frames += -frames % (1 if layout is None else layout.token_parts)
   shape = batch, frames, space, config.hidden_size

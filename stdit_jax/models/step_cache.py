@@ -51,8 +51,8 @@ class ResidualCache:
   """A step skips all layers but the first if the first adds about what it added before.
 
   Attributes:
-    threshold: mean absolute change of what the first layer adds, relative to its mean absolute value, below which the step skips
-      the others. The sample that changed most decides for its batch.
+    threshold: the step skips the others if what the first layer adds changed by less: mean absolute change, relative to the
+      mean absolute value. The sample that changed most decides for its batch.
   """
 
   threshold: float = 0.1

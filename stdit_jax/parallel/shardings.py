@@ -140,8 +140,8 @@ def path_name(path):
   return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
-# A rule is (regular expression searched in the path, mesh axes of the dimensions from the first, mesh axes to take if those do not
-# divide). Every model file has its rules; these are for blocks as in layers.py and t5.py.
+# A rule: regular expression searched in the path, mesh axes of the dimensions from the first, and perhaps the mesh axes to take
+# if those do not divide. Every model file has its rules; these are for blocks as in layers.py and t5.py.
 # Stacked blocks carry the depth in front. Every large matrix is split over `fsdp` along one of its feature sides, which are
 # multiples of 16 in all published sizes: along rows, not columns, since a TPU scatters a bfloat16 gradient only in whole tiles
 # of 16 rows or 128 columns, and otherwise sums it everywhere, at twice the bytes (width 1152: fsdp=8 makes whole tiles, 16 does

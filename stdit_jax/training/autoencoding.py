@@ -4,13 +4,24 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec as P
 
+from data.aspect_ratios import SIZES
+from data.config import DataConfig
 from stdit_jax.autoencoders import causal3d, codec, discriminator, image_kl, losses, perceptual, temporal
 from stdit_jax.autoencoders.registry import DTYPES, autoencoder_model, check_lengths
+from stdit_jax.components import need_file
 from stdit_jax.diffusion.noise import Purpose, fold_in, sample_keys
+from stdit_jax.interop import load_variables, measures
+from stdit_jax.interop.models import IMAGE_LAYOUTS, autoencoder_layouts
+from stdit_jax.parallel.shardings import ArraySpec, tree_shardings
+from stdit_jax.training.batches import AutoencoderBatches
 from stdit_jax.training.stages import WEIGHTS
-from stdit_jax.training.state import Objective
+from stdit_jax.training.state import init_shapes
+
+# Autoencoders, and the networks that train them, are small: whole on every device.
+RULES = ((r"(^|/)((shortcut_)?(encoder|decoder)|quant_conv|post_quant_conv|discriminator|perceptual)/", P()),)
 
 # Where the last layer of a decoder is in the parameters: by its gradients the adversarial term is weighted.
 _LAST_LAYER = {
@@ -20,7 +31,7 @@ _LAST_LAYER = {
 }
 
 
-class AutoencoderObjective(Objective):
+class AutoencoderObjective:
   """The losses of an autoencoder over random crops of clips; `params` = autoencoder, and discriminator when there is one.
 
   The loss of a sample is a sum of means, weighted by `config.autoencoder.<name>_weight`:
@@ -35,13 +46,23 @@ class AutoencoderObjective(Objective):
   that gives it a weight above 0.
   """
 
+  part = "autoencoder"
+  counts_flops = False
+  rules, resizable = RULES, ()
+
   def __init__(self, config):
     self.config = config
     own = config.autoencoder
     self.model, self.module = autoencoder_model(own), codec.find(own.name)
     self.weights = {name: own[f"{name}_weight"] for name in WEIGHTS}
     self.discriminator = discriminator.Discriminator(discriminator.get_config(own.discriminator), DTYPES[own.dtype])
+    self.from_files = ("perceptual",) if self.weights["perceptual"] else ()
     self._check(own)
+
+  @functools.cached_property
+  def shapes(self):
+    """(params, frozen) of `init` as shapes; nothing is allocated."""
+    return init_shapes(self)
 
   def _check(self, own):
     factor = self.model.config.downsampling
@@ -92,6 +113,111 @@ class AutoencoderObjective(Objective):
         raise ValueError(
           f"config: autoencoder.crop is {own.crop}; the perceptual distance needs sides of at least {perceptual.SMALLEST}"
         )
+
+  # Batches.
+
+  def batch(self, bucket, rows, token_parts=1):
+    """The arrays of one batch as a tree of `ArraySpec`."""
+    del token_parts
+    crop = self.config.autoencoder.crop
+    return {
+      "pixels": ArraySpec((rows, bucket[1], crop, crop, 3), jnp.uint8),
+      "weight": ArraySpec((rows,)),
+      "sample_id": ArraySpec((rows, 2), jnp.uint32),
+    }
+
+  def work(self, batch):
+    """(tokens, model FLOPs) of a batch: (0, 0), since there is no formula."""
+    del batch
+    return 0, 0
+
+  def data_config(self, values):
+    """`DataConfig` of the group `data`. Raises ValueError."""
+    return DataConfig.create(values)
+
+  def open_cache(self, data, table):
+    """Raises ValueError: an autoencoder reads no latents."""
+    raise ValueError(f"data.latents={data.latents!r} are for denoisers; an autoencoder needs videos")
+
+  def worker(self, cache):
+    """None: captions do not matter."""
+
+  def check_plan(self, clips):
+    """Raises ValueError if a clip of the first epoch is smaller than the crop: it would end the run where it comes."""
+    crop, seen = self.config.autoencoder.crop, DataConfig.create(self.config.data.to_dict()).parsed_buckets()
+    numbers, _, ratios = clips.all_slots()
+    for number, ratio in np.unique(np.stack([numbers, ratios], 1), axis=0).tolist():
+      name = seen[number].resolution
+      height, width = list(SIZES[name].values())[ratio]
+      if min(height, width) < crop:
+        raise ValueError(
+          f"autoencoder.crop is {crop}, but there are clips of {height} x {width} pixels in {name}; take at most "
+          f"{min(height, width)}, a larger resolution, or leave such files out"
+        )
+
+  def batch_maker(self, encoders, name):
+    """`(LoadedStep, layout) -> global arrays`."""
+    del encoders, name
+    return AutoencoderBatches(self.config)
+
+  # Weights.
+
+  def check_files(self):
+    """Raises ValueError if a file that a run will read does not exist, or the configuration names weights in vain."""
+    own, init = self.config.autoencoder, self.config.init
+    if own.weights:
+      raise ValueError(
+        "config: autoencoder.weights are of one that encodes for a denoiser; to train an autoencoder from a file set init"
+      )
+    if own.image_weights:
+      if init:
+        raise ValueError("config: init brings the image autoencoder inside, too; set either it or autoencoder.image_weights")
+      need_file(own.image_weights, "autoencoder.image_weights")
+    for name in ("latent", "identity"):
+      if self.weights[name] and not (init or own.image_weights):
+        raise ValueError(
+          f"config: autoencoder.{name}_weight compares with latents of the image autoencoder inside, which would be random; "
+          "give autoencoder.image_weights, or init"
+        )
+    if self.weights["perceptual"]:
+      self._load_perceptual()  # only to see it: a wrong file must not end the run days later
+
+  def _load_perceptual(self):
+    own = self.config.autoencoder.perceptual
+    return measures.load_perceptual(own.name, need_file(own.weights, "autoencoder.perceptual.weights"), own.sha256)
+
+  def read_frozen(self, mesh):
+    """{name of `from_files`: parameters} from the files that the configuration names, laid over the mesh."""
+    if not self.from_files:
+      return {}
+    trunk = {"perceptual": self._load_perceptual()}
+    return jax.device_put(trunk, tree_shardings(trunk, mesh, self.rules))
+
+  def read_initial(self, params, mesh):
+    """`params` of `init` with those that files of their own bring."""
+    if not (path := self.config.autoencoder.image_weights):
+      return params
+    image = self.model.config.image_config
+    shapes = image_kl.init_shapes(image)
+    shardings = tree_shardings({"encoder": shapes}, mesh, self.rules)["encoder"]
+    loaded = load_variables(path, IMAGE_LAYOUTS, shapes, config=image, shardings=shardings)
+    return {**params, "autoencoder": {**params["autoencoder"], "image": loaded["params"]}}
+
+  def load_checkpoint(self, path, params, frozen, mesh):
+    """(params, frozen) with the autoencoder of a checkpoint, whatever shift and scale its latents are to be used with."""
+    current = {"params": params["autoencoder"]}
+    shardings = tree_shardings(current, mesh, self.rules)
+    config = self.model.config
+    loaded = load_variables(
+      path, autoencoder_layouts(config), current, config=config, strict=self.config.init_strict, numbers=False,
+      shardings=shardings,
+    )  # fmt: skip
+    return {**params, "autoencoder": loaded["params"]}, frozen
+
+  def beside(self, bytes_per_device, mesh):
+    """Bytes on one device of encoders that are in neither `params` nor `frozen`: none."""
+    del bytes_per_device, mesh
+    return 0
 
   @property
   def decodes(self):

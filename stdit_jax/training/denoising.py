@@ -6,9 +6,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from data import latents
 from data.config import DataConfig
 from stdit_jax.autoencoders import codec
 from stdit_jax.autoencoders.registry import check_lengths
@@ -17,7 +15,6 @@ from stdit_jax.conditioning import replace_rows
 from stdit_jax.diffusion.frame_masks import FrameMasks
 from stdit_jax.diffusion.noise import Purpose, element_index, fold_in, sample_keys, token_noise
 from stdit_jax.models import flops, t5
-from stdit_jax.parallel.shardings import ArraySpec, tree_shardings
 from stdit_jax.training import latent_caches
 from stdit_jax.training.batches import DenoiserBatches
 from stdit_jax.training.state import init_shapes

@@ -25,6 +25,7 @@ from stdit_jax.parallel.mesh import make_mesh
 from stdit_jax.parallel.shardings import Layout
 from stdit_jax.training import batches
 from stdit_jax.training.latent_caches import autoencoder_identity, text_identity
+from stdit_jax.training.objectives import make_objective
 
 _MICRO_BATCHES = 8  # per device and turn, so that the last one, which may be half empty, weighs little
 _CAPTIONS = 8  # per device and turn
@@ -44,7 +45,7 @@ class Source:
   def open(cls, stage, folder):
     """Raises ValueError when nothing fits or a file is missing; tables and plans are kept in `folder`."""
     try:
-      data = dataclasses.replace(DataConfig.create(stage.config.data.to_dict()), latents="")
+      data = dataclasses.replace(make_objective(stage.config).data_config(stage.config.data.to_dict()), latents="")
       return cls(stage, data, plan.PlanSequence(sources.open_table(data, folder), data, folder))
     except ValueError as error:
       raise ValueError(f"config: stage {stage.name!r}: {error}") from None

@@ -21,6 +21,11 @@ from stdit_jax.training.denoising import DenoiserObjective
 OBJECTIVES = {"denoiser": DenoiserObjective, "autoencoder": AutoencoderObjective}
 
 
+def part_of(config):
+  """What a configuration trains: "denoiser" or "autoencoder", the name of its parameters in a checkpoint."""
+  return config.task
+
+
 def make_objective(config):
   """The objective of a stage's configuration. Raises ValueError for parts that do not fit."""
-  return OBJECTIVES[config.task](config)
+  return OBJECTIVES[part_of(config)](config)

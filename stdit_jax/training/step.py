@@ -195,9 +195,7 @@ class Programs:
     self._options = {"compiler_options": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}} if tpu else {}
     self.new_accumulator = jax.jit(new_accumulator, out_shardings=self._accumulator)
     schedule = learning_rate(config.optimizer, stage.start, stage.steps)
-    function = functools.partial(
-      update, self.optimizer, self._scales, schedule, config.optimizer.clip_norm, config.ema_decay
-    )
+    function = functools.partial(update, self.optimizer, self._scales, schedule, config.optimizer.clip_norm, config.ema_decay)
     places = self.state, self._accumulator, self._replicated
     self.update = jax.jit(
       counter.counted(f"{stage.name}: update", function), in_shardings=places, out_shardings=places, donate_argnums=(0, 1)

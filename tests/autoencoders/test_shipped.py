@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from stdit_jax.autoencoders import metrics
-from stdit_jax.training.loading import load_autoencoder
+from stdit_jax.loading import load_autoencoder
 
 FILM = pathlib.Path(__file__).parents[2] / "data" / "film"
 

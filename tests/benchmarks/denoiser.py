@@ -25,7 +25,7 @@ from diffusers import LatteTransformer3DModel
 from stdit_jax.cli import keep_freed_memory
 from stdit_jax.diffusion.guidance import guided
 from stdit_jax.diffusion.rectified_flow import RectifiedFlow
-from stdit_jax.models import flops, stdit
+from stdit_jax.models import flops
 from stdit_jax.models.layers import REMAT_POLICIES
 
 WIDTH, HEADS, DEPTH, FRAMES, ROWS, COLUMNS, TEXT, CAPTION, CHANNELS = 1152, 16, 4, 5, 9, 16, 300, 4096, 4
@@ -54,14 +54,14 @@ def latte_flops():
 
 def our_config(**fields):
   sizes = {"num_heads": HEADS, "caption_channels": CAPTION, "model_max_length": TEXT}
-  return stdit.STDiT3Config(WIDTH, DEPTH, **sizes, **fields)
+  return denoisers.STDiT3Config(WIDTH, DEPTH, **sizes, **fields)
 
 
 def our_programs(rng, remat, scan):
   """-> forward, sampling step, training step: functions without arguments that end when the device is done."""
   config = our_config(remat=remat, scan=scan)
-  model = stdit.build(config)
-  variables = jax.jit(stdit.init, static_argnums=0)(config, jax.random.key(0))
+  model = denoisers.build(config)
+  variables = jax.jit(denoisers.init, static_argnums=0)(config, jax.random.key(0))
   optimizer = optax.adamw(1e-4)
   one = jnp.ones((1,))
   conditions = {"grid": jnp.asarray([[FRAMES, ROWS, COLUMNS]]), "height": 144 * one, "width": 256 * one, "fps": 24 * one}

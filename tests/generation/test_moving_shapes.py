@@ -3,9 +3,8 @@
 import pytest
 
 from data import shapes, shapes_vision
-from stdit_jax import sample
+from stdit_jax import loading, sample
 from stdit_jax.generation.pipeline import Request
-from stdit_jax.training import loading
 from tests.tiny_run import ROOT
 
 pytestmark = pytest.mark.usefixtures("quick_compile")

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from data.video import read_frames
-from stdit_jax import sample
+from stdit_jax import loading, sample
 from stdit_jax.autoencoders import codec
 from stdit_jax.diffusion.noise import Purpose, sample_keys
 from stdit_jax.generation import media
@@ -19,9 +19,8 @@ from stdit_jax.generation import pipeline as pipelines
 from stdit_jax.generation.pipeline import Request, latent_noise
 from stdit_jax.generation.references import read_reference
 from stdit_jax.interop import save_variables
-from stdit_jax.training import loading
 from stdit_jax.training.checkpoints import load_weights
-from stdit_jax.training.loop import Run
+from tests.runs import Run
 from tests.tiny_run import QUICK_FLAGS, run_module, tiny_config, write_config
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -352,8 +351,8 @@ def test_safetensors_give_the_video_of_the_run(assets, trained, tmp_path):
   config = write_config(tmp_path / "config.py", assets, tmp_path / "unused")
   run = Run(tiny_config(assets, tmp_path / "shapes"))
   variables = {"params": ema["denoiser"], "constants": constants["denoiser"]}
-  save_variables(tmp_path / "denoiser.safetensors", "open-sora", variables, config=run.objectives[0].model.config)
-  save_variables(tmp_path / "t5.safetensors", "t5", {"params": ema["text_encoder"]}, config=run.objectives[0].text.config)
+  save_variables(tmp_path / "denoiser.safetensors", "open-sora", variables, config=run.parts[0].objective.model.config)
+  save_variables(tmp_path / "t5.safetensors", "t5", {"params": ema["text_encoder"]}, config=run.parts[0].objective.text.config)
   what = [*SIZE, "--prompt", "a rabbit", "--format", "gif", "--output"]
   made = lambda name: pictures(tmp_path / name / "0000-a-rabbit-seed0.gif")  # noqa: E731
   files = ["--weights", str(tmp_path / "denoiser.safetensors"), "--text-encoder", str(tmp_path / "t5.safetensors")]

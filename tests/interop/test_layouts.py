@@ -14,10 +14,11 @@ from stdit_jax.autoencoders import causal3d, image_kl
 from stdit_jax.interop import CheckpointError, export_tensors, foreign_spec, load_variables, mapping, models, open_checkpoint
 from stdit_jax.interop import save_variables as save
 from stdit_jax.interop.mapping import AXES, CheckpointLayout, Entry, Mismatch
-from stdit_jax.models import stdit, t5
+from stdit_jax.models import t5
+from tests import denoisers
 
 REFERENCE = pathlib.Path(__file__).parents[1] / "reference" / "open_sora"
-CONFIGS = {"stdit1_tiny": stdit.STDiT1Config, "stdit2_tiny": stdit.STDiT2Config, "stdit3_tiny": stdit.STDiT3Config}
+CONFIGS = {"stdit1_tiny": denoisers.STDiT1Config, "stdit2_tiny": denoisers.STDiT2Config, "stdit3_tiny": denoisers.STDiT3Config}
 
 
 def golden(name):
@@ -76,7 +77,7 @@ def test_names_and_shapes_of_cogvideoxs_autoencoder(name):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_golden_weights_come_back_bit_for_bit(name, tmp_path):
   path, config = golden(name)
-  variables = load_variables(path, "open-sora", stdit.init_shapes(config), config=config)
+  variables = load_variables(path, "open-sora", denoisers.init_shapes(config), config=config)
   original = open_checkpoint(path)
   expected = {tensor: original.read(tensor) for tensor in original.tensors}
   assert_same(dict(export_tensors("open-sora", variables, config)), expected)
@@ -85,15 +86,15 @@ def test_golden_weights_come_back_bit_for_bit(name, tmp_path):
   native = open_checkpoint(tmp_path / "x.safetensors")
   stack = "spatial_blocks" if name == "stdit3_tiny" else "blocks"
   assert native.tensors[f"params/{stack}/1/mlp/fc1/kernel"].shape == (config.hidden_size, config.hidden_size * 4)
-  again = load_variables(tmp_path / "x.safetensors", "native", stdit.init_shapes(config))
+  again = load_variables(tmp_path / "x.safetensors", "native", denoisers.init_shapes(config))
   assert jax.tree.all(jax.tree.map(lambda a, b: np.asarray(a).tobytes() == np.asarray(b).tobytes(), again, variables))
   # and of several layouts the right one is found
-  load_variables(tmp_path / "x.safetensors", ("open-sora", "native"), stdit.init_shapes(config))
+  load_variables(tmp_path / "x.safetensors", ("open-sora", "native"), denoisers.init_shapes(config))
 
 
 def test_linear_kernels_lie_as_documented():
   path, config = golden("stdit3_tiny")
-  ours, theirs = load_variables(path, "open-sora", stdit.init_shapes(config)), open_checkpoint(path)
+  ours, theirs = load_variables(path, "open-sora", denoisers.init_shapes(config)), open_checkpoint(path)
   block = ours["params"]["spatial_blocks"]
   heads, d = config.num_heads, config.head_dim
   qkv = theirs.read("spatial_blocks.1.attn.qkv.weight")  # rows: (which, head, feature)

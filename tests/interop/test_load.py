@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from stdit_jax.interop import CheckpointError, export_tensors, load_variables, open_checkpoint, save_variables
-from stdit_jax.models import stdit
+from tests import denoisers
 from tests.interop.test_layouts import assert_same, golden, random_tree, write_all
 
 
@@ -24,7 +24,7 @@ def tensors():
 
 @pytest.fixture(scope="module")
 def shapes():
-  return stdit.init_shapes(golden("stdit3_tiny")[1])
+  return denoisers.init_shapes(golden("stdit3_tiny")[1])
 
 
 def load(tmp_path, tensors, target, **options):
@@ -97,8 +97,8 @@ def test_nothing_that_fits_is_an_error_even_if_not_strict(tmp_path, shapes):
 def test_open_sora_1_0_into_1_1(tmp_path):
   """What Open-Sora 1.1 takes from a 1.0 checkpoint: everything that the two have in common."""
   path, _ = golden("stdit1_tiny")
-  config = stdit.get_config("STDiT2-tiny/2", hidden_size=72)
-  initial = jax.tree.map(jnp.asarray, random_tree(stdit.init_shapes(config)))
+  config = denoisers.get_config("STDiT2-tiny/2", hidden_size=72)
+  initial = jax.tree.map(jnp.asarray, random_tree(denoisers.init_shapes(config)))
   lines = []
   loaded = load_variables(path, "open-sora", initial, strict=False, log=lines.append)
   same = open_checkpoint(path)
@@ -110,10 +110,10 @@ def test_open_sora_1_0_into_1_1(tmp_path):
 
 def test_position_tables_of_1_0_are_checked_with_a_config():
   path, config = golden("stdit1_tiny")
-  shapes = stdit.init_shapes(config)
+  shapes = denoisers.init_shapes(config)
   load_variables(path, "open-sora", shapes)
   for fields, message in (({"space_scale": 1.0}, "was made with other numbers"), ({"input_size": (4, 8, 16)}, "pos_embed: ")):
-    other = stdit.get_config("STDiT-tiny/2", **fields)
+    other = denoisers.get_config("STDiT-tiny/2", **fields)
     with pytest.raises(CheckpointError, match=message):
       load_variables(path, "open-sora", shapes, config=other)
 
@@ -138,13 +138,13 @@ import sys
 import jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P, SingleDeviceSharding
 from stdit_jax.interop import load_variables, save_variables
-from stdit_jax.models import stdit
+from tests import denoisers
 from stdit_jax.parallel.mesh import make_mesh
 from stdit_jax.parallel.shardings import tree_shardings
 
 path, out = sys.argv[1:]
-config = stdit.get_config("STDiT3-tiny/2")
-shapes = stdit.init_shapes(config)
+config = denoisers.get_config("STDiT3-tiny/2")
+shapes = denoisers.init_shapes(config)
 whole = load_variables(path, "open-sora", shapes)
 mesh = make_mesh({"data": 2, "fsdp": 4})
 rules = tree_shardings(shapes, mesh)

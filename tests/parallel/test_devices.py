@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from configs import base
 from stdit_jax.autoencoders import causal3d, codec, perceptual
-from stdit_jax.models import stdit, t5
+from stdit_jax.models import t5
 from stdit_jax.models.layers import OVER_TIME
 from stdit_jax.models.step_cache import PyramidBroadcast, ResidualCache, Reuse
 from stdit_jax.parallel import hlo
@@ -25,6 +25,7 @@ from stdit_jax.parallel.mesh import make_mesh, mesh_sizes
 from stdit_jax.parallel.shardings import Layout, tree_shardings
 from stdit_jax.training import batches
 from stdit_jax.training.autoencoding import AutoencoderObjective
+from tests import denoisers
 from tests.helpers import QUICK_COMPILE, random_variables, relative_error
 from tests.models.test_invariants import CONFIGS, join, outputs_and_gradients, sample
 from tests.tiny_run import QUICK_FLAGS
@@ -62,7 +63,7 @@ def on_one_device(name):
   config = CONFIGS[name]
   variables = random_variables(config)
   batch = join([sample(i % 3, config, frames=3, tokens=12, text=6, junk=0) for i in range(DEVICES)])
-  return variables, batch, run(stdit.build(config), variables, batch)
+  return variables, batch, run(denoisers.build(config), variables, batch)
 
 
 @needs_devices
@@ -77,7 +78,7 @@ def test_eight_devices_equal_one(name, mesh):
   layout = Layout(make_mesh(sizes), split_tokens)
   placed = jax.device_put(variables, tree_shardings(variables, layout.mesh))
   split = {k: jax.device_put(v, layout.sharding(*(OVER_TIME if v.ndim == 4 else ("batch",)))) for k, v in batch.items()}
-  result = run(stdit.build(config, layout), placed, split)
+  result = run(denoisers.build(config, layout), placed, split)
   valid = batch["valid"].any(-1)
   assert relative_error(np.asarray(result[0])[valid], np.asarray(expected[0])[valid]) < 1e-5
   for ours, theirs in zip(jax.tree.leaves(result[1:]), jax.tree.leaves(expected[1:]), strict=True):
@@ -99,7 +100,7 @@ def test_what_serves_several_steps_is_split(cache):
   batch.pop("cotangent")
   layout = Layout(make_mesh({"data": 2, "sequence": 4}), True)
   results = []
-  for model in (stdit.build(config), stdit.build(config, layout)):
+  for model in (denoisers.build(config), denoisers.build(config, layout)):
     arrays = model.kept_arrays(cache, 2, 3, 12)
     kept = jax.tree.map(lambda part: jnp.zeros(part.shape, part.dtype), arrays)
     call, outputs = jax.jit(functools.partial(model.apply, variables), compiler_options=QUICK_COMPILE), []
@@ -252,11 +253,11 @@ def test_constraints_are_in_the_program():
   values of both attentions; both sides of every linear layer: patches, two of the caption, of timestep and fps, one of the
   modulation, seven a block, final; every kernel of a block before and after it is gathered."""
   config = CONFIGS["STDiT3"]
-  args, conditions = stdit.example_inputs(config, batch=DEVICES)
+  args, conditions = denoisers.example_inputs(config, batch=DEVICES)
 
   def constraints(layout):
-    model = stdit.build(config, layout)
-    lowered = jax.jit(lambda v: model.apply(v, *args, **conditions)).lower(stdit.init_shapes(config))
+    model = denoisers.build(config, layout)
+    lowered = jax.jit(lambda v: model.apply(v, *args, **conditions)).lower(denoisers.init_shapes(config))
     return lowered.as_text().count("sharding_constraint")
 
   assert (
@@ -269,7 +270,7 @@ def test_constraints_are_in_the_program():
 def test_shardings_of_a_whole_tree():
   config = CONFIGS["STDiT3"]
   mesh = make_mesh({"data": 1, "fsdp": 8})
-  shapes = stdit.init_shapes(config)
+  shapes = denoisers.init_shapes(config)
   state = {"params": shapes["params"], "opt": [{"mu": shapes["params"]}], "step": jax.ShapeDtypeStruct((), np.int32)}
   shardings = tree_shardings(state, mesh)
   assert shardings["step"].spec == P()

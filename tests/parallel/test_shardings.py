@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from stdit_jax.models import stdit, t5
+from stdit_jax.models import t5
 from stdit_jax.parallel.shardings import path_name, spec_for
+from tests import denoisers
 
 DENOISERS = ("STDiT-XL/2", "STDiT2-XL/2", "STDiT3-XL/2", "STDiT3-3B/2")
 
@@ -23,7 +24,7 @@ def shapes_of(name):
   """(shapes, prefix of the names of its parameters) of a denoiser, or of "T5 <size>"."""
   if name.startswith("T5 "):
     return t5.init_shapes(t5.get_config(name[3:])), "text_encoder/"
-  return stdit.init_shapes(stdit.get_config(name)), ""
+  return denoisers.init_shapes(denoisers.get_config(name)), ""
 
 
 @pytest.mark.parametrize(("fsdp", "tensor"), [(8, 1), (16, 1), (8, 2), (4, 4)])

@@ -6,13 +6,13 @@ import sys
 import jax
 import numpy as np
 from safetensors.numpy import save_file
+from stdit_jax.training.weights import load_text_encoder
 
 from stdit_jax.diffusion.noise import sample_keys, token_noise
 from stdit_jax.parallel.mesh import make_mesh
 from stdit_jax.parallel.shardings import Layout, path_name
 from stdit_jax.training import loop, step
 from stdit_jax.training.batches import to_global
-from stdit_jax.training.weights import load_text_encoder
 from tests.tiny_run import eight_config, frozen_text
 
 
@@ -22,9 +22,9 @@ def one_micro_step(run, mesh, state, frozen, batch):
   programs = step.Programs(
     objective.loss,
     mesh,
-    run.state_shapes[0],
-    run.frozen_shapes[0],
-    run.optimizers[0],
+    run.parts[0].programs.shapes[0],
+    run.parts[0].programs.shapes[1],
+    run.parts[0].programs.optimizer,
     run.scales[0],
     run.stages[0],
     step.TraceCounter(),
@@ -44,12 +44,12 @@ def one_micro_step(run, mesh, state, frozen, batch):
 def main(folder):
   assets, folder = folder / "assets", folder / "devices"
   assert jax.device_count() == 8
-  run = loop.Run(eight_config(assets, folder / "eight", mesh={"data": 2, "fsdp": 4}))
+  run = Run(eight_config(assets, folder / "eight", mesh={"data": 2, "fsdp": 4}))
   state, frozen, _ = run.start()
   rng = np.random.default_rng(0)
   host = jax.tree.map(lambda p: np.asarray(p) + 0.1 * rng.standard_normal(p.shape, np.float32), state["params"])
-  with run.data[0].loader(0) as rows:
-    batch = jax.tree.map(np.asarray, run._batch_maker(run.stages[0], state)(next(rows)))
+  with run.parts[0].data.loader(0) as rows:
+    batch = jax.tree.map(np.asarray, run.maker()(next(rows)))
   frozen_host = jax.tree.map(np.asarray, frozen)
   eight = one_micro_step(run, run.mesh, {"params": host}, frozen_host, batch)
   one_device = make_mesh({"data": 1, "fsdp": 1}, jax.devices()[:1])
@@ -58,7 +58,7 @@ def main(folder):
   save_file(one, folder / "one.safetensors")
 
   run.train(started=(state, frozen, 0))  # a checkpoint of eight devices
-  resumed = loop.Run(eight_config(assets, folder / "single", mesh={"data": 2, "fsdp": 4}, steps=3))
+  resumed = Run(eight_config(assets, folder / "single", mesh={"data": 2, "fsdp": 4}, steps=3))
   state, frozen, at = resumed.start()  # and one of a single device
   assert at == 2, at
   params = {path_name(p): np.asarray(x) for p, x in jax.tree_util.tree_flatten_with_path(state["params"])[0]}
@@ -66,8 +66,8 @@ def main(folder):
   resumed.train(started=(state, frozen, at))
 
   # The text encoder in a program of its own, split as the denoiser is.
-  ahead = loop.Run(eight_config(assets, folder / "ahead", steps=1, mesh={"data": 2, "fsdp": 4}, **frozen_text(assets, "ahead")))
-  text = load_text_encoder(ahead.config, ahead.objectives[0].text, ahead.mesh)
+  ahead = Run(eight_config(assets, folder / "ahead", steps=1, mesh={"data": 2, "fsdp": 4}, **frozen_text(assets, "ahead")))
+  text = load_text_encoder(ahead.config, ahead.parts[0].objective.parts.conditioner.encoder, ahead.mesh)
   kernel = text["blocks"]["mlp"]["up"]["kernel"]
   assert kernel.size // kernel.addressable_shards[0].data.size == 4
   ahead.train()

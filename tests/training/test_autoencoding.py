@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
+from stdit_jax.training.weights import load_codec
 
 from configs import base, cogvideox_vae, open_sora_1_2_vae
 from data.config import DataConfig
@@ -22,10 +23,9 @@ from stdit_jax.interop.models import FAMILIES
 from stdit_jax.parallel.mesh import AXES
 from stdit_jax.training import checkpoints
 from stdit_jax.training.autoencoding import AutoencoderObjective
-from stdit_jax.training.loop import Run
+from tests.runs import Run
 from stdit_jax.training.stage_data import choose_layouts
 from stdit_jax.training.stages import make_stages
-from stdit_jax.training.weights import load_codec
 from tests.helpers import REFERENCE, relative_error, to_theirs
 from tests.tiny_run import tiny_config
 
@@ -371,8 +371,8 @@ def test_blocks_that_are_computed_again_are_not_kept(name, frames):
 def test_a_clip_that_a_later_epoch_brings_and_is_too_small_has_no_weight(assets, tmp_path, caplog):
   """It must not end the run where it comes, every time; the others are as without it."""
   run = Run(run_config(assets, tmp_path / "run"))
-  make_batch = run._batch_maker(run.stages[0], None)
-  with run.data[0].loader(0) as steps:
+  make_batch = run.maker()
+  with run.parts[0].data.loader(0) as steps:
     loaded = next(steps)
   whole = make_batch(loaded)
   small = dataclasses.replace(loaded.samples[0], pixels=loaded.samples[0].pixels[:, :12])

@@ -12,8 +12,8 @@ import pytest
 
 from configs import base
 from stdit_jax.interop import CheckpointError
-from stdit_jax.training.loop import Run
-from stdit_jax.training.sampling import Sampler
+from stdit_jax.run_samples import Sampler
+from tests.runs import Run
 from stdit_jax.training.stages import make_stages
 from tests.tiny_run import QUICK_FLAGS, ROOT, environment, run_module, small_autoencoder, tiny_config, write_config
 
@@ -114,7 +114,7 @@ def test_missing_keys_tables_columns_and_files(assets, tmp_path):
   for table, words in (("no_text", "has no column 'text'"), ("gone", "none of the first 12 files exists")):
     config = tiny_config(assets, tmp_path / table, data__tables=(str(assets / f"{table}.csv"),))
     with pytest.raises(ValueError, match=words):
-      Run(config).data[0].loader(0)
+      Run(config).parts[0].data.loader(0)
   with pytest.raises(ValueError, match=r"needs task='denoiser'|prompts is empty"):
     Sampler(Run(tiny_config(assets, tmp_path / "s", sample__prompts=())))
   make_stages(base.get_config())  # the defaults themselves are fine
@@ -167,7 +167,7 @@ def test_safetensors_that_are_broken(assets, tmp_path):
     (tmp_path / f"{name}.safetensors").write_bytes(content)
     run = Run(tiny_config(assets, tmp_path / name, autoencoder__weights=str(tmp_path / f"{name}.safetensors")))
     with pytest.raises(CheckpointError, match=words):
-      run._batch_maker(run.stages[0], None)
+      run.maker()
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from stdit_jax.parallel.shardings import path_name
 from stdit_jax.training.checkpoints import load_weights
-from stdit_jax.training.loop import Run
+from tests.runs import Run
 from tests.tiny_run import ROOT, eight_config, environment, frozen_text
 
 pytestmark = pytest.mark.usefixtures("quick_compile")

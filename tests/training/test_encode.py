@@ -15,9 +15,9 @@ from stdit_jax import encode
 from stdit_jax.autoencoders import codec
 from stdit_jax.interop import save_variables
 from stdit_jax.interop.models import FAMILIES
+from stdit_jax.run_samples import Sampler
 from stdit_jax.training import encoding
-from stdit_jax.training.loop import Run
-from stdit_jax.training.sampling import Sampler
+from tests.runs import Run
 from stdit_jax.training.stages import make_stages
 from tests.data import files
 from tests.tiny_run import frozen_text, tiny_config, write_config
@@ -72,8 +72,8 @@ def shards(folder):
 
 def batches_of(run, count):
   """The first batches of a run that does not train."""
-  make_batch = run._batch_maker(run.stages[0], None)
-  with run.data[0].loader(0) as steps:
+  make_batch = run.maker()
+  with run.parts[0].data.loader(0) as steps:
     return [(loaded.bucket, jax.tree.map(np.asarray, make_batch(loaded))) for loaded, _ in zip(steps, range(count))]
 
 
@@ -246,15 +246,15 @@ def test_a_training_keeps_the_order_that_it_began_with(assets, tmp_path):
   run(config, out, "--epochs", 2)
   resumed, anew = training("run", 6), training("other", 6)
   resumed.start()
-  assert [data.sources(4) for data in (resumed.data[0], anew.data[0])] == [[0, 0], [0, 1]]
-  assert [[s.row for s in step.samples] for step, _ in zip(resumed.data[0].loader(3), range(3))] == rows
+  assert [data.sources(4) for data in (resumed.parts[0].data, anew.data[0])] == [[0, 0], [0, 1]]
+  assert [[s.row for s in step.samples] for step, _ in zip(resumed.parts[0].data.loader(3), range(3))] == rows
   assert [[s.row for s in step.samples] for step, _ in zip(anew.data[0].loader(3), range(3))] != rows
 
 
 def test_past_the_epochs_captions_may_be_of_another(assets, table, folder, tmp_path, caplog):
   """All windows are there, and one line says that not all captions are."""
   config = tiny_config(assets, tmp_path, **settings(assets, table, data__latents=str(folder)))
-  data, at = Run(config).data[0], 0
+  data, at = Run(config).parts[0].data, 0
   while data._plans.locate(at)[0] < 3:
     at += 1
   assert data.sources(at) == [0, 1, 2, 3]

@@ -13,14 +13,14 @@ import torch
 from data.buckets import Bucket
 from data.tokens import unpatchify
 from stdit_jax.diffusion.noise import Purpose, sample_keys
-from stdit_jax.models.stdit import denoise_latents
 from stdit_jax.parallel.mesh import AXES, make_mesh
 from stdit_jax.parallel.shardings import Layout
 from stdit_jax.training import state as states
 from stdit_jax.training import step
 from stdit_jax.training.batches import batch_shapes, to_global
-from stdit_jax.training.loop import Run
+from tests.runs import Run
 from stdit_jax.training.stage_data import choose_layouts
+from tests.denoisers import denoise_latents
 from tests.helpers import relative_error
 from tests.tiny_run import tiny_config
 
@@ -38,20 +38,20 @@ def made(assets, tmp_path_factory):
   rng = np.random.default_rng(0)
   # Parameters that start at zero would hide mistakes.
   params = jax.tree.map(lambda p: p + 0.1 * rng.standard_normal(p.shape, np.float32), state["params"])
-  make_batch = run._batch_maker(run.stages[0], state)
+  make_batch = run.maker()
   batches = {}
-  with run.data[0].loader(0) as rows:
+  with run.parts[0].data.loader(0) as rows:
     while len(batches) < 2:
       loaded = next(rows)
       batches[loaded.bucket] = jax.tree.map(np.asarray, make_batch(loaded))
-  return run, states.new_state(params, run.optimizers[0]), frozen, batches
+  return run, states.new_state(params, run.parts[0].programs.optimizer), frozen, batches
 
 
 def programs_of(run, state, frozen, counter=None, **stage):
   shapes = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)  # noqa: E731
   config = ml_collections.ConfigDict(run.stages[0].config.to_dict() | stage)
   return step.Programs(
-    run.objectives[0].loss, run.mesh, run.state_shapes[0], shapes(frozen), run.optimizers[0], run.scales[0],
+    run.parts[0].objective.loss, run.mesh, run.parts[0].programs.shapes[0], shapes(frozen), run.parts[0].programs.optimizer, run.scales[0],
     dataclasses.replace(run.stages[0], name="test", steps=4, config=config), counter or step.TraceCounter(),
   )  # fmt: skip
 
@@ -80,7 +80,7 @@ def gradient_of(made, programs, program, batch, accumulator=None):
 def test_batches_have_the_shapes_that_programs_are_compiled_for(made):
   run, _, _, batches = made
   for bucket, batch in batches.items():
-    shapes = batch_shapes(run.stages[0].config, run.objectives[0], bucket, len(batch["weight"]))
+    shapes = batch_shapes(run.stages[0].config, run.parts[0].objective, bucket, len(batch["weight"]))
     assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {k: (v.shape, v.dtype) for k, v in shapes.items()}
 
 
@@ -97,7 +97,7 @@ def assert_close_groups(ours, theirs, tolerance=1e-5):
 
 def direct_loss(run, frozen, batch, row, params):
   """Rectified-flow loss of one row, written down anew on its own unpadded latents, from the published rule of the keys."""
-  config, model = run.config, run.objectives[0].model
+  config, model = run.config, run.parts[0].objective.model
   size = tuple(int(n) for n in batch["latent_size"][row])
   seen = {name: jnp.asarray(batch[name][row : row + 1]) for name in ("height", "width", "num_frames", "fps", "text_mask")}
   latents = lambda name: unpatchify(jnp.asarray(batch[name][row : row + 1]), size, (1, 2, 2))  # noqa: E731
@@ -108,12 +108,12 @@ def direct_loss(run, frozen, batch, row, params):
   s = jax.nn.sigmoid(jax.random.normal(key(Purpose.TIMESTEP)[0], ()))
   ratio = jnp.sqrt(seen["height"] * seen["width"] / 512**2) * jnp.sqrt(size[0])
   t = ratio * s / (1 + (ratio - 1) * s)
-  mask = run.objectives[0].frame_masks.draw(key(Purpose.FRAME_MASK), size[0]) if size[0] > 1 else jnp.ones((1, 1), bool)
+  mask = run.parts[0].objective.frame_masks.draw(key(Purpose.FRAME_MASK), size[0]) if size[0] > 1 else jnp.ones((1, 1), bool)
   here = mask[:, :, None, None, None]
   e = noise(Purpose.NOISE)
   x_t = jnp.where(here, (1 - t) * x0 + t * e, x0)
   drop = jax.vmap(jax.random.uniform)(key(Purpose.DROP_TEXT)) < config.caption_dropout
-  text = run.objectives[0].text.apply(
+  text = run.parts[0].objective.parts.conditioner.encoder.apply(
     {"params": params["text_encoder"]}, jnp.asarray(batch["text_ids"][row : row + 1]), seen["text_mask"]
   )
   variables = {"params": params["denoiser"], "constants": frozen["denoiser"]}
@@ -166,7 +166,7 @@ def test_micro_batch_count_follows_the_limit(made):
     with config.unlocked():
       config.max_tokens_per_device = limit
     stage = dataclasses.replace(run.stages[0], config=config)
-    return choose_layouts(stage, run.data[0].config.parsed_buckets(), run.mesh, run.objectives[0])[1]["144p", 4]
+    return choose_layouts(stage, run.parts[0].data.config.parsed_buckets(), run.mesh, run.parts[0].objective)[1]["144p", 4]
 
   assert parts(0) == 1
   assert parts(3 * frames * space) == 1
@@ -184,7 +184,7 @@ def test_which_buckets_split_their_tokens(made):
     with config.unlocked(), config.ignore_type():
       config.split_tokens = value
     stage = dataclasses.replace(run.stages[0], config=config)
-    layouts, _ = choose_layouts(stage, buckets, mesh, run.objectives[0])
+    layouts, _ = choose_layouts(stage, buckets, mesh, run.parts[0].objective)
     return [frames for (_, frames), layout in layouts.items() if layout.split_tokens]
 
   assert split("auto") == [1]
