@@ -47,6 +47,12 @@ def attend(
     raise ValueError(f"attention implementation {implementation!r} is unknown; allowed: {', '.join(IMPLEMENTATIONS)}")
   if lengths is not None and mask is not None:
     raise ValueError("attention got lengths and mask; allowed: one of them. Pass lengths if padding comes last, else mask.")
+  heads = query.shape[3]
+  if layout is not None and heads % (parts := layout.parts(axes[3])):
+    raise ValueError(
+      f"attention: {heads} heads do not divide by the {parts} devices of mesh axes {layout.axes[axes[3]]}; "
+      f"allowed: divisors of {heads}. Make these axes of the mesh smaller."
+    )
   platform = jax.default_backend() if layout is None else layout.mesh.devices.flat[0].platform
   if implementation == "auto":
     implementation = _choose(platform, query, key)

@@ -18,11 +18,12 @@ from jax.sharding import PartitionSpec as P
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """How one program lays activations over the mesh; parameters lie the same in all programs.
+  """How one program lays activations over the mesh. Parameters lie the same in all programs.
 
-  Dynamic sequence parallelism (DSP, arXiv 2403.10266, by Open-Sora's authors): tokens are split over space for attention
-  over time and over time for attention over space, so that every attention is whole on its device; XLA moves them between
-  the two by all-to-all.
+  With `split_tokens`, each device computes whole attentions, and XLA moves tokens between devices by all-to-all:
+
+    * Attention over space or time: tokens are split over the other of the two (DSP, arXiv 2403.10266).
+    * Joint attention over all tokens: heads are split, tokens are whole (Ulysses, arXiv 2309.14509).
 
   Attributes:
     mesh: of `mesh.make_mesh`.
@@ -37,12 +38,20 @@ class Layout:
   @property
   def axes(self):
     """Mesh axes of the names that `constrain` takes."""
-    batch = ("data", "fsdp") if self.split_tokens else ("data", "fsdp", "sequence")
-    return {None: None, "batch": batch, "tokens": "sequence" if self.split_tokens else None, "tensor": "tensor"}
+    if self.split_tokens:
+      axes = {"batch": ("data", "fsdp"), "tokens": "sequence", "heads": ("sequence", "tensor")}
+    else:
+      axes = {"batch": ("data", "fsdp", "sequence"), "tokens": None, "heads": "tensor"}
+    return {None: None, "tensor": "tensor"} | axes
 
   def spec(self, *names):
-    """PartitionSpec of dimensions named "batch", "tokens", "tensor" or None (not split)."""
+    """PartitionSpec of dimensions named "batch", "tokens", "heads", "tensor" or None (not split)."""
     return P(*(self.axes[name] for name in names))
+
+  def parts(self, name):
+    """Parts into which a dimension of this name is split."""
+    axes = self.axes[name] or ()
+    return math.prod(self.mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
 
   def sharding(self, *names):
     return NamedSharding(self.mesh, self.spec(*names))
@@ -50,7 +59,7 @@ class Layout:
   @property
   def batch_parts(self):
     """Parts into which a batch is split."""
-    return math.prod(self.mesh.shape[axis] for axis in self.axes["batch"])
+    return self.parts("batch")
 
   def process_parts(self):
     """Which of the `batch_parts` of a batch lie on this process's devices, in order."""
@@ -62,12 +71,12 @@ class Layout:
   @property
   def token_parts(self):
     """Parts into which tokens, or frames, are split: both are padded to a multiple."""
-    return self.mesh.shape["sequence"] if self.split_tokens else 1
+    return self.parts("tokens")
 
   @property
   def tensor_parts(self):
     """Parts into which heads are split; heads are padded to a multiple."""
-    return self.mesh.shape["tensor"]
+    return self.parts("tensor")
 
 
 @dataclasses.dataclass(frozen=True)

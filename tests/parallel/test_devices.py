@@ -21,8 +21,9 @@ from stdit_jax.models import t5
 from stdit_jax.models.layers import OVER_TIME
 from stdit_jax.models.step_cache import PyramidBroadcast, ResidualCache, Reuse
 from stdit_jax.parallel import hlo
+from stdit_jax.parallel.attention import attend, cudnn_kernel
 from stdit_jax.parallel.mesh import make_mesh, mesh_sizes
-from stdit_jax.parallel.shardings import Layout, tree_shardings
+from stdit_jax.parallel.shardings import Layout, constrain, tree_shardings
 from stdit_jax.training import batches
 from stdit_jax.training.autoencoding import AutoencoderObjective
 from tests import denoisers
@@ -245,6 +246,34 @@ def test_captions_are_embedded_some_at_a_time_on_every_device(monkeypatch):
   made = batches.text_ahead(model, jax.device_put(params, tree_shardings(params, mesh)))(place(ids), place(mask), layout)
   assert made.sharding.is_equivalent_to(layout.sharding("batch"), made.ndim)
   assert relative_error(np.asarray(made)[mask], np.asarray(expected)[mask]) < 1e-5
+
+
+@needs_devices
+@pytest.mark.parametrize("implementation", ["einsum", "cudnn"])
+def test_joint_attention_with_split_heads_equals_one_device(implementation):
+  """Padding in the middle; tokens are split outside attention, heads inside. XLA computes the call of cuDNN."""
+  rng = np.random.default_rng(0)
+  *arrays, cotangent = rng.standard_normal((4, 2, 1, 12, 8, 16), np.float32)
+  mask = rng.random((2, 1, 12)) < 0.6
+  split_tokens, split_heads = ("batch", None, "tokens", None), ("batch", None, None, "heads")
+  layout = Layout(make_mesh({"sequence": 4, "tensor": 2}), True, functools.partial(cudnn_kernel, implementation="xla"))
+
+  @functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=QUICK_COMPILE)
+  def results(layout, implementation, arrays, cotangent, mask):
+    def joint(*arrays):
+      arrays = (constrain(x, layout, *split_tokens) for x in arrays)
+      return constrain(attend(*arrays, implementation, layout, split_heads, mask=mask), layout, *split_tokens)
+
+    y, pull = jax.vjp(joint, *arrays)
+    return y, *pull(cotangent)
+
+  alone = results(None, "einsum", arrays, cotangent, mask)
+  for ours, theirs in zip(results(layout, implementation, arrays, cotangent, mask), alone, strict=True):
+    assert relative_error(ours, theirs) < 1e-5
+  program = results.lower(layout, implementation, arrays, cotangent, mask).compile().as_text()
+  assert "all-to-all" in {c.kind for c in hlo.collectives(program)}
+  with pytest.raises(ValueError, match=r"6 heads do not divide by the 8 devices of mesh axes \('sequence', 'tensor'\)"):
+    attend(*(x[..., :6, :] for x in arrays), implementation, layout, split_heads)
 
 
 @needs_devices
