@@ -79,7 +79,7 @@ def _temporal_table(config):
 
 
 def _computed(config):
-  """The two position tables that only checkpoints of STDiT 1.0 hold; our models compute positions."""
+  """The two position tables of STDiT 1.0 checkpoints. Our models compute positions."""
   if not hasattr(config, "input_size"):
     return {}
   return {
@@ -88,6 +88,12 @@ def _computed(config):
   }
 
 
-OPEN_SORA = CheckpointLayout("open-sora", ROWS, stacks=STACKS, prefixes=("module.", ""), sizes=_sizes, computed=_computed)
-# What Open-Sora's own loader drops before a non-strict load.
-POSITION_TABLES = ("pos_embed", "pos_embed_temporal")
+OPEN_SORA = CheckpointLayout(
+  "open-sora",
+  ROWS,
+  stacks=STACKS,
+  prefixes=("module.", ""),
+  sizes=_sizes,
+  computed=_computed,
+  droppable=("pos_embed", "pos_embed_temporal"),  # Open-Sora's own loader drops them before a non-strict load
+)

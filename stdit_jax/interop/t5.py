@@ -1,7 +1,7 @@
 """Names of the Hugging Face T5 encoders, `T5EncoderModel`: v1.1 (gated) and v1.0 (`wi` in place of `wi_0`, `wi_1`).
 
-`encoder.embed_tokens.weight` is the same tensor as `shared.weight`; either is read, the first is written, as transformers
-does. A full T5 file holds a decoder too, which is not read.
+`encoder.embed_tokens.weight` and `shared.weight` are one tensor. Both names are read; `shared.weight` is written, as
+transformers does. The decoder of a full T5 file is ignored.
 """
 
 from stdit_jax.interop.mapping import CheckpointLayout

@@ -1,4 +1,4 @@
-"""Names of Open-Sora 1.2's `VideoAutoencoderPipeline`: the image autoencoder as diffusers has it, and the temporal one."""
+"""Names of Open-Sora 1.2's `VideoAutoencoderPipeline`: diffusers' image autoencoder and the temporal autoencoder."""
 
 import numpy as np
 
@@ -23,7 +23,7 @@ _REST = (
   ("decoder/conv_out/conv", "decoder.conv_out.conv", "conv3d"),
   ("quant_conv/conv", "quant_conv.conv", "conv3d"),
   ("post_quant_conv/conv", "post_quant_conv.conv", "conv3d"),
-  ("shortcut_{part}", "shortcut_{part}", "linear"),  # ours alone: the original's code knows none
+  ("shortcut_{part}", "shortcut_{part}", "linear"),  # only our models have it
 )
 _TEMPORAL = (
   *((f"{ours}/{leaf}", f"{theirs}.{name}", kind) for ours, theirs in _BLOCK_AT for leaf, name, kind in _BLOCK),
@@ -37,7 +37,7 @@ def _in(prefix, names):
 
 
 def _computed(config):
-  """The buffers by which the original normalises its latents."""
+  """The buffers with which the original normalises its latents."""
   numbers = {"shift": config.shift, "scale": config.scale}
 
   def make(values):

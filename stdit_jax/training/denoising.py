@@ -211,7 +211,10 @@ class DenoiserObjective:
     return {**params, "denoiser": loaded["params"]}, frozen
 
   def beside(self, bytes_per_device, mesh):
-    """Bytes on one device of the encoders that are in neither `params` nor `frozen`; `bytes_per_device(shapes, mesh, rules)`."""
+    """Bytes on one device of the encoders that are in neither `params` nor `frozen`.
+
+    `bytes_per_device(shapes, mesh, rules)` counts those of a tree.
+    """
     autoencoder = self.parts.autoencoder.config
     shapes = codec.module_of(autoencoder).init_shapes(autoencoder)
     total = sum(math.prod(s.shape) * s.dtype.itemsize for s in jax.tree.leaves(shapes))

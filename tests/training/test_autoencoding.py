@@ -23,10 +23,10 @@ from stdit_jax.interop.models import FAMILIES
 from stdit_jax.parallel.mesh import AXES
 from stdit_jax.training import checkpoints
 from stdit_jax.training.autoencoding import AutoencoderObjective
-from tests.runs import Run
 from stdit_jax.training.stage_data import choose_layouts
 from stdit_jax.training.stages import make_stages
 from tests.helpers import REFERENCE, relative_error, to_theirs
+from tests.runs import Run
 from tests.tiny_run import tiny_config
 
 pytestmark = pytest.mark.usefixtures("quick_compile")

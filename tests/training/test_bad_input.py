@@ -13,8 +13,8 @@ import pytest
 from configs import base
 from stdit_jax.interop import CheckpointError
 from stdit_jax.run_samples import Sampler
-from tests.runs import Run
 from stdit_jax.training.stages import make_stages
+from tests.runs import Run
 from tests.tiny_run import QUICK_FLAGS, ROOT, environment, run_module, small_autoencoder, tiny_config, write_config
 
 pytestmark = pytest.mark.usefixtures("quick_compile")

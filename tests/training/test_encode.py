@@ -17,9 +17,9 @@ from stdit_jax.interop import save_variables
 from stdit_jax.interop.models import FAMILIES
 from stdit_jax.run_samples import Sampler
 from stdit_jax.training import encoding
-from tests.runs import Run
 from stdit_jax.training.stages import make_stages
 from tests.data import files
+from tests.runs import Run
 from tests.tiny_run import frozen_text, tiny_config, write_config
 
 pytestmark = pytest.mark.usefixtures("quick_compile")

@@ -20,9 +20,9 @@ import pytest
 from stdit_jax import convert, sample
 from stdit_jax.cli import InputError
 from stdit_jax.training.checkpoints import Checkpoints, DamagedCheckpointError, load_weights
-from tests.runs import Run
 from stdit_jax.training.watchdog import StartAgain
 from tests.object_store import BUCKET
+from tests.runs import Run
 from tests.tiny_run import ROOT, environment, small_autoencoder, tiny_config, write_config
 
 pytestmark = pytest.mark.usefixtures("quick_compile")

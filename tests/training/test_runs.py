@@ -17,8 +17,8 @@ from stdit_jax.interop import CheckpointError, save_variables
 from stdit_jax.run_samples import Sampler
 from stdit_jax.training import batches
 from stdit_jax.training.checkpoints import load_weights
-from tests.runs import Run
 from stdit_jax.training.metrics import Averages, Metrics, Speed, stage_note
+from tests.runs import Run
 from tests.tiny_run import tiny_config
 
 pytestmark = pytest.mark.usefixtures("quick_compile")

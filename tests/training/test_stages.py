@@ -15,11 +15,11 @@ from stdit_jax.interop.safetensors_io import open_checkpoint
 from stdit_jax.parallel.mesh import make_mesh
 from stdit_jax.run_samples import Sampler
 from stdit_jax.training.checkpoints import from_plain, plain
-from tests.runs import Run
 from stdit_jax.training.objectives import DenoiserObjective
 from stdit_jax.training.stages import make_stages
 from stdit_jax.training.state import make_optimizer, new_state
 from tests import denoisers
+from tests.runs import Run
 from tests.tiny_run import frozen_text, run_module, tiny_config
 from tests.training.test_resume import assert_same_bits, metrics
 
