@@ -125,8 +125,8 @@ def test_the_readme_trains_on_the_machines_that_it_names():
   from configs import film
   from data.config import DataConfig
   from stdit_jax.parallel.mesh import AXES
-  from stdit_jax.training.objectives import OBJECTIVES
-  from stdit_jax.training.stage_data import choose_layouts
+  from stdit_jax.training.objectives import make_objective
+  from stdit_jax.training.stage_data import choose_splits
   from stdit_jax.training.stages import make_stages
 
   section = (ROOT / "README.md").read_text().partition("## On a pod")[2].partition("\n## ")[0]
@@ -138,4 +138,4 @@ def test_the_readme_trains_on_the_machines_that_it_names():
   for stage in make_stages(config):
     buckets = DataConfig.create(stage.config.data.to_dict()).parsed_buckets()
     for count in chips:
-      choose_layouts(stage, buckets, jax.sharding.AbstractMesh((count, 1, 1, 1), AXES), OBJECTIVES["denoiser"](stage.config))
+      choose_splits(stage, buckets, jax.sharding.AbstractMesh((count, 1, 1, 1), AXES), make_objective(stage.config))

@@ -43,13 +43,13 @@ def test_programs_compile_in_the_background_and_errors_reach_whoever_waits():
   import jax.numpy as jnp
 
   said = []
-  programs = AheadOfTime(1, said.append)
+  compiler = AheadOfTime(1, said.append)
   shape = jax.ShapeDtypeStruct((2,), jnp.float32)
-  programs.add("double", jax.jit(lambda x: 2 * x), shape)
-  programs.add("wrong", jax.jit(lambda x: x + 1, compiler_options={"no_such_option": True}), shape)
-  assert programs.get("double")(jnp.ones(2)).tolist() == [2, 2]
+  double = compiler.add("double", jax.jit(lambda x: 2 * x).lower(shape))
+  wrong = compiler.add("wrong", jax.jit(lambda x: x + 1, compiler_options={"no_such_option": True}).lower(shape))
+  assert double.get()(jnp.ones(2)).tolist() == [2, 2]
   with pytest.raises(Exception, match="no_such_option"):
-    programs.get("wrong")
-  assert programs.ready("wrong")
+    wrong.get()
+  assert wrong.ready()
   assert said[0].startswith("double: ")
-  programs.close()
+  compiler.close()

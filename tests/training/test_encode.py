@@ -85,7 +85,7 @@ def test_a_training_from_them_has_the_batches_of_one_from_videos(assets, table, 
   )
   assert cached.data[0]._plans.locate(15)[0] >= 2
   assert set(same_batches(videos, cached, 16)) == {0, 1}
-  assert cached.encoder is None
+  assert cached.encoders.clip_encoder is None
   with pytest.raises(ValueError, match=r"autoencoder\.weights is empty"):  # and not when the first samples are due
     Sampler(cached)
 

@@ -15,7 +15,6 @@ from stdit_jax import evaluate
 from stdit_jax.cli import InputError
 from stdit_jax.interop import CheckpointError, save_variables
 from stdit_jax.run_samples import Sampler
-from stdit_jax.training import batches
 from stdit_jax.training.checkpoints import load_weights
 from stdit_jax.training.metrics import Averages, Metrics, Speed, stage_note
 from tests.runs import Run
@@ -53,10 +52,9 @@ def test_what_a_line_says(first, capsys):
     assert line["speed/tokens_per_second"] > 0
     assert "speed/mfu" not in line  # nobody publishes the peak of a CPU
     frames = 1 if "loss/64p x 1" in line else 4
-    tokens, work = run._work[0, ("64p", frames)]
-    assert (
-      tokens == 2 * frames * batches.batch_shapes(run.config, run.parts[0].objective, ("64p", frames), 2)["latents_mean"].shape[2]
-    )
+    batch = run.parts[0].objective.batch(("64p", frames), 2)
+    tokens, work = run.parts[0].objective.work(batch)
+    assert tokens == 2 * frames * batch["latents_mean"].shape[2]
     ratio = line["speed/tflops_per_device"] * 1e12 / line["speed/tokens_per_second"]
     np.testing.assert_allclose(ratio, work / tokens, rtol=1e-6)
 

@@ -53,7 +53,8 @@ def programs(made):
   """Gradient programs of both buckets, whole, and of the clips in three parts: jitted functions by bucket."""
   run, state, _, batches = made
   layout = Layout(run.mesh)
-  programs = step.Programs(run.parts[0].objective, dataclasses.replace(run.stages[0], name="test"), run.mesh, step.TraceCounter())
+  stage = dataclasses.replace(run.stages[0], name="test")
+  programs = step.Programs(run.parts[0].objective, stage, run.mesh, step.TraceCounter())
   whole = {bucket: programs.gradient(bucket, 3, step.Split(layout)) for bucket in batches}
   parts = programs.gradient(("144p", 4), 3, step.Split(layout, 3))
   return types.SimpleNamespace(

@@ -68,8 +68,8 @@ def test_the_loss_of_a_model_that_says_nothing(validated):
   """Zeros for latents minus noise: the loss is the mean square of the latents, and 1."""
   run, state, frozen = validated
   silent = jax.tree_util.tree_map_with_path(lambda p, x: 0 * x if "final_layer/linear" in path_name(p) else x, state["ema"])
-  make_batch, squares = run.maker(), {1: [], 4: []}
-  values = run.parts[0].validation(silent, frozen, make_batch, run.compiled.get)
+  make_batch, squares = run.batch_maker(run.parts[0]), {1: [], 4: []}
+  values = run.parts[0].validation(silent, frozen, make_batch)
   for step in run.parts[0].validation._steps():
     for mean, std in run.encoders.clip_encoder([s.pixels for s in step.samples if s.weight]):
       squares[step.bucket[1]].append((np.square(mean) + np.square(std)).mean())
@@ -86,8 +86,8 @@ def test_other_batches_change_rounding_at_most(assets, validated, tmp_path):
   other = Run(tiny_config(assets, tmp_path / "run", **changes))
   validation = other.parts[0].validation
   assert validation.data.report.steps == 4
-  validation.compile_ahead(other.compiled, other.counter, other.parts[0].programs.shapes[0]["ema"], frozen)
-  values = validation(state["ema"], frozen, other.maker(), other.compiled.get)
+  validation.compile_ahead(other.compiler, other.counter, other.parts[0].programs.shapes[0]["ema"], frozen)
+  values = validation(state["ema"], frozen, other.batch_maker(other.parts[0]))
   first = lines_of(run)[0][4]
   assert values.keys() == first.keys()
   for name, value in values.items():
