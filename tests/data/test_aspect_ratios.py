@@ -70,6 +70,6 @@ def test_max_tokens():
     (lambda: ar.get_num_frames(0), "no clip length"),
   ],
 )
-def test_mistakes(call, message):
+def test_errors_name_the_value_and_what_is_allowed(call, message):
   with pytest.raises(ValueError, match=message):
     call()
