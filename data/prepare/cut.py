@@ -15,6 +15,7 @@ import av
 import numpy as np
 import polars as pl
 from av.video.reformatter import VideoReformatter
+from av.video.stream import VideoStream
 from PIL import Image
 
 from data import paths
@@ -68,7 +69,7 @@ def cut_clips(path: str | Path, clips: list[Clip], step: Cut) -> list[VideoInfo 
     return found
 
 
-def _cut(reader: decode.Reader, stream, clip: Clip, step: Cut) -> VideoInfo:
+def _cut(reader: decode.Reader, stream: VideoStream, clip: Clip, step: Cut) -> VideoInfo:
   rate, times = decode.frame_rate(stream), reader.times
   fps = rate / math.ceil(rate / Fraction(step.max_fps).limit_denominator(1001)) if step.max_fps else rate
   if times is not None and clip.end > len(times):

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.container import InputContainer
+from av.video.stream import VideoStream
 
 from data import paths
 from data.prepare.workers import FULL
@@ -23,7 +25,7 @@ _SEEK_GAP = 250  # the reader seeks to frames further ahead than this and decode
 
 
 @contextlib.contextmanager
-def open_video(path: str | Path, threads: int) -> Iterator[tuple]:
+def open_video(path: str | Path, threads: int) -> Iterator[tuple[InputContainer, VideoStream]]:
   """Yields (container, video stream), decoded by a number of threads.
 
   Raises BadVideo, also for errors of the decoder in the block, if the file is no video or damaged. Raises OSError if it can't
@@ -54,7 +56,7 @@ def at_shares(num_frames: int, shares: Sequence[float]) -> np.ndarray:
   return np.unique([min(num_frames - 1, int(share * num_frames)) for share in shares])
 
 
-def frame_rate(stream) -> Fraction:
+def frame_rate(stream: VideoStream) -> Fraction:
   """Mean frames per second of a stream, DEFAULT_FPS if the file doesn't tell."""
   return Fraction(stream.average_rate or stream.guessed_rate or DEFAULT_FPS).limit_denominator(1001)
 
@@ -79,7 +81,7 @@ def _frame_times(path: str, _size: int, _changed: int) -> np.ndarray | None:
 class Reader:
   """Reads ranges of frames of one open video. Consecutive ranges are decoded once."""
 
-  def __init__(self, path: str | Path, container, stream):
+  def __init__(self, path: str | Path, container: InputContainer, stream: VideoStream):
     self.times = frame_times(str(path))
     self._container, self._stream = container, stream
     self._frames: Iterator | None = None
