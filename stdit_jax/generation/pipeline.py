@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 from data.tokens import grid_size, patchify, unpatchify
 from data.video import IMAGE_FPS
 from stdit_jax.autoencoders.codec import bytes_on_device, memory_beside
-from stdit_jax.diffusion.elements import start_edit, start_memory
+from stdit_jax.diffusion.elements import no_previous, start_edit
 from stdit_jax.diffusion.guidance import Guidance, guided
 from stdit_jax.diffusion.noise import Purpose, fold_in, sample_keys, token_noise
 from stdit_jax.models import step_cache
@@ -93,7 +93,7 @@ class Pipeline:
     if mesh is not None:
       tokens, rows = self.layout.sharding(*OVER_TIME), self.layout.sharding("batch")
       kept = jax.tree.map(lambda part: self.layout.sharding(*part.axes), self._kept_arrays(1, 1, 1))
-      places = SamplerState(tokens, rows, (tokens, rows, rows) if self.diffusion.remembers else None, kept)
+      places = SamplerState(tokens, rows, (tokens, rows, rows) if self.diffusion.multistep else None, kept)
     self._step = jax.jit(self._sampler_step, static_argnames=static, out_shardings=places, donate_argnames="state")
 
   def set_weights(self, params, frozen, text_params=None):
@@ -105,7 +105,7 @@ class Pipeline:
     """What the step cache keeps for each call of the model in a step, as a tuple of trees of `step_cache.Kept`."""
     if self.cache is None:
       return ()
-    rows = [2 * batch] if self.guidance.together else [batch, batch]
+    rows = [batch, batch] if self.guidance.sequential else [2 * batch]
     return tuple(self.model.kept_arrays(self.cache, n, frames, space) for n in rows)
 
   def needed_memory(self, request, batch, steps=30, guidance_scale=7.0, *, given=False, encoded=(), negative=False):
@@ -138,7 +138,7 @@ class Pipeline:
     sides = [np.ones((batch,), np.float32)] * 4
     t = diffusion.sampling_timesteps(steps, *sides)[0]
     edit = (shape((batch, frames)), shape((batch, frames), bool)) if given else None
-    memory = (x, shape((batch,)), shape((batch, frames), bool)) if diffusion.remembers else None
+    memory = (x, shape((batch,)), shape((batch, frames), bool)) if diffusion.multistep else None
     step = self._step.lower(
       self.variables, SamplerState(x, edit, memory, kept), conditions, (t, t), x if diffusion.stochastic else None,
       x if given else None, self._computes(diffusion, 0, t), diffusion=diffusion,
@@ -154,8 +154,8 @@ class Pipeline:
 
   def _guidance_of(self, scale):
     """Guidance of that scale. Of scale 1 the branch that counts nothing is left out, but where a step cache keeps both."""
-    together = self.guidance.together and (scale != 1 or self.cache is not None)
-    return dataclasses.replace(self.guidance, scale=float(scale), together=together)
+    sequential = self.guidance.sequential or (scale == 1 and self.cache is None)
+    return dataclasses.replace(self.guidance, scale=float(scale), sequential=sequential)
 
   def latent_size(self, request):
     """(T, H, W) of the latents of a request."""
@@ -239,8 +239,8 @@ class Pipeline:
     step_keys = sample_keys(0, seeds, Purpose.SAMPLING_STEP)
     # Every frame is noised once at most: one draw serves all steps.
     frame_noise = None if edit is None else noise_of(sample_keys(0, seeds, Purpose.FRAME_NOISE))
-    memory = tuple(self._place(part, axes) for part, axes in zip(start_memory(x), (OVER_TIME, *[("batch",)] * 2)))
-    memory = memory if diffusion.remembers else None
+    memory = tuple(self._place(part, axes) for part, axes in zip(no_previous(x), (OVER_TIME, *[("batch",)] * 2)))
+    memory = memory if diffusion.multistep else None
     kept = jax.tree.map(lambda part: self._place(np.zeros(part.shape, part.dtype), part.axes), self._kept_arrays(*x.shape[:3]))
     guidance = self._guidance_of(guidance_scale)
     state = SamplerState(x, edit, memory, kept)
@@ -304,7 +304,7 @@ class Pipeline:
 
       return denoise
 
-    if guidance.together:
+    if not guidance.sequential:
       denoise = denoiser(jax.tree.map(lambda *parts: jnp.concatenate(parts), *branches), 0)
     else:
       denoise = tuple(denoiser(branch, number) for number, branch in enumerate(branches))
@@ -314,7 +314,7 @@ class Pipeline:
     )  # fmt: skip
     after = diffusion.step(
       step_model, state.x, *times, num_channels=config.in_channels, noise=noise, frame_noise=frame_noise, edit=state.edit,
-      memory=state.memory, valid=valid,
+      previous=state.memory, valid=valid,
     )  # fmt: skip
     return SamplerState(*after, tuple(kept))
 
