@@ -106,7 +106,7 @@ def guidance_of(args):
   if channels is None and args.compat == "open-sora-1.1":
     channels = 3
   options = {"channels": channels, "interval": interval, "rescale": args.guidance_rescale}
-  return Guidance(**options, together=not args.guidance_in_turn)
+  return Guidance(**options, sequential=args.guidance_in_turn)
 
 
 def load_pipeline(args, config, step, check=lambda pipeline: None):

@@ -1,27 +1,27 @@
-"""What all formulations share: arrays whose first two axes are batch and time, and what happens per element of them.
-
-Everything here works on tokens `[B, T, S, P]` (P = patch positions * channels) and as well on latents `[B, T, H, W, C]`:
-only the axes 0 (batch), 1 (time) and the last one (channels, possibly of several patch positions) have a meaning.
-"""
+"""Operations on the elements of latents that all formulations share. Arrays are tokens or latents (`types`)."""
 
 import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Shaped
+
+from stdit_jax.diffusion.types import Edit, Elements, FrameMask, Latents, PerSample, Previous, Time, Valid
 
 
-def expand(values, like):
-  """`[B]` or `[B, T]` with ones appended up to the rank of `like`, so that it broadcasts against it."""
+def expand(values: Shaped[ArrayLike, "*lead"], like: Shaped[ArrayLike, "..."]) -> Shaped[Array, "..."]:
+  """`[B]` or `[B, T]` with axes of size 1 appended up to the rank of `like`."""
   values = jnp.asarray(values)
   return values.reshape(values.shape + (1,) * (like.ndim - values.ndim))
 
 
-def zero_invalid(x, valid):
-  """`x` with zeros, the padding of the original, where `valid` (bool, shape of `x`; None = everywhere valid) is False."""
+def zero_invalid(x: Latents, valid: Valid | None) -> Elements:
+  """`x` with zeros, the padding of the original, where it is not valid. None = valid everywhere."""
   return x if valid is None else jnp.where(valid, x, jnp.zeros((), x.dtype))
 
 
-def masked_mean(values, frame_mask=None, valid=None):
-  """Mean per sample `[B]` over the valid elements of the frames to generate (`frame_mask` `[B, T]`, True = generate).
+def masked_mean(values: Latents, frame_mask: FrameMask | None = None, valid: Valid | None = None) -> Float[Array, " B"]:
+  """Mean per sample over the valid elements of the frames to generate.
 
-  A sample without any such element gives 0 (the original divides by zero there).
+  A sample without any such element returns 0 (the original divides by zero).
   """
   axes = tuple(range(1, values.ndim))
   if frame_mask is None and valid is None:
@@ -33,11 +33,13 @@ def masked_mean(values, frame_mask=None, valid=None):
   return total / jnp.maximum(counted.sum(axes, dtype=values.dtype), 1)
 
 
-def split_channels(output, channels):
+def split_channels(
+  output: Shaped[ArrayLike, "... two_P"], channels: int
+) -> tuple[Shaped[Array, "... P"], Shaped[Array, "... P"]]:
   """Splits `[..., positions * 2 * channels]` into prediction and variance, `[..., positions * channels]` each.
 
-  The models write, for every position of a patch, first the `channels` of the prediction, then those of the variance
-  (Open-Sora `pred_sigma`, `learn_sigma`).
+  For every position of a patch, models write the `channels` of the prediction, then those of the variance (Open-Sora
+  `pred_sigma`, `learn_sigma`).
 
   Raises:
     ValueError: the last axis is no multiple of `2 * channels`.
@@ -51,8 +53,8 @@ def split_channels(output, channels):
   return pairs[..., 0, :].reshape(*leading, -1), pairs[..., 1, :].reshape(*leading, -1)
 
 
-def prediction_of(output, x, channels):
-  """Prediction channels (float32, shape of `x`) of a model output with or without variance channels.
+def prediction_of(output: Shaped[ArrayLike, "B T *S Q"], x: Latents, channels: int) -> Elements:
+  """Prediction channels (float32) of a model output with or without variance channels.
 
   Raises:
     ValueError: the output fits neither `x` nor twice `x`.
@@ -65,36 +67,42 @@ def prediction_of(output, x, channels):
   return output
 
 
-def start_edit(ratio):
-  """State `(ratio, added)` of a sampling run with frame masks, threaded through the `step` of a formulation.
+def start_edit(ratio: Shaped[ArrayLike, "B T"]) -> Edit:
+  """State of a sampling run with frame masks, which `step` of a formulation takes and returns.
 
-  `ratio` `[B, T]`: 1 = generate the frame from noise, 0 = keep it, in between = keep it until the noise level of the run
-  has come down to that fraction, then noise it and generate on (edit strength). `added`: frames that carry noise already.
+  `ratio`: 1 = generate the frame from noise, 0 = keep it. A value between keeps the frame until the noise level has fallen to
+  that fraction; then the frame is noised and generated (edit strength).
   """
   ratio = jnp.asarray(ratio, jnp.float32)
   return ratio, ratio == 1
 
 
-def start_memory(x):
-  """What a multistep sampler remembers of the step before, threaded through `step` like the state of `start_edit`:
-  (the prediction, like `x`; the size of the step `[B]`; which frames took part, bool `[B, T]`)."""
+def no_previous(x: Latents) -> Previous:
+  """Previous prediction of a multistep sampler before its first step, which `step` takes and returns."""
   return jnp.zeros(x.shape, jnp.float32), jnp.ones(x.shape[:1], jnp.float32), jnp.zeros(x.shape[:2], bool)
 
 
-def second_order(value, size, memory, active=None):
-  """A prediction, led on to the middle of a step of `size` `[B]` by the one before (Adams-Bashforth 2; DPM-Solver++ 2M in
-  log-SNR): value + size / (2 size before) (value - value before), in frames that took part then and unless a size is infinite.
+def second_order(
+  value: Elements, size: Float[Array, " B"], previous: Previous, active: FrameMask | None = None
+) -> tuple[Elements, Previous]:
+  """Extrapolates a prediction to the middle of a step of `size` by the previous prediction.
+
+  value + size / (2 previous size) (value - previous value): Adams-Bashforth 2, or DPM-Solver++ 2M in log-SNR. The prediction
+  is not changed if a size is infinite, nor in frames that did not take part in the previous step.
+
+  Args:
+    active: frames that take part in this step, None = all.
 
   Returns:
-    (prediction to step with, memory for the next step); `active` `[B, T]`: frames that take part now, None = all.
+    (prediction to step with, previous prediction for the next step)
   """
-  before, size_before, known = memory
-  finite = jnp.isfinite(size) & jnp.isfinite(size_before)
-  ratio = jnp.where(finite, size / (2 * size_before), 0)
-  led = jnp.where(expand(known, value), value + expand(ratio, value) * (value - before), value)
-  return led, (value, size, jnp.ones_like(known) if active is None else active)
+  old_value, old_size, known = previous
+  finite = jnp.isfinite(size) & jnp.isfinite(old_size)
+  ratio = jnp.where(finite, size / (2 * old_size), 0)
+  extrapolated = jnp.where(expand(known, value), value + expand(ratio, value) * (value - old_value), value)
+  return extrapolated, (value, size, jnp.ones_like(known) if active is None else active)
 
 
-def per_sample(t, x):
+def per_sample(t: Time, x: Latents) -> PerSample:
   """Timesteps as `[B]`, from `[B]` or a scalar."""
   return jnp.broadcast_to(jnp.asarray(t), x.shape[:1])

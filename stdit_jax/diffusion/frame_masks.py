@@ -1,7 +1,7 @@
-"""Which frames of a training clip are given clean (to condition on) and which are generated: random frame masks.
+"""Random frame masks: which frames of a training clip stay clean as a condition, and which are generated.
 
-The names of Open-Sora 1.2 (`utils/train_utils.py`), its spelling included, and those of 1.1 with `mask_` in front. With
-T = latent frames and at most q = T // 4 conditioning frames, the clean frames are
+Names are those of Open-Sora 1.2 (`utils/train_utils.py`), its spelling included, and of 1.1 with `mask_` in front. With T
+latent frames and q = T // 4, the clean frames are
 
   identity (1.1: mask_no)   none
   quarter_random            a run of 1..q frames anywhere
@@ -13,9 +13,9 @@ T = latent frames and at most q = T // 4 conditioning frames, the clean frames a
   random (1.2)              each frame with probability r, r uniform in (0.1, 0.9) per clip
   intepolate (1.2)          every second frame, from the first or the second
 
-Mended, since the original fails there: with T < 4 its quarter masks raise an error (empty range), here q is at least 1;
-with T = 2, image_head_tail (and quarter_head_tail) would leave nothing to generate, a loss of 0 / 0: here, as the original
-does for `random` alone, the last frame is then generated. Everything else follows the original.
+Two errors of the original are corrected. With T < 4 its quarter masks raise an error (empty range); here q is at least 1.
+With T = 2 its image_head_tail and quarter_head_tail mask all frames, and the loss is 0 / 0; here the last frame is then
+generated, as in the original's `random`.
 """
 
 import dataclasses
@@ -24,34 +24,23 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Key
 
-NAMES_1_1 = tuple(
-  f"mask_{name}"
-  for name in (
-    "no",
-    "quarter_random",
-    "quarter_head",
-    "quarter_tail",
-    "quarter_head_tail",
-    "image_random",
-    "image_head",
-    "image_tail",
-    "image_head_tail",
-  )
-)
-NAMES_1_2 = ("identity", "random", "intepolate", *(name.removeprefix("mask_") for name in NAMES_1_1[1:]))
+_SHARED = tuple(f"{kind}_{where}" for kind in ("quarter", "image") for where in ("random", "head", "tail", "head_tail"))
+NAMES_1_1 = ("mask_no", *(f"mask_{name}" for name in _SHARED))
+NAMES_1_2 = ("identity", "random", "intepolate", *_SHARED)
 
 
 @dataclasses.dataclass(frozen=True)
 class FrameMasks:
-  """Draws frame masks; made by `FrameMasks.create`. `names` are those of 1.2, `probabilities` sum to 1."""
+  """Draws frame masks, made by `create`. `names` are those of 1.2, `probabilities` sum to 1."""
 
   names: tuple[str, ...]
   probabilities: tuple[float, ...]
 
   @classmethod
-  def create(cls, ratios):
-    """From a mapping of names to probabilities: all of 1.1 (they must sum to 1) or all of 1.2 (the rest is `identity`).
+  def create(cls, ratios: dict[str, float]) -> "FrameMasks":
+    """From names and probabilities: only names of 1.1, which must sum to 1, or only of 1.2, where `identity` is the rest.
 
     Raises:
       ValueError: unknown or mixed names, probabilities outside [0, 1] or with a wrong sum.
@@ -66,10 +55,10 @@ class FrameMasks:
       )
     wrong = [f"{name} = {ratio:g}" for name, ratio in ratios.items() if not 0 <= ratio <= 1]
     if wrong:
-      raise ValueError(f"mask_ratios: {', '.join(wrong)} is no probability, allowed: 0 to 1")
+      raise ValueError(f"mask_ratios: {', '.join(wrong)} is no probability; allowed: 0 to 1")
     total = math.fsum(ratios.values())
     if total > 1 + 1e-6:
-      raise ValueError(f"mask_ratios sum to {total:g}, more than 1: lower them ({_listed(ratios)})")
+      raise ValueError(f"mask_ratios sum to {total:g}, more than 1; lower them ({_listed(ratios)})")
     if not old and "identity" not in ratios:
       ratios["identity"] = max(1.0 - total, 0.0)
     elif total < 1 - 1e-6:
@@ -78,16 +67,16 @@ class FrameMasks:
     names = tuple("identity" if name == "mask_no" else name.removeprefix("mask_") for name in ratios)
     return cls(names, tuple(ratios.values()))
 
-  def draw(self, keys, num_frames):
-    """Masks bool `[B, num_frames]`, True = frame to generate, from one random key per sample `[B]`.
+  def draw(self, keys: Key[Array, " B"], num_frames: int) -> Bool[Array, "B num_frames"]:
+    """Masks of latent frames, True = frame to generate, from one random key per sample.
 
-    `num_frames` = latent frames, static. Clips of one frame are never masked; no mask is all False.
+    At least one frame is generated: of a clip of one frame, that frame.
     """
     if num_frames <= 1:
       return jnp.ones((keys.shape[0], num_frames), bool)
     used = [(name, p) for name, p in zip(self.names, self.probabilities, strict=True) if p > 0]
     bounds = np.cumsum([p for _, p in used])[:-1].astype(np.float32)
-    # One call of the generator per sample: which strategy, two numbers for its parameters, one per frame.
+    # One call of the generator per sample: one number for the strategy, two for its parameters, one per frame.
     choice, *numbers = jnp.split(jax.vmap(lambda key: jax.random.uniform(key, (3 + num_frames,)))(keys), (1, 2, 3), axis=1)
     choice = (choice >= bounds).sum(axis=1)[:, None]
     clean = jnp.zeros((keys.shape[0], num_frames), bool)
@@ -101,7 +90,7 @@ def _listed(ratios):
 
 
 def _clean_frames(name, numbers, num_frames):
-  """Clean frames of the mask `name`, bool `[B or 1, T]`; `numbers`: uniform `[B, 1]`, `[B, 1]`, `[B, T]`."""
+  """Clean frames of a mask, bool `[B or 1, T]`. `numbers` are uniform: `[B, 1]`, `[B, 1]`, `[B, T]`."""
   first, second, per_frame = numbers
   frame = jnp.arange(num_frames)[None]
   if name == "identity":
@@ -120,5 +109,5 @@ def _clean_frames(name, numbers, num_frames):
 
 
 def _integer(uniform, count):
-  """Uniform integer below `count` from a uniform number of 23 bits in [0, 1); exact enough, and never `count` itself."""
+  """Uniform integer below `count` from a uniform number of 23 bits in [0, 1)."""
   return jnp.floor(uniform * count).astype(jnp.int32)

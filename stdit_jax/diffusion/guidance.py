@@ -2,36 +2,38 @@
 
     guided = unconditional + scale * (conditional - unconditional)
 
-on the first `guided_channels` channels of every patch position; all others, the variances among them, come from the
-conditional branch. Open-Sora 1.1 samples with `guided_channels=3` of four latent channels (its `cfg_channel`, an accident of
-the code it grew from, but what its weights are sampled with); 1.2 guides all.
+applies to the first `guided_channels` channels of every patch position. All other channels, variances included, come from the
+conditional branch. Open-Sora 1.1 samples with `guided_channels=3` of four latent channels (its `cfg_channel`); 1.2 guides all.
 """
 
 import dataclasses
 
 import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float
 
 from stdit_jax.diffusion.elements import expand
+from stdit_jax.diffusion.types import Denoise, Elements, Latents, Valid
 
 
 @dataclasses.dataclass(frozen=True)
 class Guidance:
-  """How strongly the prompt is followed, and where; static under jit.
+  """Settings of guidance, static under jit.
 
   Attributes:
     scale: 1 is no guidance.
     channels: guided latent channels, from the first; None = all.
     interval: (low, high), timesteps outside which the scale is 1 (Kynkaanniemi et al. 2024, arXiv 2404.07724); None = all.
-    rescale: 0 to 1, how far the prediction is brought back to the spread of the conditional one, against pictures that are too
-      bright (Lin et al. 2023, arXiv 2305.08891, section 3.4).
-    together: both branches as one batch; False: one after the other, in less memory.
+    rescale: 0 to 1, how far the guided prediction returns to the standard deviation of the conditional one. It prevents frames
+      that are too bright (Lin et al. 2023, arXiv 2305.08891, section 3.4).
+    sequential: one branch after the other, which needs less memory than both as one batch.
   """
 
   scale: float = 7.0
   channels: int | None = None
   interval: tuple[float, float] | None = None
   rescale: float = 0.0
-  together: bool = True
+  sequential: bool = False
 
   def __post_init__(self):
     if not 0 <= self.rescale <= 1:
@@ -40,11 +42,10 @@ class Guidance:
       raise ValueError(f"guidance: interval is {self.interval}; the first timestep must not be above the second")
 
 
-def combine(conditional, unconditional, scale, *, positions, guided_channels):
-  """Guided output; all arrays `[B, T, ..., positions * channels]`, `scale` a number or `[B]`.
-
-  `positions` = patch positions per token (1 for latents), `guided_channels` = how many of the channels are guided.
-  """
+def combine(
+  conditional: Latents, unconditional: Latents, scale: float | Float[Array, " B"], *, positions: int, guided_channels: int
+) -> Elements:
+  """Guided output, where P = positions * channels: `positions` of a patch per token (1 for latents)."""
   features = conditional.shape[-1]
   channels = features // positions
   scale = expand(scale, conditional) if jnp.ndim(scale) else scale
@@ -55,9 +56,14 @@ def combine(conditional, unconditional, scale, *, positions, guided_channels):
   return jnp.where(first, mixed, conditional)
 
 
-def rescaled(prediction, conditional, amount, *, positions, channels, valid=None):
-  """`prediction` with its first `channels` per patch position brought, by `amount`, to the standard deviation that they have in
-  `conditional`, per sample (arXiv 2305.08891, eq. 15 and 16); only `valid` elements count."""
+def rescaled(
+  prediction: Latents, conditional: Latents, amount: float, *, positions: int, channels: int,
+  valid: Bool[ArrayLike, "B T *S Q"] | None = None,
+) -> Elements:  # fmt: skip
+  """Rescales the first `channels` per patch position towards the standard deviation of `conditional`, by `amount`, per sample.
+
+  Only `valid` elements count (arXiv 2305.08891, eq. 15 and 16).
+  """
   features = prediction.shape[-1]
   first = jnp.arange(features) % (features // positions) < channels
   counted = jnp.broadcast_to(first, prediction.shape)
@@ -70,17 +76,20 @@ def rescaled(prediction, conditional, amount, *, positions, channels, valid=None
   return jnp.where(first, prediction * expand(factor, prediction), prediction)
 
 
-def guided(denoise, scale, *, num_channels, guided_channels=None, interval=None, rescale=0.0, valid=None):
+def guided(
+  denoise: Denoise | tuple[Denoise, Denoise | None], scale: float | Float[Array, " B"], *, num_channels: int,
+  guided_channels: int | None = None, interval: tuple[float, float] | None = None, rescale: float = 0.0,
+  valid: Valid | None = None,
+) -> Denoise:  # fmt: skip
   """Turns one or two model calls into one guided `denoise(x, t, x_mask)`.
 
   Args:
-    denoise: either one callable that takes a doubled batch, conditional rows first, then unconditional ones (it holds the
-      doubled conditions), or a pair (conditional, unconditional) of callables that are run one after the other, which
-      needs less memory. Both give the same numbers.
-    scale: number or `[B]`. A float of 1 runs the conditional branch alone if `denoise` is a pair.
+    denoise: a callable that takes a doubled batch, conditional rows first (it holds the doubled conditions). Or a pair
+      (conditional, unconditional) of callables, which run one after the other. Both compute the same numbers.
+    scale: with 1 (a number), a pair runs the conditional branch alone.
     num_channels: latent channels.
     guided_channels: guided ones of them, from the first; None = all.
-    interval, rescale: as in `Guidance`; valid: bool like `x`, for `rescale`.
+    interval, rescale: as in `Guidance`; `valid` is for `rescale`.
 
   Raises:
     ValueError: `guided_channels` outside 1..num_channels.

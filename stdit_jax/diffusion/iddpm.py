@@ -1,17 +1,17 @@
 """IDDPM as in Open-Sora 1.0 and 1.1 (`schedulers/iddpm`), on tokens `[B, T, S, P]` or latents `[B, T, H, W, C]`.
 
-Linear betas, noise prediction, learned variance range, hybrid loss (Nichol & Dhariwal 2021), respaced ancestral or DDIM
-sampling. `index` is always the position in the (respaced) schedule, 0 = least noise; models are shown the original
-timestep, `timestep_map[index]`. A model is any `denoise(x_t, t [B] float32, x_mask [B, T] or None) -> output`, whose
-channels per patch position are the predicted noise, then the variance interpolation v.
+Noise prediction, learned variance range with the hybrid loss (Nichol & Dhariwal 2021) or fixed variance, respaced sampling.
+`index` is always the position in the (respaced) schedule, 0 = least noise. Models see the original timestep,
+`timestep_map[index]`. A model is any `denoise(x_t, t [B] float32, x_mask [B, T] or None) -> output`. Its channels per patch
+position are the predicted noise, then, for a learned variance, the interpolation v.
 
-Behaviour kept from the original, since released weights were trained with it:
-  * tables are derived in float32, which shifts some entries near t = 0 by up to 6e-4 (`tables="float64"`: exact ones).
-  * in masked training clean frames are q_sample at index 0 (noise of standard deviation 0.01), not the clean latents.
-Mended, and restored by `compat="open-sora-1.1"`:
-  * frames with edit ratio 0 come back unchanged; the original noises and denoises them once, on the last step.
-  * a frame is shown as one to generate from the step on in which noise is added to it; the original shows it as clean in
-    that step, and takes what the model says of it although the loss was never of clean frames.
+Two properties of the original stay, because released weights were trained with them:
+  * Tables are computed in float32, which shifts some entries near t = 0 by up to 6e-4. `tables="float64"` computes exact ones.
+  * In masked training, clean frames are q_sample at index 0 (noise of standard deviation 0.01), not the clean latents.
+Two errors of the original are corrected; `compat="open-sora-1.1"` restores them:
+  * The original adds noise to frames with edit ratio 0, and denoises them, on the last step.
+  * In the step that adds noise to a frame, the original shows this frame as clean. It uses the prediction for this frame,
+    although the loss excludes clean frames.
 """
 
 import dataclasses
@@ -20,22 +20,36 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int32, Integer, Key
 
-from stdit_jax.diffusion.elements import expand, masked_mean, per_sample, second_order, split_channels, zero_invalid
+from stdit_jax.diffusion import elements
+from stdit_jax.diffusion.elements import expand, masked_mean, per_sample, zero_invalid
+from stdit_jax.diffusion.types import Denoise, Edit, Elements, FrameMask, Index, Latents, Previous, Table, Time, Valid
 
+# name: betas `[n]` in float64
+SCHEDULES = {
+  "linear": lambda n: np.linspace(0.1 / n, 20 / n, n, dtype=np.float64),  # Ho et al. 2020, whatever n
+  "cosine": lambda n: np.minimum(1 - _cosine(np.arange(1, n + 1) / n) / _cosine(np.arange(n) / n), 0.999),
+}
+VARIANCES = ("learned-range", "fixed-large", "fixed-small")
 SAMPLERS = ("ancestral", "ddim", "dpm++")
-
 COMPAT = (None, "open-sora-1.1")
 
 
-def space_timesteps(num_timesteps, respacing):
-  """Original timesteps (sorted ints) that a respaced schedule uses.
+def _cosine(s):
+  """Cumulative product of alphas, up to a factor, at s from 0 to 1 (Nichol & Dhariwal 2021, eq. 17)."""
+  return np.cos((s + 0.008) / 1.008 * np.pi / 2) ** 2
 
-  `respacing`: a number of steps (int or "100"), several comma-separated ones (steps in each of as many equal sections), or
-  "ddim50" (a constant integer stride that gives exactly 50 steps). None or "" = all.
+
+def space_timesteps(num_timesteps: int, respacing: str | int | None) -> list[int]:
+  """Original timesteps, sorted, that a respaced schedule uses.
+
+  `respacing` is a number of steps (int or "100"), or several with commas between (steps in each of as many equal sections), or
+  "ddim50" (the constant integer stride of exactly 50 steps). None or "" = all.
 
   Raises:
-    ValueError: more steps than timesteps, no such stride, or not understood.
+    ValueError: more steps than timesteps, no such stride, or a text of another form.
   """
   if respacing in (None, ""):
     return list(range(num_timesteps))
@@ -45,7 +59,7 @@ def space_timesteps(num_timesteps, respacing):
   except ValueError:
     counts = []
   if not counts or min(counts) < 1 or (text.startswith("ddim") and len(counts) > 1):
-    raise ValueError(f"timestep respacing {respacing!r} is not understood, allowed: '100', '10,15,20', 'ddim50'")
+    raise ValueError(f"timestep respacing {respacing!r} is not understood; allowed: '100', '10,15,20', 'ddim50'")
   if text.startswith("ddim"):
     for stride in range(1, num_timesteps + 1):
       steps = list(range(0, num_timesteps, stride))
@@ -59,7 +73,7 @@ def space_timesteps(num_timesteps, respacing):
     if length < count:
       raise ValueError(f"timestep respacing {respacing!r}: {count} steps in a section of {length} timesteps")
     stride = (length - 1) / (count - 1) if count > 1 else 1
-    position = 0.0  # accumulated and rounded half to even, as the original does: the lists depend on it
+    position = 0.0  # sums and rounds (half to even) as the original: the lists depend on it
     for _ in range(count):
       steps.add(start + round(position))
       position += stride
@@ -67,8 +81,8 @@ def space_timesteps(num_timesteps, respacing):
   return sorted(steps)
 
 
-def schedule_tables(betas):
-  """Everything derived from `betas` `[n]`, in their precision (NumPy): dictionary of the original's names.
+def schedule_tables(betas: Table) -> dict[str, Table]:
+  """Tables that follow from the betas, in their precision, by the original's names.
 
   The cumulative product is accumulated in float64 and rounded, as PyTorch does for float32.
   """
@@ -97,46 +111,50 @@ def schedule_tables(betas):
 
 @dataclasses.dataclass(frozen=True)
 class IDDPM:
-  """Settings of an IDDPM schedule; pure functions, static under jit.
+  """Settings of an IDDPM schedule, static under jit, and its pure functions.
 
   Attributes:
-    num_timesteps: length of the original schedule; betas run linearly from 0.1 / n to 20 / n.
+    num_timesteps: length n of the original schedule.
+    betas: "linear" (from 0.1 / n to 20 / n) or "cosine".
+    variance: of x_{t-1}. "learned-range": the model has variance channels, and the loss adds the variational bound.
+      "fixed-large" (beta) or "fixed-small" (posterior variance): the loss is the mean squared error, and variance channels of
+      the model, if any, are ignored.
     respacing: see `space_timesteps`; `for_sampling` sets it.
-    tables: "float32" (the original's, default) or "float64" (derived exactly, then rounded to float32 on the device).
+    tables: "float32" (the original's, default) or "float64" (computed exactly, then rounded to float32 on the device).
     sampler: "ancestral" (the original's); without noise "ddim" (eta = 0, Song et al. 2020) and "dpm++" (DPM-Solver++ 2M, Lu et
-      al. 2022, arXiv 2211.01095: of second order, with one evaluation a step).
+      al. 2022, arXiv 2211.01095: second order, one evaluation a step).
     compat: None, or "open-sora-1.1" (see the module).
   """
 
   num_timesteps: int = 1000
+  betas: str = "linear"
+  variance: str = "learned-range"
   respacing: str | int | None = None
   tables: str = "float32"
   sampler: str = "ancestral"
   compat: str | None = None
 
   def __post_init__(self):
-    if self.tables not in ("float32", "float64"):
-      raise ValueError(f"iddpm: unknown tables {self.tables!r}, allowed: 'float32', 'float64'")
-    if self.sampler not in SAMPLERS:
-      raise ValueError(f"iddpm: unknown sampler {self.sampler!r}, allowed: {', '.join(SAMPLERS)}")
-    if self.compat not in COMPAT:
-      raise ValueError(f"iddpm: unknown compat {self.compat!r}, allowed: None, 'open-sora-1.1'")
+    choices = {"betas": SCHEDULES, "variance": VARIANCES, "tables": ("float32", "float64"), "sampler": SAMPLERS}
+    for field, allowed in {**choices, "compat": COMPAT}.items():
+      if (value := getattr(self, field)) not in allowed:
+        raise ValueError(f"iddpm: unknown {field} {value!r}, allowed: {', '.join(map(str, allowed))}")
     space_timesteps(self.num_timesteps, self.respacing)
 
   @functools.cached_property
-  def timestep_map(self):
-    """Original timesteps int32 `[n]`, ascending."""
+  def timestep_map(self) -> Int32[np.ndarray, " n"]:
+    """Original timesteps, ascending."""
     return np.asarray(space_timesteps(self.num_timesteps, self.respacing), np.int32)
 
   @property
-  def num_steps(self):
+  def num_steps(self) -> int:
     """Length n of the respaced schedule."""
     return len(self.timestep_map)
 
   @functools.cached_property
-  def schedule(self):
-    """Tables `[n]` (NumPy, float32 or float64 as `tables` says)."""
-    betas = np.linspace(0.1 / self.num_timesteps, 20 / self.num_timesteps, self.num_timesteps, dtype=np.float64)
+  def schedule(self) -> dict[str, Table]:
+    """Tables in the precision of `tables`."""
+    betas = SCHEDULES[self.betas](self.num_timesteps)
     kept = np.cumprod(1 - betas)[self.timestep_map]
     respaced = betas if self.num_steps == self.num_timesteps else 1 - kept / np.concatenate([[1.0], kept[:-1]])
     return schedule_tables(respaced.astype(self.tables))
@@ -145,52 +163,75 @@ class IDDPM:
     """Entries `index` `[B]` of a table (float32), broadcastable against `like`."""
     return expand(jnp.asarray(self.schedule[name], jnp.float32)[index], like)
 
-  def sample_timesteps(self, keys, height=None, width=None, num_frames=None, latent_frames=None):
-    """Training indices int32 `[B]`, uniform, one random key per sample; the sizes are not used."""
+  def sample_timesteps(
+    self, keys: Key[Array, " B"], height=None, width=None, num_frames=None, latent_frames=None
+  ) -> Int32[Array, " B"]:
+    """Training indices, uniform, from one random key per sample. The sizes are not used."""
     del height, width, num_frames, latent_frames
     return jax.vmap(lambda key: jax.random.randint(key, (), 0, self.num_steps))(keys)
 
-  def fixed_timesteps(self, count):
-    """`count` schedule indices int32 (NumPy), evenly inside the schedule, to measure the loss at."""
+  def fixed_timesteps(self, count: int) -> Int32[np.ndarray, " count"]:
+    """Schedule indices to measure the loss at, evenly inside the schedule."""
     return np.linspace(0, self.num_steps - 1, count + 2)[1:-1].round().astype(np.int32)
 
-  def add_noise(self, x0, noise, index):
-    """q(x_t | x_0) at `index` `[B]` or scalar: sqrt(abar) x0 + sqrt(1 - abar) noise."""
+  def add_noise(self, x0: Latents, noise: Latents, index: Time) -> Elements:
+    """A draw from q(x_t | x_0) at `index`: sqrt(abar) x0 + sqrt(1 - abar) noise."""
     index = per_sample(index, x0)
     return self._at("sqrt_alphas_cumprod", index, x0) * x0 + self._at("sqrt_one_minus_alphas_cumprod", index, x0) * noise
 
-  def posterior(self, x0, x_t, index):
-    """Mean, variance and clipped log variance of q(x_{t-1} | x_t, x_0); the variances broadcast against `x_t`."""
+  def posterior(self, x0: Latents, x_t: Latents, index: Index) -> tuple[Elements, Array, Array]:
+    """Mean, variance and clipped log variance of q(x_{t-1} | x_t, x_0). The variances broadcast against `x_t`."""
     mean = self._at("posterior_mean_coef1", index, x_t) * x0 + self._at("posterior_mean_coef2", index, x_t) * x_t
     return mean, self._at("posterior_variance", index, x_t), self._at("posterior_log_variance_clipped", index, x_t)
 
-  def p_mean_variance(self, output, x, index, *, num_channels, clip_denoised=False):
-    """What the model output says about x_{t-1}: dictionary of mean, variance, log_variance, pred_x0, each like `x`.
+  def split(self, output: Array, x: Latents, num_channels: int) -> tuple[Elements, Elements | None]:
+    """(predicted noise, v) of a model output; v is None for a fixed variance."""
+    if self.variance != "learned-range":
+      return elements.prediction_of(output, x, num_channels), None
+    if output.shape != (*x.shape[:-1], 2 * x.shape[-1]):
+      raise ValueError(
+        f"iddpm: variance 'learned-range' needs variance channels, but the model output has shape {output.shape} for an input "
+        f"of shape {x.shape}; use a model with pred_sigma, or set variance='fixed-large'"
+      )
+    return elements.split_channels(output.astype(jnp.float32), num_channels)
 
-    log variance = frac log beta + (1 - frac) log posterior variance with frac = (v + 1) / 2. `clip_denoised` limits the
-    predicted x0 to [-1, 1] (for pixels; the original never does so for latents).
+  def predict_x0(self, noise: Latents, x: Latents, index: Index) -> Elements:
+    """x0 by the predicted noise."""
+    return self._at("sqrt_recip_alphas_cumprod", index, x) * x - self._at("sqrt_recipm1_alphas_cumprod", index, x) * noise
+
+  def p_mean_variance(
+    self, noise: Latents, v: Latents | None, x: Latents, index: Index, *, clip_denoised: bool = False
+  ) -> dict[str, Elements]:
+    """Distribution of x_{t-1} by the predicted noise and v: mean, variance, log_variance, pred_x0, each like `x`.
+
+    A learned log variance is frac log beta + (1 - frac) log posterior variance with frac = (v + 1) / 2. `clip_denoised` limits
+    the predicted x0 to [-1, 1] (for pixels; the original never does so for latents).
     """
-    noise, v = split_channels(output.astype(jnp.float32), num_channels)
     low, high = self._at("posterior_log_variance_clipped", index, x), jnp.log(self._at("betas", index, x))
-    fraction = (v + 1) / 2
-    log_variance = fraction * high + (1 - fraction) * low
-    x0 = self._at("sqrt_recip_alphas_cumprod", index, x) * x - self._at("sqrt_recipm1_alphas_cumprod", index, x) * noise
+    if self.variance == "learned-range":
+      fraction = (v + 1) / 2
+      log_variance = fraction * high + (1 - fraction) * low
+    else:  # the upper bound begins with the posterior variance, too, as in the original
+      fixed = low if self.variance == "fixed-small" else jnp.where(expand(index == 0, x), low, high)
+      log_variance = jnp.broadcast_to(fixed, x.shape)
+    x0 = self.predict_x0(noise, x, index)
     x0 = jnp.clip(x0, -1, 1) if clip_denoised else x0
     mean, _, _ = self.posterior(x0, x, index)
     return {"mean": mean, "variance": jnp.exp(log_variance), "log_variance": log_variance, "pred_x0": x0}
 
-  def loss_terms(self, denoise, x0, noise, index, *, num_channels, frame_mask=None, valid=None):
-    """Hybrid loss, per sample: dictionary of loss = mse + vb, mse, vb (bits), each `[B]`. Arguments as `loss`."""
+  def loss_terms(self, denoise, x0, noise, index, *, num_channels, frame_mask=None, valid=None) -> dict:
+    """Terms of the loss per sample: "mse", with a learned variance "vb" (bits), and "loss", their sum. Arguments as `loss`."""
     x_t = self.add_noise(x0, noise, index)
     if frame_mask is not None:
       x_t = jnp.where(expand(frame_mask, x0), x_t, self.add_noise(x0, noise, 0))
     x_t = zero_invalid(x_t, valid)
-    output = denoise(x_t, self.model_timesteps(index), frame_mask).astype(jnp.float32)
-    predicted, v = split_channels(output, num_channels)
+    output = denoise(x_t, self.model_timesteps(index), frame_mask)
+    predicted, v = self.split(output, x_t, num_channels)
     mse = masked_mean(jnp.square(noise - predicted), frame_mask, valid)
-    # The variational bound trains the variance only: the predicted noise is detached.
-    detached = _join_channels(jax.lax.stop_gradient(predicted), v, num_channels)
-    model = self.p_mean_variance(detached, x_t, index, num_channels=num_channels)
+    if v is None:
+      return {"loss": mse, "mse": mse}
+    # The variational bound trains the variance only.
+    model = self.p_mean_variance(jax.lax.stop_gradient(predicted), v, x_t, index)
     mean, _, log_variance = self.posterior(x0, x_t, index)
     kl = _normal_kl(mean, log_variance, model["mean"], model["log_variance"])
     likelihood = _discretized_log_likelihood(x0, model["mean"], 0.5 * model["log_variance"])
@@ -198,22 +239,25 @@ class IDDPM:
     vb = masked_mean(bits, frame_mask, valid)
     return {"loss": mse + vb, "mse": mse, "vb": vb}
 
-  def loss(self, denoise, x0, noise, t, *, num_channels, frame_mask=None, valid=None):
-    """Loss per sample `[B]` over the valid elements of the frames to generate.
+  def loss(
+    self, denoise: Denoise, x0: Latents, noise: Latents, t: Index, *, num_channels: int,
+    frame_mask: FrameMask | None = None, valid: Valid | None = None,
+  ) -> Float[Array, " B"]:  # fmt: skip
+    """Loss per sample over the valid elements of the frames to generate.
 
     Args:
-      denoise: `(x_t, t, x_mask) -> output` with variance channels.
-      x0, noise: clean latents and standard normal noise, same shape.
-      t: schedule indices int `[B]` (`sample_timesteps`).
+      denoise: `(x_t, t, x_mask) -> output`.
+      x0, noise: clean latents and standard normal noise.
+      t: schedule indices (`sample_timesteps`).
       num_channels: latent channels.
-      frame_mask: `[B, T]` True = frame to generate.
-      valid: bool like `x0`; elsewhere the model sees zeros.
+      frame_mask: True = frame to generate.
+      valid: elsewhere the model sees zeros.
     """
     terms = self.loss_terms(denoise, x0, noise, t, num_channels=num_channels, frame_mask=frame_mask, valid=valid)
     return terms["loss"]
 
-  def model_timesteps(self, index):
-    """What the model is shown for schedule indices: original timesteps, float32."""
+  def model_timesteps(self, index: Integer[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
+    """Timesteps that the model sees: the original ones."""
     return jnp.asarray(self.timestep_map, jnp.float32)[index]
 
   def for_sampling(self, num_steps):
@@ -223,7 +267,7 @@ class IDDPM:
     return dataclasses.replace(self, respacing=num_steps)
 
   def sampling_timesteps(self, num_steps, height, width=None, num_frames=None, latent_frames=None):
-    """Schedule indices int32 `[num_steps + 1, B]` (NumPy) from noise down to a last row of -1; the sizes only give B."""
+    """Schedule indices `[num_steps + 1, B]` int32 (NumPy), from noise down to a last row of -1. `height` sets B."""
     del width, num_frames, latent_frames
     if num_steps != self.num_steps:
       raise ValueError(f"iddpm: schedule has {self.num_steps} steps, not {num_steps}: respace it with for_sampling first")
@@ -235,29 +279,34 @@ class IDDPM:
     return self.sampler == "ancestral"
 
   @property
-  def remembers(self):
-    """Whether `step` takes `elements.start_memory` and gives what follows it."""
+  def multistep(self):
+    """Whether `step` needs the previous prediction (`elements.no_previous` before the first step)."""
     return self.sampler == "dpm++"
 
-  def step(self, denoise, x, t, t_next=None, *, num_channels, noise=None, frame_noise=None, edit=None, memory=None, valid=None):
-    """One step at schedule index `t` (`[B]` or scalar); pure, to be jitted with the loop outside.
+  def step(
+    self, denoise: Denoise, x: Latents, t: Time, t_next: Time | None = None, *, num_channels: int, noise: Latents | None = None,
+    frame_noise: Latents | None = None, edit: Edit | None = None, previous: Previous | None = None, valid: Valid | None = None,
+  ) -> tuple[Elements, Edit | None, Previous | None]:  # fmt: skip
+    """One step at schedule index `t`, to be jitted with the loop outside.
 
-    Frame masks (n = steps, m = trunc(ratio n)): index > m: the frame is shown as clean and restored; index == m: it is
-    noised with `frame_noise` and takes part from then on (with `compat` it is still shown as clean); index < m: generated.
+    Frame masks, with m = trunc(ratio * steps): At index > m, the model sees the frame as clean and the step restores it. At
+    index == m, the frame gets `frame_noise` and takes part (with `compat` the model still sees it as clean). At index < m, the
+    frame is generated.
 
     Args:
       denoise: `(x, t, x_mask) -> output`, guidance included.
-      x: present latents. Invalid elements come back as zeros.
-      t_next: not used; here so that all formulations are called alike.
-      noise: standard normal, like `x`, if the sampler is `stochastic` (unused at index 0).
+      x: present latents. Invalid elements become zeros.
+      t_next: not used. All formulations take it.
+      noise: standard normal, if the sampler is `stochastic` (unused at index 0).
       frame_noise: the same, needed with `edit`.
-      edit: None or the state of `elements.start_edit`; memory: that of `elements.start_memory`, if the sampler `remembers`.
+      edit: None or the state of `elements.start_edit`.
+      previous: the previous prediction, if the sampler is `multistep`.
 
     Returns:
-      x after the step, edit state (unchanged), memory after the step.
+      x, edit state and previous prediction for the next step.
     """
     del t_next
-    index, before, x_mask = per_sample(t, x), x, None
+    index, before, x_mask, active = per_sample(t, x), x, None, None
     if (self.stochastic and noise is None) or (edit is not None and frame_noise is None):
       raise ValueError("iddpm: an ancestral step needs noise, and with frame masks any step needs frame_noise")
     if edit is not None:
@@ -266,30 +315,28 @@ class IDDPM:
       start = start if self.compat else jnp.where(ratio > 0, start, -1)
       x_mask = start > index[:, None] if self.compat else start >= index[:, None]
       x = jnp.where(expand(start == index[:, None], x), self.add_noise(x, frame_noise, index), x)
+      active = start >= index[:, None]
     x = zero_invalid(x, valid)
-    output = denoise(x, self.model_timesteps(index), x_mask)
+    predicted, v = self.split(denoise(x, self.model_timesteps(index), x_mask), x, num_channels)
     if self.sampler == "ancestral":
-      sample, _ = self.ancestral(output, x, index, noise, num_channels=num_channels)
+      sample, _ = self.ancestral(predicted, v, x, index, noise)
     elif self.sampler == "ddim":
-      sample, _ = self.ddim(output, x, index, num_channels=num_channels)
+      sample, _ = self.ddim(predicted, x, index)
     else:
-      active = None if edit is None else start >= index[:, None]
-      sample, memory = self.dpm(output, x, index, memory, active, num_channels=num_channels)
+      sample, previous = self.dpm(predicted, x, index, previous, active)
     if edit is not None:
-      sample = jnp.where(expand(start < index[:, None], x), before, sample)
-    return zero_invalid(sample, valid), edit, memory
+      sample = jnp.where(expand(active, x), sample, before)
+    return zero_invalid(sample, valid), edit, previous
 
-  def ancestral(self, output, x, index, noise, *, num_channels):
-    """x_{t-1} ~ p(x_{t-1} | x_t) and the predicted x0, from the model output at `index` `[B]`."""
-    model = self.p_mean_variance(output, x, index, num_channels=num_channels)
+  def ancestral(self, predicted, v, x, index, noise):
+    """A draw of x_{t-1} ~ p(x_{t-1} | x_t) and the predicted x0, at `index` `[B]`."""
+    model = self.p_mean_variance(predicted, v, x, index)
     scale = jnp.where(expand(index > 0, x), jnp.exp(0.5 * model["log_variance"]), 0)
     return model["mean"] + scale * noise, model["pred_x0"]
 
-  def ddim(self, output, x, index, *, num_channels, eta=0.0, noise=None, clip_denoised=False):
-    """One DDIM step (Song et al. 2020, eq. 12) and the predicted x0; `noise` is needed for `eta` > 0."""
-    x0 = self.p_mean_variance(output, x, index, num_channels=num_channels, clip_denoised=clip_denoised)["pred_x0"]
-    predicted = self._at("sqrt_recip_alphas_cumprod", index, x) * x - x0
-    predicted = predicted / self._at("sqrt_recipm1_alphas_cumprod", index, x)
+  def ddim(self, predicted, x, index, *, eta=0.0, noise=None):
+    """One DDIM step (Song et al. 2020, eq. 12) and the predicted x0. `eta` > 0 needs `noise`."""
+    x0 = self.predict_x0(predicted, x, index)
     abar, previous = self._at("alphas_cumprod", index, x), self._at("alphas_cumprod_prev", index, x)
     sigma = eta * jnp.sqrt((1 - previous) / (1 - abar)) * jnp.sqrt(1 - abar / previous)
     sample = x0 * jnp.sqrt(previous) + jnp.sqrt(1 - previous - sigma**2) * predicted
@@ -299,24 +346,19 @@ class IDDPM:
       raise ValueError(f"iddpm: a DDIM step with eta = {eta} needs noise")
     return sample, x0
 
-  def dpm(self, output, x, index, memory, active=None, *, num_channels):
-    """One step of DPM-Solver++ 2M (arXiv 2211.01095, algorithm 2) from `index` to the one below, the last of first order:
-    -> (sample, memory)."""
-    x0 = self.p_mean_variance(output, x, index, num_channels=num_channels)["pred_x0"]
-    # Signal and noise before and after the step, [B]; behind the last index all is signal.
+  def dpm(self, predicted, x, index, previous, active=None):
+    """One step of DPM-Solver++ 2M (arXiv 2211.01095, algorithm 2) from `index` to the next lower one; the last is first order.
+
+    Returns (sample, previous prediction for the next step).
+    """
+    x0 = self.predict_x0(predicted, x, index)
+    # Signal before and after the step, [B]; after the last one there is no noise.
     before, after = (jnp.asarray(self.schedule[name], jnp.float32)[index] for name in ("alphas_cumprod", "alphas_cumprod_prev"))
     size = 0.5 * (jnp.log(after) - jnp.log1p(-after) - jnp.log(before) + jnp.log1p(-before))  # in log(signal / noise)
-    x0, memory = second_order(x0, size, memory, active)
+    x0, previous = elements.second_order(x0, size, previous, active)
     noise = jnp.sqrt((1 - after) / (1 - before))
     sample = expand(noise, x) * x + expand(jnp.sqrt(after) - jnp.sqrt(before) * noise, x) * x0
-    return sample, memory
-
-
-def _join_channels(prediction, variance, channels):
-  """The inverse of `split_channels`."""
-  *leading, features = prediction.shape
-  pairs = [a.reshape(*leading, features // channels, 1, channels) for a in (prediction, variance)]
-  return jnp.concatenate(pairs, -2).reshape(*leading, 2 * features)
+    return sample, previous
 
 
 def _normal_kl(mean1, log_variance1, mean2, log_variance2):
@@ -345,8 +387,8 @@ def _discretized_log_likelihood(x, mean, log_scale):
 def _tanh(z):
   """tanh, correctly rounded near 1 and -1, which XLA's own is not.
 
-  Far from the mean a bin's likelihood is the difference of two such values, a few units in the last place or none, under
-  a logarithm: with `jnp.tanh` a quarter of random t = 0 terms were off by 1e-4 to 4e-2 of PyTorch's, with this one none.
+  Far from the mean, the likelihood of a bin is the logarithm of a difference of a few units in the last place. With `jnp.tanh`
+  a quarter of random t = 0 terms differed from PyTorch's by 1e-4 to 4e-2 (measured), with this function none.
   """
   size = jnp.abs(z)
   return jnp.where(size > 0.55, jnp.sign(z) * (1 - 2 / (jnp.exp(2 * jnp.minimum(size, 20)) + 1)), jnp.tanh(z))

@@ -1,9 +1,9 @@
 """Random numbers per sample, independent of padding, batch and sharding.
 
-Every random draw of a sample comes from key(seed) folded with the sample's (epoch, slot) and with a purpose. Noise of
-latents is defined as `jax.random.normal(key, (T, H, W, C))` at the sample's own, unpadded latent size; `token_noise` gives
-exactly these bits already as tokens, for a batch of different sizes: it works out where every token element lies in the
-unpadded array and hashes that position, as JAX's counter-based generator does.
+Every random draw of a sample comes from key(seed) folded with the sample's (epoch, slot) and with a purpose. The noise of
+latents is `jax.random.normal(key, (T, H, W, C))` at the sample's own, unpadded latent size. `token_noise` returns exactly
+these bits as tokens, for a batch of different sizes: it computes the position of every token element in the unpadded array
+and hashes that position, as JAX's counter-based generator does.
 """
 
 import enum
@@ -11,7 +11,8 @@ import enum
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.random import threefry2x32_p
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Integer, Key, UInt32
 
 
 class Purpose(enum.IntEnum):
@@ -29,10 +30,10 @@ class Purpose(enum.IntEnum):
   PIXEL_FRAMES = 9
 
 
-def sample_keys(seed, sample_id, purpose):
+def sample_keys(seed: int, sample_id: Integer[ArrayLike, "B 2"], purpose: int) -> Key[Array, " B"]:
   """One key per sample `[B]`: fold_in(fold_in(fold_in(key(seed), epoch), slot), purpose).
 
-  `sample_id` uint32 `[B, 2]` = (epoch, slot in the epoch's plan); `purpose` a `Purpose` or another integer.
+  `sample_id` is (epoch, slot in the epoch's plan); `purpose` is a `Purpose` or another integer.
   """
   root = jax.random.key(seed, impl="threefry2x32")
 
@@ -42,30 +43,31 @@ def sample_keys(seed, sample_id, purpose):
   return jax.vmap(key_of)(jnp.asarray(sample_id, jnp.uint32))
 
 
-def fold_in(keys, data):
-  """`jax.random.fold_in` for keys `[B]` with one number for all, for instance the sampling step."""
+def fold_in(keys: Key[Array, " B"], data: int | Integer[Array, ""]) -> Key[Array, " B"]:
+  """`jax.random.fold_in` of one number, for instance the sampling step, into every key."""
   return jax.vmap(jax.random.fold_in, (0, None))(keys, data)
 
 
-def element_index(latent_size, grid, token_shape, patch_size=(1, 2, 2)):
-  """Where every token element lies in its sample's unpadded latents.
+def element_index(
+  latent_size: Integer[ArrayLike, "B 3"], grid: Integer[ArrayLike, "B 3"], token_shape: tuple, patch_size: tuple = (1, 2, 2)
+) -> tuple[UInt32[Array, "B T S P"], Bool[Array, "B T S P"]]:
+  """Position of every token element in its sample's unpadded latents.
 
   Args:
-    latent_size: int `[B, 3]`, unpadded latents (T, H, W).
-    grid: int `[B, 3]`, token grid (T, rows, columns).
+    latent_size: unpadded latents (T, H, W).
+    grid: token grid (T, rows, columns).
     token_shape: static (T, S, P) of the padded tokens.
     patch_size: static (pt, ph, pw); P = pt * ph * pw * channels, ordered as in `data.tokens`.
 
   Returns:
-    index: uint32 `[B, T, S, P]`, flat position in `[T, H, W, C]` (undefined where not valid).
-    valid: bool `[B, T, S, P]`.
+    (flat position in `[T, H, W, C]`, undefined in padding; which elements are valid)
   """
   frames, spaces, features = token_shape
   channels = features // int(np.prod(patch_size))
   if features != channels * int(np.prod(patch_size)):
-    raise ValueError(f"{features} values per token do not divide into patches of {patch_size}")
+    raise ValueError(f"token noise: {features} values per token do not divide into patches of {patch_size}; use multiples")
   if frames * spaces * features >= 2**32:
-    raise ValueError(f"tokens of shape {token_shape} hold more than 2^32 values per sample")
+    raise ValueError(f"token noise: tokens of shape {token_shape} hold more than 2^32 values per sample; make clips smaller")
   inside = np.unravel_index(np.arange(features), (*patch_size, channels))
 
   def axis(values, size):  # [B] -> [B, 1, 1, 1]
@@ -83,31 +85,38 @@ def element_index(latent_size, grid, token_shape, patch_size=(1, 2, 2)):
   return ((t * height + h) * width + w) * channels + channel, valid
 
 
-def token_noise(keys, latent_size, token_shape, grid, patch_size=(1, 2, 2), channels=4):
-  """Standard normal noise float32 `[B, T, S, P]`, zero where the tokens are padding.
+def token_noise(
+  keys: Key[Array, " B"], latent_size: Integer[ArrayLike, "B 3"], token_shape: tuple, grid: Integer[ArrayLike, "B 3"],
+  patch_size: tuple = (1, 2, 2), channels: int = 4,
+) -> Float[Array, "B T S P"]:  # fmt: skip
+  """Standard normal noise, zero in padding.
 
-  Bit-equal, per sample, to `patchify(jax.random.normal(key, (T, H, W, channels)))` at the sample's own size. `keys` `[B]`
-  are threefry keys (`sample_keys`), other arguments as in `element_index`.
+  Bit-equal, per sample, to `patchify(jax.random.normal(key, (T, H, W, channels)))` at the sample's own size. `keys` are
+  threefry keys (`sample_keys`), other arguments as in `element_index`.
 
   Raises:
     ValueError: keys of another generator, or shapes that do not fit.
   """
   if str(jax.random.key_impl(keys)) != "threefry2x32":
-    raise ValueError(f"token_noise needs threefry2x32 keys, got {jax.random.key_impl(keys)}: make them with sample_keys")
+    raise ValueError(f"token_noise got {jax.random.key_impl(keys)} keys; allowed: threefry2x32. Make them with sample_keys.")
   if token_shape[2] != int(np.prod(patch_size)) * channels:
-    raise ValueError(f"{token_shape[2]} values per token are not patches of {patch_size} with {channels} channels")
+    raise ValueError(
+      f"token_noise: {token_shape[2]} values per token are not patches of {patch_size} with {channels} channels; "
+      f"allowed: {int(np.prod(patch_size)) * channels}. Check patch_size and channels."
+    )
   index, valid = element_index(latent_size, grid, token_shape, patch_size)
-  # As jax.random.bits does with jax_threefry_partitionable (the default): the counter is the 64-bit position, the high
-  # word of which is always 0 here, and the two words of the hash are combined by exclusive or.
-  key_words = jax.random.key_data(keys)[:, :, None, None, None]
-  high, low = threefry2x32_p.bind(
-    jnp.broadcast_to(key_words[:, 0], index.shape), jnp.broadcast_to(key_words[:, 1], index.shape), jnp.zeros_like(index), index
-  )
-  return jnp.where(valid, _normal(high ^ low), 0.0)
+  # JAX hashes a position to the two words of `fold_in(key, position)`; the bits of that element are their exclusive or
+  # (jax_threefry_partitionable, the default). `jax.random.normal` at the padded shape would need a gather of every element.
+  words = jax.vmap(lambda key, positions: jax.random.key_data(jax.vmap(jax.random.fold_in, (None, 0))(key, positions)))
+  words = words(keys, index.reshape(len(index), -1)).reshape(*index.shape, 2)
+  return jnp.where(valid, _normal(words[..., 0] ^ words[..., 1]), 0.0)
 
 
 def _normal(bits):
-  """uint32 -> standard normal float32 as `jax.random.normal` does: 23 bits to (-1, 1), then the inverse error function."""
+  """uint32 -> standard normal float32 as `jax.random.normal` does: 23 bits to (-1, 1), then the inverse error function.
+
+  JAX has no public function from bits to normal numbers.
+  """
   low = np.nextafter(np.float32(-1), np.float32(0))
   fraction = jax.lax.bitcast_convert_type((bits >> 9) | np.uint32(0x3F800000), jnp.float32) - 1
   uniform = jnp.maximum(low, fraction * (np.float32(1) - low) + low)

@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 from data.tokens import patchify, unpatchify
 from data.video import IMAGE_FPS
 from stdit_jax.autoencoders.codec import bytes_on_device, memory_beside
-from stdit_jax.diffusion.elements import start_edit, start_memory
+from stdit_jax.diffusion.elements import no_previous, start_edit
 from stdit_jax.diffusion.guidance import Guidance, guided
 from stdit_jax.diffusion.noise import Purpose, fold_in, sample_keys, token_noise
 from stdit_jax.models import step_cache
@@ -43,13 +43,13 @@ class Request:
 class SamplerState(NamedTuple):
   """What goes from step to step of the sampler.
 
-  Attributes: x: latents as tokens `[B, T, S, P]`; edit, memory: those of `diffusion.elements`, None where there are none;
+  Attributes: x: latents as tokens `[B, T, S, P]`; edit, previous: those of `diffusion.elements`, None where there are none;
   cached: outputs that the step cache holds, for each call of the model in a step.
   """
 
   x: jax.Array
   edit: Any
-  memory: Any
+  previous: Any
   cached: tuple
 
 
@@ -93,7 +93,7 @@ class Pipeline:
     if mesh is not None:
       tokens, rows = self.layout.sharding(*OVER_TIME), self.layout.sharding("batch")
       cached = jax.tree.map(lambda spec: self.layout.sharding(*spec.axes), self._cache_specs(1, 1, 1))
-      places = SamplerState(tokens, rows, (tokens, rows, rows) if self.diffusion.remembers else None, cached)
+      places = SamplerState(tokens, rows, (tokens, rows, rows) if self.diffusion.multistep else None, cached)
     self._step = jax.jit(self._sampler_step, static_argnames=static, out_shardings=places, donate_argnames="state")
 
   def set_weights(self, weights):
@@ -104,7 +104,7 @@ class Pipeline:
     """What the step cache holds for each call of the model in a step, a tuple of trees of `ArraySpec`."""
     if self.cache is None:
       return ()
-    rows = [2 * batch] if self.guidance.together else [batch, batch]
+    rows = [batch, batch] if self.guidance.sequential else [2 * batch]
     return tuple(self.model.cache_specs(self.cache, n, frames, space) for n in rows)
 
   def needed_memory(self, request, batch, steps=30, guidance_scale=7.0, *, given=False, encoded=(), negative=False):
@@ -141,9 +141,9 @@ class Pipeline:
     sides = [np.ones((batch,), np.float32)] * 4
     t = diffusion.sampling_timesteps(steps, *sides)[0]
     masks = shape(ArraySpec((batch, frames))), shape(ArraySpec((batch, frames), bool))
-    memory = (x, shape(ArraySpec((batch,))), masks[1]) if diffusion.remembers else None
+    previous = (x, shape(ArraySpec((batch,))), masks[1]) if diffusion.multistep else None
     step = self._step.lower(
-      self.variables, SamplerState(x, masks if given else None, memory, cached),
+      self.variables, SamplerState(x, masks if given else None, previous, cached),
       ((cond, cond if negative else None), sizes), (t, t),
       (x if diffusion.stochastic else None, x if given else None), self._computes(diffusion, 0, t), diffusion=diffusion,
       guidance=self._guidance_of(guidance_scale), latent_size=size,
@@ -158,8 +158,8 @@ class Pipeline:
 
   def _guidance_of(self, scale):
     """Guidance of that scale. Of scale 1 the branch that counts nothing is left out, but where a step cache keeps both."""
-    together = self.guidance.together and (scale != 1 or self.cache is not None)
-    return dataclasses.replace(self.guidance, scale=float(scale), together=together)
+    sequential = self.guidance.sequential or (scale == 1 and self.cache is None)
+    return dataclasses.replace(self.guidance, scale=float(scale), sequential=sequential)
 
   def latent_size(self, request):
     """(T, H, W) of the latents of a request."""
@@ -251,12 +251,12 @@ class Pipeline:
     step_keys = sample_keys(0, seeds, Purpose.SAMPLING_STEP)
     # Every frame is noised once at most: one draw serves all steps.
     frame_noise = None if edit is None else noise_of(sample_keys(0, seeds, Purpose.FRAME_NOISE))
-    memory = tuple(self._place(part, axes) for part, axes in zip(start_memory(x), (OVER_TIME, *[("batch",)] * 2)))
-    memory = memory if diffusion.remembers else None
+    previous = tuple(self._place(part, axes) for part, axes in zip(no_previous(x), (OVER_TIME, *[("batch",)] * 2)))
+    previous = previous if diffusion.multistep else None
     specs = self._cache_specs(*x.shape[:3])
     cached = jax.tree.map(lambda spec: self._place(np.zeros(spec.shape, spec.dtype), spec.axes), specs)
     guidance = self._guidance_of(guidance_scale)
-    state = SamplerState(x, edit, memory, cached)
+    state = SamplerState(x, edit, previous, cached)
     for i in progress(range(steps), "denoise"):
       noise = noise_of(fold_in(step_keys, i)) if diffusion.stochastic else None
       state = self._step(
@@ -315,7 +315,7 @@ class Pipeline:
 
       return denoise
 
-    if guidance.together:
+    if not guidance.sequential:
       twice = functools.partial(jax.tree.map, lambda *parts: jnp.concatenate(parts))
       both = None if shown is None else twice(shown, shown)
       denoise = denoiser(twice(cond, other), twice(sizes, sizes), both, 0)
@@ -327,7 +327,7 @@ class Pipeline:
     )  # fmt: skip
     after = diffusion.step(
       step_model, state.x, *times, num_channels=config.in_channels, noise=noises[0], frame_noise=noises[1], edit=state.edit,
-      memory=state.memory, valid=valid,
+      previous=state.previous, valid=valid,
     )  # fmt: skip
     return SamplerState(*after, tuple(cached))
 

@@ -39,7 +39,7 @@ def loop_inputs(case, variables):
 
 
 def recording(call, shown):
-  """`call(x, t, x_mask)`, that leaves its inputs and its output in the dictionary `shown`."""
+  """`call(x, t, x_mask)` that stores its inputs and its output in the dictionary `shown`."""
 
   def apply(x, t, x_mask):
     output = call(x, t, x_mask)

@@ -142,7 +142,7 @@ def test_accepted_ratios(file):
         FrameMasks.create(case["mask_ratios"])
 
 
-def test_messages():
+def test_wrong_ratios_are_refused():
   with pytest.raises(ValueError, match="more than 1"):
     FrameMasks.create({"image_head": 0.7, "random": 0.5})
   with pytest.raises(ValueError, match="unknown name quarter_middle; allowed: identity, random, intepolate"):
@@ -158,7 +158,7 @@ def test_messages():
   assert len(NAMES_1_2) == 11
 
 
-def test_depends_on_the_own_key_only():
+def test_masks_of_a_sample_depend_on_its_key_only():
   masks, keys = FrameMasks.create({"random": 0.5, "quarter_random": 0.5}), keys_of(6)
   all_of_them = np.asarray(masks.draw(keys, 15))
   np.testing.assert_array_equal(all_of_them[4:], np.asarray(masks.draw(keys[4:], 15)))

@@ -20,7 +20,7 @@ def _expected(scale, channels):
 
 @pytest.mark.parametrize("channels", [1, 3, None])
 @pytest.mark.parametrize("scale", [7.0, np.array([1.0, 4.0, 7.5], np.float32)])
-def test_both_ways_and_channels(channels, scale):
+def test_batched_and_sequential_guidance_agree(channels, scale):
   seen = []
 
   def both(x, t, x_mask):
@@ -35,7 +35,7 @@ def test_both_ways_and_channels(channels, scale):
   assert seen == [((6, 5, 6, 16), (6,), None)]
 
 
-def test_variance_is_the_conditional_one():
+def test_variance_comes_from_the_conditional_branch():
   pair = (lambda *_: jnp.asarray(to_tokens(CONDITIONAL)), lambda *_: jnp.asarray(to_tokens(UNCONDITIONAL)))
   out = guided(pair, 7.0, num_channels=4)(X, jnp.zeros(3))
   np.testing.assert_array_equal(split_channels(out, 4)[1], to_tokens(CONDITIONAL[:, 4:]))
@@ -70,7 +70,7 @@ def test_guidance_in_an_interval_of_timesteps():
 
 @pytest.mark.parametrize("amount", [0.3, 1.0])
 def test_rescaled_guidance_has_the_spread_of_the_prompt(amount):
-  """Over valid elements of the predicted channels; the variances stay as they are."""
+  """Only valid elements of the predicted channels count. Variances do not change."""
   pair = (lambda *_: jnp.asarray(to_tokens(CONDITIONAL)), lambda *_: jnp.asarray(to_tokens(UNCONDITIONAL)))
   valid = np.ones((3, 4, 5, 4, 6), bool)
   valid[..., 4:] = False

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from stdit_jax.diffusion import elements
+from stdit_jax.diffusion.elements import split_channels
 from stdit_jax.diffusion.guidance import guided
 from stdit_jax.diffusion.iddpm import IDDPM, space_timesteps
 from tests.diffusion.common import FAST_COMPILE, cases_of, from_tokens, keys_of, loop_inputs, recording, to_tokens, validity
@@ -64,7 +65,7 @@ def test_single_step_and_bad_settings():
       IDDPM(respacing=bad)
   with pytest.raises(ValueError, match="no integer stride"):
     IDDPM(respacing="ddim600")
-  with pytest.raises(ValueError, match="'float32', 'float64'"):
+  with pytest.raises(ValueError, match="unknown tables 'bfloat16', allowed: float32, float64"):
     IDDPM(tables="bfloat16")
   with pytest.raises(ValueError, match=r"open-sora-1\.1"):
     IDDPM(compat="open-sora-1.2")
@@ -134,7 +135,7 @@ def test_distributions(layout):
   check(jnp.broadcast_to(variance, x.shape), case["posterior_variance"])
   check(jnp.broadcast_to(log_variance, x.shape), case["posterior_log_variance_clipped"])
   for group, clip in (("p_mean_variance", False), ("p_mean_variance_clipped", True)):
-    ours = diffusion.p_mean_variance(output, x, t, num_channels=4, clip_denoised=clip)
+    ours = diffusion.p_mean_variance(*split_channels(output, 4), x, t, clip_denoised=clip)
     for name, expected in cases_of(load_golden("iddpm")[0], group).items():
       check(ours["pred_x0" if name == "pred_xstart" else name], expected)
 
@@ -186,7 +187,7 @@ def test_sampling_step(layout, index):
   assert edit is None
   assert relative_error(sample, give(plain["sample"])) < 1e-5
   assert (np.asarray(seen["t"]) == diffusion.timestep_map[index]).all()
-  _, x0 = diffusion.ancestral(output, x, jnp.full(4, index), give(plain["in/noise"]), num_channels=4)
+  _, x0 = diffusion.ancestral(*split_channels(output, 4), x, jnp.full(4, index), give(plain["in/noise"]))
   assert relative_error(x0 if valid is None else np.where(valid, x0, 0), give(plain["pred_xstart"])) < 1e-5
 
   noises = {"noise": jnp.asarray(give(mask["in/noise"])), "frame_noise": jnp.asarray(give(mask["in/noise_add"]))}
@@ -216,18 +217,60 @@ def test_ddim_step():
   case = cases_of(golden, "p_sample")
   diffusion, give = IDDPM(respacing="100"), _give("latents")
   x, output = jnp.asarray(give(case["in/x"])), jnp.asarray(give(case["in/model_output"]))
-  sample, _ = diffusion.ddim(output, x, jnp.full(4, 12), num_channels=4)
+  sample, _ = diffusion.ddim(split_channels(output, 4)[0], x, jnp.full(4, 12))
   assert relative_error(sample, give(golden["ddim/t12_eta0/sample"])) < 1e-5
   # With eta = 1 and the lower variance bound, DDIM has the mean and the variance of the ancestral step.
   noise = jnp.asarray(give(case["t25/plain/in/noise"]))
-  low = output.at[..., 4:].set(-1.0)
-  ddim, _ = diffusion.ddim(low, x, jnp.full(4, 25), num_channels=4, eta=1.0, noise=noise)
-  ancestral, _ = diffusion.ancestral(low, x, jnp.full(4, 25), noise, num_channels=4)
+  low = split_channels(output.at[..., 4:].set(-1.0), 4)
+  ddim, _ = diffusion.ddim(low[0], x, jnp.full(4, 25), eta=1.0, noise=noise)
+  ancestral, _ = diffusion.ancestral(*low, x, jnp.full(4, 25), noise)
   assert relative_error(ddim, ancestral) < 1e-4
   with pytest.raises(ValueError, match="needs noise"):
-    diffusion.ddim(output, x, jnp.full(4, 12), num_channels=4, eta=0.5)
+    diffusion.ddim(split_channels(output, 4)[0], x, jnp.full(4, 12), eta=0.5)
   with pytest.raises(ValueError, match="needs noise"):
     diffusion.step(lambda *_: output, x, 12, num_channels=4)
+
+
+# Fixed variances and other betas.
+
+
+@pytest.mark.parametrize(("variance", "table"), [("fixed-small", "posterior_variance"), ("fixed-large", "betas")])
+def test_a_fixed_variance_needs_no_variance_channels(variance, table):
+  case, _, x0, noise, output, _ = _loss_inputs("latents")
+  t, diffusion = jnp.asarray(case["in/t"]), IDDPM(variance=variance)
+  alone = output[..., :4]
+  terms = diffusion.loss_terms(lambda *_: alone, x0, noise, t, num_channels=4)
+  assert set(terms) == {"loss", "mse"}
+  np.testing.assert_array_equal(terms["loss"], terms["mse"])
+  np.testing.assert_allclose(terms["mse"], case["nomask/mse"], rtol=1e-5)
+  np.testing.assert_array_equal(diffusion.loss(lambda *_: output, x0, noise, t, num_channels=4), terms["loss"])
+  made = diffusion.p_mean_variance(alone, None, x0, t)
+  expected = diffusion.schedule[table].copy()
+  expected[0] = diffusion.schedule["posterior_variance"][1]
+  np.testing.assert_allclose(made["variance"][:, 0, 0, 0, 0], expected[np.asarray(t)], rtol=1e-5)
+  # v = -1 and v = 1 are the bounds of a learned variance.
+  bound = jnp.full_like(alone, 1.0 if variance == "fixed-large" else -1.0)
+  index, draw = jnp.full(len(t), 500), jnp.ones_like(x0)
+  learned = IDDPM().step(lambda *_: jnp.concatenate([alone, bound], -1), x0, index, num_channels=4, noise=draw)
+  fixed = diffusion.step(lambda *_: alone, x0, index, num_channels=4, noise=draw)
+  np.testing.assert_allclose(fixed[0], learned[0], rtol=1e-5, atol=1e-6)
+
+
+def test_a_learned_variance_needs_variance_channels():
+  with pytest.raises(ValueError, match=r"needs variance channels, but the model output has shape \(1, 2, 3, 8\).*fixed-large"):
+    IDDPM(sampler="ddim").step(lambda x, *_: x, jnp.ones((1, 2, 3, 8)), 5, num_channels=4)
+
+
+def test_cosine_betas():
+  """The cumulative product of alphas follows the squared cosine (Nichol & Dhariwal 2021, eq. 17); betas end at 0.999."""
+  schedule = IDDPM(betas="cosine", tables="float64").schedule
+  angle = (np.arange(1, 1001) / 1000 + 0.008) / 1.008 * np.pi / 2
+  expected = (np.cos(angle) / np.cos(0.008 / 1.008 * np.pi / 2)) ** 2
+  np.testing.assert_allclose(schedule["alphas_cumprod"][:-1], expected[:-1], rtol=1e-9)
+  assert schedule["betas"].max() == 0.999
+  for field in ("betas", "variance"):
+    with pytest.raises(ValueError, match=f"unknown {field} 'learned', allowed: "):
+      IDDPM(**{field: "learned"})
 
 
 # Through the model.
@@ -273,42 +316,45 @@ def test_sampling_loop(name):
 
 @pytest.mark.parametrize(("sampler", "order"), [("ddim", 1), ("dpm++", 2)])
 def test_order_of_the_samplers_without_noise(sampler, order):
-  """Data that are normal with standard deviation c: the noise to predict is sigma x / V with V = alpha^2 c^2 + sigma^2, and x
-  keeps its ratio to sqrt(V). Half the step size leaves 2^-order of the error at the last index."""
+  """Half the step size leaves 2^-order of the error at the last index.
+
+  For normal data of standard deviation c, the noise to predict is sigma x / V with V = alpha^2 c^2 + sigma^2, and x keeps its
+  ratio to sqrt(V).
+  """
   c, x = 0.5, jnp.asarray(np.random.default_rng(0).normal(size=(1, 2, 3, 4)), jnp.float32)
 
   def error(steps):
     diffusion, end = IDDPM(sampler=sampler, tables="float64").for_sampling(steps), x
     abar = np.asarray(diffusion.schedule["alphas_cumprod"], np.float32)
     variance = abar * c**2 + 1 - abar
-    memory = elements.start_memory(x) if diffusion.remembers else None
+    previous = elements.no_previous(x) if diffusion.multistep else None
     for index in range(steps - 1, 0, -1):
       noise = lambda x, *_, i=index: jnp.concatenate([np.sqrt(1 - abar[i]) / variance[i] * x, 0 * x], -1)  # noqa: E731
-      end, _, memory = diffusion.step(noise, end, index, num_channels=4, memory=memory)
+      end, _, previous = diffusion.step(noise, end, index, num_channels=4, previous=previous)
     return float(jnp.abs(end - x * np.sqrt(variance[0] / variance[-1])).max())
 
   coarse, fine = error(50), error(100)
   np.testing.assert_allclose(np.log2(coarse / fine), order, atol=0.35)
-  # The last step ends at what is predicted of the data.
+  # The last step ends at the predicted data.
   diffusion = IDDPM(sampler=sampler).for_sampling(10)
-  memory = elements.start_memory(x) if diffusion.remembers else None
-  last, _, _ = diffusion.step(lambda x, *_: jnp.zeros((*x.shape[:-1], 8)), x, 0, num_channels=4, memory=memory)
+  previous = elements.no_previous(x) if diffusion.multistep else None
+  last, _, _ = diffusion.step(lambda x, *_: jnp.zeros((*x.shape[:-1], 8)), x, 0, num_channels=4, previous=previous)
   np.testing.assert_allclose(last, x / np.sqrt(diffusion.schedule["alphas_cumprod"][0]), rtol=1e-5)
 
 
-def test_dpm_steps_keep_frames_and_begin_anew_where_they_become_active():
+def test_dpm_steps_keep_frames_and_start_first_order_where_frames_become_active():
   diffusion = IDDPM(sampler="dpm++").for_sampling(10)
   x = jnp.asarray(np.random.default_rng(1).normal(size=(1, 3, 2, 4)), jnp.float32)
-  edit, memory, after = elements.start_edit(jnp.array([[0.0, 0.5, 1.0]])), elements.start_memory(x), x
+  edit, previous, after = elements.start_edit(jnp.array([[0.0, 0.5, 1.0]])), elements.no_previous(x), x
   output = jnp.asarray(np.random.default_rng(2).normal(size=(1, 3, 2, 8)), jnp.float32)
   for index in range(9, -1, -1):
     before = after
-    after, edit, memory = diffusion.step(
-      lambda *_: output, after, index, num_channels=4, frame_noise=-x, edit=edit, memory=memory
+    after, edit, previous = diffusion.step(
+      lambda *_: output, after, index, num_channels=4, frame_noise=-x, edit=edit, previous=previous
     )
-    if index == 5:  # noised and moved on the same step, as the original does; nothing is remembered of it
+    if index == 5:  # noised and moved on the same step, as the original does; the next step does not use its prediction
       noised = diffusion.add_noise(before, -x, index)
-      first, _ = diffusion.dpm(output, noised, jnp.full(1, index), elements.start_memory(x), num_channels=4)
+      first, _ = diffusion.dpm(split_channels(output, 4)[0], noised, jnp.full(1, index), elements.no_previous(x))
       np.testing.assert_allclose(after[:, 1], first[:, 1], rtol=1e-5)
     np.testing.assert_array_equal(after[:, 0], x[:, 0])
   with pytest.raises(ValueError, match="unknown sampler 'euler', allowed: ancestral, ddim"):

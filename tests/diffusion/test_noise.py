@@ -55,7 +55,7 @@ def test_position_of_every_element():
     np.testing.assert_array_equal(np.where(valid[i], index[i] + 1, 0), expected)
 
 
-def test_keys_follow_the_chain():
+def test_keys_are_folded_in_order():
   keys = noise.sample_keys(5, np.array([[1, 9], [2, 2**32 - 1]], np.uint32), noise.Purpose.TIMESTEP)
   key = jax.random.key(5, impl="threefry2x32")
   for number in (2, np.uint32(2**32 - 1), 0):
@@ -67,7 +67,7 @@ def test_keys_follow_the_chain():
   np.testing.assert_array_equal(jax.random.key_data(folded[0]), jax.random.key_data(jax.random.fold_in(keys[0], 3)))
 
 
-def test_wrong_arguments():
+def test_wrong_arguments_are_refused():
   keys, latent_size, shape, grid = _case([(5, 7, 9)], (5, 24, 16))
   with pytest.raises(ValueError, match="threefry2x32"):
     noise.token_noise(jax.random.split(jax.random.key(0, impl="rbg"), 1), latent_size, shape, grid)

@@ -41,7 +41,7 @@ def test_timestep_transform(xp):
     _close(out, case["t_out"], 1e-6)
 
 
-def test_timestep_transform_special():
+def test_timestep_transform_with_other_bases():
   for case in load_json("rflow.json")["special"]:
     options = {name: case[name] for name in ("base_resolution", "base_num_frames") if name in case}
     if max(case["t_in"]) <= 1:
@@ -78,7 +78,7 @@ def test_sampling_timesteps(compat):
       assert (t <= 1000).all()
 
 
-def test_default_transform_is_right_for_every_length():
+def test_default_transform_counts_latent_frames_of_every_length():
   flow = RectifiedFlow(use_timestep_transform=True, transform_scale=2.0)
   sizes = {"height": _f32([512] * 3), "width": _f32([512] * 3), "latent_frames": np.array([1, 4, 9])}
   t = flow.sampling_timesteps(4, **sizes)
@@ -116,7 +116,7 @@ def test_training_timesteps():
   np.testing.assert_allclose(shifted, 1000 * np.sqrt(15) * s / (1 + (np.sqrt(15) - 1) * s), rtol=1e-5, atol=1e-3)
 
 
-def test_bad_settings():
+def test_bad_settings_are_refused():
   with pytest.raises(ValueError, match="allowed: uniform, logit-normal"):
     RectifiedFlow(sample_method="normal")
   with pytest.raises(ValueError, match="needs sample_method"):
@@ -234,7 +234,7 @@ LOOPS = (
 
 @functools.partial(jax.jit, static_argnames="scale", compiler_options=FAST_COMPILE)
 def _loop_step(variables, inputs, x, t, t_next, frame_noise, edit, scale):
-  """One guided step, shared by the stored loops; also returns what the model was shown and gave."""
+  """One guided step, shared by the stored loops; also returns inputs and output of the model."""
   model, _ = _model()
   shown = {}
   call = recording(lambda x, t, x_mask: model.apply(variables, x, t, x_mask=x_mask, **inputs), shown)
@@ -303,7 +303,7 @@ def test_reference_frames_are_exact_and_padding_zero():
 
 
 def test_shift_of_the_sampling_timesteps():
-  """From noise to nothing as ever, the middle at 3/4; training timesteps are not shifted; what is none is refused."""
+  """The ends stay, the middle moves to 3/4, and training timesteps do not change."""
   shifted = RectifiedFlow(sampling_shift=3.0)
   times = shifted.sampling_timesteps(4, _f32([64]))[:, 0]
   np.testing.assert_allclose(times, [1000, 900, 750, 500, 0], rtol=1e-6)
@@ -315,8 +315,11 @@ def test_shift_of_the_sampling_timesteps():
 
 @pytest.mark.parametrize(("sampler", "order"), [("euler", 1), ("adams-bashforth", 2)])
 def test_order_of_the_samplers(sampler, order):
-  """Data that are normal with standard deviation c: the velocity is ((1 - s) c^2 - s) / V x with V = (1 - s)^2 c^2 + s^2, and
-  the way ends at c times the noise it began with. Half the step size leaves 2^-order of the error."""
+  """Half the step size leaves 2^-order of the error.
+
+  For normal data of standard deviation c, the velocity is ((1 - s) c^2 - s) / V x with V = (1 - s)^2 c^2 + s^2, and sampling
+  turns noise into c times this noise.
+  """
   c, x = 0.3, jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 4, 8)), jnp.float32)
 
   def denoise(x, t, x_mask):
@@ -325,10 +328,10 @@ def test_order_of_the_samplers(sampler, order):
 
   def error(steps):
     flow, end = RectifiedFlow(sampler=sampler, use_timestep_transform=True), x
-    memory = elements.start_memory(x) if flow.remembers else None
+    previous = elements.no_previous(x) if flow.multistep else None
     times = flow.sampling_timesteps(steps, _f32([256, 720]), _f32([256, 1280]), latent_frames=_f32([1, 4]))
     for t, t_next in itertools.pairwise(times):
-      end, _, memory = flow.step(denoise, end, t, t_next, num_channels=8, memory=memory)
+      end, _, previous = flow.step(denoise, end, t, t_next, num_channels=8, previous=previous)
     return np.asarray(jnp.abs(end - c * x).max((1, 2, 3)))
 
   coarse, fine = error(80), error(160)
@@ -336,15 +339,15 @@ def test_order_of_the_samplers(sampler, order):
   assert (fine < 0.05).all()
 
 
-def test_a_frame_that_becomes_active_begins_without_memory():
-  """Its first step is Euler's; frames that took part before are led on."""
+def test_a_frame_that_becomes_active_has_no_previous_prediction():
+  """Its first step is Euler's. Frames that took part in the previous step extrapolate."""
   flow, x = RectifiedFlow(sampler="adams-bashforth"), jnp.ones((1, 2, 3, 4))
-  edit, memory = elements.start_edit(jnp.array([[0.5, 1.0]])), elements.start_memory(x)
+  edit, previous = elements.start_edit(jnp.array([[0.5, 1.0]])), elements.no_previous(x)
   velocity = 1.0
   for t in (600.0, 500.0):
     before = x
-    x, edit, memory = flow.step(
-      lambda x, *_, v=velocity: jnp.full_like(x, v), x, t, t - 100, num_channels=4, frame_noise=x, edit=edit, memory=memory
+    x, edit, previous = flow.step(
+      lambda x, *_, v=velocity: jnp.full_like(x, v), x, t, t - 100, num_channels=4, frame_noise=x, edit=edit, previous=previous
     )
     velocity = 3.0
   np.testing.assert_allclose((x - before)[0, :, 0, 0], [0.3, 0.1 * (3 + 0.5 * (3 - 1))], rtol=1e-5)
