@@ -6,7 +6,7 @@ import numpy as np
 
 from data import paths
 from stdit_jax.autoencoders import i3d, perceptual
-from stdit_jax.interop.safetensors_io import CheckpointError, SafetensorsFile
+from stdit_jax.interop.safetensors_io import CheckpointError, open_checkpoint
 from stdit_jax.interop.weights import load_variables
 
 
@@ -21,7 +21,7 @@ def load_perceptual(name: str, path, sha256: str = "") -> dict:
   shapes = perceptual.shapes(name)
   if sha256:
     check_sha256(path, sha256)
-  file = SafetensorsFile(path)
+  file = open_checkpoint(path)
   if file.metadata.get("trunk", name) != name:
     raise ValueError(f"{path} holds the trunk {file.metadata['trunk']!r}, not {name!r}")
 
@@ -39,7 +39,7 @@ def load_perceptual(name: str, path, sha256: str = "") -> dict:
     trunk[key] = {"kernel": np.ascontiguousarray(kernel), "bias": read(f"features.{number}.bias", (after,))}
   if "heads" not in shapes:
     return {"trunk": trunk}
-  heads = SafetensorsFile(perceptual.HEADS)
+  heads = open_checkpoint(perceptual.HEADS)
   return {"trunk": trunk, "heads": {k: heads.read(f"lin{i}.model.1.weight").reshape(-1) for i, k in enumerate(shapes["heads"])}}
 
 

@@ -21,6 +21,7 @@ from stdit_jax.interop.safetensors_io import (
   DTYPES,
   Checkpoint,
   CheckpointError,
+  Spec,
   count_non_finite,
   open_checkpoint,
   write_checkpoint,
@@ -32,6 +33,7 @@ NATIVE = CheckpointLayout("native", rows=(), stacks=STACKS)  # our own names, on
 LAYOUTS = {layout.name: layout for layout in (NATIVE, OPEN_SORA, DIFFUSERS, LDM, COGVIDEOX_VAE, OPEN_SORA_VAE, T5, T5_V1_0)}
 
 LayoutLike = str | CheckpointLayout  # a layout or its name in LAYOUTS
+Contents = tuple[Spec, Iterator[tuple[str, np.ndarray]]]  # of a file: what `write_checkpoint` takes
 
 
 def get_layout(layout: LayoutLike) -> CheckpointLayout:
@@ -264,7 +266,7 @@ def export_tensors(layout: LayoutLike, variables: Any, config: Any = None) -> It
   return _export(layout, variables, config, None)[1]
 
 
-def _export(layout: LayoutLike, variables: Any, config: Any, dtype):
+def _export(layout: LayoutLike, variables: Any, config: Any, dtype) -> Contents:
   leaves = mapping.flatten(variables)
 
   @functools.lru_cache(maxsize=1)
@@ -282,8 +284,8 @@ def _export(layout: LayoutLike, variables: Any, config: Any, dtype):
 
 def _contents(
   layout: CheckpointLayout, tree: Any, config: Any, dtype, stored: Callable, read: Callable, computed_dtype=np.float32
-):
-  """(spec for `write_checkpoint`, iterator of (name, array)) of a file.
+) -> Contents:
+  """The tensors of a file.
 
   Args:
     dtype: of all floating-point tensors, None for `stored`.
@@ -325,13 +327,11 @@ def save_variables(
   return write_checkpoint(path, spec, tensors, metadata=metadata, max_shard_bytes=max_shard_bytes, overwrite=overwrite)
 
 
-def conversion(source: Source, layout: LayoutLike, tree: Any, dtype=None, config: Any = None):
+def conversion(source: Source, layout: LayoutLike, tree: Any, dtype=None, config: Any = None) -> Contents:
   """A file of one layout in another layout; nothing is stacked.
 
   Args:
     config: of the model that is written; it has the shapes of the source's. None: the config of the source.
-  Returns:
-    (spec for `write_checkpoint`, iterator of (name, array)).
   """
   infos, entries = source.checkpoint.tensors, {(entry.path, entry.layer): entry for entry in source.entries}
 
