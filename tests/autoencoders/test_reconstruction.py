@@ -14,8 +14,6 @@ from stdit_jax.autoencoders import codec, i3d, image_kl, perceptual, reconstruct
 from stdit_jax.interop import model_metadata, save_variables
 from tests.data import files
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 class Darker:
   """Stands for a codec: pictures come back 10 levels darker, latents are every eighth pixel's red, or 2 (`shift`) more."""

@@ -22,9 +22,7 @@ from stdit_jax.interop import save_variables
 from stdit_jax.training import loading
 from stdit_jax.training.checkpoints import load_weights
 from stdit_jax.training.loop import Run
-from tests.tiny_run import QUICK_FLAGS, run_module, tiny_config, write_config
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
+from tests.tiny_run import run_module, tiny_config, write_config
 
 
 @pytest.fixture(scope="module")
@@ -280,7 +278,7 @@ def pictures(path):
 def test_the_command_line_end_to_end(trained, tmp_path):
   output = tmp_path / "out"
   more = ["--prompt", "A gray rabbit!", "--num-samples", "2", "--batch-size", "2", "--output", str(output)]
-  result = run_module("stdit_jax.sample", "--run", trained, *SIZE, *more, XLA_FLAGS=QUICK_FLAGS)
+  result = run_module("stdit_jax.sample", "--run", trained, *SIZE, *more)
   assert result.returncode == 0, result.stderr[-3000:]
   names = ["0000-a-gray-rabbit-seed0", "0000-a-gray-rabbit-seed1"]
   assert sorted(p.name for p in output.iterdir()) == sorted(f"{n}.{e}" for n in names for e in ("json", "mp4"))

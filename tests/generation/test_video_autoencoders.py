@@ -16,8 +16,6 @@ from stdit_jax.training import loading
 from stdit_jax.training.loop import Run
 from tests.tiny_run import tiny_config, write_config
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 @pytest.fixture(scope="module")
 def trained(assets, tmp_path_factory):

@@ -10,7 +10,7 @@ import pytest
 
 from data.tokens import grid_size, patchify
 from stdit_jax.models import stdit
-from tests.helpers import QUICK_COMPILE, random_variables, relative_error
+from tests.helpers import random_variables, relative_error
 
 SIZES = {"hidden_size": 48, "depth": 2, "num_heads": 2, "caption_channels": 16, "model_max_length": 6, "in_channels": 2}
 CONFIGS = {
@@ -71,7 +71,7 @@ def outputs_and_gradients(model, variables, batch):
   return out, *gradients
 
 
-run = functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK_COMPILE)(outputs_and_gradients)
+run = jax.jit(outputs_and_gradients, static_argnums=0)
 
 
 def assert_gradients_equal(a, b):
@@ -127,7 +127,7 @@ def test_debugging_path_without_jit_and_scan(name):
   batch = sample(0, config, frames=3, tokens=12, text=6, junk=0)
   batch.pop("cotangent")
   args = tuple(batch.pop(key) for key in ("tokens", "t", "text", "text_mask"))
-  expected = jax.jit(stdit.build(CONFIGS[name]).apply, compiler_options=QUICK_COMPILE)(variables, *args, **batch)
+  expected = jax.jit(stdit.build(CONFIGS[name]).apply)(variables, *args, **batch)
   with jax.disable_jit():
     out = stdit.build(config).apply(variables, *args, **batch)
   valid = batch["valid"].any(-1)
@@ -181,6 +181,6 @@ def test_rotary_positions_do_not_tell_frames_apart(name, positioned):
   batch["tokens"] = np.repeat(batch["tokens"][:, :1], 3, axis=1)
   for unneeded in ("valid", "cotangent", "x_mask"):
     batch.pop(unneeded, None)
-  out = jax.jit(stdit.build(config).apply, compiler_options=QUICK_COMPILE)(random_variables(config), **batch)
+  out = jax.jit(stdit.build(config).apply)(random_variables(config), **batch)
   differences = [relative_error(out[:, i], out[:, 0]) for i in (1, 2)]
   assert min(differences) > 1e-3 if positioned else max(differences) < 1e-5

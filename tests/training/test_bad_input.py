@@ -15,9 +15,7 @@ from stdit_jax.interop import CheckpointError
 from stdit_jax.training.loop import Run
 from stdit_jax.training.sampling import Sampler
 from stdit_jax.training.stages import make_stages
-from tests.tiny_run import QUICK_FLAGS, ROOT, environment, run_module, small_autoencoder, tiny_config, write_config
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
+from tests.tiny_run import ROOT, environment, run_module, small_autoencoder, tiny_config, write_config
 
 # (dotted keys with __, expected words in this order)
 WRONG = [
@@ -284,12 +282,12 @@ def test_a_full_disk_under_a_checkpoint(assets, tmp_path):
   settings.pop("autoencoder__fields")  # with those of tiny-kl-f8 its parameters are 260 KB
   config = write_config(tmp_path / "config.py", assets, tmp_path / "run", **settings)
   command = f"ulimit -f 40; exec {sys.executable} -m stdit_jax.train --config {config}"
-  own = environment(JAX_COMPILATION_CACHE_DIR="", XLA_FLAGS=QUICK_FLAGS)
+  own = environment(JAX_COMPILATION_CACHE_DIR="")
   result = subprocess.run(["bash", "-c", command], cwd=ROOT, env=own, capture_output=True, text=True, timeout=300)
   assert result.returncode == 2
   last = next(line for line in result.stderr.splitlines() if "error: a checkpoint" in line)  # among orbax's own
   for words in ("could not be written", "File too large", "the same command then goes on"):
     assert words in last
   assert not [p for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdigit()]
-  assert run_module("stdit_jax.train", "--config", config, XLA_FLAGS=QUICK_FLAGS).returncode == 0
+  assert run_module("stdit_jax.train", "--config", config).returncode == 0
   assert (tmp_path / "run" / "checkpoints" / "1").is_dir()

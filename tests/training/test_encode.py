@@ -22,8 +22,6 @@ from stdit_jax.training.stages import make_stages
 from tests.data import files
 from tests.tiny_run import frozen_text, tiny_config, write_config
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 @pytest.fixture(scope="module")
 def table(assets):

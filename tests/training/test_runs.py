@@ -21,8 +21,6 @@ from stdit_jax.training.metrics import Averages, Metrics, Speed, stage_note
 from stdit_jax.training.sampling import Sampler
 from tests.tiny_run import tiny_config
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 ONE_STEP = {"stages": ({"name": "one", "steps": 1},), "data__buckets": (("64p", 1, 1.0, 2),)}
 
 

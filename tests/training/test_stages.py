@@ -24,8 +24,6 @@ from stdit_jax.training.state import make_optimizer, new_state
 from tests.tiny_run import frozen_text, run_module, tiny_config
 from tests.training.test_resume import assert_same_bits, metrics
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 IMAGES = {"data.buckets": (("64p", 1, 1.0, 2),)}
 STAGES = (
   {"name": "images", "steps": 2, "model.fields.temporal_blocks": False, "model.fields.qk_norm": False,

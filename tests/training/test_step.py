@@ -24,8 +24,6 @@ from stdit_jax.training.stage_data import choose_layouts
 from tests.helpers import relative_error
 from tests.tiny_run import tiny_config
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 @pytest.fixture(scope="module")
 def made(assets, tmp_path_factory):
