@@ -416,10 +416,10 @@ def test_no_prompt_no_run_and_broken_configurations(tmp_path, capsys):
     (["--run", str(tmp_path)], "no prompt; give --prompt"),
     (["--prompt-file", str(tmp_path / "latin.txt")], "is not UTF-8 text"),
     (["--run", str(tmp_path), *prompt], "is no run folder: it has no config.json"),
-    (["--config", str(tmp_path / "syntax.py"), *prompt], "syntax.py is no configuration: SyntaxError"),
-    (["--config", str(tmp_path / "none.py"), *prompt], "none.py has no get_config()"),
+    (["--config", str(tmp_path / "syntax.py"), *prompt], "syntax.py: SyntaxError"),
+    (["--config", str(tmp_path / "none.py"), *prompt], "none.py: the file has no get_config()"),
     (["--config", str(tmp_path / "raises.py"), *prompt], "nothing_of_this_name"),
-    (["--config", str(tmp_path / "missing.py"), *prompt], "missing.py can't be read: No such file"),
+    (["--config", str(tmp_path / "missing.py"), *prompt], "missing.py: there is no such file"),
     (["--config", "configs/quickstart.py", *prompt], "--weights is empty"),
     (prompt, "give either --run FOLDER"),
   ):

@@ -243,4 +243,4 @@ def test_a_recipe_can_begin_later():
   refused = run_module("stdit_jax.train", "--config", "configs/open_sora_1_2.py:stage4")
   assert refused.returncode == 2
   (line,) = refused.stderr.splitlines()
-  assert line.startswith("error: configs/open_sora_1_2.py: there is no stage 'stage4' to begin with; there are images, qk_norm")
+  assert line.startswith("error: --config configs/open_sora_1_2.py:stage4: there is no stage 'stage4' to begin with; there are")
