@@ -18,10 +18,9 @@ REFERENCE = pathlib.Path(__file__).parent / "reference" / "open_sora"
 _NOT_OURS = {"class_dropout_prob"}
 _CONFIGS = {"stdit1_tiny": denoisers.STDiT1Config, "stdit2_tiny": denoisers.STDiT2Config, "stdit3_tiny": denoisers.STDiT3Config}
 
-# For `jax.jit(compiler_options=...)` of tests: compiles a tiny model in a sixth of the time, the program itself is slower. Not
-# for GPUs (JAX_PLATFORMS=cuda), where every program with these options failed.
+# For `jax.jit(compiler_options=...)`: the optimisation that users get, where the tests have less of it (tests/conftest.py).
 CPU = os.environ.get("JAX_PLATFORMS", "cpu") == "cpu"
-QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False} if CPU else {}
+SHIPPED = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True} if CPU else {}
 
 
 def load_json(name):

@@ -10,7 +10,7 @@ from stdit_jax.autoencoders import causal3d
 from stdit_jax.autoencoders.codec import make_codec
 from stdit_jax.autoencoders.tiles import Tiles
 from stdit_jax.interop import load_variables
-from tests.helpers import QUICK_COMPILE, relative_error
+from tests.helpers import relative_error
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -61,7 +61,7 @@ def to_torch(x):
 
 
 def run(model, method):
-  return jax.jit(lambda variables, x: model.apply(variables, x, method=method), compiler_options=QUICK_COMPILE)
+  return jax.jit(lambda variables, x: model.apply(variables, x, method=method))
 
 
 @pytest.mark.parametrize("frames", [1, 8, 12, 17])

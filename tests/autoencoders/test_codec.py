@@ -12,7 +12,6 @@ from stdit_jax.autoencoders import causal3d, codec, image_kl, temporal, tiles
 from stdit_jax.autoencoders.codec import fit_tiles, make_codec
 from tests.helpers import relative_error
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 CONFIGS = {
   "image": image_kl.get_config(
     "tiny-kl-f8", block_out_channels=(8, 16), scaling_factor=0.5, shift=(0.1, 0.2, -0.3, 0.0), scale=[1.0, 2.0, 0.5, 1.5]

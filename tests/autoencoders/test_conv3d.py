@@ -9,7 +9,6 @@ import pytest
 from flax import linen as nn
 
 from stdit_jax.autoencoders.layers import Conv3D
-from tests.helpers import QUICK_COMPILE
 
 CASES = {
   "causal": dict(kernel_size=(3, 3, 3), padding=((2, 0), (1, 1), (1, 1))),
@@ -33,7 +32,7 @@ def test_it_is_the_convolution(case):
       y, back = jax.vjp(model.apply, variables, x)
       return y, back(jnp.sin(y))
 
-    return jax.tree.leaves(jax.jit(run, compiler_options=QUICK_COMPILE)(variables, x))
+    return jax.tree.leaves(jax.jit(run)(variables, x))
 
   for a, b in zip(both(own), both(flax), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5)

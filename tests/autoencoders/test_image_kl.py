@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from stdit_jax.autoencoders import codec, image_kl, losses
-from tests.helpers import QUICK_COMPILE
+from tests.helpers import SHIPPED
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -101,7 +101,7 @@ def test_matches_diffusers(name):
     moments = jnp.concatenate([mean, logvar], -1)
     return (moments * cotangent).mean() + (reconstruction**2).mean(), (reconstruction, mean, logvar)
 
-  gradients = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True), compiler_options=QUICK_COMPILE)
+  gradients = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
   (grads, pixel_grads), outputs = gradients(variables, x)
   expected = (decoded, posterior.mean, posterior.logvar)
   for ours, other in zip(outputs, expected):
@@ -126,7 +126,7 @@ def test_large_frames_keep_precision():
   x = np.random.default_rng(0).uniform(0.7, 0.8, (1, 328, 304, 3)).astype(np.float32)
   with torch.no_grad():
     expected = theirs.encode(nchw(x)).latent_dist.parameters
-  moments = np.concatenate(jax.jit(lambda v, x: model.apply(v, x, method="encode"))(variables, x), -1)
+  moments = np.concatenate(jax.jit(lambda v, x: model.apply(v, x, method="encode"), compiler_options=SHIPPED)(variables, x), -1)
   assert error(np.moveaxis(moments, -1, 1), expected) < 2e-5
 
 

@@ -13,8 +13,6 @@ from stdit_jax.autoencoders import perceptual
 from stdit_jax.interop.measures import load_perceptual
 from stdit_jax.interop.safetensors_io import write_checkpoint
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 def pictures(seed, size=(17, 21)):
   return np.random.default_rng(seed).uniform(-1, 1, (2, *size, 3)).astype(np.float32)

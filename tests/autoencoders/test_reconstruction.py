@@ -14,8 +14,6 @@ from stdit_jax.autoencoders import codec, i3d, image_kl, perceptual, reconstruct
 from stdit_jax.interop import model_metadata, save_variables
 from tests.data import files
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 class Darker:
   """Stands for a codec: pictures come back 10 levels darker, latents are every eighth pixel's red, or 2 (`shift`) more."""
@@ -180,14 +178,14 @@ def test_refusals(weights, tmp_path, capsys):
     (("--autoencoder", weights / "plain.safetensors", *tables), "doesn't say which autoencoder it is; give --model NAME"),
     (("--autoencoder", weights / "plain.safetensors", "--model", "vae"), "unknown autoencoder 'vae'; allowed: sd-kl-f8"),
     ((*tiny, *tables, "--picture", "a.jpg"), "--picture a.jpg: must end in .png"),
-    ((*tiny, "--buckets", "64p:1"), "give what to measure on: --tables TABLE"),
+    ((*tiny, "--buckets", "64p:1"), "give the tables and buckets to measure on: --tables TABLE"),
     ((*tiny, *tables, "--buckets", "64p"), "--buckets 64p: write RESOLUTION:FRAMES, like 144p:17"),
     ((*tiny, *tables, "--buckets", "65p:1"), "unknown resolution '65p'"),
-    ((*tiny, *tables, "--buckets", "64p:14"), "no row of the tables is large and long enough for 64p x 14"),
+    ((*tiny, *tables, "--buckets", "64p:14"), "no row of --tables is large and long enough for 64p x 14"),
     ((*tiny, "--tables", tmp_path / "empty", "--buckets", "64p:1"), "empty is no table (.parquet, .csv, .jsonl), no picture"),
     ((*tiny, *tables, "--buckets", "64p:1", "--repeat", 0), "--repeat is 0; allowed: at least 1"),
-    ((*tiny, *tables, "--mesh", "data=2"), "--mesh says nothing to --task autoencoder"),
-    ((*tiny, *tables, "--config.autoencoder.dtype=bfloat16"), "changes are of --config FILE"),
+    ((*tiny, *tables, "--mesh", "data=2"), "--mesh has no effect on --task autoencoder"),
+    ((*tiny, *tables, "--config.autoencoder.dtype=bfloat16"), "changes need --config FILE"),
     ((*tiny, *tables, "--output", weights / "tiny.safetensors" / "a.json"), "can't be used"),
     ((*tiny, *tables, "--buckets", "64p:1", "--perceptual", "vgg", "x"), "unknown trunk 'vgg'; allowed: vgg16-lpips"),
   ):

@@ -10,7 +10,7 @@ import pytest
 from stdit_jax.autoencoders import image_kl, losses, temporal
 from stdit_jax.interop import CheckpointError, load_variables, open_checkpoint, save_variables
 from stdit_jax.interop.models import FAMILIES
-from tests.helpers import QUICK_COMPILE, REFERENCE, load_golden, load_json, relative_error, to_ours
+from tests.helpers import REFERENCE, load_golden, load_json, relative_error, to_ours
 from tests.interop.test_layouts import random_tree
 
 golden = functools.cache(load_golden)
@@ -59,7 +59,7 @@ def pipeline_model():
 
 
 def call(model, variables, method, *args, **static):
-  run = jax.jit(lambda v, *a: model.apply(v, *a, method=method, **static), compiler_options=QUICK_COMPILE)
+  run = jax.jit(lambda v, *a: model.apply(v, *a, method=method, **static))
   return run(variables, *args)
 
 
@@ -134,7 +134,7 @@ def test_a_shortcut_begins_as_the_average():
     decoded = model.apply(variables, mean, num_frames=9, method="decode_latents")
     return jnp.square(decoded - x).mean() + 1e-3 * jnp.square(logvar).mean()
 
-  gradients = jax.jit(jax.grad(error), compiler_options=QUICK_COMPILE)(variables)["params"]["temporal"]
+  gradients = jax.jit(jax.grad(error))(variables)["params"]["temporal"]
   for path in (("quant_conv", "conv"), ("decoder", "conv_out", "conv"), ("shortcut_encoder",), ("shortcut_decoder",)):
     leaf = functools.reduce(lambda tree, name: tree[name], (*path, "kernel"), gradients)
     assert (np.abs(leaf) > 0).all()

@@ -21,9 +21,7 @@ from stdit_jax.generation.references import read_reference
 from stdit_jax.interop import save_variables
 from stdit_jax.training.checkpoints import load_weights
 from tests.runs import Run
-from tests.tiny_run import QUICK_FLAGS, run_module, tiny_config, write_config
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
+from tests.tiny_run import run_module, tiny_config, write_config
 
 
 @pytest.fixture(scope="module")
@@ -279,7 +277,7 @@ def pictures(path):
 def test_the_command_line_end_to_end(trained, tmp_path):
   output = tmp_path / "out"
   more = ["--prompt", "A gray rabbit!", "--num-samples", "2", "--batch-size", "2", "--output", str(output)]
-  result = run_module("stdit_jax.sample", "--run", trained, *SIZE, *more, XLA_FLAGS=QUICK_FLAGS)
+  result = run_module("stdit_jax.sample", "--run", trained, *SIZE, *more)
   assert result.returncode == 0, result.stderr[-3000:]
   names = ["0000-a-gray-rabbit-seed0", "0000-a-gray-rabbit-seed1"]
   assert sorted(p.name for p in output.iterdir()) == sorted(f"{n}.{e}" for n in names for e in ("json", "mp4"))
@@ -417,10 +415,10 @@ def test_no_prompt_no_run_and_broken_configurations(tmp_path, capsys):
     (["--run", str(tmp_path)], "no prompt; give --prompt"),
     (["--prompt-file", str(tmp_path / "latin.txt")], "is not UTF-8 text"),
     (["--run", str(tmp_path), *prompt], "is no run folder: it has no config.json"),
-    (["--config", str(tmp_path / "syntax.py"), *prompt], "syntax.py is no configuration: SyntaxError"),
-    (["--config", str(tmp_path / "none.py"), *prompt], "none.py has no get_config()"),
+    (["--config", str(tmp_path / "syntax.py"), *prompt], "syntax.py: SyntaxError"),
+    (["--config", str(tmp_path / "none.py"), *prompt], "none.py: the file has no get_config()"),
     (["--config", str(tmp_path / "raises.py"), *prompt], "nothing_of_this_name"),
-    (["--config", str(tmp_path / "missing.py"), *prompt], "missing.py can't be read: No such file"),
+    (["--config", str(tmp_path / "missing.py"), *prompt], "missing.py: there is no such file"),
     (["--config", "configs/quickstart.py", *prompt], "--weights is empty"),
     (prompt, "give either --run FOLDER"),
   ):

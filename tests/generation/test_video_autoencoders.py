@@ -15,8 +15,6 @@ from stdit_jax.interop import save_variables
 from tests.runs import Run
 from tests.tiny_run import tiny_config, write_config
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 @pytest.fixture(scope="module")
 def trained(assets, tmp_path_factory):

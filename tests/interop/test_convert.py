@@ -121,23 +121,23 @@ def test_from_a_training_run(tmp_path, capsys):
       np.testing.assert_array_equal(a, b)
   code, _, error = run(capsys, "--input", tmp_path / "run", "--output", tmp_path / "x.safetensors", "--part", "text_encoder")
   assert (code, error.count("\n")) == (2, 1)
-  assert "no weights of its own for --part text_encoder" in error
+  assert "no own weights for --part text_encoder" in error
 
 
 MISTAKES = {
   "unrecognized arguments: --inptu": ("--inptu", "x"),
-  "--input and --output are needed": ("--input", "x"),
+  "give --input and --output": ("--input", "x"),
   "invalid choice: 'opensora'": ("--from", "opensora"),
   "invalid choice: 'float8'": ("--dtype", "float8"),
   "'5 apples' is no size": ("--max-shard-size", "5 apples"),
   "no such file or folder": ("--input", "nowhere.safetensors", "--output", "y"),
-  "--model is needed": ("--input", "GOLDEN", "--output", "y"),
+  "--model is missing": ("--input", "GOLDEN", "--output", "y"),
   "no model is called 'STDiT3-tiny'": ("--input", "GOLDEN", "--output", "y", "--model", "STDiT3-tiny"),
   "unknown field 'dept'": ("--input", "GOLDEN", "--output", "y", "--model", "STDiT3-tiny/2", "--config", '{"dept": 1}'),
   "depth is 'two'": ("--input", "GOLDEN", "--output", "y", "--model", "STDiT3-tiny/2", "--config", '{"depth": "two"}'),
-  "needs a JSON object": ("--input", "GOLDEN", "--output", "y", "--model", "STDiT3-tiny/2", "--config", '{"depth"'),
+  "give a JSON object": ("--input", "GOLDEN", "--output", "y", "--model", "STDiT3-tiny/2", "--config", '{"depth"'),
   "does not divide": ("--check", "--model", "STDiT3-XL/2", "--config", '{"num_heads": 7}'),
-  "no key table ships": ("--check", "--model", "STDiT3-tiny/2"),
+  "has no key table": ("--check", "--model", "STDiT3-tiny/2"),
   "must end in .safetensors": ("--input", "GOLDEN", "--output", "y.json", "--model", "STDiT3-tiny/2"),
   "with layout t5 is called": ("--input", "GOLDEN", "--output", "y", "--model", "STDiT3-tiny/2", "--to", "t5"),
 }

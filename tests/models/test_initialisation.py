@@ -8,7 +8,7 @@ import pytest
 
 from stdit_jax.interop import export_tensors, foreign_spec
 from tests import denoisers
-from tests.helpers import QUICK_COMPILE, load_json
+from tests.helpers import load_json
 
 KEYS = {
   "STDiT-XL/2": "stdit_xl2_v1_0",
@@ -65,7 +65,7 @@ def expected(name, weight, version, sizes):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_weight_starts_as_in_the_original(name):
   config, version = CONFIGS[name], {"STDiT": 1, "STDiT2": 2, "STDiT3": 3}[name]
-  variables = jax.jit(denoisers.init, static_argnums=0, compiler_options=QUICK_COMPILE)(config, jax.random.key(3))
+  variables = jax.jit(denoisers.init, static_argnums=0)(config, jax.random.key(3))
   seen = {}
   for key, weight in export_tensors("open-sora", variables, config):
     if key.startswith(("rope", "pos_embed")):

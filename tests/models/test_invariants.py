@@ -10,7 +10,7 @@ import pytest
 
 from data.tokens import grid_size, patchify
 from tests import denoisers
-from tests.helpers import QUICK_COMPILE, random_variables, relative_error
+from tests.helpers import random_variables, relative_error
 
 SIZES = {"hidden_size": 48, "depth": 2, "num_heads": 2, "caption_channels": 16, "model_max_length": 6, "in_channels": 2}
 CONFIGS = {
@@ -78,7 +78,7 @@ def outputs_and_gradients(model, variables, batch):
   return out, *gradients
 
 
-run = functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK_COMPILE)(outputs_and_gradients)
+run = jax.jit(outputs_and_gradients, static_argnums=0)
 
 
 def assert_gradients_equal(a, b):
@@ -133,7 +133,7 @@ def test_debugging_path_without_jit_and_scan(name):
   variables = random_variables(config)
   batch = sample(0, config, frames=3, tokens=12, text=6, junk=0)
   inputs, masks = split(batch)
-  expected = jax.jit(denoisers.build(CONFIGS[name]).apply, compiler_options=QUICK_COMPILE)(variables, *inputs, **masks)
+  expected = jax.jit(denoisers.build(CONFIGS[name]).apply)(variables, *inputs, **masks)
   with jax.disable_jit():
     out = denoisers.build(config).apply(variables, *inputs, **masks)
   valid = batch["valid"].any(-1)
@@ -186,6 +186,6 @@ def test_rotary_positions_do_not_tell_frames_apart(name, positioned):
   batch = sample(0, config, 3, 12, 6, 0.0)
   batch["tokens"] = np.repeat(batch["tokens"][:, :1], 3, axis=1)
   inputs, _ = split(batch)
-  out = jax.jit(denoisers.build(config).apply, compiler_options=QUICK_COMPILE)(random_variables(config), *inputs)
+  out = jax.jit(denoisers.build(config).apply)(random_variables(config), *inputs)
   differences = [relative_error(out[:, i], out[:, 0]) for i in (1, 2)]
   assert min(differences) > 1e-3 if positioned else max(differences) < 1e-5

@@ -11,7 +11,7 @@ import pytest
 
 from stdit_jax.interop import export_tensors
 from tests import denoisers
-from tests.helpers import QUICK_COMPILE, load_golden, load_golden_model, relative_error, to_ours, to_theirs
+from tests.helpers import SHIPPED, load_golden, load_golden_model, relative_error, to_ours, to_theirs
 
 MODELS = ("stdit1_tiny", "stdit2_tiny", "stdit3_tiny")
 # Required: 2e-5 and 1e-4. Last digits of the sinusoid frequencies set the limit (`t_embedder.mlp.0.weight`).
@@ -63,12 +63,12 @@ def case_inputs(name, case):
   return (to_ours(value["x"]), value["timestep"], value["y"][:, 0], mask), conditions
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0, compiler_options=SHIPPED)
 def run(model, variables, args, conditions):
   return denoisers.denoise_latents(model, variables, *args, **conditions)
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK_COMPILE)
+@functools.partial(jax.jit, static_argnums=0)
 def run_capturing(model, variables, args, conditions):
   model = Capturing(model)
   out = denoisers.denoise_latents(model, variables, *args, **conditions)
@@ -138,7 +138,7 @@ def test_gradients(name):
   (x, t, y, mask), conditions = case_inputs(name, metadata["gradient_case"])
   cotangent = to_ours(data["grad/cotangent"])
 
-  @functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
+  @jax.jit
   def gradients(params, x, y):
     def loss(params, x, y):
       variables_ = {**variables, "params": params}
@@ -168,7 +168,7 @@ def test_dropped_captions_become_the_null_caption(name):
   tokens, t, cond, sizes = denoisers.example_inputs(model.config, batch=len(drop))
   cond["text"] = data["caption_drop/in/y"][:, 0]
 
-  @functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
+  @jax.jit
   def embedded(variables):
     dropped = denoisers.drop_text(model.config, variables, cond, drop)
     _, state = model.apply(variables, tokens, t, dropped, sizes, capture_intermediates=True, mutable="intermediates")
@@ -182,7 +182,7 @@ def test_null_caption_is_cut_to_a_shorter_text():
   tokens, t, cond, sizes = denoisers.example_inputs(model.config, batch=1)
   null = variables["constants"]["null_caption"]
 
-  @functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
+  @jax.jit
   def apply(text, drop):
     given = {"text": text, "text_mask": cond["text_mask"][:, :5]}
     return model.apply(variables, tokens, t, denoisers.drop_text(model.config, variables, given, drop), sizes)

@@ -10,7 +10,6 @@ from stdit_jax.models.step_cache import PyramidBroadcast, ResidualCache, Reuse
 from tests import denoisers
 from tests.helpers import random_variables
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 MODELS = ("STDiT-tiny/2", "STDiT2-tiny/2", "STDiT3-tiny/2")
 ALL = {"space": True, "time": True, "cross": True}
 

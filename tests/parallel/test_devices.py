@@ -28,9 +28,8 @@ from stdit_jax.parallel.mesh import make_mesh, mesh_sizes
 from stdit_jax.parallel.shardings import Layout, constrain, tree_shardings
 from stdit_jax.training.autoencoding import AutoencoderObjective
 from tests import denoisers
-from tests.helpers import QUICK_COMPILE, random_variables, relative_error
+from tests.helpers import random_variables, relative_error
 from tests.models.test_invariants import CONFIGS, join, outputs_and_gradients, sample, split
-from tests.tiny_run import QUICK_FLAGS
 
 DEVICES = 8
 needs_devices = pytest.mark.skipif(jax.device_count() < DEVICES, reason="runs in the child process")
@@ -38,7 +37,7 @@ needs_devices = pytest.mark.skipif(jax.device_count() < DEVICES, reason="runs in
 
 @pytest.mark.skipif(jax.device_count() >= DEVICES, reason="is the child process")
 def test_in_a_process_with_eight_devices():
-  flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES} {QUICK_FLAGS}"
+  flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
   # NPROC: collectives hold a thread of XLA's pool while they wait for the other devices (as in tests/training/test_devices.py).
   environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "NPROC": "64"}
   command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-k", "not in_a_process", __file__]
@@ -56,7 +55,7 @@ MESHES = {
 }
 
 
-run = functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK_COMPILE)(outputs_and_gradients)
+run = jax.jit(outputs_and_gradients, static_argnums=0)
 
 
 @functools.cache
@@ -105,7 +104,7 @@ def test_cached_outputs_are_sharded(cache):
   for model in (denoisers.build(config), denoisers.build(config, layout)):
     specs = model.cache_specs(cache, 2, 3, 12)
     cached = jax.tree.map(lambda spec: jnp.zeros(spec.shape, spec.dtype), specs)
-    call, outputs = jax.jit(functools.partial(model.apply, variables), compiler_options=QUICK_COMPILE), []
+    call, outputs = jax.jit(functools.partial(model.apply, variables)), []
     for t, computes in ((500.0, dict(space=True, time=True, cross=True)), (499.0, dict(space=False, time=True, cross=False))):
       reuse = Reuse(cache, cached, computes if isinstance(cache, PyramidBroadcast) else {})
       y, cached = call(inputs[0], jnp.full((2,), t), *inputs[2:], **masks, reuse=reuse)
@@ -137,7 +136,7 @@ def test_a_clip_of_cogvideox_is_split_in_time(method, statistics):
       return sum((part * part).mean() for part in y), y
 
     wanted = jax.value_and_grad(loss, has_aux=True) if gradients else loss
-    return jax.jit(wanted, compiler_options=QUICK_COMPILE)(variables)
+    return jax.jit(wanted)(variables)
 
   for count in (33, 32) if method == "encode" else (9, 8):
     size = (16, 24, 3) if method == "encode" else (2, 3, 4)
@@ -192,7 +191,7 @@ def test_an_autoencoder_trains_on_clips_split_in_time():
 
   def results(layout):
     total = lambda p: objective.loss(p, frozen, batch, layout)[0].sum()  # noqa: E731
-    return jax.tree.leaves(jax.jit(jax.value_and_grad(total), compiler_options=QUICK_COMPILE)(params))
+    return jax.tree.leaves(jax.jit(jax.value_and_grad(total))(params))
 
   for split, alone in zip(results(Layout(make_mesh({"data": 2, "sequence": 4}), True)), results(None)):
     assert relative_error(split, alone) < 1e-5
@@ -221,7 +220,7 @@ def test_what_judges_clips_is_split_as_they_are(monkeypatch, judge, crop):
   def results(layout):
     gradient = jax.value_and_grad(lambda *a: losses(layout, *a).sum(), argnums=(0, 1) if judge == "adversarial" else 1)
     place = functools.partial(jax.device_put, device=layout and layout.sharding("batch"))
-    compiled = jax.jit(gradient, compiler_options=QUICK_COMPILE).lower(params, *map(place, clips)).compile()
+    compiled = jax.jit(gradient).lower(params, *map(place, clips)).compile()
     instructions, _ = hlo.computations(compiled.as_text())
     convolved = [hlo.shape_bytes(kind) for i in instructions.values() for _, kind, opcode, _ in i if opcode == "convolution"]
     return jax.tree.leaves(compiled(params, *map(place, clips))), max(convolved)

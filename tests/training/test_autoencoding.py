@@ -29,8 +29,6 @@ from tests.helpers import REFERENCE, relative_error, to_theirs
 from tests.runs import Run
 from tests.tiny_run import tiny_config
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 SMALL = {"features": 8, "layers": 2, "groups": 4}
 
 

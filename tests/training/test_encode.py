@@ -22,8 +22,6 @@ from tests.data import files
 from tests.runs import Run
 from tests.tiny_run import frozen_text, tiny_config, write_config
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 @pytest.fixture(scope="module")
 def table(assets):
@@ -339,7 +337,7 @@ def test_mistakes(assets, table, config, tmp_path, capsys):
     (["--epochs", 0], "--epochs is 0; allowed: above 0"),
     (["--epochs", 1, "--shard", "2/2"], "--shard 2/2 is not I/N with I from 0 to N - 1"),
     (["--epochs", 1, "--stage", "second"], "--stage 'second' is none of tiny"),
-    (["--epochs", 1, "--config.data.tabels=x"], "there is no key 'tabels'"),
+    (["--epochs", 1, "--config.data.tabels=x"], "there is no key 'data.tabels'"),
     (["--epochs", 1, "--config.autoencoder.name=tiny-causal3d"], "frames, which 'tiny-causal3d' does not give back; nearest:"),
     (["--epochs", 1, "--config.text_encoder.where=step", "--config.text_encoder.train=True", "--text"], "a text encoder that"),
   ):

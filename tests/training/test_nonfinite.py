@@ -11,8 +11,6 @@ from stdit_jax.cli import InputError
 from tests.runs import Run
 from tests.tiny_run import tiny_config
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 STEPS = 8  # three batches of two images an epoch; one of the six has a text embedding of NaN
 
 

@@ -20,8 +20,6 @@ from stdit_jax.training.metrics import Averages, Metrics, Speed, stage_note
 from tests.runs import Run
 from tests.tiny_run import tiny_config
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 ONE_STEP = {"stages": ({"name": "one", "steps": 1},), "data__buckets": (("64p", 1, 1.0, 2),)}
 
 

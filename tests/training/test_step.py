@@ -25,8 +25,6 @@ from tests.helpers import relative_error
 from tests.runs import Run
 from tests.tiny_run import tiny_config
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 @pytest.fixture(scope="module")
 def made(assets, tmp_path_factory):

@@ -10,11 +10,10 @@ import pytest
 
 from stdit_jax import evaluate
 from stdit_jax.parallel.shardings import path_name
+from tests import QUICK_FLAGS
 from tests.runs import Run
 from tests.tiny_run import run_module, tiny_config
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 BUCKETS = (("144p", 1, 1.0, 2), ("144p", 4, 1.0, 2))  # so many latents that the mean square of their noise is 1
 
 
@@ -106,7 +105,7 @@ def test_evaluate_on_eight_devices(assets, validated, tmp_path):
   run, _, _ = validated
   result = run_module(
     "stdit_jax.evaluate", "--run", run.config.output, "--mesh", "data=2", "fsdp=4", "--output", tmp_path / "loss.json",
-    XLA_FLAGS=f"--xla_force_host_platform_device_count=8 {FLAGS}", NPROC="64",
+    XLA_FLAGS=f"--xla_force_host_platform_device_count=8 {QUICK_FLAGS}", NPROC="64",
   )  # fmt: skip
   assert result.returncode == 0, result.stderr[-3000:]
   values = json.loads((tmp_path / "loss.json").read_text())
