@@ -1,7 +1,7 @@
 """Where a run begins: at step 0, at a checkpoint, or back at one after steps that were not finite.
 
-The newest whole checkpoint gives parameters, average, optimizer, its step, and the micro steps of the plan that are skipped. The
-step alone gives the stage, and the number of micro steps that the data has advanced.
+The newest whole checkpoint gives parameters, average, optimizer, its step, and the micro steps of the plan that the run skips.
+The step alone gives the stage, and the number of micro steps that the data has advanced.
 """
 
 import contextlib
