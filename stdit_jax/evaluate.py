@@ -163,7 +163,7 @@ def evaluate_autoencoder(args, folder):
   import jax
   from tqdm import tqdm
 
-  from stdit_jax.autoencoders import i3d, image_kl, perceptual, reconstruction
+  from stdit_jax.autoencoders import i3d, perceptual, reconstruction
 
   check_counts(args, count=16, repeat=1)
   if args.picture and not args.picture.endswith(".png"):
@@ -173,7 +173,7 @@ def evaluate_autoencoder(args, folder):
   if args.frame_interval > 1:
     described += f", one of {args.frame_interval} frames"
   if args.repeat > 1:
-    if not isinstance(codec.model, image_kl.ImageKL):
+    if not codec.single_frames:
       raise ValueError("--repeat is a baseline of image autoencoders; this one keeps motion by itself")
     described += f", each frame the nearest of every {args.repeat} frames"
   table, buckets = reconstruction.open_rows(*what_to_measure(args, config), folder)

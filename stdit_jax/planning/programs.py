@@ -11,7 +11,7 @@ import jax
 import jaxlib
 
 from data.buckets import Bucket
-from stdit_jax.autoencoders import codec
+from stdit_jax.autoencoders.registry import family_of
 from stdit_jax.models import flops, t5
 from stdit_jax.parallel import hlo
 from stdit_jax.parallel.mesh import make_mesh
@@ -66,7 +66,7 @@ def resident_bytes(config, objective, mesh):
     if config.text_encoder.where == "ahead":
       sizes["frozen"] += bytes_per_device(t5.init_shapes(objective.text.config), mesh)
     autoencoder = autoencoder_model(config.autoencoder).config
-    autoencoder = codec.module_of(autoencoder).init_shapes(autoencoder)
+    autoencoder = family_of(autoencoder).init_shapes(autoencoder)
     sizes["frozen"] += sum(math.prod(s.shape) * s.dtype.itemsize for s in jax.tree.leaves(autoencoder))
   return sizes
 

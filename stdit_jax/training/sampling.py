@@ -3,7 +3,7 @@
 import jax
 
 from data import aspect_ratios, paths
-from stdit_jax.autoencoders.codec import nearest_lengths
+from stdit_jax.autoencoders.registry import nearest_lengths
 from stdit_jax.generation.media import contact_sheet, write_media
 from stdit_jax.generation.pipeline import Pipeline, Request
 from stdit_jax.generation.prompts import TokenizeText

@@ -5,7 +5,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from data import paths
-from stdit_jax.autoencoders import codec, image_kl, perceptual
+from stdit_jax.autoencoders import perceptual, registry
 from stdit_jax.interop import load_variables
 from stdit_jax.interop.models import FAMILIES
 from stdit_jax.models import stdit, t5
@@ -34,19 +34,19 @@ def codec_of_shapes(config, mesh=None):
   """The `Codec` of `autoencoder` of a configuration with shapes for weights, whole on every device of `mesh`, or on one."""
   model = autoencoder_model(config)
   place = NamedSharding(mesh, PartitionSpec()) if mesh else SingleDeviceSharding(jax.local_devices()[0])
-  shapes = codec.module_of(model.config).init_shapes(model.config)
+  shapes = registry.family_of(model.config).init_shapes(model.config)
   placed = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes)
-  return codec.make_codec(model, placed, config.micro_batch)
+  return registry.make_codec(model, placed, config.micro_batch)
 
 
 def load_codec(config, mesh=None):
   """The same with the weights."""
   model = autoencoder_model(config)
-  path, module = need_file(config.weights, "autoencoder.weights"), codec.module_of(model.config)
-  shapes = module.init_shapes(model.config)
+  path, family = need_file(config.weights, "autoencoder.weights"), registry.family_of(model.config)
+  shapes = family.init_shapes(model.config)
   places = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), shapes) if mesh else None
-  variables = load_variables(path, FAMILIES[module.__name__], shapes, config=model.config, shardings=places)
-  return codec.make_codec(model, variables, config.micro_batch)
+  variables = load_variables(path, family.layouts, shapes, config=model.config, shardings=places)
+  return registry.make_codec(model, variables, config.micro_batch)
 
 
 def load_text_encoder(config, model, mesh=None):
@@ -65,8 +65,9 @@ def load_image_autoencoder(config, path, shardings):
   image = config.image_config
   place = {"params": shardings["autoencoder"]["image"]}
   path = need_file(path, "autoencoder.image_weights")
-  shapes = image_kl.init_shapes(image)
-  return {"image": load_variables(path, FAMILIES[image_kl.__name__], shapes, config=image, shardings=place)["params"]}
+  family = registry.family_of(image)
+  shapes = family.init_shapes(image)
+  return {"image": load_variables(path, family.layouts, shapes, config=image, shardings=place)["params"]}
 
 
 def load_perceptual(config):
@@ -110,16 +111,14 @@ def initial_weights(objective, config, key, shardings, mesh):
     check_same_shapes({name: params[name] for name in found}, found, path)
     check_same_shapes({name: frozen[name] for name in constants}, constants, path)
     return params | found, frozen | constants
-  name, module = "denoiser", stdit
+  name, layouts = "denoiser", FAMILIES[stdit.__name__]
   if config.task == "autoencoder":
-    name, module = "autoencoder", codec.module_of(objective.model.config)
+    name, layouts = "autoencoder", objective.family.layouts
   model, strict = objective.model.config, config.init_strict
   current = {"params": params[name]} | ({"constants": frozen[name]} if name in frozen else {})
   place = {"params": shardings[0][name]} | ({"constants": shardings[1][name]} if name in frozen else {})
   numbers = name != "autoencoder"  # which trains on raw latents, whatever the shift and scale with which they will be used
-  loaded = load_variables(
-    path, FAMILIES[module.__name__], current, config=model, strict=strict, numbers=numbers, shardings=place
-  )
+  loaded = load_variables(path, layouts, current, config=model, strict=strict, numbers=numbers, shardings=place)
   params[name] = loaded["params"]
   if name in frozen:
     frozen[name] = loaded["constants"]
