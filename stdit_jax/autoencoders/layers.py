@@ -34,7 +34,8 @@ def _whole(x, kernel, strides, padding):
 
 def _frame_by_frame(x, kernel, strides, padding):
   dtype, (x, kernel) = x.dtype, (value.astype(jnp.float32) for value in (x, kernel))  # round only the sum
-  x = jnp.pad(x, ((0, 0), padding[0], (0, 0), (0, 0), (0, 0)))
+  if any(padding[0]):
+    x = jnp.pad(x, ((0, 0), padding[0], (0, 0), (0, 0), (0, 0)))
   last = x.shape[1] - len(kernel)
   of_frames = functools.partial(
     jax.lax.conv_general_dilated, window_strides=strides[1:], padding=padding[1:], dimension_numbers=("NHWC", "HWIO", "NHWC")
@@ -43,7 +44,7 @@ def _frame_by_frame(x, kernel, strides, padding):
   for i, place in enumerate(kernel):
     frames = x[:, i : i + last + 1 : strides[0]]
     parts.append(of_frames(frames.reshape(-1, *frames.shape[2:]), place))
-  return sum(parts).astype(dtype).reshape(*frames.shape[:2], *parts[0].shape[1:])
+  return functools.reduce(jnp.add, parts).astype(dtype).reshape(*frames.shape[:2], *parts[0].shape[1:])
 
 
 # The gradient has a choice of its own. The derivative of a choice would store the residuals of both branches.
