@@ -14,13 +14,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from data import paths
 from data.aspect_ratios import max_tokens
 from stdit_jax import fields
-from stdit_jax.autoencoders import codec
-from stdit_jax.autoencoders.registry import autoencoder_model
+from stdit_jax.autoencoders.registry import autoencoder_model, family_of, make_codec
 from stdit_jax.conditioning import CONDITIONERS
 from stdit_jax.diffusion.iddpm import IDDPM
 from stdit_jax.diffusion.rectified_flow import RectifiedFlow
 from stdit_jax.interop import load_variables
-from stdit_jax.interop.models import autoencoder_layouts
 from stdit_jax.models import t5
 from stdit_jax.models.family import SCALARS, Family, find_model, token_grid, token_values
 from stdit_jax.parallel.shardings import ArraySpec, tree_shardings
@@ -129,19 +127,19 @@ def codec_of_shapes(config, mesh=None):
   """The `Codec` of the group `autoencoder` with shapes for weights, whole on every device of `mesh`, or on one device."""
   model = autoencoder_model(config)
   place = NamedSharding(mesh, PartitionSpec()) if mesh else SingleDeviceSharding(jax.local_devices()[0])
-  shapes = codec.module_of(model.config).init_shapes(model.config)
+  shapes = family_of(model.config).init_shapes(model.config)
   placed = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes)
-  return codec.make_codec(model, placed, config.micro_batch)
+  return make_codec(model, placed, config.micro_batch)
 
 
 def load_codec(config, mesh=None):
   """The `Codec` of the group `autoencoder` with its weights."""
   model = autoencoder_model(config)
   path = need_file(config.weights, "autoencoder.weights")
-  shapes = codec.module_of(model.config).init_shapes(model.config)
+  shapes = family_of(model.config).init_shapes(model.config)
   places = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), shapes) if mesh else None
-  variables = load_variables(path, autoencoder_layouts(model.config), shapes, config=model.config, shardings=places)
-  return codec.make_codec(model, variables, config.micro_batch)
+  variables = load_variables(path, family_of(model.config).layouts, shapes, config=model.config, shardings=places)
+  return make_codec(model, variables, config.micro_batch)
 
 
 def load_text_encoder(config, encoder, mesh=None):

@@ -84,8 +84,8 @@ def read_overrides(text: str) -> dict:
     raise ValueError(f"--config {text}: give a JSON object, or a file with one: {error}") from None
 
 
-def find_model(settings: Settings, metadata: dict):
-  """(name, config, module name) from the flags, or else from the metadata that our own files have."""
+def find_model(settings: Settings, metadata: dict) -> tuple[str, models.NamedModel]:
+  """(name, model) from the flags, or else from the metadata that our own files have."""
   name, overrides = settings.model, read_overrides(settings.config)
   if not name:
     name, own = models.described(metadata, settings.input)
@@ -93,7 +93,7 @@ def find_model(settings: Settings, metadata: dict):
   if not name:
     raise ValueError("--model is missing, and the input does not name its model; give --model NAME")
   layouts = [layout for layout in (settings.source, settings.target) if layout not in ("", "auto")]
-  return name, *models.find_model(name, overrides, layouts)
+  return name, models.find_model(name, overrides, layouts)
 
 
 def progress(tensors, spec):
@@ -117,10 +117,10 @@ def progress(tensors, spec):
       last, shown = now, True
 
 
-def open_source(settings: Settings, config, module: str, tree) -> weights.Source:
+def open_source(settings: Settings, model: models.NamedModel) -> weights.Source:
   """The input. Prints its layout, and raises CheckpointError if it does not fit the model."""
-  layouts = models.FAMILIES[module] if settings.source == "auto" else settings.source
-  source = weights.open_source(settings.input, layouts, tree, config, settings.allow_non_finite)
+  layouts = model.layouts if settings.source == "auto" else settings.source
+  source = weights.open_source(settings.input, layouts, model.shapes, model.config, settings.allow_non_finite)
   source.check(unexpected=not settings.allow_unexpected)
   print(f"{settings.input}: layout {source.layout.name}, {source.report}")
   return source
@@ -145,26 +145,25 @@ def convert(settings: Settings) -> None:
 def convert_file(settings: Settings, place: str, options: dict):
   """Converts safetensors and writes them to `place`. Returns (report, written files)."""
   metadata = open_checkpoint(settings.input).metadata
-  name, config, module = find_model(settings, metadata)
-  tree = models.shapes(config, module)
+  name, model = find_model(settings, metadata)
   # The file's numbers beside the weights (shift, scale, ...) belong to the model that its metadata names. --config may change
   # these numbers for the output.
   said, own = models.described(metadata, settings.input)
-  source_config = models.find_model(said, own)[0] if said and not settings.model else config
-  source = open_source(settings, source_config, module, tree)
-  target = settings.target or ("native" if source.layout.name != "native" else models.FAMILIES[module][0])
-  spec, tensors = weights.conversion(source, target, tree, DTYPES.get(settings.dtype), config)
-  metadata = weights.model_metadata(name, config)
+  source = open_source(settings, models.find_model(said, own) if said and not settings.model else model)
+  target = settings.target or ("native" if source.layout.name != "native" else model.layouts[0])
+  spec, tensors = weights.conversion(source, target, model.shapes, DTYPES.get(settings.dtype), model.config)
+  metadata = weights.model_metadata(name, model.config)
   written = write_checkpoint(place, spec, progress(tensors, spec), metadata=metadata, **options)
-  return f"wrote {len(spec)} tensors in layout {target}", written
+  return f"wrote {len(spec)} tensors in layout {getattr(target, 'name', target)}", written
 
 
 def convert_run(settings: Settings, place: str, options: dict):
   """Writes weights of a training run to `place`. Returns (report, written files). The run's configuration names the models."""
   from stdit_jax.training import checkpoints  # imports orbax, which files don't need
+  from stdit_jax.training.objectives import part_of
 
   run, step = checkpoints.stage_config(settings.input)
-  part = settings.part or ("denoiser" if run.task == "denoiser" else "autoencoder")
+  part = settings.part or part_of(run)
   key = RUN_PARTS[part]
   loaded, constants, _ = checkpoints.load_weights(settings.input, settings.item, step)
   if part not in loaded and part not in constants:
@@ -172,36 +171,34 @@ def convert_run(settings: Settings, place: str, options: dict):
   own = getattr(run, key)
   name = settings.model or own.name
   overrides = own.get("fields", {}) if name == own.name else {}
-  config, module = models.find_model(name, dict(overrides) | read_overrides(settings.config), models.LAYOUTS[part])
+  model = models.find_model(name, dict(overrides) | read_overrides(settings.config), part=part)
   variables = {"params": loaded.get(part, constants.get(part))}
-  if part == "denoiser":
+  if "constants" in model.shapes:
     variables["constants"] = constants[part]
-  needed, found = (
-    {path: tuple(leaf.shape) for path, leaf in mapping.flatten(t).items()} for t in (models.shapes(config, module), variables)
-  )
+  needed, found = ({path: tuple(leaf.shape) for path, leaf in mapping.flatten(t).items()} for t in (model.shapes, variables))
   if wrong := sorted(path for path in found | needed if found.get(path) != needed.get(path)):
     path = wrong[0]
     raise CheckpointError(
       f"{settings.input}: holds another model than {name}: {len(wrong)} parameters differ, "
       f"{path} is {found.get(path, 'missing')}, needed {needed.get(path, 'nothing')}"
     )
-  target = settings.target or models.FAMILIES[module][0]
-  options |= {"dtype": DTYPES.get(settings.dtype), "metadata": weights.model_metadata(name, config)}
-  written = weights.save_variables(place, target, variables, config=config, **options)
-  return f"wrote the {settings.item} weights of the {part} at step {step} in layout {target}", written
+  target = settings.target or model.layouts[0]
+  options |= {"dtype": DTYPES.get(settings.dtype), "metadata": weights.model_metadata(name, model.config)}
+  written = weights.save_variables(place, target, variables, config=model.config, **options)
+  layout = getattr(target, "name", target)
+  return f"wrote the {settings.item} weights of the {part} at step {step} in layout {layout}", written
 
 
 def check(settings: Settings) -> None:
   """Compares names and shapes with a key table, and a file with its round trip. Raises CheckpointError for a difference."""
   metadata = open_checkpoint(settings.input).metadata if settings.input else {}
-  name, config, module = find_model(settings, metadata)
-  tree = models.shapes(config, module)
-  layout = models.FAMILIES[module][0] if settings.target in ("", "native") else settings.target
+  name, model = find_model(settings, metadata)
+  layout = model.layouts[0] if settings.target in ("", "native") else settings.target
   table = (
     models.read_key_table(settings.keys) if settings.keys else (None if settings.config else models.shipped_key_table(name))
   )
   if table is not None:
-    compare(weights.foreign_spec(layout, tree, config), table, f"{name} exported as {layout}")
+    compare(weights.foreign_spec(layout, model.shapes, model.config), table, f"{name} exported as {layout}")
   elif not settings.input:
     raise ValueError(
       f"this package has no key table for {name}{' with --config' if settings.config else ''}; "
@@ -209,8 +206,8 @@ def check(settings: Settings) -> None:
     )
   if not settings.input:
     return
-  source = open_source(settings, config, module, tree)
-  spec, tensors = weights.conversion(source, source.layout, tree)
+  source = open_source(settings, model)
+  spec, tensors = weights.conversion(source, source.layout, model.shapes)
   stored = {entry.names[0]: source.name_of(entry) for entry in source.entries}
   for name, array in progress(tensors, spec):
     name = stored.get(name, name)

@@ -201,7 +201,7 @@ def evaluate_autoencoder(settings: Settings, folder: str) -> tuple[str, dict[str
   import jax
   from tqdm import tqdm
 
-  from stdit_jax.autoencoders import image_kl, reconstruction
+  from stdit_jax.autoencoders import reconstruction
   from stdit_jax.interop import measures
 
   counts = settings.counts(count=16, repeat=1)
@@ -212,7 +212,7 @@ def evaluate_autoencoder(settings: Settings, folder: str) -> tuple[str, dict[str
   if interval > 1:
     described = f"{described}, one of {interval} frames"
   if settings.repeat > 1:
-    if not isinstance(codec.model, image_kl.ImageKL):
+    if not codec.single_frames:
       raise ValueError("--repeat is a baseline for image autoencoders, and this model encodes videos; leave --repeat out")
     described += f", each frame replaced by the nearest of every {settings.repeat} frames"
   table, buckets = reconstruction.open_rows(*what_to_measure(settings, config), folder)

@@ -158,8 +158,7 @@ def load_pipeline(args, config, step, check=lambda pipeline: None):
 def load_autoencoder(args):
   """(codec, description of its weights, configuration or None): the autoencoder of --run or of --config, one that it trains
   or one that it uses, or with --autoencoder that file, of --model or of the model that it names itself."""
-  from stdit_jax.autoencoders.codec import make_codec
-  from stdit_jax.autoencoders.registry import autoencoder_model
+  from stdit_jax.autoencoders.registry import autoencoder_model, make_codec
   from stdit_jax.components import load_codec, need_file
   from stdit_jax.interop import open_checkpoint
   from stdit_jax.interop.models import described

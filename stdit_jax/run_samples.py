@@ -4,7 +4,7 @@ import jax
 
 from data import aspect_ratios, paths
 from data.captions import clean_caption
-from stdit_jax.autoencoders.codec import nearest_lengths
+from stdit_jax.autoencoders.registry import nearest_lengths
 from stdit_jax.components import load_codec, load_text_encoder, local_devices_mesh, need_file
 from stdit_jax.generation.media import contact_sheet, write_media
 from stdit_jax.generation.pipeline import Pipeline, Request

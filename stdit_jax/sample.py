@@ -164,7 +164,7 @@ def make_work(args, prompts, config, autoencoder):
   """
   from data import aspect_ratios
   from data.captions import append_scores, clean_caption
-  from stdit_jax.autoencoders.codec import nearest_lengths
+  from stdit_jax.autoencoders.registry import nearest_lengths
   from stdit_jax.generation.clips import place_loop
   from stdit_jax.generation.pipeline import Request
   from stdit_jax.generation.prompts import split_json, split_loops

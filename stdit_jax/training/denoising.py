@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from data.config import DataConfig
-from stdit_jax.autoencoders import codec
-from stdit_jax.autoencoders.registry import check_lengths
+from stdit_jax.autoencoders.registry import check_lengths, family_of
 from stdit_jax.components import Components, load_denoiser, load_text_encoder, need_file
 from stdit_jax.conditioning import replace_rows
 from stdit_jax.diffusion.frame_masks import FrameMasks
@@ -216,7 +215,7 @@ class DenoiserObjective:
     `bytes_per_device(shapes, mesh, rules)` counts those of a tree.
     """
     autoencoder = self.parts.autoencoder.config
-    shapes = codec.module_of(autoencoder).init_shapes(autoencoder)
+    shapes = family_of(autoencoder).init_shapes(autoencoder)
     total = sum(math.prod(s.shape) * s.dtype.itemsize for s in jax.tree.leaves(shapes))
     if self.parts.conditioner.ahead:
       total += bytes_per_device(t5.init_shapes(self.parts.conditioner.encoder.config), mesh, t5.RULES)

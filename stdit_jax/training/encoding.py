@@ -15,7 +15,6 @@ import numpy as np
 
 from data import latents, loader, plan, sources
 from data.config import DataConfig
-from stdit_jax.autoencoders.codec import ImageCodec
 from stdit_jax.autoencoders.registry import autoencoder_model
 from stdit_jax.cli import InputError
 from stdit_jax.components import load_codec, load_text_encoder
@@ -129,7 +128,7 @@ class LatentsWork:
   def _turn(self, num_frames):
     """Clips that are encoded together."""
     codec, devices = self.encoder._codecs[0], jax.local_device_count()
-    return max(1, -(-_MICRO_BATCHES * codec.micro_batch * devices // num_frames)) if isinstance(codec, ImageCodec) else devices
+    return max(1, -(-_MICRO_BATCHES * codec.micro_batch * devices // num_frames)) if codec.single_frames else devices
 
   def measure(self, keys):
     """(seconds per megapixel of the encoder alone, what it was measured with): one turn of the clips that most pixels are in.

@@ -1,4 +1,4 @@
-"""The image autoencoder against diffusers.AutoencoderKL, and its own functions over videos."""
+"""The image autoencoder against diffusers.AutoencoderKL."""
 
 import functools
 import re
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stdit_jax.autoencoders import codec, image_kl, losses
+from stdit_jax.autoencoders import image_kl, losses, registry
 from tests.helpers import SHIPPED
 
 torch = pytest.importorskip("torch")
@@ -179,7 +179,7 @@ def test_bfloat16_stays_near_float32():
     assert np.linalg.norm(ours - expected) < 0.05 * np.linalg.norm(expected)
 
 
-def test_bad_input_is_refused():
+def test_wrong_input_is_refused():
   model = image_kl.ImageKL(image_kl.get_config("tiny-kl-f8"))
   variables = image_kl.init(model, jax.random.key(0))
   for shape in ((1, 7, 16, 3), (1, 16, 16, 4), (16, 16, 3)):
@@ -208,12 +208,12 @@ def test_bad_input_is_refused():
     ("open-sora-1.2", {"chunk": -1}, "chunk is -1; allowed: frames of a chunk, or 0"),
   ],
 )
-def test_fields_that_video_autoencoders_refuse(name, fields, message):
+def test_wrong_fields_of_video_autoencoders_are_refused(name, fields, message):
   with pytest.raises(ValueError, match=message):
-    codec.find(name).get_config(name, **fields)
+    registry.find(name).get_config(name, **fields)
 
 
-def test_initialisation_is_pytorchs():
+def test_initialisation_is_that_of_pytorch():
   config = image_kl.ImageKLConfig(block_out_channels=(8,), layers_per_block=1, norm_num_groups=4)
   params = image_kl.init(image_kl.ImageKL(config), jax.random.key(0))["params"]
   kernel = params["encoder"]["mid_block"]["resnets_0"]["conv1"]["kernel"]

@@ -144,6 +144,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P, SingleDeviceSharding
 from stdit_jax.interop import load_variables, save_variables
 from tests import denoisers
 from stdit_jax.parallel.mesh import make_mesh
+from stdit_jax.models.stdit_common import RULES
 from stdit_jax.parallel.shardings import tree_shardings
 
 path, out = sys.argv[1:]
@@ -151,7 +152,7 @@ config = denoisers.get_config("STDiT3-tiny/2")
 shapes = denoisers.init_shapes(config)
 whole = load_variables(path, "open-sora", shapes)
 mesh = make_mesh({"data": 2, "fsdp": 4})
-rules = tree_shardings(shapes, mesh)
+rules = tree_shardings(shapes, mesh, RULES)
 layers = jax.tree.map(lambda s: NamedSharding(mesh, P("data") if s.shape[0] == 2 else P()), shapes)
 for shardings in (rules, layers):
   loaded = load_variables(path, "open-sora", shapes, shardings=shardings)

@@ -16,7 +16,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from configs import base
-from stdit_jax.autoencoders import causal3d, codec, perceptual
+from stdit_jax.autoencoders import causal3d, perceptual, registry
 from stdit_jax.conditioning import captions
 from stdit_jax.models import t5
 from stdit_jax.models.layers import OVER_TIME
@@ -154,12 +154,12 @@ def test_a_clip_of_cogvideox_is_split_in_time(method, statistics):
 )
 def test_a_codec_over_devices_gives_the_values_of_one(name, length):
   """More pieces than devices, a piece that is left over, a clip that all devices divide and one that two of four do."""
-  module = codec.find(name)
+  module = registry.find(name)
   model = module.build(module.get_config(name, **({"chunk": 5} if name == "tiny-temporal" else {})))
   variables = module.init(model, jax.random.key(0))
   mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:4]), ("pieces",))
   one, spread = (
-    codec.make_codec(model, jax.device_put(variables, place), micro_batch=2)
+    registry.make_codec(model, jax.device_put(variables, place), micro_batch=2)
     for place in (jax.devices()[0], jax.sharding.NamedSharding(mesh, P()))
   )
   assert (one.devices, spread.devices) == (1, 4)
@@ -215,7 +215,7 @@ def test_what_judges_clips_is_split_as_they_are(monkeypatch, judge, crop):
   def losses(layout, params, made, real):
     if judge == "perceptual":
       return objective._pixel_terms(frozen, made, real, {}, layout)[1]["perceptual"]
-    return sum(jnp.square(objective._judge(params["discriminator"], x, layout)).mean((1, 2, 3)) for x in (real, made))
+    return sum(jnp.square(objective._score(params["discriminator"], x, layout)).mean((1, 2, 3)) for x in (real, made))
 
   def results(layout):
     gradient = jax.value_and_grad(lambda *a: losses(layout, *a).sum(), argnums=(0, 1) if judge == "adversarial" else 1)

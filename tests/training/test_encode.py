@@ -12,9 +12,8 @@ import tensorflow_datasets as tfds
 
 from data import latents, loader
 from stdit_jax import encode
-from stdit_jax.autoencoders import codec
+from stdit_jax.autoencoders import registry
 from stdit_jax.interop import save_variables
-from stdit_jax.interop.models import FAMILIES
 from stdit_jax.run_samples import Sampler
 from stdit_jax.training import encoding
 from stdit_jax.training.stages import make_stages
@@ -91,10 +90,10 @@ def test_a_training_from_them_has_the_batches_of_one_from_videos(assets, table, 
 @pytest.mark.parametrize(("name", "frames"), [("tiny-temporal", 7), ("tiny-causal3d", 9)])
 def test_latents_of_video_autoencoders(assets, table, tmp_path, name, frames):
   """Whose latents have other lengths than the clips."""
-  module, weights = codec.find(name), tmp_path / "autoencoder.safetensors"
+  module, weights = registry.find(name), tmp_path / "autoencoder.safetensors"
   config = module.get_config(name)
   variables = module.init(module.build(config), jax.random.key(0))
-  save_variables(weights, FAMILIES[module.__name__][0], variables, config=config)
+  save_variables(weights, module.layouts[0], variables, config=config)
   own = {
     "autoencoder__name": name, "autoencoder__weights": str(weights), "model__fields__in_channels": config.latent_channels,
     "data__buckets": (("64p", frames, 1.0, 2), ("64p", 1, 1.0, 2)),
