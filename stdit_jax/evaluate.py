@@ -147,8 +147,8 @@ def read_stage(settings: Settings):
   return make_stages(config)[0], step
 
 
-def evaluate_loss(stage, step: int, settings: Settings, folder: str) -> dict[str, float]:
-  """{"validation/...": loss}. Tables and plans are written to `folder`."""
+def evaluate_loss(settings: Settings, folder: str) -> tuple[str, dict[str, float]]:
+  """(description of the weights, {"validation/...": loss}). Tables and plans are written to `folder`."""
 
   from stdit_jax.parallel.mesh import make_mesh
   from stdit_jax.training.batches import Encoders
@@ -159,6 +159,7 @@ def evaluate_loss(stage, step: int, settings: Settings, folder: str) -> dict[str
   from stdit_jax.training.step import TraceCounter
   from stdit_jax.training.validation import Validation
 
+  stage, step = read_stage(settings)
   config, counter = stage.config, TraceCounter()
   mesh, objective = make_mesh(config.mesh, slices=config.slices), make_objective(config)
   params, frozen, _ = load_weights(settings.run, settings.item, step, mesh, objective.rules)
@@ -168,12 +169,12 @@ def evaluate_loss(stage, step: int, settings: Settings, folder: str) -> dict[str
   compiler = AheadOfTime(config.compile_threads, say)
   try:
     validation.compile_ahead(compiler, counter, *objective.shapes)
-    return validation(params, frozen, make_batch)
+    return f"{settings.run}, step {step}, {settings.item}", validation(params, frozen, make_batch)
   finally:
     compiler.close()
 
 
-def evaluate_shapes(settings: Settings) -> tuple[str, dict[str, dict[str, float]]]:
+def evaluate_shapes(settings: Settings, folder: str) -> tuple[str, dict[str, dict[str, float]]]:
   """(description of the weights, {part: {measure: value}})."""
   import jax
   from tqdm import tqdm
@@ -272,13 +273,12 @@ def check_settings(settings: Settings) -> None:
 
 def print_result(described: str, task: str, values: dict[str, Any]) -> None:
   print(f"{described}:")
-  if task == "shapes":
-    print_parts(values)
-  elif task == "autoencoder":
-    print_buckets(values)
-  else:
-    for name, value in values.items():
-      print(f"{name.removeprefix('validation/'):>16}  {value:.5g}")
+  MEASURES[task][1](values)
+
+
+def print_losses(values: dict[str, float]) -> None:
+  for name, value in values.items():
+    print(f"{name.removeprefix('validation/'):>16}  {value:.5g}")
 
 
 def print_buckets(values: dict[str, Any]) -> None:
@@ -299,6 +299,14 @@ def print_parts(values: dict[str, dict[str, float]]) -> None:
       print(f"  {name:<42} {value:>8.2f}" if name.endswith(("dB", "ratio")) else f"  {name:<42} {value:>8.1%}")
 
 
+# {task: (what measures, what prints its values)}
+MEASURES = {
+  "loss": (evaluate_loss, print_losses),
+  "shapes": (evaluate_shapes, print_parts),
+  "autoencoder": (evaluate_autoencoder, print_buckets),
+}
+
+
 def main(argv=None):
   settings = Settings(**vars(parse_with_changes(make_parser(), argv)))
   logging.set_verbosity(logging.ERROR)  # orbax reports what it reads
@@ -307,14 +315,7 @@ def main(argv=None):
     connect_processes()
     use_compilation_cache()
     keep_freed_memory()
-    if settings.task == "shapes":
-      described, values = evaluate_shapes(settings)
-    elif settings.task == "autoencoder":
-      described, values = evaluate_autoencoder(settings, folder)
-    else:
-      stage, step = read_stage(settings)
-      described = f"{settings.run}, step {step}, {settings.item}"
-      values = evaluate_loss(stage, step, settings, folder)
+    described, values = MEASURES[settings.task][0](settings, folder)
   import jax
 
   if jax.process_index():

@@ -186,9 +186,9 @@ def make_work(args, prompts, config, autoencoder):
     named = tuple(own.get("reference_path", "").split(";")) if own.get("reference_path") else tuple(args.reference)
     files = tuple(files) if task else named
     counts = [count_frames(path, fps, args.compat is not None) for path in files]
-    frames = 1 if task == "image" else aspect_ratios.get_num_frames(args.num_frames or config.sample.num_frames)
+    frames = 1 if task in tasks.ONE_FRAME else aspect_ratios.get_num_frames(args.num_frames or config.sample.num_frames)
     said = f"--num-frames is {frames}"
-    if task == "edit" and not args.num_frames:
+    if task in tasks.WHOLE_FILE and not args.num_frames:
       frames = counts[0]
       said = f"{files[0]} has {frames} frames (--num-frames takes fewer)"
     if not autoencoder.keeps(frames):
