@@ -117,10 +117,13 @@ def progress(tensors, spec):
       last, shown = now, True
 
 
-def open_source(settings: Settings, model: models.NamedModel) -> weights.Source:
-  """The input. Prints its layout, and raises CheckpointError if it does not fit the model."""
+def open_source(settings: Settings, model: models.NamedModel, config=None) -> weights.Source:
+  """The input. Prints its layout, and raises CheckpointError if it does not fit the model.
+
+  `config` has the numbers that the file holds beside its weights, by default the model's own.
+  """
   layouts = model.layouts if settings.source == "auto" else settings.source
-  source = weights.open_source(settings.input, layouts, model.shapes, model.config, settings.allow_non_finite)
+  source = weights.open_source(settings.input, layouts, model.shapes, config or model.config, settings.allow_non_finite)
   source.check(unexpected=not settings.allow_unexpected)
   print(f"{settings.input}: layout {source.layout.name}, {source.report}")
   return source
@@ -149,7 +152,7 @@ def convert_file(settings: Settings, place: str, options: dict):
   # The file's numbers beside the weights (shift, scale, ...) belong to the model that its metadata names. --config may change
   # these numbers for the output.
   said, own = models.described(metadata, settings.input)
-  source = open_source(settings, models.find_model(said, own) if said and not settings.model else model)
+  source = open_source(settings, model, models.find_model(said, own).config if said and not settings.model else None)
   target = settings.target or ("native" if source.layout.name != "native" else model.layouts[0])
   spec, tensors = weights.conversion(source, target, model.shapes, DTYPES.get(settings.dtype), model.config)
   metadata = weights.model_metadata(name, model.config)

@@ -18,6 +18,9 @@ class Run(run.Run):
   def train(self, on_sample=None, started=None):
     return train(self, on_sample, self.restarts, started)
 
+  def save(self, step, state, frozen):
+    self.restarts.save(step, state, frozen)
+
   @property
   def skip(self):
     return self.restarts.skip

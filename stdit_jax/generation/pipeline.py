@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -329,7 +330,9 @@ class Pipeline:
       step_model, state.x, *times, num_channels=config.in_channels, noise=noises[0], frame_noise=noises[1], edit=state.edit,
       previous=state.previous, valid=valid,
     )  # fmt: skip
-    return SamplerState(*after, tuple(cached))
+    after = SamplerState(*after, tuple(cached))
+    chex.assert_trees_all_equal_shapes_and_dtypes(after, state)  # so that one program serves all steps
+    return after
 
 
 def image_valid(latent_size, patch_size, channels, token_parts=1):

@@ -4,7 +4,8 @@ import jax
 
 from stdit_jax.components import need_file
 from stdit_jax.parallel.shardings import path_name, tree_shardings
-from stdit_jax.training.checkpoints import is_run_folder, load_weights
+from stdit_jax.training.checkpoints import is_run_folder, load_weights, stage_config
+from stdit_jax.training.objectives import part_of
 
 
 def initial_weights(objective, config, key, mesh):
@@ -25,10 +26,11 @@ def initial_weights(objective, config, key, mesh):
 
 def from_run(objective, path, params, frozen, mesh):
   """(params, frozen) with the weights of another run's folder. Raises ValueError for one of another model."""
-  loaded, constants, _ = load_weights(path, mesh=mesh, rules=objective.rules)
+  config, step = stage_config(path)
+  if (part := part_of(config)) != objective.part:
+    raise ValueError(f"config: init={path!r} is a run of {part}, not of the {objective.part} that is trained here")
+  loaded, constants, _ = load_weights(path, step=step, mesh=mesh, rules=objective.rules)
   found = {name: loaded[name] for name in params if name in loaded}
-  if objective.part not in found:
-    raise ValueError(f"config: init={path!r} is a run of {', '.join(loaded)}, not of the {objective.part} that is trained here")
   constants = {name: constants[name] for name in frozen if name in constants}
   check_same_shapes({name: params[name] for name in found}, found, path)
   check_same_shapes({name: frozen[name] for name in constants}, constants, path)

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -74,10 +75,12 @@ def accumulate_gradients(loss, split, specs, scales, params, frozen, batch, accu
   def weighted(params, part):
     params = jax.tree.map(lambda p, s: p if s else jax.lax.stop_gradient(p), params, scales)
     per_sample, values = loss(params, frozen, part, split.layout)
+    chex.assert_shape(per_sample, part["weight"].shape)
     counts = part["weight"] > 0
     total = lambda v: jnp.sum(jnp.where(counts, v * part["weight"], 0.0))  # noqa: E731
     return total(per_sample), {"loss": total(per_sample), **{name: total(v) for name, v in values.items()}}
 
+  chex.assert_trees_all_equal_shapes_and_dtypes(batch, jax.tree.map(lambda spec: spec.struct, specs))
   gradient = jax.grad(weighted, has_aux=True)
   if split.micro_batches == 1:
     gradients, sums = gradient(params, batch)

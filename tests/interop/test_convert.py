@@ -99,7 +99,7 @@ def test_check_of_a_file(capsys, tmp_path):
 
 def test_from_a_training_run(tmp_path, capsys):
   checkpoints = pytest.importorskip("stdit_jax.training.checkpoints")
-  config = denoisers.TABLE["STDiT3-tiny/2"]
+  config = denoisers.get_config("STDiT3-tiny/2")
   tree = jax.tree.map(jnp.asarray, random_tree(denoisers.init_shapes(config)))
   params = {"denoiser": tree["params"]}
   ema = jax.tree.map(lambda x: x + 1, params)

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from configs import open_sora_1_1, open_sora_1_2
-from stdit_jax import convert, loading, plan, sample, transition
+from stdit_jax import convert, loading, plan, sample
 from stdit_jax.diffusion.iddpm import IDDPM
 from stdit_jax.diffusion.rectified_flow import RectifiedFlow
 from stdit_jax.interop.safetensors_io import open_checkpoint
 from stdit_jax.parallel.mesh import make_mesh
 from stdit_jax.run_samples import Sampler
+from stdit_jax.training import transition
 from stdit_jax.training.checkpoints import from_plain, plain
 from stdit_jax.training.objectives import DenoiserObjective
 from stdit_jax.training.stages import make_stages
@@ -168,7 +169,9 @@ def test_stacks_and_null_captions_of_another_length(assets, tmp_path):
   state = new_state(params, optimizer)
   state["opt"] = jax.tree.map(lambda x: x + 1, state["opt"])
   grown, frozen_grown = transition.change_model(objectives[1], optimizer, mesh, jax.random.key(1), state, frozen)
-  said = transition.describe(*(transition.by_name(*trees) for trees in ((params, frozen), (grown["params"], frozen_grown))))
+  said = transition.describe(
+    *(transition.by_name(*trees) for trees in ((params, frozen), (grown["params"], frozen_grown))), objectives[0].resizable
+  )
   assert "; resized: denoiser/null_caption, denoiser/spatial_blocks/*, denoiser/temporal_blocks/*; new: nothing" in said
 
   name = "denoiser/spatial_blocks/mlp/fc1/kernel"
@@ -231,7 +234,7 @@ def test_recipes_of_open_sora(recipe):
     assert (stage.steps, jobs.count(stage.name)) == (steps, programs)
     objective = DenoiserObjective(stage.config)
     shapes = transition.by_name(*objective.shapes)
-    change = transition.describe(before or shapes, shapes)
+    change = transition.describe(before or shapes, shapes, objective.resizable)
     assert new in change.split("new: ")[1] if new else not change
     before = shapes
   assert stages[-1].config.model.fields.to_dict() == {"dtype": "bfloat16", "remat": "full"}  # the published model
