@@ -1,5 +1,7 @@
-"""Where things lie on the mesh: one table of rules for parameters, which the optimizer state and the average follow by their
-paths, and one layout per program for activations."""
+"""Placement on the mesh: one table of rules for parameters, and one layout per program for activations.
+
+The optimizer state and the average follow the table by their paths.
+"""
 
 import dataclasses
 import functools
@@ -34,7 +36,7 @@ class Layout:
   cudnn: Callable | None = None
 
   @property
-  def axes(self):
+  def axes(self) -> dict:
     """Mesh axes of the names that `constrain` takes."""
     if self.split_tokens:
       axes = {"batch": ("data", "fsdp"), "tokens": "sequence", "heads": ("sequence", "tensor")}
@@ -56,11 +58,11 @@ class Layout:
 
   @property
   def batch_parts(self):
-    """Parts into which a batch is split."""
+    """Parts of a batch."""
     return self.parts("batch")
 
   def process_parts(self):
-    """Which of the `batch_parts` of a batch lie on this process's devices, in order."""
+    """Numbers of the `batch_parts` that lie on this process's devices, in order."""
     sizes = [n if axis in self.axes["batch"] else 1 for axis, n in self.mesh.shape.items()]
     numbers = np.broadcast_to(np.arange(self.batch_parts).reshape(sizes), self.mesh.devices.shape)
     own = [d.process_index == jax.process_index() for d in self.mesh.devices.flat]
@@ -68,19 +70,19 @@ class Layout:
 
   @property
   def token_parts(self):
-    """Parts into which tokens, or frames, are split: both are padded to a multiple."""
+    """Parts of tokens or frames. Their number is padded to a multiple."""
     return self.parts("tokens")
 
   @property
   def tensor_parts(self):
-    """Parts into which heads are split; heads are padded to a multiple."""
+    """Parts of heads over `tensor`. Their number is padded to a multiple."""
     return self.parts("tensor")
 
 
 def constrain(x, layout, *names):
-  """Asks XLA to lay `x` out as `layout.spec(*names)`. Without a layout, `x` itself.
+  """Asks XLA to lay `x` out as `layout.spec(*names)`. Without a layout, returns `x`.
 
-  The sharding carries its mesh, so that the constraint can't vanish with a missing context (jax-practice, section 3).
+  The sharding carries its mesh: a constraint by names alone vanishes silently outside `jax.set_mesh`.
   """
   if layout is None:
     return x
@@ -88,13 +90,13 @@ def constrain(x, layout, *names):
 
 
 def gather_layer(params, prefix, layout, dtype):
-  """The parameters of one layer as its products take them: cast to `dtype`, then whole along `fsdp`.
+  """Parameters of one layer, cast to `dtype` and gathered along `fsdp`; the gradient leaves by one reduce-scatter.
 
-  Said here, inside the loop over depth, because XLA would otherwise gather float32, gather all layers before the loop, or sum
-  gradients over all devices and cut them afterwards: backwards, the gradient leaves as it is stored, by one reduce-scatter.
+  Called inside the loop over depth. Without this function XLA gathers float32, gathers all layers before the loop, or reduces
+  gradients over all devices before it splits them.
 
   Args:
-    params: tree of one layer, without the depth in front.
+    params: tree of one layer, without the axis of depth.
     prefix: name of the stack, for the rules.
   """
   if layout is None:
@@ -133,11 +135,11 @@ def path_name(path):
   return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
-# (regex searched in the path, mesh axes of every dimension from the first, the same where those don't divide). Stacked blocks
-# carry the depth in front; every large matrix is split over `fsdp` along one of its feature sides, which are multiples of 16 in
-# all published sizes: along rows, not columns, since a TPU scatters a bfloat16 gradient only in whole tiles of 16 rows or 128
-# columns, and otherwise sums it everywhere, at twice the bytes (width 1152: fsdp=8 makes whole tiles, 16 does not).
-# Heads that don't divide are padded where they are computed (`layers.Linear`), and stored split along the feature side.
+# (regex searched in the path, mesh axes of every dimension from the first, mesh axes if those do not divide).
+# Stacked blocks have the depth in front. Every large matrix is split over `fsdp` along a feature side, a multiple of 16 in all
+# published sizes. The side is that of rows: a TPU scatters a bfloat16 gradient only in whole tiles of 16 rows or 128 columns.
+# Otherwise it sums the gradient on every device, at twice the bytes (width 1152: fsdp=8 makes whole tiles, 16 does not).
+# Heads that do not divide are padded in computation (`layers.Linear`) and stored split along the feature side.
 RULES = (
   # blocks of the STDiTs and of T5
   (r"blocks/.*(qkv|key_value)/kernel$", P(None, "fsdp", None, "tensor"), P(None, ("fsdp", "tensor"))),
@@ -157,13 +159,17 @@ RULES = (
   # outside the blocks of T5
   (r"token_embedding$", P(None, "fsdp")),
   (r"(relative_bias|final_norm/scale)$", P()),
-  # autoencoders, and what trains them, are small: whole on every device
+  # autoencoders and the networks of their losses are small: whole on every device
   (r"(^|/)((shortcut_)?(encoder|decoder)|quant_conv|post_quant_conv|discriminator|perceptual)/", P()),
 )
 
 
 def spec_for(name, shape, mesh, rules=RULES):
-  """PartitionSpec of the parameter `name`; raises ValueError when no rule matches or a dimension does not divide."""
+  """PartitionSpec of the parameter `name`.
+
+  Raises:
+    ValueError: no rule matches, or a dimension does not divide.
+  """
   specs = next((specs for pattern, *specs in rules if re.search(pattern, name)), None)
   if specs is None:
     raise ValueError(f"no sharding rule matches the parameter {name!r} of shape {shape}; add one to parallel/shardings.py")
@@ -185,7 +191,7 @@ def spec_for(name, shape, mesh, rules=RULES):
 def tree_shardings(tree, mesh, rules=RULES):
   """NamedSharding for every leaf of `tree` (arrays or shapes). Scalars are replicated.
 
-  Optimizer moments and the EMA hold the parameter's own path inside theirs, so one table serves the whole state.
+  Paths of optimizer moments and of the average contain the parameter's own path, so one table serves the whole state.
   """
 
   def sharding(path, leaf):

@@ -1,4 +1,4 @@
-"""The sharding table: every parameter of every size has a rule and divides; what has none or does not is refused."""
+"""Every parameter of every size has a sharding rule and divides; other parameters are refused."""
 
 import functools
 import types
@@ -29,7 +29,7 @@ def shapes_of(name):
 @pytest.mark.parametrize(("fsdp", "tensor"), [(8, 1), (16, 1), (8, 2), (4, 4)])
 @pytest.mark.parametrize("name", [*DENOISERS, *(f"T5 {size}" for size in ("small", "base", "large", "xl", "xxl", "byt5-mini"))])
 def test_every_parameter_has_a_rule_and_divides(name, fsdp, tensor):
-  """And what stays whole on every device is a small part of the model."""
+  """Parameters that are not split are a small part of the model."""
   shapes, prefix = shapes_of(name)
   whole = total = 0
   for path, leaf in jax.tree_util.tree_leaves_with_path(shapes["params"]):
@@ -42,7 +42,7 @@ def test_every_parameter_has_a_rule_and_divides(name, fsdp, tensor):
     assert spec_for(f"constants/{path_name(path)}", leaf.shape, fake_mesh(fsdp, tensor)) == P()
 
 
-def test_optimizer_state_follows_by_its_path():
+def test_optimizer_state_follows_the_path_of_its_parameter():
   name = "opt/0/mu/spatial_blocks/mlp/fc1/kernel"
   assert spec_for(name, (28, 1152, 4608), fake_mesh(8)) == P(None, "fsdp", "tensor")
 
