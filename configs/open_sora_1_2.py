@@ -100,6 +100,6 @@ def get_config(first="images"):
   ]
   names = [s["name"] for s in stages]
   if first not in names:
-    raise ValueError(f"configs/open_sora_1_2.py: there is no stage {first!r} to begin with; there are {', '.join(names)}")
+    raise ValueError(f"there is no stage {first!r} to begin with; there are {', '.join(names)}")
   config.stages = tuple(stages[names.index(first) :])
   return config

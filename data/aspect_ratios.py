@@ -1,4 +1,4 @@
-"""Resolution names, aspect ratios and clip lengths of Open-Sora, as facts in `tables/aspect_ratios.json`, and one of ours.
+"""Resolution names, aspect ratios and clip lengths of Open-Sora, from `tables/aspect_ratios.json`, and the resolution 64p.
 
 A resolution name ("240p") stands for a number of pixels and a table {aspect-ratio key: (height, width)}. A key is
 height / width rounded to two decimals, as text ("0.56"). Names such as "9:16" are height:width, so 9:16 is landscape.
@@ -9,6 +9,7 @@ import functools
 import json
 import math
 import pathlib
+from typing import Any
 
 import numpy as np
 
@@ -17,15 +18,15 @@ _TABLE = json.loads((pathlib.Path(__file__).parent / "tables" / "aspect_ratios.j
 # {name: {key: (height, width)}}, in the order of the original's tables (ties of the closest ratio go to the first).
 SIZES = {n: {k: tuple(hw) for k, hw in r["sizes"].items()} for n, r in _TABLE["resolutions"].items()}
 NUM_PIXELS = {n: r["num_pixels"] for n, r in _TABLE["resolutions"].items()}
-# Ours, for models that learn on a laptop: all sides are multiples of 8, under the keys of the ratios that they come near.
+# For models that learn on a laptop. All sides are multiples of 8, so the keys are the nearest ratios.
 SIZES["64p"] = {"0.56": (48, 80), "0.75": (56, 72), "1.00": (64, 64), "1.33": (72, 56), "1.78": (80, 48)}
 NUM_PIXELS["64p"] = 64 * 64
 RATIO_NAMES = _TABLE["ratio_names"]
 DURATIONS = _TABLE["durations"]
 
 
-def check_resolution(resolution):
-  """The resolution's name as text; ValueError naming the closest and all names if there is none such."""
+def check_resolution(resolution: Any) -> str:
+  """The resolution's name as text. Raises ValueError, with the known names, for an unknown name."""
   name = str(resolution)
   if name not in SIZES:
     close = difflib.get_close_matches(name, SIZES, 1)
@@ -34,12 +35,12 @@ def check_resolution(resolution):
   return name
 
 
-def num_pixels(resolution):
+def num_pixels(resolution: str) -> int:
   """Nominal number of pixels of a resolution name."""
   return NUM_PIXELS[check_resolution(resolution)]
 
 
-def size(resolution, key):
+def size(resolution: str, key: str) -> tuple[int, int]:
   """(height, width) of an aspect-ratio key ("0.56") or name ("9:16", height:width) of a resolution."""
   sizes = SIZES[check_resolution(resolution)]
   found = RATIO_NAMES.get(key, key)
@@ -52,18 +53,18 @@ def size(resolution, key):
   return sizes[found]
 
 
-def closest_ratio(height, width, resolution):
+def closest_ratio(height: int, width: int, resolution: str) -> str:
   """Key of the ratio nearest to height / width: argmin |float(key) - height / width|, the first of equal ones."""
   return list(SIZES[check_resolution(resolution)])[int(closest_ratios(height, width, resolution))]
 
 
-def closest_ratios(height, width, resolution):
-  """The same for arrays of heights and widths: indices into `list(SIZES[resolution])`."""
+def closest_ratios(height: np.ndarray, width: np.ndarray, resolution: str) -> np.ndarray:
+  """As `closest_ratio`, for arrays of heights and widths: indices into `list(SIZES[resolution])`."""
   values, order = _sorted_keys(check_resolution(resolution))
   ratio = np.asarray(height, np.float64) / np.asarray(width, np.float64)
   above = np.clip(np.searchsorted(values, ratio), 1, len(values) - 1)
   below_distance, above_distance = np.abs(values[above - 1] - ratio), np.abs(values[above] - ratio)
-  # Of two keys at the same distance the one that stands first in the table wins.
+  # Of two keys at the same distance, the first in the table wins.
   lower = (below_distance < above_distance) | ((below_distance == above_distance) & (order[above - 1] < order[above]))
   return order[np.where(lower, above - 1, above)]
 
@@ -75,8 +76,8 @@ def _sorted_keys(resolution):
   return keys[order], order
 
 
-def get_num_frames(name):
-  """Pixel frames of a length: a number, or one of the names "1x" (51) ... "16x", "2s" (51) ... "32s"."""
+def get_num_frames(name: int | str) -> int:
+  """Pixel frames of a clip length: a number, or a name from "1x" (51) to "16x", from "2s" (51) to "32s"."""
   text = str(name)
   if text in DURATIONS:
     return DURATIONS[text]
@@ -85,7 +86,7 @@ def get_num_frames(name):
   raise ValueError(f"{name!r} is no clip length: give a number of frames or one of {', '.join(DURATIONS)}")
 
 
-def sizes_for_pixels(pixels, compat="1.2"):
+def sizes_for_pixels(pixels: int, compat: str = "1.2") -> dict[str, tuple[int, int]]:
   """Even sizes {key: (height, width)} of about `pixels` pixels for all named ratios (`get_aspect_ratios_dict`).
 
   The last ratio of 1.2 is named 50:27 (1.85), although its tables mean 25:12 (2.08); compat="1.1" gives the sizes of 1.1.
@@ -100,11 +101,10 @@ def sizes_for_pixels(pixels, compat="1.2"):
   return table
 
 
-def max_tokens(resolution, spatial_factor=8, patch=2):
+def max_tokens(resolution: str, spatial_factor: int = 8, patch: tuple[int, int] = (2, 2)) -> int:
   """Largest number of tokens per frame over the ratios of a resolution.
 
-  A latent side is floor(pixels / spatial_factor), a side of the token grid ceil(latent / patch).
+  A latent side is floor(pixels / spatial_factor), a side of the token grid ceil(latent / patch), `patch` being (height, width).
   """
-  return max(
-    math.prod(-(-(side // spatial_factor) // patch) for side in hw) for hw in SIZES[check_resolution(resolution)].values()
-  )
+  sizes = SIZES[check_resolution(resolution)].values()
+  return max(math.prod(-(-(side // spatial_factor) // p) for side, p in zip(hw, patch)) for hw in sizes)

@@ -3,8 +3,10 @@
 import dataclasses
 import difflib
 from collections.abc import Mapping
+from typing import Any
 
 from data import buckets, paths, video
+from data.buckets import Bucket
 
 CAPTION_RULES = ("required", "optional")
 FPS_RULES = ("exact", "1.2", "1.1")
@@ -13,32 +15,35 @@ SCORES = ("aes", "flow", "cmotion")
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-  """Settings of the training data. The first group decides the plan: changing it starts other data (`plan.changed_keys`).
+  """Settings of the training data. The first group decides the plan: a run refuses changes (`plan.changed_keys`).
 
-  tables: metadata tables (.parquet, .csv, .jsonl): a path, or a tuple of paths and of (path, weight) pairs. A weight of 3
-    puts every row three times into an epoch, 0.25 a quarter of the rows, chosen anew every epoch; 2.5 is two whole copies
-    and a half.
+  tables: metadata tables (.parquet, .csv, .jsonl): a path, or a tuple of paths and of (path, weight) pairs. With weight 3
+    every row is three times in an epoch. With 0.25 a new quarter of the rows is in each epoch. 2.5 is two copies and a half.
   buckets: rows (resolution, num_frames, keep_prob or (keep_prob, duration_prob), batch_size); see `buckets.parse_buckets`.
-  reference_devices: the batch sizes are per device of so many devices, as the original writes them; 1 = they are global.
-  seed: of bucket draws, shuffling, clip positions, choice of captions.
+  reference_devices: number of devices that `batch_size` is divided over in the table of buckets: the global batch size is
+    batch_size * reference_devices. 1 = batch sizes are global.
+  seed: of bucket draws, shuffling, clip positions and the choice of captions.
   frame_interval: source frames per frame used (Open-Sora 1.1: 3, 1.2: 1).
-  drop_last: drop what doesn't fill a batch at the end of an epoch; False repeats rows instead.
-  captions: "required" leaves out rows without a caption, "optional" takes them with an empty one (autoencoders).
-  max_caption_length: rows with longer captions (characters) are left out; far shorter ones are cut by the tokenizer.
-  rows_per_bucket: not None makes a fixed set to measure on: at most so many rows of every bucket, out of all that fit it,
-    whatever its probabilities and the other buckets; a row may be in several.
+  drop_last: drop the rows that fill no batch at the end of an epoch. False repeats other rows to fill it.
+  captions: "required" skips rows without a caption. "optional" gives them an empty one (autoencoders, labels).
+  max_caption_length: rows with longer captions (characters) are skipped. The tokenizer cuts far shorter ones.
+  rows_per_bucket: a number makes a fixed set for measurements: at most so many of the rows that fit each bucket. The
+    probabilities and the other buckets do not change it; a row may be in several buckets.
 
-  windows_per_row: clips (places in time) that a row is cut into, which come round epoch after epoch, so that their latents
-    can be kept; 0 = another place in every epoch, as the original.
+  windows_per_row: number of clips (places in time) of a row. They repeat epoch after epoch, so that their latents can be
+    cached. 0 = another place in every epoch, as the original.
   resize: "area" or "original" (`video.read_frames`).
-  scores: score columns that are written behind captions ("aesthetic score: 6.5."), those that the tables have; () = none.
-  score_drop: probability of leaving out each of them.
-  fps_rule: frame rate told to the model: "exact" file rate / frame_interval, "1.2" the same rounded down, "1.1" file rate.
-  latents: folder that `python -m stdit_jax.encode` wrote: latents (and embeddings of captions, if there and wanted) are read
-    from it in place of videos, the same ones in the same order; "" = videos.
+  scores: columns of scores to write behind captions ("aesthetic score: 6.5."), as far as the tables have them; () = none.
+  score_drop: probability of leaving out each score.
+  fps_rule: frame rate that the model is told. "exact": file rate / frame_interval. "1.2": the same, rounded down. "1.1": file
+    rate.
+  latents: a folder that `python -m stdit_jax.encode` wrote. The loader reads the same clips, in the same order, as latents
+    (and captions as embeddings, if they were encoded). "" = read videos.
   workers: decoding processes; 0 = threads of this process.
-  read_ahead: rows decoded in advance; None = two steps of the largest bucket, within 2 GB.
-  max_bad_rows: files that may fail to decode before the run stops, a number or (a float) a share of the usable rows.
+  read_ahead: rows to decode in advance; None = two steps of the largest bucket, at most 2 GB.
+  max_bad_rows: files that may fail to decode before the run stops: a number, or (a float) a share of the usable rows.
+  num_classes: every row needs a label from 0 to num_classes - 1; None = labels are not needed. The conditioner of the model
+    sets it; it is no key of a configuration.
   """
 
   tables: tuple = ()
@@ -60,11 +65,12 @@ class DataConfig:
   workers: int = 2
   read_ahead: int | None = None
   max_bad_rows: int | float = 0.1
+  num_classes: int | None = None
 
   @classmethod
-  def create(cls, values):
-    """From a dict or ConfigDict; unknown keys are named with the closest known one. Validated."""
-    names = [f.name for f in dataclasses.fields(cls)]
+  def create(cls, values: Mapping) -> "DataConfig":
+    """From a dict or ConfigDict, validated. The error of an unknown key names the closest known key."""
+    names = [f.name for f in dataclasses.fields(cls) if f.name != "num_classes"]
     for key in values:
       if key not in names:
         close = difflib.get_close_matches(key, names, 1)
@@ -75,28 +81,24 @@ class DataConfig:
     config.validate()
     return config
 
-  def validate(self):
-    """Raises ValueError with one line that names the key, what is wrong and what is allowed."""
+  def validate(self) -> None:
+    """Raises ValueError: one line with the key, what is wrong and what is allowed."""
     self.table_weights()
     self.parsed_buckets()
-    whole = {
-      "reference_devices": 1,
-      "frame_interval": 1,
-      "seed": 0,
-      "workers": 0,
-      "max_caption_length": 1,
-      "windows_per_row": 0,
-    }
-    for key, low in whole.items():
-      _check_whole(key, getattr(self, key), low)
-    for key in ("read_ahead", "rows_per_bucket"):
+    for key in ("reference_devices", "frame_interval", "max_caption_length"):
+      _check_whole(key, getattr(self, key), 1)
+    for key in ("seed", "workers", "windows_per_row"):
+      _check_whole(key, getattr(self, key), 0)
+    for key in ("read_ahead", "rows_per_bucket", "num_classes"):
       if getattr(self, key) is not None:
         _check_whole(key, getattr(self, key), 1)
     for key, allowed in (("resize", video.RESIZE_MODES), ("captions", CAPTION_RULES), ("fps_rule", FPS_RULES)):
       if getattr(self, key) not in allowed:
         raise ValueError(f"data.{key} = {getattr(self, key)!r} is none of {', '.join(map(repr, allowed))}")
     if not isinstance(self.latents, str) or paths.is_remote(self.latents):
-      raise ValueError(f"data.latents = {self.latents!r} is no folder of this machine, which alone ArrayRecord can read")
+      raise ValueError(
+        f"data.latents = {self.latents!r} is no folder of this machine. ArrayRecord reads local files only: copy it."
+      )
     for score in self.scores:
       if score not in SCORES:
         raise ValueError(f"data.scores has {score!r}, which is none of {', '.join(SCORES)}")
@@ -106,12 +108,12 @@ class DataConfig:
     if not _is_number(bad) or bad < 0 or (isinstance(bad, float) and bad > 1):
       raise ValueError(f"data.max_bad_rows = {bad!r} is neither a number of rows nor a share (a float) from 0.0 to 1.0")
 
-  def window(self, epoch):
-    """Number of the clips' place in time in an epoch."""
+  def window(self, epoch: int) -> int:
+    """Number of the place in time that clips have in an epoch."""
     return epoch % self.windows_per_row if self.windows_per_row else epoch
 
-  def table_weights(self):
-    """-> [(path, weight)]."""
+  def table_weights(self) -> list[tuple[str, float]]:
+    """[(path, weight)] of the tables."""
     if not self.tables:
       raise ValueError("data.tables needs at least one table: a tuple of paths or of (path, weight) pairs")
     pairs = []
@@ -122,15 +124,15 @@ class DataConfig:
       pairs.append((path, weight))
     return pairs
 
-  def parsed_buckets(self):
-    """Buckets in the order of search, batch sizes global."""
+  def parsed_buckets(self) -> tuple[Bucket, ...]:
+    """Buckets in the order of search. Their batch sizes are global."""
     parsed = buckets.parse_buckets(self.buckets)
     scale = self.reference_devices
     return tuple(dataclasses.replace(b, batch_size=b.batch_size and b.batch_size * scale) for b in parsed)
 
 
-def plain(value):
-  """Containers of ml_collections -> tuples and dicts."""
+def plain(value: Any) -> Any:
+  """Turns the containers of ml_collections into tuples and dicts."""
   if isinstance(value, (list, tuple)):
     return tuple(plain(v) for v in value)
   if isinstance(value, Mapping) or hasattr(value, "to_dict"):

@@ -1,9 +1,13 @@
 """The plan: which rows form which global step, a function of (seed, table, config) alone.
 
-Every process derives the same plan and reads its own rows of it. An epoch: each row goes to a bucket (`buckets.assign`), the
-rows of a bucket are shuffled and laid out in batches of the bucket's global size, the batches of all buckets are shuffled.
-A *micro step* is one batch of one bucket; steps are counted on over the epochs. A *slot* is a place in an epoch's plan.
-Everything random comes from (seed, epoch), so that the position in the data is one number: the next micro step.
+Every process computes the same plan and reads its own rows of it. The plan of an epoch has three steps:
+
+1. Each row goes to a bucket (`buckets.assign`).
+2. The rows of a bucket are shuffled and laid out in batches of the bucket's global size.
+3. The batches of all buckets are shuffled.
+
+A *micro step* is one batch of one bucket. Its global number counts over all epochs. A *slot* is a place in an epoch's plan.
+All random numbers follow from (seed, epoch), so one number describes the position in the data: the next micro step.
 """
 
 import contextlib
@@ -12,32 +16,35 @@ import hashlib
 import json
 import os
 import threading
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from data import aspect_ratios, buckets, sources
+from data.buckets import Bucket
+from data.config import DataConfig
 
-_VERSION = 1  # of the plan files and of the algorithm: part of the fingerprint
+_VERSION = 2  # of the plan files and of the algorithm: part of the digest
 _RATIOS = 64  # a slot's value is slot row * _RATIOS + index of the aspect ratio
 assert max(map(len, aspect_ratios.SIZES.values())) <= _RATIOS
 
 
-def describe(config, table):
-  """Everything the plan depends on, as a JSON-able dict: what a checkpoint stores (with `digest`)."""
+def describe(config: DataConfig, table: sources.Table) -> dict:
+  """Everything that the plan depends on, as a JSON-able dict. A checkpoint stores it."""
   tables = [{"fingerprint": p.fingerprint, "weight": p.weight} for p in table.parts]
   parsed = [[b.resolution, b.num_frames, b.keep_prob, b.duration_prob, b.batch_size] for b in config.parsed_buckets()]
   plain = {k: getattr(config, k) for k in ("seed", "frame_interval", "drop_last", "captions", "max_caption_length")}
-  fixed = {"rows_per_bucket": config.rows_per_bucket} if config.rows_per_bucket else {}
-  return {"version": _VERSION, "tables": tables, "buckets": parsed, **plain, **fixed}
+  given = {k: getattr(config, k) for k in ("rows_per_bucket", "num_classes") if getattr(config, k) is not None}
+  return {"version": _VERSION, "tables": tables, "buckets": parsed, **plain, **given}
 
 
-def digest(description):
+def digest(description: dict) -> str:
   """sha256 of a description."""
   return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
 
 
-def place(count, skip):
-  """Global micro step that comes next when `count` have been taken and those in `skip` are passed over."""
+def place(count: int, skip: Iterable[int]) -> int:
+  """The next global micro step after `count` steps were taken, when those in `skip` are skipped."""
   for position in sorted(skip):
     if position > count:
       break
@@ -45,11 +52,11 @@ def place(count, skip):
   return count
 
 
-def changed_keys(old, new):
-  """What differs between two descriptions, one text per key: ["seed: 42 -> 43", ...]; empty if nothing does."""
+def changed_keys(old: dict, new: dict) -> list[str]:
+  """The differences between two descriptions, one text per key: ["seed: 42 -> 43", ...]."""
   changes = []
   for key in sorted({*old, *new}):
-    # Through JSON, since a checkpoint's description has been there: tuples are lists.
+    # A checkpoint stores JSON, which has lists for tuples.
     a, b = (json.loads(json.dumps(d.get(key))) for d in (old, new))
     if a == b:
       continue
@@ -60,7 +67,8 @@ def changed_keys(old, new):
       named = [{f"{r[0]} x {r[1]}": r for r in rows} for rows in (a, b)]
       changes.append("buckets: " + ", ".join(n for n in {**named[0], **named[1]} if named[0].get(n) != named[1].get(n)))
     else:
-      changes.append(f"{key}: {json.dumps(a)} -> {json.dumps(b)}")
+      why = " (another release, which draws the rows of buckets otherwise)" if key == "version" else ""
+      changes.append(f"{key}: {json.dumps(a)} -> {json.dumps(b)}{why}")
   return changes
 
 
@@ -68,19 +76,21 @@ def changed_keys(old, new):
 class BucketReport:
   """Where the rows of an epoch went. `str(report)` is a table.
 
-  buckets: per bucket name, rows, batch_size, steps, refused (rows that fitted but were passed on by its keep
-  probability), incomplete (rows dropped since they fill no batch, or, negative, rows repeated to fill one; in the table
-  "-3" and "+1").
-  dropped: {reason: rows} over the table.
+  rows: number of rows of all tables.
+  buckets: a dict for each bucket: name, rows, batch_size, steps, refused (rows that fitted, but its keep probability sent
+    them on), incomplete (rows dropped because they fill no batch; negative: rows repeated to fill one. The table shows "-3"
+    and "+1").
+  dropped: {reason: rows}.
+  examples: {reason: the first such row, as text}.
   """
 
   rows: int
-  buckets: tuple
-  dropped: dict
-  examples: dict = dataclasses.field(default_factory=dict)
+  buckets: tuple[dict, ...]
+  dropped: dict[str, int]
+  examples: dict[str, str]
 
   @property
-  def steps(self):
+  def steps(self) -> int:
     return sum(b["steps"] for b in self.buckets)
 
   def __str__(self):
@@ -96,13 +106,13 @@ class BucketReport:
     lines += [f"  {reason}: first {example}" for reason, example in self.examples.items()]
     return "\n".join(lines)
 
-  def losses(self):
+  def losses(self) -> str:
     """The dropped rows in one line."""
     return "dropped: " + ", ".join(f"{n:,} {reason}" for reason, n in self.dropped.items()) if self.dropped else ""
 
 
-def build_epoch(table, config, epoch):
-  """The plan of one epoch -> (int64 array as `Plan` reads it, `BucketReport`). ValueError if it has no step."""
+def build_epoch(table: sources.Table, config: DataConfig, epoch: int) -> tuple[np.ndarray, BucketReport]:
+  """The plan of one epoch: (int64 array as `Plan` reads it, report). Raises ValueError if it has no step."""
   parsed = config.parsed_buckets()
   frames, height, width, problem = (table.column(k) for k in ("num_frames", "height", "width", "problem"))
   left_out = table.left_out(config.seed, epoch)
@@ -120,12 +130,12 @@ def build_epoch(table, config, epoch):
     rows, ratio = members[i]
     count, line_rows = 0, len(rows)
     if len(rows):
-      # A fixed set does not depend on the buckets beside it.
+      # The seed of a fixed set leaves the bucket's number out: the other buckets must not change the set.
       order = np.random.default_rng([config.seed, epoch, 0 if config.rows_per_bucket else i, 1]).permutation(len(rows))
       order = order[: config.rows_per_bucket]
       rows, ratio, line_rows = rows[order], ratio[order], len(order)
       count = len(rows) // b.batch_size if config.drop_last else -(-len(rows) // b.batch_size)
-      slots.append(np.resize(rows * _RATIOS + ratio, count * b.batch_size))  # drops what is over, or repeats from the start
+      slots.append(np.resize(rows * _RATIOS + ratio, count * b.batch_size))  # drops the last rows, or repeats the first
       steps.append(np.full(count, i))
       begins.append(begin + np.arange(count) * b.batch_size)
       begin += len(slots[-1])
@@ -143,20 +153,21 @@ def build_epoch(table, config, epoch):
 
 
 def _members(sizes, config, epoch):
-  """Which rows each bucket has, of rows of these (num_frames, height, width).
+  """The rows of every bucket. `sizes`: (num_frames, height, width) of all rows.
 
   Returns:
-    [(rows, index of each one's ratio)] by bucket; reason [N] why a row is in none, or 0; rows refused by bucket.
+    For each bucket (rows, index of the aspect ratio of each); the reason [N] why a row has no bucket, or 0; the number of
+    refused rows of each bucket.
   """
-  parsed, draws = config.parsed_buckets(), (config.seed, epoch, 0)
+  parsed, seed = config.parsed_buckets(), (config.seed, epoch, 0)
   if not config.rows_per_bucket:
-    bucket, ratio, reason, refused = buckets.assign(*sizes, draws, parsed, frame_interval=config.frame_interval)
+    bucket, ratio, reason, refused = buckets.assign(*sizes, seed, parsed, config.frame_interval)
     rows = [np.flatnonzero(bucket == i) for i in range(len(parsed))]
     return [(r, ratio[r]) for r in rows], reason, refused
   members, reasons = [], []
   for b in parsed:
     alone = dataclasses.replace(b, keep_prob=1.0, duration_prob=None)
-    bucket, ratio, reason, _ = buckets.assign(*sizes, draws, (alone,), frame_interval=config.frame_interval)
+    bucket, ratio, reason, _ = buckets.assign(*sizes, seed, (alone,), config.frame_interval)
     rows = np.flatnonzero(bucket == 0)
     members.append((rows, ratio[rows]))
     reasons.append(reason)
@@ -173,6 +184,7 @@ def _laid_out(steps, begins, slots, sizes):
 
 
 def _nothing_fits(report, parsed, epoch, height, width, frames):
+  """The error of an epoch without a step."""
   text = f"epoch {epoch} has no step: {report.rows:,} rows, {report.losses() or 'none fits a bucket'}"
   smallest = min(parsed, key=lambda b: aspect_ratios.NUM_PIXELS[b.resolution])
   least = int(np.ceil(buckets.PIXEL_TOLERANCE * aspect_ratios.NUM_PIXELS[smallest.resolution]))
@@ -188,7 +200,7 @@ def _nothing_fits(report, parsed, epoch, height, width, frames):
 
 
 class Plan:
-  """One epoch's plan, memory-mapped."""
+  """The plan of one epoch, memory-mapped. Steps and slots count from 0 in the epoch."""
 
   def __init__(self, path, parsed):
     data = np.load(path, mmap_mode="r")
@@ -198,47 +210,48 @@ class Plan:
     self._slots = data[3 + 2 * self.num_steps :]
     self._buckets = parsed
 
-  def bucket(self, step):
+  def bucket(self, step: int) -> Bucket:
     return self._buckets[self._bucket[step]]
 
-  def ends(self, rows_per_step):
-    """Where every step ends when a step of bucket i has `rows_per_step[i]` rows: int64 `[steps]`."""
+  def ends(self, rows_per_step: Sequence[int]) -> np.ndarray:
+    """Number of rows up to the end of every step, int64 [steps], if a step of bucket i has `rows_per_step[i]` rows."""
     return np.cumsum(np.asarray(rows_per_step, np.int64)[self._bucket])
 
-  def bucket_index(self, step):
+  def bucket_index(self, step: int) -> int:
     return int(self._bucket[step])
 
   def buckets(self, step, count):
-    """Buckets of `count` steps from `step` on, each once, in the order of need; past the end of the epoch it begins again,
-    as the nearest guess at the next one."""
+    """The buckets of the next `count` steps from `step` on, each once, in the order of need.
+
+    After the end of the epoch its first steps stand for those of the next epoch, which may not be planned yet.
+    """
     ahead = np.concatenate([self._bucket[step : step + count], self._bucket[: max(0, step + count - self.num_steps)]])
     return [self._buckets[ahead[i]] for i in np.sort(np.unique(ahead, return_index=True)[1])]
 
-  def slots(self, step):
+  def slots(self, step: int) -> tuple[int, int]:
     """(first slot, end) of a step."""
     return int(self._begin[step]), int(self._begin[step + 1])
 
-  def slot(self, slot):
-    """-> (slot row of the table, aspect-ratio key, bucket, step)."""
+  def slot(self, slot: int) -> tuple[int, str, Bucket, int]:
+    """(slot row of the table, aspect-ratio key, bucket, step) of a slot."""
     step = int(np.searchsorted(self._begin, slot, "right")) - 1
     value, bucket = int(self._slots[slot]), self.bucket(step)
     return value // _RATIOS, list(aspect_ratios.SIZES[bucket.resolution])[value % _RATIOS], bucket, step
 
-  def all_slots(self):
-    """-> (bucket index, slot row, index of the aspect ratio) of all slots, int64 [slots] each."""
+  def all_slots(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(bucket index, slot row, index of the aspect ratio) of all slots, int64 [slots] each."""
     return np.repeat(self._bucket, np.diff(self._begin)), self._slots // _RATIOS, self._slots % _RATIOS
 
-  def rows(self, step):
+  def rows(self, step: int) -> np.ndarray:
     """Slot rows of a step, int64 [batch size]."""
     begin, end = self.slots(step)
     return np.asarray(self._slots[begin:end]) // _RATIOS
 
 
 class PlanSequence:
-  """The plans of all epochs: files in `folder`, made when needed, by whoever needs them first. Picklable.
+  """The plans of all epochs, as files in `folder`. The first process that needs a plan writes it. Picklable.
 
-  Steps are counted over epochs: `locate` gives the epoch and the step in it of a global micro step. With a `cache`
-  (`latents.Cache`) an epoch may follow the plan of another one, `source(epoch)`.
+  With a `cache` (`latents.Cache`) an epoch may follow the plan of another epoch, `source(epoch)`.
   """
 
   def __init__(self, table, config, folder, cache=None):
@@ -246,9 +259,9 @@ class PlanSequence:
     self.description = describe(config, table)
     self.digest = digest(self.description)
     self.folder = os.path.join(folder, f"plan-{self.digest[:16]}")
-    self._forget()
+    self._reset()
 
-  def _forget(self):
+  def _reset(self):
     self.lock = threading.RLock()
     self._plans, self._starts, self._threads, self._sources = {}, [0], {}, {}
     self._parsed = self.config.parsed_buckets()
@@ -258,13 +271,13 @@ class PlanSequence:
 
   def __setstate__(self, state):
     self.__dict__.update(state)
-    self._forget()
+    self._reset()
 
   def _path(self, epoch, suffix):
     return os.path.join(self.folder, f"epoch-{epoch:04d}{suffix}")
 
-  def source(self, epoch):
-    """The epoch whose plan this one follows: its own but where `cache` says otherwise."""
+  def source(self, epoch: int) -> int:
+    """The epoch whose plan this epoch follows: itself, unless the cache lacks its clips."""
     if self.cache is None:
       return epoch
     with self.lock:
@@ -272,8 +285,8 @@ class PlanSequence:
         self._sources[epoch] = self.cache.source(epoch, self._plan)
       return self._sources[epoch]
 
-  def plan(self, epoch):
-    """The epoch's `Plan`; built now if nobody did."""
+  def plan(self, epoch: int) -> Plan:
+    """The plan that an epoch follows. Builds it if no process has."""
     return self._plan(self.source(epoch))
 
   def _plan(self, epoch):
@@ -282,19 +295,19 @@ class PlanSequence:
         thread = self._threads.pop(epoch, None)
         if thread:
           thread.join()
-        while epoch not in self._plans:  # another process that shares the folder may remove what it needs no more
+        while epoch not in self._plans:  # another process may have deleted the file, see below
           try:
             self._plans[epoch] = Plan(self._path(epoch, ".npy"), self._parsed)
           except FileNotFoundError:
             self._build(epoch)
         for old in [e for e in self._plans if e < epoch - 1]:
           del self._plans[old]
-          with contextlib.suppress(OSError):  # whoever needs it once more builds it again
+          with contextlib.suppress(OSError):  # a process that still needs the file builds it again
             os.unlink(self._path(old, ".npy"))
       return self._plans[epoch]
 
-  def report(self, epoch=0):
-    """The epoch's `BucketReport`."""
+  def report(self, epoch: int = 0) -> BucketReport:
+    """Where the rows of the epoch went."""
     epoch = self.source(epoch)
     path = self._path(epoch, ".json")
     if not os.path.exists(path):
@@ -303,14 +316,14 @@ class PlanSequence:
       values = json.load(f)
     return BucketReport(values["rows"], tuple(values["buckets"]), values["dropped"], values["examples"])
 
-  def prepare(self, epoch):
-    """Starts building an epoch's plan in the background. Mistakes show up when the plan is asked for."""
+  def prepare(self, epoch: int) -> None:
+    """Starts to build an epoch's plan in the background. `plan` raises its errors."""
     with self.lock:
       if epoch not in self._plans and epoch not in self._threads and not os.path.exists(self._path(epoch, ".npy")):
         self._threads[epoch] = threading.Thread(target=self._build_quietly, args=(epoch,), daemon=True)
         self._threads[epoch].start()
 
-  def first_step(self, epoch):
+  def first_step(self, epoch: int) -> int:
     """Global number of the epoch's first step."""
     with self.lock:
       while len(self._starts) <= epoch:
@@ -318,28 +331,28 @@ class PlanSequence:
         self._starts.append(self._starts[-1] + self.report(done).steps)
       return self._starts[epoch]
 
-  def locate(self, step):
-    """-> (epoch, step in it) of a global micro step."""
+  def locate(self, step: int) -> tuple[int, int]:
+    """(epoch, step in it) of a global micro step."""
     epoch = max(0, int(np.searchsorted(self._starts, step, "right")) - 1)
     while self.first_step(epoch + 1) <= step:
       epoch += 1
     return epoch, step - self.first_step(epoch)
 
   def _build_quietly(self, epoch):
-    with contextlib.suppress(Exception):  # `plan` builds again, in the thread that can report it
+    with contextlib.suppress(Exception):  # `plan` builds again, in a thread that can report the error
       self._build(epoch)
 
   def _build(self, epoch):
     data, report = build_epoch(self.table, self.config, epoch)
     os.makedirs(self.folder, exist_ok=True)
     text = json.dumps(dataclasses.asdict(report))
-    # The report first: a plan that is there has one.
+    # The report first, so that every plan has one.
     _write(self._path(epoch, ".json"), lambda f: f.write(text.encode()))
     _write(self._path(epoch, ".npy"), lambda f: np.save(f, data, allow_pickle=False))
 
 
 def _write(path, write):
-  """Writes a file under a temporary name of its own, then renames it: readers find it whole or not at all."""
+  """Writes a temporary file, then renames it: readers find the whole file or none."""
   temporary = f"{path}.{os.getpid()}.{threading.get_ident()}.tmp"
   try:
     with open(temporary, "wb") as f:

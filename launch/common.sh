@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Sourced by the launch scripts: errors, help, quoting, dry runs, the code as an archive. The scripts that a laptop runs keep
-# to what bash 3.2 of macOS knows.
+# The launch scripts source this file: errors, help, quoting, dry runs, the code as an archive. Scripts for a laptop use only
+# what bash 3.2 of macOS has.
 dry_run=''
 
 fail() {
@@ -13,14 +13,14 @@ show_help() {
   awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "$1"
 }
 
-# Of an option and what follows it. Only the value of --create-flag is a flag itself.
+# Fails if the option $1 has no value $2. Only the value of --create-flag may be a flag itself.
 needs_value() {
   [ $# -gt 1 ] && [ -n "$2" ] || fail "$1 needs a value; see --help"
   [ "$1" = --create-flag ] || [ "${2#--}" = "$2" ] || fail "$1 needs a value, not $2; see --help"
 }
 
-# Reads the options of a script, which says by `option NAME WORDS...` what each one sets; takes=2 when the next word is its value.
-# What stands after --, or begins with --config, is for the training: `train`.
+# Reads the options of a script. The script defines `option NAME WORDS...`, which stores one option and sets takes=2 if the
+# option has a value. The words after --, or from the first --config on, are arguments of the training: `train`.
 # shellcheck disable=SC2034  # the scripts read it
 parse_options() {
   train=()
@@ -39,14 +39,14 @@ parse_options() {
   done
 }
 
-# --env NAME=VALUE, into `environment`.
+# Adds --env NAME=VALUE to `environment`.
 add_environment() {
   needs_value "$@"
   [[ $2 =~ ^[A-Za-z_][A-Za-z0-9_]*= ]] || fail "--env $2 is not NAME=VALUE"
   environment+=("$2") takes=2
 }
 
-# Its arguments as one line of shell that means just them; words are quoted only where they have to be.
+# Prints its arguments as one line of shell. Quotes only the words that need it.
 quote() {
   local word line=''
   for word; do
@@ -59,12 +59,12 @@ quote() {
   printf '%s\n' "$line"
 }
 
-# Runs a command or, in a dry run, prints it. Nothing here reads from the terminal: ssh would swallow what is typed ahead.
+# Runs a command or, in a dry run, prints it. The command gets no input: ssh would consume what the user types.
 run() {
   if [ -n "$dry_run" ]; then quote "$@"; else "$@" < /dev/null; fi
 }
 
-# Writes the project to a gzipped tar: what git tracks and what it would track, as it is on the disk now.
+# Writes the project to a gzipped tar: the files that git tracks or would track, with their present content.
 pack_code() {
   git ls-files -z --cached --others --exclude-standard |
     while IFS= read -r -d '' file; do [ ! -e "$file" ] || printf '%s\0' "$file"; done |

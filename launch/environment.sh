@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Sourced by the scripts beside it: `make_environment requirements.txt [PACKAGE ...]` makes or reuses .venv with the tested
-# versions; a PACKAGE is for instance 'jax[tpu]'.
+# The scripts in this folder source this file. `make_environment requirements.txt [PACKAGE ...]` makes or reuses .venv with the
+# tested versions. A PACKAGE is for instance 'jax[tpu]'.
 # STDIT_JAX_VENV chooses another folder, PYTHON another interpreter (3.11 to 3.13).
 
 make_environment() {
@@ -15,7 +15,7 @@ make_environment() {
   if [ ! -e "$stamp" ]; then
     echo "setting up $folder from $requirements${*:+ and $*} ..."
     [ -x "$folder/bin/python" ] || "$python" -m venv "$folder"
-    # torch has builds of several GB; the CPU build is enough for the tests. A local one (--find-links) is taken if there.
+    # The tests need the CPU build of torch only; its GPU builds have several GB. --find-links finds a local build.
     "$folder/bin/python" -m pip install -q --disable-pip-version-check -r "$requirements" "$@" -c constraints.txt
     touch "$stamp"
   fi

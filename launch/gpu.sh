@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# Trains on NVIDIA GPUs: one host, or several that run the same command.
+# Trains on NVIDIA GPUs, on one host or on several hosts that run the same command.
 #
 #   bash launch/gpu.sh --config configs/film.py [--config.KEY=VALUE ...]
 #   bash launch/gpu.sh --coordinator 10.0.0.1:1234 --num-processes 2 --process-id 0 --config configs/film.py ...    first host
 #   bash launch/gpu.sh --coordinator 10.0.0.1:1234 --num-processes 2 --process-id 1 --config configs/film.py ...    second host
-#   srun bash launch/gpu.sh --cluster --config configs/film.py ...    Slurm, one task per GPU; before it once: gpu.sh --install
+#   srun bash launch/gpu.sh --cluster --config configs/film.py ...    Slurm, one task per GPU; run gpu.sh --install once before
 #
-#   --coordinator HOST:PORT   an address of the first host and a free port there; the same everywhere
+#   --coordinator HOST:PORT   address of the first host and a free port there; the same on all hosts
 #   --num-processes N         number of hosts
 #   --process-id I            0 on the first host, 1 on the second, ...
-#   --cluster                 instead of these three: JAX finds the processes itself (Slurm, Open MPI)
-#   --install                 only makes the Python environment
+#   --cluster                 instead of these three options: JAX itself finds the processes (Slurm, Open MPI)
+#   --install                 makes the Python environment, and does not train
 #   --dry-run                 prints the commands instead of running them
 #
-# One process drives all GPUs of its host. The output folder must be one that all hosts see (a shared disk or gs://).
-# Training starts again by itself after exit code 75 (launch/supervise.sh); Ctrl-C lets it save and ends it.
+# One process drives all GPUs of its host. All hosts must see the output folder (a shared disk or gs://). After exit code 75
+# the training starts again (launch/supervise.sh). After Ctrl-C it saves and ends.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/common.sh

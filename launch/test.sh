@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The second command: a virtual environment with the test requirements, then lint and the whole test suite.
+# Makes a virtual environment with the test requirements, then runs the linter and all tests.
 #   bash launch/test.sh [arguments of pytest]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -7,5 +7,5 @@ source launch/environment.sh
 make_environment requirements-test.txt
 ruff check .
 ruff format --check .
-# Two at a time, whole files each, the longest first (tests/conftest.py): half the suite is one thread that compiles.
+# Two processes run whole files, the longest first (tests/conftest.py). Half of the time one thread compiles.
 JAX_PLATFORMS=${JAX_PLATFORMS:-cpu} python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -1,5 +1,6 @@
 # shellcheck shell=bash
-# Sourced by tpu_vm.sh and tpu_multislice.sh, which set `multislice`: everything they do. What a worker does is in worker.sh.
+# tpu_vm.sh and tpu_multislice.sh set `multislice` and source this file, which has all their commands. worker.sh runs on the
+# workers.
 
 # shellcheck source=launch/common.sh
 source launch/common.sh
@@ -8,35 +9,34 @@ show_options() {
   show_help "$0"
   cat <<'TEXT'
 
-Which machine, for every command:
-  --name NAME                 of the TPU, and of its queued resource (required)
+The machine, for every command:
+  --name NAME                 name of the TPU and of its queued resource (required)
   --zone ZONE                 e.g. europe-west4-b (required)
   --project PROJECT           default: gcloud's own
   --internal-ip | --tunnel-through-iap    how ssh reaches workers without an external address
 
-How it is made, for create and watch:
+Creation of the machine, for create and watch:
   --accelerator-type TYPE     e.g. v5litepod-256, v6e-256, v5p-512, v4-128
-  --topology NAME:SHAPE       instead of it, as stdit_jax.plan writes it: v5e:16x16, v6e:16x16, v5p:4x8x8, v4:4x4x8
-  --runtime-version VERSION   default: what Google names for JAX on this type
+  --topology NAME:SHAPE       instead of the type, as stdit_jax.plan writes it: v5e:16x16, v6e:16x16, v5p:4x8x8, v4:4x4x8
+  --runtime-version VERSION   default: Google's version for JAX on this type
   --spot | --reserved         default: on demand
-  --queued                    through a queued resource; several slices always are. Give it to every command
+  --queued                    use a queued resource (several slices always do). Give this flag to every command
   --slices N                  only tpu_multislice.sh
   --network N, --subnetwork N, --internal-ips, --service-account A
-  --create-flag FLAG          any other flag of gcloud's create, e.g. --create-flag=--labels=team=video; may be repeated
+  --create-flag FLAG          another flag of gcloud's create, e.g. --create-flag=--labels=team=video; may be repeated
 
-How it trains, for run and watch:
-  -- ARGUMENTS                of stdit_jax.train; they may also simply begin with --config. Write the output to a
-                              folder that all workers share: their own disks go with the machine.
+The training, for run and watch:
+  -- ARGUMENTS                arguments of stdit_jax.train; -- may be left out before --config. The output must be a
+                              folder that all workers share. Their own disks are deleted with the machine.
   --env NAME=VALUE            environment variable of the training program; may be repeated
 
 Others:
-  --worker N|all              for logs (0)
-  --poll SECONDS              for watch (60)
-  --delete-when-finished      for watch
+  --worker N|all              worker whose log is shown, for logs (0)
+  --poll SECONDS              time between two checks, for watch (60)
+  --delete-when-finished      delete the machine after the training, for watch
   --dry-run                   print the commands instead of running them
 TEXT
 }
-
 
 option() {
   case $1 in
@@ -86,7 +86,7 @@ parse() {
   [ -z "$multislice" ] || ssh=("${queue[@]}")
 }
 
-# Sets `shape`, the flags that say what is made, and the default of `runtime`.
+# Sets `shape`, the flags for the type of the machine, and the default of `runtime`.
 check_shape() {
   local generation chips=1 side
   [ -z "$accelerator" ] || [ -z "$topology" ] || fail "--accelerator-type and --topology exclude each other"
@@ -97,7 +97,7 @@ check_shape() {
     [[ $topology =~ ^(v4|v5e|v5p|v6e):[0-9]+(x[0-9]+)+$ ]] ||
       fail "--topology $topology is not like v5e:16x16, v6e:16x16, v5p:4x8x8 or v4:4x4x8"
     generation=${topology%%:*}
-    # A number of chips has one shape on v5e and v6e, several on v4 and v5p.
+    # On v5e and v6e the number of chips gives the shape. On v4 and v5p it does not.
     case $generation in
       v4 | v5p) shape=("--type=$generation" "--topology=${topology#*:}") ;;
       *)
@@ -115,7 +115,7 @@ check_shape() {
       v5e | v5litepod) runtime=v2-alpha-tpuv5-lite ;;
       v5p) runtime=v2-alpha-tpuv5 ;;
       v6e) runtime=v2-alpha-tpuv6e ;;
-      *) fail "give --runtime-version: none is known here for $generation" ;;
+      *) fail "give --runtime-version: this script knows no version for $generation" ;;
     esac
   fi
   if [ -n "$multislice" ]; then
@@ -131,8 +131,8 @@ note() {
   echo "$(date -u +%FT%TZ) $*"
 }
 
-# Sets `state` to Google's word for the state of the machine, ABSENT if there is none; fails if that can't be known. In a dry
-# run there is none.
+# Sets `state` to Google's word for the state of the machine, or to ABSENT if the machine does not exist. Fails if Google does
+# not answer. In a dry run the machine does not exist.
 look() {
   local errors query
   if [ -n "$queued" ]; then
@@ -148,7 +148,7 @@ look() {
   errors=$(mktemp)
   if state=$(run "${query[@]}" 2> "$errors"); then
     rm "$errors"
-  elif grep -qi 'not.found' "$errors"; then # a missing permission or network must not look like a machine that is gone
+  elif grep -qi 'not.found' "$errors"; then # a missing permission or network must not look like a missing machine
     rm "$errors"
     state=ABSENT
   else
@@ -159,7 +159,7 @@ look() {
   if [ -n "$queued" ] && [ "$state" = ACTIVE ]; then look_at_nodes; fi
 }
 
-# A queued resource can still be called ACTIVE while a node of it is already gone.
+# A queued resource can still be ACTIVE after one of its nodes was preempted.
 look_at_nodes() {
   local suffix='' node
   [ -z "$multislice" ] || suffix='-[0-9]+'
@@ -194,7 +194,7 @@ delete_machine() {
   fi
 }
 
-# on_workers NODE WORKER COMMAND...: over ssh; a node is a slice, 0 if there is one.
+# on_workers NODE WORKER COMMAND... runs a command over ssh. A node is a slice; a single slice is node 0.
 on_workers() {
   local command=("${ssh[@]}" ssh "$name" "${place[@]}")
   [ -z "$multislice" ] || command+=("--node=$1")
@@ -202,7 +202,7 @@ on_workers() {
   run "${command[@]}" "--worker=$2" "--command=${*:3}"
 }
 
-code=stdit_jax/code # in the home folder of a worker, where ssh begins
+code=stdit_jax/code # in the home folder of a worker, where ssh starts
 archive=''
 pack() {
   if [ -n "$dry_run" ]; then
@@ -215,7 +215,7 @@ pack() {
   fi
 }
 
-# The folder stays: that a training runs in would be gone for its next start.
+# Replaces the content of the folder and keeps the folder: it is the working folder of a running training.
 copy() {
   local command=("${ssh[@]}" scp "$archive" "$name:" "${place[@]}")
   [ -z "$multislice" ] || command+=(--node=all)
@@ -246,7 +246,8 @@ follow() {
   on_workers "$([ "$worker" = all ] && echo all || echo 0)" "$worker" "bash $code/launch/worker.sh logs"
 }
 
-# Brings a machine that is there to the training. A copy over a running training is harmless: it has read its code.
+# Copies, installs and starts the training on an existing machine. A copy does not disturb a running training, which has read
+# its code already.
 prepare() {
   note "preparing the workers"
   if copy && install && start; then
@@ -258,7 +259,7 @@ prepare() {
   fi
 }
 
-# One look at the workers of a machine that is there. Ends the script when the training is over.
+# Checks the workers of an existing machine once. Ends the script when the training has ended.
 tend() {
   local lines first=$untended
   if ! lines=$(worker_states); then
@@ -268,7 +269,7 @@ tend() {
   lines=$(sed -n 's/.*stdit_jax-worker: //p' <<< "$lines")
   untended=''
   if [ -n "$first" ] && grep -Eq ' (failed [0-9]+|stopped|finished)$' <<< "$lines" && ! grep -q ' running$' <<< "$lines"; then
-    prepare # what an earlier run left behind is no reason to end before this one has begun
+    prepare # the states are those of an earlier run
   elif grep -q ' failed ' <<< "$lines"; then
     grep ' failed ' <<< "$lines" >&2
     note "training failed; ending it on all workers. To see why: $(quote bash "$0" logs "--name=$name" "--zone=$zone")"
@@ -292,7 +293,7 @@ tend() {
 watch() {
   local last='' was_active='' refused=0
   trouble=0 untended=yes
-  pack # once: a training that is resumed next week runs the code it began with, whatever is edited here meanwhile
+  pack # once: a training that resumes next week runs the code of its start, even if this folder has changed
   while :; do
     if look; then
       [ "$state" = "$last" ] || note "$name is $state"
@@ -312,7 +313,7 @@ watch() {
           delete_machine || true
           ;;
       esac
-      # Once it has been there, a refusal is a lack of machines; before, it is likelier a mistake in the request.
+      # A refusal after the machine existed means that Google has no machines. Before, the request is likely to be wrong.
       [ -n "$was_active" ] || [ "$refused" -lt 2 ] || fail "$name could not be created, twice; see the messages of gcloud"
     fi
     sleep "$poll"
@@ -323,14 +324,14 @@ dry_watch() {
   pack
   look
   create_machine
-  echo "# ... looks again every $poll s until it is there; then, whenever a worker has nothing on it:"
+  echo "# ... checks every $poll s until the machine exists; then, for each worker without the code:"
   copy
   install
   start
-  echo "# ... every $poll s: is the machine there, is the training running?"
+  echo "# ... every $poll s: does the machine exist, does the training run?"
   look
   worker_states
-  echo "# ... when it is PREEMPTED, TERMINATED, SUSPENDED or FAILED: delete it and do all of this again"
+  echo "# ... if the machine is PREEMPTED, TERMINATED, SUSPENDED or FAILED: delete it and repeat all steps"
   delete_machine
 }
 
@@ -357,8 +358,8 @@ main() {
       look
       case $state in
         ABSENT) create_machine ;;
-        PREEMPTED | TERMINATED | SUSPENDED | FAILED) fail "$name is there but $state; delete it first, or use watch" ;;
-        *) echo "$name is there already: $state" ;;
+        PREEMPTED | TERMINATED | SUSPENDED | FAILED) fail "$name exists but is $state; delete it first, or use watch" ;;
+        *) echo "$name exists already: $state" ;;
       esac
       ;;
     run)
@@ -376,7 +377,7 @@ main() {
       ;;
     delete)
       look
-      if [ -n "$dry_run" ] || [ "$state" != ABSENT ]; then delete_machine; else echo "there is no $name"; fi
+      if [ -n "$dry_run" ] || [ "$state" != ABSENT ]; then delete_machine; else echo "$name does not exist"; fi
       ;;
     watch)
       check_shape

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# One worker of a TPU pod. tpu_vm.sh and tpu_multislice.sh call it over ssh on all workers alike; by hand, on a worker:
+# Runs on a worker of a TPU pod. tpu_vm.sh and tpu_multislice.sh call it over ssh on all workers. By hand, on a worker:
+# bash stdit_jax/code/launch/worker.sh COMMAND
 #
-#   bash stdit_jax/code/launch/worker.sh install 'jax[tpu]'    Python environment with the tested versions and this package
-#   bash stdit_jax/code/launch/worker.sh start --config ...    starts training in the background, under supervise.sh
-#   bash stdit_jax/code/launch/worker.sh status                absent, running, finished, failed CODE, interrupted or stopped
-#   bash stdit_jax/code/launch/worker.sh stop                  lets it save and end; after STDIT_JAX_STOP_WAIT (300 s) kills it
-#   bash stdit_jax/code/launch/worker.sh logs                  follows the log
+#   install 'jax[tpu]'    makes a Python environment with the tested versions
+#   start --config ...    starts the training in the background, by supervise.sh
+#   status                prints absent, running, finished, failed CODE, interrupted or stopped
+#   stop                  lets the training save and end, or kills it after STDIT_JAX_STOP_WAIT (300 s)
+#   logs                  follows the log
 #
-# Everything is in ~/stdit_jax (STDIT_JAX_HOME): code/, venv/, train.log.
+# All files are in ~/stdit_jax (STDIT_JAX_HOME): code/, venv/, train.log.
 set -euo pipefail
 
 home=${STDIT_JAX_HOME:-$HOME/stdit_jax}
@@ -19,7 +20,7 @@ running() {
   ! flock -n -s "$home/lock" true
 }
 
-# The images of TPU VMs come with Python 3.10 and without ensurepip; uv brings an interpreter of its own there.
+# The images of TPU VMs have Python 3.10 without ensurepip. On them, uv installs another interpreter.
 find_python() {
   if python3 -c 'import sys, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2> /dev/null; then
     echo python3
@@ -41,7 +42,7 @@ install() {
 }
 
 start() {
-  [ -x "$home/venv/bin/python" ] || fail "$(hostname): nothing is installed; run install first"
+  [ -x "$home/venv/bin/python" ] || fail "$(hostname): the Python environment is missing; run install first"
   if running; then
     [ "$(cat "$home/command")" = "$(quote "$@")" ] || fail "$(hostname): training already, with other arguments; stop it first"
     echo "$(hostname): training already"
@@ -49,15 +50,15 @@ start() {
   fi
   rm -f "$home/pids"
   quote "$@" > "$home/command"
-  echo interrupted > "$home/state" # what is true if the machine goes down before anything else is written
+  echo interrupted > "$home/state" # the right state if the machine stops before the next write
   setsid nohup bash "$code_folder/launch/worker.sh" background "$@" >> "$home/train.log" 2>&1 < /dev/null &
   local pid=$!
-  while kill -0 "$pid" 2> /dev/null && [ ! -s "$home/pids" ]; do sleep 0.1; done # a status or stop right after this is right
+  while kill -0 "$pid" 2> /dev/null && [ ! -s "$home/pids" ]; do sleep 0.1; done # status and stop now see the training
   echo "$(hostname): started, log in $home/train.log"
 }
 
-# In a session of its own, so that it outlives the ssh that started it. The training process inherits the lock: it stays held
-# as long as anything of the run lives, and nothing starts beside it on the same chips.
+# Runs in its own session, so that it survives the end of the ssh connection. All processes of the training inherit the lock. No
+# second training can start on the same chips before the last of these processes has ended.
 background() {
   exec 9> "$home/lock"
   flock -w 10 9 || exit 0 # `running` holds it for a moment
@@ -68,7 +69,7 @@ background() {
   wait $! || code=$?
   case $code in
     0) echo finished > "$home/state" ;;
-    143) ;; # stopped by `stop`, which says so, or by a shutdown, which is an interruption
+    143) ;; # `stop` writes the state itself; after a shutdown of the machine the state stays interrupted
     *) echo "failed $code" > "$home/state" ;;
   esac
 }
@@ -83,7 +84,7 @@ stop() {
       waited=$((waited + 1))
     done
     if running; then
-      echo "$(hostname): still there after $waited s: killed" >&2
+      echo "$(hostname): the training still ran after $waited s: killed" >&2
       kill -KILL -- "-$group" 2> /dev/null || true
       sleep 1
     fi

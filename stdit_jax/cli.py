@@ -1,23 +1,34 @@
-"""What the entry points share: a user's mistake is one clear line, never a traceback."""
+"""What the entry points share: configuration files, one line per error, processes, compiled programs, memory."""
 
+import argparse
+import ast
 import contextlib
 import ctypes
+import difflib
 import os
 import re
 import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import ml_collections
 
 from data import paths
 from data.command_line import OneLineParser as OneLineParser
+from data.command_line import load_config
+from stdit_jax.fields import is_of_type
 
 
 class InputError(ValueError):
-  """A user's mistake that only shows while the run is under way, where a ValueError may also be ours."""
+  """A user's error that shows only during the run, where a ValueError may also be a defect of this project."""
 
 
 @contextlib.contextmanager
 def one_line_errors(kinds=(ValueError, OSError)):
-  """Turns errors about what the user gave into one line on stderr and exit code 2, also that a device has too little memory for
-  it; STDIT_JAX_TRACEBACK=1 shows where."""
+  """Prints a user's error as one line on stderr and exits with code 2. STDIT_JAX_TRACEBACK=1 shows the traceback instead.
+
+  Too little memory on a device counts as a user's error as well.
+  """
   try:
     yield
   except (*kinds, RuntimeError) as error:
@@ -27,109 +38,124 @@ def one_line_errors(kinds=(ValueError, OSError)):
     text = " ".join(str(error).split()) if not isinstance(error, ValueError) else str(error)
     if memory:
       said = str(error).splitlines()[0].rstrip(".")
-      text = f"a device has too little memory: {said}. Take fewer frames or pixels, or more devices"
+      text = f"a device has too little memory: {said}. Use fewer frames or pixels, or more devices"
     print(f"error: {text}", file=sys.stderr)
     raise SystemExit(2) from None
 
 
-def describe_flag_error(error, argv):
-  """One line about what the parser refused, or what went wrong in the configuration's own code. Of an unknown key
-  ml_collections gives only its quoted name, and a near one."""
-  text = " ".join(str(error).replace("\\n", " ").split())
-  path = next((a.partition("=")[2] or b for a, b in zip(argv, [*argv[1:], ""]) if a.split("=")[0] == "--config"), "--config")
-  if "has no attribute 'get_config'" in text:
-    return f"{path} has no get_config()"
-  if not_read := re.search(r"\[Errno \d+\] (.*?): ", text):
-    return f"--config {path} can't be read: {not_read[1]}"
-  if isinstance(error, (SyntaxError, ImportError, NameError, ArithmeticError, LookupError)) and not isinstance(error, KeyError):
-    return f"{path} is no configuration: {type(error).__name__}: {text}"
-  if said := re.search(r"Error whilst parsing config file: Traceback .* ValueError: (.*)$", text):
-    return said[1]  # the file's own refusal of what stands behind its colon
-  if not (unknown := re.match(r"""["'\\]+(\w+)["'\\]+(.*?)["']*$""", text)):
-    return text
-  key, hint = unknown.groups()
-  given = next((a for a in argv if key in a.split("=")[0].split(".")), key)
-  return (
-    f"{given}: there is no key {key!r}.{hint} Keys are in configs/base.py; those of model.fields and other `fields` that "
-    "your file does not set have to be added there"
-  )
+def parse_with_changes(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+  """The arguments of a parser. `changes` holds the arguments that change a configuration, for `read_config`.
 
-
-def parse_config(argv, values):
-  """The configuration of `--config FILE --config.KEY=VALUE ...`.
-
-  Args:
-    argv: program name and arguments, no others than these.
-    values: absl FlagValues with the flag `config` of `config_flags.DEFINE_config_file`.
-
-  Raises:
-    ValueError: a mistyped flag or key, a file that is none, no configuration.
+  A change is --config.KEY=VALUE or --config.KEY VALUE. For True and False also --config.KEY and --noconfig.KEY.
   """
-  sys.modules.pop("config_config", None)  # as which ml_collections loads a file, over what another one has defined there
-  try:
-    rest = values(argv)
-    config = values["config"].value
-    if config is not None:
-      _ = config.is_locked  # a file that is not there raises here only
-  except Exception as error:  # the configuration's own code may raise whatever it likes
-    raise ValueError(describe_flag_error(error, argv)) from None
-  if len(rest) > 1:
-    raise ValueError(f"unexpected argument {rest[1]!r}; give keys as --config.KEY=VALUE")
-  if config is None:
-    raise ValueError("give a configuration: --config configs/quickstart.py")
-  return config
-
-
-def parse_with_changes(parser, argv):
-  """The arguments of a parser, and in `changes` those of a configuration, --config.KEY=VALUE, which `read_config` takes."""
-  argv = sys.argv[1:] if argv is None else argv
-  args = parser.parse_args([a for a in argv if not a.startswith("--config.")])
-  args.changes = [a for a in argv if a.startswith("--config.")]
+  rest, own, changes = list(sys.argv[1:] if argv is None else argv), [], []
+  while rest:
+    argument = rest.pop(0)
+    if not argument.startswith(("--config.", "--noconfig.")):
+      own.append(argument)
+      continue
+    if argument.startswith("--config.") and "=" not in argument and rest and not rest[0].startswith("--"):
+      argument += f"={rest.pop(0)}"
+    changes.append(argument)
+  args = parser.parse_args(own)
+  args.changes = changes
   return args
 
 
-def read_config(path, changes=()):
-  """The configuration of a file with the arguments --config.KEY=VALUE, for entry points that have other arguments as well."""
-  from absl import flags
-  from ml_collections import config_flags
+def read_config(path: str | None, changes: Iterable[str] = ()) -> ml_collections.ConfigDict:
+  """The configuration of a file, with the changes of the command line. No key can be added afterwards.
 
-  argv, values = ["stdit_jax", f"--config={path}", *changes], flags.FlagValues()
-  config_flags.DEFINE_config_file("config", None, flag_values=values, sys_argv=argv)
-  return parse_config(argv, values)
+  Raises:
+    ValueError: an error in the file or in a change. The message is one line.
+  """
+  if not path:
+    raise ValueError("give a configuration: --config configs/quickstart.py")
+  config = load_config(path)
+  if not isinstance(config, ml_collections.ConfigDict):
+    raise ValueError(f"--config {path}: get_config() returns {type(config).__name__}; return an ml_collections.ConfigDict")
+  config.lock()
+  for argument in changes:
+    _change(config, argument)
+  return config
+
+
+def _change(config: ml_collections.ConfigDict, argument: str) -> None:
+  """Sets one key of the configuration."""
+  flag, equals, text = argument.partition("=")
+  keys = flag.partition(".")[2].split(".")
+  group: Any = config
+  for i, key in enumerate(keys):
+    if not isinstance(group, ml_collections.ConfigDict):
+      raise ValueError(f"{argument}: {'.'.join(keys[:i])} is {group!r} and has no keys")
+    if key not in group:
+      near = difflib.get_close_matches(key, group, 1)
+      hint = f"did you mean {'.'.join((*keys[:i], near[0]))!r}?" if near else "configs/base.py has all keys."
+      raise ValueError(
+        f"{argument}: there is no key {'.'.join(keys[: i + 1])!r}; {hint} A key of model.fields or other `fields` can only be "
+        "changed if the file sets it"
+      )
+    parent, group = group, group[key]
+  if not equals:
+    if not isinstance(group, bool):
+      raise ValueError(f"{argument}: the value is missing; write {argument}=VALUE")
+    text = "false" if flag.startswith("--no") else "true"
+  try:
+    parent[keys[-1]] = _value(text, group)
+  except (ValueError, TypeError):
+    like = group.to_dict() if isinstance(group, ml_collections.ConfigDict) else group
+    kind = _KINDS.get(type(group), "allowed")
+    raise ValueError(f"{argument}: {text!r} is not {kind}; write a value like {like!r}") from None
+
+
+_KINDS = {
+  bool: "True or False", int: "a whole number", float: "a number", str: "a text", tuple: "a tuple", list: "a list",
+  ml_collections.ConfigDict: "a dict",
+}  # fmt: skip
+_BOOLEANS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
+
+
+def _value(text: str, default: Any) -> Any:
+  """The value that a text of the command line stands for, of the type of `default`. Raises ValueError if there is none."""
+  kind = type(default)
+  if kind in (str, float):
+    return kind(text)
+  try:
+    value = _BOOLEANS[text.lower()] if kind is bool else ast.literal_eval(text)
+  except (KeyError, ValueError, SyntaxError):
+    if kind in (tuple, list) and set(text) & set(", "):  # not one text, but a tuple with a typing error
+      raise ValueError(text) from None
+    value = text
+  if kind is ml_collections.ConfigDict and isinstance(value, dict):
+    return kind(value)
+  if kind in (tuple, list):
+    return kind(value) if isinstance(value, (tuple, list, set)) else kind((value,))
+  if default is not None and not is_of_type(value, kind):
+    raise ValueError(text)
+  return value
 
 
 def parse_mesh(entries):
-  """{axis: devices} of arguments AXIS=DEVICES; ValueError when they are none."""
+  """{axis: devices} of arguments AXIS=DEVICES. Raises ValueError for any other form."""
   try:
     return {axis: int(size) for axis, size in (entry.split("=") for entry in entries)}
   except ValueError:
     raise ValueError(f"--mesh {' '.join(entries)}: give AXIS=DEVICES, e.g. data=-1 fsdp=4") from None
 
 
-def connect_processes(heartbeat_timeout=100, patience=300):
-  """Joins the processes of a run on several hosts, before the first use of a device; launch/ sets the variables.
+def connect_processes(heartbeat_timeout: int = 100, patience: int = 300) -> None:
+  """Joins the processes of a run on several hosts. Call it before the first use of a device. The scripts in launch/ set the
+  environment variables.
 
-  STDIT_JAX_DISTRIBUTED=1: JAX finds the others itself (Cloud TPU, GKE, Slurm, Open MPI). Elsewhere STDIT_JAX_COORDINATOR
-  (HOST:PORT of process 0), STDIT_JAX_NUM_PROCESSES and STDIT_JAX_PROCESS_ID say who and where they are. A process that the
-  runtime has not heard of for `heartbeat_timeout` seconds makes it abort the others. Those that have not come, or not ended,
-  are waited for `patience` seconds; the exit code without them is the one on which a supervisor starts again.
+  STDIT_JAX_DISTRIBUTED=1: JAX itself finds the other processes (Cloud TPU, GKE, Slurm, Open MPI). Elsewhere
+  STDIT_JAX_COORDINATOR (HOST:PORT of process 0), STDIT_JAX_NUM_PROCESSES and STDIT_JAX_PROCESS_ID describe the processes.
+
+  Args:
+    heartbeat_timeout: seconds of silence after which the runtime counts a process as lost and aborts the others.
+    patience: seconds to wait for processes to start and to end. If they do not start, the exit code is 75, and
+      launch/supervise.sh starts this process again.
   """
-  names = ("STDIT_JAX_COORDINATOR", "STDIT_JAX_NUM_PROCESSES", "STDIT_JAX_PROCESS_ID")
-  coordinator, number, process = given = [os.environ.get(name, "") for name in names]
-  if any(given):
-    if missing := [name for name, value in zip(names, given) if not value]:
-      raise ValueError(f"{' and '.join(missing)} must be set too: {', '.join(names)} belong together")
-    if not re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^\s:]+):[0-9]+", coordinator):
-      raise ValueError(f"STDIT_JAX_COORDINATOR={coordinator} is not like HOST:PORT")
-    if not (number.isdecimal() and process.isdecimal() and int(process) < int(number)):
-      raise ValueError(
-        f"STDIT_JAX_PROCESS_ID={process} of STDIT_JAX_NUM_PROCESSES={number}: processes are numbered 0, 1, ..., number - 1"
-      )
-    place = dict(coordinator_address=coordinator, num_processes=int(number), process_id=int(process))
-    place["cluster_detection_method"] = "deactivate"  # it would hide all but one device from a process under Slurm
-  elif os.environ.get("STDIT_JAX_DISTRIBUTED"):
-    place = {}
-  else:
+  place = _place()
+  if place is None:
     return
   import jax
 
@@ -138,42 +164,65 @@ def connect_processes(heartbeat_timeout=100, patience=300):
       **place, heartbeat_timeout_seconds=heartbeat_timeout, initialization_timeout=patience, shutdown_timeout_seconds=patience
     )
   except ValueError as error:
-    raise ValueError(f"JAX found no cluster here ({error}); without one, set {', '.join(names)}") from None
+    raise ValueError(f"JAX found no cluster here ({error}); without a cluster, set {', '.join(_PLACE)}") from None
   except jax.errors.JaxRuntimeError as error:
-    print(f"the other processes did not come: {str(error).splitlines()[0]}", file=sys.stderr)
+    print(f"the other processes did not start: {str(error).splitlines()[0]}", file=sys.stderr)
     raise SystemExit(os.EX_TEMPFAIL) from None
 
 
-def use_compilation_cache(folder=None):
-  """Keeps compiled programs between runs in `folder`, by default one of the user's: a restart compiles nothing.
-  JAX_COMPILATION_CACHE_DIR comes before it."""
+_PLACE = ("STDIT_JAX_COORDINATOR", "STDIT_JAX_NUM_PROCESSES", "STDIT_JAX_PROCESS_ID")
+
+
+def _place() -> dict[str, Any] | None:
+  """Arguments of `jax.distributed.initialize` from the environment variables; None for a run of one process."""
+  coordinator, number, process = given = [os.environ.get(name, "") for name in _PLACE]
+  if not any(given):
+    return {} if os.environ.get("STDIT_JAX_DISTRIBUTED") else None
+  if missing := [name for name, value in zip(_PLACE, given) if not value]:
+    raise ValueError(f"{' and '.join(missing)} must be set too: {', '.join(_PLACE)} belong together")
+  if not re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^\s:]+):[0-9]+", coordinator):
+    raise ValueError(f"STDIT_JAX_COORDINATOR={coordinator} is not like HOST:PORT")
+  if not (number.isdecimal() and process.isdecimal() and int(process) < int(number)):
+    raise ValueError(
+      f"STDIT_JAX_PROCESS_ID={process} of STDIT_JAX_NUM_PROCESSES={number}: processes are numbered 0, 1, ..., number - 1"
+    )
+  place = {"coordinator_address": coordinator, "num_processes": int(number), "process_id": int(process)}
+  # Under Slurm, JAX's detection would give the process one device only.
+  return place | {"cluster_detection_method": "deactivate"}
+
+
+def use_compilation_cache(folder: str | None = None) -> None:
+  """Keeps compiled programs between runs, so that a restart compiles nothing.
+
+  The folder is JAX_COMPILATION_CACHE_DIR if set, else `folder`, else a cache folder of the user.
+  """
   import jax
 
-  if not jax.config.jax_compilation_cache_dir:
-    jax.config.update("jax_compilation_cache_dir", str(folder or paths.user_cache("xla")))
-  if paths.is_remote(jax.config.jax_compilation_cache_dir):
-    # JAX would give a warning for every program.
-    paths.check_writable(jax.config.jax_compilation_cache_dir, "folder of compiled programs")
-    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # of GPUs: XLA itself knows no buckets
+  option = "jax_compilation_cache_dir"
+  folder = getattr(jax.config, option) or str(folder or paths.user_cache("xla"))
+  jax.config.update(option, folder)
+  if paths.is_remote(folder):
+    paths.check_writable(folder, "folder of compiled programs")  # else JAX would print a warning for every program
+    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # XLA's own caches, for GPUs, need a local folder
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-def keep_freed_memory():
-  """On a CPU, lets the C library keep what is freed. Call it before the first use of a device.
+def keep_freed_memory() -> None:
+  """On a CPU, lets the C library keep freed memory. Call it before the first use of a device.
 
-  XLA's CPU client allocates its work space anew in every execution, and glibc gives blocks of that size back to the kernel at
-  once, so that every step would touch hundreds of thousands of fresh pages. Programs run in the thread that calls them,
-  because glibc maps large blocks for any other thread, whatever it is told (the training step of
-  tests/benchmarks/denoiser.py: 433 000 page faults and 4.8 s, with both measures none and 4.3 s).
+  XLA's CPU client allocates its work space in every execution, and glibc returns blocks of that size to the kernel when they
+  are freed. Every step would then touch hundreds of thousands of new pages. Asynchronous dispatch is off because glibc maps
+  large blocks for any thread but the main thread. Measured with tests/benchmarks/denoiser.py (a training step): 4.8 s and
+  433 000 page faults without these settings, 4.3 s and no page faults with them.
   """
   import jax
 
   jax.config.update("jax_cpu_enable_async_dispatch", False)
   try:
     platform = jax.default_backend()
-  except (RuntimeError, AssertionError):  # JAX_PLATFORMS names one that is not there; whoever needs the devices says so
+  except (RuntimeError, AssertionError):  # JAX_PLATFORMS names a missing platform; the first use of a device reports it
     return
   mmap_max, trim_threshold = -4, -1  # M_MMAP_MAX, M_TRIM_THRESHOLD of malloc.h
   if platform == "cpu" and hasattr(library := ctypes.CDLL(None), "mallopt"):
-    library.mallopt(mmap_max, 0)  # no mappings of their own, which free() would end
-    library.mallopt(trim_threshold, -1)  # never
+    library.mallopt(mmap_max, 0)  # no separate mappings, which free() would return to the kernel
+    library.mallopt(trim_threshold, -1)  # never give the heap back

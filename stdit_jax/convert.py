@@ -1,4 +1,4 @@
-"""PyTorch safetensors in and out, one tensor at a time.
+"""Converts weights between PyTorch's layouts and ours, one tensor at a time.
 
 python -m stdit_jax.convert --input model.safetensors --output open_sora/ --model STDiT3-XL/2 --to native
 python -m stdit_jax.convert --input runs/film --output film.safetensors --to open-sora
@@ -6,6 +6,7 @@ python -m stdit_jax.convert --check --model STDiT3-XL/2
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import pathlib
@@ -15,7 +16,8 @@ import time
 import numpy as np
 
 from data import paths
-from stdit_jax.cli import OneLineParser, one_line_errors
+from data.command_line import OneLineParser, add_flags, flag
+from stdit_jax.cli import one_line_errors
 from stdit_jax.interop import mapping, models, weights
 from stdit_jax.interop.safetensors_io import CheckpointError, open_checkpoint, refuse_pickle, write_checkpoint
 from stdit_jax.models.layers import DTYPES
@@ -25,60 +27,52 @@ UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "": 1}
 
 EPILOG = """layouts:
   open-sora      the PyTorch denoisers of Open-Sora 1.0, 1.1 and 1.2
-  open-sora-vae  the video autoencoder of Open-Sora 1.2, its image autoencoder included
-  diffusers      diffusers' AutoencoderKL; old names of its attention are read
+  open-sora-vae  the video autoencoder of Open-Sora 1.2, with its image autoencoder
+  diffusers      AutoencoderKL of diffusers, also with the old names of its attention
   ldm            the original latent-diffusion code, with or without 'first_stage_model.'
-  cogvideox-vae  diffusers' AutoencoderKLCogVideoX
-  t5             Hugging Face T5EncoderModel (v1.1; t5-v1.0 the older one)
+  cogvideox-vae  AutoencoderKLCogVideoX of diffusers
+  t5             T5EncoderModel of Hugging Face (v1.1; t5-v1.0 is the older model)
   native         our own names, one tensor per layer
 --check without --input compares the model's names and shapes with the key table of the real size. With --input it reports
-what the file has against the model, and proves that import and export give the file back, bit for bit.
-Pickles (.pt, .pth, .bin, .ckpt) are never opened; naming one prints the lines of Python that make a safetensors file of it."""
+how the file differs from the model. It also proves that import and export reproduce the file bit for bit.
+The command never opens pickles (.pt, .pth, .bin, .ckpt). For a pickle it prints the Python lines that convert it."""
 
 
 def size_in_bytes(text: str) -> int:
   number = text.upper().rstrip("BKMG")
   unit = text.upper()[len(number) :]
   if unit not in UNITS or not number.isdigit() or not int(number):
-    raise argparse.ArgumentTypeError(f"{text!r} is no size; write 500MB or 5GB")
+    raise argparse.ArgumentTypeError(f"{text!r} is no size; write a size like 500MB or 5GB")
   return int(number) * UNITS[unit]
 
 
-def make_parser() -> OneLineParser:
-  parser = OneLineParser(
-    "python -m stdit_jax.convert",
-    description=__doc__,
-    epilog=EPILOG,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-    allow_abbrev=False,
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """The flags of one call."""
+
+  input: str = flag("safetensors file, its index, a folder with one of them, or a training run", "", metavar="PATH")
+  output: str = flag("NAME.safetensors, or a folder", "", metavar="PATH")
+  source: str = flag("layout of the input (default: detected)", "auto", "--from", choices=("auto", *weights.LAYOUTS))
+  target: str = flag(
+    "layout of the output (default: native; the original's for native input)", "", "--to", choices=tuple(weights.LAYOUTS)
   )
-  names = tuple(weights.LAYOUTS)
-  parser.add_argument("--input", metavar="PATH", help="safetensors file, its index, a folder of one, or a training run")
-  parser.add_argument("--output", metavar="PATH", help="NAME.safetensors, or a folder")
-  parser.add_argument(
-    "--from", dest="source", choices=("auto", *names), default="auto", help="layout of the input (default: found out)"
+  model: str = flag("named model, like STDiT3-XL/2 (default: the model that the input names)", "", metavar="NAME")
+  config: str = flag("fields that differ from the named model: a JSON object, or a file with one", "", metavar="JSON")
+  dtype: str = flag("type of all floating-point tensors in the output (default: unchanged)", "", choices=tuple(DTYPES))
+  max_shard_size: int | None = flag(
+    "split larger outputs into files with an index, like 5GB", type=size_in_bytes, metavar="SIZE"
   )
-  parser.add_argument(
-    "--to", dest="target", choices=names, help="layout of the output (default: native, from native the original's)"
-  )
-  parser.add_argument("--model", metavar="NAME", help="named model, like STDiT3-XL/2 (default: what the input says of itself)")
-  parser.add_argument("--config", metavar="JSON", help="fields that differ from the named model's: an object or a file of one")
-  parser.add_argument("--dtype", choices=tuple(DTYPES), help="of all floating-point tensors (default: as they are)")
-  parser.add_argument(
-    "--max-shard-size", type=size_in_bytes, metavar="SIZE", help="split larger outputs into files with an index, like 5GB"
-  )
-  parser.add_argument("--overwrite", action="store_true", help="replace existing output files")
-  parser.add_argument("--item", choices=("ema", "params"), default="ema", help="which weights of a training run (default: ema)")
-  parser.add_argument("--part", choices=tuple(RUN_PARTS), help="which model of a training run (default: the one it is about)")
-  parser.add_argument("--check", action="store_true", help="compare names and shapes, prove the round trip")
-  parser.add_argument("--keys", metavar="JSON", help="key table for --check instead of the shipped one")
-  parser.add_argument("--allow-unexpected", action="store_true", help="leave out tensors that the model doesn't have")
-  parser.add_argument("--allow-non-finite", action="store_true", help="accept NaN and infinite values")
-  return parser
+  overwrite: bool = flag("replace existing output files", False)
+  item: str = flag("which weights of a training run (default: ema)", "ema", choices=("ema", "params"))
+  part: str = flag("which model of a training run (default: the model that it trains)", "", choices=tuple(RUN_PARTS))
+  check: bool = flag("compare names and shapes, and prove the round trip", False)
+  keys: str = flag("key table for --check instead of the table in this package", "", metavar="JSON")
+  allow_unexpected: bool = flag("skip tensors that the model does not have", False)
+  allow_non_finite: bool = flag("accept NaN and infinite values", False)
 
 
-def read_overrides(text: str | None) -> dict:
-  """The --config flag. Raises ValueError."""
+def read_overrides(text: str) -> dict:
+  """Fields from --config. Raises ValueError if the text is no JSON object and no file with one."""
   if not text:
     return {}
   try:
@@ -87,23 +81,23 @@ def read_overrides(text: str | None) -> dict:
       return result
     raise ValueError("not an object")
   except (OSError, ValueError) as error:
-    raise ValueError(f"--config {text}: needs a JSON object or a file of one: {error}") from None
+    raise ValueError(f"--config {text}: give a JSON object, or a file with one: {error}") from None
 
 
-def find_model(args, metadata: dict):
-  """(name, config, module name) from the flags, or from what one of our own files says of itself."""
-  name, overrides = args.model, read_overrides(args.config)
+def find_model(settings: Settings, metadata: dict) -> tuple[str, models.NamedModel]:
+  """(name, model) from the flags, or else from the metadata that our own files have."""
+  name, overrides = settings.model, read_overrides(settings.config)
   if not name:
-    name, own = models.described(metadata, args.input)
+    name, own = models.described(metadata, settings.input)
     overrides = own | overrides
   if not name:
-    raise ValueError("--model is needed: the input doesn't say which model it is")
-  layouts = [layout for layout in (args.source, args.target) if layout not in (None, "auto")]
-  return name, *models.find_model(name, overrides, layouts)
+    raise ValueError("--model is missing, and the input does not name its model; give --model NAME")
+  layouts = [layout for layout in (settings.source, settings.target) if layout not in ("", "auto")]
+  return name, models.find_model(name, overrides, layouts)
 
 
 def progress(tensors, spec):
-  """Passes tensors on; for more than 1 GB, prints the rate and the time left to stderr (every 2 s, in a log file 30 s)."""
+  """Yields the tensors. For more than 1 GB, prints rate and remaining time to stderr: every 2 s, every 30 s in a log file."""
   total = sum(int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize for shape, dtype in spec.values())
   start = last = time.monotonic()
   done, shown, every = 0, False, 2 if sys.stderr.isatty() else 30
@@ -123,105 +117,107 @@ def progress(tensors, spec):
       last, shown = now, True
 
 
-def open_source(args, config, module, tree) -> weights.Source:
-  """The input, checked and reported."""
-  layouts = models.FAMILIES[module] if args.source == "auto" else args.source
-  source = weights.open_source(args.input, layouts, tree, config, args.allow_non_finite)
-  source.check(unexpected=not args.allow_unexpected)
-  print(f"{args.input}: layout {source.layout.name}, {source.report}")
+def open_source(settings: Settings, model: models.NamedModel) -> weights.Source:
+  """The input. Prints its layout, and raises CheckpointError if it does not fit the model."""
+  layouts = model.layouts if settings.source == "auto" else settings.source
+  source = weights.open_source(settings.input, layouts, model.shapes, model.config, settings.allow_non_finite)
+  source.check(unexpected=not settings.allow_unexpected)
+  print(f"{settings.input}: layout {source.layout.name}, {source.report}")
   return source
 
 
-def convert(args) -> None:
-  """--input to --output."""
-  refuse_pickle(args.output)
-  paths.check(args.output, "--output")
-  if pathlib.Path(args.output).suffix not in ("", ".safetensors") and not pathlib.Path(args.output).is_dir():
-    raise ValueError(f"--output {args.output}: must end in .safetensors or be a folder")
-  options = {"max_shard_bytes": args.max_shard_size, "overwrite": args.overwrite}
-  is_run = paths.exists(paths.join(args.input, "checkpoints"))
-  folder, name = os.path.split(args.output) if args.output.endswith(".safetensors") else (args.output, "")
-  if paths.is_remote(folder) and not args.overwrite and paths.exists(args.output):
-    raise ValueError(f"{args.output} exists; --overwrite replaces it")
+def convert(settings: Settings) -> None:
+  """Writes the weights of --input to --output."""
+  refuse_pickle(settings.output)
+  paths.check(settings.output, "--output")
+  if pathlib.Path(settings.output).suffix not in ("", ".safetensors") and not pathlib.Path(settings.output).is_dir():
+    raise ValueError(f"--output {settings.output}: must end in .safetensors or be a folder")
+  options = {"max_shard_bytes": settings.max_shard_size, "overwrite": settings.overwrite}
+  is_run = paths.exists(paths.join(settings.input, "checkpoints"))
+  folder, name = os.path.split(settings.output) if settings.output.endswith(".safetensors") else (settings.output, "")
+  if paths.is_remote(folder) and not settings.overwrite and paths.exists(settings.output):
+    raise ValueError(f"{settings.output} exists; --overwrite replaces it")
   with paths.local_folder(folder) as local:  # of a bucket a temporary one, whose files go there when all are made
-    report, written = (convert_run if is_run else convert_file)(args, paths.join(local, name), options)
+    report, written = (convert_run if is_run else convert_file)(settings, paths.join(local, name), options)
   print(f"{report}: {', '.join(paths.join(folder, file.name) for file in written)}")
 
 
-def convert_file(args, place, options):
-  """Safetensors to `place` -> (what was done, files)."""
-  metadata = open_checkpoint(args.input).metadata
-  name, config, module = find_model(args, metadata)
-  tree = models.shapes(config, module)
-  # Numbers that a file holds beside its weights (shift, scale, ...) are those of the model that it says it is; --config may
-  # give others to what is written.
-  said, own = models.described(metadata, args.input)
-  before = models.find_model(said, own)[0] if said and not args.model else config
-  source = open_source(args, before, module, tree)
-  target = args.target or ("native" if source.layout.name != "native" else models.FAMILIES[module][0])
-  spec, tensors = weights.conversion(source, target, tree, DTYPES.get(args.dtype), config)
-  metadata = weights.model_metadata(name, config)
+def convert_file(settings: Settings, place: str, options: dict):
+  """Converts safetensors and writes them to `place`. Returns (report, written files)."""
+  metadata = open_checkpoint(settings.input).metadata
+  name, model = find_model(settings, metadata)
+  # The file's numbers beside the weights (shift, scale, ...) belong to the model that its metadata names. --config may change
+  # these numbers for the output.
+  said, own = models.described(metadata, settings.input)
+  source = open_source(settings, models.find_model(said, own) if said and not settings.model else model)
+  target = settings.target or ("native" if source.layout.name != "native" else model.layouts[0])
+  spec, tensors = weights.conversion(source, target, model.shapes, DTYPES.get(settings.dtype), model.config)
+  metadata = weights.model_metadata(name, model.config)
   written = write_checkpoint(place, spec, progress(tensors, spec), metadata=metadata, **options)
-  return f"wrote {len(spec)} tensors in layout {target}", written
+  return f"wrote {len(spec)} tensors in layout {getattr(target, 'name', target)}", written
 
 
-def convert_run(args, place, options):
-  """The same from a training run's folder, whose own configuration names its models."""
-  from stdit_jax.training import checkpoints  # orbax is only needed here
+def convert_run(settings: Settings, place: str, options: dict):
+  """Writes weights of a training run to `place`. Returns (report, written files). The run's configuration names the models."""
+  from stdit_jax.training import checkpoints  # imports orbax, which files don't need
+  from stdit_jax.training.objectives import part_of
 
-  run, step = checkpoints.stage_config(args.input)
-  part = args.part or ("denoiser" if run.task == "denoiser" else "autoencoder")
+  run, step = checkpoints.stage_config(settings.input)
+  part = settings.part or part_of(run)
   key = RUN_PARTS[part]
-  loaded, constants, _ = checkpoints.load_weights(args.input, args.item, step)
+  loaded, constants, _ = checkpoints.load_weights(settings.input, settings.item, step)
   if part not in loaded and part not in constants:
-    raise ValueError(f"{args.input}: the run has no weights of its own for --part {part}; it has {', '.join(loaded)}")
-  name = args.model or run[key].name
-  overrides = run[key].get("fields", {}) if name == run[key].name else {}
-  config, module = models.find_model(name, dict(overrides) | read_overrides(args.config), models.LAYOUTS[part])
+    raise ValueError(f"{settings.input}: the run has no own weights for --part {part}; it has {', '.join(loaded)}")
+  own = getattr(run, key)
+  name = settings.model or own.name
+  overrides = own.get("fields", {}) if name == own.name else {}
+  model = models.find_model(name, dict(overrides) | read_overrides(settings.config), part=part)
   variables = {"params": loaded.get(part, constants.get(part))}
-  if part == "denoiser":
+  if "constants" in model.shapes:
     variables["constants"] = constants[part]
-  needed, found = (
-    {path: tuple(leaf.shape) for path, leaf in mapping.flatten(t).items()} for t in (models.shapes(config, module), variables)
-  )
+  needed, found = ({path: tuple(leaf.shape) for path, leaf in mapping.flatten(t).items()} for t in (model.shapes, variables))
   if wrong := sorted(path for path in found | needed if found.get(path) != needed.get(path)):
     path = wrong[0]
     raise CheckpointError(
-      f"{args.input}: holds another model than {name}: {len(wrong)} parameters differ, "
+      f"{settings.input}: holds another model than {name}: {len(wrong)} parameters differ, "
       f"{path} is {found.get(path, 'missing')}, needed {needed.get(path, 'nothing')}"
     )
-  target = args.target or models.FAMILIES[module][0]
-  options |= {"dtype": DTYPES.get(args.dtype), "metadata": weights.model_metadata(name, config)}
-  written = weights.save_variables(place, target, variables, config=config, **options)
-  return f"wrote the {args.item} weights of the {part} at step {step} in layout {target}", written
+  target = settings.target or model.layouts[0]
+  options |= {"dtype": DTYPES.get(settings.dtype), "metadata": weights.model_metadata(name, model.config)}
+  written = weights.save_variables(place, target, variables, config=model.config, **options)
+  layout = getattr(target, "name", target)
+  return f"wrote the {settings.item} weights of the {part} at step {step} in layout {layout}", written
 
 
-def check(args) -> None:
-  """Names and shapes against a key table, and the round trip of a file. Raises CheckpointError for any difference."""
-  metadata = open_checkpoint(args.input).metadata if args.input else {}
-  name, config, module = find_model(args, metadata)
-  tree = models.shapes(config, module)
-  layout = models.FAMILIES[module][0] if args.target in (None, "native") else args.target
-  table = models.read_key_table(args.keys) if args.keys else (None if args.config else models.shipped_key_table(name))
+def check(settings: Settings) -> None:
+  """Compares names and shapes with a key table, and a file with its round trip. Raises CheckpointError for a difference."""
+  metadata = open_checkpoint(settings.input).metadata if settings.input else {}
+  name, model = find_model(settings, metadata)
+  layout = model.layouts[0] if settings.target in ("", "native") else settings.target
+  table = (
+    models.read_key_table(settings.keys) if settings.keys else (None if settings.config else models.shipped_key_table(name))
+  )
   if table is not None:
-    compare(weights.foreign_spec(layout, tree, config), table, f"{name} exported as {layout}")
-  elif not args.input:
+    compare(weights.foreign_spec(layout, model.shapes, model.config), table, f"{name} exported as {layout}")
+  elif not settings.input:
     raise ValueError(
-      f"no key table ships for {name}{' with --config' if args.config else ''}; name one by --keys, or a file by --input"
+      f"this package has no key table for {name}{' with --config' if settings.config else ''}; "
+      "give a table by --keys, or a file by --input"
     )
-  if not args.input:
+  if not settings.input:
     return
-  source = open_source(args, config, module, tree)
-  spec, tensors = weights.conversion(source, source.layout, tree)
+  source = open_source(settings, model)
+  spec, tensors = weights.conversion(source, source.layout, model.shapes)
   stored = {entry.names[0]: source.name_of(entry) for entry in source.entries}
   for name, array in progress(tensors, spec):
     name = stored.get(name, name)
     if name in source.shapes and array.tobytes() != source.checkpoint.read(source.prefix + name, True).tobytes():
-      raise CheckpointError(f"{args.input}: {name!r} doesn't come back bit for bit")
+      raise CheckpointError(f"{settings.input}: {name!r} differs after import and export")
   print(f"{len(spec)} tensors imported and exported: bit-exact")
 
 
 def compare(spec: dict, table: dict, what: str) -> None:
+  """Prints that names and shapes agree with the key table. Raises CheckpointError if they do not."""
   report = mapping.Report(len(table))
   report.missing = sorted(set(table) - set(spec))
   report.unexpected = sorted(set(spec) - set(table))
@@ -232,12 +228,14 @@ def compare(spec: dict, table: dict, what: str) -> None:
 
 
 def main(argv=None):
-  parser = make_parser()
-  args = parser.parse_args(argv)
-  if not args.check and not (args.input and args.output):
-    parser.error("--input and --output are needed, or --check")
+  how = {"description": __doc__, "epilog": EPILOG, "formatter_class": argparse.RawDescriptionHelpFormatter}
+  parser = OneLineParser("python -m stdit_jax.convert", allow_abbrev=False, **how)
+  add_flags(parser, Settings)
+  settings = Settings(**vars(parser.parse_args(argv)))
+  if not settings.check and not (settings.input and settings.output):
+    parser.error("give --input and --output, or --check")
   with one_line_errors():
-    check(args) if args.check else convert(args)
+    check(settings) if settings.check else convert(settings)
 
 
 if __name__ == "__main__":

@@ -86,9 +86,10 @@ def check(args):
 
 def choose_stages(args):
   """The stages of the configuration that are asked for; `args.text` is decided then."""
-  from stdit_jax.training.autoencoding import autoencoder_model, check_lengths
+  from stdit_jax.autoencoders.registry import check_lengths
+  from stdit_jax.components import Components, need_file
+  from stdit_jax.training.objectives import part_of
   from stdit_jax.training.stages import make_stages
-  from stdit_jax.training.weights import need_file
 
   stages = make_stages(read_config(args.config, args.changes))
   if unknown := sorted(set(args.stage or ()) - {s.name for s in stages}):
@@ -96,17 +97,19 @@ def choose_stages(args):
   # For all stages alike, so that the latents of one are not made anew when another one is added.
   args.log_variance = any(stage.config.autoencoder.sample_posterior for stage in stages)
   stages = [s for s in stages if not args.stage or s.name in args.stage]
-  if stages[0].config.task != "denoiser":
-    raise ValueError(f"config: task={stages[0].config.task!r}: only a denoiser's data can be encoded ahead")
-  text = stages[0].config.text_encoder
+  if (part := part_of(stages[0].config)) != "denoiser":
+    raise ValueError(f"config: task={part!r}: only a denoiser's data can be encoded ahead")
+  text, conditioner = stages[0].config.text_encoder, Components.of(stages[0].config).conditioner
+  if args.text and conditioner.name != "captions":
+    raise ValueError(f"--text: the denoiser {stages[0].config.model.name} takes {conditioner.name}, which need no encoding")
   if args.text and text.train:
     raise ValueError("--text: text_encoder.train is set, and a text encoder that trains gives other embeddings every step")
-  args.text = text.where == "ahead" if args.text is None else args.text
+  args.text = conditioner.ahead if args.text is None else args.text
   if args.text and text.where == "disk":
     raise ValueError("--text: text_encoder.where is 'disk', where embeddings are in the table: no training would read these")
   for stage in stages:
     need_file(stage.config.autoencoder.weights, "autoencoder.weights")
-    check_lengths(stage.config, autoencoder_model(stage.config.autoencoder).config)
+    check_lengths(stage.config, Components.of(stage.config).autoencoder.config)
   if args.text:
     need_file(text.weights, "text_encoder.weights")
   return stages

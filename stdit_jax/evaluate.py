@@ -1,12 +1,12 @@
 """Measures a trained model.
 
---task loss    the loss on fixed samples at fixed timesteps, bucket by bucket (training/validation.py); the buckets are those of
-               the stage that the checkpoint comes from
---task shapes  what a model of moving shapes makes of prompts and given frames, measured in the pixels
-               (generation/shapes_exam.py)
---task autoencoder  what an autoencoder keeps of clips and pictures, how fast it is, how its latents are distributed
-               (autoencoders/reconstruction.py): `shift` and `scale` are what `autoencoder.fields` needs, so that a
-               denoiser sees latents of unit variance
+--task loss         the loss on fixed samples at fixed timesteps, for each bucket of the stage that wrote the checkpoint
+                    (training/validation.py)
+--task shapes       how a model of moving shapes follows prompts and given frames, measured in the pixels
+                    (generation/shapes_exam.py)
+--task autoencoder  reconstruction errors, speed and latent statistics of an autoencoder (autoencoders/reconstruction.py).
+                    Put the reported `shift` and `scale` into `autoencoder.fields`: the denoiser then sees latents of unit
+                    variance.
 
   python -m stdit_jax.evaluate --run runs/film --tables held_out.csv
   python -m stdit_jax.evaluate --run runs/film --tables held_out.csv --item params --output loss.json
@@ -14,21 +14,27 @@
   python -m stdit_jax.evaluate --task autoencoder --autoencoder data/film/autoencoder.safetensors \\
       --tables data/film/prepared/table.csv --buckets 144p:1 144p:17 --picture film.png
 
-Nothing is written into the run. Of several processes (`cli.connect_processes`) all run the same command.
+The command writes nothing into the run. On several hosts, every process runs the same command (`cli.connect_processes`).
 """
 
 import argparse
+import dataclasses
+import functools
 import json
 import os
 import tempfile
+from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 from absl import logging
 
 from data import paths
 from data.buckets import parse_buckets
+from data.command_line import OneLineParser, add_flags, flag
 from data.config import DataConfig
+from stdit_jax import loading
 from stdit_jax.cli import (
-  OneLineParser,
   connect_processes,
   keep_freed_memory,
   one_line_errors,
@@ -37,208 +43,245 @@ from stdit_jax.cli import (
   use_compilation_cache,
 )
 from stdit_jax.generation.shapes_exam import PARTS
-from stdit_jax.training import loading
 
 TASKS = ("loss", "shapes", "autoencoder")
 
 
-def make_parser():
-  parser = OneLineParser(
-    "python -m stdit_jax.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-    allow_abbrev=False,
+_loss = functools.partial(flag, group="loss (of a --run, by default on the mesh of the run)")
+_shapes = functools.partial(flag, group="shapes")
+_autoencoder = functools.partial(flag, group="autoencoder (of --run, of --config, or of --autoencoder alone)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """The flags of one call."""
+
+  # training/loading.py defines and reads these flags of the model and the sampler.
+  run: str | None
+  item: str
+  step: int | None
+  config: str | None
+  changes: list[str]
+  weights: str | None
+  text_encoder: str | None
+  autoencoder: str | None
+  mesh: list[str] | None
+  steps: int | None
+  guidance_scale: float | None
+  sampler: str | None
+  timestep_shift: float | None
+  guidance_interval: list[float] | None
+  guidance_rescale: float
+  guidance_in_turn: bool
+  step_cache: str | None
+  guidance_channels: int | None
+  compat: str | None
+
+  task: str = flag("what is measured (default: loss)", "loss", choices=TASKS)
+  output: str | None = flag("file that gets the result as JSON")
+
+  tables: Sequence[str] | None = _loss(
+    "metadata tables to measure on (default: validation.tables of the run). For --task autoencoder also folders or files of "
+    "videos and images (default: the tables of the configuration)", nargs="+",
   )  # fmt: skip
-  parser.add_argument("--task", default="loss", choices=TASKS, help="what is measured (default: loss)")
-  parser.add_argument("--output", help="writes the result as JSON")
+  samples_per_bucket: int | None = _loss("rows per bucket (default: the run's)")
+  timesteps: int | None = _loss("number of timesteps, evenly spaced (default: the run's)")
+
+  parts: Sequence[str] = _shapes("parts of the examination (default: all)", PARTS, nargs="+", choices=PARTS)
+  count: int | None = _shapes("scenes per part (default: 200). For --task autoencoder: clips per bucket (default: 16)")
+  batch_size: int = _shapes("videos per batch (default: %(default)s)", 20)
+
+  model: str | None = _autoencoder("for --autoencoder alone, if the file does not name it: sd-kl-f8...", metavar="NAME")
+  buckets: Sequence[str] | None = _autoencoder(
+    "like 144p:1 240p:17 (default: the buckets of the configuration)", nargs="+", metavar="RESOLUTION:FRAMES"
+  )
+  frame_interval: int | None = _autoencoder("use every N-th frame (default: the configuration's, or 1)", metavar="N")
+  repeat: int = _autoencoder(
+    "baseline for an image autoencoder: reconstruct every N-th frame, and repeat it for the frames near it", 1, metavar="N"
+  )
+  perceptual: Sequence[str] | None = _autoencoder(
+    "perceptual distance by vgg16-lpips or hed-vgg16 (autoencoders/perceptual.py)", nargs=2, metavar=("TRUNK", "FILE")
+  )
+  i3d: str | None = _autoencoder(
+    "Frechet video distance with this file of stdit_jax.interop.fetch, for 16 x 16 pixels and 16 frames or more", metavar="FILE"
+  )
+  picture: str | None = _autoencoder("writes original, reconstruction and error of one clip per bucket", metavar="FILE.png")
+
+  def counts(self, **defaults: int) -> dict[str, int]:
+    """These fields, or their defaults if not given. Raises ValueError for values below 1."""
+    found = {name: default if getattr(self, name) is None else getattr(self, name) for name, default in defaults.items()}
+    for name, value in found.items():
+      if value < 1:
+        raise ValueError(f"--{name.replace('_', '-')} is {value}; allowed: at least 1")
+    return found
+
+
+def make_parser() -> OneLineParser:
+  how = argparse.RawDescriptionHelpFormatter
+  parser = OneLineParser("python -m stdit_jax.evaluate", description=__doc__, formatter_class=how, allow_abbrev=False)
   loading.add_model_arguments(parser)
-  loss = parser.add_argument_group("loss (of a --run, by default on its own mesh)")
-  loss.add_argument(
-    "--tables", nargs="+", help="metadata tables to measure on (default: validation.tables of the run); autoencoder: also "
-    "folders or files of videos and pictures (default: the configuration's)",
-  )  # fmt: skip
-  loss.add_argument("--samples-per-bucket", type=int, help="rows of a bucket (default: the run's)")
-  loss.add_argument("--timesteps", type=int, help="timesteps, evenly spaced (default: the run's)")
-  how = parser.add_argument_group("shapes")
-  how.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="of the examination (default: all)")
-  how.add_argument("--count", type=int, help="scenes of each part (default: 200); autoencoder: clips of each bucket (16)")
-  how.add_argument("--batch-size", type=int, default=20, help="videos made together (default: %(default)s)")
-  loading.add_sampler_arguments(how)
-  auto = parser.add_argument_group("autoencoder (of --run, --config, or --autoencoder alone)")
-  auto.add_argument(
-    "--model", metavar="NAME", help="of --autoencoder alone, unless its file says it: sd-kl-f8, cogvideox-2b..."
-  )
-  auto.add_argument(
-    "--buckets", nargs="+", metavar="RESOLUTION:FRAMES", help="like 144p:1 240p:17 (default: the configuration's)"
-  )
-  auto.add_argument("--frame-interval", type=int, help="frames of a file per frame used (default: the configuration's, or 1)")
-  auto.add_argument(
-    "--repeat", type=int, default=1, metavar="N", help="baseline: an image autoencoder keeps every N-th frame, shown until "
-    "half way to the next",
-  )  # fmt: skip
-  auto.add_argument(
-    "--perceptual", nargs=2, metavar=("TRUNK", "FILE"), help="perceptual distance: vgg16-lpips or hed-vgg16 (perceptual.py)"
-  )
-  auto.add_argument(
-    "--i3d", metavar="FILE", help="Frechet video distance, by the file of stdit_jax.interop.fetch, of 16 x 16 frames or more"
-  )
-  auto.add_argument("--picture", metavar="FILE.png", help="original, reconstruction and error of one clip of each bucket")
+  add_flags(parser, Settings)
+  loading.add_sampler_arguments(parser.add_argument_group("sampler of --task shapes"))
   return parser
 
 
-def read_stage(args):
-  """(the stage that made the checkpoint, with the changes of the command line; the checkpoint's step)."""
+def read_stage(settings: Settings):
+  """(stage that wrote the checkpoint, step of the checkpoint). The flags replace keys of the stage."""
   import ml_collections
 
   from stdit_jax.training.checkpoints import stage_config
   from stdit_jax.training.stages import make_stages
 
-  if not args.run:
+  if not settings.run:
     raise ValueError("--task loss needs --run FOLDER, a training run")
-  config, step = stage_config(args.run, args.step)
+  config, step = stage_config(settings.run, settings.step)
   config = ml_collections.ConfigDict(config.to_dict())
-  given = {"tables": args.tables, "samples_per_bucket": args.samples_per_bucket, "timesteps": args.timesteps}
+  given = {"tables": settings.tables, "samples_per_bucket": settings.samples_per_bucket, "timesteps": settings.timesteps}
   config.validation.update({name: value for name, value in given.items() if value is not None})
   if not config.validation.tables:
-    raise ValueError(f"{args.run} has no validation.tables; give the tables to measure the loss on: --tables TABLE ...")
-  if args.mesh:
-    config.mesh = parse_mesh(args.mesh)
-  config.data.latents = ""  # cached are the clips of the training, none of these
+    raise ValueError(f"{settings.run} has no validation.tables; give the tables to measure the loss on: --tables TABLE ...")
+  if settings.mesh:
+    config.mesh = parse_mesh(settings.mesh)
+  config.data.latents = ""  # the cache holds the clips of the training only
   config.stages = ({"name": f"of step {step}", "steps": 1},)
   return make_stages(config)[0], step
 
 
-def evaluate_loss(stage, step, args, folder):
-  """-> {"validation/...": loss}; tables and plans are kept in `folder`."""
-  import jax
+def evaluate_loss(settings: Settings, folder: str) -> tuple[str, dict[str, float]]:
+  """(description of the weights, {"validation/...": loss}). Tables and plans are written to `folder`."""
 
   from stdit_jax.parallel.mesh import make_mesh
-  from stdit_jax.training import batches, weights
+  from stdit_jax.training.batches import Encoders
   from stdit_jax.training.checkpoints import load_weights
   from stdit_jax.training.compilation import AheadOfTime
-  from stdit_jax.training.loop import say
-  from stdit_jax.training.objectives import OBJECTIVES
+  from stdit_jax.training.objectives import make_objective
+  from stdit_jax.training.run import say
   from stdit_jax.training.step import TraceCounter
   from stdit_jax.training.validation import Validation
 
+  stage, step = read_stage(settings)
   config, counter = stage.config, TraceCounter()
-  mesh, objective = make_mesh(config.mesh, slices=config.slices), OBJECTIVES[config.task](config)
-  params, frozen, _ = load_weights(args.run, args.item, step, mesh)
-  frozen |= weights.read_frozen(objective, config, mesh)
+  mesh, objective = make_mesh(config.mesh, slices=config.slices), make_objective(config)
+  params, frozen, _ = load_weights(settings.run, settings.item, step, mesh, objective.rules)
+  frozen |= objective.read_frozen(mesh)
   validation = Validation(stage, folder, mesh, objective)
-  encoder = batches.load_encoder(config, counter, stage.name) if config.task == "denoiser" else None
-  compiled = AheadOfTime(config.compile_threads, say)
-  shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, frozen))
-  validation.compile_ahead(compiled, counter, *shapes)
-  make_batch = batches.batch_maker(config, objective, validation.data.layouts, mesh, encoder)
+  make_batch = objective.batch_maker(Encoders(counter, mesh), stage.name)
+  compiler = AheadOfTime(config.compile_threads, say)
   try:
-    return validation(params, frozen, make_batch, compiled.get)
+    validation.compile_ahead(compiler, counter, *objective.shapes)
+    return f"{settings.run}, step {step}, {settings.item}", validation(params, frozen, make_batch)
   finally:
-    compiled.close()
+    compiler.close()
 
 
-def evaluate_shapes(args):
-  """-> (description of the weights, {part: {measure: value}})."""
+def evaluate_shapes(settings: Settings, folder: str) -> tuple[str, dict[str, dict[str, float]]]:
+  """(description of the weights, {part: {measure: value}})."""
   import jax
   from tqdm import tqdm
 
   from stdit_jax.generation.shapes_exam import Exam, examine
 
-  check_counts(args, count=200, batch_size=20)
-  config, step = loading.read_model(args)
-  pipeline, described = loading.load_pipeline(args, config, step), loading.describe(args, step)
-  steps, scale = loading.steps_and_scale(args, config)
+  counts = settings.counts(count=200, batch_size=20)
+  config, step = loading.read_model(settings)
+  pipeline, described = loading.load_pipeline(settings, config, step), loading.describe(settings, step)
+  steps, scale = loading.steps_and_scale(settings, config)
   writes = jax.process_index() == 0
 
   def progress(batches, name):
     return tqdm(batches, name, unit="batch", leave=False, disable=None if writes else True)
 
-  exam = Exam(steps, scale, args.count, batch=args.batch_size)
-  described += f", {args.count} scenes of each part, {config.diffusion.fields.get('sampler', 'euler')}, {steps} steps, "
-  described += f"guidance scale {scale:g}" + (f", step cache {args.step_cache}" if args.step_cache else "")
-  described += f", timestep shift {args.timestep_shift:g}" if args.timestep_shift else ""
-  return described, examine(pipeline, exam, args.parts, progress)
+  exam = Exam(steps, scale, counts["count"], batch=counts["batch_size"])
+  how = f"{counts['count']} scenes of each part, {config.diffusion.fields.get('sampler', 'euler')}, {steps} steps, "
+  how += f"guidance scale {scale:g}" + (f", step cache {settings.step_cache}" if settings.step_cache else "")
+  how += f", timestep shift {settings.timestep_shift:g}" if settings.timestep_shift else ""
+  return f"{described}, {how}", examine(pipeline, exam, settings.parts, progress)
 
 
-def evaluate_autoencoder(args, folder):
-  """-> (description of the weights, {"buckets": {name: {measure: value}}, "shift": [...], "scale": [...]})."""
+def evaluate_autoencoder(settings: Settings, folder: str) -> tuple[str, dict[str, Any]]:
+  """(description of the weights, {"buckets": {name: {measure: value}}, "shift": [...], "scale": [...]})."""
   import jax
   from tqdm import tqdm
 
-  from stdit_jax.autoencoders import i3d, image_kl, perceptual, reconstruction
+  from stdit_jax.autoencoders import reconstruction
+  from stdit_jax.interop import measures
 
-  check_counts(args, count=16, repeat=1)
-  if args.picture and not args.picture.endswith(".png"):
-    raise ValueError(f"--picture {args.picture}: must end in .png")
-  codec, described, config = loading.load_autoencoder(args)
-  check_counts(args, frame_interval=config.data.frame_interval if config else 1)
-  if args.frame_interval > 1:
-    described += f", one of {args.frame_interval} frames"
-  if args.repeat > 1:
-    if not isinstance(codec.model, image_kl.ImageKL):
-      raise ValueError("--repeat is a baseline of image autoencoders; this one keeps motion by itself")
-    described += f", each frame the nearest of every {args.repeat} frames"
-  table, buckets = reconstruction.open_rows(*what_to_measure(args, config), folder)
+  counts = settings.counts(count=16, repeat=1)
+  if settings.picture and not settings.picture.endswith(".png"):
+    raise ValueError(f"--picture {settings.picture}: must end in .png")
+  codec, described, config = loading.load_autoencoder(settings)
+  interval = settings.counts(frame_interval=config.data.frame_interval if config else 1)["frame_interval"]
+  if interval > 1:
+    described = f"{described}, one of {interval} frames"
+  if settings.repeat > 1:
+    if not codec.single_frames:
+      raise ValueError("--repeat is a baseline for image autoencoders, and this model encodes videos; leave --repeat out")
+    described += f", each frame replaced by the nearest of every {settings.repeat} frames"
+  table, buckets = reconstruction.open_rows(*what_to_measure(settings, config), folder)
   judges = reconstruction.Judges(
-    args.perceptual[0] if args.perceptual else "",
-    perceptual.load(*args.perceptual) if args.perceptual else None,
-    i3d.load(args.i3d) if args.i3d else None,
+    settings.perceptual[0] if settings.perceptual else "",
+    measures.load_perceptual(*settings.perceptual) if settings.perceptual else None,
+    measures.load_i3d(settings.i3d) if settings.i3d else None,
   )
-  exam, found, shown = reconstruction.Exam(codec, judges, args.repeat), {}, []
+  exam, found, shown = reconstruction.Exam(codec, judges, settings.repeat), {}, []
   for bucket in buckets:
     exam.check(bucket)
   for bucket in reversed(buckets):  # from few pixels and frames to many
-    chosen = reconstruction.choose(table, bucket, args.count, args.frame_interval)
+    chosen = reconstruction.choose(table, bucket, counts["count"], interval)
     rows = tqdm(chosen, bucket.name, unit="clip", leave=False, disable=None)
-    clips = reconstruction.read(rows, bucket.num_frames, args.frame_interval)
-    found[bucket.name], seen = exam(clips, show=(len(chosen) - 1) // 2)  # films begin with black
+    clips = reconstruction.read(rows, bucket.num_frames, interval)
+    found[bucket.name], seen = exam(clips, show=(len(chosen) - 1) // 2)  # the first clips of a film are often black
     shown += [(bucket.name, *seen)] if seen else []
   if not shown:
-    raise ValueError(f"no row of the tables is large and long enough for {', '.join(found)}")
-  if args.picture and not jax.process_index():
-    with paths.whole(args.picture) as temporary:
+    raise ValueError(f"no row of --tables is large and long enough for {', '.join(found)}; give smaller --buckets")
+  if settings.picture and not jax.process_index():
+    with paths.whole(settings.picture) as temporary:
       reconstruction.picture(shown).save(temporary)
-  return described, {"buckets": found, "shift": exam.shift.tolist(), "scale": exam.scale.tolist()}
+  return described, {"buckets": found, "shift": np.ravel(exam.shift).tolist(), "scale": exam.scale.tolist()}
 
 
-def what_to_measure(args, config):
-  """(tables, [(resolution, frames)]) of the command line, else of the configuration."""
-  tables, names = args.tables, args.buckets
+def what_to_measure(settings: Settings, config) -> tuple[list[str], list[list[str]]]:
+  """(tables, [[resolution, frames]]) of the flags, or else of the configuration."""
+  tables, names = settings.tables, settings.buckets
   if config and not tables:
     tables = [path for path, _ in DataConfig(config.validation.tables or config.data.tables).table_weights()]
   if config and not names:
     names = [f"{bucket.resolution}:{bucket.num_frames}" for bucket in parse_buckets(config.data.buckets)]
   if not tables or not names:
-    raise ValueError("give what to measure on: --tables TABLE ... and --buckets RESOLUTION:FRAMES ..., like 144p:17")
+    raise ValueError(
+      "give the tables and buckets to measure on: --tables TABLE ... --buckets RESOLUTION:FRAMES ..., like 144p:17"
+    )
   if wrong := [name for name in names if name.count(":") != 1]:
     raise ValueError(f"--buckets {wrong[0]}: write RESOLUTION:FRAMES, like 144p:17")
   return tables, [name.split(":") for name in names]
 
 
-def check_arguments(args):
-  """Raises ValueError for arguments that nothing would come of, and for files that could not be written in the end."""
-  if args.changes and not args.config:
-    raise ValueError(f"{args.changes[0]}: changes are of --config FILE; a run is measured as it was trained")
+def check_settings(settings: Settings) -> None:
+  """Raises ValueError for flags that the task does not use, and for outputs that can't be written."""
+  if settings.changes and not settings.config:
+    raise ValueError(f"{settings.changes[0]}: changes need --config FILE; a --run is measured as it was trained")
   unused = {
     "loss": ("config", "weights", "autoencoder", "model", "buckets", "picture", "perceptual", "i3d", "count"),
     "shapes": ("tables", "model", "buckets", "picture", "perceptual", "i3d"),
     "autoencoder": ("mesh", "weights", "samples_per_bucket", "timesteps"),
   }
-  for name in unused[args.task]:
-    if getattr(args, name):
-      raise ValueError(f"--{name.replace('_', '-')} says nothing to --task {args.task}")
-  for path in filter(None, (args.output, args.picture)):
+  for name in unused[settings.task]:
+    if getattr(settings, name):
+      raise ValueError(f"--{name.replace('_', '-')} has no effect on --task {settings.task}; leave it out")
+  for path in filter(None, (settings.output, settings.picture)):
     paths.check_writable(os.path.dirname(path) or ".", "folder of the output")
 
 
-def check_counts(args, **defaults):
-  """Fills in the defaults; raises ValueError for values below 1."""
-  for name, default in defaults.items():
-    if getattr(args, name) is None:
-      setattr(args, name, default)
-    if getattr(args, name) < 1:
-      raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; allowed: at least 1")
+def print_result(described: str, task: str, values: dict[str, Any]) -> None:
+  print(f"{described}:")
+  MEASURES[task][1](values)
 
 
-def print_buckets(values):
+def print_losses(values: dict[str, float]) -> None:
+  for name, value in values.items():
+    print(f"{name.removeprefix('validation/'):>16}  {value:.5g}")
+
+
+def print_buckets(values: dict[str, Any]) -> None:
   names = list(max(values["buckets"].values(), key=len))
   widths = [max(len(name), 6) + 2 for name in names]
   print(" " * 12 + "".join(name.rjust(width) for name, width in zip(names, widths)))
@@ -249,43 +292,38 @@ def print_buckets(values):
     print(name, tuple(round(value, 3) for value in values[name]))
 
 
-def print_nested(values):
+def print_parts(values: dict[str, dict[str, float]]) -> None:
   for part, measures in values.items():
     print(f"{part}:")
     for name, value in measures.items():
       print(f"  {name:<42} {value:>8.2f}" if name.endswith(("dB", "ratio")) else f"  {name:<42} {value:>8.1%}")
 
 
+# {task: (what measures, what prints its values)}
+MEASURES = {
+  "loss": (evaluate_loss, print_losses),
+  "shapes": (evaluate_shapes, print_parts),
+  "autoencoder": (evaluate_autoencoder, print_buckets),
+}
+
+
 def main(argv=None):
-  args = parse_with_changes(make_parser(), argv)
+  settings = Settings(**vars(parse_with_changes(make_parser(), argv)))
   logging.set_verbosity(logging.ERROR)  # orbax reports what it reads
   with one_line_errors(), tempfile.TemporaryDirectory() as folder:
-    check_arguments(args)
+    check_settings(settings)
     connect_processes()
     use_compilation_cache()
     keep_freed_memory()
-    if args.task == "shapes":
-      described, values = evaluate_shapes(args)
-    elif args.task == "autoencoder":
-      described, values = evaluate_autoencoder(args, folder)
-    else:
-      stage, step = read_stage(args)
-      described, values = f"{args.run}, step {step}, {args.item}", evaluate_loss(stage, step, args, folder)
+    described, values = MEASURES[settings.task][0](settings, folder)
   import jax
 
   if jax.process_index():
     return
-  print(f"{described}:")
-  if args.task == "shapes":
-    print_nested(values)
-  elif args.task == "autoencoder":
-    print_buckets(values)
-  else:
-    for name, value in values.items():
-      print(f"{name.removeprefix('validation/'):>16}  {value:.5g}")
-  if args.output:
+  print_result(described, settings.task, values)
+  if settings.output:
     with one_line_errors((OSError,)):
-      paths.write_text(args.output, json.dumps({"model": described, "task": args.task, **values}, indent=1) + "\n")
+      paths.write_text(settings.output, json.dumps({"model": described, "task": settings.task, **values}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

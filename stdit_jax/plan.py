@@ -46,13 +46,14 @@ from data import paths
 from data.aspect_ratios import NUM_PIXELS
 from data.config import DataConfig
 from stdit_jax.cli import OneLineParser, one_line_errors, parse_with_changes, read_config
-from stdit_jax.models import stdit
+from stdit_jax.models.family import find_model
 from stdit_jax.parallel.topology import is_gpu, parse_topology, topology_chips
 from stdit_jax.planning import budget, meshes, search
 from stdit_jax.planning.jobs import Compiler
 from stdit_jax.planning.programs import Job, roofline
 from stdit_jax.training.checkpoints import plain
 from stdit_jax.training.metrics import duration
+from stdit_jax.training.objectives import make_objective
 from stdit_jax.training.stages import make_stages
 
 GIB = 2**30
@@ -216,15 +217,16 @@ def print_budget(args, stages, seconds, result):
     hours = budget.stage_hours(stage, shares, own, update)
     counted_hours.append(hours)
     print(f"{stage.name}: {stage.steps:,} steps, {hours_text(args, hours, chips)}; computed from {counted}")
-    if stage.config.task == "denoiser":
-      print_encoders(args, stage, shares, chips)
+    objective = make_objective(stage.config)
+    if objective.counts_flops:
+      print_encoders(args, stage, objective.parts, shares, chips)
   if len(counted_hours) == len(stages) > 1:
     print(f"together: {hours_text(args, sum(counted_hours), chips)}")
 
 
-def print_encoders(args, stage, shares, chips):
+def print_encoders(args, stage, parts, shares, chips):
   """What the encoders of a stage add to its hours, if they do."""
-  seconds = budget.encoder_seconds(stage, shares, args.topology, chips)
+  seconds = budget.encoder_seconds(stage, parts, shares, args.topology, chips)
   hours = {what: stage.steps * stage.config.optimizer.accumulate * each / 3600 for what, each in seconds.items()}
   if total := sum(hours.values()):
     parts = " and ".join(f"{what} {each / total:.0%}" for what, each in hours.items() if each)
@@ -286,7 +288,7 @@ def probe_buckets(stage):
 def print_meshes(args, compiler, stages, jobs):
   """Every sensible mesh with a few buckets, ranked by the sum of their bounds -> all results."""
   chips = topology_chips(args.topology)
-  width = stdit.get_config(stages[0].config.model.name, **stages[0].config.model.fields.to_dict()).hidden_size
+  width = find_model(stages[0].config.model.name, stages[0].config.model.fields)[1].hidden_size
   if not args.bucket:
     wanted = {(stage.name, bucket) for stage in stages for bucket in probe_buckets(stage)}
     jobs = [job for job in jobs if (job.stage, job.bucket) in wanted]
@@ -332,7 +334,7 @@ def main(argv=None):
     if not 0 < args.fraction <= 1:
       raise ValueError(f"--fraction {args.fraction}: allowed: above 0, at most 1")
     stages, jobs = make_jobs(args)
-    if args.search_batch_size and any(stage.config.task != "denoiser" for stage in stages):
+    if args.search_batch_size and not all(make_objective(stage.config).counts_flops for stage in stages):
       raise ValueError("--search-batch-size is of denoisers: of an autoencoder there is no count of FLOPs to tell times by")
     compiler = Compiler(args.cache, args.topology)
     print(f"{args.slices} x {args.topology}; all figures are computed, none is measured", flush=True)

@@ -28,6 +28,7 @@ import sys
 import time
 
 from data import paths, video
+from stdit_jax import loading
 from stdit_jax.cli import (
   InputError,
   OneLineParser,
@@ -39,7 +40,6 @@ from stdit_jax.cli import (
 )
 from stdit_jax.generation import conditions, tasks
 from stdit_jax.generation.media import FRAMES, IMAGE_FORMATS, VIDEO_FORMATS, check_rate, settings_file
-from stdit_jax.training import loading
 
 MADE = ("num_frames", "tiles")  # in the JSON beside a file, but no settings that were given
 
@@ -164,7 +164,7 @@ def make_work(args, prompts, config, autoencoder):
   """
   from data import aspect_ratios
   from data.captions import append_scores, clean_caption
-  from stdit_jax.autoencoders.codec import nearest_lengths
+  from stdit_jax.autoencoders.registry import nearest_lengths
   from stdit_jax.generation.clips import place_loop
   from stdit_jax.generation.pipeline import Request
   from stdit_jax.generation.prompts import split_json, split_loops
@@ -186,9 +186,9 @@ def make_work(args, prompts, config, autoencoder):
     named = tuple(own.get("reference_path", "").split(";")) if own.get("reference_path") else tuple(args.reference)
     files = tuple(files) if task else named
     counts = [count_frames(path, fps, args.compat is not None) for path in files]
-    frames = 1 if task == "image" else aspect_ratios.get_num_frames(args.num_frames or config.sample.num_frames)
+    frames = 1 if task in tasks.ONE_FRAME else aspect_ratios.get_num_frames(args.num_frames or config.sample.num_frames)
     said = f"--num-frames is {frames}"
-    if task == "edit" and not args.num_frames:
+    if task in tasks.WHOLE_FILE and not args.num_frames:
       frames = counts[0]
       said = f"{files[0]} has {frames} frames (--num-frames takes fewer)"
     if not autoencoder.keeps(frames):
@@ -251,6 +251,8 @@ def explain(work, autoencoder, compat):
 
 def main(argv=None):
   args = parse_with_changes(make_parser(), argv)
+  from stdit_jax.models.family import find_model
+
   with one_line_errors():
     check_numbers(args)
     prompts = read_prompts(args)
@@ -259,8 +261,10 @@ def main(argv=None):
     loading.guidance_of(args)
     autoencoder = autoencoder_of(config)
     work = make_work(args, prompts, config, autoencoder)
-    if config.model.name.startswith("STDiT-") and any(one.job.rules for one in work):
-      raise ValueError(f"{config.model.name} (Open-Sora 1.0) can't be given frames: it makes videos from text alone")
+    if any(one.job.rules for one in work):
+      family, _ = find_model(config.model.name, config.model.fields)
+      if not family.supports.frame_masks:
+        raise ValueError(f"{family.name} can't be given frames: it makes videos from text alone")
     if args.explain:
       return explain(work, autoencoder, args.compat)
     steps, scale = loading.steps_and_scale(args, config)
@@ -323,7 +327,7 @@ def check_memory(pipeline, work, steps, scale, args):
 
 def autoencoder_of(config):
   """The configuration of the autoencoder of a configuration."""
-  from stdit_jax.training.autoencoding import autoencoder_model
+  from stdit_jax.autoencoders.registry import autoencoder_model
 
   return autoencoder_model(config.autoencoder).config
 

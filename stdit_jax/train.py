@@ -2,45 +2,41 @@
 
   python -m stdit_jax.train --config configs/quickstart.py [--config.output=runs/mine --config.optimizer.learning_rate=1e-4]
 
-Every key of the configuration is in configs/base.py. Stop it at any time: the same command resumes from the newest
-checkpoint in `output`. On a pod the same command runs on every host (see launch/). Exit codes: 0 finished, 2 a mistake that
-the message names, 75 stopped by SIGTERM, or a process hangs or is gone, or the bucket gives no answer: start it again, 130
-interrupted.
+configs/base.py has every key of a configuration; --config.KEY=VALUE replaces one. Stop the training at any time: the same
+command resumes from the newest checkpoint in `output`. On a pod every host runs the same command (see launch/).
+
+Exit codes: 0 finished; 2 an error that the message names; 75 stopped by SIGTERM, or a process hangs or ended, or the bucket
+does not answer: start the command again; 130 interrupted.
 """
 
+import argparse
 import contextlib
 import functools
 import sys
 import traceback
 
-from absl import app, flags, logging
-from ml_collections import config_flags
+from absl import logging
 
 from stdit_jax.cli import (
   InputError,
+  OneLineParser,
   connect_processes,
   keep_freed_memory,
   one_line_errors,
-  parse_config,
+  parse_with_changes,
+  read_config,
   use_compilation_cache,
 )
 from stdit_jax.training.claim import claim
 from stdit_jax.training.stages import make_stages
 from stdit_jax.training.watchdog import RESTART, StartAgain, Watchdog
 
-_HELP = "file with get_config(), e.g. configs/quickstart.py"
-_CONFIG = config_flags.DEFINE_config_file("config", None, _HELP)
 
-
-def parse_flags(argv):
-  """absl's parser; a mistyped flag or key is one line. -h and --help print the above and the flags."""
-  if any(a in ("-h", "--help", "--helpfull") for a in argv[1:]):
-    print(f"{__doc__}\nflags:\n  --config FILE        {_HELP}")
-    print("  --config.KEY=VALUE   replaces one key; the keys are in configs/base.py")
-    raise SystemExit(0)
-  with one_line_errors():
-    parse_config(argv, flags.FLAGS)
-  return argv[:1]
+def make_parser():
+  how = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+  parser = OneLineParser("python -m stdit_jax.train", **how)
+  parser.add_argument("--config", metavar="FILE", help="file with get_config(), e.g. configs/quickstart.py")
+  return parser
 
 
 def connect(config):
@@ -62,18 +58,22 @@ def run(config, watchdog):
     with contextlib.ExitStack() as held:
       with one_line_errors():
         from stdit_jax.interop import CheckpointError
-        from stdit_jax.training.loop import Preempted, Run
-        from stdit_jax.training.sampling import Sampler
+        from stdit_jax.run_samples import Sampler
+        from stdit_jax.training.loop import train
+        from stdit_jax.training.preemption import Preempted
+        from stdit_jax.training.restarts import Restarts
+        from stdit_jax.training.run import Run
 
         keep_freed_memory()
         training = Run(config, watchdog.beat)
         if watchdog.index == 0:
           held.enter_context(claim(config.output, functools.partial(watchdog.leave, code=2)))
         on_sample = Sampler(training) if config.sample_every else None
-        started = training.start()
+        restarts = Restarts(training)
+        started = restarts.start()
       with one_line_errors((InputError, CheckpointError, OSError)):
         try:
-          training.train(on_sample, started)
+          train(training, on_sample, restarts, started)
         except Preempted as stop:
           print(stop, file=sys.stderr)
           raise SystemExit(RESTART) from None
@@ -82,10 +82,11 @@ def run(config, watchdog):
     raise SystemExit(130) from None
 
 
-def main(_):
+def main(argv=None):
+  args = parse_with_changes(make_parser(), argv)
   logging.set_verbosity(logging.ERROR)  # orbax reports every step of a checkpoint
-  config = _CONFIG.value
   with one_line_errors():
+    config = read_config(args.config, args.changes)
     make_stages(config)  # before any process waits for another
     use_compilation_cache(config.compilation_cache or f"{config.output}/compilation_cache")
     watchdog = connect(config)
@@ -108,4 +109,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-  app.run(main, flags_parser=parse_flags)
+  main()

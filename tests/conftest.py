@@ -1,15 +1,20 @@
-"""Shared by the tests that train and sample: data and weights made once per session, quick compilation."""
+"""Shared by all tests: how XLA compiles, the order of the files, and data and weights that are made once per session."""
 
-import functools
 import gc
 import os
 import pathlib
 
 import pytest
 
-# With libtpu installed (tests/planning) and no TPU, JAX would look for one; its profiler then ends the process.
+from tests import QUICK_FLAGS
+
+# With libtpu installed (tests/planning) and no TPU, JAX would look for one, and libtpu's profiler would end the process.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Every operation of a program notes up to 100 frames of where it comes from, and under pytest and Flax there are so many.
+# Tiny models spend their time on compilation. Tests against reference values ask for the usual optimisation (`SHIPPED` of
+# tests/helpers.py). GPUs refuse these flags.
+if os.environ["JAX_PLATFORMS"] == "cpu" and QUICK_FLAGS not in os.environ.get("XLA_FLAGS", ""):
+  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_FLAGS}".strip()
+# XLA stores up to 100 stack frames for every operation of a program, and under pytest and Flax a stack has that many.
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "1")
 
 LONGEST = (
@@ -19,17 +24,17 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(items):
-  """Files that take minutes begin first, or one worker would still be at one when the other has nothing left to do."""
+  """Starts the files that take minutes first. Otherwise one worker would end with such a file while the other one is idle."""
 
   def place(item):
     name = item.path.stem.removeprefix("test_")
     return LONGEST.index(name) if name in LONGEST else len(LONGEST)
 
-  items.sort(key=place)  # the order within a file stays
+  items.sort(key=place)  # stable: keeps the order within a file
 
 
 def pytest_collection_finish():
-  """What has been imported by now stays to the end: Python need not look through it for garbage again while JAX traces."""
+  """Excludes all that is imported by now from garbage collection, which would search it again and again while JAX traces."""
   gc.collect()
   gc.freeze()
   gc.set_threshold(10_000, 10, 10)
@@ -37,8 +42,8 @@ def pytest_collection_finish():
 
 @pytest.fixture(scope="session")
 def assets(tmp_path_factory):
-  """Folder of `tests.tiny_run.make_assets`. Whoever uses it compiles through one cache, subprocesses and the other workers of
-  this run of pytest too."""
+  """Folder of `tests.tiny_run.make_assets`. Its tests share one cache of compiled programs, also with subprocesses and with
+  the other workers of this run of pytest."""
   import jax
 
   from tests import tiny_run
@@ -56,7 +61,7 @@ def assets(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def store():
-  """A `tests.object_store.ObjectStore` that this process and those it starts take for Google Cloud Storage."""
+  """A `tests.object_store.ObjectStore`. This process and its subprocesses take it for Google Cloud Storage."""
   from tests.object_store import ObjectStore
 
   store = ObjectStore()
@@ -65,28 +70,3 @@ def store():
       patch.setenv(name, value)
     yield store
   store.close()
-
-
-@pytest.fixture(scope="module")
-def quick_compile():
-  """Programs made by `jax.jit` from here on are compiled without optimisation: tiny models spend all their time there.
-  Convolutions in time are one operation, as on other platforms, not several as on CPUs (tests/autoencoders/test_conv3d.py).
-  """
-  import jax
-
-  # Imported when needed, and jitted within other programs, where options are refused: before `jit` is another.
-  import jax.experimental.pallas.ops.tpu.splash_attention
-
-  from stdit_jax.autoencoders import layers
-  from tests.helpers import QUICK_COMPILE
-
-  jit = jax.jit
-
-  @functools.wraps(jit)
-  def quick(*args, **options):
-    return jit(*args, **{"compiler_options": QUICK_COMPILE, **options})
-
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(jax, "jit", quick)
-    patch.setattr(layers, "_by_platform", lambda make, *args: make(layers._whole)(*args))
-    yield

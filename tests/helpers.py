@@ -9,19 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import safe_open
 
-from stdit_jax.models import stdit
 from stdit_jax.models.layers import rope_frequencies
+from tests import denoisers
 
 REFERENCE = pathlib.Path(__file__).parent / "reference" / "open_sora"
 
 # Fields of the originals' constructors that our configurations don't have: fixed in all released models.
 _NOT_OURS = {"class_dropout_prob"}
-_CONFIGS = {"stdit1_tiny": stdit.STDiT1Config, "stdit2_tiny": stdit.STDiT2Config, "stdit3_tiny": stdit.STDiT3Config}
+_CONFIGS = {"stdit1_tiny": denoisers.STDiT1Config, "stdit2_tiny": denoisers.STDiT2Config, "stdit3_tiny": denoisers.STDiT3Config}
 
-# For `jax.jit(compiler_options=...)` of tests: compiles a tiny model in a sixth of the time, the program itself is slower. Not
-# for GPUs (JAX_PLATFORMS=cuda), where every program with these options failed.
+# For `jax.jit(compiler_options=...)`: the optimisation that users get, where the tests have less of it (tests/conftest.py).
 CPU = os.environ.get("JAX_PLATFORMS", "cpu") == "cpu"
-QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False} if CPU else {}
+SHIPPED = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True} if CPU else {}
 
 
 def load_json(name):
@@ -50,14 +49,14 @@ def load_golden_model(name, **overrides):
   path = REFERENCE / f"{name}.safetensors"
   # Without the norms of queries and keys their weights are left over: not an error here.
   strict = overrides.get("qk_norm", True)
-  shapes, quiet = stdit.init_shapes(config), lambda message: None
+  shapes, quiet = denoisers.init_shapes(config), lambda message: None
   variables = load_variables(path, "open-sora", shapes, config=config, strict=strict, log=quiet)
-  return stdit.build(config), variables
+  return denoisers.build(config), variables
 
 
 def random_variables(config, seed=0):
   """Variables of a denoiser with every parameter redrawn, so that none that starts at zero hides a mistake."""
-  shapes = stdit.init_shapes(config)
+  shapes = denoisers.init_shapes(config)
   rng = np.random.default_rng(seed)
   draw = lambda s: jnp.asarray(rng.standard_normal(s.shape, np.float32) * (0.2 if len(s.shape) < 3 else 0.1))  # noqa: E731
   constants = {"null_caption": draw(shapes["constants"]["null_caption"])}

@@ -1,6 +1,5 @@
 """A run small enough to train in tests: real clips and images of three aspect ratios, tiny models, a config of them."""
 
-import functools
 import os
 import pathlib
 import socket
@@ -16,18 +15,16 @@ from configs import base
 from stdit_jax.autoencoders import image_kl
 from stdit_jax.interop import save_variables
 from stdit_jax.models import t5
+from tests import QUICK_FLAGS
 from tests.data import files
 
 ROOT = pathlib.Path(__file__).parents[1]
 MAX_LENGTH = 16
-QUICK_FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"  # as tests.helpers.QUICK_COMPILE
 SIZES = ((144, 256), (256, 144), (192, 192))
 
 
 def make_assets(folder):
   """Six clips of two seconds, six images, their tables, and safetensors of a tiny autoencoder and text encoder."""
-  from tests.helpers import QUICK_COMPILE  # here: what configurations import is there before the processes are connected
-
   rows = []
   for i in range(6):
     height, width = SIZES[i % 3]
@@ -54,11 +51,10 @@ def make_assets(folder):
   files.write_csv(folder / "gone.csv", [{**row, "path": f"gone{i}.mp4"} for i, row in enumerate(rows)])
 
   config = image_kl.get_config("tiny-kl-f8")
-  quick = functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
-  variables = quick(lambda key: image_kl.init(image_kl.ImageKL(config), key))(jax.random.key(1))
+  variables = jax.jit(lambda key: image_kl.init(image_kl.ImageKL(config), key))(jax.random.key(1))
   save_variables(folder / "autoencoder.safetensors", "diffusers", variables, config=config)
   config = t5.get_config("byt5-tiny")
-  variables = quick(lambda key: t5.init(config, key))(jax.random.key(2))
+  variables = jax.jit(lambda key: t5.init(config, key))(jax.random.key(2))
   save_variables(folder / "t5.safetensors", "t5", variables, config=config)
 
 
@@ -119,7 +115,7 @@ def start_processes(config, folder, count=2, devices=4, module="stdit_jax.train"
   with socket.socket() as free:
     free.bind(("localhost", 0))
     port = free.getsockname()[1]
-  flags = f"--xla_force_host_platform_device_count={devices} {more.pop('XLA_FLAGS', '')}"
+  flags = f"--xla_force_host_platform_device_count={devices} {QUICK_FLAGS}"
   place = {"STDIT_JAX_COORDINATOR": f"localhost:{port}", "STDIT_JAX_NUM_PROCESSES": str(count)}
   processes = []
   for i in range(count):

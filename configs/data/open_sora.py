@@ -1,13 +1,16 @@
-"""The steps of Open-Sora 1.2's data pipeline: clips of 2 to 15 s cut to files, text-heavy and plain ones left out, captioned by
-a vision-language model, matched with their captions. Of the thresholds `aes >= 5` is the original's; it names none for motion,
-text and matching, so `flow >= 0.3`, `text_area <= 0.05` and `match >= 20` are ours, as are those for black and still clips.
+"""The steps of Open-Sora 1.2's data pipeline, with clips of 2 to 15 s as files.
+
+Filters remove clips with much text or low aesthetic scores. A vision-language model writes the captions, and a CLIP matches
+them with the clips.
+The threshold `aes >= 5` is from Open-Sora. It publishes none for motion, text and matching, so `flow >= 0.3`,
+`text_area <= 0.05` and `match >= 20` are this project's, like those for black and still clips.
 
   python -m data.prepare run --config configs/data/open_sora.py --config.collect.sources="('gs://BUCKET/raw',)" \\
     --config.output=gs://BUCKET/prepared --config.caption.url=http://HOST:8000/v1 --config.caption.model=NAME --shard 0/64
 
-You bring a CLIP ViT-L/14 as ONNX, its tokenizer, and LAION's aesthetic head as safetensors (data/prepare/clip.py says how); and
-an endpoint. The report says what other thresholds would remove. `text_len` counts bytes (the tokenizer "byt5", which is in
-transformers); for tokens of the T5 that you train with give the folder of its tokenizer as `clean.tokenizer`.
+You provide an endpoint, a CLIP ViT-L/14 in ONNX, its tokenizer, and LAION's aesthetic head as safetensors
+(data/prepare/clip.py describes the files). The report shows the effect of other thresholds. `text_len` counts bytes (tokenizer
+"byt5"). To count tokens of your T5, set `clean.tokenizer` to the folder of its tokenizer.
 """
 
 from configs.data import local
@@ -16,7 +19,7 @@ CLIP = "weights/clip-vit-large-patch14"
 
 
 def get_config():
-  """Scores before captions, since captions cost most."""
+  """Scores come before captions, because captions cost most."""
   config = local.get_config()
   config.output = "runs/data/open_sora"
   config.steps = (

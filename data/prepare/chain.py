@@ -1,53 +1,37 @@
-"""A run: a declared chain of steps over a table in shards, on one machine or several.
+"""A run: a chain of steps over a table in shards, on one machine or several.
 
-A shard whose key is the wanted one is left alone, anything else is made again, and so is one with rows that may not
-fail another time. So a run may be ended at any time, by any means, and the same command goes on.
-
-What is noticed between runs, for all rows of a shard: other settings, rows, sources of another size or time of change
-(`Collect`) and captions in files beside them (`states_beside`). What is not: other weights, tokenizers or answers of an
-endpoint under the same name; remove the step's folder to have it made again.
+Each shard stores a key, a digest of everything that it depends on. A run keeps the shards with the expected key and makes all
+others, and those with rows to retry. So the same command resumes a killed run. The key covers settings, rows, size and
+modification time of sources (`Collect`) and of files beside them (`states_beside`). It does not cover weights, tokenizers and
+endpoints under the same name: delete the step's folder to repeat the step.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
 import json
 import os
 import time
 import uuid
-from collections.abc import Callable, Collection
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import polars as pl
 
 from data import paths
+from data.prepare import shards
 from data.prepare.messages import Progress, clock, say, shown
-from data.prepare.shards import (
-  digest,
-  failed_in,
-  height,
-  identity,
-  part_number,
-  parts,
-  read_meta,
-  refuse_overwriting,
-  scan,
-  scan_all,
-  tables_in,
-  with_failures,
-)
-from data.prepare.steps import Context, Source, Step, run_shard, states_beside
+from data.prepare.steps import Context, Job, Source, Step, run_shard, states_beside
 from data.prepare.workers import DEFAULT_LIMITS, Limits, Pool
 
-_POLL = 2.0  # seconds between looks at what other machines have done
+_POLL = 2.0  # seconds between looks at the shards of other machines
+_TABLES = (".parquet", ".csv", ".jsonl")
 
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-  """Where a step stands: shards wanted and done, rows in and out, rows that failed in it, those to be tried again, work."""
+  """State of a step: expected and finished shards, rows in and out, failed rows, rows to retry, seconds of work, counts."""
 
   shards: int
   done: int
@@ -59,19 +43,22 @@ class Counts:
   counted: dict[str, int]
 
 
-class _Outdated(Exception):  # noqa: N818 - it says where to go on
-  """What this machine made shards of is another now."""
+class _Outdated(Exception):  # noqa: N818 - it restarts the chain
+  """Shards that this machine used have changed since."""
 
 
 class Chain:
   """Named steps in order, with their folder.
 
   Args:
-    output: folder of the run, local or gs://; shards lie in OUTPUT/NAME/part-00000.parquet.
-    steps: {name: step}; the first one is the source, those with `write` end the chain.
+    output: folder of the run, local or gs://. Shards are OUTPUT/STEP/part-00000.parquet, ...
+    steps: {name: step}. The first one is the source; steps with `write` end the chain.
     workers: processes on this machine.
-    shard: (i, n): this machine takes every n-th shard from the i-th on.
-    patience: seconds without any progress of other machines after which waiting for them ends.
+    limits: limits of one file.
+    shard: (i, n): this machine makes every n-th shard, from the i-th on.
+    patience: seconds without progress of other machines after which the run stops waiting for them.
+
+  `cluster` may be set to a function that makes shards elsewhere (`cluster.connect`).
   """
 
   def __init__(
@@ -83,51 +70,58 @@ class Chain:
     limits: Limits = DEFAULT_LIMITS,
     shard: tuple[int, int] = (0, 1),
     patience: float = 3600.0,
-    cluster: Callable | None = None,
   ):
-    self.output = paths.absolute(output)  # clips are named in tables, which may be read from elsewhere
+    self.output = paths.absolute(output)  # tables name clips below it and may be read from another folder
     self.steps, self.workers, self.limits = steps, workers, limits
-    self.shard, self.patience, self.cluster = shard, patience, cluster
+    self.shard, self.patience = shard, patience
+    self.cluster: Callable[[list[Job], int], Iterator[tuple[str, dict[str, Any]]]] | None = None
+    self._source = next(iter(steps))
     self._pool = Pool(workers, limits)
-    self._metas: dict[str, dict[str, Any] | None] = {}
+    self._metas: dict[str, dict[str, Any]] = {}
     self._facts: dict[str, tuple] = {}
     self._states: dict[tuple[str, str], list] = {}
 
   def folder(self, name: str) -> str:
+    """Folder of a step."""
     return paths.join(self.output, name)
 
   def parts(self, name: str) -> list[str]:
-    """Names of a source's or a step's shards."""
-    return parts(self.folder(name))
+    """File names of the shards of a step."""
+    return shards.parts(self.folder(name))
 
   def tables(self, name: str) -> list[str]:
-    """Shards of a step, of all that the source has; ValueError if one is missing."""
-    first = next(iter(self.steps))
-    found = [paths.join(self.folder(name), part) for part in self.parts(first)]
-    there = set(self.parts(name))
-    if missing := [p for p in found if os.path.basename(p) not in there]:
-      raise ValueError(f"step {name} has not made {len(missing)} of {len(found)} shards: run the pipeline to its end first")
-    return found
+    """Shards of a step. Raises ValueError if one is missing."""
+    wanted, present = self.parts(self._source), set(self.parts(name))
+    if missing := len(set(wanted) - present):
+      raise ValueError(f"step {name} has not made {missing} of {len(wanted)} shards: run the pipeline to its end first")
+    return [self._path(name, part) for part in wanted]
 
   def run(self, until: str | None = None) -> None:
-    """All steps in order, up to `until`; what is done is skipped."""
+    """Runs all steps in order, up to `until`. Finished shards are skipped."""
     with self._pool:
-      (first, source), *rest = self.steps.items()
-      self._list(first, source)
-      say(self._summary(first))
-      while first != until:
+      self._list(self._source, self.steps[self._source])
+      say(self._summary(self._source))
+      while self._source != until:
         try:
-          return self._make(first, rest, until)
+          return self._make(until)
         except _Outdated as error:
-          say(f"{error}: other machines listed files or tried again what had failed since; from the first step on")
+          say(f"{error}: other machines listed files or retried failed rows since; starting again at the first step")
 
-  def _make(self, before: str, rest: list[tuple[str, Step]], until: str | None) -> None:
-    """The steps behind the source. Raises `_Outdated`."""
-    for name, step in rest:
-      if step.writes:
-        self._write(name, step, before)
+  def scan(self, name: str) -> pl.LazyFrame:
+    """All shards of a step as one lazy table."""
+    return shards.scan_all(self.tables(name))
+
+  def _path(self, name: str, part: str) -> str:
+    return paths.join(self.folder(name), part)
+
+  def _make(self, until: str | None) -> None:
+    """Runs the steps after the source. Raises `_Outdated`."""
+    before, *rest = self.steps
+    for name in rest:
+      if self.steps[name].writes:
+        self._write(name, self.steps[name], before)
       else:
-        self._run_step(name, step, before)
+        self._run_step(name, self.steps[name], before)
         before = name
         say(self._summary(name))
       if name == until:
@@ -136,17 +130,19 @@ class Chain:
       self._missing(before)
 
   def _list(self, name: str, source: Source) -> None:
-    """Of several machines the first one lists, and each other one begins with its list, if that is whole: their own would
-    differ where files come meanwhile, or times of change are others. Who has begun with a list before begins another run: it
-    lists again. Machines that begin while nobody is done with it all list; what then differs is made again (`_missing`)."""
+    """Lists the files, or takes the list of another machine.
+
+    All machines of a run need one list, although files may appear meanwhile. So a machine takes a finished list unless it
+    has used that list in an earlier run. If machines start at the same moment, all list, and `_missing` finds differences.
+    """
     index, count = self.shard
     if count == 1:
       return source.list(self.folder(name), self._own())
-    record, mine = (paths.join(self.folder(name), file) for file in ("listed.json", f"listed-{index}.json"))
-    listed, begun = (json.loads(paths.read_text(file)) if paths.exists(file) else {} for file in (record, mine))
-    if listed.get("recipe") == source.recipe() and listed["list"] != begun.get("list"):
+    record, mine = (self._path(name, file) for file in ("listed.json", f"listed-{index}.json"))
+    listed, used = (json.loads(paths.read_text(file)) if paths.exists(file) else {} for file in (record, mine))
+    if listed.get("recipe") == source.recipe() and listed["list"] != used.get("list"):
       source.reach()
-      say(f"{name}: the list of another machine is there")
+      say(f"{name}: using the file list of another machine")
     else:
       source.list(self.folder(name), self._own())
       listed = {"list": uuid.uuid4().hex, "recipe": source.recipe()}
@@ -154,107 +150,96 @@ class Chain:
     paths.write_text(mine, json.dumps({"list": listed["list"]}))
 
   def _own(self) -> list[str]:
-    """Folders of the steps that there are and, by their shards, of those that an earlier config had."""
+    """Folders in the output that a step of this config or of an earlier config made."""
     folders = ((name, self.folder(name)) for name in paths.names(self.output))
-    return [folder for name, folder in folders if name in self.steps or (paths.is_folder(folder) and parts(folder))]
+    return [folder for name, folder in folders if name in self.steps or (paths.is_folder(folder) and shards.parts(folder))]
 
-  def scan(self, name: str) -> pl.LazyFrame:
-    """All shards of a step as one lazy table."""
-    return scan_all(self.tables(name))
-
-  def _meta(self, path: str) -> dict[str, Any] | None:
-    """`read_meta`, once for shards that no other machine writes."""
-    if path not in self._metas or not self._is_mine(os.path.basename(path)):
-      self._metas[path] = read_meta(path)
+  def _meta(self, name: str, part: str) -> dict[str, Any]:
+    """Metadata of a shard, {} if there are none. This machine's shards are read once: no other machine writes them."""
+    path = self._path(name, part)
+    if path not in self._metas or not self._is_mine(part):
+      self._metas[path] = shards.read_meta(path) or {}
     return self._metas[path]
 
   def _is_mine(self, part: str) -> bool:
     index, count = self.shard
-    return part_number(part) % count == index
+    return shards.part_number(part) % count == index
 
   def _identities(self, name: str) -> dict[str, str]:
-    """{shard: identity} of a step's shards that are up to date, down from the source on."""
-    path = functools.partial(paths.join, self.folder(name))
+    """{shard: identity} of the shards of a step that are up to date with all steps before."""
     if isinstance(self.steps[name], Source):
-      return {part: identity(path(part)) for part in self.parts(name)}
-    keys = {part: key for part, key in self._keys(name).items() if (self._meta(path(part)) or {}).get("key") == key}
-    return {part: self._meta(path(part))["identity"] for part in keys}
+      return {part: shards.identity(self._path(name, part)) for part in self.parts(name)}
+    metas = ((self._meta(name, part), part, key) for part, key in self._keys(name).items())
+    return {part: meta["identity"] for meta, part, key in metas if meta.get("key") == key}
 
   def _keys(self, name: str) -> dict[str, str]:
-    """{shard: key that its output has to have} for all shards of the step before that are up to date."""
+    """{shard: expected key} for the shards of the step before that are up to date."""
     step, before = self.steps[name], self._before(name)
     sources = self._identities(before)
-    if not sources or (step.gathers and len(sources) < len(self.parts(next(iter(self.steps))))):
-      return {}  # of what they have to be made is not known yet
+    if not sources or (step.gathers and len(sources) < len(self.parts(self._source))):
+      return {}  # the facts are not known yet
     facts = self._gathered(name, sources)[1] if step.gathers else None
-    path = functools.partial(paths.join, self.folder(before))
-    return {part: digest([step.recipe(), mark, facts, *self._beside(step, path(part), mark)]) for part, mark in sources.items()}
+    return {
+      part: shards.digest([step.recipe(), mark, facts, *self._beside(step, self._path(before, part), mark)])
+      for part, mark in sources.items()
+    }
 
   def _beside(self, step: Step, source: str, mark: str) -> list:
-    """`states_beside`, looked at once in a run: what changes later is seen by the next one."""
-    key = step.beside, mark  # shards of two steps may have one mark, where the second changes nothing
+    """`states_beside`, read once per run: the next run notices later changes."""
+    key = step.beside, mark  # two steps may have shards with one mark if the second step changes nothing
     if key not in self._states:
       self._states[key] = states_beside(step, source)
     return self._states[key]
 
   def _before(self, name: str) -> str:
     names = list(self.steps)
-    return names[names.index(name) - 1]
+    return names[max(0, names.index(name) - 1)]
+
+  def _through(self, last: str) -> list[str]:
+    """Names of the steps up to `last`."""
+    names = list(self.steps)
+    return names[: names.index(last) + 1]
 
   def _gathered(self, name: str, sources: dict[str, str]) -> tuple[Any, str]:
     """(facts of a step about the whole table, their digest)."""
-    mark = digest(sources)
+    mark = shards.digest(sources)
     if self._facts.get(name, ("", None, ""))[0] != mark:
       facts = self.steps[name].gather(self.scan(self._before(name)))
-      self._facts[name] = (mark, facts, digest(_plain(facts)))
+      self._facts[name] = (mark, facts, shards.digest(_plain(facts)))
     return self._facts[name][1:]
 
   def _run_step(self, name: str, step: Step, before: str) -> None:
     if step.gathers:
       self._wait(before)
-    path = functools.partial(paths.join, self.folder(name))
-    todo = {}
-    for part, key in self._keys(name).items():
-      if self._is_mine(part):
-        meta = self._meta(path(part)) or {}
-        if meta.get("key") != key or meta["retry"] or not step.complete(scan(path(part))):
-          todo[part] = key
+    todo = {
+      part: key for part, key in self._keys(name).items()
+      if self._is_mine(part)
+      and not (_is_current(self._meta(name, part), key) and step.complete(shards.scan(self._path(name, part))))
+    }  # fmt: skip
     if not todo:
       return
     self._tell_changes(name, step, todo)
     facts = self._gathered(name, self._identities(before))[0] if step.gathers else None
-    sizes = {part: height(paths.join(self.folder(before), part)) for part in todo}
-    progress, done = Progress(name, sum(sizes.values()), step.unit), 0
     jobs = [
-      (step, paths.join(self.folder(before), part), path(part), key, Context(self.folder(name), part, facts, self.limits))
+      Job(step, self._path(before, part), self._path(name, part), key, Context(self.folder(name), part, facts, self.limits))
       for part, key in todo.items()
     ]
-    if self.cluster and step.fails:  # that is, looks at files or asks somebody, row by row
-      for part, meta in self.cluster(jobs, self.workers):
-        self._metas[path(part)] = meta
-        done += sizes[part]
-        progress(done)
-      return
-    for job in jobs:
-      context = job[-1]
-      context.pool, context.progress = self._pool, lambda rows, done=done: progress(done + rows)
-      self._metas[path(context.part)] = run_shard(*job)
-      done += sizes[context.part]
-      progress(done)
+    # A step whose rows can fail reads files or sends requests: only such a step is worth the cluster.
+    elsewhere = self.cluster(jobs, self.workers) if self.cluster and step.fails else None
+    for part, meta in _run_jobs(name, jobs, self._pool, elsewhere):
+      self._metas[self._path(name, part)] = meta
 
   def _tell_changes(self, name: str, step: Step, todo: dict[str, str]) -> None:
-    """Nothing is overwritten without a word: says which settings changed."""
-    for part in todo:
-      old = (self._meta(paths.join(self.folder(name), part)) or {}).get("recipe")
-      if old and old != step.recipe():
-        new = step.recipe()["settings"]
-        changed = [f"{k}: {old['settings'].get(k)!r} -> {new.get(k)!r}" for k in sorted({*new, *old["settings"]})
-                   if old["settings"].get(k) != new.get(k)]  # fmt: skip
-        say(f"{name}: {len(todo)} shards are made again ({'; '.join(changed) or 'another version of the step'})")
-        return
+    """Prints which settings changed, before anything is overwritten."""
+    recipe = step.recipe()
+    olds = (self._meta(name, part).get("recipe") for part in todo)
+    if old := next((old for old in olds if old and old != recipe), None):
+      was, new = old["settings"], recipe["settings"]
+      changed = [f"{k}: {was.get(k)!r} -> {new.get(k)!r}" for k in sorted({*new, *was}) if was.get(k) != new.get(k)]
+      say(f"{name}: {len(todo)} shards are made again ({'; '.join(changed) or 'another version of the step'})")
 
   def _wait(self, name: str) -> None:
-    """Until the other machines have made their shards of a step, from the source on."""
+    """Waits until the other machines have made their shards of a step."""
     since, seen = time.monotonic(), -1
     while missing := self._missing(name):
       if self.shard[1] == 1:
@@ -267,9 +252,12 @@ class Chain:
       time.sleep(_POLL)
 
   def _missing(self, name: str) -> int:
-    """How many shards of a step are not there or out of date. Raises `_Outdated` where one of them is of this machine, of
-    several: it has been there already, and nobody else makes it."""
-    missing = set(self.parts(next(iter(self.steps)))) - set(self._identities(name))
+    """Number of missing or outdated shards of a step.
+
+    Raises `_Outdated` if one of several machines lacks a shard of its own: it has made this step already, and no other
+    machine makes the shard.
+    """
+    missing = set(self.parts(self._source)) - set(self._identities(name))
     if self.shard[1] > 1 and (mine := sum(map(self._is_mine, missing))):
       raise _Outdated(f"{name}: {mine} shards of this machine are missing or out of date")
     return len(missing)
@@ -281,86 +269,76 @@ class Chain:
     key, old, done = self._written(name, before)
     if not done:
       context = Context(self.folder(name), "", limits=self.limits, pool=self._pool)
-      context.history, context.unselected = self._history(before), self._unselected(before)
+      context.history = self._history(before)
+      context.unselected = tuple(self.tables(self._before(n)) for n in self._through(before) if self.steps[n].selects)
       said, files = step.write(self.tables(before), context)
-      # Archives of an earlier run would lie among these, and be read with them; a table of another name stays.
+      # Old archives beside new ones would be read with them. A table with another name stays.
       folders = {os.path.dirname(file) for file in files}
       for file in {*old.get("files", ())} - {*files}:
         if file.endswith(".tar") and os.path.dirname(file) in folders and paths.exists(file):
           paths.remove(file)
       old = {"key": key, "said": said, "files": files}
-      paths.write_text(paths.join(self.folder(name), "done.json"), json.dumps(old))
+      paths.write_text(self._path(name, "done.json"), json.dumps(old))
     say(f"{name}: {old['said']}")
 
   def _written(self, name: str, before: str) -> tuple[str, dict[str, Any], bool]:
-    """Of a step that ends the chain: the key that its result has to have, its record of the last one ({}: there is none), and
-    whether that one is up to date."""
-    record = paths.join(self.folder(name), "done.json")
+    """For a step that ends the chain: (its expected key, record of its last result or {}, whether that is up to date)."""
+    record = self._path(name, "done.json")
     old = json.loads(paths.read_text(record)) if paths.exists(record) else {}
-    key = digest([self.steps[name].recipe(), self._identities(before)])
+    key = shards.digest([self.steps[name].recipe(), self._identities(before)])
     return key, old, old.get("key") == key and all(paths.exists(f) for f in old["files"])
 
   def _history(self, last: str) -> tuple:
-    names = list(self.steps)
-    named = [(name, self.counts(name)) for name in names[: names.index(last) + 1]]
-    return tuple((n, c.rows_in, c.rows, c.errors, c.seconds, self.steps[n].tell(c.counted)) for n, c in named)
-
-  def _unselected(self, last: str) -> tuple[list[str], ...]:
-    names = list(self.steps)
-    return tuple(self.tables(self._before(n)) for n in names[: names.index(last) + 1] if self.steps[n].selects)
+    counted = [(name, self.counts(name)) for name in self._through(last)]
+    return tuple((n, c.rows_in, c.rows, c.errors, c.seconds, self.steps[n].tell(c.counted)) for n, c in counted)
 
   def _summary(self, name: str) -> str:
-    """One line about a step that ran, and the first failures."""
-    counts = self.counts(name)
+    """Lines about a finished step, with its first failures."""
+    counts, step = self.counts(name), self.steps[name]
     text = f"{name}: {counts.rows:,} rows" + (f" of {counts.rows_in:,}" if counts.rows_in != counts.rows else "")
     text += f", {clock(counts.seconds)} of work" if counts.seconds >= 1 else ""
-    if told := self.steps[name].tell(counts.counted):
+    if told := step.tell(counts.counted):
       text += f"\n{told}"
-    if counts.errors:
-      complete = counts.done == counts.shards
-      text += _told_failures(self.steps[name].title, counts.errors, counts.retry, self.tables(name) if complete else [])
-    return text
+    return text + _told_failures(step, counts.errors, counts.retry, self.tables(name) if counts.done == counts.shards else [])
 
   def counts(self, name: str, of: Collection[str] | None = None) -> Counts:
-    """Of some shards; None: those that were made with the present settings of the step."""
-    names, steps = list(self.steps), self.steps
-    first, before = names[0], names[max(0, names.index(name) - 1)]
-    wanted = self.parts(first)
-    there, recipe = set(self.parts(name)), steps[name].recipe()
-    metas = {p: self._meta(paths.join(self.folder(name), p)) or {} for p in wanted if p in there}
-    done = [p for p, meta in metas.items() if isinstance(steps[name], Source) or meta.get("recipe") == recipe]
-    had = set(self.parts(before))  # of several machines one may not have made again yet what another one's shard is made of
-    done = [p for p in (done if of is None else metas) if p in had and (of is None or p in of)]
+    """Counts of the shards `of` a step; None: of those that were made with the present settings."""
+    step, before, wanted = self.steps[name], self._before(name), self.parts(self._source)
+    # Another machine may have made a shard from one that this machine has yet to make again.
+    present = {*wanted} & {*self.parts(name)} & {*self.parts(before)}
+    if of is not None:
+      present &= {*of}
+    elif not isinstance(step, Source):
+      recipe = step.recipe()
+      present = {part for part in present if self._meta(name, part).get("recipe") == recipe}
     rows = errors = retry = rows_in = 0
     seconds, counted = 0.0, collections.Counter()
-    for part in done:
-      path, meta = paths.join(self.folder(name), part), metas[part]
+    for part in sorted(present):
+      meta = self._meta(name, part)
       retry += meta.get("retry", 0)
       seconds += meta.get("seconds", 0.0)
       counted.update(meta.get("counts", {}))
-      there_rows, failed = _failed(path, steps[name].title)
-      rows, errors = rows + there_rows, errors + failed
-      rows_before, failed = _failed(paths.join(self.folder(before), part), steps[name].title)
-      rows_in += rows_before
-      errors -= failed if before != name else 0  # of an earlier step of this kind
-    return Counts(len(wanted), len(done), rows_in, rows, errors, retry, seconds, dict(counted))
+      rows_now, failed_now = _failed(self._path(name, part), step.title)
+      rows_before, failed_before = _failed(self._path(before, part), step.title)
+      rows, rows_in = rows + rows_now, rows_in + rows_before
+      errors += failed_now - (failed_before if before != name else 0)  # an earlier step may have the same title
+    return Counts(len(wanted), len(present), rows_in, rows, errors, retry, seconds, dict(counted))
 
   def _current(self, name: str) -> list[str]:
-    """Shards of a step that the next run leaves alone, if nothing new is listed and nothing succeeds that failed before."""
-    step, path = self.steps[name], functools.partial(paths.join, self.folder(name))
+    """Shards of a step that the next run keeps, unless it lists new files or failed rows succeed."""
+    step = self.steps[name]
     if isinstance(step, Source):
-      return [part for part in self.parts(name) if (self._meta(path(part)) or {}).get("recipe") == step.recipe()]
-    return [part for part in self._identities(name) if step.complete(scan(path(part)))]
+      return [part for part in self.parts(name) if self._meta(name, part).get("recipe") == step.recipe()]
+    return [part for part in self._identities(name) if step.complete(shards.scan(self._path(name, part)))]
 
   def status(self) -> str:
-    """A table: what is done, failed, left, made again, and how long that takes, by the work so far.
+    """A table of the steps: finished, failed and remaining work, and the time left at the speed so far.
 
-    "again": shards that are there and not up to date. A step that looks at the whole table has all of its shards among them
-    until the table is up to date; what it then finds may leave them as they are. It goes by the files that were listed last.
+    "again" counts outdated shards. A step that gathers facts counts all of its shards until the table before is up to date.
     """
     lines = [f"{'step':<16} {'shards':>11} {'rows':>12} {'failed':>8} {'to retry':>8} {'again':>8} {'left':>8}"]
     before, whole = None, True
-    total_left, known = 0.0, bool(self.parts(next(iter(self.steps))))
+    total_left, known = 0.0, bool(self.parts(self._source))
     for name, step in self.steps.items():
       if step.writes:
         _, old, done = self._written(name, before)
@@ -368,79 +346,112 @@ class Chain:
         lines.append(f"{name:<16} {state:>11}")
         continue
       counts = self.counts(name, self._current(name))
-      there = [meta for p in self.parts(name) if (meta := self._meta(paths.join(self.folder(name), p)))]
+      made = [meta for part in self.parts(name) if (meta := self._meta(name, part))]
       left, whole = "-", counts.done == counts.shards
       if before is not None and not whole:
-        if there:
-          rest = sum(meta["seconds"] for meta in there) / len(there) * (counts.shards - counts.done)
+        if made:
+          rest = sum(meta["seconds"] for meta in made) / len(made) * (counts.shards - counts.done)
           total_left, left = total_left + rest, clock(rest)
         else:
           known, left = False, "?"
-      columns = f"{counts.errors:>8,} {counts.retry:>8,} {len(there) - counts.done:>8,} {left:>8}"
+      columns = f"{counts.errors:>8,} {counts.retry:>8,} {len(made) - counts.done:>8,} {left:>8}"
       lines.append(f"{name:<16} {f'{counts.done}/{counts.shards}':>11} {counts.rows:>12,} {columns}")
       before = name
     lines.append(f"time left: {clock(total_left)}" + ("" if known else " and steps that have not begun") + " on one machine")
     return "\n".join(lines)
 
 
+def _is_current(meta: dict[str, Any] | None, key: str) -> bool:
+  """Whether a shard has the expected key and no rows to retry."""
+  return bool(meta) and meta.get("key") == key and not meta["retry"]
+
+
+def _run_jobs(
+  name: str, jobs: list[Job], pool: Pool, elsewhere: Iterator[tuple[str, dict[str, Any]]] | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+  """Makes shards with one progress over all of them. Yields (part, metadata) of each; `elsewhere` yields those of a cluster."""
+  sizes = {job.context.part: shards.height(job.source) for job in jobs}
+  progress, done = Progress(name, sum(sizes.values()), jobs[0].step.unit if jobs else ""), 0
+
+  def here() -> Iterator[tuple[str, dict[str, Any]]]:
+    for job in jobs:
+      job.context.pool, job.context.progress = pool, lambda rows: progress(done + rows)
+      yield job.context.part, run_shard(*job)
+
+  for part, meta in here() if elsewhere is None else elsewhere:
+    done += sizes[part]
+    progress(done)
+    yield part, meta
+
+
 def _plain(facts: Any) -> Any:
-  """What a step gathered, JSON-able."""
+  """Facts that a step gathered, JSON-able."""
   return facts.write_csv() if isinstance(facts, pl.DataFrame) else facts
 
 
 def _failed(table: str, title: str) -> tuple[int, int]:
-  """(rows, those of them that failed in a step of this title) of a shard."""
-  return with_failures(scan(table)).select(pl.len(), failed_in(title).sum().alias("failed")).collect().row(0)
+  """(rows, rows that failed in a step with this title) of a shard."""
+  return (
+    shards.with_failures(shards.scan(table)).select(pl.len(), shards.failed_in(title).sum().alias("failed")).collect().row(0)
+  )
 
 
-def _told_failures(title: str, errors: int, retry: int, tables: list[str]) -> str:
-  """How many rows failed, how many of them are tried again, and the first ones."""
+def _told_failures(step: Step, errors: int, retry: int, tables: list[str]) -> str:
+  """How many rows failed, how many of them the next run repeats, and the first ones; "" if none failed."""
+  if not errors:
+    return ""
   text = f", {errors:,} failed" + (f", {retry:,} of them are tried again by the next run" * bool(retry))
   if tables:
-    for row in scan_all(tables).filter(failed_in(title)).select("path", "error").head(3).collect().to_dicts():
+    for row in (
+      shards.scan_all(tables).filter(shards.failed_in(step.title)).select("path", "error").head(3).collect().to_dicts()
+    ):
       text += f"\n  {shown(row['path'])}: {shown(row['error'])}"
   return text
 
 
-def run_alone(name: str, step: Step, source: str, target: str, *, workers: int = 2, limits: Limits = DEFAULT_LIMITS) -> str:
-  """One step on a table file, or on a folder of shards -> the same under `target`; what is done is skipped. Returns what to
-  say about it."""
+def run_alone(name: str, step: Step, source: str, target: str, *, workers: int) -> str:
+  """Runs one step on a table file, or on a folder of shards, and writes the same to `target`. Finished shards are skipped.
+
+  Returns the text to print.
+  """
   folder = paths.is_folder(source)
-  found = tables_in(source) if folder else []
-  pairs = [(a, paths.join(target, os.path.basename(a))) for a in found] if folder else [(source, target)]
+  pairs = [(a, paths.join(target, os.path.basename(a))) for a in shards.tables_in(source)] if folder else [(source, target)]
   if not pairs:
-    raise ValueError(f"{source} has no .parquet files")
+    raise ValueError(f"{source} has no .parquet files: give a table or a folder of parquet shards")
   tables = [a for a, _ in pairs]
-  for a in tables:
-    if not paths.exists(a) or not a.endswith((".parquet", ".csv", ".jsonl")):
-      raise ValueError(f"{a} is no table (.parquet, .csv, .jsonl) that is there")
-  with Pool(workers, limits) as pool:
+  if wrong := [a for a in tables if not (paths.exists(a) and a.endswith(_TABLES))]:
+    raise ValueError(f"{wrong[0]} is no existing table: give a file that ends in {', '.join(_TABLES)}, or a folder of shards")
+  with Pool(workers) as pool:
     if step.writes:
-      if target.endswith((".parquet", ".csv", ".jsonl")):
+      if target.endswith(_TABLES):
         raise ValueError(f"-o {target}: {name} may write several files: give a folder")
-      return step.write(tables, Context(paths.join(paths.absolute(target), name), "", limits=limits, pool=pool))[0]
-    facts = None
-    if step.gathers:
-      facts = step.gather(scan_all(tables))
-    sizes = [height(a) for a in tables]
-    progress, done, counted, retry = Progress(name, sum(sizes), step.unit), 0, collections.Counter(), 0
-    for (a, b), size in zip(pairs, sizes):
-      refuse_overwriting(b, [a])
-      if not b.endswith((".parquet", ".csv")):
-        raise ValueError(f"{b}: the output's name must end in .parquet or .csv")
-      key = digest([step.recipe(), identity(a), _plain(facts), *states_beside(step, a)])
-      meta = read_meta(b) if b.endswith(".parquet") and paths.exists(b) else None
-      if meta == {}:
-        raise ValueError(f"{b} is there and was not written by this program: give another output")
-      if not meta or meta["key"] != key or meta["retry"]:
-        context = Context(os.path.splitext(paths.absolute(target))[0], Path(b).name, facts, limits, pool)
-        context.progress = lambda rows, done=done: progress(done + rows)
-        meta = run_shard(step, a, b, key, context)
-      counted.update(meta["counts"])
-      done, retry = done + size, retry + meta["retry"]
-    made = [b for _, b in pairs]
-    rows = sum(height(b) for b in made)
-    errors = sum(_failed(b, step.title)[1] - _failed(a, step.title)[1] for a, b in pairs) if step.fails else 0
-    text = f"{name}: {rows:,} rows of {sum(sizes):,}: {target}"
-    text += f"\n{told}" if (told := step.tell(dict(counted))) else ""
-    return text + (_told_failures(step.title, errors, retry, made) if errors else "")
+      return step.write(tables, Context(paths.join(paths.absolute(target), name), "", pool=pool))[0]
+    facts = step.gather(shards.scan_all(tables)) if step.gathers else None
+    jobs, metas = [], []
+    for a, b in pairs:
+      key = shards.digest([step.recipe(), shards.identity(a), _plain(facts), *states_beside(step, a)])
+      old = _old_output(a, b)
+      if _is_current(old, key):
+        metas.append(old)
+      else:
+        jobs.append(Job(step, a, b, key, Context(os.path.splitext(paths.absolute(target))[0], os.path.basename(b), facts)))
+    metas += [meta for _, meta in _run_jobs(name, jobs, pool)]
+  counted = collections.Counter()
+  for meta in metas:
+    counted.update(meta["counts"])
+  made = [b for _, b in pairs]
+  errors = sum(_failed(b, step.title)[1] - _failed(a, step.title)[1] for a, b in pairs) if step.fails else 0
+  text = f"{name}: {sum(map(shards.height, made)):,} rows of {sum(map(shards.height, tables)):,}: {target}"
+  text += f"\n{told}" if (told := step.tell(dict(counted))) else ""
+  return text + _told_failures(step, errors, sum(meta["retry"] for meta in metas), made)
+
+
+def _old_output(source: str, target: str) -> dict[str, Any] | None:
+  """Metadata of an earlier output, None without one. Raises ValueError if the target must not be written."""
+  shards.refuse_overwriting(target, [source])
+  if not target.endswith((".parquet", ".csv")):
+    raise ValueError(f"{target}: the output's name must end in .parquet or .csv")
+  meta = shards.read_meta(target) if target.endswith(".parquet") and paths.exists(target) else None
+  if meta == {}:
+    raise ValueError(f"{target} exists and was not written by this program: give another output")
+  return meta

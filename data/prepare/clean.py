@@ -1,4 +1,4 @@
-"""Captions that a training can use: openings of language models off, the original's cleaning, lengths."""
+"""The step `clean`: removes openings of language models, cleans text as Open-Sora does, counts words and tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from data import captions
 from data.prepare.measures import CLASSES
 from data.prepare.steps import Context, Step
 
-# What captioners like to begin with. (Open-Sora's `refine_llm_caption` has a list of 17 such phrases; these are forms of them.)
+# Typical openings of captioners: forms of the 17 phrases in Open-Sora's `refine_llm_caption`.
 _SUBJECT = (
   r"(?:the|this|an?)\s+(?:short\s+|brief\s+)?(?:video|clip|image|picture|photo(?:graph)?|scene|footage|frames?)(?:\s+clip)?"
 )
@@ -29,20 +29,20 @@ _OPENINGS = re.compile(
 
 
 def without_opening(text: str) -> str:
-  """'The video shows a cat.' -> 'A cat.'; the first letter is a capital again."""
+  """'The video shows a cat.' -> 'A cat.', with a capital first letter."""
   rest = text[_OPENINGS.match(text).end() :].lstrip(" ,:;-")
   return rest[:1].upper() + rest[1:]
 
 
 @dataclasses.dataclass(frozen=True)
 class Clean(Step):
-  """Cleans `text`, counts its words and tokens; a row whose text is then empty gets an `error`.
+  """Cleans `text` and counts its words and tokens. A row without text gets an `error`.
 
-  openings: strip phrases such as "The video shows" (see `without_opening`).
-  t5: the two passes of the original's `clean_caption`: lower case, no markup, addresses, ids.
-  camera: append the original's sentence about `cmotion` (" Camera motion: pan left."), for single classes. The column is then
-    `camera`: the loader, which appends `cmotion` itself, must not do so twice.
-  tokenizer: a folder, for `text_len` in its tokens, or "byt5", whose tokens are bytes (T5 has a quarter as many); "": no count.
+  openings: whether to remove phrases such as "The video shows" (`without_opening`).
+  t5: whether to apply the two passes of Open-Sora's `clean_caption`: lower case, no markup, addresses or ids.
+  camera: whether to append Open-Sora's sentence about `cmotion` (" Camera motion: pan left."), for single classes. It renames
+    the column to `camera`, because the loader would append `cmotion` again.
+  tokenizer: folder of a tokenizer for `text_len`; "byt5" counts bytes (T5 has about a quarter as many tokens); "": no count.
   """
 
   title: ClassVar[str] = "clean"

@@ -1,8 +1,8 @@
-"""Aesthetic score and text-video matching by a CLIP that the user has as ONNX: formulas of Open-Sora 1.2 (`tools/scoring`).
+"""Aesthetic score and text-video matching by a CLIP in ONNX, with the formulas of Open-Sora 1.2 (`tools/scoring`).
 
-Files are the user's: nothing is downloaded, no pickle is opened. Models are those that `optimum-cli export onnx` or
-`torch.onnx.export` make of a CLIP: input `pixel_values` [N, 3, S, S] -> `image_embeds`, input `input_ids` [N, L] (and
-`attention_mask`) -> `text_embeds`; other names are taken if there is only one input or output.
+The user provides the files: nothing is downloaded and no pickle is opened. `optimum-cli export onnx` or `torch.onnx.export`
+make a model from a CLIP. Its input `pixel_values` [N, 3, S, S] gives `image_embeds`, and `input_ids` [N, L] (with
+`attention_mask`) gives `text_embeds`. A model with a single input or output may use other names.
 """
 
 from __future__ import annotations
@@ -16,13 +16,16 @@ import numpy as np
 import polars as pl
 from PIL import Image
 
-# Of CLIP's own preprocessing (OpenAI CLIP, `clip.py`): bicubic to the shorter side, centre crop, then these, of 0 to 1.
+from data.prepare.decode import at_shares
+from data.prepare.messages import one_line
+
+# CLIP's preprocessing (OpenAI CLIP, `clip.py`): bicubic to the shorter side, centre crop, then mean and std of values 0 to 1.
 _MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 _STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
 
 def preprocess(image: np.ndarray, side: int) -> np.ndarray:
-  """uint8 [H, W, 3] -> float32 [3, side, side] as CLIP wants it."""
+  """uint8 [H, W, 3] -> float32 [3, side, side], CLIP's input."""
   height, width = image.shape[:2]
   scale = side / min(height, width)
   size = (side, int(height * scale)) if width <= height else (int(width * scale), side)
@@ -33,30 +36,30 @@ def preprocess(image: np.ndarray, side: int) -> np.ndarray:
 
 @functools.cache
 def _session(path: str) -> Any:
-  """ONNX Runtime's session of a file, one per process; ValueError if it can't be opened."""
+  """The ONNX Runtime session of a file, one per process. Raises ValueError if it can't be opened."""
   try:
     import onnxruntime
   except ImportError:
     raise ValueError("CLIP scores need `pip install -c constraints.txt -r requirements-prepare.txt`") from None
   if not os.path.isfile(path):
-    raise ValueError(f"there is no model file {path}")
+    raise ValueError(f"there is no model file {path!r}: give an ONNX file")
   options = onnxruntime.SessionOptions()
   options.intra_op_num_threads = options.inter_op_num_threads = 1  # processes are the parallelism
   options.log_severity_level = 4
   try:
     return onnxruntime.InferenceSession(path, options, providers=onnxruntime.get_available_providers())
-  except Exception as error:  # the library's own kinds
-    raise ValueError(f"{path} is no ONNX model ({' '.join(str(error).split())[:150]})") from None
+  except Exception as error:  # the library has several error types
+    raise ValueError(f"{path} is no ONNX model ({one_line(error)[:150]})") from None
 
 
 def _embed(path: str, name: str, wanted: str, values: np.ndarray) -> np.ndarray:
-  """Output `wanted` [N, C] of a model for its input `name`, normalised to length 1."""
+  """Output `wanted` [N, C] of a model for its input `name`, with length 1."""
   session, own = _session(path), _input(path, name)
   feeds = {own.name: values}
   for other in session.get_inputs():
     if other.name == "attention_mask" and name == "input_ids":
       feeds[other.name] = np.ones_like(values)
-    elif other.name != own.name:  # of the other half of a whole CLIP: it has to be there, and is not looked at
+    elif other.name != own.name:  # a whole CLIP also needs an input for its other half
       feeds[other.name] = _blank(path, other)
   outputs = [o.name for o in session.get_outputs()]
   (found,) = session.run([wanted if wanted in outputs else outputs[0]], feeds)
@@ -64,19 +67,19 @@ def _embed(path: str, name: str, wanted: str, values: np.ndarray) -> np.ndarray:
 
 
 def _input(path: str, name: str) -> Any:
-  """A model's input of this name, else its first one."""
-  there = _session(path).get_inputs()
-  return next((i for i in there if i.name == name), there[0])
+  """A model's input with this name, or else its first input."""
+  inputs = _session(path).get_inputs()
+  return next((i for i in inputs if i.name == name), inputs[0])
 
 
 def _side(path: str) -> int:
-  """Pixels of a side of the pictures that a model takes."""
+  """Pixels of a side of a model's images."""
   side = _input(path, "pixel_values").shape[-1]
   return side if isinstance(side, int) else 224
 
 
 def _blank(path: str, wanted: Any) -> np.ndarray:
-  """The smallest input of a kind: one black picture, one text of two tokens, or its mask."""
+  """The smallest valid input: one black image, one text of two tokens, or its mask."""
   if wanted.name == "pixel_values":
     return np.zeros((1, 3, _side(path), _side(path)), np.float32)
   length = wanted.shape[-1]
@@ -84,7 +87,7 @@ def _blank(path: str, wanted: Any) -> np.ndarray:
 
 
 def embed_images(path: str, images: np.ndarray) -> np.ndarray:
-  """Pictures uint8 [T, H, W, 3] -> features [T, C] of length 1."""
+  """Images uint8 [T, H, W, 3] -> features [T, C] with length 1."""
   side = _side(path)
   return _embed(path, "pixel_values", "image_embeds", np.stack([preprocess(image, side) for image in images]))
 
@@ -100,19 +103,19 @@ def _tokenizer(folder: str) -> Any:
 
 
 def embed_text(path: str, folder: str, text: str, length: int = 77) -> np.ndarray:
-  """A text, cut to `length` tokens so that the end token stays -> features [C] of length 1."""
+  """A text, truncated to `length` tokens with the end token -> features [C] with length 1."""
   tokenizer = _tokenizer(folder)
   tokenizer.enable_truncation(length)
   ids = tokenizer.encode(text).ids
   fixed = _input(path, "input_ids").shape[-1]
   if isinstance(fixed, int):
-    ids += ids[-1:] * (fixed - len(ids))  # CLIP pads with its end token, and looks at the first one
+    ids += ids[-1:] * (fixed - len(ids))  # CLIP pads with its end token and reads the first one
   return _embed(path, "input_ids", "text_embeds", np.array([ids], np.int64))[0]
 
 
 @functools.cache
 def _head(path: str) -> list[tuple[np.ndarray, np.ndarray]]:
-  """[(weight, bias)] of the linear layers `layers.N.weight`, `layers.N.bias`, in the order of N."""
+  """[(weight, bias)] of the linear layers `layers.N.weight` and `layers.N.bias`, ordered by N."""
   from safetensors import SafetensorError
   from safetensors.numpy import load_file
 
@@ -129,7 +132,7 @@ def _head(path: str) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def aesthetic(features: np.ndarray, layers: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-  """Features [N, C] of length 1 -> scores [N]: linear layers one after another, without activations between them."""
+  """Features [N, C] with length 1 -> scores [N]: linear layers without activations between them."""
   for weight, bias in layers:
     features = features @ weight.T + bias
   return features[:, 0]
@@ -137,10 +140,10 @@ def aesthetic(features: np.ndarray, layers: list[tuple[np.ndarray, np.ndarray]])
 
 @dataclasses.dataclass(frozen=True)
 class Aesthetic:
-  """`aes`: the mean over frames of LAION's aesthetic score (improved-aesthetic-predictor) of CLIP's picture features.
+  """`aes`: LAION's aesthetic score (improved-aesthetic-predictor) of CLIP's image features, averaged over frames.
 
-  model: ONNX file; the original's is ViT-L/14. head: safetensors of the linear layers (768-1024-128-64-16-1 there).
-  at: places of the frames; the original's default of three.
+  model: ONNX file (Open-Sora: ViT-L/14). head: safetensors of the linear layers (Open-Sora: 768-1024-128-64-16-1).
+  at: places of the frames, as shares of the clip (Open-Sora's three by default).
   """
 
   columns: ClassVar[dict[str, Any]] = {"aes": pl.Float64}
@@ -155,7 +158,7 @@ class Aesthetic:
     _head(self.head)
 
   def frames(self, num_frames: int, fps: float) -> np.ndarray:
-    return np.unique([min(num_frames - 1, int(place * num_frames)) for place in self.at])
+    return at_shares(num_frames, self.at)
 
   def __call__(self, images: np.ndarray, row: dict) -> dict[str, float]:
     return {"aes": float(aesthetic(embed_images(self.model, images), _head(self.head)).mean())}
@@ -163,10 +166,10 @@ class Aesthetic:
 
 @dataclasses.dataclass(frozen=True)
 class Matching:
-  """`match`: scale times the cosine of the caption and the middle frame, as CLIP's own logits.
+  """`match`: scale times the cosine between the caption and the middle frame, like CLIP's logits.
 
-  image_model, text_model: ONNX files (one file may be both); tokenizer: folder with tokenizer.json.
-  scale: exp of CLIP's learned parameter, 100 for the published ones.
+  image_model, text_model: ONNX files; one file may serve as both. tokenizer: folder with tokenizer.json.
+  scale: exp of CLIP's learned parameter, 100 for the published models.
   """
 
   columns: ClassVar[dict[str, Any]] = {"match": pl.Float64}

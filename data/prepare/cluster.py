@@ -1,5 +1,4 @@
-"""The same shards on a Ray cluster: every shard of a step that looks at files or asks somebody is a task, made by the very
-function that makes it here."""
+"""Shards on a Ray cluster: each shard of a step that reads files or sends requests is one task, made by `run_shard`."""
 
 from __future__ import annotations
 
@@ -7,17 +6,18 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from data.prepare.steps import run_shard
+from data.prepare.messages import one_line
+from data.prepare.steps import Job, run_shard
 from data.prepare.workers import Pool
 
-_RETRIES = 3  # of a task whose node or process died
+_RETRIES = 3  # repetitions of a task whose node or process died
 
 
-def connect(address: str) -> Callable[[list, int], Iterator[tuple[str, dict]]]:
-  """-> function (jobs, workers) that yields (part, metadata) as shards are done, on the cluster at `address`.
+def connect(address: str) -> Callable[[list[Job], int], Iterator[tuple[str, dict[str, Any]]]]:
+  """-> function (jobs, workers) that makes shards on the cluster at `address` and yields (part, metadata) of each.
 
   All machines need this code, the packages, the sources and the output folder under the same names.
-  Raises ValueError where Ray or the cluster is not there.
+  Raises ValueError if Ray is not installed or the cluster does not answer.
   """
   os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
   try:
@@ -25,21 +25,21 @@ def connect(address: str) -> Callable[[list, int], Iterator[tuple[str, dict]]]:
   except ImportError:
     raise ValueError("--ray needs `pip install -c constraints.txt ray`") from None
   try:
-    # Ray's own log tails other programs' files (libtpu's among them).
+    # Ray's log would also print files of other programs, such as libtpu's.
     ray.init(
       address=None if address == "local" else address, log_to_driver=False, logging_level="error", ignore_reinit_error=True
     )
   except ConnectionError as error:
-    raise ValueError(f"--ray {address}: {' '.join(str(error).split())[:200]}") from None
+    raise ValueError(f"--ray {address}: {one_line(error)[:200]}") from None
 
-  def run(jobs: list[tuple], workers: int) -> Iterator[tuple[str, dict]]:
+  def run(jobs: list[Job], workers: int) -> Iterator[tuple[str, dict[str, Any]]]:
     here = os.getcwd()
-    # A task of more cores than any machine has would never begin, and nobody would say so.
+    # A task that needs more cores than the largest machine has would wait for ever.
     workers = min(workers, max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]))
     if not workers:
-      raise ValueError(f"--ray {address}: no machine of the cluster has a CPU to give")
+      raise ValueError(f"--ray {address}: no machine of the cluster offers a CPU. Start one with `ray start --num-cpus`")
     task = ray.remote(num_cpus=workers, max_retries=_RETRIES, retry_exceptions=False)(_shard)
-    parts = {task.remote(job, workers, here): job[-1].part for job in jobs}
+    parts = {task.remote(job, workers, here): job.context.part for job in jobs}
     while parts:
       (ready,), _ = ray.wait(list(parts), num_returns=1)
       try:
@@ -52,9 +52,9 @@ def connect(address: str) -> Callable[[list, int], Iterator[tuple[str, dict]]]:
   return run
 
 
-def _shard(job: tuple, workers: int, folder: str) -> dict[str, Any]:
-  """In a task: one shard, by processes of this node."""
+def _shard(job: Job, workers: int, folder: str) -> dict[str, Any]:
+  """In a task: makes one shard with processes of this node."""
   os.chdir(folder)
-  with Pool(workers, job[-1].limits) as pool:
-    job[-1].pool = pool
+  with Pool(workers, job.context.limits) as pool:
+    job.context.pool = pool
     return run_shard(*job)

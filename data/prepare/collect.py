@@ -1,4 +1,4 @@
-"""What there is: folders, patterns and tables -> the pipeline's first table; and what each file is: `Collect`, `Probe`."""
+"""The first two steps: `Collect` lists files of folders, patterns and tables; `Probe` reads size, frames and hashes of each."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import functools
 import glob
 import hashlib
 import itertools
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
@@ -21,33 +20,33 @@ from PIL import Image
 from data import paths, sources, video
 from data.prepare import decode
 from data.prepare.messages import say, shown
-from data.prepare.shards import FAILED, part_name, part_number, parts, read_meta, scan, write_shard
-from data.prepare.steps import Context, RowStep, Source, state_of
+from data.prepare.shards import FAILED, part_name, part_number, parts, polars_line, read_meta, scan, write_shard
+from data.prepare.steps import Context, RowStep, Source, at_least, state_of
 
 _KINDS = {"video": video.VIDEO_EXTENSIONS, "image": video.IMAGE_EXTENSIONS}
 LISTED = {"path": pl.String, "bytes": pl.Int64, "changed": pl.Int64, **FAILED}
-_KEY = ("path", "start", "end", "crop")  # what makes a row another one
-_BATCH = 10_000  # files that are rows of Python at a time
+_KEY = ("path", "start", "end", "crop")  # columns that identify a row
+_BATCH = 10_000  # files that are Python objects at a time
 _TOGETHER = 1000  # shards that are compared with the list at a time
 _HASH_SIDE = 8  # bits along one side of a difference hash
-_HASH_AT = (0.25, 0.5, 0.75)  # places in a video whose pictures are hashed
+_HASH_AT = (0.25, 0.5, 0.75)  # places of the hashed frames, as shares of the video
 
 
 @dataclasses.dataclass(frozen=True)
 class Collect(Source):
-  """Lists files. Shards keep their files from run to run, new files make new shards; a file that has gone stays listed.
+  """Lists files. Shards keep their files from run to run, and new files make new shards. A deleted file stays listed.
 
-  Where the size or time of change of a file is another than it was, all steps make its shard again. Of files that a table names
-  only the time is looked at, and only on disks: in a bucket each one would be a request.
+  If a file's size or modification time changes, all steps make its shard again. For files that a table names, only the time
+  counts, and only on disks: in a bucket each file would cost a request.
 
-  sources: folders (with all below), patterns ("clips/**/*.mp4"), tables with a column `path` (.parquet, .csv, .jsonl; their
-    other columns are kept; relative paths belong to the table's folder), each local or gs://. The output may lie below one:
-    files that the run's steps made there are passed over. (Those in `cut.clips_folder` are files as any.)
-  kinds: "video", "image": which endings are taken of folders and patterns.
-  rows_per_shard: rows of a shard, what a killed run loses at most.
-  forget: what is no longer listed leaves the table, too. A disk that is not mounted then empties it.
+  sources: folders (searched recursively), patterns ("clips/**/*.mp4") and tables (.parquet, .csv, .jsonl), local or gs://. A
+    table needs a column `path`, relative to the table's folder, and keeps its other columns. If the output lies below a
+    source, files in the folders of the run's steps are skipped. Files in `cut.clips_folder` are not.
+  kinds: "video", "image": the kinds of files that folders and patterns give.
+  rows_per_shard: rows of a shard. A killed run loses the work on one shard.
+  forget: whether rows leave the table when they are no longer listed. An unmounted disk then empties the table.
 
-  The list is held in memory: 0.4 GB for a million files.
+  The list takes 0.4 GB of memory per million files.
   """
 
   title: ClassVar[str] = "collect"
@@ -63,8 +62,7 @@ class Collect(Source):
       raise ValueError("sources needs at least one folder, pattern or table")
     if wrong := set(self.kinds) - set(_KINDS) or not self.kinds:
       raise ValueError(f"kinds has {wrong or 'nothing'}; allowed: {', '.join(_KINDS)}")
-    if self.rows_per_shard < 1:
-      raise ValueError("rows_per_shard must be at least 1")
+    at_least(self, 1, "rows_per_shard")
 
   def reach(self) -> None:
     for source in self.sources:
@@ -73,7 +71,7 @@ class Collect(Source):
         sources.check_table(source)
       elif not _is_pattern(source) and not paths.is_folder(source):
         raise ValueError(
-          f"collect.sources: {source!r} is no folder, pattern or table ({', '.join(sources.FORMATS)}) that is there"
+          f"collect.sources: {source!r} is no folder, pattern or table ({', '.join(sources.FORMATS)}) that exists"
         )
 
   def list(self, folder: str, own: Sequence[str] = ()) -> None:
@@ -83,7 +81,7 @@ class Collect(Source):
     listed = found.height
     found = found.unique(key, keep="first", maintain_order=True)
     if found.height < listed:
-      say(f"collect: {listed - found.height:,} rows are left out: the same {', '.join(key)} as an earlier one")
+      say(f"collect: {listed - found.height:,} rows are skipped: the same {', '.join(key)} as an earlier row")
     names = parts(folder)
     for i in range(0, len(names), _TOGETHER):
       found = self._refresh(folder, names[i : i + _TOGETHER], found)
@@ -91,22 +89,22 @@ class Collect(Source):
     for i, offset in enumerate(range(0, found.height, self.rows_per_shard)):
       self._write(paths.join(folder, part_name(begin + i)), found.slice(offset, self.rows_per_shard))
     if not names and not found.height:
-      raise ValueError(f"collect.sources: nothing there that ends in {' '.join(self._endings())}")
+      raise ValueError(f"collect.sources: no file there ends in {' '.join(self._endings())}")
 
   def _refresh(self, folder: str, names: list[str], found: pl.DataFrame) -> pl.DataFrame:
-    """Writes the shards that are there with their files as these are now -> what of `found` is in none of them."""
+    """Brings existing shards up to date with the list `found` -> the rows of the list that are in none of the shards."""
     shards = [_plain_crops(scan(paths.join(folder, name))).with_columns(_part=pl.lit(i)) for i, name in enumerate(names)]
     old = pl.concat(shards, how="diagonal_relaxed").collect().with_row_index("_row")
-    # A range is not the whole file, also where only the list of now, or of then, has any.
+    # A range and the whole file are different rows, even if only one of the two tables has the column `start`.
     key = [name for name in _KEY if name in found.columns or name in old.columns]
     found = found.with_columns(pl.lit(None, old.schema[k]).alias(k) for k in key if k not in found.columns)
     old = old.with_columns(pl.lit(None, found.schema[k]).alias(k) for k in key if k not in old.columns)
-    was = pl.col("changed") if "changed" in old.columns else pl.lit(None, pl.Int64)  # not in tables of older versions
+    was = pl.col("changed") if "changed" in old.columns else pl.lit(None, pl.Int64)  # older versions have no such column
     rows = old.select("_part", "_row", *key, was.alias("_was")).join(found, on=key, how="inner", nulls_equal=True)
-    rows = rows.with_columns(pl.coalesce("changed", "_was").alias("changed")).drop("_was")  # a file of a table may be away
-    if not self.forget:  # one that has gone keeps its row, and fails where it is needed
+    rows = rows.with_columns(pl.coalesce("changed", "_was").alias("changed")).drop("_was")  # a file of a table may be missing
+    if not self.forget:  # a deleted file keeps its row and fails in the step that reads it
       rows = pl.concat([rows, old.join(found, on=key, how="anti", nulls_equal=True)], how="diagonal_relaxed")
-    # In the order of the first run: it is part of what says whether a shard changed.
+    # The order of the first run: another order would look like a change.
     rows = rows.select(*found.columns, *(c for c in rows.columns if c not in found.columns))
     by_part = rows.sort("_row").partition_by("_part", as_dict=True)
     for i, name in enumerate(names):
@@ -120,19 +118,19 @@ class Collect(Source):
       write_shard(path, table.lazy(), {"key": mark, "identity": mark, "retry": 0, "seconds": 0.0, "recipe": recipe})
 
   def _listed(self, source: str, own: Sequence[str]) -> pl.DataFrame:
-    """One source as a table, in an order that does not depend on the disk."""
+    """One source as a table, in an order that does not depend on the file system."""
     if source.endswith(sources.FORMATS):
       return _table(source)
     unread: list[str] = []
     files = _matching(source, unread.append) if _is_pattern(source) else paths.states_below(source, unread.append)
-    passed, own = 0, tuple(_real(folder) for folder in own)
+    skipped, own = 0, tuple(_real(folder) for folder in own)
 
     def rows() -> Iterator[dict[str, Any]]:
-      nonlocal passed
+      nonlocal skipped
       for path, state in files:
         if path.lower().endswith(self._endings()):
           if _real(os.path.dirname(path)).startswith(own):
-            passed += 1
+            skipped += 1
           else:
             yield _file_row(path, state)
 
@@ -140,9 +138,9 @@ class Collect(Source):
     batches = iter(lambda: list(itertools.islice(listed, _BATCH)), [])
     found = pl.concat(pl.DataFrame(batch, schema=LISTED, orient="row") for batch in itertools.chain([[]], batches))
     if unread:
-      say(f"collect: {len(unread):,} folders below {shown(source)} can't be read, as {shown(unread[0])}: no permission")
-    if passed:
-      say(f"collect: {passed:,} files below {shown(source)} are passed over: this run made them")
+      say(f"collect: {len(unread):,} folders below {shown(source)} can't be read (no permission), such as {shown(unread[0])}")
+    if skipped:
+      say(f"collect: {skipped:,} files below {shown(source)} are skipped: this run made them")
     return found
 
   def _endings(self) -> tuple[str, ...]:
@@ -151,7 +149,7 @@ class Collect(Source):
 
 @functools.lru_cache(1000)
 def _real(folder: str) -> str:
-  """A folder under its one name, with a slash behind."""
+  """A folder without symbolic links in its path, with a final slash."""
   return (folder if paths.is_remote(folder) else os.path.realpath(folder)).rstrip("/") + "/"
 
 
@@ -160,7 +158,7 @@ def _is_pattern(source: str) -> bool:
 
 
 def _matching(pattern: str, unread: Callable[[str], None]) -> Iterator[tuple[str, tuple[int, int] | None]]:
-  """(file, what `paths.stat` says of it or None if it has gone) of those that a pattern means."""
+  """Yields (file, its `paths.stat`, None if it was deleted since) for the files that match a pattern."""
   if not paths.is_remote(pattern):
     return ((p, state_of(p)) for p in sorted(glob.iglob(pattern, recursive=True)) if os.path.isfile(p))
   folder = pattern[: min(pattern.find(c) for c in "*?[" if c in pattern)].rpartition("/")[0]
@@ -175,12 +173,12 @@ def _file_row(path: str, state: tuple[int, int] | None) -> dict[str, Any]:
     shown = os.fsencode(path).decode("utf-8", "backslashreplace")
     return {"path": shown, "error": "collect: the name is not UTF-8: rename the file", "retry": False}
   if state is None:
-    return {"path": path}  # gone since it was listed
+    return {"path": path}  # deleted since it was listed
   return {"path": path, "bytes": state[0], "changed": int(state[1] or 0)}
 
 
 def _plain_crops(table: Any) -> Any:
-  """A table, lazy or not, with its crops as "x,y,width,height"."""
+  """A table, lazy or not, with its crops as texts "x,y,width,height"."""
   if isinstance(table.collect_schema().get("crop"), pl.List):
     return table.with_columns(crop=pl.col("crop").cast(pl.List(pl.String)).list.join(","))
   return table
@@ -191,7 +189,7 @@ def _table(source: str) -> pl.DataFrame:
     try:
       table = scan(copy).collect()
     except pl.exceptions.PolarsError as error:
-      raise ValueError(f"table {source} cannot be read: {str(error).splitlines()[0]}") from None
+      raise ValueError(f"table {source} cannot be read: {polars_line(error)}") from None
   if "path" not in table.columns:
     raise ValueError(f"table {source} has no column 'path' (it has {', '.join(table.columns)})")
   folder = os.path.dirname(paths.absolute(source))
@@ -203,7 +201,7 @@ def _table(source: str) -> pl.DataFrame:
 
 
 def _changed(path: str) -> int | None:
-  """Time of change of a file on a disk, ns."""
+  """Modification time of a local file in ns."""
   return _file_row(path, state_of(path)).get("changed") if "://" not in path else None
 
 
@@ -212,12 +210,12 @@ def _changed(path: str) -> int | None:
 
 @dataclasses.dataclass(frozen=True)
 class Probe(RowStep):
-  """What each file is: size, frames, rate, codec, hashes. Files that can't be used get their `error` here.
+  """Reads size, frames, rate, codec and hashes of each file. An unusable file gets its `error` here.
 
-  decode: decode every frame (slow; finds damage in the middle of files).
-  content_hash: SHA-256 of the file, which finds copies (`Duplicates`) and names clips.
-  picture_hash: difference hashes of three pictures, which find the same video in another encoding.
-  max_streams: files with more are refused.
+  decode: whether to decode every frame (slow; finds damage in the middle of files).
+  content_hash: whether to compute the SHA-256 of the file, which finds copies (`Duplicates`) and names clips.
+  picture_hash: whether to compute difference hashes of three frames, which find the same video in another encoding.
+  max_streams: a file with more streams is refused.
   """
 
   title: ClassVar[str] = "probe"
@@ -235,13 +233,12 @@ class Probe(RowStep):
   max_streams: int = 32
 
   def check(self) -> None:
-    if self.max_streams < 1:
-      raise ValueError("max_streams must be at least 1")
+    at_least(self, 1, "max_streams")
 
   def rows(self, group: list[dict], context: Context, report: Callable) -> list[dict]:
     (row,) = group
     path = row["path"]
-    size, _ = paths.stat(path) if not video.is_address(path) else (None, None)  # a file that has gone may come again
+    size, _ = paths.stat(path) if not video.is_address(path) else (None, None)
     if size == 0:
       raise video.BadVideo("the file is empty (0 bytes)")
     codec, rotation, audio = _look(path, self.max_streams, context.limits.max_pixels)
@@ -250,7 +247,7 @@ class Probe(RowStep):
     whole = row.get("start") is None and row.get("end") is None
     cut = {"start": None, "end": None} if whole else {"start": begin, "end": begin + frames}
     content = _sha256(path) if self.content_hash else None
-    known = content or f"{path} {row.get('changed')}"  # clips of what the file held before are others
+    known = content or f"{path} {row.get('changed')}"  # a changed file gives other clips
     return [{
       **cut, "id": clip_id(known, **cut), "bytes": size, "num_frames": frames, "height": info.height,
       "width": info.width, "fps": info.fps, "duration": frames / info.fps if codec else None,
@@ -265,15 +262,15 @@ def clip_id(source: str, start: int | None, end: int | None) -> str:
 
 
 def _sha256(path: str) -> str:
+  sha = hashlib.sha256()
   with paths.errors(path), paths.open_file(path) as f:
-    sha = hashlib.sha256()
-    while block := f.read(1 << 22):
+    while block := f.read(1 << 22):  # a file in a bucket has no `readinto` for `hashlib.file_digest`
       sha.update(block)
   return sha.hexdigest()
 
 
 def _look(path: str, max_streams: int, max_pixels: int) -> tuple[str | None, int, bool]:
-  """(codec, rotation in degrees, whether there is sound); codec None for an image. Refuses what is too large, by the header."""
+  """(codec or None for an image, rotation in degrees, whether there is sound). Refuses a file whose header is too large."""
   if video.is_image(path):
     try:
       with paths.open_file(path) as f, Image.open(f, formats=video.IMAGE_FORMATS) as image:
@@ -300,13 +297,12 @@ def _check_pixels(height: int, width: int, most: int) -> None:
 
 
 def difference_hash(image: np.ndarray) -> int:
-  """64-bit dHash of a picture [H, W, 3]: whether grey rises from each pixel to the next in 8 rows of 9 (N. Krawetz, 2013)."""
+  """64-bit dHash of an image [H, W, 3]: whether grey rises from each pixel to the next, in 8 rows of 9 (N. Krawetz, 2013)."""
   grey = cv2.resize(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), (_HASH_SIDE + 1, _HASH_SIDE), interpolation=cv2.INTER_AREA)
-  bits = (grey[:, 1:].astype(int) > grey[:, :-1]).ravel()
-  return int("".join("1" if b else "0" for b in bits), 2)
+  return int.from_bytes(np.packbits(grey[:, 1:] > grey[:, :-1]).tobytes())
 
 
 def _picture_hash(path: str, frames: int) -> str:
-  """48 hexadecimal digits: `difference_hash` of three pictures of the file."""
-  numbers = [min(frames - 1, math.floor(share * frames)) for share in _HASH_AT]
-  return "".join(f"{difference_hash(image):016x}" for image in video.read_frames(path, numbers))
+  """48 hexadecimal digits: `difference_hash` of three frames of the file."""
+  images = video.read_frames(path, [min(frames - 1, int(share * frames)) for share in _HASH_AT])
+  return "".join(f"{difference_hash(image):016x}" for image in images)

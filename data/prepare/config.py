@@ -1,7 +1,7 @@
-"""Configs of the pipeline: Python files with `get_config()`, as those of the training, and what is set on the command line.
+"""Configs of the pipeline: Python files with `get_config()`, as for training, and changes from the command line.
 
-`steps` names the steps in order; the key of the same name holds a step's settings (fields of its class). A step may be there
-twice under names of its own: `config.second = dict(step="scores", ...)`.
+`steps` names the steps in order. The key with a step's name holds its settings, the fields of its class. A step may appear
+twice under other names: `config.second = dict(step="scores", ...)`.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from data import paths
 from data.config import plain
 from data.prepare.chain import Chain
+from data.prepare.messages import one_line
 from data.prepare.steps import Source, Step
 from data.prepare.workers import Limits
 
@@ -44,19 +45,32 @@ STEPS = {
 _OWN = ("output", "steps", "workers", "limits", "patience")
 
 
+def unknown(what: str, name: object, known: Iterable[str]) -> ValueError:
+  """The error for an unknown name. It names the closest known name, or all of them."""
+  near = difflib.get_close_matches(str(name), known, 1)
+  return ValueError(
+    f"there is no {what} {name!r}" + (f", did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}")
+  )
+
+
+def import_class(path: str, where: str) -> type:
+  """The class that "module:Class" names. Raises ValueError, which starts with `where`."""
+  module, _, name = path.partition(":")
+  try:
+    return getattr(importlib.import_module(module), name)
+  except (ImportError, AttributeError) as error:
+    raise ValueError(f"{where}: {path} can't be imported ({error})") from None
+
+
 def step_class(title: str) -> type[Step]:
-  """The class of a step by what configs call it."""
+  """The class of the step that configs call `title`."""
   if not isinstance(title, str) or title not in STEPS:
-    near = difflib.get_close_matches(str(title), STEPS, 1)
-    raise ValueError(
-      f"there is no step {title!r}" + (f", did you mean {near[0]!r}?" if near else f"; known: {', '.join(STEPS)}")
-    )
-  module, _, name = STEPS[title].partition(":")
-  return getattr(importlib.import_module(f"data.prepare.{module}"), name)
+    raise unknown("step", title, STEPS)
+  return import_class(f"data.prepare.{STEPS[title]}", title)
 
 
-def load(file: str, overrides: list[str] = ()) -> dict[str, Any]:
-  """The config of a file, with `--config.KEY=VALUE` set. ValueError in one line for whatever is wrong with either."""
+def load(file: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
+  """The config of a file, changed by `--config.KEY=VALUE`. Raises ValueError, in one line, for any error in either."""
   if not os.path.isfile(file):
     raise ValueError(f"--config {file}: no such file")
   if not file.endswith(".py"):
@@ -67,102 +81,93 @@ def load(file: str, overrides: list[str] = ()) -> dict[str, Any]:
   try:
     spec.loader.exec_module(module)
     values = plain(module.get_config())
-  except AttributeError as error:
-    raise ValueError(f"--config {file}: {error}") from None
-  except SyntaxError as error:
-    raise ValueError(f"--config {file} line {error.lineno}: {error.msg}") from None
-  except Exception as error:  # whatever the file does wrong
-    raise ValueError(f"--config {file}: {type(error).__name__}: {' '.join(str(error).split())}") from None
+  except Exception as error:  # the file may raise anything
+    raise ValueError(f"--config {file}: {type(error).__name__}: {one_line(error)}") from None
   finally:
     sys.path.pop(0)
-  for argument in overrides:
-    key, sign, value = argument.removeprefix("--config.").partition("=")
-    if not argument.startswith("--config.") or not sign:
-      raise ValueError(f"unexpected argument {argument!r}; give keys as --config.KEY=VALUE")
-    _set(values, key.split("."), literal(value), key)
+  for key, value in assignments(overrides, "--config."):
+    _set(values, key.split("."), value, key)
   return values
+
+
+def assignments(arguments: Iterable[str], prefix: str) -> list[tuple[str, Any]]:
+  """[(key, value)] of arguments PREFIX + "KEY=VALUE". A value is a Python literal, or else a text."""
+  found = []
+  for argument in arguments:
+    key, sign, text = argument.removeprefix(prefix).partition("=")
+    if not argument.startswith(prefix) or not sign:
+      raise ValueError(f"unexpected argument {argument!r}; give {prefix}KEY=VALUE, or see --help for the flags")
+    try:
+      value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+      value = text
+    found.append((key, value))
+  return found
 
 
 def _set(values: dict, keys: list[str], value: Any, whole: str) -> None:
   for key in keys[:-1]:
     if key not in values:
       if key not in (*STEPS, "limits"):
-        raise ValueError(f"--config.{whole}: there is no {key!r}; there is {', '.join(values)}")
+        raise ValueError(f"--config.{whole}: {unknown('key', key, values)}")
       values[key] = {}
     values = values[key]
     if not isinstance(values, dict):
       raise ValueError(f"--config.{whole}: {key!r} holds no keys")
-  values[keys[-1]] = value  # a step refuses what it does not know
-
-
-def literal(text: str) -> Any:
-  """A Python literal, else the text itself."""
-  try:
-    return ast.literal_eval(text)
-  except (ValueError, SyntaxError):
-    return text
+  values[keys[-1]] = value  # `create` refuses unknown settings
 
 
 def chain(values: Mapping[str, Any], *, workers: int = 0, shard: tuple[int, int] = (0, 1)) -> Chain:
-  """The chain that a config declares, every setting checked."""
+  """The chain that a config declares. Raises ValueError for a wrong key, step or setting."""
   if "steps" not in values:
-    raise ValueError("steps is missing: the config is none of this pipeline, as configs/data/local.py is")
+    raise ValueError("steps is missing: this is no config of data.prepare. Start from configs/data/local.py")
   names = values["steps"]
   names = (names,) if isinstance(names, str) else names
   if not isinstance(names, (tuple, list)) or not all(isinstance(name, str) for name in names):
     raise ValueError(f"steps = {names!r} is no tuple of names; known: {', '.join(STEPS)}")
-  if not values.get("output"):
-    raise ValueError("output is missing: the folder of the run, or gs://BUCKET/NAME")
-  if not isinstance(values["output"], str):
-    raise ValueError(f"output = {values['output']!r} is no folder")
-  paths.check(values["output"], "output")
-  for key in values:
-    if key not in (*_OWN, *names) and key not in STEPS:
-      near = difflib.get_close_matches(key, [*_OWN, *names], 1)
-      raise ValueError(f"there is no key {key!r}" + (f", did you mean {near[0]!r}?" if near else ""))
-  steps = {}
-  for name in names:
-    if name in steps:
-      raise ValueError(f"steps has {name!r} twice: give the second one a name and config.NAME = dict(step={name!r}, ...)")
-    settings = _settings(values, name)
-    title = settings.pop("step", name)
-    steps[name] = create(step_class(title), settings, name)
-  if not steps or not isinstance(next(iter(steps.values())), Source):
-    raise ValueError("steps has to begin with collect")
-  if sources := [n for n, s in list(steps.items())[1:] if isinstance(s, Source)]:
-    raise ValueError(f"{sources[0]} can only be the first step")
-  limits = create(Limits, _settings(values, "limits"), "limits")
+  output = values.get("output")
+  if not output or not isinstance(output, str):
+    raise ValueError(f"output = {output!r} is no folder: give the folder of the run, or gs://BUCKET/NAME")
+  paths.check(output, "output")
+  if wrong := next((key for key in values if key not in (*_OWN, *names, *STEPS)), None):
+    raise unknown("key", wrong, [*_OWN, *names])
   for key, kind in (("workers", int), ("patience", (int, float))):
     if not isinstance(value := values.get(key, 0), kind) or isinstance(value, bool) or value < 0:
       raise ValueError(f"{key} = {value!r} is no number from 0 up")
   workers = workers or values.get("workers") or os.cpu_count() or 1
-  return Chain(
-    values["output"], steps, workers=workers, limits=limits, shard=shard, patience=values.get("patience", 3600.0)
-  )  # fmt: skip
+  limits = create(Limits, _settings(values, "limits"), "limits")
+  steps = _steps(values, names)
+  return Chain(output, steps, workers=workers, limits=limits, shard=shard, patience=values.get("patience", 3600.0))
+
+
+def _steps(values: Mapping[str, Any], names: Iterable[str]) -> dict[str, Step]:
+  """{name: step} of a config, with the source first."""
+  steps: dict[str, Step] = {}
+  for name in names:
+    if name in steps:
+      raise ValueError(f"steps has {name!r} twice: give the second one a name and config.NAME = dict(step={name!r}, ...)")
+    settings = _settings(values, name)
+    steps[name] = create(step_class(settings.pop("step", name)), settings, name)
+  if [i for i, step in enumerate(steps.values()) if isinstance(step, Source)] != [0]:
+    raise ValueError(f"steps has to begin with collect, and to have it only once; it is {tuple(steps)}")
+  return steps
 
 
 def _settings(values: Mapping[str, Any], key: str) -> dict[str, Any]:
-  """What a config holds for a step, or for `limits`."""
+  """Settings of a step, or `limits`, in a config."""
   found = values.get(key) or {}
   if not isinstance(found, Mapping):
-    raise ValueError(f"{key} = {found!r} is none: it holds settings")
+    raise ValueError(f"{key} = {found!r} is no dict of settings")
   return dict(found)
 
 
-def defaults(cls: type) -> dict[str, Any]:
-  """{setting: its default} of a step."""
-  return {f.name: getattr(cls(), f.name) for f in dataclasses.fields(cls)}
-
-
 def create(cls: type, settings: Mapping[str, Any], where: str) -> Any:
-  """A dataclass from a mapping of a config. ValueError for unknown keys, wrong types and values, naming the allowed ones."""
-  fields, kinds = {f.name: f for f in dataclasses.fields(cls)}, _kinds(cls)
+  """A dataclass from a mapping. Raises ValueError for unknown keys, wrong types and values, and names the allowed ones."""
+  fields, kinds = [f.name for f in dataclasses.fields(cls)], _kinds(cls)
   values = {}
   for key, value in settings.items():
     if key not in fields:
-      near = difflib.get_close_matches(key, fields, 1)
-      hint = f", did you mean {near[0]!r}?" if near else f"; it has: {', '.join(fields)}"
-      raise ValueError(f"{where}: there is no setting {key!r}{hint}")
+      raise ValueError(f"{where}: {unknown('setting', key, fields)}")
     values[key] = _typed(f"{where}.{key}", plain(value), kinds.get(key, Any))
   made = cls(**values)
   try:
@@ -174,7 +179,7 @@ def create(cls: type, settings: Mapping[str, Any], where: str) -> Any:
 
 
 def _kinds(cls: type) -> dict[str, Any]:
-  """{field: its type}; none for a class whose annotations have names that are not there (under `TYPE_CHECKING`)."""
+  """{field: its type}; {} for a user's class whose annotations can't be resolved (imports under `TYPE_CHECKING`)."""
   try:
     return typing.get_type_hints(cls)
   except (NameError, AttributeError):
@@ -182,7 +187,7 @@ def _kinds(cls: type) -> dict[str, Any]:
 
 
 def _typed(where: str, value: Any, kind: Any) -> Any:
-  """The value, if it is of a field's type; a text for one that wants several is the only one of them."""
+  """The value if it has the field's type. A single text may stand for a tuple of texts."""
   if isinstance(value, str) and not _fits(value, kind) and _fits((value,), kind):
     value = (value,)
   if not _fits(value, kind):
@@ -192,7 +197,7 @@ def _typed(where: str, value: Any, kind: Any) -> Any:
 
 
 def _fits(value: Any, kind: Any) -> bool:
-  """Whether a config's value is of a type; of one that configs can't hold nothing is asked."""
+  """Whether a value has a type. Types that a config can't hold are not checked."""
   origin, inner = typing.get_origin(kind), typing.get_args(kind)
   if origin in (typing.Union, types.UnionType):
     return any(_fits(value, one) for one in inner)

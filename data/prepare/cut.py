@@ -1,4 +1,4 @@
-"""Clips as files of their own: frame exact, small, quick to decode; several from one decoding of their video."""
+"""Writes clips as files: frame exact, small, quick to decode, several clips per decoding of their video."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ import av
 import numpy as np
 import polars as pl
 from av.video.reformatter import VideoReformatter
+from av.video.stream import VideoStream
 from PIL import Image
 
 from data import paths
 from data.prepare import decode
 from data.prepare.shards import digest
-from data.prepare.steps import Context, RowStep
+from data.prepare.steps import Context, RowStep, at_least
 from data.prepare.workers import Failure
 from data.video import IMAGE_FPS, BadVideo, VideoInfo, is_image, probe
 
-_DARK = 24.0  # mean luma, of 16 (black) to 235 (white), below which a frame at the end of a scene belongs to a fade
+_DARK = 24.0  # mean luma (16 black, 235 white) below which a frame at either end of a scene belongs to a fade
 _KNOWN_COLORS = (1, 4, 5, 6, 7, 9, 10)
 _ITU601 = 6
-_GROUP_SECONDS = 60.0  # of video that one call cuts: some clips per decoding, and work for all processes
-# Key frames are at most 24 frames apart, no B-frames and no loop filter: made to be decoded often, not to be small.
-# Without x264's macroblock tree: with it one clip in fifty came out with other bits from one run to the next.
+_GROUP_SECONDS = 60.0  # video that one call cuts: several clips per decoding, and work for all processes
+# Key frames at most 24 frames apart, no B-frames and no loop filter make clips quick to decode.
+# x264's macroblock tree is off: with it, one clip in fifty had other bits in every run.
 _ENCODER = {
   "crf": "18", "preset": "veryfast", "tune": "fastdecode", "g": "24", "bf": "0", "threads": "1", "x264-params": "no-mbtree=1"
 }  # fmt: skip
@@ -37,8 +38,10 @@ _ENCODER = {
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-  """Frames [start, end) of a video as `output` (mp4), its middle frame as `picture` (PNG) if wanted; `crop`: (x, y, width,
-  height) of the pictures as they are shown, None for all."""
+  """Frames [start, end) of a video as the file `output` (mp4).
+
+  picture: file for the middle frame (PNG), or None. crop: (x, y, width, height) of the upright frames, None for all of them.
+  """
 
   start: int
   end: int
@@ -47,41 +50,28 @@ class Clip:
   crop: tuple[int, int, int, int] | None = None
 
 
-def cut_clips(
-  path: str | Path, clips: list[Clip], *, short_side: int = 0, max_fps: float = 0.0, trim_dark: bool = False
-) -> list[VideoInfo | BadVideo]:
-  """Writes clips of one video as h264 of constant frame rate, decoding it once as far as they lie near each other.
+def cut_clips(path: str | Path, clips: list[Clip], step: Cut) -> list[VideoInfo | BadVideo]:
+  """Writes clips of one video, in order of time, as h264 with a constant frame rate. Nearby clips share one decoding.
 
-  Frame exact. Rotation is applied, so the clips carry no rotation flag. Files of more than `max_fps` frames per second are
-  thinned to a whole fraction of their rate; a variable rate becomes the file's mean rate.
+  Cuts are frame exact. Rotation is applied, so clips have no rotation flag. A variable frame rate becomes the file's mean rate.
 
-  Args:
-    path: the video.
-    clips: in the order of time, written under temporary names first.
-    short_side: pixels of a clip's shorter side; smaller videos keep their size (rounded to even), 0: all do.
-    max_fps: see above; 0: no limit.
-    trim_dark: leave out black frames at both ends (fades).
-
-  Returns:
-    for each clip its size and rate as the metadata table gives them, or why there is none.
-
-  Raises:
-    BadVideo: an unreadable video. OSError: no room on the disk.
+  Returns for each clip its size and rate, or why there is no clip. Raises BadVideo if the video can't be read, and OSError if
+  the disk is full.
   """
   with decode.open_video(path, threads=1) as (container, stream):
     reader = decode.Reader(path, container, stream)
     found: list[VideoInfo | BadVideo] = []
     for clip in clips:
       try:
-        found.append(_cut(reader, stream, clip, short_side, max_fps, trim_dark))
+        found.append(_cut(reader, stream, clip, step))
       except BadVideo as error:
         found.append(error)
     return found
 
 
-def _cut(reader: decode.Reader, stream, clip: Clip, short_side: int, max_fps: float, trim_dark: bool) -> VideoInfo:
+def _cut(reader: decode.Reader, stream: VideoStream, clip: Clip, step: Cut) -> VideoInfo:
   rate, times = decode.frame_rate(stream), reader.times
-  fps = rate / math.ceil(rate / Fraction(max_fps).limit_denominator(1001)) if max_fps else rate
+  fps = rate / math.ceil(rate / Fraction(step.max_fps).limit_denominator(1001)) if step.max_fps else rate
   if times is not None and clip.end > len(times):
     raise BadVideo(f"has {len(times)} frames, frames {clip.start} to {clip.end} are asked for")
   known = np.arange(clip.end) if times is None else times
@@ -93,12 +83,12 @@ def _cut(reader: decode.Reader, stream, clip: Clip, short_side: int, max_fps: fl
   def frames() -> Iterator[av.VideoFrame]:
     for number, frame in reader.frames(clip.start, clip.end):
       for _ in range(repeats[number - clip.start]):
-        small = _upright(frame, reformatter, short_side, clip.crop)
+        small = _upright(frame, reformatter, step.short_side, clip.crop)
         if number - clip.start == half and not middle:
           middle.append(small.to_ndarray(format="rgb24"))
         yield small
 
-  count, height, width = _encode(_without_fades(frames()) if trim_dark else frames(), clip.output, fps)
+  count, height, width = _encode(_without_fades(frames()) if step.trim_dark else frames(), clip.output, fps)
   if not count:
     raise BadVideo(f"frames {clip.start} to {clip.end} can't be decoded, or are all black")
   if clip.picture is not None:
@@ -108,9 +98,9 @@ def _cut(reader: decode.Reader, stream, clip: Clip, short_side: int, max_fps: fl
 
 
 def _resample(times: np.ndarray, start: int, end: int, time_base: float, rates: tuple[Fraction, Fraction]) -> np.ndarray:
-  """How often each frame of [start, end) is written to a clip of constant rate `rates[1]`: the frame nearest to each tick.
+  """How often each frame of [start, end) appears in a clip with the constant rate `rates[1]`; `rates[0]` is the file's rate.
 
-  Returns int64 [end - start]; all ones for a file that has this rate already.
+  Each tick of the clip takes the nearest frame. Returns int64 [end - start], all ones if the file already has the rate.
   """
   seconds = (times[start:end] - times[start]) * time_base
   stop = (times[end] - times[start]) * time_base if end < len(times) else seconds[-1] + 1.0 / float(rates[0])
@@ -120,13 +110,13 @@ def _resample(times: np.ndarray, start: int, end: int, time_base: float, rates: 
 
 
 def small_size(height: int, width: int, short_side: int) -> tuple[int, int]:
-  """(height, width) with the shorter side at most `short_side` (0: any), both even, of about the same shape."""
+  """(height, width), both even, with the shorter side at most `short_side` (0: any) and about the same aspect ratio."""
   scale = min(1.0, short_side / min(height, width)) if short_side else 1.0
   return max(2, round(height * scale / 2) * 2), max(2, round(width * scale / 2) * 2)
 
 
 def part_of(row: dict[str, Any]) -> tuple[tuple[int, int, int, int] | None, int, int]:
-  """What a row shows of its file's pictures: (`crop` as (x, y, width, height) or None, height and width of that)."""
+  """The part of the frames that a row shows: (`crop` as (x, y, width, height) or None, its height, its width)."""
   if not row.get("crop"):
     return None, row["height"], row["width"]
   crop = tuple(int(v) for v in re.findall(r"-?\d+", str(row["crop"])))
@@ -138,19 +128,19 @@ def part_of(row: dict[str, Any]) -> tuple[tuple[int, int, int, int] | None, int,
 def _upright(
   frame: av.VideoFrame, reformatter: VideoReformatter, short_side: int, crop: tuple[int, int, int, int] | None = None
 ) -> av.VideoFrame:
-  """The frame, or a part of it, as it is shown, small, yuv420p."""
+  """The frame or its crop, rotated upright and downscaled, as yuv420p."""
   if crop or frame.rotation % 360:
     image = _shown(frame, reformatter, short_side, crop)
     height, width = small_size(*image.shape[:2], short_side)
     small = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(
       width, height, "yuv420p", dst_colorspace="ITU601", dst_color_range="MPEG", interpolation="AREA"
     )
-    small.colorspace = _ITU601  # of the new colours, not of the file's
+    small.colorspace = _ITU601  # matches dst_colorspace
     return small
   height, width = small_size(frame.height, frame.width, short_side)
   small = reformatter.reformat(frame, width, height, "yuv420p", dst_color_range="MPEG", interpolation="AREA", threads=1)
   if _is_unnamed_hd(frame):
-    small.colorspace = 1  # players, and data/video.py, take unnamed colours of large pictures for BT.709
+    small.colorspace = 1  # players and data/video.py read large frames without a colour tag as BT.709
   return small
 
 
@@ -161,7 +151,7 @@ def _is_unnamed_hd(frame: av.VideoFrame) -> bool:
 def _shown(
   frame: av.VideoFrame, reformatter: VideoReformatter, short_side: int, crop: tuple[int, int, int, int] | None
 ) -> np.ndarray:
-  """A turned frame, small, or a part of one, uint8 [H, W, 3]: in the file's own format a part can't begin at every pixel."""
+  """A rotated or cropped frame, uint8 [H, W, 3]. RGB, because a crop of subsampled colours can't begin at every pixel."""
   size = (frame.height, frame.width) if crop else small_size(frame.height, frame.width, short_side)
   source = "ITU709" if _is_unnamed_hd(frame) else None
   small = reformatter.reformat(frame, *size[::-1], "rgb24", src_colorspace=source, interpolation="AREA", threads=1)
@@ -181,7 +171,7 @@ def _is_dark(frame: av.VideoFrame) -> bool:
 
 
 def _without_fades(frames: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
-  """Leaves out dark frames at the beginning and the end; dark ones in between wait until a bright one follows."""
+  """Drops dark frames at both ends. Dark frames in between wait until a bright frame follows."""
   waiting, started = [], False
   for frame in frames:
     if not _is_dark(frame):
@@ -193,46 +183,28 @@ def _without_fades(frames: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
 
 
 def _encode(frames: Iterator[av.VideoFrame], output: str, rate: Fraction) -> tuple[int, int, int]:
-  """Writes an mp4 under a temporary name, then renames it -> (frames, height, width); without frames no file is left."""
-  count = height = width = 0
-
-  def write(container) -> None:
-    nonlocal count, height, width
-    stream = None
-    for frame in frames:
-      if stream is None:
-        height, width = frame.height, frame.width
-        stream = container.add_stream("libx264", rate=rate, options=_ENCODER)
-        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
-        # Without these tags a reader would guess the colour matrix from the new, smaller size.
-        context = stream.codec_context
-        context.colorspace, context.color_range = frame.colorspace, frame.color_range
-      # A fresh object, because a frame that is shown twice needs two times; pts must be set or the muxer refuses.
-      frame.pts, frame.time_base, count = count, 1 / rate, count + 1
+  """Writes an mp4 under a temporary name and renames it -> (frames, height, width). Without frames it writes no file."""
+  first = next(frames, None)
+  if first is None:
+    return 0, 0, 0
+  height, width = first.height, first.width
+  with paths.whole(output) as temporary, av.open(temporary, "w", format="mp4") as container:
+    stream = container.add_stream("libx264", rate=rate, options=_ENCODER)
+    stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+    # Without these tags a reader would guess the colour matrix from the new, smaller size.
+    stream.codec_context.colorspace, stream.codec_context.color_range = first.colorspace, first.color_range
+    for number, frame in enumerate(itertools.chain([first], frames)):
+      frame.pts, frame.time_base = number, 1 / rate  # without pts the muxer refuses the frame
       frame.pict_type = 0
       container.mux(stream.encode(frame))
-    if stream is not None:
-      container.mux(stream.encode(None))
-
-  try:
-    with paths.whole(output) as temporary:
-      with av.open(temporary, "w", format="mp4") as container:
-        write(container)
-      if not count:
-        raise _NoFrames
-  except _NoFrames:
-    pass
-  return count, height, width
-
-
-class _NoFrames(Exception):  # noqa: N818
-  """Ends `paths.whole` without a file."""
+    container.mux(stream.encode(None))
+  return number + 1, height, width
 
 
 def crop_boxes(height: int, width: int, focus: float = 0.5) -> list[tuple[int, int, int, int]]:
-  """The largest square and the largest box of the other orientation (9:16 or 16:9) in a picture, as even (x, y, w, h).
+  """The largest square and the largest box of the other orientation (9:16 or 16:9) in a frame, as even (x, y, w, h).
 
-  `focus` in [0, 1] is where along the longer side the subject is; a box is centred there as far as the border allows.
+  focus: place of the subject along the longer side, 0 to 1. A box is centred there as far as the border allows.
   """
 
   def box(length: int) -> tuple[int, int, int, int]:
@@ -251,12 +223,16 @@ def crop_boxes(height: int, width: int, focus: float = 0.5) -> list[tuple[int, i
 
 @dataclasses.dataclass(frozen=True)
 class Cut(RowStep):
-  """Each row's frames [start, end), of them its `crop`, as a file; `path` is then the clip, `video` the file that it is from.
-  Without this step the table keeps `start`, `end` and `crop`, and the loader reads that part.
+  """Writes the frames [start, end) of each row, cropped to its `crop`, to a file: `path` is the clip, `video` its source.
 
-  short_side, max_fps, trim_dark: see `cut_clips`. The original has 1080 and no limit, 1.1 had 720 and 30.
-  pictures: also the clip's middle frame, as a row of its own (an image).
-  clips_folder, pictures_folder: where the files go, all into one folder; "": beside the step's table, in many.
+  Without this step the table keeps `start`, `end` and `crop`, and the loader reads that part of the source.
+
+  short_side: pixels of the shorter side, 0: the source's. Smaller videos keep their size, rounded to even.
+  max_fps: a source with more frames per second is thinned to a whole fraction of its rate; 0: no limit. Open-Sora 1.2 uses
+    short_side 1080 and no limit, 1.1 used 720 and 30.
+  trim_dark: whether to drop black frames at both ends (fades).
+  pictures: whether to write the clip's middle frame too, as a row of its own (an image).
+  clips_folder, pictures_folder: one folder for all files; "": many folders beside the step's table.
   """
 
   title: ClassVar[str] = "cut"
@@ -273,15 +249,14 @@ class Cut(RowStep):
 
   def check(self) -> None:
     if self.short_side and self.short_side < 16:
-      raise ValueError("short_side must be 0 (as the video) or at least 16 pixels")
-    if self.max_fps < 0:
-      raise ValueError("max_fps must be 0 (no limit) or more")
+      raise ValueError("short_side must be 0 (as the source) or at least 16 pixels")
+    at_least(self, 0, "max_fps")
 
   def groups(self, rows: list[dict]) -> Iterator[list[dict]]:
     for _, same in itertools.groupby(rows, lambda row: row["path"]):
       group, seconds = [], 0.0
       for row in same:
-        # Every group opens the file: one in a bucket is copied for that.
+        # Every group opens the file, which copies a file from a bucket: such a file stays one group.
         if group and seconds >= _GROUP_SECONDS and not paths.is_remote(row["path"]):
           yield group
           group, seconds = [], 0.0
@@ -290,34 +265,33 @@ class Cut(RowStep):
       yield group
 
   def rows(self, group: list[dict], context: Context, report: Callable) -> list[Any]:
-    mark = digest(self.recipe())[:6]  # other settings, other files
-    results: dict[int, Any] = {}
+    mark = digest(self.recipe())[:6]  # other settings write other files
+    results: list[Any] = [{} for _ in group]
     clips: dict[int, Clip] = {}
     for i, row in enumerate(group):
-      if is_image(row["path"]) or row["start"] is None:
-        results[i] = {}
-        continue
-      if not re.fullmatch(r"[\w-]+", str(row["id"] or "")):  # of a foreign table
-        results[i] = Failure(f"its id {row['id']!r} can't be part of a file name: only letters, digits, _ and - can")
-        continue
-      stem = re.sub(r"[^A-Za-z0-9-]+", "-", Path(row["path"]).stem)[:40]
-      try:
-        crop, _, _ = part_of({"height": 0, "width": 0, **row})
-      except BadVideo as error:
-        results[i] = Failure(str(error))
-        continue
-      part = "".join(f"-{v}" for v in crop or ())  # rows that show other parts of a picture may have one id
-      name = f"{stem}_{row['start']:06d}-{row['end']:06d}{part}_{row['id']}-{mark}"
-      own = paths.join(context.folder, f"clips-{mark}", row["id"][:2])
-      picture = paths.join(self.pictures_folder or own, f"{name}.png") if self.pictures else None
-      clips[i] = Clip(row["start"], row["end"], paths.join(self.clips_folder or own, f"{name}.mp4"), picture, crop)
-    settings = {"short_side": self.short_side, "max_fps": self.max_fps, "trim_dark": self.trim_dark}
-    infos = {i: info for i, clip in clips.items() if (info := _there(clip))}
+      if not is_image(row["path"]) and row["start"] is not None:
+        try:
+          clips[i] = self._clip(row, context.folder, mark)
+        except BadVideo as error:
+          results[i] = Failure(str(error))
+    infos = {i: info for i, clip in clips.items() if (info := _existing(clip))}
     todo = [i for i in clips if i not in infos]
-    infos |= dict(zip(todo, cut_clips(group[0]["path"], [clips[i] for i in todo], **settings) if todo else []))
+    infos |= dict(zip(todo, cut_clips(group[0]["path"], [clips[i] for i in todo], self) if todo else []))
     for i, info in infos.items():
       results[i] = Failure(str(info)) if isinstance(info, BadVideo) else self._cut_rows(group[i], clips[i], info)
-    return [results[i] for i in range(len(group))]
+    return results
+
+  def _clip(self, row: dict, folder: str, mark: str) -> Clip:
+    """The clip of a row, with the names of its files. Raises BadVideo for an id or a crop that can't be used."""
+    if not re.fullmatch(r"[\w-]+", str(row["id"] or "")):  # the table of another program may have any id
+      raise BadVideo(f"its id {row['id']!r} can't be part of a file name: only letters, digits, _ and - can")
+    crop, _, _ = part_of({"height": 0, "width": 0, **row})
+    stem = re.sub(r"[^A-Za-z0-9-]+", "-", Path(row["path"]).stem)[:40]
+    part = "".join(f"-{v}" for v in crop or ())  # rows with different crops may have one id
+    name = f"{stem}_{row['start']:06d}-{row['end']:06d}{part}_{row['id']}-{mark}"
+    own = paths.join(folder, f"clips-{mark}", row["id"][:2])
+    picture = paths.join(self.pictures_folder or own, f"{name}.png") if self.pictures else None
+    return Clip(row["start"], row["end"], paths.join(self.clips_folder or own, f"{name}.mp4"), picture, crop)
 
   def complete(self, table: pl.LazyFrame) -> bool:
     made = table.filter(pl.col("video").is_not_null()).select("path").collect()["path"]
@@ -338,8 +312,8 @@ class Cut(RowStep):
     return [{**values, **moving, "codec": "h264"}] + [{**values, **still, "codec": None}] * self.pictures
 
 
-def _there(clip: Clip) -> VideoInfo | None:
-  """What a clip that was made before holds; None where it, or its picture, is not there or was damaged since."""
+def _existing(clip: Clip) -> VideoInfo | None:
+  """Size and rate of a clip that an earlier run wrote; None if it or its image is missing or damaged."""
   if not paths.exists(clip.output) or (clip.picture and not paths.exists(clip.picture)):
     return None
   try:
@@ -350,9 +324,9 @@ def _there(clip: Clip) -> VideoInfo | None:
 
 @dataclasses.dataclass(frozen=True)
 class Crops(RowStep):
-  """Adds to each row the largest square and the other orientation of its pictures, as rows with a `crop` of the same file.
+  """Adds rows for the largest square and the other orientation of each row, as a `crop` of the same file.
 
-  focus: column that says where along the longer side the subject is, 0 to 1; without it the middle.
+  focus: column with the place of the subject along the longer side, 0 to 1; "": the middle.
   """
 
   title: ClassVar[str] = "crops"

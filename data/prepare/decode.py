@@ -1,7 +1,6 @@
-"""Frames of a video in order, for those who need many of them: detection, cutting.
+"""Many frames of a video in order, for scene detection and cutting. `data.video.read_frames` gives single frames.
 
-Frame numbers count frames in presentation order from 0, so they also hold for files with a variable frame rate.
-`data.video.read_frames` gives single frames as the loader sees them.
+Frame numbers count frames in presentation order from 0, also in files with a variable frame rate.
 """
 
 from __future__ import annotations
@@ -9,26 +8,28 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
+from av.container import InputContainer
+from av.video.stream import VideoStream
 
 from data import paths
 from data.prepare.workers import FULL
 from data.video import DEFAULT_FPS, PASSING, BadVideo, open_stream, read_through
 
-_SEEK_GAP = 250  # frames further ahead than this are sought, nearer ones reached by decoding on
+_SEEK_GAP = 250  # the reader seeks to frames further ahead than this and decodes up to nearer ones
 
 
 @contextlib.contextmanager
-def open_video(path: str | Path, threads: int = 0) -> Iterator[tuple]:
-  """Yields (container, video stream); a failure of the decoder inside becomes BadVideo. `threads` 0: as many as cores.
+def open_video(path: str | Path, threads: int) -> Iterator[tuple[InputContainer, VideoStream]]:
+  """Yields (container, video stream), decoded by a number of threads.
 
-  Raises:
-    BadVideo: no video, or damaged. OSError: it is not there, or can't be read.
+  Raises BadVideo, also for errors of the decoder in the block, if the file is no video or damaged. Raises OSError if it can't
+  be read.
   """
   try:
     with paths.local_copy(str(path)) as name:
@@ -38,21 +39,33 @@ def open_video(path: str | Path, threads: int = 0) -> Iterator[tuple]:
         stream.codec_context.thread_count = threads
         yield container, stream
   except av.FFmpegError as error:
-    if error.errno in FULL:  # what the block writes
+    if error.errno in FULL:  # raised by a write in the block
       raise OSError(error.errno, os.strerror(error.errno)) from error
-    if error.errno in PASSING:  # FFmpeg says EIO for damaged files too
+    if error.errno in PASSING:  # FFmpeg reports EIO for damaged files too
       read_through(str(path))
     raise BadVideo(f"not a video, or damaged or cut short ({error.strerror})") from error
 
 
-def frame_rate(stream) -> Fraction:
-  """Mean frames per second of a stream, DEFAULT_FPS where the file doesn't say."""
+def spread(num_frames: int, count: int) -> np.ndarray:
+  """Frame numbers in the middles of `count` equal parts of a clip, each once."""
+  return np.unique(((np.arange(count) + 0.5) * num_frames / count).astype(np.int64))
+
+
+def at_shares(num_frames: int, shares: Sequence[float]) -> np.ndarray:
+  """Frame numbers at `shares` (0 to 1) of a clip, each once."""
+  return np.unique([min(num_frames - 1, int(share * num_frames)) for share in shares])
+
+
+def frame_rate(stream: VideoStream) -> Fraction:
+  """Mean frames per second of a stream, DEFAULT_FPS if the file doesn't tell."""
   return Fraction(stream.average_rate or stream.guessed_rate or DEFAULT_FPS).limit_denominator(1001)
 
 
 def frame_times(path: str) -> np.ndarray | None:
-  """Presentation times (int64, in units of the stream's time base) of all frames from the packets alone; None if not stored, or
-  if two frames have one: they would be one frame here, and two for `data.video`."""
+  """Presentation times of all frames, int64 in units of the stream's time base, from the packets alone.
+
+  None if the file doesn't store them, or if two frames have the same time, which `data.video` counts as two frames.
+  """
   return _frame_times(path, *paths.stat(path))
 
 
@@ -66,16 +79,16 @@ def _frame_times(path: str, _size: int, _changed: int) -> np.ndarray | None:
 
 
 class Reader:
-  """The frames of one opened video, range after range; ranges that follow each other cost one decoding."""
+  """Reads ranges of frames of one open video. Consecutive ranges are decoded once."""
 
-  def __init__(self, path: str | Path, container, stream):
+  def __init__(self, path: str | Path, container: InputContainer, stream: VideoStream):
     self.times = frame_times(str(path))
     self._container, self._stream = container, stream
     self._frames: Iterator | None = None
-    self._next, self._held = 0, None  # number of the frame that the decoder gives next; a frame that was read too early
+    self._next, self._held = 0, None  # number of the decoder's next frame; a frame that belongs to the next range
 
   def frames(self, start: int, end: int) -> Iterator[tuple[int, av.VideoFrame]]:
-    """Yields (frame number, frame) for all frames of [start, end); BadVideo where one can't be decoded."""
+    """Yields (frame number, frame) for all frames of [start, end). Raises BadVideo if one can't be decoded."""
     expected = start
     for begin in self._begins(start):
       if begin is not None:
@@ -95,7 +108,7 @@ class Reader:
       raise BadVideo(f"frame {expected} can't be decoded (damaged or cut short)")
 
   def _begins(self, start: int) -> list[int | None]:
-    """Where decoding may begin, best first; None: where the decoder stands. After an unclean key frame an earlier one helps."""
+    """Frames to seek to, best first; None: no seek. After a key frame with missing references an earlier one helps."""
     here = self._frames is not None and self._next <= start and (self.times is None or start - self._next <= _SEEK_GAP)
     if self.times is None:
       return [None if here else 0]

@@ -1,4 +1,4 @@
-"""Copies: the same content under another name, and the same pictures in another encoding."""
+"""The step `duplicates`: finds files with the same content and videos with the same frames in another encoding."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ import polars as pl
 
 from data.prepare.steps import Context, Step
 
-_BANDS = 6  # of 32 bits in a picture hash of 192
-_CROWD = 20  # of rows with an equal band
-_PLAIN = 4  # bits set, or not set, in a band of a picture without structure (black, white): it says nothing
+_BANDS = 6  # bands of 32 bits in a hash of 192 bits
+_CROWD = 20  # rows with an equal band that are compared with all others of it
+_PLAIN = 4  # a band with fewer bits set, or not set, is of an image without structure (black, white) and is not compared
 
 
 @dataclasses.dataclass(frozen=True)
 class Duplicates(Step):
-  """Of rows with the same content or the same pictures all but the best get an `error`, so that no later step spends time on
-  them: the most pixels stay, then the most bytes, then the first path.
+  """Gives all copies but the best an `error`, so that no later step spends time on them.
 
-  content: by SHA-256 of the files (column `hash`).
-  pictures: by the difference hashes of three pictures (column `picture_hash`), for rows of about the same duration.
-  max_bits: bits of 192 in which these may differ. Up to 5 every pair is found (two such hashes share one of six bands of 32
-    bits, pigeonhole); pictures without structure are not compared.
+  The best copy has the most pixels, then the most bytes, then the first path.
+
+  content: whether to compare the SHA-256 of the files (column `hash`).
+  pictures: whether to compare the difference hashes of three frames (column `picture_hash`) of rows with a similar duration.
+  max_bits: bits of 192 in which two such hashes may differ, at most 5. Then two hashes share one of six bands of 32 bits, so
+    every pair is found. Images without structure are not compared.
   """
 
   title: ClassVar[str] = "duplicates"
@@ -36,28 +37,27 @@ class Duplicates(Step):
 
   def check(self) -> None:
     if not 0 <= self.max_bits < _BANDS:
-      raise ValueError(f"max_bits must be 0 to {_BANDS - 1}")
+      raise ValueError(f"max_bits = {self.max_bits} must be 0 to {_BANDS - 1}")
 
   def gather(self, table: pl.LazyFrame) -> pl.DataFrame:
-    """(path, duplicate_of, how) of the rows that go."""
-    columns = ["path", "hash", "picture_hash", "duration", "resolution", "bytes"]
-    kinds = [pl.String, pl.String, pl.String, pl.Float64, pl.Int64, pl.Int64]
-    there = set(table.collect_schema().names())
-    filled = [(pl.col(n) if n in there else pl.lit(None)).cast(k).alias(n) for n, k in zip(columns, kinds)]
-    # Best first: what comes later is the copy.
-    rows = table.filter(pl.col("error").is_null()).select(filled).collect(engine="streaming")
-    rows = rows.unique("path", keep="first").sort(
-      "resolution", "bytes", "path", descending=[True, True, False], nulls_last=True
-    )  # fmt: skip
+    """(path, duplicate_of, how) of the copies."""
+    kinds = {
+      "path": pl.String, "hash": pl.String, "picture_hash": pl.String, "duration": pl.Float64, "resolution": pl.Int64,
+      "bytes": pl.Int64,
+    }  # fmt: skip
+    present = table.collect_schema().names()
+    filled = [(pl.col(n) if n in present else pl.lit(None)).cast(kind).alias(n) for n, kind in kinds.items()]
+    rows = table.filter(pl.col("error").is_null()).select(filled).collect(engine="streaming").unique("path", keep="first")
+    # The best row first: later rows are its copies.
+    rows = rows.sort("resolution", "bytes", "path", descending=[True, True, False], nulls_last=True)
     copy_of = _content_copies(rows) if self.content else {}
     how = dict.fromkeys(copy_of, "content")
     if self.pictures:
       for later, earlier in _picture_copies(rows, self.max_bits, set(copy_of)).items():
         copy_of[later], how[later] = earlier, "pictures"
-    paths = rows["path"]
-    gone = sorted(copy_of)
-    schema = {"path": pl.String, "duplicate_of": pl.String, "how": pl.String}
-    return pl.DataFrame([(paths[i], paths[copy_of[i]], how[i]) for i in gone], schema=schema, orient="row").sort("path")
+    paths, schema = rows["path"], {"path": pl.String, "duplicate_of": pl.String, "how": pl.String}
+    found = [(paths[i], paths[best], how[i]) for i, best in copy_of.items()]
+    return pl.DataFrame(found, schema=schema, orient="row").sort("path")
 
   def transform(self, table: pl.LazyFrame, context: Context) -> pl.LazyFrame:
     reason = pl.format("duplicates: the same {} as {}", pl.col("how"), pl.col("duplicate_of"))
@@ -69,14 +69,14 @@ class Duplicates(Step):
 
 
 def _content_copies(rows: pl.DataFrame) -> dict[int, int]:
-  """{row: the first row with its hash} of later rows."""
+  """{row: the first row with the same hash} for all later rows."""
   numbered = rows.lazy().select("hash").with_row_index("i").filter(pl.col("hash").is_not_null())
   first = numbered.with_columns(first=pl.col("i").min().over("hash")).filter(pl.col("i") != pl.col("first")).collect()
   return dict(first.select("i", "first").iter_rows())
 
 
 def _picture_copies(rows: pl.DataFrame, max_bits: int, without: set[int]) -> dict[int, int]:
-  """{row: an earlier row that stays and has about its pictures}."""
+  """{row: an earlier row that stays and shows nearly the same frames}."""
   hashed = rows.with_row_index("i").filter(pl.col("picture_hash").is_not_null() & ~pl.col("i").is_in(list(without)))
   if hashed.height < 2:
     return {}
@@ -89,7 +89,7 @@ def _picture_copies(rows: pl.DataFrame, max_bits: int, without: set[int]) -> dic
     order = useful[np.argsort(raw[useful, band], kind="stable")]
     edges = np.flatnonzero(np.diff(raw[order, band], prepend=0, append=0) if len(order) else [])
     for begin, end in itertools.pairwise(edges):
-      # The stable sort leaves the best first. Of a crowd only these are compared with the others: not a square of its size.
+      # The stable sort keeps the best rows first. Comparing only these with all others keeps the cost of a crowd linear.
       pairs |= {(a, b) for n, a in enumerate(order[begin:end][:_CROWD]) for b in order[begin + n + 1 : end]}
   copy_of: dict[int, int] = {}
   for a, b in sorted((min(p), max(p)) for p in pairs):

@@ -1,10 +1,10 @@
-"""Requests to an OpenAI-compatible chat endpoint (vLLM, SGLang, Ollama, hosted ones): retried, slowed down, cached, counted."""
+"""Requests to an OpenAI-compatible chat endpoint (vLLM, SGLang, Ollama, hosted): with retries, rate limit, cache and counts."""
 
 from __future__ import annotations
 
 import base64
+import collections
 import contextlib
-import dataclasses
 import hashlib
 import json
 import os
@@ -12,39 +12,30 @@ import random
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import httpx2
 
+from data import paths
+from data.prepare.messages import one_line
 from data.prepare.workers import Passing
+from data.video import BadVideo
+
+if TYPE_CHECKING:
+  from data.prepare.caption import Caption
 
 _RETRY = {408, 409, 425, 429, 500, 502, 503, 504, 529}
-_REFUSES_ONE = {400, 413, 415, 422}  # this question; any other status would meet all of them
-_MOST_BYTES = 1 << 20  # of an answer
+_REFUSES_ONE = {400, 413, 415, 422}  # refuse one question; any other status would meet all of them
+_MOST_BYTES = 1 << 20  # largest answer
 _LONGEST_WAIT = 60.0  # seconds
-_CONNECT = 20.0  # seconds for a connection
-
-
-@dataclasses.dataclass
-class Usage:
-  """What was asked so far: calls, those answered from the cache, tokens in and out as the endpoint counts them."""
-
-  calls: int = 0
-  cached: int = 0
-  retries: int = 0
-  prompt_tokens: int = 0
-  completion_tokens: int = 0
-
-  def cost(self, prices: tuple[float, float]) -> float:
-    """In the currency of `prices`, which are for a million tokens in and out."""
-    return (self.prompt_tokens * prices[0] + self.completion_tokens * prices[1]) / 1e6
+_CONNECT = 20.0  # seconds to connect
 
 
 class Cache:
-  """Answers by the content of their question, in an SQLite file on this machine: what was paid for is never asked again.
+  """Answers by the content of their question, in an SQLite file on this machine. No answer is paid for twice.
 
-  ValueError where that can't be: better no further question than one whose answer is lost.
+  Raises ValueError if the file can't be used, since an answer that can't be stored would be lost.
   """
 
   def __init__(self, path: str):
@@ -60,15 +51,17 @@ class Cache:
     try:
       yield
     except sqlite3.Error as error:
-      reason = f"answers can't be kept in {self._path} ({error})"
+      reason = f"answers can't be stored in {self._path} ({error})"
       raise ValueError(f"caption: {reason}: make room there, or give another file with caption.cache") from None
 
   def get(self, key: str) -> str | None:
+    """The answer to a question, None if there is none."""
     with self._lock, self._errors():
       row = self._file.execute("SELECT answer FROM answers WHERE key = ?", (key,)).fetchone()
     return row and row[0]
 
   def put(self, key: str, answer: str) -> None:
+    """Stores an answer."""
     with self._lock, self._errors(), self._file:
       self._file.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (key, answer))
 
@@ -77,13 +70,14 @@ class Cache:
 
 
 class Pace:
-  """At most so many calls per minute, over all threads; 0: no limit."""
+  """Limits the calls per minute of all threads; 0: no limit."""
 
   def __init__(self, per_minute: float):
     self._gap = 60.0 / per_minute if per_minute else 0.0
     self._lock, self._next = threading.Lock(), 0.0
 
   def wait(self) -> None:
+    """Waits for the next call."""
     with self._lock:
       now = time.monotonic()
       begin = max(now, self._next)
@@ -91,82 +85,78 @@ class Pace:
     time.sleep(begin - now)
 
   def pause(self, seconds: float) -> None:
-    """Everybody waits: the endpoint asked for it."""
+    """Makes all threads wait."""
     with self._lock:
       self._next = max(self._next, time.monotonic() + seconds)
 
 
 class Endpoint:
-  """A chat endpoint; thread-safe.
+  """A chat endpoint with the settings of the step; thread-safe.
 
-  Args:
-    url: up to and with /v1, as http://localhost:8000/v1.
-    model: name the endpoint knows.
-    key_variable: environment variable that holds the key; the key itself is never written anywhere.
-    timeout: seconds for an answer. attempts: of one question. per_minute: calls, 0: no limit.
-    cache: file of answers.
+  `check(text)` returns the usable part of an answer, or raises ValueError. The key is never written anywhere.
+  `usage` counts calls, cached answers, retries, prompt_tokens and completion_tokens; tokens as the endpoint counts them.
   """
 
-  def __init__(
-    self, url: str, model: str, *, key_variable: str = "OPENAI_API_KEY", timeout: float = 120.0, attempts: int = 5,
-    per_minute: float = 0.0, cache: str, connections: int = 16,
-  ):  # fmt: skip
-    self.model, self.usage, self._attempts = model, Usage(), attempts
-    key = os.environ.get(key_variable, "")
+  def __init__(self, step: Caption, check: Callable[[str], str]):
+    self.usage, self._step, self._check = collections.Counter(), step, check
+    key = os.environ.get(step.key_variable, "")
     try:
-      httpx2.URL(url)
+      httpx2.URL(step.url)
     except httpx2.InvalidURL as error:
-      raise ValueError(f"url {url!r} is none: {error}") from None
+      raise ValueError(f"url {step.url!r} is no address: {error}") from None
     self._client = httpx2.Client(
-      base_url=url.rstrip("/") + "/", timeout=httpx2.Timeout(timeout, connect=min(timeout, _CONNECT)),
-      headers={"authorization": f"Bearer {key}"} if key else {}, limits=httpx2.Limits(max_connections=connections),
+      base_url=step.url.rstrip("/") + "/", timeout=httpx2.Timeout(step.timeout, connect=min(step.timeout, _CONNECT)),
+      headers={"authorization": f"Bearer {key}"} if key else {}, limits=httpx2.Limits(max_connections=step.concurrency),
       follow_redirects=False, trust_env=False,
     )  # fmt: skip
-    self._reached = False  # whether a question ever got through
-    self._timeout, self._pace, self._cache, self._lock = timeout, Pace(per_minute), Cache(cache), threading.Lock()
+    self._reached = False  # whether a question ever reached the endpoint
+    self._cache = Cache(step.cache or os.path.join(paths.user_cache("captions"), "answers.sqlite"))
+    self._pace, self._lock = Pace(step.per_minute), threading.Lock()
 
   def close(self) -> None:
+    """Closes the connections and the cache."""
     self._client.close()
     self._cache.close()
 
-  def ask(self, prompt: str, images: list[bytes], *, max_tokens: int, temperature: float, check=lambda text: text) -> str:
-    """The answer to a prompt with JPEG pictures.
+  def ask(self, prompt: str, images: list[bytes]) -> str:
+    """The answer to a prompt with JPEG images. A useless answer repeats the question with another seed.
 
-    `check(text)` returns the usable part or raises `ValueError`; then the question is asked again, with another seed.
-    Raises Passing when all attempts failed, Refused when it makes no sense to ask again, or when nobody is there: no question
-    ever reached the endpoint.
+    Raises Passing if all attempts failed, BadVideo if the endpoint refuses this question, and ValueError if it refuses all
+    questions or was never reached.
     """
     addresses = [f"data:image/jpeg;base64,{base64.b64encode(image).decode()}" for image in images]
     content = [{"type": "text", "text": prompt}, *({"type": "image_url", "image_url": {"url": a}} for a in addresses)]
-    body = {"model": self.model, "messages": [{"role": "user", "content": content}], "max_tokens": max_tokens,
-            "temperature": temperature}  # fmt: skip
+    body = {"model": self._step.model, "messages": [{"role": "user", "content": content}],
+            "max_tokens": self._step.max_tokens, "temperature": self._step.temperature}  # fmt: skip
     key = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
     cached = self._cache.get(key)
     if cached is not None:
       with contextlib.suppress(ValueError):
-        answer = check(cached)
+        answer = self._check(cached)
         self._count(cached=1)
         return answer
     reason, seed = "", 0
-    for attempt in range(self._attempts):
+    for attempt in range(self._step.attempts):
       if attempt:
         self._count(retries=1)
-        # Full jitter, so that those who failed together don't come back together.
+        # Full jitter: threads that failed together must not return together.
         time.sleep(random.uniform(0, min(_LONGEST_WAIT, 0.25 * 2**attempt)))
       self._pace.wait()
       try:
         answer = self._call({**body, "seed": seed})
-        useful = check(answer)
       except _TryAgain as error:
         reason = str(error)
+        continue
+      try:
+        useful = self._check(answer)
       except ValueError as error:
-        reason, seed = f"a useless answer ({error})", seed + 1  # only then: a lost answer must come as it would have come
+        reason, seed = f"a useless answer ({error})", seed + 1  # a lost answer keeps its seed
       else:
         self._cache.put(key, answer)
         return useful
     if not self._reached:
-      raise Refused(f"nobody is at {self._client.base_url} ({reason}): is the endpoint running?", True)
-    raise Passing(f"the endpoint failed {self._attempts} times, last: {reason}")
+      raise ValueError(f"caption: no answer from {self._client.base_url} ({reason}): is the endpoint running?")
+    raise Passing(f"the endpoint failed {self._step.attempts} times, last: {reason}")
 
   def _call(self, body: dict[str, Any]) -> str:
     begin, received = time.monotonic(), bytearray()
@@ -176,18 +166,18 @@ class Endpoint:
           received += block
           if len(received) > _MOST_BYTES:
             raise _TryAgain("an endless answer")
-          if time.monotonic() - begin > self._timeout:  # one that drips is late, too
-            raise _TryAgain(f"no whole answer in {self._timeout:g} s")
+          if time.monotonic() - begin > self._step.timeout:  # a slow stream is late too
+            raise _TryAgain(f"no whole answer in {self._step.timeout:g} s")
     except httpx2.ConnectTimeout:
-      raise _TryAgain(f"no connection in {min(self._timeout, _CONNECT):g} s") from None
+      raise _TryAgain(f"no connection in {min(self._step.timeout, _CONNECT):g} s") from None
     except httpx2.ConnectError as error:
-      raise _TryAgain(f"no connection: {' '.join(str(error).split())[:100]}") from None
+      raise _TryAgain(f"no connection: {one_line(error)[:100]}") from None
     except httpx2.TimeoutException:
       self._reached = True
-      raise _TryAgain(f"no answer in {self._timeout:g} s") from None
+      raise _TryAgain(f"no answer in {self._step.timeout:g} s") from None
     except httpx2.HTTPError as error:
       self._reached = True
-      raise _TryAgain(f"no connection ({type(error).__name__}: {' '.join(str(error).split())[:100]})") from None
+      raise _TryAgain(f"no connection ({type(error).__name__}: {one_line(error)[:100]})") from None
     self._reached = True
     self._count(calls=1)
     if response.status_code in _RETRY:
@@ -196,7 +186,8 @@ class Endpoint:
       raise _TryAgain(f"status {response.status_code}")
     if response.status_code != 200:
       words = " ".join(bytes(received[:300]).decode("utf-8", "replace").split())
-      raise Refused(f"the endpoint refuses: status {response.status_code} {words}", response.status_code not in _REFUSES_ONE)
+      reason = f"the endpoint refuses: status {response.status_code} {words}"
+      raise BadVideo(reason) if response.status_code in _REFUSES_ONE else ValueError(f"caption: {reason}")
     try:
       answer = json.loads(received)
       text = answer["choices"][0]["message"]["content"]
@@ -205,22 +196,12 @@ class Endpoint:
       raise _TryAgain("an answer of another form than chat completions have") from None
     if not isinstance(text, str):
       raise _TryAgain("an answer without text")
-    tokens = [usage.get(k) for k in ("prompt_tokens", "completion_tokens")]
-    self._count(**{k: v for k, v in zip(("prompt_tokens", "completion_tokens"), tokens) if isinstance(v, int)})
+    self._count(**{k: usage[k] for k in ("prompt_tokens", "completion_tokens") if isinstance(usage.get(k), int)})
     return text
 
   def _count(self, **numbers: int) -> None:
     with self._lock:
-      for name, value in numbers.items():
-        setattr(self.usage, name, getattr(self.usage, name) + value)
-
-
-class Refused(Exception):  # noqa: N818
-  """The endpoint will not take this question however often it is asked, or (`all`) none at all: wrong key, address or model."""
-
-  def __init__(self, reason: str, for_all: bool):
-    super().__init__(reason)
-    self.all = for_all
+      self.usage.update(numbers)
 
 
 class _TryAgain(Exception):  # noqa: N818

@@ -1,4 +1,4 @@
-"""The step `export`: what a training reads. A table for this project's loader, a TFDS data set, WebDataset archives."""
+"""The step `export`: writes training data as a table for this project's loader, a TFDS data set or WebDataset archives."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from typing import Any, ClassVar
 import polars as pl
 
 from data import paths
-from data.prepare.shards import height, read_meta, scan_all, write_shard
-from data.prepare.steps import Context, Step
+from data.prepare.shards import height, read_meta, row_count, scan_all, write_shard
+from data.prepare.steps import Context, Step, at_least
 
 FORMATS = ("table", "tfds", "webdataset")
-TFDS = "tfds/clips/1.0.0"  # the data set's name and version, as its builder writes them
-# Of data/sources.py; then what a look at the data needs.
+TFDS = "tfds/clips/1.0.0"  # folder, name and version of the data set
+# Columns that data/sources.py reads, then columns for people.
 COLUMNS = (
   "path", "text", "num_frames", "height", "width", "fps", "start", "end", "crop", "aes", "flow", "cmotion", "text_features",
   "duration", "match", "id",
@@ -32,13 +32,13 @@ COLUMNS = (
 
 @dataclasses.dataclass(frozen=True)
 class Export(Step):
-  """Writes the rows without an `error`, one file or data set for each value of `split` if there is one.
+  """Writes the rows without an `error`. A table with a column `split` gives one file or data set for each value of it.
 
-  formats: of "table", "tfds", "webdataset". folder: where; "": the run's folder.
-  name: of the table (train.parquet, validation.parquet ... where rows are split), .parquet or .csv. Paths of files below its
-    folder are relative to it, so that the folder may be moved.
-  columns: those of the table; (): those that `data/sources.py` knows, as far as they are there, and duration, match, id.
-  samples: of one WebDataset archive. Samples are called by their id; one that several rows have gets a number.
+  formats: any of "table", "tfds", "webdataset". folder: output folder; "": the run's folder.
+  name: name of the table, .parquet or .csv; with `split` the names are train.parquet, validation.parquet, ... Paths below the
+    folder are relative to it, so the folder may be moved.
+  columns: columns of the table; (): the existing ones that `data/sources.py` reads, and duration, match, id.
+  samples: samples per WebDataset archive. A sample's name is its id, with a number if several rows have the same id.
   """
 
   title: ClassVar[str] = "export"
@@ -51,10 +51,9 @@ class Export(Step):
   samples: int = 1000
 
   def check(self) -> None:
-    if wrong := set(self.formats) - set(FORMATS):
-      raise ValueError(f"formats has {', '.join(wrong)}; allowed: {', '.join(FORMATS)}")
-    if self.samples < 1 or not self.formats:
-      raise ValueError("samples must be at least 1, formats at least one of " + ", ".join(FORMATS))
+    if not self.formats or set(self.formats) - set(FORMATS):
+      raise ValueError(f"formats = {self.formats} must have at least one of {', '.join(FORMATS)}, and no other")
+    at_least(self, 1, "samples")
     if not self.name.endswith((".parquet", ".csv")) or "/" in self.name:
       raise ValueError(f"name = {self.name!r} must be a file name that ends in .parquet or .csv")
 
@@ -65,7 +64,7 @@ class Export(Step):
     names = table.collect_schema().names()
     if unknown := [c for c in self.columns if c not in names]:
       raise ValueError(f"export.columns has {', '.join(unknown)}; the table has {', '.join(names)}")
-    if not table.select(pl.len()).collect(engine="streaming").item():
+    if not row_count(table):
       raise ValueError(f"export: no row without an error is left{_last(context.history)}")
     paths.make_folder(folder)
     files, said = [], []
@@ -88,12 +87,12 @@ class Export(Step):
     return ", ".join(said), files
 
   def _claim(self, target: str, context: Context) -> None:
-    """Raises ValueError where a file that is to be written is somebody else's."""
+    """Raises ValueError if another program wrote a file that this step is about to write."""
     record = paths.join(context.folder, "done.json")
     mine = json.loads(paths.read_text(record))["files"] if paths.exists(record) else []
     if paths.exists(target) and target not in mine and not (target.endswith(".parquet") and read_meta(target)):
-      raise ValueError(f"{target} is there and was not written by this program: choose another export.folder or export.name")
-    if target not in mine:  # from now on, also when the export is broken off
+      raise ValueError(f"{target} exists and was not written by this program: choose another export.folder or export.name")
+    if target not in mine:  # recorded first, in case the export is killed
       paths.write_text(record, json.dumps({"key": "", "said": "", "files": [*mine, target]}))
 
   def _table(self, table: pl.LazyFrame, target: str, names: list[str], context: Context) -> str:
@@ -104,19 +103,19 @@ class Export(Step):
 
 
 def _last(history: tuple) -> str:
-  """Which step left no row of those that came to it."""
+  """Names the step that removed the last row."""
   gone = next((name for name, rows_in, rows, *_ in history if rows_in and not rows), "")
-  return f": {gone} left none, look at its settings" if gone else ""
+  return f": {gone} removed the last one, look at its settings" if gone else ""
 
 
 def known_columns(names: list[str]) -> list[str]:
-  """Those of a table's columns that a training, or a look at the data, can use."""
+  """The columns of a table that are exported by default."""
   texts = sorted((n for n in names if re.fullmatch(r"text_\d+", n)), key=lambda n: int(n.removeprefix("text_")))
   return [c for column in COLUMNS for c in ((column, *texts) if column == "text" else (column,)) if c in names]
 
 
 def _splits(table: pl.LazyFrame) -> dict[str, pl.LazyFrame]:
-  """{split: its rows}. ValueError for one that would be no plain file name."""
+  """{split: its rows}. Raises ValueError for a split that can't be a file name."""
   column = pl.col("split").cast(pl.String)
   found = table.select(column.unique().sort()).collect(engine="streaming")["split"].to_list()
   for split in found:
@@ -126,21 +125,21 @@ def _splits(table: pl.LazyFrame) -> dict[str, pl.LazyFrame]:
 
 
 def relative_to(table: pl.LazyFrame, folder: str) -> pl.LazyFrame:
-  """The table with relative paths of the files below `folder`, where it will lie."""
+  """The table, with paths below `folder` relative to it."""
   here = folder + "/"
   inside = pl.col("path").str.starts_with(here)
   return table.with_columns(path=pl.when(inside).then(pl.col("path").str.strip_prefix(here)).otherwise("path"))
 
 
 def _samples(table: pl.LazyFrame) -> Iterator[tuple[str, str, dict[str, Any]]]:
-  """(key, file, other columns) row by row. ValueError for rows that are parts of files."""
+  """Yields (key, file, other columns) of each row. Raises ValueError for a row that is a part of a file."""
   names = table.collect_schema().names()
   columns = [c for c in known_columns(names) if c != "path"]
   name = pl.col("path").cast(pl.String)
   if "id" in names:
     name = pl.coalesce(pl.col("id").cast(pl.String).replace("", None), name)
   several = table.group_by(name.alias("name")).len().filter(pl.col("len") > 1).collect(engine="streaming")["name"]
-  seen = dict.fromkeys(several, 0)  # two samples of one name would be one for whoever reads them
+  seen = dict.fromkeys(several, 0)  # readers would merge two samples with one name
   for batch in table.with_columns(_name=name).collect_batches(maintain_order=True):
     for row in batch.iter_rows(named=True):
       if row.get("start") is not None or row.get("crop"):
@@ -153,7 +152,7 @@ def _samples(table: pl.LazyFrame) -> Iterator[tuple[str, str, dict[str, Any]]]:
 
 
 def _key(name: str) -> str:
-  """What a sample is called: its id if that is plain, as the pipeline's are; others could lead out of a folder."""
+  """Name of a sample: the row's id. An id that is no plain name is replaced, since it could lead out of a folder."""
   if re.fullmatch(r"[\w-]+", name):
     return name
   plain = re.sub(r"\W+", "_", os.path.splitext(os.path.basename(name))[0])
@@ -161,7 +160,7 @@ def _key(name: str) -> str:
 
 
 def write_webdataset(table: pl.LazyFrame, folder: str, split: str, samples: int) -> list[str]:
-  """Archives folder/SPLIT-000000.tar ... with KEY.mp4 (the file, with its own ending), KEY.txt (caption), KEY.json."""
+  """Writes folder/SPLIT-000000.tar, ... with KEY.mp4 (or the file's own ending), KEY.txt (caption), KEY.json -> their paths."""
   made: list[str] = []
   found = _samples(table)
   while first := next(found, None):
@@ -173,7 +172,7 @@ def write_webdataset(table: pl.LazyFrame, folder: str, split: str, samples: int)
         for ending, content in (("txt", values.get("text") or ""), ("json", json.dumps(values))):
           _add(archive, f"{key}.{ending}", io.BytesIO(content.encode()), len(content.encode()))
     made.append(target)
-  # What an earlier export of more archives left would be read with these.
+  # An earlier export may have written more archives, which would be read with these.
   numbers = (paths.join(folder, f"{split}-{i:06}.tar") for i in itertools.count(len(made)))
   for old in itertools.takewhile(paths.exists, numbers):
     paths.remove(old)
@@ -181,14 +180,15 @@ def write_webdataset(table: pl.LazyFrame, folder: str, split: str, samples: int)
 
 
 def _add(archive: tarfile.TarFile, name: str, content: Any, size: int) -> None:
-  info = tarfile.TarInfo(name)  # no dates or owners: the same rows give the same archive
+  info = tarfile.TarInfo(name)  # without dates and owners the same rows give the same archive
   info.size = size
   archive.addfile(info, content)
 
 
 def write_tfds(splits: dict[str, pl.LazyFrame], folder: str) -> None:
-  """A TFDS data set `clips` (array_record, readable without TensorFlow by `tfds.data_source`) in folder/TFDS, in place of an
-  earlier one.
+  """Writes the TFDS data set `clips` to folder/TFDS and replaces an earlier one.
+
+  The format is array_record, which `tfds.data_source` reads without TensorFlow.
 
   Features: id, video (the encoded file), text, num_frames, height, width, fps.
   """
@@ -197,12 +197,12 @@ def write_tfds(splits: dict[str, pl.LazyFrame], folder: str) -> None:
 
   numbers = {"num_frames": np.int64, "height": np.int64, "width": np.int64, "fps": np.float64}
 
-  class Clips(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # a second export may follow
+  class Clips(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # one process may export twice
     """Clips with captions, written by data.prepare."""
 
     VERSION = tfds.core.Version("1.0.0")
     name = "clips"
-    url_infos: ClassVar = {}  # nothing is downloaded; TFDS would look for a list of addresses beside this file
+    url_infos: ClassVar = {}  # else TFDS looks for a list of addresses beside this file
 
     def _info(self) -> tfds.core.DatasetInfo:
       text = {"id": tfds.features.Text(), "text": tfds.features.Text()}

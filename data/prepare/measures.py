@@ -1,4 +1,4 @@
-"""Scores by classical vision, without weights: motion, quality, camera, text (its models are in rapidocr's package)."""
+"""Scores by classical vision, without weights: motion, quality, camera, text (by the models in rapidocr's package)."""
 
 from __future__ import annotations
 
@@ -12,31 +12,33 @@ import cv2
 import numpy as np
 import polars as pl
 
-_FLOW_SIZE = (576, 320)  # width, height of the pictures whose flow Open-Sora measures
-_PRESETS = {
-  "ultrafast": cv2.DISOPTICAL_FLOW_PRESET_ULTRAFAST,
-  "fast": cv2.DISOPTICAL_FLOW_PRESET_FAST,
-  "medium": cv2.DISOPTICAL_FLOW_PRESET_MEDIUM,
-}
-CLASSES = ("static", "pan_left", "pan_right", "tilt_up", "tilt_down", "zoom_in", "zoom_out")  # that have a sentence
-_DARK = 16.0  # mean grey (0 to 255) of a black picture, largest grey of a black bar
-_SAME = 0.25  # mean difference (0 to 255) of two pictures that are one: below coding noise
+from data.prepare.decode import at_shares, spread
+from data.prepare.steps import at_least
 
-
-def _spread(num_frames: int, count: int) -> np.ndarray:
-  """`count` frame numbers in the middles of equal parts of a clip."""
-  return np.unique(((np.arange(count) + 0.5) * num_frames / count).astype(np.int64))
+_FLOW_SIZE = (576, 320)  # width and height of the frames whose flow Open-Sora measures
+_PRESETS = ("ultrafast", "fast", "medium")
+CLASSES = (
+  "static",
+  "pan_left",
+  "pan_right",
+  "tilt_up",
+  "tilt_down",
+  "zoom_in",
+  "zoom_out",
+)  # classes with a sentence in captions
+_DARK = 16.0  # mean grey (0 to 255) of a black frame, largest grey of a black bar
+_SAME = 0.25  # mean difference (0 to 255) below coding noise: the two frames show the same image
 
 
 @dataclasses.dataclass(frozen=True)
 class Motion:
-  """`flow`: mean absolute optical flow in pixels of a picture of 320 x 576, over both components, all pixels and pairs of
-  frames, as Open-Sora 1.2 (`tools/scoring/optical_flow`): frames 0, 10, 20, 30, pictures turned to landscape. That one asks
-  UniMatch, we DIS (Kroeger et al., 2016), so that numbers are similar, not equal. As there, the distance is in frames, not in
-  seconds: a film of 60 frames per second has less motion. Shorter clips take a third of their length, where the original
-  repeats the first frame.
+  """`flow`: mean absolute optical flow in pixels of a 320 x 576 frame, over both components, all pixels and pairs of frames.
 
-  count: frames; every: frames between two; preset: of DIS.
+  As in Open-Sora 1.2 (`tools/scoring/optical_flow`): frames 0, 10, 20, 30, rotated to landscape. Open-Sora uses UniMatch, this
+  scorer DIS (Kroeger et al., 2016), so numbers are similar but not equal. The distance counts frames, not seconds: a video
+  with 60 frames per second has less flow. Frames of a short clip are a third of its length apart.
+
+  count: number of frames; every: distance between two of them; preset: preset of DIS.
   """
 
   columns: ClassVar[dict[str, Any]] = {"flow": pl.Float64}
@@ -47,17 +49,19 @@ class Motion:
   preset: str = "fast"
 
   def check(self) -> None:
-    if self.count < 2 or self.every < 1 or self.preset not in _PRESETS:
-      raise ValueError(f"count must be at least 2, every at least 1, preset one of {', '.join(_PRESETS)}")
+    at_least(self, 2, "count")
+    at_least(self, 1, "every")
+    if self.preset not in _PRESETS:
+      raise ValueError(f"preset = {self.preset!r} is none of {', '.join(_PRESETS)}")
 
   def frames(self, num_frames: int, fps: float) -> np.ndarray:
     if num_frames < 2:
       return np.zeros(0, np.int64)
     places = np.arange(self.count) * min(self.every, (num_frames - 1) / (self.count - 1))
-    return np.unique(places.astype(np.int64))  # whole numbers first: two frames are one pair, not three with stills among them
+    return np.unique(places.astype(np.int64))  # each frame once: a repeated frame would count as a still pair
 
   def __call__(self, images: np.ndarray, row: dict) -> dict[str, float]:
-    dis = cv2.DISOpticalFlow_create(_PRESETS[self.preset])
+    dis = cv2.DISOpticalFlow_create(getattr(cv2, f"DISOPTICAL_FLOW_PRESET_{self.preset.upper()}"))
     grey = [cv2.cvtColor(_landscape(image), cv2.COLOR_RGB2GRAY) for image in images]
     grey = [np.ascontiguousarray(cv2.resize(g, _FLOW_SIZE, interpolation=cv2.INTER_AREA)) for g in grey]
     return {"flow": float(np.mean([np.abs(dis.calc(a, b, None)).mean() for a, b in itertools.pairwise(grey)]))}
@@ -69,15 +73,15 @@ def _landscape(image: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Quality:
-  """Numbers about light and detail, of grey pictures (0 to 255) whose shorter side has 256 pixels:
+  """Light and detail of grey frames (0 to 255) whose shorter side has 256 pixels:
 
-  sharpness: variance of the Laplacian (Pech-Pacheco et al., 2000), median over frames; low is blurred or empty.
-  brightness: mean grey. black: share of frames that are.
-  frozen: share of neighbouring frames that are one picture; 1 is a still, high values are slide shows.
-  letterbox: share of the picture that black bars take. content: "x,y,width,height" of the rest in pixels of the file, as the
+  sharpness: variance of the Laplacian (Pech-Pacheco et al., 2000), median over frames; low values are blurred or empty.
+  brightness: mean grey. black: share of black frames.
+  frozen: share of neighbouring frames that show the same image; 1 is a still, high values are slide shows.
+  letterbox: share of the frame that black bars cover. content: "x,y,width,height" of the rest, in pixels of the file like the
     table's `crop`; null without bars.
 
-  count: places in the clip that are looked at.
+  count: number of places in the clip, with two neighbouring frames each.
   """
 
   columns: ClassVar[dict[str, Any]] = {
@@ -89,11 +93,10 @@ class Quality:
   count: int = 8
 
   def check(self) -> None:
-    if self.count < 1:
-      raise ValueError("count must be at least 1")
+    at_least(self, 1, "count")
 
   def frames(self, num_frames: int, fps: float) -> np.ndarray:
-    places = _spread(num_frames, self.count)
+    places = spread(num_frames, self.count)
     return np.unique(np.concatenate([places, np.minimum(places + 1, num_frames - 1)]))
 
   def __call__(self, images: np.ndarray, row: dict) -> dict[str, Any]:
@@ -117,7 +120,7 @@ class Quality:
 
 
 def _content(brightest: np.ndarray) -> tuple[int, int, int, int]:
-  """(x, y, width, height) of a picture [H, W] without the rows and columns at its border that are black; all if it is."""
+  """(x, y, width, height) of an image [H, W] without black rows and columns at its border; all of it if all is black."""
   rows, columns = (np.flatnonzero(np.percentile(brightest, 99, axis=axis) >= _DARK + 8) for axis in (1, 0))
   if not len(rows) or not len(columns):
     return 0, 0, brightest.shape[1], brightest.shape[0]
@@ -126,13 +129,16 @@ def _content(brightest: np.ndarray) -> tuple[int, int, int, int]:
 
 @dataclasses.dataclass(frozen=True)
 class Camera:
-  """`cmotion`: what the camera does, by the rule of Open-Sora 1.2 (`tools/caption/camera_motion`): how far the middles of the
-  four edges move from the first frame to the last; a move counts above `threshold` times the shorter side. Edges that move the
-  same way are a pan or a tilt, those that move apart or together a zoom. The original tracks a grid of points with CoTracker2;
-  we chain similarity transforms (corners, Lucas-Kanade, RANSAC), which a moving subject disturbs less.
+  """`cmotion`: the motion of the camera, by the rule of Open-Sora 1.2 (`tools/caption/camera_motion`).
 
-  static, pan_left, pan_right, tilt_up, tilt_down, zoom_in, zoom_out, several joined with "+", or undetermined where nothing can
-  be followed. `camera_x`, `camera_y` (shares of the shorter side, how the picture moves) and `camera_zoom` are the numbers.
+  The rule measures how far the middles of the four edges move from the first frame to the last. A move counts above
+  `threshold` times the shorter side. Edges that move the same way are a pan or a tilt; edges that move apart or together are a
+  zoom. Open-Sora tracks a grid of points with CoTracker2. This scorer chains similarity transforms (corners, Lucas-Kanade,
+  RANSAC), which a moving subject disturbs less.
+
+  Classes: static, pan_left, pan_right, tilt_up, tilt_down, zoom_in, zoom_out, several joined with "+", or undetermined if
+  nothing can be tracked. `camera_x` and `camera_y` (motion of the image in shares of the shorter side) and `camera_zoom` are
+  the measured numbers. seconds: distance between two frames; most: largest number of frames.
   """
 
   columns: ClassVar[dict[str, Any]] = {
@@ -176,13 +182,13 @@ class Camera:
 
 
 def camera_class(moved: np.ndarray, threshold: float) -> str:
-  """Label from the moves [4, 2] = (x, y) in pixels of the middles of the top, bottom, left and right edge."""
+  """Class for the moves [4, 2], (x, y) in pixels, of the middles of the top, bottom, left and right edge."""
   top, bottom, left, right = (np.where(np.abs(m) > threshold, np.sign(m), 0) for m in moved)
   labels = []
-  # Of each direction the first pair of edges that go the same way (0: none does).
+  # For each direction the move of the first pair of opposite edges that agree (0: none agrees).
   x, y = ((top[i] if top[i] == bottom[i] else 0) or (left[i] if left[i] == right[i] else 0) for i in (0, 1))
   if x:
-    labels.append("pan_right" if x < 0 else "pan_left")  # the picture goes left: the camera goes right
+    labels.append("pan_right" if x < 0 else "pan_left")  # the image moves left: the camera moves right
   if y:
     labels.append("tilt_up" if y > 0 else "tilt_down")
   apart = (top[1] < 0 < bottom[1]) or (left[0] < 0 < right[0])
@@ -195,7 +201,7 @@ def camera_class(moved: np.ndarray, threshold: float) -> str:
 
 
 def _similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray | None:
-  """The similarity transform [3, 3] that most corners of grey picture `a` follow into `b`; None if too few do."""
+  """The similarity transform [3, 3] from grey image `a` to `b` that most corners follow; None if too few do."""
   if np.abs(a.astype(np.int16) - b).mean() < _SAME:
     return np.eye(3)
   corners = cv2.goodFeaturesToTrack(a, 200, 0.01, 8)
@@ -205,21 +211,21 @@ def _similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray | None:
   kept = status.ravel() == 1
   if kept.sum() < 8:
     return None
-  cv2.setRNGSeed(0)  # RANSAC draws: the same clip gets the same label
+  cv2.setRNGSeed(0)  # RANSAC is random: the same clip must get the same class
   matrix, _ = cv2.estimateAffinePartial2D(corners[kept], found[kept], method=cv2.RANSAC, ransacReprojThreshold=1.5)
-  if matrix is None or not 0.7 < np.sqrt(abs(np.linalg.det(matrix[:, :2]))) < 1.4:  # no camera zooms so fast: a cut, or noise
+  if matrix is None or not 0.7 < np.sqrt(abs(np.linalg.det(matrix[:, :2]))) < 1.4:  # a cut or noise: no camera zooms so fast
     return None
   return np.vstack([matrix, (0, 0, 1)])
 
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-  """`text_area`: share of the picture that is text, `ocr`: number of text boxes, the largest over the frames.
+  """`text_area`: share of the frame that is text. `ocr`: number of text boxes. Both are the largest value over the frames.
 
-  Open-Sora counts what its detector finds on frame 10; detectors alone take grass and leaves for text (.5 to .98 of such
-  pictures of Big Buck Bunny), so a box counts only if it can be read: `confidence` and at least `letters` characters.
+  Open-Sora counts the boxes of its detector on frame 10. A detector alone takes grass and leaves for text (measured: 50 to 98 %
+  of such frames of Big Buck Bunny). So a box counts only if it can be read.
 
-  at: places of the frames in the clip, 0 to 1.
+  at: places of the frames, as shares of the clip. confidence, letters: least confidence and characters of a box that counts.
   """
 
   columns: ClassVar[dict[str, Any]] = {"text_area": pl.Float64, "ocr": pl.Int64}
@@ -236,14 +242,14 @@ class Text:
       raise ValueError("at needs places from 0 to 1")
 
   def frames(self, num_frames: int, fps: float) -> np.ndarray:
-    return np.unique([min(num_frames - 1, int(place * num_frames)) for place in self.at])
+    return at_shares(num_frames, self.at)
 
   def __call__(self, images: np.ndarray, row: dict) -> dict[str, Any]:
     found = [self._boxes(image) for image in images]
     return {"text_area": max(area for area, _ in found), "ocr": max(count for _, count in found)}
 
   def _boxes(self, image: np.ndarray) -> tuple[float, int]:
-    # All three flags every time: they stick between calls.
+    # All three flags in every call, because the reader keeps them.
     result = _reader()(cv2.cvtColor(image, cv2.COLOR_RGB2BGR), use_det=True, use_cls=False, use_rec=True)
     if getattr(result, "boxes", None) is None or result.txts is None:
       return 0.0, 0

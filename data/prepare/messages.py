@@ -1,4 +1,4 @@
-"""What the pipeline prints."""
+"""Texts that the pipeline prints."""
 
 from __future__ import annotations
 
@@ -6,23 +6,29 @@ import time
 
 
 def say(text: str) -> None:
+  """Prints a line at once."""
   print(text, flush=True)
 
 
 def shown(text: str | None) -> str:
-  """A stranger's file name, on one line of a terminal and without its control characters."""
+  """Foreign text, such as a file name, on one line of a terminal and without control characters."""
   return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text or "")[:300]
 
 
+def one_line(error: BaseException) -> str:
+  """The message of an exception as one line, or its type if it has no message."""
+  return " ".join(str(error).split()) or type(error).__name__
+
+
 class Progress:
-  """Lines with rate and time left, at most one in two seconds."""
+  """Prints lines with rate and remaining time, at most one every two seconds."""
 
   def __init__(self, what: str, total: int, unit: str = "rows"):
     self.what, self.total, self.unit = what, total, unit
     self.begin = self.shown = time.monotonic()
 
   def __call__(self, done: float) -> None:
-    """`done`: how many of `total` are finished, with fractions of those at work."""
+    """`done`: how many of `total` are finished, including fractions of those in work."""
     now = time.monotonic()
     if now - self.shown < 2.0:
       return

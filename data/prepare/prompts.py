@@ -1,7 +1,11 @@
-"""What captioners are asked. The purposes are those of Open-Sora's `tools/caption` (short, detailed, several frames in order,
-an existing text to use) and of CogVideoX's dense captions; the words are ours."""
+"""Prompts for captioners, for the purposes of Open-Sora's `tools/caption` and of CogVideoX's dense captions.
+
+Open-Sora asks for short and for detailed captions, of several frames in order, and with an existing text.
+"""
 
 from __future__ import annotations
+
+import re
 
 _CREATE = "Write so that someone who never saw it could film or draw it again."
 _PLAIN = "Answer with the description alone: no introduction, no list, no guess about what is not visible."
@@ -20,7 +24,7 @@ PROMPTS = {
     "Describe this {what} in at most six sentences. It came with the text: \"{text}\". Use of that what the pictures confirm, "
     f"names above all. {_CREATE} {_PLAIN}"
   ),
-  # The six negative tags of CogVideoX, for a step of its own (into = "tags") and a condition as "tags not like '%lecture%'".
+  # CogVideoX's six negative tags, for a second step with into = "tags" and a filter such as "tags not like '%lecture%'".
   "tags": (
     "Which of these words fit this {what}? editing (heavily edited, with effects or collages), static (no coherent motion, "
     "like a slide show), lecture (one person talks, little moves), text (text is most of the picture), screenshot (a "
@@ -37,7 +41,12 @@ PROMPTS = {
 
 
 def what(count: int, grid: bool) -> str:
-  """How a prompt calls what is shown."""
+  """The words for {what}, if a captioner gets `count` frames."""
   if count == 1:
     return "picture"
   return "video, of which you see pictures in order of time" + (", row by row in a grid," if grid else "")
+
+
+def fill(template: str, **values: str) -> str:
+  """The template with {name} replaced for the given names only: values and prompts may contain other braces."""
+  return re.sub(r"\{(\w+)\}", lambda m: values.get(m[1], m[0]), template)

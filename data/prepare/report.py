@@ -1,12 +1,11 @@
-"""The report: one HTML file without any address in it, for a look at a table before and after filtering.
+"""The report: one HTML file, without links, about a table before and after filtering.
 
-Counts per step, failures, histograms, what thresholds would remove, contact sheets of the best, worst and random clips of each
-score: of the rows that came into the filter. Hours and the buckets of a training config: of those that it kept.
+For the rows before the filter it shows counts per step, failures, histograms, the effect of thresholds, and contact sheets of
+the best, worst and random clips of each score. For the rows after it, it shows hours and the buckets of a training config.
 """
 
 from __future__ import annotations
 
-import argparse
 import base64
 import dataclasses
 import importlib.util
@@ -22,19 +21,20 @@ import numpy as np
 import polars as pl
 
 from data import paths, video
-from data.command_line import OneLineParser
-from data.prepare import caption, check
+from data.prepare import caption, check, flags
 from data.prepare import config as configs
 from data.prepare.cut import part_of, small_size
+from data.prepare.decode import spread
+from data.prepare.flags import flag
 from data.prepare.selection import draw
-from data.prepare.shards import digest, failed_in, refuse_overwriting, scan_all, tables_in
+from data.prepare.shards import digest, failed_in, refuse_overwriting, row_count, scan_all, tables_in
 from data.prepare.steps import Context, Step, sizes_of
-from data.prepare.workers import DEFAULT_LIMITS, Failure, Pool
+from data.prepare.workers import Failure, Pool
 
-_NEEDED = "the page needs `pip install -c constraints.txt -r requirements-prepare.txt` (jinja2)"
+_NEEDED = "the report needs `pip install -c constraints.txt -r requirements-prepare.txt` (jinja2)"
 _BINS = 40
-# Column -> (title, whether high values are the good ones, or None if there is no better). Numbers that have no place here, such
-# as those of a user's scorer, are shown behind them.
+# Column -> (title, True: high values are good, False: low values are good, None: neither). Other numbers, such as those of a
+# user's scorer, follow these.
 MEASURES = {
   "duration": ("duration, seconds", None), "num_frames": ("frames", None), "fps": ("frames per second", None),
   "height": ("height, pixels", None), "width": ("width, pixels", None), "aspect_ratio": ("aspect ratio, height / width", None),
@@ -42,28 +42,29 @@ MEASURES = {
   "black": ("share of black frames", False), "frozen": ("share of frozen frames", False),
   "letterbox": ("share of black bars", False), "text_area": ("share of text", False),
   "ocr": ("text boxes", False), "aes": ("aesthetic score", True),
-  "match": ("text-video matching", True), "camera_x": ("how the picture moves, to the right", None),
-  "camera_y": ("how the picture moves, down", None), "camera_zoom": ("camera zoom", None),
+  "match": ("text-video matching", True), "camera_x": ("motion of the image to the right", None),
+  "camera_y": ("motion of the image down", None), "camera_zoom": ("camera zoom", None),
   "words": ("words of a caption", None), "text_len": ("tokens of a caption", None),
 }  # fmt: skip
-# Numbers of the pipeline that are no measures, and measures of files, which no sheet has to show.
+# Numbers that are no measures, and measures without a contact sheet.
 _NO_MEASURES = ("bytes", "changed", "start", "end", "scene", "resolution", "rotation", "focus")
 _NO_SHEETS = (
   "duration", "num_frames", "fps", "height", "width", "aspect_ratio", "camera_x", "camera_y", "camera_zoom", "words", "text_len"
 )  # fmt: skip
-_WORDS = 80  # frequent ones that are shown
+_WORDS = 80  # frequent words that are shown
 _THRESHOLDS = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9)  # shares of the rows that a threshold would remove
-_SHOWN = 6  # clips of a contact sheet
-_STRIP = 3  # frames of a clip in it
-_SIDE = 90  # pixels
+_SHOWN = 6  # clips per row of a contact sheet
+_STRIP = 3  # frames of each clip
+_SIDE = 90  # pixels of a frame's shorter side
+_CLIP = ("path", "text", "num_frames", "height", "width", "start", "crop")  # columns that a clip is read by
 
 
 @dataclasses.dataclass(frozen=True)
 class Report(Step):
   """Writes report.html.
 
-  file: its name, in the run's folder unless it is a path. training: a training config whose buckets are shown.
-  sheets: contact sheets of scores (clips are read again).
+  file: its name, in the run's folder unless it is a path. training: training config whose buckets the report shows.
+  sheets: whether it has contact sheets of the scores, for which clips are read again.
   """
 
   title: ClassVar[str] = "report"
@@ -80,7 +81,7 @@ class Report(Step):
     self._stages()
 
   def _stages(self) -> dict[str, Any]:
-    """Data settings of the training's stages."""
+    """Data settings of the stages of the training config."""
     return check.stages(configs.load(self.training), "table") if self.training else {}
 
   def recipe(self) -> dict[str, Any]:
@@ -89,31 +90,18 @@ class Report(Step):
 
   def write(self, tables: list[str], context: Context) -> tuple[str, list[str]]:
     target = paths.join(os.path.dirname(context.folder) if context.folder else "", self.file)
-    page = build(
-      tables, unselected=context.unselected, history=context.history, training=self.training,
-      pool=context.pool if self.sheets else None,
-    )  # fmt: skip
-    paths.write_text(target, page)
+    paths.write_text(target, build(self, tables, context))
     return target, [target]
 
 
-def build(
-  tables: list[str], *, unselected: tuple = (), history: tuple = (), training: str = "", pool: Pool | None = None
-) -> str:
-  """The page.
+def build(step: Report, tables: list[str], context: Context) -> str:
+  """The page as HTML. The report shows a column of the first tables in which it has values, filter by filter.
 
-  Args:
-    tables: of what is kept.
-    unselected: tables that came into each filter. A column is shown of the first ones in which it has values: scores of all
-      rows that were scored, captions of those that were captioned.
-    history: (step, rows in, rows, failed, seconds, what it tells) of each step.
-    training: a training config whose buckets are shown.
-    pool: who reads clips, None for no sheets.
+  So it shows the scores of all scored rows and the captions of all captioned rows.
   """
-  try:
-    import jinja2
-  except ImportError:
-    raise ValueError(_NEEDED) from None
+  import jinja2
+
+  unselected, training, pool = context.unselected, step.training, context.pool if step.sheets else None
   stages = [scan_all(files) for files in (*unselected, tables)]
   fine = [stage.filter(pl.col("error").is_null()) for stage in stages]
   numbers = (name for table in fine for name, kind in table.collect_schema().items() if kind.is_numeric())
@@ -125,20 +113,17 @@ def build(
   environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
   environment.filters |= {"number": number, "seconds": lambda s: f"{s:,.0f} s"}
   return environment.from_string(Path(__file__).with_name("report.html").read_text()).render(
-    title=_title(tables[0]), rows=_height(stages[0]), copies=sum(_height(s.filter(failed_in("duplicates"))) for s in stages),
-    failed=sum(_height(s.filter(pl.col("error").is_not_null() & ~failed_in("duplicates"))) for s in stages),
-    kept=_height(fine[-1]) if unselected else None, history=history, measures=[m for m, _ in measured],
+    title=_title(tables[0]), rows=row_count(stages[0]),
+    copies=sum(row_count(s.filter(failed_in("duplicates"))) for s in stages),
+    failed=sum(row_count(s.filter(pl.col("error").is_not_null() & ~failed_in("duplicates"))) for s in stages),
+    kept=row_count(fine[-1]) if unselected else None, history=context.history, measures=[m for m, _ in measured],
     failures=_failures(stages), classes=_classes(fine), words=_words(fine), sheets=[s for s in sheets if s["rows"]],
     hours=_hours(fine[-1]), buckets=_buckets(tables, training) if training else [], training=training,
   )  # fmt: skip
 
 
-def _height(table: pl.LazyFrame) -> int:
-  return table.select(pl.len()).collect(engine="streaming").item()
-
-
 def _measured(stages: list[pl.LazyFrame], name: str) -> tuple[dict[str, Any], pl.LazyFrame] | None:
-  """`measure` of the first of some tables in which the column has values, and that table; None if there is none."""
+  """(`measure`, table) of the first table in which the column has values, None without one."""
   for table in stages:
     if name in table.collect_schema() and (found := measure(table, name)):
       return found, table
@@ -146,7 +131,7 @@ def _measured(stages: list[pl.LazyFrame], name: str) -> tuple[dict[str, Any], pl
 
 
 def _add_captions(sheets: list[dict[str, Any]], kept: pl.LazyFrame) -> None:
-  """To clips of a table of before they were captioned, those that came later, by `id`."""
+  """Adds the later captions, by `id`, to clips that were read from a table before captioning."""
   clips = [clip for sheet in sheets for row in sheet["rows"] for clip in row["clips"]]
   if clips and {"id", "text"} <= {*kept.collect_schema()}:
     of_these = kept.filter(pl.col("id").is_in([clip.get("id") for clip in clips])).select("id", "text")
@@ -156,21 +141,24 @@ def _add_captions(sheets: list[dict[str, Any]], kept: pl.LazyFrame) -> None:
 
 
 def _title(table: str) -> str:
-  """What the page is called: a table, or the folder of the run whose step has the shards."""
+  """Title of the page: the table, or the run's folder if the table is a shard of a step."""
   folder, name = os.path.split(paths.absolute(table))
   return os.path.basename(os.path.dirname(folder)) if name.startswith("part-") else name
 
 
 def number(value: float | int | None) -> str:
-  """Three significant digits, thousands marked."""
+  """A number with three significant digits and thousands separators, "-" for none."""
   if value is None or (isinstance(value, float) and not math.isfinite(value)):
     return "-"
   return f"{value:,.0f}" if value == int(value) or abs(value) >= 1000 else f"{value:.3g}"
 
 
 def measure(table: pl.LazyFrame, name: str) -> dict[str, Any] | None:
-  """Histogram and thresholds of a column: bins between its 0.1 and 99.9 percentiles, what lies outside in the outer ones;
-  conditions that remove about the shares `_THRESHOLDS` of its values, each with what it removes of all rows."""
+  """Histogram and thresholds of a column, None if it has no values.
+
+  The bins lie between the 0.1 and 99.9 percentiles, and the outer bins also hold the values beyond. Each threshold removes
+  about one of the shares `_THRESHOLDS` of the values. It comes with the share of all rows that it removes.
+  """
   column = pl.col(name).cast(pl.Float64)
   column = pl.when(column.is_finite()).then(column)
   ranks = (0.001, *_THRESHOLDS, 0.999)
@@ -186,8 +174,8 @@ def measure(table: pl.LazyFrame, name: str) -> dict[str, Any] | None:
   found = dict(table.select(b=place).drop_nulls().group_by("b").len().collect(engine="streaming").iter_rows())
   heights = [found.get(i, 0) for i in range(_BINS)]
   title, better = MEASURES.get(name, (name.replace("_", " "), None))
-  side = better is not False  # thresholds cut off low values, or, where these are the good ones, high ones
-  # Of values that many rows have several shares may be cut off by one threshold, or none: what counts is what it removes.
+  side = better is not False  # thresholds remove low values, or high ones if low values are good
+  # If many rows have one value, a threshold there stands for several shares. So the removed rows are counted.
   values = list(dict.fromkeys(facts[f"q{q if side else round(1 - q, 3)}"] for q in _THRESHOLDS))
   kept = table.select((column >= v if side else column <= v).sum().alias(str(i)) for i, v in enumerate(values))
   rows = facts["count"] + facts["missing"]
@@ -203,8 +191,8 @@ def measure(table: pl.LazyFrame, name: str) -> dict[str, Any] | None:
 
 
 def _failures(stages: list[pl.LazyFrame]) -> list[dict[str, Any]]:
-  """Reasons with numbers and an example, the most frequent first. No row fails in two of the tables: a filter takes it away."""
-  # Names of files and numbers differ where the reason is the same.
+  """Reasons with counts and an example, the most frequent first. A row fails in one table only, since filters remove it."""
+  # The same reason may come with different file names and numbers.
   reason = pl.col("error").str.replace(r"(^|\s)(gs:/)?/.*", "${1}...").str.replace(r"(caption file) .* (is|has) ", "$1 ... $2 ")
   reason = reason.str.replace_all(r"\d+", "N").str.slice(0, 80).alias("reason")
   failed = pl.concat(s.filter(pl.col("error").is_not_null()).select(reason, "path", "retry") for s in stages)
@@ -213,7 +201,7 @@ def _failures(stages: list[pl.LazyFrame]) -> list[dict[str, Any]]:
 
 
 def _classes(stages: list[pl.LazyFrame]) -> list[tuple[str, list[dict]]]:
-  """(title, values with counts) of columns of words, each in the first of some tables that has it."""
+  """(title, values with counts) of text columns, each in the first table that has it."""
   titles = {"cmotion": "camera motion", "codec": "codec", "split": "split"}
   found = []
   for name, title in titles.items():
@@ -226,7 +214,7 @@ def _classes(stages: list[pl.LazyFrame]) -> list[tuple[str, list[dict]]]:
 
 
 def _words(stages: list[pl.LazyFrame]) -> list[dict[str, Any]]:
-  """The words of at least four letters that most captions of the last table with any have, with how many these are."""
+  """The most frequent words with at least four letters, with the number of captions, in the last table with captions."""
   having = [t for t in stages if t.collect_schema().get("text") == pl.String]
   if not having:
     return []
@@ -242,12 +230,11 @@ def _hours(table: pl.LazyFrame) -> float | None:
 
 
 def _sheet(table: pl.LazyFrame, found: dict[str, Any], pool: Pool) -> dict[str, Any]:
-  """Best, worst and random clips of a score (or highest and lowest ones), each with a strip of frames."""
+  """Best, worst and random clips of a score, or highest, lowest and random ones, each with a strip of frames."""
   name, high = found["name"], found["better"] is not False
   if not {"num_frames", "height", "width"} <= {*table.collect_schema()}:
     return {"title": found["title"], "rows": []}
-  columns = [c for c in ("path", "text", "num_frames", "height", "width", "start", "crop", "id", "bytes")
-             if c in table.collect_schema()]  # fmt: skip
+  columns = [c for c in (*_CLIP, "id", "bytes") if c in table.collect_schema()]
   scored = table.filter(pl.col(name).is_not_null()).select(pl.col(name).alias("score"), *columns)
   best, worst = ("highest", "lowest") if found["better"] is None else ("best", "worst")
   picks = [
@@ -255,34 +242,28 @@ def _sheet(table: pl.LazyFrame, found: dict[str, Any], pool: Pool) -> dict[str, 
     (worst, scored.top_k(_SHOWN, by="score", reverse=high)),
     ("random", scored.with_columns(_d=draw(scored, 0)).top_k(_SHOWN, by="_d").drop("_d")),
   ]
-  rows = []
-  for kind, pick in picks:
-    clips = pick.collect(engine="streaming").to_dicts()
-    strips = pool.map(strip, clips, sizes=sizes_of(clips))
-    made = [{**clip, "image": None if isinstance(s, Failure) else s} for clip, s in zip(clips, strips)]
-    if made:
-      rows.append({"kind": kind, "clips": made})
-  return {"title": found["title"], "rows": rows}
+  rows = [{"kind": kind, "clips": pick.collect(engine="streaming").to_dicts()} for kind, pick in picks]
+  for row in rows:
+    for clip, made in zip(row["clips"], pool.map(strip, row["clips"], sizes=sizes_of(row["clips"]))):
+      clip["image"] = None if isinstance(made, Failure) else made
+  return {"title": found["title"], "rows": [row for row in rows if row["clips"]]}
 
 
 def strip(row: dict[str, Any], report: Callable) -> str:
-  """In a worker: frames of a clip side by side as a data address."""
-  frames = row["num_frames"]
-  numbers = sorted({int((i + 0.5) * frames / _STRIP) for i in range(_STRIP)})
+  """In a worker: frames of a clip side by side, as a data URL."""
   crop, height, width = part_of(row)
-  size = small_size(height, width, _SIDE)
-  images = video.read_frames(row["path"], np.array(numbers) + (row.get("start") or 0), size=size, crop=crop)
+  numbers = spread(row["num_frames"], _STRIP) + (row.get("start") or 0)
+  images = video.read_frames(row["path"], numbers, size=small_size(height, width, _SIDE), crop=crop)
   return "data:image/jpeg;base64," + base64.b64encode(caption.as_jpeg(np.concatenate(list(images), 1))).decode()
 
 
 def _buckets(tables: list[str], training: str) -> list[dict[str, Any]]:
-  """[{stage, report or reason}] of a training config on the table."""
+  """[{stage, report, reason}] of a training config on the table; without a report there is a reason."""
   found = []
   with tempfile.TemporaryDirectory() as folder:
     joined = os.path.join(folder, "table.parquet")
     table = scan_all(tables).filter(pl.col("error").is_null())
-    needed = [c for c in ("path", "text", "num_frames", "height", "width", "fps", "start", "end", "crop")
-              if c in table.collect_schema()]  # fmt: skip
+    needed = [c for c in (*_CLIP, "fps", "end") if c in table.collect_schema()]
     table.select(needed).sink_parquet(joined)
     for name, settings in check.stages(configs.load(training), joined).items():
       try:
@@ -292,24 +273,27 @@ def _buckets(tables: list[str], training: str) -> list[dict[str, Any]]:
   return found
 
 
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """Flags of the command."""
+
+  input: str = flag("a table, or a folder of parquet shards", dataclasses.MISSING, "input")
+  output: str = flag("file to write (default: %(default)s)", "report.html", "-o", "--output")
+  config: str = flag("training config whose buckets the report shows", "")
+  no_sheets: bool = flag("no contact sheets; read no clip", False)
+  workers: int = flag("processes (default: all cores)", flags.CORES)
+
+
 def main(arguments: list[str]) -> int:
   """The command; returns its exit code."""
-  parser = OneLineParser(
-    prog="python -m data.prepare report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  parser.add_argument("input", help="a table, or a folder of parquet shards")
-  parser.add_argument("-o", "--output", default="report.html")
-  parser.add_argument("--config", default="", help="training config whose buckets are shown")
-  parser.add_argument("--no-sheets", action="store_true", help="read no clip")
-  parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
-  options = parser.parse_args(arguments)
-  tables = [options.input]
-  if paths.is_folder(options.input):
-    tables = tables_in(options.input)
+  settings = flags.parse_all(Settings, "report", arguments, __doc__)
+  tables = tables_in(settings.input) if paths.is_folder(settings.input) else [settings.input]
   if not tables or not all(paths.exists(t) for t in tables):
-    raise ValueError(f"{options.input} is no table and no folder of parquet shards")
-  refuse_overwriting(options.output, [*tables, options.config])
-  with Pool(options.workers, DEFAULT_LIMITS) as pool:
-    paths.write_text(options.output, build(tables, training=options.config, pool=None if options.no_sheets else pool))
-  print(options.output)
+    raise ValueError(f"{settings.input} is no table and no folder of parquet shards")
+  refuse_overwriting(settings.output, [*tables, settings.config])
+  step = Report(training=settings.config, sheets=not settings.no_sheets)
+  step.check()
+  with Pool(settings.workers) as pool:
+    paths.write_text(settings.output, build(step, tables, Context("", "", pool=pool)))
+  print(settings.output)
   return 0

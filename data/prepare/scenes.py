@@ -1,7 +1,7 @@
-"""Scenes of a video: where the cuts are.
+"""Scenes of a video, by the detectors of PySceneDetect.
 
-The detectors are PySceneDetect's; frames are made small as its `SceneManager` makes them, so that its own command finds the
-same cuts. Open-Sora 1.2 uses AdaptiveDetector with its defaults (`tools/scene_cut/scene_detect.py`).
+Frames are downscaled as in its `SceneManager`, so that its own command finds the same cuts. Open-Sora 1.2 uses
+AdaptiveDetector with its defaults (`tools/scene_cut/scene_detect.py`).
 """
 
 from __future__ import annotations
@@ -24,75 +24,24 @@ from data.prepare.steps import Context, RowStep
 from data.video import BadVideo, is_image
 
 _DETECT_WIDTH = 256  # PySceneDetect's own choice of width (scene_manager.compute_downscale_factor)
-_NEAR = 0.25  # seconds between a wanted cut and the detected one that it means
-_DETECTORS = ("adaptive", "content", "none")
-
-
-def detect_scenes(
-  path: str | Path,
-  *,
-  detector: str = "adaptive",
-  threshold: float = 3.0,
-  min_content: float = 15.0,
-  min_frames: int = 15,
-  threads: int = 0,
-  progress: Callable[[int], None] = lambda frames: None,
-) -> list[tuple[int, int]]:
-  """Cuts of a video.
-
-  Args:
-    path: any file PyAV decodes.
-    detector: "adaptive" or "content".
-    threshold: adaptive: ratio of a frame's change to the mean change around it that makes a cut; content: change (0 to 255).
-    min_content: adaptive: least change (0 to 255) of a cut.
-    min_frames: frames between two cuts.
-    threads: decoder threads, 0 for as many as cores.
-    progress: called with the number of frames done, now and then.
-
-  Returns:
-    [(start, end)] in frames, end excluded; they cover the video without gaps, one scene if there is no cut.
-
-  Raises:
-    BadVideo: not a video, or unreadable at any place.
-  """
-  from scenedetect import AdaptiveDetector, ContentDetector, FrameTimecode
-
-  if detector == "adaptive":
-    found = AdaptiveDetector(adaptive_threshold=threshold, min_scene_len=min_frames, min_content_val=min_content)
-  else:
-    found = ContentDetector(threshold=threshold, min_scene_len=min_frames)
-  reformatter, cuts, count = VideoReformatter(), [], 0
-  with decode.open_video(path, threads) as (container, stream):
-    for frame in container.decode(stream):
-      image = reformatter.reformat(frame, format="bgr24", threads=1).to_ndarray()
-      if (factor := frame.width / _DETECT_WIDTH) > 1:
-        size = max(1, round(frame.width / factor)), max(1, round(frame.height / factor))
-        image = cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
-      # Steady frame numbers at an arbitrary rate: the detector only compares numbers.
-      cuts += found.process_frame(FrameTimecode(count, fps=24.0), image)
-      count += 1
-      if count % 32 == 0:
-        progress(count)
-  if not count:
-    raise BadVideo("has no frames")
-  cuts += found.post_process(FrameTimecode(count - 1, fps=24.0))
-  edges = sorted({0, count, *(cut.frame_num for cut in cuts)})
-  return list(itertools.pairwise(edges))
+_NEAR = 0.25  # seconds: a wanted cut nearer to a detected one is the same cut
+_THRESHOLDS = {"adaptive": 3.0, "content": 27.0}  # PySceneDetect's defaults
 
 
 @dataclasses.dataclass(frozen=True)
 class Scenes(RowStep):
-  """Each video becomes a row per scene, with the frames `start` and `end` (excluded); images stay as they are.
+  """Turns each video into one row per scene, with the frames `start` and `end` (excluded). Images stay as they are.
 
   detector: "adaptive", "content", or "none" (the whole video is one scene).
-  threshold: None takes PySceneDetect's default, 3.0 for adaptive and 27.0 for content.
-  min_content: see `detect_scenes`; Open-Sora 1.3 takes adaptive with threshold 2.0 and min_content 10.
-  min_scene_frames: frames between two cuts, PySceneDetect's default in the library. (Its command has 0.6 s.)
-  min_seconds: shorter scenes are left out. Open-Sora's function has 2, its command no limit.
-  max_seconds: longer scenes are split, 0: never.
-  long: "split" makes equal parts of at most max_seconds, and leaves out the end where they would be shorter than min_seconds;
-    "first" keeps only the first max_seconds, as the original.
-  cuts_at: column with more cuts, a list of seconds; one within 0.25 s of a detected cut means that one.
+  threshold: what makes a cut. adaptive: ratio of a frame's change to the mean change around it; content: change (0 to 255).
+    None: PySceneDetect's default, 3.0 for adaptive and 27.0 for content.
+  min_content: least change (0 to 255) of a cut, for adaptive. Open-Sora 1.3 uses adaptive, threshold 2.0, min_content 10.
+  min_scene_frames: least number of frames between two cuts, by default as in PySceneDetect's library (its command: 0.6 s).
+  min_seconds: shorter scenes are dropped. Open-Sora's function drops scenes below 2 s, its command drops none.
+  max_seconds: longer scenes are split; 0: never.
+  long: "split" makes equal parts of at most max_seconds. If these were shorter than min_seconds, it drops the end of the scene.
+    "first" keeps only the first max_seconds, as Open-Sora does.
+  cuts_at: column with a list of further cuts in seconds. A cut within 0.25 s of a detected one is the same cut.
   """
 
   title: ClassVar[str] = "scenes"
@@ -114,12 +63,12 @@ class Scenes(RowStep):
 
   @property
   def version(self) -> int:
-    """2 where the parts of a long scene could be too short."""
+    """2 for settings with which version 1 made too short parts of long scenes."""
     return 2 if self.min_seconds >= self.max_seconds / 2 > 0 else 1
 
   def check(self) -> None:
-    if self.detector not in _DETECTORS:
-      raise ValueError(f"detector = {self.detector!r} is none of {', '.join(_DETECTORS)}")
+    if self.detector not in (*_THRESHOLDS, "none"):
+      raise ValueError(f"detector = {self.detector!r}; allowed: {', '.join(_THRESHOLDS)}, none")
     if self.long not in ("split", "first"):
       raise ValueError(f"long = {self.long!r} is neither 'split' nor 'first'")
     if self.min_seconds < 0 or self.max_seconds < 0 or (self.max_seconds and self.max_seconds < self.min_seconds):
@@ -133,7 +82,10 @@ class Scenes(RowStep):
       return [[{"source_id": row.get("id")}]]
     begin, rate = row.get("start") or 0, row["fps"]
     whole = [(begin, begin + row["num_frames"])]
-    found = whole if self.detector == "none" or row.get("start") is not None else self._detect(row, report)
+    if self.detector == "none" or row.get("start") is not None:
+      found = whole
+    else:
+      found = self.detect(row["path"], progress=lambda n: report(n / row["num_frames"]))
     if self.cuts_at:
       found = add_cuts(found, row.get(self.cuts_at) or (), rate)
     parts = [part for scene in found for part in self._parts(*scene, rate)]
@@ -143,15 +95,37 @@ class Scenes(RowStep):
       for i, (start, end) in enumerate(parts)
     ]]  # fmt: skip
 
-  def _detect(self, row: dict, report: Callable) -> list[tuple[int, int]]:
-    threshold = self.threshold if self.threshold is not None else {"adaptive": 3.0, "content": 27.0}[self.detector]
-    return detect_scenes(
-      row["path"], detector=self.detector, threshold=threshold, min_content=self.min_content,
-      min_frames=self.min_scene_frames, threads=2, progress=lambda n: report(n / row["num_frames"]),
-    )  # fmt: skip
+  def detect(self, path: str | Path, progress: Callable[[int], None] = lambda frames: None) -> list[tuple[int, int]]:
+    """Scenes [(start, end)] of a video in frames, end excluded. They cover the video without gaps.
+
+    progress: called with the number of decoded frames, now and then. Raises BadVideo if the file can't be decoded.
+    """
+    from scenedetect import AdaptiveDetector, ContentDetector, FrameTimecode
+
+    threshold = _THRESHOLDS[self.detector] if self.threshold is None else self.threshold
+    if self.detector == "adaptive":
+      found = AdaptiveDetector(threshold, self.min_scene_frames, min_content_val=self.min_content)
+    else:
+      found = ContentDetector(threshold, self.min_scene_frames)
+    reformatter, cuts, count = VideoReformatter(), [], 0
+    with decode.open_video(path, threads=2) as (container, stream):
+      for frame in container.decode(stream):
+        image = reformatter.reformat(frame, format="bgr24", threads=1).to_ndarray()
+        if (factor := frame.width / _DETECT_WIDTH) > 1:
+          size = max(1, round(frame.width / factor)), max(1, round(frame.height / factor))
+          image = cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
+        # The detector only compares frame numbers, so the rate is arbitrary.
+        cuts += found.process_frame(FrameTimecode(count, fps=24.0), image)
+        count += 1
+        if count % 32 == 0:
+          progress(count)
+    if not count:
+      raise BadVideo("has no frames")
+    cuts += found.post_process(FrameTimecode(count - 1, fps=24.0))
+    return list(itertools.pairwise(sorted({0, count, *(cut.frame_num for cut in cuts)})))
 
   def _parts(self, start: int, end: int, rate: float) -> list[tuple[int, int]]:
-    """A scene as clips of the wanted lengths."""
+    """Splits a scene into clips of allowed lengths."""
     if end - start < self.min_seconds * rate:
       return []
     most = math.floor(self.max_seconds * rate)
@@ -160,14 +134,14 @@ class Scenes(RowStep):
     if self.long == "first":
       return [(start, start + most)]
     count = math.ceil((end - start) / most)
-    if (end - start) // count < self.min_seconds * rate:  # one less, of the full length: the rest is too short for a scene
+    if (end - start) // count < self.min_seconds * rate:  # fewer parts, of the full length; the rest is dropped
       count, end = count - 1, start + (count - 1) * most
     edges = np.linspace(start, end, count + 1).astype(int).tolist()
     return list(itertools.pairwise(edges))
 
 
 def add_cuts(found: list[tuple[int, int]], wanted: list[float], rate: float) -> list[tuple[int, int]]:
-  """Scenes [(start, end)] in frames, cut at the seconds `wanted` too; one within 0.25 s of an edge means that edge."""
+  """Scenes [(start, end)] in frames, also cut at the seconds `wanted`. A cut within 0.25 s of an edge is that edge."""
   edges = {start for start, _ in found} | {found[-1][1]}
   for second in wanted:
     nearest = min(edges, key=lambda edge, at=second * rate: abs(edge - at))

@@ -1,21 +1,20 @@
-"""The step `scores`: numbers about each clip, by scorers that share one decoding of its frames.
+"""The step `scores`: numbers about each clip, from scorers that share one decoding of its frames.
 
-A scorer is a frozen dataclass whose fields are its settings, with
+A scorer is a frozen dataclass. Its fields are its settings, and it has
 
-  columns: {name: polars type} that it adds,
-  side: pixels of the shorter side of the pictures that it wants,
-  frames(num_frames, fps): the numbers, ascending, of the frames of a clip that it wants, none if it has nothing to say,
-  __call__(images, row): uint8 [T, H, W, 3] and the row of the table, with height and width of what `crop` leaves -> {column:
-    value}.
+  columns: {name: polars type} of the columns that it adds,
+  side: pixels of the shorter side of its frames,
+  frames(num_frames, fps): ascending numbers of the frames that it needs, none if it can't score the clip,
+  __call__(images, row): uint8 [T, H, W, 3] and the table's row -> {column: value}. height and width of the row are those of
+    the crop.
 
-`SCORERS` has ours; any other is named by its import path: scorers = {"mine": {"scorer": "package.module:Class", ...}}.
+`SCORERS` lists the scorers of this project. Others have an import path: {"mine": {"scorer": "package.module:Class", ...}}.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
 import json
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -24,7 +23,7 @@ import cv2
 import numpy as np
 
 from data import video
-from data.prepare.config import create
+from data.prepare.config import create, import_class
 from data.prepare.cut import part_of, small_size
 from data.prepare.steps import Context, RowStep
 
@@ -42,9 +41,9 @@ SCORERS = {
 class Scores(RowStep):
   """Adds the columns of its scorers.
 
-  scorers: {name: settings}, or a tuple of names. Ours, with their settings: motion (count, every, preset), quality (count),
-    camera (threshold, seconds, most), text (at, confidence, letters), aesthetic (model, head, at), matching (image_model,
-    text_model, tokenizer, scale); see data/prepare/measures.py and clip.py. One of yours: {name: {"scorer": "module:Class"}}.
+  scorers: {name: settings}, or a tuple of names. Names and settings (data/prepare/measures.py and clip.py): motion (count,
+    every, preset), quality (count), camera (threshold, seconds, most), text (at, confidence, letters), aesthetic (model, head,
+    at), matching (image_model, text_model, tokenizer, scale). A class of your own: {name: {"scorer": "module:Class"}}.
   """
 
   title: ClassVar[str] = "scores"
@@ -57,7 +56,7 @@ class Scores(RowStep):
   def check(self) -> None:
     if not self.scorers:
       raise ValueError(f"scorers needs at least one of {', '.join(SCORERS)}")
-    _ = self.columns  # makes them all
+    _ = self.columns  # makes and checks all scorers
 
   @property
   def columns(self) -> dict[str, Any]:
@@ -66,7 +65,7 @@ class Scores(RowStep):
   def _made(self) -> list[Any]:
     named = self.scorers if isinstance(self.scorers, dict) else {key: {} for key in self.scorers}
     if wrong := next((name for name, settings in named.items() if not isinstance(settings, dict)), None):
-      raise ValueError(f"scorers.{wrong} = {named[wrong]!r} is none: it holds settings, such as {{}}")
+      raise ValueError(f"scorers.{wrong} = {named[wrong]!r} is no dict of settings, such as {{}}")
     return [make_scorer(name, json.dumps(settings)) for name, settings in named.items()]
 
   def rows(self, group: list[dict], context: Context, report: Callable) -> list[dict]:
@@ -91,17 +90,13 @@ class Scores(RowStep):
 
 @functools.lru_cache(32)
 def make_scorer(name: str, settings: str) -> Any:
-  """A scorer by its name and settings (JSON), one per process. ValueError in one line if there is none."""
+  """The scorer with this name and these settings (JSON), one per process. Raises ValueError for wrong ones."""
   values = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(settings).items()}
   path = values.pop("scorer", None) or (f"data.prepare.{SCORERS[name]}" if name in SCORERS else "")
-  module, _, attribute = path.partition(":")
-  if not attribute:
+  if ":" not in path:
     raise ValueError(f"scorers has {name!r}, which is none of {', '.join(SCORERS)} and has no 'scorer' = 'module:Class'")
+  cls = import_class(path, f"scorers.{name}")
   try:
-    cls = getattr(importlib.import_module(module), attribute)
-  except (ImportError, AttributeError) as error:
-    raise ValueError(f"scorers.{name}: {path} cannot be imported ({error})") from None
-  try:  # the settings of a dataclass are checked as those of a step
     made = create(cls, values, f"scorers.{name}") if dataclasses.is_dataclass(cls) else cls(**values)
   except TypeError as error:
     raise ValueError(f"scorers.{name}: {error}") from None

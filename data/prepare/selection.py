@@ -1,5 +1,7 @@
-"""Which rows stay: filter by expressions, sample, balance, split. All stream; draws depend on (seed, row) alone, not on
-shards, machines or their order."""
+"""Steps that select rows: filter by expressions, sample, balance, split.
+
+All of them stream. A random draw depends on (seed, row) alone, not on shards, machines or their order.
+"""
 
 from __future__ import annotations
 
@@ -13,26 +15,29 @@ from typing import Any, ClassVar
 import numpy as np
 import polars as pl
 
+from data.prepare.shards import polars_line
 from data.prepare.steps import Context, Step
 
-# What polars calls parts of an expression that look at several rows.
+# Polars' names for parts of an expression that read several rows.
 _SEVERAL = {"Agg", "Over", "Len", "Window", "Rolling", "Quantile", "Rank", "RowIndex", "Any", "All"}
 
 
 def expression(text: str, where: str) -> pl.Expr:
-  """A condition in SQL ("flow >= 0.5 and fps <= 60") as a polars expression. ValueError in one line if it is none, or one that
-  needs other rows: it would see those of a shard, not of the table."""
+  """A condition in SQL ("flow >= 0.5 and fps <= 60") as a polars expression.
+
+  Raises ValueError for an error in the SQL, and for an expression over several rows, which would see the rows of one shard.
+  """
   try:
     found = pl.sql_expr(text)
   except (pl.exceptions.PolarsError, TypeError) as error:
-    raise ValueError(f"{where} {text!r} is no SQL expression ({str(error).splitlines()[0]})") from None
+    raise ValueError(f"{where} {text!r} is no SQL expression ({polars_line(error)})") from None
   if _SEVERAL & set(_parts(json.loads(found.meta.serialize(format="json")))):
     raise ValueError(f"{where} {text!r} needs more rows than one (avg, max, count, over ...): give a number")
   return found
 
 
 def _parts(tree: Any) -> Iterator[str]:
-  """Names of the nodes of an expression, without those of columns and the texts that are compared."""
+  """Names of the nodes of an expression, without names of columns and literal texts."""
   if isinstance(tree, str):
     yield tree
   elif isinstance(tree, list):
@@ -46,8 +51,11 @@ def _parts(tree: Any) -> Iterator[str]:
 
 
 def draws(keys: pl.Series, seed: int) -> np.ndarray:
-  """Uniform numbers in [0, 1), float64 [N], one for each key (text): splitmix64 (Steele et al., 2014) of the key's first 16
-  hexadecimal digits, of its SHA-256 where it is not made of these."""
+  """Uniform numbers in [0, 1), float64 [N], one for each key (a text).
+
+  They are splitmix64 (Steele et al., 2014) of the key's first 16 hexadecimal digits, or of its SHA-256 if it has other
+  characters.
+  """
   numbers = keys.str.slice(0, 16).str.to_integer(base=16, dtype=pl.UInt64, strict=False)
   values = numbers.fill_null(0).to_numpy().copy()
   for i in numbers.is_null().arg_true().to_list():
@@ -61,20 +69,20 @@ def draws(keys: pl.Series, seed: int) -> np.ndarray:
 
 
 def draw(table: pl.LazyFrame, seed: int, keys: tuple[str, ...] = ("id", "path")) -> pl.Expr:
-  """The draws of a table's rows by the first of `keys` in which they have a value."""
-  there = [name for name in keys if name in table.collect_schema().names()]
-  if not there:
+  """Draws for the rows of a table, by the first of the columns `keys` in which a row has a value."""
+  present = [name for name in keys if name in table.collect_schema().names()]
+  if not present:
     raise ValueError(f"the table has none of the columns {', '.join(keys)}")
-  key = pl.coalesce(pl.col(name).cast(pl.String) for name in there)
+  key = pl.coalesce(pl.col(name).cast(pl.String) for name in present)
   return key.map_batches(lambda s: pl.Series(draws(s, seed)), return_dtype=pl.Float64, is_elementwise=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class Filter(Step):
-  """Keeps the rows without an `error` that meet all conditions, and says how many each one removes.
+  """Keeps the rows without an `error` that meet all conditions, and counts the rows that each condition removes.
 
-  where: SQL expressions over the columns, a tuple or {name: expression}. A condition that is unknown because a value is missing
-    removes the row; write "fps <= 60 or fps is null" to keep it. (The original's --fpsmax does, its other filters don't.)
+  where: SQL expressions over the columns, as a tuple or {name: expression}. A missing value makes a condition unknown, which
+    removes the row. "fps <= 60 or fps is null" keeps it, as Open-Sora's --fpsmax does and its other filters don't.
   """
 
   title: ClassVar[str] = "filter"
@@ -90,7 +98,7 @@ class Filter(Step):
     return self.where if isinstance(self.where, dict) else {text: text for text in self.where}
 
   def conditions(self) -> dict[str, pl.Expr]:
-    """{name: whether a row meets it}, `error` first."""
+    """{name: whether a row meets the condition}, `error` first."""
     named = {name: expression(text, "where").fill_null(False) for name, text in self._named().items()}
     return {"no error": pl.col("error").is_null(), **named}
 
@@ -104,7 +112,7 @@ class Filter(Step):
     return table.filter(pl.all_horizontal(list(met.values())))
 
   def tell(self, counts: dict[str, int]) -> str:
-    """What each condition removes: alone, and what no other one removes."""
+    """Rows that each condition removes, and rows that no other condition removes."""
     if not counts or not counts["rows"]:
       return ""
     lines = [f"  {'':>40} {'removes':>12} {'only this':>12}"]
@@ -120,7 +128,7 @@ class Filter(Step):
 class Sample(Step):
   """Keeps a random part of the rows without an `error`.
 
-  share: of the rows, 0 to 1; or rows: a number. seed: of the draws.
+  share: share of the rows, 0 to 1; or rows: number of rows. seed: seed of the draws.
   """
 
   title: ClassVar[str] = "sample"
@@ -136,7 +144,7 @@ class Sample(Step):
       raise ValueError("share must lie in (0, 1], rows be at least 1")
 
   def gather(self, table: pl.LazyFrame) -> float:
-    """The draw below which rows stay."""
+    """The limit below which a row's draw must lie."""
     if self.rows is None:
       return self.share
     usable = table.filter(pl.col("error").is_null())
@@ -149,9 +157,9 @@ class Sample(Step):
 
 @dataclasses.dataclass(frozen=True)
 class Balance(Step):
-  """Keeps at most `most` rows, drawn at random, of each group of rows without an `error`.
+  """Keeps at most `most` random rows of each group. Rows with an `error` are removed.
 
-  by: SQL expression whose values are the groups, as "cmotion" or "floor(duration / 4)".
+  by: SQL expression whose values are the groups, such as "cmotion" or "floor(duration / 4)". seed: seed of the draws.
   """
 
   title: ClassVar[str] = "balance"
@@ -169,7 +177,7 @@ class Balance(Step):
     return expression(self.by, "by =").cast(pl.String).fill_null("").alias("_group")
 
   def gather(self, table: pl.LazyFrame) -> pl.DataFrame:
-    """(_group, _last): the largest draw of a group that stays."""
+    """(_group, _last): the largest draw that stays, for each group."""
     usable = table.filter(pl.col("error").is_null())
     found = usable.select(self._group(), d=draw(table, self.seed)).collect(engine="streaming")
     return found.group_by("_group").agg(_last=pl.col("d").bottom_k(self.most).max()).sort("_group")
@@ -182,9 +190,9 @@ class Balance(Step):
 
 @dataclasses.dataclass(frozen=True)
 class Split(Step):
-  """Adds `split`: to which part a row belongs. All clips of a file go to the same one, so that none is known from training.
+  """Adds `split`, the part of the data that a row belongs to. All clips of a file are in the same part.
 
-  shares: {name: share}; they are normalised. by: column of what stays together; "": the source file.
+  shares: {name: share}, normalised. by: column whose equal values stay together; "": the source file. seed: seed of the draws.
   """
 
   title: ClassVar[str] = "split"

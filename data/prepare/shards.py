@@ -1,12 +1,11 @@
-"""Shards: one parquet file of a step's output for each one of its input, which says itself what it was made from.
+"""Shards: the parquet files of a step, one for each shard of the step before, with their provenance in the file's metadata.
 
-A shard carries, in the metadata of its file, the key of its recipe: the step, its settings, the identity of the input
-shard and of what the step gathered over the whole table. Its own identity is this key, with what failed; of a step that
-gathers it is the digest of its rows. It is written under a temporary name and renamed, so that it is
-there whole or not at all, whenever and however a run ends.
+* `key`: digest of the step, its settings, the identity of the input shard and the facts gathered over the whole table.
+* `identity`: what the next step's key is made from. It is the key and the failed rows, or, if the step gathers facts, a
+  digest of the rows.
 
-A row that fails keeps its place, with the reason in `error`; later steps pass it on untouched. `retry` says that the
-reason may pass (no answer, no file).
+A shard is written under a temporary name and renamed, so a killed run leaves no half shard. A failed row keeps its place,
+with the reason in `error`, and later steps pass it on unchanged. `retry` is true if the reason may pass (no answer, no file).
 """
 
 from __future__ import annotations
@@ -32,24 +31,27 @@ FAILED = {"error": pl.String, "retry": pl.Boolean}  # columns of every table of 
 
 
 def part_name(number: int) -> str:
+  """File name of a shard."""
   return f"part-{number:05}.parquet"
 
 
 def part_number(name: str) -> int:
+  """Number of a shard, from its file name."""
   return int(name.removeprefix("part-").removesuffix(".parquet"))
 
 
 def parts(folder: str) -> list[str]:
-  """Names of the shards in a folder, in order."""
+  """File names of the shards in a folder, in order."""
   return sorted((n for n in paths.names(folder) if re.fullmatch(r"part-\d{5,}\.parquet", n)), key=part_number)
 
 
 def digest(value: Any) -> str:
+  """32 hexadecimal digits of a JSON value."""
   return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def read_meta(path: str) -> dict[str, Any] | None:
-  """What `write_shard` wrote into a shard, {} for a foreign parquet file, None for one that is missing or damaged."""
+  """Metadata of a shard; {} for a parquet file of another program, None for a missing or damaged file."""
   try:
     return json.loads(pl.read_parquet_metadata(local(path)).get(_META, "{}"))
   except (FileNotFoundError, pl.exceptions.PolarsError, ValueError):
@@ -57,7 +59,7 @@ def read_meta(path: str) -> dict[str, Any] | None:
 
 
 def identity(path: str) -> str:
-  """What a shard holds: of ours the key of its recipe, with what failed; of a foreign file its size and time of change."""
+  """Identity of a shard; for a table of another program a digest of its name, size and modification time."""
   meta = read_meta(path) if path.endswith(".parquet") else {}
   if meta is None:
     raise ValueError(f"{path} is no readable parquet file")
@@ -65,8 +67,7 @@ def identity(path: str) -> str:
 
 
 def scan(path: str) -> pl.LazyFrame:
-  """A table file. A column of a csv or jsonl file has the type that suits all its cells; those that we know as text stay
-  text, whatever it looks like."""
+  """A table file, lazily. All cells of a csv or jsonl column decide its type, but the columns in `_TEXTS` are always text."""
   path = local(path)
   if path.endswith(".csv"):
     return pl.scan_csv(path, infer_schema_length=None, schema_overrides=dict.fromkeys(_TEXTS, pl.String))
@@ -74,18 +75,18 @@ def scan(path: str) -> pl.LazyFrame:
 
 
 def local(path: str) -> str:
-  """A local name of a table: its own, or that of a copy of what a bucket has now; every version is copied once."""
+  """A local name of a table. A table in a bucket is copied once per version."""
   return _copied(path, paths.stat(path)[1]) if paths.is_remote(path) else path
 
 
 @functools.cache
 def _copies() -> tempfile.TemporaryDirectory:
-  return tempfile.TemporaryDirectory(prefix="stdit_jax-")  # goes with the process
+  return tempfile.TemporaryDirectory(prefix="stdit_jax-")  # deleted when the process ends
 
 
 @functools.lru_cache(100_000)
 def _copied(path: str, version: Any) -> str:
-  """A local copy of a version of a table in a bucket, by our own client: that of polars has other credentials."""
+  """Copies a table from a bucket with gcsfs: polars would look for other credentials."""
   with paths.local_copy(path) as copy:
     target = os.path.join(_copies().name, f"{digest([path, str(version)])}{os.path.splitext(path)[1]}")
     shutil.copy(copy, target)
@@ -95,7 +96,7 @@ def _copied(path: str, version: Any) -> str:
 def content(table: pl.LazyFrame) -> str:
   """Digest of a table's rows."""
   found = hashlib.sha256(str(table.collect_schema()).encode())
-  # JSON has no bytes, and no numbers that are none.
+  # JSON can't hold bytes, infinities and NaN.
   plain = table.with_columns(selectors.binary().bin.encode("hex"), selectors.float().cast(pl.String))
   for batch in plain.collect_batches(maintain_order=True):
     found.update(batch.write_ndjson().encode())
@@ -103,25 +104,25 @@ def content(table: pl.LazyFrame) -> str:
 
 
 def failed_in(title: str) -> pl.Expr:
-  """Whether a row failed in a step that configs call `title`."""
+  """Whether a row failed in a step with this title."""
   return pl.col("error").str.starts_with(f"{title}:").fill_null(False)
 
 
 def tables_in(folder: str) -> list[str]:
-  """The parquet files of a folder, without what a killed write left (`paths.whole`)."""
+  """Parquet files of a folder, without temporary files of killed writes (`paths.whole`)."""
   return [paths.join(folder, n) for n in paths.names(folder) if n.endswith(".parquet") and not n.startswith(".")]
 
 
 def refuse_overwriting(target: str, read: Iterable[str]) -> None:
-  """Raises ValueError where a file to write is one of those that are read."""
+  """Raises ValueError if the output is one of the inputs."""
   if os.path.realpath(target) in map(os.path.realpath, read):
-    raise ValueError(f"{target} is a file that is read: give another name")
+    raise ValueError(f"{target} is a file that is read: give another name for the output")
 
 
 def with_failures(table: pl.LazyFrame) -> pl.LazyFrame:
   """The table with the columns `error` and `retry`."""
-  there = table.collect_schema().names()
-  return table.with_columns(pl.lit(None, kind).alias(name) for name, kind in FAILED.items() if name not in there)
+  present = table.collect_schema().names()
+  return table.with_columns(pl.lit(None, kind).alias(name) for name, kind in FAILED.items() if name not in present)
 
 
 def scan_all(files: list[str]) -> pl.LazyFrame:
@@ -130,7 +131,7 @@ def scan_all(files: list[str]) -> pl.LazyFrame:
 
 
 def write_shard(path: str, table: pl.LazyFrame, meta: dict[str, Any]) -> None:
-  """Under a temporary name, then renamed."""
+  """Writes a table, with metadata if it is parquet, under a temporary name and renames it."""
   try:
     with paths.whole(path) as temporary:
       if path.endswith(".csv"):
@@ -142,8 +143,15 @@ def write_shard(path: str, table: pl.LazyFrame, meta: dict[str, Any]) -> None:
 
 
 def polars_line(error: Exception) -> str:
+  """First line of an error of polars; the others repeat the query."""
   return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def row_count(table: pl.LazyFrame) -> int:
+  """Number of rows."""
+  return table.select(pl.len()).collect(engine="streaming").item()
+
+
 def height(path: str) -> int:
-  return scan(path).select(pl.len()).collect().item()
+  """Number of rows of a table file."""
+  return row_count(scan(path))

@@ -1,74 +1,75 @@
-"""Steps: what a chain is made of. A step's settings are the fields of a dataclass; it makes one shard of another."""
+"""Steps: what a chain is made of. The fields of a step are its settings; it turns one shard of a table into another."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import polars as pl
 
 from data import paths
-from data.prepare.shards import FAILED, content, digest, failed_in, polars_line, scan, with_failures, write_shard
+from data.prepare.shards import FAILED, content, digest, failed_in, polars_line, row_count, scan, with_failures, write_shard
 from data.prepare.workers import DEFAULT_LIMITS, Failure, Limits, Pool
 
-_ASKED_TOGETHER = 16  # sizes of files
-_FRAME_BYTES = 5000  # that a frame counts for at least, in time limits: a day of a still camera is a small file
+_STAT_THREADS = 16  # file sizes that are asked for at a time
+_FRAME_BYTES = 5000  # least bytes per frame for time limits: a day of a still camera is a small file
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-  """Base of all steps. The fields of a subclass are its settings; it has `transform`, or `write` if it ends a chain."""
+  """Base of all steps. A subclass has fields as settings and `transform`, or `write` if it ends a chain."""
 
-  title: ClassVar[str]  # what a config calls it
-  version: ClassVar[int] = 1  # counted up when the same settings give something else
+  title: ClassVar[str]  # its name in configs
+  version: ClassVar[int] = 1  # increased when the same settings give another result
   unit: ClassVar[str] = "rows"
   silent: ClassVar[tuple[str, ...]] = ()  # settings that don't change the result
-  needs: ClassVar[tuple[str, ...]] = ()  # columns without which it makes no sense
-  fails: ClassVar[bool] = False  # whether its rows may fail, or be tried again
-  selects: ClassVar[bool] = False  # whether it leaves rows out for what they are: the report shows those, too
+  needs: ClassVar[tuple[str, ...]] = ()  # columns that the table must have
+  fails: ClassVar[bool] = False  # whether its rows can fail
+  selects: ClassVar[bool] = False  # whether it removes rows by their values; the report also shows the removed rows
 
   def check(self) -> None:
-    """Raises ValueError about a setting, in one line."""
+    """Raises ValueError, in one line, for a setting that is not allowed."""
 
   def gather(self, table: pl.LazyFrame) -> Any:
-    """What `transform` has to know about the whole table, JSON-able or a DataFrame."""
+    """Facts about the whole table that `transform` needs, JSON-able or a DataFrame."""
     raise NotImplementedError
 
   def transform(self, table: pl.LazyFrame, context: Context) -> pl.LazyFrame:
-    """One shard of the table -> the same shard after the step; constant memory, or bounded by the shard."""
+    """One shard of the table -> the same shard after the step. Memory is constant or bounded by the shard."""
     raise NotImplementedError
 
   def complete(self, table: pl.LazyFrame) -> bool:
-    """Whether the files that a shard of output names are there."""
+    """Whether the files that an output shard names exist."""
     return True
 
   def tell(self, counts: dict[str, int]) -> str:
-    """Lines about what was counted over all shards."""
+    """Lines to print about the counts of all shards."""
     return ""
 
   def write(self, tables: list[str], context: Context) -> tuple[str, list[str]]:
-    """For a step that ends a chain (an export): writes what it makes of all shards -> (one line about it, its files)."""
+    """For a step that ends a chain: writes its result for all shards -> (one line about it, its files)."""
     raise NotImplementedError
 
   @property
   def beside(self) -> str:
-    """Ending of the files beside those of the rows that it reads as well, such as ".txt"; "": none."""
+    """Ending of the files that it reads beside those of the rows, such as ".txt", or ""."""
     return ""
 
   @property
   def gathers(self) -> bool:
-    """Whether it has to see the whole table before its first shard."""
+    """Whether it needs the whole table before its first shard."""
     return type(self).gather is not Step.gather
 
   @property
   def writes(self) -> bool:
-    """Whether it ends a chain, and makes no shards."""
+    """Whether it ends a chain and makes no shards."""
     return type(self).write is not Step.write
 
   def recipe(self) -> dict[str, Any]:
@@ -79,53 +80,45 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Source(Step):
-  """The first step: lists what there is as shards of a table. Shards keep their rows, new ones are added behind."""
+  """The first step: lists files as shards of a table. Shards keep their rows; new rows make new shards."""
 
   def reach(self) -> None:
-    """Raises ValueError where something that it lists is not there, seen from this machine."""
+    """Raises ValueError if this machine can't see one of the sources."""
 
   def list(self, folder: str, own: Sequence[str] = ()) -> None:
-    """Writes folder/part-00000.parquet, ...; leaves those alone in which nothing changed. What lies in the folders `own` is no
-    source: the run made it."""
+    """Writes folder/part-00000.parquet, ... and leaves unchanged shards alone. `own`: the run's folders, which are skipped."""
     raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
 class RowStep(Step):
-  """A step that looks at files: `rows(items)` of each group of rows, in worker processes with limits."""
+  """A step that reads files: worker processes with limits call `rows` for each group of rows."""
 
-  columns: ClassVar[dict[str, Any]] = {}  # what it adds, with polars types
+  columns: ClassVar[dict[str, Any]] = {}  # columns that it adds, with polars types
   fails: ClassVar[bool] = True
 
   def rows(self, group: list[dict[str, Any]], context: Context, report: Callable[[float], None]) -> list[Any]:
-    """Called in a worker for a group of rows: for each of them a dict of new values, a list of such dicts (several rows, or
-    none), or a `Failure`."""
+    """Called in a worker. Returns for each row a dict of new values, a list of such dicts (any number), or a `Failure`."""
     raise NotImplementedError
 
   def groups(self, rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """Rows (the same objects) that one call takes together: one by one."""
+    """Splits the rows, in order, into the groups of one call each."""
     return ([row] for row in rows)
 
   def transform(self, table: pl.LazyFrame, context: Context) -> pl.LazyFrame:
     frame = table.collect()
-    schema = {**frame.schema, **self.columns, **FAILED}
     rows = [{**dict.fromkeys(FAILED), **row} for row in frame.iter_rows(named=True)]
-    places = [i for i, row in enumerate(rows) if row["error"] is None]
-    number = {id(rows[i]): i for i in places}
-    groups = list(self.groups([rows[i] for i in places]))
+    groups = list(self.groups([row for row in rows if row["error"] is None]))
     done = context.map(functools.partial(_rows_of, self, context.bare()), groups)
-    results: dict[int, Any] = {}
-    for group, found in zip(groups, done):
-      for row, result in zip(group, [found] * len(group) if isinstance(found, Failure) else found):
-        results[number[id(row)]] = result
+    results = itertools.chain.from_iterable(
+      [found] * len(group) if isinstance(found, Failure) else found for group, found in zip(groups, done)
+    )
     out = []
-    for i, row in enumerate(rows):
-      result = results.get(i, {})
-      if isinstance(result, Failure):
-        out.append({**row, "error": f"{self.title}: {result.reason}", "retry": result.retry})
-      else:
-        out += [{**row, **values} for values in (result if isinstance(result, list) else [result])]
-    return pl.DataFrame(out, schema=schema, orient="row", strict=False).lazy()
+    for row in rows:
+      result = next(results) if row["error"] is None else {}
+      result = result.columns(self.title) if isinstance(result, Failure) else result
+      out += [{**row, **values} for values in (result if isinstance(result, list) else [result])]
+    return pl.DataFrame(out, schema={**frame.schema, **self.columns, **FAILED}, orient="row", strict=False).lazy()
 
 
 def _rows_of(step: RowStep, context: Context, group: list[dict[str, Any]], report: Callable[[float], None]) -> list[Any]:
@@ -137,13 +130,13 @@ class Context:
   """What a step may use besides its shard.
 
   folder: the step's own folder, for files that it makes beside the table.
-  part: name of the shard.
-  facts: what `gather` returned.
-  limits: of a file.
+  part: file name of the shard.
+  facts: the result of `gather`.
+  limits: limits of one file.
   pool, progress: None in a worker process.
-  counts: what `transform` counted; `Step.tell` says the sums over all shards.
-  history: (step, rows in, rows, failed, seconds of work, what `Step.tell` says) of the steps before, for `write`.
-  unselected: for `write`: the shards that came into each step before that `selects`, in order.
+  counts: what `transform` counted; `Step.tell` gets the sums over all shards.
+  history: for `write`: (step, rows in, rows out, failed rows, seconds of work, text of `Step.tell`) of each step before.
+  unselected: for `write`: the input shards of each earlier step that `selects`, in order.
   """
 
   folder: str
@@ -157,43 +150,62 @@ class Context:
   unselected: tuple[list[str], ...] = ()
 
   def bare(self) -> Context:
-    """What is sent to workers."""
+    """The part that is sent to workers."""
     return Context(self.folder, self.part, limits=self.limits)
 
   def map(self, function: Callable, groups: list) -> list[Any]:
-    """`Pool.map` over groups of rows, with progress and with time limits from the size of each group's file."""
+    """`Pool.map` over groups of rows, with progress. The size of a group's file decides its time limit."""
     frames = (sum(r.get("num_frames") or 0 for r in group) for group in groups)
     files = sizes_of([group[0] for group in groups])
     sizes = [max(size or 0, _FRAME_BYTES * count) for size, count in zip(files, frames)]
-    share = sum(map(len, groups)) / max(len(groups), 1)
+    rows_per_group = sum(map(len, groups)) / max(len(groups), 1)
 
     def progress(done: float) -> None:
       if self.progress:
-        self.progress(done * share)
+        self.progress(done * rows_per_group)
 
     return self.pool.map(function, groups, sizes=sizes, progress=progress)
 
 
+def at_least(settings: Any, low: float, *names: str) -> None:
+  """Raises ValueError if one of these fields is smaller than `low`."""
+  for name in names:
+    if getattr(settings, name) < low:
+      raise ValueError(f"{name} = {getattr(settings, name)!r} must be at least {low}")
+
+
+class Job(NamedTuple):
+  """Arguments of `run_shard`."""
+
+  step: Step
+  source: str
+  target: str
+  key: str
+  context: Context
+
+
 def beside(path: str, ending: str) -> str:
-  """The file of the same name with another ending."""
+  """The file with the same name and another ending."""
   return os.path.splitext(path)[0] + ending
 
 
 def states_beside(step: Step, source: str) -> list[tuple[int, int] | None]:
-  """(bytes, time of change) of each file that a step reads beside those of a table's rows, None where there is none. Files in a
-  bucket are left out, since each would be a request; another content of the same size and time is not seen, either."""
+  """`state_of` each file that a step reads beside the files of a table's rows.
+
+  Files in a bucket are skipped, because each one would cost a request.
+  """
   if not step.beside:
     return []
   table = scan(source)
-  names = [name for name in ("video", "path") if name in table.collect_schema()]  # clips have theirs beside their video
+  names = [name for name in ("video", "path") if name in table.collect_schema()]  # a clip's file lies beside its video
   if not names:
-    return []  # `needs` says so
+    return []  # `run_shard` reports the missing column
   files = table.select(pl.coalesce(names).unique(maintain_order=True)).collect().to_series()
   return [state_of(beside(file, step.beside)) for file in files.drop_nulls() if not paths.is_remote(file)]
 
 
 def state_of(path: str) -> tuple[int, int] | None:
-  """(bytes, number that changes with the contents) of a file, None if it can't be had."""
+  """(bytes, number that changes with the contents) of a file, None if it can't be read."""
   try:
     return paths.stat(path)
   except OSError:
@@ -201,11 +213,11 @@ def state_of(path: str) -> tuple[int, int] | None:
 
 
 def sizes_of(rows: list[dict[str, Any]]) -> list[int | None]:
-  """Bytes of each row's file, by which its time limit goes: of tables that don't say it, asked for."""
+  """Bytes of each row's file, from the column `bytes` or else from the file system; they decide time limits."""
   sizes = [row.get("bytes") for row in rows]
   unknown = [i for i, size in enumerate(sizes) if size is None]
   if unknown:
-    with futures.ThreadPoolExecutor(_ASKED_TOGETHER) as threads:  # in a bucket each one is a request
+    with futures.ThreadPoolExecutor(_STAT_THREADS) as threads:  # in a bucket each one is a request
       found = threads.map(state_of, [str(rows[i]["path"]) for i in unknown])
     for i, state in zip(unknown, found):
       sizes[i] = state and state[0]
@@ -226,21 +238,15 @@ def run_shard(step: Step, source: str, target: str, key: str, context: Context) 
       passing = pl.col("retry") & failed_in(step.title)
       result = result.collect()
       failed = result.with_row_index("_i").filter(passing)["_i"].to_list()
-      # A step of the same kind before has failures of its own.
-      retry = len(failed) - table.filter(passing).select(pl.len()).collect().item()
+      # An earlier step with the same title has failures of its own.
+      retry = len(failed) - row_count(table.filter(passing))
       mark = digest([key, failed]) if retry else key
       result = result.lazy()
     if step.gathers:
-      mark = content(result)  # the key holds what all shards have: a new row in one changes few of the others
+      mark = content(result)  # a new row changes the facts, so all keys, but few of the shards' rows
   except pl.exceptions.PolarsError as error:
     raise ValueError(f"{step.title}: {polars_line(error)}") from None
-  meta = {
-    "key": key,
-    "identity": mark,
-    "retry": retry,
-    "seconds": round(time.monotonic() - begin, 3),
-    "recipe": step.recipe(),
-    "counts": context.counts,
-  }
+  meta = {"key": key, "identity": mark, "retry": retry, "recipe": step.recipe(), "counts": context.counts}
+  meta["seconds"] = round(time.monotonic() - begin, 3)
   write_shard(target, result, meta)
   return meta

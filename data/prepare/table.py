@@ -1,14 +1,14 @@
-"""`table`: the files of a folder or a table, with what a training needs: path, num_frames, height, width, fps.
+"""Lists the files of a folder or a table with the columns that training needs: path, num_frames, height, width, fps.
 
   python -m data.prepare table FOLDER -o table.csv      all videos and images below a folder
-  python -m data.prepare table TABLE -o new.parquet     a table's own files; its other columns are kept
+  python -m data.prepare table TABLE -o new.parquet     the files of a table, which keeps its other columns
 
-Files that can't be used are listed on stderr and left out. It is the steps `collect` and `probe` of a chain.
+Unusable files are skipped and listed on stderr. The command runs the steps `collect` and `probe`.
 """
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import os
 import sys
 import tempfile
@@ -16,47 +16,53 @@ import tempfile
 import polars as pl
 
 from data import paths
-from data.command_line import OneLineParser
+from data.prepare import flags
 from data.prepare.chain import Chain
 from data.prepare.collect import LISTED, Collect, Probe
 from data.prepare.export import relative_to
+from data.prepare.flags import flag
 from data.prepare.messages import shown
-from data.prepare.shards import refuse_overwriting, write_shard
+from data.prepare.shards import refuse_overwriting, row_count, write_shard
 
 _PROBED = ("num_frames", "height", "width", "fps")
 
 
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """Flags of the command."""
+
+  source: str = flag(
+    "a folder, a pattern, or a table (.csv, .parquet, .jsonl) with a column `path`", dataclasses.MISSING, "source"
+  )
+  output: str = flag("table to write (.csv or .parquet)", dataclasses.MISSING, "-o", "--output")
+  decode: bool = flag("decode every frame (slow; finds damage in the middle of files)", False)
+  workers: int = flag("processes (default: all cores)", flags.CORES)
+
+
 def main(arguments: list[str]) -> int:
   """The command; returns its exit code."""
-  parser = OneLineParser(
-    prog="python -m data.prepare table", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  parser.add_argument("source", help="a folder, a pattern, or a table (.csv, .parquet, .jsonl) with a column `path`")
-  parser.add_argument("-o", "--output", required=True, help="table to write (.csv or .parquet)")
-  parser.add_argument("--decode", action="store_true", help="decode every frame (slow, finds damage in the middle of files)")
-  parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
-  options = parser.parse_args(arguments)
-  target = paths.absolute(options.output)
+  settings = flags.parse_all(Settings, "table", arguments, __doc__)
+  target = paths.absolute(settings.output)
   if not target.endswith((".csv", ".parquet")):
-    raise ValueError(f"-o {options.output}: the output's name must end in .csv or .parquet")
-  refuse_overwriting(target, [options.source])
+    raise ValueError(f"-o {settings.output}: the output's name must end in .csv or .parquet")
+  refuse_overwriting(target, [settings.source])
   steps = {
-    "collect": Collect(sources=(options.source,)),
-    "probe": Probe(decode=options.decode, content_hash=False, picture_hash=False),
+    "collect": Collect(sources=(settings.source,)),
+    "probe": Probe(decode=settings.decode, content_hash=False, picture_hash=False),
   }
   with tempfile.TemporaryDirectory(prefix="stdit_jax-") as folder:
-    chain = Chain(folder, steps, workers=options.workers)
+    chain = Chain(folder, steps, workers=settings.workers)
     chain.run()
     table = chain.scan("probe")
     failed = pl.col("error").is_not_null()
     bad = table.filter(failed).select("path", "error").collect().rows()
     for path, error in bad:
-      print(f"left out {shown(path)}: {shown(error)}", file=sys.stderr)
+      print(f"skipped {shown(path)}: {shown(error)}", file=sys.stderr)
     own = [name for name in chain.scan("collect").collect_schema().names() if name == "path" or name not in LISTED]
-    kept = table.filter(~failed).select(list(dict.fromkeys((*own, *_PROBED))))
-    rows = kept.select(pl.len()).collect().item()
+    usable = table.filter(~failed).select(list(dict.fromkeys((*own, *_PROBED))))
+    rows = row_count(usable)
     if not rows:
-      raise ValueError(f"none of {len(bad)} files of {options.source} can be used")
-    write_shard(target, relative_to(kept, os.path.dirname(target)), {})
-  print(f"{rows:,} files, {len(bad):,} left out: {options.output}")
+      raise ValueError(f"{settings.source} has no usable file: all {len(bad)} failed, for the reasons above")
+    write_shard(target, relative_to(usable, os.path.dirname(target)), {})
+  print(f"{rows:,} files, {len(bad):,} skipped: {settings.output}")
   return 0

@@ -1,7 +1,7 @@
-"""Functions on strangers' files, each in a process of its own with limits: a bad file costs its row, never the run.
+"""Functions on foreign files, in worker processes with limits: a bad file costs its row, never the run.
 
-A pool of spawned processes. A process that takes too long, too much memory, or dies is replaced by another one; what it was
-at is tried again if it was killed from outside (kill -9, the kernel's out-of-memory killer).
+The pool replaces a process that dies or takes too much time or memory. It repeats an item if its process was killed from
+outside (kill -9, the kernel's out-of-memory killer).
 """
 
 from __future__ import annotations
@@ -21,26 +21,27 @@ from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import connection
 from typing import Any
 
+from data.prepare.messages import one_line
 from data.video import Away, BadVideo
 
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # nothing can be written: no file's fault, the run must end
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # nothing can be written: the run must end
 _KILLED = (-signal.SIGKILL, -signal.SIGTERM)
 _START = 60.0  # seconds that a new process may need for its imports
-_TRIES = 3  # of an item whose process was killed from outside
+_TRIES = 3  # attempts at an item whose process was killed from outside
 
 
-class Passing(Exception):  # noqa: N818 - it says of what kind a failure is
-  """A failure that another run may not have: a server or a disk that gives no answer, a file that is away."""
+class Passing(Exception):  # noqa: N818 - the name says which kind of failure it is
+  """A failure that another run may not have: a server or a disk does not answer, a file is missing."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-  """What one file may take.
+  """Limits of one file.
 
-  seconds: time, at least.
-  bytes_per_second: longer files have more time, in the proportion of their real (never of a declared) size.
+  seconds: time for a small file.
+  bytes_per_second: a file gets one more second for this many bytes on disk.
   memory_gb: address space beyond that of an idle worker.
-  max_pixels: of a picture or frame; what declares more is refused before anything is decoded.
+  max_pixels: pixels of an image or frame. A file that declares more is refused before decoding.
   """
 
   seconds: float = 120.0
@@ -49,7 +50,7 @@ class Limits:
   max_pixels: int = 8192 * 8192
 
   def check(self) -> None:
-    """Raises ValueError about a value, in one line."""
+    """Raises ValueError for a value that is not allowed."""
     if self.seconds <= 0 or self.bytes_per_second <= 0 or self.memory_gb <= 0 or self.max_pixels < 1:
       raise ValueError("seconds, bytes_per_second, memory_gb and max_pixels must be more than 0")
 
@@ -63,50 +64,53 @@ DEFAULT_LIMITS = Limits()
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-  """Why there is no result; `retry`: another run may have one."""
+  """Why there is no result. `retry`: another run may succeed."""
 
   reason: str
   retry: bool = False
 
+  def columns(self, title: str) -> dict[str, Any]:
+    """Columns of a row that failed in the step with this title."""
+    return {"error": f"{title}: {self.reason}", "retry": self.retry}
+
 
 class _Killed(Failure):
-  """Its process was ended from outside."""
+  """The item's process was killed from outside."""
 
 
 def call(function: Callable, item: Any, report: Callable[[float], None]) -> Any:
-  """function(item, report), its failures as `Failure`. Raises OSError only where nothing can be written any more."""
+  """function(item, report), or a `Failure`. Raises OSError only if nothing can be written."""
   try:
     return function(item, report)
-  except Away as error:
-    return Failure(_line(error), retry=True)
-  except (BadVideo, MemoryError) as error:
-    return Failure(_line(error) if isinstance(error, BadVideo) else "needs more memory than limits.memory_gb allows")
-  except Passing as error:
-    return Failure(_line(error), retry=True)
-  except OSError as error:
-    if error.errno in FULL:
-      raise
-    if error.errno == errno.ENOMEM:
-      return Failure("needs more memory than limits.memory_gb allows")
-    return Failure(_line(error), retry=error.errno is not None)  # Pillow raises some without a number, of damaged files
-  except Exception as error:  # a library's surprise at a strange file must cost this file only
-    if "bad_alloc" in str(error) or "nsufficient memory" in str(error):  # OpenCV's and ONNX Runtime's words
-      return Failure("needs more memory than limits.memory_gb allows")
-    if os.environ.get("STDIT_JAX_TRACEBACK"):
-      raise
-    return Failure(f"{type(error).__name__}: {_line(error)}")
+  except Exception as error:  # an unexpected error of a library must cost one file only
+    return failure_of(error)
 
 
-def _line(error: BaseException) -> str:
-  return " ".join(str(error).split())[:300] or type(error).__name__
+def failure_of(error: Exception) -> Failure:
+  """The `Failure` that an exception means for its file. Raises the exception if it is no fault of the file."""
+  line, number = one_line(error)[:300], getattr(error, "errno", None)
+  if isinstance(error, (Away, Passing)):
+    return Failure(line, retry=True)
+  if isinstance(error, BadVideo):
+    return Failure(line)
+  if isinstance(error, OSError) and number in FULL:
+    raise error
+  # OpenCV and ONNX Runtime report missing memory in words.
+  if isinstance(error, MemoryError) or number == errno.ENOMEM or "bad_alloc" in line or "nsufficient memory" in line:
+    return Failure("needs more memory than limits.memory_gb allows")
+  if isinstance(error, OSError):
+    return Failure(line, retry=number is not None)  # Pillow raises OSError without a number for damaged files
+  if os.environ.get("STDIT_JAX_TRACEBACK"):
+    raise error
+  return Failure(f"{type(error).__name__}: {line}")
 
 
 def _work(pipe: connection.Connection, limits: Limits) -> None:
   """A worker process."""
   signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
   with contextlib.suppress(OSError, AttributeError):
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a killed parent leaves nobody behind
-  signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond a limit is an error, not the end
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: the worker dies with its parent
+  signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond a limit raises an error instead of killing the process
   with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the parent has gone
     _serve(pipe, limits)
 
@@ -117,7 +121,7 @@ def _serve(pipe: connection.Connection, limits: Limits) -> None:
     function, item = pipe.recv()
     pipe.send(("began", None))
     if not limited:
-      _limit_memory(limits)  # with the first item: its modules are loaded now
+      _limit_memory(limits)  # after unpickling the first item, which imported its modules
       limited = True
     try:
       result = call(function, item, lambda share: pipe.send(("at", share)))
@@ -128,19 +132,19 @@ def _serve(pipe: connection.Connection, limits: Limits) -> None:
 
 
 def _limit_memory(limits: Limits) -> None:
-  """Address space beyond what is in use now: the one measure that a process can be held to."""
+  """Limits the address space, the one memory limit that the kernel enforces per process."""
   if sys.platform != "linux":
     return
   with open("/proc/self/statm") as f:
-    there = int(f.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-  most = there + int(limits.memory_gb * 2**30)
+    used = int(f.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+  most = used + int(limits.memory_gb * 2**30)
   hard = resource.getrlimit(resource.RLIMIT_AS)[1]
   resource.setrlimit(resource.RLIMIT_AS, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
 
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-  """What is started inside uses one thread a library: the processes are the parallelism."""
+  """Libraries of processes that are started in this block use one thread: the pool's processes are the parallelism."""
   before = dict(os.environ)
   os.environ.update(
     dict.fromkeys(("POLARS_MAX_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OPENCV_FOR_THREADS_NUM"), "1")
@@ -153,7 +157,7 @@ def _one_thread() -> Iterator[None]:
 
 
 class _Worker:
-  """A process and what it is at."""
+  """A process and the item that it works on (`index`, None: idle)."""
 
   def __init__(self, context, limits: Limits):
     self.pipe, far = context.Pipe()
@@ -176,11 +180,11 @@ class _Worker:
 
 
 class Pool:
-  """`count` worker processes under `limits`; used as a context. One that is not used starts none."""
+  """`count` worker processes under `limits`, as a context manager. The first `map` starts them."""
 
   def __init__(self, count: int, limits: Limits = DEFAULT_LIMITS):
     self.count, self.limits = max(1, count), limits
-    self._context = multiprocessing.get_context("spawn")  # threads of decoders would not survive a fork
+    self._context = multiprocessing.get_context("spawn")  # threads of decoders do not survive a fork
     self._workers: list[_Worker] = []
 
   def __enter__(self) -> Pool:
@@ -200,17 +204,16 @@ class Pool:
     progress: Callable[[float], None] = lambda done: None,
     finished: Callable[[int, Any], None] = lambda index, result: None,
   ) -> list[Any]:
-    """[result or `Failure`] of function(item, report) for every item, in order.
+    """Returns function(item, report) or a `Failure` for every item, in order.
 
     Args:
-      function: picklable; `report(share)` may be called with the share of the item that is done.
+      function: picklable. It may call `report(share)` with the finished share of its item.
       items: picklable.
       sizes: bytes of each item's file, for its time limit.
-      progress: called with the number of items done, fractions of those at work included.
-      finished: called with (index, result) when one is there, in any order.
+      progress: called with the number of finished items, including fractions of those in work.
+      finished: called with (index, result) of each item when it is finished, in any order.
 
-    Raises:
-      OSError: nothing can be written any more (disk full, quota, read-only).
+    Raises OSError if nothing can be written (disk full, quota, read-only).
     """
     results: list[Any] = [None] * len(items)
     waiting, tries, done = collections.deque(range(len(items))), collections.Counter(), 0
@@ -224,7 +227,7 @@ class Pool:
             seconds = self.limits.time_of(sizes[index] if sizes else None)
             try:
               worker.give(function, index, items[index], seconds)
-            except (BrokenPipeError, ConnectionResetError):  # it died while idle
+            except (BrokenPipeError, ConnectionResetError):  # the worker died while idle
               waiting.appendleft(index)
               worker.index = None
               self._replace(worker)
@@ -252,7 +255,7 @@ class Pool:
     self._workers.remove(worker)
 
   def _events(self) -> list[_Worker]:
-    """Workers that said something or are late; waits for them."""
+    """Waits for workers that sent a message or are late -> those workers."""
     busy = [w for w in self._workers if w.index is not None]
     now = time.monotonic()
     ready = connection.wait([w.pipe for w in busy], min([2.0, *(max(0.0, w.deadline - now) for w in busy)]))
@@ -260,11 +263,11 @@ class Pool:
     return [w for w in busy if w.pipe in ready or now >= w.deadline]
 
   def _outcome(self, worker: _Worker) -> Any:
-    """What became of the worker's item; None: still at work."""
+    """Result of the worker's item, None if it is still in work."""
     try:
       if worker.pipe.poll():
         kind, value = worker.pipe.recv()
-        if kind == "began":  # from here on the time is the file's
+        if kind == "began":  # the file's time starts after the imports
           worker.deadline = time.monotonic() + worker.seconds
           return None
         if kind == "at":

@@ -1,30 +1,30 @@
 #!/usr/bin/env bash
-# Trains on TPU slices of a GKE cluster that has the JobSet controller (0.6 or newer), from a laptop with kubectl:
+# Trains on TPU slices of a GKE cluster that has the JobSet controller (0.6 or newer). Run it on a laptop with kubectl:
 #
 #   bash launch/gke/submit.sh build --image REGION-docker.pkg.dev/PROJECT/REPOSITORY/stdit_jax:1
 #   bash launch/gke/submit.sh apply --name film --image REGION-docker.pkg.dev/PROJECT/REPOSITORY/stdit_jax:1 \
 #     --topology v5e:4x4 --slices 2 --spot -- --config configs/film.py --config.output=gs://BUCKET/film \
 #     --config.data.tables="('gs://BUCKET/prepared/table.csv',)" --config.data.reference_devices=32
 #
-#   build     makes the image of this folder with docker, and pushes it
+#   build     makes an image of this folder with docker, and pushes it
 #   render    prints the manifest (launch/gke/jobset.yaml with the values below)
-#   apply     submits it; training starts again from the newest checkpoint until it has finished or made a user's mistake
-#   status    of the JobSet and its pods
-#   logs      follows process 0, or with --worker all every pod
-#   delete    ends the run; pods get SIGTERM and save
+#   apply     submits the manifest; the training restarts from the newest checkpoint until it finishes or reports a user's error
+#   status    prints the state of the JobSet and its pods
+#   logs      follows the log of process 0, or with --worker all of every pod
+#   delete    ends the run; the pods get SIGTERM and save
 #
-#   --name NAME               of the JobSet
-#   --image IMAGE             of build, for build, render and apply
-#   --topology NAME:SHAPE     of a slice, as stdit_jax.plan writes it: v5e:16x16, v6e:16x16, v5p:4x8x8, v4:4x4x8
+#   --name NAME               name of the JobSet
+#   --image IMAGE             image that build makes, for build, render and apply
+#   --topology NAME:SHAPE     shape of a slice, as stdit_jax.plan writes it: v5e:16x16, v6e:16x16, v5p:4x8x8, v4:4x4x8
 #   --slices N                number of slices (1)
-#   --chips-per-host N        of the machine type of the node pool: 4 (default), 1 for ...-1t, 8 for ...-8t
+#   --chips-per-host N        chips of the node pool's machine type: 4 (default), 1 for ...-1t, 8 for ...-8t
 #   --spot | --reservation R  which nodes to take; default: on demand
 #   --service-account A       Kubernetes service account that may write to the bucket
-#   --max-restarts N          preemptions included (1000)
-#   --grace-seconds N         between SIGTERM and SIGKILL (300; spot nodes give less)
+#   --max-restarts N          number of restarts, with preemptions (1000)
+#   --grace-seconds N         time between SIGTERM and SIGKILL (300; spot nodes have less)
 #   --env NAME=VALUE          environment variable of the training program; may be repeated
 #   --namespace NS, --context C    for kubectl
-#   --worker 0|all            for logs
+#   --worker 0|all            pods whose logs are shown, for logs
 #   --dry-run                 print the commands instead of running them
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -73,14 +73,14 @@ render() {
   chips=${chips:-$((all < 4 ? all : 4))}
   hosts=$((all / chips))
   [ $((hosts * chips)) -eq "$all" ] || fail "--topology $topology has $all chips, not a multiple of $chips per host"
-  # JSON is YAML: whatever is in the arguments arrives as it was given.
+  # JSON is YAML: any argument arrives unchanged.
   NAME=$name IMAGE=$image ACCELERATOR=$accelerator TOPOLOGY=${topology#*:} SLICES=$slices HOSTS=$hosts CHIPS_PER_HOST=$chips \
     SPOT=$spot RESERVATION=$reservation SERVICE_ACCOUNT=$account MAX_RESTARTS=$restarts GRACE_SECONDS=$grace \
     python3 - "${#environment[@]}" "${environment[@]}" "${train[@]}" --config.platform=tpu << 'PY'
 import json, os, re, sys
 
 count, *words = sys.argv[1:]
-words = [word.replace("$(", "$$(") for word in words]  # Kubernetes would put a variable in its place
+words = [word.replace("$(", "$$(") for word in words]  # Kubernetes would replace $(NAME)
 environment, arguments = words[: int(count)], words[int(count) :]
 values = {key: value if value.isdecimal() else json.dumps(value) for key, value in os.environ.items()}
 values["ENVIRONMENT"] = json.dumps([dict(zip(("name", "value"), pair.split("=", 1))) for pair in environment])

@@ -1,41 +1,45 @@
 """CogVideoX's 3D causal autoencoder: four frames of 8 x 8 pixels are one latent of 16 channels.
 
-CogVideoX (Yang et al. 2024, arXiv 2408.06072, section 2.1), as `diffusers.AutoencoderKLCogVideoX` 0.42. Convolutions see the
-past only; before the clip its first frame is repeated. Time is halved by means of pairs, and doubled by repetition; the first
-of an odd number of frames stands alone in both, so that a picture is a clip of one frame. Norms of the decoder are scaled and
-shifted by the latents.
+CogVideoX (Yang et al. 2024, arXiv 2408.06072, section 2.1), as `diffusers.AutoencoderKLCogVideoX` 0.42. Convolutions see only
+the past, and the first frame repeats before the clip. Time is halved by means of pairs and doubled by repetition. The first of
+an odd number of frames stays alone in both, so an image is a clip of one frame. Latents scale and shift the norms of the
+decoder.
 
-The original encodes 8 frames at a time and decodes 2 latents, what is left over with the first: convolutions carry their past
-from chunk to chunk, but norms take their statistics over one chunk. So the chunks are part of what it computes, whatever the
-memory. Here `Frames.chunks` says over what norms take them: the original's chunks, or the whole clip (`statistics`). Whether a
-clip then runs whole, chunk by chunk or over several devices changes no number.
+    clip [N,T,H,W,3] in [-1,1] --Encoder--> moments --> mean, logvar [N,T',H/8,W/8,16] --draw--> z --Decoder--> [N,T,H,W,3]
 
-Only lengths of 8k and 8k + 1 frames come back as long as they were; 4k + 1 with an even number of latents becomes longer.
+The original encodes 8 frames at a time and decodes 2 latents at a time. Convolutions carry their past from chunk to chunk, but
+norms take their statistics over one chunk. The chunks therefore change the result, and `statistics` chooses between them and
+the whole clip. It changes no number whether a clip then runs whole, chunk by chunk or over several devices.
+
+Only lengths of 8k and 8k + 1 frames stay as they are. A clip of 4k + 1 frames with an even number of latents becomes longer.
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
 
-from stdit_jax import fields
-from stdit_jax.autoencoders.layers import Conv3D, Frames, GroupNorm, block_of, check_latents, double, half, init_like_torch
+from stdit_jax.autoencoders.codec import Codec, pixels_of
+from stdit_jax.autoencoders.family import Autoencoder, AutoencoderConfig
+from stdit_jax.autoencoders.frames import Frames, chunk_sizes, double, half, over_devices, splits
+from stdit_jax.autoencoders.latents import AnyArray, Moments, denormalise, normalised_posterior, posterior, to_float
+from stdit_jax.autoencoders.layers import Conv3D, GroupNorm, block_of
 
 STATISTICS = ("chunks", "clip")
 
 
 @dataclasses.dataclass(frozen=True)
-class Causal3DConfig:
-  """Sizes; field names are those of diffusers' `config.json` where both have the field.
+class Causal3DConfig(AutoencoderConfig):
+  """Sizes. The field names are those of diffusers' `config.json` where both have the field.
 
   Attributes:
     statistics: of the norms, "chunks" as the original, or "clip": over the whole clip.
-    encode_chunk, decode_chunk: frames, and latents, of a chunk; whole ones of what the strides in time pair.
-    remat: whether the backward pass keeps of a block what it gives, and computes the rest again.
+    encode_chunk, decode_chunk: frames, and latents, of a chunk; multiples of what the strides in time pair.
+    remat: whether the backward pass stores only the output of a block and recomputes the rest.
   """
 
   block_out_channels: tuple[int, ...] = (128, 256, 256, 512)
@@ -54,12 +58,7 @@ class Causal3DConfig:
   remat: bool = False
 
   def __post_init__(self):
-    for channels in self.block_out_channels:
-      if self.norm_num_groups < 1 or channels % self.norm_num_groups:
-        raise ValueError(
-          f"Causal3DConfig: block_out_channels {self.block_out_channels} must be multiples of norm_num_groups="
-          f"{self.norm_num_groups}; {channels} is not."
-        )
+    self.check_groups()
     if self.statistics not in STATISTICS:
       raise ValueError(f"Causal3DConfig: statistics is {self.statistics!r}; allowed: {', '.join(STATISTICS)}")
     if self.temporal_compression_ratio not in (1, 2, 4, 8)[: len(self.block_out_channels)]:
@@ -68,44 +67,17 @@ class Causal3DConfig:
     for name, unit in (("encode_chunk", self.temporal_compression_ratio), ("decode_chunk", pairs)):
       if (size := getattr(self, name)) < 1 or size % unit:
         raise ValueError(f"Causal3DConfig: {name} is {size}; allowed: multiples of {unit}")
-    check_latents(self)
-
-  @property
-  def downsampling(self):
-    """Pixels per latent along a side."""
-    return 2 ** (len(self.block_out_channels) - 1)
+    self.check_latents()
 
   @property
   def halvings(self):
-    """How often time is halved: in the first so many levels."""
+    """How often time is halved: once in each of the first levels."""
     return self.temporal_compression_ratio.bit_length() - 1
 
-  def latent_size(self, height, width):
-    """(height, width) of the latents of a picture of this size in pixels."""
-    return height // self.downsampling, width // self.downsampling
-
   def latent_frames(self, num_frames):
-    """Latent frames of a clip."""
     for _ in range(self.halvings):
       num_frames = half(num_frames)
     return num_frames
-
-  @property
-  def group(self):
-    """Latent frames that lie in time as the first ones of a clip do: only the first holds one frame, which no group keeps."""
-    return 1
-
-  def keeps(self, num_frames):
-    """Whether a clip of so many frames comes back as long as it was: of 8k and 8k + 1 frames, when time is halved twice."""
-    return self.pixel_frames(self.latent_frames(num_frames)) == num_frames
-
-  def frame_starts(self, num_frames):
-    """Where each latent frame of a clip begins, and the last one ends, int `[T' + 1]`: a first frame stands alone."""
-    frames = [[i] for i in range(num_frames)]
-    for _ in range(self.halvings):
-      first = len(frames) % 2
-      frames = frames[:first] + [frames[i] + frames[i + 1] for i in range(first, len(frames), 2)]
-    return np.asarray([*(group[0] for group in frames), num_frames])
 
   def pixel_frames(self, latent_frames):
     """Frames that so many latent frames are decoded to."""
@@ -113,11 +85,15 @@ class Causal3DConfig:
       latent_frames = double(latent_frames)
     return latent_frames
 
+  def keeps(self, num_frames):
+    return self.pixel_frames(self.latent_frames(num_frames)) == num_frames
 
-def chunk_sizes(frames, chunk):
-  """Frames of the chunks of a clip: what is left over is with the first (diffusers, `_encode` and `_decode`)."""
-  count = max(frames // chunk, 1)
-  return frames - (count - 1) * chunk, *[chunk] * (count - 1)
+  def frame_starts(self, num_frames):
+    frames = [[i] for i in range(num_frames)]
+    for _ in range(self.halvings):
+      first = len(frames) % 2
+      frames = frames[:first] + [frames[i] + frames[i + 1] for i in range(first, len(frames), 2)]
+    return np.asarray([*(group[0] for group in frames), num_frames])
 
 
 TABLE = {
@@ -129,14 +105,11 @@ TABLE = {
 }
 
 
-def get_config(name, **overrides):
-  """The named configuration with some fields replaced; ValueError names the allowed ones."""
-  return fields.replace(fields.choose(TABLE, name, "video autoencoder"), overrides, f"video autoencoder {name}")
-
-
 class CausalConv(nn.Module):
-  """Convolution over time and space that sees the present and the past: of the clip, of the chunk before (collection
-  "past"), or of the device before. Space is padded with zeros."""
+  """Convolution over time and space that sees no future frames. Space is padded with zeros.
+
+  The past comes from the clip, from the previous chunk (collection "past"), or from the previous device.
+  """
 
   features: int
   size: int = 3
@@ -171,7 +144,7 @@ class SpatialNorm(nn.Module):
 
   @staticmethod
   def nearest(z, shape, frames):
-    """The latents `z` repeated to the frames and the size of `shape`; a first frame has the first latent."""
+    """The latents `z` repeated to the frames and sides of `shape`. A single first frame has the first latent."""
     t, height, width = shape[1:4]
     first = int(frames.first and t > 1)
     z = jnp.repeat(z, height // z.shape[2], axis=2) if height > z.shape[2] else z
@@ -302,106 +275,112 @@ class Causal3D(nn.Module):
     self.encoder = Encoder(self.config, self.dtype)
     self.decoder = Decoder(self.config, self.dtype)
 
-  def encode(self, x, frames=None):
-    """Clips `[N, T, H, W, 3]` in [-1, 1] -> raw posterior (mean, logvar), float32 `[N, T', H/8, W/8, C]`; logvar is clipped to
-    [-30, 20]. `frames`: how they lie in their clip, by default the whole with the configuration's statistics."""
-    mean, logvar = jnp.split(
-      self.encoder(x, frames or self.frames(x, self.config.encode_chunk)).astype(jnp.float32), 2, axis=-1
-    )
-    return mean, jnp.clip(logvar, -30.0, 20.0)
+  def encode(self, x: Float[AnyArray, "N T H W 3"], frames=None) -> Moments:
+    """Clips in [-1, 1] -> raw posterior (mean, logvar), float32.
 
-  def decode(self, z, frames=None):
-    """Raw latents `[N, T', h, w, C]` -> pixels, float32 `[N, T, 8h, 8w, 3]`, about [-1, 1], not clipped; `frames` of the
-    latents."""
+    Args:
+      frames: `Frames` of `x`; None: `x` is the whole clip, with the statistics of the configuration.
+    """
+    return posterior(self.encoder(x, frames or self.frames(x, self.config.encode_chunk)))
+
+  def decode(self, z: Float[AnyArray, "N t h w C"], frames=None) -> Float[Array, "N T H W 3"]:
+    """Raw latents -> pixels, float32, about [-1, 1], not clipped. `frames`: `Frames` of the latents, as for `encode`."""
     return self.decoder(z, frames or self.frames(z, self.config.decode_chunk)).astype(jnp.float32)
 
   def frames(self, x, chunk):
     count = x.shape[1]
     return Frames(count, chunk_sizes(count, chunk) if self.config.statistics == "chunks" else None)
 
-  def __call__(self, x, noise=None):
-    """-> (reconstruction, mean, logvar) from mean + std * noise, from the mean alone without noise."""
+  def __call__(self, x):
+    """-> (reconstruction from the mean, mean, logvar)."""
     mean, logvar = self.encode(x)
-    z = mean if noise is None else mean + jnp.exp(0.5 * logvar) * noise
-    return self.decode(z), mean, logvar
+    return self.decode(mean), mean, logvar
 
 
-def levels(frames, config, change):
-  """`frames` and what becomes of it where time is halved or doubled (`change`)."""
-  result = [frames]
-  for _ in range(config.halvings):
-    result.append(result[-1].scaled(change))
-  return result
+def encode_causal(model, variables, past, frames):
+  """Frames `[T, H, W, 3]` of a chunk and the past that the previous chunk left, or None -> (mean, std), past."""
+  return _causal(model, variables, past, to_float(frames), "encode", lambda m: normalised_posterior(model.config, *m))
 
 
-def divides(frames, level):
-  """Whether a level of a clip can be split as the clip is: evenly but for the first of an odd number, two or more a device."""
-  rest = level.count - level.first
-  return rest % level.devices == 0 and rest >= 2 * level.devices and level.first == frames.first
+def decode_causal(model, variables, past, latents, *, as_uint8):
+  """Normalised latents `[T', h, w, C]` of a chunk and the past, or None -> pixels, past."""
+  return _causal(model, variables, past, denormalise(model.config, latents), "decode", lambda x: pixels_of(x, as_uint8))
 
 
-def splits(config, num_frames, devices):
-  """Whether a clip of so many frames can be split over so many devices."""
-  frames = Frames(num_frames, devices=devices)
-  return all(divides(frames, level) for level in levels(frames, config, half))
+def _causal(model, variables, past, x, method, finish):
+  variables = variables if past is None else {**variables, "past": past}
+  y, state = model.apply(variables, x[None], Frames(len(x)), method=method, mutable="past")
+  return jax.tree.map(lambda part: part[0], finish(y)), state["past"]
 
 
-def over_devices(model, mesh, axis_name, method, batch_axes=()):
-  """`encode` or `decode` of clips that are split in time over a mesh axis (context parallelism), as a function like
-  `model.apply(variables, x, method=method)` with the same numbers, to be jitted.
+def encode_split(model, variables, frames, *, mesh):
+  """Frames `[T, H, W, 3]` of a clip that is split in time over the last axis of a mesh -> normalised (mean, std)."""
+  moments = over_devices(model, mesh, mesh.axis_names[-1], "encode")(variables, to_float(frames)[None])
+  return tuple(m[0] for m in normalised_posterior(model.config, *moments))
 
-  Convolutions get their past from the device before, norms sum their statistics over all. The first of an odd number of frames
-  is on device 0, the others are divided evenly (CogVideoX: SAT's context parallel autoencoder).
 
-  Args:
-    batch_axes: mesh axes that split the batch.
+def decode_split(model, variables, latents, *, mesh, as_uint8):
+  """Normalised latents `[T', h, w, C]` of a clip that is split in time over the last axis of a mesh -> pixels."""
+  latents = denormalise(model.config, latents)[None]
+  return pixels_of(over_devices(model, mesh, mesh.axis_names[-1], "decode")(variables, latents)[0], as_uint8)
 
-  Raises (when it is called):
-    ValueError: frames that do not divide, or fewer than two of them on a device at the lowest level.
+
+class CausalCodec(Codec):
+  """Pieces are chunks. Whole clips run over several devices, or if norms take their statistics over the clip: then memory
+  grows with the length. A clip is split over the largest divisor of the device count that its frames allow. The remaining
+  devices repeat the work.
   """
-  devices, config = mesh.shape[axis_name], model.config
-  change, chunk = (half, config.encode_chunk) if method == "encode" else (double, config.decode_chunk)
 
-  def apply(variables, x):
-    chunks = chunk_sizes(x.shape[1], chunk) if config.statistics == "chunks" else None
-    frames = Frames(x.shape[1], chunks, axis_name, devices)
-    for level in levels(frames, config, change):
-      if not divides(frames, level):
-        raise ValueError(
-          f"a clip of {x.shape[1]} {'frames' if method == 'encode' else 'latents'} is not to be split over the {devices} "
-          f"devices of mesh axis {axis_name!r}: one of its levels has {level.count} frames, without the first of an odd number "
-          "not two or more for each"
-        )
+  uses_micro_batch = False
 
-    def local(variables, first, rest):
-      y = model.apply(variables, jnp.concatenate([first, rest], axis=1), frames, method=method)
-      alone = jax.lax.axis_index(axis_name) == 0
-      keep = lambda part: jax.lax.psum(jnp.where(alone, part[:, : frames.first], 0), axis_name)  # noqa: E731
-      return jax.tree.map(keep, y), jax.tree.map(lambda part: part[:, frames.first :], y)
+  def encode_parts(self, frames):
+    if mesh := self._split(len(frames)):
+      yield self._call(encode_split, frames, mesh=mesh)
+    else:
+      yield from self._chunks(encode_causal, frames, self.config.encode_chunk)
 
-    whole, split = PartitionSpec(batch_axes or None), PartitionSpec(batch_axes or None, axis_name)
-    shards = jax.shard_map(
-      local, mesh=mesh, in_specs=(PartitionSpec(), whole, split), out_specs=(whole, split), check_vma=False
-    )
-    first, rest = shards(variables, x[:, : frames.first], x[:, frames.first :])
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), first, rest)
+  def decode_parts(self, latents, num_frames):
+    if mesh := self._split(num_frames):
+      yield self._call(decode_split, latents, mesh=mesh, as_uint8=self.as_uint8)
+    else:
+      yield from self._chunks(decode_causal, latents, self.config.decode_chunk, as_uint8=self.as_uint8)
 
-  return apply
+  def _split(self, num_frames):
+    """The mesh over whose last axis a clip is split; None if it is not split."""
+    for count in range(self.devices, 1, -1):
+      if self.devices % count == 0 and splits(self.config, num_frames, count):
+        return Mesh(self.mesh.devices.reshape(-1, count), ("copies", *self.mesh.axis_names))
+    return None
 
-
-@functools.cache
-def init_shapes(config):
-  """The tree of `init` as shapes: nothing is allocated. Made once per configuration, so not to be changed."""
-  side = 2 * config.downsampling
-  made = jax.eval_shape(Causal3D(config).init, jax.random.key(0), jnp.zeros((1, 1, side, side, config.in_channels)))
-  return {"params": made["params"]}
+  def _chunks(self, function, values, chunk, **static):
+    sizes = chunk_sizes(len(values), chunk) if self.config.statistics == "chunks" else (len(values),)
+    past, start = None, 0
+    for size in sizes:
+      part, past = self._call(function, past, values[start : start + size], **static)
+      yield part
+      start += size
 
 
-def build(config, dtype=jnp.float32):
-  """The model of a configuration."""
-  return Causal3D(config, dtype)
+class _Causal3D(Autoencoder):
+  kind, table, config, model, codec = "video autoencoder", TABLE, Causal3DConfig, Causal3D, CausalCodec
+  layouts = ("cogvideox-vae", "native")
+  last_layer = ("decoder", "conv_out")
+
+  def splits(self, config, num_frames, devices):
+    return splits(config, num_frames, devices)
+
+  def encode(self, model, params, clips, image_noise=None, layout=None):
+    return *self._apply(model, params, clips, "encode", layout), None
+
+  def decode(self, model, params, frame_latents, layout=None):
+    return self._apply(model, params, frame_latents, "decode", layout)
+
+  def _apply(self, model, params, x, method, layout):
+    """Clips whole, or split in time over the mesh axis `sequence`."""
+    if layout is None or not layout.split_tokens:
+      return model.apply({"params": params}, x, method=method)
+    return over_devices(model, layout.mesh, "sequence", method, layout.axes["batch"])({"params": params}, x)
 
 
-def init(model, key):
-  """Fresh variables {"params": ...}, as the original starts."""
-  return init_like_torch(init_shapes(model.config), key)
+FAMILY = _Causal3D()
+get_config, build, init_shapes, init = FAMILY.get_config, FAMILY.build, FAMILY.init_shapes, FAMILY.init

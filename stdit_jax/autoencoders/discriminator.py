@@ -1,9 +1,9 @@
-"""A discriminator that looks at patches of clips, for the adversarial term of autoencoders.
+"""A discriminator of clips that scores patches, for the adversarial term of autoencoders.
 
 PatchGAN (Isola et al. 2017, arXiv 1611.07004, section 3.2) with a third dimension, as TATS (Ge et al. 2022) and MAGVIT train
-video autoencoders: strided convolutions of 4 x 4 pixels, leaky ReLUs of slope 0.2, channels doubled up to eight times. In time
-convolutions see 3 frames and halve what there is, so that a picture is a clip of one frame. Group normalisation instead of
-batch normalisation: no state, and no value depends on the rest of the batch.
+video autoencoders: strided convolutions of 4 x 4 pixels, leaky ReLUs of slope 0.2, channels that double up to a factor of
+eight. Convolutions see 3 frames and halve time; an image is a clip of one frame. Group normalisation replaces batch
+normalisation, so there is no state and no value depends on the rest of the batch.
 
 Losses: the hinge (Lim and Ye 2017), and the generator's weight of VQGAN (Esser et al. 2021, arXiv 2012.09841, equation 7).
 """
@@ -14,22 +14,29 @@ import flax
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jaxtyping import Array, Float
 
 from stdit_jax import fields
+from stdit_jax.autoencoders.latents import AnyArray
 from stdit_jax.autoencoders.layers import Conv3D, GroupNorm
 from stdit_jax.parallel.shardings import Layout, constrain
 
-_MOST = 8  # times the features of the first layer
-# How clips and activations lie on the mesh: where clips are split in time, over height instead. Convolutions see neighbours
-# along both, and XLA fetches those of other devices; but 8k + 1 frames divide by nothing, less and less so the more often they
-# are halved, while the sides of a crop divide as long as each device has a row after the last layer. Made clips, which come
-# split in time, get there by one all-to-all of pixels: little beside the activations.
+_MOST = 8  # largest number of features, relative to the first layer
+# Mesh axes of clips and activations. If clips are split in time, the discriminator splits height instead: 8k + 1 frames do not
+# divide evenly, but the sides of a crop do while each device has a row after the last layer. XLA exchanges the rows that
+# convolutions need. Decoded clips, split in time, need one all-to-all of pixels, which is small beside the activations.
 _AXES = ("batch", None, "tokens")
 
 
 @dataclasses.dataclass(frozen=True)
 class DiscriminatorConfig:
-  """Attributes: features: channels after the first layer; layers: that halve the sides; groups: of the norms."""
+  """Sizes.
+
+  Attributes:
+    features: channels after the first layer.
+    layers: number of layers that halve the sides.
+    groups: of the norms.
+  """
 
   features: int = 64
   layers: int = 3
@@ -39,19 +46,20 @@ class DiscriminatorConfig:
     if min(self.features, self.layers, self.groups) < 1 or 2 * self.features % self.groups:
       raise ValueError(
         f"DiscriminatorConfig: features={self.features}, layers={self.layers}, groups={self.groups}; allowed: numbers of at "
-        "least 1, and features of which twice as many divide by groups"
+        "least 1, where groups divides 2 * features"
       )
 
 
 def get_config(values):
-  """The configuration with these fields; ValueError names the allowed ones."""
+  """The configuration with these fields. Raises ValueError with the allowed ones."""
   return fields.replace(DiscriminatorConfig(), values, "config: autoencoder.discriminator")
 
 
 class Discriminator(nn.Module):
-  """Clips `[N, T, H, W, 3]` in [-1, 1] -> one number per patch, float32 `[N, t, h, w]`: above 0 for real ones.
+  """Clips in [-1, 1] -> one score per patch, above 0 for real clips.
 
-  Attributes: layout: how clips and activations lie on the mesh, None: wherever XLA puts them.
+  Attributes:
+    layout: how clips and activations lie on the mesh; None: XLA decides.
   """
 
   config: DiscriminatorConfig
@@ -59,7 +67,7 @@ class Discriminator(nn.Module):
   layout: Layout | None = None
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: Float[AnyArray, "N T H W 3"]) -> Float[Array, "N t h w"]:
     c = self.config
 
     def conv(name, x, features, stride, bias=True):
@@ -93,17 +101,19 @@ def _mean(x):
 
 
 def hinge_loss(real, fake):
-  """Loss of the discriminator per sample `[N]`, from its numbers for real and made clips."""
+  """Loss of the discriminator per sample `[N]`, from its scores of real and decoded clips."""
   return 0.5 * (_mean(nn.relu(1 - real)) + _mean(nn.relu(1 + fake)))
 
 
 def generator_loss(fake):
-  """Loss of the generator per sample `[N]`."""
+  """Loss of the autoencoder per sample `[N]`."""
   return -_mean(fake)
 
 
 def adaptive_weight(reconstruction_gradient, adversarial_gradient):
-  """How much the adversarial term counts, so that both pull alike at the decoder's last layer: |g_rec| / (|g_adv| + 1e-4), at
-  most 10,000. Args: gradients of the two terms with respect to that layer's parameters, trees."""
+  """The weight that makes the gradients of both terms equally long: |g_rec| / (|g_adv| + 1e-4), at most 10,000.
+
+  The arguments are trees, the gradients of the terms with respect to the decoder's last layer.
+  """
   norm = lambda tree: jnp.sqrt(sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(tree)))  # noqa: E731
   return jnp.clip(norm(reconstruction_gradient) / (norm(adversarial_gradient) + 1e-4), 0.0, 1e4)

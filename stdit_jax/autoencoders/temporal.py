@@ -2,13 +2,13 @@
 
 Open-Sora v1.2.0, `models/vae/vae_temporal.py` and `vae.py`. Four frames of 8 x 8 pixels are one latent of 4 channels:
 
-    clip [N,T,H,W,3] --image autoencoder--> latents [N,T,h,w,4] --temporal, 17 frames at a time--> [N,T',h,w,4]
+    clip [N,T,H,W,3] --image autoencoder--> image latents [N,T,h,w,4] --in time, 17 frames at a time--> [N,T',h,w,4]
 
-Chunks of 17 frames give 5 latents and know nothing of each other; norms take their statistics over one chunk. What is left
-over is padded in front, with zeros, to a multiple of 4, and so many frames of what is decoded are dropped. Convolutions in time
-see the past only, with zeros before the chunk.
+Chunks of 17 frames give 5 latents and are independent of each other. Norms take their statistics over one chunk. The last
+chunk of a clip may be shorter. The encoder pads it in front with zeros to a multiple of 4 frames, and the decoder drops as
+many frames. Convolutions in time see only the past, with zeros before the chunk.
 
-The image latents in between are scaled by 0.18215 although they are SDXL's, as the original does; it trained in that space.
+The image latents are scaled by 0.18215 although they are SDXL's: the original trained in this space.
 """
 
 import dataclasses
@@ -19,29 +19,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jaxtyping import Array, Float
 
-from stdit_jax import fields
 from stdit_jax.autoencoders import image_kl
-from stdit_jax.autoencoders.layers import Conv3D, GroupNorm, block_of, check_latents, init_like_torch
+from stdit_jax.autoencoders.codec import Codec, filled, join, micro_batches, pixels_of
+from stdit_jax.autoencoders.family import Autoencoder, AutoencoderConfig
+from stdit_jax.autoencoders.latents import AnyArray, Moments, denormalise, draw, normalised_posterior, posterior, to_float
+from stdit_jax.autoencoders.layers import Conv3D, GroupNorm, block_of
 
-CHUNK = 17
-FIRST_LOGVAR = -8.0  # of an autoencoder with a shortcut
+FIRST_LOGVAR = -8.0  # initial log-variance of an autoencoder with a shortcut
 
 
 @dataclasses.dataclass(frozen=True)
-class TemporalConfig:
+class TemporalConfig(AutoencoderConfig):
   """One video autoencoder.
 
   Attributes:
     image: its image autoencoder, a name of `image_kl.TABLE`.
-    latent_channels: of the image latents and of its own; filters: channels of the first level.
-    channel_multipliers: of the levels; temporal_downsample: whether time is halved after a level.
+    latent_channels: of the image latents and of its own.
+    filters: channels of the first level; channel_multipliers: of all levels, relative to it.
+    temporal_downsample: whether time is halved after each level but the last.
     chunk: frames that are encoded together, 0: the whole clip.
-    shortcut: two linear maps beside the network, of the frames of a latent to its mean and back, which begin as the average
-      and its repetition: the network learns what these leave over (residual autoencoding: DC-AE, Chen et al. 2024, section
-      3.2, there without weights). The original has none: its code could not read what is exported, names of ours among its own.
-    remat: whether the backward pass keeps of a block what it gives, and computes the rest again.
-    shift, scale: one number or one per channel: what denoisers see is (z - shift) / scale.
+    shortcut: adds two linear maps beside the network, from the frames of a latent to its mean and back. They start as the
+      average and its repetition, so that the network learns the residual (DC-AE, Chen et al. 2024, section 3.2, there without
+      weights). The original has no shortcut and cannot load the weights.
+    remat: whether the backward pass stores only the output of a block and recomputes the rest.
+    shift, scale: one number or one per channel. Denoisers see (z - shift) / scale.
   """
 
   image: str = "sd-kl-f8"
@@ -51,7 +54,7 @@ class TemporalConfig:
   channel_multipliers: tuple[int, ...] = (1, 2, 2, 4)
   temporal_downsample: tuple[bool, ...] = (False, True, True)
   num_groups: int = 32
-  chunk: int = CHUNK
+  chunk: int = 17
   shortcut: bool = False
   remat: bool = False
   shift: float | tuple[float, ...] = (-0.10, 0.34, 0.27, 0.98)
@@ -75,7 +78,7 @@ class TemporalConfig:
       )
     if self.chunk < 0:
       raise ValueError(f"TemporalConfig: chunk is {self.chunk}; allowed: frames of a chunk, or 0 for the whole clip")
-    check_latents(self)
+    self.check_latents()
 
   @property
   def image_config(self):
@@ -83,7 +86,6 @@ class TemporalConfig:
 
   @property
   def downsampling(self):
-    """Pixels per latent along a side."""
     return self.image_config.downsampling
 
   @property
@@ -91,26 +93,16 @@ class TemporalConfig:
     """Frames per latent frame."""
     return 2 ** sum(self.temporal_downsample)
 
-  def latent_size(self, height, width):
-    """(height, width) of the latents of a picture of this size in pixels."""
-    return self.image_config.latent_size(height, width)
-
   def latent_frames(self, num_frames):
-    """Latent frames of a clip (`VideoAutoencoderPipeline.get_latent_size`)."""
     chunks, rest = divmod(num_frames, self.chunk) if self.chunk else (0, num_frames)
     return chunks * -(-self.chunk // self.factor) + -(-rest // self.factor)
 
   @property
   def group(self):
-    """Latent frames of a chunk: those of any chunk lie in time as the first ones of a clip do."""
+    """Latent frames of a chunk."""
     return self.latent_frames(self.chunk) if self.chunk else 1
 
-  def keeps(self, num_frames):
-    """Whether a clip of so many frames comes back as long as it was: here always."""
-    return True
-
   def frame_starts(self, num_frames):
-    """Where each latent frame of a clip begins, and the last one ends, int `[T' + 1]`; the first of a chunk is shorter."""
     size, starts = self.chunk or num_frames, []
     for begin in range(0, num_frames, size):
       count = min(size, num_frames - begin)
@@ -128,13 +120,8 @@ TABLE = {
 }
 
 
-def get_config(name, **overrides):
-  """The named configuration with some fields replaced; ValueError names the allowed ones."""
-  return fields.replace(fields.choose(TABLE, name, "video autoencoder"), overrides, f"video autoencoder {name}")
-
-
 class CausalConv(nn.Module):
-  """Convolution over time and space, `stride` in time, that sees the present and the past; zeros stand before the clip."""
+  """Convolution over time and space that sees no future frames, with `stride` in time and zeros before the clip."""
 
   features: int
   size: int = 3
@@ -221,18 +208,17 @@ class Temporal(nn.Module):
       self.shortcut_encoder = nn.Dense(self.config.latent_channels, use_bias=False, dtype=jnp.float32)
       self.shortcut_decoder = nn.Dense(self.config.factor * self.config.latent_channels, use_bias=False, dtype=jnp.float32)
 
-  def encode(self, x):
-    """Image latents `[N, T, h, w, C]` -> posterior (mean, logvar), float32 `[N, ceil(T / 4), h, w, C]`; logvar is clipped to
-    [-30, 20]."""
+  def encode(self, x: Float[AnyArray, "N T h w C"]) -> Moments:
+    """Image latents of one chunk -> posterior (mean, logvar), float32, t = ceil(T / 4)."""
     front = (0, 0), (-x.shape[1] % self.config.factor, 0), (0, 0), (0, 0), (0, 0)
-    mean, logvar = jnp.split(self.quant_conv(self.encoder(jnp.pad(x, front))).astype(jnp.float32), 2, axis=-1)
+    mean, logvar = posterior(self.quant_conv(self.encoder(jnp.pad(x, front))))
     if self.config.shortcut:
       groups = einops.rearrange(jnp.pad(x, front, "edge"), "n (t s) h w c -> n t h w (s c)", s=self.config.factor)
       mean += self.shortcut_encoder(groups)
-    return mean, jnp.clip(logvar, -30.0, 20.0)
+    return mean, logvar
 
-  def decode(self, z, num_frames):
-    """Latents `[N, T', h, w, C]` -> image latents, float32 `[N, num_frames, h, w, C]`."""
+  def decode(self, z: Float[AnyArray, "N t h w C"], num_frames) -> Float[Array, "N T h w C"]:
+    """Latents of one chunk -> its `num_frames` image latents, float32."""
     x = self.decoder(self.post_quant_conv(z)).astype(jnp.float32)
     if self.config.shortcut:
       x += einops.rearrange(self.shortcut_decoder(z), "n t h w (s c) -> n (t s) h w c", s=self.config.factor)
@@ -252,25 +238,22 @@ class VideoAutoencoder(nn.Module):
     self.image = image_kl.ImageKL(self.config.image_config, self.dtype)
     self.temporal = Temporal(self.config, self.dtype)
 
-  def encode(self, x, image_noise=None):
-    """Clips `[N, T, H, W, 3]` in [-1, 1] -> raw posterior (mean, logvar), float32 `[N, T', h, w, C]`.
-
-    `image_noise` `[N, T, h, w, C]`: the image latents are drawn with it, as the original draws them; None: their means.
-    """
+  def encode(self, x: Float[AnyArray, "N T H W 3"], image_noise=None) -> Moments:
+    """Clips in [-1, 1] -> raw posterior (mean, logvar), float32. Image latents are drawn with `image_noise`, or are means."""
     return self.encode_latents(self.image_latents(x, image_noise))
 
-  def image_latents(self, x, noise=None):
-    """Clips -> image latents `[N, T, h, w, C]`, scaled as the temporal autoencoder takes them."""
-    mean, logvar = (m.reshape(*x.shape[:2], *m.shape[1:]) for m in self.image.encode(x.reshape(-1, *x.shape[2:])))
-    z = mean if noise is None else mean + jnp.exp(0.5 * logvar) * noise
-    return z * self.config.image_config.scaling_factor
+  def image_latents(self, x: Float[AnyArray, "N T H W 3"], noise=None) -> Float[Array, "N T h w C"]:
+    """Clips -> image latents, scaled as the temporal autoencoder takes them."""
+    moments = self.image.encode(x.reshape(-1, *x.shape[2:]))
+    mean, logvar = (m.reshape(*x.shape[:2], *m.shape[1:]) for m in moments)
+    return draw(mean, logvar, noise) * self.config.image_config.scaling_factor
 
-  def encode_latents(self, x):
-    """Image latents `[N, T, h, w, C]` -> raw posterior (mean, logvar) `[N, T', h, w, C]`, chunk by chunk."""
+  def encode_latents(self, x: Float[AnyArray, "N T h w C"]) -> Moments:
+    """Image latents -> raw posterior (mean, logvar), chunk by chunk."""
     return _in_chunks(self.temporal.encode, x, self.config.chunk)
 
-  def decode_latents(self, z, num_frames):
-    """Latents `[N, T', h, w, C]` -> image latents `[N, num_frames, h, w, C]`, chunk by chunk."""
+  def decode_latents(self, z: Float[AnyArray, "N t h w C"], num_frames) -> Float[Array, "N T h w C"]:
+    """Latents -> `num_frames` image latents, chunk by chunk."""
     c = self.config
     if not c.chunk:
       return self.temporal.decode(z, num_frames)
@@ -283,24 +266,23 @@ class VideoAutoencoder(nn.Module):
       parts.append(self.temporal.decode(z[:, whole * length :], rest))
     return jnp.concatenate(parts, axis=1)
 
-  def decode(self, z, num_frames):
-    """Raw latents `[N, T', h, w, C]` -> pixels, float32 `[N, num_frames, 8h, 8w, 3]`, about [-1, 1], not clipped."""
+  def decode(self, z: Float[AnyArray, "N t h w C"], num_frames) -> Float[Array, "N T H W 3"]:
+    """Raw latents -> `num_frames` frames of pixels, float32, about [-1, 1], not clipped."""
     return self.pixels(self.decode_latents(z, num_frames))
 
-  def pixels(self, x):
-    """Image latents `[N, T, h, w, C]` -> pixels `[N, T, 8h, 8w, 3]`."""
+  def pixels(self, x: Float[AnyArray, "N T h w C"]) -> Float[Array, "N T H W 3"]:
+    """Image latents -> pixels."""
     pixels = self.image.decode(x.reshape(-1, *x.shape[2:]) / self.config.image_config.scaling_factor)
     return pixels.reshape(*x.shape[:2], *pixels.shape[1:])
 
-  def __call__(self, x, noise=None, image_noise=None):
-    """-> (reconstruction, mean, logvar) from mean + std * noise, from the mean alone without noise."""
-    mean, logvar = self.encode(x, image_noise)
-    z = mean if noise is None else mean + jnp.exp(0.5 * logvar) * noise
-    return self.decode(z, x.shape[1]), mean, logvar
+  def __call__(self, x):
+    """-> (reconstruction from the mean, mean, logvar)."""
+    mean, logvar = self.encode(x)
+    return self.decode(mean, x.shape[1]), mean, logvar
 
 
 def _in_chunks(function, x, chunk):
-  """`function` of every `chunk` frames, all whole chunks as one batch, and of what is left over; joined in time."""
+  """`function` of all whole chunks as one batch, and of the shorter last chunk; joined in time."""
   whole, rest = divmod(x.shape[1], chunk) if chunk else (0, x.shape[1])
   parts = []
   if whole:
@@ -312,27 +294,99 @@ def _in_chunks(function, x, chunk):
   return jax.tree.map(lambda *of_parts: jnp.concatenate(of_parts, axis=1), *parts)
 
 
-@functools.cache
-def init_shapes(config):
-  """The tree of `init` as shapes: nothing is allocated. Made once per configuration, so not to be changed."""
-  side = 2 * config.downsampling
-  return jax.eval_shape(VideoAutoencoder(config).init, jax.random.key(0), jnp.zeros((1, 1, side, side, 3)))
+def image_latents(model, variables, frames):
+  """Frames `[N, H, W, 3]` -> image latents `[N, h, w, C]`. They are means, so that a clip always has the same latents; the
+  original draws them."""
+  return model.apply(variables, to_float(frames)[None], method="image_latents")[0]
 
 
-def build(config, dtype=jnp.float32):
-  """The model of a configuration."""
-  return VideoAutoencoder(config, dtype)
+def encode_chunks(model, variables, latents):
+  """Image latents `[N, T, h, w, C]` of chunks -> normalised (mean, std) `[N, T', h, w, C]`."""
+  return normalised_posterior(model.config, *model.apply(variables, latents, method="encode_latents"))
 
 
-def init(model, key):
-  """Fresh variables {"params": ...}, as the original starts; beside a shortcut the network's last layers start at zero."""
-  variables = init_like_torch(init_shapes(model.config), key)
-  if model.config.shortcut:
-    own, same = variables["params"]["temporal"], jnp.eye(model.config.latent_channels)
-    own["shortcut_encoder"]["kernel"] = jnp.tile(same, (model.config.factor, 1)) / model.config.factor
-    own["shortcut_decoder"]["kernel"] = jnp.tile(same, (1, model.config.factor))
-    for last in (own["quant_conv"]["conv"], own["decoder"]["conv_out"]["conv"]):
-      last.update(jax.tree.map(jnp.zeros_like, last))
-    # Of variances of 1 nothing could be decoded.
-    own["quant_conv"]["conv"]["bias"] = jnp.repeat(jnp.asarray([0.0, FIRST_LOGVAR]), model.config.latent_channels)
-  return variables
+def decode_chunks(model, variables, latents, *, num_frames):
+  """Normalised latents `[N, T', h, w, C]` of chunks -> their image latents `[N, num_frames, h, w, C]`."""
+  return model.apply(variables, denormalise(model.config, latents), num_frames, method="decode_latents")
+
+
+def decode_image_latents(model, variables, latents, *, as_uint8):
+  """Image latents `[N, h, w, C]` -> pixels `[N, 8h, 8w, 3]`."""
+  return pixels_of(model.apply(variables, latents[None], method="pixels")[0], as_uint8)
+
+
+class TemporalCodec(Codec):
+  """Pieces are micro batches of frames for the image autoencoder, and chunks for the temporal one, one per device.
+
+  The last chunk of a clip may be alone: then each device computes a copy of it.
+  """
+
+  def encode_parts(self, frames):
+    size = self._frames_at_a_time(len(frames))
+    for start, count, number in self._chunks(len(frames)):
+      chunk = frames[start : start + count * number]
+      pieces = (self._call(image_latents, self._spread(part)) for part in micro_batches(chunk, size))
+      if self.devices == 1:
+        pieces = [*pieces]
+        latents = (jnp if isinstance(pieces[0], jax.Array) else np).concatenate(pieces)[: len(chunk)]
+      else:  # micro batches and chunks are split differently over devices, so the latents pass through the host
+        latents = join(pieces, len(chunk))
+      latents = latents.reshape(number, count, *latents.shape[1:])
+      moments = self._call(encode_chunks, self._spread(filled(latents, self.devices)))
+      yield tuple(m[:number].reshape(-1, *m.shape[2:]) for m in moments)
+
+  def decode_parts(self, latents, num_frames):
+    size, begin = self._frames_at_a_time(num_frames), 0
+    for _, count, number in self._chunks(num_frames):
+      length = -(-count // self.config.factor)
+      chunks = latents[begin : begin + length * number].reshape(number, length, *latents.shape[1:])
+      decoded = self._call(decode_chunks, self._spread(filled(chunks, self.devices)), num_frames=count)
+      decoded = np.asarray(decoded)[:number].reshape(-1, *decoded.shape[2:])
+      pixels = (
+        self._call(decode_image_latents, self._spread(part), as_uint8=self.as_uint8) for part in micro_batches(decoded, size)
+      )
+      yield join(pixels, len(decoded))
+      begin += length * number
+
+  def _chunks(self, num_frames):
+    """Yields (first frame, frames of each chunk, number of chunks) of the chunks that are computed together."""
+    size, start = self.config.chunk or num_frames, 0
+    while start < num_frames:
+      number = max(1, min((num_frames - start) // size, self.devices))
+      count = min(size, num_frames - start)
+      yield start, count, number
+      start += count * number
+
+
+class _Temporal(Autoencoder):
+  kind, table, config, model, codec = "video autoencoder", TABLE, TemporalConfig, VideoAutoencoder, TemporalCodec
+  layouts = ("open-sora-vae", "native")
+  last_layer = ("image", "decoder", "conv_out")
+  image_autoencoder = image_kl.FAMILY
+
+  def init(self, model, key):
+    """Beside a shortcut, the last layers of the network start at zero."""
+    variables = super().init(model, key)
+    if model.config.shortcut:
+      own, same = variables["params"]["temporal"], jnp.eye(model.config.latent_channels)
+      own["shortcut_encoder"]["kernel"] = jnp.tile(same, (model.config.factor, 1)) / model.config.factor
+      own["shortcut_decoder"]["kernel"] = jnp.tile(same, (1, model.config.factor))
+      for last in (own["quant_conv"]["conv"], own["decoder"]["conv_out"]["conv"]):
+        last.update(jax.tree.map(jnp.zeros_like, last))
+      # Latents drawn with a variance of 1 could not be decoded.
+      own["quant_conv"]["conv"]["bias"] = jnp.repeat(jnp.asarray([0.0, FIRST_LOGVAR]), model.config.latent_channels)
+    return variables
+
+  def encode(self, model, params, clips, image_noise=None, layout=None):
+    image_latents = model.apply({"params": params}, clips, image_noise, method="image_latents")
+    return *model.apply({"params": params}, image_latents, method="encode_latents"), image_latents
+
+  def frame_latents(self, model, params, latents, num_frames):
+    return model.apply({"params": params}, latents, num_frames, method="decode_latents")
+
+  def decode(self, model, params, frame_latents, layout=None):
+    return model.apply({"params": params}, frame_latents, method="pixels")
+
+
+FAMILY = _Temporal()
+get_config, build, init_shapes, init = FAMILY.get_config, FAMILY.build, FAMILY.init_shapes, FAMILY.init

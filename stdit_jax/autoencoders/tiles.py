@@ -1,9 +1,9 @@
-"""Large frames in tiles that overlap and are blended, so that memory does not grow with the size of the picture.
+"""Large frames in tiles that overlap and are blended, so that memory does not grow with the size of the frames.
 
-As diffusers 0.42 tiles (`AutoencoderKLCogVideoX.tiled_encode`, `tiled_decode`): tiles begin every (1 - overlap) of their side;
-where two have pixels in common the weight goes over linearly from the upper or left one to the other, first from above, then
-from the left, with the neighbours as they already are. What is computed per picture (norms' statistics, attention) is computed
-per tile: the numbers change a little, and the less the larger the tiles are.
+This is the tiling of diffusers 0.42 (`AutoencoderKLCogVideoX.tiled_encode`, `tiled_decode`). A tile starts every (1 - overlap)
+of its side. In an overlap the weight moves linearly from the upper or left tile to the other one. Tiles are blended with the
+one above first, then with the one on the left, which are already blended. Statistics of norms and attention are computed per
+tile, so tiles change the values a little, and larger tiles change them less.
 """
 
 import dataclasses
@@ -15,8 +15,12 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-  """Attributes: height, width: of a tile, in latents; overlap: the share of each side, vertical and horizontal, that a tile has
-  in common with the next one."""
+  """Sizes of tiles.
+
+  Attributes:
+    height, width: of a tile, in latents.
+    overlap: share of the height and of the width of a tile that the next tile overlaps.
+  """
 
   height: int
   width: int
@@ -28,7 +32,7 @@ class Tiles:
 
   @property
   def steps(self):
-    """Latents from a tile to the next, vertically and horizontally."""
+    """Latents from the start of a tile to the next start, vertically and horizontally."""
     return int(self.height * (1 - self.overlap[0])), int(self.width * (1 - self.overlap[1]))
 
   def cut(self, size):
@@ -45,25 +49,27 @@ class Tiles:
     return [[(top, left) for left in columns] for top in rows]
 
   def starts(self, size):
-    """Where tiles begin, of rows and of columns."""
+    """Where the rows and the columns of tiles start."""
     return [range(0, side, step) for side, step in zip(size, self.steps)]
 
   def repeats(self, size):
-    """Whether a tile begins where another one already reaches the border."""
+    """Whether a tile starts where another one already reaches the border."""
     sides = zip(self.starts(size), (self.height, self.width), size)
     return any(len(starts) > 1 and starts[-2] + tile >= side for starts, tile, side in sides)
 
 
 def tile_sizes(tiles, size):
-  """The different (height, width) of the tiles of latents of this size: the last of a row or column are smaller."""
+  """The distinct (height, width) of the tiles of latents of this size. The last tile of a row or column may be smaller."""
   places = itertools.chain(*tiles.places(size))
   return sorted({(min(tiles.height, size[0] - top), min(tiles.width, size[1] - left)) for top, left in places}, reverse=True)
 
 
 def sizes_for(size, smallest=8):
-  """Tiles for latents of this (height, width), larger ones first: ever more of them, along a tile's longer side. None of them
-  repeats what another one has, as those of diffusers may: a strip of its own at the border would only have other statistics. So
-  a side that is not cut has a longer tile than itself."""
+  """Yields tiles for latents of this (height, width), from large to small; each step cuts the longer side of a tile.
+
+  No tile lies within another one. Such tiles at the border, which diffusers has, would only add statistics of their own. A side
+  that is not cut therefore has a tile that is longer than the side.
+  """
   parts, sides = [1, 1], list(size)
   overlap = Tiles(2, 2).overlap
   while True:
@@ -78,8 +84,12 @@ def sizes_for(size, smallest=8):
 
 
 def encode_in_tiles(encode, frames, tiles, factor, size):
-  """Frames `[T, H, W, 3]` -> (mean, std) of latents of this (height, width), by `encode` of tiles; log-variances are what is
-  blended. `factor`: pixels per latent."""
+  """Frames `[T, H, W, 3]` -> (mean, std) of latents of this (height, width). Means and log-deviations are blended.
+
+  Args:
+    encode: encodes the frames of a tile.
+    factor: pixels per latent.
+  """
 
   def piece(top, left):
     top, left = top * factor, left * factor
@@ -91,7 +101,7 @@ def encode_in_tiles(encode, frames, tiles, factor, size):
 
 
 def decode_in_tiles(decode, latents, tiles, factor, finish=None):
-  """Latents `[T', h, w, C]` -> pixels by `decode` of tiles, each row through `finish` when it is done."""
+  """Latents `[T', h, w, C]` -> pixels. `decode` decodes a tile, and `finish` converts each finished row of tiles."""
 
   def piece(top, left):
     return np.array(decode(latents[:, top : top + tiles.height, left : left + tiles.width]))
@@ -100,7 +110,7 @@ def decode_in_tiles(decode, latents, tiles, factor, finish=None):
 
 
 def _blended(piece, tiles, size, scale, finish):
-  """All pieces as one array; `scale`: their pixels per latent. Two rows of them are kept at a time."""
+  """All pieces as one array. `scale`: values of a piece per latent. At most two rows of pieces are in memory."""
   keep = [step * scale for step in tiles.steps]
   blend = tiles.height * scale - keep[0], tiles.width * scale - keep[1]
   above, rows = None, []
@@ -120,13 +130,9 @@ def _blended(piece, tiles, size, scale, finish):
 
 
 def _blend(before, part, extent, axis):
-  """Lets the last of `before` go over into the first of `part`, in place."""
+  """Blends the end of `before` into the start of `part`, in place."""
   extent = min(before.shape[axis], part.shape[axis], extent)
-  if not extent:
-    return
-  shape = [1] * part.ndim
-  shape[axis] = extent
-  weight = (np.arange(extent, dtype=np.float32) / extent).reshape(shape)
-  first = tuple(slice(extent) if i == axis else slice(None) for i in range(part.ndim))
-  last = tuple(slice(before.shape[axis] - extent, None) if i == axis else slice(None) for i in range(part.ndim))
-  part[first] = before[last] * (1 - weight) + part[first] * weight
+  before, part = np.moveaxis(before, axis, -1), np.moveaxis(part, axis, -1)  # views
+  weight = np.arange(extent, dtype=np.float32) / max(extent, 1)
+  first = part[..., :extent]
+  first[...] = before[..., before.shape[-1] - extent :] * (1 - weight) + first * weight

@@ -1,4 +1,4 @@
-"""From prompts to pixels: text encoder, sampler, autoencoder. One for sampling while training and from the command line."""
+"""From prompts to pixels: conditioner, sampler, autoencoder. Sampling while training and `sample.py` use the same pipeline."""
 
 import dataclasses
 import functools
@@ -9,17 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from data.tokens import grid_size, patchify, unpatchify
+from data.tokens import patchify, unpatchify
 from data.video import IMAGE_FPS
 from stdit_jax.autoencoders.codec import bytes_on_device, memory_beside
 from stdit_jax.diffusion.elements import no_previous, start_edit
 from stdit_jax.diffusion.guidance import Guidance, guided
 from stdit_jax.diffusion.noise import Purpose, fold_in, sample_keys, token_noise
 from stdit_jax.models import step_cache
+from stdit_jax.models.family import SCALARS, token_grid, token_values
 from stdit_jax.models.layers import OVER_TIME
-from stdit_jax.parallel.shardings import Layout
+from stdit_jax.parallel.shardings import ArraySpec, Layout
 
-KEPT_EMBEDDINGS = 4  # batches of prompts
+CACHED_PROMPTS = 4  # batches whose conditions are cached
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,76 +43,72 @@ class Request:
 class SamplerState(NamedTuple):
   """What goes from step to step of the sampler.
 
-  Attributes: x: latents as tokens `[B, T, S, P]`; edit, memory: those of `diffusion.elements`, None where there are none; kept:
-  what the step cache keeps, for each call of the model in a step.
+  Attributes: x: latents as tokens `[B, T, S, P]`; edit, previous: those of `diffusion.elements`, None where there are none;
+  cached: outputs that the step cache holds, for each call of the model in a step.
   """
 
   x: jax.Array
   edit: Any
-  memory: Any
-  kept: tuple
+  previous: Any
+  cached: tuple
 
 
 class Pipeline:
   """Everything that sampling needs; programs are compiled once per size and batch.
 
-  With a mesh all its processes call it together: the text encoder and the denoiser run over it, the videos of a batch split
-  over its `data` and `fsdp` axes (filled up to a number that divides) and the tokens of each over `sequence`; each process
-  decodes for itself.
+  With a mesh all its processes call it together: conditioner and denoiser run over it, the videos of a batch split over its
+  `data` and `fsdp` axes (filled up to a number that divides) and the tokens of each over `sequence`; each process decodes for
+  itself.
 
   Args:
-    objective: a `training.objectives.DenoiserObjective`: the models and the diffusion that were trained.
-    params, frozen: its parameters; `frozen` may hold a text encoder.
+    parts: `components.Components`: the models and the diffusion that were trained.
+    weights: (variables of the denoiser, weights of the conditioner's encoder or None), as `Components.weights` gives them.
     codec: the autoencoder with its weights (`autoencoders.codec`).
-    tokenize: `caption -> (ids, mask)`.
-    text_params: parameters of a text encoder that is in neither.
     guidance: `diffusion.guidance.Guidance`; its scale is given with the requests.
     mesh: on which all parameters but the autoencoder's lie; None: all on one device.
-    cache: of `models.step_cache`, to leave out what changes little between steps; None: all is computed in every step.
+    cache: of `models.step_cache`; None: every step computes everything.
 
-  Attributes: batch_parts: a batch is filled up to a multiple of it.
+  Attributes:
+    batch_parts: a batch is filled up to a multiple of it.
   """
 
-  def __init__(self, objective, params, frozen, codec, tokenize, text_params=None, guidance=None, mesh=None, cache=None):
-    self.tokenize, self.guidance, self.cache = tokenize, guidance or Guidance(), cache
+  def __init__(self, parts, weights, codec, guidance=None, mesh=None, cache=None):
+    self.parts, self.guidance, self.cache, self.codec = parts, guidance or Guidance(), cache, codec
     self.layout = None if mesh is None else Layout(mesh, split_tokens=mesh.shape["sequence"] > 1)
     self.batch_parts, self.token_parts = (1, 1) if mesh is None else (self.layout.batch_parts, self.layout.token_parts)
-    self.model, self.diffusion = objective.model.clone(layout=self.layout), objective.diffusion
-    self.codec = codec
+    self.model, self.diffusion = parts.model.clone(layout=self.layout), parts.diffusion
+    if cache is not None and not parts.family.supports.step_cache:
+      raise ValueError(f"--step-cache: {parts.family.name} has none; leave it out")
     # As Open-Sora 1.1: trained on every third frame it is told the file's own rate, three times that of the clip.
-    data = objective.config.data
+    data = parts.config.data
     self._told_fps = data.frame_interval if data.fps_rule == "1.1" else 1
     channels = self.model.config.in_channels
     if (count := self.guidance.channels) is not None and not 1 <= count <= channels:
       raise ValueError(f"guided_channels is {count}; allowed: 1 to {channels} (latent channels), or none for all")
-    self.set_weights(params, frozen, text_params)
-    text = objective.text.clone(layout=self.layout)
-    self._text = jax.jit(lambda p, ids, mask: text.apply({"params": p}, ids, mask))
-    static = ("diffusion", "guidance", "latent_size", "negative")
+    self.set_weights(weights)
+    self._encode = jax.jit(lambda weights, arrays: parts.conditioner.encode(weights, arrays, self.layout))
+    static = ("diffusion", "guidance", "latent_size")
     # As the arguments come in, or the second step would be another program.
     places = None
     if mesh is not None:
       tokens, rows = self.layout.sharding(*OVER_TIME), self.layout.sharding("batch")
-      kept = jax.tree.map(lambda part: self.layout.sharding(*part.axes), self._kept_arrays(1, 1, 1))
-      places = SamplerState(tokens, rows, (tokens, rows, rows) if self.diffusion.multistep else None, kept)
+      cached = jax.tree.map(lambda spec: self.layout.sharding(*spec.axes), self._cache_specs(1, 1, 1))
+      places = SamplerState(tokens, rows, (tokens, rows, rows) if self.diffusion.multistep else None, cached)
     self._step = jax.jit(self._sampler_step, static_argnames=static, out_shardings=places, donate_argnames="state")
 
-  def set_weights(self, params, frozen, text_params=None):
+  def set_weights(self, weights):
     """Other weights of the same models; nothing is compiled again."""
-    self.variables, self._embedded = {"params": params["denoiser"], "constants": frozen["denoiser"]}, {}
-    self.text_params = params.get("text_encoder", frozen.get("text_encoder", text_params))
+    (self.variables, self.encoder_weights), self._encoded = weights, {}
 
-  def _kept_arrays(self, batch, frames, space):
-    """What the step cache keeps for each call of the model in a step, as a tuple of trees of `step_cache.Kept`."""
+  def _cache_specs(self, batch, frames, space):
+    """What the step cache holds for each call of the model in a step, a tuple of trees of `ArraySpec`."""
     if self.cache is None:
       return ()
     rows = [batch, batch] if self.guidance.sequential else [2 * batch]
-    return tuple(self.model.kept_arrays(self.cache, n, frames, space) for n in rows)
+    return tuple(self.model.cache_specs(self.cache, n, frames, space) for n in rows)
 
   def needed_memory(self, request, batch, steps=30, guidance_scale=7.0, *, given=False, encoded=(), negative=False):
-    """Bytes on one device while `batch` requests like this one are made, as the compiler counts them: {"weights", and beside
-    them "text", "encode" if there is something to encode, "denoise", "decode"}; the largest of these and the weights are there
-    at a time.
+    """Bytes on one device while `batch` requests like this one are made, as the compiler counts them.
 
     The weights may be shapes (ShapeDtypeStruct with shardings): the programs are compiled before anything is allocated, and
     found again in the compilation cache when they run.
@@ -119,34 +116,41 @@ class Pipeline:
     Args:
       given: whether some frames are given; encoded: frames of the clips that are encoded for that.
       negative: whether guidance leads away from a negative prompt.
+
+    Returns:
+      {"weights", and beside them "text", "encode" if there is something to encode, "denoise", "decode"}; the largest of these
+      and the weights are there at a time.
     """
-    config, size, diffusion = self.model.config, self.latent_size(request), self.diffusion.for_sampling(steps)
-    frames, rows, columns = grid_size(size, config.patch_size)
-    space, batch = rows * columns, batch + -batch % self.batch_parts
+    size, diffusion = self.latent_size(request), self.diffusion.for_sampling(steps)
+    batch += -batch % self.batch_parts
 
-    def shape(dims, dtype=jnp.float32, axes=("batch",)):
-      return jax.ShapeDtypeStruct(dims, dtype, sharding=self._sharding(axes))
+    def shape(spec):
+      return jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=self._sharding(spec.axes))
 
-    ids, mask = (shape((batch, *part.shape), part.dtype) for part in map(np.asarray, self.tokenize("")))
-    embed = self._text.lower(self.text_params, ids, mask)
-    features, embed = embed.out_info, embed.compile()
-    text = jax.ShapeDtypeStruct(features.shape, features.dtype, sharding=embed.output_shardings)
-    numbers = {name: shape((batch,)) for name in ("height", "width", "num_frames", "fps")}
-    conditions = numbers | {"text": (text, text), "text_mask": (mask, mask)}
-    x = shape((batch, frames, space + -space % self.token_parts, config.patch_values), axes=OVER_TIME)
-    kept = jax.tree.map(lambda part: shape(part.shape, part.dtype, part.axes), self._kept_arrays(*x.shape[:3]))
+    prompts = self.parts.conditioner.prompts([request.prompt] * batch)
+    arrays = {name: shape(ArraySpec(array.shape, array.dtype)) for name, array in prompts.items()}
+    encode = self._encode.lower(self.encoder_weights, arrays)
+    out_info, encode = encode.out_info, encode.compile()
+    cond = jax.tree.map(
+      lambda info, place: jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=place), out_info, encode.output_shardings
+    )
+    sizes = {"grid": shape(ArraySpec((batch, 3), np.int32)), **dict.fromkeys(SCALARS, shape(ArraySpec((batch,))))}
+    x = shape(self._token_spec(size, batch))
+    frames = x.shape[1]
+    cached = jax.tree.map(shape, self._cache_specs(*x.shape[:3]))
     sides = [np.ones((batch,), np.float32)] * 4
     t = diffusion.sampling_timesteps(steps, *sides)[0]
-    edit = (shape((batch, frames)), shape((batch, frames), bool)) if given else None
-    memory = (x, shape((batch,)), shape((batch, frames), bool)) if diffusion.multistep else None
+    masks = shape(ArraySpec((batch, frames))), shape(ArraySpec((batch, frames), bool))
+    previous = (x, shape(ArraySpec((batch,))), masks[1]) if diffusion.multistep else None
     step = self._step.lower(
-      self.variables, SamplerState(x, edit, memory, kept), conditions, (t, t), x if diffusion.stochastic else None,
-      x if given else None, self._computes(diffusion, 0, t), diffusion=diffusion,
-      guidance=self._guidance_of(guidance_scale), latent_size=size, negative=negative,
+      self.variables, SamplerState(x, masks if given else None, previous, cached),
+      ((cond, cond if negative else None), sizes), (t, t),
+      (x if diffusion.stochastic else None, x if given else None), self._computes(diffusion, 0, t), diffusion=diffusion,
+      guidance=self._guidance_of(guidance_scale), latent_size=size,
     ).compile()  # fmt: skip
     return {
-      "weights": bytes_on_device((self.variables, self.text_params, self.codec.variables)),
-      "text": memory_beside(embed, self.text_params),
+      "weights": bytes_on_device((self.variables, self.encoder_weights, self.codec.variables)),
+      "text": memory_beside(encode, self.encoder_weights),
       **({"encode": max(self.codec.memory("encode", size[1:], n) for n in encoded)} if encoded else {}),
       "denoise": memory_beside(step, self.variables),
       "decode": self.codec.memory("decode", size[1:], request.num_frames),
@@ -162,15 +166,22 @@ class Pipeline:
     config = self.codec.config
     return (config.latent_frames(request.num_frames), *config.latent_size(request.height, request.width))
 
-  def embed(self, prompts):
-    """Prompts -> (features `[B, L, C]`, mask `[B, L]`); those of the last batches are kept, for their other clips and seeds."""
+  def _token_spec(self, latent_size, batch):
+    """The tokens `[B, T, S, P]` of latents of this size, S padded to what the devices divide."""
+    frames, rows, columns = token_grid(self.model.config, latent_size)
+    space = rows * columns
+    shape = (batch, frames, space + -space % self.token_parts, token_values(self.model.config))
+    return ArraySpec(shape, axes=OVER_TIME)
+
+  def cond(self, prompts):
+    """The model's `cond` of prompts; that of the last batches is cached, for their other clips and seeds."""
     key = tuple(prompts)
-    if key not in self._embedded:
-      while len(self._embedded) >= KEPT_EMBEDDINGS:
-        self._embedded.pop(next(iter(self._embedded)))  # the oldest
-      ids, mask = (self._place(np.stack(part)) for part in zip(*(self.tokenize(p) for p in prompts)))
-      self._embedded[key] = jax.block_until_ready(self._text(self.text_params, ids, mask)), mask
-    return self._embedded[key]
+    if key not in self._encoded:
+      while len(self._encoded) >= CACHED_PROMPTS:
+        self._encoded.pop(next(iter(self._encoded)))  # the oldest
+      arrays = {name: self._place(array) for name, array in self.parts.conditioner.prompts(prompts).items()}
+      self._encoded[key] = jax.block_until_ready(self._encode(self.encoder_weights, arrays))
+    return self._encoded[key]
 
   def encode(self, frames):
     """Frames uint8 `[T, 8h, 8w, 3]` -> normalised latents, NumPy `[T', h, w, C]`: the means of what the autoencoder gives, so
@@ -213,17 +224,18 @@ class Pipeline:
     first, batch = requests[0], len(requests)
     if any(dataclasses.replace(r, prompt=first.prompt, seed=first.seed) != first for r in requests):
       raise ValueError("requests of one batch must have the same size, frames and fps")
+    if given and not self.parts.family.supports.frame_masks:
+      raise ValueError(f"{self.parts.family.name} can't be given frames: it makes videos from text alone")
     size, config = self.latent_size(first), self.model.config
-    captions = [[r.prompt for r in requests]]
+    prompts = [[r.prompt for r in requests]]
     if negative_prompt is not None:
-      captions.append([negative_prompt] * batch)
-    embedded = [self.embed(prompts) for prompts in progress(captions, "text")]
+      prompts.append([negative_prompt] * batch)
+    conds = [self.cond(of_batch) for of_batch in progress(prompts, "text")]
     fps = IMAGE_FPS if first.num_frames == 1 else first.fps * self._told_fps
     numbers = {"height": first.height, "width": first.width, "num_frames": first.num_frames, "fps": fps}
-    conditions = {name: self._place(np.full((batch,), value, np.float32)) for name, value in numbers.items()}
-    # Of both branches. Without a negative prompt `drop_text` makes the null caption of the features of the second.
-    text, text_mask = zip(embedded[0], embedded[-1])
-    conditions |= {"text": text, "text_mask": text_mask}
+    sizes = {name: self._place(np.full((batch,), value, np.float32)) for name, value in numbers.items()}
+    sizes["grid"] = self._place(np.tile(np.asarray(token_grid(config, size), np.int32), (batch, 1)))
+    conditions = (conds[0], conds[1] if negative_prompt is not None else None), sizes
 
     diffusion = self.diffusion.for_sampling(steps)
     sides = (np.full((batch,), n, np.float32) for n in (first.height, first.width, first.num_frames, size[0]))
@@ -239,17 +251,17 @@ class Pipeline:
     step_keys = sample_keys(0, seeds, Purpose.SAMPLING_STEP)
     # Every frame is noised once at most: one draw serves all steps.
     frame_noise = None if edit is None else noise_of(sample_keys(0, seeds, Purpose.FRAME_NOISE))
-    memory = tuple(self._place(part, axes) for part, axes in zip(no_previous(x), (OVER_TIME, *[("batch",)] * 2)))
-    memory = memory if diffusion.multistep else None
-    kept = jax.tree.map(lambda part: self._place(np.zeros(part.shape, part.dtype), part.axes), self._kept_arrays(*x.shape[:3]))
+    previous = tuple(self._place(part, axes) for part, axes in zip(no_previous(x), (OVER_TIME, *[("batch",)] * 2)))
+    previous = previous if diffusion.multistep else None
+    specs = self._cache_specs(*x.shape[:3])
+    cached = jax.tree.map(lambda spec: self._place(np.zeros(spec.shape, spec.dtype), spec.axes), specs)
     guidance = self._guidance_of(guidance_scale)
-    state = SamplerState(x, edit, memory, kept)
+    state = SamplerState(x, edit, previous, cached)
     for i in progress(range(steps), "denoise"):
       noise = noise_of(fold_in(step_keys, i)) if diffusion.stochastic else None
       state = self._step(
-        self.variables, state, conditions, (timesteps[i], timesteps[i + 1]), noise, frame_noise,
+        self.variables, state, conditions, (timesteps[i], timesteps[i + 1]), (noise, frame_noise),
         self._computes(diffusion, i, timesteps[i]), diffusion=diffusion, guidance=guidance, latent_size=size,
-        negative=negative_prompt is not None,
       )  # fmt: skip
       state.x.block_until_ready()
     return unpatchify(multihost_utils.process_allgather(state.x, tiled=True)[:count], size, config.patch_size)
@@ -274,49 +286,50 @@ class Pipeline:
     x = jnp.where(self._place(taken)[..., None, None], self._place(tokens, OVER_TIME), x)
     return x, tuple(self._place(part) for part in start_edit(ratio))
 
-  def _sampler_step(
-    self, variables, state, conditions, times, noise, frame_noise, computes, *, diffusion, guidance, latent_size, negative
-  ):
-    """The state after a step from and to `times`, `[B]` each. `conditions`: of the model, pairs where the branches differ;
-    `noise`, `frame_noise`: as the formulation's `step` takes them; `computes`: of `_computes`."""
-    config, batch = self.model.config, state.x.shape[0]
-    grid = jnp.asarray(grid_size(latent_size, config.patch_size), jnp.int32)
+  def _sampler_step(self, variables, state, conditions, times, noises, computes, *, diffusion, guidance, latent_size):
+    """The state after a step.
+
+    Args:
+      conditions: ((cond of the prompts, cond of what guidance leads away from or None), sizes).
+      times: timesteps `[B]` from and to; noises: (noise, frame noise) as the formulation's `step` takes them.
+      computes: of `_computes`.
+    """
+    config, family = self.model.config, self.parts.family
+    (cond, other), sizes = conditions
+    if other is None:
+      other = family.null(config, variables.get("constants", {}), cond)
     # Elements past an odd border are no latents: they stay zero, as the original pads (STDiT `PatchEmbed3D`).
     inside = image_valid(latent_size, config.patch_size, config.in_channels, self.token_parts)
     valid = jnp.broadcast_to(inside, state.x.shape)
-    shared = {"grid": jnp.tile(grid, (batch, 1))}
-    if not inside.any(-1).all():  # tokens are padded to divide by the devices that split them
-      shared["valid"] = valid
-    # Of both branches: the prompt, and what guidance leads away from.
-    branches = [{**shared, **{name: v[i] if isinstance(v, tuple) else v for name, v in conditions.items()}} for i in (0, 1)]
-    if not negative:
-      branches[0]["drop_text"], branches[1]["drop_text"] = jnp.zeros(batch, bool), jnp.ones(batch, bool)
+    # Tokens that are padded to divide by the devices that split them count as padding for the model.
+    shown = None if inside.any(-1).all() else valid
+    cached = list(state.cached)
 
-    kept = list(state.kept)
-
-    def denoiser(branch, number):
+    def denoiser(cond, sizes, shown, number):
       def denoise(x, t, x_mask):
-        model = functools.partial(self.model.apply, variables, x, t, x_mask=x_mask, **branch)
+        model = functools.partial(self.model.apply, variables, x, t, cond, sizes, x_mask=x_mask, valid=shown)
         if self.cache is None:
           return model()
-        y, kept[number] = model(reuse=step_cache.Reuse(self.cache, kept[number], computes))
+        y, cached[number] = model(reuse=step_cache.Reuse(self.cache, cached[number], computes))
         return y
 
       return denoise
 
     if not guidance.sequential:
-      denoise = denoiser(jax.tree.map(lambda *parts: jnp.concatenate(parts), *branches), 0)
+      twice = functools.partial(jax.tree.map, lambda *parts: jnp.concatenate(parts))
+      both = None if shown is None else twice(shown, shown)
+      denoise = denoiser(twice(cond, other), twice(sizes, sizes), both, 0)
     else:
-      denoise = tuple(denoiser(branch, number) for number, branch in enumerate(branches))
+      denoise = tuple(denoiser(branch, sizes, shown, number) for number, branch in enumerate((cond, other)))
     step_model = guided(
       denoise, guidance.scale, num_channels=config.in_channels, guided_channels=guidance.channels, interval=guidance.interval,
       rescale=guidance.rescale, valid=valid,
     )  # fmt: skip
     after = diffusion.step(
-      step_model, state.x, *times, num_channels=config.in_channels, noise=noise, frame_noise=frame_noise, edit=state.edit,
-      previous=state.memory, valid=valid,
+      step_model, state.x, *times, num_channels=config.in_channels, noise=noises[0], frame_noise=noises[1], edit=state.edit,
+      previous=state.previous, valid=valid,
     )  # fmt: skip
-    return SamplerState(*after, tuple(kept))
+    return SamplerState(*after, tuple(cached))
 
 
 def image_valid(latent_size, patch_size, channels, token_parts=1):
@@ -328,13 +341,15 @@ def image_valid(latent_size, patch_size, channels, token_parts=1):
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3))
 def latent_noise(config, keys, size, token_parts=1):
-  """Standard normal tokens `[B, T, S, P]` for latents of one size, from one key per sample; S is padded to a multiple of
-  `token_parts`."""
-  grid = grid_size(size, config.patch_size)
+  """Standard normal tokens `[B, T, S, P]` for latents of one size, from one key per sample.
+
+  S is padded to a multiple of `token_parts`.
+  """
+  grid = token_grid(config, size)
 
   def tile(numbers):
     return jnp.tile(jnp.asarray(numbers, jnp.int32), (keys.shape[0], 1))
 
   space = grid[1] * grid[2]
-  shape = (grid[0], space + -space % token_parts, config.patch_values)
+  shape = (grid[0], space + -space % token_parts, token_values(config))
   return token_noise(keys, tile(size), shape, tile(grid), config.patch_size, config.in_channels)

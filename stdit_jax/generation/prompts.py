@@ -1,13 +1,11 @@
 """Prompts as they are written, and as the models see them."""
 
 import csv
-import dataclasses
 import io
 import json
 import re
 
 from data import paths
-from data.captions import Tokenize, clean_caption
 
 JSON_KEYS = ("reference_path", "mask_strategy")
 
@@ -49,26 +47,6 @@ def split_loops(prompt, loops):
   if starts != sorted(set(starts)):
     raise ValueError(f"prompt {prompt!r}: the loops {starts} must ascend")
   return [texts[sum(start <= loop for start in starts) - 1] for loop in range(loops)]
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenizeText:
-  """`caption -> (ids, mask)`; picklable, for the loader's workers. `clean` first cleans as the original cleans prompts."""
-
-  tokenizer: str
-  max_length: int
-  clean: bool = False
-
-  def __call__(self, text):
-    return self._tokenize(clean_caption(text) if self.clean else text)
-
-  @property
-  def vocab_size(self):
-    """Ids are below this."""
-    return self._tokenize.vocab_size
-
-  def __post_init__(self):
-    object.__setattr__(self, "_tokenize", Tokenize(self.tokenizer, self.max_length))
 
 
 def read_prompt_file(path):

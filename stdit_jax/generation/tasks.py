@@ -24,6 +24,7 @@ FILES = {
   "animate": (1, 1), "extend-forward": (1, 1), "extend-backward": (1, 1), "connect": (2, 2), "interpolate": (2, math.inf),
   "loop": (0, 1), "edit": (1, 1), "endless": (0, 1), "image": (0, 0),
 }  # fmt: skip
+ONE_FRAME, WHOLE_FILE = ("image",), ("edit",)  # tasks that make an image, and as many frames as their file has
 GOES_ON = ("animate", "extend-forward", "endless")  # tasks that --loops makes longer
 
 
@@ -83,11 +84,11 @@ def check_length(task, loops, num_frames, wanted, autoencoder):
   )
 
 
-def default_length(frames, group=1, task=None):
+def default_length(frames, group=1, name=None):
   """Latent frames of a clip of `frames` that are given of another one by default: 4 as in Open-Sora 1.1, of short clips a
   quarter, the most that training shows (`frame_masks`), and whole groups of the autoencoder, as in 1.2 (5). For a loop half as
   many: both ends are given, and all the way back has to fit between them."""
-  return -(-max(1, min(4, frames // (8 if task == "loop" else 4))) // group) * group
+  return -(-max(1, min(4, frames // (8 if name == "loop" else 4))) // group) * group
 
 
 def condition_length(wanted, frames, group=1, task=None):
@@ -116,7 +117,7 @@ def of_strategy(rules, files, loops, length, edit=0.0):
   return Job((*rules, *go_on(1, loops, files, length, edit)), loops, clips(files, loops, length))
 
 
-def make_job(task, frames, file_frames, *, loops=1, length=None, strength=0.6, edit=0.0, group=1):
+def make_job(name, frames, file_frames, *, loops=1, length=None, strength=0.6, edit=0.0, group=1):
   """The job of a named task.
 
   Args:
@@ -128,28 +129,28 @@ def make_job(task, frames, file_frames, *, loops=1, length=None, strength=0.6, e
   Raises:
     ValueError: an unknown task, too many or too few files, values that leave nothing to generate.
   """
-  check_files(task, len(file_frames))
-  if loops > 1 and task not in GOES_ON:
-    raise ValueError(f"--loops makes {', '.join(GOES_ON)} longer, or a prompt without a task; not {task}")
+  check_files(name, len(file_frames))
+  if loops > 1 and name not in GOES_ON:
+    raise ValueError(f"--loops makes {', '.join(GOES_ON)} longer, or a prompt without a task; not {name}")
   files = len(file_frames)
-  if task in ("animate", "image"):
-    if task == "animate" and frames < 2:
+  if name in ("animate", "image"):
+    if name == "animate" and frames < 2:
       raise ValueError("--num-frames is too small for --task animate: the image is all of the clip")
-    first = () if task == "image" else (Rule(0, 0, 0, 0, 1),)
+    first = () if name == "image" else (Rule(0, 0, 0, 0, 1),)
     return of_strategy(first, files, loops, condition_length(length, frames, group) if loops > 1 else 0, edit)
-  if task == "interpolate":
+  if name == "interpolate":
     places = np.linspace(0, frames - 1, files).round().astype(int).tolist()
     if len(set(places)) < files or files >= frames:
       raise ValueError(f"--task interpolate: {files} images leave nothing to generate of {frames} frames")
     return Job(tuple(Rule(0, i, 0, place, 1) for i, place in enumerate(places)), 1, clips(files, 1, 0))
-  if task == "edit":
+  if name == "edit":
     if not 0 < strength <= 1:
       raise ValueError(f"--edit-strength is {strength:g}; allowed: above 0, at most 1")
     return Job((Rule(0, 0, 0, 0, file_frames[0], strength),), 1, clips(files, 1, 0))
 
-  length = condition_length(length, frames, group, task)
+  length = condition_length(length, frames, group, name)
   given = [min(length, n) for n in file_frames]
-  if task == "loop":
+  if name == "loop":
     if frames < 3:
       raise ValueError("--num-frames is too small for --task loop: a clip needs three latent frames")
     if 2 * length >= frames:
@@ -157,9 +158,9 @@ def make_job(task, frames, file_frames, *, loops=1, length=None, strength=0.6, e
     first = (Rule(0, 0, 0, 0, 1),) if files else ()
     back = (Rule(1, files, -length, 0, length), Rule(1, files, 0, -length, length))
     return Job((*first, *back), 2, ((files, 0, None), (files + 1, length, frames - length)))
-  if task == "extend-backward":
+  if name == "extend-backward":
     return Job((Rule(0, 0, 0, -given[0], given[0]),), 1, ((1, 0, frames - given[0]), (0, 0, None)))
-  if task == "connect":
+  if name == "connect":
     if sum(given) >= frames:
       raise ValueError(f"--condition-frames is {length}; with two videos {frames} frames leave nothing to generate")
     rules = Rule(0, 0, -given[0], 0, given[0]), Rule(0, 1, 0, -given[1], given[1])

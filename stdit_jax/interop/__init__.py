@@ -1,7 +1,7 @@
-"""Foreign checkpoints: PyTorch safetensors in and out, names and layouts as data."""
+"""Reads and writes foreign checkpoints: PyTorch safetensors, with names and layouts as data."""
 
-from stdit_jax.interop.mapping import Report
-from stdit_jax.interop.safetensors_io import CheckpointError, SafetensorsFile, open_checkpoint, write_checkpoint
+from stdit_jax.interop.mapping import CheckpointLayout, Report
+from stdit_jax.interop.safetensors_io import CheckpointError, open_checkpoint, write_checkpoint
 from stdit_jax.interop.weights import (
   LAYOUTS,
   export_tensors,
@@ -15,8 +15,8 @@ from stdit_jax.interop.weights import (
 __all__ = [
   "LAYOUTS",
   "CheckpointError",
+  "CheckpointLayout",
   "Report",
-  "SafetensorsFile",
   "export_tensors",
   "foreign_spec",
   "load_variables",

@@ -1,6 +1,6 @@
 """Names of CogVideoX's 3D causal autoencoder: diffusers' `AutoencoderKLCogVideoX`. Our hierarchy is theirs."""
 
-from stdit_jax.interop.mapping import Layout
+from stdit_jax.interop.mapping import CheckpointLayout
 
 # Ours, diffusers, kind.
 _NORMS = tuple(
@@ -35,7 +35,7 @@ _REST = (
   ("{part}/conv_out/conv", "{part}.conv_out.conv", "conv3d"),
 )
 
-COGVIDEOX_VAE = Layout(
+COGVIDEOX_VAE = CheckpointLayout(
   "cogvideox-vae",
   tuple(
     [(f"params/{ours}/{leaf}", f"{theirs}.{name}", kind) for ours, theirs in _RESNET_AT for leaf, name, kind in _RESNET]

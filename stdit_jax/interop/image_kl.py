@@ -1,10 +1,11 @@
 """Names of the KL image autoencoder: diffusers' `AutoencoderKL`, and the original latent-diffusion code.
 
-Our hierarchy is that of diffusers. The original counts the decoder's levels from the full resolution, diffusers from the
-latents, and its attention projections are 1 x 1 convolutions. diffusers before 0.18 wrote query, key, value, proj_attn.
+Our hierarchy is that of diffusers. The original counts the levels of the decoder from the full resolution, diffusers from
+the latents. The attention projections of the original are 1 x 1 convolutions. diffusers before 0.18 called them query, key,
+value and proj_attn.
 """
 
-from stdit_jax.interop.mapping import Layout
+from stdit_jax.interop.mapping import CheckpointLayout
 
 # Ours, diffusers (the name written first), original, kind.
 _RESNET = (
@@ -49,7 +50,7 @@ _REST = (
 
 
 def _rows(column, attention_kind):
-  """The table of one foreign layout: our paths against column 1 (diffusers) or 2 (original) of the tables above."""
+  """The rows of one layout, from column 1 (diffusers) or 2 (original) of the tables above."""
   rows = []
   for block in _RESNET_AT:
     rows += [(f"params/{block[0]}/{leaf[0]}", f"{block[column]}.{leaf[column]}", leaf[3]) for leaf in _RESNET]
@@ -59,10 +60,10 @@ def _rows(column, attention_kind):
   return tuple(rows)
 
 
-# The second prefix: the 2D part inside Open-Sora 1.2's video autoencoder; the third: inside a pipeline's state dict.
-DIFFUSERS = Layout("diffusers", _rows(1, "linear"), prefixes=("", "spatial_vae.module.", "vae."))
+# "spatial_vae.module.": inside Open-Sora 1.2's video autoencoder. "vae.": inside the state dict of a pipeline.
+DIFFUSERS = CheckpointLayout("diffusers", _rows(1, "linear"), prefixes=("", "spatial_vae.module.", "vae."))
 
-LDM = Layout(
+LDM = CheckpointLayout(
   "ldm",
   _rows(2, "conv1x1"),
   prefixes=("first_stage_model.", ""),

@@ -1,21 +1,21 @@
-"""The engine behind the layout tables: rows of (our path, foreign name, kind), read in both directions.
+"""Checkpoint layouts as tables of rows (our path, foreign name, kind), which serve import and export.
 
-A table is data. One row maps one of our paths to one foreign name:
+One row maps one of our paths to one foreign name:
 
-* `*` in both stands for the layer: our parameters are stacked over depth, foreign ones are one tensor per layer;
-* `{name}` in ours matches a word or number and is filled into theirs; `{-name}` counts from the other end;
-* the kind names the leaves of a module (MODULES) or the axes of one tensor (AXES).
+* `*` stands for the layer. Our parameters are stacked over depth; a foreign file has one tensor per layer.
+* `{name}` in our path matches a word or number and is filled into the foreign name. `{-name}` counts from the other end.
+* The kind names the leaves of a module (MODULES) or the axes of one tensor (AXES).
 
-The axes of a tensor are written `foreign -> ours`, a bracket being one axis of the array, as in einops. Such a line only
-moves values, so it is exactly invertible and serves import and export alike.
+Axes are einops patterns, `foreign -> ours`. They only move values, so each one is exactly invertible.
 """
 
 import dataclasses
 import functools
-import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
+import einops
 import jax
 import numpy as np
 
@@ -23,7 +23,7 @@ from stdit_jax.interop.safetensors_io import CheckpointError
 
 AXES = {
   "same": "",
-  "rows": "",  # as same; on a non-strict load the number of rows is adapted
+  "rows": "",  # like same, but a non-strict load adapts the number of rows
   "linear": "o i -> i o",
   "qkv": "(n h d) i -> i n h d",  # n: query, key, value or key, value
   "qkv_bias": "(n h d) -> n h d",
@@ -35,66 +35,63 @@ AXES = {
   "conv3d": "o i t y x -> t y x i o",
   "conv_frame": "o i y x -> 1 y x i o",
   "patch": "o c t y x -> (t y x c) o",
+  "patch2d": "o c y x -> (y x c) o",
 }
 
-# Kind of a module -> (our leaf, their leaf, axes). Leaves that a model doesn't have (biases of T5) are never asked for.
+# Kind of a module -> (our leaf, foreign leaf, axes). A model may lack leaves: T5 has no biases.
 MODULES = {
-  "linear": (("kernel", "weight", "linear"), ("bias", "bias", "same")),
-  "qkv": (("kernel", "weight", "qkv"), ("bias", "bias", "qkv_bias")),
-  "heads": (("kernel", "weight", "heads"), ("bias", "bias", "heads_bias")),
-  "heads_out": (("kernel", "weight", "heads_out"), ("bias", "bias", "same")),
-  "conv": (("kernel", "weight", "conv"), ("bias", "bias", "same")),
-  "conv1x1": (("kernel", "weight", "conv1x1"), ("bias", "bias", "same")),
-  "conv3d": (("kernel", "weight", "conv3d"), ("bias", "bias", "same")),
-  "conv_frame": (("kernel", "weight", "conv_frame"), ("bias", "bias", "same")),
-  "patch": (("kernel", "weight", "patch"), ("bias", "bias", "same")),
-  "norm": (("scale", "weight", "same"), ("bias", "bias", "same")),
-}
-
-# The modules whose leaves carry the depth in front.
-STACKED = ("blocks", "spatial_blocks", "temporal_blocks")
+  kind: (("kernel", "weight", kind), ("bias", "bias", f"{kind}_bias" if f"{kind}_bias" in AXES else "same"))
+  for kind in AXES.keys() - {"same", "rows", "qkv_bias", "heads_bias"}
+} | {"norm": (("scale", "weight", "same"), ("bias", "bias", "same"))}
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
-  """One foreign layout.
+class CheckpointLayout:
+  """The names and axes of one kind of checkpoint file.
 
   Attributes:
-    rows: the table: (our path, foreign name or names, kind). Of several names the first is written, all are read.
-    prefixes: tried in this order on a file's names; those without the chosen prefix belong to another model.
-    ignored: regular expressions of names that may be there and are not read.
-    sizes: config -> lengths of axes that our shapes don't tell (the sides of a patch).
-    computed: config -> {name: function that makes the array}, for buffers that we don't store.
+    rows: the table. A row may list several foreign names: the first is written, all are read. Without rows a file has
+      our own names.
+    stacks: names of our modules whose leaves have the depth as their first axis.
+    prefixes: prefixes of the names in a file, tried in this order. Names with another prefix belong to another model.
+    ignored: regular expressions of names that a file may have and that are not read.
+    sizes: config -> lengths of axes that one of our axes combines (the sides of a patch).
+    computed: config -> {name: function that makes the array}, for buffers that we do not store.
+    droppable: computed buffers that no check needs: they are skipped without a config and by a non-strict load.
   """
 
   name: str
   rows: tuple[tuple, ...]
+  stacks: tuple[str, ...] = ("blocks",)
   prefixes: tuple[str, ...] = ("",)
   ignored: tuple[str, ...] = ()
   sizes: Callable[..., dict[str, int]] = lambda config: {}
   computed: Callable[..., dict[str, Callable]] = lambda config: {}
+  droppable: tuple[str, ...] = ()
 
   @functools.cached_property
-  def rules(self) -> list[tuple[re.Pattern, str, tuple[str, ...], str]]:
-    """(pattern of our paths, the row's own path, foreign templates, axes), one per tensor."""
+  def rules(self) -> list[tuple[re.Pattern[str], str, tuple[str, ...], str]]:
+    """(pattern of our paths, our path, foreign templates, axes) of each tensor."""
     rules = []
     for ours, theirs, kind in self.rows:
       theirs = (theirs,) if isinstance(theirs, str) else theirs
-      for our_leaf, their_leaf, axes in MODULES.get(kind, ((None, None, kind),)):
-        path = f"{ours}/{our_leaf}" if our_leaf else ours
-        names = tuple(f"{t}.{their_leaf}" if their_leaf else t for t in theirs)
-        parts = re.split(r"\{(\w+)\}", path)
-        pattern = "".join(f"(?P<{part}>\\w+)" if i % 2 else re.escape(part) for i, part in enumerate(parts))
+      for our_leaf, their_leaf, axes in MODULES.get(kind, (("", "", kind),)):
+        path = f"{ours}/{our_leaf}".rstrip("/")
+        names = tuple(f"{name}.{their_leaf}".rstrip(".") for name in theirs)
+        pattern = re.sub(r"\\{(\w+)\\}", r"(?P<\1>\\w+)", re.escape(path))
         rules.append((re.compile(pattern), path, names, axes))
     return rules
 
 
-NATIVE = Layout("native", rows=())
-
-
 @dataclasses.dataclass(frozen=True)
 class Entry:
-  """One tensor of a file and where it goes: `path`, at index `layer` if stacked; `shape` and `dtype` are ours, per layer."""
+  """One tensor of a file and its place in our tree.
+
+  Attributes:
+    path: our parameter. layer: index into its first axis, None if it is not stacked.
+    names: names of the tensor in the file. axes: key of AXES.
+    shape, dtype: of our parameter, without the depth.
+  """
 
   path: str
   layer: int | None
@@ -104,31 +101,33 @@ class Entry:
   dtype: np.dtype
 
 
-def flatten(tree) -> dict[str, object]:
-  """{'params/blocks/mlp/fc1/kernel': leaf}."""
+def flatten(tree: Any) -> dict[str, object]:
+  """Leaves by path: `{"params/blocks/mlp/fc1/kernel": leaf}`."""
   leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
   return {"/".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in path): leaf for path, leaf in leaves}
 
 
-def plan(layout: Layout, tree) -> list[Entry]:
-  """What a file of this layout holds for a tree of arrays or shapes. Raises CheckpointError for a path without a row."""
+def plan(layout: CheckpointLayout, tree: Any) -> list[Entry]:
+  """The tensors that a file of this layout has for a tree of arrays or shapes.
+
+  Raises CheckpointError for a path without a row.
+  """
   leaves = flatten(tree)
   counts = _counts(leaves)
   entries = []
   for path, leaf in leaves.items():
-    starred = re.sub(rf"(^|/)({'|'.join(STACKED)})/", r"\1\2/*/", path, count=1)
+    starred = re.sub(rf"(^|/)({'|'.join(layout.stacks)})/", r"\1\2/*/", path, count=1)
     names, axes = _foreign(layout, starred, counts)
-    if "*" not in starred:
-      entries.append(Entry(path, None, names, axes, tuple(leaf.shape), np.dtype(leaf.dtype)))
-      continue
-    for i in range(leaf.shape[0]):
-      layer_names = tuple(name.replace("*", str(i)) for name in names)
-      entries.append(Entry(path, i, layer_names, axes, tuple(leaf.shape[1:]), np.dtype(leaf.dtype)))
+    stacked = "*" in starred
+    for layer in range(leaf.shape[0]) if stacked else (None,):
+      shape = tuple(leaf.shape[1:] if stacked else leaf.shape)
+      entries.append(Entry(path, layer, tuple(n.replace("*", str(layer)) for n in names), axes, shape, np.dtype(leaf.dtype)))
   return entries
 
 
-def _foreign(layout, path, counts):
-  if layout is NATIVE:
+def _foreign(layout: CheckpointLayout, path: str, counts: Mapping[str, int]) -> tuple[tuple[str, ...], str]:
+  """(foreign names, axes) of one of our paths."""
+  if not layout.rows:
     return (path,), "same"
   for pattern, own, templates, axes in layout.rules:
     if match := pattern.fullmatch(path):
@@ -138,7 +137,7 @@ def _foreign(layout, path, counts):
           siblings = counts[_fill(own[: own.index("{" + name + "}")], values)]
           values["-" + name] = str(siblings - 1 - int(value))
       return tuple(_fill(template, values) for template in templates), axes
-  raise CheckpointError(f"the layout {layout.name!r} has no name for our parameter {path!r}; is it a layout of this model?")
+  raise CheckpointError(f"the layout {layout.name!r} has no name for our parameter {path!r}. Choose a layout of this model.")
 
 
 def _fill(template, values):
@@ -146,7 +145,7 @@ def _fill(template, values):
 
 
 def _counts(paths) -> dict[str, int]:
-  """{'params/decoder/up_blocks_': 4}: how many siblings are numbered, for names that count from the other end."""
+  """How many siblings are numbered: `{"params/decoder/up_blocks_": 4}`. Names that count from the other end need it."""
   counts = {}
   for path in paths:
     for match in re.finditer(r"\d+", path):
@@ -154,88 +153,48 @@ def _counts(paths) -> dict[str, int]:
   return counts
 
 
-# Axes: a line of AXES bound to shapes and applied to arrays.
-
-
-class Mismatch(Exception):  # noqa: N818 (never leaves this package)
-  """A shape doesn't fit its axes."""
-
-
-@functools.cache
-def _sides(axes: str):
-  def groups(text):
-    found = re.findall(r"\(([^)]*)\)|(\S+)", text)
-    return tuple(tuple(a for a in (inner or single).split() if a != "1") for inner, single in found)
-
-  foreign, ours = AXES[axes].split("->")
-  return groups(foreign), groups(ours)
-
-
-def _bind(groups, shape, lengths):
-  """Adds to `lengths` what `shape` tells about the axes; raises Mismatch."""
-  if len(groups) != len(shape):
-    raise Mismatch
-  for group, size in zip(groups, shape):
-    unknown = [axis for axis in group if axis not in lengths]
-    known = math.prod(lengths[axis] for axis in group if axis in lengths)
-    if len(unknown) == 1 and known and size % known == 0:
-      lengths[unknown[0]] = size // known
-    elif unknown and len(unknown) > 1:
-      continue  # not decided yet: the other side's shape tells
-    elif unknown or known != size:
-      raise Mismatch
-
-
-def _move(array, source, target, lengths):
-  order = [axis for group in source for axis in group]
-  array = array.reshape([lengths[axis] for axis in order])
-  array = array.transpose([order.index(axis) for group in target for axis in group])
-  return array.reshape([math.prod(lengths[axis] for axis in group) for group in target])
+# Axes: a line of AXES applied to arrays.
 
 
 def to_ours(entry: Entry, array: np.ndarray) -> np.ndarray:
-  """A foreign tensor in our layout (a view where possible). Raises Mismatch."""
-  if not AXES[entry.axes]:
-    if array.shape != entry.shape:
-      raise Mismatch
-    return array
-  foreign, ours = _sides(entry.axes)
-  lengths = {}
-  _bind(ours, entry.shape, lengths)
-  _bind(foreign, array.shape, lengths)
-  _bind(ours, entry.shape, lengths)
-  return _move(array, foreign, ours, lengths)
+  """A foreign tensor in our layout, a view where possible. Raises CheckpointError if the shapes do not agree."""
+  if pattern := AXES[entry.axes]:
+    groups = re.findall(r"\(.*?\)|\w+", pattern.split("->")[1])
+    lengths = {axis: size for axis, size in zip(groups, entry.shape) if axis.isalpha()}
+    try:
+      array = einops.rearrange(array, pattern, **lengths)
+    except einops.EinopsError:
+      raise CheckpointError(f"{entry.names[0]!r}: {list(array.shape)} does not fit the axes '{pattern}'") from None
+  if array.shape != entry.shape:
+    raise CheckpointError(f"{entry.names[0]!r}: {list(array.shape)} in our layout, but the model needs {list(entry.shape)}")
+  return array
 
 
 def to_foreign(entry: Entry, array: np.ndarray, sizes: Mapping[str, int]) -> np.ndarray:
-  """The inverse of `to_ours`; `sizes` from `Layout.sizes`."""
-  if not AXES[entry.axes]:
+  """The inverse of `to_ours`.
+
+  Args:
+    sizes: lengths of the axes that one of our axes combines, from `CheckpointLayout.sizes`.
+  """
+  if not (pattern := AXES[entry.axes]):
     return array
-  foreign, ours = _sides(entry.axes)
-  return _move(array, ours, foreign, _lengths(entry, ours, sizes))
+  foreign, ours = pattern.split(" -> ")
+  combined = re.findall(r"\w+", "".join(re.findall(r"\(.*?\)", ours)))
+  try:
+    return einops.rearrange(array, f"{ours} -> {foreign}", **{axis: sizes[axis] for axis in combined if axis in sizes})
+  except einops.EinopsError:
+    raise CheckpointError(
+      f"{entry.path} {list(array.shape)} can't be split into the axes '{pattern}'. Give the config of the model."
+    ) from None
 
 
 def foreign_shape(entry: Entry, sizes: Mapping[str, int]) -> tuple[int, ...]:
-  if not AXES[entry.axes]:
-    return entry.shape
-  foreign, ours = _sides(entry.axes)
-  lengths = _lengths(entry, ours, sizes)
-  return tuple(math.prod(lengths[axis] for axis in group) for group in foreign)
-
-
-def _lengths(entry, ours, sizes):
-  lengths = {axis: sizes[axis] for group in ours for axis in group if axis in sizes}
-  try:
-    _bind(ours, entry.shape, lengths)
-    if all(axis in lengths for group in ours for axis in group):
-      return lengths
-  except Mismatch:
-    pass
-  raise CheckpointError(f"{entry.path} {list(entry.shape)}: the model's config must tell the axes '{AXES[entry.axes]}'")
+  """The shape of the foreign tensor; nothing is allocated."""
+  return to_foreign(entry, np.broadcast_to(np.uint8(0), entry.shape), sizes).shape
 
 
 def transpose_into(target: np.ndarray, source: np.ndarray) -> None:
-  """target[...] = source, in matrices and bands of 64 columns, so that cache lines are used whole: 4 times as fast."""
+  """target[...] = source, 4 times as fast (measured): bands of 64 columns use whole cache lines."""
   if source.ndim < 2 or source.size < 1 << 16 or source.strides[-1] == source.itemsize:
     target[...] = source
   elif source.ndim > 2:
@@ -256,11 +215,11 @@ def contiguous(array: np.ndarray) -> np.ndarray:
   return copy
 
 
-# Reports: what a file has against what a model needs.
+# Reports: differences between a file and a model.
 
 
-def collapse(names) -> list[str]:
-  """Names that differ in their first number only, as one line: `blocks.{0..27}.attn.qkv.weight`."""
+def collapse(names: Iterable[str]) -> list[str]:
+  """Joins names that differ only in their first number: `blocks.{0..27}.attn.qkv.weight`."""
   groups = {}
   for name in names:
     match = re.search(r"(?<![A-Za-z0-9_])\d+(?=[./])", name)
@@ -280,9 +239,13 @@ def collapse(names) -> list[str]:
 
 @dataclasses.dataclass
 class Report:
-  """What doesn't fit: `missing` and `unexpected` names, `mis_shaped` {name: (shape in the file, shape needed)}.
+  """The differences between a file and a model.
 
-  `adapted` names what a non-strict load changed to make it fit.
+  Attributes:
+    expected: number of tensors of the model.
+    missing, unexpected: names that only the model or only the file has.
+    mis_shaped: {name: (shape in the file, shape of the model)}.
+    adapted: changes that a non-strict load made, one line each.
   """
 
   expected: int
@@ -315,7 +278,7 @@ class Report:
     return "\n".join(lines)
 
 
-def find_prefix(layout: Layout, entries: list[Entry], names) -> str:
-  """The first of the layout's prefixes under which the file has any name that is asked for."""
+def find_prefix(layout: CheckpointLayout, entries: list[Entry], names: Mapping | set) -> str:
+  """The first prefix of the layout with which any wanted name is in the file."""
   wanted = [name for entry in entries for name in entry.names]
   return next((p for p in layout.prefixes if any(p + name in names for name in wanted)), layout.prefixes[-1])

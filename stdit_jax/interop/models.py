@@ -1,19 +1,15 @@
-"""Which models there are by name, whose layouts they have, and which key tables of the real sizes ship with us."""
+"""Which models have names, whose layouts their files have, and which key tables of the real sizes ship with us."""
 
-import importlib
+import dataclasses
 import json
 import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
 
-# module with TABLE and get_config -> layouts of its files, the usual one first
-FAMILIES = {
-  "stdit_jax.models.stdit": ("open-sora", "native"),
-  "stdit_jax.autoencoders.image_kl": ("diffusers", "ldm", "native"),
-  "stdit_jax.autoencoders.temporal": ("open-sora-vae", "native"),
-  "stdit_jax.autoencoders.causal3d": ("cogvideox-vae", "native"),
-  "stdit_jax.models.t5": ("t5", "t5-v1.0", "native"),
-}
-# part of a training run -> layout by which its models are told from others of equal name
-LAYOUTS = {"denoiser": ("open-sora",), "autoencoder": (), "text_encoder": ("t5",)}
+from stdit_jax.autoencoders.registry import AUTOENCODERS
+from stdit_jax.models import t5
+from stdit_jax.models.family import families, find_family
+
 KEY_TABLES = {
   "STDiT-XL/2": "stdit_xl2_v1_0.json",
   "STDiT2-XL/2": "stdit2_xl2_v1_1.json",
@@ -42,32 +38,61 @@ def described(metadata: dict, path) -> tuple[str | None, dict]:
   raise ValueError(f"{path}: its own description of the model's config is damaged; give --model")
 
 
-def find_model(name: str, overrides: dict, layouts=()) -> tuple[object, str]:
-  """(config, module name) of a named model with fields replaced.
+@dataclasses.dataclass(frozen=True)
+class NamedModel:
+  """What converting needs of a named model.
+
+  Attributes: part: of a training run, "denoiser", "text_encoder" or "autoencoder"; config; shapes: `config -> tree of shapes`;
+  layouts: those that its files have, the usual one first.
+  """
+
+  part: str
+  config: Any
+  init_shapes: Callable[[Any], dict]
+  layouts: tuple
+
+  @property
+  def shapes(self) -> dict:
+    """The tree of the model's variables as shapes; nothing is allocated."""
+    return self.init_shapes(self.config)
+
+
+def _named(name: str, overrides: Mapping) -> list[NamedModel]:
+  """Every model of this name: a denoiser and an encoder may share one."""
+  found = []
+  if ":" in name or any(name in family.sizes for family in families()):
+    family, size = find_family(name)
+    found.append(NamedModel("denoiser", family.get_config(size, **overrides), family.init_shapes, family.layouts))
+  for family in AUTOENCODERS:
+    if name in family.table:
+      found.append(NamedModel("autoencoder", family.get_config(name, **overrides), family.init_shapes, family.layouts))
+  if name in t5.TABLE:
+    found.append(NamedModel("text_encoder", t5.get_config(name, **overrides), t5.init_shapes, t5.LAYOUTS))
+  return found
+
+
+def known_names() -> list[str]:
+  """The names of all models of this package."""
+  tables = [family.sizes for family in families()] + [family.table for family in AUTOENCODERS] + [t5.TABLE]
+  return [name for table in tables for name in table]
+
+
+def find_model(name: str, overrides: Mapping, layouts=(), part: str | None = None) -> NamedModel:
+  """A named model with fields of its configuration replaced.
 
   Args:
-    layouts: layouts in play; narrow the search where two families use a name.
+    layouts: names of layouts in play; part: of a training run. Both narrow the search if models share a name.
+
   Raises:
     ValueError naming the allowed names or fields.
   """
-  known, found = [], []
-  for module_name, own in FAMILIES.items():
-    if any(layout not in own for layout in layouts):
-      continue
-    table = importlib.import_module(module_name).TABLE
-    known += table
-    found += [module_name] if name in table else []
+  names = lambda model: [getattr(layout, "name", layout) for layout in model.layouts]  # noqa: E731
+  found = [m for m in _named(name, overrides) if part in (None, m.part) and all(layout in names(m) for layout in layouts)]
   if len(found) != 1:
     what = "no model" if not found else "more than one model"
     which = f" with layout {' and '.join(layouts)}" if layouts else ""
-    raise ValueError(f"{what}{which} is called {name!r}; known: {', '.join(known)}")
-  module = importlib.import_module(found[0])
-  return module.get_config(name, **overrides), found[0]
-
-
-def shapes(config, module_name: str):
-  """The tree of the model's variables as shapes; nothing is allocated."""
-  return importlib.import_module(module_name).init_shapes(config)
+    raise ValueError(f"{what}{which} is called {name!r}; known: {', '.join(known_names())}")
+  return found[0]
 
 
 def read_key_table(path) -> dict[str, tuple[int, ...]]:

@@ -7,7 +7,9 @@ import functools
 
 import numpy as np
 
-from stdit_jax.interop.mapping import Layout
+from stdit_jax.interop.mapping import CheckpointLayout
+
+STACKS = ("blocks", "spatial_blocks", "temporal_blocks")
 
 _EMBEDDERS = (
   ("timestep_embed", "t_embedder"),
@@ -43,11 +45,7 @@ ROWS = (
   ("params/temporal_modulation", "t_block_temp.1", "linear"),
   ("params/caption_embed/fc1", "y_embedder.y_proj.fc1", "linear"),
   ("params/caption_embed/fc2", "y_embedder.y_proj.fc2", "linear"),
-  *(
-    (f"params/{stack}/*/{o}", f"{stack}.*.{t}", k)
-    for stack in ("blocks", "spatial_blocks", "temporal_blocks")
-    for o, t, k in _BLOCK
-  ),
+  *((f"params/{stack}/*/{o}", f"{stack}.*.{t}", k) for stack in STACKS for o, t, k in _BLOCK),
   ("params/final_layer/modulation", "final_layer.scale_shift_table", "same"),
   ("params/final_layer/linear", "final_layer.linear", "linear"),
   ("{collection}/null_caption", "y_embedder.y_embedding", "rows"),
@@ -81,7 +79,7 @@ def _temporal_table(config):
 
 
 def _computed(config):
-  """The two position tables that only checkpoints of STDiT 1.0 hold; our models compute positions."""
+  """The two position tables of STDiT 1.0 checkpoints. Our models compute positions."""
   if not hasattr(config, "input_size"):
     return {}
   return {
@@ -90,6 +88,12 @@ def _computed(config):
   }
 
 
-OPEN_SORA = Layout("open-sora", ROWS, prefixes=("module.", ""), sizes=_sizes, computed=_computed)
-# What Open-Sora's own loader drops before a non-strict load.
-POSITION_TABLES = ("pos_embed", "pos_embed_temporal")
+OPEN_SORA = CheckpointLayout(
+  "open-sora",
+  ROWS,
+  stacks=STACKS,
+  prefixes=("module.", ""),
+  sizes=_sizes,
+  computed=_computed,
+  droppable=("pos_embed", "pos_embed_temporal"),  # Open-Sora's own loader drops them before a non-strict load
+)

@@ -1,10 +1,10 @@
 """Names of the Hugging Face T5 encoders, `T5EncoderModel`: v1.1 (gated) and v1.0 (`wi` in place of `wi_0`, `wi_1`).
 
-`encoder.embed_tokens.weight` is the same tensor as `shared.weight`; either is read, the first is written, as transformers
-does. A full T5 file holds a decoder too, which is not read.
+`encoder.embed_tokens.weight` and `shared.weight` are one tensor. Both names are read; `shared.weight` is written, as
+transformers does. The decoder of a full T5 file is ignored.
 """
 
-from stdit_jax.interop.mapping import Layout
+from stdit_jax.interop.mapping import CheckpointLayout
 
 _LAYER = "encoder.block.*.layer"
 
@@ -27,5 +27,5 @@ def _rows(up):
 
 
 _DECODER = (r"decoder\..*", r"lm_head\.weight")
-T5 = Layout("t5", _rows("wi_1"), prefixes=("", "text_encoder."), ignored=_DECODER)
-T5_V1_0 = Layout("t5-v1.0", _rows("wi"), prefixes=("", "text_encoder."), ignored=_DECODER)
+T5 = CheckpointLayout("t5", _rows("wi_1"), prefixes=("", "text_encoder."), ignored=_DECODER)
+T5_V1_0 = CheckpointLayout("t5-v1.0", _rows("wi"), prefixes=("", "text_encoder."), ignored=_DECODER)

@@ -1,9 +1,9 @@
-"""Names of Open-Sora 1.2's `VideoAutoencoderPipeline`: the image autoencoder as diffusers has it, and the temporal one."""
+"""Names of Open-Sora 1.2's `VideoAutoencoderPipeline`: diffusers' image autoencoder and the temporal autoencoder."""
 
 import numpy as np
 
 from stdit_jax.interop.image_kl import DIFFUSERS
-from stdit_jax.interop.mapping import Layout
+from stdit_jax.interop.mapping import CheckpointLayout
 
 _BLOCK = (
   ("norm1", "norm1", "norm"),
@@ -23,7 +23,7 @@ _REST = (
   ("decoder/conv_out/conv", "decoder.conv_out.conv", "conv3d"),
   ("quant_conv/conv", "quant_conv.conv", "conv3d"),
   ("post_quant_conv/conv", "post_quant_conv.conv", "conv3d"),
-  ("shortcut_{part}", "shortcut_{part}", "linear"),  # ours alone: the original's code knows none
+  ("shortcut_{part}", "shortcut_{part}", "linear"),  # only our models have it
 )
 _TEMPORAL = (
   *((f"{ours}/{leaf}", f"{theirs}.{name}", kind) for ours, theirs in _BLOCK_AT for leaf, name, kind in _BLOCK),
@@ -37,7 +37,7 @@ def _in(prefix, names):
 
 
 def _computed(config):
-  """The buffers by which the original normalises its latents."""
+  """The buffers with which the original normalises its latents."""
   numbers = {"shift": config.shift, "scale": config.scale}
 
   def make(values):
@@ -46,7 +46,7 @@ def _computed(config):
   return {name: make(values) for name, values in numbers.items()}
 
 
-OPEN_SORA_VAE = Layout(
+OPEN_SORA_VAE = CheckpointLayout(
   "open-sora-vae",
   (
     *(

@@ -9,8 +9,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array, Bool, Float, Num
 
+from stdit_jax.models.types import Features, TokenValid
 from stdit_jax.parallel.attention import attend
 from stdit_jax.parallel.shardings import Layout, constrain
 
@@ -20,43 +22,6 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float
 COMPUTE_DTYPES = ("float32", "bfloat16")  # of what trains: float16 would need its loss scaled
 # How tokens `[B, T, S, D]` lie where attention goes over space, and over time: the other axis is split.
 OVER_SPACE, OVER_TIME = ("batch", "tokens", None, None), ("batch", None, "tokens", None)
-
-BLOCK_INPUT = "block_input"
-REMAT_POLICIES = {  # what the backward pass keeps of a block; what it does not keep it computes again
-  "none": None,  # everything
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # products with parameters, not attention
-  "full": jax.checkpoint_policies.nothing_saveable,  # block inputs only
-  "offload": jax.checkpoint_policies.save_and_offload_only_these_names(  # block inputs, in the host's memory
-    names_which_can_be_saved=[], names_which_can_be_offloaded=[BLOCK_INPUT], offload_src="device", offload_dst="pinned_host"
-  ),
-}
-
-
-def run_layers(layer, x, stacked, scan, remat):
-  """`x` through equal layers, `layer(x, parameters) -> (x, output)`, whose parameters are stacked in depth.
-
-  Args:
-    stacked: pytree of arrays `[depth, ...]`.
-    scan: one `lax.scan`, compiled once whatever the depth; False unrolls, which costs compile time by depth and spares the
-      copies of parameters into, and of gradients out of, the loop (a CPU's training step: tests/benchmarks/denoiser.py).
-    remat: one of REMAT_POLICIES.
-
-  Returns:
-    (x, outputs stacked in depth, None where layers give None)
-  """
-  if remat == "offload":
-    inner, layer = layer, lambda x, parameters: inner(checkpoint_name(x, BLOCK_INPUT), parameters)
-  if REMAT_POLICIES[remat] is not None:
-    layer = jax.checkpoint(layer, policy=REMAT_POLICIES[remat], prevent_cse=not scan)
-  if scan:
-    return jax.lax.scan(layer, x, stacked)
-  leaves, structure = jax.tree.flatten(stacked)
-  # Split, not indexed: the gradient of split is one concatenation, that of indexing a sum of arrays padded to full depth.
-  outputs = []
-  for parts in zip(*(jax.lax.split(leaf, (1,) * len(leaf)) for leaf in leaves)):
-    x, output = layer(x, structure.unflatten(part[0] for part in parts))
-    outputs.append(output)
-  return x, jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *outputs)
 
 
 def xavier_uniform(fan_in, fan_out):
@@ -91,7 +56,7 @@ class Linear(nn.Module):
   inputs: tuple[int, ...] | None = None
   kernel_init: nn.initializers.Initializer | None = None
   bias_init: nn.initializers.Initializer = nn.initializers.zeros
-  dtype: jnp.dtype = jnp.float32
+  dtype: DTypeLike = jnp.float32
   layout: Layout | None = None
   axes: tuple[str | None, ...] = ("batch",)
   tensor: int | None = None
@@ -132,7 +97,7 @@ class Mlp(nn.Module):
   activation: str = "gelu"
   fc1_init: nn.initializers.Initializer | None = None
   fc2_init: nn.initializers.Initializer | None = None
-  dtype: jnp.dtype = jnp.float32
+  dtype: DTypeLike = jnp.float32
   layout: Layout | None = None
   axes: tuple[str | None, ...] = ("batch",)
   tensor: bool = False  # split the hidden side over `tensor`
@@ -146,7 +111,7 @@ class Mlp(nn.Module):
     return linear((self.features,), kernel_init=self.fc2_init, tensor=out, name="fc2")(x)
 
 
-def layer_norm(x, eps=1e-6):
+def layer_norm(x: Float[Array, "*lead D"], eps: float = 1e-6) -> Float[Array, "*lead D"]:
   """LayerNorm over the last axis without scale and bias, computed in float32; keeps the dtype of `x`."""
   y = x.astype(jnp.float32)
   y = y - y.mean(-1, keepdims=True)
@@ -154,7 +119,7 @@ def layer_norm(x, eps=1e-6):
   return y.astype(x.dtype)
 
 
-def modulate(x, shift, scale):
+def modulate(x: Float[Array, "*lead D"], shift: Array, scale: Array) -> Float[Array, "*lead D"]:
   """adaLN: `x * (1 + scale) + shift` (DiT, section 3.2)."""
   return x * (1 + scale) + shift
 
@@ -176,7 +141,7 @@ class RMSNorm(nn.Module):
 # a last-digit error in a frequency, times a timestep of 1000, is an error of 1e-5 in the embedding.
 
 
-def sinusoid(values, dim=256):
+def sinusoid(values: Num[ArrayLike, "*lead"], dim: int = 256) -> Float[Array, "*lead dim"]:
   """`[...] -> [..., dim]` float32: [cos, sin] of `values` times `dim / 2` frequencies 10000^(-2k / dim) (DiT)."""
   half = dim // 2
   exponents = np.float32(-math.log(MAX_PERIOD)) * np.arange(half, dtype=np.float32) / np.float32(half)
@@ -191,18 +156,20 @@ def even_frequencies(dim):
   return np.float32(1) / (MAX_PERIOD ** exponents.astype(np.float64)).astype(np.float32)
 
 
-def interleaved_sin_cos(positions, dim):
+def interleaved_sin_cos(positions: Num[ArrayLike, "*lead"], dim: int) -> Float[Array, "*lead dim"]:
   """`[...] -> [..., dim]` float32: [sin, cos] with `dim / 2` frequencies 10000^(-2k / dim) (Open-Sora)."""
   angles = positions.astype(jnp.float32)[..., None] * even_frequencies(dim)
   return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
-def rope_frequencies(head_dim):
+def rope_frequencies(head_dim: int) -> Float[Array, " half"]:
   """`[head_dim / 2]` frequencies 10000^(-2j / head_dim) (RoFormer, section 3.2.2; `rope.freqs` of Open-Sora 1.1 and 1.2)."""
   return jnp.asarray(even_frequencies(head_dim))
 
 
-def apply_rope(x, frequencies):
+def apply_rope(
+  x: Float[Array, "*lead time heads head_dim"], frequencies: Float[ArrayLike, " half"]
+) -> Float[Array, "*lead time heads head_dim"]:
   """Rotates adjacent pairs of channels of `x [..., time, heads, head_dim]` by time * frequency, in float32.
 
   The interleaved layout of rotary_embedding_torch 0.5: pair j is channels (2j, 2j + 1).
@@ -231,11 +198,11 @@ class SelfAttention(nn.Module):
   rope_first: bool = False
   out_init: nn.initializers.Initializer | None = None
   implementation: str = "auto"
-  dtype: jnp.dtype = jnp.float32
+  dtype: DTypeLike = jnp.float32
   layout: Layout | None = None
 
   @nn.compact
-  def __call__(self, x, token_valid=None, rope=None):
+  def __call__(self, x: Features, token_valid: TokenValid | None = None, rope: Float[Array, " half"] | None = None) -> Features:
     """x `[B, T, S, D]`, token_valid `[B, T, S]` bool or None, rope: frequencies `[head_dim / 2]` or None -> `[B, T, S, D]`."""
     features = x.shape[-1]
     heads = (self.num_heads, features // self.num_heads)
@@ -266,12 +233,12 @@ class CrossAttention(nn.Module):
   num_heads: int
   out_init: nn.initializers.Initializer | None = None
   implementation: str = "auto"
-  dtype: jnp.dtype = jnp.float32
+  dtype: DTypeLike = jnp.float32
   layout: Layout | None = None
   axes: tuple[str | None, ...] = OVER_SPACE
 
   @nn.compact
-  def __call__(self, x, text, text_mask):
+  def __call__(self, x: Features, text: Float[ArrayLike, "B L D"], text_mask: Bool[ArrayLike, "B L"] | None) -> Features:
     """x `[B, T, S, D]`, text `[B, L, D]`, text_mask `[B, L]` bool -> `[B, T, S, D]`."""
     _, t, s, features = x.shape
     heads = (self.num_heads, features // self.num_heads)
@@ -282,8 +249,7 @@ class CrossAttention(nn.Module):
     space_first = self.axes == OVER_TIME and self.layout is not None and self.layout.split_tokens
     query = einops.rearrange(query, "b t s h d -> b 1 (s t) h d" if space_first else "b t s h d -> b 1 (t s) h d")
     key, value = jax.lax.split(jnp.swapaxes(key_value, 1, 2), (1, 1), axis=1)
-    lengths = None if text_mask is None else text_mask.sum(1, keepdims=True)  # padding comes last
-    axes = ("batch", None, "tokens", "tensor")
-    y = attend(query, key, value, self.implementation, self.layout, axes, lengths=lengths)
+    mask = None if text_mask is None else text_mask[:, None].astype(bool)
+    y = attend(query, key, value, self.implementation, self.layout, ("batch", None, "tokens", "tensor"), mask=mask)
     y = einops.rearrange(y, "b 1 (s t) h d -> b t s h d" if space_first else "b 1 (t s) h d -> b t s h d", t=t, s=s)
     return linear((features,), heads, self.out_init, axes=self.axes[:3], tensor=0, name="out")(y)

@@ -1,14 +1,14 @@
-"""Sampling without computing everything in every step: what a model found in an earlier step serves again.
+"""Sampling without computing everything in every step: outputs of an earlier step serve again.
 
-Two ways, both of choice, since both change the result a little:
+Both ways are optional, since both change the result a little:
 
 PyramidBroadcast  outputs of attention serve several steps, those that change least the longest: cross attention longer than
                   attention over time, that longer than attention over space (Zhao et al. 2024, arXiv 2408.12588).
-ResidualCache     all layers but the first are left out of a step in which the first one adds nearly what it added when the
-                  others were computed last; what they added then is added again ("first block cache", as ParaAttention and
-                  diffusers have it; the idea of measuring the change is TeaCache's, Liu et al. 2024, arXiv 2411.19108).
+ResidualCache     a step skips all layers but the first if the first adds nearly what it added when the others were computed
+                  last; it adds again what the others added then ("first block cache", as ParaAttention and diffusers have it;
+                  TeaCache measures the change likewise, Liu et al. 2024, arXiv 2411.19108).
 
-What is kept is an argument and a result of the model (`STDiT.__call__`, `reuse`); on a mesh it lies as the activations do.
+Cached outputs are an argument and a result of the model (`reuse`). On a mesh they lie as the activations do.
 """
 
 import dataclasses
@@ -18,11 +18,18 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from stdit_jax.parallel.shardings import ArraySpec
+
 
 @dataclasses.dataclass(frozen=True)
 class PyramidBroadcast:
-  """Attributes: space, time, cross: steps that one output of this attention serves, with the one that computes it; interval:
-  timesteps between which it does. Defaults as VideoSys sets them for Open-Sora 1.2 (`OpenSoraPABConfig`)."""
+  """Outputs of attention serve several steps.
+
+  Attributes:
+    space, time, cross: steps that one output of this attention serves, the one that computes it included.
+    interval: timesteps between which outputs are cached. Defaults as VideoSys sets them for Open-Sora 1.2
+      (`OpenSoraPABConfig`).
+  """
 
   space: int = 2
   time: int = 4
@@ -41,8 +48,12 @@ class PyramidBroadcast:
 
 @dataclasses.dataclass(frozen=True)
 class ResidualCache:
-  """Attributes: threshold: mean absolute change of what the first layer adds, relative to its mean absolute value, below which
-  the others are left out; of a batch the sample that changed most decides."""
+  """A step skips all layers but the first if the first adds about what it added before.
+
+  Attributes:
+    threshold: the step skips the others if what the first layer adds changed by less: mean absolute change, relative to the
+      mean absolute value. The sample that changed most decides for its batch.
+  """
 
   threshold: float = 0.1
 
@@ -51,7 +62,7 @@ class ResidualCache:
       raise ValueError(f"residual cache: threshold is {self.threshold:g}; allowed: from 0, below 1")
 
   def computes(self, step, t):
-    """Nothing that could be said beforehand."""
+    """{}: the step itself decides."""
     del step, t
     return {}
 
@@ -75,79 +86,76 @@ class Reuse:
 
   Attributes:
     cache: PyramidBroadcast or ResidualCache.
-    kept: arrays as `kept_arrays` says, or what the call before returned.
-    computes: {kind: bool scalar}, see `computes` of the cache.
+    cached: arrays as `cache_specs` says, zeros before the first step.
+    computes: {kind of attention: bool scalar}, see `computes` of the cache.
   """
 
   cache: PyramidBroadcast | ResidualCache = dataclasses.field(metadata={"static": True})
-  kept: dict
+  cached: dict
   computes: dict
 
 
 def compute(kind, function, *inputs):
-  """`function(*inputs)`: how a block calls its attention when nothing is kept."""
+  """`function(*inputs)`: how a block calls its attention when nothing is cached."""
   del kind
   return function(*inputs)
 
 
-class Keeper:
-  """How a block calls its attention, in place of `compute`, when outputs are kept.
+class CachedCalls:
+  """How a block calls its attention, in place of `compute`, when outputs are cached.
 
   Args:
-    kept: {kind: output} of this block; computes: as in `Reuse`.
+    cached: {kind: output} of this block.
+    computes: as in `Reuse`.
 
-  Attributes: outputs: {kind: output} after the calls.
+  Attributes:
+    outputs: {kind: output} after the calls.
   """
 
-  def __init__(self, kept, computes):
-    self._kept, self._computes, self.outputs = kept, computes, {}
+  def __init__(self, cached, computes):
+    self._cached, self._computes, self.outputs = cached, computes, {}
 
   def __call__(self, kind, function, *inputs):
-    before = self._kept[kind]
+    before = self._cached[kind]
     self.outputs[kind] = nn.cond(
       self._computes[kind], lambda module, *inputs: module(*inputs), lambda module, *inputs: before, function, *inputs
     )
     return self.outputs[kind]
 
 
-@dataclasses.dataclass(frozen=True)
-class Kept:
-  """One array that is kept, zeros before the first step. Attributes: shape, dtype; axes: names of dimensions for a `Layout`."""
-
-  shape: tuple
-  dtype: jnp.dtype
-  axes: tuple = ()
-
-
-def kept_arrays(cache, shape, dtype, blocks, depth, axes):
-  """What a model keeps, as a tree of `Kept`.
+def cache_specs(cache, shape, dtype, blocks, depth, axes):
+  """The arrays that calls of a model keep for each other, as a tree of `ArraySpec`.
 
   Args:
-    shape: `[B, T, S, D]` of the tokens in the model; dtype, axes: theirs between layers.
-    blocks: {name of a block of each layer: {kind of attention: axes of its output}}.
+    shape: `[B, T, S, D]` of the tokens in the model; `dtype` and `axes` are theirs between layers.
+    blocks: {name of a block of a layer: {kind of attention: axes of its output}}.
   """
   if isinstance(cache, ResidualCache):
-    return {"first": Kept(shape, jnp.float32, axes), "others": Kept(shape, dtype, axes), "computed": Kept((), jnp.int32)}
+    return {
+      "first": ArraySpec(shape, jnp.float32, axes), "others": ArraySpec(shape, dtype, axes),
+      "computed": ArraySpec((), jnp.int32, ()),
+    }  # fmt: skip
   return {
-    name: {kind: Kept((depth, *shape), dtype, (None, *axes)) for kind, axes in kinds.items()} for name, kinds in blocks.items()
+    name: {kind: ArraySpec((depth, *shape), dtype, (None, *axes)) for kind, axes in kinds.items()}
+    for name, kinds in blocks.items()
   }
 
 
-def residual_layers(layers, x, first_layer, kept, threshold):
-  """`x` through the first layer, and through the others unless it adds about what it added when they were computed last.
+def residual_layers(layers, x, first_layer, cached, threshold):
+  """`x` through the first layer, and through the others unless the first adds about what it added when they were computed last.
 
   Args:
     first_layer, layers: `[B, T, S, D] -> [B, T, S, D]`.
-    kept: {"first": what the first layer added then, "others": what the others did, "computed": in how many steps}.
+    cached: {"first": what the first layer added then, "others": what the others added, "computed": in how many steps}.
 
   Returns:
-    (x, what is kept)
+    (x, cached for the next step)
   """
   y = first_layer(x)
   added = (y - x).astype(jnp.float32)
   axes = (1, 2, 3)
-  change = jnp.abs(added - kept["first"]).mean(axes) / jnp.abs(kept["first"]).mean(axes)  # before the first step no number
+  change = jnp.abs(added - cached["first"]).mean(axes) / jnp.abs(cached["first"]).mean(axes)  # NaN before the first step
   again = (change < threshold).all()
-  others = jax.lax.cond(again, lambda: kept["others"], lambda: layers(y) - y)
-  first = jnp.where(again, kept["first"], added)
-  return y + others, {"first": first, "others": others, "computed": kept["computed"] + ~again}
+  others = jax.lax.cond(again, lambda: cached["others"], lambda: layers(y) - y)
+  first = jnp.where(again, cached["first"], added)
+  return y + others, {"first": first, "others": others, "computed": cached["computed"] + ~again}

@@ -25,12 +25,16 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from stdit_jax import fields
-from stdit_jax.models.layers import DTYPES, REMAT_POLICIES, run_layers
-from stdit_jax.parallel.shardings import Layout, constrain, gather_layer
+from stdit_jax.models.layers import DTYPES
+from stdit_jax.models.stack import REMAT_POLICIES, run_layers, stacked_params
+from stdit_jax.parallel.shardings import BLOCK_RULES, Layout, constrain, gather_layer
 
 FEED_FORWARDS = ("gated-gelu", "relu")
+RULES = (*BLOCK_RULES, (r"token_embedding$", P(None, "fsdp")), (r"(relative_bias|final_norm/scale)$", P()))
+LAYOUTS = ("t5", "t5-v1.0", "native")  # of checkpoints
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,14 +224,10 @@ class T5Encoder(nn.Module):
   def run_blocks(self, x, bias, mask):
     """The stack of layers over parameters stacked in depth: one `lax.scan`, or unrolled, with remat by name."""
     c, block = self.config, Block(self.config, self.layout, parent=None)
-
-    def init(key):
-      return jax.vmap(lambda k: block.init(k, x, bias, mask)["params"])(jax.random.split(key, c.num_layers))
-
-    stacked = self.param("blocks", init)
+    stacked = stacked_params(self, {"blocks": block}, c.num_layers, x, bias, mask)["blocks"]
 
     def layer(x, params):
-      params = gather_layer(params, "blocks", self.layout, DTYPES[c.dtype])
+      params = gather_layer(params, "blocks", self.layout, DTYPES[c.dtype], RULES)
       return constrain(block.apply({"params": params}, x, bias, mask), self.layout, "batch", None, None), None
 
     return run_layers(layer, x, stacked, c.scan, c.remat)[0]

@@ -1,6 +1,6 @@
-"""Placement on the mesh: one table of rules for parameters, and one layout per program for activations.
+"""Where things lie on the mesh: rules for parameters, one layout per program for activations.
 
-The optimizer state and the average follow the table by their paths.
+The optimizer state and the average follow the rules of the parameters by their paths.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +80,20 @@ class Layout:
     return self.parts("tensor")
 
 
+@dataclasses.dataclass(frozen=True)
+class ArraySpec:
+  """An array that is not there yet: shape, dtype, and the names (of `Layout.axes`) of its leading dimensions."""
+
+  shape: tuple[int, ...]
+  dtype: DTypeLike = jnp.float32
+  axes: tuple[str | None, ...] = ("batch",)
+
+  @property
+  def struct(self):
+    """The same for JAX, without a sharding."""
+    return jax.ShapeDtypeStruct(self.shape, self.dtype)
+
+
 def constrain(x, layout, *names):
   """Asks XLA to lay `x` out as `layout.spec(*names)`. Without a layout, returns `x`.
 
@@ -89,22 +104,22 @@ def constrain(x, layout, *names):
   return jax.lax.with_sharding_constraint(x, layout.sharding(*names))
 
 
-def gather_layer(params, prefix, layout, dtype):
-  """Parameters of one layer, cast to `dtype` and gathered along `fsdp`; the gradient leaves by one reduce-scatter.
+def gather_layer(params, prefix, layout, dtype, rules):
+  """The parameters of one layer as its products take them: cast to `dtype`, then whole along `fsdp`.
 
   Called inside the loop over depth. Without this function XLA gathers float32, gathers all layers before the loop, or reduces
   gradients over all devices before it splits them.
 
   Args:
-    params: tree of one layer, without the axis of depth.
-    prefix: name of the stack, for the rules.
+    params: tree of one layer, without the depth in front.
+    prefix: name of the stack, for the `rules` of its parameters.
   """
   if layout is None:
     return params
   mesh = layout.mesh
 
   def gather(path, x):
-    spec = spec_for(f"{prefix}/{path_name(path)}", (1, *x.shape), mesh)[1:]
+    spec = spec_for(f"{prefix}/{path_name(path)}", (1, *x.shape), mesh, rules)[1:]
     whole = ["tensor" if axes in ("tensor", ("tensor", "fsdp")) else None for axes in spec]
     if P(*whole) == P(*spec):
       return x
@@ -135,44 +150,31 @@ def path_name(path):
   return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
-# (regex searched in the path, mesh axes of every dimension from the first, mesh axes if those do not divide).
-# Stacked blocks have the depth in front. Every large matrix is split over `fsdp` along a feature side, a multiple of 16 in all
-# published sizes. The side is that of rows: a TPU scatters a bfloat16 gradient only in whole tiles of 16 rows or 128 columns.
-# Otherwise it sums the gradient on every device, at twice the bytes (width 1152: fsdp=8 makes whole tiles, 16 does not).
-# Heads that do not divide are padded in computation (`layers.Linear`) and stored split along the feature side.
-RULES = (
-  # blocks of the STDiTs and of T5
+# A rule: regular expression searched in the path, mesh axes of the dimensions from the first, and perhaps the mesh axes to take
+# if those do not divide. Every model file has its rules; these are for blocks as in layers.py and t5.py.
+# Stacked blocks carry the depth in front. Every large matrix is split over `fsdp` along one of its feature sides, which are
+# multiples of 16 in all published sizes: along rows, not columns, since a TPU scatters a bfloat16 gradient only in whole tiles
+# of 16 rows or 128 columns, and otherwise sums it everywhere, at twice the bytes (width 1152: fsdp=8 makes whole tiles, 16 does
+# not). Heads that do not divide are padded where they are computed (`layers.Linear`), and stored split along the feature side.
+BLOCK_RULES = (
   (r"blocks/.*(qkv|key_value)/kernel$", P(None, "fsdp", None, "tensor"), P(None, ("fsdp", "tensor"))),
   (r"blocks/.*(query|key|value)/kernel$", P(None, "fsdp", "tensor"), P(None, ("fsdp", "tensor"))),
   (r"blocks/.*attention/out/kernel$", P(None, ("tensor", "fsdp")), P(None, None, None, ("fsdp", "tensor"))),
   (r"blocks/mlp/(fc1|gate|up)/kernel$", P(None, "fsdp", "tensor")),
   (r"blocks/mlp/(fc2|down)/kernel$", P(None, ("tensor", "fsdp"))),
   (r"blocks/.*(bias|norm/scale|modulation)$", P()),
-  # outside the blocks of the STDiTs
-  (r"(timestep|temporal)_modulation/kernel$", P("fsdp")),
-  (r"(caption|timestep|fps|frames)_embed/fc[12]/kernel$", P(None, "fsdp")),
-  (r"(size|aspect)_embed/fc[12]/kernel$", P()),
-  (r"(patch_embed|_embed/fc[12]|_modulation)/bias$", P()),
-  (r"patch_embed/kernel$", P()),
-  (r"final_layer/(modulation|linear/kernel|linear/bias)$", P()),
-  (r"(null_caption|rope_frequencies)$", P()),
-  # outside the blocks of T5
-  (r"token_embedding$", P(None, "fsdp")),
-  (r"(relative_bias|final_norm/scale)$", P()),
-  # autoencoders and the networks of their losses are small: whole on every device
-  (r"(^|/)((shortcut_)?(encoder|decoder)|quant_conv|post_quant_conv|discriminator|perceptual)/", P()),
 )
 
 
-def spec_for(name, shape, mesh, rules=RULES):
-  """PartitionSpec of the parameter `name`.
+def spec_for(name, shape, mesh, rules):
+  """PartitionSpec of the parameter `name` by the first rule that matches.
 
   Raises:
     ValueError: no rule matches, or a dimension does not divide.
   """
   specs = next((specs for pattern, *specs in rules if re.search(pattern, name)), None)
   if specs is None:
-    raise ValueError(f"no sharding rule matches the parameter {name!r} of shape {shape}; add one to parallel/shardings.py")
+    raise ValueError(f"no sharding rule matches the parameter {name!r} of shape {shape}; add one to the rules of its model")
 
   def parts(axes):
     return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
@@ -188,7 +190,7 @@ def spec_for(name, shape, mesh, rules=RULES):
   return spec
 
 
-def tree_shardings(tree, mesh, rules=RULES):
+def tree_shardings(tree, mesh, rules):
   """NamedSharding for every leaf of `tree` (arrays or shapes). Scalars are replicated.
 
   Paths of optimizer moments and of the average contain the parameter's own path, so one table serves the whole state.

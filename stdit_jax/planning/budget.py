@@ -8,12 +8,8 @@ import numpy as np
 from data import aspect_ratios, plan, sources
 from data import buckets as bucket_rules
 from data.config import DataConfig
-from stdit_jax.autoencoders import codec
-from stdit_jax.models import flops
+from stdit_jax.autoencoders import registry
 from stdit_jax.parallel.topology import CHIPS, parse_topology
-from stdit_jax.training.autoencoding import autoencoder_model
-from stdit_jax.training.encoding import uses_cached_text
-from stdit_jax.training.objectives import text_model
 
 ASSUMED_ROWS = 20_000
 
@@ -58,28 +54,23 @@ def update_seconds(resident, topology):
   return moved / (CHIPS[parse_topology(topology)].memory_gbs * 1e9)
 
 
-def encoder_seconds(stage, shares, topology, chips):
-  """{"videos", "captions"}: mean seconds that the encoders take for a micro step, at the published peak of the chips; 0 where
-  what they make comes from a cache or from disk.
+def encoder_seconds(stage, parts, shares, topology, chips):
+  """{"videos", "captions"}: mean seconds that the encoders take for a micro step, at the published peak of the chips.
 
-  FLOPs of the autoencoder are XLA's own count for pictures as square as the resolution has them, those of T5 by formula. (With
-  `text_encoder.where="step"` the bound of the bucket holds the bytes that T5 moves already, but not its FLOPs.)
+  0 for what comes from a cache or from disk. FLOPs of the autoencoder are XLA's own count for frames as square as the
+  resolution has them, those of T5 by formula. (With `text_encoder.where="step"` the bound of the bucket holds the bytes that T5
+  moves already, but not its FLOPs.)
 
   Args:
-    shares: of `bucket_shares`.
+    parts: `Components` of the stage; shares: of `bucket_shares`.
   """
   config, peak = stage.config, chips * CHIPS[parse_topology(topology)].tflops * 1e12
   rows = {(b.resolution, b.num_frames): b.batch_size for b in DataConfig(**config.data.to_dict()).parsed_buckets()}
-  videos, text = 0.0, text_model(config.text_encoder)
+  videos = captions = 0.0
   if not config.data.latents:
-    model = autoencoder_model(config.autoencoder)
-    videos = sum(share * rows[key] * _video_flops(model, *key) for key, share in shares.items())
-  if text is None or uses_cached_text(config):
-    captions = 0.0
-  else:
-    times = flops.TRAINING if config.text_encoder.train else 1
-    mean_rows = sum(share * rows[key] for key, share in shares.items())
-    captions = mean_rows * times * flops.text(text.config, config.text_encoder.max_length)
+    videos = sum(share * rows[key] * _video_flops(parts.autoencoder, *key) for key, share in shares.items())
+  if not parts.conditioner.is_cached(config.data.latents):
+    captions = parts.conditioner.encoder_flops(sum(share * rows[key] for key, share in shares.items()))
   return {"videos": videos / peak, "captions": captions / peak}
 
 
@@ -87,8 +78,8 @@ def encoder_seconds(stage, shares, topology, chips):
 def _video_flops(model, resolution, frames):
   """FLOPs of an autoencoder that encodes a clip."""
   pixels = aspect_ratios.size(resolution, aspect_ratios.closest_ratio(1, 1, resolution))
-  shapes = codec.module_of(model.config).init_shapes(model.config)
-  made = codec.make_codec(model, shapes, micro_batch=1)  # larger ones would be filled up
+  shapes = registry.family_of(model.config).init_shapes(model.config)
+  made = registry.make_codec(model, shapes, micro_batch=1)  # larger ones would be filled up
   return made.flops("encode", model.config.latent_size(*pixels), frames)
 
 

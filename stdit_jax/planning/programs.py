@@ -11,21 +11,17 @@ import jax
 import jaxlib
 
 from data.buckets import Bucket
-from stdit_jax.autoencoders import codec
-from stdit_jax.models import flops, t5
+from stdit_jax.models import flops
 from stdit_jax.parallel import hlo
 from stdit_jax.parallel.mesh import make_mesh
 from stdit_jax.parallel.shardings import tree_shardings
 from stdit_jax.parallel.topology import CHIPS, compiler_version, is_gpu, parse_topology, topology_devices
 from stdit_jax.planning import gpus
-from stdit_jax.training.autoencoding import autoencoder_model
-from stdit_jax.training.batches import array_axes, batch_shapes
 from stdit_jax.training.checkpoints import from_plain
-from stdit_jax.training.metrics import batch_work
-from stdit_jax.training.objectives import OBJECTIVES
-from stdit_jax.training.stage_data import choose_layouts
+from stdit_jax.training.objectives import make_objective
+from stdit_jax.training.stage_data import choose_splits
 from stdit_jax.training.stages import make_stages
-from stdit_jax.training.state import learning_rate_scales, make_optimizer, state_shapes
+from stdit_jax.training.state import make_optimizer, state_shapes
 from stdit_jax.training.step import Programs, TraceCounter
 
 GIB = 2**30
@@ -48,9 +44,9 @@ class Job:
   slices: int = 1
 
 
-def bytes_per_device(shapes, mesh):
-  """Bytes of a tree on one device, as the sharding table lays it."""
-  shardings = tree_shardings(shapes, mesh)
+def bytes_per_device(shapes, mesh, rules):
+  """Bytes of a tree on one device, as the sharding rules lay it."""
+  shardings = tree_shardings(shapes, mesh, rules)
   parts = jax.tree.map(lambda s, d: math.prod(d.shard_shape(s.shape)) * s.dtype.itemsize, shapes, shardings)
   return sum(jax.tree.leaves(parts))
 
@@ -60,41 +56,9 @@ def resident_bytes(config, objective, mesh):
   params, frozen = objective.shapes
   states = state_shapes(params, make_optimizer(config.optimizer))
   sizes = {"parameters": states["params"], "average": states["ema"], "optimizer": states["opt"], "gradients": states["params"]}
-  sizes = {name: bytes_per_device(tree, mesh) for name, tree in sizes.items()}
-  sizes["frozen"] = bytes_per_device(frozen, mesh)
-  if config.task == "denoiser":
-    if config.text_encoder.where == "ahead":
-      sizes["frozen"] += bytes_per_device(t5.init_shapes(objective.text.config), mesh)
-    autoencoder = autoencoder_model(config.autoencoder).config
-    autoencoder = codec.module_of(autoencoder).init_shapes(autoencoder)
-    sizes["frozen"] += sum(math.prod(s.shape) * s.dtype.itemsize for s in jax.tree.leaves(autoencoder))
-  return sizes
-
-
-def make_programs(stage, mesh, bucket, cudnn=None):
-  """The programs that train a stage on a mesh, with the gradient program of one bucket (resolution, frames, global batch size).
-
-  Args:
-    cudnn: as in `Layout`.
-
-  Returns:
-    (objective, programs, {name: shape of the batch's array}, layout of the batch, micro batches)
-
-  Raises:
-    ValueError: a configuration or batch that does not work on the mesh.
-  """
-  config, (resolution, frames, rows) = stage.config, bucket
-  objective = OBJECTIVES[config.task](config)
-  params, frozen = objective.shapes
-  optimizer = make_optimizer(config.optimizer)
-  layouts, micro_batches = choose_layouts(stage, [Bucket(resolution, frames, 1.0, rows)], mesh, objective)
-  layout, parts = dataclasses.replace(layouts[resolution, frames], cudnn=cudnn), micro_batches[resolution, frames]
-  batch = batch_shapes(config, objective, (resolution, frames), rows, layout.token_parts)
-  scales = learning_rate_scales(params, config.train, config.optimizer.scales)
-  states = state_shapes(params, optimizer)
-  programs = Programs(objective.loss, mesh, states, frozen, optimizer, scales, stage, TraceCounter())
-  programs.make_gradient((resolution, frames), tuple(batch), parts, layout)
-  return objective, programs, batch, layout, parts
+  sizes = {name: bytes_per_device(tree, mesh, objective.rules) for name, tree in sizes.items()}
+  frozen = bytes_per_device(frozen, mesh, objective.rules)
+  return sizes | {"frozen": frozen + objective.beside(bytes_per_device, mesh)}
 
 
 def lower(job):
@@ -107,32 +71,33 @@ def lower(job):
     ValueError: a configuration, mesh or batch that does not work.
   """
   stage = next(s for s in make_stages(from_plain(job.config)) if s.name == job.stage)
-  config = stage.config
+  config, (resolution, frames, rows) = stage.config, job.bucket
   mesh = make_mesh(config.mesh, topology_devices(job.topology, job.slices), config.slices)
-  resolution, frames, rows = job.bucket
-  objective, programs, batch, layout, parts = make_programs(
-    stage, mesh, job.bucket, gpus.stand_in if is_gpu(job.topology) else None
-  )
-  resident = resident_bytes(config, objective, mesh)
+  objective = make_objective(config)
+  split = choose_splits(stage, [Bucket(resolution, frames, 1.0, rows)], mesh, objective)[resolution, frames]
+  if is_gpu(job.topology):
+    split = dataclasses.replace(split, layout=dataclasses.replace(split.layout, cudnn=gpus.stand_in))
+  program = Programs(objective, stage, mesh, TraceCounter()).gradient((resolution, frames), rows, split)
+  layout, parts, resident = split.layout, split.micro_batches, resident_bytes(config, objective, mesh)
   # While it runs the host makes the next batch, which may be of the same size.
   resident["next batch"] = sum(
-    math.prod(layout.sharding(*array_axes(name)).shard_shape(s.shape)) * s.dtype.itemsize for name, s in batch.items()
+    math.prod(layout.sharding(*s.axes).shard_shape(s.shape)) * s.struct.dtype.itemsize for s in jax.tree.leaves(program.batch)
   )
   # The program's own peak holds parameters, gradients and what is frozen in it; the rest waits beside it.
-  own = resident["parameters"] + resident["gradients"] + bytes_per_device(objective.shapes[1], mesh)
+  own = resident["parameters"] + resident["gradients"] + bytes_per_device(objective.shapes[1], mesh, objective.rules)
   facts = {
     "stage": stage.name, "resolution": resolution, "frames": frames, "batch": rows, "batch_parts": layout.batch_parts,
     "samples_per_part": rows // layout.batch_parts // parts, "micro_batches": parts, "split_tokens": layout.split_tokens,
     "mesh": dict(mesh.shape), "chips": mesh.devices.size, "resident": resident, "beside": sum(resident.values()) - own,
     "limit": CHIPS[parse_topology(job.topology)].memory_gib * GIB,
   }  # fmt: skip
-  tokens, model_flops = batch_work(config, objective, batch)
+  tokens, model_flops = program.work
   if model_flops:
-    # What is computed again in the backward pass is the whole forward pass of the blocks.
+    # The backward pass computes the whole forward pass of the blocks again.
     again = objective.model.config.remat in ("full", "offload")
     hardware = model_flops * (flops.TRAINING + again) / flops.TRAINING
     facts |= {"tokens": tokens // rows, "model_flops": model_flops, "hardware_flops": hardware}
-  return programs.gradients[resolution, frames].lower(*programs.gradient_arguments(batch)), facts
+  return program.lower(), facts
 
 
 def text_digest(lowered, topology):

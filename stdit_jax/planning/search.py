@@ -16,10 +16,8 @@ from data.config import DataConfig
 from stdit_jax.parallel.mesh import AXES, mesh_sizes
 from stdit_jax.parallel.topology import CHIPS, parse_topology
 from stdit_jax.planning.programs import resident_bytes, roofline
-from stdit_jax.training.batches import batch_shapes
 from stdit_jax.training.checkpoints import from_plain
-from stdit_jax.training.metrics import batch_work
-from stdit_jax.training.objectives import OBJECTIVES
+from stdit_jax.training.objectives import make_objective
 from stdit_jax.training.stages import make_stages
 
 ATTEMPTS = 6  # compilations per bucket at most
@@ -143,8 +141,8 @@ def next_batch(results):
 def first_batch(job, chips):
   """Samples per device to begin with: those whose activations take about `FILL` of what the state leaves; 1 or more."""
   stage = next(s for s in make_stages(from_plain(job.config)) if s.name == job.stage)
-  objective = OBJECTIVES[stage.config.task](stage.config)
-  tokens, _ = batch_work(stage.config, objective, batch_shapes(stage.config, objective, job.bucket[:2], 1))
+  objective = make_objective(stage.config)
+  tokens, _ = objective.work(objective.batch(job.bucket[:2], 1))
   if not tokens:  # of an autoencoder there is no formula
     return 1
   mesh = AbstractMesh(tuple(axis_sizes(job.config, chips, job.slices).values()), AXES)

@@ -62,6 +62,16 @@ def _lost_process(error):
   return any(isinstance(e, jax.errors.JaxRuntimeError) for e in (error, error.__cause__, error.__context__))
 
 
+def reached_preemption(number):
+  """Whether all processes of a run of several stop at this call: one was sent SIGTERM, or its machine will be taken away.
+
+  The answer is the same on each process. Call it in every step, with a number that grows.
+  """
+  with contextlib.suppress(RuntimeError):  # the service is switched off
+    return multihost_utils.reached_preemption_sync_point(number)
+  return False
+
+
 class Checkpoints:
   """The checkpoints of one run folder."""
 
@@ -144,13 +154,6 @@ class Checkpoints:
     self.reload()
     return folder
 
-  def reached_preemption(self, step):
-    """Whether all processes of a run of several stop at this call, which is the same on each: one was sent SIGTERM, or its
-    machine is about to be taken away. Call it in every step, with a number that grows."""
-    with contextlib.suppress(RuntimeError):  # the service is switched off
-      return multihost_utils.reached_preemption_sync_point(step)
-    return False
-
   def wait(self):
     """Returns when everything is on disk."""
     with self._writing():
@@ -225,13 +228,14 @@ def stage_config(folder, step=None):
     checkpoints.close()
 
 
-def load_weights(folder, item="ema", step=None, mesh=None):
+def load_weights(folder, item="ema", step=None, mesh=None, rules=()):
   """Weights of a run folder: ({"denoiser": ..., ...}, constants, step), laid over the mesh, without one on one device.
 
   Args:
     folder: the run's `output`.
     item: "ema" (averaged) or "params".
     step: a checkpoint's step, the latest by default.
+    mesh, rules: where the weights go, by the sharding rules of their model.
 
   Raises:
     ValueError: no run folder, no checkpoint, no such step.
@@ -247,7 +251,7 @@ def load_weights(folder, item="ema", step=None, mesh=None):
 
     def read(name):
       tree = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), metadata[name].tree)
-      places = tree_shardings(tree, mesh) if mesh else jax.tree.map(lambda _: device, tree)
+      places = tree_shardings(tree, mesh, rules) if mesh else jax.tree.map(lambda _: device, tree)
       shapes = jax.tree.map(lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), tree, places)
       args = ocp.args.Composite(**{name: ocp.args.StandardRestore(shapes)})
       return checkpoints._manager.restore(step, args=args)[name]

@@ -1,10 +1,11 @@
-"""Programs compiled ahead: traced and lowered in the main thread in the order of need, compiled in threads beside training.
+"""Programs compiled ahead of need, in threads beside training.
 
-Lowering belongs to the main thread, where JAX's context is (`jax.set_mesh` is of one thread); compiling releases the GIL and
-needs nothing of it. The persistent cache makes a restart read what the first start compiled.
+The main thread traces and lowers them, since JAX's context (`jax.set_mesh`) belongs to one thread. Compiling releases the GIL
+and needs no context. The persistent cache makes a restart read what the first start compiled.
 """
 
 import concurrent.futures
+import dataclasses
 import threading
 import time
 
@@ -23,7 +24,7 @@ jax.monitoring.register_event_listener(_note)  # JAX calls it in the thread that
 
 
 class AheadOfTime:
-  """Compiled programs by name.
+  """Compiles lowered programs in the background.
 
   Args:
     threads: how many compile at a time.
@@ -33,27 +34,16 @@ class AheadOfTime:
   def __init__(self, threads, say):
     self._threads, self._say, self._pool = threads, say, None
     self._lock = threading.Lock()
-    self._programs, self._open, self._hits, self._seconds = {}, 0, 0, 0.0
+    self._added, self._open, self._hits, self._seconds = 0, 0, 0, 0.0
 
-  def __contains__(self, name):
-    return name in self._programs
-
-  def add(self, name, program, *shapes):
-    """Traces and lowers a jitted `program` for arguments of these shapes now, and has it compiled in the background."""
+  def add(self, name, lowered):
+    """Has a lowered program compiled -> `Compiled`; `name` is for messages."""
     if self._pool is None:
       self._pool = concurrent.futures.ThreadPoolExecutor(self._threads, "compilation")
-    lowered = program.lower(*shapes)
     with self._lock:
+      self._added += 1
       self._open += 1
-    self._programs[name] = self._pool.submit(self._compile, name, lowered)
-
-  def ready(self, name):
-    """Whether `get` returns at once."""
-    return self._programs[name].done()
-
-  def get(self, name):
-    """The compiled program; waits for it. Raises what the compiler raised."""
-    return self._programs[name].result()
+    return Compiled(name, self._pool.submit(self._compile, name, lowered))
 
   def _compile(self, name, lowered):
     _here.hit, began = False, time.monotonic()
@@ -63,7 +53,7 @@ class AheadOfTime:
       self._open -= 1
       self._hits += _here.hit
       self._seconds += seconds
-      done, hits, total, left = len(self._programs) - self._open, self._hits, self._seconds, self._open
+      done, hits, total, left = self._added - self._open, self._hits, self._seconds, self._open
     self._say(f"{name}: {'from the compilation cache' if _here.hit else 'compiled'} in {seconds:.1f} s")
     if not left:
       self._say(f"{done} programs are ready: {hits} from the cache, {done - hits} compiled; {total:.1f} s in all")
@@ -73,3 +63,65 @@ class AheadOfTime:
     """Gives up what has not begun to compile."""
     if self._pool is not None:
       self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+class StagePrograms:
+  """The compiled programs of one stage: each is lowered when it is first needed or foreseen, and compiled beside training.
+
+  Args:
+    programs: `step.Programs`; splits: of `StageData`; compiler: AheadOfTime.
+    beat: of the watchdog.
+    paused: context manager in which waiting for the compiler does not count as time of steps.
+  """
+
+  def __init__(self, programs, splits, compiler, beat, paused):
+    self._programs, self._splits, self._compiler, self._beat, self._paused = programs, splits, compiler, beat, paused
+    self._gradients, self._update = {}, None
+
+  def prepare(self, buckets):
+    """Lowers the programs that these buckets (`data.buckets.Bucket`) need, in their order."""
+    for i, bucket in enumerate(buckets):
+      self._beat(f"lowering {bucket.name}", slow=True)
+      self._lowered((bucket.resolution, bucket.num_frames), bucket.batch_size)
+      if i == 0 and self._update is None:
+        lowered = self._programs.update.lower(*self._programs.update_arguments())
+        self._update = self._compiler.add(f"{self._programs.name}: update", lowered)
+
+  def _lowered(self, bucket, rows):
+    if bucket not in self._gradients:
+      program = self._programs.gradient(bucket, rows, self._splits[bucket])
+      name = f"{self._programs.name}: gradient {bucket[0]} x {bucket[1]}"
+      self._gradients[bucket] = program, self._compiler.add(name, program.lower())
+    return self._gradients[bucket]
+
+  def gradient(self, bucket, rows):
+    """(`step.BucketProgram`, its executable) of a bucket; lowers it if only a later epoch's plan has the bucket."""
+    program, compiled = self._lowered(bucket, rows)
+    return program, self._wait(compiled)
+
+  def update(self):
+    """The executable of the update program."""
+    return self._wait(self._update)
+
+  def _wait(self, compiled):
+    if compiled.ready():
+      return compiled.get()
+    self._beat(f"waiting for the program {compiled.name}", slow=True)
+    with self._paused():
+      return compiled.get()
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+  """A program that is being compiled, or was."""
+
+  name: str
+  future: concurrent.futures.Future
+
+  def ready(self):
+    """Whether `get` returns at once."""
+    return self.future.done()
+
+  def get(self):
+    """The compiled program; waits for it. Raises what the compiler raised."""
+    return self.future.result()

@@ -1,106 +1,35 @@
-"""Latents and text embeddings ahead of training: what they are made from, and the work of making them.
+"""The work of `encode`: the latents and text features that the first epochs of stages ask for.
 
-`data/latents.py` has their keys, shards and reading; a training needs of this file what opens them.
+`data/latents.py` has their keys, shards and reading, `latent_caches.py` what they are made from.
 """
 
 import collections
 import contextlib
 import dataclasses
 import functools
-import json
 import math
 import time
 
 import jax
 import numpy as np
 
-from data import latents, loader, paths, plan, sources
+from data import latents, loader, plan, sources
 from data.config import DataConfig
-from stdit_jax.autoencoders.codec import ImageCodec
+from stdit_jax.autoencoders.registry import autoencoder_model
 from stdit_jax.cli import InputError
-from stdit_jax.generation.prompts import TokenizeText
+from stdit_jax.components import load_codec, load_text_encoder
+from stdit_jax.conditioning.captions import encode_ahead, text_encoder, tokenizer
 from stdit_jax.models import t5
 from stdit_jax.parallel.mesh import make_mesh
 from stdit_jax.parallel.shardings import Layout
-from stdit_jax.training import batches, weights
-from stdit_jax.training.autoencoding import autoencoder_model
-from stdit_jax.training.objectives import text_model
+from stdit_jax.training import batches
+from stdit_jax.training.latent_caches import autoencoder_identity, text_identity
+from stdit_jax.training.objectives import make_objective
 
 _MICRO_BATCHES = 8  # per device and turn, so that the last one, which may be half empty, weighs little
 _CAPTIONS = 8  # per device and turn
 _AHEAD_BYTES = 2 << 30
 _RECORD_BYTES = 400  # of a record beside its values, about
-
-# ------------------------------------------------------------------------------------------------------------ made from
-
-
-def _plain(values):
-  return json.loads(json.dumps(values))
-
-
-def _if_there(path):
-  """{"weights": fingerprint} of weights that are there: a training from a cache needs none."""
-  return {"weights": paths.fingerprint(path)} if path and paths.exists(path) else {}
-
-
-def autoencoder_identity(config):
-  """What decides the latents of pixels, of `autoencoder` of a configuration."""
-  fields = dataclasses.asdict(autoencoder_model(config).config)
-  del fields["remat"]
-  return {"name": config.name, "dtype": config.dtype, "fields": _plain(fields), **_if_there(config.weights)}
-
-
-def text_identity(config):
-  """What decides the embeddings of captions, of `text_encoder` of a configuration."""
-  fields = dataclasses.asdict(t5.get_config(config.name, **config.fields))
-  fields = {name: value for name, value in fields.items() if name not in ("scan", "remat")}
-  tokenizer = config.tokenizer
-  if paths.is_folder(tokenizer):
-    tokenizer = paths.fingerprint(tokenizer)
-  plain = {name: config[name] for name in ("name", "max_length", "clean_captions")}
-  return {**plain, "tokenizer": tokenizer, "fields": _plain(fields), **_if_there(config.weights)}
-
-
-def tokenizer(config):
-  """The `TokenizeText` of `text_encoder` of a configuration; ValueError where it has ids that the text encoder can't know."""
-  tokenize = TokenizeText(config.tokenizer, config.max_length, config.clean_captions)
-  if (ids := tokenize.vocab_size) > (known := t5.get_config(config.name).vocab_size):
-    raise ValueError(f"config: tokenizer {config.tokenizer!r} has {ids} ids, but text encoder {config.name!r} knows {known}")
-  return tokenize
-
-
-def uses_cached_text(config):
-  """Whether a stage finds its embeddings beside its latents: those of an encoder ahead of the step, if they are there."""
-  folder = config.data.latents
-  return bool(folder) and config.text_encoder.where == "ahead" and latents.has_text(folder)
-
-
-def needed_encoders(config):
-  """(whether a stage needs the autoencoder to encode, whether the text encoder ahead of the step).
-
-  Rows of a validation are not cached.
-  """
-  if config.task != "denoiser":
-    return False, False
-  ahead, validates = config.text_encoder.where == "ahead", bool(config.validation.every)
-  return validates or not config.data.latents, ahead and (validates or not uses_cached_text(config))
-
-
-def open_cache(config, data, table):
-  """The `data.latents.Cache` of a stage; ValueError, naming what differs, for one that was made from something else."""
-  if config.task != "denoiser":
-    raise ValueError(f"data.latents={data.latents!r} are for denoisers; an {config.task} needs videos")
-  wanted = {**latents.made_from_clips(data, table), "autoencoder": autoencoder_identity(config.autoencoder)}
-  if config.autoencoder.sample_posterior:
-    wanted["log_variance"] = True
-  found, text = latents.find(data.latents, "latents", wanted), None
-  if uses_cached_text(config):
-    wanted = {**latents.made_from_captions(data, table), "text_encoder": text_identity(config.text_encoder)}
-    text = latents.find(data.latents, "text", wanted)
-  return latents.Cache(found, text, table, data)
-
-
-# ----------------------------------------------------------------------------------------------------------------- work
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +44,7 @@ class Source:
   def open(cls, stage, folder):
     """Raises ValueError when nothing fits or a file is missing; tables and plans are kept in `folder`."""
     try:
-      data = dataclasses.replace(DataConfig.create(stage.config.data.to_dict()), latents="")
+      data = dataclasses.replace(make_objective(stage.config).data_config(stage.config.data.to_dict()), latents="")
       return cls(stage, data, plan.PlanSequence(sources.open_table(data, folder), data, folder))
     except ValueError as error:
       raise ValueError(f"config: stage {stage.name!r}: {error}") from None
@@ -194,12 +123,12 @@ class LatentsWork:
     config = self.source.stage.config.autoencoder.copy_and_resolve_references()
     with config.unlocked():
       config.cache_gb = 0.0
-    return batches.ClipEncoder(weights.load_codec(config), config, self._counter, self.source.stage.name)
+    return batches.ClipEncoder(load_codec(config), config, self._counter, self.source.stage.name)
 
   def _turn(self, num_frames):
     """Clips that are encoded together."""
     codec, devices = self.encoder._codecs[0], jax.local_device_count()
-    return max(1, -(-_MICRO_BATCHES * codec.micro_batch * devices // num_frames)) if isinstance(codec, ImageCodec) else devices
+    return max(1, -(-_MICRO_BATCHES * codec.micro_batch * devices // num_frames)) if codec.single_frames else devices
 
   def measure(self, keys):
     """(seconds per megapixel of the encoder alone, what it was measured with): one turn of the clips that most pixels are in.
@@ -333,13 +262,12 @@ class TextWork:
   @functools.cached_property
   def _embed(self):
     """(ids `[B, L]`, mask) -> features, on the way; this process's devices share the encoder."""
-    mesh, model = make_mesh({"fsdp": -1}, jax.local_devices(), {"data": -1}), text_model(self._config)
-    params = weights.load_text_encoder(self._members[0].stage.config, model, mesh)
-    layout, encode = Layout(mesh), batches.text_ahead(model, params)
+    mesh, model = make_mesh({"fsdp": -1}, jax.local_devices(), {"data": -1}), text_encoder(self._config)
+    params = load_text_encoder(self._config, model, mesh)
+    layout, encode = Layout(mesh), encode_ahead(model, params)
 
     def embed(ids, mask):
-      arrays = batches.to_global({"ids": ids, "mask": mask}, layout)
-      return encode(arrays["ids"], arrays["mask"], layout)
+      return encode(*batches.to_global([ids, mask], [batches.ROWS] * 2, layout), layout)
 
     return embed
 

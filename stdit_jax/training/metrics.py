@@ -15,7 +15,6 @@ import numpy as np
 from tensorboardX import SummaryWriter
 
 from data import paths
-from stdit_jax.models import flops
 from stdit_jax.parallel.topology import peak_tflops
 
 MAX_DATA_SHARE = 0.02  # of the step time: more is said, with what to do
@@ -66,19 +65,6 @@ class Averages:
       elif value in means:
         means[value] /= share
     return means
-
-
-def batch_work(config, objective, shapes):
-  """(tokens, model FLOPs) of training on one global batch of these shapes; FLOPs are 0 where no formula is there.
-
-  Tokens are those that the program computes: 1 to 7 % of them are padding. FLOPs are those of the denoiser, three times its
-  forward pass: no encoder, no recomputation.
-  """
-  if config.task != "denoiser":
-    return 0, 0
-  rows, frames, space, _ = shapes["latents_mean"].shape
-  model = objective.model.config
-  return rows * frames * space, rows * flops.TRAINING * flops.forward(model, frames, space, model.model_max_length)
 
 
 class Speed:

@@ -2,49 +2,40 @@
 
 import math
 
-import numpy as np
-
 from data import paths, plan, sources
-from data.aspect_ratios import SIZES
-from data.config import DataConfig
 from data.loader import make_loader
 from stdit_jax.parallel.shardings import Layout
-from stdit_jax.training import encoding
-from stdit_jax.training.batches import batch_shapes
+from stdit_jax.training.step import Split
 
 
-def choose_layouts(stage, buckets, mesh, objective):
-  """How each bucket of a stage uses the mesh, and the micro batches of each.
+def choose_splits(stage, buckets, mesh, objective):
+  """How each bucket of a stage splits its batch: {(resolution, frames): Split} of the buckets that have a batch size.
 
-  By `split_tokens` of the configuration: "auto" splits the tokens of a bucket over the mesh's `sequence` axis when its batch
-  does not divide by all devices, or when one sample alone has more tokens than `max_tokens_per_device`; it may name those.
-
-  Returns:
-    ({(resolution, frames): Layout}, {(resolution, frames): micro batches}) of the buckets that have a batch size.
+  By `split_tokens` of the configuration: "auto" splits the tokens of a bucket over the mesh's `sequence` axis if its batch does
+  not divide by all devices, or if one sample alone has more tokens than `max_tokens_per_device`; it may name those buckets.
 
   Raises:
     ValueError: a batch that does not divide, naming the nearest one that does.
   """
-  config, layouts, micro_batches = stage.config, {}, {}
+  config, splits = stage.config, {}
   limit, sequence = config.max_tokens_per_device, mesh.shape["sequence"]
   for bucket in buckets:
     if not (rows := bucket.batch_size):
       continue
     key = bucket.resolution, bucket.num_frames
-    latents = batch_shapes(config, objective, key, rows).get("latents_mean")
-    tokens = latents.shape[1] * latents.shape[2] if latents is not None else 0
+    tokens = objective.work(objective.batch(key, 1))[0]
     whole, split = Layout(mesh), Layout(mesh, split_tokens=True)
-    splits = objective.splits(key[1], sequence)
+    can_split = objective.splits(key[1], sequence)
     if config.split_tokens == "auto":
       wants_split = rows % whole.batch_parts or (limit and tokens > limit)
     else:
       wants_split = config.split_tokens == "always" or f"{key[0]}:{key[1]}" in config.split_tokens.split(",")
-      if wants_split and sequence > 1 and not splits and config.split_tokens != "always":
+      if wants_split and sequence > 1 and not can_split and config.split_tokens != "always":
         raise ValueError(
           f"config: stage {stage.name!r}: split_tokens names bucket {bucket.name}, whose clips can't be split over {sequence} "
           "devices; leave it out, or choose another length or mesh.sequence"
         )
-    layout = layouts[key] = split if wants_split and sequence > 1 and splits else whole
+    layout = split if wants_split and sequence > 1 and can_split else whole
     if rows % layout.batch_parts:
       near = math.ceil(rows / layout.batch_parts) * layout.batch_parts
       raise ValueError(
@@ -53,53 +44,41 @@ def choose_layouts(stage, buckets, mesh, objective):
       )
     per_device, each = rows // layout.batch_parts, tokens / layout.token_parts
     divisors = [k for k in range(1, per_device + 1) if per_device % k == 0]
-    micro_batches[key] = next((k for k in divisors if not limit or per_device // k * each <= limit), per_device)
-  return layouts, micro_batches
+    splits[key] = Split(layout, next((k for k in divisors if not limit or per_device // k * each <= limit), per_device))
+  return splits
 
 
 class StageData:
-  """Opens the tables and plans of a stage; raises ValueError when nothing fits or a batch does not divide.
+  """Opens the tables and plans of a stage.
 
   Attributes:
+    config: its `DataConfig`.
     cache: `data.latents.Cache` that is read in place of videos, or None.
     report: where the rows of the first epoch go, a table when printed.
-    layouts: {(resolution, frames): Layout}, how each bucket uses the mesh.
-    micro_batches: {(resolution, frames): parts into which its batch is split}.
+    splits: {(resolution, frames): Split}.
+
+  Raises:
+    ValueError: nothing fits, or a batch does not divide.
   """
 
   def __init__(self, stage, output, mesh, objective):
-    config = stage.config
     self.stage = stage.name
-    values = config.data.to_dict()
     try:
-      self.config = DataConfig.create(values)
+      self.config = objective.data_config(stage.config.data.to_dict())
       # Memory-mapped, so on a disk; files are named after what they were made from, and runs may share them.
       self.folder = paths.user_cache("data") if paths.is_remote(output) else paths.join(output, "data")
       table = sources.open_table(self.config, self.folder)
-      self.cache = encoding.open_cache(config, self.config, table) if self.config.latents else None
+      self.cache = objective.open_cache(self.config, table) if self.config.latents else None
       self._plans = plan.PlanSequence(table, self.config, self.folder, self.cache)
       self.report = self._plans.report(0)
     except ValueError as error:
       raise ValueError(f"config: stage {stage.name!r}: {error}") from None
-    self._tokenize = None
-    if config.task == "denoiser" and config.text_encoder.where != "disk" and not (self.cache and self.cache.text):
-      self._tokenize = encoding.tokenizer(config.text_encoder)
-    self.layouts, self.micro_batches = choose_layouts(stage, self.config.parsed_buckets(), mesh, objective)
-    if config.task == "autoencoder":
-      self._check_crop(config.autoencoder.crop)
-
-  def _check_crop(self, crop):
-    """Raises ValueError when a clip of the first epoch is smaller: it would end the run where it comes."""
-    numbers, _, ratios = self._plans.plan(0).all_slots()
-    buckets = self.config.parsed_buckets()
-    for number, ratio in np.unique(np.stack([numbers, ratios], 1), axis=0).tolist():
-      name = buckets[number].resolution
-      height, width = list(SIZES[name].values())[ratio]
-      if min(height, width) < crop:
-        raise ValueError(
-          f"config: stage {self.stage!r}: autoencoder.crop is {crop}, but there are clips of {height} x {width} pixels in "
-          f"{name}; take at most {min(height, width)}, a larger resolution, or leave such files out"
-        )
+    self._condition = objective.worker(self.cache)
+    self.splits = choose_splits(stage, self.config.parsed_buckets(), mesh, objective)
+    try:
+      objective.check_plan(self._plans.plan(0))
+    except ValueError as error:
+      raise ValueError(f"config: stage {stage.name!r}: {error}") from None
 
   def identity(self):
     """What a checkpoint stores of the plan: everything that it depends on."""
@@ -132,9 +111,10 @@ class StageData:
     return self._plans.plan(epoch).buckets(step, count)
 
   def loader(self, taken, skip=(), epochs=None):
-    """This process's loader, after so many micro steps of the stage; those of the plan in `skip` are passed over."""
-    shard = {bucket: (layout.process_parts(), layout.batch_parts) for bucket, layout in self.layouts.items()}
+    """This process's loader, after so many micro steps of the stage; it skips the micro steps of the plan in `skip`."""
+    layouts = {bucket: split.layout for bucket, split in self.splits.items()}
+    shard = {bucket: (layout.process_parts(), layout.batch_parts) for bucket, layout in layouts.items()}
     start = plan.place(taken, skip)
     return make_loader(
-      self.config, self.folder, shard=shard, start=start, skip=skip, tokenize=self._tokenize, epochs=epochs, cache=self.cache
+      self.config, self.folder, shard=shard, start=start, skip=skip, condition=self._condition, epochs=epochs, cache=self.cache
     )

@@ -1,6 +1,5 @@
 """What a run carries from step to step: parameters, their moving average, the optimizer's moments. All float32."""
 
-import functools
 import re
 
 import jax
@@ -10,14 +9,9 @@ import optax
 from stdit_jax.parallel.shardings import path_name, tree_shardings
 
 
-class Objective:
-  """What is trained. A subclass has `init(key) -> (params, frozen)`, with the original initialisation, and
-  `loss(params, frozen, batch, layout=None) -> (loss per sample, {name: further value per sample})`."""
-
-  @functools.cached_property
-  def shapes(self):
-    """(params, frozen) of `init` as shapes: nothing is allocated."""
-    return jax.eval_shape(self.init, jax.random.key(0))
+def init_shapes(objective):
+  """(params, frozen) of an objective's `init` as shapes; nothing is allocated."""
+  return jax.eval_shape(objective.init, jax.random.key(0))
 
 
 def learning_rate(config, start, steps):
@@ -103,7 +97,7 @@ def state_shapes(param_shapes, optimizer):
   return jax.eval_shape(lambda p: new_state(p, optimizer), param_shapes)
 
 
-def with_shardings(shapes, mesh):
+def with_shardings(shapes, mesh, rules):
   """ShapeDtypeStructs that carry their NamedSharding: what checkpoints restore into."""
-  shardings = tree_shardings(shapes, mesh)
+  shardings = tree_shardings(shapes, mesh, rules)
   return jax.tree.map(lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), shapes, shardings)

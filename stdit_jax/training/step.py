@@ -5,7 +5,9 @@ optimizer step is `accumulate` micro steps of equal weight. Programs count their
 """
 
 import collections
+import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +15,18 @@ import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from stdit_jax.parallel.shardings import constrain, tree_shardings
-from stdit_jax.training.batches import array_axes
-from stdit_jax.training.state import learning_rate
+from stdit_jax.parallel.shardings import Layout, constrain, tree_shardings
+from stdit_jax.training.state import learning_rate, learning_rate_scales, make_optimizer, state_shapes
 
 ADVERSARY = "discriminator"  # the network beside the one that it judges: its gradient is clipped by its own norm
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+  """How the batch of a bucket is split: over the mesh by `layout`, then into `micro_batches` that run one after the other."""
+
+  layout: Layout
+  micro_batches: int = 1
 
 
 class TraceCounter:
@@ -48,16 +57,15 @@ def new_accumulator(params):
   return {"gradients": jax.tree.map(jnp.zeros_like, params), "count": jnp.zeros((), jnp.float32)}
 
 
-def accumulate_gradients(loss, layout, micro_batches, scales, params, frozen, batch, accumulator):
+def accumulate_gradients(loss, split, specs, scales, params, frozen, batch, accumulator):
   """Adds the gradient of one bucket's batch to the accumulator.
 
   Args:
     loss: `(params, frozen, batch, layout) -> (loss per sample [b], dict of values per sample)`.
-    layout: how the batch and activations lie on the mesh.
-    micro_batches: parts into which the batch is split, one after the other; they share the batch's total weight, so that
-      the split changes nothing.
+    split: how the batch is split; micro batches share the total weight of the batch, so that the split changes nothing.
+    specs: tree of `ArraySpec` like `batch`.
     scales: tree of learning rate scales like `params`; where it is 0.0 no gradient is computed, it is zero.
-    batch: dict of arrays with the global batch in front; `weight` is 0 for rows that could not be decoded.
+    batch: tree of arrays with the global batch in front; `weight` is 0 for rows that could not be decoded.
 
   Returns:
     (accumulator, metrics): metrics of the batch, weighted means.
@@ -65,24 +73,24 @@ def accumulate_gradients(loss, layout, micro_batches, scales, params, frozen, ba
 
   def weighted(params, part):
     params = jax.tree.map(lambda p, s: p if s else jax.lax.stop_gradient(p), params, scales)
-    per_sample, values = loss(params, frozen, part, layout)
+    per_sample, values = loss(params, frozen, part, split.layout)
     counts = part["weight"] > 0
     total = lambda v: jnp.sum(jnp.where(counts, v * part["weight"], 0.0))  # noqa: E731
     return total(per_sample), {"loss": total(per_sample), **{name: total(v) for name, v in values.items()}}
 
   gradient = jax.grad(weighted, has_aux=True)
-  if micro_batches == 1:
+  if split.micro_batches == 1:
     gradients, sums = gradient(params, batch)
   else:
     # Row i * k + j goes to part j: every part takes rows from every device.
-    def split(name, x):
-      x = jnp.swapaxes(x.reshape(-1, micro_batches, *x.shape[1:]), 0, 1)
-      return constrain(x, layout, None, *array_axes(name))
+    def take_apart(spec, x):
+      x = jnp.swapaxes(x.reshape(-1, split.micro_batches, *x.shape[1:]), 0, 1)
+      return constrain(x, split.layout, None, *spec.axes)
 
     def add(carry, part):
       return jax.tree.map(jnp.add, carry, gradient(params, part)), None
 
-    parts = {name: split(name, x) for name, x in batch.items()}
+    parts = jax.tree.map(take_apart, specs, batch)
     zero = jax.tree.map(
       lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], parts))
     )
@@ -131,48 +139,83 @@ def update(optimizer, scales, schedule, clip_norm, ema_decay, state, accumulator
   return state, jax.tree.map(jnp.zeros_like, accumulator), metrics
 
 
-class Programs:
-  """The jitted programs of one stage, made once and kept: state and accumulator are donated and stay where they are."""
+@dataclasses.dataclass(frozen=True)
+class BucketProgram:
+  """The gradient program of one (resolution, frames) bucket.
 
-  def __init__(self, loss, mesh, state_shapes, frozen_shapes, optimizer, scales, stage, counter):
-    self._loss, self._scales, self._counter, self._name = loss, scales, counter, stage.name
+  Attributes:
+    bucket: (resolution, frames).
+    split: how the batch lies on the mesh, and its micro batches.
+    batch: the arrays of the batch, a tree of `ArraySpec`.
+    work: (tokens, model FLOPs) of the batch.
+    jitted: `(params, frozen, batch, accumulator) -> (accumulator, metrics)`; it donates the accumulator.
+    arguments: of `jitted`, as shapes.
+  """
+
+  bucket: tuple[str, int]
+  split: Split
+  batch: dict
+  work: tuple[int, float]
+  jitted: Any
+  arguments: tuple
+
+  def lower(self):
+    """The program, traced and lowered for its arguments."""
+    return self.jitted.lower(*self.arguments)
+
+
+class Programs:
+  """The programs of one stage: state and accumulator are donated and stay where they are.
+
+  Args:
+    objective: of the stage; stage: `stages.Stage`; mesh: the device mesh.
+    counter: TraceCounter.
+
+  Attributes:
+    optimizer: of the stage.
+    shapes: (state, frozen, accumulator); state: shardings of the state.
+    new_accumulator: `params -> accumulator`; update: `(state, accumulator, step) -> (state, accumulator, metrics)`.
+  """
+
+  def __init__(self, objective, stage, mesh, counter):
+    self.objective, self.name, self._counter = objective, stage.name, counter
+    params, frozen = objective.shapes
+    config = stage.config
+    self.optimizer = make_optimizer(config.optimizer)
+    self._scales = learning_rate_scales(params, config.train, config.optimizer.scales)
+    shapes = state_shapes(params, self.optimizer)
+    self.shapes = shapes, frozen, jax.eval_shape(new_accumulator, params)
     self._replicated = NamedSharding(mesh, P())
+    self.state = tree_shardings(shapes, mesh, objective.rules)
+    self._frozen = tree_shardings(frozen, mesh, objective.rules)
+    self._accumulator = {"gradients": self.state["params"], "count": self._replicated}
     # Products of gathered kernels stay whole: as a loop over pieces ("windowed einsum"), which the TPU's compiler prefers, the
     # gradients of a layer cross the interconnect twice.
     tpu = mesh.devices.flat[0].platform == "tpu"
     self._options = {"compiler_options": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}} if tpu else {}
-    self._state = tree_shardings(state_shapes, mesh)
-    self._frozen = tree_shardings(frozen_shapes, mesh)
-    self._accumulator = {"gradients": self._state["params"], "count": self._replicated}
-    self.gradients = {}
     self.new_accumulator = jax.jit(new_accumulator, out_shardings=self._accumulator)
-    self._shapes = state_shapes, frozen_shapes, jax.eval_shape(new_accumulator, state_shapes["params"])
-    config, schedule = stage.config, learning_rate(stage.config.optimizer, stage.start, stage.steps)
-    function = functools.partial(update, optimizer, scales, schedule, config.optimizer.clip_norm, config.ema_decay)
+    schedule = learning_rate(config.optimizer, stage.start, stage.steps)
+    function = functools.partial(update, self.optimizer, self._scales, schedule, config.optimizer.clip_norm, config.ema_decay)
+    places = self.state, self._accumulator, self._replicated
     self.update = jax.jit(
-      counter.counted(f"{stage.name}: update", function),
-      in_shardings=(self._state, self._accumulator, self._replicated),
-      out_shardings=(self._state, self._accumulator, self._replicated),
-      donate_argnums=(0, 1),
+      counter.counted(f"{stage.name}: update", function), in_shardings=places, out_shardings=places, donate_argnums=(0, 1)
     )
 
   def update_arguments(self):
-    """What `update` takes, as shapes: from them it is compiled ahead."""
-    return self._shapes[0], self._shapes[2], jax.ShapeDtypeStruct((), jnp.int32)
+    """What `update` takes, as shapes."""
+    return self.shapes[0], self.shapes[2], jax.ShapeDtypeStruct((), jnp.int32)
 
-  def gradient_arguments(self, batch):
-    """What a program of `gradients` takes for a batch of these shapes."""
-    return self._shapes[0]["params"], self._shapes[1], batch, self._shapes[2]
-
-  def make_gradient(self, bucket, names, micro_batches, layout):
-    """Adds the program of a (resolution, frames) bucket to `gradients`:
-    `(params, frozen, batch, accumulator) -> (accumulator, metrics)`. `names`: of the arrays of the batch."""
-    function = functools.partial(accumulate_gradients, self._loss, layout, micro_batches, self._scales)
-    batch = {name: layout.sharding(*array_axes(name)) for name in names}
-    self.gradients[bucket] = jax.jit(
-      self._counter.counted(f"{self._name}: gradient {bucket[0]} x {bucket[1]}", function),
+  def gradient(self, bucket, rows, split):
+    """The `BucketProgram` of a (resolution, frames) bucket with a global batch of `rows`."""
+    layout, batch = split.layout, self.objective.batch(bucket, rows, split.layout.token_parts)
+    function = functools.partial(accumulate_gradients, self.objective.loss, split, batch, self._scales)
+    places = jax.tree.map(lambda spec: layout.sharding(*spec.axes), batch)
+    jitted = jax.jit(
+      self._counter.counted(f"{self.name}: gradient {bucket[0]} x {bucket[1]}", function),
       **self._options,
-      in_shardings=(self._state["params"], self._frozen, batch, self._accumulator),
+      in_shardings=(self.state["params"], self._frozen, places, self._accumulator),
       out_shardings=(self._accumulator, self._replicated),
       donate_argnums=(3,),
     )
+    arguments = self.shapes[0]["params"], self.shapes[1], jax.tree.map(lambda spec: spec.struct, batch), self.shapes[2]
+    return BucketProgram(bucket, split, batch, self.objective.work(batch), jitted, arguments)

@@ -1,15 +1,9 @@
-"""From the model of one stage to that of the next: what is there is kept, what is new is initialised."""
-
-import re
+"""From the model of one stage to that of the next: equal arrays are kept, new ones are initialised."""
 
 import jax
 import jax.numpy as jnp
 
-from stdit_jax.interop.mapping import STACKED
 from stdit_jax.parallel.shardings import path_name, tree_shardings
-
-# What may be of another length along its first axis: stacks of layers, and the null caption.
-_RESIZABLE = re.compile(rf"(^|/)({'|'.join(STACKED)})/|/null_caption$")
 
 
 def by_name(*trees):
@@ -17,20 +11,22 @@ def by_name(*trees):
   return {path_name(path): leaf for tree in trees for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
-def fates(before, after):
+def fates(before, after, resizable=()):
   """What becomes of arrays by name: {"kept", "resized", "new" or "dropped": set of names}.
 
   Args:
     before, after: `by_name` of arrays or shapes.
+    resizable: parts of names; arrays whose name has one may change the length of their first axis.
   """
   both = before.keys() & after.keys()
   kept = {name for name in both if before[name].shape == after[name].shape}
-  resized = {n for n in both - kept if _RESIZABLE.search(n) and before[n].shape[1:] == after[n].shape[1:]}
+  may = {name for name in both - kept if any(part in f"/{name}" for part in resizable)}
+  resized = {name for name in may if before[name].shape[1:] == after[name].shape[1:]}
   there = kept | resized
   return {"kept": kept, "resized": resized, "new": after.keys() - there, "dropped": before.keys() - there}
 
 
-def describe(before, after):
+def describe(before, after, resizable=()):
   """`fates` as one line, a group of names that share theirs as `group/*`; "" when all are kept."""
   everything = before.keys() | after.keys()
 
@@ -42,32 +38,33 @@ def describe(before, after):
       lines[f"{whole}*" if whole else name] = None
     return ", ".join(lines) or "nothing"
 
-  fate = fates(before, after)
+  fate = fates(before, after, resizable)
   if fate["kept"] == everything:
     return ""
   return "; ".join(f"{what}: {compact(names)}" for what, names in fate.items() if names or what != "resized")
 
 
-def resize(name, array, fresh):
-  """`array` with as many rows as `fresh`: those that both have, then those of `fresh`, as layers of a stack that grows.
+def resize(array, fresh, repeat):
+  """`array` with as many rows as `fresh`: the rows that both have, then rows of `fresh`, or with `repeat` its own last row.
 
-  A null caption repeats its last row, as Open-Sora loads one of another length (`ckpt_utils.py`).
+  A stack that grows takes fresh layers. A null caption repeats its last row, as Open-Sora loads one of another length
+  (`ckpt_utils.py`).
   """
   both = min(len(array), len(fresh))
-  rest = jnp.broadcast_to(array[-1:], fresh.shape) if name.endswith("/null_caption") else fresh
+  rest = jnp.broadcast_to(array[-1:], fresh.shape) if repeat else fresh
   return jnp.concatenate([array[:both], rest[both:]])
 
 
 def change_model(objective, optimizer, mesh, key, state, frozen):
   """(state, frozen) of the model of `objective`, from those of another model.
 
-  Parameters, their averages and moments of equal name and shape are taken over as they are. What is new gets its original
-  initialisation from `key`, an average that starts there and fresh moments; what is resized gets fresh moments, too.
+  Parameters, their averages and moments of equal name and shape stay as they are. A new parameter gets its original
+  initialisation from `key`, an average that starts there and fresh moments. A resized one gets fresh moments, too.
   """
   params, constants = shapes = objective.shapes
-  places = by_name(*tree_shardings(shapes, mesh))
+  places = by_name(*tree_shardings(shapes, mesh, objective.rules))
   values, averages = by_name(state["params"], frozen), by_name(state["ema"])
-  fate = fates(values, by_name(*shapes))
+  fate = fates(values, by_name(*shapes), objective.resizable)
   changed, trained = fate["new"] | fate["resized"], by_name(params).keys()
   names = changed, changed & trained  # in `values` and in `averages`, for which the same is done
 
@@ -75,7 +72,8 @@ def change_model(objective, optimizer, mesh, key, state, frozen):
     # Weakly typed values would make every program trace again after the first update.
     fresh = {n: jax.lax.convert_element_type(x, x.dtype) for n, x in by_name(*objective.init(key)).items()}
     return [
-      {n: resize(n, old[n], fresh[n]) if n in old else jnp.copy(fresh[n]) for n in these} for these, old in zip(names, before)
+      {n: resize(old[n], fresh[n], n not in trained) if n in old else jnp.copy(fresh[n]) for n in these}
+      for these, old in zip(names, before)
     ]
 
   resized = [{n: old[n] for n in these & fate["resized"]} for these, old in zip(names, (values, averages))]
@@ -85,7 +83,8 @@ def change_model(objective, optimizer, mesh, key, state, frozen):
     return jax.tree_util.tree_map_with_path(lambda path, _: by_name[path_name(path)], shapes)
 
   new = {"params": tree(params, values | made[0]), "ema": tree(params, averages | made[1])}
-  fresh = jax.jit(optimizer.init, out_shardings=tree_shardings(jax.eval_shape(optimizer.init, params), mesh))(new["params"])
+  moments = tree_shardings(jax.eval_shape(optimizer.init, params), mesh, objective.rules)
+  fresh = jax.jit(optimizer.init, out_shardings=moments)(new["params"])
   old = by_name(state["opt"])
 
   def moment(path, fresh):

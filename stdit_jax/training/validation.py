@@ -2,11 +2,10 @@
 
 As Open-Sora 1.2's `eval_loss` measures it: every bucket on rows that fit it, whatever its probabilities, at timesteps evenly
 inside (0, 1000) without the timestep transform. Noise belongs to row and timestep, and rows that only fill a batch have
-weight 0: the value depends on neither batch, mesh nor processes, and is the same, bit for bit, where these are.
+weight 0. So the value depends on neither batch, mesh nor processes, and is the same, bit for bit, where these are.
 """
 
 import collections
-import copy
 import dataclasses
 import functools
 import math
@@ -20,8 +19,7 @@ from jax.sharding import PartitionSpec as P
 from data.config import DataConfig
 from stdit_jax.cli import InputError
 from stdit_jax.parallel.shardings import Layout, tree_shardings
-from stdit_jax.training.batches import array_axes, batch_shapes
-from stdit_jax.training.stage_data import StageData, choose_layouts
+from stdit_jax.training.stage_data import StageData, choose_splits
 
 
 def fixed_data(stage, mesh, objective):
@@ -37,18 +35,18 @@ def fixed_data(stage, mesh, objective):
       splits = splits and objective.splits(b.num_frames, mesh.shape["sequence"])
       parts = Layout(mesh, split_tokens=splits).batch_parts
       buckets.append(dataclasses.replace(b, batch_size=math.ceil(b.batch_size / parts) * parts))
-  layouts, micro_batches = choose_layouts(stage, buckets, mesh, objective)
+  splits = choose_splits(stage, buckets, mesh, objective)
   samples, rows = config.validation.samples_per_bucket, []
   for b in buckets:
-    key = b.resolution, b.num_frames
-    parts = layouts[key].batch_parts
-    each = min(b.batch_size // parts // micro_batches[key], math.ceil(samples / parts))
-    rows.append((*key, 1.0, parts * each))
+    split = splits[b.resolution, b.num_frames]
+    parts = split.layout.batch_parts
+    each = min(b.batch_size // parts // split.micro_batches, math.ceil(samples / parts))
+    rows.append((b.resolution, b.num_frames, 1.0, parts * each))
   with config.ignore_type():
     # Threads, since the few clips are read in less time than processes take to start.
     config.data.update(tables=config.validation.tables, buckets=tuple(rows), reference_devices=1, drop_last=False, workers=0)
     config.data.rows_per_bucket = samples
-    config.data.latents = ""  # what is cached are the clips of the training
+    config.data.latents = ""  # a cache holds the clips of the training
   return dataclasses.replace(stage, name=f"{stage.name}: validation", config=config.lock())
 
 
@@ -62,46 +60,39 @@ def first_slots(plan):
 
 
 class Validation:
-  """The validation of one stage.
-
-  Args: as `StageData`; raises ValueError as it does.
-  """
+  """The validation of one stage. Arguments and errors as of `StageData`."""
 
   def __init__(self, stage, output, mesh, objective):
     self.stage, self.mesh, self.objective = fixed_data(stage, mesh, objective), mesh, objective
     self.data = StageData(self.stage, output, mesh, objective)
-    self.config = self.stage.config.validation
+    self.config, self._programs = self.stage.config.validation, {}
 
-  def compile_ahead(self, compiled, counter, params, frozen):
-    """Lowers the programs of all buckets that have rows, for parameters of these shapes, and has `compiled` compile them."""
+  def compile_ahead(self, compiler, counter, params, frozen):
+    """Has `compiler` (compilation.AheadOfTime) compile the programs of all buckets that have rows, for parameters of these
+    shapes."""
     for line, bucket in zip(self.data.report.buckets, self.data.config.parsed_buckets()):
       key = bucket.resolution, bucket.num_frames
-      if not line["steps"] or self._name(key) in compiled:
+      if not line["steps"] or key in self._programs:
         continue
-      layout = self.data.layouts[key]
-      batch = batch_shapes(self.stage.config, self.objective, key, bucket.batch_size, layout.token_parts)
+      layout, name = self.data.splits[key].layout, f"{self.stage.name} {bucket.resolution} x {bucket.num_frames}"
+      batch = self.objective.batch(key, bucket.batch_size, layout.token_parts)
+      places = jax.tree.map(lambda spec: layout.sharding(*spec.axes), batch)  # noqa: B023 - called at once
       program = jax.jit(
-        counter.counted(self._name(key), functools.partial(self._losses, layout)),
-        in_shardings=(
-          tree_shardings(params, self.mesh), tree_shardings(frozen, self.mesh),
-          {name: layout.sharding(*array_axes(name)) for name in batch},
-        ),
+        counter.counted(name, functools.partial(self._losses, layout)),
+        in_shardings=(*(tree_shardings(tree, self.mesh, self.objective.rules) for tree in (params, frozen)), places),
         out_shardings=NamedSharding(self.mesh, P()),
-      )  # fmt: skip
-      compiled.add(self._name(key), program, params, frozen, batch)
-
-  def _name(self, bucket):
-    return f"{self.stage.name} {bucket[0]} x {bucket[1]}"
+      )
+      shapes = jax.tree.map(lambda spec: spec.struct, batch)
+      self._programs[key] = compiler.add(name, program.lower(params, frozen, shapes))
 
   def _losses(self, layout, params, frozen, batch):
     return self.objective.fixed_loss(params, frozen, batch, self.config.timesteps, layout), batch["weight"]
 
-  def __call__(self, params, frozen, make_batch, program):
-    """The losses of these weights; all processes call it together.
+  def __call__(self, params, frozen, make_batch):
+    """The losses of these weights; all processes call it together, after `compile_ahead`.
 
     Args:
-      make_batch: what makes the batches of this stage's training.
-      program: name -> compiled program.
+      make_batch: `(LoadedStep, layout) -> arrays` of this stage's training.
 
     Returns:
       {"validation/loss", "validation/RESOLUTION x FRAMES", "validation/t 0-25%", ...: mean over samples and timesteps}.
@@ -109,13 +100,11 @@ class Validation:
     Raises:
       InputError: too many rows cannot be decoded.
     """
-    make_batch = copy.copy(make_batch)
-    make_batch.layouts = self.data.layouts  # and its encoders, which are loaded already
     results = []
     for step in self._steps():
-      batch = make_batch(step)
+      batch = make_batch(step, self.data.splits[step.bucket].layout)
       jax.block_until_ready([result for _, result in results[-1:]])  # or batches would pile up on the device
-      results.append((step.bucket, program(self._name(step.bucket))(params, frozen, batch)))
+      results.append((step.bucket, self._programs[step.bucket].get()(params, frozen, batch)))
     return self._means(results)
 
   def _means(self, results):

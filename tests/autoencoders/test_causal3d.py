@@ -1,4 +1,4 @@
-"""CogVideoX's autoencoder against diffusers.AutoencoderKLCogVideoX: values, names, and the same numbers however it is cut."""
+"""CogVideoX's autoencoder against diffusers.AutoencoderKLCogVideoX: values, names and tiles."""
 
 import dataclasses
 
@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from stdit_jax.autoencoders import causal3d
-from stdit_jax.autoencoders.codec import make_codec
+from stdit_jax.autoencoders.registry import make_codec
 from stdit_jax.autoencoders.tiles import Tiles
 from stdit_jax.interop import load_variables
-from tests.helpers import QUICK_COMPILE, relative_error
+from tests.helpers import relative_error
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -43,7 +43,7 @@ def reference(config, **fields):
 
 @pytest.fixture(scope="module", params=CONFIGS)
 def pair(request, tmp_path_factory):
-  """(configuration, theirs, our model, our variables), the weights by way of their file."""
+  """(configuration, theirs, our model, our variables). Our weights come from their file."""
   config = CONFIGS[request.param]
   theirs, folder = reference(config), tmp_path_factory.mktemp("vae")
   theirs.save_pretrained(folder)
@@ -61,11 +61,11 @@ def to_torch(x):
 
 
 def run(model, method):
-  return jax.jit(lambda variables, x: model.apply(variables, x, method=method), compiler_options=QUICK_COMPILE)
+  return jax.jit(lambda variables, x: model.apply(variables, x, method=method))
 
 
 @pytest.mark.parametrize("frames", [1, 8, 12, 17])
-def test_encodes_as_diffusers(pair, frames):
+def test_encoder_matches_diffusers(pair, frames):
   config, theirs, model, variables = pair
   if config.halvings == 1 and frames == 12:
     pytest.skip("one length less")
@@ -79,7 +79,7 @@ def test_encodes_as_diffusers(pair, frames):
 
 
 @pytest.mark.parametrize("frames", [1, 2, 3, 5])
-def test_decodes_as_diffusers(pair, frames):
+def test_decoder_matches_diffusers(pair, frames):
   config, theirs, model, variables = pair
   z = clip(frames, 3, 4, config.latent_channels)
   with torch.no_grad():
@@ -89,7 +89,7 @@ def test_decodes_as_diffusers(pair, frames):
   assert relative_error(pixels, np.moveaxis(expected, 1, -1)) < 5e-5
 
 
-def test_tiles_as_diffusers(pair):
+def test_tiles_match_diffusers(pair):
   config, theirs, model, variables = pair
   if config is not CONFIGS["four levels"]:
     pytest.skip("one is enough")

@@ -1,4 +1,4 @@
-"""Clips to normalised latents and back, in pieces: the values of the whole, in memory that does not grow."""
+"""Codecs compute clips in pieces: the values are those of the whole clip, and memory does not grow."""
 
 import collections
 import dataclasses
@@ -8,11 +8,12 @@ import jax
 import numpy as np
 import pytest
 
-from stdit_jax.autoencoders import causal3d, codec, image_kl, temporal, tiles
-from stdit_jax.autoencoders.codec import fit_tiles, make_codec
+from stdit_jax.autoencoders import causal3d, codec, image_kl, registry, temporal, tiles
+from stdit_jax.autoencoders.codec import fit_tiles
+from stdit_jax.autoencoders.latents import to_uint8
+from stdit_jax.autoencoders.registry import make_codec
 from tests.helpers import relative_error
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 CONFIGS = {
   "image": image_kl.get_config(
     "tiny-kl-f8", block_out_channels=(8, 16), scaling_factor=0.5, shift=(0.1, 0.2, -0.3, 0.0), scale=[1.0, 2.0, 0.5, 1.5]
@@ -26,9 +27,9 @@ CONFIGS = {
 
 @pytest.fixture(scope="module", params=CONFIGS)
 def made(request):
-  """(codec, names of the functions that it ran)."""
+  """(codec, names of the functions that it runs)."""
   config, ran = CONFIGS[request.param], []
-  module = codec.module_of(config)
+  module = registry.family_of(config)
   model = module.build(config)
 
   def run(function, *args, **static):
@@ -50,11 +51,11 @@ def whole(made, frames):
   squeeze = lambda y: np.asarray(y).reshape(-1, *y.shape[-3:])  # noqa: E731
   factor = config.scaling_factor / np.asarray(config.scale)
   normalised = (mean - np.asarray(config.shift)) * factor
-  return squeeze(normalised), squeeze(np.exp(0.5 * logvar) * factor), squeeze(image_kl.to_uint8(pixels))
+  return squeeze(normalised), squeeze(np.exp(0.5 * logvar) * factor), squeeze(to_uint8(pixels))
 
 
 @pytest.mark.parametrize("length", [9, 16])
-def test_pieces_are_the_whole(made, length):
+def test_pieces_equal_the_whole_clip(made, length):
   made, _ = made
   assert made.config.keeps(length)
   frames = np.random.default_rng(length).integers(0, 256, (length, 16, 24, 3), dtype=np.uint8)
@@ -71,8 +72,8 @@ def test_pieces_are_the_whole(made, length):
   assert np.abs(pixels.astype(int) - expected[:length].astype(int)).max() <= 1
 
 
-def test_longer_clips_need_no_other_programs_of_their_memory(made):
-  """Of a clip with more pieces the largest program of the decoder is the same, but where norms see the whole clip."""
+def test_memory_does_not_grow_with_the_clip(made):
+  """The largest program of the decoder stays the same, unless norms see the whole clip."""
   made, _ = made
   size = made.config.latent_size(16, 24)
   peaks = []
@@ -85,15 +86,15 @@ def test_longer_clips_need_no_other_programs_of_their_memory(made):
     assert peaks[1] == peaks[0]
 
 
-def test_a_picture_is_computed_once(made):
-  """However many frames are computed at a time."""
+def test_an_image_is_computed_once(made):
+  """Its FLOPs do not depend on the micro batch."""
   made, _ = made
   for method in ("encode", "decode"):
     several, one = (dataclasses.replace(made, micro_batch=n).flops(method, (4, 6), 1) for n in (4, 1))
     assert several == one
 
 
-def test_the_lowered_programs_are_those_that_run(made):
+def test_lowered_programs_are_those_that_run(made):
   made, ran = made
   length, size = 17, made.config.latent_size(16, 24)
   latents = np.zeros((made.config.latent_frames(length), *size, made.config.latent_channels), np.float32)
@@ -106,8 +107,8 @@ def test_the_lowered_programs_are_those_that_run(made):
     assert lowered == collections.Counter(ran)
 
 
-def test_pieces_are_told_when_they_are_there():
-  """What is computed when it comes is told before the next is asked for; what is not, at the latest two later."""
+def test_join_reports_finished_pieces():
+  """It reports a NumPy piece before it asks for the next one."""
   told = []
 
   def parts():
@@ -120,7 +121,7 @@ def test_pieces_are_told_when_they_are_there():
 
 
 @pytest.mark.parametrize("size", [(90, 160), (60, 107), (30, 53), (64, 64)])
-def test_no_tile_holds_only_what_another_has(size):
+def test_no_tile_lies_within_another_one(size):
   for each in tiles.sizes_for(size):
     for starts, tile, side in zip(each.starts(size), (each.height, each.width), size):
       assert all(start + tile < side for start in starts[:-1])
@@ -130,10 +131,10 @@ def test_no_tile_holds_only_what_another_has(size):
 
 
 def test_tiles_need_less_memory(made):
-  """The largest tiles that fit: less memory, the same length and size, and each tile's own values where it has no neighbour."""
+  """`fit_tiles` takes the largest tiles that fit. Outside of overlaps, values are those of the tile alone."""
   made, _ = made
   if made.config not in (CONFIGS["image"], CONFIGS["Open-Sora"]):
-    pytest.skip("two kinds are enough; CogVideoX's tiles are compared with diffusers")
+    pytest.skip("two autoencoders are enough; test_causal3d.py compares CogVideoX's tiles with diffusers")
   made = dataclasses.replace(made, micro_batch=1)
   length, size = 5, (40, 18)  # beside which the parts of kernels, of which CPUs make copies, are small
   latents = np.random.default_rng(0).standard_normal(
@@ -177,15 +178,15 @@ def test_latent_frames_cover_the_clip(name):
   assert kept == ([1, 8, 9, 16, 17, 24, 25, 32, 33] if "Cog" in name else list(range(1, 40)))
 
 
-def test_a_clip_that_does_not_come_back_is_refused():
+def test_decode_refuses_changed_lengths():
   model = causal3d.build(CONFIGS["CogVideoX"])
   with pytest.raises(ValueError, match="3 latent frames are not those of a clip of 12 frames"):
     make_codec(model, {}).decode(np.zeros((3, 2, 2, 4), np.float32), 12)
 
 
-def test_what_can_not_be_is_refused():
+def test_wrong_values_are_refused():
   with pytest.raises(ValueError, match=r"unknown autoencoder 'vq'; allowed: sd-kl-f8, .*open-sora-1.2, .*cogvideox-2b"):
-    codec.find("vq")
+    registry.find("vq")
   model = image_kl.ImageKL(CONFIGS["image"])
   with pytest.raises(ValueError, match="micro_batch must be at least 1, not 0"):
     make_codec(model, {}, micro_batch=0)

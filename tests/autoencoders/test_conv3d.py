@@ -1,4 +1,4 @@
-"""Convolutions in time and space are the same however they are computed."""
+"""Both implementations of convolutions in time and space agree."""
 
 import re
 
@@ -9,7 +9,6 @@ import pytest
 from flax import linen as nn
 
 from stdit_jax.autoencoders.layers import Conv3D
-from tests.helpers import QUICK_COMPILE
 
 CASES = {
   "causal": dict(kernel_size=(3, 3, 3), padding=((2, 0), (1, 1), (1, 1))),
@@ -22,8 +21,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_it_is_the_convolution(case):
-  """Value and gradients of flax's own."""
+def test_value_and_gradients_match_flax(case):
   x = np.random.default_rng(0).standard_normal((2, 8, 9, 10, 3), np.float32)
   own, flax = (conv(4, **CASES[case]) for conv in (Conv3D, nn.Conv))
   variables = flax.init(jax.random.key(1), x)
@@ -33,14 +31,14 @@ def test_it_is_the_convolution(case):
       y, back = jax.vjp(model.apply, variables, x)
       return y, back(jnp.sin(y))
 
-    return jax.tree.leaves(jax.jit(run, compiler_options=QUICK_COMPILE)(variables, x))
+    return jax.tree.leaves(jax.jit(run)(variables, x))
 
   for a, b in zip(both(own), both(flax), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5)
 
 
-def test_bfloat16_is_rounded_once():
-  """What is taken apart is as near to float32 as what is not: half a unit in the last of 8 binary places."""
+def test_bfloat16_rounds_only_the_sum():
+  """The error against float32 is half a unit in the last of 8 binary places."""
   x = jax.random.normal(jax.random.key(0), (2, 8, 9, 10, 16))
   model = Conv3D(4, **CASES["causal"], use_bias=False)
   variables = model.init(jax.random.key(1), x)
@@ -51,8 +49,8 @@ def test_bfloat16_is_rounded_once():
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
-def test_only_cpus_take_it_apart(platform):
-  """Also compiled from afar, forwards and backwards: a program has one of the two ways in it, not both."""
+def test_only_cpus_convolve_frame_by_frame(platform):
+  """A program holds one of the two implementations, also if it is lowered for another platform, and in its gradient."""
   model, x = Conv3D(4, **CASES["causal"]), jnp.zeros((2, 8, 9, 10, 3))
   variables = model.init(jax.random.key(0), x)
   loss = jax.jit(jax.grad(lambda v: model.apply(v, x).sum()))

@@ -1,4 +1,4 @@
-"""The image autoencoder against diffusers.AutoencoderKL, and its own functions over videos."""
+"""The image autoencoder against diffusers.AutoencoderKL."""
 
 import functools
 import re
@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stdit_jax.autoencoders import codec, image_kl, losses
-from tests.helpers import QUICK_COMPILE
+from stdit_jax.autoencoders import image_kl, losses, registry
+from tests.helpers import SHIPPED
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -101,7 +101,7 @@ def test_matches_diffusers(name):
     moments = jnp.concatenate([mean, logvar], -1)
     return (moments * cotangent).mean() + (reconstruction**2).mean(), (reconstruction, mean, logvar)
 
-  gradients = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True), compiler_options=QUICK_COMPILE)
+  gradients = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
   (grads, pixel_grads), outputs = gradients(variables, x)
   expected = (decoded, posterior.mean, posterior.logvar)
   for ours, other in zip(outputs, expected):
@@ -126,7 +126,7 @@ def test_large_frames_keep_precision():
   x = np.random.default_rng(0).uniform(0.7, 0.8, (1, 328, 304, 3)).astype(np.float32)
   with torch.no_grad():
     expected = theirs.encode(nchw(x)).latent_dist.parameters
-  moments = np.concatenate(jax.jit(lambda v, x: model.apply(v, x, method="encode"))(variables, x), -1)
+  moments = np.concatenate(jax.jit(lambda v, x: model.apply(v, x, method="encode"), compiler_options=SHIPPED)(variables, x), -1)
   assert error(np.moveaxis(moments, -1, 1), expected) < 2e-5
 
 
@@ -179,7 +179,7 @@ def test_bfloat16_stays_near_float32():
     assert np.linalg.norm(ours - expected) < 0.05 * np.linalg.norm(expected)
 
 
-def test_bad_input_is_refused():
+def test_wrong_input_is_refused():
   model = image_kl.ImageKL(image_kl.get_config("tiny-kl-f8"))
   variables = image_kl.init(model, jax.random.key(0))
   for shape in ((1, 7, 16, 3), (1, 16, 16, 4), (16, 16, 3)):
@@ -208,12 +208,12 @@ def test_bad_input_is_refused():
     ("open-sora-1.2", {"chunk": -1}, "chunk is -1; allowed: frames of a chunk, or 0"),
   ],
 )
-def test_fields_that_video_autoencoders_refuse(name, fields, message):
+def test_wrong_fields_of_video_autoencoders_are_refused(name, fields, message):
   with pytest.raises(ValueError, match=message):
-    codec.find(name).get_config(name, **fields)
+    registry.find(name).get_config(name, **fields)
 
 
-def test_initialisation_is_pytorchs():
+def test_initialisation_is_that_of_pytorch():
   config = image_kl.ImageKLConfig(block_out_channels=(8,), layers_per_block=1, norm_num_groups=4)
   params = image_kl.init(image_kl.ImageKL(config), jax.random.key(0))["params"]
   kernel = params["encoder"]["mid_block"]["resnets_0"]["conv1"]["kernel"]

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from stdit_jax.autoencoders import i3d, metrics
-from tests.helpers import QUICK_COMPILE, relative_error
+from tests.helpers import relative_error
 
 
 def test_psnr():
@@ -14,7 +14,7 @@ def test_psnr():
   assert metrics.psnr(a, a + 10) == pytest.approx(20 * np.log10(255 / 10))
 
 
-def test_flicker_is_blind_to_what_stands_still():
+def test_flicker_ignores_constant_errors():
   video = np.random.default_rng(0).integers(50, 200, (6, 8, 8, 3)).astype(np.uint8)
   assert metrics.flicker(video, video + np.arange(8, dtype=np.uint8)[:, None]) == 0
   assert metrics.flicker(video, video + (np.arange(6) % 2 * 7).astype(np.uint8)[:, None, None, None]) == 7
@@ -22,7 +22,7 @@ def test_flicker_is_blind_to_what_stands_still():
     metrics.flicker(video[:1], video[:1])
 
 
-def test_ssim_is_the_formula():
+def test_ssim_matches_the_formula():
   """Wang et al. 2004, equation 13: local means and covariances in a Gaussian window, over whole windows only."""
   convolve2d = pytest.importorskip("scipy.signal").convolve2d
   rng = np.random.default_rng(5)
@@ -42,15 +42,15 @@ def test_ssim_is_the_formula():
 
 
 def gaussian(mean, covariance, count, seed=0):
-  """Features whose mean and covariance are these exactly."""
+  """Features with exactly this mean and covariance."""
   x = np.random.default_rng(seed).standard_normal((count, len(mean)))
   x -= x.mean(0)
   x = x @ np.linalg.inv(np.linalg.cholesky(np.cov(x, rowvar=False))).T
   return x @ np.linalg.cholesky(covariance).T + mean
 
 
-def test_frechet_distance_of_gaussians():
-  """Of covariances that commute it is the squared distance of means and of standard deviations along the common axes."""
+def test_frechet_distance_of_commuting_covariances():
+  """It is the squared distance of the means and of the standard deviations along the common axes."""
   turn = np.linalg.qr(np.random.default_rng(1).standard_normal((3, 3)))[0]
   a = gaussian([1.0, 2.0, 3.0], turn @ np.diag([1.0, 4.0, 9.0]) @ turn.T, 50)
   b = gaussian([1.0, 0.0, 3.0], turn @ np.diag([4.0, 4.0, 0.25]) @ turn.T, 20, seed=2)
@@ -59,7 +59,7 @@ def test_frechet_distance_of_gaussians():
   assert metrics.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
 
 
-def test_frechet_distance_of_others_is_the_formula():
+def test_frechet_distance_matches_the_formula():
   scipy = pytest.importorskip("scipy.linalg")
   rng = np.random.default_rng(3)
   a, b = rng.standard_normal((40, 5)) @ rng.standard_normal((5, 5)), rng.standard_normal((60, 5)) + 1
@@ -69,8 +69,8 @@ def test_frechet_distance_of_others_is_the_formula():
   assert metrics.frechet_distance(a, b) == pytest.approx(expected)
 
 
-def test_frechet_distance_of_few_features():
-  """Fewer than dimensions: along one axis only, 400 apart."""
+def test_frechet_distance_of_fewer_features_than_dimensions():
+  """The features vary along one axis only, and the means are 20 apart."""
   a, b = np.zeros((2, 400)), np.zeros((3, 400))
   a[:, 0], b[:, 0] = (1, -1), (3, 0, -3)
   assert metrics.frechet_distance(a, b + 1) == pytest.approx(400 + (2**0.5 - 3) ** 2)
@@ -85,8 +85,8 @@ def test_i3d_has_the_parameters_of_the_original():
   assert sum(leaf.size for leaf in leaves) == 12_689_984
 
 
-def test_i3d_computes_what_pytorch_computes():
-  """The network written down once more, from the figure of Carreira & Zisserman, on random weights."""
+def test_i3d_matches_pytorch():
+  """The reference is the network of the figure in Carreira & Zisserman, in PyTorch with random weights."""
   torch = pytest.importorskip("torch")
   functional = torch.nn.functional
   rng = np.random.default_rng(0)
@@ -130,6 +130,6 @@ def test_i3d_computes_what_pytorch_computes():
       x = torch.cat([unit(q["Branch_0_Conv3d_0a_1x1"], x), second, third, last], 1)
     x = functional.avg_pool3d(x, (2, 7, 7), 1)
     expected = unit(p["Logits_Conv3d_0c_1x1"], x, linear=True).mean((2, 3, 4)).numpy()
-  ours = jax.jit(i3d.I3D().apply, compiler_options=QUICK_COMPILE)(variables, clip)
+  ours = jax.jit(i3d.I3D().apply)(variables, clip)
   assert expected.std() > 0.1
   assert relative_error(ours, expected) < 1e-4

@@ -1,4 +1,4 @@
-"""The perceptual distance against PyTorch's layers with the same random weights, and the files it is loaded from."""
+"""The perceptual distance against PyTorch's layers with the same random weights, and the files that hold the weights."""
 
 import functools
 import hashlib
@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from stdit_jax.autoencoders import perceptual
+from stdit_jax.interop.measures import load_perceptual
 from stdit_jax.interop.safetensors_io import write_checkpoint
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 def pictures(seed, size=(17, 21)):
@@ -63,8 +62,8 @@ def torch_distance(a, b, prepare, heads, ceil_mode):
   return total.numpy()
 
 
-def test_is_lpips(weights):
-  params = perceptual.load("vgg16-lpips", weights)
+def test_the_distance_is_lpips(weights):
+  params = load_perceptual("vgg16-lpips", weights)
   assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(
     lambda x: (x.shape, x.dtype), perceptual.shapes("vgg16-lpips")
   )
@@ -77,17 +76,17 @@ def test_is_lpips(weights):
   )
 
 
-def test_trunk_of_hed_takes_pixels_as_that_does(weights):
+def test_hed_trunk_matches_pytorch(weights):
   def prepare(x):
     return np.float32((x + 1) * 127.5)[..., ::-1] - np.float32([104.00699, 116.66877, 122.67892])
 
-  params = perceptual.load("hed-vgg16", weights)
+  params = load_perceptual("hed-vgg16", weights)
   found = jax.jit(functools.partial(perceptual.distance, "hed-vgg16"))(params, pictures(1), pictures(2))
   np.testing.assert_allclose(found, torch_distance(pictures(1), pictures(2), prepare, None, ceil_mode=True), rtol=1e-4)
 
 
-def test_equal_pictures_and_black_ones_have_finite_gradients(weights):
-  params = perceptual.load("vgg16-lpips", weights)
+def test_gradients_are_finite_for_equal_and_for_black_images(weights):
+  params = load_perceptual("vgg16-lpips", weights)
   black = jax.tree.map(np.zeros_like, params["trunk"])  # every feature is 0
   value_and_gradient = jax.jit(jax.value_and_grad(lambda a, params, b: perceptual.distance("vgg16-lpips", params, a, b).sum()))
   a, b = pictures(1, (16, 16)), pictures(2, (16, 16))
@@ -98,25 +97,25 @@ def test_equal_pictures_and_black_ones_have_finite_gradients(weights):
     assert (np.abs(gradient).max() > 1e-6) == bool(least)
 
 
-def test_refuses_other_pictures():
+def test_images_of_wrong_shape_are_refused():
   for a, b in (((1, 15, 16, 3), (1, 15, 16, 3)), ((1, 16, 16, 3), (1, 16, 17, 3)), ((2, 1, 16, 16, 3), (2, 1, 16, 16, 3))):
-    with pytest.raises(ValueError, match=r"pictures \[N,H,W,3\] of one size, sides of 16 or more"):
+    with pytest.raises(ValueError, match=r"images \[N,H,W,3\] of one size, sides of 16 or more"):
       perceptual.distance("hed-vgg16", {}, np.zeros(a), np.zeros(b))
   with pytest.raises(ValueError, match="unknown trunk 'vgg'; allowed: vgg16-lpips, hed-vgg16"):
     perceptual.shapes("vgg")
 
 
-def test_refuses_other_files(weights, tmp_path):
+def test_wrong_files_are_refused(weights, tmp_path):
   with open(weights, "rb") as file:
     digest = hashlib.sha256(file.read()).hexdigest()
-  perceptual.load("hed-vgg16", weights, digest.upper())
+  load_perceptual("hed-vgg16", weights, digest.upper())
   with pytest.raises(ValueError, match=f"has the SHA-256 {digest}, not 1234"):
-    perceptual.load("hed-vgg16", weights, "1234")
+    load_perceptual("hed-vgg16", weights, "1234")
   tensors = random_tensors()
   few = {name: tensors[name] for name in ("features.0.weight", "features.0.bias")}
   with pytest.raises(ValueError, match=r"no tensor 'features.2.weight'; 'hed-vgg16' needs VGG16 with torchvision's names"):
-    perceptual.load("hed-vgg16", write(tmp_path / "few.safetensors", few))
+    load_perceptual("hed-vgg16", write(tmp_path / "few.safetensors", few))
   with pytest.raises(ValueError, match=r"'features.0.bias' is \[63\]; 'hed-vgg16' needs \[64\]"):
-    perceptual.load("hed-vgg16", write(tmp_path / "other.safetensors", few | {"features.0.bias": few["features.0.bias"][1:]}))
+    load_perceptual("hed-vgg16", write(tmp_path / "other.safetensors", few | {"features.0.bias": few["features.0.bias"][1:]}))
   with pytest.raises(ValueError, match="holds the trunk 'hed-vgg16', not 'vgg16-lpips'"):
-    perceptual.load("vgg16-lpips", write(tmp_path / "hed.safetensors", few, trunk="hed-vgg16"))
+    load_perceptual("vgg16-lpips", write(tmp_path / "hed.safetensors", few, trunk="hed-vgg16"))

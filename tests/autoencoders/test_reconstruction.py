@@ -1,4 +1,4 @@
-"""`evaluate --task autoencoder`: rows that fit are chosen, what comes back is measured and shown."""
+"""`evaluate --task autoencoder`: which rows it chooses, what it measures, what it prints."""
 
 import dataclasses
 import json
@@ -10,15 +10,13 @@ from PIL import Image
 
 from data.buckets import Bucket
 from stdit_jax import evaluate
-from stdit_jax.autoencoders import codec, i3d, image_kl, perceptual, reconstruction
+from stdit_jax.autoencoders import i3d, image_kl, perceptual, reconstruction, registry
 from stdit_jax.interop import model_metadata, save_variables
 from tests.data import files
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 class Darker:
-  """Stands for a codec: pictures come back 10 levels darker, latents are every eighth pixel's red, or 2 (`shift`) more."""
+  """A stand-in for a codec. It decodes frames 10 levels darker. Raw latents are every eighth pixel's red plus 2 (`shift`)."""
 
   config = dataclasses.replace(image_kl.get_config("tiny-kl-f8"), scaling_factor=0.5, shift=2.0)
 
@@ -48,12 +46,12 @@ def test_measures():
   assert values["encode frames/s"] > 0
   red = videos[:, :, ::8, ::8, 0] / 255
   np.testing.assert_allclose(exam.shift, [red.mean() + 2] * 4, rtol=1e-6)
-  # What a denoiser sees is (z - shift) * scaling_factor / scale.
+  # Denoisers see (z - shift) * scaling_factor / scale.
   np.testing.assert_allclose(red.std() * exam.codec.config.scaling_factor / exam.scale, [1] * 4, rtol=1e-5)
   assert exam(clips(1, frames=1))[0]["flicker"] is None
 
 
-def test_repetition_shows_the_nearest_frame():
+def test_repeat_shows_the_nearest_frame():
   exam = reconstruction.Exam(Darker(), reconstruction.Judges(), repeat=4)
   videos = clips(1, frames=9)
   values, (_, decoded) = exam(videos)
@@ -61,19 +59,19 @@ def test_repetition_shows_the_nearest_frame():
   assert values["latents per value"] == pytest.approx(3 / 9 * 3 * 3 * 4 / (20 * 24 * 3))
 
 
-def test_asks_the_judges(monkeypatch):
-  """With stand-ins: the trunk sees all frames of both, the network of videos whole pieces of 16 frames."""
-  monkeypatch.setattr(perceptual, "distance", lambda name, params, a, b: (a - b).mean((1, 2, 3)) * 127.5 + params)
+def test_networks_measure_all_frames(monkeypatch):
+  """Stand-ins: the trunk gets all frames of both videos, the video network gets whole parts of 16 frames."""
+  monkeypatch.setattr(perceptual, "distance", lambda name, params, a, b: (a - b).max((1, 2, 3)) * 127.5 + params)
   monkeypatch.setattr(i3d, "features", lambda variables, x: np.float64(x[:, 0, 0, 0]) * variables)
   judges = reconstruction.Judges("stand-in", np.float32(1), 2.0)
   exam = reconstruction.Exam(Darker(), judges)
   values, _ = exam(clips(8, frames=33, size=(16, 16)))
   assert values["perceptual"] == pytest.approx(11)
-  assert values["FVD"] == pytest.approx(3 * 20**2)  # 16 pieces; the means of three features differ by 2 x 10
+  assert values["FVD"] == pytest.approx(3 * 20**2)  # 16 parts; the means of three features differ by 2 x 10
   assert exam(clips(7, frames=33, size=(16, 16)))[0]["FVD"] is None
 
 
-def test_rows_that_fit_spread_over_the_table(tmp_path):
+def test_chosen_rows_fit_and_spread_over_the_table(tmp_path):
   size = {"height": 144, "width": 256, "text": ""}
   rows = [{"path": f"{i}.mp4", "num_frames": 9 if i % 2 else 8, **size} for i in range(20)]
   rows += [{"path": "small.mp4", "num_frames": 9, "height": 100, "width": 256, "text": ""}]
@@ -90,7 +88,7 @@ def test_rows_that_fit_spread_over_the_table(tmp_path):
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-  """A tiny autoencoder in a file that says what it is, and in one that doesn't."""
+  """A tiny autoencoder in a file with a description of the model, and in a file without one."""
   folder, config = tmp_path_factory.mktemp("weights"), image_kl.get_config("tiny-kl-f8")
   variables = jax.jit(lambda key: image_kl.init(image_kl.ImageKL(config), key))(jax.random.key(1))
   for name, metadata in (("tiny", model_metadata("tiny-kl-f8", config)), ("plain", None)):
@@ -104,7 +102,7 @@ def run(*arguments):
 
 @pytest.fixture(scope="module")
 def media(tmp_path_factory):
-  """A folder of a picture and a video."""
+  """A folder with an image and a video."""
   folder = tmp_path_factory.mktemp("media")
   Image.fromarray(files.picture(5, 64, 64)).save(folder / "a.png")
   files.write_video(folder / "b.mp4", frames=5, height=64, width=64)
@@ -135,8 +133,8 @@ def test_command(weights, media, tmp_path, capsys):
   np.testing.assert_array_equal(error, np.minimum(np.abs(original - decoded) * reconstruction.ERROR_FACTOR, 255))
 
 
-def test_a_file_that_can_not_be_read_is_passed_over(weights, media, tmp_path, capsys):
-  """Listed with a folder, and met in a table."""
+def test_unreadable_files_are_skipped(weights, media, tmp_path, capsys):
+  """A folder skips them when it lists its files, and a table when it reads a row."""
   for path in media.iterdir():
     (tmp_path / path.name).write_bytes(path.read_bytes())
   (tmp_path / "broken.png").write_bytes(b"no picture")
@@ -147,10 +145,10 @@ def test_a_file_that_can_not_be_read_is_passed_over(weights, media, tmp_path, ca
     out, err = capsys.readouterr()
     assert "64p x 1" in out
     assert "broken.png: " in err
-    assert "passed over" in err
+    assert "skipped" in err
 
 
-def test_models_by_name_and_of_a_configuration(weights, media, tmp_path, capsys):
+def test_model_from_a_name_or_a_configuration(weights, media, tmp_path, capsys):
   config = tmp_path / "config.py"
   config.write_text(f"""
 from configs import base
@@ -172,7 +170,7 @@ def get_config():
   assert [line.split()[4:6] for line in by_name[2:4]] == [line.split()[4:6] for line in by_config[2:4]]
 
 
-def test_refusals(weights, tmp_path, capsys):
+def test_wrong_arguments_are_refused(weights, tmp_path, capsys):
   tiny, tables = ("--autoencoder", weights / "tiny.safetensors"), ("--tables", "shapes://held_out/9/2")
   (tmp_path / "empty").mkdir()
   for arguments, reason in (
@@ -180,14 +178,14 @@ def test_refusals(weights, tmp_path, capsys):
     (("--autoencoder", weights / "plain.safetensors", *tables), "doesn't say which autoencoder it is; give --model NAME"),
     (("--autoencoder", weights / "plain.safetensors", "--model", "vae"), "unknown autoencoder 'vae'; allowed: sd-kl-f8"),
     ((*tiny, *tables, "--picture", "a.jpg"), "--picture a.jpg: must end in .png"),
-    ((*tiny, "--buckets", "64p:1"), "give what to measure on: --tables TABLE"),
+    ((*tiny, "--buckets", "64p:1"), "give the tables and buckets to measure on: --tables TABLE"),
     ((*tiny, *tables, "--buckets", "64p"), "--buckets 64p: write RESOLUTION:FRAMES, like 144p:17"),
     ((*tiny, *tables, "--buckets", "65p:1"), "unknown resolution '65p'"),
-    ((*tiny, *tables, "--buckets", "64p:14"), "no row of the tables is large and long enough for 64p x 14"),
-    ((*tiny, "--tables", tmp_path / "empty", "--buckets", "64p:1"), "empty is no table (.parquet, .csv, .jsonl), no picture"),
+    ((*tiny, *tables, "--buckets", "64p:14"), "no row of --tables is large and long enough for 64p x 14"),
+    ((*tiny, "--tables", tmp_path / "empty", "--buckets", "64p:1"), "empty is no table (.parquet, .csv, .jsonl), no image"),
     ((*tiny, *tables, "--buckets", "64p:1", "--repeat", 0), "--repeat is 0; allowed: at least 1"),
-    ((*tiny, *tables, "--mesh", "data=2"), "--mesh says nothing to --task autoencoder"),
-    ((*tiny, *tables, "--config.autoencoder.dtype=bfloat16"), "changes are of --config FILE"),
+    ((*tiny, *tables, "--mesh", "data=2"), "--mesh has no effect on --task autoencoder"),
+    ((*tiny, *tables, "--config.autoencoder.dtype=bfloat16"), "changes need --config FILE"),
     ((*tiny, *tables, "--output", weights / "tiny.safetensors" / "a.json"), "can't be used"),
     ((*tiny, *tables, "--buckets", "64p:1", "--perceptual", "vgg", "x"), "unknown trunk 'vgg'; allowed: vgg16-lpips"),
   ):
@@ -196,9 +194,9 @@ def test_refusals(weights, tmp_path, capsys):
     assert reason in capsys.readouterr().err
 
 
-def test_refuses_lengths_that_do_not_come_back():
-  model = codec.find("cogvideox-2b").build(codec.find("cogvideox-2b").get_config("cogvideox-2b"))
-  exam = reconstruction.Exam(codec.make_codec(model, {}), reconstruction.Judges())
+def test_changed_lengths_are_refused():
+  model = registry.find("cogvideox-2b").build(registry.find("cogvideox-2b").get_config("cogvideox-2b"))
+  exam = reconstruction.Exam(registry.make_codec(model, {}), reconstruction.Judges())
   exam.check(Bucket("144p", 17, 1.0, 1))
   with pytest.raises(ValueError, match="144p x 12: a length that the autoencoder does not give back; nearest: 9 or 16"):
     exam.check(Bucket("144p", 12, 1.0, 1))

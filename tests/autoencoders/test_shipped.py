@@ -1,4 +1,4 @@
-"""The autoencoders of the film that the repository ships: small, self-describing, and they give pictures back."""
+"""The autoencoders in the repository are small and self-describing, and they reconstruct frames."""
 
 import argparse
 import pathlib
@@ -8,15 +8,15 @@ import pytest
 from PIL import Image
 
 from stdit_jax.autoencoders import metrics
-from stdit_jax.training.loading import load_autoencoder
+from stdit_jax.loading import load_autoencoder
 
 FILM = pathlib.Path(__file__).parents[2] / "data" / "film"
 
 
 @pytest.mark.parametrize(("name", "frames", "decibels"), [("autoencoder", 1, 27), ("video_autoencoder", 17, 33)])
-def test_shipped(name, frames, decibels):
-  """At most 6 MB each, they say what they are, and keep what the film's denoiser made, as still scenes, so well: the second, by
-  which it was decoded, better than the first."""
+def test_shipped_autoencoders_reconstruct_frames(name, frames, decibels):
+  """Files are at most 6 MB and name their model. The clips are still scenes that the film's denoiser made and the video
+  autoencoder decoded, so the video autoencoder reconstructs them better."""
   path = FILM / f"{name}.safetensors"
   assert path.stat().st_size <= 6e6
   codec, _, _ = load_autoencoder(argparse.Namespace(run=None, config=None, model=None, autoencoder=str(path)))

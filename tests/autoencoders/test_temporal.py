@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stdit_jax.autoencoders import image_kl, losses, temporal
+from stdit_jax.autoencoders import losses, temporal
+from stdit_jax.autoencoders.latents import denormalise, normalise
 from stdit_jax.interop import CheckpointError, load_variables, open_checkpoint, save_variables
-from stdit_jax.interop.models import FAMILIES
-from tests.helpers import QUICK_COMPILE, REFERENCE, load_golden, load_json, relative_error, to_ours
+from tests.helpers import REFERENCE, load_golden, load_json, relative_error, to_ours
 from tests.interop.test_layouts import random_tree
 
 golden = functools.cache(load_golden)
@@ -59,12 +59,12 @@ def pipeline_model():
 
 
 def call(model, variables, method, *args, **static):
-  run = jax.jit(lambda v, *a: model.apply(v, *a, method=method, **static), compiler_options=QUICK_COMPILE)
+  run = jax.jit(lambda v, *a: model.apply(v, *a, method=method, **static))
   return run(variables, *args)
 
 
 @pytest.mark.parametrize("name", LENGTHS)
-def test_temporal_part(name):
+def test_temporal_part_matches_the_original(name):
   data, frames = golden("vae_temporal_tiny_cases")[0], LENGTHS[name]["frames"]
   model, variables = temporal_model()
   mean, logvar = call(model, variables, "encode", to_ours(data[f"{name}/in/x"]))
@@ -77,39 +77,39 @@ def test_temporal_part(name):
 
 
 @pytest.mark.parametrize("name", CLIPS)
-def test_clips_to_latents_and_back(name):
-  """With all noises zero, and with those of the reference; what denoisers see is shifted and scaled."""
+def test_clips_and_latents_match_the_original(name):
+  """The noise is zero, or that of the reference. Expected latents are normalised."""
   data, frames = golden("vae_pipeline_tiny_cases")[0], CLIPS[name]["frames"]
   model, variables = pipeline_model()
   x = to_ours(data[f"{name}/in/x"])
   mean, _ = call(model, variables, "encode", x)
-  normalised = image_kl.normalise(model.config, mean)
+  normalised = normalise(model.config, mean)
   assert relative_error(normalised, to_ours(data[f"{name}/encode_noise0"])) < TOLERANCE
   noise = jnp.moveaxis(jnp.asarray(data[f"{name}/in/noise_2d"]), 1, -1)[None]
   drawn, logvar = call(model, variables, "encode", x, noise)
   z = drawn + jnp.exp(0.5 * logvar) * to_ours(data[f"{name}/in/noise_temporal"])
-  assert relative_error(image_kl.normalise(model.config, z), to_ours(data[f"{name}/encode_noise"])) < TOLERANCE
+  assert relative_error(normalise(model.config, z), to_ours(data[f"{name}/encode_noise"])) < TOLERANCE
   pixels = call(model, variables, "decode", mean, num_frames=frames)
   assert relative_error(pixels, to_ours(data[f"{name}/decode"])) < TOLERANCE
   if f"{name}/decode_z" in data:
-    raw = image_kl.denormalise(model.config, to_ours(data[f"{name}/in/z"]))
+    raw = denormalise(model.config, to_ours(data[f"{name}/in/z"]))
     pixels = call(model, variables, "decode", raw, num_frames=frames)
     assert relative_error(pixels, to_ours(data[f"{name}/decode_z"])) < TOLERANCE
 
 
-def test_the_whole_clip_as_one_chunk():
+def test_whole_clip_as_one_chunk_matches_the_original():
   data, (model, variables) = golden("vae_pipeline_tiny_cases")[0], pipeline_model()
   whole = temporal.VideoAutoencoder(temporal.get_config("tiny-temporal", chunk=0))
   for name, case in CLIPS.items():
     mean, _ = call(whole, variables, "encode", to_ours(data[f"{name}/in/x"]))
     expected = to_ours(data[f"{name}/encode_noise0_no_micro"])
-    assert relative_error(image_kl.normalise(model.config, mean), expected) < TOLERANCE
+    assert relative_error(normalise(model.config, mean), expected) < TOLERANCE
     if f"{name}/decode_no_micro" in data:
       pixels = call(whole, variables, "decode", mean, num_frames=case["frames"])
       assert relative_error(pixels, to_ours(data[f"{name}/decode_no_micro"])) < TOLERANCE
 
 
-def test_latent_sizes():
+def test_latent_sizes_match_the_original():
   whole = temporal.get_config("open-sora-1.2", chunk=0)
   for row in load_json("vae_latent_sizes.json")["rows"]:
     frames, *size = row["input"]
@@ -117,8 +117,8 @@ def test_latent_sizes():
       assert [config.latent_frames(frames), *config.latent_size(*size)] == expected
 
 
-def test_a_shortcut_begins_as_the_average():
-  """Before training: latents are averages of frames, what is decoded repeats them, and pictures come back as they are."""
+def test_shortcut_starts_as_the_average():
+  """Before training, latents are averages of frames and decoding repeats them. All layers get gradients."""
   model = temporal.build(temporal.get_config("tiny-temporal", shortcut=True))
   variables = temporal.init(model, jax.random.key(0))
   x = jax.random.normal(jax.random.key(1), (2, 9, 4, 6, 4))
@@ -134,20 +134,20 @@ def test_a_shortcut_begins_as_the_average():
     decoded = model.apply(variables, mean, num_frames=9, method="decode_latents")
     return jnp.square(decoded - x).mean() + 1e-3 * jnp.square(logvar).mean()
 
-  gradients = jax.jit(jax.grad(error), compiler_options=QUICK_COMPILE)(variables)["params"]["temporal"]
+  gradients = jax.jit(jax.grad(error))(variables)["params"]["temporal"]
   for path in (("quant_conv", "conv"), ("decoder", "conv_out", "conv"), ("shortcut_encoder",), ("shortcut_decoder",)):
     leaf = functools.reduce(lambda tree, name: tree[name], (*path, "kernel"), gradients)
     assert (np.abs(leaf) > 0).all()
 
 
-def test_a_shortcut_in_a_file(tmp_path):
-  """Under names beside those of the original; files without it are of another model, and so the other way round."""
+def test_shortcut_round_trips_through_a_file(tmp_path):
+  """Its names are not those of the original, and files with and without it belong to different models."""
   config, path = temporal.get_config("tiny-temporal", shortcut=True), tmp_path / "x.safetensors"
   tree = random_tree(temporal.init_shapes(config))
   save_variables(path, "open-sora-vae", tree, config=config)
   own = {name for name in open_checkpoint(path).tensors if name.startswith("temporal_vae.shortcut")}
   assert own == {"temporal_vae.shortcut_encoder.weight", "temporal_vae.shortcut_decoder.weight"}
-  loaded = load_variables(path, FAMILIES[temporal.__name__], temporal.init_shapes(config), config=config)
+  loaded = load_variables(path, temporal.FAMILY.layouts, temporal.init_shapes(config), config=config)
   assert all(map(np.array_equal, jax.tree.leaves(loaded), jax.tree.leaves(tree)))
   with pytest.raises(CheckpointError, match="shortcut_encoder"):
     load_variables(path, "open-sora-vae", temporal.init_shapes(temporal.TABLE["tiny-temporal"]))

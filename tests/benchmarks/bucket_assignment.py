@@ -45,7 +45,7 @@ def main(rows=10_000_000):
     }
     parsed = buckets.parse_buckets(entries)
     start, cpu = time.perf_counter(), time.process_time()
-    bucket, _, _, _ = buckets.assign(frames, height, width, (42, 0, 0), parsed)
+    bucket, _, _, _ = buckets.assign(frames, height, width, (42, 0, 0), parsed, 1)
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     worst = max(worst, seconds)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from stdit_jax.autoencoders import codec
+from stdit_jax.autoencoders import codec, registry
 from stdit_jax.models.layers import DTYPES
 from stdit_jax.parallel.topology import CHIPS, parse_topology, topology_devices
 
@@ -33,7 +33,7 @@ def main():
   parser.add_argument("--beside", type=float, default=4.3, metavar="GIB", help="(default: STDiT3-XL/2 in float32)")
   args = parser.parse_args()
 
-  module = codec.find(args.name)
+  module = registry.find(args.name)
   model = module.build(module.get_config(args.name), DTYPES[args.dtype])
   shapes, chips = module.init_shapes(model.config), topology_devices(args.topology, 1)
   weights = sum(np.prod(s.shape) * s.dtype.itemsize for s in jax.tree.leaves(shapes)) / GIB
@@ -46,7 +46,7 @@ def main():
     if count > 1:
       place = NamedSharding(Mesh(np.asarray(chips[:count]), ("pieces",)), PartitionSpec())
     placed = jax.tree.map(lambda s, place=place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes)
-    made, began = codec.make_codec(model, placed, args.micro_batch), time.monotonic()
+    made, began = registry.make_codec(model, placed, args.micro_batch), time.monotonic()
     made, needed = codec.fit_tiles(made, size, {"decode": {args.frames}}, (limit - args.beside - weights) * GIB)
     tiles = f"{made.tiles.height * 8} x {made.tiles.width * 8}" if made.tiles else "whole"
     needed = needed["decode"] / GIB + weights + args.beside

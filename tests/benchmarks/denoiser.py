@@ -25,8 +25,8 @@ from diffusers import LatteTransformer3DModel
 from stdit_jax.cli import keep_freed_memory
 from stdit_jax.diffusion.guidance import guided
 from stdit_jax.diffusion.rectified_flow import RectifiedFlow
-from stdit_jax.models import flops, stdit
-from stdit_jax.models.layers import REMAT_POLICIES
+from stdit_jax.models.stack import REMAT_POLICIES
+from stdit_jax.models.stdit3 import FAMILY, STDiT3Config
 
 WIDTH, HEADS, DEPTH, FRAMES, ROWS, COLUMNS, TEXT, CAPTION, CHANNELS = 1152, 16, 4, 5, 9, 16, 300, 4096, 4
 GUIDANCE = 7.0
@@ -54,14 +54,14 @@ def latte_flops():
 
 def our_config(**fields):
   sizes = {"num_heads": HEADS, "caption_channels": CAPTION, "model_max_length": TEXT}
-  return stdit.STDiT3Config(WIDTH, DEPTH, **sizes, **fields)
+  return STDiT3Config(WIDTH, DEPTH, **sizes, **fields)
 
 
 def our_programs(rng, remat, scan):
   """-> forward, sampling step, training step: functions without arguments that end when the device is done."""
   config = our_config(remat=remat, scan=scan)
-  model = stdit.build(config)
-  variables = jax.jit(stdit.init, static_argnums=0)(config, jax.random.key(0))
+  model = FAMILY.build(config, None)
+  variables = jax.jit(FAMILY.init, static_argnums=0)(config, jax.random.key(0))
   optimizer = optax.adamw(1e-4)
   one = jnp.ones((1,))
   conditions = {"grid": jnp.asarray([[FRAMES, ROWS, COLUMNS]]), "height": 144 * one, "width": 256 * one, "fps": 24 * one}
@@ -72,11 +72,13 @@ def our_programs(rng, remat, scan):
   )
 
   def apply(params, tokens, text):
-    return model.apply({"params": params, "constants": variables["constants"]}, tokens, 500 * one, text, None, **conditions)
+    own = {"params": params, "constants": variables["constants"]}
+    return model.apply(own, tokens, 500 * one, {"text": text, "text_mask": None}, conditions)
 
   def guided_step(params, tokens, text):
     def denoise(x, t, x_mask):
-      return model.apply({"params": params, "constants": variables["constants"]}, x, t, text, None, x_mask=x_mask, **both)
+      own = {"params": params, "constants": variables["constants"]}
+      return model.apply(own, x, t, {"text": text, "text_mask": None}, both, x_mask=x_mask)
 
     denoise = guided(denoise, GUIDANCE, num_channels=CHANNELS)
     return RectifiedFlow().step(denoise, tokens, 500 * one, 480 * one, num_channels=CHANNELS)[0]
@@ -177,7 +179,7 @@ def main():
   torch.set_num_threads(2)
   keep_freed_memory()
   rng = np.random.default_rng(0)
-  ours = flops.forward(our_config(), FRAMES, ROWS * COLUMNS, TEXT)
+  ours = FAMILY.flops(our_config(), FRAMES, ROWS * COLUMNS)
   counts = {
     what: (times * ours, times * latte_flops()) for what, times in (("forward", 1), ("sampling step", 2), ("training step", 3))
   }

@@ -17,10 +17,9 @@ import numpy as np
 
 from data import latents, loader
 from stdit_jax import encode
-from stdit_jax.autoencoders import codec
+from stdit_jax.autoencoders import registry
 from stdit_jax.cli import keep_freed_memory, use_compilation_cache
 from stdit_jax.interop import save_variables
-from stdit_jax.interop.models import FAMILIES
 from stdit_jax.training.step import TraceCounter
 from tests import tiny_run
 from tests.data import files
@@ -40,10 +39,10 @@ def main():
 
 
 def measure(args, folder):
-  module = codec.find(args.autoencoder)
+  module = registry.find(args.autoencoder)
   config = module.get_config(args.autoencoder)
   zeros = jax.tree.map(lambda s: np.full(s.shape, 0.01, s.dtype), module.init_shapes(config))
-  save_variables(folder / "autoencoder.safetensors", FAMILIES[module.__name__][0], zeros, config=config)
+  save_variables(folder / "autoencoder.safetensors", module.layouts[0], zeros, config=config)
   row = {"text": "columns", "num_frames": 48, "height": 144, "width": 256, "fps": 24}
   files.write_video(folder / "0.mp4", frames=48, height=144, width=256)
   for i in range(1, args.clips):

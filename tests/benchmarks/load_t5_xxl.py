@@ -1,9 +1,9 @@
-"""Peak memory and speed of loading a T5-XXL encoder: synthetic bfloat16 safetensors, stacked into device arrays.
+"""Measures peak memory and speed of loading a T5-XXL encoder from synthetic bfloat16 safetensors.
 
   python tests/benchmarks/load_t5_xxl.py [--layers 24] [--folder /tmp] [--keep]
 
-Writes a file of 9.5 GB (24 layers), loads it in a process of its own and prints the peak resident memory beyond the result
-against the promise: the largest stacked parameter plus 1 GB. Exit code 1 if the promise is broken.
+It writes a file of 9.5 GB (24 layers) and loads the file in a new process. The peak resident memory beyond the result must
+stay below the largest stacked parameter plus 1 GB. Exit code 1 if it does not.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def config_of(layers):
 
 
 def write(folder, layers):
-  """The file: every tensor a stretch of one block of random numbers."""
+  """Writes the file; every tensor repeats one block of random numbers."""
   spec = foreign_spec("t5", t5.init_shapes(config_of(layers)))
   block = (np.random.default_rng(0).standard_normal(1 << 20, np.float32) * 0.02).astype(jnp.bfloat16)
   tensors = ((name, np.resize(block, shape)) for name, shape in spec.items())
@@ -51,7 +51,7 @@ def peak():
 
 
 def load(path, layers):
-  """Loads and prints; returns whether the promise holds."""
+  """Loads the file, prints the measurements; returns whether the memory stays below the limit."""
   shapes = t5.init_shapes(config_of(layers))
   jnp.zeros(()).block_until_ready()
   before = int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()  # resident now
@@ -60,19 +60,19 @@ def load(path, layers):
   seconds = time.monotonic() - start
   leaves = jax.tree.leaves(variables)
   result, largest = sum(leaf.nbytes for leaf in leaves), max(leaf.nbytes for leaf in leaves)
-  beyond, promised = peak() - before - result, largest + GB
+  beyond, limit = peak() - before - result, largest + GB
   print(
     f"loaded {result / GB:.2f} GB in {seconds:.1f} s ({result / GB / seconds:.2f} GB/s); peak {peak() / GB:.2f} GB, "
-    f"before {before / GB:.2f} GB: {beyond / GB:.2f} GB beyond the result, promised at most {promised / GB:.2f} GB"
+    f"before {before / GB:.2f} GB: {beyond / GB:.2f} GB beyond the result, limit {limit / GB:.2f} GB"
   )
-  return beyond <= promised
+  return beyond <= limit
 
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--layers", type=int, default=24, help="fewer for machines with less memory")
-  parser.add_argument("--folder", default=tempfile.gettempdir(), help="where the file goes; it is removed at the end")
-  parser.add_argument("--keep", action="store_true", help="leave the file there")
+  parser.add_argument("--folder", default=tempfile.gettempdir(), help="for the file, which is removed at the end")
+  parser.add_argument("--keep", action="store_true", help="keep the file")
   parser.add_argument("--load", help=argparse.SUPPRESS)  # the child process
   args = parser.parse_args()
   if args.load:

@@ -22,11 +22,11 @@ import numpy as np
 from tqdm import tqdm
 
 from data import shapes
+from stdit_jax import loading
 from stdit_jax.autoencoders.metrics import psnr, ssim
 from stdit_jax.cli import keep_freed_memory, use_compilation_cache
 from stdit_jax.generation import shapes_exam
 from stdit_jax.generation.pipeline import Request
-from stdit_jax.training import loading
 
 CACHES = ("pyramid:2,2,2", "pyramid", "pyramid:3,6,9", "residual:0.05", "residual:0.1", "residual:0.2", "residual:0.3")
 EVALUATIONS = (8, 10, 12, 14, 16, 20, 30)

@@ -19,38 +19,43 @@ import jax
 import numpy as np
 
 from data import aspect_ratios
-from data.tokens import grid_size
+from data.buckets import Bucket
 from stdit_jax.cli import one_line_errors, parse_with_changes, read_config
+from stdit_jax.models.family import token_grid
 from stdit_jax.parallel.mesh import make_mesh
 from stdit_jax.parallel.shardings import tree_shardings
 from stdit_jax.parallel.topology import peak_tflops
 from stdit_jax.plan import parse_bucket
-from stdit_jax.planning.programs import GIB, make_programs
-from stdit_jax.training.autoencoding import autoencoder_model
-from stdit_jax.training.batches import array_axes
-from stdit_jax.training.metrics import batch_work
+from stdit_jax.planning.programs import GIB
+from stdit_jax.training.objectives import make_objective
+from stdit_jax.training.stage_data import choose_splits
 from stdit_jax.training.stages import make_stages
-from stdit_jax.training.state import make_optimizer, new_state
+from stdit_jax.training.state import new_state
+from stdit_jax.training.step import Programs, TraceCounter
 
 
-def random_batch(config, objective, bucket, shapes, layout):
+def random_batch(parts, bucket, specs, layout):
   """A batch of clips of 9:16, all of whose words count."""
   resolution, frames, rows = bucket
-  autoencoder = autoencoder_model(config.autoencoder).config
+  autoencoder = parts.autoencoder.config
   height, width = aspect_ratios.size(resolution, "9:16")
   latent_size = (autoencoder.latent_frames(frames), *autoencoder.latent_size(height, width))
   known = {
-    "latent_size": latent_size, "grid": grid_size(latent_size, objective.model.config.patch_size),
+    "latent_size": latent_size, "grid": token_grid(parts.model.config, latent_size),
     "height": height, "width": width, "num_frames": frames, "fps": 24, "weight": 1, "text_mask": True, "text_ids": 3,
   }  # fmt: skip
   rng = np.random.default_rng(0)
-  batch = {"sample_id": np.stack([np.arange(rows), np.zeros(rows)], 1).astype(np.uint32)}
-  for name, s in shapes.items():
+
+  def array(path, spec):
+    name = path[-1].key
+    if name == "sample_id":
+      return np.stack([np.arange(rows), np.zeros(rows)], 1).astype(np.uint32)
     if name in known:
-      batch[name] = np.broadcast_to(np.asarray(known[name], s.dtype), s.shape)
-    elif name != "sample_id":
-      batch[name] = rng.standard_normal(s.shape, np.float32).astype(s.dtype)
-  return {name: jax.device_put(batch[name], layout.sharding(*array_axes(name))) for name in shapes}
+      return np.broadcast_to(np.asarray(known[name], spec.dtype), spec.shape)
+    return rng.standard_normal(spec.shape, np.float32).astype(spec.dtype)
+
+  values = jax.tree_util.tree_map_with_path(array, specs)
+  return jax.tree.map(lambda spec, value: jax.device_put(value, layout.sharding(*spec.axes)), specs, values)
 
 
 def seconds_of(function, *args):
@@ -62,33 +67,32 @@ def seconds_of(function, *args):
 
 def measure(stage, mesh, bucket, repeats, compiled):
   """One row of the table, as {column: value}. `compiled`: programs of earlier rounds, kept."""
-  config = stage.config
-  objective, programs, shapes, layout, _ = make_programs(stage, mesh, bucket)
+  config, objective = stage.config, make_objective(stage.config)
+  resolution, frames, rows = bucket
+  split = choose_splits(stage, [Bucket(resolution, frames, 1.0, rows)], mesh, objective)[resolution, frames]
+  programs = Programs(objective, stage, mesh, TraceCounter())
+  program = programs.gradient((resolution, frames), rows, split)
   key = bucket, config.model.fields.attention
   if key not in compiled:
-    lowered = (
-      programs.gradients[bucket[:2]].lower(*programs.gradient_arguments(shapes)),
-      programs.update.lower(*programs.update_arguments()),
-    )
-    compiled[key] = [program.compile() for program in lowered]
+    lowered = program.lower(), programs.update.lower(*programs.update_arguments())
+    compiled[key] = [one.compile() for one in lowered]
   gradient, update = compiled[key]
-  optimizer = make_optimizer(config.optimizer)
 
   def start(random_key):
     params, frozen = objective.init(random_key)
-    return new_state(params, optimizer), frozen
+    return new_state(params, programs.optimizer), frozen
 
   states = jax.eval_shape(start, jax.random.key(0))
-  state, frozen = jax.jit(start, out_shardings=tree_shardings(states, mesh))(jax.random.key(0))
+  state, frozen = jax.jit(start, out_shardings=tree_shardings(states, mesh, objective.rules))(jax.random.key(0))
   accumulator = programs.new_accumulator(state["params"])
-  batch = random_batch(config, objective, bucket, shapes, layout)
+  batch = random_batch(objective.parts, bucket, program.batch, split.layout)
   times = []
   for step in range(repeats + 1):  # the first one warms up
     forward, (accumulator, metrics) = seconds_of(gradient, state["params"], frozen, batch, accumulator)
     back, (state, accumulator, _) = seconds_of(update, state, accumulator, np.int32(step))
     times.append((forward, back))
   assert np.isfinite(metrics["loss"])
-  tokens, model_flops = batch_work(config, objective, shapes)
+  tokens, model_flops = program.work
   stats = jax.local_devices()[0].memory_stats() or {}
   memory = gradient.memory_analysis()
   return {

@@ -56,7 +56,9 @@ def test_max_tokens():
   # Counted one by one over the sizes of 144p: 18 x 32 latents of 144 x 256 pixels are 9 x 16 tokens.
   counts = [math.ceil(h // 8 / 2) * math.ceil(w // 8 / 2) for h, w in ar.SIZES["144p"].values()]
   assert ar.max_tokens("144p") == max(counts) == 150
-  assert ar.max_tokens("144p", spatial_factor=16, patch=1) == max((h // 16) * (w // 16) for h, w in ar.SIZES["144p"].values())
+  assert ar.max_tokens("144p", spatial_factor=16, patch=(1, 1)) == max(
+    (h // 16) * (w // 16) for h, w in ar.SIZES["144p"].values()
+  )
 
 
 @pytest.mark.parametrize(
@@ -68,6 +70,6 @@ def test_max_tokens():
     (lambda: ar.get_num_frames(0), "no clip length"),
   ],
 )
-def test_mistakes(call, message):
+def test_errors_name_the_value_and_what_is_allowed(call, message):
   with pytest.raises(ValueError, match=message):
     call()

@@ -1,11 +1,15 @@
-"""The loader: the same sequence on any number of processes and workers, from any step; bad rows have weight 0."""
+"""The loader yields the same sequence on any number of processes and workers, from any step. Bad rows have weight 0."""
 
+import dataclasses
 import logging
 import pathlib
 import subprocess
 import sys
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
 import pytest
 import safetensors.numpy
 from PIL import Image
@@ -17,16 +21,16 @@ from tests.data import files
 BUCKETS = (("144p", 17, (1.0, 0.5), 2), ("144p", 9, 1.0, 4), ("144p", 1, 1.0, 2))
 
 
-def tokenize(caption):
-  """Bytes, 16 of them."""
+def condition(caption, label):
+  """16 bytes of the caption, and the label if there is one."""
   ids = np.zeros(16, np.int32)
   data = caption.encode()[:16]
   ids[: len(data)] = list(data)
-  return ids, ids > 0
+  return {"text_ids": ids, "text_mask": ids > 0, "label": np.int32(-1 if label is None else label)}
 
 
-def test_what_is_skipped_is_said_where_the_root_logger_is_silent(monkeypatch):
-  """As `train` sets it, so that orbax reports nothing."""
+def test_skipped_rows_are_logged_although_the_root_logger_is_silent(monkeypatch):
+  """`train` silences the root logger because of orbax."""
   monkeypatch.setattr(logging.getLogger(), "level", logging.ERROR)
   assert loader.log.isEnabledFor(logging.WARNING)
 
@@ -65,13 +69,13 @@ def assert_same(a, b):
   assert len(a.samples) == len(b.samples)
   for x, y in zip(a.samples, b.samples):
     for name, value in vars(x).items():
-      np.testing.assert_array_equal(value, getattr(y, name), err_msg=name)
+      np.testing.assert_equal(value, getattr(y, name), err_msg=name)
 
 
 @pytest.fixture(scope="module")
 def sequence(folder):
   """16 steps, more than three epochs."""
-  return load(folder, 16, tokenize=tokenize)
+  return load(folder, 16, condition=condition)
 
 
 def test_samples_are_what_the_table_says(folder, sequence):
@@ -90,7 +94,8 @@ def test_samples_are_what_the_table_says(folder, sequence):
       assert (s.weight, s.error, s.path) == (1.0, "", row.path)
       assert s.caption in row.captions
       captions.add(s.caption.split()[0])
-      np.testing.assert_array_equal(s.text_ids, tokenize(s.caption)[0])
+      assert s.label is None
+      np.testing.assert_equal(s.cond, condition(s.caption, None))
       assert s.fps == (120 if s.num_frames == 1 else 24)
       if s.num_frames > 1:
         numbers = [files.number_of(f) for f in s.pixels]
@@ -101,13 +106,13 @@ def test_samples_are_what_the_table_says(folder, sequence):
 
 def test_resume_from_any_step(folder, sequence):
   for start in range(16):
-    for a, b in zip(load(folder, 2, start=start, tokenize=tokenize), sequence[start:]):
+    for a, b in zip(load(folder, 2, start=start, condition=condition), sequence[start:]):
       assert_same(a, b)
 
 
-def test_two_processes_make_one(folder, sequence):
-  """Two shards joined are the batches of one; a run may go on with another number of them."""
-  halves = [load(folder, 6, shard=(i, 2), start=5, tokenize=tokenize) for i in range(2)]
+def test_shards_of_two_processes_make_the_same_batches(folder, sequence):
+  """Two shards together are the batches of one. A run may resume with another number of shards."""
+  halves = [load(folder, 6, shard=(i, 2), start=5, condition=condition) for i in range(2)]
   for whole, *parts in zip(sequence[5:], *halves):
     assert [len(p.samples) for p in parts] == [whole.batch_size // 2] * 2
     parts[0].samples += parts[1].samples
@@ -116,13 +121,13 @@ def test_two_processes_make_one(folder, sequence):
 
 def test_worker_processes_change_nothing(folder, sequence):
   config = config_of(folder, workers=2)
-  with loader.make_loader(config, str(folder / "cache"), start=1, tokenize=tokenize) as steps:
+  with loader.make_loader(config, str(folder / "cache"), start=1, condition=condition) as steps:
     for want in sequence[1:12]:
       assert_same(next(steps), want)
     assert steps.state == 12
 
 
-def test_it_ends_after_epochs(folder):
+def test_the_loader_ends_after_epochs(folder):
   steps = load(folder, 100, epochs=2)
   sequence = plan.PlanSequence(
     sources.open_table(config_of(folder), str(folder / "cache")), config_of(folder), str(folder / "cache")
@@ -131,7 +136,7 @@ def test_it_ends_after_epochs(folder):
   assert load(folder, 100, epochs=2, start=len(steps)) == []
 
 
-def test_bad_rows_weigh_nothing(folder):
+def test_bad_rows_have_weight_0(folder):
   config = config_of(folder, "bad.csv", max_bad_rows=2)
   with loader.make_loader(config, str(folder / "cache"), epochs=2) as steps:
     samples = [s for step in steps for s in step.samples]
@@ -152,7 +157,7 @@ def test_bad_rows_weigh_nothing(folder):
     load(folder, 12, strict)
 
 
-def test_an_error_that_lasts_is_fatal(folder, monkeypatch):
+def test_persistent_io_errors_are_fatal(folder, monkeypatch):
   def broken(*_, **__):
     raise OSError(5, "Input/output error")
 
@@ -189,6 +194,27 @@ def test_text_features_and_scores(folder, monkeypatch):
   assert load(folder, 1, config_of(folder, "f.csv", buckets=(("144p", 9, 1.0, 2),), scores=()))[0].samples[0].caption == "a cat"
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_labels_and_conditions_pass_through_worker_processes(tmp_path, suffix):
+  def row(path, label):
+    return {"path": path, "label": label, "num_frames": 1, "height": 144, "width": 256}
+
+  for i in range(6):
+    Image.fromarray(files.picture(i, 144, 256)).save(tmp_path / f"{i}.png")
+  rows = [row(f"{i}.png", i % 3) for i in range(6)] + [row("missing.png", 2), row("0.png", 3), row("0.png", None)]
+  table = pa.Table.from_pylist(rows)
+  (pa.csv.write_csv if suffix == ".csv" else pa.parquet.write_table)(table, tmp_path / ("t" + suffix))
+  settings = {"captions": "optional", "workers": 2, "max_bad_rows": 1}
+  config = config_of(tmp_path, "t" + suffix, buckets=(("144p", 1, 1.0, 7),), **settings)
+  config = dataclasses.replace(config, num_classes=3)
+  with loader.make_loader(config, str(tmp_path / "cache"), condition=condition, epochs=1) as steps:
+    (step,) = steps
+    assert steps.report.dropped == {"label missing or outside 0 to N - 1": 2}
+  assert sorted((s.row, s.label, s.weight) for s in step.samples) == [*((i, i % 3, 1.0) for i in range(6)), (6, 2, 0.0)]
+  for s in step.samples:
+    np.testing.assert_equal(s.cond, condition("", s.label))
+
+
 def test_fps_rules(folder):
   element = (0, 0, 0, "0.56", config_of(folder).parsed_buckets()[1])
   for rule, want in (("exact", 24 / 5), ("1.2", 4.0), ("1.1", 24.0)):
@@ -204,7 +230,7 @@ def test_data_imports_no_jax():
   assert subprocess.run([sys.executable, "-c", code], cwd=pathlib.Path(__file__).parents[2], check=False).returncode == 0
 
 
-def test_mistakes(folder, tmp_path):
+def test_errors_name_the_cause(folder, tmp_path):
   with pytest.raises(ValueError, match="batch size 4 of bucket 144p x 9 cannot be split into 3"):
     load(folder, 1, config_of(folder, buckets=BUCKETS[1:2]), shard=(0, 3))
   with pytest.raises(ValueError, match=r"data folder .* cannot be used: .*(Not a directory|File exists)"):
@@ -214,19 +240,20 @@ def test_mistakes(folder, tmp_path):
     load(tmp_path, 1, config_of(tmp_path, buckets=(("144p", 9, 1.0, 1),)))
 
 
-def test_windows_come_round(folder):
+def test_windows_repeat_after_windows_per_row_epochs(folder):
   def clips(epochs, **settings):
     """{(row, bucket): [pixels of every epoch]}"""
-    steps = loader.make_loader(config_of(folder, drop_last=False, **settings), str(folder / "cache"), epochs=epochs)
+    config = config_of(folder, buckets=BUCKETS[1:2], drop_last=False, **settings)
+    steps = loader.make_loader(config, str(folder / "cache"), epochs=epochs)
     found = {}
     with steps:
       for step in steps:
         for s in step.samples:
           found.setdefault((s.row, s.num_frames), {})[step.epoch] = s.pixels
-    return [pixels for pixels in found.values() if len(pixels) == epochs and len(pixels[0]) > 1]
+    return found.values()
 
   two = clips(3, windows_per_row=2)
-  assert two
+  assert len(two) == 10
   assert all(np.array_equal(pixels[0], pixels[2]) for pixels in two)
   assert any(not np.array_equal(pixels[0], pixels[1]) for pixels in two)
   one = clips(2, windows_per_row=1)

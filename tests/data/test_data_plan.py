@@ -10,6 +10,7 @@ from data.config import DataConfig
 from tests.data import files
 
 BUCKETS = (("144p", 17, (0.8, 0.5), 3), ("144p", 9, 1.0, 4), ("240p", 9, 0.5, 2), ("144p", 1, 1.0, 5))
+BASE = {"path": "a.mp4", "text": "x", "num_frames": 30, "height": 144, "width": 256}
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def test_every_row_is_in_its_bucket_once(tmp_path, table_path):
   for epoch in (0, 1):
     current, report = sequence.plan(epoch), sequence.report(epoch)
     columns = [table.column(k) for k in ("num_frames", "height", "width")]
-    bucket, ratio, _, _ = buckets.assign(*columns, (config.seed, epoch, 0), parsed)
+    bucket, ratio, _, _ = buckets.assign(*columns, (config.seed, epoch, 0), parsed, 1)
     bucket[table.column("problem") > 0] = -1
     seen = []
     for step in range(current.num_steps):
@@ -58,7 +59,7 @@ def test_every_row_is_in_its_bucket_once(tmp_path, table_path):
   assert [sequence.plan(0).bucket(s) for s in range(20)] != [sequence.plan(1).bucket(s) for s in range(20)]
 
 
-def test_it_is_a_function_of_seed_table_and_config(tmp_path, table_path):
+def test_the_plan_is_a_function_of_seed_table_and_config(tmp_path, table_path):
   same = [sequence_of(tmp_path / n, table_path, workers=w).plan(2) for n, w in (("a", 0), ("b", 2))]
   slots = [np.asarray(p._slots) for p in same]
   np.testing.assert_array_equal(*slots)
@@ -94,7 +95,7 @@ def test_locate_counts_over_epochs(tmp_path, table_path):
   assert sequence.plan(6).num_steps == fresh.plan(6).num_steps
 
 
-def test_drop_last_false_repeats(tmp_path, table_path):
+def test_drop_last_false_repeats_rows(tmp_path, table_path):
   report = sequence_of(tmp_path, table_path, drop_last=False).report(0)
   for line in report.buckets:
     assert line["steps"] == -(-line["rows"] // line["batch_size"])
@@ -112,6 +113,13 @@ def test_changed_keys(tmp_path, table_path):
   new = sequence_of(tmp_path, table_path, seed=7, frame_interval=2).description
   assert plan.changed_keys(old, new) == ["frame_interval: 1 -> 2", "seed: 42 -> 7"]
   assert plan.digest(old) != plan.digest(new)
+  assert "num_classes" not in old  # runs without classes keep their identity
+  labelled = files.write_csv(tmp_path / "labels.csv", [{**BASE, "label": 1}])
+  two, three = (sequence_of(tmp_path, labelled, num_classes=n).description for n in (2, 3))
+  assert plan.changed_keys(two, three) == ["num_classes: 2 -> 3", "tables[0].fingerprint (contents of the table)"]
+  assert plan.changed_keys({**old, "version": 1}, old) == [
+    "version: 1 -> 2 (another release, which draws the rows of buckets otherwise)"
+  ]
   fewer = tuple(b for b in BUCKETS if b[:2] != ("240p", 9))
   assert plan.changed_keys(old, sequence_of(tmp_path, table_path, buckets=fewer).description) == ["buckets: 240p x 9"]
   # What doesn't touch the plan changes nothing.
@@ -143,7 +151,7 @@ def test_report_prints_a_table(tmp_path, table_path):
     (("144p", 9, 0.0, 1), "keep probability"),
   ],
 )
-def test_nothing_fits(tmp_path, table_path, rows, message):
+def test_an_epoch_without_steps_is_an_error(tmp_path, table_path, rows, message):
   with pytest.raises(ValueError, match=message) as error:
     sequence_of(tmp_path, table_path, buckets=(rows,)).plan(0)
   assert "epoch 0 has no step" in str(error.value)

@@ -1,14 +1,9 @@
 """The model of moving shapes that the repository ships loads, and makes what it is told."""
 
-import pytest
-
 from data import shapes, shapes_vision
-from stdit_jax import sample
+from stdit_jax import loading, sample
 from stdit_jax.generation.pipeline import Request
-from stdit_jax.training import loading
 from tests.tiny_run import ROOT
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 def test_the_shipped_model_makes_what_the_prompt_says():

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from data.video import read_frames
-from stdit_jax import sample
+from stdit_jax import loading, sample
 from stdit_jax.autoencoders import codec
 from stdit_jax.diffusion.noise import Purpose, sample_keys
 from stdit_jax.generation import media
@@ -19,12 +19,9 @@ from stdit_jax.generation import pipeline as pipelines
 from stdit_jax.generation.pipeline import Request, latent_noise
 from stdit_jax.generation.references import read_reference
 from stdit_jax.interop import save_variables
-from stdit_jax.training import loading
 from stdit_jax.training.checkpoints import load_weights
-from stdit_jax.training.loop import Run
-from tests.tiny_run import QUICK_FLAGS, run_module, tiny_config, write_config
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
+from tests.runs import Run
+from tests.tiny_run import run_module, tiny_config, write_config
 
 
 @pytest.fixture(scope="module")
@@ -280,7 +277,7 @@ def pictures(path):
 def test_the_command_line_end_to_end(trained, tmp_path):
   output = tmp_path / "out"
   more = ["--prompt", "A gray rabbit!", "--num-samples", "2", "--batch-size", "2", "--output", str(output)]
-  result = run_module("stdit_jax.sample", "--run", trained, *SIZE, *more, XLA_FLAGS=QUICK_FLAGS)
+  result = run_module("stdit_jax.sample", "--run", trained, *SIZE, *more)
   assert result.returncode == 0, result.stderr[-3000:]
   names = ["0000-a-gray-rabbit-seed0", "0000-a-gray-rabbit-seed1"]
   assert sorted(p.name for p in output.iterdir()) == sorted(f"{n}.{e}" for n in names for e in ("json", "mp4"))
@@ -352,8 +349,8 @@ def test_safetensors_give_the_video_of_the_run(assets, trained, tmp_path):
   config = write_config(tmp_path / "config.py", assets, tmp_path / "unused")
   run = Run(tiny_config(assets, tmp_path / "shapes"))
   variables = {"params": ema["denoiser"], "constants": constants["denoiser"]}
-  save_variables(tmp_path / "denoiser.safetensors", "open-sora", variables, config=run.objectives[0].model.config)
-  save_variables(tmp_path / "t5.safetensors", "t5", {"params": ema["text_encoder"]}, config=run.objectives[0].text.config)
+  save_variables(tmp_path / "denoiser.safetensors", "open-sora", variables, config=run.parts[0].objective.model.config)
+  save_variables(tmp_path / "t5.safetensors", "t5", {"params": ema["text_encoder"]}, config=run.parts[0].objective.text.config)
   what = [*SIZE, "--prompt", "a rabbit", "--format", "gif", "--output"]
   made = lambda name: pictures(tmp_path / name / "0000-a-rabbit-seed0.gif")  # noqa: E731
   files = ["--weights", str(tmp_path / "denoiser.safetensors"), "--text-encoder", str(tmp_path / "t5.safetensors")]
@@ -418,10 +415,10 @@ def test_no_prompt_no_run_and_broken_configurations(tmp_path, capsys):
     (["--run", str(tmp_path)], "no prompt; give --prompt"),
     (["--prompt-file", str(tmp_path / "latin.txt")], "is not UTF-8 text"),
     (["--run", str(tmp_path), *prompt], "is no run folder: it has no config.json"),
-    (["--config", str(tmp_path / "syntax.py"), *prompt], "syntax.py is no configuration: SyntaxError"),
-    (["--config", str(tmp_path / "none.py"), *prompt], "none.py has no get_config()"),
+    (["--config", str(tmp_path / "syntax.py"), *prompt], "syntax.py: SyntaxError"),
+    (["--config", str(tmp_path / "none.py"), *prompt], "none.py: the file has no get_config()"),
     (["--config", str(tmp_path / "raises.py"), *prompt], "nothing_of_this_name"),
-    (["--config", str(tmp_path / "missing.py"), *prompt], "missing.py can't be read: No such file"),
+    (["--config", str(tmp_path / "missing.py"), *prompt], "missing.py: there is no such file"),
     (["--config", "configs/quickstart.py", *prompt], "--weights is empty"),
     (prompt, "give either --run FOLDER"),
   ):

@@ -7,16 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stdit_jax import sample
+from stdit_jax import loading, sample
 from stdit_jax.autoencoders import causal3d, temporal
 from stdit_jax.generation import clips, tasks
 from stdit_jax.generation.references import read_reference
 from stdit_jax.interop import save_variables
-from stdit_jax.training import loading
-from stdit_jax.training.loop import Run
+from tests.runs import Run
 from tests.tiny_run import tiny_config, write_config
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 from stdit_jax import convert
 from stdit_jax.autoencoders import temporal
 from stdit_jax.interop import load_variables, open_checkpoint, save_variables, weights
-from stdit_jax.models import stdit
+from tests import denoisers
 from tests.interop.test_layouts import REFERENCE, assert_same, golden, random_tree, write_all
 
 TINY = {"stdit1_tiny": "STDiT-tiny/2", "stdit2_tiny": "STDiT2-tiny/2", "stdit3_tiny": "STDiT3-tiny/2"}
@@ -47,8 +47,8 @@ def test_there_and_back(name, tmp_path, capsys):
 
 
 def test_dtype_and_other_sizes(tmp_path, capsys):
-  config = stdit.get_config("STDiT3-tiny/2", depth=1, patch_size=(1, 1, 2))
-  save_variables(tmp_path / "x.safetensors", "open-sora", random_tree(stdit.init_shapes(config)), config=config)
+  config = denoisers.get_config("STDiT3-tiny/2", depth=1, patch_size=(1, 1, 2))
+  save_variables(tmp_path / "x.safetensors", "open-sora", random_tree(denoisers.init_shapes(config)), config=config)
   (tmp_path / "fields.json").write_text('{"depth": 1, "patch_size": [1, 1, 2]}')
   for dtype in ("bfloat16", "float16"):
     out = tmp_path / f"{dtype}.safetensors"
@@ -99,8 +99,8 @@ def test_check_of_a_file(capsys, tmp_path):
 
 def test_from_a_training_run(tmp_path, capsys):
   checkpoints = pytest.importorskip("stdit_jax.training.checkpoints")
-  config = stdit.TABLE["STDiT3-tiny/2"]
-  tree = jax.tree.map(jnp.asarray, random_tree(stdit.init_shapes(config)))
+  config = denoisers.TABLE["STDiT3-tiny/2"]
+  tree = jax.tree.map(jnp.asarray, random_tree(denoisers.init_shapes(config)))
   params = {"denoiser": tree["params"]}
   ema = jax.tree.map(lambda x: x + 1, params)
   (tmp_path / "run").mkdir()
@@ -116,28 +116,28 @@ def test_from_a_training_run(tmp_path, capsys):
     code, text, error = run(capsys, "--input", tmp_path / "run", "--output", out, "--item", item)
     assert code == 0, error
     assert f"wrote the {item} weights of the denoiser at step 7 in layout open-sora" in text
-    loaded = load_variables(out, "open-sora", stdit.init_shapes(config), config=config)
+    loaded = load_variables(out, "open-sora", denoisers.init_shapes(config), config=config)
     for a, b in zip(jax.tree.leaves(loaded["params"]), jax.tree.leaves(expected)):
       np.testing.assert_array_equal(a, b)
   code, _, error = run(capsys, "--input", tmp_path / "run", "--output", tmp_path / "x.safetensors", "--part", "text_encoder")
   assert (code, error.count("\n")) == (2, 1)
-  assert "no weights of its own for --part text_encoder" in error
+  assert "no own weights for --part text_encoder" in error
 
 
 MISTAKES = {
   "unrecognized arguments: --inptu": ("--inptu", "x"),
-  "--input and --output are needed": ("--input", "x"),
+  "give --input and --output": ("--input", "x"),
   "invalid choice: 'opensora'": ("--from", "opensora"),
   "invalid choice: 'float8'": ("--dtype", "float8"),
   "'5 apples' is no size": ("--max-shard-size", "5 apples"),
   "no such file or folder": ("--input", "nowhere.safetensors", "--output", "y"),
-  "--model is needed": ("--input", "GOLDEN", "--output", "y"),
+  "--model is missing": ("--input", "GOLDEN", "--output", "y"),
   "no model is called 'STDiT3-tiny'": ("--input", "GOLDEN", "--output", "y", "--model", "STDiT3-tiny"),
   "unknown field 'dept'": ("--input", "GOLDEN", "--output", "y", "--model", "STDiT3-tiny/2", "--config", '{"dept": 1}'),
   "depth is 'two'": ("--input", "GOLDEN", "--output", "y", "--model", "STDiT3-tiny/2", "--config", '{"depth": "two"}'),
-  "needs a JSON object": ("--input", "GOLDEN", "--output", "y", "--model", "STDiT3-tiny/2", "--config", '{"depth"'),
+  "give a JSON object": ("--input", "GOLDEN", "--output", "y", "--model", "STDiT3-tiny/2", "--config", '{"depth"'),
   "does not divide": ("--check", "--model", "STDiT3-XL/2", "--config", '{"num_heads": 7}'),
-  "no key table ships": ("--check", "--model", "STDiT3-tiny/2"),
+  "has no key table": ("--check", "--model", "STDiT3-tiny/2"),
   "must end in .safetensors": ("--input", "GOLDEN", "--output", "y.json", "--model", "STDiT3-tiny/2"),
   "with layout t5 is called": ("--input", "GOLDEN", "--output", "y", "--model", "STDiT3-tiny/2", "--to", "t5"),
 }

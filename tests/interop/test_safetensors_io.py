@@ -11,7 +11,6 @@ import safetensors.numpy
 from stdit_jax.interop.safetensors_io import (
   DTYPES,
   CheckpointError,
-  SafetensorsFile,
   open_checkpoint,
   write_checkpoint,
 )
@@ -66,6 +65,17 @@ def test_what_the_library_writes_is_read(tmp_path):
   assert all(found.read(name).tobytes() == array.tobytes() for name, array in arrays.items())
 
 
+def test_bfloat16_of_a_handwritten_file_is_read(tmp_path):
+  path = raw_file(tmp_path / "x.safetensors", {"y": entry(0, 8, "BF16", [2, 2])}, b"\x80\x3f" * 4)
+  np.testing.assert_array_equal(open_checkpoint(path).read("y"), np.ones((2, 2), ml_dtypes.bfloat16))
+
+
+def test_an_unfinished_file_does_not_count(tmp_path):
+  write(tmp_path / "x.safetensors")
+  (tmp_path / ".y.tmp7-abcd.safetensors").write_bytes(b"half")
+  assert set(open_checkpoint(tmp_path).tensors) == set(ARRAYS)
+
+
 def test_shards_and_index(tmp_path):
   arrays = {f"t{i}": np.full((10, 10), i, np.float32) for i in range(7)}
   files = write(tmp_path / "out", arrays, max_shard_bytes=1000)
@@ -102,6 +112,7 @@ HOSTILE = {
   "list of whole numbers ": lambda p: raw_file(p, {"a": entry(0, 8, shape=[True, 2])}, b"0" * 8),
   "list of whole numbers  ": lambda p: raw_file(p, {"a": entry(0, 8, shape=[2.0])}, b"0" * 8),
   "list of whole numbers   ": lambda p: raw_file(p, {"a": entry(0, 0, shape=[0, 2**62, 2**62])}),
+  "list of whole numbers    ": lambda p: raw_file(p, {"a": entry(0, 0, "F64", [0, 2**61])}),  # empty, too big for NumPy
   "can't be printed": lambda p: raw_file(p, {"a\x1b[2J": entry(0, 0)}),
   "can't be printed ": lambda p: raw_file(p, b'{"\\ud800": {"dtype":"U8","shape":[0],"data_offsets":[0,0]}}'),
   "start, stop": lambda p: raw_file(p, {"a": entry(0, 8) | {"data_offsets": [8, 0]}}, b"0" * 8),
@@ -156,7 +167,7 @@ def test_nan_and_inf_are_named(tmp_path, dtype, value):
   array = np.zeros((3, 5), DTYPES[dtype])
   array[1, 2] = value
   (path,) = write(tmp_path / "x.safetensors", {"fine": np.ones(3, np.float32), "bad": array})
-  file = SafetensorsFile(path)
+  file = open_checkpoint(path)
   file.read("fine")
   with pytest.raises(CheckpointError, match="'bad' holds 1 NaN or infinite"):
     file.read("bad")

@@ -27,12 +27,12 @@ def take(name, default=None):
   return answers[0]
 """
 
-# Any program whose arguments are all that matters.
+# Any program. It records its arguments.
 PROGRAM = """
 record(argv=[pathlib.Path(sys.argv[0]).name, *sys.argv[1:]], stdin="" if sys.stdin.isatty() else sys.stdin.read(100_000))
 """
 
-# Google Cloud with scripted states and workers that answer what they are told to.
+# Google Cloud with scripted states and scripted answers of its workers.
 GCLOUD = """
 words = sys.argv[1:]
 record(argv=words)
@@ -55,7 +55,7 @@ elif verb == "ssh" and "worker.sh status" in words[-1]:
 
 
 class StandIns:
-  """A folder of programs for the front of PATH, and what they recorded."""
+  """A folder of programs for the front of PATH, and the calls that they recorded."""
 
   def __init__(self, folder):
     self.folder = folder
@@ -86,9 +86,9 @@ class StandIns:
     return result
 
   def start(self, script, *arguments, **options):
-    """Starts launch/SCRIPT as the leader of a process group, which `close` ends whatever became of the test."""
+    """Starts launch/SCRIPT as the leader of a process group, which `close` ends in any case."""
     command = ["bash", str(ROOT / "launch" / script), *arguments]
-    # A shell ignores ^C in what it starts in the background, and bash can't trap what it was born ignoring.
+    # A program in the background of a shell ignores ^C, and bash can't trap a signal that is ignored from its start on.
     old = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
       self.started.append(subprocess.Popen(command, env=self.environment, start_new_session=True, text=True, **options))

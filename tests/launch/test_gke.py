@@ -46,7 +46,7 @@ def test_apply_submits_the_manifest(kubectl):
     (["--topology", "v5e:1x1"], "tpu-v5-lite-podslice", 1, 1),
   ],
 )
-def test_slices_hosts_and_chips(stand_ins, options, accelerator, hosts, chips):
+def test_the_topology_gives_hosts_and_chips(stand_ins, options, accelerator, hosts, chips):
   replicated, job, pod = parts(manifest(stand_ins, *JOB[:4], *options, "--slices", "2", *TRAIN))
   assert replicated["replicas"] == 2
   assert job["parallelism"] == job["completions"] == hosts
@@ -58,8 +58,8 @@ def test_slices_hosts_and_chips(stand_ins, options, accelerator, hosts, chips):
   }
 
 
-def test_exit_codes(stand_ins):
-  """2 fails the job by policy, which fails the set; anything else fails the job by its limit, which starts the set again."""
+def test_only_exit_code_2_ends_the_run(stand_ins):
+  """Code 2 fails the job by policy, which fails the set. Other codes fail the job by its limit, which restarts the set."""
   text = manifest(stand_ins, *JOB, "--max-restarts", "7", *TRAIN)
   _, job, pod = parts(text)
   assert job["backoffLimit"] == 0
@@ -72,7 +72,7 @@ def test_exit_codes(stand_ins):
   assert text["spec"]["failurePolicy"]["maxRestarts"] == 7
 
 
-def test_options(stand_ins):
+def test_options_change_the_manifest(stand_ins):
   plain = parts(manifest(stand_ins, *JOB, *TRAIN))[2]
   assert not {"tolerations", "serviceAccountName"} & set(plain)
   spot = parts(manifest(stand_ins, *JOB, "--spot", "--service-account", "writer", "--grace-seconds", "25", *TRAIN))[2]
@@ -84,7 +84,7 @@ def test_options(stand_ins):
   assert reserved["nodeSelector"]["cloud.google.com/reservation-name"] == "ours"
 
 
-def test_odd_arguments_arrive_as_they_are(stand_ins):
+def test_special_characters_in_arguments_arrive_unchanged(stand_ins):
   odd = ["--config.a='it''s: \"b\" #'", "--config.b=${NAME} $HOME", "--config.c=\n- d", "--config.train=.*$(X)"]
   container = parts(manifest(stand_ins, *JOB, "--env", "A=b: 'c'", *TRAIN, *odd))[2]["containers"][0]
   unexpanded = [word.replace("$$(", "$(") for word in container["args"]]  # as Kubernetes reads it
@@ -108,7 +108,7 @@ def test_odd_arguments_arrive_as_they_are(stand_ins):
     ),
   ],
 )
-def test_other_commands(kubectl, command, expected):
+def test_other_commands_call_kubectl(kubectl, command, expected):
   kubectl.run("gke/submit.sh", *command, "--name", "film")
   (call,) = kubectl.calls
   assert call["argv"] == ["kubectl", *expected.split()]

@@ -1,4 +1,4 @@
-"""Processes that find each other: what gpu.sh gives the program, and what the program makes of it."""
+"""Processes find each other: gpu.sh sets environment variables, and `connect_processes` reads them."""
 
 import socket
 import subprocess
@@ -64,20 +64,20 @@ def test_gpu_sh_trains_and_restarts(stand_ins, options, variables):
     (("", "a:1", "2", "-1"), "processes are numbered 0, 1"),
   ],
 )
-def test_wrong_variables(monkeypatch, values, message):
+def test_wrong_environment_variables_are_refused(monkeypatch, values, message):
   for name, value in zip(VARIABLES, values):
     monkeypatch.setenv(name, value)
   with pytest.raises(ValueError, match=message.replace("[", r"\[")):
     connect_processes()
 
 
-def test_no_variables_is_one_process(monkeypatch):
+def test_without_variables_a_process_runs_alone(monkeypatch):
   for name in VARIABLES:
     monkeypatch.delenv(name, raising=False)
   connect_processes()  # raises once devices are in use if it tried to connect
 
 
-def test_no_cluster_says_what_to_set(stand_ins):
+def test_a_missing_cluster_is_an_error_that_names_the_variables(stand_ins):
   program = "from stdit_jax.cli import *\nwith one_line_errors(): connect_processes()"
   environment = {**stand_ins.environment, "STDIT_JAX_DISTRIBUTED": "1", "JAX_PLATFORMS": "cpu"}
   result = subprocess.run(

@@ -1,4 +1,4 @@
-"""What all launch scripts have in common: shellcheck, --help, --dry-run, errors of one line."""
+"""All launch scripts: shellcheck, --help, --dry-run, errors of one line."""
 
 import os
 import re
@@ -17,7 +17,7 @@ JOB = ["--name", "film", "--image", "registry/image:1", "--topology", "v5e:16x16
 TRAIN = ["--", "--config", "configs/film.py"]
 
 
-def test_shellcheck():
+def test_shellcheck_accepts_all_scripts():
   program = shutil.which("shellcheck", path=f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}")
   assert program, "shellcheck comes with requirements-test.txt"
   command = [program, "--external-sources", *SCRIPTS]
@@ -26,7 +26,7 @@ def test_shellcheck():
 
 
 @pytest.mark.parametrize("script", ["tpu_vm.sh", "tpu_multislice.sh", "gpu.sh", "gke/submit.sh", "worker.sh", "supervise.sh"])
-def test_help(stand_ins, script):
+def test_help_has_an_example(stand_ins, script):
   text = stand_ins.run(script, "--help").stdout
   assert "bash " in text  # an example
   assert "--config" in text
@@ -43,7 +43,11 @@ def test_help(stand_ins, script):
     ("tpu_vm.sh", ["create", *POD, "--accelerator-type", "v6e-8"], "exclude each other"),
     ("tpu_vm.sh", ["create", *POD, "--spot", "--reserved"], "exclude each other"),
     ("tpu_vm.sh", ["create", *POD[:4], "--topology", "v5e-256"], "--topology v5e-256 is not like v5e:16x16"),
-    ("tpu_vm.sh", ["create", *POD[:4], "--accelerator-type", "v9-8"], "give --runtime-version: none is known here for v9"),
+    (
+      "tpu_vm.sh",
+      ["create", *POD[:4], "--accelerator-type", "v9-8"],
+      "give --runtime-version: this script knows no version for v9",
+    ),
     ("tpu_vm.sh", ["create", *POD, "--project"], "--project needs a value"),
     ("tpu_vm.sh", ["create", *POD, "--project", "--spot"], "--project needs a value, not --spot"),
     ("tpu_vm.sh", ["create", *POD, "--slices", "2"], "use launch/tpu_multislice.sh"),
@@ -67,7 +71,7 @@ def test_help(stand_ins, script):
     ("worker.sh", ["begin"], "unknown command begin"),
   ],
 )
-def test_mistakes_are_one_line(stand_ins, script, arguments, message):
+def test_errors_are_one_line(stand_ins, script, arguments, message):
   stand_ins.program("gcloud", GCLOUD)
   stand_ins.program("kubectl", PROGRAM)
   stand_ins.environment["STDIT_JAX_HOME"] = str(stand_ins.folder / "home")
@@ -111,22 +115,22 @@ def test_a_dry_run_prints_what_a_run_does(stand_ins):
   stand_ins.run("tpu_vm.sh", *options, *train)
   printed, run = stand_ins.calls
   assert printed["argv"] == run["argv"]
-  # And the shell of a worker gives the training program its arguments as they were.
+  # The shell of a worker passes the arguments unchanged to the training program.
   remote = run["argv"][-1].removeprefix("--command=").replace("bash stdit_jax/code/launch/worker.sh start", "printf '%s\\0'")
   words = subprocess.run(["bash", "-c", remote], capture_output=True, text=True, check=True).stdout.split("\0")
   assert words == ["--config", "configs/film.py", *odd, "--config.platform=tpu", ""]
   assert "'A=x '\\''y'\\'''" in remote
 
 
-def test_the_readme_trains_on_the_machines_that_it_names():
-  """The batches of its configuration divide by the chips of each; whether they do is known before anything compiles."""
+def test_batches_of_the_readme_divide_by_the_chips_of_its_pods():
+  """`choose_layouts` raises an error otherwise."""
   import jax
 
   from configs import film
   from data.config import DataConfig
   from stdit_jax.parallel.mesh import AXES
-  from stdit_jax.training.objectives import OBJECTIVES
-  from stdit_jax.training.stage_data import choose_layouts
+  from stdit_jax.training.objectives import make_objective
+  from stdit_jax.training.stage_data import choose_splits
   from stdit_jax.training.stages import make_stages
 
   section = (ROOT / "README.md").read_text().partition("## On a pod")[2].partition("\n## ")[0]
@@ -138,4 +142,4 @@ def test_the_readme_trains_on_the_machines_that_it_names():
   for stage in make_stages(config):
     buckets = DataConfig.create(stage.config.data.to_dict()).parsed_buckets()
     for count in chips:
-      choose_layouts(stage, buckets, jax.sharding.AbstractMesh((count, 1, 1, 1), AXES), OBJECTIVES["denoiser"](stage.config))
+      choose_splits(stage, buckets, jax.sharding.AbstractMesh((count, 1, 1, 1), AXES), make_objective(stage.config))

@@ -39,7 +39,7 @@ time.sleep(30)
     ([75], 10, 75),  # gives up on one that never gets anywhere
   ],
 )
-def test_restarts(stand_ins, codes, starts, code):
+def test_the_exit_code_decides_about_a_new_start(stand_ins, codes, starts, code):
   program = stand_ins.program("train", PROGRAM)
   stand_ins.script(codes=codes)
   stand_ins.environment["STDIT_JAX_RESTART_WAIT"] = "0"
@@ -48,7 +48,7 @@ def test_restarts(stand_ins, codes, starts, code):
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_lets_it_save_and_is_the_end(stand_ins, how):
+def test_a_signal_lets_the_program_save_and_ends_the_supervision(stand_ins, how):
   program = stand_ins.program("train", WAITING)
   supervisor = stand_ins.start("supervise.sh", str(program))
   wait_for(lambda: stand_ins.calls)
@@ -57,7 +57,7 @@ def test_a_signal_lets_it_save_and_is_the_end(stand_ins, how):
   assert stand_ins.calls == [{"started": True}, {"saved": True}]  # over before the supervisor, and not started again
 
 
-def test_a_signal_between_two_starts_is_the_end(stand_ins):
+def test_a_signal_between_two_starts_ends_the_supervision(stand_ins):
   program = stand_ins.program("train", PROGRAM)
   stand_ins.script(codes=[75])
   stand_ins.environment["STDIT_JAX_RESTART_WAIT"] = "30"

@@ -1,4 +1,4 @@
-"""tpu_vm.sh and tpu_multislice.sh against a stand-in for gcloud: which commands, in which order."""
+"""tpu_vm.sh and tpu_multislice.sh call a stand-in for gcloud with the right commands in the right order."""
 
 import re
 import shutil
@@ -16,13 +16,13 @@ TRAIN = ["--poll", "0", "--", "--config", "configs/film.py", "--config.output=gs
 @pytest.fixture
 def gcloud(stand_ins):
   stand_ins.program("gcloud", GCLOUD)
-  # Packing the project takes longer than all the rest; two tests do it.
+  # Packing the project takes longer than all other work; two tests do it.
   stand_ins.program("tar", "record(packed=bool(sys.stdin.read()))")
   return stand_ins
 
 
 def deeds(stand_ins):
-  """What gcloud was told to do, one word each; looking is left out."""
+  """The commands that gcloud got, one word each, without queries."""
   words = []
   for argv in [call["argv"] for call in stand_ins.calls if "argv" in call]:
     verb = next(word for word in argv if word in VERBS)
@@ -63,7 +63,7 @@ PREPARED = ["scp", "unpack", "install", "start"]
     ),
   ],
 )
-def test_create(gcloud, script, options, expected):
+def test_create_calls_gcloud(gcloud, script, options, expected):
   gcloud.script(states=["ABSENT"])
   gcloud.run(script, "create", "--name", "film", "--zone", "z", *options)
   assert gcloud.calls[-1]["argv"] == ["compute", "tpus", *expected.split()]
@@ -76,19 +76,19 @@ def test_create(gcloud, script, options, expected):
     ("create", "ACTIVE", 0, []),
     ("create", "WAITING_FOR_RESOURCES", 0, []),
     ("create", "SUSPENDED", 2, []),
-    ("create", "OFFLINE", 1, []),  # what can't be seen is not taken for absent
+    ("create", "OFFLINE", 1, []),  # a failed query does not count as absent
     ("delete", "ABSENT", 0, []),
     ("delete", "SUSPENDED", 0, ["delete"]),
     ("delete", "OFFLINE", 1, []),
   ],
 )
-def test_what_is_done_is_not_done_again(gcloud, command, state, code, expected):
+def test_finished_work_is_not_repeated(gcloud, command, state, code, expected):
   gcloud.script(states=[state])
   gcloud.run("tpu_vm.sh", command, *POD, "--queued", code=code)
   assert deeds(gcloud) == expected
 
 
-def test_all_workers_of_all_slices(gcloud):
+def test_commands_reach_all_workers_of_all_slices(gcloud):
   for command in ("copy", "install", "run", "stop"):
     gcloud.run("tpu_multislice.sh", command, *POD, "--internal-ip", *TRAIN)
   assert deeds(gcloud) == [*PREPARED, "stop"]
@@ -97,7 +97,7 @@ def test_all_workers_of_all_slices(gcloud):
     assert {"--worker=all", "--node=all", "--internal-ip"} < set(argv)
 
 
-def test_logs(gcloud):
+def test_logs_of_one_worker(gcloud):
   gcloud.run("tpu_vm.sh", "logs", *POD, "--worker", "3", "--tunnel-through-iap")
   expected = "alpha compute tpus tpu-vm ssh film --zone=z --quiet --tunnel-through-iap --worker=3"
   assert gcloud.calls[0]["argv"][:-1] == expected.split()
@@ -108,7 +108,7 @@ def test_logs(gcloud):
   [
     # From nothing to the end.
     (["ABSENT", "PROVISIONING", "ACTIVE"], ["READY"], [["absent"], ["running"], ["finished"]], ["create", *PREPARED], 0),
-    # Preempted: waits until it may be deleted, makes it again and runs again.
+    # Preempted: waits until the machine can be deleted, creates it again and trains again.
     (
       ["ABSENT", "ACTIVE", "ACTIVE", "SUSPENDING", "SUSPENDED", "DELETING", "ABSENT", "WAITING_FOR_RESOURCES", "ACTIVE"],
       ["READY"],
@@ -116,7 +116,7 @@ def test_logs(gcloud):
       ["create", *PREPARED, "delete", "create", *PREPARED],
       0,
     ),
-    # The queued resource has not noticed yet that its node is gone.
+    # The queued resource is still ACTIVE after its node was preempted.
     (
       ["ACTIVE", "ACTIVE", "ABSENT", "ACTIVE"],
       ["READY", "PREEMPTED", "READY"],
@@ -124,19 +124,19 @@ def test_logs(gcloud):
       ["delete", "create", *PREPARED],
       0,
     ),
-    # Not to be seen is not gone.
+    # A failed query does not count as absent.
     (["ACTIVE", "OFFLINE", "OFFLINE", "ACTIVE"], ["READY"], [["running"], ["finished"]], [], 0),
-    # A worker was rebooted where it is.
+    # A worker was rebooted in place.
     (["ACTIVE"], ["READY"], [["running", "interrupted"], ["running"], ["finished"]], ["start"], 0),
-    # Some have finished: the others are about to.
+    # One worker has finished, and the other will finish soon.
     (["ACTIVE"], ["READY"], [["running", "finished"], ["finished"]], [], 0),
-    # A user's mistake ends it everywhere; so does stopping by hand.
+    # An error of the user ends the training on all workers, and so does a stop by hand.
     (["ACTIVE"], ["READY"], [["running"], ["failed 2", "running"]], ["stop"], 1),
     (["ACTIVE"], ["READY"], [["running"], ["stopped"]], [], 0),
-    # What an earlier run left behind does not end this one.
+    # The state of an earlier run does not end this run.
     (["ACTIVE"], ["READY"], [["failed 2"], ["running"], ["finished"]], PREPARED, 0),
     (["ACTIVE"], ["READY"], [["finished"], ["running"], ["finished"]], PREPARED, 0),
-    # A request that can't be met ends it, unless it could be met before.
+    # A refused request ends watch, unless the machine existed before.
     (["FAILED", "ABSENT", "FAILED"], ["READY"], [], ["delete", "create", "delete"], 2),
     (
       ["ACTIVE", "FAILED", "ABSENT", "FAILED", "ABSENT", "ACTIVE"],
@@ -147,15 +147,14 @@ def test_logs(gcloud):
     ),
   ],
 )
-def test_watch(gcloud, states, nodes, workers, expected, code):
+def test_watch_reacts_to_each_state(gcloud, states, nodes, workers, expected, code):
   gcloud.script(states=states, nodes=nodes, workers=workers)
   gcloud.run("tpu_vm.sh", "watch", *POD, "--queued", *TRAIN, code=code)
   assert deeds(gcloud) == expected
-  assert [call["packed"] for call in gcloud.calls if "packed" in call] == [True]  # the code it began with, each time
+  assert [call["packed"] for call in gcloud.calls if "packed" in call] == [True]  # packed once: each start uses the same code
 
 
-def test_watch_of_slices(gcloud):
-  """One slice of two is gone: both are made again."""
+def test_watch_recreates_all_slices_after_one_is_lost(gcloud):
   gcloud.script(
     states=["ACTIVE", "ACTIVE", "ABSENT", "ACTIVE"],
     nodes=["READY\nREADY", "READY\nPREEMPTED", "READY\nREADY"],
@@ -181,8 +180,8 @@ def test_watch_deletes_when_asked(gcloud):
   assert gcloud.calls[-1]["argv"] == ["compute", "tpus", "tpu-vm", "delete", "film", "--zone=z", "--quiet"]
 
 
-# Google Cloud with two workers that are folders: what comes over ssh is run there, by the real worker.sh. Deleting the machine
-# kills what runs on it.
+# Google Cloud with two workers, which are folders. Commands over ssh run there, with the real worker.sh. Deleting the machine
+# kills its processes.
 MACHINE = """
 import glob, shutil, signal, subprocess
 words = sys.argv[1:]
@@ -219,8 +218,8 @@ elif verb == "ssh":
   sys.exit(max(codes))
 """
 
-# The Python of a worker: makes an environment of itself, and trains as told. Training n of a worker (counted in the "bucket",
-# which outlives the machine) ends with code 75, is preempted, or finishes.
+# The Python of a worker: makes an environment and trains by the script. Training n of a worker ends with code 75, is preempted,
+# or finishes. A folder that outlives the machine counts n.
 PYTHON = """
 import shutil, time
 if sys.argv[1:3] == ["-m", "venv"]:
@@ -243,7 +242,7 @@ elif sys.argv[1] != "-c":
 
 
 @pytest.mark.skipif(not shutil.which("setsid") or not shutil.which("flock"), reason="workers are Linux machines")
-def test_from_nothing_through_a_preemption_to_the_end(stand_ins):
+def test_watch_trains_to_the_end_through_a_preemption(stand_ins):
   """Real scripts on both sides; only gcloud and the Python of the workers are stand-ins."""
   stand_ins.program("gcloud", MACHINE)
   stand_ins.environment |= {"PYTHON": str(stand_ins.program("python", PYTHON)), "STDIT_JAX_RESTART_WAIT": "0"}
@@ -298,7 +297,7 @@ def test_worker_reports_a_failure(stand_ins):
   assert stand_ins.run("worker.sh", "status").stdout.endswith(" failed 2\n")
 
 
-def test_copy_takes_what_git_would(stand_ins):
+def test_copy_packs_the_files_that_git_would_track(stand_ins):
   """Tracked files and new ones, not ignored ones."""
   stand_ins.program(
     "gcloud", "import shutil; shutil.copy(sys.argv[5], folder) if 'scp' in sys.argv else record(argv=sys.argv[1:])"

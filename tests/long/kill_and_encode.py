@@ -14,7 +14,7 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader
 from tensorflow_datasets.proto import tf_example_pb2
 
-from tests import tiny_run
+from tests import QUICK_FLAGS, tiny_run
 from tests.long import kills
 
 CLIPS = 300
@@ -43,7 +43,7 @@ def main():
   def start(output):
     command = [sys.executable, "-m", "stdit_jax.encode", "--config", str(config), "--output", str(output)]
     command += ["--epochs", "2", "--shard-mb", "0.05"]
-    own = tiny_run.environment(XLA_FLAGS=tiny_run.QUICK_FLAGS, JAX_COMPILATION_CACHE_DIR=str(folder / "xla"))
+    own = tiny_run.environment(XLA_FLAGS=QUICK_FLAGS, JAX_COMPILATION_CACHE_DIR=str(folder / "xla"))
     with (folder / "log").open("a") as log:
       return subprocess.Popen(command, cwd=tiny_run.ROOT, env=own, stdout=log, stderr=subprocess.STDOUT)
 

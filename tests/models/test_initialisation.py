@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from stdit_jax.interop import export_tensors, foreign_spec
-from stdit_jax.models import stdit
-from tests.helpers import QUICK_COMPILE, load_json
+from tests import denoisers
+from tests.helpers import load_json
 
 KEYS = {
   "STDiT-XL/2": "stdit_xl2_v1_0",
@@ -18,17 +18,17 @@ KEYS = {
 }
 SIZES = {"hidden_size": 96, "depth": 3, "num_heads": 4, "caption_channels": 64, "model_max_length": 20}
 CONFIGS = {
-  "STDiT": stdit.STDiT1Config(**SIZES),
-  "STDiT2": stdit.STDiT2Config(**SIZES),
-  "STDiT3": stdit.STDiT3Config(**SIZES),
+  "STDiT": denoisers.STDiT1Config(**SIZES),
+  "STDiT2": denoisers.STDiT2Config(**SIZES),
+  "STDiT3": denoisers.STDiT3Config(**SIZES),
 }
 
 
 @pytest.mark.parametrize("name", KEYS)
 def test_published_sizes_have_the_original_names_shapes_and_counts(name):
   table = load_json(f"keys/{KEYS[name]}.json")
-  config = stdit.get_config(name)
-  shapes = stdit.init_shapes(config)
+  config = denoisers.get_config(name)
+  shapes = denoisers.init_shapes(config)
   assert foreign_spec("open-sora", shapes, config) == {key: tuple(shape) for key, shape in table["tensors"].items()}
   assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes["params"])) == table["parameters_trainable"]
 
@@ -65,7 +65,7 @@ def expected(name, weight, version, sizes):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_weight_starts_as_in_the_original(name):
   config, version = CONFIGS[name], {"STDiT": 1, "STDiT2": 2, "STDiT3": 3}[name]
-  variables = jax.jit(stdit.init, static_argnums=0, compiler_options=QUICK_COMPILE)(config, jax.random.key(3))
+  variables = jax.jit(denoisers.init, static_argnums=0)(config, jax.random.key(3))
   seen = {}
   for key, weight in export_tensors("open-sora", variables, config):
     if key.startswith(("rope", "pos_embed")):
@@ -89,5 +89,5 @@ def test_every_weight_starts_as_in_the_original(name):
 
 
 def test_constants_are_the_originals():
-  shapes = stdit.init_shapes(stdit.get_config("STDiT3-XL/2"))
+  shapes = denoisers.init_shapes(denoisers.get_config("STDiT3-XL/2"))
   assert {k: v.shape for k, v in shapes["constants"].items()} == {"null_caption": (300, 4096), "rope_frequencies": (36,)}

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from data.tokens import grid_size, patchify
-from stdit_jax.models import stdit
-from tests.helpers import QUICK_COMPILE, random_variables, relative_error
+from tests import denoisers
+from tests.helpers import random_variables, relative_error
 
 SIZES = {"hidden_size": 48, "depth": 2, "num_heads": 2, "caption_channels": 16, "model_max_length": 6, "in_channels": 2}
 CONFIGS = {
-  "STDiT": stdit.STDiT1Config(**SIZES),
-  "STDiT2": stdit.STDiT2Config(**SIZES),
-  "STDiT3": stdit.STDiT3Config(**SIZES),
+  "STDiT": denoisers.STDiT1Config(**SIZES),
+  "STDiT2": denoisers.STDiT2Config(**SIZES),
+  "STDiT3": denoisers.STDiT3Config(**SIZES),
 }
 # Latent sizes (T, H, W) with odd sides, whose border tokens are half padding; a video, a wide one, an image.
 LATENT_SIZES = (3, 5, 7), (2, 3, 10), (1, 6, 4)
@@ -49,7 +49,7 @@ def sample(index, config, frames, tokens, text, junk):
     "cotangent": np.where(pad(valid_out), pad(cotangent), 0),
     **dict(named),
   }
-  if not isinstance(config, stdit.STDiT1Config):
+  if not isinstance(config, denoisers.STDiT1Config):
     batch["x_mask"] = np.arange(frames) != index % 2  # a clean frame: the second, the first, the second (padding)
   return jax.tree.map(lambda x: np.asarray(x)[None], batch)
 
@@ -58,20 +58,27 @@ def join(samples):
   return jax.tree.map(lambda *rows: np.concatenate(rows), *samples)
 
 
+def split(batch):
+  """((tokens, t, cond, sizes), masks) of a batch of `sample`s, as a model takes them."""
+  cond = {name: batch[name] for name in ("text", "text_mask")}
+  sizes = {name: batch[name] for name in ("grid", "height", "width", "num_frames", "fps")}
+  masks = {name: batch[name] for name in ("x_mask", "valid") if name in batch}
+  return (batch["tokens"], batch["t"], cond, sizes), masks
+
+
 def outputs_and_gradients(model, variables, batch):
   """-> output at valid elements (0 elsewhere), gradients of its product with the cotangent for parameters and tokens."""
-  batch = dict(batch)
-  tokens, t, text, text_mask, cotangent = (batch.pop(key) for key in ("tokens", "t", "text", "text_mask", "cotangent"))
+  cotangent, ((tokens, *inputs), masks) = batch["cotangent"], split(batch)
 
   def loss(params, tokens):
-    out = model.apply({**variables, "params": params}, tokens, t, text, text_mask, **batch)
+    out = model.apply({**variables, "params": params}, tokens, *inputs, **masks)
     return jnp.sum(out * cotangent), jnp.where(cotangent != 0, out, 0)
 
   (_, out), gradients = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(variables["params"], tokens)
   return out, *gradients
 
 
-run = functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK_COMPILE)(outputs_and_gradients)
+run = jax.jit(outputs_and_gradients, static_argnums=0)
 
 
 def assert_gradients_equal(a, b):
@@ -88,7 +95,7 @@ def assert_gradients_equal(a, b):
 def test_padding_and_company_change_nothing(name):
   """Three samples of different sizes in one padded batch equal each alone (the two videos there without any padding)."""
   config = CONFIGS[name]
-  model, variables = stdit.build(config), random_variables(config)
+  model, variables = denoisers.build(config), random_variables(config)
   mixed = join([sample(i, config, frames=4, tokens=14, text=6, junk=1e3) for i in range(3)])
   out, d_params, d_tokens = run(model, variables, mixed)
   assert np.all(np.asarray(d_tokens)[~mixed["valid"]] == 0)
@@ -110,14 +117,14 @@ def test_scan_jit_and_remat_change_nothing(name):
   config = CONFIGS[name]
   variables = random_variables(config)
   batch = sample(0, config, frames=3, tokens=12, text=4, junk=0)
-  expected = run(stdit.build(config), variables, batch)
+  expected = run(denoisers.build(config), variables, batch)
 
   def check(result):
     assert relative_error(result[0], expected[0]) < TOLERANCE
     assert_gradients_equal(result[1:], expected[1:])
 
   for changes in ({"scan": False}, {"remat": "dots"}, {"remat": "full"}, {"remat": "offload"}):
-    check(run(stdit.build(dataclasses.replace(config, **changes)), variables, batch))
+    check(run(denoisers.build(dataclasses.replace(config, **changes)), variables, batch))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -125,11 +132,10 @@ def test_debugging_path_without_jit_and_scan(name):
   config = dataclasses.replace(CONFIGS[name], scan=False)
   variables = random_variables(config)
   batch = sample(0, config, frames=3, tokens=12, text=6, junk=0)
-  batch.pop("cotangent")
-  args = tuple(batch.pop(key) for key in ("tokens", "t", "text", "text_mask"))
-  expected = jax.jit(stdit.build(CONFIGS[name]).apply, compiler_options=QUICK_COMPILE)(variables, *args, **batch)
+  inputs, masks = split(batch)
+  expected = jax.jit(denoisers.build(CONFIGS[name]).apply)(variables, *inputs, **masks)
   with jax.disable_jit():
-    out = stdit.build(config).apply(variables, *args, **batch)
+    out = denoisers.build(config).apply(variables, *inputs, **masks)
   valid = batch["valid"].any(-1)
   assert relative_error(out[valid], expected[valid]) < TOLERANCE
 
@@ -140,8 +146,8 @@ def test_bfloat16_keeps_float32_islands(name):
   config = CONFIGS[name]
   variables = random_variables(config)
   batch = sample(0, config, frames=3, tokens=12, text=4, junk=0)
-  half = stdit.build(dataclasses.replace(config, dtype="bfloat16"))
-  exact, rounded = run(stdit.build(config), variables, batch), run(half, variables, batch)
+  half = denoisers.build(dataclasses.replace(config, dtype="bfloat16"))
+  exact, rounded = run(denoisers.build(config), variables, batch), run(half, variables, batch)
   assert rounded[0].dtype == jnp.float32
   assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(rounded[1]))
   assert 1e-4 < relative_error(rounded[0], exact[0]) < 5e-2
@@ -164,7 +170,7 @@ def test_bfloat16_keeps_float32_islands(name):
 def test_a_row_without_valid_tokens_stays_finite():
   """A row of weight 0 has no valid element and no text: its output means nothing, but must not poison the batch."""
   config = CONFIGS["STDiT3"]
-  model, variables = stdit.build(config), random_variables(config)
+  model, variables = denoisers.build(config), random_variables(config)
   batch = join([sample(i, config, frames=4, tokens=14, text=6, junk=0) for i in range(3)])
   batch["valid"][1], batch["text_mask"][1], batch["cotangent"][1] = False, False, 0
   batch["grid"][1], batch["height"][1], batch["width"][1] = 1, 1, 1
@@ -179,8 +185,7 @@ def test_rotary_positions_do_not_tell_frames_apart(name, positioned):
   config = dataclasses.replace(CONFIGS[name], **({"frame_positions": True} if positioned else {}))
   batch = sample(0, config, 3, 12, 6, 0.0)
   batch["tokens"] = np.repeat(batch["tokens"][:, :1], 3, axis=1)
-  for unneeded in ("valid", "cotangent", "x_mask"):
-    batch.pop(unneeded, None)
-  out = jax.jit(stdit.build(config).apply, compiler_options=QUICK_COMPILE)(random_variables(config), **batch)
+  inputs, _ = split(batch)
+  out = jax.jit(denoisers.build(config).apply)(random_variables(config), *inputs)
   differences = [relative_error(out[:, i], out[:, 0]) for i in (1, 2)]
   assert min(differences) > 1e-3 if positioned else max(differences) < 1e-5

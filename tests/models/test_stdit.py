@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from stdit_jax.interop import export_tensors
-from stdit_jax.models import stdit
-from tests.helpers import QUICK_COMPILE, load_golden, load_golden_model, relative_error, to_ours, to_theirs
+from tests import denoisers
+from tests.helpers import SHIPPED, load_golden, load_golden_model, relative_error, to_ours, to_theirs
 
 MODELS = ("stdit1_tiny", "stdit2_tiny", "stdit3_tiny")
 # Required: 2e-5 and 1e-4. Last digits of the sinusoid frequencies set the limit (`t_embedder.mlp.0.weight`).
@@ -63,15 +63,15 @@ def case_inputs(name, case):
   return (to_ours(value["x"]), value["timestep"], value["y"][:, 0], mask), conditions
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0, compiler_options=SHIPPED)
 def run(model, variables, args, conditions):
-  return stdit.denoise_latents(model, variables, *args, **conditions)
+  return denoisers.denoise_latents(model, variables, *args, **conditions)
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK_COMPILE)
+@functools.partial(jax.jit, static_argnums=0)
 def run_capturing(model, variables, args, conditions):
   model = Capturing(model)
-  out = stdit.denoise_latents(model, variables, *args, **conditions)
+  out = denoisers.denoise_latents(model, variables, *args, **conditions)
   return out, model.intermediates
 
 
@@ -138,11 +138,11 @@ def test_gradients(name):
   (x, t, y, mask), conditions = case_inputs(name, metadata["gradient_case"])
   cotangent = to_ours(data["grad/cotangent"])
 
-  @functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
+  @jax.jit
   def gradients(params, x, y):
     def loss(params, x, y):
       variables_ = {**variables, "params": params}
-      return jnp.sum(stdit.denoise_latents(model, variables_, x, t, y, mask, **conditions) * cotangent)
+      return jnp.sum(denoisers.denoise_latents(model, variables_, x, t, y, mask, **conditions) * cotangent)
 
     return jax.grad(loss, argnums=(0, 1, 2))(params, x, y)
 
@@ -165,12 +165,13 @@ def test_dropped_captions_become_the_null_caption(name):
   data, _ = golden(f"{name}_cases")
   model, variables = golden_model(name, scan=False)
   drop = data["caption_drop/in/force_drop_ids"] == 1
-  args, conditions = stdit.example_inputs(model.config, batch=len(drop))
-  args = (*args[:2], data["caption_drop/in/y"][:, 0], args[3])
+  tokens, t, cond, sizes = denoisers.example_inputs(model.config, batch=len(drop))
+  cond["text"] = data["caption_drop/in/y"][:, 0]
 
-  @functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
+  @jax.jit
   def embedded(variables):
-    _, state = model.apply(variables, *args, **conditions, drop_text=drop, capture_intermediates=True, mutable="intermediates")
+    dropped = denoisers.drop_text(model.config, variables, cond, drop)
+    _, state = model.apply(variables, tokens, t, dropped, sizes, capture_intermediates=True, mutable="intermediates")
     return state["intermediates"]["caption_embed"]["__call__"][0]
 
   assert relative_error(embedded(variables)[:, None], data["caption_drop/out"]) < TOLERANCE
@@ -178,22 +179,22 @@ def test_dropped_captions_become_the_null_caption(name):
 
 def test_null_caption_is_cut_to_a_shorter_text():
   model, variables = golden_model("stdit3_tiny")
-  args, conditions = stdit.example_inputs(model.config, batch=1)
-  (tokens, t, text, mask), null = args, variables["constants"]["null_caption"]
+  tokens, t, cond, sizes = denoisers.example_inputs(model.config, batch=1)
+  null = variables["constants"]["null_caption"]
 
-  @functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
+  @jax.jit
   def apply(text, drop):
-    return model.apply(variables, tokens, t, text, mask[:, :5], **conditions, drop_text=drop)
+    given = {"text": text, "text_mask": cond["text_mask"][:, :5]}
+    return model.apply(variables, tokens, t, denoisers.drop_text(model.config, variables, given, drop), sizes)
 
-  dropped, given = apply(text[:, :5], jnp.ones(1, bool)), apply(null[None, :5], jnp.zeros(1, bool))
+  dropped, given = apply(cond["text"][:, :5], jnp.ones(1, bool)), apply(null[None, :5], jnp.zeros(1, bool))
   np.testing.assert_array_equal(dropped, given)
 
 
 def test_stdit1_refuses_frame_masks():
   model, variables = golden_model("stdit1_tiny")
-  args, conditions = stdit.example_inputs(model.config)
   with pytest.raises(ValueError, match="no frame masks"):
-    model.apply(variables, *args, **conditions, x_mask=jnp.ones((1, 1), bool))
+    model.apply(variables, *denoisers.example_inputs(model.config), x_mask=jnp.ones((1, 1), bool))
 
 
 @pytest.mark.parametrize(
@@ -212,13 +213,13 @@ def test_stdit1_refuses_frame_masks():
 )
 def test_bad_configurations_get_one_clear_line(changes, message):
   with pytest.raises(ValueError, match=message) as error:
-    stdit.get_config("STDiT3-XL/2", **changes)
+    denoisers.get_config("STDiT3-XL/2", **changes)
   assert "\n" not in str(error.value)
 
 
 def test_unknown_names_and_sizes():
   with pytest.raises(ValueError, match="allowed: STDiT-XL/2"):
-    stdit.get_config("STDiT4")
+    denoisers.get_config("STDiT4")
   with pytest.raises(ValueError, match="divide by 3"):
-    stdit.get_config("STDiT2-XL/2", hidden_size=64, num_heads=2)
-  assert dataclasses.is_dataclass(stdit.get_config("STDiT3-3B/2", scan=False))
+    denoisers.get_config("STDiT2-XL/2", hidden_size=64, num_heads=2)
+  assert dataclasses.is_dataclass(denoisers.get_config("STDiT3-3B/2", scan=False))

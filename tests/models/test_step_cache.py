@@ -1,65 +1,66 @@
-"""What serves several steps: exactly what was computed, and exactly when."""
+"""Step caches: cached outputs serve exactly the steps that they should, and are exactly what was computed."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stdit_jax.models import stdit, step_cache
+from stdit_jax.models import step_cache
 from stdit_jax.models.step_cache import PyramidBroadcast, ResidualCache, Reuse
+from tests import denoisers
 from tests.helpers import random_variables
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 MODELS = ("STDiT-tiny/2", "STDiT2-tiny/2", "STDiT3-tiny/2")
 ALL = {"space": True, "time": True, "cross": True}
 
 
 def make(name, seed=0, **fields):
-  """(model, random variables, inputs, conditions)."""
-  config = stdit.get_config(name, **fields)
-  model = stdit.build(config)
-  args, conditions = stdit.example_inputs(config, batch=2, frames=4, size=(4, 6))
+  """(model, random variables, inputs: tokens, t, text; call)."""
+  config = denoisers.get_config(name, **fields)
+  model, variables = denoisers.build(config), random_variables(config)
+  tokens, t, cond, sizes = denoisers.example_inputs(config, batch=2, frames=4, size=(4, 6))
   rng = np.random.default_rng(seed)
-  tokens, t, text, mask = args
   draw = lambda x: jnp.asarray(rng.standard_normal(x.shape), jnp.float32)  # noqa: E731
-  return model, random_variables(config), (draw(tokens), 500 * t, draw(text), mask), conditions
+
+  @jax.jit
+  def call(inputs, reuse=None):
+    """The model; without `reuse`, one that computes everything."""
+    tokens, t, text = inputs
+    return model.apply(variables, tokens, t, {**cond, "text": text}, sizes, reuse=reuse)
+
+  return model, call, (draw(tokens), 500 * t, draw(cond["text"]))
 
 
 def empty(model, cache):
-  return jax.tree.map(lambda part: jnp.zeros(part.shape, part.dtype), model.kept_arrays(cache, 2, 4, 6))
-
-
-def caller(model, variables, conditions):
-  """A jitted call of the model; without `reuse`, one that computes everything."""
-  return jax.jit(lambda inputs, reuse=None: model.apply(variables, *inputs, **conditions, reuse=reuse))
+  return jax.tree.map(lambda spec: jnp.zeros(spec.shape, spec.dtype), model.cache_specs(cache, 2, 4, 6))
 
 
 @pytest.mark.parametrize("cache", [PyramidBroadcast(), ResidualCache(0.1)])
 @pytest.mark.parametrize(("name", "scan"), [*((name, True) for name in MODELS), (MODELS[-1], False)])
 def test_a_first_step_computes_all(name, cache, scan):
-  model, variables, inputs, conditions = make(name, scan=scan)
-  call, kept = caller(model, variables, conditions), empty(model, cache)
+  model, call, inputs = make(name, scan=scan)
+  cached = empty(model, cache)
   expected = call(inputs)
-  y, after = call(inputs, Reuse(cache, kept, cache.computes(0, 500.0)))
+  y, after = call(inputs, Reuse(cache, cached, cache.computes(0, 500.0)))
   np.testing.assert_allclose(y, expected, atol=1e-5 * np.abs(expected).max())
   shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
-  assert shapes(after) == shapes(kept)  # so that one program serves all steps
+  assert shapes(after) == shapes(cached)  # so that one program serves all steps
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_kept_attention_serves_and_is_not_computed(name):
-  """With everything kept, the text does not matter; with cross attention computed it does."""
-  model, variables, inputs, conditions = make(name)
-  cache, call = PyramidBroadcast(), caller(model, variables, conditions)
-  first, kept = call(inputs, Reuse(cache, empty(model, cache), ALL))
-  other = (*inputs[:2], 1 - inputs[2], inputs[3])
+def test_cached_attention_serves_and_is_not_computed(name):
+  """With everything cached, the text does not matter; with cross attention computed it does."""
+  model, call, inputs = make(name)
+  cache = PyramidBroadcast()
+  first, cached = call(inputs, Reuse(cache, empty(model, cache), ALL))
+  other = (*inputs[:2], 1 - inputs[2])
   expected = call(other)
-  again, after = call(other, Reuse(cache, kept, dict.fromkeys(ALL, False)))
+  again, after = call(other, Reuse(cache, cached, dict.fromkeys(ALL, False)))
   np.testing.assert_array_equal(again, first)
-  assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), after, kept))
-  cross, _ = call(other, Reuse(cache, kept, {"space": False, "time": False, "cross": True}))
+  assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), after, cached))
+  cross, _ = call(other, Reuse(cache, cached, {"space": False, "time": False, "cross": True}))
   assert np.abs(cross - first).max() > 1e-3 * np.abs(first).max()
-  full, _ = call(other, Reuse(cache, kept, ALL))
+  full, _ = call(other, Reuse(cache, cached, ALL))
   np.testing.assert_allclose(full, expected, atol=1e-5 * np.abs(expected).max())
 
 
@@ -70,25 +71,25 @@ def test_steps_that_compute():
   assert [c["space"] for c in computes] == [True, True, True, False, True, False, True, False, True, False, True] + [True] * 3
   assert [c["time"] for c in computes][2:11] == [False, False, True, False, False, False, True, False, False]
   assert [c["cross"] for c in computes][2:11] == [False, False, False, False, True, False, False, False, False]
-  assert PyramidBroadcast(interval=(0, 1001)).computes(0, 1000.0) == ALL
+  assert PyramidBroadcast(interval=(0.0, 1001.0)).computes(0, 1000.0) == ALL
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_what_the_other_layers_add_is_added_again_while_the_first_adds_about_the_same(name):
-  model, variables, inputs, conditions = make(name, depth=3)
-  cache, call = ResidualCache(0.1), caller(model, variables, conditions)
-  _, kept = call(inputs, Reuse(cache, empty(model, cache), {}))
-  assert int(kept["computed"]) == 1
+def test_other_layers_add_the_same_again_while_the_first_adds_about_the_same(name):
+  model, call, inputs = make(name, depth=3)
+  cache = ResidualCache(0.1)
+  _, cached = call(inputs, Reuse(cache, empty(model, cache), {}))
+  assert int(cached["computed"]) == 1
   near = (inputs[0] * 1.001, *inputs[1:])
-  again, after = call(near, Reuse(cache, kept, {}))
+  again, after = call(near, Reuse(cache, cached, {}))
   assert int(after["computed"]) == 1
-  np.testing.assert_array_equal(after["others"], kept["others"])
-  np.testing.assert_array_equal(after["first"], kept["first"])  # measured from the step that computed
+  np.testing.assert_array_equal(after["others"], cached["others"])
+  np.testing.assert_array_equal(after["first"], cached["first"])  # measured from the step that computed
   exact = call(near)
   assert 0 < np.abs(again - exact).max() < 0.05 * np.abs(exact).max()
   # One sample of the batch that changes is enough.
   far = (inputs[0].at[1].multiply(-1.0), *inputs[1:])
-  moved, after = call(far, Reuse(cache, kept, {}))
+  moved, after = call(far, Reuse(cache, cached, {}))
   assert int(after["computed"]) == 2
   exact = call(far)
   # STDiT 1.0 with random weights has a token that its norms amplify: one rounding of the input moves it by up to 8e-5 of the

@@ -16,19 +16,20 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from configs import base
-from stdit_jax.autoencoders import causal3d, codec, perceptual
-from stdit_jax.models import stdit, t5
+from stdit_jax.autoencoders import causal3d, perceptual, registry
+from stdit_jax.conditioning import captions
+from stdit_jax.models import t5
 from stdit_jax.models.layers import OVER_TIME
+from stdit_jax.models.stdit_common import RULES
 from stdit_jax.models.step_cache import PyramidBroadcast, ResidualCache, Reuse
 from stdit_jax.parallel import hlo
 from stdit_jax.parallel.attention import attend, cudnn_kernel
 from stdit_jax.parallel.mesh import make_mesh, mesh_sizes
 from stdit_jax.parallel.shardings import Layout, constrain, tree_shardings
-from stdit_jax.training import batches
 from stdit_jax.training.autoencoding import AutoencoderObjective
-from tests.helpers import QUICK_COMPILE, random_variables, relative_error
-from tests.models.test_invariants import CONFIGS, join, outputs_and_gradients, sample
-from tests.tiny_run import QUICK_FLAGS
+from tests import denoisers
+from tests.helpers import random_variables, relative_error
+from tests.models.test_invariants import CONFIGS, join, outputs_and_gradients, sample, split
 
 DEVICES = 8
 needs_devices = pytest.mark.skipif(jax.device_count() < DEVICES, reason="runs in the child process")
@@ -36,7 +37,7 @@ needs_devices = pytest.mark.skipif(jax.device_count() < DEVICES, reason="runs in
 
 @pytest.mark.skipif(jax.device_count() >= DEVICES, reason="is the child process")
 def test_in_a_process_with_eight_devices():
-  flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES} {QUICK_FLAGS}"
+  flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
   # NPROC: collectives hold a thread of XLA's pool while they wait for the other devices (as in tests/training/test_devices.py).
   environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "NPROC": "64"}
   command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-k", "not in_a_process", __file__]
@@ -54,7 +55,7 @@ MESHES = {
 }
 
 
-run = functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK_COMPILE)(outputs_and_gradients)
+run = jax.jit(outputs_and_gradients, static_argnums=0)
 
 
 @functools.cache
@@ -63,7 +64,7 @@ def on_one_device(name):
   config = CONFIGS[name]
   variables = random_variables(config)
   batch = join([sample(i % 3, config, frames=3, tokens=12, text=6, junk=0) for i in range(DEVICES)])
-  return variables, batch, run(stdit.build(config), variables, batch)
+  return variables, batch, run(denoisers.build(config), variables, batch)
 
 
 @needs_devices
@@ -76,9 +77,9 @@ def test_eight_devices_equal_one(name, mesh):
   config = CONFIGS[name]
   variables, batch, expected = on_one_device(name)
   layout = Layout(make_mesh(sizes), split_tokens)
-  placed = jax.device_put(variables, tree_shardings(variables, layout.mesh))
-  split = {k: jax.device_put(v, layout.sharding(*(OVER_TIME if v.ndim == 4 else ("batch",)))) for k, v in batch.items()}
-  result = run(stdit.build(config, layout), placed, split)
+  placed = jax.device_put(variables, tree_shardings(variables, layout.mesh, RULES))
+  laid = {k: jax.device_put(v, layout.sharding(*(OVER_TIME if v.ndim == 4 else ("batch",)))) for k, v in batch.items()}
+  result = run(denoisers.build(config, layout), placed, laid)
   valid = batch["valid"].any(-1)
   assert relative_error(np.asarray(result[0])[valid], np.asarray(expected[0])[valid]) < 1e-5
   for ours, theirs in zip(jax.tree.leaves(result[1:]), jax.tree.leaves(expected[1:]), strict=True):
@@ -86,35 +87,35 @@ def test_eight_devices_equal_one(name, mesh):
 
   fc1 = placed["params"]["spatial_blocks" if name == "STDiT3" else "blocks"]["mlp"]["fc1"]["kernel"]
   assert fc1.addressable_shards[0].data.size == fc1.size // (sizes.get("fsdp", 1) * sizes.get("tensor", 1))
-  for tokens in (split["tokens"], result[0]):
+  for tokens in (laid["tokens"], result[0]):
     assert tokens.addressable_shards[0].data.size == tokens.size // layout.batch_parts // layout.token_parts
 
 
 @needs_devices
 @pytest.mark.parametrize("cache", [PyramidBroadcast(), ResidualCache(0.9)])
-def test_what_serves_several_steps_is_split(cache):
-  """Three frames over four devices; the second of two steps takes from the first; what is kept lies as it is computed."""
+def test_cached_outputs_are_sharded(cache):
+  """Three frames over four devices; the second of two steps takes from the first; cached outputs lie as they are computed."""
   config = dataclasses.replace(CONFIGS["STDiT3"], depth=2)
   variables = random_variables(config)
   batch = join([sample(i % 3, config, frames=3, tokens=12, text=6, junk=0) for i in range(2)])
-  batch.pop("cotangent")
+  inputs, masks = split(batch)
   layout = Layout(make_mesh({"data": 2, "sequence": 4}), True)
   results = []
-  for model in (stdit.build(config), stdit.build(config, layout)):
-    arrays = model.kept_arrays(cache, 2, 3, 12)
-    kept = jax.tree.map(lambda part: jnp.zeros(part.shape, part.dtype), arrays)
-    call, outputs = jax.jit(functools.partial(model.apply, variables), compiler_options=QUICK_COMPILE), []
+  for model in (denoisers.build(config), denoisers.build(config, layout)):
+    specs = model.cache_specs(cache, 2, 3, 12)
+    cached = jax.tree.map(lambda spec: jnp.zeros(spec.shape, spec.dtype), specs)
+    call, outputs = jax.jit(functools.partial(model.apply, variables)), []
     for t, computes in ((500.0, dict(space=True, time=True, cross=True)), (499.0, dict(space=False, time=True, cross=False))):
-      reuse = Reuse(cache, kept, computes if isinstance(cache, PyramidBroadcast) else {})
-      y, kept = call(**{**batch, "t": jnp.full((2,), t)}, reuse=reuse)
+      reuse = Reuse(cache, cached, computes if isinstance(cache, PyramidBroadcast) else {})
+      y, cached = call(inputs[0], jnp.full((2,), t), *inputs[2:], **masks, reuse=reuse)
       outputs.append(np.asarray(y)[batch["valid"].any(-1)])
     results.append(outputs)
     if isinstance(cache, ResidualCache):
-      assert int(kept["computed"]) == 1
+      assert int(cached["computed"]) == 1
   for ours, alone in zip(results[1], results[0]):
     assert relative_error(ours, alone) < 1e-5
-  for array, part in zip(jax.tree.leaves(kept), jax.tree.leaves(arrays)):
-    assert array.sharding.is_equivalent_to(layout.sharding(*part.axes), array.ndim), (part, array.sharding)
+  for array, spec in zip(jax.tree.leaves(cached), jax.tree.leaves(specs)):
+    assert array.sharding.is_equivalent_to(layout.sharding(*spec.axes), array.ndim), (spec, array.sharding)
 
 
 @needs_devices
@@ -135,7 +136,7 @@ def test_a_clip_of_cogvideox_is_split_in_time(method, statistics):
       return sum((part * part).mean() for part in y), y
 
     wanted = jax.value_and_grad(loss, has_aux=True) if gradients else loss
-    return jax.jit(wanted, compiler_options=QUICK_COMPILE)(variables)
+    return jax.jit(wanted)(variables)
 
   for count in (33, 32) if method == "encode" else (9, 8):
     size = (16, 24, 3) if method == "encode" else (2, 3, 4)
@@ -153,12 +154,12 @@ def test_a_clip_of_cogvideox_is_split_in_time(method, statistics):
 )
 def test_a_codec_over_devices_gives_the_values_of_one(name, length):
   """More pieces than devices, a piece that is left over, a clip that all devices divide and one that two of four do."""
-  module = codec.find(name)
+  module = registry.find(name)
   model = module.build(module.get_config(name, **({"chunk": 5} if name == "tiny-temporal" else {})))
   variables = module.init(model, jax.random.key(0))
   mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:4]), ("pieces",))
   one, spread = (
-    codec.make_codec(model, jax.device_put(variables, place), micro_batch=2)
+    registry.make_codec(model, jax.device_put(variables, place), micro_batch=2)
     for place in (jax.devices()[0], jax.sharding.NamedSharding(mesh, P()))
   )
   assert (one.devices, spread.devices) == (1, 4)
@@ -190,10 +191,10 @@ def test_an_autoencoder_trains_on_clips_split_in_time():
 
   def results(layout):
     total = lambda p: objective.loss(p, frozen, batch, layout)[0].sum()  # noqa: E731
-    return jax.tree.leaves(jax.jit(jax.value_and_grad(total), compiler_options=QUICK_COMPILE)(params))
+    return jax.tree.leaves(jax.jit(jax.value_and_grad(total))(params))
 
-  for split, alone in zip(results(Layout(make_mesh({"data": 2, "sequence": 4}), True)), results(None)):
-    assert relative_error(split, alone) < 1e-5
+  for ours, alone in zip(results(Layout(make_mesh({"data": 2, "sequence": 4}), True)), results(None)):
+    assert relative_error(ours, alone) < 1e-5
 
 
 @needs_devices
@@ -214,12 +215,12 @@ def test_what_judges_clips_is_split_as_they_are(monkeypatch, judge, crop):
   def losses(layout, params, made, real):
     if judge == "perceptual":
       return objective._pixel_terms(frozen, made, real, {}, layout)[1]["perceptual"]
-    return sum(jnp.square(objective._judge(params["discriminator"], x, layout)).mean((1, 2, 3)) for x in (real, made))
+    return sum(jnp.square(objective._score(params["discriminator"], x, layout)).mean((1, 2, 3)) for x in (real, made))
 
   def results(layout):
     gradient = jax.value_and_grad(lambda *a: losses(layout, *a).sum(), argnums=(0, 1) if judge == "adversarial" else 1)
     place = functools.partial(jax.device_put, device=layout and layout.sharding("batch"))
-    compiled = jax.jit(gradient, compiler_options=QUICK_COMPILE).lower(params, *map(place, clips)).compile()
+    compiled = jax.jit(gradient).lower(params, *map(place, clips)).compile()
     instructions, _ = hlo.computations(compiled.as_text())
     convolved = [hlo.shape_bytes(kind) for i in instructions.values() for _, kind, opcode, _ in i if opcode == "convolution"]
     return jax.tree.leaves(compiled(params, *map(place, clips))), max(convolved)
@@ -239,10 +240,11 @@ def test_captions_are_embedded_some_at_a_time_on_every_device(monkeypatch):
   mask = np.arange(5) < np.arange(1, 17)[:, None] % 5 + 1
   model, mesh = t5.build(config), make_mesh({"data": 2, "fsdp": 4})
   expected = model.apply({"params": params}, ids, mask)
-  monkeypatch.setattr(batches, "TEXT_ROWS", 1)  # each has two rows, one after the other
+  monkeypatch.setattr(captions, "AHEAD_ROWS", 1)  # each has two rows, one after the other
   layout = Layout(mesh)
   place = functools.partial(jax.device_put, device=layout.sharding("batch"))
-  made = batches.text_ahead(model, jax.device_put(params, tree_shardings(params, mesh)))(place(ids), place(mask), layout)
+  encode = captions.encode_ahead(model, jax.device_put(params, tree_shardings(params, mesh, t5.RULES)))
+  made = encode(place(ids), place(mask), layout)
   assert made.sharding.is_equivalent_to(layout.sharding("batch"), made.ndim)
   assert relative_error(np.asarray(made)[mask], np.asarray(expected)[mask]) < 1e-5
 
@@ -257,7 +259,7 @@ def test_joint_attention_with_split_heads_equals_one_device(implementation):
   split_tokens, split_heads = ("batch", None, "tokens", None), ("batch", None, None, "heads")
   layout = Layout(make_mesh({"sequence": 4, "tensor": 2}), True, functools.partial(cudnn_kernel, implementation="xla"))
 
-  @functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=QUICK_COMPILE)
+  @functools.partial(jax.jit, static_argnums=(0, 1))
   def results(layout, implementation, arrays, cotangent, mask):
     def joint(*arrays):
       arrays = (constrain(x, layout, *split_tokens) for x in arrays)
@@ -281,11 +283,11 @@ def test_constraints_are_in_the_program():
   values of both attentions; both sides of every linear layer: patches, two of the caption, of timestep and fps, one of the
   modulation, seven a block, final; every kernel of a block before and after it is gathered."""
   config = CONFIGS["STDiT3"]
-  args, conditions = stdit.example_inputs(config, batch=DEVICES)
+  inputs = denoisers.example_inputs(config, batch=DEVICES)
 
   def constraints(layout):
-    model = stdit.build(config, layout)
-    lowered = jax.jit(lambda v: model.apply(v, *args, **conditions)).lower(stdit.init_shapes(config))
+    model = denoisers.build(config, layout)
+    lowered = jax.jit(lambda v: model.apply(v, *inputs)).lower(denoisers.init_shapes(config))
     return lowered.as_text().count("sharding_constraint")
 
   assert (
@@ -298,15 +300,15 @@ def test_constraints_are_in_the_program():
 def test_shardings_of_a_whole_tree():
   config = CONFIGS["STDiT3"]
   mesh = make_mesh({"data": 1, "fsdp": 8})
-  shapes = stdit.init_shapes(config)
+  shapes = denoisers.init_shapes(config)
   state = {"params": shapes["params"], "opt": [{"mu": shapes["params"]}], "step": jax.ShapeDtypeStruct((), np.int32)}
-  shardings = tree_shardings(state, mesh)
+  shardings = tree_shardings(state, mesh, RULES)
   assert shardings["step"].spec == P()
   assert shardings["opt"][0]["mu"] == shardings["params"]
   with pytest.raises(ValueError, match=r"'odd/blocks/mlp/fc1/kernel': dimension 1 .* 8 devices of mesh axis 'fsdp'"):
-    tree_shardings({"odd": {"blocks": {"mlp": {"fc1": {"kernel": np.zeros((2, 12, 4))}}}}}, mesh)
+    tree_shardings({"odd": {"blocks": {"mlp": {"fc1": {"kernel": np.zeros((2, 12, 4))}}}}}, mesh, RULES)
   with pytest.raises(ValueError, match="no sharding rule matches the parameter 'params/adapter/kernel'"):
-    tree_shardings({"params": {"adapter": {"kernel": np.zeros((2, 8))}}}, mesh)
+    tree_shardings({"params": {"adapter": {"kernel": np.zeros((2, 8))}}}, mesh, RULES)
 
 
 def test_mesh_sizes():

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from stdit_jax.models import stdit, t5
+from stdit_jax.models import t5
+from stdit_jax.models.stdit_common import RULES
 from stdit_jax.parallel.shardings import path_name, spec_for
+from tests import denoisers
 
 DENOISERS = ("STDiT-XL/2", "STDiT2-XL/2", "STDiT3-XL/2", "STDiT3-3B/2")
 
@@ -20,40 +22,40 @@ def fake_mesh(fsdp, tensor=1):
 
 @functools.cache
 def shapes_of(name):
-  """(shapes, prefix of the names of its parameters) of a denoiser, or of "T5 <size>"."""
+  """(shapes, prefix of the names of its parameters, rules) of a denoiser, or of "T5 <size>"."""
   if name.startswith("T5 "):
-    return t5.init_shapes(t5.get_config(name[3:])), "text_encoder/"
-  return stdit.init_shapes(stdit.get_config(name)), ""
+    return t5.init_shapes(t5.get_config(name[3:])), "text_encoder/", t5.RULES
+  return denoisers.init_shapes(denoisers.get_config(name)), "", RULES
 
 
 @pytest.mark.parametrize(("fsdp", "tensor"), [(8, 1), (16, 1), (8, 2), (4, 4)])
 @pytest.mark.parametrize("name", [*DENOISERS, *(f"T5 {size}" for size in ("small", "base", "large", "xl", "xxl", "byt5-mini"))])
 def test_every_parameter_has_a_rule_and_divides(name, fsdp, tensor):
-  """Parameters that are not split are a small part of the model."""
-  shapes, prefix = shapes_of(name)
+  """And what stays whole on every device is a small part of the model."""
+  shapes, prefix, rules = shapes_of(name)
   whole = total = 0
   for path, leaf in jax.tree_util.tree_leaves_with_path(shapes["params"]):
-    spec = spec_for(f"params/{prefix}{path_name(path)}", leaf.shape, fake_mesh(fsdp, tensor))
+    spec = spec_for(f"params/{prefix}{path_name(path)}", leaf.shape, fake_mesh(fsdp, tensor), rules)
     assert len(spec) <= len(leaf.shape)
     total += np.prod(leaf.shape)
     whole += np.prod(leaf.shape) if "fsdp" not in str(spec) else 0
   assert whole < 0.01 * total or total < 1e7
   for path, leaf in jax.tree_util.tree_leaves_with_path(shapes.get("constants", {})):
-    assert spec_for(f"constants/{path_name(path)}", leaf.shape, fake_mesh(fsdp, tensor)) == P()
+    assert spec_for(f"constants/{path_name(path)}", leaf.shape, fake_mesh(fsdp, tensor), rules) == P()
 
 
 def test_optimizer_state_follows_the_path_of_its_parameter():
   name = "opt/0/mu/spatial_blocks/mlp/fc1/kernel"
-  assert spec_for(name, (28, 1152, 4608), fake_mesh(8)) == P(None, "fsdp", "tensor")
+  assert spec_for(name, (28, 1152, 4608), fake_mesh(8), RULES) == P(None, "fsdp", "tensor")
 
 
 def test_a_parameter_without_a_rule_is_refused():
   with pytest.raises(
     ValueError, match=r"no sharding rule matches the parameter 'params/blocks/adapter/down' of shape \(4, 8\)"
   ):
-    spec_for("params/blocks/adapter/down", (4, 8), fake_mesh(8))
+    spec_for("params/blocks/adapter/down", (4, 8), fake_mesh(8), RULES)
   with pytest.raises(ValueError, match="no sharding rule"):
-    spec_for("params/text_encoder/new_table", (4, 8), fake_mesh(8))
+    spec_for("params/text_encoder/new_table", (4, 8), fake_mesh(8), RULES)
 
 
 def test_a_dimension_that_does_not_divide_is_refused_by_name():
@@ -61,4 +63,4 @@ def test_a_dimension_that_does_not_divide_is_refused_by_name():
     r"'params/blocks/mlp/fc1/kernel': dimension 1 of \(28, 1152, 4608\) does not divide by the 7 devices of mesh axis 'fsdp'"
   )
   with pytest.raises(ValueError, match=message):
-    spec_for("params/blocks/mlp/fc1/kernel", (28, 1152, 4608), fake_mesh(7))
+    spec_for("params/blocks/mlp/fc1/kernel", (28, 1152, 4608), fake_mesh(7), RULES)

@@ -37,7 +37,7 @@ def test_hours_of_a_stage():
   assert budget.update_seconds(resident, "v5e:2x4") == pytest.approx(10 / 819)
 
 
-def test_encoders_cost_by_rows_frames_and_pixels():
+def test_encoder_cost_grows_with_rows_frames_and_pixels():
   buckets = (("144p", 1, 1.0, 8), ("144p", 51, 1.0, 2))
 
   def seconds(**text):
@@ -66,7 +66,7 @@ def test_encoders_cost_by_rows_frames_and_pixels():
   assert both["videos"] == pytest.approx((0.5 * 8 * image + 0.5 * 2 * clip) / (8 * 197e12))
 
 
-def test_sensible_meshes_make_all_chips_and_whole_tiles():
+def test_proposed_meshes_use_all_chips_and_whole_tiles():
   found = meshes.sensible_meshes(256, 1152)
   assert {"data": 32, "fsdp": 8, "sequence": 1, "tensor": 1} in found
   assert {"data": 2, "fsdp": 8, "sequence": 16, "tensor": 1} in found

@@ -39,7 +39,7 @@ def plan_here(capsys, folder, *arguments):
   return capsys.readouterr().out
 
 
-def test_fsdp_moves_no_more_than_it_must(tmp_path, capsys):
+def test_fsdp_communicates_no_more_than_it_must(tmp_path, capsys):
   """Inside the scan each layer's kernels are gathered twice, in bfloat16, and their gradients scattered once; what is summed
   beside them is biases and norms; activations stay where they are. The second call compiles nothing."""
   pytest.importorskip("libtpu")
@@ -64,7 +64,7 @@ def test_fsdp_moves_no_more_than_it_must(tmp_path, capsys):
   assert len(list((tmp_path / "cache").glob("job-*"))) == 2
 
 
-def test_split_tokens_go_by_all_to_all(tmp_path):
+def test_split_tokens_use_all_to_all(tmp_path):
   """Between attention over space and over time tokens change places, twice a layer and pass; kernels are gathered as ever."""
   pytest.importorskip("libtpu")
   mesh = ("--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.mesh.sequence=4", "--config.split_tokens=always")
@@ -91,12 +91,12 @@ def test_split_tokens_go_by_all_to_all(tmp_path):
     (("--platform", "gpu", "--topology", "v5e:2x4"), "--platform gpu needs --gpu KIND:COUNT, as in h100:8, and nothing"),
     (("--platform", "gpu", "--gpu", "h100:12"), "COUNT 1, 2, 4 or a multiple of 8"),
     (("--topology", "v5e:2x4", "--write-buckets", "x.py"), "--write-buckets needs --search-batch-size"),
-    (("--topology", "v5e:2x4", "--config.mesh.fdsp=4"), "there is no key 'fdsp'"),
+    (("--topology", "v5e:2x4", "--config.mesh.fdsp=4"), "there is no key 'mesh.fdsp'; did you mean 'mesh.fsdp'?"),
     (("--topology", "v5e:2x4", "--bucket", "144p:51:12", "--stage", "stage1"), "the batch of 12 of bucket 144p x 51"),
     (("--topology", "v5e:2x4", "--config.mesh.fsdp=3", "--bucket", "144p:51:12"), "does not make 8 devices"),
   ],
 )
-def test_mistakes_are_one_line(tmp_path, arguments, message, capsys):
+def test_errors_are_one_line(tmp_path, arguments, message, capsys):
   pytest.importorskip("libtpu")
   with pytest.raises(SystemExit) as exit:
     plan.main(command_line(tmp_path, *arguments))

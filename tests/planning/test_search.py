@@ -42,7 +42,7 @@ def test_the_largest_batch_is_found_with_three_compilations(constant, growth):
   assert len(asked) <= 4  # three, and one where the second is not worth a slope
 
 
-def test_memory_that_is_no_line_still_ends_with_what_fits():
+def test_search_finds_a_batch_that_fits_for_nonlinear_memory():
   measure, asked = device(1.0, 0.05, noise=0.1)
   found = search.largest_batch(measure, first=16)
   assert found.results[found.largest]["fits"]
@@ -50,7 +50,7 @@ def test_memory_that_is_no_line_still_ends_with_what_fits():
   assert len(asked) <= search.ATTEMPTS
 
 
-def test_a_first_batch_that_does_not_fit_becomes_smaller():
+def test_search_shrinks_a_first_batch_that_does_not_fit():
   measure, asked = device(1.0, 1.2)
   assert search.largest_batch(measure, first=40).largest == 10
   measure, asked = device(20.0, 1.0)
@@ -76,7 +76,7 @@ def test_equal_batches_take_equal_time():
   assert found.equal(0.0, constant, slope) == 1
 
 
-def test_a_search_begins_with_the_batch_that_is_given(tmp_path, monkeypatch, capsys):
+def test_search_starts_with_the_given_batch(tmp_path, monkeypatch, capsys):
   """`--bucket 144p:51:192` is 24 samples on each of 8 devices; 31 fill the memory, by all that is not state."""
   measure, asked = device(1.0, 0.4)
 
@@ -93,8 +93,8 @@ def test_a_search_begins_with_the_batch_that_is_given(tmp_path, monkeypatch, cap
   assert re.search(r"144p x 51 +248 +3.10s", capsys.readouterr().out)
 
 
-def test_batches_that_ship_are_of_their_stage():
-  """Every bucket of the stage that has a batch is there, and a stage takes them up."""
+def test_shipped_batches_belong_to_their_stage():
+  """A stage accepts them, and they have every bucket of the stage with a batch."""
   files = sorted((pathlib.Path(__file__).parents[2] / "configs" / "batches").glob("*.py"))
   assert files
   for path in files:
@@ -112,8 +112,8 @@ def test_batches_that_ship_are_of_their_stage():
         assert keys[0] == keys[1]
 
 
-def test_the_fragment_is_a_stage(tmp_path):
-  """What is written is Python that a stage takes up: the buckets, keep probabilities as they were, and which are split."""
+def test_the_written_fragment_is_a_valid_stage(tmp_path):
+  """It is Python with the buckets, unchanged keep probabilities and the split buckets, and a stage accepts it."""
   from stdit_jax.training.checkpoints import from_plain, plain
 
   namespace = {}
@@ -137,7 +137,7 @@ def test_the_fragment_is_a_stage(tmp_path):
   assert stage.config.data.reference_devices == 1
 
 
-def test_whole_batches_replace_what_stages_say():
+def test_planned_batches_replace_those_of_the_stage():
   config = {"max_tokens_per_device": 5, "split_tokens": "auto", "stages": [{"name": "a", "max_tokens_per_device": 7}]}
   assert search.with_whole_batches(config, ("480p:204",)) == {
     "max_tokens_per_device": 0, "split_tokens": "480p:204", "stages": [{"name": "a"}]

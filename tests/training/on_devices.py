@@ -7,34 +7,28 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
+from stdit_jax.components import load_text_encoder
 from stdit_jax.diffusion.noise import sample_keys, token_noise
 from stdit_jax.parallel.mesh import make_mesh
-from stdit_jax.parallel.shardings import Layout, path_name
-from stdit_jax.training import loop, step
+from stdit_jax.parallel.shardings import Layout, path_name, tree_shardings
+from stdit_jax.training import step
 from stdit_jax.training.batches import to_global
-from stdit_jax.training.weights import load_text_encoder
+from tests.runs import Run
 from tests.tiny_run import eight_config, frozen_text
 
 
-def one_micro_step(run, mesh, state, frozen, batch):
+def one_micro_step(run, mesh, params, frozen, batch):
   """(gradients, loss, noise bits) of a batch on a mesh."""
-  objective, layout = loop.OBJECTIVES["denoiser"](run.stages[0].config), Layout(mesh)
-  programs = step.Programs(
-    objective.loss,
-    mesh,
-    run.state_shapes[0],
-    run.frozen_shapes[0],
-    run.optimizers[0],
-    run.scales[0],
-    run.stages[0],
-    step.TraceCounter(),
-  )
-  programs.make_gradient(("64p", 1), tuple(batch), 1, layout)
-  placed, constants = jax.device_put((state["params"], frozen), (programs._state["params"], programs._frozen))
-  arrays = to_global(batch, layout)
-  accumulator, values = programs.gradients["64p", 1](placed, constants, arrays, programs.new_accumulator(placed))
+  objective, split = run.parts[0].objective, step.Split(Layout(mesh))
+  programs = step.Programs(objective, run.stages[0], mesh, step.TraceCounter())
+  program = programs.gradient(("64p", 1), 8, split)
+  placed, constants = jax.device_put((params, frozen), tree_shardings((params, frozen), mesh, objective.rules))
+  arrays = to_global(batch, program.batch, split.layout)
+  accumulator, values = program.jitted(placed, constants, arrays, programs.new_accumulator(placed))
   shape = batch["latents_mean"].shape[1:]
-  noise = jax.jit(lambda b: token_noise(sample_keys(42, b["sample_id"], 1), b["latent_size"], shape, b["grid"]))(arrays)
+  noise = jax.jit(lambda b: token_noise(sample_keys(42, b["sample_id"], 1), b["latent_size"], shape, b["sizes"]["grid"]))(
+    arrays
+  )
   gradients = {path_name(p): np.asarray(g) for p, g in jax.tree_util.tree_flatten_with_path(accumulator["gradients"])[0]}
   kernel = placed["denoiser"]["spatial_blocks"]["mlp"]["fc1"]["kernel"]
   split = np.asarray(kernel.size // kernel.addressable_shards[0].data.size)
@@ -44,21 +38,21 @@ def one_micro_step(run, mesh, state, frozen, batch):
 def main(folder):
   assets, folder = folder / "assets", folder / "devices"
   assert jax.device_count() == 8
-  run = loop.Run(eight_config(assets, folder / "eight", mesh={"data": 2, "fsdp": 4}))
+  run = Run(eight_config(assets, folder / "eight", mesh={"data": 2, "fsdp": 4}))
   state, frozen, _ = run.start()
   rng = np.random.default_rng(0)
   host = jax.tree.map(lambda p: np.asarray(p) + 0.1 * rng.standard_normal(p.shape, np.float32), state["params"])
-  with run.data[0].loader(0) as rows:
-    batch = jax.tree.map(np.asarray, run._batch_maker(run.stages[0], state)(next(rows)))
+  with run.parts[0].data.loader(0) as rows:
+    batch = jax.tree.map(np.asarray, run.maker()(next(rows)))
   frozen_host = jax.tree.map(np.asarray, frozen)
-  eight = one_micro_step(run, run.mesh, {"params": host}, frozen_host, batch)
+  eight = one_micro_step(run, run.mesh, host, frozen_host, batch)
   one_device = make_mesh({"data": 1, "fsdp": 1}, jax.devices()[:1])
-  one = one_micro_step(run, one_device, {"params": host}, frozen_host, batch)
+  one = one_micro_step(run, one_device, host, frozen_host, batch)
   save_file(eight, folder / "eight.safetensors")
   save_file(one, folder / "one.safetensors")
 
   run.train(started=(state, frozen, 0))  # a checkpoint of eight devices
-  resumed = loop.Run(eight_config(assets, folder / "single", mesh={"data": 2, "fsdp": 4}, steps=3))
+  resumed = Run(eight_config(assets, folder / "single", mesh={"data": 2, "fsdp": 4}, steps=3))
   state, frozen, at = resumed.start()  # and one of a single device
   assert at == 2, at
   params = {path_name(p): np.asarray(x) for p, x in jax.tree_util.tree_flatten_with_path(state["params"])[0]}
@@ -66,8 +60,8 @@ def main(folder):
   resumed.train(started=(state, frozen, at))
 
   # The text encoder in a program of its own, split as the denoiser is.
-  ahead = loop.Run(eight_config(assets, folder / "ahead", steps=1, mesh={"data": 2, "fsdp": 4}, **frozen_text(assets, "ahead")))
-  text = load_text_encoder(ahead.config, ahead.objectives[0].text, ahead.mesh)
+  ahead = Run(eight_config(assets, folder / "ahead", steps=1, mesh={"data": 2, "fsdp": 4}, **frozen_text(assets, "ahead")))
+  text = load_text_encoder(ahead.config.text_encoder, ahead.parts[0].objective.parts.conditioner.encoder, ahead.mesh)
   kernel = text["blocks"]["mlp"]["up"]["kernel"]
   assert kernel.size // kernel.addressable_shards[0].data.size == 4
   ahead.train()

@@ -11,8 +11,8 @@ import jax
 import numpy as np
 
 from stdit_jax.cli import connect_processes
-from stdit_jax.training.loop import Run
-from stdit_jax.training.sampling import Sampler
+from stdit_jax.run_samples import Sampler
+from tests.runs import Run
 
 if __name__ == "__main__":
   config = runpy.run_path(sys.argv[2])["get_config"]()

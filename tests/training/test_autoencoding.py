@@ -1,4 +1,4 @@
-"""Training autoencoders of pictures and videos: every term of the loss, the adversary, whole runs of them."""
+"""Training autoencoders of images and videos: each term of the loss, the discriminator, and whole runs."""
 
 import dataclasses
 import itertools
@@ -11,25 +11,23 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
+from stdit_jax.training.weights import load_codec
 
 from configs import base, cogvideox_vae, open_sora_1_2_vae
 from data.config import DataConfig
-from stdit_jax.autoencoders import discriminator, image_kl, perceptual, temporal
+from stdit_jax.autoencoders import discriminator, perceptual, temporal
+from stdit_jax.autoencoders.latents import to_float
 from stdit_jax.convert import main as convert
 from stdit_jax.diffusion.noise import Purpose
 from stdit_jax.interop import CheckpointError, save_variables
-from stdit_jax.interop.models import FAMILIES
 from stdit_jax.parallel.mesh import AXES
 from stdit_jax.training import checkpoints
 from stdit_jax.training.autoencoding import AutoencoderObjective
-from stdit_jax.training.loop import Run
 from stdit_jax.training.stage_data import choose_layouts
 from stdit_jax.training.stages import make_stages
-from stdit_jax.training.weights import load_codec
 from tests.helpers import REFERENCE, relative_error, to_theirs
+from tests.runs import Run
 from tests.tiny_run import tiny_config
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 SMALL = {"features": 8, "layers": 2, "groups": 4}
 
@@ -50,7 +48,7 @@ def batch(frames, side=16):
 
 
 def variables(one):
-  """(params, frozen), every parameter drawn anew, so that none that starts at 0 or 1 hides a mistake."""
+  """(params, frozen) with all parameters random, because parameters of 0 or 1 could hide an error."""
   rng = np.random.default_rng(0)
   shapes = jax.eval_shape(one.init, jax.random.key(0))
   return jax.tree.map(lambda s: jnp.asarray(rng.standard_normal(s.shape, np.float32) * 0.2), shapes)
@@ -61,15 +59,15 @@ def run_loss(one, params, frozen, data):
 
 
 @pytest.mark.parametrize(("name", "frames"), [("tiny-kl-f8", 2), ("tiny-temporal", 1), ("tiny-causal3d", 9)])
-def test_terms_are_those_of_the_model(name, frames):
-  """Reconstruction, KL, latent and identity terms, from the model's own call and means instead of draws."""
+def test_terms_match_the_model(name, frames):
+  """The expected reconstruction, KL, latent and identity terms come from the model's own call, with means instead of draws."""
   extra = {"latent_weight": 2.0, "identity_weight": 3.0} if name == "tiny-temporal" else {}
   one = objective(name, sample_posterior=False, **extra)
   data = batch(frames)
   params, frozen = variables(one)
   loss, values = run_loss(one, params, frozen, data)
 
-  clips = image_kl.to_float(data["pixels"])
+  clips = to_float(data["pixels"])
   x = clips.reshape(-1, *clips.shape[2:]) if name == "tiny-kl-f8" else clips
   model = {"params": params["autoencoder"]}
   made, mean, logvar = jax.jit(one.model.apply)(model, x)
@@ -89,8 +87,8 @@ def test_terms_are_those_of_the_model(name, frames):
   np.testing.assert_allclose(loss, expected, rtol=2e-5)
 
 
-def test_pixels_are_not_decoded_for_latents():
-  """Open-Sora's first stages: nothing of the image decoder is computed, and the gradient of what is frozen is not asked for."""
+def test_terms_of_latents_decode_no_pixels():
+  """In Open-Sora's first stages the image decoder gets no gradient."""
   one = objective("tiny-temporal", latent_weight=1.0, reconstruction_weight=0.0)
   one.weights["kl"] = 0.0
   params, frozen = variables(one)
@@ -100,8 +98,8 @@ def test_pixels_are_not_decoded_for_latents():
   assert "squared_error" not in one.loss(params, frozen, batch(1))[1]
 
 
-def test_draws_belong_to_the_sample():
-  """Noise of the posterior is the sample's own, whatever the batch; that of the image latents is another."""
+def test_noise_belongs_to_the_sample():
+  """Noise of a sample does not depend on the batch. The noise of image latents is different noise."""
   one = objective("tiny-temporal", latent_weight=1.0)
   params, frozen = variables(one)
   data = batch(1)
@@ -113,7 +111,7 @@ def test_draws_belong_to_the_sample():
 
 
 class TorchDiscriminator(torch.nn.Module):
-  """The same network in PyTorch, from the same parameters."""
+  """The discriminator in PyTorch with the same parameters."""
 
   def __init__(self, params, layers):
     super().__init__()
@@ -135,8 +133,8 @@ class TorchDiscriminator(torch.nn.Module):
     return conv("conv_out", x, 1)[:, 0]
 
 
-def test_the_perceptual_distance_of_some_frames():
-  """Each sample's own, of the whole clip's frames, in both clips the same ones."""
+def test_perceptual_distance_draws_the_same_frames_of_both_clips():
+  """Each sample draws its own frames."""
   one, purpose = objective("tiny-kl-f8"), Purpose.PERCEPTUAL_FRAMES
   numbers = jnp.broadcast_to(jnp.arange(9.0)[None, :, None, None, None], (4, 9, 1, 1, 1))
   batch = {"sample_id": np.asarray([[0, i] for i in range(4)], np.uint32)}
@@ -148,12 +146,12 @@ def test_the_perceptual_distance_of_some_frames():
     assert one._some_frames(count, purpose, batch, numbers)[0] is numbers
 
 
-def test_pixels_of_some_frames():
-  """They are those of the whole clip; a clip is seen whole in latents; over many draws every frame counts as often."""
+def test_pixel_frames_are_random_frames_of_the_clip():
+  """Decoded frames equal those of the whole clip, latent terms use the whole clip, and every frame is drawn sometimes."""
   every, some = (objective("tiny-temporal", sample_posterior=False, pixel_frames=count) for count in (0, 2))
   every.weights["kl"] = some.weights["kl"] = 0.0
   params, frozen = variables(every)
-  clips = image_kl.to_float(batch(5)["pixels"])
+  clips = to_float(batch(5)["pixels"])
   made, _, _ = jax.jit(every.model.apply)({"params": params["autoencoder"]}, clips)
   of_frames = np.square(np.asarray(made) - np.asarray(clips)).mean((2, 3, 4))
   seen = []
@@ -170,7 +168,7 @@ def test_pixels_of_some_frames():
 
 
 @pytest.mark.parametrize("frames", [1, 5])
-def test_the_discriminator_is_that_of_pytorch(frames):
+def test_discriminator_matches_pytorch(frames):
   one = objective("tiny-kl-f8", adversarial_weight=1.0)
   params = variables(one)[0]["discriminator"]
   x = np.random.default_rng(1).standard_normal((2, frames, 24, 16, 3), np.float32)
@@ -183,21 +181,21 @@ def test_the_discriminator_is_that_of_pytorch(frames):
   np.testing.assert_allclose(discriminator.generator_loss(fake), [1.25])
 
 
-def test_each_network_gets_the_gradient_of_its_own_terms():
-  """The autoencoder's is that of reconstruction and adversarial term, weighted so that both are as long at its last layer; the
-  discriminator's that of the hinge loss alone."""
+def test_each_network_gets_the_gradient_of_its_terms():
+  """The autoencoder gets the gradients of reconstruction and adversarial term, weighted to equal length at its last layer. The
+  discriminator gets the gradient of the hinge loss alone."""
   one = objective("tiny-kl-f8", adversarial_weight=0.7)
   params, frozen = variables(one)
   data = batch(1)
   share = np.asarray(data["weight"]) / 4
-  clips = image_kl.to_float(data["pixels"])
+  clips = to_float(data["pixels"])
 
   def terms(params):
     rest, _, made = one._terms(params["autoencoder"], frozen, data, None)
     pixels = one._pixel_terms(frozen, made["pixels"], clips, data, None)[0]
-    judge = lambda x: one._judge(params["discriminator"], x, None)  # noqa: E731
-    adversarial = discriminator.generator_loss(judge(made["pixels"]))
-    hinge = discriminator.hinge_loss(judge(clips), judge(made["pixels"]))
+    score = lambda x: one._score(params["discriminator"], x, None)  # noqa: E731
+    adversarial = discriminator.generator_loss(score(made["pixels"]))
+    hinge = discriminator.hinge_loss(score(clips), score(made["pixels"]))
     return [jnp.sum(share * term) for term in (rest, pixels, adversarial, hinge)]
 
   whole = jax.jit(jax.grad(lambda p: jnp.sum(share * one.loss(p, frozen, data)[0])))(params)
@@ -222,7 +220,7 @@ def at(tree, path):
 
 @pytest.fixture
 def trunk(tmp_path_factory, monkeypatch):
-  """A file of random weights with torchvision's names, of a VGG16 with four channels everywhere."""
+  """A file of random weights with torchvision's names, for a VGG16 with four channels in each layer."""
   monkeypatch.setattr(perceptual, "BLOCKS", tuple((count, 4) for count, _ in perceptual.BLOCKS))
   rng, tensors = np.random.default_rng(0), {}
   for number, (_, _, before, after) in zip(perceptual.NUMBERS, perceptual._convolutions()):
@@ -244,9 +242,10 @@ def run_config(assets, output, **changes):
   return tiny_config(assets, output, **{**settings, **changes})
 
 
-def test_a_video_autoencoder_trains_in_stages(assets, trunk, tmp_path, capsys):
-  """Temporal part alone on image latents, from the weights of the image autoencoder; then all on pixels, perceptually and with
-  an adversary. Resumed in the last stage, and exported under the original's names."""
+def test_video_autoencoder_trains_in_stages(assets, trunk, tmp_path, capsys):
+  """The first stage trains the temporal part on image latents, with given weights of the image autoencoder. The second stage
+  trains all on pixels, with the perceptual and the adversarial term. The run resumes and is exported with the original's names.
+  """
   stages = (
     {"name": "latents", "steps": 1, "train": "^autoencoder/temporal", "autoencoder.latent_weight": 1.0,
      "autoencoder.reconstruction_weight": 0.0, "autoencoder.kl_weight": 0.0},
@@ -302,30 +301,29 @@ def test_a_video_autoencoder_trains_in_stages(assets, trunk, tmp_path, capsys):
     ({"autoencoder__discriminator": {"feature": 3}}, "discriminator: unknown field 'feature'; allowed: features"),
     ({"autoencoder__name": "tiny-causal3d", "data__buckets": (("144p", 4, 1.0, 2),)}, "clips of 4 frames, which"),
     ({"autoencoder__reconstruction_weight": 0.0, "autoencoder__kl_weight": 0.0}, "all weights of the autoencoder's loss are 0"),
-    ({"autoencoder__pixel_frames": 2}, "pixel_frames is 2, but 'tiny-kl-f8' decodes them together"),
+    ({"autoencoder__pixel_frames": 2}, "pixel_frames is 2, but 'tiny-kl-f8' decodes all frames together"),
     ({"autoencoder__pixel_frames": -1}, "pixel_frames is -1; allowed"),
     ({"autoencoder__perceptual__frames": -3}, "perceptual.frames is -3; allowed"),
     ({"autoencoder__name": "tiny-temporal", "autoencoder__pixel_frames": 2, "autoencoder__adversarial_weight": 1.0},
-     "discriminator looks at whole clips"),
-    ({"autoencoder__image_weights": "/no/file"}, "image_weights is given, but"),
+     "discriminator needs whole clips"),
+    ({"autoencoder__image_weights": "/no/file"}, "image_weights is '/no/file', but"),
     ({"autoencoder__name": "tiny-temporal", "autoencoder__latent_weight": 1.0}, "autoencoder inside, which would be random"),
     ({"autoencoder__name": "tiny-temporal", "autoencoder__identity_weight": 1.0}, "identity_weight compares with latents"),
     ({"autoencoder__name": "tiny-temporal", "autoencoder__image_weights": "a", "init": A_FILE}, "set either it or"),
     ({"autoencoder__perceptual_weight": 1.0, "autoencoder__crop": 8}, "autoencoder.crop is 8; the perceptual distance needs"),
-    ({"autoencoder__adversarial_weight": 1.0, "autoencoder__reconstruction_weight": 0.0}, "so that it would count nothing"),
+    ({"autoencoder__adversarial_weight": 1.0, "autoencoder__reconstruction_weight": 0.0}, "so the term would be 0"),
     ({"autoencoder__adversarial_weight": 1.0, "autoencoder__discriminator": {"layers": 7}}, "7 layers of the discriminator"),
     ({"autoencoder__adversarial_weight": 1.0, "train": "^autoencoder/"}, "leaves out the discriminator, which would judge"),
     ({"max_tokens_per_device": 100}, "'tiny': max_tokens_per_device is 100, but autoencoders train on pixels"),
   ],
 )  # fmt: skip
-def test_what_is_refused(assets, tmp_path, changes, message):
+def test_wrong_configurations_are_refused(assets, tmp_path, changes, message):
   with pytest.raises(ValueError, match=message):
     Run(run_config(assets, tmp_path / "run", **changes))
   assert not pathlib.Path(tmp_path / "run").exists()
 
 
-def test_a_wrong_trunk_of_a_later_stage_is_refused_at_the_start(assets, trunk, tmp_path):
-  """And not when that stage begins."""
+def test_wrong_trunk_of_a_later_stage_is_refused_at_the_start(assets, trunk, tmp_path):
   stages = ({"name": "first", "steps": 1}, {"name": "second", "steps": 1, "autoencoder.perceptual_weight": 1.0})
   for own, message in (({"sha256": "0" * 64}, "has the SHA-256 .*, not 000"), ({"name": "vgg16"}, "unknown trunk 'vgg16'")):
     own = {"name": "hed-vgg16", "weights": str(trunk), "frames": 0, "sha256": "", **own}
@@ -333,9 +331,9 @@ def test_a_wrong_trunk_of_a_later_stage_is_refused_at_the_start(assets, trunk, t
       Run(run_config(assets, tmp_path / "run", stages=stages, autoencoder__perceptual=own))
 
 
-@pytest.mark.parametrize("layout", FAMILIES["stdit_jax.autoencoders.temporal"])
-def test_weights_in_every_layout_and_with_numbers_of_their_own(assets, tmp_path, layout):
-  """Who trains on starts from any of them, whatever their shift and scale; who only uses them has to take these as well."""
+@pytest.mark.parametrize("layout", temporal.FAMILY.layouts)
+def test_weights_load_from_every_layout_with_another_shift(assets, tmp_path, layout):
+  """Training may start from weights with another shift. A codec must be configured with the shift of the weights."""
   config = temporal.get_config("tiny-temporal", shift=(1.0, 2.0, 3.0, 4.0))
   variables = temporal.init(temporal.build(config), jax.random.key(3))
   path = str(tmp_path / "some.safetensors")
@@ -353,8 +351,7 @@ def test_weights_in_every_layout_and_with_numbers_of_their_own(assets, tmp_path,
 
 
 @pytest.mark.parametrize(("name", "frames"), [("tiny-kl-f8", 2), ("tiny-temporal", 17), ("tiny-causal3d", 9)])
-def test_blocks_that_are_computed_again_are_not_kept(name, frames):
-  """The same gradients, from less that the forward pass leaves behind."""
+def test_remat_stores_less_and_keeps_the_gradients(name, frames):
   kept, gradients, data = [], [], batch(frames)
   for remat in (False, True):
     one = objective(name, fields={"remat": remat})
@@ -368,11 +365,11 @@ def test_blocks_that_are_computed_again_are_not_kept(name, frames):
     np.testing.assert_allclose(ours, theirs, atol=2e-6 * largest)
 
 
-def test_a_clip_that_a_later_epoch_brings_and_is_too_small_has_no_weight(assets, tmp_path, caplog):
-  """It must not end the run where it comes, every time; the others are as without it."""
+def test_clip_smaller_than_the_crop_is_masked_out(assets, tmp_path, caplog):
+  """It does not end the run, and it does not change the other samples. One warning names it."""
   run = Run(run_config(assets, tmp_path / "run"))
-  make_batch = run._batch_maker(run.stages[0], None)
-  with run.data[0].loader(0) as steps:
+  make_batch = run.maker()
+  with run.parts[0].data.loader(0) as steps:
     loaded = next(steps)
   whole = make_batch(loaded)
   small = dataclasses.replace(loaded.samples[0], pixels=loaded.samples[0].pixels[:, :12])
@@ -386,14 +383,14 @@ def test_a_clip_that_a_later_epoch_brings_and_is_too_small_has_no_weight(assets,
   ]
 
 
-def test_a_crop_that_some_clip_is_too_small_for_is_refused_at_the_start(assets, tmp_path):
+def test_crop_larger_than_a_bucket_is_refused_at_the_start(assets, tmp_path):
   with pytest.raises(ValueError, match="crop is 152, but there are clips of 144 x 256 pixels in 144p; take at most 144"):
     Run(run_config(assets, tmp_path / "run", autoencoder__crop=152, data__buckets=(("144p", 1, 1.0, 2),)))
 
 
 @pytest.mark.parametrize("module", [open_sora_1_2_vae, cogvideox_vae])
-def test_recipes(module):
-  """Every stage of the originals' recipes is one that can be trained; nothing of the full size is allocated."""
+def test_recipes_can_be_trained(module):
+  """The objective accepts every stage of the recipes. Nothing is allocated."""
   config = module.get_config()
   config.data.tables = (("videos.parquet", 1),)
   for stage in make_stages(config):
@@ -401,7 +398,7 @@ def test_recipes(module):
     params, frozen = jax.eval_shape(one.init, jax.random.key(0))
     assert ("discriminator" in params) == (stage.name in ("adversary", "long"))
     assert ("perceptual" in frozen) == (stage.config.autoencoder.perceptual_weight > 0)
-  if module is cogvideox_vae:  # the long clips of the last stage over the `sequence` axis, the short ones as more batch
+  if module is cogvideox_vae:  # long clips of the last stage are split over the `sequence` axis, short clips over the batch
     mesh = jax.sharding.AbstractMesh((1, 1, 8, 1), AXES)
     data = DataConfig.create(stage.config.data.to_dict())
     layouts, _ = choose_layouts(stage, data.parsed_buckets(), mesh, one)

@@ -13,7 +13,7 @@ import pytest
 
 from data import paths
 from stdit_jax.training.claim import NAME, claim
-from tests.tiny_run import QUICK_FLAGS, ROOT, run_module, small_autoencoder, write_config
+from tests.tiny_run import ROOT, run_module, small_autoencoder, write_config
 
 PERIOD = 0.1
 HOLDER = """
@@ -126,5 +126,5 @@ def test_the_command_that_is_given_twice(assets, tmp_path):
   finally:
     holder.kill()
     holder.wait()
-  assert run_module("stdit_jax.train", "--config", config, XLA_FLAGS=QUICK_FLAGS).returncode == 0
+  assert run_module("stdit_jax.train", "--config", config).returncode == 0
   assert not (tmp_path / "run" / NAME).exists()

@@ -8,8 +8,6 @@ import pytest
 from stdit_jax.training.compilation import AheadOfTime
 from tests.tiny_run import run_module, write_config
 
-FLAGS = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"}
-
 
 def losses(output):
   return [json.loads(line)["loss"] for line in (output / "metrics.jsonl").read_text().splitlines()]
@@ -22,7 +20,7 @@ def test_a_second_start_compiles_nothing(assets, tmp_path):
   for name, settings in (("first", {}), ("second", {"compilation_cache": str(cache)})):
     settings |= {"data__buckets": (("64p", 1, 1.0, 2),), "stages": ({"name": "tiny", "steps": 2},)}
     config = write_config(tmp_path / f"{name}.py", assets, tmp_path / name, **settings)
-    result = run_module("stdit_jax.train", "--config", config, JAX_COMPILATION_CACHE_DIR="", **FLAGS)
+    result = run_module("stdit_jax.train", "--config", config, JAX_COMPILATION_CACHE_DIR="")
     assert result.returncode == 0, result.stderr[-3000:]
     texts.append(result.stdout)
     if name == "first":
@@ -43,13 +41,13 @@ def test_programs_compile_in_the_background_and_errors_reach_whoever_waits():
   import jax.numpy as jnp
 
   said = []
-  programs = AheadOfTime(1, said.append)
+  compiler = AheadOfTime(1, said.append)
   shape = jax.ShapeDtypeStruct((2,), jnp.float32)
-  programs.add("double", jax.jit(lambda x: 2 * x), shape)
-  programs.add("wrong", jax.jit(lambda x: x + 1, compiler_options={"no_such_option": True}), shape)
-  assert programs.get("double")(jnp.ones(2)).tolist() == [2, 2]
+  double = compiler.add("double", jax.jit(lambda x: 2 * x).lower(shape))
+  wrong = compiler.add("wrong", jax.jit(lambda x: x + 1, compiler_options={"no_such_option": True}).lower(shape))
+  assert double.get()(jnp.ones(2)).tolist() == [2, 2]
   with pytest.raises(Exception, match="no_such_option"):
-    programs.get("wrong")
-  assert programs.ready("wrong")
+    wrong.get()
+  assert wrong.ready()
   assert said[0].startswith("double: ")
-  programs.close()
+  compiler.close()

@@ -11,11 +11,9 @@ from safetensors.numpy import load_file
 
 from stdit_jax.parallel.shardings import path_name
 from stdit_jax.training.checkpoints import load_weights
-from stdit_jax.training.loop import Run
+from tests import QUICK_FLAGS
+from tests.runs import Run
 from tests.tiny_run import ROOT, eight_config, environment, frozen_text
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
-FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 
 
 def by_name(tree):
@@ -31,7 +29,7 @@ def folder(assets, tmp_path_factory):
   Run(eight_config(folder / "assets", folder / "devices" / "in_step", steps=1, **frozen_text(assets, "step"))).train()
   command = [sys.executable, "-m", "tests.training.on_devices", str(folder)]
   # Collectives hold a thread of XLA's pool while they wait for the other devices: with few cores they would wait for ever.
-  own = environment(XLA_FLAGS=FLAGS, NPROC="64")
+  own = environment(XLA_FLAGS=f"--xla_force_host_platform_device_count=8 {QUICK_FLAGS}", NPROC="64")
   result = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, timeout=300)
   assert result.returncode == 0, result.stderr[-3000:]
   return folder

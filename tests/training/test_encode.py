@@ -12,17 +12,14 @@ import tensorflow_datasets as tfds
 
 from data import latents, loader
 from stdit_jax import encode
-from stdit_jax.autoencoders import codec
+from stdit_jax.autoencoders import registry
 from stdit_jax.interop import save_variables
-from stdit_jax.interop.models import FAMILIES
+from stdit_jax.run_samples import Sampler
 from stdit_jax.training import encoding
-from stdit_jax.training.loop import Run
-from stdit_jax.training.sampling import Sampler
 from stdit_jax.training.stages import make_stages
 from tests.data import files
+from tests.runs import Run
 from tests.tiny_run import frozen_text, tiny_config, write_config
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +69,8 @@ def shards(folder):
 
 def batches_of(run, count):
   """The first batches of a run that does not train."""
-  make_batch = run._batch_maker(run.stages[0], None)
-  with run.data[0].loader(0) as steps:
+  make_batch = run.maker()
+  with run.parts[0].data.loader(0) as steps:
     return [(loaded.bucket, jax.tree.map(np.asarray, make_batch(loaded))) for loaded, _ in zip(steps, range(count))]
 
 
@@ -85,7 +82,7 @@ def test_a_training_from_them_has_the_batches_of_one_from_videos(assets, table, 
   )
   assert cached.data[0]._plans.locate(15)[0] >= 2
   assert set(same_batches(videos, cached, 16)) == {0, 1}
-  assert cached.encoder is None
+  assert cached.encoders.clip_encoder is None
   with pytest.raises(ValueError, match=r"autoencoder\.weights is empty"):  # and not when the first samples are due
     Sampler(cached)
 
@@ -93,10 +90,10 @@ def test_a_training_from_them_has_the_batches_of_one_from_videos(assets, table, 
 @pytest.mark.parametrize(("name", "frames"), [("tiny-temporal", 7), ("tiny-causal3d", 9)])
 def test_latents_of_video_autoencoders(assets, table, tmp_path, name, frames):
   """Whose latents have other lengths than the clips."""
-  module, weights = codec.find(name), tmp_path / "autoencoder.safetensors"
+  module, weights = registry.find(name), tmp_path / "autoencoder.safetensors"
   config = module.get_config(name)
   variables = module.init(module.build(config), jax.random.key(0))
-  save_variables(weights, FAMILIES[module.__name__][0], variables, config=config)
+  save_variables(weights, module.layouts[0], variables, config=config)
   own = {
     "autoencoder__name": name, "autoencoder__weights": str(weights), "model__fields__in_channels": config.latent_channels,
     "data__buckets": (("64p", frames, 1.0, 2), ("64p", 1, 1.0, 2)),
@@ -210,14 +207,14 @@ def test_past_the_epochs_they_go_round_again_until_more_are_encoded(assets, tabl
   assert [s.row for s in first] == [s.row for s in again]
   for a, b in zip(first, again, strict=True):
     np.testing.assert_array_equal(a.latents_mean, b.latents_mean)
-  assert [m for m in caplog.messages if "goes round" in m] == [
-    f"epoch 1 asks for clips that {tmp_path / 'out'} lacks: it goes round again, as epoch 0"
+  assert [m for m in caplog.messages if "repeats epoch" in m] == [
+    f"epoch 1 repeats epoch 0: {tmp_path / 'out'} lacks its own clips"
   ]
   run(config, tmp_path / "out", "--epochs", 2, "--dtype", "float16")
   assert len(list(tmp_path.glob("out/latents-*/part-*/dataset_info.json"))) == 2
   first, more = samples()
   assert [s.row for s in first] != [s.row for s in more]
-  assert len([m for m in caplog.messages if "goes round" in m]) == 1
+  assert len([m for m in caplog.messages if "repeats epoch" in m]) == 1
   # With another batch size it is found out which epochs are there; far on, no key could hold the window.
   changes["data__buckets"] = (("144p", 4, 1.0, 3),)
   (stage,) = make_stages(tiny_config(assets, tmp_path, **changes, data__latents=str(tmp_path / "out")))
@@ -246,22 +243,22 @@ def test_a_training_keeps_the_order_that_it_began_with(assets, tmp_path):
   run(config, out, "--epochs", 2)
   resumed, anew = training("run", 6), training("other", 6)
   resumed.start()
-  assert [data.sources(4) for data in (resumed.data[0], anew.data[0])] == [[0, 0], [0, 1]]
-  assert [[s.row for s in step.samples] for step, _ in zip(resumed.data[0].loader(3), range(3))] == rows
+  assert [data.sources(4) for data in (resumed.parts[0].data, anew.data[0])] == [[0, 0], [0, 1]]
+  assert [[s.row for s in step.samples] for step, _ in zip(resumed.parts[0].data.loader(3), range(3))] == rows
   assert [[s.row for s in step.samples] for step, _ in zip(anew.data[0].loader(3), range(3))] != rows
 
 
 def test_past_the_epochs_captions_may_be_of_another(assets, table, folder, tmp_path, caplog):
   """All windows are there, and one line says that not all captions are."""
   config = tiny_config(assets, tmp_path, **settings(assets, table, data__latents=str(folder)))
-  data, at = Run(config).data[0], 0
+  data, at = Run(config).parts[0].data, 0
   while data._plans.locate(at)[0] < 3:
     at += 1
   assert data.sources(at) == [0, 1, 2, 3]
   with data.loader(at) as steps:
     next(steps), next(steps)
   assert [m for m in caplog.messages if "caption" in m] == [
-    f"epoch 3: rows whose caption of this epoch {folder} lacks have that of an earlier one"
+    f"epoch 3: {folder} may lack captions of this epoch; rows then keep the caption of an earlier epoch"
   ]
 
 
@@ -339,7 +336,7 @@ def test_mistakes(assets, table, config, tmp_path, capsys):
     (["--epochs", 0], "--epochs is 0; allowed: above 0"),
     (["--epochs", 1, "--shard", "2/2"], "--shard 2/2 is not I/N with I from 0 to N - 1"),
     (["--epochs", 1, "--stage", "second"], "--stage 'second' is none of tiny"),
-    (["--epochs", 1, "--config.data.tabels=x"], "there is no key 'tabels'"),
+    (["--epochs", 1, "--config.data.tabels=x"], "there is no key 'data.tabels'"),
     (["--epochs", 1, "--config.autoencoder.name=tiny-causal3d"], "frames, which 'tiny-causal3d' does not give back; nearest:"),
     (["--epochs", 1, "--config.text_encoder.where=step", "--config.text_encoder.train=True", "--text"], "a text encoder that"),
   ):

@@ -8,10 +8,8 @@ import numpy as np
 import pytest
 
 from stdit_jax.cli import InputError
-from stdit_jax.training.loop import Run
+from tests.runs import Run
 from tests.tiny_run import tiny_config
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 STEPS = 8  # three batches of two images an epoch; one of the six has a text embedding of NaN
 
@@ -34,7 +32,7 @@ def trained(*args, **changes):
 
 def failing_positions(run):
   """Plan positions of the first epochs whose batch has the row of NaN."""
-  plans = run.data[0]._plans
+  plans = run.parts[0].data._plans
   places = [(i, plans.locate(i)) for i in range(2 * STEPS)]
   return [i for i, (epoch, step) in places if any(plans.table.locate(int(r))[1] == 7 for r in plans.plan(epoch).rows(step))]
 

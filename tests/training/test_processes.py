@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from stdit_jax.training.checkpoints import Checkpoints
+from tests import QUICK_FLAGS
 from tests.object_store import BUCKET
-from tests.tiny_run import QUICK_FLAGS as FLAGS
 from tests.tiny_run import ROOT, environment, small_autoencoder, start_processes, write_config
 
 STEPS = 10
@@ -44,7 +44,7 @@ def two(assets, folder, **settings):
   folder.mkdir()
   settings = {**small_autoencoder(), "stages": ({"name": "long", "steps": 10**6},), "checkpoint_every": 10**5, **settings}
   config = write_config(folder / "config.py", assets, folder / "run", **settings)
-  processes = start_processes(config, folder, devices=1, XLA_FLAGS=FLAGS)
+  processes = start_processes(config, folder, devices=1)
   try:
     wait_for(lambda: len(lines(folder / "run")) >= 2, processes, folder)
     yield processes
@@ -72,7 +72,7 @@ def long_config(assets, folder, name, output=None, validate=True, **changes):
 def one(assets, folder):
   """Folder of such a run of one process."""
   command = [sys.executable, "-m", "stdit_jax.train", "--config", str(long_config(assets, folder, "one"))]
-  own = environment(XLA_FLAGS=f"--xla_force_host_platform_device_count=8 {FLAGS}", NPROC="64")
+  own = environment(XLA_FLAGS=f"--xla_force_host_platform_device_count=8 {QUICK_FLAGS}", NPROC="64")
   result = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, timeout=300)
   assert result.returncode == 0, result.stderr[-3000:]
   return folder / "one" / "run"
@@ -81,7 +81,7 @@ def one(assets, folder):
 @pytest.fixture(scope="module")
 def both(assets, folder):
   """Folder of the same of two processes."""
-  processes = start_processes(long_config(assets, folder, "both"), folder / "both", XLA_FLAGS=FLAGS)
+  processes = start_processes(long_config(assets, folder, "both"), folder / "both")
   codes = [p.wait(300) for p in processes]
   assert codes == [0, 0], [(folder / "both" / f"{i}.log").read_text()[-3000:] for i in (0, 1)]
   return folder / "both" / "run"
@@ -98,7 +98,7 @@ def test_damage_that_one_of_two_sees_starts_both_again_without_the_checkpoint(fo
   own = [p for p in (both / "checkpoints" / str(STEPS) / "params").rglob("*") if p.is_file() and "process_1" in str(p)]
   largest = max(own, key=lambda p: p.stat().st_size)
   largest.write_bytes(largest.read_bytes()[:100])
-  processes = start_processes(folder / "both" / "config.py", folder / "both", XLA_FLAGS=FLAGS)
+  processes = start_processes(folder / "both" / "config.py", folder / "both")
   codes = [p.wait(120) for p in processes]
   texts = [(folder / "both" / f"{i}.log").read_text() for i in (0, 1)]
   assert codes == [75, 75], [text[-3000:] for text in texts]
@@ -108,14 +108,14 @@ def test_damage_that_one_of_two_sees_starts_both_again_without_the_checkpoint(fo
 
 def test_two_processes_killed_and_resumed_in_a_bucket(assets, folder, one, store):
   config = long_config(assets, folder, "there", output=f"gs://{BUCKET}/there", checkpoint_every=4, validate=False)
-  processes = start_processes(config, folder / "there", XLA_FLAGS=FLAGS)
+  processes = start_processes(config, folder / "there")
   try:
     wait_for(lambda: "there/checkpoints/4/commit_success.txt" in store.objects, processes, folder / "there")
   finally:
     for process in processes:
       process.kill()
       process.wait()
-  codes = [p.wait(300) for p in start_processes(config, folder / "there", XLA_FLAGS=FLAGS)]
+  codes = [p.wait(300) for p in start_processes(config, folder / "there")]
   texts = [(folder / "there" / f"{i}.log").read_text() for i in (0, 1)]
   assert codes == [0, 0], [text[-3000:] for text in texts]
   assert re.search(r"resumed from step (4|8) ", texts[0]), texts[0][-3000:]
@@ -134,9 +134,7 @@ def test_two_processes_sample_the_frames_of_one(assets, folder, one):
     settings["sample__prompts"] = ("one", "a picture", "columns")
     settings["diffusion"] = {"name": "rectified-flow", "fields": {"sampler": "adams-bashforth"}}
     config = write_config(folder / name / "config.py", assets, folder / name / "run", **settings)
-    processes = start_processes(
-      config, folder / name, count, 8 // count, module="tests.training.sample_latents", XLA_FLAGS=FLAGS
-    )
+    processes = start_processes(config, folder / name, count, 8 // count, module="tests.training.sample_latents")
     codes = [p.wait(300) for p in processes]
     assert codes == [0] * count, [(folder / name / f"{i}.log").read_text()[-3000:] for i in range(count)]
     latents += [np.load(folder / name / "run" / f"{i}.npy") for i in range(count)]

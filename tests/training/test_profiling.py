@@ -7,8 +7,6 @@ import time
 
 from tests.tiny_run import ROOT, environment, small_autoencoder, write_config
 
-FLAGS = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"}
-
 
 def test_profiles_by_configuration_and_by_signal(assets, tmp_path):
   """In a process of its own, as a user has it: beside PyTorch jaxlib 0.10.2 can crash when a trace starts."""
@@ -17,7 +15,7 @@ def test_profiles_by_configuration_and_by_signal(assets, tmp_path):
   log, folder = tmp_path / "log", tmp_path / "run" / "profile"
   command = [sys.executable, "-m", "stdit_jax.train", "--config", str(config)]
   with log.open("w") as output:
-    process = subprocess.Popen(command, cwd=ROOT, env=environment(**FLAGS), stdout=output, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=output, stderr=subprocess.STDOUT)
 
   def wait_for(count):
     end = time.monotonic() + 120

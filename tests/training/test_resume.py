@@ -20,12 +20,10 @@ import pytest
 from stdit_jax import convert, sample
 from stdit_jax.cli import InputError
 from stdit_jax.training.checkpoints import Checkpoints, DamagedCheckpointError, load_weights
-from stdit_jax.training.loop import Run
 from stdit_jax.training.watchdog import StartAgain
 from tests.object_store import BUCKET
+from tests.runs import Run
 from tests.tiny_run import ROOT, environment, small_autoencoder, tiny_config, write_config
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 STEPS = 20
 STAGES = (
@@ -34,13 +32,11 @@ STAGES = (
    "data.buckets": (("64p", 4, 1.0, 2),), "mask_ratios": {"quarter_tail": 0.5}},
 )  # fmt: skip
 VIDEO = ("0000-columns-seed0.mp4", "0000-columns-seed0.json")
-# Quick compilation, as `tests.helpers.QUICK_COMPILE`.
-FLAGS = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"}
 
 
 def start(config, log, **more):
   command = [sys.executable, "-m", "stdit_jax.train", "--config", str(config)]
-  return subprocess.Popen(command, cwd=ROOT, env=environment(**FLAGS, **more), stdout=log.open("a"), stderr=subprocess.STDOUT)
+  return subprocess.Popen(command, cwd=ROOT, env=environment(**more), stdout=log.open("a"), stderr=subprocess.STDOUT)
 
 
 def finish(config, log, **more):

@@ -14,14 +14,11 @@ from configs import base
 from stdit_jax import evaluate
 from stdit_jax.cli import InputError
 from stdit_jax.interop import CheckpointError, save_variables
-from stdit_jax.training import batches
+from stdit_jax.run_samples import Sampler
 from stdit_jax.training.checkpoints import load_weights
-from stdit_jax.training.loop import Run
 from stdit_jax.training.metrics import Averages, Metrics, Speed, stage_note
-from stdit_jax.training.sampling import Sampler
+from tests.runs import Run
 from tests.tiny_run import tiny_config
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 ONE_STEP = {"stages": ({"name": "one", "steps": 1},), "data__buckets": (("64p", 1, 1.0, 2),)}
 
@@ -53,10 +50,9 @@ def test_what_a_line_says(first, capsys):
     assert line["speed/tokens_per_second"] > 0
     assert "speed/mfu" not in line  # nobody publishes the peak of a CPU
     frames = 1 if "loss/64p x 1" in line else 4
-    tokens, work = run._work[0, ("64p", frames)]
-    assert (
-      tokens == 2 * frames * batches.batch_shapes(run.config, run.objectives[0], ("64p", frames), 2)["latents_mean"].shape[2]
-    )
+    batch = run.parts[0].objective.batch(("64p", frames), 2)
+    tokens, work = run.parts[0].objective.work(batch)
+    assert tokens == 2 * frames * batch["latents_mean"].shape[2]
     ratio = line["speed/tflops_per_device"] * 1e12 / line["speed/tokens_per_second"]
     np.testing.assert_allclose(ratio, work / tokens, rtol=1e-6)
 
@@ -151,8 +147,8 @@ def test_kept_latents_change_nothing(assets, tmp_path):
     steps = {"stages": ({"name": "epochs", "steps": 9},), "checkpoint_every": 9}
     run = Run(tiny_config(assets, tmp_path / str(gigabytes), autoencoder__cache_gb=gigabytes, **clips, **steps))
     states.append(jax.tree.map(np.asarray, run.train()))
-    assert (run.encoder.cache.hits > 0) == (gigabytes > 0)
-    assert run.encoder.cache.bytes <= gigabytes * 2**30
+    assert (run.encoders.clip_encoder.cache.hits > 0) == (gigabytes > 0)
+    assert run.encoders.clip_encoder.cache.bytes <= gigabytes * 2**30
   jax.tree.map(np.testing.assert_array_equal, *states[:2])
   jax.tree.map(np.testing.assert_array_equal, *states[1:])
 
@@ -212,7 +208,7 @@ def test_init_from_a_run_and_from_safetensors(assets, first, tmp_path, capsys):
     jax.tree.map(np.testing.assert_array_equal, tree, state["ema"])
   assert not any(jax.tree.leaves(of_run["opt"][0].count))
 
-  model = run.objectives[0].model.config
+  model = run.parts[0].objective.model.config
   file = tmp_path / "denoiser.safetensors"
   save_variables(file, "open-sora", {"params": state["params"]["denoiser"], "constants": frozen["denoiser"]}, config=model)
   params, constants = start(tiny_config(assets, tmp_path / "file", init=str(file), **ONE_STEP))

@@ -8,23 +8,20 @@ import numpy as np
 import pytest
 
 from configs import open_sora_1_1, open_sora_1_2
-from stdit_jax import convert, plan, sample
+from stdit_jax import convert, loading, plan, sample, transition
 from stdit_jax.diffusion.iddpm import IDDPM
 from stdit_jax.diffusion.rectified_flow import RectifiedFlow
 from stdit_jax.interop.safetensors_io import open_checkpoint
-from stdit_jax.models import stdit
 from stdit_jax.parallel.mesh import make_mesh
-from stdit_jax.training import loading, transition
+from stdit_jax.run_samples import Sampler
 from stdit_jax.training.checkpoints import from_plain, plain
-from stdit_jax.training.loop import Run
 from stdit_jax.training.objectives import DenoiserObjective
-from stdit_jax.training.sampling import Sampler
 from stdit_jax.training.stages import make_stages
 from stdit_jax.training.state import make_optimizer, new_state
+from tests import denoisers
+from tests.runs import Run
 from tests.tiny_run import frozen_text, run_module, tiny_config
 from tests.training.test_resume import assert_same_bits, metrics
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 IMAGES = {"data.buckets": (("64p", 1, 1.0, 2),)}
 STAGES = (
@@ -114,10 +111,10 @@ def test_temporal_blocks_change_no_image_and_what_is_there_keeps_its_moments(ass
   assert fresh["attention/qkv/kernel"].std() > 0
   assert not fresh["attention/out/kernel"].any()
 
-  with run.data[1].loader(0) as rows:
-    batch = run._batch_maker(run.stages[1], state)(next(iter(rows)))
-  old_loss, _ = jax.jit(run.objectives[1].loss)(state["params"], frozen, batch)
-  new_loss, _ = jax.jit(run.objectives[2].loss)(new["params"], new_frozen, batch)
+  with run.parts[1].data.loader(0) as rows:
+    batch = run.maker(1)(next(iter(rows)))
+  old_loss, _ = jax.jit(run.parts[1].objective.loss)(state["params"], frozen, batch)
+  new_loss, _ = jax.jit(run.parts[2].objective.loss)(new["params"], new_frozen, batch)
   np.testing.assert_allclose(new_loss, old_loss, rtol=1e-6)
 
 
@@ -129,7 +126,7 @@ def test_a_checkpoint_is_read_with_the_model_of_the_stage_that_made_it(assets, a
     pipeline = loading.load_pipeline(args, *loading.read_model(args))
     assert pipeline.model.config.temporal_blocks == temporal
     assert isinstance(pipeline.diffusion, diffusion)
-    shapes = stdit.init_shapes(pipeline.model.config)
+    shapes = denoisers.init_shapes(pipeline.model.config)
     jax.tree.map(lambda a, b: np.testing.assert_equal(a.shape, b.shape), dict(pipeline.variables), shapes)
   run = resumed(assets, folder, tmp_path / "run", 4)
   for output, temporal in ((folder, True), (run.config.output, False)):
@@ -245,4 +242,4 @@ def test_a_recipe_can_begin_later():
   refused = run_module("stdit_jax.train", "--config", "configs/open_sora_1_2.py:stage4")
   assert refused.returncode == 2
   (line,) = refused.stderr.splitlines()
-  assert line.startswith("error: configs/open_sora_1_2.py: there is no stage 'stage4' to begin with; there are images, qk_norm")
+  assert line.startswith("error: --config configs/open_sora_1_2.py:stage4: there is no stage 'stage4' to begin with; there are")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -13,18 +14,16 @@ import torch
 from data.buckets import Bucket
 from data.tokens import unpatchify
 from stdit_jax.diffusion.noise import Purpose, sample_keys
-from stdit_jax.models.stdit import denoise_latents
 from stdit_jax.parallel.mesh import AXES, make_mesh
-from stdit_jax.parallel.shardings import Layout
+from stdit_jax.parallel.shardings import ArraySpec, Layout
 from stdit_jax.training import state as states
 from stdit_jax.training import step
-from stdit_jax.training.batches import batch_shapes, to_global
-from stdit_jax.training.loop import Run
-from stdit_jax.training.stage_data import choose_layouts
+from stdit_jax.training.batches import to_global
+from stdit_jax.training.stage_data import choose_splits
+from tests.denoisers import denoise_latents
 from tests.helpers import relative_error
+from tests.runs import Run
 from tests.tiny_run import tiny_config
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 @pytest.fixture(scope="module")
@@ -38,50 +37,42 @@ def made(assets, tmp_path_factory):
   rng = np.random.default_rng(0)
   # Parameters that start at zero would hide mistakes.
   params = jax.tree.map(lambda p: p + 0.1 * rng.standard_normal(p.shape, np.float32), state["params"])
-  make_batch = run._batch_maker(run.stages[0], state)
+  make_batch = run.maker()
   batches = {}
-  with run.data[0].loader(0) as rows:
+  with run.parts[0].data.loader(0) as rows:
     while len(batches) < 2:
       loaded = next(rows)
       batches[loaded.bucket] = jax.tree.map(np.asarray, make_batch(loaded))
-  return run, states.new_state(params, run.optimizers[0]), frozen, batches
-
-
-def programs_of(run, state, frozen, counter=None, **stage):
-  shapes = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)  # noqa: E731
-  config = ml_collections.ConfigDict(run.stages[0].config.to_dict() | stage)
-  return step.Programs(
-    run.objectives[0].loss, run.mesh, run.state_shapes[0], shapes(frozen), run.optimizers[0], run.scales[0],
-    dataclasses.replace(run.stages[0], name="test", steps=4, config=config), counter or step.TraceCounter(),
-  )  # fmt: skip
+  return run, states.new_state(params, run.parts[0].programs.optimizer), frozen, batches
 
 
 @pytest.fixture(scope="module")
 def programs(made):
-  """Gradient programs of both buckets, whole, and of the clips in three parts."""
-  run, state, frozen, batches = made
-  made_programs = programs_of(run, state, frozen)
-  made_programs.state = jax.device_put(state, made_programs._state)  # as `Run.start` places it
-  for bucket in batches:
-    made_programs.make_gradient(bucket, tuple(batches[bucket]), 1, Layout(run.mesh))
-  made_programs.whole = dict(made_programs.gradients)
-  made_programs.make_gradient(("144p", 4), tuple(batches["144p", 4]), 3, Layout(run.mesh))
-  made_programs.parts = made_programs.gradients[("144p", 4)]
-  return made_programs
+  """Gradient programs of both buckets, whole, and of the clips in three parts: jitted functions by bucket."""
+  run, state, _, batches = made
+  layout = Layout(run.mesh)
+  stage = dataclasses.replace(run.stages[0], name="test")
+  programs = step.Programs(run.parts[0].objective, stage, run.mesh, step.TraceCounter())
+  whole = {bucket: programs.gradient(bucket, 3, step.Split(layout)) for bucket in batches}
+  parts = programs.gradient(("144p", 4), 3, step.Split(layout, 3))
+  return types.SimpleNamespace(
+    whole=whole, parts=parts, params=jax.device_put(state["params"], programs.state["params"]),
+    new_accumulator=programs.new_accumulator,
+  )  # fmt: skip
 
 
 def gradient_of(made, programs, program, batch, accumulator=None):
   run, _, frozen, _ = made
-  params = programs.state["params"]
-  accumulator = programs.new_accumulator(params) if accumulator is None else accumulator
-  return program(params, frozen, to_global(batch, Layout(run.mesh)), accumulator)
+  accumulator = programs.new_accumulator(programs.params) if accumulator is None else accumulator
+  arrays = to_global(batch, program.batch, Layout(run.mesh))
+  return program.jitted(programs.params, frozen, arrays, accumulator)
 
 
 def test_batches_have_the_shapes_that_programs_are_compiled_for(made):
   run, _, _, batches = made
   for bucket, batch in batches.items():
-    shapes = batch_shapes(run.stages[0].config, run.objectives[0], bucket, len(batch["weight"]))
-    assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {k: (v.shape, v.dtype) for k, v in shapes.items()}
+    specs = run.parts[0].objective.batch(bucket, len(batch["weight"]))
+    assert jax.tree.map(lambda v: (v.shape, v.dtype), batch) == jax.tree.map(lambda s: (s.shape, np.dtype(s.dtype)), specs)
 
 
 def assert_close_groups(ours, theirs, tolerance=1e-5):
@@ -97,9 +88,10 @@ def assert_close_groups(ours, theirs, tolerance=1e-5):
 
 def direct_loss(run, frozen, batch, row, params):
   """Rectified-flow loss of one row, written down anew on its own unpadded latents, from the published rule of the keys."""
-  config, model = run.config, run.objectives[0].model
+  config, model = run.config, run.parts[0].objective.model
   size = tuple(int(n) for n in batch["latent_size"][row])
-  seen = {name: jnp.asarray(batch[name][row : row + 1]) for name in ("height", "width", "num_frames", "fps", "text_mask")}
+  one = lambda x: jnp.asarray(x[row : row + 1])  # noqa: E731
+  seen = {name: one(batch["sizes"][name]) for name in ("height", "width", "num_frames", "fps")}
   latents = lambda name: unpatchify(jnp.asarray(batch[name][row : row + 1]), size, (1, 2, 2))  # noqa: E731
   key = lambda purpose: sample_keys(config.seed, batch["sample_id"][row : row + 1], purpose)  # noqa: E731
   noise = lambda purpose: jax.random.normal(key(purpose)[0], (*size, 4))[None]  # noqa: E731
@@ -108,17 +100,17 @@ def direct_loss(run, frozen, batch, row, params):
   s = jax.nn.sigmoid(jax.random.normal(key(Purpose.TIMESTEP)[0], ()))
   ratio = jnp.sqrt(seen["height"] * seen["width"] / 512**2) * jnp.sqrt(size[0])
   t = ratio * s / (1 + (ratio - 1) * s)
-  mask = run.objectives[0].frame_masks.draw(key(Purpose.FRAME_MASK), size[0]) if size[0] > 1 else jnp.ones((1, 1), bool)
+  mask = run.parts[0].objective.frame_masks.draw(key(Purpose.FRAME_MASK), size[0]) if size[0] > 1 else jnp.ones((1, 1), bool)
   here = mask[:, :, None, None, None]
   e = noise(Purpose.NOISE)
   x_t = jnp.where(here, (1 - t) * x0 + t * e, x0)
   drop = jax.vmap(jax.random.uniform)(key(Purpose.DROP_TEXT)) < config.caption_dropout
-  text = run.objectives[0].text.apply(
-    {"params": params["text_encoder"]}, jnp.asarray(batch["text_ids"][row : row + 1]), seen["text_mask"]
+  text = run.parts[0].objective.parts.conditioner.encoder.apply(
+    {"params": params["text_encoder"]}, one(batch["cond"]["text_ids"]), one(batch["cond"]["text_mask"])
   )
   variables = {"params": params["denoiser"], "constants": frozen["denoiser"]}
-  text_mask = seen.pop("text_mask")
-  out = denoise_latents(model, variables, x_t, t * 1000, text, text_mask, x_mask=mask, drop_text=drop, **seen)
+  text_mask = one(batch["cond"]["text_mask"])
+  out = denoise_latents(model, variables, x_t, t * 1000, text, text_mask, x_mask=mask, drop=drop, **seen)
   error = jnp.square(out[..., :4] - (x0 - e))
   return jnp.sum(jnp.where(here, error, 0)) / (mask.sum() * error[0, 0].size)
 
@@ -166,7 +158,8 @@ def test_micro_batch_count_follows_the_limit(made):
     with config.unlocked():
       config.max_tokens_per_device = limit
     stage = dataclasses.replace(run.stages[0], config=config)
-    return choose_layouts(stage, run.data[0].config.parsed_buckets(), run.mesh, run.objectives[0])[1]["144p", 4]
+    splits = choose_splits(stage, run.parts[0].data.config.parsed_buckets(), run.mesh, run.parts[0].objective)
+    return splits["144p", 4].micro_batches
 
   assert parts(0) == 1
   assert parts(3 * frames * space) == 1
@@ -184,8 +177,8 @@ def test_which_buckets_split_their_tokens(made):
     with config.unlocked(), config.ignore_type():
       config.split_tokens = value
     stage = dataclasses.replace(run.stages[0], config=config)
-    layouts, _ = choose_layouts(stage, buckets, mesh, run.objectives[0])
-    return [frames for (_, frames), layout in layouts.items() if layout.split_tokens]
+    splits = choose_splits(stage, buckets, mesh, run.parts[0].objective)
+    return [frames for (_, frames), split in splits.items() if split.layout.split_tokens]
 
   assert split("auto") == [1]
   assert split("always") == [1, 4]
@@ -224,25 +217,13 @@ def test_accumulation_over_buckets_is_the_mean_and_a_batch_without_weight_does_n
   assert_close_groups(mean, jax.tree.map(lambda *g: sum(g) / 2, *single))
 
 
-def test_a_second_trace_is_an_error(made):
-  run = made[0]
+def test_a_second_trace_is_an_error():
   counter = step.TraceCounter()
-  toy = step.Programs(
-    lambda params, frozen, batch, layout: (batch["x"][:, 0] * params["denoiser/final_layer/linear/bias"][0], {}),
-    run.mesh, {"params": {"denoiser/final_layer/linear/bias": jnp.ones(1)}}, {}, None,
-    {"denoiser/final_layer/linear/bias": 1.0}, dataclasses.replace(run.stages[0], name="toy"), counter,
-  )  # fmt: skip
-  toy.make_gradient(("144p", 1), ("x", "weight"), 1, Layout(run.mesh))
-  params = {"denoiser/final_layer/linear/bias": jnp.ones(1)}
-
-  def call(width):
-    batch = {"x": np.ones((2, width), np.float32), "weight": np.ones(2, np.float32)}
-    toy.gradients["144p", 1](params, {}, to_global(batch, Layout(run.mesh)), step.new_accumulator(params))
-
-  call(3)
-  call(3)
+  toy = jax.jit(counter.counted("toy: gradient 144p x 1", lambda x: 2 * x))
+  toy(np.ones((2, 3), np.float32))
+  toy(np.ones((2, 3), np.float32))
   counter.check()
-  call(4)
+  toy(np.ones((2, 4), np.float32))
   with pytest.raises(RuntimeError, match=r"toy: gradient 144p x 1.*2"):
     counter.check()
 
@@ -363,16 +344,18 @@ def test_weighted_losses_of_a_toy_model_and_micro_batches():
   error = x @ w - 1
   expected = (2 * (error * weight)[:, None] * x).sum(0) / weight.sum()
 
+  specs = {"x": ArraySpec((8, 3)), "weight": ArraySpec((8,))}
+
   def loss(params, frozen, batch, layout):
     return jnp.square(batch["x"] @ params["w"] - 1), {}
 
   for parts in (1, 2, 4, 8):
-    run = jax.jit(functools.partial(step.accumulate_gradients, loss, layout, parts, {"w": 1.0}))
+    run = jax.jit(functools.partial(step.accumulate_gradients, loss, step.Split(layout, parts), specs, {"w": 1.0}))
     params = {"w": jnp.asarray(w)}
     accumulator, values = run(params, {}, {"x": x, "weight": weight}, step.new_accumulator(params))
     np.testing.assert_allclose(accumulator["gradients"]["w"], expected, rtol=1e-5)
     np.testing.assert_allclose(values["loss"], (error**2 * weight).sum() / weight.sum(), rtol=1e-5)
   frozen, _ = step.accumulate_gradients(
-    loss, layout, 1, {"w": 0.0}, params, {}, {"x": x, "weight": weight}, step.new_accumulator(params)
+    loss, step.Split(layout), specs, {"w": 0.0}, params, {}, {"x": x, "weight": weight}, step.new_accumulator(params)
   )
   assert not frozen["gradients"]["w"].any()

@@ -10,11 +10,10 @@ import pytest
 
 from stdit_jax import evaluate
 from stdit_jax.parallel.shardings import path_name
-from stdit_jax.training.loop import Run
+from tests import QUICK_FLAGS
+from tests.runs import Run
 from tests.tiny_run import run_module, tiny_config
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 BUCKETS = (("144p", 1, 1.0, 2), ("144p", 4, 1.0, 2))  # so many latents that the mean square of their noise is 1
 
 
@@ -68,10 +67,10 @@ def test_the_loss_of_a_model_that_says_nothing(validated):
   """Zeros for latents minus noise: the loss is the mean square of the latents, and 1."""
   run, state, frozen = validated
   silent = jax.tree_util.tree_map_with_path(lambda p, x: 0 * x if "final_layer/linear" in path_name(p) else x, state["ema"])
-  make_batch, squares = run._batch_maker(run.stages[0], state), {1: [], 4: []}
-  values = run.validations[0](silent, frozen, make_batch, run.compiled.get)
-  for step in run.validations[0]._steps():
-    for mean, std in run.encoder([s.pixels for s in step.samples if s.weight]):
+  make_batch, squares = run.batch_maker(run.parts[0]), {1: [], 4: []}
+  values = run.parts[0].validation(silent, frozen, make_batch)
+  for step in run.parts[0].validation._steps():
+    for mean, std in run.encoders.clip_encoder([s.pixels for s in step.samples if s.weight]):
       squares[step.bucket[1]].append((np.square(mean) + np.square(std)).mean())
   assert [len(parts) for parts in squares.values()] == [5, 5]
   for frames, parts in squares.items():
@@ -84,10 +83,10 @@ def test_other_batches_change_rounding_at_most(assets, validated, tmp_path):
   buckets = (("144p", 1, 0.3, 3), ("144p", 4, (1.0, 0.5), 3))
   changes = {**settings(assets), "data__buckets": buckets, "data__drop_last": False}
   other = Run(tiny_config(assets, tmp_path / "run", **changes))
-  validation = other.validations[0]
+  validation = other.parts[0].validation
   assert validation.data.report.steps == 4
-  validation.compile_ahead(other.compiled, other.counter, other.state_shapes[0]["ema"], frozen)
-  values = validation(state["ema"], frozen, other._batch_maker(other.stages[0], state), other.compiled.get)
+  validation.compile_ahead(other.compiler, other.counter, other.parts[0].programs.shapes[0]["ema"], frozen)
+  values = validation(state["ema"], frozen, other.batch_maker(other.parts[0]))
   first = lines_of(run)[0][4]
   assert values.keys() == first.keys()
   for name, value in values.items():
@@ -106,7 +105,7 @@ def test_evaluate_on_eight_devices(assets, validated, tmp_path):
   run, _, _ = validated
   result = run_module(
     "stdit_jax.evaluate", "--run", run.config.output, "--mesh", "data=2", "fsdp=4", "--output", tmp_path / "loss.json",
-    XLA_FLAGS=f"--xla_force_host_platform_device_count=8 {FLAGS}", NPROC="64",
+    XLA_FLAGS=f"--xla_force_host_platform_device_count=8 {QUICK_FLAGS}", NPROC="64",
   )  # fmt: skip
   assert result.returncode == 0, result.stderr[-3000:]
   values = json.loads((tmp_path / "loss.json").read_text())

@@ -22,7 +22,7 @@ def config_file(tmp_path, sources, name="out"):
 
 
 def table(folder, step="cut"):
-  """The step's table without what names the run's folder."""
+  """The step's table without the run's folder in its paths."""
   frame = pl.concat([pl.read_parquet(p) for p in sorted((folder / step).glob("part-*.parquet"))])
   return frame.with_columns(pl.col("path").str.split("/").list.last())
 
@@ -32,7 +32,7 @@ def times(folder):
 
 
 def unopened(folder):
-  """A folder of two files that pass for pictures as long as nobody opens them."""
+  """A folder of two files with image names and other content."""
   folder.mkdir()
   for name in ("a", "b"):
     (folder / f"{name}.png").write_text(name)

@@ -1,4 +1,4 @@
-"""What a second run makes again, and what not: settings, files, captions and tables that changed, damage."""
+"""What a second run makes again: changed settings, files, captions and tables; damaged files."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ from tests.data.prepare.runs import config_file, pictures, table, times, unopene
 from tests.data.prepare.videos import picture, two_scenes, write_video
 
 
-def test_changed_settings_make_the_step_and_what_follows_again(videos, tmp_path, undisturbed, capsys):
+def test_changed_settings_repeat_the_step_and_the_later_steps(videos, tmp_path, undisturbed, capsys):
   shutil.copytree(undisturbed, tmp_path / "out")
   before = times(tmp_path / "out")
   assert main.main(["run", "--config", config_file(tmp_path, videos), "--config.scenes.min_seconds=1.5"]) == 0
@@ -25,8 +25,8 @@ def test_changed_settings_make_the_step_and_what_follows_again(videos, tmp_path,
   assert table(tmp_path / "out")["num_frames"].to_list() == [40] * 5
 
 
-def test_status_says_what_is_made_again(tmp_path):
-  """A step whose settings or files changed, and all behind it."""
+def test_status_shows_outdated_steps(tmp_path):
+  """A step with changed settings or files is outdated, with all later steps."""
   folder = unopened(tmp_path / "pictures")
   values = dict(
     output=str(tmp_path / "out"), steps=("collect", "filter", "sample", "split", "export"),
@@ -92,8 +92,8 @@ def test_a_vanished_file_is_tried_again(videos, tmp_path, undisturbed, capsys):
   assert table(tmp_path / "out").drop("video").equals(table(undisturbed).drop("video"))
 
 
-def test_captions_beside_that_changed_are_read_again(tmp_path, capsys):
-  """With the steps behind, for their shards alone."""
+def test_changed_captions_beside_videos_are_read_again(tmp_path, capsys):
+  """And the later steps run again, for the changed shards only."""
   folder = tmp_path / "pictures"
   folder.mkdir()
   for name in ("a", "b", "c"):
@@ -122,8 +122,8 @@ def test_captions_beside_that_changed_are_read_again(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("listed", [False, True])
-def test_sources_that_changed_are_made_again(tmp_path, listed):
-  """Files of a folder, or of a table; of one that is away, and comes back as it was, all is kept."""
+def test_changed_sources_are_made_again(tmp_path, listed):
+  """For files of a folder or of a table. A file that is missing for a while keeps everything."""
   folder = tmp_path / "videos"
   folder.mkdir()
   for name in ("a", "b"):
@@ -148,8 +148,8 @@ def test_sources_that_changed_are_made_again(tmp_path, listed):
   assert [video.probe(path).num_frames for path in cut["path"]] == cut["num_frames"].to_list() == [20, 25]
 
 
-def test_what_the_run_made_below_a_source_is_no_source(tmp_path, capsys):
-  """Also when it is reached by another name, or when an earlier config had the step; sources in the output stay sources."""
+def test_files_that_the_run_made_are_no_sources(tmp_path, capsys):
+  """Also through a symbolic link, and if only an earlier config had the step. Sources in the output stay sources."""
   folder = tmp_path / "videos"
   folder.mkdir()
   write_video(folder / "a.mp4", two_scenes(20, 0))
@@ -164,7 +164,7 @@ def test_what_the_run_made_below_a_source_is_no_source(tmp_path, capsys):
   for steps_then in (values["steps"], ("collect", "probe")):
     capsys.readouterr()
     configs.chain({**values, "steps": steps_then}).run()
-    assert f"collect: 2 files below {folder} are passed over: this run made them" in capsys.readouterr().out
+    assert f"collect: 2 files below {folder} are skipped: this run made them" in capsys.readouterr().out
     assert times(folder) == before
   shutil.rmtree(folder / "out")
   for output in (tmp_path, folder):  # the source lies in it, or is it
@@ -172,7 +172,7 @@ def test_what_the_run_made_below_a_source_is_no_source(tmp_path, capsys):
     assert pl.read_parquet(output / "collect" / "part-00000.parquet")["path"].to_list() == [str(folder / "a.mp4")]
 
 
-def test_damaged_shard_is_made_again(videos, tmp_path, undisturbed):
+def test_a_damaged_shard_is_made_again(videos, tmp_path, undisturbed):
   shutil.copytree(undisturbed, tmp_path / "out")
   part = tmp_path / "out" / "scenes" / "part-00001.parquet"
   whole = part.read_bytes()
@@ -190,8 +190,8 @@ def test_shards_stay_in_order_when_there_are_many(tmp_path):
   assert [shards.part_number(name) for name in names] == [2, 99_999, 100_000]
 
 
-def test_a_new_copy_makes_no_other_shard_again(tmp_path):
-  """What a step finds out about the whole table is in the key of all its shards; those that come out as before are no news."""
+def test_a_new_copy_does_not_repeat_other_shards(tmp_path):
+  """New facts change the keys of all shards of a step. Shards with the same rows as before do not repeat the next step."""
   folder = pictures(tmp_path / "pictures", "abc")
   values = dict(
     output=str(tmp_path / "out"), steps=("collect", "probe", "duplicates", "split", "filter"), workers=1,
@@ -210,7 +210,7 @@ def test_a_new_copy_makes_no_other_shard_again(tmp_path):
   assert table(tmp_path / "out", "filter")["path"].to_list() == ["a.png", "c.png", "z.png"]
 
 
-def test_machines_go_on_where_a_folder_was_removed(tmp_path):
+def test_machines_resume_after_a_folder_was_deleted(tmp_path):
   values = dict(
     output=str(tmp_path / "out"), steps=("collect", "probe", "split", "sample"), patience=0.0, workers=1,
     collect=dict(sources=(str(pictures(tmp_path / "pictures", "abcd")),), rows_per_shard=1), sample=dict(rows=9),
@@ -219,18 +219,18 @@ def test_machines_go_on_where_a_folder_was_removed(tmp_path):
   run(0)
   run(1)
   shutil.rmtree(tmp_path / "out" / "probe")
-  run(0)  # what the other machine made of its part is there, and that part is not
+  run(0)  # the other machine's later shards exist, but not the ones that they were made from
   run(1)
   run(0, None)
   run(1, None)
   assert table(tmp_path / "out", "sample").height == 4
 
 
-def test_a_clip_that_was_damaged_since_it_was_made_is_made_again(videos, tmp_path, undisturbed):
+def test_a_damaged_clip_is_made_again(videos, tmp_path, undisturbed):
   shutil.copytree(undisturbed, tmp_path / "out")
   damaged = sorted((tmp_path / "out" / "cut").rglob("*.mp4"))[0]
   damaged.write_bytes(b"")
-  shutil.rmtree(tmp_path / "out" / "collect")  # shards are made anew, clips that are there kept
+  shutil.rmtree(tmp_path / "out" / "collect")  # the shards are made again, and existing clips are kept
   for path in (tmp_path / "out" / "cut").glob("part-*.parquet"):
     path.unlink()
   assert main.main(["run", "--config", config_file(tmp_path, videos)]) == 0

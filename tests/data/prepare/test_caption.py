@@ -1,4 +1,4 @@
-"""Captions: a real local HTTP server that fails in every way, a real tiny model, files beside videos; cleaning."""
+"""Captions from a local HTTP server that fails in every way, a tiny model and files beside videos; cleaning."""
 
 import base64
 import hashlib
@@ -27,7 +27,7 @@ REPOSITORY = pathlib.Path(__file__).parents[3]
 
 
 class Server:
-  """An OpenAI-compatible endpoint; captions depend on the question alone. `trouble(number)` says what goes wrong."""
+  """An OpenAI-compatible endpoint; captions depend on the question alone. `trouble(number)` is the error of each call."""
 
   def __init__(self, trouble=lambda number: ""):
     self.trouble, self.questions, self.lock = trouble, [], threading.Lock()
@@ -134,7 +134,7 @@ def texts(tmp_path, name="out"):
   return pl.read_parquet(tmp_path / f"{name}.parquet")["text"].to_list()
 
 
-def test_questions_are_what_endpoints_know(server, clips, tmp_path, monkeypatch, capsys):
+def test_questions_have_the_form_of_chat_completions(server, clips, tmp_path, monkeypatch, capsys):
   monkeypatch.setenv("MY_KEY", "secret")
   monkeypatch.setattr(caption, "_TOGETHER", 10)  # three times, as in a large shard
   one = server()
@@ -156,7 +156,7 @@ def test_questions_are_what_endpoints_know(server, clips, tmp_path, monkeypatch,
   assert "24 questions, about" in printed
   assert "24 calls, 0 answers from the cache, 0 repeated, 2,400 tokens in, 480 out, cost 0.00336" in printed
   assert b"secret" not in (tmp_path / "out.parquet").read_bytes()
-  # The same again: nothing to do. Other clips of the same content: nothing is asked twice.
+  # A second run has nothing to do. Clips with the same content ask no question twice.
   assert main.main(arguments) == 0
   os.unlink(tmp_path / "out.parquet")
   assert main.main(arguments) == 0
@@ -164,7 +164,7 @@ def test_questions_are_what_endpoints_know(server, clips, tmp_path, monkeypatch,
 
 
 def test_an_endpoint_that_fails_in_every_way(server, clips, tmp_path):
-  """One call in three fails, each in another way: the table is that of an undisturbed one."""
+  """One call in three fails, each in another way. The table equals that of a working endpoint."""
   kinds = ["500", "slow", "html", "429", "drop", "refusal", "empty", "form", "loop", "half", "endless", "data", "503"]
   bad = server(lambda number: kinds[number // 3 % len(kinds)] if number % 3 == 0 else "")
   assert main.main(command(clips, tmp_path, bad.url, "--concurrency=6", "--timeout=0.7", "--attempts=8")) == 0
@@ -174,8 +174,8 @@ def test_an_endpoint_that_fails_in_every_way(server, clips, tmp_path):
   assert len(bad.questions) > 30
 
 
-def test_an_endpoint_that_is_away_costs_no_table(server, clips, tmp_path):
-  """All attempts of some clips fail: they are tried again by the next run, the others are not asked again."""
+def test_a_failing_endpoint_costs_only_its_rows(server, clips, tmp_path):
+  """The next run repeats clips whose attempts all failed, and does not ask for the others again."""
   hopeless = server(lambda number: "500" if number > 10 else "")
   arguments = command(clips, tmp_path, hopeless.url, "--attempts=1", "--concurrency=2")
   assert main.main(arguments) == 0
@@ -191,18 +191,18 @@ def test_an_endpoint_that_is_away_costs_no_table(server, clips, tmp_path):
   assert pl.read_parquet(tmp_path / "out.parquet").equals(pl.read_parquet(tmp_path / "good.parquet"))
 
 
-def test_an_endpoint_where_nobody_is_ends_the_run(server, clips, tmp_path, capsys):
-  """At once, not after all attempts of every clip; one that goes away later is another thing."""
+def test_an_unreachable_endpoint_ends_the_run(server, clips, tmp_path, capsys):
+  """At once, not after all attempts for every clip."""
   one = server()
   one.close()
   assert main.main(command(clips, tmp_path, one.url, "--attempts=2")) == 2
   error = capsys.readouterr().err
-  assert error.startswith(f"error: caption: nobody is at {one.url}")
+  assert error.startswith(f"error: caption: no answer from {one.url}")
   assert "is the endpoint running?" in error
   assert not (tmp_path / "out.parquet").exists()
 
 
-def test_killed_while_it_asks(server, clips, tmp_path):
+def test_a_killed_run_keeps_its_answers(server, clips, tmp_path):
   one = server(lambda number: time.sleep(0.05) or "")
   arguments = command(clips, tmp_path, one.url, "--concurrency=1")
   run = subprocess.Popen([sys.executable, "-m", "data.prepare", *arguments], stdout=subprocess.DEVNULL)
@@ -213,19 +213,19 @@ def test_killed_while_it_asks(server, clips, tmp_path):
   run.wait()
   assert not (tmp_path / "out.parquet").exists()
   assert main.main(arguments) == 0
-  assert len(one.questions) <= 24 + 1  # what was answered is not asked again, but for the one on its way
+  assert len(one.questions) <= 24 + 1  # only the question that was under way is repeated
   assert len(set(texts(tmp_path))) == 24
 
 
 def test_a_full_disk_ends_the_questions(server, clips, tmp_path):
-  """A limit on the size of written files stands for it; what was answered before is not asked again."""
+  """A limit on file sizes simulates the full disk. The next run does not repeat answered questions."""
   one = server()
   arguments = command(clips, tmp_path, one.url, "--concurrency=1")
   limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))  # noqa: E731
   run = [sys.executable, "-m", "data.prepare", *arguments]
   done = subprocess.run(run, preexec_fn=limit, capture_output=True, text=True)
   assert done.returncode == 2
-  assert done.stderr.startswith(f"error: caption: answers can't be kept in {tmp_path / 'out'}.sqlite (")
+  assert done.stderr.startswith(f"error: caption: answers can't be stored in {tmp_path / 'out'}.sqlite (")
   assert done.stderr.count("\n") == 1
   asked = len(one.questions)
   assert 1 < asked < 24
@@ -293,7 +293,7 @@ def test_existing_captions(tmp_path):
     os.link(tmp_path / "red_ball-01.mp4", tmp_path / f"{name}.mp4")
   (tmp_path / "b.txt").write_text("A sidecar\ncaption.\n")
   (tmp_path / "c.txt").write_bytes(b"\xff\xfe\xfa")
-  os.mkfifo(tmp_path / "e.txt")  # nobody may wait for what never comes
+  os.mkfifo(tmp_path / "e.txt")  # reading it would wait for ever
   (tmp_path / "f.txt").write_text("long " * 30_000)
   timeline = [{"start": 0.1, "text": "first"}, {"start": 2.0, "text": "second"}]
   base = {"num_frames": 48, "height": 72, "width": 128, "fps": 24.0, "note": None, "line": None, "start": 0}
@@ -315,8 +315,8 @@ def test_existing_captions(tmp_path):
   assert found["error"].null_count() == 6
 
 
-def test_what_a_list_says_is_kept(tmp_path):
-  """By the config of the project, and wherever there is nothing else."""
+def test_captions_of_a_list_are_kept(tmp_path):
+  """By the config of this project, and if there is no other caption."""
   write_video(tmp_path / "v.mp4", two_scenes(5, 0))
   (tmp_path / "list.csv").write_text("path,text\nv.mp4,A caption of mine.\n")
   local = dict(configs.load(str(REPOSITORY / "configs" / "data" / "local.py"))["caption"])
@@ -333,7 +333,7 @@ def test_what_a_list_says_is_kept(tmp_path):
 
 
 def test_local_model_of_transformers(clips, tmp_path):
-  """A tiny BLIP of random weights: what its own `generate` says."""
+  """A tiny BLIP with random weights gives the captions of its own `generate`."""
   torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
   from tokenizers import Tokenizer, models, pre_tokenizers
 

@@ -1,4 +1,4 @@
-"""A run: shards, keys, resumption after real kills, a full disk; several machines; mistakes."""
+"""A run: shards, keys, resumption after kills and a full disk; several machines; errors."""
 
 import dataclasses
 import os
@@ -21,7 +21,7 @@ from data.prepare import config as configs
 from tests.data.prepare.runs import CONFIG, config_file, pictures, table, times, unopened
 
 
-def test_runs_and_then_has_nothing_to_do(videos, undisturbed, capsys):
+def test_a_second_run_changes_nothing(videos, undisturbed, capsys):
   rows = table(undisturbed)
   assert rows.height == 10
   assert rows["error"].null_count() == 10
@@ -35,7 +35,7 @@ def test_runs_and_then_has_nothing_to_do(videos, undisturbed, capsys):
   assert re.search(r"cut +3/3 +10 +0 +0", capsys.readouterr().out)
 
 
-def test_two_machines_give_what_one_gives(videos, tmp_path, undisturbed):
+def test_two_machines_make_the_same_table_as_one(videos, tmp_path, undisturbed):
   config = config_file(tmp_path, videos)
   command = [sys.executable, "-m", "data.prepare", "run", "--config", config, "--workers", "1"]
   other = subprocess.Popen([*command, "--shard", "1/2"], stdout=subprocess.PIPE, text=True)
@@ -44,8 +44,8 @@ def test_two_machines_give_what_one_gives(videos, tmp_path, undisturbed):
   assert table(tmp_path / "out").equals(table(undisturbed))
 
 
-def test_machines_begin_with_one_list(tmp_path):
-  """What comes and changes between their starts waits for the next run, whoever begins that."""
+def test_machines_use_one_list(tmp_path):
+  """Files that appear or change between their starts wait for the next run."""
   folder = unopened(tmp_path / "pictures")
   values = dict(
     output=str(tmp_path / "out"), steps=("collect", "sample"), patience=0.0,
@@ -77,7 +77,7 @@ def test_machines_begin_with_one_list(tmp_path):
 
 @dataclasses.dataclass(frozen=True)
 class Meanwhile(steps.Step):
-  """Changes nothing; something happens while it is at work."""
+  """Changes nothing. `events` happen while it works."""
 
   title: ClassVar[str] = "meanwhile"
   events: ClassVar[list] = []
@@ -88,8 +88,8 @@ class Meanwhile(steps.Step):
     return table
 
 
-def test_a_machine_makes_again_what_another_ones_list_changed(tmp_path, capsys):
-  """Nobody waits for it: the other machine lists a new file and a changed one, both of this machine, while it is at work."""
+def test_a_machine_repeats_shards_that_another_list_changed(tmp_path, capsys):
+  """While this machine works, the other one lists a new and a changed file of its shards."""
   folder = unopened(tmp_path / "pictures")
   made = {"collect": collect.Collect(sources=(str(folder),), rows_per_shard=1), "meanwhile": Meanwhile()}
   machine = lambda index: chain.Chain(  # noqa: E731
@@ -109,7 +109,7 @@ def test_a_machine_makes_again_what_another_ones_list_changed(tmp_path, capsys):
   assert table(tmp_path / "out", "sample").select("path", "bytes").rows() == [("a.png", 7), ("b.png", 1), ("c.png", 1)]
 
 
-def test_ray_gives_what_one_machine_gives(videos, tmp_path, undisturbed):
+def test_ray_makes_the_same_table_as_one_machine(videos, tmp_path, undisturbed):
   """Two nodes of a real Ray cluster on this machine."""
   cluster_utils = pytest.importorskip("ray.cluster_utils")
   import ray
@@ -129,7 +129,7 @@ def test_ray_gives_what_one_machine_gives(videos, tmp_path, undisturbed):
   assert table(tmp_path / "out", "caption")["text"].to_list() == [str(i) for i in range(5) for _ in range(2)]
 
 
-def test_all_that_looks_at_files_or_asks_is_made_on_the_cluster(tmp_path):
+def test_the_cluster_makes_steps_that_read_files_or_send_requests(tmp_path):
   asked = []
 
   def cluster(jobs, workers_each):
@@ -149,8 +149,8 @@ def test_all_that_looks_at_files_or_asks_is_made_on_the_cluster(tmp_path):
   assert table(tmp_path / "out", "split")["text"].to_list() == ["A"]
 
 
-def test_killed_again_and_again(videos, tmp_path, undisturbed):
-  """In three steps and three ways: its workers end with the run, the next one goes on, and the last one finishes."""
+def test_a_run_that_is_killed_three_times_finishes(videos, tmp_path, undisturbed):
+  """In three steps and three ways. The workers end with the run, and the last run finishes."""
   command = [sys.executable, "-m", "data.prepare", "run", "--config", config_file(tmp_path, videos)]
   kills = ("probe/part-*", signal.SIGKILL), ("scenes/part-*", signal.SIGINT), ("cut/clips-*/*/*.mp4", signal.SIGTERM)
   for made, how in kills:
@@ -184,7 +184,7 @@ def _group(leader):
 
 
 def test_full_disk_ends_the_run_and_the_next_one_finishes(videos, tmp_path, undisturbed):
-  """A limit on the size of written files stands for the full disk: the kernel refuses the write in the same way."""
+  """A limit on file sizes simulates the full disk: the kernel refuses the write in the same way."""
   command = [sys.executable, "-m", "data.prepare", "run", "--config", config_file(tmp_path, videos)]
   limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))  # noqa: E731
   run = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True)
@@ -211,7 +211,7 @@ class Fussy(steps.RowStep):
     return [{}]
 
 
-def test_steps_of_one_title_count_their_own_failures(tmp_path, capsys):
+def test_two_steps_with_one_title_count_their_own_failures(tmp_path, capsys):
   folder = pictures(tmp_path / "pictures", "abc")
   made = {"collect": collect.Collect(sources=(str(folder),)), "one": Fussy(bad="a"), "two": Fussy(bad="bc")}
   chained = chain.Chain(str(tmp_path / "out"), made, workers=1)
@@ -235,7 +235,7 @@ def test_unreadable_folders_are_named(tmp_path, monkeypatch, capsys):
 
   monkeypatch.setattr(paths.os, "scandir", refusing)
   collect.Collect(sources=(str(folder),)).list(str(tmp_path / "out"))
-  assert f"collect: 1 folders below {folder} can't be read, as {folder}/mine: no permission" in capsys.readouterr().out
+  assert f"collect: 1 folders below {folder} can't be read (no permission), such as {folder}/mine" in capsys.readouterr().out
   assert table(tmp_path, "out").height == 1
 
 
@@ -244,27 +244,27 @@ def test_unreadable_folders_are_named(tmp_path, monkeypatch, capsys):
   [
     ("--config.scenes.min_second=1", "scenes: there is no setting 'min_second', did you mean 'min_seconds'?"),
     ("--config.scenes.min_seconds=long", "scenes.min_seconds = 'long' is no float"),
-    ("--config.scenes.detector=best", "scenes: detector = 'best' is none of adaptive, content, none"),
+    ("--config.scenes.detector=best", "scenes: detector = 'best'; allowed: adaptive, content, none"),
     ("--config.steps=('collect','scene')", "there is no step 'scene', did you mean 'scenes'?"),
     ("--config.steps=('probe',)", "steps has to begin with collect"),
     ("--config.collect.sources=('/nowhere',)", "'/nowhere' is no folder, pattern or table"),
     ("--config.limits={'second':1}", "limits: there is no setting 'second', did you mean 'seconds'?"),
     ("--config.limits.seconds=2m", "limits.seconds = '2m' is no float"),
     ("--config.workers=two", "workers = 'two' is no number from 0 up"),
-    ("--config.scenes=3", "scenes = 3 is none: it holds settings"),
-    ("--config.limits=3", "limits = 3 is none: it holds settings"),
+    ("--config.scenes=3", "scenes = 3 is no dict of settings"),
+    ("--config.limits=3", "limits = 3 is no dict of settings"),
     ("--config.ouput=x", "there is no key 'ouput', did you mean 'output'?"),
     ("--config.steps=(1,2)", "steps = (1, 2) is no tuple of names"),
     ("--config.steps=5", "steps = 5 is no tuple of names"),
     ("--config.output=5", "output = 5 is no folder"),
     ("--config.collect.sources=(1,)", "collect.sources = (1,) is no tuple[str, ...]"),
     ("--config.limits.seconds=-5", "limits: seconds, bytes_per_second, memory_gb and max_pixels must be more than 0"),
-    ("--config.cut.max_fps=-1", "cut: max_fps must be 0"),
+    ("--config.cut.max_fps=-1", "cut: max_fps = -1 must be at least 0"),
     ("--shard=2/2", "--shard 2/2: give I/N"),
     ("stray", "unexpected argument 'stray'"),
   ],
 )
-def test_mistakes_are_one_line(videos, tmp_path, capsys, argument, message):
+def test_errors_are_one_line(videos, tmp_path, capsys, argument, message):
   assert main.main(["run", "--config", config_file(tmp_path, videos), argument]) == 2
   error = capsys.readouterr().err
   assert message in error
@@ -276,14 +276,14 @@ def test_mistakes_are_one_line(videos, tmp_path, capsys, argument, message):
   ("step", "settings", "message"),
   [
     ("caption", dict(backend="local", model="/nowhere"), "mine: model = '/nowhere' is no folder with a transformers model"),
-    ("caption", dict(backend="no.such:Module"), "mine: backend 'no.such:Module' can't be used"),
+    ("caption", dict(backend="no.such:Module"), "mine: backend 'no.such:Module': no.such:Module can't be imported"),
     ("caption", dict(backend="existing", sidecar="txt"), "mine: sidecar = 'txt' is no ending"),
     (
       "caption",
       dict(url="http://x/v1", model="m", prompt="dens"),
-      "mine: prompt = 'dens' is no text, and none of short, dense",
+      "mine: prompt = 'dens' is neither a text nor one of short, dense",
     ),
-    ("scores", dict(scorers={"motion": None}), "mine: scorers.motion = None is none"),
+    ("scores", dict(scorers={"motion": None}), "mine: scorers.motion = None is no dict"),
     (
       "scores",
       dict(scorers={"a": {"scorer": "tests.data.prepare.test_scores:Mine", "b": 1}}),
@@ -294,11 +294,11 @@ def test_mistakes_are_one_line(videos, tmp_path, capsys, argument, message):
     ("split", dict(shares={"a": "much"}), "mine: shares must be"),
     ("report", dict(training="/nowhere.py"), "no such file"),
     ("report", dict(training=__file__), "get_config"),
-    ("export", dict(samples=0), "mine: samples must be at least 1"),
+    ("export", dict(samples=0), "mine: samples = 0 must be at least 1"),
     ({}, {}, "there is no step {}"),
   ],
 )
-def test_mistakes_are_found_before_anything_runs(tmp_path, step, settings, message):
+def test_errors_are_found_before_anything_runs(tmp_path, step, settings, message):
   values = dict(
     output=str(tmp_path), steps=("collect", "mine"), collect=dict(sources=("/v",)), mine=dict(step=step, **settings)
   )
@@ -307,11 +307,11 @@ def test_mistakes_are_found_before_anything_runs(tmp_path, step, settings, messa
   assert message in str(error.value)
 
 
-def test_what_is_given_to_the_wrong_command(videos, tmp_path, capsys):
+def test_wrong_inputs_of_commands_are_refused(videos, tmp_path, capsys):
   pl.DataFrame({"path": ["a.mp4"], "error": ["x: y"]}).write_parquet(tmp_path / "t.parquet")
   (tmp_path / "other.py").write_text("def get_config():\n  return dict(model=dict(), autoencoder=dict())\n")
   mistakes = (
-    (["run", "--config", str(tmp_path / "other.py")], "steps is missing: the config is none of this pipeline"),
+    (["run", "--config", str(tmp_path / "other.py")], "steps is missing: this is no config of data.prepare"),
     (["collect", str(videos), "-o", str(tmp_path / "o")], "collect begins a chain: use it in a config; `table FOLDER"),
     (["export", str(tmp_path / "t.parquet"), "-o", str(tmp_path / "x.parquet")], "export may write several files: give"),
   )  # fmt: skip
@@ -324,11 +324,22 @@ def test_what_is_given_to_the_wrong_command(videos, tmp_path, capsys):
   text = config_file(tmp_path, videos)
   command = ["run", "--config", text, "--config.steps=('collect','probe','scenes','export')", "--config.scenes.detector=none"]
   assert main.main([*command, "--config.scenes.min_seconds=5.0"]) == 2
-  assert "export: no row without an error is left: scenes left none, look at its settings" in capsys.readouterr().err
+  assert "export: no row without an error is left: scenes removed the last one, look at its settings" in capsys.readouterr().err
   for step, setting in (("scenes", "--min_seconds=2.0\n"), ("collect", "--rows_per_shard=200\n")):
     with pytest.raises(SystemExit):
       main.main([step, "--help"])
     assert setting in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [["run", "--config=c.py", "--shrad=0/2"], ["table", "a", "-o", "b.csv", "--foo"], ["runn"]])
+def test_a_mistyped_flag_or_command_is_one_line(tmp_path, capsys, monkeypatch, command):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "c.py").write_text("def get_config():\n  return dict(output='o', steps=('collect',))\n")
+  assert main.main(command) == 2
+  error = capsys.readouterr().err
+  assert command[-1] in error
+  assert error.startswith("error: ")
+  assert error.count("\n") == 1
 
 
 def test_one_step_alone(videos, tmp_path, undisturbed, capsys):
@@ -343,7 +354,7 @@ def test_one_step_alone(videos, tmp_path, undisturbed, capsys):
   assert "was not written by this program" in capsys.readouterr().err
 
 
-def test_configs_are_read_by_name():
+def test_steps_are_found_by_name():
   for title in configs.STEPS:
     if title in ("collect", "probe", "duplicates", "scenes", "cut", "crops"):
       assert issubclass(configs.step_class(title), steps.Step)
@@ -367,8 +378,8 @@ def test_a_bucket_is_a_folder(videos, tmp_path, undisturbed, store):
   assert all(path.startswith("gs://clips/run/cut/clips-") and paths.exists(path) for path in found["path"])
 
 
-def test_an_output_given_relative_to_here_names_its_clips_so_that_they_are_found_anywhere(videos, tmp_path, monkeypatch):
-  """With a filter that leaves fewer rows the next export leaves no archive of the first one behind."""
+def test_clips_of_a_relative_output_are_found_from_any_folder(videos, tmp_path, monkeypatch):
+  """And a later export with fewer rows deletes the archives that it does not write again."""
   (tmp_path / "here").mkdir()
   monkeypatch.chdir(tmp_path / "here")
   text = CONFIG.format(output="runs/my", sources=str(videos)).replace(
@@ -387,15 +398,15 @@ def test_an_output_given_relative_to_here_names_its_clips_so_that_they_are_found
   assert sorted(p.name for p in (folder / "webdataset").iterdir()) == [f"train-00000{i}.tar" for i in range(2)]
 
 
-def test_rows_of_a_table_that_show_other_parts_of_a_picture_are_all_kept(videos, tmp_path, capsys):
+def test_rows_with_different_crops_of_one_file_are_kept(videos, tmp_path, capsys):
   rows = [{"path": str(videos / "0.mp4"), "text": "a", "crop": crop} for crop in (None, "0,0,36,36", "8,0,36,36", "8,0,36,36")]
   pl.DataFrame(rows).write_parquet(tmp_path / "crops.parquet")
   assert main.main(["table", str(tmp_path / "crops.parquet"), "-o", str(tmp_path / "t.parquet"), "--workers", "1"]) == 0
   assert pl.read_parquet(tmp_path / "t.parquet")["crop"].to_list() == [None, "0,0,36,36", "8,0,36,36"]
-  assert "collect: 1 rows are left out: the same path, crop as an earlier one" in capsys.readouterr().out
+  assert "collect: 1 rows are skipped: the same path, crop as an earlier row" in capsys.readouterr().out
 
 
-def test_a_step_alone_says_what_failed(tmp_path, capsys):
+def test_a_step_alone_prints_its_failures(tmp_path, capsys):
   rows = [{"path": f"/nowhere/{i}.mp4", "num_frames": 9, "height": 48, "width": 64} for i in range(4)]
   pl.DataFrame(rows).write_parquet(tmp_path / "t.parquet")
   alone = lambda step: main.main([step, str(tmp_path / "t.parquet"), "-o", str(tmp_path / "o.parquet"), "--workers=1"])  # noqa: E731
@@ -409,7 +420,7 @@ def test_a_step_alone_says_what_failed(tmp_path, capsys):
     assert f"{step} needs the column {column}, which" in capsys.readouterr().err
 
 
-def test_a_bucket_is_asked_once_for_a_folder(tmp_path, store, monkeypatch):
+def test_a_folder_in_a_bucket_costs_one_request(tmp_path, store, monkeypatch):
   for name in ("a", "b"):
     paths.write_text(f"gs://clips/listed/{name}.mp4", name)
   step = collect.Collect(sources=("gs://clips/listed",))

@@ -20,9 +20,9 @@ from tests.data.prepare.videos import number_of, two_scenes, write_video
 
 
 def cut_clip(path, start, end, output, *, picture=None, short_side=256, max_fps=30.0, trim_dark=True):
-  """One clip; raises what `cut_clips` returns."""
+  """Cuts one clip. Raises the BadVideo that `cut_clips` returns."""
   clip = cut.Clip(start, end, str(output), picture and str(picture))
-  (info,) = cut.cut_clips(path, [clip], short_side=short_side, max_fps=max_fps, trim_dark=trim_dark)
+  (info,) = cut.cut_clips(path, [clip], cut.Cut(short_side=short_side, max_fps=max_fps, trim_dark=trim_dark))
   if isinstance(info, video.BadVideo):
     raise info
   return info
@@ -33,12 +33,12 @@ def clip(tmp_path_factory):
   return write_video(tmp_path_factory.mktemp("clips") / "a.mp4", two_scenes())
 
 
-def test_finds_the_cut(clip):
-  assert scenes.detect_scenes(clip) == [(0, 40), (40, 90)]
+def test_the_cut_is_found(clip):
+  assert scenes.Scenes().detect(clip) == [(0, 40), (40, 90)]
 
 
-def test_one_scene_without_a_cut(tmp_path):
-  assert scenes.detect_scenes(write_video(tmp_path / "a.mp4", two_scenes()[:30])) == [(0, 30)]
+def test_a_video_without_a_cut_is_one_scene(tmp_path):
+  assert scenes.Scenes().detect(write_video(tmp_path / "a.mp4", two_scenes()[:30])) == [(0, 30)]
 
 
 @pytest.mark.parametrize(("start", "end"), [(0, 40), (40, 90), (33, 34), (7, 66)])
@@ -84,8 +84,8 @@ def test_small_sizes_and_rotation(tmp_path):
 
 @pytest.mark.parametrize("short_side", [0, 256])
 @pytest.mark.parametrize("colors", [None, 1])
-def test_colours_of_turned_videos_stay(tmp_path, short_side, colors):
-  """Of telephones': large, BT.709, named or not."""
+def test_colours_of_rotated_videos_stay(tmp_path, short_side, colors):
+  """Videos of phones are large and BT.709, with or without a tag."""
   image = cv2.resize(np.random.default_rng(0).integers(20, 235, (9, 16, 3)).astype(np.uint8), (1280, 720))
   with av.open(str(tmp_path / "a.mp4"), "w") as container:
     stream = container.add_stream("libx264", rate=24, options={"crf": "8", "preset": "ultrafast"})
@@ -102,7 +102,7 @@ def test_colours_of_turned_videos_stay(tmp_path, short_side, colors):
   assert np.abs(video.read_frames(tmp_path / "b.mp4", [0])[0] - wanted).mean() < 2.5
 
 
-def test_black_ends_are_left_out(tmp_path):
+def test_black_ends_are_dropped(tmp_path):
   black = np.zeros((72, 128, 3), np.uint8)
   images = two_scenes()[:30]
   images[:4], images[12], images[25:] = [black] * 4, black, [black] * 5
@@ -125,8 +125,8 @@ def test_crop_boxes():
   assert cut.crop_boxes(256, 256) == [(56, 0, 144, 256)]
 
 
-def test_a_crop_is_cut_and_scored(tmp_path):
-  """Of a turned file too: `crop` counts in pixels of the picture as it is shown."""
+def test_a_crop_is_cut_and_captioned(tmp_path):
+  """`crop` counts in pixels of the upright frame, also in a rotated file."""
   images = two_scenes(20, 0)
   for name, turned, crop in (("a", False, (32, 10, 64, 48)), ("b", True, (7, 20, 48, 64))):
     path = write_video(tmp_path / f"{name}.mp4", images, turned=turned)
@@ -143,7 +143,7 @@ def test_a_crop_is_cut_and_scored(tmp_path):
 
 
 def test_two_frames_of_one_time_are_two_frames(tmp_path):
-  """As for the loader, so that ranges mean the same frames here and there."""
+  """A range means the same frames for the loader and for this pipeline."""
   times = [i * 10 for i in range(24)]
   times[10] = times[9] + 1  # in 2400th of a second: the same of the milliseconds that Matroska counts
   path = numbered_video(tmp_path / "a.mkv", 24, rate=240, times=times)

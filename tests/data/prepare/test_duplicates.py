@@ -1,4 +1,4 @@
-"""Copies: of files, of pictures in another encoding, and what must not be taken for one."""
+"""Copies of files and of frames in another encoding, and rows that are no copies."""
 
 import shutil
 
@@ -24,17 +24,17 @@ def get_config():
   return {path.rpartition("/")[2]: error for path, error in table.select("path", "error").iter_rows()}
 
 
-def test_copies_are_found_over_shards(tmp_path):
+def test_copies_are_found_across_shards(tmp_path):
   folder = tmp_path / "videos"
   folder.mkdir()
   write_video(folder / "m.mp4", two_scenes())
   shutil.copy(folder / "m.mp4", folder / "a copy.mp4")
-  # Smaller, of another codec and container: the larger one stays, whatever their names.
+  # A smaller copy in another container: the larger file stays, whatever the names.
   small = [cv2.resize(image, (64, 36), interpolation=cv2.INTER_AREA) for image in two_scenes()]
   write_video(folder / "b small.mkv", small)
   write_video(folder / "other.mp4", two_scenes(seeds=(7, 8)))
   write_video(folder / "longer.mp4", two_scenes(40, 110))
-  for i in range(3):  # black pictures say nothing
+  for i in range(3):  # black frames are not compared
     write_video(folder / f"black{i}.mp4", [np.zeros((72, 128, 3), np.uint8)] * (20 + i))
   found = run(tmp_path, folder)
   place = f"{folder}/"
@@ -44,7 +44,7 @@ def test_copies_are_found_over_shards(tmp_path):
   assert run(tmp_path, folder, pictures=False)["b small.mkv"] is None
 
 
-def test_hashes_follow_pictures_not_bits(tmp_path):
+def test_hashes_depend_on_images_not_on_encodings(tmp_path):
   first, second = numbered_video(tmp_path / "a.mp4", crf=18), numbered_video(tmp_path / "b.mp4", crf=30)
   hashes = [int(collect._picture_hash(path, 40), 16) for path in (first, second)]
   assert bin(hashes[0] ^ hashes[1]).count("1") <= 5

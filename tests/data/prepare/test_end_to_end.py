@@ -29,19 +29,19 @@ def clips():
   return pathlib.Path(spec.origin).parent / "datasets" / "data"
 
 
-def test_scenes_are_those_of_the_command_of_pyscenedetect(clips, tmp_path):
+def test_scenes_equal_those_of_pyscenedetects_command(clips, tmp_path):
   command = [sys.executable, "-m", "scenedetect", "-q", "-i", str(clips / "bikes.mp4"), "-m", "15", "-o", str(tmp_path)]
   subprocess.run([*command, "detect-adaptive", "list-scenes", "-q"], check=True)
   with open(tmp_path / "bikes-Scenes.csv", newline="") as f:
     rows = list(csv.reader(f))
   head = next(i for i, row in enumerate(rows) if row[:1] == ["Scene Number"])
   theirs = [(int(row[1]) - 1, int(row[4])) for row in rows[head + 1 :]]
-  ours = scenes.detect_scenes(clips / "bikes.mp4")
+  ours = scenes.Scenes().detect(clips / "bikes.mp4")
   assert len(ours) == len(theirs) >= 6
   assert all(abs(a - b) <= 1 for one, other in zip(ours, theirs) for a, b in zip(one, other))
 
 
-def test_configs_name_only_what_there_is(monkeypatch, tmp_path):
+def test_configs_are_valid(monkeypatch, tmp_path):
   monkeypatch.chdir(REPOSITORY)
   for file in sorted((REPOSITORY / "configs" / "data").glob("*.py")):
     values = configs.load(str(file), ["--config.caption.model=m", f"--config.output={tmp_path}"])
@@ -86,7 +86,7 @@ def test_real_clips_become_a_table_that_the_loader_reads(clips, tmp_path, monkey
   assert all(not s.error and s.pixels.shape[0] == 8 and s.pixels.std() > 5 for s in samples)
   assert main.main(["check", str(output / "train.parquet"), "--config", "configs/film.py", "--sample", "4"]) == 1
   assert "0 broken" in capsys.readouterr().out  # 1, since the stage "images" of this config gets no rows
-  # Nothing to do the second time, and nothing is asked about what is there.
+  # The second run changes no file.
   times = {p: p.stat().st_mtime_ns for p in output.rglob("*") if p.is_file()}
   assert main.main(command) == 0
   assert {p: p.stat().st_mtime_ns for p in output.rglob("*") if p.is_file()} == times

@@ -1,4 +1,4 @@
-"""The film's download, captions, and one's own videos, on small videos made here."""
+"""The film's download and captions, and videos of the user."""
 
 import csv
 import io
@@ -34,7 +34,7 @@ def test_every_tenth_scene_is_held_out_with_all_its_rows(tmp_path):
   assert train == [row for row in rows if row not in held_out]
 
 
-def test_own_videos(tmp_path, capsys):
+def test_videos_of_the_user(tmp_path, capsys):
   folder, output = tmp_path / "mine", tmp_path / "out"
   (folder / "sub").mkdir(parents=True)
   write_video(folder / "red_ball-01.mp4", two_scenes())
@@ -68,7 +68,7 @@ def test_own_videos(tmp_path, capsys):
       crop = tuple(int(v) for v in row["crop"].split(","))
       assert video.read_frames(output / row["path"], [0], crop=crop).shape[1:3] == (crop[3], crop[2])
 
-  # The second run finds and cuts nothing again, and makes what is missing.
+  # The second run only makes the missing files.
   before = (output / "table.csv").read_bytes()
   times = {p: p.stat().st_mtime_ns for p in output.rglob("*") if p.is_file()}
   missing = output / rows[0]["path"]
@@ -150,7 +150,7 @@ def test_hashes_are_checked(tmp_path, capsys, monkeypatch):
   assert list((tmp_path / "out" / "film").iterdir()) == []
 
 
-def test_film_is_kept_if_right(tmp_path, monkeypatch):
+def test_a_film_with_the_right_hash_is_kept(tmp_path, monkeypatch):
   sdist = sdist_of(tmp_path, b"a film")
   monkeypatch.setattr(film, "SDIST_SHA256", film.sha256_of(sdist))
   (tmp_path / "film").write_bytes(b"a film")

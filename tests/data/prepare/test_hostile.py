@@ -1,4 +1,4 @@
-"""Files that strangers send: recorded and skipped, in bounded time and memory."""
+"""Hostile files are recorded and skipped, in bounded time and memory."""
 
 import os
 import struct
@@ -29,7 +29,7 @@ def get_config():
 
 
 def png(width, height, rows=0):
-  """A PNG that declares a size; `rows` of it are there, compressed a thousandfold."""
+  """A PNG that declares a size and has `rows` rows, compressed a thousandfold."""
   chunk = lambda kind, body: struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))  # noqa: E731
   header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
   return (
@@ -55,7 +55,7 @@ def many_streams(path, count):
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory):
-  """(folder, {name: words of its reason, or None if it is fine})."""
+  """(folder, {name: words of its failure, None for a good file})."""
   folder = tmp_path_factory.mktemp("hostile")
   good = write_video(folder / "good.mp4", two_scenes(30, 40))
   content = good.read_bytes()
@@ -125,8 +125,7 @@ def test_hostile_files_are_recorded_and_skipped(hostile, tmp_path):
   assert "\x1b" not in printed
 
 
-def test_a_name_that_the_pipeline_gives_back_is_the_files(hostile, tmp_path):
-  """Names survive the table: what it says is what is there."""
+def test_file_names_survive_the_table(hostile, tmp_path):
   folder, _ = hostile
   config = tmp_path / "c.py"
   config.write_text(CONFIG.format(output=str(tmp_path / "out"), sources=str(folder)))
@@ -140,7 +139,7 @@ def test_a_name_that_the_pipeline_gives_back_is_the_files(hostile, tmp_path):
   [("mp4", "libx264"), ("mov", "mpeg4"), ("mkv", "libx264"), ("webm", "libvpx-vp9"), ("avi", "mpeg4"), ("mpg", "mpeg2video"),
    ("ts", "libx264"), ("ogv", "libvpx"), ("gif", "gif")],
 )  # fmt: skip
-def test_containers_of_honest_people(tmp_path, ending, codec):
+def test_common_containers_are_read(tmp_path, ending, codec):
   path = numbered_video(tmp_path / f"a.{ending}", frames=30, codec=codec, pix_fmt="rgb8" if ending == "gif" else "yuv420p")
   (row,) = collect.Probe().rows([{"path": path}], steps.Context("", ""), None)
   assert (row["num_frames"], row["height"], row["width"], row["audio"]) == (30, 48, 64, False)

@@ -57,7 +57,7 @@ def table(tmp_path_factory):
   return folder
 
 
-def test_report_shows_what_is_there(table, tmp_path, capsys):
+def test_the_report_shows_the_table(table, tmp_path, capsys):
   target = tmp_path / "r.html"
   command = ["report", str(table / "t.parquet"), "-o", str(target), "--config", str(table / "training.py"), "--workers", "1"]
   assert main.main(command) == 0
@@ -72,15 +72,15 @@ def test_report_shows_what_is_there(table, tmp_path, capsys):
     assert wanted in page.texts
   assert "again" not in page.texts  # the same data as "short"
   assert "sharpness" not in page.texts  # has no value
-  # Best, worst and random of the two scores that are there; the broken clip is named, not shown.
+  # Best, worst and random clips of the two existing scores. The broken clip has a name and no image.
   assert page.texts.count("best") == page.texts.count("worst") == page.texts.count("random") == 2
   assert "can't be read" in page.texts
   motion = text[text.index("motion (optical flow)</h3>", text.index("Contact sheets")) :]
   assert motion.index("7.mp4") < motion.index("6.mp4") < motion.index("worst")
 
 
-def test_report_shows_what_came_into_the_filter(table, tmp_path):
-  """Scores, failures and clips of all rows, where the run's table has only those that were kept."""
+def test_the_report_shows_rows_before_the_filter(table, tmp_path):
+  """Scores, failures and clips of all rows, although the run's table has only the selected ones."""
   values = dict(
     output=str(tmp_path), steps=("collect", "probe", "filter", "caption", "report"), workers=1,
     collect=dict(sources=(str(table / "t.parquet"),), rows_per_shard=5), probe=dict(picture_hash=False),
@@ -90,7 +90,7 @@ def test_report_shows_what_came_into_the_filter(table, tmp_path):
   page = Page((tmp_path / "report.html").read_text())
   text = " ".join(page.texts)
   assert "9 rows, 2 of them failed; 4 are kept; 0.00185 hours" in text
-  steps = text[text.index("work") : text.index("What failed")].split()
+  steps = text[text.index("work") : text.index("Failures")].split()
   assert steps[steps.index("filter") :][:5] == ["filter", "9", "4", "0", "0"]
   # Removes, only this: 0 to 3 and the row without a value, of which two have an error, too.
   assert re.search(r" no error +2 +0\n +moves +5 +3\n +together +5 of 9 ", text)
@@ -117,7 +117,7 @@ def test_histograms_and_thresholds():
   assert low_is_good["sign"] == "<="
   for cut in low_is_good["cuts"]:
     assert (values / 20 > cut["value"]).mean() == pytest.approx(cut["share"], abs=0.0002)
-  # What many rows have is one threshold, with what it removes; so are rows without a value.
+  # A value of many rows gives one threshold, with the share that it removes. It also removes rows without a value.
   cuts = lambda *values, name: [tuple(c.values()) for c in report.measure(pl.DataFrame({name: values}).lazy(), name)["cuts"]]  # noqa: E731
   assert cuts(24.0, 24.0, 24.0, name="fps") == [(0.0, 24.0)]
   assert cuts(*[0.0] * 90, *[0.5] * 10, name="black") == [(0.0, 0.5), (pytest.approx(0.1), 0.0)]
@@ -126,8 +126,8 @@ def test_histograms_and_thresholds():
   assert len(report.measure(pl.DataFrame({"fps": [24.0] * 3}).lazy(), "fps")["bars"]) == 40
 
 
-def test_report_of_what_others_measured(tmp_path):
-  """Numbers of a scorer of one's own, pictures, copies, frequent words; failures by their reason, whatever the file."""
+def test_the_report_shows_numbers_of_other_scorers(tmp_path):
+  """And images, copies, frequent words, and failures grouped by reason."""
   rows = []
   for i in range(6):
     Image.fromarray(two_scenes(1, 0, seeds=(i, i))[0]).save(tmp_path / f"{i}.png")
@@ -160,7 +160,7 @@ def test_report_of_what_others_measured(tmp_path):
   assert main.main(command) == 0
 
 
-def test_check_finds_what_the_loader_could_not_read(table, tmp_path, capsys):
+def test_check_finds_clips_that_the_loader_can_not_read(table, tmp_path, capsys):
   pl.read_parquet(table / "t.parquet").filter(pl.col("error").is_null()).write_parquet(table / "fine.parquet")
   command = ["check", str(table / "fine.parquet"), "--config", str(table / "training.py"), "--workers", "1"]
   assert main.main([*command, "--bad", str(tmp_path / "bad.csv")]) == 1
@@ -187,14 +187,14 @@ def test_check_finds_what_the_loader_could_not_read(table, tmp_path, capsys):
     ("fine.parquet", "t.parquet", "is no Python file"),
   ],
 )
-def test_mistakes(table, capsys, table_name, config, message):
+def test_errors_are_one_line(table, capsys, table_name, config, message):
   assert main.main(["check", str(table / table_name), "--config", str(table / config)]) == 2
   error = capsys.readouterr().err
   assert message in error
   assert error.count("\n") == 1
 
 
-def test_nothing_that_is_read_is_written_over(table, tmp_path, capsys):
+def test_inputs_are_not_overwritten(table, tmp_path, capsys):
   (tmp_path / "t.parquet").write_bytes((table / "t.parquet").read_bytes())
   (tmp_path / "link.parquet").symlink_to(tmp_path / "t.parquet")
   for command in (["report", "-o"], ["check", f"--config={table / 'training.py'}", "--bad"]):
@@ -204,8 +204,8 @@ def test_nothing_that_is_read_is_written_over(table, tmp_path, capsys):
   assert (tmp_path / "t.parquet").read_bytes() == (table / "t.parquet").read_bytes()
 
 
-def test_report_follows_the_training_config(table, tmp_path):
-  """Its content, not its name alone."""
+def test_the_report_follows_the_training_config(table, tmp_path):
+  """Its content counts, not only its name."""
   (tmp_path / "training.py").write_text(TRAINING)
   values = dict(
     output=str(tmp_path / "out"), steps=("collect", "report"), workers=1, collect=dict(sources=(str(table / "t.parquet"),)),

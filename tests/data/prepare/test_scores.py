@@ -1,4 +1,4 @@
-"""Scores: on pictures whose motion, light and text are known, and against `transformers` with tiny random weights."""
+"""Scores of frames with known motion, light and text, and against `transformers` with tiny random weights."""
 
 import collections
 import dataclasses
@@ -17,7 +17,7 @@ from tests.data.prepare.videos import write_video
 
 
 def scenery(height=480, width=640, seed=0):
-  """A picture with structure at many scales, which can be followed."""
+  """An image with trackable structure at many scales."""
   rng = np.random.default_rng(seed)
   image = sum(
     cv2.resize(rng.uniform(-1, 1, (height // s + 2, width // s + 2, 3)).astype(np.float32), (width, height)) * s**0.5
@@ -27,7 +27,7 @@ def scenery(height=480, width=640, seed=0):
 
 
 def camera(moves, size=(120, 160), zoom=None):
-  """Pictures of a window that moves over scenery; zoom: its side in the first and the last picture."""
+  """Frames of a window that moves over scenery; zoom: its side in the first and the last frame."""
   picture, out = scenery(), []
   for i, (x, y) in enumerate(moves):
     scale = 1.0 if zoom is None else zoom[0] + (zoom[1] - zoom[0]) * i / (len(moves) - 1)
@@ -174,7 +174,7 @@ def tiny(tmp_path_factory):
   return folder, model, head, processor
 
 
-def test_clip_scores_are_those_of_transformers(tiny):
+def test_clip_scores_equal_those_of_transformers(tiny):
   import torch
 
   folder, model, head, processor = tiny
@@ -199,7 +199,7 @@ def test_clip_scores_are_those_of_transformers(tiny):
     ].numpy()
   assert np.abs(cut - wanted / np.linalg.norm(wanted)).max() < 1e-5
   assert matching(images[:1], {"text": None}) == {"match": None}
-  # One file for both, as `optimum-cli` writes it: it wants a text with every picture.
+  # One file for both, as `optimum-cli` writes it, needs a text with every image.
   whole = clip.Matching(*[str(folder / "whole.onnx")] * 2, str(folder), scale=scale)
   assert whole(images[1:2], {"text": "a big gray rabbit"})["match"] == pytest.approx(found, abs=0.02)
 
@@ -216,7 +216,7 @@ def test_pickled_heads_are_refused(tiny, tmp_path):
 
 
 def test_all_scorers_of_a_step_share_the_frames(tmp_path, tiny):
-  """On a real file, through the command: the numbers are those of the scorers alone, and of the range of the row."""
+  """The numbers of the command equal those of each scorer alone, on the frames of the row."""
   folder = tiny[0]
   path = write_video(tmp_path / "v.mp4", list(camera([(max(0, 3 * (i - 30)), 0) for i in range(70)], size=(240, 320))))
   rows = [{"path": str(path), "num_frames": n, "height": 240, "width": 320, "fps": 24.0, "start": s, "end": s + n}
@@ -257,7 +257,7 @@ class Mine:
     return {"red": float(images[..., 0].mean())}
 
 
-def test_a_scorer_of_ones_own(tmp_path):
+def test_a_scorer_of_the_user(tmp_path):
   path = write_video(tmp_path / "v.mp4", [np.full((64, 64, 3), (200, 20, 20), np.uint8)] * 5)
   pl.DataFrame({"path": [str(path)], "num_frames": [5], "height": [64], "width": [64]}).write_csv(tmp_path / "t.csv")
   scorers = '{"mine": {"scorer": "tests.data.prepare.test_scores:Mine"}}'
@@ -268,7 +268,7 @@ def test_a_scorer_of_ones_own(tmp_path):
 
 @dataclasses.dataclass(frozen=True)
 class Settable:
-  """One with settings, whose annotations are types, as in a module without `from __future__ import annotations`."""
+  """A scorer with settings, whose annotations are types."""
 
   at: float = 0.5
   names: tuple[str, ...] = ()
@@ -284,7 +284,7 @@ class Settable:
     return {"mine": self.at}
 
 
-def test_settings_of_a_scorer_of_ones_own():
+def test_settings_of_a_scorer_of_the_user_are_checked():
   path = "tests.data.prepare.test_scores:"
   make = lambda name, **settings: configs.create(  # noqa: E731
     scores.Scores, {"scorers": {"mine": {"scorer": path + name, **settings}}}, "scores"
@@ -306,7 +306,7 @@ def test_labels_come_from_edges_that_agree():
   assert measures.camera_class(moved(0, -9, 9, 9)[:, ::-1] * (1, -1), 1.0) == "tilt_down"
 
 
-def test_scores_are_those_of_the_crop(tmp_path):
+def test_scores_are_of_the_crop(tmp_path):
   image = np.full((64, 128, 3), 40, np.uint8)
   image[:, 64:] = 200
   image[:16, 64:] = 0

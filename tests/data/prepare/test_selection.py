@@ -34,7 +34,7 @@ def read(folder):
   return pl.concat([pl.read_parquet(p) for p in sorted(folder.glob("*.parquet"))])
 
 
-def test_filter_says_what_each_condition_removes(tmp_path, capsys):
+def test_the_filter_counts_what_each_condition_removes(tmp_path, capsys):
   table = write_shards(tmp_path / "in")
   where = '{"moves": "flow >= 0.5", "beautiful": "aes >= 5.0"}'
   assert main.main(["filter", str(tmp_path / "in"), "-o", str(tmp_path / "out"), f"--where={where}"]) == 0
@@ -60,7 +60,7 @@ def test_filter_says_what_each_condition_removes(tmp_path, capsys):
     ("('row_number() over (order by flow) < 9',)", "needs more rows than one"),
   ],
 )
-def test_mistakes_in_conditions(tmp_path, capsys, where, message):
+def test_errors_in_conditions(tmp_path, capsys, where, message):
   write_shards(tmp_path / "in", 30, 1)
   assert main.main(["filter", str(tmp_path / "in"), "-o", str(tmp_path / "out"), f"--where={where}"]) == 2
   error = capsys.readouterr().err
@@ -68,7 +68,7 @@ def test_mistakes_in_conditions(tmp_path, capsys, where, message):
   assert error.count("\n") == 1
 
 
-def test_what_a_killed_write_left_is_no_table(tmp_path):
+def test_temporary_files_of_a_killed_write_are_no_tables(tmp_path):
   write_shards(tmp_path / "in", 30, 1)
   (tmp_path / "in" / ".part-00000.tmp1-a.parquet").write_bytes((tmp_path / "in" / "part-00000.parquet").read_bytes())
   (tmp_path / "in" / ".part-00001.tmp1-a.parquet").write_bytes(b"PAR1")
@@ -213,7 +213,7 @@ def test_tfds(clips, tmp_path):
 
 
 def test_all_captions_are_exported(clips, tmp_path):
-  """Those that the loader draws one of."""
+  """The loader draws one of them."""
   table = pl.read_parquet(clips / "in.parquet").drop("split")
   table = table.with_columns(text_10=pl.lit("ten"), text_2=pl.lit("two"), text_len=pl.lit(3))
   table.write_parquet(tmp_path / "t.parquet")
@@ -225,8 +225,8 @@ def test_all_captions_are_exported(clips, tmp_path):
   assert sources.open_table(config, str(tmp_path)).row(0).captions == ("Clip number 1.", "two", "ten")
 
 
-def test_rows_of_one_id_are_several_samples(clips, tmp_path):
-  """As copies have, where nobody looked for duplicates."""
+def test_rows_with_one_id_are_several_samples(clips, tmp_path):
+  """Copies have one id if the chain has no step `duplicates`."""
   table = pl.read_parquet(clips / "in.parquet").filter(pl.col("error").is_null()).drop("split")
   table.with_columns(id=pl.Series(["same", "same", "other", "", ""])).write_parquet(tmp_path / "t.parquet")
   command = ["export", str(tmp_path / "t.parquet"), "-o", str(tmp_path / "out" / "new")]
@@ -237,7 +237,7 @@ def test_rows_of_one_id_are_several_samples(clips, tmp_path):
     names = opened.getnames()
   assert len(set(names)) == len(names) == 15
   assert [name for name in names if name.endswith("mp4")][:3] == ["same_1.mp4", "same_2.mp4", "other.mp4"]
-  for _ in range(2):  # also in place of an earlier one, into a folder that is not there
+  for _ in range(2):  # the second time it replaces the first; the folder does not exist before
     assert main.main([*command, "--formats=('tfds',)", f"--folder={tmp_path / 'deep' / 'tfds'}"]) == 0
   import tensorflow_datasets as tfds
 

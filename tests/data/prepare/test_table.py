@@ -1,4 +1,4 @@
-"""The command `table`: folders and tables get what a training needs, with no more packages than the training has."""
+"""The command `table`: columns that training needs, with only the packages that training has."""
 
 import os
 import subprocess
@@ -37,15 +37,15 @@ def test_a_folder_and_a_table(clips, capsys):
   command = ["table", "--workers", "1"]
   assert main.main([*command, str(clips / "clips"), "-o", str(clips / "t.csv")]) == 0
   out, err = capsys.readouterr()
-  assert "2 files, 1 left out" in out
-  assert f"left out {clips}/clips/bad.mp4: probe: not a video" in err
+  assert "2 files, 1 skipped" in out
+  assert f"skipped {clips}/clips/bad.mp4: probe: not a video" in err
   assert (clips / "t.csv").read_text().splitlines()[:2] == ["path,num_frames,height,width,fps", "clips/a.mp4,13,48,64,24.0"]
   table = open_table(clips, clips / "t.csv", captions="optional")
   assert [(r.path, r.num_frames, r.height, r.width, r.fps) for r in map(table.row, range(2))] == [
     (str(clips / "clips" / "a.mp4"), 13, 48, 64, 24.0),
     (str(clips / "clips" / "turned.mp4"), 20, 64, 48, 24.0),
   ]
-  # A table without the columns gets them; its other columns stay. Ranges and crops that don't fit their files are left out.
+  # A table without the columns gets them; its other columns stay. Ranges and crops that don't fit their files are skipped.
   cuts = [
     {"text": "é", "note": "kept", "start": 2, "end": 13, "crop": "0,0,32,32"},
     {"text": "007", "note": "", "start": 4, "end": "", "crop": "[0, 8, 60, 40]"},
@@ -67,7 +67,7 @@ def test_a_folder_and_a_table(clips, capsys):
   assert err.count("/clips/a.mp4: probe: crop") == 1
 
 
-def test_a_table_of_ranges_is_listed_the_same_way_again(clips):
+def test_a_table_of_ranges_is_listed_the_same_way_twice(clips):
   """Column by column: else a second run would make everything again."""
   rows = [{"path": "clips/a.mp4", "text": "x", "start": i, "end": i + 5} for i in range(3)]
   step = collect.Collect(sources=(files.write_csv(clips / "r.csv", rows),), rows_per_shard=2)
@@ -79,12 +79,12 @@ def test_a_table_of_ranges_is_listed_the_same_way_again(clips):
   files.write_csv(clips / "r.csv", rows[1:])
   step.list(str(clips / "run"))
   found = [pl.read_parquet(clips / "run" / name)["start"].to_list() for name in ("part-00000.parquet", "part-00001.parquet")]
-  assert found == [[0, 1], [2]]  # what has gone stays
+  assert found == [[0, 1], [2]]  # a row that is no longer listed stays
   collect.Collect(sources=step.sources, forget=True).list(str(clips / "run"))
   assert pl.read_parquet(clips / "run" / "part-00000.parquet")["start"].to_list() == [1]
 
 
-def test_ranges_whose_table_is_no_source_any_more_stay_ranges(clips):
+def test_ranges_stay_when_their_table_is_no_source_any_more(clips):
   """And the whole file is a row beside them."""
   rows = [{"path": "clips/a.mp4", "text": "x", "start": i, "end": i + 5} for i in range(3)]
   listed, folder = files.write_csv(clips / "r.csv", rows), str(clips / "clips")
@@ -96,13 +96,13 @@ def test_ranges_whose_table_is_no_source_any_more_stay_ranges(clips):
       assert found.height == (3 if len(starts) == 3 else 6)
 
 
-def test_mistakes(clips, capsys):
+def test_errors(clips, capsys):
   (clips / "none.csv").write_text("path\nclips/bad.mp4\n")
   mistakes = (
     ("nothing.csv", "t.csv", "does not exist"),
     ("clips", "t.txt", "must end in .csv or .parquet"),
     ("none.csv", "none.csv", "is a file that is read: give another name"),
-    ("none.csv", "t.csv", "none of 1 files of"),
+    ("none.csv", "t.csv", "has no usable file: all 1 failed"),
   )
   for source, output, message in mistakes:
     assert main.main(["table", str(clips / source), "-o", str(clips / output), "--workers", "1"]) == 2
@@ -110,8 +110,8 @@ def test_mistakes(clips, capsys):
     assert not (clips / "t.csv").exists()
 
 
-def test_it_needs_requirements_txt_alone(clips):
-  """As does the quick start with --clips: what requirements-prepare.txt adds can't be imported here."""
+def test_the_command_needs_only_requirements_txt(clips):
+  """And so does the quick start with --clips. The packages of requirements-prepare.txt can't be imported here."""
   write_video(clips / "clips" / "scene.mp4", two_scenes(30, 0))
   (clips / "hook").mkdir()
   (clips / "hook" / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({EXTRAS}))\n")
@@ -123,5 +123,5 @@ def test_it_needs_requirements_txt_alone(clips):
   )
   done = subprocess.run([sys.executable, "-c", code], cwd=clips, env=environment, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
-  assert "left out" in done.stderr
+  assert "skipped" in done.stderr
   assert "skipped bad.mp4: probe: not a video" in done.stdout

@@ -1,4 +1,4 @@
-"""Processes of workers: whatever an item does, the others go on."""
+"""Worker processes: an item that fails in any way does not disturb the others."""
 
 import os
 import signal
@@ -8,7 +8,7 @@ from data.prepare import steps, workers
 from data.video import Away, BadVideo
 
 
-def test_time_limits_go_by_the_size_of_files_that_a_table_does_not_say(tmp_path):
+def test_time_limits_follow_the_file_size(tmp_path):
   (tmp_path / "a").write_bytes(b"x" * 3000)
   rows = [{"path": str(tmp_path / "a")}, {"path": "/nowhere"}, {"path": "/b", "bytes": 5}]
   assert steps.sizes_of(rows) == [3000, None, 5]
@@ -21,7 +21,7 @@ def test_time_limits_go_by_the_size_of_files_that_a_table_does_not_say(tmp_path)
 
 
 def behave(item, report):
-  """In a worker: what an item asks for."""
+  """In a worker: behaves as the item says."""
   kind, value = item
   if kind == "bad":
     raise BadVideo("bad\nfile")
@@ -48,7 +48,7 @@ def behave(item, report):
   return value
 
 
-def test_workers_survive_everything(tmp_path):
+def test_workers_survive_every_failure(tmp_path):
   items = [("ok", 1), ("bad", 0), ("passing", 0), ("sleep", 60), ("memory", 1 << 30), ("signal", signal.SIGSEGV),
            ("signal", signal.SIGKILL), ("once", str(tmp_path / "mark")), ("odd", 0), ("ok", 2),
            ("away", 0), ("damaged", 0)]  # fmt: skip

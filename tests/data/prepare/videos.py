@@ -1,4 +1,4 @@
-"""Videos of scenes that can be told apart, whose frames show their numbers."""
+"""Videos with distinct scenes, whose frames show their numbers."""
 
 from fractions import Fraction
 
@@ -7,7 +7,7 @@ import numpy as np
 
 
 def picture(scene, number, height=72, width=128):
-  """A smooth image of its own per scene; the frame number is readable from a bar of 8 blocks at the top."""
+  """A smooth image, different for each scene. A bar of 8 blocks at the top shows the frame number in binary."""
   y, x = np.mgrid[0:height, 0:width]
   rng = np.random.default_rng(scene)
   base = np.stack([rng.uniform(60, 200) + 40 * np.sin(x / rng.uniform(8, 20) + y / rng.uniform(8, 20)) for _ in range(3)], -1)
@@ -17,7 +17,7 @@ def picture(scene, number, height=72, width=128):
 
 
 def number_of(image):
-  """The frame number in a decoded picture of any size."""
+  """The frame number in a decoded frame of any size."""
   height, width = image.shape[:2]
   blocks = [image[height // 9, (2 * bit + 1) * width // 16].mean() > 128 for bit in range(8)]
   return sum(int(b) << i for i, b in enumerate(blocks))

@@ -52,6 +52,7 @@ def add_sampler_arguments(how):
 def read_model(args):
   """(configuration, checkpoint's step or None) of a run folder, or of a configuration file; no weights are read yet."""
   from stdit_jax.training import checkpoints
+  from stdit_jax.training.objectives import part_of
   from stdit_jax.training.stages import make_stages
 
   if bool(args.run) == bool(args.config):
@@ -65,8 +66,8 @@ def read_model(args):
   for key, value in (("autoencoder", args.autoencoder), ("text_encoder", args.text_encoder)):
     if value:
       config[key].weights = value
-  if config.task != "denoiser":
-    raise ValueError(f"{args.run or args.config} trains an {config.task}; sampling needs a denoiser")
+  if (part := part_of(config)) != "denoiser":
+    raise ValueError(f"{args.run or args.config} trains an {part}; sampling needs a denoiser")
   config = ml_collections.ConfigDict(config.to_dict())
   if config.text_encoder.where == "disk":
     if not args.text_encoder:
@@ -112,61 +113,57 @@ def load_pipeline(args, config, step, check=lambda pipeline: None):
   """The pipeline of what `read_model` read; `check` sees it while its weights are shapes only."""
   import jax
 
+  from stdit_jax import components
   from stdit_jax.generation.pipeline import Pipeline
-  from stdit_jax.generation.prompts import TokenizeText
-  from stdit_jax.interop import load_variables, open_source
-  from stdit_jax.interop.models import FAMILIES
-  from stdit_jax.models import stdit, step_cache, t5
+  from stdit_jax.interop import open_source
+  from stdit_jax.models import step_cache, t5
   from stdit_jax.parallel.mesh import make_mesh
-  from stdit_jax.parallel.shardings import tree_shardings
-  from stdit_jax.training import checkpoints, weights
-  from stdit_jax.training.objectives import DenoiserObjective
+  from stdit_jax.training import checkpoints
 
   sizes = parse_mesh(args.mesh) if args.mesh else {"data": -1} if jax.process_count() > 1 else None
   mesh = make_mesh(sizes) if sizes else None
-  objective = DenoiserObjective(config)
-  tokenize = TokenizeText(config.text_encoder.tokenizer, config.text_encoder.max_length)
-  params, frozen = placed_shapes(objective.shapes, mesh)
-  text_params = None
-  weights.need_file(config.autoencoder.weights, "autoencoder.weights (--autoencoder)")
-  shapes, layouts = stdit.init_shapes(objective.model.config), FAMILIES[stdit.__name__]
+  parts = components.Components.of(config)
+  family, conditioner = parts.family, parts.conditioner
+  params, frozen = placed_shapes(jax.eval_shape(parts.init, jax.random.key(0)), mesh, parts.rules)
+  components.need_file(config.autoencoder.weights, "autoencoder.weights (--autoencoder)")
   if not args.run:
-    open_source(weights.need_file(args.weights, "--weights"), layouts, shapes, objective.model.config).check()
-  if not args.run or "text_encoder" not in params or args.text_encoder:
-    weights.need_file(config.text_encoder.weights, "text_encoder.weights (--text-encoder)")
-  if "text_encoder" not in params:
-    text_params = placed_shapes(t5.init_shapes(objective.text.config), mesh)["params"]
+    shapes = family.init_shapes(parts.model.config)
+    open_source(components.need_file(args.weights, "--weights"), family.layouts, shapes, parts.model.config).check()
+  reads_encoder = conditioner.encoder is not None and (not args.run or "text_encoder" not in params or args.text_encoder)
+  if reads_encoder:
+    components.need_file(config.text_encoder.weights, "text_encoder.weights (--text-encoder)")
+  weights = parts.weights(params, frozen)
+  if weights[1] is None and conditioner.encoder is not None:
+    weights = weights[0], placed_shapes(t5.init_shapes(conditioner.encoder.config), mesh, t5.RULES)["params"]
   cache = step_cache.parse(args.step_cache) if args.step_cache else None
-  pieces = weights.local_devices_mesh() if mesh and jax.local_device_count() > 1 else None
-  codec, guidance = weights.codec_of_shapes(config.autoencoder, pieces), guidance_of(args)
-  pipeline = Pipeline(objective, params, frozen, codec, tokenize, text_params, guidance, mesh, cache)
+  pieces = components.local_devices_mesh() if mesh and jax.local_device_count() > 1 else None
+  codec = components.codec_of_shapes(config.autoencoder, pieces)
+  pipeline = Pipeline(parts, weights, codec, guidance_of(args), mesh, cache)
   check(pipeline)
   if args.run:
-    params, frozen, _ = checkpoints.load_weights(args.run, args.item, step, mesh)
+    params, frozen, _ = checkpoints.load_weights(args.run, args.item, step, mesh, parts.rules)
+    weights = parts.weights(params, frozen)
   else:
-    place = tree_shardings(shapes, mesh) if mesh else None
-    variables = load_variables(args.weights, layouts, shapes, config=objective.model.config, shardings=place)
-    params, frozen = {"denoiser": variables["params"]}, {"denoiser": variables["constants"]}
-  text_params = None
-  if "text_encoder" not in params or args.text_encoder:
-    params.pop("text_encoder", None)
-    text_params = weights.load_text_encoder(config, objective.text, mesh)
+    weights = components.load_denoiser(parts, args.weights, mesh), None
+  if reads_encoder:
+    weights = weights[0], components.load_text_encoder(config.text_encoder, conditioner.encoder, mesh)
   if not mesh:
-    params, frozen, text_params = jax.device_put((params, frozen, text_params), jax.local_devices()[0])
-  pipeline.set_weights(params, frozen, text_params)
+    weights = jax.device_put(weights, jax.local_devices()[0])
+  pipeline.set_weights(weights)
   fitted = {"tiles": pipeline.codec.tiles, "micro_batch": pipeline.codec.micro_batch}
-  pipeline.codec = dataclasses.replace(weights.load_codec(config.autoencoder, pieces), **fitted)
+  pipeline.codec = dataclasses.replace(components.load_codec(config.autoencoder, pieces), **fitted)
   return pipeline
 
 
 def load_autoencoder(args):
   """(codec, description of its weights, configuration or None): the autoencoder of --run or of --config, one that it trains
   or one that it uses, or with --autoencoder that file, of --model or of the model that it names itself."""
-  from stdit_jax.autoencoders.codec import make_codec
+  from stdit_jax.autoencoders.registry import autoencoder_model, make_codec
+  from stdit_jax.components import load_codec, need_file
   from stdit_jax.interop import open_checkpoint
   from stdit_jax.interop.models import described
-  from stdit_jax.training import checkpoints, weights
-  from stdit_jax.training.autoencoding import autoencoder_model
+  from stdit_jax.training import checkpoints
+  from stdit_jax.training.objectives import part_of
   from stdit_jax.training.stages import make_stages
 
   if args.run and args.config:
@@ -180,31 +177,31 @@ def load_autoencoder(args):
     config = make_stages(read_config(args.config, args.changes))[-1].config
   elif not args.autoencoder:
     raise ValueError("give --run FOLDER, --config FILE or --autoencoder FILE")
-  if args.run and config.task == "autoencoder" and not args.autoencoder:
+  if args.run and part_of(config) == "autoencoder" and not args.autoencoder:
     model = autoencoder_model(config.autoencoder)
     params, _, _ = checkpoints.load_weights(args.run, args.item, step)
     variables = {"params": params["autoencoder"]}
     return make_codec(model, variables, config.autoencoder.micro_batch), f"{args.run}, step {step}, {args.item}", config
   own = ml_collections.ConfigDict(config.autoencoder.to_dict() if config else {"micro_batch": 4, "dtype": "float32"})
   if args.autoencoder:
-    own.weights = weights.need_file(args.autoencoder, "--autoencoder")
+    own.weights = need_file(args.autoencoder, "--autoencoder")
   if not config:
     metadata = open_checkpoint(own.weights).metadata
     said, fields = (None, {}) if args.model not in (None, metadata.get("model")) else described(metadata, own.weights)
     if not (args.model or said):
       raise ValueError(f"{own.weights} doesn't say which autoencoder it is; give --model NAME")
     own.name, own.fields = args.model or said, fields
-  return weights.load_codec(own), own.weights, config
+  return load_codec(own), own.weights, config
 
 
-def placed_shapes(shapes, mesh):
+def placed_shapes(shapes, mesh, rules):
   """Shapes with the shardings that the weights will have."""
   import jax
 
   from stdit_jax.parallel.shardings import tree_shardings
 
   one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  places = tree_shardings(shapes, mesh) if mesh else jax.tree.map(lambda _: one, shapes)
+  places = tree_shardings(shapes, mesh, rules) if mesh else jax.tree.map(lambda _: one, shapes)
   return jax.tree.map(lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, places)
 
 

@@ -1,0 +1,128 @@
+"""What the rest of the project asks an autoencoder. A file of this folder defines each one, and registry.py lists them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from stdit_jax import fields
+from stdit_jax.autoencoders.layers import init_like_torch
+
+
+class AutoencoderConfig:
+  """What every configuration of an autoencoder has beside its fields.
+
+  A subclass defines `latent_frames(num_frames)`, the latent frames of a clip, and `frame_starts(num_frames)`, int `[T' + 1]`:
+  where each latent frame starts, and where the last one ends.
+
+  Attributes:
+    latent_channels: channels C of the latents.
+    scaling_factor, shift, scale: latents.py. `shift` and `scale` are one number or one per latent channel.
+    in_channels: channels of a frame.
+    group: latent frames after which positions in time repeat. Any group covers frames as the first one of a clip does.
+  """
+
+  in_channels = 3
+  group = 1
+
+  def check_latents(self):
+    """Raises ValueError unless `shift` and `scale` are numbers for the latents."""
+    for name in ("shift", "scale"):
+      value = getattr(self, name)
+      if not isinstance(value, (int, float)) and len(value) != self.latent_channels:
+        what = f"{type(self).__name__}: {name} needs one number or {self.latent_channels} (latent_channels)"
+        raise ValueError(f"{what}, not {value}.")
+
+  def check_groups(self):
+    """Raises ValueError unless group norms divide the channels of each level."""
+    for channels in self.block_out_channels:
+      if self.norm_num_groups < 1 or channels % self.norm_num_groups:
+        raise ValueError(
+          f"{type(self).__name__}: block_out_channels {self.block_out_channels} must be multiples of norm_num_groups="
+          f"{self.norm_num_groups}; {channels} is not."
+        )
+
+  @property
+  def downsampling(self):
+    """Pixels per latent along a side: 8 for four levels."""
+    return 2 ** (len(self.block_out_channels) - 1)
+
+  def latent_size(self, height, width):
+    """(height, width) of the latents of frames of this size in pixels."""
+    return height // self.downsampling, width // self.downsampling
+
+  def keeps(self, num_frames):
+    """Whether a decoded clip has as many frames as the encoded one."""
+    return True
+
+
+@functools.cache
+def _init_shapes(model, shape):
+  made = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(shape))
+  return {"params": made["params"]}
+
+
+class Autoencoder:
+  """One published autoencoder in all its sizes.
+
+  Attributes:
+    kind: its name in error messages.
+    table: {name: configuration}.
+    config, model, codec: classes of its configurations, linen modules and `codec.Codec`.
+    layouts: names of the layouts of its files (interop), the usual one first.
+    last_layer: path in the parameters to the decoder's last layer. Its gradients weight the adversarial term.
+    image_autoencoder: the `Autoencoder` in its parameters under "image", or None. The other layers then work on its latents.
+  """
+
+  kind: str
+  table: dict
+  config: type
+  model: type
+  codec: type
+  layouts: tuple[str, ...]
+  last_layer: tuple[str, ...]
+  image_autoencoder: "Autoencoder | None" = None
+
+  def get_config(self, name, **overrides):
+    """The named configuration with some fields replaced. Raises ValueError with the allowed names or fields."""
+    return fields.replace(fields.choose(self.table, name, self.kind), overrides, f"{self.kind} {name}")
+
+  def build(self, config, dtype=jnp.float32):
+    """The model of a configuration. `dtype` is that of the convolutions."""
+    return self.model(config, dtype)
+
+  def init_shapes(self, config):
+    """The tree of `init` as shapes, without allocation. All callers share the tree: do not change it."""
+    return _init_shapes(self.model(config), self.example_shape(config))
+
+  def init(self, model, key):
+    """Fresh variables {"params": ...} with the original initialisation."""
+    return init_like_torch(self.init_shapes(model.config), key)
+
+  def example_shape(self, config):
+    """Shape of a small input of the model: a clip of one frame."""
+    side = 2 * config.downsampling
+    return 1, 1, side, side, config.in_channels
+
+  def splits(self, config, num_frames, devices):
+    """Whether a clip can be split in time over so many devices."""
+    return False
+
+  # Training calls the functions below with batches of whole clips. `layout` is a `parallel.shardings.Layout` or None.
+
+  def encode(self, model, params, clips: Float[Array, "B T H W 3"], image_noise=None, layout=None):
+    """-> (mean, logvar, image latents); the raw posterior `[B, T', h, w, C]`.
+
+    The image latents `[B, T, h, w, C]` are those of `image_autoencoder`, drawn with `image_noise` or else means. They are
+    None if there is no image autoencoder.
+    """
+    raise NotImplementedError
+
+  def frame_latents(self, model, params, latents: Float[Array, "B t h w C"], num_frames):
+    """Raw latents -> what `decode` takes: image latents `[B, T, h, w, C]`, or the latents if there is no image autoencoder."""
+    return latents
+
+  def decode(self, model, params, frame_latents: Float[Array, "B t h w C"], layout=None) -> Float[Array, "B T H W 3"]:
+    """-> pixels, about [-1, 1], not clipped."""
+    raise NotImplementedError

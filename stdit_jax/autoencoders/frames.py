@@ -1,0 +1,148 @@
+"""How the frames of a clip lie in chunks and on devices, for causal autoencoders that pair frames (CogVideoX's)."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+
+def half(frames):
+  """Frames after time was halved. The first of an odd number is not paired."""
+  return frames // 2 + frames % 2
+
+
+def double(frames):
+  """Frames after time was doubled. The first of an odd number is not repeated."""
+  return 2 * frames - frames % 2
+
+
+def chunk_sizes(frames, chunk):
+  """Frames of the chunks of a clip. The first chunk also takes the remainder (diffusers, `_encode` and `_decode`)."""
+  count = max(frames // chunk, 1)
+  return frames - (count - 1) * chunk, *[chunk] * (count - 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Frames:
+  """How the frames `[N, T, ...]` of an array lie in their clip.
+
+  A clip may be split over a mesh (inside `shard_map`). Every device then has the same number of frames. With an odd number of
+  frames, every array has a place for the first frame, but only device 0 holds it there. The other devices hold the previous
+  frame there, or any other values.
+
+  Attributes:
+    count: frames of the whole clip.
+    chunks: frames of each chunk over which norms take their statistics; None: over the whole clip.
+    axis_name: mesh axis over which the clip is split; None: the array is the whole clip.
+    devices: size of this axis.
+  """
+
+  count: int
+  chunks: tuple[int, ...] | None = None
+  axis_name: str | None = None
+  devices: int = 1
+
+  @property
+  def first(self):
+    """Whether the first frame stays alone when time is halved or doubled."""
+    return self.count % 2 == 1
+
+  @property
+  def local(self):
+    """Frames of the array of one device."""
+    return (self.count - self.first) // self.devices + self.first
+
+  def scaled(self, change):
+    """After `change`, which is `half` or `double`."""
+    chunks = None if self.chunks is None else tuple(map(change, self.chunks))
+    return dataclasses.replace(self, count=change(self.count), chunks=chunks)
+
+  def levels(self, halvings, change):
+    """The frames of each level of a network that halves or doubles time so often."""
+    result = [self]
+    for _ in range(halvings):
+      result.append(result[-1].scaled(change))
+    return result
+
+  def membership(self):
+    """-> (`[T, chunks]`, 1 if a frame of the array belongs to a chunk; `[T]`, 1 if the frame counts on this device)."""
+    chunks = self.chunks or (self.count,)
+    belongs, own = np.repeat(np.eye(len(chunks), dtype=np.float32), chunks, axis=0), np.ones(self.local, np.float32)
+    if self.axis_name is None:
+      return belongs, own
+    device, rest = jax.lax.axis_index(self.axis_name), self.local - self.first
+    here = jax.lax.dynamic_slice_in_dim(jnp.asarray(belongs[self.first :]), device * rest, rest)
+    if not self.first:
+      return here, own
+    return jnp.concatenate([belongs[:1], here]), jnp.where((jnp.arange(self.local) == 0) & (device > 0), 0.0, own)
+
+  def sum(self, x):
+    """The sum over the devices that split the clip."""
+    return x if self.axis_name is None else jax.lax.psum(x, self.axis_name)
+
+  def with_past(self, x, count):
+    """`x` with its `count` previous frames in front, at most the frames of a device. The first frame repeats before a clip."""
+    start = jnp.concatenate([jnp.repeat(x[:, :1], count, axis=1), x], axis=1)
+    if self.axis_name is None:
+      return start
+    past = jax.lax.ppermute(x[:, -count:], self.axis_name, [(i, i + 1) for i in range(self.devices - 1)])
+    # Device 0 has the first frame where the others have the previous one.
+    later = [past[:, :1], past, x[:, 1:]] if self.first else [past, x]
+    return jnp.where(jax.lax.axis_index(self.axis_name) == 0, start, jnp.concatenate(later, axis=1))
+
+
+def _divides(frames, level):
+  """Whether a level can be split as the clip is: each device gets equally many frames, two or more, beside a first one."""
+  rest = level.count - level.first
+  return rest % level.devices == 0 and rest >= 2 * level.devices and level.first == frames.first
+
+
+def splits(config, num_frames, devices):
+  """Whether a clip can be split in time over so many devices."""
+  frames = Frames(num_frames, devices=devices)
+  return all(_divides(frames, level) for level in frames.levels(config.halvings, half))
+
+
+def over_devices(model, mesh, axis_name, method, batch_axes=()):
+  """`encode` or `decode` of clips that are split in time over a mesh axis (context parallelism).
+
+  The result is a function to jit. It has the arguments and values of `model.apply(variables, x, method=method)`. Convolutions
+  get their past from the previous device, and norms sum their statistics over all devices. Device 0 holds the first of an odd
+  number of frames, and the other frames are divided evenly (as CogVideoX's SAT code does).
+
+  Args:
+    batch_axes: mesh axes that split the batch.
+
+  Raises (when it is called):
+    ValueError: the frames of a level cannot be divided, or a device gets fewer than two.
+  """
+  devices, config = mesh.shape[axis_name], model.config
+  change, chunk = (half, config.encode_chunk) if method == "encode" else (double, config.decode_chunk)
+
+  def apply(variables, x):
+    chunks = chunk_sizes(x.shape[1], chunk) if config.statistics == "chunks" else None
+    frames = Frames(x.shape[1], chunks, axis_name, devices)
+    for level in frames.levels(config.halvings, change):
+      if not _divides(frames, level):
+        raise ValueError(
+          f"a clip of {x.shape[1]} {'frames' if method == 'encode' else 'latents'} is not to be split over the {devices} "
+          f"devices of mesh axis {axis_name!r}: one of its levels has {level.count} frames, without the first of an odd number "
+          "not two or more for each"
+        )
+
+    def local(variables, first, rest):
+      y = model.apply(variables, jnp.concatenate([first, rest], axis=1), frames, method=method)
+      alone = jax.lax.axis_index(axis_name) == 0
+      keep = lambda part: jax.lax.psum(jnp.where(alone, part[:, : frames.first], 0), axis_name)  # noqa: E731
+      return jax.tree.map(keep, y), jax.tree.map(lambda part: part[:, frames.first :], y)
+
+    whole, split = PartitionSpec(batch_axes or None), PartitionSpec(batch_axes or None, axis_name)
+    shards = jax.shard_map(
+      local, mesh=mesh, in_specs=(PartitionSpec(), whole, split), out_specs=(whole, split), check_vma=False
+    )
+    first, rest = shards(variables, x[:, : frames.first], x[:, frames.first :])
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), first, rest)
+
+  return apply

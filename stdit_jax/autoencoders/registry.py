@@ -1,0 +1,58 @@
+"""Finds an autoencoder by its name, by its configuration, or by the group `autoencoder` of a run's configuration."""
+
+import jax.numpy as jnp
+
+from data.buckets import parse_buckets
+from stdit_jax.autoencoders import causal3d, image_kl, temporal
+from stdit_jax.autoencoders.codec import run_jitted
+
+AUTOENCODERS = (image_kl.FAMILY, temporal.FAMILY, causal3d.FAMILY)
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def find(name):
+  """The `Autoencoder` that has a size of this name. Raises ValueError with all names."""
+  names = {name: family for family in AUTOENCODERS for name in family.table}
+  if name not in names:
+    raise ValueError(f"unknown autoencoder {name!r}; allowed: {', '.join(names)}")
+  return names[name]
+
+
+def family_of(config):
+  """The `Autoencoder` of a configuration of its own."""
+  return next(family for family in AUTOENCODERS if isinstance(config, family.config))
+
+
+def autoencoder_model(config):
+  """The model of the group `autoencoder` of a configuration. Raises ValueError for an unknown name, field or dtype."""
+  if config.dtype not in DTYPES:
+    raise ValueError(f"config: autoencoder.dtype is {config.dtype!r}; allowed: {', '.join(DTYPES)}")
+  family = find(config.name)
+  return family.build(family.get_config(config.name, **config.fields), DTYPES[config.dtype])
+
+
+def make_codec(model, variables, micro_batch=4, run=run_jitted):
+  """The `Codec` of a model and its variables."""
+  return family_of(model.config).codec(model, variables, micro_batch, run)
+
+
+def nearest_lengths(config, num_frames):
+  """The lengths nearest to `num_frames` that the autoencoder does not change, as text: "9 or 16"."""
+  near = [n for n in range(1, 2 * num_frames + 20) if config.keeps(n)]
+  lower, upper = max((n for n in near if n < num_frames), default=None), min(n for n in near if n > num_frames)
+  return f"{lower} or {upper}" if lower else f"{upper}"
+
+
+def check_lengths(config, autoencoder):
+  """Raises ValueError if the autoencoder changes the length of the clips of a bucket.
+
+  Args:
+    config: a whole configuration.
+    autoencoder: the configuration of its autoencoder, `autoencoder_model(config.autoencoder).config`.
+  """
+  for bucket in parse_buckets(config.data.buckets):
+    if bucket.batch_size and not autoencoder.keeps(bucket.num_frames):
+      raise ValueError(
+        f"config: bucket {bucket.name} has clips of {bucket.num_frames} frames, which {config.autoencoder.name!r} does not "
+        f"give back; nearest: {nearest_lengths(autoencoder, bucket.num_frames)}"
+      )

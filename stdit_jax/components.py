@@ -1,0 +1,158 @@
+"""What a denoiser's configuration is made of: denoiser, conditioner, diffusion and autoencoder, with their shapes and weights.
+
+Training, sampling, encoding, converting and planning all begin here.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from data import paths
+from data.aspect_ratios import max_tokens
+from stdit_jax import fields
+from stdit_jax.autoencoders.registry import autoencoder_model, family_of, make_codec
+from stdit_jax.conditioning import CONDITIONERS
+from stdit_jax.diffusion.iddpm import IDDPM
+from stdit_jax.diffusion.rectified_flow import RectifiedFlow
+from stdit_jax.interop import load_variables
+from stdit_jax.models import t5
+from stdit_jax.models.family import SCALARS, Family, find_model, token_grid, token_values
+from stdit_jax.parallel.shardings import ArraySpec, tree_shardings
+
+DIFFUSIONS = {"rectified-flow": RectifiedFlow, "iddpm": IDDPM}
+
+
+def make_diffusion(config):
+  """The formulation of the group `diffusion`. Raises ValueError naming unknown names and fields."""
+  return fields.replace(fields.choose(DIFFUSIONS, config.name, "diffusion.name")(), config.fields, "config: diffusion.fields")
+
+
+@dataclasses.dataclass(frozen=True)
+class Components:
+  """The parts of a stage's configuration, checked against each other.
+
+  Attributes:
+    config: of the stage.
+    family, model: of the denoiser; conditioner: one of `conditioning`; diffusion: the formulation.
+    autoencoder: the model whose latents are denoised.
+  """
+
+  config: Any
+  family: Family
+  model: nn.Module
+  conditioner: Any
+  diffusion: Any
+  autoencoder: Any
+
+  @classmethod
+  def of(cls, config):
+    """The parts of a configuration. Raises ValueError for unknown names or fields, and parts that do not fit."""
+    family, model_config = find_model(config.model.name, config.model.fields)
+    parts = cls(
+      config, family, family.build(model_config, None), CONDITIONERS[family.condition](config, family, model_config),
+      make_diffusion(config.diffusion), autoencoder_model(config.autoencoder),
+    )  # fmt: skip
+    if (latent := parts.autoencoder.config.latent_channels) != (taken := model_config.in_channels):
+      raise ValueError(f"config: latents of the autoencoder have {latent} channels, the denoiser takes {taken} (in_channels)")
+    return parts
+
+  @property
+  def rules(self):
+    """Sharding rules of all parameters."""
+    return (*self.family.rules, *t5.RULES)
+
+  def init(self, key):
+    """(params, frozen) with the original initialisation: what trains, and what does not. Jit it with sharded outputs."""
+    denoiser_key, own_key = jax.random.split(key)
+    variables = self.family.init(self.model.config, denoiser_key)
+    params, frozen = self.conditioner.init(own_key)
+    constants = {"denoiser": variables["constants"]} if "constants" in variables else {}
+    return {"denoiser": variables["params"], **params}, constants | frozen
+
+  def weights(self, params, frozen):
+    """({"params", "constants"} of the denoiser, weights of the conditioner's encoder or None) of what `init` gives."""
+    constants = {"constants": frozen["denoiser"]} if "denoiser" in frozen else {}
+    return {"params": params["denoiser"], **constants}, params.get("text_encoder", frozen.get("text_encoder"))
+
+  def token_shape(self, resolution, num_frames, token_parts=1):
+    """(T, S, P) of the tokens of a clip: S is the largest of all aspect ratios, padded to a multiple of `token_parts`."""
+    config, autoencoder = self.model.config, self.autoencoder.config
+    space = max_tokens(resolution, autoencoder.downsampling, config.patch_size[1:])
+    frames, _, _ = token_grid(config, (autoencoder.latent_frames(num_frames), 1, 1))
+    return frames, space + -space % token_parts, token_values(config)
+
+  def batch(self, bucket, rows, token_parts=1):
+    """The arrays of one training batch as a tree of `ArraySpec`: known before any data is there.
+
+    Args:
+      bucket: (resolution, frames); rows: samples in the batch.
+      token_parts: the tokens of a frame are padded to a multiple of it.
+    """
+    tokens = ArraySpec((rows, *self.token_shape(*bucket, token_parts)), axes=("batch", None, "tokens"))
+    moments = ("latents_mean", "latents_std")[: 2 if self.config.autoencoder.sample_posterior else 1]
+    return {
+      **dict.fromkeys(moments, tokens),
+      "latent_size": ArraySpec((rows, 3), np.int32),
+      "sizes": {"grid": ArraySpec((rows, 3), np.int32), **dict.fromkeys(SCALARS, ArraySpec((rows,)))},
+      "cond": self.conditioner.specs(rows),
+      "weight": ArraySpec((rows,)),
+      "sample_id": ArraySpec((rows, 2), np.uint32),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------- weights
+
+
+def need_file(path, key):
+  """`path`, which the key `key` of the configuration names. Raises ValueError if it does not exist."""
+  module = "interop.fetch makes one of hed-vgg16" if key.startswith("autoencoder.perceptual") else "convert"
+  how = f"give a safetensors file or a folder of them (python -m stdit_jax.{module})"
+  if not path:
+    raise ValueError(f"config: {key} is empty; {how}")
+  if not paths.exists(path):
+    raise ValueError(f"config: {key}={path!r} does not exist; {how}")
+  return path
+
+
+def local_devices_mesh():
+  """The mesh of all devices of this process, over which a codec spreads its pieces."""
+  return Mesh(np.asarray(jax.local_devices()), ("pieces",))
+
+
+def codec_of_shapes(config, mesh=None):
+  """The `Codec` of the group `autoencoder` with shapes for weights, whole on every device of `mesh`, or on one device."""
+  model = autoencoder_model(config)
+  place = NamedSharding(mesh, PartitionSpec()) if mesh else SingleDeviceSharding(jax.local_devices()[0])
+  shapes = family_of(model.config).init_shapes(model.config)
+  placed = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes)
+  return make_codec(model, placed, config.micro_batch)
+
+
+def load_codec(config, mesh=None):
+  """The `Codec` of the group `autoencoder` with its weights."""
+  model = autoencoder_model(config)
+  path = need_file(config.weights, "autoencoder.weights")
+  shapes = family_of(model.config).init_shapes(model.config)
+  places = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), shapes) if mesh else None
+  variables = load_variables(path, family_of(model.config).layouts, shapes, config=model.config, shardings=places)
+  return make_codec(model, variables, config.micro_batch)
+
+
+def load_text_encoder(config, encoder, mesh=None):
+  """Parameters of the T5 encoder from the group `text_encoder` (names of Hugging Face), laid over the mesh if there is one."""
+  path = need_file(config.weights, "text_encoder.weights")
+  shapes = t5.init_shapes(encoder.config)
+  shardings = tree_shardings(shapes, mesh, t5.RULES) if mesh else None
+  return load_variables(path, t5.LAYOUTS, shapes, config=encoder.config, shardings=shardings)["params"]
+
+
+def load_denoiser(parts, path, mesh=None, **options):
+  """Variables of the denoiser of `parts` from a checkpoint in one of the family's layouts; `options` of `load_variables`."""
+  config = parts.model.config
+  shapes = options.pop("current", None) or parts.family.init_shapes(config)
+  shardings = tree_shardings(shapes, mesh, parts.rules) if mesh else None
+  return load_variables(path, parts.family.layouts, shapes, config=config, shardings=shardings, **options)

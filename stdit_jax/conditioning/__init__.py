@@ -1,0 +1,34 @@
+"""Conditioners: what a denoiser is told beside the noisy latents, from a row of a table or a prompt to the model's `cond`.
+
+A conditioner is made of a stage's configuration, a family and the configuration of its model, and has
+
+  name                of the conditioner
+  num_classes         classes of the `label` column, None where rows have none
+  init(key)           (params, frozen): parameters of its own that train, and those that do not; {} for none
+  from_files          names of `frozen` that are read from files at every start, and are in no checkpoint
+  worker(cached)      picklable `(caption, label) -> {name: array}` for the loader's processes, or None
+  specs(rows)         {name: ArraySpec}: what a batch holds
+  collate(samples)    the arrays of `specs` from `data.loader.Sample`s, or those from which `ahead` makes them
+  ahead               whether its encoder runs before the training step, by `program(weights)`
+  is_cached(folder)   whether a folder of cached latents has what it encodes, too
+  encode(weights, arrays, layout)   inside a program: arrays of `collate` -> `cond`; `weights` are those of its encoder
+  prompts(texts)      the arrays of `collate` for prompts
+  encoder_flops(rows) FLOPs of its encoder for so many rows
+"""
+
+import jax
+import jax.numpy as jnp
+
+from stdit_jax.conditioning.captions import Captions
+from stdit_jax.conditioning.labels import Labels
+
+CONDITIONERS = {"captions": Captions, "labels": Labels}
+
+
+def replace_rows(cond: dict, null: dict, drop: jax.Array) -> dict:
+  """`cond` whose rows are those of `null` where `drop` `[B]` is True."""
+
+  def choose(own, other):
+    return jnp.where(drop.reshape(-1, *[1] * (own.ndim - 1)), other, own)
+
+  return jax.tree.map(choose, cond, null)

@@ -1,0 +1,207 @@
+"""Captions through a T5 encoder: text features and which of them are valid.
+
+`text_encoder.where` of the configuration says where captions become features: in the training step, in a program of its own
+before it ("ahead"), or elsewhere, so that tables name files of features ("disk").
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from data import latents
+from data.captions import Tokenize, clean_caption
+from stdit_jax.cli import InputError
+from stdit_jax.models import flops, t5
+from stdit_jax.parallel.shardings import ArraySpec
+
+AHEAD_ROWS = 16  # captions per device that the encoder works on at a time: its memory does not grow with the batch
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizeText:
+  """`caption -> (ids, mask)`; picklable, for the loader's workers. `clean` first cleans as the original cleans prompts."""
+
+  tokenizer: str
+  max_length: int
+  clean: bool = False
+
+  def __post_init__(self):
+    object.__setattr__(self, "_tokenize", Tokenize(self.tokenizer, self.max_length))
+
+  def __call__(self, text):
+    return self._tokenize(clean_caption(text) if self.clean else text)
+
+  @property
+  def vocab_size(self):
+    """Ids are below this."""
+    return self._tokenize.vocab_size
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tokens:
+  """What the loader's workers call."""
+
+  tokenize: TokenizeText
+
+  def __call__(self, caption, label):
+    ids, mask = self.tokenize(caption)
+    return {"text_ids": ids, "text_mask": mask}
+
+
+def text_encoder(config):
+  """The T5 encoder that the group `text_encoder` of a configuration names. Raises ValueError for unknown names and fields."""
+  return t5.build(t5.get_config(config.name, **config.fields))
+
+
+def tokenizer(config):
+  """The `TokenizeText` of the group `text_encoder`. Raises ValueError if it has ids that the encoder does not know."""
+  tokenize = TokenizeText(config.tokenizer, config.max_length, config.clean_captions)
+  if (ids := tokenize.vocab_size) > (known := t5.get_config(config.name).vocab_size):
+    raise ValueError(f"config: tokenizer {config.tokenizer!r} has {ids} ids, but text encoder {config.name!r} knows {known}")
+  return tokenize
+
+
+class Captions:
+  """As conditioning/__init__.py says.
+
+  Attributes:
+    config: the group `text_encoder` of the configuration.
+    encoder: the T5 encoder, None if features come from disk.
+    length, channels: of the features `[length, channels]` of a caption.
+  """
+
+  name, num_classes = "captions", None
+
+  def __init__(self, config, family, model_config):
+    self.config = config.text_encoder
+    _, self.length, self.channels = family.cond(model_config, 1)["text"].shape
+    self.encoder = None if self.config.where == "disk" else text_encoder(self.config)
+    if self.encoder is not None and self.encoder.config.d_model != self.channels:
+      raise ValueError(
+        f"config: text encoder {self.config.name!r} gives {self.encoder.config.d_model} features, but the denoiser takes "
+        f"caption_channels={self.channels}; set model.fields.caption_channels={self.encoder.config.d_model}"
+      )
+    if self.config.max_length != self.length:
+      raise ValueError(
+        f"config: text_encoder.max_length is {self.config.max_length}, but the denoiser's null caption has "
+        f"model_max_length={self.length}; make them equal"
+      )
+
+  @property
+  def in_step(self):
+    """Whether captions are encoded in the training step."""
+    return self.config.where == "step"
+
+  @property
+  def ahead(self):
+    """Whether captions are encoded by a program of its own before the training step."""
+    return self.config.where == "ahead"
+
+  @property
+  def from_files(self):
+    return ("text_encoder",) if self.in_step and not self.config.train else ()
+
+  def init(self, key):
+    if not self.in_step:
+      return {}, {}
+    own = {"text_encoder": t5.init(self.encoder.config, key)["params"]}
+    return (own, {}) if self.config.train else ({}, own)
+
+  def worker(self, cached):
+    """Tokenizes, unless features come from disk or, `cached`, from a cache."""
+    return None if self.encoder is None or cached else _Tokens(tokenizer(self.config))
+
+  def specs(self, rows):
+    mask = ArraySpec((rows, self.length), jnp.bool_)
+    if self.in_step:
+      return {"text_ids": ArraySpec((rows, self.length), jnp.int32), "text_mask": mask}
+    return {"text": ArraySpec((rows, self.length, self.channels)), "text_mask": mask}
+
+  def collate(self, samples):
+    if samples[0].cond is not None:
+      return {name: np.stack([s.cond[name] for s in samples]) for name in ("text_ids", "text_mask")}
+    return self._features(samples)
+
+  def _features(self, samples):
+    """Features of every sample, cut or padded to one length; none for rows that could not be read."""
+    text = np.zeros((len(samples), self.length, self.channels), np.float32)
+    mask = np.zeros((len(samples), self.length), bool)
+    for i, s in enumerate(samples):
+      if s.text_features is None:
+        if s.weight:
+          raise InputError(f"{s.path}: the table has no text_features for this row; text_encoder.where='disk' needs the column")
+        continue
+      if s.text_features.shape[1] != self.channels:
+        raise InputError(
+          f"{s.path}: its text_features have {s.text_features.shape[1]} channels, but the denoiser takes "
+          f"caption_channels={self.channels}; set model.fields.caption_channels"
+        )
+      rows = s.text_features[: self.length]
+      text[i, : len(rows)], mask[i, : len(rows)] = rows, True
+    return {"text": text, "text_mask": mask}
+
+  def encode(self, weights, arrays, layout=None):
+    """{"text": `[B, L, C]`, "text_mask": `[B, L]`}; text that is features already stays."""
+    if "text" in arrays:
+      return arrays
+    encoder = self.encoder.clone(layout=layout)
+    text = encoder.apply({"params": weights}, arrays["text_ids"], arrays["text_mask"])
+    return {"text": text, "text_mask": arrays["text_mask"]}
+
+  def program(self, weights):
+    """`(arrays, layout) -> cond` as a program of its own, for captions that are encoded before the step."""
+    run = encode_ahead(self.encoder, weights)
+
+    def encode(arrays, layout):
+      if "text" in arrays:  # from a cache
+        return arrays
+      return {"text": run(arrays["text_ids"], arrays["text_mask"], layout), "text_mask": arrays["text_mask"]}
+
+    return encode
+
+  def is_cached(self, folder):
+    """Whether a folder of `data.latents` has the features of captions, which are then read from it."""
+    return bool(folder) and self.ahead and latents.has_text(folder)
+
+  @functools.cached_property
+  def _tokenize(self):
+    return TokenizeText(self.config.tokenizer, self.config.max_length)
+
+  def prompts(self, texts):
+    ids, mask = zip(*map(self._tokenize, texts))
+    return {"text_ids": np.stack(ids), "text_mask": np.stack(mask)}
+
+  def encoder_flops(self, rows):
+    times = flops.TRAINING if self.config.train else 1
+    return 0 if self.encoder is None else rows * times * flops.text(self.encoder.config, self.config.max_length)
+
+
+def encode_ahead(encoder, params):
+  """The text encoder as a program of its own, one per layout: global `(ids, mask, layout) -> features`, float32.
+
+  It works on some rows of every device at a time, AHEAD_ROWS at most.
+  """
+
+  @functools.cache
+  def program(layout):
+    model, parts = encoder.clone(layout=layout), layout.batch_parts
+
+    def embed(params, ids, mask):
+      apply = lambda rows: model.apply({"params": params}, *rows).astype(jnp.float32)  # noqa: E731
+      own = len(ids) // parts
+      each = max(n for n in range(1, AHEAD_ROWS + 1) if own % n == 0)
+      if each == own:
+        return apply((ids, mask))
+      # Rows of a device follow each other: [parts * pieces * each, ...] -> a piece of every device at a time.
+      split = lambda x: x.reshape(parts, own // each, each, *x.shape[1:]).swapaxes(0, 1)  # noqa: E731
+      merge = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
+      piece = lambda rows: apply(tuple(map(merge, rows))).reshape(parts, each, *ids.shape[1:], -1)  # noqa: E731
+      made = jax.lax.map(piece, (split(ids), split(mask)))
+      return made.swapaxes(0, 1).reshape(len(ids), *ids.shape[1:], -1)
+
+    return jax.jit(embed, out_shardings=layout.sharding("batch"))
+
+  return lambda ids, mask, layout: program(layout)(params, ids, mask)

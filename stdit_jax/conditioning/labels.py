@@ -1,0 +1,57 @@
+"""Class labels: one whole number per sample, the column `label` of a table.
+
+The model's configuration has `num_classes`. Its table of embeddings has one more row: index N is "no class".
+"""
+
+import jax.numpy as jnp
+import numpy as np
+
+from stdit_jax.parallel.shardings import ArraySpec
+
+
+class Labels:
+  """Labels as they are; nothing to encode. As conditioning/__init__.py says."""
+
+  name, from_files, ahead, encoder = "labels", (), False, None
+
+  def __init__(self, config, family, model_config):
+    del config
+    self.family, self.num_classes = family.name, model_config.num_classes
+
+  def init(self, key):
+    del key
+    return {}, {}
+
+  def worker(self, cached):
+    del cached  # latents may be cached, labels are in the table
+    return _label
+
+  def specs(self, rows):
+    return {"label": ArraySpec((rows,), jnp.int32)}
+
+  def collate(self, samples):
+    return {"label": np.asarray([s.cond["label"] for s in samples], np.int32)}
+
+  def encode(self, weights, arrays, layout=None):
+    del weights, layout
+    return arrays
+
+  def is_cached(self, folder):
+    del folder
+    return False
+
+  def prompts(self, texts):
+    """A prompt is the number of a class. Raises ValueError for anything else."""
+    for text in texts:
+      if not text.isdecimal() or int(text) >= self.num_classes:
+        raise ValueError(f"prompt {text!r}: {self.family} takes the number of a class, 0 to {self.num_classes - 1}")
+    return {"label": np.asarray([int(text) for text in texts], np.int32)}
+
+  def encoder_flops(self, rows):
+    del rows
+    return 0
+
+
+def _label(caption, label):
+  del caption
+  return {"label": np.int32(0 if label is None else label)}  # None: a row that could not be read, of weight 0

@@ -1,0 +1,56 @@
+"""Reads the networks that measure reconstructions from safetensors: VGG16 for perceptual distances, I3D for FVD."""
+
+import hashlib
+
+import numpy as np
+
+from data import paths
+from stdit_jax.autoencoders import i3d, perceptual
+from stdit_jax.interop.safetensors_io import CheckpointError, open_checkpoint
+from stdit_jax.interop.weights import load_variables
+
+
+def load_perceptual(name: str, path, sha256: str = "") -> dict:
+  """The parameters of the trunk `name`, NumPy float32, as `perceptual.shapes` describes them.
+
+  Other tensors of the file, like a classifier, are skipped.
+
+  Raises:
+    ValueError: the file has another SHA-256 than the given one, holds another trunk, or lacks tensors.
+  """
+  shapes = perceptual.shapes(name)
+  if sha256:
+    check_sha256(path, sha256)
+  file = open_checkpoint(path)
+  if file.metadata.get("trunk", name) != name:
+    raise ValueError(f"{path} holds the trunk {file.metadata['trunk']!r}, not {name!r}")
+
+  def read(tensor, shape):
+    if tensor not in file.tensors:
+      raise ValueError(f"{path} has no tensor {tensor!r}; {name!r} needs VGG16 with torchvision's names, features.N.weight")
+    if (found := file.tensors[tensor].shape) != shape:
+      raise ValueError(f"{path}: {tensor!r} is {list(found)}; {name!r} needs {list(shape)}")
+    return file.read(tensor).astype(np.float32)
+
+  trunk = {}
+  for number, (key, layer) in zip(perceptual.NUMBERS, shapes["trunk"].items()):
+    y, x, before, after = layer["kernel"].shape
+    kernel = read(f"features.{number}.weight", (after, before, y, x)).transpose(2, 3, 1, 0)
+    trunk[key] = {"kernel": np.ascontiguousarray(kernel), "bias": read(f"features.{number}.bias", (after,))}
+  if "heads" not in shapes:
+    return {"trunk": trunk}
+  heads = open_checkpoint(perceptual.HEADS)
+  return {"trunk": trunk, "heads": {k: heads.read(f"lin{i}.model.1.weight").reshape(-1) for i, k in enumerate(shapes["heads"])}}
+
+
+def check_sha256(path, sha256: str) -> None:
+  """Raises CheckpointError unless the file has this SHA-256 (hexadecimal)."""
+  with paths.errors(path), paths.open_file(path) as file:
+    found = hashlib.file_digest(file, "sha256").hexdigest()
+  if found != sha256.lower():
+    raise CheckpointError(f"{path} has the SHA-256 {found}, not {sha256}")
+
+
+def load_i3d(path) -> dict:
+  """The variables of I3D from the safetensors file that `interop.fetch` writes; CheckpointError for any other file."""
+  return load_variables(path, "native", i3d.init_shapes())

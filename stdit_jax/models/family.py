@@ -1,0 +1,156 @@
+"""A denoiser family: everything that the rest of the project has to know about one published denoiser.
+
+A family is one file: a frozen configuration, a linen module and a `FAMILY` record. Ours are `models/*.py`; yours is any module
+that Python can import. The rest of the project asks the record, never the type of the model.
+
+The module is called as `model.apply(variables, tokens, t, cond, sizes, x_mask=None, valid=None)`:
+
+  tokens   noisy latents `[B, T, S, P]`; P values of a patch, ordered (time, row, column, channel)
+  t        timesteps `[B]`, 0 (clean) to 1000 (noise), need not be whole
+  cond     what the conditioner gives, a dict of arrays (`Family.cond`)
+  sizes    {"grid": int32 `[B, 3]`, token grid (T, rows, columns); "height", "width": pixels `[B]`; "num_frames": pixel frames
+           `[B]`; "fps": `[B]`}
+  x_mask   bool `[B, T]`, True = frame to generate, False = clean frame; None = generate all. Only if `supports.frame_masks`.
+  valid    bool `[B, T, S, P]`, False for padding; None = everything counts. Padding never changes a valid result.
+
+It returns float32 `[B, T, S, patch positions * out_channels]`. Its configuration has the fields or properties `patch_size`,
+`in_channels`, `out_channels`, `hidden_size`, `depth`, `dtype` and `remat`.
+"""
+
+import dataclasses
+import functools
+import importlib
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from data.tokens import grid_size
+from stdit_jax import fields
+from stdit_jax.parallel.shardings import Layout
+
+SCALARS = ("height", "width", "num_frames", "fps")
+
+
+@dataclasses.dataclass(frozen=True)
+class Supports:
+  """What a family can do beyond denoising.
+
+  Attributes:
+    frame_masks: it takes `x_mask`, so that frames can be given (image to video, extension, masks in training).
+    step_cache: it takes `reuse` and has `cache_specs` (models/step_cache.py).
+  """
+
+  frame_masks: bool = False
+  step_cache: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+  """One published denoiser.
+
+  Attributes:
+    name: of the family, for messages.
+    sizes: {name: configuration}, e.g. "STDiT3-XL/2".
+    build: `(config, layout) -> nn.Module`; without a layout for one device.
+    condition: the conditioner that it takes, a key of `conditioning.CONDITIONERS`.
+    cond: `(config, rows) -> {name: ShapeDtypeStruct}`, the arrays of `cond` for so many rows.
+    null: `(config, constants, cond) -> cond`, the unconditional branch; `constants` is the model's collection of that name.
+    rules: sharding rules of the parameters (`parallel.shardings.spec_for`).
+    flops: `(config, frames, space) -> FLOPs` of one forward pass over one sample of `frames * space` tokens.
+    layouts: checkpoint layouts that files of the family have, the usual one first; names of `interop.LAYOUTS`, or objects.
+    stacks: parameters whose leading axis is the depth.
+    resizable: constants whose leading axis may change between stages; they repeat their last row.
+    supports: see `Supports`.
+  """
+
+  name: str
+  sizes: Mapping[str, Any]
+  build: Callable[[Any, Layout | None], nn.Module]
+  condition: str
+  cond: Callable[[Any, int], dict]
+  null: Callable[[Any, dict, dict], dict]
+  rules: tuple
+  flops: Callable[[Any, int, int], float]
+  layouts: tuple = ("native",)
+  stacks: tuple[str, ...] = ("blocks",)
+  resizable: tuple[str, ...] = ()
+  supports: Supports = Supports()
+
+  def get_config(self, size: str, **overrides) -> Any:
+    """The configuration of a size with some fields replaced. Raises ValueError naming the allowed sizes or fields."""
+    return fields.replace(fields.choose(self.sizes, size, "denoiser"), overrides, f"denoiser {size}")
+
+  def example(self, config: Any, rows: int = 1, frames: int = 1, side: int = 1) -> tuple:
+    """Inputs (tokens, t, cond, sizes) of a call over `frames` token frames of `side * side` tokens, all zeros or ones."""
+    ones = jnp.ones((rows,), jnp.float32)
+    cond = {name: jnp.zeros(s.shape, s.dtype) for name, s in self.cond(config, rows).items()}
+    grid = jnp.tile(jnp.asarray((frames, side, side), jnp.int32), (rows, 1))
+    values = math.prod(config.patch_size) * config.in_channels
+    return jnp.zeros((rows, frames, side * side, values)), ones, cond, {"grid": grid, **dict.fromkeys(SCALARS, ones)}
+
+  def init(self, config: Any, key: jax.Array) -> dict:
+    """Variables {"params", "constants" if the family has any} with the original initialisation."""
+    return self.build(config, None).init(key, *self.example(config))
+
+  def init_shapes(self, config: Any) -> dict:
+    """The tree of `init` as shapes; nothing is allocated. The result is shared: do not change it."""
+    return _init_shapes(self.init, config)
+
+
+@functools.cache
+def _init_shapes(init, config):
+  return jax.eval_shape(functools.partial(init, config), jax.random.key(0))
+
+
+OURS = ("stdit1", "stdit2", "stdit3")  # modules of this package with a FAMILY
+
+
+def families() -> list[Family]:
+  """All families of this package."""
+  return [importlib.import_module(f"{__package__}.{name}").FAMILY for name in OURS]
+
+
+def find_family(name: str) -> tuple[Family, str]:
+  """The family of a denoiser's name, and the name of the size in it.
+
+  Args:
+    name: a size of ours ("STDiT3-XL/2"), or MODULE:SIZE of a module with a `FAMILY` ("my_models.mmdit:S").
+
+  Raises:
+    ValueError: a name that nothing has, with the allowed ones.
+  """
+  module, colon, size = name.partition(":")
+  if not colon:
+    known = families()
+    for family in known:
+      if name in family.sizes:
+        return family, name
+    sizes = ", ".join(size for family in known for size in family.sizes)
+    raise ValueError(f"unknown denoiser {name!r}; allowed: {sizes}, or MODULE:SIZE of a module of yours")
+  try:
+    family = importlib.import_module(module).FAMILY
+  except (ImportError, AttributeError) as error:
+    raise ValueError(f"denoiser {name!r}: {module} is no module with a FAMILY ({error}); give MODULE:SIZE") from None
+  if size not in family.sizes:
+    raise ValueError(f"unknown denoiser {name!r}; {module} has {', '.join(f'{module}:{s}' for s in family.sizes)}")
+  return family, size
+
+
+def find_model(name: str, overrides: Mapping = {}) -> tuple[Family, Any]:
+  """The family and the configuration of a named denoiser. Raises ValueError naming the allowed names or fields."""
+  family, size = find_family(name)
+  return family, family.get_config(size, **overrides)
+
+
+def token_values(config: Any) -> int:
+  """P: values of one input token."""
+  return math.prod(config.patch_size) * config.in_channels
+
+
+def token_grid(config: Any, latent_size: tuple[int, int, int]) -> tuple[int, int, int]:
+  """The token grid (T, rows, columns) of latents of size (T, H, W)."""
+  return grid_size(latent_size, config.patch_size)

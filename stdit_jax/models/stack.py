@@ -1,0 +1,115 @@
+"""The stack of blocks: equal layers whose parameters are stacked over depth, `[depth, ...]`.
+
+`run_layers` loops over depth, `remat` decides what the backward pass keeps, `run_blocks` adds what denoisers need: gathering of
+sharded parameters, cached outputs of earlier sampling steps (step_cache.py), captured activations.
+"""
+
+import functools
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from stdit_jax.models import step_cache
+from stdit_jax.models.layers import DTYPES, OVER_TIME
+from stdit_jax.parallel.shardings import constrain, gather_layer
+
+BLOCK_INPUT = "block_input"
+REMAT_POLICIES = {  # what the backward pass keeps of a layer; it computes the rest again
+  "none": None,  # everything
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # products with parameters, not attention
+  "full": jax.checkpoint_policies.nothing_saveable,  # inputs of the layer only
+  "offload": jax.checkpoint_policies.save_and_offload_only_these_names(  # inputs of the layer, in the host's memory
+    names_which_can_be_saved=[], names_which_can_be_offloaded=[BLOCK_INPUT], offload_src="device", offload_dst="pinned_host"
+  ),
+}
+
+
+def remat(layer: Callable, policy: str, scan: bool) -> Callable:
+  """`layer` whose backward pass keeps what `policy`, one of REMAT_POLICIES, says."""
+  if policy == "none":
+    return layer
+
+  def named(x, parameters):
+    return layer(checkpoint_name(x, BLOCK_INPUT), parameters)
+
+  return jax.checkpoint(named if policy == "offload" else layer, policy=REMAT_POLICIES[policy], prevent_cse=not scan)
+
+
+def run_layers(layer: Callable, x: jax.Array, stacked, scan: bool, policy: str) -> tuple:
+  """`x` through equal layers, `layer(x, parameters) -> (x, output)`.
+
+  Args:
+    stacked: pytree of arrays `[depth, ...]`.
+    scan: one `lax.scan`, compiled once whatever the depth. False unrolls: compile time grows with depth, but no parameters are
+      copied into the loop and no gradients out of it (a CPU's training step: tests/benchmarks/denoiser.py).
+    policy: one of REMAT_POLICIES.
+
+  Returns:
+    (x, outputs stacked over depth, None if the layers give None)
+  """
+  layer = remat(layer, policy, scan)
+  if scan:
+    return jax.lax.scan(layer, x, stacked)
+  leaves, structure = jax.tree.flatten(stacked)
+  # Split, not indexed: the gradient of split is one concatenation, that of indexing a sum of arrays padded to full depth.
+  outputs = []
+  for parts in zip(*(jax.lax.split(leaf, (1,) * len(leaf)) for leaf in leaves)):
+    x, output = layer(x, structure.unflatten(part[0] for part in parts))
+    outputs.append(output)
+  return x, jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *outputs)
+
+
+def stacked_params(module: nn.Module, blocks: dict[str, nn.Module], depth: int, *inputs) -> dict:
+  """Parameters `[depth, ...]` of every block of a layer, as parameters of `module`; `inputs` are those of a block."""
+
+  def init(block):
+    return lambda key: jax.vmap(lambda k: block.init(k, *inputs)["params"])(jax.random.split(key, depth))
+
+  return {name: module.param(name, init(block)) for name, block in blocks.items()}
+
+
+def run_blocks(module: nn.Module, blocks: dict[str, nn.Module], rules: tuple, x, conditions, reuse=None) -> tuple:
+  """Tokens `[B, T, S, D]` through the layers of a denoiser.
+
+  Args:
+    module: the denoiser, with `config` and `layout`; inside its compact method.
+    blocks: {name of its parameters: block}, the blocks of one layer in order, called as `block(x, conditions, layer number)`.
+    rules: sharding rules of the parameters.
+    reuse: `step_cache.Reuse`, or None.
+
+  Returns:
+    (x, cached outputs for the next sampling step or None)
+  """
+  config, layout = module.config, module.layout
+  layers = stacked_params(module, blocks, config.depth, x, conditions, 0), jnp.arange(config.depth)
+  capturing = module.is_mutable_collection("intermediates") and not module.is_initializing()
+  pyramid = reuse is not None and isinstance(reuse.cache, step_cache.PyramidBroadcast)
+
+  def apply(name, params, *inputs):
+    if not capturing or config.scan:
+      return blocks[name].apply({"params": params}, *inputs)
+    x, state = blocks[name].apply({"params": params}, *inputs, capture_intermediates=True, mutable="intermediates")
+    module.sow("intermediates", name, state["intermediates"])
+    return x
+
+  def layer(x, inputs):
+    params, number, cached = inputs
+    outputs = {}
+    for name in blocks:
+      own = gather_layer(params[name], name, layout, DTYPES[config.dtype], rules)
+      calls = (step_cache.CachedCalls(cached[name], reuse.computes),) if pyramid else ()
+      x = apply(name, own, x, conditions, number, *calls)
+      outputs |= {name: calls[0].outputs} if pyramid else {}
+    return constrain(x, layout, *OVER_TIME), outputs or None
+
+  # A captured value could not leave a layer that is computed again.
+  run = functools.partial(run_layers, layer, scan=config.scan, policy="none" if capturing else config.remat)
+  if reuse is None or pyramid:
+    return run(x, (*layers, reuse and reuse.cached))
+  first, others = jax.tree.map(lambda p: p[0], layers), jax.tree.map(lambda p: p[1:], layers)
+  return step_cache.residual_layers(
+    lambda x: run(x, (*others, None))[0], x, lambda x: layer(x, (*first, None))[0], reuse.cached, reuse.cache.threshold
+  )

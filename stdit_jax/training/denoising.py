@@ -1,0 +1,222 @@
+"""The denoiser objective: the diffusion loss over latents, and what a stage that trains a denoiser needs around it."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from data.config import DataConfig
+from stdit_jax.autoencoders.registry import check_lengths, family_of
+from stdit_jax.components import Components, load_denoiser, load_text_encoder, need_file
+from stdit_jax.conditioning import replace_rows
+from stdit_jax.diffusion.frame_masks import FrameMasks
+from stdit_jax.diffusion.noise import Purpose, element_index, fold_in, sample_keys, token_noise
+from stdit_jax.models import flops, t5
+from stdit_jax.training import latent_caches
+from stdit_jax.training.batches import DenoiserBatches
+from stdit_jax.training.state import init_shapes
+
+QUARTERS = ("t 0-25%", "t 25-50%", "t 50-75%", "t 75-100%")  # of the timesteps
+
+
+class DenoiserObjective:
+  """Trains a denoiser, with or without its text encoder; as training/objectives.py says.
+
+  Attributes:
+    parts: the `Components` of the stage.
+  """
+
+  part = "denoiser"
+  counts_flops = True
+
+  def __init__(self, config):
+    self.config = config
+    self.parts = Components.of(config)
+    self.model, self.diffusion = self.parts.model, self.parts.diffusion
+    self.frame_masks = FrameMasks.create(config.mask_ratios)
+    self.masked = any(n != "identity" and p > 0 for n, p in zip(self.frame_masks.names, self.frame_masks.probabilities))
+    if self.masked and not self.parts.family.supports.frame_masks:
+      raise ValueError(f"config: {self.parts.family.name} has no frame masks; leave mask_ratios empty")
+    self.rules, self.from_files = self.parts.rules, self.parts.conditioner.from_files
+    self.resizable = (*(f"/{stack}/" for stack in self.parts.family.stacks), *map("/{}".format, self.parts.family.resizable))
+
+  @functools.cached_property
+  def shapes(self):
+    """(params, frozen) of `init` as shapes; nothing is allocated."""
+    return init_shapes(self)
+
+  def init(self, key):
+    """(params, frozen) with the original initialisation; jit it with sharded outputs."""
+    return self.parts.init(key)
+
+  # The loss.
+
+  def loss(self, params, frozen, batch, layout=None):
+    """-> (loss per sample `[B]`, further values per sample). `layout`: how activations lie on the mesh."""
+    keys = functools.partial(sample_keys, self.config.seed, batch["sample_id"])
+    frames, sizes = batch["latents_mean"].shape[1], batch["sizes"]
+    t = self.diffusion.sample_timesteps(
+      keys(Purpose.TIMESTEP),
+      sizes["height"], sizes["width"], sizes["num_frames"], batch["latent_size"][:, 0].astype(jnp.float32),
+    )  # fmt: skip
+    frame_mask = self.frame_masks.draw(keys(Purpose.FRAME_MASK), frames) if self.masked and frames > 1 else None
+    drop = jax.vmap(jax.random.uniform)(keys(Purpose.DROP_TEXT)) < self.config.caption_dropout
+    loss = self._loss_of(params, frozen, batch, layout, drop)(keys(Purpose.NOISE), t, frame_mask)
+    return loss, self._by_timestep(loss, t)
+
+  def fixed_loss(self, params, frozen, batch, count, layout=None):
+    """Loss `[count, B]` at `count` fixed timesteps, with noise of the sample's own for each.
+
+    No caption is dropped and no frame masked.
+    """
+    loss_of = self._loss_of(params, frozen, batch, layout)
+    keys = sample_keys(self.config.seed, batch["sample_id"], Purpose.NOISE)
+
+    def at(number_and_t):
+      number, t = number_and_t
+      return loss_of(fold_in(keys, number), jnp.full(keys.shape, t), None)
+
+    return jax.lax.map(at, (jnp.arange(count), jnp.asarray(self.diffusion.fixed_timesteps(count))))
+
+  def fixed_names(self, count):
+    """What the rows of `fixed_loss` count for: the quarter of the timesteps."""
+    return [QUARTERS[min(3, int(4 * t / self.diffusion.num_timesteps))] for t in self.diffusion.fixed_timesteps(count)]
+
+  def _loss_of(self, params, frozen, batch, layout, drop=None):
+    """-> `(noise keys [B], t [B], frame mask [B, T] or None) -> loss [B]` of these latents and conditions.
+
+    `drop` `[B]`: samples that see the unconditional branch; None drops none.
+    """
+    config, size, sizes = self.model.config, batch["latent_size"], batch["sizes"]
+    shape = batch["latents_mean"].shape[1:]  # (T, S, P)
+    _, valid = element_index(size, sizes["grid"], shape, config.patch_size)
+
+    def noise(keys):
+      return token_noise(keys, size, shape, sizes["grid"], config.patch_size, config.in_channels)
+
+    x0 = batch["latents_mean"]  # [B, T, S, P]
+    if "latents_std" in batch:
+      x0 = x0 + batch["latents_std"] * noise(sample_keys(self.config.seed, batch["sample_id"], Purpose.POSTERIOR))
+    variables, encoder = self.parts.weights(params, frozen)
+    cond = self.parts.conditioner.encode(encoder, batch["cond"], layout)
+    if drop is not None:
+      cond = replace_rows(cond, self.parts.family.null(config, variables.get("constants", {}), cond), drop)
+    denoiser = self.model.clone(layout=layout)
+
+    def loss_of(keys, t, frame_mask):
+      def denoise(x, t, x_mask):
+        return denoiser.apply(variables, x, t, cond, sizes, x_mask=x_mask, valid=valid)
+
+      return self.diffusion.loss(
+        denoise, x0, noise(keys), t, num_channels=config.in_channels, frame_mask=frame_mask, valid=valid
+      )
+
+    return loss_of
+
+  def _by_timestep(self, loss, t):
+    """The loss in each quarter of the timesteps, 0 elsewhere, and where it counts (`metrics.Averages`)."""
+    quarter = jnp.clip(jnp.floor(4 * t.astype(jnp.float32) / self.diffusion.num_timesteps), 0, 3)
+    values = {}
+    for q, name in enumerate(f"loss/{name}" for name in QUARTERS):
+      values |= {name: jnp.where(quarter == q, loss, 0.0), f"{name}/share": (quarter == q).astype(jnp.float32)}
+    return values
+
+  # Batches.
+
+  def batch(self, bucket, rows, token_parts=1):
+    """The arrays of one batch as a tree of `ArraySpec`."""
+    return self.parts.batch(bucket, rows, token_parts)
+
+  def work(self, batch):
+    """(tokens, model FLOPs) of training on one global batch of `ArraySpec`s.
+
+    Tokens are those that the program computes: 1 to 7 % of them are padding. FLOPs are those of the denoiser, three times its
+    forward pass: no encoder, no recomputation.
+    """
+    rows, frames, space, _ = batch["latents_mean"].shape
+    return rows * frames * space, rows * flops.TRAINING * self.parts.family.flops(self.model.config, frames, space)
+
+  def splits(self, num_frames, devices):
+    """Whether clips of so many frames can be split over so many devices: always, tokens are padded until they divide."""
+    return True
+
+  def data_config(self, values):
+    """`DataConfig` of the group `data`, with the labels that the conditioner needs. Raises ValueError."""
+    config = DataConfig.create(values)
+    if (classes := self.parts.conditioner.num_classes) is not None:
+      config = dataclasses.replace(config, num_classes=classes, captions="optional")
+    return config
+
+  def open_cache(self, data, table):
+    """The `data.latents.Cache` that is read in place of videos. Raises ValueError if it was made from something else."""
+    return latent_caches.open_cache(self.config, self.parts.conditioner, data, table)
+
+  def worker(self, cache):
+    """What the loader's workers make of a caption and a label, or None."""
+    return self.parts.conditioner.worker(cached=bool(cache and cache.text))
+
+  def check_plan(self, clips):
+    """Nothing: clips of every size fit."""
+
+  def batch_maker(self, encoders, name):
+    """`(LoadedStep, layout) -> global arrays` of a stage called `name`; `encoders` loads those that it needs."""
+    clips = encoders.clips(self.config.autoencoder, name) if self._encodes_clips else None
+    ahead = encoders.conditioner(self.parts) if self._encodes_ahead else None
+    return DenoiserBatches(self.parts, clips, ahead)
+
+  # Rows of a validation are not cached.
+
+  @property
+  def _encodes_clips(self):
+    return bool(self.config.validation.every) or not self.config.data.latents
+
+  @property
+  def _encodes_ahead(self):
+    conditioner, folder = self.parts.conditioner, self.config.data.latents
+    return conditioner.ahead and (bool(self.config.validation.every) or not conditioner.is_cached(folder))
+
+  # Weights.
+
+  def check_files(self):
+    """Raises ValueError if a file that a run will read does not exist, or buckets do not suit the autoencoder."""
+    config = self.config
+    check_lengths(config, self.parts.autoencoder.config)
+    if self._encodes_clips:
+      need_file(config.autoencoder.weights, "autoencoder.weights")
+    if self._encodes_ahead or self.from_files:
+      need_file(config.text_encoder.weights, "text_encoder.weights")
+
+  def read_frozen(self, mesh):
+    """{name of `from_files`: parameters} from the files that the configuration names, laid over the mesh."""
+    return {name: self._load_encoder(mesh) for name in self.from_files}
+
+  def read_initial(self, params, mesh):
+    """`params` of `init` with those that files of their own bring."""
+    if "text_encoder" in params and self.config.text_encoder.weights:
+      return {**params, "text_encoder": self._load_encoder(mesh)}
+    return params
+
+  def _load_encoder(self, mesh):
+    return load_text_encoder(self.config.text_encoder, self.parts.conditioner.encoder, mesh)
+
+  def load_checkpoint(self, path, params, frozen, mesh):
+    """(params, frozen) with the denoiser of a checkpoint in a layout of its family."""
+    constants = {"constants": frozen["denoiser"]} if "denoiser" in frozen else {}
+    current = {"params": params["denoiser"], **constants}
+    loaded = load_denoiser(self.parts, path, mesh, current=current, strict=self.config.init_strict)
+    frozen = frozen | ({"denoiser": loaded["constants"]} if constants else {})
+    return {**params, "denoiser": loaded["params"]}, frozen
+
+  def beside(self, bytes_per_device, mesh):
+    """Bytes on one device of the encoders that are in neither `params` nor `frozen`.
+
+    `bytes_per_device(shapes, mesh, rules)` counts those of a tree.
+    """
+    autoencoder = self.parts.autoencoder.config
+    shapes = family_of(autoencoder).init_shapes(autoencoder)
+    total = sum(math.prod(s.shape) * s.dtype.itemsize for s in jax.tree.leaves(shapes))
+    if self.parts.conditioner.ahead:
+      total += bytes_per_device(t5.init_shapes(self.parts.conditioner.encoder.config), mesh, t5.RULES)
+    return total

@@ -1,0 +1,46 @@
+"""The weights of step 0: the original initialisation, then those of the files that the configuration names."""
+
+import jax
+
+from stdit_jax.components import need_file
+from stdit_jax.parallel.shardings import path_name, tree_shardings
+from stdit_jax.training.checkpoints import is_run_folder, load_weights
+
+
+def initial_weights(objective, config, key, mesh):
+  """(params, frozen) of step 0 over the mesh.
+
+  Raises CheckpointError or ValueError when a file is missing, broken or of another model.
+  """
+  params, frozen = jax.jit(objective.init, out_shardings=tree_shardings(objective.shapes, mesh, objective.rules))(key)
+  frozen |= objective.read_frozen(mesh)
+  params = objective.read_initial(params, mesh)
+  if not config.init:
+    return params, frozen
+  path = need_file(config.init, "init")
+  if is_run_folder(path):
+    return from_run(objective, path, params, frozen, mesh)
+  return objective.load_checkpoint(path, params, frozen, mesh)
+
+
+def from_run(objective, path, params, frozen, mesh):
+  """(params, frozen) with the weights of another run's folder. Raises ValueError for one of another model."""
+  loaded, constants, _ = load_weights(path, mesh=mesh, rules=objective.rules)
+  found = {name: loaded[name] for name in params if name in loaded}
+  if objective.part not in found:
+    raise ValueError(f"config: init={path!r} is a run of {', '.join(loaded)}, not of the {objective.part} that is trained here")
+  constants = {name: constants[name] for name in frozen if name in constants}
+  check_same_shapes({name: params[name] for name in found}, found, path)
+  check_same_shapes({name: frozen[name] for name in constants}, constants, path)
+  return params | found, frozen | constants
+
+
+def check_same_shapes(expected, found, where):
+  """Raises ValueError naming the first parameters of `found` that differ from the model's."""
+  ours, theirs = (
+    {path_name(p): tuple(x.shape) for p, x in jax.tree_util.tree_flatten_with_path(tree)[0]} for tree in (expected, found)
+  )
+  wrong = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+  if wrong:
+    details = "; ".join(f"{n}: {theirs.get(n, 'missing')}, model has {ours.get(n, 'none')}" for n in wrong[:5])
+    raise ValueError(f"{where} belongs to another model: {len(wrong)} parameters differ ({details})")

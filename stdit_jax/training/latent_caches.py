@@ -1,0 +1,55 @@
+"""What cached latents and text features are made from, and opening them in place of videos.
+
+`data/latents.py` has their keys, shards and reading, `encoding.py` makes them.
+"""
+
+import dataclasses
+import json
+
+from data import latents, paths
+from stdit_jax.autoencoders.registry import autoencoder_model
+from stdit_jax.models import t5
+
+
+def _plain(values):
+  return json.loads(json.dumps(values))
+
+
+def _if_there(path):
+  """{"weights": fingerprint} of weights that exist: a training from a cache needs none."""
+  return {"weights": paths.fingerprint(path)} if path and paths.exists(path) else {}
+
+
+def autoencoder_identity(config):
+  """What decides the latents of pixels, from the group `autoencoder` of a configuration."""
+  fields = dataclasses.asdict(autoencoder_model(config).config)
+  del fields["remat"]
+  return {"name": config.name, "dtype": config.dtype, "fields": _plain(fields), **_if_there(config.weights)}
+
+
+def text_identity(config):
+  """What decides the features of captions, from the group `text_encoder` of a configuration."""
+  fields = dataclasses.asdict(t5.get_config(config.name, **config.fields))
+  fields = {name: value for name, value in fields.items() if name not in ("scan", "remat")}
+  tokenizer = config.tokenizer
+  if paths.is_folder(tokenizer):
+    tokenizer = paths.fingerprint(tokenizer)
+  plain = {name: config[name] for name in ("name", "max_length", "clean_captions")}
+  return {**plain, "tokenizer": tokenizer, "fields": _plain(fields), **_if_there(config.weights)}
+
+
+def open_cache(config, conditioner, data, table):
+  """The `data.latents.Cache` of a stage. Raises ValueError, naming what differs, if it was made from something else.
+
+  Args:
+    config: of the stage; conditioner: of its denoiser.
+    data: its `DataConfig`; table: its rows.
+  """
+  wanted = {**latents.made_from_clips(data, table), "autoencoder": autoencoder_identity(config.autoencoder)}
+  if config.autoencoder.sample_posterior:
+    wanted["log_variance"] = True
+  found, text = latents.find(data.latents, "latents", wanted), None
+  if conditioner.is_cached(data.latents):
+    wanted = {**latents.made_from_captions(data, table), "text_encoder": text_identity(config.text_encoder)}
+    text = latents.find(data.latents, "text", wanted)
+  return latents.Cache(found, text, table, data)

@@ -1,0 +1,39 @@
+"""SIGTERM stops a run after the step at work, on all processes at the same step."""
+
+import signal
+import threading
+
+import jax
+
+from stdit_jax.training.checkpoints import reached_preemption
+
+
+class Preempted(Exception):  # noqa: N818 - nothing went wrong
+  """The run was told to stop and has saved everything."""
+
+
+class Preemption:
+  """Whether the run was told to stop. In a run of one process a signal handler notes it while the `with` block runs.
+
+  In a run of several the runtime notes it, and makes all processes stop at the same step.
+  """
+
+  def __init__(self):
+    self._told, self._asked, self._old = False, 0, None
+
+  def __enter__(self):
+    if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
+      self._old = signal.signal(signal.SIGTERM, self._note)
+    return self
+
+  def __exit__(self, *_):
+    if self._old is not None:
+      signal.signal(signal.SIGTERM, self._old)
+
+  def _note(self, *_):
+    self._told = True
+
+  def requested(self):
+    """Whether to stop now; the answer is the same on all processes. Call it once per optimizer step."""
+    self._asked += 1
+    return reached_preemption(self._asked) if jax.process_count() > 1 else self._told

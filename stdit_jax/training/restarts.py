@@ -1,0 +1,217 @@
+"""Where a run begins: at step 0, at a checkpoint, or back at one after steps that were not finite.
+
+The newest whole checkpoint gives parameters, average, optimizer, its step, and the micro steps of the plan that the run skips.
+The step alone gives the stage, and the number of micro steps that the data has advanced.
+"""
+
+import contextlib
+import json
+
+import jax
+from jax.experimental import multihost_utils
+
+from data import paths
+from stdit_jax.cli import InputError
+from stdit_jax.parallel.shardings import tree_shardings
+from stdit_jax.training import initial, transition
+from stdit_jax.training.checkpoints import CONFIG, DamagedCheckpointError, plain
+from stdit_jax.training.run import say, warn
+from stdit_jax.training.stages import changed_keys, identity
+from stdit_jax.training.state import new_state, with_shardings
+from stdit_jax.training.watchdog import StartAgain
+
+
+class Restarts:
+  """Starts, resumes, saves and moves back one run.
+
+  Attributes:
+    skip: {name of a stage: micro steps of its plan that are skipped}.
+  """
+
+  def __init__(self, run):
+    self.run, self.checkpoints = run, run.checkpoints
+    self.skip, self._went_back_to = {}, None
+
+  def start(self):
+    """(state, frozen, step): from the newest checkpoint that can be read, or from the beginning.
+
+    Raises:
+      ValueError: data that is not that of the checkpoint, checkpoints of which none can be read, or none where
+        `config.resume` asks for one.
+    """
+    self.run.beat("starting", slow=True)
+    # The first process may have waited until another run gave the folder up: what that run saved meanwhile counts.
+    if jax.process_count() > 1:
+      multihost_utils.sync_global_devices("the folder is ours")
+    self.checkpoints.reload()
+    found, wanted = self.checkpoints.steps(), self.run.config.resume
+    if wanted.isdigit() and self._went_back(found, wanted):
+      say(f"the run went back to step {wanted} before, and resumes from there; to go back again, move newer checkpoints away")
+      wanted = "auto"
+    if wanted == "required" and not found:
+      raise ValueError(f"config: resume='required', but {self.run.config.output} has no checkpoint")
+    if wanted.isdigit() and int(wanted) not in found:
+      raise ValueError(f"config: resume={wanted!r}, but {self.run.config.output} has only checkpoints {found}")
+    for key in self.run.changed if found else ():
+      say(f"config: {key} has changed since this run began")
+    for step in reversed(found):
+      if wanted.isdigit() and step != int(wanted):
+        continue
+      if restored := self._try(step):
+        if newer := [s for s in found if s > step]:
+          folder = self.checkpoints.set_aside(newer)  # or their steps could not be saved again
+          warn(f"newer checkpoints, of steps {', '.join(map(str, newer))}, were moved to {folder}")
+        say(f"resumed from step {step} of {self.run.config.output}")
+        return *restored, step
+    if found:
+      raise ValueError(f"no checkpoint in {self.checkpoints.folder} can be read; move them away to start anew")
+    state, frozen = self._initial()
+    if jax.process_index() == 0:
+      paths.write_text(paths.join(self.run.config.output, CONFIG), json.dumps(plain(self.run.config), indent=1))
+    return state, frozen, 0
+
+  def _try(self, step):
+    """(state, frozen) of a checkpoint, None if it is damaged."""
+    if self.checkpoints.is_marked(step):
+      warn(f"a process could not read checkpoint {step}; trying an older one")
+      return None
+    try:
+      return self._restore(step)
+    except DamagedCheckpointError as error:
+      warn(f"{error}; trying an older one")
+      return None
+
+  def _went_back(self, steps, wanted):
+    """Whether the newest checkpoint was made by a run that had gone back to `wanted`: a supervisor gives the same command."""
+    with contextlib.suppress(DamagedCheckpointError):
+      return bool(steps) and self.checkpoints.position(steps[-1]).get("config", {}).get("resume") == wanted != str(steps[-1])
+    return False
+
+  def _initial(self):
+    """(state, frozen) of step 0."""
+    parts, key = self.run.parts[0], jax.random.key(self.run.config.seed)
+    params, frozen = initial.initial_weights(parts.objective, parts.stage.config, key, self.run.mesh)
+    place = jax.jit(lambda p: new_state(p, parts.programs.optimizer), out_shardings=parts.programs.state)
+    return place(params), frozen
+
+  def _restore(self, step):
+    """(state, frozen) of a checkpoint, and sets `skip`.
+
+    Raises:
+      DamagedCheckpointError: it can't be read. StartAgain in a run of several processes, since only some may see the damage
+        while others wait for them: the next start skips the checkpoint.
+      ValueError: as `start`.
+    """
+    parts, made = self.run.parts_of(step), self.run.parts_that_made(step)
+    try:
+      position = self.checkpoints.position(step)
+      own = plain(made.stage.config)
+      if other := changed_keys(identity(position.get("config", own)), identity(own)):
+        raise ValueError(
+          f"config: step {step} was made with another model than that of stage {made.stage.name!r}, to which it belongs now "
+          f"({', '.join(other)}); give the stages the steps that they had"
+        )
+      same = self._check_data(step, parts, position)
+      shapes = made.programs.shapes[0], constants(made.objective)
+      places = (with_shardings(tree, self.run.mesh, made.objective.rules) for tree in shapes)
+      state, frozen = self.checkpoints.restore(step, *places)
+    except DamagedCheckpointError as error:
+      if jax.process_count() == 1:
+        raise
+      self.checkpoints.mark(step)
+      raise StartAgain(str(error)) from error
+    skip = position.get("skip", {})
+    self.skip = {name: tuple(positions) for name, positions in skip.items() if same or name != parts.stage.name}
+    return state, frozen | made.objective.read_frozen(self.run.mesh)
+
+  def _check_data(self, step, parts, position):
+    """Whether the data of the stage follows what the checkpoint has seen; raises ValueError if it should and does not."""
+    restart = self.run.config.restart_data
+    # A stage that was put behind a run that had ended begins with data of its own.
+    if step == parts.stage.start and position["stage"] != parts.stage.name:
+      return True
+    same = parts.data.check_same(position["data"], restart)
+    if not restart:
+      check_place(step, parts.stage, position)
+      parts.data.follow(position.get("sources", ()))
+    return same
+
+  def save(self, step, state, frozen):
+    """Writes a checkpoint after `step` optimizer steps."""
+    self.run.beat(f"step {step}: saving", slow=True)
+    parts, made = self.run.parts_of(step), self.run.parts_that_made(step)
+    stage = parts.stage
+    taken = (step - stage.start) * stage.config.optimizer.accumulate
+    position = {"step": step, "stage": stage.name, "data": parts.data.identity(), "skip": self.skip}
+    position["sources"] = parts.data.sources(taken, self.skip.get(stage.name, ()))
+    position["config"] = plain(made.stage.config)  # a reader needs the model, and config.json is older
+    own = {name: tree for name, tree in frozen.items() if name not in made.objective.from_files}
+    self.checkpoints.save(step, state, own, position)
+
+  def go_back(self, failure):
+    """(state, frozen, step) of the last checkpoint, from which the run skips the micro steps that failed.
+
+    Raises:
+      InputError: that did not help the last time.
+    """
+    self.run.beat("going back to the last checkpoint", slow=True)
+    self.checkpoints.wait()
+    target = self.checkpoints.latest() or 0
+    first, last = failure.steps[0][0], failure.steps[-1][0]
+    if self._went_back_to == target:
+      raise InputError(
+        f"steps {first} to {last}: loss or gradient was not finite, although the run had gone back to step {target} and "
+        f"skipped what failed ({failure.report()}). Look at these files, or lower optimizer.learning_rate"
+      )
+    self._went_back_to = target
+    name = self.run.parts_of(first - 1).stage.name
+    self.skip[name] = tuple(sorted({*self.skip.get(name, ()), *failure.positions()}))
+    positions = ", ".join(map(str, failure.positions()))
+    warn(
+      f"steps {first} to {last}: loss or gradient was not finite ({failure.report()}); going back to step {target} "
+      f"and skipping micro steps {positions} of the plan of stage {name!r}"
+    )
+    if not self.checkpoints.steps():
+      return *self._initial(), 0
+    skip = self.skip
+    try:
+      state, frozen = self._restore(target)
+    except DamagedCheckpointError as error:
+      raise StartAgain(f"{error}; the next start tries an older one") from error
+    self.skip = skip
+    return state, frozen, target
+
+  def enter(self, parts, state, frozen, step):
+    """(state, frozen) with which a stage resumes at `step`: of its own model, at its start with a fresh optimizer on demand."""
+    objective, optimizer = parts.objective, parts.programs.optimizer
+    before, own = transition.by_name(state["params"], frozen), transition.by_name(*objective.shapes)
+    if change := transition.describe(before, own, objective.resizable):
+      say(f"stage {parts.stage.name!r} changes the model; {change}")
+      key, had = jax.random.fold_in(jax.random.key(self.run.config.seed), parts.stage.index), frozen.keys()
+      state, frozen = transition.change_model(objective, optimizer, self.run.mesh, key, state, frozen)
+      if not had >= set(objective.from_files):
+        frozen |= objective.read_frozen(self.run.mesh)
+    if step == parts.stage.start and step > 0 and not parts.stage.keep_optimizer:
+      shardings = tree_shardings(parts.programs.shapes[0]["opt"], self.run.mesh, objective.rules)
+      state["opt"] = jax.jit(optimizer.init, out_shardings=shardings)(state["params"])
+    return state, frozen
+
+
+def constants(objective):
+  """Shapes of that part of `frozen` that a checkpoint holds: the null caption, ..., not what is read from files anew."""
+  return {name: tree for name, tree in objective.shapes[1].items() if name not in objective.from_files}
+
+
+def check_place(step, stage, position):
+  """Raises ValueError if the steps of a stage would not be followed by those that come next in its data."""
+  if position["stage"] != stage.name:
+    raise ValueError(
+      f"config: step {step} was made in stage {position['stage']!r} and belongs to {stage.name!r} now; give the stages the "
+      "names and steps that they had"
+    )
+  now, was = stage.config.optimizer.accumulate, position.get("config", {}).get("optimizer", {}).get("accumulate")
+  if step > stage.start and was not in (None, now):
+    raise ValueError(
+      f"config: optimizer.accumulate is {now} and was {was} up to step {step}, in the midst of stage {stage.name!r}: samples "
+      f"would be left out or come again; set it to {was}, or end the stage at step {step} and begin another"
+    )

@@ -1,0 +1,180 @@
+"""A run, put together and checked: devices, mesh, and for every stage its objective, programs and data.
+
+Nothing has been compiled or written when this is done.
+"""
+
+import dataclasses
+import json
+import sys
+from typing import Any
+
+import jax
+
+from data import paths
+from stdit_jax.components import need_file
+from stdit_jax.parallel.mesh import make_mesh
+from stdit_jax.parallel.shardings import tree_shardings
+from stdit_jax.training import claim
+from stdit_jax.training.batches import Encoders
+from stdit_jax.training.checkpoints import CONFIG, Checkpoints, from_plain, plain
+from stdit_jax.training.compilation import AheadOfTime
+from stdit_jax.training.objectives import make_objective
+from stdit_jax.training.stage_data import StageData
+from stdit_jax.training.stages import Stage, changed_keys, identity, make_stages, naming, stage_of, stage_that_made, total_steps
+from stdit_jax.training.state import learning_rate_scales
+from stdit_jax.training.step import ADVERSARY, Programs, TraceCounter
+from stdit_jax.training.validation import Validation
+
+
+def say(text, file=None):
+  """Prints on the first process only."""
+  if jax.process_index() == 0:
+    print(text, file=file, flush=True)
+
+
+def warn(text):
+  """Prints a warning on the first process only."""
+  say(f"warning: {text}", sys.stderr)
+
+
+def check_platform(wanted):
+  """Raises ValueError when the devices are not of the platform the config asks for."""
+  try:
+    found = jax.default_backend()
+  except (RuntimeError, AssertionError) as error:  # JAX_PLATFORMS names one that is not there
+    reason = str(error).splitlines()[0] if str(error) else f"JAX_PLATFORMS is {jax.config.jax_platforms!r}"
+    raise ValueError(f"JAX finds no devices: {reason}") from None
+  if wanted and found != wanted:
+    raise ValueError(f"config: platform is {wanted!r}, but JAX finds only {found!r} devices ({jax.device_count()} of them)")
+
+
+def check_output(folder, config):
+  """Keys of the configuration that changed since the run in `folder` began.
+
+  Raises:
+    ValueError: the folder can't be written to, or belongs to another run.
+  """
+  path = paths.join(folder, CONFIG)
+  try:
+    if not paths.exists(path) and (others := _foreign(folder)):
+      raise ValueError(
+        f"config: output={folder!r} holds {', '.join(others[:3])} and no {CONFIG}: it is no run of ours; give another folder"
+      )
+    paths.check_writable(folder, "config: output")
+    if not paths.exists(path):
+      return []
+    old = json.loads(paths.read_text(path))
+  except OSError as error:
+    raise ValueError(f"config: output={folder!r} can't be used: {error.strerror}; give another folder") from None
+  except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    raise ValueError(f"{path} is damaged ({error}); give another output folder") from None
+  before, now = ({s.name: identity(plain(s.config)) for s in make_stages(c)} for c in (from_plain(old), config))
+  for name in filter(before.get, now):
+    for key in changed_keys(before[name], now[name]):
+      raise ValueError(
+        f"config: output={folder!r} belongs to another run: {key} differs in stage {name!r}; give another output folder, "
+        "or the config of that run (a stage that has not begun may change under another name)"
+      )
+  return [key for key in changed_keys(old, plain(config)) if key not in ("resume", "restart_data", "compilation_cache")]
+
+
+def _foreign(folder):
+  """Names in a folder that no run of ours put there before its first checkpoint: a run may have been stopped early."""
+  data = [name for name in paths.names(paths.join(folder, "data")) if not name.startswith(("table-", "plan-", "tmp"))]
+  own = {"checkpoints", "compilation_cache", claim.NAME} | (set() if data else {"data"})
+  temporary = (".config.tmp", ".running.tmp", ".writable")
+  return [name for name in paths.names(folder) if name not in own and not name.startswith(temporary)]
+
+
+@dataclasses.dataclass
+class StageParts:
+  """One stage, put together.
+
+  Attributes: stage; objective: what it trains; programs: `step.Programs`; data: `StageData`; validation: `Validation`, or None.
+  """
+
+  stage: Stage
+  objective: Any
+  programs: Programs
+  data: StageData | None = None
+  validation: Validation | None = None
+
+
+class Run:
+  """A run, put together and checked; `restarts.Restarts` starts or resumes it, `loop.train` runs it to its end.
+
+  Args:
+    config: of the run.
+    beat: called with what the run does next, and whether that may take long (`watchdog.Watchdog.beat`).
+
+  Attributes:
+    config, mesh; stages: list of `Stage`; parts: {index of a stage} -> `StageParts`.
+    changed: keys of the configuration that changed since the run began.
+    checkpoints, counter, compiler, encoders: services that all stages share.
+
+  Raises:
+    ValueError: anything that is wrong with the configuration, its files or the output folder.
+  """
+
+  def __init__(self, config, beat=lambda what, slow=False: None):
+    self.config, self.beat = config, beat
+    self.stages = make_stages(config)
+    check_platform(config.platform)
+    self.mesh, self.counter = make_mesh(config.mesh, slices=config.slices), TraceCounter()
+    if config.init:
+      need_file(config.init, "init")
+    self.parts = [self._put_together(stage) for stage in self.stages]
+    self.changed = check_output(config.output, config)
+    for parts in self.parts:
+      parts.data = StageData(parts.stage, config.output, self.mesh, parts.objective)
+    self._check_split()
+    for parts in self.parts:
+      if parts.stage.config.validation.every:
+        parts.validation = Validation(parts.stage, config.output, self.mesh, parts.objective)
+    self.checkpoints = Checkpoints(config.output, config.keep_checkpoints)
+    self.compiler = AheadOfTime(config.compile_threads, say)
+    self.encoders = Encoders(self.counter, self.mesh)
+
+  def _put_together(self, stage):
+    """`StageParts` without data."""
+    with naming(stage):
+      config = stage.config
+      objective = make_objective(config)
+      objective.check_files()
+      params, frozen = objective.shapes
+      tree_shardings((params, frozen), self.mesh, objective.rules)  # raises where a size does not divide
+      scales = learning_rate_scales(params, config.train, config.optimizer.scales)
+      if ADVERSARY in params and not any(jax.tree.leaves(scales[ADVERSARY])):
+        raise ValueError(
+          f"config: train={config.train!r} excludes the discriminator, so it would stay at its random initialisation. Include "
+          "it, or set autoencoder.adversarial_weight=0"
+        )
+      return StageParts(stage, objective, Programs(objective, stage, self.mesh, self.counter))
+
+  def _check_split(self):
+    """Raises ValueError if `split_tokens` names a bucket that no stage has."""
+    known = {f"{b.resolution}:{b.num_frames}" for parts in self.parts for b in parts.data.config.parsed_buckets()}
+    for stage in self.stages:
+      named = stage.config.split_tokens
+      if unknown := sorted(set(named.split(",")) - known - {"auto", "never", "always"}):
+        raise ValueError(
+          f"config: stage {stage.name!r}: split_tokens names {unknown[0]}, which no stage has; buckets are "
+          f"{', '.join(sorted(known))}"
+        )
+
+  @property
+  def total_steps(self):
+    """Optimizer steps of all stages."""
+    return total_steps(self.stages)
+
+  def parts_of(self, step):
+    """`StageParts` of the stage to which optimizer step `step` belongs."""
+    return self.parts[stage_of(self.stages, step).index]
+
+  def parts_that_made(self, step):
+    """`StageParts` of the stage whose model a checkpoint after `step` optimizer steps holds."""
+    return self.parts[stage_that_made(self.stages, step).index]
+
+  def batch_maker(self, parts):
+    """`(LoadedStep, layout) -> global arrays` of a stage."""
+    return parts.objective.batch_maker(self.encoders, parts.stage.name)

@@ -1,0 +1,29 @@
+"""A training run for tests: with its restart policy, its loop and its batches at hand."""
+
+from stdit_jax.training import run
+from stdit_jax.training.loop import train
+from stdit_jax.training.restarts import Restarts
+
+
+class Run(run.Run):
+  """`run.Run` that starts and trains."""
+
+  def __init__(self, config):
+    super().__init__(config)
+    self.restarts = Restarts(self)
+
+  def start(self):
+    return self.restarts.start()
+
+  def train(self, on_sample=None, started=None):
+    return train(self, on_sample, self.restarts, started)
+
+  @property
+  def skip(self):
+    return self.restarts.skip
+
+  def maker(self, stage=0):
+    """`LoadedStep -> arrays` of a stage, as the loop makes them."""
+    parts = self.parts[stage]
+    make = self.batch_maker(parts)
+    return lambda loaded: make(loaded, parts.data.splits[loaded.bucket].layout)

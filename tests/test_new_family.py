@@ -1,0 +1,146 @@
+"""New families, each one file under tests/new_families, do by the ordinary commands all that the families of the package do."""
+
+import csv
+import importlib.util
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file
+
+from tests import QUICK_FLAGS
+from tests.data import files
+from tests.tiny_run import ROOT, environment, run_module
+
+CONFIG = """
+import ml_collections
+
+from tests.tiny_run import tiny_config
+
+
+def get_config():
+  config = tiny_config({assets!r}, {output!r})
+  config.model = ml_collections.ConfigDict(dict(name={name!r}, fields=dict(dtype="float32", remat="none")))
+  config.mask_ratios = ml_collections.ConfigDict()
+  config.data.tables = (({table!r}, 1),)
+  config.data.buckets = (("64p", 1, 1.0, 2),)
+  config.checkpoint_every = 4
+  config.stages = (
+    dict(name="first", steps=8),
+    dict(name="second", steps=12, **{changes!r}),
+  )
+  return config
+"""
+# (module and size, what the second stage changes, arguments of sample, shape of the sample's first frame)
+CLIPS = {"data.buckets": (("64p", 1, 1.0, 2), ("64p", 4, 1.0, 2)), "model.fields": {"depth": 3}}
+FAMILIES = {
+  "joint": (CLIPS, ("--prompt", "a clip of columns", "--num-frames", "3")),
+  "labelled": ({"optimizer.learning_rate": 5e-4}, ("--prompt", "2", "--num-frames", "1")),
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request, assets, tmp_path_factory):
+  """(name, configuration file, run folder) of a family that was trained without interruption."""
+  folder = tmp_path_factory.mktemp(request.param)
+  table = assets / "table.csv"
+  if request.param == "labelled":  # images with a label, and no text
+    rows = [row for row in csv.DictReader(table.open()) if row["num_frames"] == "1"]
+    table = folder / "labels.csv"
+    columns = "num_frames", "height", "width"
+    files.write_csv(
+      table, [{"path": str(assets / row["path"]), "label": i % 3} | {c: row[c] for c in columns} for i, row in enumerate(rows)]
+    )
+  changes, _ = FAMILIES[request.param]
+  config, output = folder / "config.py", folder / "run"
+  name = f"tests.new_families.{request.param}:tiny"
+  config.write_text(CONFIG.format(assets=str(assets), output=str(output), name=name, table=str(table), changes=changes))
+  done = run_module("stdit_jax.train", "--config", config, XLA_FLAGS=QUICK_FLAGS)
+  assert done.returncode == 0, done.stderr[-3000:]
+  assert "finished: 20 steps" in done.stdout
+  return request.param, config, output
+
+
+def weights_of(folder, item, place, *more):
+  """The weights of a run's newest checkpoint as `convert` writes them."""
+  path = place / f"{item}.safetensors"
+  done = run_module("stdit_jax.convert", "--input", folder, "--item", item, "--output", path, "--overwrite", *more)
+  assert done.returncode == 0, done.stderr
+  return path
+
+
+def test_a_killed_run_resumes_bit_for_bit(family, tmp_path):
+  _, config, output = family
+  again = tmp_path / "again"
+  command = [sys.executable, "-m", "stdit_jax.train", "--config", str(config), f"--config.output={again}"]
+  with (tmp_path / "log").open("w") as log:
+    killed = subprocess.Popen(command, cwd=ROOT, env=environment(XLA_FLAGS=QUICK_FLAGS), stdout=log, stderr=log)
+    while killed.poll() is None and not list(again.glob("checkpoints/4/_CHECKPOINT_METADATA")):
+      time.sleep(0.05)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+  done = run_module("stdit_jax.train", "--config", config, f"--config.output={again}", XLA_FLAGS=QUICK_FLAGS)
+  assert done.returncode == 0, done.stderr[-3000:]
+  assert re.search(r"resumed from step (4|8|12|16) of", done.stdout)
+  for item in ("params", "ema"):
+    (tmp_path / "other").mkdir(exist_ok=True)
+    ours, theirs = (load_file(weights_of(run, item, place)) for run, place in ((output, tmp_path), (again, tmp_path / "other")))
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+      np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+  losses = [[json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (output, again)]
+  assert losses[0] == losses[1]
+  assert len(losses[0]) == 20
+
+
+def test_it_samples_also_from_exported_weights(family, tmp_path, assets):
+  """The averaged weights of the run, and the same weights from a file that `convert` wrote: the same pixels."""
+  name, config, output = family
+  _, arguments = FAMILIES[name]
+  arguments = (*arguments, "--image-size", "48", "64", "--steps", "2", "--seed", "1", "--format", "frames")
+  exported = weights_of(output, "ema", tmp_path)
+  checked = run_module("stdit_jax.convert", "--check", "--input", exported)  # the file says which model it holds
+  assert "imported and exported: bit-exact" in checked.stdout, checked.stderr
+  text = weights_of(output, "ema", tmp_path / "text", "--part", "text_encoder") if name == "joint" else None
+  more = ("--text-encoder", text) if text else ()
+  made = []
+  for kind, model in (("run", ("--run", output)), ("file", ("--config", config, "--weights", exported, *more))):
+    done = run_module("stdit_jax.sample", *model, *arguments, "--output", tmp_path / kind, XLA_FLAGS=QUICK_FLAGS)
+    assert done.returncode == 0, done.stderr[-3000:]
+    made.append([np.asarray(Image.open(path)) for path in sorted((tmp_path / kind).rglob("*.png"))])
+  assert [frame.shape for frame in made[0]] == [(48, 64, 3)] * len(made[0])
+  assert len(made[0]) == (3 if name == "joint" else 1)
+  for ours, theirs in zip(*made, strict=True):
+    np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_wrong_prompt_or_task_is_one_line(family, tmp_path, assets):
+  name, _, output = family
+  model = ("--run", output, "--output", tmp_path, "--num-frames", "1", "--image-size", "48", "64", "--steps", "1")
+  prompt, words = ("x", "takes the number of a class, 0 to 2") if name == "labelled" else ("x", "can't be given frames")
+  task = ("--task", "animate", assets / "0.png", "--num-frames", "4") if name == "joint" else ()
+  done = run_module("stdit_jax.sample", *model, "--prompt", prompt, *task, XLA_FLAGS=QUICK_FLAGS)
+  assert done.returncode == 2
+  assert words in done.stderr
+  assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu, the TPU's compiler")
+def test_it_is_planned_for_a_tpu(family, tmp_path):
+  _, config, _ = family
+  mesh = ("--config.mesh.data=2", "--config.mesh.fsdp=4")
+  done = run_module(
+    "stdit_jax.plan", "--config", config, *mesh, "--topology", "v5e:2x4", "--stage", "first", "--bucket", "64p:1:8",
+    "--cache", tmp_path, "--output", tmp_path / "plan.json",
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr[-3000:]
+  (result,) = json.loads((tmp_path / "plan.json").read_text())
+  assert result["fits"]
+  assert result["model_flops"] > 0
+  assert result["chips"] == 8
