@@ -10,7 +10,7 @@ import dataclasses
 
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Bool, Float
 
 from stdit_jax.diffusion.elements import expand
 from stdit_jax.diffusion.types import Denoise, Elements, Latents, Valid
@@ -43,7 +43,7 @@ class Guidance:
 
 
 def combine(
-  conditional: Latents, unconditional: Latents, scale: float | Float[Array, " B"], *, positions: int, guided_channels: int
+  conditional: Latents, unconditional: Latents, scale: float | Float[ArrayLike, " B"], *, positions: int, guided_channels: int
 ) -> Elements:
   """Guided output, where P = positions * channels: `positions` of a patch per token (1 for latents)."""
   features = conditional.shape[-1]
@@ -77,7 +77,7 @@ def rescaled(
 
 
 def guided(
-  denoise: Denoise | tuple[Denoise, Denoise | None], scale: float | Float[Array, " B"], *, num_channels: int,
+  denoise: Denoise | tuple[Denoise, Denoise | None], scale: float | Float[ArrayLike, " B"], *, num_channels: int,
   guided_channels: int | None = None, interval: tuple[float, float] | None = None, rescale: float = 0.0,
   valid: Valid | None = None,
 ) -> Denoise:  # fmt: skip

@@ -16,15 +16,19 @@ from jax.sharding import AxisType, Mesh
 AXES = ("data", "fsdp", "sequence", "tensor")
 
 
-def mesh_sizes(sizes, num_devices, name="mesh", of="devices"):
-  """Completes one size of -1 so that the product is `num_devices`; ValueError with the sizes that work otherwise."""
+def mesh_sizes(sizes: dict[str, int], num_devices: int, name: str = "mesh", of: str = "devices") -> dict[str, int]:
+  """Sizes of all axes, with one size of -1 completed so that the product is `num_devices`.
+
+  Raises:
+    ValueError: sizes that do not make the devices, naming sizes that do.
+  """
   unknown = sorted(set(sizes) - set(AXES))
   if unknown:
     raise ValueError(f"{name}: unknown axis {unknown[0]!r}; allowed: {', '.join(AXES)}")
   sizes = {axis: int(sizes.get(axis, 1)) for axis in AXES}
   free = [axis for axis, n in sizes.items() if n == -1]
   if len(free) > 1 or any(n < 1 and n != -1 for n in sizes.values()):
-    raise ValueError(f"{name}: sizes must be positive, at most one -1, but are {sizes}")
+    raise ValueError(f"{name}: sizes are {sizes}; they must be positive, at most one -1")
   fixed = math.prod(n for n in sizes.values() if n != -1)
   if free and num_devices % fixed == 0:
     sizes[free[0]] = num_devices // fixed
@@ -37,21 +41,21 @@ def mesh_sizes(sizes, num_devices, name="mesh", of="devices"):
   return sizes
 
 
-def count_slices(devices):
-  """TPU slices among `devices`: groups joined by the data-centre network only. 1 on other platforms."""
+def count_slices(devices: list) -> int:
+  """TPU slices among `devices`: groups that only the data-centre network joins. 1 on other platforms."""
   return len({d.slice_index for d in devices}) if devices[0].platform == "tpu" and hasattr(devices[0], "slice_index") else 1
 
 
-def make_mesh(sizes, devices=None, slices=None):
-  """Mesh over all devices. Axes are Auto: XLA propagates shardings, `constrain` pins them where it matters.
+def make_mesh(sizes: dict[str, int], devices: list | None = None, slices: dict[str, int] | None = None) -> Mesh:
+  """Mesh over all devices. Axes are Auto: XLA propagates shardings, and `constrain` pins the important ones.
 
   Args:
-    sizes: {axis: devices along it within a slice}, one may be -1.
-    devices: all by default; those of a TPU topology without a TPU work, too.
-    slices: {axis: slices along it}; by default all along `data`.
+    sizes: {axis: devices along it within a slice}. One size may be -1.
+    devices: by default all of this machine. Devices of a topology (`topology_devices`) work, too.
+    slices: {axis: slices along it}, by default all along `data`.
 
   Raises:
-    ValueError: sizes that do not make the devices, naming those that would.
+    ValueError: sizes that do not make the devices, naming sizes that do.
   """
   devices = jax.devices() if devices is None else devices
   num_slices = count_slices(devices)
@@ -61,7 +65,7 @@ def make_mesh(sizes, devices=None, slices=None):
   if num_slices > 1:
     grid = mesh_utils.create_hybrid_device_mesh(shape, tuple(over.values()), devices, allow_split_physical_axes=True)
   elif devices[0].platform == "tpu":
-    try:  # along the torus where the sizes are products of its sides
+    try:  # along the torus, if the sizes are products of its sides
       grid = mesh_utils.create_device_mesh(shape, devices)
     except NotImplementedError:
       grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)

@@ -37,7 +37,7 @@ class Layout:
   cudnn: Callable | None = None
 
   @property
-  def axes(self):
+  def axes(self) -> dict:
     """Mesh axes of the names that `constrain` takes."""
     if self.split_tokens:
       axes = {"batch": ("data", "fsdp"), "tokens": "sequence", "heads": ("sequence", "tensor")}
@@ -59,11 +59,11 @@ class Layout:
 
   @property
   def batch_parts(self):
-    """Parts into which a batch is split."""
+    """Parts of a batch."""
     return self.parts("batch")
 
   def process_parts(self):
-    """Which of the `batch_parts` of a batch lie on this process's devices, in order."""
+    """Numbers of the `batch_parts` that lie on this process's devices, in order."""
     sizes = [n if axis in self.axes["batch"] else 1 for axis, n in self.mesh.shape.items()]
     numbers = np.broadcast_to(np.arange(self.batch_parts).reshape(sizes), self.mesh.devices.shape)
     own = [d.process_index == jax.process_index() for d in self.mesh.devices.flat]
@@ -71,12 +71,12 @@ class Layout:
 
   @property
   def token_parts(self):
-    """Parts into which tokens, or frames, are split: both are padded to a multiple."""
+    """Parts of tokens or frames. Their number is padded to a multiple."""
     return self.parts("tokens")
 
   @property
   def tensor_parts(self):
-    """Parts into which heads are split; heads are padded to a multiple."""
+    """Parts of heads over `tensor`. Their number is padded to a multiple."""
     return self.parts("tensor")
 
 
@@ -95,9 +95,9 @@ class ArraySpec:
 
 
 def constrain(x, layout, *names):
-  """Asks XLA to lay `x` out as `layout.spec(*names)`. Without a layout, `x` itself.
+  """Asks XLA to lay `x` out as `layout.spec(*names)`. Without a layout, returns `x`.
 
-  The sharding carries its mesh, so that the constraint can't vanish with a missing context (jax-practice, section 3).
+  The sharding carries its mesh: a constraint by names alone vanishes silently outside `jax.set_mesh`.
   """
   if layout is None:
     return x
@@ -107,8 +107,8 @@ def constrain(x, layout, *names):
 def gather_layer(params, prefix, layout, dtype, rules):
   """The parameters of one layer as its products take them: cast to `dtype`, then whole along `fsdp`.
 
-  Said here, inside the loop over depth, because XLA would otherwise gather float32, gather all layers before the loop, or sum
-  gradients over all devices and cut them afterwards: backwards, the gradient leaves as it is stored, by one reduce-scatter.
+  Called inside the loop over depth. Without this function XLA gathers float32, gathers all layers before the loop, or reduces
+  gradients over all devices before it splits them.
 
   Args:
     params: tree of one layer, without the depth in front.
@@ -193,7 +193,7 @@ def spec_for(name, shape, mesh, rules):
 def tree_shardings(tree, mesh, rules):
   """NamedSharding for every leaf of `tree` (arrays or shapes). Scalars are replicated.
 
-  Optimizer moments and the EMA hold the parameter's own path inside theirs, so one table serves the whole state.
+  Paths of optimizer moments and of the average contain the parameter's own path, so one table serves the whole state.
   """
 
   def sharding(path, leaf):

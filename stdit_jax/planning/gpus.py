@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from stdit_jax.parallel.attention import valid_keys
+
 
 @jax.custom_vjp
 def stand_in(query, key, value, lengths, mask):
@@ -13,14 +15,13 @@ def stand_in(query, key, value, lengths, mask):
   return _forward(query, key, value, lengths, mask)[0]
 
 
-def _valid(key, lengths, mask):
-  if mask is None:
-    mask = jnp.arange(key.shape[2]) < (key.shape[2] if lengths is None else lengths[..., None])
-  return mask[..., None, None]
+def _masked(x, lengths, mask):
+  valid = valid_keys(x, lengths, mask)
+  return x if valid is None else jnp.where(valid[..., None, None], x, 0)
 
 
 def _forward(query, key, value, lengths, mask):
-  context = jnp.where(_valid(key, lengths, mask), key + value, 0).mean(2, keepdims=True)
+  context = _masked(key + value, lengths, mask).mean(2, keepdims=True)
   y = query + context
   log_sum = y.astype(jnp.float32).sum(-1)  # one number per query and head, saved for the backward pass
   return y, (query, key, value, lengths, mask, y, log_sum)
@@ -31,7 +32,7 @@ def _backward(saved, dy):
   # cuDNN's backward kernel sums the gradient of the queries in float32.
   d_query = jax.lax.optimization_barrier((dy * y).astype(jnp.float32) * log_sum[..., None] + query)
   d_context = dy.mean(2, keepdims=True)
-  d_key = jnp.where(_valid(key, lengths, mask), d_context * value, 0)
+  d_key = _masked(d_context * value, lengths, mask)
   return d_query.astype(query.dtype), d_key, d_key * key, None, None
 
 

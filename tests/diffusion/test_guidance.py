@@ -84,6 +84,6 @@ def test_rescaled_guidance_has_the_spread_of_the_prompt(amount):
     np.testing.assert_allclose(split_channels(out, 4)[0][i], expected, rtol=1e-4)
   np.testing.assert_array_equal(split_channels(out, 4)[1], mixed[1])
   with pytest.raises(ValueError, match="rescale is 2"):
-    Guidance(rescale=2)
+    Guidance(rescale=2.0)
   with pytest.raises(ValueError, match="must not be above"):
-    Guidance(interval=(2, 1))
+    Guidance(interval=(2.0, 1.0))

@@ -1,4 +1,4 @@
-"""What is read from the text of compiled programs."""
+"""Bytes read from the text of compiled programs."""
 
 from stdit_jax.parallel import hlo
 
@@ -72,7 +72,7 @@ ENTRY %main (a: bf16[28,8,4], i: s32[], y: bf16[28,8,4]) -> bf16[8,4] {
 """
 
 
-def test_memory_counts_slices_and_leaves_out_what_stays_on_the_chip():
+def test_memory_counts_slices_but_not_on_chip_memory():
   slice_bytes = 8 * 4 * 2
   # the fusion reads one slice and writes one and its result; the copy writes one; the sum reads one, its other side is near
   assert hlo.memory_bytes(SLICES) == (1 + 2 + 1 + 1) * slice_bytes
@@ -91,6 +91,6 @@ ENTRY %main (a: bf16[32,8]) -> bf16[32,8] {
 """  # noqa: E501
 
 
-def test_what_hosts_exchange_between_slices():
+def test_bytes_between_slices():
   assert hlo.slice_bytes(EXCHANGE) == 32 * 8 * 2
   assert hlo.slice_bytes(TEXT) == 0

@@ -1,4 +1,4 @@
-"""The sharding table: every parameter of every size has a rule and divides; what has none or does not is refused."""
+"""Every parameter of every size has a sharding rule and divides; other parameters are refused."""
 
 import functools
 import types
@@ -44,7 +44,7 @@ def test_every_parameter_has_a_rule_and_divides(name, fsdp, tensor):
     assert spec_for(f"constants/{path_name(path)}", leaf.shape, fake_mesh(fsdp, tensor), rules) == P()
 
 
-def test_optimizer_state_follows_by_its_path():
+def test_optimizer_state_follows_the_path_of_its_parameter():
   name = "opt/0/mu/spatial_blocks/mlp/fc1/kernel"
   assert spec_for(name, (28, 1152, 4608), fake_mesh(8), RULES) == P(None, "fsdp", "tensor")
 
