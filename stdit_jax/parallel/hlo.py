@@ -1,11 +1,12 @@
-"""What a compiled program moves: bytes of each kind of collective and of memory, read from its text (HLO).
+"""Reads from the text of a compiled program (HLO) how many bytes its collectives and its memory accesses move.
 
-Loops count as often as they run: XLA's own cost analysis counts the body of a scan once. Sizes are those of one device.
+All sizes are per device. The body of a loop counts once per iteration. XLA's cost analysis counts the body of a scan only once.
 """
 
 import collections
 import dataclasses
 import re
+from collections.abc import Mapping
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _BYTES = {
@@ -14,7 +15,7 @@ _BYTES = {
 }  # fmt: skip
 _SHAPE = re.compile(r"\b(" + "|".join(_BYTES) + r")\[([\d,]*)\](\{[^}]*\})?")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
-# Instructions that move nothing, or whose parts are counted where they are computed.
+# Instructions that move nothing, and instructions whose parts are counted elsewhere.
 _FREE = {
   "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
   "partition-id", "replica-id", "opt-barrier", "iota",
@@ -26,8 +27,9 @@ class Collective:
   """One collective.
 
   Attributes:
-    kind: one of COLLECTIVES; bytes: of its result (of its operand, for reduce-scatter); times: how often it runs;
-    in_loop: in the body of a loop.
+    kind: one of COLLECTIVES.
+    bytes: of its result; for a reduce-scatter, of its operand.
+    times: how often it runs; in_loop: whether it is in the body of a loop.
   """
 
   kind: str
@@ -36,9 +38,11 @@ class Collective:
   in_loop: bool
 
 
-def shape_bytes(text, main_memory=False):
-  """Bytes of all array shapes in a piece of HLO text, such as '(f32[8,4]{1,0}, bf16[2])'; with `main_memory` only of those
-  that lie there, and not on the chip (memory spaces S(1) and up)."""
+def shape_bytes(text: str, main_memory: bool = False) -> int:
+  """Bytes of all array shapes in a piece of HLO text, such as '(f32[8,4]{1,0}, bf16[2])'.
+
+  With `main_memory` shapes in on-chip memory (memory spaces S(1) and up) do not count.
+  """
   total = 0
   for dtype, sides, layout in _SHAPE.findall(text):
     if main_memory and "S(" in layout:
@@ -50,8 +54,8 @@ def shape_bytes(text, main_memory=False):
   return total
 
 
-def computations(text):
-  """{name: [(instruction, result type, opcode, rest of the line)]} of a module, and the name of its entry."""
+def computations(text: str) -> tuple[dict[str, list[tuple]], str]:
+  """The computations of a module, {name: [(instruction, result type, opcode, rest of the line)]}, and the name of its entry."""
   found, entry, current = {}, None, None
   for line in text.splitlines():
     header = re.match(r"^(ENTRY )?%?([\w.\-]+) .*\{\s*$", line) if not line.startswith(" ") else None
@@ -64,7 +68,7 @@ def computations(text):
 
 
 def _trips(rest, found):
-  """How often a `while` runs: as the compiler notes it, else the largest whole number its condition compares with."""
+  """Iterations of a `while`: the compiler's note, or the largest whole number in the loop's condition."""
   if match := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', rest):
     return int(match[1])
   condition = re.search(r"condition=%?([\w.\-]+)", rest)
@@ -76,9 +80,11 @@ def _trips(rest, found):
   return max(numbers, default=1)
 
 
-def multiplicities(found, entry):
-  """({computation: how often it runs}, those that are fused): the entry and what it loops over or calls; of fusions those
-  with a collective inside."""
+def multiplicities(found: Mapping[str, list[tuple]], entry: str) -> tuple[collections.Counter, set[str]]:
+  """({computation: how often it runs}, names of the fused ones), for the entry and all computations that it runs.
+
+  A fusion is included only if it contains a collective.
+  """
   times, fused = collections.Counter(), set()
 
   def visit(name, n):
@@ -109,13 +115,13 @@ def _operands(rest):
 
 
 def _kind(opcode):
-  """Which collective an instruction is or starts, or None."""
+  """The collective that an instruction is or starts, or None."""
   opcode = opcode.removesuffix("-start")
   return opcode if opcode in COLLECTIVES else None
 
 
-def collectives(text):
-  """All `Collective`s of a module's text; what they move within a slice."""
+def collectives(text: str) -> list[Collective]:
+  """All collectives of a module, with the bytes that they move within a slice."""
   found, entry = computations(text)
   result, seen = [], set()
   for name, times in multiplicities(found, entry)[0].items():
@@ -123,24 +129,26 @@ def collectives(text):
     for _, kind, opcode, rest in found[name]:
       if not (base := _kind(opcode)):
         continue
-      # One that overlaps with computation stands in several fusions, which start it, wait for it and end it.
+      # A collective that overlaps with computation is in several fusions, which start it, wait for it and end it.
       channel = re.search(r"channel_id=(\d+)", rest)
       if base == "all-gather" and channel:
         if channel[1] in seen:
           continue
         seen.add(channel[1])
       moved = sum(shape_bytes(sizes[o]) for o in _operands(rest) if o in sizes)
-      if base == "all-gather":  # the result; a start gives operand and result
+      if base == "all-gather":  # counts its result; the type of a start has operand and result
         moved = shape_bytes(kind) - (moved if opcode.endswith("-start") else 0)
-      if name.startswith("all-reduce-scatter"):  # how the TPU's compiler writes it
+      if name.startswith("all-reduce-scatter"):  # the TPU compiler's name for a reduce-scatter
         base = "reduce-scatter"
       result.append(Collective(base, moved, times, times > 1))
   return result
 
 
-def slice_bytes(text):
-  """Bytes that a device sends to other slices: the TPU's compiler reduces within a slice first and has the hosts exchange the
-  rest (`megascale`), in instructions of their own."""
+def slice_bytes(text: str) -> int:
+  """Bytes that a device sends to other slices.
+
+  The TPU compiler reduces within a slice first. Then the hosts exchange the rest (`megascale`) in separate instructions.
+  """
   found, entry = computations(text)
   total = 0
   for name, times in multiplicities(found, entry)[0].items():
@@ -151,11 +159,11 @@ def slice_bytes(text):
   return total
 
 
-def memory_bytes(text):
-  """Bytes of main memory that all instructions read and write, as if each read its operands and wrote its result once.
+def memory_bytes(text: str) -> int:
+  """Bytes of main memory that all instructions read and write. Each instruction reads its operands and writes its result once.
 
-  What lies in on-chip memory counts when it is copied there. A fusion that takes a slice of an operand, as the layers of a
-  scan take theirs of what is stacked, reads the slice; one that updates a slice in place writes the slice.
+  Arrays in on-chip memory count when they are copied there. A fusion that takes a slice of an operand reads only the slice, as
+  the layers of a scan do with stacked parameters. A fusion that updates a slice in place writes only the slice.
   """
   found, entry = computations(text)
   times, fused = multiplicities(found, entry)
@@ -169,7 +177,7 @@ def memory_bytes(text):
 
 
 def _traffic(found, types, kind, opcode, rest):
-  """Bytes that one instruction reads and writes; `types`: of the instructions of its computation."""
+  """Bytes that one instruction reads and writes. `types`: result types of the instructions in its computation."""
   operands = [types.get(o, "") for o in _operands(rest)]
   sizes = [shape_bytes(o, main_memory=True) for o in operands]
   written = shape_bytes(kind, main_memory=True)
@@ -212,7 +220,7 @@ def _uses(found, body, name):
 
 
 def _writes(found, body, name=None):
-  """Bytes that a fused computation writes: those of its result, of what it updates in place the update."""
+  """Bytes that a fused computation writes: its result, or the update of an operand that is updated in place."""
   types = {n: kind for n, kind, _, _ in body}
   name, kind, opcode, rest = next(i for i in body if i[0] == name) if name else body[-1]
   if opcode == "dynamic-update-slice":

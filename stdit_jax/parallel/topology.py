@@ -1,18 +1,23 @@
-"""Accelerators: their published peaks, and devices to compile against without having one."""
+"""Accelerators: their published peaks, and devices to compile for without an accelerator."""
 
 import dataclasses
 import importlib.metadata
 import math
 import re
+from collections.abc import Sequence
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
   """Published peaks of one accelerator.
 
-  Attributes: device_kind: how JAX calls it; tflops: bfloat16 TFLOP/s, dense; memory_gbs: GB/s; interconnect_gbits: Gbit/s of
-  all links together (GPUs: of NVLink, in one direction); memory_gib: what a program may use: of TPUs what the compiler (libtpu
-  0.0.52) lets it, of GPUs nine tenths of all (XLA_PYTHON_CLIENT_MEM_FRACTION=.9).
+  Attributes:
+    device_kind: JAX's name for the accelerator.
+    tflops: dense bfloat16 TFLOP/s; memory_gbs: GB/s.
+    interconnect_gbits: Gbit/s of all links together; for GPUs, of NVLink in one direction.
+    memory_gib: GiB that a program may use. TPUs: the limit of the compiler (libtpu 0.0.52). GPUs: nine tenths of the memory
+      (XLA_PYTHON_CLIENT_MEM_FRACTION=.9).
   """
 
   device_kind: str
@@ -37,25 +42,25 @@ CHIPS = TPUS | GPUS
 GPUS_PER_HOST = 8
 
 
-def peak_tflops(device_kind):
-  """bfloat16 TFLOP/s of a device by JAX's name for it, None where it is not known."""
+def peak_tflops(device_kind: str) -> float | None:
+  """Peak bfloat16 TFLOP/s of a device, by JAX's name for it. None for an unknown device."""
   return next((chip.tflops for chip in CHIPS.values() if device_kind == chip.device_kind), None)
 
 
-# With these in its environment a process can compile by libtpu where there is no TPU.
+# With these environment variables a process can compile with libtpu without a TPU.
 TPU_ENVIRONMENT = {
   "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
   "TPU_ACCELERATOR_TYPE": "v5litepod-8", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }  # fmt: skip
 
 
-def is_gpu(topology):
-  """Whether a topology is of GPUs: 'h100:8'."""
+def is_gpu(topology: str) -> bool:
+  """Whether a topology consists of GPUs, such as 'h100:8'."""
   return topology.partition(":")[0] in GPUS
 
 
-def compiler_version(topology):
-  """Version of the compiler for a topology; ValueError with what to install when it is not there."""
+def compiler_version(topology: str) -> str:
+  """Version of the compiler for a topology. Raises ValueError, with the command to install it, if it is not installed."""
   names = ("jax-cuda13-plugin", "jax-cuda12-plugin") if is_gpu(topology) else ("libtpu",)
   for name in names:
     try:
@@ -65,14 +70,16 @@ def compiler_version(topology):
   if is_gpu(topology):
     version = importlib.metadata.version("jax")
     raise ValueError(
-      "JAX's CUDA plugin is not installed, which compiles for GPUs: in an environment of its own, pip install "
-      f"--no-deps jax-cuda12-plugin=={version} jax-cuda12-pjrt=={version}, with ptxas of CUDA on the PATH"
+      f"--topology {topology}: JAX's CUDA plugin, which compiles for GPUs, is not installed. In a separate environment run: "
+      f"pip install --no-deps jax-cuda12-plugin=={version} jax-cuda12-pjrt=={version}, and put ptxas of CUDA on the PATH"
     )
-  raise ValueError("libtpu is not installed, which compiles for TPUs: pip install -c constraints.txt libtpu")
+  raise ValueError(
+    f"--topology {topology}: libtpu, which compiles for TPUs, is not installed. Run: pip install -c constraints.txt libtpu"
+  )
 
 
-def parse_topology(name):
-  """'v5e:16x16' or 'h100:8' -> kind; ValueError with what is allowed."""
+def parse_topology(name: str) -> str:
+  """The kind of a topology such as 'v5e:16x16' or 'h100:8'. Raises ValueError, with the allowed forms, for another text."""
   match = re.fullmatch(r"(\w+):\d+x\d+(?:x\d+)?", name)
   if match and match[1] in TPUS:
     return match[1]
@@ -80,18 +87,19 @@ def parse_topology(name):
   if match and match[1] in GPUS and (int(match[2]) in (1, 2, 4) or int(match[2]) % GPUS_PER_HOST == 0):
     return match[1]
   raise ValueError(
-    f"--topology {name!r} is none: give KIND:AxB or KIND:AxBxC, KIND one of {', '.join(TPUS)}, as in v5e:16x16; or --platform "
-    f"gpu --gpu KIND:COUNT, KIND one of {', '.join(GPUS)}, COUNT 1, 2, 4 or a multiple of {GPUS_PER_HOST}, as in h100:8"
+    f"--topology {name!r} is no topology. Give KIND:AxB or KIND:AxBxC with KIND one of {', '.join(TPUS)}, as in v5e:16x16, or "
+    f"--platform gpu --gpu KIND:COUNT with KIND one of {', '.join(GPUS)} and COUNT 1, 2, 4 or a multiple of {GPUS_PER_HOST}, "
+    "as in h100:8"
   )
 
 
-def topology_chips(name):
-  """Chips of a topology: 'v5p:4x8x8' has 256."""
+def topology_chips(name: str) -> int:
+  """Number of chips of a topology, 256 for 'v5p:4x8x8'."""
   return math.prod(int(side) for side in name.partition(":")[2].split("x"))
 
 
-# Of NVIDIA's data sheets and of the tables of compute capabilities in the CUDA programming guide; names of the fields as XLA's
-# GpuDeviceInfoProto has them.
+# From NVIDIA's data sheets and the tables of compute capabilities in the CUDA programming guide. The names are fields of XLA's
+# GpuDeviceInfoProto.
 _COMMON = {
   "threads_per_block_limit": 1024, "threads_per_warp": 32, "threads_per_core_limit": 2048, "block_dim_limit_x": 2**31 - 1,
   "block_dim_limit_y": 65535, "block_dim_limit_z": 65535, "thread_dim_limit_x": 1024, "thread_dim_limit_y": 1024,
@@ -109,8 +117,8 @@ _AMPERE = {
 _GENERATIONS = {"a100": (8, _AMPERE), "h100": (9, _HOPPER), "h200": (9, _HOPPER)}
 
 
-def target_config(kind):
-  """XLA's description (GpuTargetConfigProto, as text) of a GPU of `GPUS`."""
+def target_config(kind: str) -> str:
+  """XLA's description of a GPU in `GPUS`: a GpuTargetConfigProto as text."""
   chip, (capability, fields) = GPUS[kind], _GENERATIONS[kind]
   memory = {"memory_bandwidth": int(chip.memory_gbs * 1e9), "device_memory_size": int(chip.memory_gib / 0.9 * 2**30)}
   lines = "\n".join(f"  {name}: {value}" for name, value in (_COMMON | fields | memory).items())
@@ -120,8 +128,8 @@ def target_config(kind):
   )
 
 
-def topology_devices(name, slices=1):
-  """Devices of a topology, one per chip; ValueError when the compiler does not know it or is not installed."""
+def topology_devices(name: str, slices: int = 1) -> Sequence[Any]:
+  """Devices of a topology, one per chip. Raises ValueError if the compiler does not know it or is not installed."""
   from jax.experimental import topologies
 
   if is_gpu(name):
@@ -134,8 +142,8 @@ def topology_devices(name, slices=1):
     options["num_slices"] = slices
   try:
     return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
-  except Exception as error:  # whatever libtpu raises
+  except Exception as error:  # libtpu raises many types
     text = " ".join(str(error).split())[:300]
     raise ValueError(
-      f"--topology {name}: libtpu can't make it ({text}); pip install libtpu, and see its list of sizes"
+      f"--topology {name}: libtpu can't make this topology ({text}). Install libtpu, or give a size from its list"
     ) from None

@@ -317,8 +317,8 @@ def test_mesh_sizes():
   for sizes, message in (
     ({"data": 3}, "does not make 8 devices"),
     ({"data": -1, "fsdp": 3}, "factors of 8"),
-    ({"data": -1, "fsdp": -1}, "at most one -1"),
-    ({"data": 0}, "must be positive"),
+    ({"data": -1, "fsdp": -1}, "at least 1, and -1 for one axis"),
+    ({"data": 0}, "whole numbers of at least 1"),
     ({"model": 2}, "unknown axis 'model'; allowed: data, fsdp, sequence, tensor"),
   ):
     with pytest.raises(ValueError, match=message):

@@ -85,7 +85,7 @@ def test_split_tokens_use_all_to_all(tmp_path):
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [
-    (("--topology", "v5e-16"), "--topology 'v5e-16' is none: give KIND:AxB"),
+    (("--topology", "v5e-16"), "--topology 'v5e-16' is no topology. Give KIND:AxB"),
     (("--topology", "v5e:2x4", "--stage", "stage9"), "--stage 'stage9' is none of images, qk_norm, rectified_flow"),
     (("--topology", "v5e:2x4", "--stage", "stage1", "--bucket", "144p:52"), "has no batch size in this stage; give one as"),
     (("--platform", "gpu", "--topology", "v5e:2x4"), "--platform gpu needs --gpu KIND:COUNT, as in h100:8, and nothing"),
