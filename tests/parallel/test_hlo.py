@@ -1,4 +1,4 @@
-"""What is read from the text of compiled programs."""
+"""Bytes that are read from the text of compiled programs."""
 
 from stdit_jax.parallel import hlo
 
@@ -32,10 +32,10 @@ ENTRY %main (a: f32[8,4]) -> f32[8,4] {
 """
 
 
-def test_loops_count_as_often_as_they_run():
+def test_loops_count_once_per_iteration():
   found = {(c.kind, c.bytes, c.times, c.in_loop) for c in hlo.collectives(TEXT)}
   assert found == {("all-gather", 64, 28, True), ("all-reduce", 128, 1, False)}
-  # per turn: the fusion reads 128 and writes 16, the gather reads 16 and writes 64; at the end 128 twice
+  # per iteration the fusion reads 128 and writes 16, the gather reads 16 and writes 64; the all-reduce reads and writes 128
   assert hlo.memory_bytes(TEXT) == 28 * (128 + 16 + 16 + 64) + 2 * 128
 
 
@@ -72,9 +72,9 @@ ENTRY %main (a: bf16[28,8,4], i: s32[], y: bf16[28,8,4]) -> bf16[8,4] {
 """
 
 
-def test_memory_counts_slices_and_leaves_out_what_stays_on_the_chip():
+def test_memory_counts_slices_and_skips_on_chip_arrays():
   slice_bytes = 8 * 4 * 2
-  # the fusion reads one slice and writes one and its result; the copy writes one; the sum reads one, its other side is near
+  # the fusion reads one slice, writes one and its result; the copy writes one; the sum reads one from main memory
   assert hlo.memory_bytes(SLICES) == (1 + 2 + 1 + 1) * slice_bytes
 
 
@@ -91,6 +91,6 @@ ENTRY %main (a: bf16[32,8]) -> bf16[32,8] {
 """  # noqa: E501
 
 
-def test_what_hosts_exchange_between_slices():
+def test_slice_bytes_count_sends_to_other_slices():
   assert hlo.slice_bytes(EXCHANGE) == 32 * 8 * 2
   assert hlo.slice_bytes(TEXT) == 0

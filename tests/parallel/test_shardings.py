@@ -1,4 +1,4 @@
-"""The sharding table: every parameter of every size has a rule and divides; what has none or does not is refused."""
+"""The sharding table: every parameter of every size has a rule and divides. Other parameters are refused."""
 
 import functools
 import types
@@ -22,7 +22,7 @@ def fake_mesh(fsdp, tensor=1):
 
 @functools.cache
 def shapes_of(name):
-  """(shapes, prefix of the names of its parameters, rules) of a denoiser, or of "T5 <size>"."""
+  """(shapes, prefix of parameter names, rules) of a denoiser, or of "T5 <size>"."""
   if name.startswith("T5 "):
     return t5.init_shapes(t5.get_config(name[3:])), "text_encoder/", t5.RULES
   return denoisers.init_shapes(denoisers.get_config(name)), "", RULES
@@ -31,7 +31,7 @@ def shapes_of(name):
 @pytest.mark.parametrize(("fsdp", "tensor"), [(8, 1), (16, 1), (8, 2), (4, 4)])
 @pytest.mark.parametrize("name", [*DENOISERS, *(f"T5 {size}" for size in ("small", "base", "large", "xl", "xxl", "byt5-mini"))])
 def test_every_parameter_has_a_rule_and_divides(name, fsdp, tensor):
-  """And what stays whole on every device is a small part of the model."""
+  """Replicated parameters are a small part of the model."""
   shapes, prefix, rules = shapes_of(name)
   whole = total = 0
   for path, leaf in jax.tree_util.tree_leaves_with_path(shapes["params"]):
@@ -44,7 +44,7 @@ def test_every_parameter_has_a_rule_and_divides(name, fsdp, tensor):
     assert spec_for(f"constants/{path_name(path)}", leaf.shape, fake_mesh(fsdp, tensor), rules) == P()
 
 
-def test_optimizer_state_follows_by_its_path():
+def test_optimizer_state_has_the_shardings_of_its_parameters():
   name = "opt/0/mu/spatial_blocks/mlp/fc1/kernel"
   assert spec_for(name, (28, 1152, 4608), fake_mesh(8), RULES) == P(None, "fsdp", "tensor")
 
