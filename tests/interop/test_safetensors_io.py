@@ -112,9 +112,7 @@ HOSTILE = {
   "list of whole numbers ": lambda p: raw_file(p, {"a": entry(0, 8, shape=[True, 2])}, b"0" * 8),
   "list of whole numbers  ": lambda p: raw_file(p, {"a": entry(0, 8, shape=[2.0])}, b"0" * 8),
   "list of whole numbers   ": lambda p: raw_file(p, {"a": entry(0, 0, shape=[0, 2**62, 2**62])}),
-  "list of whole numbers    ": lambda p: raw_file(
-    p, {"a": entry(0, 0, "F64", [0, 2**61])}
-  ),  # an empty shape that NumPy cannot hold
+  "list of whole numbers    ": lambda p: raw_file(p, {"a": entry(0, 0, "F64", [0, 2**61])}),  # too big for NumPy
   "can't be printed": lambda p: raw_file(p, {"a\x1b[2J": entry(0, 0)}),
   "can't be printed ": lambda p: raw_file(p, b'{"\\ud800": {"dtype":"U8","shape":[0],"data_offsets":[0,0]}}'),
   "start, stop": lambda p: raw_file(p, {"a": entry(0, 8) | {"data_offsets": [8, 0]}}, b"0" * 8),

@@ -59,9 +59,7 @@ def test_encoder_cost_grows_with_rows_frames_and_pixels():
   image, chunk, clip = (budget._video_flops(model, "144p", frames) for frames in (1, 17, 51))
   assert clip == pytest.approx(3 * chunk)
   assert chunk < 17 * image
-  assert budget._video_flops(model, "256", 1) == pytest.approx(
-    image * 256**2 / 192**2, rel=0.05
-  )  # attention grows faster than the pixels
+  assert budget._video_flops(model, "256", 1) == pytest.approx(image * 256**2 / 192**2, rel=0.05)  # attention grows faster
   config.autoencoder.update(name="sd-kl-f8")
   alone = autoencoder_model(config.autoencoder)
   assert budget._video_flops(alone, "144p", 5) == pytest.approx(5 * budget._video_flops(alone, "144p", 1))
