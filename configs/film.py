@@ -1,15 +1,17 @@
-"""The quick start with four times the tokens and more steps: less than an hour on two cores (README's picture).
+"""Goal: like configs/quickstart.py with four times the tokens and more steps. README shows its video.
 
-python -m data.prepare.film --output data/film/prepared
-python -m stdit_jax.train --config configs/film.py
-python -m stdit_jax.sample --run runs/film --prompt "A big gray rabbit stands in a green meadow."
+Time: less than an hour on two CPU cores.
+
+  python -m data.prepare.film --output data/film/prepared
+  python -m stdit_jax.train --config configs/film.py
+  python -m stdit_jax.sample --run runs/film --prompt "A big gray rabbit stands in a green meadow."
 """
 
 from configs import quickstart
 
 
 def get_config():
-  """As configs/quickstart.py with patches of 2 x 2 latents, several windows per clip and a longer average."""
+  """configs/quickstart.py with patches of 2 x 2 latents, two windows per clip and a longer average."""
   config = quickstart.get_config()
   config.output = "runs/film"
   config.model.name = "STDiT3-mini/2"

@@ -1,13 +1,14 @@
-"""A small 4 x 8 x 8 video autoencoder like Open-Sora 1.2's, from the image autoencoder of the film, in three stages.
+"""Goal: train a small 4 x 8 x 8 video autoencoder like Open-Sora 1.2's, starting with that of configs/film_autoencoder.py.
+
+Time: an hour and a quarter on two CPU cores (two devices with one thread each).
 
   python -m data.prepare.film --output data/film/prepared
   python -m stdit_jax.interop.fetch hed-vgg16 --output runs/hed.safetensors
   XLA_FLAGS="--xla_force_host_platform_device_count=2 --xla_cpu_multi_thread_eigen=false" \\
-      python -m stdit_jax.train --config configs/film_video_autoencoder.py --config.mesh.data=2  # elsewhere: the config alone
+      python -m stdit_jax.train --config configs/film_video_autoencoder.py --config.mesh.data=2  # accelerators: --config alone
 
-What it keeps of scenes that it has not seen (the image autoencoder saw some of their frames), beside the baseline, in which the
-image autoencoder keeps every fourth frame, so as many numbers. The first also prints shift and scale of the latents, with which
-the file for denoisers is written:
+The next command measures it on scenes that it did not see, and prints the shift and scale of the latents. The second one
+measures the baseline: the image autoencoder on every fourth frame, with as many latents. The third one writes the file:
 
   python -m stdit_jax.evaluate --task autoencoder --run runs/film_video_autoencoder --tables data/film/prepared/held_out.csv \\
       --buckets 144p:17 --frame-interval 3 --count 1000 --perceptual hed-vgg16 runs/hed.safetensors --picture film.png
@@ -15,37 +16,38 @@ the file for denoisers is written:
   python -m stdit_jax.convert --input runs/film_video_autoencoder --dtype float16 \\
       --config '{"shift": [...], "scale": [...]}' --output data/film/video_autoencoder.safetensors
 
-The plain recipe to compare with, as long: --config.autoencoder.perceptual_weight=0 and another --config.output.
-
-data/film/video_autoencoder.safetensors took an hour and a quarter of two cores (two devices of one thread each), in two runs:
-the first two stages, broken off at step 1915 of 2300, where the rate was a tenth of its highest, exported, and from there
-(--config.init) the third. What it keeps of the held-out scenes at 8 frames a second, 33 clips:
+Results on 33 clips of held-out scenes at 8 frames per second (the image autoencoder saw some of their frames):
 
                                            PSNR dB   perceptual   latents per value
     image autoencoder, every frame           25.34      0.01284             0.0208
-    this one                                 24.00      0.01170             0.0061
-    the third stage by the plain recipe      23.99      0.01198             0.0061
-    without its third stage                  23.98      0.01202             0.0061
+    this recipe                              24.00      0.01170             0.0061
+    third stage without perceptual loss      23.99      0.01198             0.0061
+    without the third stage                  23.98      0.01202             0.0061
     image autoencoder, every fourth frame    20.79      0.01572             0.0061
 
-What it took, on the same clips: the network alone, as the original has it, kept 22.2 dB after 8,000 steps on an H100, less than
-the best linear map of four frames' image latents to one and back (principal components, tried by hand): 22.9. With such a map
-beside the network (`shortcut`), learned at 30 times the rate, 22.5 after 300 steps. All of it on pixels, the image autoencoder
-as well: 24.0 after 1,600 more. Three frames of a clip, others every time, are decoded: 17 would cost more than all the rest.
+The third row is a run with --config.autoencoder.perceptual_weight=0. The shipped file comes from two runs. The first two stages
+ended at step 1915 of 2300, where the learning rate was a tenth of its peak. The third stage started from their exported weights
+(--config.init).
 
-No adversary: in so few steps a discriminator learns nothing, and gives noise.
+Measured on the same clips: the network alone, as in the original, reaches 22.2 dB after 8,000 steps on an H200. The
+best linear map from the image latents of four frames to one latent and back (principal components) reaches 22.9 dB. With such a
+map beside the network (`shortcut`), trained at 30 times the rate, the recipe reaches 22.5 dB after 300 steps. Training all
+parts on pixels for 1,600 more steps gives 24.0 dB.
+
+There is no discriminator: in so few steps it learns nothing and adds noise.
 """
 
 from configs import base
 
 
 def get_config():
-  """17 frames at 8 a second and single pictures, in random crops of 96 x 96, as the image autoencoder was trained on."""
+  """17 frames at 8 per second and single images, in random crops of 96 x 96 like those of the image autoencoder."""
   config = base.get_config()
   config.output = "runs/film_video_autoencoder"
   config.task = "autoencoder"
   config.autoencoder.update(
-    name="small-temporal", crop=96, image_weights="data/film/autoencoder.safetensors", reconstruction="l2", pixel_frames=3,
+    name="small-temporal", crop=96, image_weights="data/film/autoencoder.safetensors", reconstruction="l2",
+    pixel_frames=3,  # random frames of a clip; decoding all 17 would cost more than the rest of the step
     perceptual_weight=1.0,
   )  # fmt: skip
   config.autoencoder.fields = dict(shortcut=True)
@@ -59,7 +61,7 @@ def get_config():
   config.ema_decay = 0.99
   plain = {"autoencoder.perceptual_weight": 0.0}
   config.stages = (
-    # The shortcut alone, nearly: at the rate of the others it stays the average that it begins as.
+    # The shortcut starts as an average of frames. At the rate of the other parameters it would stay one.
     dict(name="time", steps=300, train="^autoencoder/temporal", **plain, **{"optimizer.scales": (("shortcut", 30.0),)}),
     dict(
       name="pixels", steps=2000, keep_optimizer=False, **plain,

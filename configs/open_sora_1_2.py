@@ -1,16 +1,19 @@
-"""Open-Sora 1.2, the whole recipe: eight steps of adaptation from PixArt-Sigma's image model, then stages 1 to 3: STDiT-3 by
-rectified flow on images and clips of 2 to 16 seconds, 144p to 2048.
+"""Goal: Open-Sora 1.2's whole recipe. STDiT-3 with rectified flow on images and clips of 2 to 16 seconds, 144p to 2048.
 
-  python -m stdit_jax.plan --config configs/open_sora_1_2.py --topology v5p:4x8x8     what it needs, on a laptop
+Time: 155,000 optimizer steps of adaptation from PixArt-Sigma's image model, then 68,000 steps of stages 1 to 3, on 256 devices.
+`plan` estimates the hours and the memory, on a laptop:
+
+  python -m stdit_jax.plan --config configs/open_sora_1_2.py --topology v5p:4x8x8
   python -m stdit_jax.train --config configs/open_sora_1_2.py:stage1 --config.data.tables="(('table.parquet', 1),)" ...
 
-A name behind the colon is the stage to begin with: `stage1` for weights of STDiT-3 (`init`), nothing for the adaptation, too.
+The name after the colon is the first stage. Use `stage1` with weights of STDiT-3 (`init`). Without a name the run starts with
+the adaptation. Training also needs weights: `init` (denoiser, with Open-Sora's names; PixArt's names cannot be read yet),
+`text_encoder.weights` and `text_encoder.tokenizer` (file and folder of T5 v1.1 XXL), `autoencoder.weights` (SDXL's).
+
 Buckets, keep probabilities, mask ratios, learning rates, epsilon and average are the original's (open_sora_1_2.json, from
-Open-Sora v1.2.0, configs/opensora-v1-2/train), steps those of its report 03. Batch sizes are per device there, for GPUs of
-80 GB; here they stand for 256 of them (it had 96, and 8 for the adaptation), and what a device does not hold at a time is split
-into micro batches. Every optimizer step is one bucket; `optimizer.accumulate` makes it several. Training needs weights: `init`
-(denoiser, with Open-Sora's names: PixArt's are not read yet), `text_encoder.weights` and `text_encoder.tokenizer` (T5 v1.1
-XXL's file and folder), `autoencoder.weights` (that of SDXL).
+Open-Sora v1.2.0, configs/opensora-v1-2/train), steps those of its report 03. The original's batch sizes are per GPU of 80 GB;
+it had 96 GPUs, and 8 for the adaptation. This recipe multiplies them by 256 devices. Batches that do not fit on a device are
+split into micro batches. An optimizer step sees one bucket, or several with `optimizer.accumulate`.
 """
 
 import json
@@ -20,7 +23,7 @@ from configs import base
 
 
 def bucket_rows(table):
-  """Rows of `data.buckets` of a bucket table of the JSON files beside."""
+  """The rows of `data.buckets` for a bucket table of the JSON files in this folder."""
   return tuple(
     (resolution, int(frames), tuple(keep) if isinstance(keep, list) else keep, batch)
     for resolution, lengths in table.items()
@@ -29,7 +32,7 @@ def bucket_rows(table):
 
 
 def stage(name, steps, original, **changes):
-  """A stage with the original's settings, some of them changed. The optimizer is fresh: each of the original's is a run."""
+  """A stage with settings of the original and `changes`. Its optimizer is fresh: in the original each stage is a run."""
   return dict(name=name, steps=steps, keep_optimizer=False) | {
     "data.buckets": bucket_rows(original["buckets"]),
     "mask_ratios": original["mask_ratios"],
@@ -44,12 +47,12 @@ def stage(name, steps, original, **changes):
 
 
 def _adaptation(original, config):
-  """The steps of report 03 from PixArt-Sigma 2K to STDiT-3. Each changes one thing, and what it changes stays.
+  """The eight steps of report 03 from PixArt-Sigma 2K to STDiT-3. Each step adds one change.
 
-  The report gives what changes and for how many steps. Where it gives no more, the settings are those of the one
-  configuration that was published for the adaptation ("adapt"), which is that of the last step: learning rate without warm-up,
-  average, buckets. Of these all but the last step take the images, and those of 2048 from stage 1, since the report begins
-  "from 144p to 2K". No step is said to have kept its optimizer.
+  The report gives the change and the number of optimizer steps. Other settings are those of the only published configuration
+  of the adaptation ("adapt", of its last step): learning rate without warm-up, average, buckets. All steps but the last use the
+  image buckets alone, and those of 2048 from stage 1, since the report begins "from 144p to 2K". The report mentions no step
+  that keeps its optimizer.
   """
   images = original["adapt"]["buckets"] | {"2048": original["stage1"]["buckets"]["2048"]}
   now = {
@@ -57,8 +60,8 @@ def _adaptation(original, config):
     "model.fields.fps_condition": False,
     "model.fields.temporal_blocks": False,
     "diffusion": dict(name="iddpm", fields={}),  # PixArt-Sigma's
-    "optimizer.eps": 1e-8,  # the code's default
-    "autoencoder.name": "sdxl-kl-f8",  # with SDXL's own scale, as PixArt-Sigma
+    "optimizer.eps": 1e-8,  # default of the original code
+    "autoencoder.name": "sdxl-kl-f8",  # with SDXL's scale, as in PixArt-Sigma
     "data.buckets": tuple(row for row in bucket_rows(images) if row[1] == 1),
   }
   stages = []
@@ -78,10 +81,10 @@ def _adaptation(original, config):
 
 
 def get_config(first="images"):
-  """256 devices. Parameters are split over 8: gradients are then scattered in whole tiles (stdit_jax/parallel/shardings.py).
+  """256 devices. Parameters are split over 8 of them: then gradients scatter in whole tiles (stdit_jax/parallel/shardings.py).
 
   Args:
-    first: name of the stage to begin with.
+    first: name of the first stage.
   """
   original = json.loads((pathlib.Path(__file__).parent / "open_sora_1_2.json").read_text())
   config = base.get_config()

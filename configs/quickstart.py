@@ -1,10 +1,10 @@
-"""A small STDiT-3 with a small byte-level T5 on Big Buck Bunny: proof in minutes that everything works, not a good model.
+"""Goal: show in minutes that everything works, with a small STDiT-3 and a small byte-level T5 on Big Buck Bunny.
 
-  bash launch/quickstart.sh            # prepares the film, trains this, samples, exports
+Time: seven minutes of training on two CPU cores. The samples show colours and layout of the scenes (sky, trees, a meadow, a
+gray shape for the rabbit) without detail. configs/film.py trains longer.
+
+  bash launch/quickstart.sh            # prepares the film, trains, samples, exports
   python -m stdit_jax.train --config configs/quickstart.py
-
-Seven minutes of training on two cores: the samples show the colours and the layout of the scenes (sky, trees, a meadow,
-something gray where the rabbit stands) in blots, no detail; configs/film.py is the same with more steps.
 """
 
 from configs import base
@@ -17,7 +17,7 @@ PROMPTS = (
 
 
 def get_config():
-  """144p images, then images with clips of half a second and two seconds at 8 fps; landscape, square and portrait."""
+  """First 144p images, then also clips of half a second and two seconds at 8 fps, in landscape, square and portrait."""
   config = base.get_config()
   config.output = "runs/quickstart"
   config.model.name = "STDiT3-mini/4"
@@ -26,27 +26,27 @@ def get_config():
   )  # fmt: skip
   config.autoencoder.update(
     name="small-temporal", weights="data/film/video_autoencoder.safetensors", sample_posterior=False, cache_gb=0.5,
-    micro_batch=6,  # frames at a time: 17 are three times six, nearly
+    micro_batch=6,  # frames encoded together; 17 frames take three rounds
   )  # fmt: skip
-  # Mean and deviation of its latents over held-out scenes, as evaluate --task autoencoder prints them.
+  # Mean and deviation of the latents of held-out scenes, printed by `evaluate --task autoencoder`.
   config.autoencoder.fields = dict(
     shortcut=True, shift=(1.391, 0.001, 0.604, -0.594), scale=(2.09, 4.327, 3.219, 3.248)
   )  # fmt: skip
   config.data.tables = (("data/film/prepared/table.csv", 1),)
   config.data.buckets = (("144p", 1, 1.0, 8), ("144p", 5, 1.0, 4), ("144p", 17, (1.0, 0.5), 3))
   config.data.frame_interval = 3
-  config.data.drop_last = False  # a handful of videos of one's own is enough
-  config.data.windows_per_row = 1  # with the cache: every clip is encoded once
+  config.data.drop_last = False  # works with a handful of videos
+  config.data.windows_per_row = 1  # the cache then encodes every clip once
   config.data.workers = 1
-  # Mostly noisy timesteps: an error at t counts (t / 1000)^2 in the picture, and layout and text are decided early.
+  # Mostly noisy timesteps: they decide layout and text, and an error at t counts (t / 1000)^2 in the video.
   config.diffusion.fields = dict(sample_method="logit-normal", loc=1.0, use_timestep_transform=False)
   config.mask_ratios = dict(image_head=0.05, random=0.05)
   config.optimizer.update(learning_rate=8e-4, b2=0.95, warmup_steps=50, eps=1e-8)
-  # Measured: trained at the full rate, the text encoder soon says the same of every caption.
+  # Measured: at the full rate the text encoder soon maps every caption to the same features.
   config.optimizer.scales = (("^text_encoder", 0.05),)
   config.ema_decay = 0.98
   config.stages = (
-    # The text encoder waits: to train it, too, costs a step 15 to 20 % more. What it would give here was not measured.
+    # Training the text encoder as well makes a step 15 to 20 % slower (measured). Its gain in this stage is not measured.
     dict(name="images", steps=800, train="^denoiser", **{"data.buckets": (("144p", 1, 1.0, 8),)}),
     dict(name="videos", steps=160, **{"optimizer.schedule": "cosine"}),
   )

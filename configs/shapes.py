@@ -1,24 +1,26 @@
-"""A small STDiT-3 and a small T5 learn moving shapes (data/shapes.py): every task, measured, on two cores.
+"""Goal: a small STDiT-3 and a small T5 learn moving shapes (data/shapes.py), with every task measured.
+
+Time: about two hours on two CPU cores.
 
   python -m stdit_jax.train --config configs/shapes.py
   python -m stdit_jax.evaluate --run runs/shapes --task shapes
 
-What it has learned is in the repository, README's section "Generate" has the figures. The files were made in four runs, each
-from the exported weights of the one before: 1,000 steps of pictures and 1,983 of clips, then 3,000, 1,400 and 1,000 of clips
+README's section "Generate" has the results of the shipped files in data/moving_shapes. They come from four runs, each from the
+exported weights of the previous run: 1,000 steps of images and 1,983 of clips, then 3,000, 1,400 and 1,000 steps of clips.
+This file has as many steps in one run, which is not measured. The commands of the second run and of the export:
 
   python -m stdit_jax.train --config configs/shapes.py --config.output=runs/shapes-on \
       --config.init=denoiser.safetensors --config.text_encoder.weights=text_encoder.safetensors \
       --config.stages="({'name':'videos','steps':3000,'optimizer.schedule':'cosine'},)"
-
-(the third one with 1400 and 'optimizer.learning_rate':6e-4, as the fourth with 1000, in which moreover three of four pictures
-are left out, --config.data.buckets="(('64p',1,0.25,64),('64p',4,1.0,64),('64p',8,1.0,32))", and image_head and image_head_tail
-of --config.mask_ratios are 0.1, quarter_head_tail 0.08). Together about two hours of two cores. Directions come last: right in
-33, 67, 87 and 94 % of the videos after the four. The stages below are as many steps in one run, which has not been made. Then:
-
   python -m stdit_jax.convert --input runs/shapes --to open-sora --dtype float16 \
       --output data/moving_shapes/denoiser.safetensors
   python -m stdit_jax.convert --input runs/shapes --part text_encoder --dtype float16 \
       --output data/moving_shapes/text_encoder.safetensors
+
+The third and the fourth run set 'optimizer.learning_rate':6e-4. The fourth also skips three of four images,
+--config.data.buckets="(('64p',1,0.25,64),('64p',4,1.0,64),('64p',8,1.0,32))", and sets these --config.mask_ratios: image_head
+and image_head_tail 0.1, quarter_head_tail 0.08. Directions are learned last: 33, 67, 87 and 94 % of the videos have the right
+direction after the four runs.
 """
 
 from configs import base
@@ -31,8 +33,7 @@ PROMPTS = (
 
 
 def get_config():
-  """64p images, which teach where what moves begins, then images with clips of 4 and 8 frames, in five aspect ratios; frames
-  given in a third of the clips."""
+  """First 64p images, then also clips of 4 and 8 frames, in five aspect ratios. A third of the clips have given frames."""
   config = base.get_config()
   config.output = "runs/shapes"
   config.model.name = "STDiT3-mini/2"
@@ -43,11 +44,11 @@ def get_config():
   config.autoencoder.update(
     name="small-kl-f8", weights="data/moving_shapes/autoencoder.safetensors", sample_posterior=False, cache_gb=1.0
   )  # fmt: skip
-  # Mean and deviation of its latents over moving shapes, as evaluate --task autoencoder prints them.
+  # Mean and deviation of the latents of moving shapes, printed by `evaluate --task autoencoder`.
   config.autoencoder.fields = dict(shift=(2.025, 0.501, 0.146, -0.543), scale=(1.673, 2.526, 1.144, 2.13))
   config.data.tables = (("shapes://train/0/20000", 1),)
   config.data.buckets = (("64p", 1, 1.0, 64), ("64p", 4, 1.0, 64), ("64p", 8, 1.0, 32))
-  config.data.windows_per_row = 1  # with the cache: every clip is encoded once
+  config.data.windows_per_row = 1  # the cache then encodes every clip once
   config.data.workers = 1
   config.diffusion.fields = dict(sample_method="logit-normal", loc=1.0, use_timestep_transform=False)
   config.mask_ratios = dict(

@@ -1,4 +1,6 @@
-"""The autoencoder of moving shapes (data/shapes.py): the one of the film, trained on pictures that are drawn as they are read.
+"""Goal: train the autoencoder of moving shapes (data/shapes.py) from that of the film, on images that are drawn while reading.
+
+Time: 1,200 optimizer steps, not measured.
 
   python -m stdit_jax.train --config configs/shapes_autoencoder.py
   python -m stdit_jax.convert --input runs/shapes_autoencoder --to diffusers --dtype float16 \\
@@ -9,7 +11,7 @@ from configs import base
 
 
 def get_config():
-  """Reconstruction of single frames of 64p, 48 x 80 to 80 x 48 pixels, in random crops of 48 x 48."""
+  """Single frames of 64p, 48 x 80 to 80 x 48 pixels, in random crops of 48 x 48."""
   config = base.get_config()
   config.output = "runs/shapes_autoencoder"
   config.task = "autoencoder"

@@ -1,34 +1,50 @@
-"""Makes the videos of jobs (`tasks.Job`): a clip per loop, each of which may be given frames of files and of earlier clips.
+"""Makes the videos of jobs (`tasks.Job`), one clip per loop. A clip may start from frames of files and of earlier clips.
 
-What is finished is handed out clip after clip, so that a video of many clips needs the memory of two, not of all.
+`make_videos` yields the finished parts after each clip. So a video of many clips needs the memory of two clips.
 """
 
 import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
+from jaxtyping import Bool, Float, UInt8
 
-from stdit_jax.generation.conditions import NOISE, place
+from stdit_jax.generation.conditions import NOISE, Placement, place
 from stdit_jax.generation.tasks import Job
+
+Frames = UInt8[np.ndarray, "T H W 3"]
+Given = tuple[Float[np.ndarray, " T"], Float[np.ndarray, "T h w C"], Bool[np.ndarray, " T"]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Item:
-  """One video to make. Attributes: requests: `pipeline.Request` of every loop, of one size; references: frames uint8
-  `[T, H, W, 3]` of its files, of that size, too; job: of `tasks`."""
+  """One video to make.
+
+  Attributes:
+    requests: one `pipeline.Request` per loop, all of one size.
+    references: the frames of the job's files, uint8 `[T, H, W, 3]`, of the same size.
+    job: the job, from `tasks`.
+  """
 
   requests: tuple
   references: tuple
   job: Job
 
 
-def place_loop(job, loop, latent_frames, reference_frames, compat=None):
-  """`conditions.Placement` of one loop of a job, whose files have so many latent frames."""
+def place_loop(
+  job: Job, loop: int, latent_frames: int, reference_frames: Sequence[int], compat: str | None = None
+) -> Placement:
+  """The placement of one loop of a job. `reference_frames`: latent frames of each file."""
   return place(job.rules, loop, latent_frames, [*reference_frames, *[latent_frames] * loop], compat)
 
 
-def given_frames(placement, latents):
-  """What `Pipeline.sample_latents` takes of a placement: None, or (edit ratio, latents, which frames start from them).
-  `latents`: of every reference, `[h, w, C]` by the number of the frame."""
+def given_frames(placement: Placement, latents: Sequence) -> Given | None:
+  """Turns a placement into the argument `given` of `Pipeline.sample_latents`: (edit ratio, latents, mask) or None.
+
+  The mask is True for the frames that start from a reference. `latents`: for every reference, its latents `[h, w, C]` by the
+  number of the latent frame.
+  """
   taken = placement.reference != NOISE
   if not taken.any():
     return None
@@ -37,18 +53,22 @@ def given_frames(placement, latents):
   return placement.ratio, np.stack([empty if z is None else z for z in laid]), taken
 
 
-def what_is_encoded(number, frames, placements, config, num_frames=None):
-  """Which frames of a reference are encoded because placements use it, and what that gives.
+def frames_to_encode(
+  number: int, frames: int, placements: Sequence[Placement], config: Any, num_frames: int | None = None
+) -> tuple[np.ndarray, dict[int, int]]:
+  """Chooses the frames of one reference that must be encoded for `placements`.
 
-  Where frames are encoded alone, a long video is not encoded as a whole for its last ones. With a video autoencoder the latents
-  of a clip hold different numbers of frames. Where the first of a clip of `num_frames` are the last of a reference, so many of
-  its frames as those hold are encoded as a clip of their own; None: as the originals.
+  An image autoencoder encodes only the frames in use. A video autoencoder encodes the whole reference, with one exception:
+  the last latent frames of a reference begin a clip. These latents must cover as many frames each as those of the clip. So the
+  last frames of the reference are encoded as a clip of their own.
 
   Args:
-    number, frames: of the reference, and how many it has; config: of the autoencoder.
+    number: of the reference; frames: of the reference.
+    config: of the autoencoder.
+    num_frames: frames of a clip. None switches the exception off, as in the original code.
 
   Returns:
-    (numbers of frames, {latent frame that is used: its place among the latents of these frames}); nothing is used: (none, {}).
+    (frame numbers, {latent frame in use: its index among the encoded latents}). Both are empty if nothing is used.
   """
   places = {(slot, int(t)) for p in placements for slot, (r, t) in enumerate(zip(p.reference, p.frame)) if r == number}
   used, count = sorted({t for _, t in places}), config.latent_frames(frames)
@@ -60,36 +80,39 @@ def what_is_encoded(number, frames, placements, config, num_frames=None):
   return np.arange(frames), {t: t for t in used}
 
 
-def encode_used(pipeline, references, placements, num_frames=None):
-  """Latents of those latent frames of the references that placements use: {number: `[h, w, C]`} of each."""
+def encode_used(
+  pipeline: Any, references: Sequence[Frames], placements: Sequence[Placement], num_frames: int | None = None
+) -> list[dict[int, np.ndarray]]:
+  """Encodes the latent frames that `placements` use. Returns {latent frame: latents `[h, w, C]`} for each reference."""
   encoded = []
   for number, frames in enumerate(references):
-    which, used = what_is_encoded(number, len(frames), placements, pipeline.codec.config, num_frames)
-    latents = pipeline.encode(frames[which]) if used else None
+    which, used = frames_to_encode(number, len(frames), placements, pipeline.codec.config, num_frames)
+    latents = pipeline.encode(frames[which]) if used else []
     encoded.append({t: latents[place] for t, place in used.items()})
   return encoded
 
 
-def encoded_lengths(job, file_frames, config, num_frames, compat=None):
-  """Frames of the clips that `make_videos` encodes for a job with clips of `num_frames` and files of so many frames: a set."""
+def encoded_lengths(job: Job, file_frames: Sequence[int], config: Any, num_frames: int, compat: str | None = None) -> set[int]:
+  """The lengths of all clips that `make_videos` encodes for a job. `file_frames`: frames of each file."""
   count, files = config.latent_frames(num_frames), [config.latent_frames(n) for n in file_frames]
   placements = [place_loop(job, loop, count, files, compat) for loop in range(job.loops)]
   own = None if compat else num_frames
-  lengths = {len(what_is_encoded(i, n, placements, config, own)[0]) for i, n in enumerate(file_frames)} - {0}
+  lengths = {len(frames_to_encode(i, n, placements, config, own)[0]) for i, n in enumerate(file_frames)} - {0}
   return lengths | ({num_frames} if compat and job.loops > 1 else set())
 
 
-def make_videos(pipeline, items, sample, decode, compat=None):
-  """Makes the videos of items together. After each clip it yields what is finished: of every video the list of its next parts,
-  uint8 `[T, H, W, 3]`.
+def make_videos(
+  pipeline: Any, items: Sequence[Item], sample: Callable, decode: Callable | None, compat: str | None = None
+) -> Iterator[list[list[Frames]]]:
+  """Makes the videos of items together. Yields, after each clip, the list of finished parts of every video.
 
   Args:
-    items: of one size and with equally many loops.
-    sample: `(loop, requests, given) -> latents`, of `Pipeline.sample_latents` with its settings.
-    decode: `(loop, latents) -> videos`, of `Pipeline.decode`; None: only take part and yield no parts, as the processes do that
-      write nothing.
-    compat: of `conditions`; with one, clips go on from the encoded pixels of the one before as the originals do, by default
-      from its latents, which no autoencoder has changed.
+    items: of one size and with the same number of loops.
+    sample: `(loop, requests, given) -> latents`, a call of `Pipeline.sample_latents`.
+    decode: `(loop, latents) -> videos`, a call of `Pipeline.decode`. None for a process that writes no files: it takes part in
+      sampling and yields no parts.
+    compat: one of `conditions.COMPAT`. With None a clip continues from the latents of the previous clip. Otherwise it continues
+      from the encoded pixels of the previous clip, as in the original code.
   """
   frames, loops, config = [list(item.references) for item in items], range(items[0].job.loops), pipeline.codec.config
   num_frames = items[0].requests[0].num_frames
@@ -112,9 +135,11 @@ def make_videos(pipeline, items, sample, decode, compat=None):
     yield [take_finished(seen, pieces, config) if decode else [] for seen, pieces in zip(frames, waiting)]
 
 
-def take_finished(seen, pieces, config):
-  """Takes those `pieces` of a video, from the first on, of which references and clips are there, and lets go of what no piece
-  that is left needs. -> the frames of each."""
+def take_finished(seen: list, pieces: list, config: Any) -> list[Frames]:
+  """Removes from `pieces` the leading ones whose reference or clip exists, and returns their frames.
+
+  Releases the entries of `seen` that no remaining piece needs.
+  """
   parts = []
   while pieces and pieces[0][0] < len(seen):
     number, first, stop = pieces.pop(0)
@@ -125,19 +150,19 @@ def take_finished(seen, pieces, config):
   return parts
 
 
-def whole_videos(parts):
-  """The videos of `make_videos`, each as one array `[T, H, W, 3]`."""
+def whole_videos(parts: Iterable[list[list[Frames]]]) -> list[Frames]:
+  """Joins the parts from `make_videos` to one array `[T, H, W, 3]` per video."""
   return [np.concatenate([part for after_a_clip in video for part in after_a_clip]) for video in zip(*parts)]
 
 
-def length_of(item, config):
-  """Frames of the video that `make_videos` makes of an item."""
+def length_of(item: Item, config: Any) -> int:
+  """Frames of the video that `make_videos` makes of an item. `config`: of the autoencoder."""
   lengths = [*map(len, item.references), *(request.num_frames for request in item.requests)]
   ranges = (cut(lengths[number], config, *part) for number, *part in item.job.pieces)
   return sum(end - begin for begin, end in ranges)
 
 
-def cut(num_frames, config, first, stop):
-  """(first frame, frame after the last) of the latent frames from `first` to `stop` (None: to the end) of so many frames."""
+def cut(num_frames: int, config: Any, first: int, stop: int | None) -> tuple[int, int]:
+  """The range of frames that the latent frames `first` to `stop` of a clip cover, its end excluded. `stop` None: to the end."""
   starts = config.frame_starts(num_frames)
   return int(starts[first]), int(starts[len(starts) - 1 if stop is None else stop])

@@ -1,16 +1,18 @@
-"""Which frames of a clip are given, and how far each may change: the mask strategies of Open-Sora.
+"""Which frames of a clip are given and how far each may change: the mask strategies of Open-Sora.
 
-A strategy is text, tuples joined by ";", each of up to six numbers joined by ",":
+A strategy is a text of tuples joined by ";". Each tuple has up to six numbers joined by ",", here with their defaults:
 
-  loop, reference (0), its first frame (0), first frame in the clip (0), frames (1), edit ratio (0)
+  loop, reference (0), first frame of the reference (0), first frame in the clip (0), number of frames (1), edit ratio (0)
 
-In that loop of a long video the frames of the reference are laid over those of the clip; numbers below 0 count from the end.
-The edit ratio says how far they may change: 0 keeps them, 1 generates them from noise, in between they are kept until the noise
-of the run has come down to that level, then noised and generated on (SDEdit, arXiv 2108.01073). Later tuples go over earlier
-ones. Frames are latent frames: with an autoencoder without compression in time those of the video.
+In that loop of a long video the frames of the reference replace frames of the clip. Negative positions count from the end. A
+later tuple overrides an earlier one. All frames are latent frames.
 
-Here a position outside the clip or the reference is refused, a length is cut to what fits, and frames with edit ratio 1 are
-generated from noise. `compat` restores what the originals do:
+The edit ratio says how far the frames may change. 0 keeps them, 1 generates them from noise. In between, the frames wait until
+the sampler reaches that noise level. Then they get noise of that level and are denoised with the rest (SDEdit,
+arXiv 2108.01073).
+
+By default a position outside the clip or the reference is an error, a length is cut to what fits, and frames with edit ratio 1
+are generated from noise. `compat` restores the behaviour of the original code:
 
   open-sora-1.1   a length that does not fit is an error, but one frame fills any length; positions far below 0 wrap around
   open-sora-1.2   positions are moved to multiples of 5 latent frames, never the last ones of a clip; lengths are cut
@@ -18,17 +20,19 @@ generated from noise. `compat` restores what the originals do:
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Float, Int
 
 COMPAT = (None, "open-sora-1.1", "open-sora-1.2")
-GROUP = 5  # latent frames of one chunk of Open-Sora 1.2's autoencoder: its `align`
-NOISE = -1  # in `Placement.reference`: the frame comes from noise
+GROUP = 5  # latent frames in one chunk of Open-Sora 1.2's autoencoder, its `align`
+NOISE = -1  # in `Placement.reference`: the frame is generated from noise
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-  """One tuple of a mask strategy: `length` frames of a reference, from `reference_start` on, over those from `start` on."""
+  """One tuple of a mask strategy: the frame range of a reference, and where the range starts in the clip."""
 
   loop: int
   reference: int = 0
@@ -42,20 +46,21 @@ class Rule:
 class Placement:
   """Where the latent frames of one clip come from.
 
-  Attributes: ratio: float32 `[T]`, the edit ratios (1 = generate); reference, frame: int `[T]`, which frame of which reference,
-  NOISE where there is none.
+  Attributes:
+    ratio: edit ratios; 1 = generate.
+    reference, frame: number of the reference and of its frame; NOISE for a frame without a reference.
   """
 
-  ratio: np.ndarray
-  reference: np.ndarray
-  frame: np.ndarray
+  ratio: Float[np.ndarray, " T"]
+  reference: Int[np.ndarray, " T"]
+  frame: Int[np.ndarray, " T"]
 
 
-def parse_mask_strategy(text):
-  """The rules of a mask strategy, none for "" and None.
+def parse_mask_strategy(text: str | None) -> tuple[Rule, ...]:
+  """Parses a mask strategy. "" and None give no rules.
 
   Raises:
-    ValueError: it is none, naming the tuple.
+    ValueError: a tuple of the strategy cannot be parsed or has a value out of range.
   """
   rules = []
   for part in (text or "").split(";") if (text or "").strip() else ():
@@ -66,38 +71,45 @@ def parse_mask_strategy(text):
       rule = Rule(*(kind(number) for kind, number in zip(kinds, numbers)))
     except ValueError:
       raise ValueError(
-        f"mask strategy {text!r}: {part.strip()!r} is not LOOP[,REFERENCE[,FIRST FRAME OF IT[,FIRST FRAME IN THE CLIP"
-        "[,FRAMES[,EDIT RATIO]]]]]: whole numbers, and a ratio from 0 to 1"
+        f"mask strategy {text!r}: {part.strip()!r} is not LOOP[,REFERENCE[,FRAME OF THE REFERENCE[,FRAME OF THE CLIP"
+        "[,FRAMES[,EDIT RATIO]]]]]. Give whole numbers, and an edit ratio from 0 to 1"
       ) from None
     if rule.loop < 0 or rule.reference < 0 or rule.length < 0 or not 0 <= rule.edit <= 1:
       raise ValueError(
-        f"mask strategy {text!r}: in {part.strip()!r} loop, reference and frames must be at least 0, the edit ratio 0 to 1"
+        f"mask strategy {text!r}: {part.strip()!r} has a value out of range. Give loop, reference and frames of at least 0, "
+        "the edit ratio 0 to 1"
       )
     rules.append(rule)
   return tuple(rules)
 
 
-def nearest_group(value, total, group=GROUP):
-  """The multiple of `group` near `value` as Open-Sora 1.2 chooses it (`find_nearest_point`): up only from more than half on,
-  and never to the last whole group from the one before."""
+def nearest_group(value: int, total: int, group: int = GROUP) -> int:
+  """The multiple of `group` near `value`, as in Open-Sora 1.2 (`find_nearest_point`).
+
+  Only a remainder above half a group rounds up. No value rounds up to the last whole group.
+  """
   count = value // group
   up = value % group > group / 2 and count < total // group - 1
   return (count + up) * group
 
 
-def place(rules, loop, num_frames, reference_frames, compat=None, align=True):
-  """Lays the references over the frames of the clip of one loop.
+def place(
+  rules: Sequence[Rule],
+  loop: int,
+  num_frames: int,
+  reference_frames: Sequence[int],
+  compat: str | None = None,
+  align: bool = True,
+) -> Placement:
+  """Applies the rules of one loop to a clip.
 
   Args:
-    rules: of `parse_mask_strategy`.
-    num_frames: latent frames of the clip; reference_frames: those of each reference.
-    compat: one of COMPAT; align: False is the original's 1.2 without `align`.
-
-  Returns:
-    Placement
+    rules: from `parse_mask_strategy`.
+    num_frames: latent frames of the clip; reference_frames: latent frames of each reference.
+    compat: one of COMPAT; align: False stands for Open-Sora 1.2 without `align`.
 
   Raises:
-    ValueError: a reference that is not there, or frames outside it or the clip.
+    ValueError: a reference does not exist, or frames lie outside the reference or the clip.
   """
   ratio = np.ones(num_frames, np.float32)
   reference, frame = np.full(num_frames, NOISE), np.full(num_frames, NOISE)
@@ -105,7 +117,10 @@ def place(rules, loop, num_frames, reference_frames, compat=None, align=True):
     if rule.loop != loop:
       continue
     if rule.reference >= len(reference_frames):
-      raise ValueError(f"{describe(rule)}: there are {len(reference_frames)} references, numbered from 0")
+      raise ValueError(
+        f"{describe(rule)}: reference {rule.reference} does not exist; there are {len(reference_frames)} references, numbered "
+        "from 0. Give another number or one more file"
+      )
     total = reference_frames[rule.reference]
     first = rule.reference_start + total * (rule.reference_start < 0)
     start = rule.start + num_frames * (rule.start < 0)
@@ -113,18 +128,18 @@ def place(rules, loop, num_frames, reference_frames, compat=None, align=True):
     if compat is None:
       for value, end, of in ((first, total, f"reference {rule.reference}"), (start, num_frames, "the clip")):
         if not 0 <= value < end:
-          raise ValueError(f"{describe(rule)}: {of} has {end} frames, {-end} to {end - 1}")
+          raise ValueError(f"{describe(rule)}: {of} has {end} frames, {-end} to {end - 1}; give one of them")
     if compat == "open-sora-1.2" and align:
       first, start = nearest_group(first, total), nearest_group(start, num_frames)
     if compat != "open-sora-1.1":
       length = min(length, num_frames - start, total - first)
-    # Slices as in Python, numbers below 0 included: the originals slice tensors with them.
+    # Python's slices, also with negative numbers: the original code slices tensors in this way.
     try:
       frame[start : start + length] = np.arange(total)[first : first + length]
     except ValueError:
       raise ValueError(
-        f"{describe(rule)}: {length} frames from {first} of the {total} of reference {rule.reference} don't fit into those "
-        f"from {start} of the {num_frames} of the clip"
+        f"{describe(rule)}: {length} frames from frame {first} do not fit. Reference {rule.reference} has {total} frames, the "
+        f"clip has {num_frames - start} of {num_frames} from frame {start}. Give fewer frames"
       ) from None
     reference[start : start + length] = rule.reference
     ratio[start : start + length] = rule.edit
@@ -133,14 +148,14 @@ def place(rules, loop, num_frames, reference_frames, compat=None, align=True):
   return Placement(ratio, reference, frame)
 
 
-def describe(rule):
-  """A rule as it is written."""
+def describe(rule: Rule) -> str:
+  """The rule as text of a mask strategy."""
   values = dataclasses.astuple(rule)
   return f"mask strategy '{','.join(f'{value:g}' for value in values)}'"
 
 
-def explain(placement, files):
-  """Lines that say, frame by frame, what becomes of a clip; references from number `files` on are the clips before."""
+def explain(placement: Placement, files: int) -> list[str]:
+  """Describes the source of each frame of a clip, one line per range. References from number `files` on are earlier clips."""
   lines, begin = [], 0
   steps = [np.diff(part) for part in (placement.ratio, placement.reference, placement.frame)]
   follows = (steps[0] == 0) & (steps[1] == 0) & ((steps[2] == 1) | (placement.reference[1:] == NOISE))
@@ -153,7 +168,7 @@ def explain(placement, files):
       its = f"{first}" if end == begin + 1 else f"{first}-{first + end - begin - 1}"
       of_what = f"reference {reference}" if reference < files else f"clip of loop {reference - files}"
       what = f"{of_what}, {'frame' if end == begin + 1 else 'frames'} {its}"
-      what += ": kept" if ratio == 0 else f": generated on from noise level {ratio:g}"
+      what += ": kept" if ratio == 0 else f": denoised from noise level {ratio:g}"
     lines.append(f"{'frame' if end == begin + 1 else 'frames'} {of:>7}  {what}")
     begin = end
   return lines

@@ -1,4 +1,4 @@
-"""Videos and pictures to files, with the settings that made them inside and beside them."""
+"""Writes videos and images to files. The settings that made them are in the file and in a JSON file beside it."""
 
 import contextlib
 import itertools
@@ -6,48 +6,56 @@ import json
 import os
 import shutil
 import uuid
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
+from typing import Any
 
 import av
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from data import paths
 
 VIDEO_FORMATS = ("mp4", "gif", "webp")
-FRAMES = "frames"  # a folder of pictures, its name without an ending
+FRAMES = "frames"  # a folder with one png per frame; its name has no ending
 IMAGE_FORMATS = ("png",)
 MAX_GIF_FPS = 50
-BT_709, LIMITED_RANGE = 1, 1  # of FFmpeg: AVCOL_SPC_BT709, _PRI_ and _TRC_ alike; AVCOL_RANGE_MPEG
+BT_709, LIMITED_RANGE = 1, 1  # FFmpeg: AVCOL_SPC_BT709, AVCOL_PRI_BT709 and AVCOL_TRC_BT709; AVCOL_RANGE_MPEG
 
 
-def check_rate(kind, fps):
-  """Raises ValueError for more frames per second than a format shows: players take shorter times of a gif for 100 ms."""
+def check_rate(kind: str, fps: float) -> None:
+  """Raises ValueError if a gif cannot show `fps` frames per second. Players show shorter frame times as 100 ms."""
   if kind == "gif" and fps > MAX_GIF_FPS:
-    raise ValueError(f"--fps is {fps:g}; a gif shows at most {MAX_GIF_FPS} frames per second")
+    raise ValueError(
+      f"--fps is {fps:g}; a gif shows at most {MAX_GIF_FPS} frames per second. Lower --fps or give another --format"
+    )
 
 
-def settings_file(path):
-  """The JSON file of a video or picture; of those that differ in their endings it is the same."""
+def settings_file(path: Any) -> str:
+  """Path of the JSON file with the settings of a video or image. Files that differ only in their ending share it."""
   return f"{os.path.splitext(str(path))[0]}.json"
 
 
-def write_media(path, frames, fps, settings):
-  """Writes all frames uint8 `[T, H, W, 3]` of a file, see `open_media`."""
+def write_media(path: Any, frames: Any, fps: float, settings: dict) -> None:
+  """Writes one file with all of `frames`, uint8 `[T, H, W, 3]`. `open_media` has the formats."""
   with open_media(path, len(frames), fps, settings) as write:
     write(frames)
 
 
 @contextlib.contextmanager
-def open_media(path, num_frames, fps, settings):
-  """Gives a function that takes the `num_frames` frames of a file, uint8 `[T, H, W, 3]`, part after part. The file is at `path`
-  when the block ends, with `settings` in it and in a JSON file beside it, or not at all when it raises.
+def open_media(path: Any, num_frames: int, fps: float, settings: dict) -> Iterator[Callable]:
+  """Yields a function that writes frames of one file, uint8 `[T, H, W, 3]`, in one or several parts.
 
-  By the ending of `path`: mp4 is H.264 (crf 17), gif and webp loop for ever, png has one frame, and without one it is a folder
-  of a png per frame (settings in the JSON file only). mp4 and folders are written as the frames come.
+  The file exists as soon as the block ends, together with the JSON file of its `settings`. If the block raises, no file exists.
 
-  Raises ValueError for an unknown ending, several frames as png, or more or fewer frames than were promised.
+  The ending of `path` chooses the format: mp4 is H.264 (crf 17), gif and webp loop for ever, png has one frame. A path without
+  an ending is a folder with one png per frame; its settings are in the JSON file only. Parts of mp4 files and of folders are
+  written at once, gif and webp wait for the last part.
+
+  Raises:
+    ValueError: the ending is unknown, a png gets several frames, or the number of frames is not `num_frames`.
   """
   kind = os.path.splitext(str(path))[1][1:].lower()
   if kind and kind not in VIDEO_FORMATS + IMAGE_FORMATS:
@@ -65,15 +73,15 @@ def open_media(path, num_frames, fps, settings):
 
     yield count_and_write
     if written != num_frames:
-      raise ValueError(f"{path}: {written} frames were given, not {num_frames}")
+      raise ValueError(f"{path}: {written} frames were given, not {num_frames}; write exactly {num_frames}")
   paths.write_text(settings_file(path), json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
 
 
 @contextlib.contextmanager
 def _open_folder(path):
-  """00000.png, 00001.png, ..."""
+  """A folder with 00000.png, 00001.png, ..."""
   remote, numbers = paths.is_remote(path), itertools.count()
-  unique = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"  # as `paths.whole`
+  unique = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"  # like `paths.whole`
   temporary = path if remote else os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.tmp{unique}")
   try:
     with paths.local_folder(temporary) as folder:
@@ -95,7 +103,7 @@ def _open_folder(path):
 @contextlib.contextmanager
 def _open_file(path, kind, fps, comment):
   with paths.whole(path) as temporary:
-    opened = _open_mp4(temporary, fps, comment) if kind == "mp4" else _open_pictures(temporary, kind, fps, comment)
+    opened = _open_mp4(temporary, fps, comment) if kind == "mp4" else _open_images(temporary, kind, fps, comment)
     with opened as write:
       yield write
 
@@ -107,7 +115,7 @@ def _open_mp4(path, fps, comment):
     container.metadata["comment"] = comment
     stream = container.add_stream("libx264", rate=rate, options={"crf": "17"})
     stream.pix_fmt, codec = "yuv420p", stream.codec_context
-    # Said in the file, or players would guess by the height: BT.601 of small pictures, BT.709 from 720 lines on.
+    # Without these marks players guess by the height: BT.601 below 720 lines, BT.709 from there.
     codec.colorspace = codec.color_primaries = codec.color_trc = BT_709
     codec.color_range = LIMITED_RANGE
 
@@ -115,33 +123,33 @@ def _open_mp4(path, fps, comment):
       if not stream.codec_context.is_open:
         stream.height, stream.width = (side - side % 2 for side in frames.shape[1:3])  # 4:2:0 needs even sides
       for frame in frames[:, : stream.height, : stream.width]:
-        picture = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format="yuv420p", dst_colorspace="ITU709")
-        picture.colorspace = BT_709
-        picture.pts, picture.time_base = next(numbers), 1 / rate
-        container.mux(stream.encode(picture))
+        encoded = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format="yuv420p", dst_colorspace="ITU709")
+        encoded.colorspace = BT_709
+        encoded.pts, encoded.time_base = next(numbers), 1 / rate
+        container.mux(stream.encode(encoded))
 
     yield write
     container.mux(stream.encode())
 
 
 @contextlib.contextmanager
-def _open_pictures(path, kind, fps, comment):
-  """gif, webp and png: Pillow wants all frames at once."""
-  pictures = []
-  yield lambda frames: pictures.extend(Image.fromarray(frame) for frame in frames)
+def _open_images(path, kind, fps, comment):
+  """A gif, webp or png file. Pillow wants all frames at once."""
+  images = []
+  yield lambda frames: images.extend(Image.fromarray(frame) for frame in frames)
   if kind == "png":
     info = PngInfo()
     info.add_itxt("Comment", comment)
     own = {"pnginfo": info}
   else:
-    unit = 10 if kind == "gif" else 1  # milliseconds that the file counts in: rounded times, so that the rate stays the same
-    ends = np.round(np.arange(len(pictures) + 1) * 1000 / fps / unit).astype(int) * unit
-    own = {"save_all": True, "append_images": pictures[1:], "duration": np.diff(ends).tolist(), "loop": 0}
+    unit = 10 if kind == "gif" else 1  # milliseconds per unit of time in the file; rounding the end times keeps the mean rate
+    ends = np.round(np.arange(len(images) + 1) * 1000 / fps / unit).astype(int) * unit
+    own = {"save_all": True, "append_images": images[1:], "duration": np.diff(ends).tolist(), "loop": 0}
     own |= {"comment": comment.encode()} if kind == "gif" else {"quality": 90, "method": 4, "xmp": comment.encode()}
-  pictures[0].save(path, **own)
+  images[0].save(path, **own)
 
 
-def contact_sheet(videos, columns=8):
-  """One picture of several videos uint8 `[T, H, W, 3]` of equal size: a row each, `columns` frames spread over its time."""
+def contact_sheet(videos: Sequence[UInt8[np.ndarray, "T H W 3"]], columns: int = 8) -> Image.Image:
+  """One image with a row per video, all of equal size. Each row shows `columns` frames, evenly spaced in time."""
   rows = [frames[np.linspace(0, len(frames) - 1, columns).round().astype(int)] for frames in videos]
   return Image.fromarray(np.concatenate([np.concatenate(row, axis=1) for row in rows]))

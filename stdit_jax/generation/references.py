@@ -1,6 +1,9 @@
-"""Pictures and videos that a request gives: read as the clip to be made has them, in size and frame rate."""
+"""Reads the images and videos that a request gives, in the size and frame rate of its clip."""
+
+from typing import Any
 
 import numpy as np
+from jaxtyping import UInt8
 
 from data import video
 from stdit_jax.cli import InputError
@@ -8,13 +11,13 @@ from stdit_jax.cli import InputError
 MAX_BYTES = 8 << 30
 
 
-def count_frames(path, fps, every_frame=False):
-  """Frames that `read_reference` gives of a file; ValueError when it can't be used."""
+def count_frames(path: Any, fps: float, every_frame: bool = False) -> int:
+  """Number of frames that `read_reference` returns for a file. Raises ValueError if the file can't be used."""
   return _numbers(path, fps, every_frame).size
 
 
 def _numbers(path, fps, every_frame):
-  """Which frames of a file are taken."""
+  """Numbers of the frames that `read_reference` reads."""
   info = _probe(path)
   if every_frame or video.is_image(path):
     return np.arange(info.num_frames)
@@ -29,21 +32,21 @@ def _probe(path):
     raise ValueError(f"{path} can't be used: {error}") from None
 
 
-def read_reference(path, size, fps, every_frame=False):
-  """Frames uint8 `[T, H, W, 3]` of an image (T = 1) or a video, resized to cover `size` and cropped at the centre.
+def read_reference(path: Any, size: tuple[int, int], fps: float, every_frame: bool = False) -> UInt8[np.ndarray, "T H W 3"]:
+  """Reads an image (T = 1) or a video. The frames are resized to cover `size`, and the centre is cropped.
 
   Args:
     size: (height, width) in pixels.
-    fps: frame rate of the clip: frames of the video are taken at the same times, so that its motion keeps its speed.
-    every_frame: take all of them, whatever their rate, as the original does.
+    fps: frame rate of the clip. Frames are read at this rate, so the motion of a video keeps its speed.
+    every_frame: read all frames at whatever rate, as the original code does.
 
   Raises:
-    InputError: a file that can't be used, or too long.
+    InputError: the file can't be used or is too long.
   """
   numbers = _numbers(path, fps, every_frame)
   if len(numbers) * size[0] * size[1] * 3 > MAX_BYTES:
     raise InputError(
-      f"{path}: {len(numbers)} frames of {size[0]} x {size[1]} are more than {MAX_BYTES >> 30} GiB; cut the video"
+      f"{path}: {len(numbers)} frames of {size[0]} x {size[1]} take more than {MAX_BYTES >> 30} GiB; cut the video"
     )
   try:
     return video.read_frames(path, numbers, size=size)
@@ -51,7 +54,7 @@ def read_reference(path, size, fps, every_frame=False):
     raise InputError(f"{path} can't be used: {error}") from None
 
 
-def picture_size(path):
-  """(height, width) of a file as displayed; ValueError when it can't be used."""
+def picture_size(path: Any) -> tuple[int, int]:
+  """(height, width) of an image or video as displayed. Raises ValueError if the file can't be used."""
   info = _probe(path)
   return info.height, info.width

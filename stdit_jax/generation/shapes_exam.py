@@ -1,17 +1,22 @@
-"""What a model that was trained on moving shapes (`data.shapes`) has learned, measured in the pixels of what it makes.
+"""Measures what a model of moving shapes (`data.shapes`) has learned, in the pixels of the videos that it makes.
 
-text          one object, as the caption says: combinations seen in training, and held out
-sizes         every aspect ratio with every length, one of which was never seen together
-two           two objects: both there, with their colours, shapes and directions
-animate       the first frame is given; extend: the first ones; interpolate: first and last; connect: the first and last ones
-loop          two clips, the second from the end of the first back to its beginning (`tasks`): how far its last frame is from
-              its first, against the median of neighbours
+text          one object of the caption, with combinations from training and with held-out combinations
+sizes         every aspect ratio with every length; one combination does not occur in training
+two           two objects: their number, colours, shapes and directions
+animate       the first frame is given
+extend        the first frames are given
+interpolate   the first and the last frame are given
+connect       the first and the last frames are given
+loop          two clips that form a loop (`tasks`): difference of the last and the first frame, divided by the median difference
+              of neighbouring frames
 
-Given frames are compared with what the autoencoder alone makes of them, and the motion is judged in those that are not given
-and the ones beside them. It is smooth when no step is further from the mean step than half of it.
+Given frames are compared with their round trip through the autoencoder. The motion is measured in the generated frames and
+their neighbours. It is smooth if every step differs from the mean step by less than half of the mean step.
 """
 
 import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -22,14 +27,18 @@ from stdit_jax.generation.clips import Item, make_videos, whole_videos
 from stdit_jax.generation.pipeline import Request
 
 RESOLUTION = "64p"
-SEED = 1_000_000  # of the scenes: not one of those trained on
+SEED = 1_000_000  # of the scenes; not used for training
 PARTS = ("text", "sizes", "two", "animate", "extend", "interpolate", "connect", "loop")
 
 
 @dataclasses.dataclass(frozen=True)
 class Exam:
-  """Settings. Attributes: steps, scale: of the sampler; count: scenes of each part; frames: of a clip; batch: videos made
-  together."""
+  """Settings of the evaluation.
+
+  Attributes:
+    steps, scale: sampling steps and guidance scale.
+    count: scenes of each part; frames: of a clip; batch: videos made together.
+  """
 
   steps: int
   scale: float
@@ -38,12 +47,14 @@ class Exam:
   batch: int = 20
 
 
-def examine(pipeline, exam, parts=PARTS, progress=lambda items, name: items):
-  """-> {part: {measure: value}}; shares are from 0 to 1, names of decibels and ratios end with "dB" and "ratio".
+def examine(
+  pipeline: Any, exam: Exam, parts: Sequence[str] = PARTS, progress: Callable = lambda items, name: items
+) -> dict[str, dict[str, float]]:
+  """Returns {part: {measure: value}}. Values are shares from 0 to 1, unless the name ends with "dB" or "ratio".
 
   Args:
     parts: some of PARTS.
-    progress: wraps the iterable of batches of one part.
+    progress: `(batches, name) -> batches`, wraps the batches of one part.
   """
   results = {}
   for part in parts:
@@ -59,9 +70,11 @@ def examine(pipeline, exam, parts=PARTS, progress=lambda items, name: items):
   return results
 
 
-def scenes_of(split, count, frames, objects=1):
-  """`count` scenes of so many objects, with a caption each (the wordings take turns), of at least so many frames. But for
-  the split "sizes" none has the size that was trained with short clips only: one thing is examined at a time."""
+def scenes_of(split: str, count: int, frames: int, objects: int = 1) -> list[tuple[shapes.Scene, str]]:
+  """`count` scenes with more than `frames` frames and `objects` objects, each with one caption.
+
+  Captions use the four wordings in turn. Only the split "sizes" contains the size that training shows in short clips only.
+  """
   found, number = [], 0
   while len(found) < count:
     scene = shapes.scene(f"{shapes.SCHEME}{split}/{SEED}/{number}")
@@ -78,7 +91,7 @@ def _size(scene):
 
 
 def _make(pipeline, exam, items, name, progress):
-  """Videos of `clips.Item`s, in order, made in batches of one size."""
+  """The videos of `clips.Item`s, in the order of `items`, made in batches of one size."""
   order = sorted(range(len(items)), key=lambda i: (items[i].requests[0].height, items[i].requests[0].width))
   batches = []
   for i in order:
@@ -95,7 +108,7 @@ def _make(pipeline, exam, items, name, progress):
     return pipeline.decode(latents, items[0].requests[loop].num_frames)
 
   for batch in progress(batches, name):
-    # Filled up, so that every batch of a size is one program.
+    # Full batches: every size needs one program only.
     filled = [*batch, *[batch[-1]] * (exam.batch - len(batch))]
     parts = make_videos(pipeline, [items[i] for i in filled], sample, decode)
     for i, video in zip(batch, whole_videos(parts)):
@@ -110,7 +123,7 @@ def _item(scene, caption, number, frames, references=(), job=None):
 
 
 def _shares(judged):
-  """Means of dicts of bools, and of colour, shape and direction together."""
+  """The share of videos that have each property, and the share that has colour, shape and direction right."""
   result = {name: float(np.mean([one[name] for one in judged])) for name in judged[0]}
   result["color, shape, direction"] = float(np.mean([one["color"] and one["shape"] and one["direction"] for one in judged]))
   return result
@@ -145,7 +158,7 @@ def _sizes(pipeline, exam, progress):
 
 
 def _given(pipeline, exam, part, progress):
-  """The tasks that give frames of a scene: how well they are kept, and whether the motion is the caption's and smooth."""
+  """Measures a task with given frames: their quality, and whether the motion is smooth and as in the caption."""
   pairs, items, known = scenes_of("train", exam.count, exam.frames), [], []
   length, last = tasks.condition_length(None, exam.frames), exam.frames - 1
   for i, (scene, caption) in enumerate(pairs):
@@ -163,7 +176,7 @@ def _given(pipeline, exam, part, progress):
       references, made = (true[:length], true[-length:]), slice(length - 1, exam.frames - length + 1)
       kept = [*range(length), *range(exam.frames - length, exam.frames)]
       job = tasks.make_job("connect", exam.frames, [length, length])
-    job = dataclasses.replace(job, pieces=((len(references), 0, None),))  # the clip alone, as the model made it
+    job = dataclasses.replace(job, pieces=((len(references), 0, None),))  # the clip alone, without the files
     items.append(_item(scene, caption, i, exam.frames, references, job))
     known.append((true, kept))
   videos = _make(pipeline, exam, items, part, progress)
@@ -173,7 +186,7 @@ def _given(pipeline, exam, part, progress):
     alone = pipeline.decode([pipeline.encode(true[kept])], len(kept))[0]
     seen = next(iter(shapes_vision.objects_of(video)), None)
     step = np.hypot(*scene.objects[0].step)
-    (drawn,) = shapes_vision.objects_of(true)  # a triangle is not seen where its middle is
+    (drawn,) = shapes_vision.objects_of(true)  # the measured middle of a triangle is not its true middle
     error = np.abs(seen.path - drawn.path) if seen else np.full(1, np.inf)
     if seen:
       error[np.isnan(seen.path) & ~np.isnan(drawn.path)] = np.inf
@@ -198,7 +211,7 @@ def _loop(pipeline, exam, progress):
     frames = video.astype(np.float32)
     judged.append(shapes_vision.judge(video, scene))
     neighbours = np.abs(np.diff(frames, axis=0)).mean((1, 2, 3))
-    usual = max(np.median(neighbours), 1e-6)  # a jump between the two clips makes it no larger
+    usual = max(np.median(neighbours), 1e-6)  # the median ignores a jump between the two clips
     ratios.append(np.abs(frames[-1] - frames[0]).mean() / usual)
     jumps.append(neighbours.max() / usual)
   return {

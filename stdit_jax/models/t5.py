@@ -1,10 +1,10 @@
 """The T5 v1.1 text encoder: caption tokens -> features, one row per token.
 
-Raffel et al. 2020 and the T5 v1.1 notes (gated GELU, no attention scaling, RMS norms without mean, relative position
-buckets shared by all layers). Numbers as `transformers.T5EncoderModel`; ByT5 and the released Open-Sora text encoders
-(`DeepFloyd/t5-v1_1-xxl`) are this model. No dropout: the original runs it frozen, in eval mode.
+Raffel et al. 2020 and the T5 v1.1 notes: gated GELU, no attention scaling, RMS norms without mean, relative position buckets
+shared by all layers. Values equal those of `transformers.T5EncoderModel`. ByT5 and the text encoders of Open-Sora
+(`DeepFloyd/t5-v1_1-xxl`) are this model. There is no dropout, since the original runs frozen in eval mode.
 
-Parameters, in brackets the PyTorch names; `i` is the layer, which is the leading axis of everything under `blocks`:
+Parameters, with the PyTorch names in brackets. Under `blocks` the leading axis is the layer, `i` in the PyTorch names:
 
   token_embedding [V,D]                    (shared.weight; encoder.embed_tokens.weight is the same tensor)
   relative_bias [buckets,heads]            (encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight)
@@ -13,7 +13,7 @@ Parameters, in brackets the PyTorch names; `i` is the layer, which is the leadin
   blocks.attention.out.kernel [heads,d,D]  (encoder.block.i.layer.0.SelfAttention.o.weight [D,heads*d])
   blocks.mlp_norm.scale [D]                (encoder.block.i.layer.1.layer_norm.weight)
   blocks.mlp.gate.kernel [D,F]             (encoder.block.i.layer.1.DenseReluDense.wi_0.weight [F,D]; gated only)
-  blocks.mlp.up.kernel [D,F]               (....wi_1.weight; wi.weight where not gated)
+  blocks.mlp.up.kernel [D,F]               (....wi_1.weight; wi.weight if not gated)
   blocks.mlp.down.kernel [F,D]             (....wo.weight [D,F])
   final_norm.scale [D]                     (encoder.final_layer_norm.weight)
 """
@@ -21,11 +21,14 @@ Parameters, in brackets the PyTorch names; `i` is the layer, which is the leadin
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int, Key, Shaped
 
 from stdit_jax import fields
 from stdit_jax.models.layers import DTYPES
@@ -43,12 +46,12 @@ class T5Config:
 
   Attributes:
     feed_forward_proj: "gated-gelu" (v1.1) or "relu" (v1.0).
-    dtype: what is computed in; norms, softmax and position bias are float32.
-    param_dtype: what parameters are created and loaded in; bfloat16 halves the memory of a frozen XXL.
-    relative_bias_std: deviation of the initial position biases; None: d_model ** -0.5, as the original. With larger ones
-      every head starts out attending to distances of its own, so that an untrained encoder tells words, not only letters.
-    scan: run the blocks as one `lax.scan`; False unrolls them (debugging), same numbers.
-    remat: what the backward pass keeps of a block, one of REMAT_POLICIES.
+    dtype: of the computation; norms, softmax and position bias are float32.
+    param_dtype: of the parameters; bfloat16 halves the memory of a frozen XXL.
+    relative_bias_std: standard deviation of the initial position biases. None: d_model ** -0.5, as in the original. With a
+      larger value every head initially attends to other distances. So an untrained encoder tells words apart, not only letters.
+    scan: run the blocks as one `lax.scan`. False unrolls them for debugging, with the same values.
+    remat: the activations of a block that the backward pass stores, one of REMAT_POLICIES.
   """
 
   d_model: int = 4096
@@ -79,13 +82,13 @@ class T5Config:
     buckets, distance = self.relative_attention_num_buckets, self.relative_attention_max_distance
     if buckets < 4 or buckets % 4 or distance <= buckets // 4:
       raise ValueError(
-        f"T5Config: {buckets} relative_attention_num_buckets and relative_attention_max_distance {distance}: buckets must "
-        "be a multiple of 4 (half per direction, half of those exact), the distance more than a quarter of them"
+        f"T5Config: relative_attention_num_buckets is {buckets}, relative_attention_max_distance {distance}; buckets must be a "
+        "multiple of 4, at least 4, and the distance more than a quarter of the buckets"
       )
 
 
 class RMSNorm(nn.Module):
-  """`x / rms(x) * scale`: float32 inside, back to the compute dtype before the scale (`T5LayerNorm`)."""
+  """`x / rms(x) * scale`. The norm is float32, the scale is applied in the compute dtype (`T5LayerNorm`)."""
 
   config: T5Config
 
@@ -99,7 +102,7 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Module):
-  """A matrix product without bias; `equation` is the einsum, `std` that of the normal initialisation."""
+  """A matrix product without bias. `equation` is its einsum, `std` the deviation of the normal initialisation."""
 
   config: T5Config
   equation: str
@@ -116,7 +119,7 @@ class Linear(nn.Module):
 
 
 class Attention(nn.Module):
-  """Self-attention of `x [B,L,D]`, bias `[heads,L,L]` float32, key mask `[B,L]` bool or None; logits are not scaled."""
+  """Self-attention of `x [B,L,D]` with bias `[heads,L,L]` (float32) and key mask `[B,L]` (bool) or None, without scaling."""
 
   config: T5Config
   layout: Layout | None = None
@@ -137,7 +140,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-  """gelu(gate(x)) * up(x) (v1.1) or relu(up(x)) (v1.0), then down."""
+  """down(gelu(gate(x)) * up(x)) in v1.1, down(relu(up(x))) in v1.0."""
 
   config: T5Config
   layout: Layout | None = None
@@ -165,50 +168,54 @@ class Block(nn.Module):
     return x + Mlp(self.config, self.layout, name="mlp")(RMSNorm(self.config, name="mlp_norm")(x))
 
 
-def relative_buckets(distance, num_buckets, max_distance):
-  """Bucket of (key position - query position), int `[...]` -> `[...]`.
+def relative_buckets(distance: Int[Array, "*shape"], num_buckets: int, max_distance: int) -> Int[Array, "*shape"]:
+  """The bucket of every distance (key position - query position).
 
-  Half of the buckets are for keys behind the query. In each direction the first half of the buckets are distances 0, 1, 2,
-  ... one by one, the others grow by a constant factor up to `max_distance`; what is farther shares the last one.
+  Half of the buckets are for keys behind the query. In each direction the first half of the buckets holds one distance each: 0,
+  1, 2, ... The sizes of the others grow by a constant factor up to `max_distance`. Larger distances share the last bucket.
   """
   half = num_buckets // 2
   exact = half // 2
   behind = jnp.where(distance > 0, half, 0)
   distance = jnp.abs(distance)
-  # As the original, in float32 and truncated: where a power lands on a whole number the rounding decides.
+  # float32 and truncation as in the original: at whole numbers the rounding decides the bucket.
   steps = jnp.log(jnp.maximum(distance, 1).astype(jnp.float32) / exact) / math.log(max_distance / exact) * (half - exact)
   far = jnp.minimum(exact + steps.astype(jnp.int32), half - 1)
   return behind + jnp.where(distance < exact, distance, far)
 
 
-def relative_bias(table, length, max_distance):
-  """Table `[buckets, heads]` -> float32 bias `[heads, length, length]` (query, key).
+def relative_bias(
+  table: Float[Array, "buckets heads"], length: int, max_distance: int
+) -> Float[Array, "heads {length} {length}"]:
+  """The float32 bias (head, query, key) of a table of position biases.
 
-  One value per distance, laid out along the diagonals by repeating and reshaping: the gradient of a gather of length^2
-  rows would be a scatter, which accelerators do slowly.
+  Every distance has one value, which fills a diagonal by repeating and reshaping. A gather of length^2 rows would have a
+  scatter as its gradient, which is slow on accelerators.
   """
   num_buckets, heads = table.shape
   buckets = relative_buckets(jnp.arange(1 - length, length), num_buckets, max_distance)
   values = jnp.einsum(
     "nb,bh->hn", jax.nn.one_hot(buckets, num_buckets), table.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
   )
-  # Rows of 2L values read again with a period of 2L - 1: row q is shifted by q to the right.
+  # Rows of 2L values, read with a period of 2L - 1, shift row q by q to the right.
   rows = jnp.tile(jnp.pad(values, ((0, 0), (0, 1))), (1, length))[:, : length * (2 * length - 1)]
   return rows.reshape(heads, length, 2 * length - 1)[:, :, length - 1 :]
 
 
 class T5Encoder(nn.Module):
-  """`model.apply({"params": ...}, ids, mask)`; config and layout are all it holds."""
+  """The encoder: `model.apply({"params": ...}, ids, mask)`."""
 
   config: T5Config
   layout: Layout | None = None
 
   @nn.compact
-  def __call__(self, ids, mask=None):
-    """Token ids `[B,L]` and validity `[B,L]` (bool or 0/1; None: all) -> features `[B,L,D]` in the compute dtype.
+  def __call__(
+    self, ids: Int[Array | np.ndarray, "B L"], mask: Shaped[Array | np.ndarray, "B L"] | None = None
+  ) -> Float[Array, "B L D"]:
+    """Encodes token ids (L >= 1). Features are in the compute dtype.
 
-    Invalid tokens never reach valid ones; their own rows mean nothing. Any L >= 1; ids must lie in the vocabulary
-    (what lies outside reads NaN, which shows in the loss, instead of some other word).
+    `mask` is bool or 0/1; None: all tokens are valid. Invalid tokens do not influence valid ones, and their own rows have no
+    meaning. An id outside the vocabulary reads NaN, which shows in the loss.
     """
     c, dtype, param_dtype = self.config, DTYPES[self.config.dtype], DTYPES[self.config.param_dtype]
     embedding = self.param("token_embedding", nn.initializers.normal(1.0), (c.vocab_size, c.d_model), param_dtype)
@@ -221,8 +228,8 @@ class T5Encoder(nn.Module):
     x = self.run_blocks(x, bias, None if mask is None else jnp.asarray(mask, bool))
     return RMSNorm(c, name="final_norm")(x)
 
-  def run_blocks(self, x, bias, mask):
-    """The stack of layers over parameters stacked in depth: one `lax.scan`, or unrolled, with remat by name."""
+  def run_blocks(self, x: Float[Array, "B L D"], bias: Float[Array, "heads L L"], mask: Any) -> Float[Array, "B L D"]:
+    """Runs the layers, whose parameters are stacked in depth, as one `lax.scan` or unrolled, with remat by name."""
     c, block = self.config, Block(self.config, self.layout, parent=None)
     stacked = stacked_params(self, {"blocks": block}, c.num_layers, x, bias, mask)["blocks"]
 
@@ -239,29 +246,29 @@ TABLE = {
   "large": T5Config(d_model=1024, num_layers=24, num_heads=16, d_ff=2816),
   "xl": T5Config(d_model=2048, num_layers=24, num_heads=32, d_ff=5120),
   "xxl": T5Config(),
-  # Bytes instead of words (ByT5Tokenizer): trained with the denoiser in the quick start and the small configs.
+  # Small encoders that train with the denoiser, in the quick start and the tests. "byt5" reads bytes (ByT5Tokenizer).
   "byt5-mini": T5Config(d_model=192, num_layers=2, num_heads=4, d_kv=48, d_ff=384, vocab_size=384, relative_bias_std=3.0),
   "mini": T5Config(d_model=128, num_layers=2, num_heads=4, d_kv=32, d_ff=256, vocab_size=256),
   "byt5-tiny": T5Config(d_model=64, num_layers=2, num_heads=4, d_kv=16, d_ff=128, vocab_size=384),
 }
 
 
-def get_config(name, **overrides):
-  """The named configuration with some fields replaced; ValueError names the allowed ones."""
+def get_config(name: str, **overrides: Any) -> T5Config:
+  """The named configuration with some fields replaced. Raises ValueError, with the allowed names, for unknown ones."""
   return fields.replace(fields.choose(TABLE, name, "text encoder"), overrides, f"text encoder {name}")
 
 
-def build(config, layout=None):
+def build(config: T5Config, layout: Layout | None = None) -> T5Encoder:
   """The encoder of a configuration."""
   return T5Encoder(config, layout)
 
 
-def init(config, key):
+def init(config: T5Config, key: Key[Array, ""]) -> dict[str, Any]:
   """Variables {"params": ...} with the original initialisation (factor 1.0, `T5PreTrainedModel._init_weights`)."""
   return build(config).init(key, jnp.zeros((1, 1), jnp.int32))
 
 
 @functools.cache
-def init_shapes(config):
-  """The tree of `init` as shapes: nothing is allocated. Made once per configuration, so not to be changed."""
+def init_shapes(config: T5Config) -> Any:
+  """The tree of `init` as shapes. Allocates nothing. Calls share one tree, so do not change it."""
   return jax.eval_shape(functools.partial(init, config), jax.random.key(0))

@@ -1,13 +1,17 @@
-"""Orbax checkpoints of a run: parameters, average, optimizer and position as separate items, written asynchronously.
+"""Orbax checkpoints of a run, written asynchronously.
 
-`<output>/config.json` is the whole configuration, `<output>/checkpoints/<step>/` a checkpoint: it is whole or not there (in
-a bucket, orbax's `commit_success.txt` is written last, and what has none does not count).
-Items apart let a reader take only the averaged parameters (jax-practice: one big item can't be restored in part).
+`<output>/config.json` is the whole configuration. `<output>/checkpoints/<step>/` is a checkpoint, which exists only when it is
+complete. In a bucket a checkpoint counts once orbax has written `commit_success.txt`.
+
+Parameters, averages, optimizer and position are separate items. So a reader can restore the averages alone: Orbax does not
+restore parts of one item.
 """
 
 import contextlib
 import json
 import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -21,53 +25,56 @@ from stdit_jax.training.stages import FREE, make_stages, stage_that_made
 from stdit_jax.training.watchdog import StartAgain
 
 CONFIG = "config.json"
-# What tensorstore says when a checkpoint may well be whole, but cannot be had now.
+# Errors of tensorstore that do not mean a damaged checkpoint.
 _NOT_ITS_FAULT = "PERMISSION_DENIED|UNAUTHENTICATED|RESOURCE_EXHAUSTED|UNAVAILABLE|DEADLINE_EXCEEDED"
-# Of these, and of what `paths.errors` says of a bucket out of reach, a later attempt may find nothing.
+# Errors of tensorstore and `paths.errors` that may not occur in a later attempt.
 _PASSES = "RESOURCE_EXHAUSTED|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|INTERNAL|the bucket gives no answer"
 
 
-def plain(config):
-  """A ConfigDict as JSON-able values: tuples become lists."""
+def plain(config: Any) -> Any:
+  """A ConfigDict as values that JSON can hold. Tuples become lists."""
   return json.loads(json.dumps(config.to_dict() if hasattr(config, "to_dict") else config))
 
 
-NO_LONGER = (("autoencoder", "temporal"),)  # keys of earlier versions, with which nothing was trained
+NO_LONGER = (("autoencoder", "temporal"),)  # keys of earlier versions that had no effect on training
 
 
-def from_plain(values):
-  """The configuration of what `plain` made, keys that it is too old to have at their defaults, without those that are gone."""
+def from_plain(values: Mapping[str, Any]) -> Any:
+  """The configuration from the values that `plain` made, perhaps in an earlier version.
+
+  Missing keys get their defaults. Keys in NO_LONGER are dropped.
+  """
   values = {name: dict(value) if isinstance(value, dict) else value for name, value in values.items()}
   for group, key in NO_LONGER:
     values.get(group, {}).pop(key, None)
   config = base.get_config()
   with config.unlocked(), config.ignore_type():
-    config.update_from_flattened_dict({key: {} for key in FREE})  # a field that was not set there must not be set here
+    config.update_from_flattened_dict({key: {} for key in FREE})  # the values alone decide which fields are set
     config.update(values)
   return config
 
 
 class DamagedCheckpointError(ValueError):
-  """A checkpoint that is there, but cannot be read."""
+  """A checkpoint exists but cannot be read."""
 
 
 class _Manager(ocp.CheckpointManager):
   def reached_preemption(self, step):
-    """Orbax would ask while it saves, with the step of the checkpoint; the loop asks, and all have to count alike."""
+    """Always False. Orbax would ask with the checkpoint's step, but the loop asks with a count that all processes share."""
     return False
 
 
 def _lost_process(error):
-  """Whether an error comes from waiting for all processes, of which one is gone; orbax makes a TimeoutError of it."""
+  """Whether an error comes from waiting for a process that died. Orbax turns such an error into a TimeoutError."""
   return any(isinstance(e, jax.errors.JaxRuntimeError) for e in (error, error.__cause__, error.__context__))
 
 
-def reached_preemption(number):
-  """Whether all processes of a run of several stop at this call: one was sent SIGTERM, or its machine will be taken away.
+def reached_preemption(number: int) -> bool:
+  """Whether all processes must stop at this call, since one received SIGTERM or a notice of preemption.
 
-  The answer is the same on each process. Call it in every step, with a number that grows.
+  The answer is the same on every process. Call this function in every step, with an increasing number.
   """
-  with contextlib.suppress(RuntimeError):  # the service is switched off
+  with contextlib.suppress(RuntimeError):  # the service is disabled
     return multihost_utils.reached_preemption_sync_point(number)
   return False
 
@@ -75,53 +82,53 @@ def reached_preemption(number):
 class Checkpoints:
   """The checkpoints of one run folder."""
 
-  def __init__(self, output, keep=3):
+  def __init__(self, output: Any, keep: int = 3):
     self._output = paths.absolute(output)
     self.folder = paths.join(self._output, "checkpoints")
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True, create=True)
-    # Named handlers: without them a fresh process can't read what shapes an item has, only on the devices that wrote it.
+    # Without handlers by name, a new process can read the shapes of an item only on the devices that wrote it.
     handlers = {name: ocp.StandardCheckpointHandler() for name in ("params", "ema", "opt", "constants")}
     handlers["position"] = ocp.JsonCheckpointHandler()
     self._manager = _Manager(self.folder, options=options, item_handlers=handlers)
 
-  def reload(self):
-    """Looks anew at what is there."""
+  def reload(self) -> None:
+    """Reads the list of checkpoints again."""
     self._manager.reload()
 
-  def latest(self):
-    """Step of the newest checkpoint that was written to its end, or None."""
+  def latest(self) -> int | None:
+    """Step of the newest complete checkpoint, or None."""
     return self._manager.latest_step()
 
-  def steps(self):
-    """Steps of all checkpoints that were written to their end, ascending."""
+  def steps(self) -> list[int]:
+    """Steps of all complete checkpoints, ascending."""
     return sorted(self._manager.all_steps())
 
-  def pick(self, step=None):
-    """`step`, or the newest one; ValueError when it is not there."""
+  def pick(self, step: int | None = None) -> int:
+    """Returns `step`, or the newest step for None. Raises ValueError if its checkpoint does not exist."""
     steps = self.steps()
     step = max(steps, default=None) if step is None else step
     if step not in steps:
       raise ValueError(f"{self._output} has no checkpoint of step {step}; there are {steps or 'none'}")
     return step
 
-  def save(self, step, state, constants, position):
-    """Starts writing; returns as soon as the arrays are copied off the device."""
+  def save(self, step: int, state: Mapping, constants: Any, position: Any) -> None:
+    """Starts to write a checkpoint. Returns as soon as the arrays are copied from the device."""
     if self.latest() == step:
       return
     if jax.process_index() == 0 and self.is_marked(step):
-      paths.remove(self._mark(step))  # of one that is no longer there
+      paths.remove(self._mark(step))  # the mark of an earlier checkpoint, which no longer exists
     items = {**state, **({"constants": constants} if constants else {})}
     arrays = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
     with self._writing():
       self._manager.save(step, args=ocp.args.Composite(position=ocp.args.JsonSave(position), **arrays))
 
-  def position(self, step):
-    """The JSON written with the checkpoint: step, data position and fingerprints. Raises DamagedCheckpointError."""
+  def position(self, step: int) -> dict[str, Any]:
+    """The JSON item of a checkpoint: step, data position and fingerprints. Raises DamagedCheckpointError."""
     with self._reading(step):
       return self._manager.restore(step, args=ocp.args.Composite(position=ocp.args.JsonRestore()))["position"]
 
-  def restore(self, step, state_shapes, constants_shapes):
-    """(state, constants) into the given shapes with shardings, on whatever mesh they name. Raises DamagedCheckpointError."""
+  def restore(self, step: int, state_shapes: Mapping, constants_shapes: Any) -> tuple[dict[str, Any], Any]:
+    """Restores (state, constants) with the given shapes and shardings, on any mesh. Raises DamagedCheckpointError."""
     items = {**state_shapes, **({"constants": constants_shapes} if constants_shapes else {})}
     args = {name: ocp.args.StandardRestore(shapes) for name, shapes in items.items()}
     with self._reading(step):
@@ -131,15 +138,16 @@ class Checkpoints:
   def _mark(self, step):
     return paths.join(self._output, "damaged", str(step))
 
-  def mark(self, step):
-    """Notes that a checkpoint can't be read, for processes that do not see it themselves."""
+  def mark(self, step: int) -> None:
+    """Marks a checkpoint as damaged, for processes that do not see the damage themselves."""
     paths.write_text(self._mark(step), "")
 
-  def is_marked(self, step):
+  def is_marked(self, step: int) -> bool:
+    """Whether a process has marked a checkpoint as damaged."""
     return paths.exists(self._mark(step))
 
-  def set_aside(self, steps):
-    """Moves checkpoints out of the way of those that will be written, to `<output>/set-aside/<step>`; returns the folder."""
+  def set_aside(self, steps: Sequence[int]) -> str:
+    """Moves checkpoints to `<output>/set-aside/<step>`, so that their steps can be saved again. Returns that folder."""
     folder = paths.join(self._output, "set-aside")
     if jax.process_index() == 0:
       for step in steps:
@@ -154,18 +162,18 @@ class Checkpoints:
     self.reload()
     return folder
 
-  def wait(self):
-    """Returns when everything is on disk."""
+  def wait(self) -> None:
+    """Waits until all checkpoints are on disk."""
     with self._writing():
       self._manager.wait_until_finished()
 
-  def close(self):
+  def close(self) -> None:
     with self._writing():
       self._manager.close()
 
   @contextlib.contextmanager
-  def _reading(self, step):
-    """What orbax and tensorstore raise about files that are missing, cut or garbled, as DamagedCheckpointError."""
+  def _reading(self, step: int) -> Iterator[None]:
+    """Turns the errors of orbax and tensorstore about missing or damaged files into DamagedCheckpointError."""
     try:
       with paths.errors(self.folder):
         yield
@@ -177,45 +185,44 @@ class Checkpoints:
       raise DamagedCheckpointError(f"checkpoint {paths.join(self.folder, str(step))} is damaged: {text[:200]}") from error
 
   @contextlib.contextmanager
-  def _writing(self):
-    """A full disk and its like, which orbax reports when it is next called, as one clear line. A bucket that gives no answer
-    now is StartAgain."""
+  def _writing(self) -> Iterator[None]:
+    """Turns write errors, which orbax reports at its next call, into one line. A bucket without an answer is StartAgain."""
     try:
       with paths.errors(self.folder):
         yield
     except (OSError, RuntimeError, ValueError) as error:
       if _lost_process(error):
-        raise RuntimeError("a process was lost while a checkpoint was written") from error
-      reason = re.sub(r"\W*\[os_error_code.*", "", " ".join(str(error).split()))[-200:]  # it comes last
+        raise RuntimeError("a process died while a checkpoint was written") from error
+      reason = re.sub(r"\W*\[os_error_code.*", "", " ".join(str(error).split()))[-200:]  # the reason is at the end
       if paths.is_remote(self.folder) and re.search(_PASSES, str(error)):
-        raise StartAgain(f"a checkpoint could not be written to {self.folder}, which may pass: {reason}") from error
+        raise StartAgain(f"a checkpoint could not be written to {self.folder}; a restart may help: {reason}") from error
       raise InputError(
-        f"a checkpoint could not be written to {self.folder}: {reason}. Make room there or "
-        "mend it; the same command then goes on from the newest whole checkpoint"
+        f"a checkpoint could not be written to {self.folder}: {reason}. Make room there or mend the cause; the same command "
+        "then resumes from the newest complete checkpoint"
       ) from error
 
 
-def is_run_folder(path):
-  """Whether `path` is the folder of a training run of ours."""
+def is_run_folder(path: Any) -> bool:
+  """Whether `path` is the folder of a training run of this project."""
   return paths.exists(paths.join(path, CONFIG)) and paths.exists(paths.join(path, "checkpoints"))
 
 
-def read_config(folder):
-  """The configuration of a run folder, as `from_plain`; ValueError when there is none."""
+def read_config(folder: Any) -> Any:
+  """The configuration of a run folder, read by `from_plain`. Raises ValueError if the folder has none."""
   path = paths.join(folder, CONFIG)
   try:
     return from_plain(json.loads(paths.read_text(path)))
   except FileNotFoundError:
     raise ValueError(f"{folder} is no run folder: it has no {CONFIG}; give the `output` folder of a training run") from None
   except (json.JSONDecodeError, UnicodeDecodeError) as error:
-    raise ValueError(f"{path} is damaged: {error}") from None
+    raise ValueError(f"{path} is damaged ({error}); restore it, or give another folder") from None
 
 
-def stage_config(folder, step=None):
-  """(configuration of the stage that made a checkpoint, whose model it holds; its step), by default of the latest.
+def stage_config(folder: Any, step: int | None = None) -> tuple[Any, int]:
+  """(configuration of the stage that made a checkpoint, step of the checkpoint). `step` None: the latest.
 
   Raises:
-    ValueError: no run folder, no checkpoint, no such step.
+    ValueError: `folder` is no run folder, or has no such checkpoint.
   """
   stages = make_stages(read_config(folder))
   checkpoints = Checkpoints(folder)
@@ -228,17 +235,19 @@ def stage_config(folder, step=None):
     checkpoints.close()
 
 
-def load_weights(folder, item="ema", step=None, mesh=None, rules=()):
-  """Weights of a run folder: ({"denoiser": ..., ...}, constants, step), laid over the mesh, without one on one device.
+def load_weights(
+  folder: Any, item: str = "ema", step: int | None = None, mesh: jax.sharding.Mesh | None = None, rules: Sequence = ()
+) -> tuple[dict[str, Any], Any, int]:
+  """Loads the weights of a run folder: ({"denoiser": ..., ...}, constants, step).
 
   Args:
     folder: the run's `output`.
-    item: "ema" (averaged) or "params".
-    step: a checkpoint's step, the latest by default.
-    mesh, rules: where the weights go, by the sharding rules of their model.
+    item: "ema" (averages) or "params".
+    step: of the checkpoint; None: the latest.
+    mesh, rules: shard the weights by the rules of their model. Without a mesh they are on one device.
 
   Raises:
-    ValueError: no run folder, no checkpoint, no such step.
+    ValueError: `folder` is no run folder, or has no such checkpoint.
   """
   if item not in ("ema", "params"):
     raise ValueError(f"weights {item!r} are unknown; allowed: 'ema', 'params'")

@@ -1,10 +1,12 @@
-"""One training per run folder: two that write the same checkpoints would make both worthless.
+"""Allows one training per run folder. Two trainings would overwrite each other's checkpoints.
 
-The first process of a run notes in `<output>/running.json` who it is, with a count that goes on every few seconds. Who finds
-such a note asks, on the same machine, whether that process lives; of another machine, or in another container, it watches the
-count for a while. What was killed counts no more, so nothing has to be cleaned up, and clocks of two machines are never
-compared. It works on any disk and in a bucket; who began at the very same moment, or slept so long that another took the
-folder, sees it at the next count and ends.
+The first process of a run writes its identity and a counter to `<output>/running.json`. It increases the counter every few
+seconds. A second training finds this note. On the same machine it asks the system whether the process is alive. From another
+machine or container it watches the counter for a while.
+
+A killed training stops counting, so it does not block the next one. Clocks of two machines are never compared. The note works
+on any disk and in a bucket. If two trainings start at the same moment, one of them exits at its next count. So does a training
+that slept until another one took the folder.
 """
 
 import contextlib
@@ -15,12 +17,14 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Callable, Iterator
 
 from data import paths
 
 NAME = "running.json"
-PERIOD = 10.0  # seconds from count to count; a bucket takes one write of the same object a second
-SILENT, PATIENCE = 3, 6  # periods without a count after which nobody is there; those after which one that counts stays
+PERIOD = 10.0  # seconds between counts; a bucket allows one write of an object per second
+SILENT = 3  # periods without a count before a holder is considered dead
+PATIENCE = 6  # periods to wait before a live holder is refused
 
 
 def _say(text):
@@ -28,16 +32,18 @@ def _say(text):
 
 
 @contextlib.contextmanager
-def claim(folder, taken, period=PERIOD, say=_say):
+def claim(folder: str, taken: Callable, period: float = PERIOD, say: Callable = _say) -> Iterator[None]:
   """Holds a run folder for this process while the block runs.
+
+  If the holder is on another machine, `claim` waits for its end, up to PATIENCE periods. This process may be its replacement.
 
   Args:
     folder: of the run, on a disk or in a bucket.
-    taken: called with one line, in another thread, when another process has taken the folder nevertheless.
-    say: called with what it waits for.
+    taken: called with one line, in another thread, if another process has taken the folder meanwhile.
+    say: called with one line about waiting.
 
-  Raises ValueError when a process is training there. One of another machine that ends within a minute is waited for: it may
-  have been told to stop, and this be the one that goes on in its place.
+  Raises:
+    ValueError: another process is training in the folder.
   """
   path = paths.join(folder, NAME)
   own = {"id": uuid.uuid4().hex, "host": socket.gethostname(), "machine": _machine(), "process": os.getpid()}
@@ -49,9 +55,9 @@ def claim(folder, taken, period=PERIOD, say=_say):
     number = 0
     while not stopped.wait(period):
       number += 1
-      with contextlib.suppress(OSError):  # a full disk or a bucket out of reach shows in the run itself
+      with contextlib.suppress(OSError):  # the run itself reports a full disk or an unreachable bucket
         if (found := _read(path)) and found["id"] != own["id"]:
-          taken(f"{folder} is another's now: {_name(found)} trains there")
+          taken(f"{folder}: {_name(found)} took this folder and trains in it")
           return
         paths.write_text(path, json.dumps({**own, "count": number}))
 
@@ -69,7 +75,7 @@ def claim(folder, taken, period=PERIOD, say=_say):
 
 
 def _wait_until_free(path, period, say):
-  """Returns when nobody counts in the note at `path`, and raises ValueError when somebody goes on."""
+  """Returns when the counter in the note at `path` has stopped. Raises ValueError if its process still counts."""
   found = _read(path)
   if found and found["machine"] == _machine():
     began = _began(found["process"])
@@ -78,7 +84,7 @@ def _wait_until_free(path, period, say):
     return
   start = changed = time.monotonic()
   if found:
-    say(f"{_name(found)} was training in {os.path.dirname(path)}; waiting for {SILENT * period:.0f} s whether it still does")
+    say(f"{_name(found)} was training in {os.path.dirname(path)}; waiting {SILENT * period:.0f} s to see if it still is")
   while found and time.monotonic() - changed < SILENT * period:
     if time.monotonic() - start > PATIENCE * period:
       raise ValueError(_refusal(path, found))
@@ -88,7 +94,7 @@ def _wait_until_free(path, period, say):
 
 
 def _read(path):
-  """What a note says, None where there is none that can be understood."""
+  """The content of the note at `path`. None if the note does not exist or cannot be parsed."""
   try:
     found = json.loads(paths.read_text(path))
     return {key: found[key] for key in ("id", "host", "machine", "process", "began", "count")}
@@ -97,8 +103,10 @@ def _read(path):
 
 
 def _machine():
-  """What processes have in common that see each other's numbers: a start of a system, and there a container; or a random text
-  where neither can be known, so that nobody is taken for one of them."""
+  """The boot and the container of this process. Processes with the same value see each other's process ids.
+
+  A random text where the system tells neither, so that no other process has this value.
+  """
   try:
     start = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{start} {os.readlink('/proc/self/ns/pid')}"
@@ -107,7 +115,7 @@ def _machine():
 
 
 def _began(process):
-  """When a process of this machine began, None if it has ended. Numbers of processes come again; this tells them apart."""
+  """Start time of a process on this machine, None if it has ended. It distinguishes processes that reuse an id."""
   try:
     state, *rest = pathlib.Path(f"/proc/{int(process)}/stat").read_text().rpartition(")")[2].split()
   except (OSError, ValueError):
@@ -122,6 +130,6 @@ def _name(found):
 def _refusal(path, found):
   folder = os.path.dirname(path)
   return (
-    f"config: output={folder!r}: {_name(found)} is training in this folder, as its {NAME} says; stop it first, or give another "
-    "folder"
+    f"config: output={folder!r}: {_name(found)} is training in this folder, as its {NAME} says. Stop that training, or give "
+    "another folder"
   )

@@ -1,4 +1,4 @@
-"""Metrics of a run: one line on the console, TensorBoard, and JSON lines that survive everything."""
+"""Metrics of a run: console lines, TensorBoard and JSON lines (`metrics.jsonl`)."""
 
 import collections
 import contextlib
@@ -9,6 +9,8 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,14 +19,14 @@ from tensorboardX import SummaryWriter
 from data import paths
 from stdit_jax.parallel.topology import peak_tflops
 
-MAX_DATA_SHARE = 0.02  # of the step time: more is said, with what to do
-UPLOAD_SECONDS = 60.0  # between uploads to a bucket, which wants whole files
-_USUAL = {"nonfinite": 0, "stepped": 1}  # not worth the console's width
-SHARE = "/share"  # of the samples that count for the mean of the same name without it
+MAX_DATA_SHARE = 0.02  # of the step time; above it the console gives advice
+UPLOAD_SECONDS = 60.0  # between uploads to a bucket, which stores whole files only
+_USUAL = {"nonfinite": 0, "stepped": 1}  # values that the console does not show
+SHARE = "/share"  # ending of the share of samples that count for the value of the same name
 
 
-def duration(seconds):
-  """'3 s', '12:05' or '3:12:05'."""
+def duration(seconds: float) -> str:
+  """A duration such as '3 s', '12:05' or '3:12:05'."""
   seconds = int(seconds)
   if seconds < 60:
     return f"{seconds} s"
@@ -33,26 +35,26 @@ def duration(seconds):
 
 
 class Averages:
-  """Means over the steps since the last line. Values stay on the device until they are asked for: no wait per step.
+  """Means over the steps since the last line. Values stay on the device until `take`, so that no step waits.
 
-  Values that are not finite are left out, as the update program leaves out their steps; `nonfinite` is the share of those.
-  A value of which only a share of the samples counts comes as two, NAME (zero elsewhere) and NAME/share.
+  Non-finite values are skipped, like their steps in the update program. `nonfinite` is their share. If only a share of the
+  samples counts for a value, `add` takes two entries: NAME, which is zero for the other samples, and NAME/share.
   """
 
   def __init__(self):
     self._values = []
 
-  def add(self, values, weight=1.0):
-    """{name: value (a number or a device scalar)} of one step or micro step, and their weight."""
+  def add(self, values: Mapping[str, Any], weight: Any = 1.0) -> None:
+    """Adds {name: number or device scalar} of one step or micro step."""
     self._values.append((values, weight))
 
-  def take(self):
-    """{name: weighted mean}, and starts anew. Names without weight, or without a finite value, are left out."""
+  def take(self) -> dict[str, float]:
+    """Returns {name: weighted mean} and starts anew. Skips names without a finite value of positive weight."""
     sums = collections.defaultdict(lambda: [0.0, 0.0])
     for values, weight in self._values:
       weight, values = float(weight), {name: float(value) for name, value in values.items()}
       for name, value in values.items():
-        # The share of a value that is left out does not count either.
+        # If a value is skipped, its share is skipped as well.
         if weight and math.isfinite(value) and math.isfinite(values[name.removesuffix(SHARE)]):
           sums[name][0] += value * weight
           sums[name][1] += weight
@@ -68,41 +70,41 @@ class Averages:
 
 
 class Speed:
-  """How fast a run is since the last line, without the time of checkpoints, samples and waiting for the compiler."""
+  """Measures the speed of a run since the last line, without checkpoints, samples and waiting for the compiler."""
 
-  def __init__(self, devices):
+  def __init__(self, devices: Sequence):
     self._devices, self._peak = len(devices), peak_tflops(devices[0].device_kind)
     self.start_stage()
 
-  def start_stage(self):
-    """A stage begins to step: its first batch is there."""
-    self._stage = np.zeros(3)  # steps, their seconds, those of them in which the data was waited for
+  def start_stage(self) -> None:
+    """Starts a stage. Called when its first batch is ready."""
+    self._stage = np.zeros(3)  # steps, seconds, seconds of waiting for data
     self._start()
 
   def _start(self):
     self._began, self._paused, self._data, self._tokens, self._flops, self._steps = time.monotonic(), 0.0, 0.0, 0, 0, 0
 
-  def micro_step(self, work):
-    """`work`: (tokens, FLOPs)."""
+  def micro_step(self, work: tuple[float, float]) -> None:
+    """Counts the (tokens, FLOPs) of a micro step."""
     self._tokens, self._flops = self._tokens + work[0], self._flops + work[1]
 
-  def step(self):
+  def step(self) -> None:
     self._steps += 1
 
   @contextlib.contextmanager
-  def waiting_for_data(self):
+  def waiting_for_data(self) -> Iterator[None]:
     began = time.monotonic()
     yield
     self._data += time.monotonic() - began
 
   @contextlib.contextmanager
-  def paused(self):
+  def paused(self) -> Iterator[None]:
     began = time.monotonic()
     yield
     self._paused += time.monotonic() - began
 
-  def take(self):
-    """{"speed/...": value} since the last call."""
+  def take(self) -> dict[str, float]:
+    """Returns {"speed/...": value} since the last call."""
     seconds = max(time.monotonic() - self._began - self._paused, 1e-9)
     values = {"step_seconds": seconds / max(self._steps, 1), "data_seconds": self._data / max(self._steps, 1)}
     values["data_share"] = self._data / seconds
@@ -120,14 +122,14 @@ class Speed:
     self._start()
     return {f"speed/{name}": value for name, value in values.items()}
 
-  def stage_data(self):
-    """(steps, seconds per step, share of them that waited for data) of the stage up to the last `take`."""
+  def stage_data(self) -> tuple[int, float, float]:
+    """(steps, seconds per step, share of the time that waited for data) of the stage up to the last `take`."""
     steps, seconds, data = self._stage
     return int(steps), seconds / max(steps, 1), data / max(seconds, 1e-9)
 
 
-def stage_note(steps, seconds, share, config):
-  """What the console says of a stage at its end; `share`: of the process that waited longest."""
+def stage_note(steps: int, seconds: float, share: float, config: Any) -> str:
+  """The console's note at the end of a stage. `share`: largest share of waiting for data among the processes."""
   text = f"{steps} steps of {seconds:.3g} s, {share:.1%} of it waiting for data"
   if share <= MAX_DATA_SHARE:
     return text
@@ -135,8 +137,8 @@ def stage_note(steps, seconds, share, config):
   return f"{text}: more than {MAX_DATA_SHARE:.0%}; raise data.workers (now {config.workers}) or data.read_ahead (now {ahead})"
 
 
-def speed_note(values):
-  """What the console says of `Speed.take`."""
+def speed_note(values: Mapping[str, float]) -> str:
+  """The console's note on the values of `Speed.take`."""
   text = f"  data {values['speed/data_share']:.1%}"
   if "speed/tflops_per_device" in values:
     text += f"  {values['speed/tflops_per_device']:.3g} TFLOP/s per device"
@@ -144,12 +146,12 @@ def speed_note(values):
 
 
 class Metrics:
-  """Writes what the loop measures. Only the first process writes.
+  """Writes the measurements of the loop. Only the first process writes.
 
-  Nothing can be appended to in a bucket: there, files grow in a local folder and are uploaded whole by `flush`.
+  A bucket cannot append to a file. So the files of a run in a bucket grow in a local folder, and `flush` uploads them whole.
   """
 
-  def __init__(self, output, first_step, total_steps, active=True):
+  def __init__(self, output: str, first_step: int, total_steps: int, active: bool = True):
     self._active, self._total = active, total_steps
     self.start_stage(first_step)
     if not active:
@@ -159,21 +161,21 @@ class Metrics:
       self._folder = tempfile.mkdtemp(prefix="stdit_jax-")
     path = os.path.join(self._folder, "metrics.jsonl")
     if paths.exists(old := paths.join(output, "metrics.jsonl")):
-      # Steps after the checkpoint we resume from will be run again: drop their lines.
+      # The run repeats the steps after its checkpoint: drop their lines.
       lines = paths.read_text(old).splitlines()
       paths.write_text(path, "".join(f"{line}\n" for line in lines if _step(line) is not None and _step(line) <= first_step))
-    self._file = open(path, "a")  # noqa: SIM115 - as long as the run
+    self._file = open(path, "a")  # noqa: SIM115 - open as long as the run
     self._board = SummaryWriter(os.path.join(self._folder, "tensorboard"), purge_step=first_step or None)
 
-  def start_stage(self, step):
-    """A stage begins to step after `step`. Its own steps say how long the rest takes, not those of stages before it."""
+  def start_stage(self, step: int) -> None:
+    """Starts a stage after step `step`. The time left is estimated from the steps of this stage alone."""
     self._start = self._last_time = time.monotonic()
     self._first_step = self._last_step = step
 
-  def write(self, step, values, note=""):
-    """Records scalars at optimizer step `step` (1 = after the first) and prints one line with rate and time left.
+  def write(self, step: int, values: Mapping[str, float], note: str = "") -> None:
+    """Records scalars at optimizer step `step` (1 = after the first) and prints a line with rate and time left.
 
-    The time left is that of all steps to come at the mean rate of the stage so far: a guess where other stages follow.
+    The time left assumes the mean rate of this stage for all remaining steps, also for those of later stages.
     """
     if not self._active:
       return
@@ -186,8 +188,8 @@ class Metrics:
     shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if "/" not in name and _USUAL.get(name) != value)
     print(f"step {step}/{self._total}  {shown}  {rate:.2f} steps/s  {left} left{note}", flush=True)
 
-  def record(self, step, values):
-    """Records scalars at optimizer step `step`, without a word."""
+  def record(self, step: int, values: Mapping[str, float]) -> None:
+    """Records scalars at optimizer step `step` without printing."""
     if not self._active:
       return
     self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
@@ -197,8 +199,8 @@ class Metrics:
     if paths.is_remote(self._output) and time.monotonic() - self._uploaded > UPLOAD_SECONDS:
       self.flush()
 
-  def flush(self):
-    """Everything so far is in the output folder when this returns: before a checkpoint, from which a run goes on after it."""
+  def flush(self) -> None:
+    """Writes all values to the output folder. Called before a checkpoint, whose run resumes after these values."""
     if not self._active:
       return
     self._file.flush()
@@ -211,10 +213,10 @@ class Metrics:
     self._uploaded = time.monotonic()
     try:
       paths.upload(self._folder, self._output)
-    except OSError as error:  # the next time brings all of it
+    except OSError as error:  # the next upload includes all values
       print(f"warning: metrics could not be written to {self._output}: {error.strerror}", file=sys.stderr, flush=True)
 
-  def close(self):
+  def close(self) -> None:
     if not self._active:
       return
     self._file.close()

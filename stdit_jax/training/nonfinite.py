@@ -1,28 +1,32 @@
-"""Optimizer steps whose loss or gradient was not finite: counted, and too many in a row end in `TooManyNonFinite`.
+"""Counts optimizer steps with a non-finite loss or gradient. Too many in a row raise `TooManyNonFinite`.
 
-The update program leaves such a step out by itself (`step.update`), so that nothing here has to be quick: every step is
-looked at when the next one has been handed to the device, which never waits for the host.
+The update program itself skips such a step (`step.update`). So the check may be late: it looks at a step after the next one was
+dispatched, and the device never waits for the host.
 """
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 
 
 @dataclasses.dataclass
 class MicroStep:
-  """What is remembered of a micro step until its optimizer step has been looked at.
+  """A micro step whose optimizer step is not checked yet.
 
-  position: in the stage's plan; bucket: (resolution, frames); loss: device scalar; paths: files of this process's rows.
+  Attributes:
+    position: in the stage's plan; bucket: (resolution, frames).
+    loss: device scalar; paths: files of this process's rows.
   """
 
   position: int
   bucket: tuple
-  loss: object
-  paths: list
+  loss: Any
+  paths: list[str]
 
-  def failed(self):
+  def failed(self) -> bool:
+    """Whether the loss is not finite. Waits for the device."""
     return not math.isfinite(float(self.loss))
 
   def __str__(self):
@@ -30,47 +34,50 @@ class MicroStep:
     return f"plan position {self.position} ({self.bucket[0]} x {self.bucket[1]}): loss {float(self.loss):g}, {names}"
 
 
-class TooManyNonFinite(Exception):  # noqa: N818 - the run goes back; an error only when it comes again
-  """`steps`: [(optimizer step, its micro steps)], those in a row that were not finite."""
+class TooManyNonFinite(Exception):  # noqa: N818 - the run goes back to a checkpoint; only a repetition is an error
+  """Too many non-finite optimizer steps in a row. `steps`: [(optimizer step, its micro steps)]."""
 
-  def __init__(self, steps):
+  def __init__(self, steps: list[tuple[int, list[MicroStep]]]):
     super().__init__(f"{len(steps)} optimizer steps in a row were not finite")
     self.steps = steps
 
-  def positions(self):
-    """Plan positions of the micro steps that failed: those with a loss that is not finite; where all losses of an optimizer
-    step are, its gradient was not, and any of them may have been it."""
+  def positions(self) -> list[int]:
+    """Plan positions of the micro steps with a non-finite loss.
+
+    If all losses of an optimizer step are finite, its gradient was not. Then all of its micro steps count as failed.
+    """
     found = set()
     for _, micro_steps in self.steps:
       failed = [m for m in micro_steps if m.failed()] or micro_steps
       found |= {m.position for m in failed}
     return sorted(found)
 
-  def report(self):
-    """One line: steps, losses, files."""
+  def report(self) -> str:
+    """One line with steps, losses and files."""
     lines = [f"step {step}: {m}" for step, micro_steps in self.steps for m in micro_steps]
     return "; ".join(lines[:8]) + (f"; and {len(lines) - 8} more" if len(lines) > 8 else "")
 
 
 class NonFinite:
-  """Looks at the steps of one stage, one step late. Every process sees the same.
+  """Checks the steps of one stage, one step late, with the same result on every process.
 
-  Attributes: count: steps left out so far; row: how many in a row up to the last one looked at.
+  Attributes:
+    limit: non-finite steps in a row that raise TooManyNonFinite; count: skipped steps so far.
   """
 
-  def __init__(self, limit):
+  def __init__(self, limit: int):
     self.limit, self.count, self._row, self._last = limit, 0, [], None
 
-  def after(self, step, nonfinite, micro_steps):
-    """Optimizer step `step` has been handed to the device; looks at the one before. Raises TooManyNonFinite."""
+  def after(self, step: int, nonfinite: Any, micro_steps: list[MicroStep]) -> None:
+    """Checks the previous optimizer step, after step `step` was dispatched. Raises TooManyNonFinite."""
     self.settle()
     self._last = step, nonfinite, micro_steps
 
-  def settle(self):
-    """Looks at the last step, too, which waits for the device; returns how many in a row up to it were not finite.
+  def settle(self) -> int:
+    """Checks the last step, which waits for the device. Returns the number of non-finite steps in a row up to it.
 
     Raises:
-      TooManyNonFinite: that is the limit.
+      TooManyNonFinite: this number reaches the limit.
     """
     if self._last is not None:
       step, nonfinite, micro_steps = self._last

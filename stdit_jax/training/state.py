@@ -1,6 +1,8 @@
-"""What a run carries from step to step: parameters, their moving average, the optimizer's moments. All float32."""
+"""The state of a run: parameters, their moving average and the optimizer's moments, all float32."""
 
 import re
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,16 +11,19 @@ import optax
 from stdit_jax.parallel.shardings import path_name, tree_shardings
 
 
-def init_shapes(objective):
-  """(params, frozen) of an objective's `init` as shapes; nothing is allocated."""
+def init_shapes(objective: Any) -> tuple[Any, Any]:
+  """(params, frozen) of an objective's `init` as shapes. Allocates nothing."""
   return jax.eval_shape(objective.init, jax.random.key(0))
 
 
-def learning_rate(config, start, steps):
-  """Learning rate as a function of the optimizer step of the whole run, for a stage of `steps` steps from `start`.
+def learning_rate(config: Any, start: int, steps: int) -> Callable:
+  """The learning rate of a stage as a function of the run's optimizer step. The stage has `steps` steps from `start`.
 
-  Linear warm-up as in Open-Sora 1.2, lr * (k + 1) / (W + 1) while k < W, counted from the start of the stage; then
-  constant, or a cosine down to 0 at its end.
+  The warm-up is linear as in Open-Sora 1.2: lr * (k + 1) / (W + 1) for k < W, with k counted from the start of the stage. Then
+  the rate is constant or follows a cosine, which is 0 at the end of the stage.
+
+  Args:
+    config: the group `optimizer`.
   """
   peak, warmup = config.learning_rate, config.warmup_steps
 
@@ -33,9 +38,11 @@ def learning_rate(config, start, steps):
   return schedule
 
 
-def scale_by_adam(b1, b2, eps):
-  """Adam (arXiv 1412.6980, algorithm 1) without its learning rate, as `optax.scale_by_adam`, with a count of steps for every
-  parameter: the bias correction of one that comes in a later stage begins with it."""
+def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+  """Adam (arXiv 1412.6980, algorithm 1) without its learning rate, like `optax.scale_by_adam`.
+
+  Every parameter has its own step count. So the bias correction of a parameter from a later stage starts with that stage.
+  """
 
   def init(params):
     count, mu, nu = (jax.tree.map(f, params) for f in (lambda p: jnp.zeros((), jnp.int32), jnp.zeros_like, jnp.zeros_like))
@@ -52,23 +59,24 @@ def scale_by_adam(b1, b2, eps):
   return optax.GradientTransformation(init, update)
 
 
-def make_optimizer(config):
-  """AdamW without its learning rate: the update program multiplies by it, so that stages share one state.
+def make_optimizer(config: Any) -> optax.GradientTransformation:
+  """AdamW (decoupled weight decay) without its learning rate, for the group `optimizer` of the configuration.
 
-  Adam with decoupled weight decay; Open-Sora 1.2 uses betas (0.9, 0.999), eps 1e-15, no decay, clipping at norm 1.
+  The update program multiplies by the learning rate, so all stages share one optimizer state. Open-Sora 1.2 uses betas
+  (0.9, 0.999), eps 1e-15, no decay, and clipping at norm 1.
   """
   return optax.chain(scale_by_adam(config.b1, config.b2, config.eps), optax.add_decayed_weights(config.weight_decay))
 
 
-def learning_rate_scales(params, train, scales=()):
-  """Tree of floats: what the learning rate is multiplied by for every parameter, 0.0 for those that do not train.
+def learning_rate_scales(params: Any, train: str, scales: Sequence = ()) -> Any:
+  """The factor of the learning rate for every parameter, as a tree of floats. Frozen parameters have 0.0.
 
   Args:
-    train: regular expression, searched in parameter names: which parameters train.
-    scales: (regular expression, factor) pairs; the first that matches counts, 1.0 without any.
+    train: regular expression; a parameter trains if the expression matches a part of its name.
+    scales: (regular expression, factor) pairs. The first match counts. The factor is 1.0 without a match.
 
   Raises:
-    ValueError: an expression that matches no parameter.
+    ValueError: an expression matches no parameter.
   """
 
   def scale(path, _):
@@ -85,19 +93,19 @@ def learning_rate_scales(params, train, scales=()):
   return jax.tree_util.tree_map_with_path(scale, params)
 
 
-def new_state(params, optimizer):
-  """State of step 0: the average starts at the parameters, as Open-Sora copies them."""
+def new_state(params: Any, optimizer: optax.GradientTransformation) -> dict[str, Any]:
+  """The state at step 0. The average starts as a copy of the parameters, as in Open-Sora."""
   # Weakly typed initial values would make every program trace again after the first update.
   params = jax.tree.map(lambda p: jax.lax.convert_element_type(p, p.dtype), params)
   return {"params": params, "ema": jax.tree.map(jnp.copy, params), "opt": optimizer.init(params)}
 
 
-def state_shapes(param_shapes, optimizer):
-  """The state as shapes with shardings left out; nothing is allocated."""
+def state_shapes(param_shapes: Any, optimizer: optax.GradientTransformation) -> dict[str, Any]:
+  """The state as shapes without shardings. Allocates nothing."""
   return jax.eval_shape(lambda p: new_state(p, optimizer), param_shapes)
 
 
-def with_shardings(shapes, mesh, rules):
-  """ShapeDtypeStructs that carry their NamedSharding: what checkpoints restore into."""
+def with_shardings(shapes: Any, mesh: jax.sharding.Mesh, rules: Sequence) -> Any:
+  """Adds a NamedSharding to every ShapeDtypeStruct. Checkpoints restore into the result."""
   shardings = tree_shardings(shapes, mesh, rules)
   return jax.tree.map(lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), shapes, shardings)

@@ -1,22 +1,26 @@
-"""From the model of one stage to that of the next: equal arrays are kept, new ones are initialised."""
+"""Turns the state of one stage's model into that of the next. Arrays of equal shape stay, new arrays are initialised."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from stdit_jax.parallel.shardings import path_name, tree_shardings
 
 
-def by_name(*trees):
-  """{"denoiser/patch_embed/kernel": leaf} of all leaves: parameters and what is frozen beside them share no name."""
+def by_name(*trees: Any) -> dict[str, Any]:
+  """All leaves by name, such as {"denoiser/patch_embed/kernel": leaf}. Parameters and frozen arrays share no name."""
   return {path_name(path): leaf for tree in trees for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
-def fates(before, after, resizable=()):
-  """What becomes of arrays by name: {"kept", "resized", "new" or "dropped": set of names}.
+def fates(before: Mapping[str, Any], after: Mapping[str, Any], resizable: Sequence[str] = ()) -> dict[str, set[str]]:
+  """Sorts the names of arrays by their fate: {"kept", "resized", "new" or "dropped": set of names}.
 
   Args:
-    before, after: `by_name` of arrays or shapes.
-    resizable: parts of names; arrays whose name has one may change the length of their first axis.
+    before, after: arrays or shapes, from `by_name`.
+    resizable: parts of names. An array whose name contains one of them may change the length of its first axis.
   """
   both = before.keys() & after.keys()
   kept = {name for name in both if before[name].shape == after[name].shape}
@@ -26,8 +30,8 @@ def fates(before, after, resizable=()):
   return {"kept": kept, "resized": resized, "new": after.keys() - there, "dropped": before.keys() - there}
 
 
-def describe(before, after, resizable=()):
-  """`fates` as one line, a group of names that share theirs as `group/*`; "" when all are kept."""
+def describe(before: Mapping[str, Any], after: Mapping[str, Any], resizable: Sequence[str] = ()) -> str:
+  """One line about `fates`, "" if all arrays are kept. A group whose arrays share their fate is written `group/*`."""
   everything = before.keys() | after.keys()
 
   def compact(names):
@@ -44,29 +48,31 @@ def describe(before, after, resizable=()):
   return "; ".join(f"{what}: {compact(names)}" for what, names in fate.items() if names or what != "resized")
 
 
-def resize(array, fresh, repeat):
-  """`array` with as many rows as `fresh`: the rows that both have, then rows of `fresh`, or with `repeat` its own last row.
+def resize(array: Array, fresh: Array, repeat: bool) -> Array:
+  """Cuts `array` to the number of rows of `fresh`, or extends it.
 
-  A stack that grows takes fresh layers. A null caption repeats its last row, as Open-Sora loads one of another length
-  (`ckpt_utils.py`).
+  New rows come from `fresh`: a stack that grows gets fresh layers. With `repeat` they repeat the last row of `array`, as
+  Open-Sora loads a null caption of another length (`ckpt_utils.py`).
   """
   both = min(len(array), len(fresh))
   rest = jnp.broadcast_to(array[-1:], fresh.shape) if repeat else fresh
   return jnp.concatenate([array[:both], rest[both:]])
 
 
-def change_model(objective, optimizer, mesh, key, state, frozen):
-  """(state, frozen) of the model of `objective`, from those of another model.
+def change_model(
+  objective: Any, optimizer: Any, mesh: jax.sharding.Mesh, key: Any, state: Mapping[str, Any], frozen: Any
+) -> tuple[dict[str, Any], Any]:
+  """Turns the (state, frozen) of another model into those of the model of `objective`.
 
-  Parameters, their averages and moments of equal name and shape stay as they are. A new parameter gets its original
-  initialisation from `key`, an average that starts there and fresh moments. A resized one gets fresh moments, too.
+  Parameters of equal name and shape stay, with their averages and moments. A new parameter gets its original initialisation
+  from `key`, an average that starts at this value, and fresh moments. A resized parameter gets fresh moments as well.
   """
   params, constants = shapes = objective.shapes
   places = by_name(*tree_shardings(shapes, mesh, objective.rules))
   values, averages = by_name(state["params"], frozen), by_name(state["ema"])
   fate = fates(values, by_name(*shapes), objective.resizable)
   changed, trained = fate["new"] | fate["resized"], by_name(params).keys()
-  names = changed, changed & trained  # in `values` and in `averages`, for which the same is done
+  names = changed, changed & trained  # the changed names in `values` and in `averages`
 
   def make(key, *before):
     # Weakly typed values would make every program trace again after the first update.

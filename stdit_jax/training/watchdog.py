@@ -1,9 +1,10 @@
-"""A run of several processes ends with a message when one of them hangs or dies, instead of waiting for it for ever.
+"""Ends a run of several processes, with a message, if one of them hangs or dies.
 
-XLA's collectives wait for every process, and the runtime's own heartbeat goes on while Python hangs: so every process notes
-what its loop does, reports that to the others through the key-value store of `jax.distributed`, and watches itself and
-them. Whoever sees that one makes no progress says which process, on which host, since when and at what, dumps the stacks and
-ends with `RESTART`, the code on which a supervisor starts the run again; the others follow.
+XLA's collectives wait for every process for ever. The heartbeat of the runtime continues while Python hangs. So every process
+reports the progress of its loop to the others, through the key-value store of `jax.distributed`, and watches all reports.
+
+The process that finds no progress prints the process, its host, its last activity and the time since then. It dumps the stacks
+and exits with `RESTART`, on which a supervisor starts the run again. The other processes follow.
 """
 
 import ctypes
@@ -15,15 +16,17 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
+from typing import Any, NoReturn
 
-RESTART = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on from the newest checkpoint
+RESTART = 75  # EX_TEMPFAIL of sysexits.h: the same command resumes from the newest checkpoint
 
 _PREFIX = "stdit_jax/watchdog/"
 _VERDICT = f"{_PREFIX}verdict"
 
 
-class StartAgain(Exception):  # noqa: N818 - the others may be well
-  """Something that this process alone has seen: all of them are to start again."""
+class StartAgain(Exception):  # noqa: N818 - a request to restart, not an error of the run
+  """Asks all processes to restart, for a reason that perhaps only this process has seen."""
 
 
 def _now():
@@ -31,34 +34,35 @@ def _now():
 
 
 class Watchdog:
-  """Watches the loop of this process, and those of the others when there is a key-value store.
+  """Watches the loop of this process. With a key-value store it watches the loops of the other processes as well.
 
   Args:
     timeout: seconds without progress after which the run ends; 0 watches nothing.
-    slow_timeout: the same for what takes long by nature: reading a checkpoint, compiling, sampling.
-    client: of `jax.distributed`, None in a run of one process; index, count: which process of how many.
+    slow_timeout: `timeout` for slow activities: reading a checkpoint, compiling, sampling.
+    client: of `jax.distributed`, None in a run of one process.
+    index, count: of this process, and of all processes.
   """
 
-  def __init__(self, timeout, slow_timeout, client=None, index=0, count=1):
+  def __init__(self, timeout: float, slow_timeout: float, client: Any = None, index: int = 0, count: int = 1):
     self.timeout, self.slow_timeout = timeout, max(timeout, slow_timeout)
     self.client, self.index, self.count = client, index, count
     self.period = min(10.0, max(0.2, timeout / 10))
     self.host = socket.gethostname()
     self._beats, self._what, self._slow, self._last_beat = 0, "starting", True, _now()
-    self._peers = {}  # index -> (report, when it was new here)
+    self._peers = {}  # index -> (report, time of its arrival)
     self._answered = self._started = _now()  # when the key-value store last answered
     self._ending = threading.Lock()
     self._stopped = threading.Event()
     self._abort_handler = None
 
-  # The loop's side.
+  # Called by the loop.
 
-  def beat(self, what, slow=False):
-    """The loop makes progress: from now on it does `what`."""
+  def beat(self, what: str, slow: bool = False) -> None:
+    """Notes progress of the loop, which begins the activity `what`."""
     self._what, self._slow, self._last_beat = what, slow, _now()
     self._beats += 1
 
-  def __enter__(self):
+  def __enter__(self) -> "Watchdog":
     if self.timeout:
       self._last_beat = self._answered = self._started = _now()
       threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
@@ -73,13 +77,15 @@ class Watchdog:
       ctypes.CDLL(None).signal(signal.SIGABRT, None)
       self._in_time(lambda: self._tell(f"{_PREFIX}{self.index}", {"done": True}))
 
-  def leave(self, reason, code):
-    """Ends this process because of an error of its own; the others are told and end with the same code."""
+  def leave(self, reason: str, code: int) -> NoReturn:
+    """Ends this process after an error of its own. The other processes end with the same code."""
     self._end(f"{self._name(self.index)} ended with an error: {reason}", code, dump=False)
 
-  def connection_lost(self):
-    """After a collective failed: waits until it is clear which process is gone and ends; returns when none is, or none is
-    watched."""
+  def connection_lost(self) -> None:
+    """Ends this process after a failed collective, as soon as it is clear which process died.
+
+    Returns if all processes still report, or if nothing is watched.
+    """
     if not self.timeout:
       return
     end = _now() + 6 * self.period
@@ -98,7 +104,7 @@ class Watchdog:
       try:
         self._tell(f"{_PREFIX}{self.index}", report)
         found = dict(self.client.key_value_dir_get(_PREFIX))
-      except Exception:  # whatever the runtime raises: `_watch` sees that no answer comes
+      except Exception:  # the runtime raises many types; `_watch` notices the missing answer
         continue
       self._answered = _now()
       verdict = found.pop(_VERDICT, None)
@@ -110,18 +116,18 @@ class Watchdog:
         told = json.loads(verdict)
         self._end(told["text"], told["code"], tell=False)
 
-  def _tell(self, key, value):
+  def _tell(self, key: str, value: dict) -> None:
     self.client.key_value_set(key, json.dumps(value), allow_overwrite=True)
 
-  def _in_time(self, call, seconds=2.0):
-    """Whether `call` returned within so many seconds; the key-value store of a dead or stopped process may never answer."""
+  def _in_time(self, call: Callable, seconds: float = 2.0) -> bool:
+    """Whether `call` returned within `seconds`. The key-value store of a dead or stopped process may never answer."""
     done = threading.Event()
 
     def target():
       try:
         call()
         done.set()
-      except Exception:  # unreachable is the answer
+      except Exception:  # the store is unreachable: `done` stays unset
         pass
 
     threading.Thread(target=target, daemon=True).start()
@@ -131,7 +137,7 @@ class Watchdog:
 
   def _watch(self):
     while not self._stopped.wait(self.period / 2):
-      # Whoever waits for one that does what takes long, and is not further, takes as long.
+      # A process that waits for a slower process needs the longer timeout as well.
       reports = [report for report, _ in list(self._peers.values())]
       slow = self._slow or any(r.get("slow") and r["beats"] <= self._beats for r in reports)
       allowed = self.slow_timeout if slow else self.timeout
@@ -145,24 +151,24 @@ class Watchdog:
     return f"process {index} of {self.count} (host {host})"
 
   def _silent(self, seconds):
-    """Says which processes have sent no report for so long; "" when all have."""
+    """Describes the processes without a report for `seconds`; "" if every process has reported."""
     if self.client is None:
       return ""
     lines = []
     for index in range(self.count):
       report, when = self._peers.get(index, ({}, self._started))
-      # One that has not begun may still be importing.
+      # A process without any report may still be importing.
       allowed = seconds if report else max(seconds, self.slow_timeout)
       if index != self.index and not report.get("done") and _now() - when > allowed:
         what = f"; it was last at: {report['what']}" if report else ""
         lines.append(f"{self._name(index)} has sent no report for {_now() - when:.0f} s{what}")
-    # Nobody's reports come any more when the process that holds them is gone: that one, then.
+    # Process 0 holds the store. If the store does not answer, process 0 is the one to name, not those without reports.
     if self.index and _now() - self._answered > seconds:
-      return f"{self._name(0)}, which keeps the reports of all, has not answered for {_now() - self._answered:.0f} s"
+      return f"{self._name(0)}, which holds the reports of all, has not answered for {_now() - self._answered:.0f} s"
     return "; ".join(lines)
 
   def _slowest(self):
-    """Says which processes came least far, of those that all report, and that nothing goes on."""
+    """Describes the processes with the least progress, if all processes report and none makes progress."""
     places = {self.index: (self._beats, self._what)}
     places |= {i: (r["beats"], r["what"]) for i, (r, _) in self._peers.items() if i != self.index and not r.get("done")}
     least = min(beats for beats, _ in places.values())
@@ -171,9 +177,9 @@ class Watchdog:
 
   # The end.
 
-  def _end(self, text, code, tell=True, dump=True):
-    """Says why, tells the others and ends this process. Never returns."""
-    self._ending.acquire()  # for good: only one thread ends it
+  def _end(self, text: str, code: int, tell: bool = True, dump: bool = True) -> NoReturn:
+    """Prints the reason, tells the other processes and ends this process. Never returns."""
+    self._ending.acquire()  # never released: only one thread ends the process
     print(f"watchdog: {text}; {self._name(self.index)} ends with exit code {code}", file=sys.stderr, flush=True)
     if dump:
       faulthandler.dump_traceback(sys.stderr, all_threads=True)
@@ -181,24 +187,26 @@ class Watchdog:
       if tell:
         self._in_time(lambda: self._tell(_VERDICT, {"text": text, "code": code}))
       if self.index == 0:
-        time.sleep(3 * self.period)  # it keeps the reports: the others read them first
+        time.sleep(3 * self.period)  # it holds the store; the others must read the verdict first
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
   def _catch_abort(self):
-    """The runtime aborts the process as soon as the one with the key-value store is gone: its reason is given here, and our
-    exit code. An abort for any other reason stays one."""
+    """Turns the runtime's abort after the death of process 0 into a message and our exit code.
+
+    An abort for any other reason stays an abort.
+    """
 
     def aborted(_):
       probe = f"{_PREFIX}abort/{self.index}"
       if self._in_time(lambda: self.client.key_value_set(probe, "", allow_overwrite=True)) and not self._silent(
         3 * self.period
       ):
-        return  # and abort() goes on
-      text = self._silent(3 * self.period) or f"{self._name(0)}, which keeps the reports of all, is gone"
+        return  # abort() continues
+      text = self._silent(3 * self.period) or f"{self._name(0)}, which holds the reports of all, died"
       self._end(text, RESTART, tell=False)
 
-    # Python's own handlers run in the main thread, which waits for the device: this one runs where the abort is raised.
+    # Python's handlers run in the main thread, which waits for the device. A C handler runs in the thread that aborts.
     self._abort_handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(aborted)
     ctypes.CDLL(None).signal(signal.SIGABRT, self._abort_handler)

@@ -221,7 +221,7 @@ def test_initialisation_is_that_of_pytorch():
   assert 0.5 / 72**0.5 < np.abs(params["encoder"]["mid_block"]["resnets_0"]["conv1"]["bias"]).max() <= 1 / 72**0.5
 
 
-def test_losses():
+def test_losses_match_their_formulas():
   rng = np.random.default_rng(0)
   prediction, target = rng.normal(size=(2, 3, 4, 4, 3))
   mean, logvar = rng.normal(size=(2, 3, 2, 2, 4))

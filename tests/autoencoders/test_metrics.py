@@ -8,7 +8,7 @@ from stdit_jax.autoencoders import i3d, metrics
 from tests.helpers import relative_error
 
 
-def test_psnr():
+def test_psnr_of_a_constant_error_is_known():
   a = np.full((2, 16, 16, 3), 100, np.uint8)
   assert metrics.psnr(a, a) == 99
   assert metrics.psnr(a, a + 10) == pytest.approx(20 * np.log10(255 / 10))

@@ -34,7 +34,7 @@ def clips(count, frames=5, size=(20, 24)):
   return np.random.default_rng(0).integers(60, 200, (count, frames, *size, 3)).astype(np.uint8)
 
 
-def test_measures():
+def test_measures_of_a_darker_image_are_known():
   exam = reconstruction.Exam(Darker(), reconstruction.Judges())
   videos = clips(3)
   values, (original, decoded) = exam(videos)
@@ -109,7 +109,7 @@ def media(tmp_path_factory):
   return folder
 
 
-def test_command(weights, media, tmp_path, capsys):
+def test_the_command_prints_and_writes_its_measures(weights, media, tmp_path, capsys):
   output, picture = tmp_path / "out" / "found.json", tmp_path / "out" / "seen.png"
   run(
     "--autoencoder", weights / "tiny.safetensors", "--tables", media, "--buckets", "64p:3", "64p:1", "--output", output,

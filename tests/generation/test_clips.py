@@ -1,4 +1,4 @@
-"""Videos of several clips: what is finished is handed out and let go of, clip after clip."""
+"""Videos of several clips: finished parts are yielded and released after each clip."""
 
 import types
 import weakref
@@ -14,8 +14,8 @@ FRAMES, REFERENCE = 6, 4
 
 
 class Pixels:
-  """Takes the place of a pipeline: latents are pixels, every frame has the number of its clip and its own, 10 * clip + frame;
-  clip 0 is the file. What is given is kept."""
+  """A stand-in for a pipeline. Latents are pixels with the value 10 * clip + frame, and clip 0 is the file. Given frames do not
+  change."""
 
   codec = types.SimpleNamespace(config=image_kl.TABLE["tiny-kl-f8"])
 
@@ -50,7 +50,7 @@ def clip(number, frames):
     ("loop", 1, [[0, *range(11, 16)], [*range(21, 25)]]),
   ],
 )
-def test_parts_come_with_their_clip_and_go(task, loops, expected):
+def test_parts_are_yielded_after_their_clip_and_released(task, loops, expected):
   pipeline, files = Pixels(), REFERENCE if task != "loop" else 1
   job = tasks.make_job(task, FRAMES, [files], loops=loops, length=1)
   item = clips.Item(tuple(Request("x", 8, 8, FRAMES, loop=n) for n in range(job.loops)), (clip(0, files),), job)
@@ -58,7 +58,7 @@ def test_parts_come_with_their_clip_and_go(task, loops, expected):
   for loop, videos in enumerate(clips.make_videos(pipeline, [item, item], pipeline.sample, pipeline.decode)):
     told.append([[int(frame[0, 0, 0]) for part in parts for frame in part] for parts in videos])
     del videos
-    # Only the last clip may be there, which the loop has not left yet.
+    # Only the last clip may exist: the loop still holds it.
     assert not any(video() is not None for videos in pipeline.decoded[:loop] for video in videos)
   assert told == [[numbers, numbers] for numbers in expected]
   assert clips.length_of(item, pipeline.codec.config) == sum(map(len, expected))
@@ -67,8 +67,8 @@ def test_parts_come_with_their_clip_and_go(task, loops, expected):
 
 
 @pytest.mark.parametrize("compat", [None, "open-sora-1.2"])
-def test_what_is_encoded_and_who_writes_nothing(compat):
-  """As the originals, with compat all clips but the last are encoded again, by all processes; otherwise only what is used."""
+def test_every_process_encodes_the_same_frames(compat):
+  """With compat all clips but the last are encoded again, as in the original code. Otherwise only frames in use are encoded."""
   job = tasks.make_job("endless", FRAMES, [REFERENCE], loops=3, length=1)
   item = clips.Item(tuple(Request("x", 8, 8, FRAMES, loop=n) for n in range(3)), (clip(0, REFERENCE),), job)
   for writes in (True, False):

@@ -1,4 +1,4 @@
-"""Mask strategies and the syntax of prompts, against those of the original."""
+"""Mask strategies and the syntax of prompts, compared with the original code."""
 
 import json
 
@@ -21,14 +21,14 @@ def cases(compat):
 
 
 def drawn(placement):
-  """As the tables write it."""
+  """The placement in the form of the tables."""
   pairs = zip(placement.reference.tolist(), placement.frame.tolist())
   return placement.ratio.tolist(), [None if r == conditions.NOISE else [r, f] for r, f in pairs]
 
 
 @pytest.mark.parametrize("compat", TABLES)
-def test_every_strategy_of_the_original(compat):
-  """Those that end with an error there are refused, here sooner: whatever loop the mistake is for."""
+def test_placements_match_the_original(compat):
+  """A strategy that fails in the original for one loop is refused here for all loops."""
   count = refused = 0
   for strategy, case, table in cases(compat):
     count += 1
@@ -48,16 +48,16 @@ def test_every_strategy_of_the_original(compat):
   assert refused > 10
 
 
-def test_by_default_strategies_mean_what_they_say():
+def test_default_placements_do_not_move_positions():
   rules = conditions.parse_mask_strategy("0;0,1,0,-1,4;0,1,1,2,3,1.0;0,1,-2,5,2,0.3")
   made = conditions.place(rules, 0, 15, [1, 6])
-  assert made.ratio[14] == 0  # the last frame, where 1.2 moves it to frame 10
+  assert made.ratio[14] == 0  # the last frame; Open-Sora 1.2 moves it to frame 10
   assert drawn(made)[1] == [[0, 0], *[None] * 4, [1, 4], [1, 5], *[None] * 7, [1, 0]]
   np.testing.assert_allclose(made.ratio, [0, *[1] * 4, 0.3, 0.3, *[1] * 7, 0])
   assert conditions.explain(made, 2) == [
     "frame       0  reference 0, frame 0: kept",
     "frames     1-4  generated from noise",
-    "frames     5-6  reference 1, frames 4-5: generated on from noise level 0.3",
+    "frames     5-6  reference 1, frames 4-5: denoised from noise level 0.3",
     "frames    7-13  generated from noise",
     "frame      14  reference 1, frame 0: kept",
   ]
@@ -77,13 +77,13 @@ def test_by_default_strategies_mean_what_they_say():
     ("0,0,0,0,-1", "at least 0"),
   ],
 )
-def test_what_can_not_be_is_refused(strategy, words):
+def test_wrong_strategies_are_refused(strategy, words):
   with pytest.raises(ValueError, match="mask strategy") as error:
     conditions.place(conditions.parse_mask_strategy(strategy), 0, 8, [6, 5])
   assert words in str(error.value)
 
 
-def test_prompts_with_json():
+def test_prompts_with_json_match_the_original():
   for row in load_json("prompt_helpers.json")["extract_json_from_prompts"]:
     if "error" in row:
       with pytest.raises(ValueError, match="prompt"):
@@ -94,12 +94,12 @@ def test_prompts_with_json():
       assert found == (row["text"], row["reference_path"], row["mask_strategy"])
 
 
-def test_prompt_files(tmp_path):
-  """Lines, tables and JSON lines; files and strategy end up where `split_json` finds them."""
+def test_prompt_files_keep_files_and_strategies(tmp_path):
+  """Lines, tables and JSON lines: `split_json` reads the files and the strategy from each prompt."""
   given = {"reference_path": "a.png;b.mp4", "mask_strategy": "0;0,1,-1,-1"}
   (tmp_path / "a.txt").write_text("one\n\n two \n")
   assert read_prompt_file(tmp_path / "a.txt") == ["one", "two"]
-  # As Excel writes it, and with an end of a line that is none.
+  # Excel's byte order mark, and U+2028, which does not end a line here.
   (tmp_path / "bom.txt").write_text("\ufeff|0|one\u2028two|1|three\r\n", encoding="utf-8")
   assert read_prompt_file(tmp_path / "bom.txt") == ["|0|one\u2028two|1|three"]
   (tmp_path / "bom.csv").write_text("\ufeffprompt\r\ncolumns\r\n", encoding="utf-8")
@@ -121,7 +121,7 @@ def test_prompt_files(tmp_path):
     assert words in str(error.value)
 
 
-def test_prompts_of_loops():
+def test_prompts_of_loops_match_the_original():
   helpers = load_json("prompt_helpers.json")
   for row in helpers["extract_prompts_loop"]:
     assert split_loops(row["prompt"], row["loop"] + 1)[-1] == row["result"]

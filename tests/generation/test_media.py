@@ -1,4 +1,4 @@
-"""Files: frames come back, settings are inside and beside them, nothing half written stays."""
+"""Media files: frames and settings round-trip, and a failure leaves no partial file."""
 
 import json
 
@@ -22,7 +22,7 @@ def files_in(folder):
   return sorted(p.name for p in folder.iterdir())
 
 
-def test_mp4(tmp_path):
+def test_mp4_round_trips(tmp_path):
   write_media(tmp_path / "a.mp4", frames(49, 65), 12.5, SETTINGS)
   with av.open(str(tmp_path / "a.mp4")) as container:
     stream = container.streams.video[0]
@@ -36,8 +36,8 @@ def test_mp4(tmp_path):
 
 
 @pytest.mark.parametrize("height", [64, 720])
-def test_colours_of_an_mp4(tmp_path, height):
-  """Players and `data.video` take what names no colours for others from 720 lines on."""
+def test_an_mp4_keeps_its_colours(tmp_path, height):
+  """Without colour marks, players and `data.video` read other colours from 720 lines on."""
   colors = np.array([(40, 180, 60), (225, 40, 40), (30, 60, 200)], np.uint8)
   given = np.broadcast_to(colors[:, None, None], (3, height, 64, 3))
   write_media(tmp_path / "a.mp4", given, 24, SETTINGS)
@@ -49,7 +49,7 @@ def test_colours_of_an_mp4(tmp_path, height):
 
 
 @pytest.mark.parametrize(("kind", "fps", "durations"), [("gif", 24, [40, 40, 40, 50, 40]), ("webp", 24, [42, 41, 42, 42, 41])])
-def test_pictures_keep_the_rate_in_the_mean(tmp_path, kind, fps, durations):
+def test_animated_images_keep_the_mean_frame_rate(tmp_path, kind, fps, durations):
   write_media(tmp_path / f"a.{kind}", frames(), fps, SETTINGS)
   with Image.open(tmp_path / f"a.{kind}") as image:
     found = []
@@ -61,7 +61,7 @@ def test_pictures_keep_the_rate_in_the_mean(tmp_path, kind, fps, durations):
 
 
 @pytest.mark.parametrize("kind", ["gif", "webp"])
-def test_animated_pictures(tmp_path, kind):
+def test_animated_images_round_trip(tmp_path, kind):
   write_media(tmp_path / f"a.{kind}", frames(), 10, SETTINGS)
   with Image.open(tmp_path / f"a.{kind}") as image:
     assert image.n_frames == 5
@@ -79,7 +79,7 @@ def test_animated_pictures(tmp_path, kind):
   assert files_in(tmp_path) == sorted(["a.json", f"a.{kind}"])
 
 
-def test_png(tmp_path):
+def test_png_round_trips(tmp_path):
   write_media(tmp_path / "new" / "a.png", frames(count=1), 24, SETTINGS)
   with Image.open(tmp_path / "new" / "a.png") as image:
     np.testing.assert_array_equal(np.asarray(image), frames(count=1)[0])
@@ -93,7 +93,7 @@ def test_png(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.gif", "a"])
 def test_frames_may_come_in_parts(tmp_path, name):
-  """The file is that of all frames at once, and not there before the last one."""
+  """The file equals one written at once. It does not exist before the last part."""
   (tmp_path / "parts").mkdir()
   write_media(tmp_path / "whole" / name, frames(), 24, SETTINGS)
   with open_media(tmp_path / "parts" / name, 5, 24, SETTINGS) as write:
@@ -108,7 +108,7 @@ def test_frames_may_come_in_parts(tmp_path, name):
 
 
 def shown(path):
-  """Frames of a file, or its bytes where it has none."""
+  """Frames of a media file, bytes of a JSON file."""
   if path.suffix == ".json":
     return list(path.read_bytes())
   with av.open(str(path)) as container:
@@ -116,14 +116,14 @@ def shown(path):
 
 
 @pytest.mark.parametrize("count", [4, 6])
-def test_other_frames_than_promised_are_an_error(tmp_path, count):
+def test_a_wrong_number_of_frames_is_an_error(tmp_path, count):
   with pytest.raises(ValueError, match="5 frames were given, not"), open_media(tmp_path / "a.gif", count, 24, {}) as write:
     write(frames())
   assert files_in(tmp_path) == []
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.gif", "a"])
-def test_a_failure_leaves_nothing_behind(tmp_path, name):
+def test_a_failure_leaves_no_file(tmp_path, name):
   with pytest.raises(KeyboardInterrupt), open_media(tmp_path / name, 500, 24, SETTINGS) as write:  # noqa: PT012
     for _ in range(20):  # more than H.264's encoder looks ahead
       write(frames())
@@ -134,7 +134,7 @@ def test_a_failure_leaves_nothing_behind(tmp_path, name):
   assert files_in(tmp_path) == []
 
 
-def test_contact_sheet():
+def test_contact_sheet_shows_evenly_spaced_frames():
   sheet = contact_sheet([frames(), frames()], columns=3)
   assert sheet.size == (3 * 64, 2 * 48)
   assert [number_of(np.asarray(sheet)[:48, x * 64 : (x + 1) * 64]) for x in range(3)] == [0, 2, 4]

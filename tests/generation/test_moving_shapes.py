@@ -1,4 +1,4 @@
-"""The model of moving shapes that the repository ships loads, and makes what it is told."""
+"""The shipped model of moving shapes loads and follows its prompts."""
 
 from data import shapes, shapes_vision
 from stdit_jax import loading, sample
@@ -6,8 +6,8 @@ from stdit_jax.generation.pipeline import Request
 from tests.tiny_run import ROOT
 
 
-def test_the_shipped_model_makes_what_the_prompt_says():
-  """Six prompts of as many colours, in the fewest steps that show it; four frames, of which a small step may be misread."""
+def test_the_shipped_model_follows_its_prompts():
+  """Six prompts with six colours. Few steps and four frames keep the test short; a small motion may be misread."""
   folder = ROOT / "data" / "moving_shapes"
   files = ["--weights", str(folder / "denoiser.safetensors"), "--text-encoder", str(folder / "text_encoder.safetensors")]
   more = ["--config", str(ROOT / "configs" / "shapes.py"), "--sampler", "adams-bashforth"]

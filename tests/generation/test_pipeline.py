@@ -1,4 +1,4 @@
-"""The pipeline and its command line: one seed makes one video, whatever the batch; run folder and safetensors agree."""
+"""The pipeline and `sample`: a seed makes one video in any batch, and a run folder and its safetensors agree."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ from tests.tiny_run import run_module, tiny_config, write_config
 
 @pytest.fixture(scope="module")
 def trained(assets, tmp_path_factory):
-  """A run folder of one step, every parameter moved, so that prompts matter."""
+  """A run folder of one step. Every parameter is moved, so that prompts matter."""
   folder = tmp_path_factory.mktemp("sampled") / "run"
   run = Run(tiny_config(assets, folder))
   state, frozen, _ = run.start()
@@ -51,7 +51,7 @@ def pipeline(trained):
 REQUESTS = [Request(f"clip {i}", 72, 56, 3, 8, seed) for i, seed in enumerate((5, 6, 4_000_000_000))]
 
 
-def test_one_seed_makes_one_video_whatever_the_batch(pipeline):
+def test_a_seed_makes_one_video_in_any_batch(pipeline):
   together = pipeline.sample_latents(REQUESTS, 2, 2.0)
   alone = pipeline.sample_latents(REQUESTS[1:2], 2, 2.0)
   assert together.shape == (3, 3, 9, 7, 4)
@@ -67,7 +67,7 @@ def test_noise_bits_depend_on_the_seed_alone(pipeline):
   keys = lambda seeds: sample_keys(0, np.asarray([(0, s) for s in seeds], np.uint32), Purpose.SAMPLING_START)  # noqa: E731
   three = np.asarray(latent_noise(config, keys((5, 6, 7)), size))
   assert three[1].tobytes() == np.asarray(latent_noise(config, keys((6,)), size))[0].tobytes()
-  # 9 x 7 latents fill 5 x 4 patches of 2 x 2: what hangs over is zero.
+  # 9 x 7 latents fill 5 x 4 patches of 2 x 2; the rest of the patches is zero.
   inside = pipelines.image_valid(size, config.patch_size, 4)
   assert not three[:, ~inside].any()
   assert three[:, inside].all()
@@ -79,7 +79,7 @@ def another(trained, *arguments):
   return loading.load_pipeline(args, *loading.read_model(args))
 
 
-def test_both_branches_in_turn_are_both_at_once(pipeline, trained):
+def test_sequential_guidance_equals_batched_guidance(pipeline, trained):
   made = [p.sample_latents(REQUESTS, 2, 3.0) for p in (pipeline, another(trained, "--guidance-in-turn"))]
   np.testing.assert_allclose(made[1], made[0], atol=1e-4 * np.abs(made[0]).max())
 
@@ -95,7 +95,7 @@ def test_other_samplers_and_guidance_from_the_command_line(pipeline, trained):
 
 
 def test_step_caches_from_the_command_line(pipeline, trained):
-  """One that never serves changes nothing, in both ways of guidance; one that serves changes a little."""
+  """A cache that is never used changes nothing, with both kinds of guidance. A cache in use changes the video a little."""
   base = pipeline.sample_latents(REQUESTS[:1], 8, 3.0)
   scale = np.abs(base).max()
   for arguments in (["residual:0"], ["residual:0", "--guidance-in-turn"], ["pyramid:1,1,1", "--guidance-in-turn"]):
@@ -125,7 +125,7 @@ def test_prompts_are_embedded_once(pipeline, trained):
 
 
 class Recorder:
-  """A jitted function that keeps the text of all programs that it lowers or runs."""
+  """A jitted function that records the text of all programs that it lowers or runs."""
 
   def __init__(self, function):
     self.function, self.texts = function, []
@@ -141,11 +141,11 @@ class Recorder:
 
 
 @pytest.mark.parametrize(("sampler", "cache", "conditioned"), [("euler", "pyramid", False), ("adams-bashforth", "", True)])
-def test_memory_is_that_of_the_programs_that_run(trained, sampler, cache, conditioned, monkeypatch):
+def test_needed_memory_is_measured_on_the_programs_that_run(trained, sampler, cache, conditioned, monkeypatch):
   seen, jitted, recorders = [], codec.jitted, {}
   monkeypatch.setattr(codec, "jitted", lambda f: recorders.setdefault(f, Recorder(jitted(f))))
 
-  def check(pipeline):  # before any weight is there
+  def check(pipeline):  # before any weight is read
     assert not any(isinstance(x, jax.Array) for x in jax.tree.leaves((pipeline.variables, pipeline.text_params)))
     pipeline._step, pipeline._text = Recorder(pipeline._step), Recorder(pipeline._text)
     seen.append(
@@ -173,8 +173,8 @@ def test_memory_is_that_of_the_programs_that_run(trained, sampler, cache, condit
 
 
 @pytest.mark.parametrize("arguments", [["--loops", "2"], ["--task", "animate", "ASSETS/0.png", "--loops", "2"], []])
-def test_the_command_compiles_what_it_runs(assets, trained, tmp_path, monkeypatch, arguments):
-  """The program of clips that go on from others is the one whose memory was looked at, and the encoder's."""
+def test_the_command_measures_the_programs_that_it_runs(assets, trained, tmp_path, monkeypatch, arguments):
+  """`needed_memory` lowers the programs of continued clips and of the encoder."""
   jitted, recorders, checked = codec.jitted, {}, []
   monkeypatch.setattr(codec, "jitted", lambda f: recorders.setdefault(f.__name__, Recorder(jitted(f))))
   needed_memory = pipelines.Pipeline.needed_memory
@@ -194,8 +194,8 @@ def test_the_command_compiles_what_it_runs(assets, trained, tmp_path, monkeypatc
     assert recorders[name].texts[-1] in texts
 
 
-def test_a_file_that_can_not_be_written_takes_no_other_with_it(trained, tmp_path, monkeypatch):
-  """Of two that are made together the second one's settings can't be written."""
+def test_a_failed_write_leaves_the_other_files(trained, tmp_path, monkeypatch):
+  """The settings of the second of two videos can't be written."""
   write_text = media.paths.write_text
 
   def full(path, text):
@@ -217,8 +217,8 @@ def random_latents(seed, frames=3):
   return np.random.default_rng(seed).standard_normal((frames, 9, 7, 4), np.float32)
 
 
-def test_given_frames_come_back_as_they_were(pipeline):
-  """Kept ones bit for bit, whatever else is in the batch; edited ones are between the given and the generated."""
+def test_given_frames_round_trip(pipeline):
+  """Given frames stay the same bit for bit in any batch. Edited frames lie between the given and the generated ones."""
   free = pipeline.sample_latents(REQUESTS, 2, 2.0)
   known = random_latents(1)
   kept = np.array([True, False, True])
@@ -226,7 +226,7 @@ def test_given_frames_come_back_as_they_were(pipeline):
   made = pipeline.sample_latents(REQUESTS, 2, 2.0, given=given)
   np.testing.assert_array_equal(made[0][kept], known[kept])
   scale = np.abs(free).max()
-  assert np.abs(made[0][1] - free[0][1]).max() > 1e-3 * scale  # it sees its neighbours
+  assert np.abs(made[0][1] - free[0][1]).max() > 1e-3 * scale  # it attends to the given frames
   np.testing.assert_allclose(made[1], free[1], atol=1e-4 * scale)
   for other in (known, free[2]):
     assert np.abs(made[2] - other).max() > 1e-3 * scale
@@ -234,11 +234,11 @@ def test_given_frames_come_back_as_they_were(pipeline):
   np.testing.assert_allclose(alone[0], made[0], atol=1e-4 * scale)
 
 
-def test_a_negative_prompt_takes_the_place_of_the_null_caption(pipeline):
+def test_a_negative_prompt_replaces_the_null_caption(pipeline):
   request = REQUESTS[:1]
   made = {text: pipeline.sample_latents(request, 2, 2.0, negative_prompt=text) for text in (None, "blur", "clip 0")}
   assert np.abs(made["blur"] - made[None]).max() > 1e-5
-  # Led away from itself, a prompt is not led at all.
+  # With the prompt as its own negative prompt, guidance has no effect.
   unguided = pipeline.sample_latents(request, 2, 1.0)
   np.testing.assert_allclose(made["clip 0"], unguided, atol=1e-4 * np.abs(unguided).max())
 
@@ -269,7 +269,7 @@ def videos(folder):
 
 
 def pictures(path):
-  """Frames of a gif: unlike x264's, its bytes follow from the frames alone."""
+  """Frames of a gif. Its bytes depend on the frames alone, those of x264 do not."""
   with Image.open(path) as image:
     return np.stack([np.asarray(image.convert("RGB")) for _ in map(image.seek, range(image.n_frames))])
 
@@ -289,7 +289,7 @@ def test_the_command_line_end_to_end(trained, tmp_path):
   assert all(f"{n}.mp4" in result.stdout for n in names)
 
 
-def test_what_exists_is_kept_unless_overwritten_and_formats(trained, tmp_path, capsys):
+def test_existing_files_are_kept_unless_overwritten(trained, tmp_path, capsys):
   output = tmp_path / "out"
   arguments = ["--run", str(trained), *SIZE, "--prompt", "a rabbit", "--output", str(output)]
   arguments += ["--format", "gif"]
@@ -304,7 +304,7 @@ def test_what_exists_is_kept_unless_overwritten_and_formats(trained, tmp_path, c
   assert len(list(output.glob("*.gif"))) == 2
   sample.main([*arguments, "--overwrite"])
   np.testing.assert_array_equal(pictures(path), first)
-  # Other settings under the same words: both are kept, each with its own settings beside it.
+  # Other settings with the same prompt: both files exist, each with its own settings.
   sample.main([*arguments, "--num-frames", "1"])
   with Image.open(output / "0000-a-rabbit-seed0-2.png") as image:
     assert image.size == (64, 48)
@@ -316,7 +316,7 @@ def test_what_exists_is_kept_unless_overwritten_and_formats(trained, tmp_path, c
   assert capsys.readouterr().out == "all 1 files exist and are kept (--overwrite makes them again)\n"
 
 
-def test_another_file_of_the_same_name_is_another_setting(assets, trained, tmp_path):
+def test_another_file_with_the_same_name_changes_the_settings(assets, trained, tmp_path):
   image = tmp_path / "a.png"
   args = sample.make_parser().parse_args(["--run", str(trained), *SIZE, "--task", "animate", str(image)])
   config, _ = loading.read_model(args)
@@ -344,7 +344,7 @@ def test_output_may_be_one_file(trained, tmp_path, capsys):
     assert words in capsys.readouterr().err
 
 
-def test_safetensors_give_the_video_of_the_run(assets, trained, tmp_path):
+def test_safetensors_make_the_video_of_their_run(assets, trained, tmp_path):
   ema, constants, _ = load_weights(trained)
   config = write_config(tmp_path / "config.py", assets, tmp_path / "unused")
   run = Run(tiny_config(assets, tmp_path / "shapes"))
@@ -394,7 +394,7 @@ def test_bad_arguments_are_one_line(trained, tmp_path, capsys, arguments, words)
   assert not list(tmp_path.rglob("*.mp4"))
 
 
-def test_too_little_memory_is_said_before_anything_is_read(trained, tmp_path, capsys, monkeypatch):
+def test_too_little_memory_is_an_error_before_weights_are_read(trained, tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(loading, "free_memory", lambda: 100_000)
   monkeypatch.setattr("stdit_jax.training.checkpoints.load_weights", None)
   with pytest.raises(SystemExit) as stopped:
@@ -405,7 +405,7 @@ def test_too_little_memory_is_said_before_anything_is_read(trained, tmp_path, ca
   assert "but only 0.00 GiB are free: lower --batch-size" in error
 
 
-def test_no_prompt_no_run_and_broken_configurations(tmp_path, capsys):
+def test_missing_prompts_runs_and_configurations_are_one_line(tmp_path, capsys):
   (tmp_path / "syntax.py").write_text("def get_config(:\n")
   (tmp_path / "none.py").write_text("x = 1\n")
   (tmp_path / "raises.py").write_text("import nothing_of_this_name\n")
@@ -434,7 +434,7 @@ def test_no_prompt_no_run_and_broken_configurations(tmp_path, capsys):
 
 
 def made_frames(trained, folder, *arguments):
-  """Frames of the only video that the command makes, as a folder of pictures."""
+  """Frames of the only video that the command makes, written as a folder of images."""
   what = ["--run", str(trained), *SIZE, "--format", "frames", "--output", str(folder), *map(str, arguments)]
   sample.main(what if {"--prompt", "--prompt-file"} & set(what) else [*what, "--prompt", "columns"])
   (found,) = (p for p in folder.iterdir() if p.is_dir())
@@ -442,11 +442,11 @@ def made_frames(trained, folder, *arguments):
 
 
 def through(pipeline, frames):
-  """What the autoencoder makes of frames."""
+  """Encodes and decodes frames."""
   return pipeline.decode([pipeline.encode(frames)], len(frames))[0]
 
 
-def test_animate_keeps_its_image_and_goes_on(assets, trained, pipeline, tmp_path):
+def test_animate_starts_with_its_image_and_continues(assets, trained, pipeline, tmp_path):
   image = assets / "0.png"
   made = made_frames(trained, tmp_path / "a", "--task", "animate", image, "--num-frames", 4, "--loops", 2)
   assert made.shape == (4 + 3, 48, 64, 3)  # the second clip is given the last frame
@@ -458,8 +458,8 @@ def test_animate_keeps_its_image_and_goes_on(assets, trained, pipeline, tmp_path
   assert settings["rules"] == [[0, 0, 0, 0, 1, 0.0], [1, 1, -1, 0, 1, 0.0]]
 
 
-def test_extended_and_connected_videos_hold_their_files(assets, trained, tmp_path):
-  """At 8 frames per second, every third of the file's 24."""
+def test_extended_and_connected_videos_contain_their_files(assets, trained, tmp_path):
+  """The files have 24 frames per second; every third frame is read, for 8 frames per second."""
   video = assets / "0.mp4"
   known = read_reference(video, (48, 64), 8)
   assert len(known) == 16
@@ -469,7 +469,7 @@ def test_extended_and_connected_videos_hold_their_files(assets, trained, tmp_pat
   assert len(forward) == 16 + 2
   backward = made_frames(trained, tmp_path / "b", "--task", "extend-backward", video, "--condition-frames", 2)
   np.testing.assert_array_equal(backward[1:], known)
-  # The autoencoder makes 160 x 216 of 166 x 221 pixels: so are the frames of the file.
+  # The autoencoder turns 166 x 221 pixels into 160 x 216. The frames of the file have this size as well.
   odd = ["--resolution", "144p", "--aspect-ratio", "3:4", "--num-frames", "3", "--fps", "8", "--steps", "1", "--prompt", "x"]
   arguments = ["--run", str(trained), *odd, "--format", "frames", "--output", str(tmp_path / "o")]
   sample.main([*arguments, "--task", "extend-forward", str(video), "--negative-prompt", "Blur!"])
@@ -480,7 +480,7 @@ def test_extended_and_connected_videos_hold_their_files(assets, trained, tmp_pat
   np.testing.assert_array_equal(joined[17:], read_reference(assets / "1.mp4", (48, 64), 8))
 
 
-def test_a_loop_closes_and_an_edit_is_near_its_video(assets, trained, pipeline, tmp_path):
+def test_a_loop_has_its_length_and_an_edit_is_near_its_video(assets, trained, pipeline, tmp_path):
   made = made_frames(trained, tmp_path / "l", "--task", "loop", "--num-frames", 6)
   assert len(made) == 6 + 4
   video = assets / "0.mp4"
@@ -492,8 +492,8 @@ def test_a_loop_closes_and_an_edit_is_near_its_video(assets, trained, pipeline, 
   assert near < 0.3 * far
 
 
-def test_strategies_and_prompts_of_their_own(assets, trained, pipeline, tmp_path):
-  """The original's syntax: files and strategy behind the prompt, in a table, or as arguments; later loops, other text."""
+def test_strategies_are_read_from_arguments_and_prompt_files(assets, trained, pipeline, tmp_path):
+  """The original syntax: files and a strategy as arguments or in a prompt file, and another text for a later loop."""
   image, video = assets / "0.png", assets / "0.mp4"
   strategy = ["--mask-strategy", "0;0,1,-1,-1", "--reference", image, "--reference", video]
   first = made_frames(trained, tmp_path / "a", *strategy)
@@ -510,7 +510,7 @@ def test_strategies_and_prompts_of_their_own(assets, trained, pipeline, tmp_path
   assert (two[3:] != same[3:]).any()
 
 
-def test_the_first_stdit_is_given_no_frames(assets, tmp_path, capsys):
+def test_stdit1_refuses_given_frames(assets, tmp_path, capsys):
   changes = {"model__name": "STDiT-tiny/2", "model__fields": {"model_max_length": 16}, "mask_ratios": {}}
   config = write_config(tmp_path / "config.py", assets, tmp_path / "unused", **changes, diffusion__name="iddpm")
   with pytest.raises(SystemExit):
@@ -518,7 +518,7 @@ def test_the_first_stdit_is_given_no_frames(assets, tmp_path, capsys):
   assert "STDiT (Open-Sora 1.0) can't be given frames" in capsys.readouterr().err
 
 
-def test_explain_makes_nothing(assets, trained, tmp_path, capsys):
+def test_explain_writes_no_file(assets, trained, tmp_path, capsys):
   arguments = ["--run", str(trained), *SIZE, "--prompt", "x", "--output", str(tmp_path / "none"), "--explain"]
   sample.main([*arguments, "--task", "connect", str(assets / "0.mp4"), str(assets / "0.png"), "--num-frames", "5"])
   text = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The examination of moving shapes, with pupils whose answers are known."""
+"""The evaluation of moving shapes, with stand-in models whose results are known."""
 
 import dataclasses
 import types
@@ -16,15 +16,15 @@ TWO = {caption: scene for scene, caption in shapes_exam.scenes_of("train", EXAM.
 
 @dataclasses.dataclass
 class Pupil:
-  """Takes the place of a pipeline without an autoencoder: it draws what the caption says, from where it is given frames on, or
-  something else that it has been told."""
+  """A stand-in for a pipeline without an autoencoder. It draws the scene of the caption, continues given frames, and makes the
+  errors that it is told to make."""
 
   mistakes: dict = dataclasses.field(default_factory=dict)
-  forgets: bool = False  # given frames
-  hides: int = 0  # the object, in so many of the last frames
+  forgets: bool = False  # ignores the given frames
+  hides: int = 0  # number of last frames without the object
   made: int = 0
 
-  codec = types.SimpleNamespace(config=image_kl.TABLE["tiny-kl-f8"])  # of which lengths are asked
+  codec = types.SimpleNamespace(config=image_kl.TABLE["tiny-kl-f8"])  # gives the lengths
 
   def encode(self, frames):
     return frames.astype(np.float32)
@@ -50,7 +50,7 @@ class Pupil:
     if known is not None:
       frame = int(np.flatnonzero(known[2])[0])
       (seen,) = shapes_vision.objects_of(known[1][[frame]].astype(np.uint8))
-      (there,) = shapes_vision.objects_of(shapes.draw(middle, [0]))  # a triangle's middle is seen beside it
+      (there,) = shapes_vision.objects_of(shapes.draw(middle, [0]))  # the measured middle of a triangle is off
       start = seen.path[0] - there.path[0] - np.array(one.step) * frame
     scene = dataclasses.replace(middle, objects=(shapes.Object(**words, start=tuple(start)),))
     video = shapes.draw(scene, range(request.num_frames)).astype(np.float32)
@@ -61,7 +61,7 @@ class Pupil:
     return video
 
 
-def test_who_draws_what_the_caption_says_passes():
+def test_a_perfect_model_passes():
   pupil = Pupil()
   results = shapes_exam.examine(pupil, EXAM)
   for part in ("text, seen combinations", "text, held-out combinations"):
@@ -76,14 +76,14 @@ def test_who_draws_what_the_caption_says_passes():
     values = results[part]
     assert values["given frames, dB"] == values["autoencoder alone, dB"] == 99
     assert values["direction"] == values["within 0.1 short sides of the true path"] == 1
-    assert values["smooth"] > 0.9  # where the given frames were measured, there are steps of a fraction of a pixel
-  assert results["loop"]["closed: at most 1.5"] < 1  # a straight way leads nowhere back
+    assert values["smooth"] > 0.9  # measured positions of given frames are off by a fraction of a pixel
+  assert results["loop"]["closed: at most 1.5"] < 1  # a straight path does not return
   assert results["loop"]["ground"] == 1
   assert pupil.made % EXAM.batch == 0  # every batch is full: one program per size
 
 
 @pytest.mark.parametrize(("word", "mistake"), [("color", "red"), ("shape", "circle"), ("direction", "up"), ("speed", "slowly")])
-def test_each_mistake_is_found(word, mistake):
+def test_each_error_is_found(word, mistake):
   pairs = shapes_exam.scenes_of("train", EXAM.count, EXAM.frames)
   right = np.mean([getattr(scene.objects[0], word) == mistake for scene, _ in pairs])
   values = shapes_exam.examine(Pupil({word: mistake}), EXAM, ("text",))["text, seen combinations"]
@@ -91,14 +91,14 @@ def test_each_mistake_is_found(word, mistake):
   assert all(values[other] == 1 for other in ("color", "shape", "direction", "speed") if other != word)
 
 
-def test_an_object_that_goes_away_is_found():
+def test_an_object_that_disappears_is_found():
   results = shapes_exam.examine(Pupil(hides=2), EXAM, ("text", "animate"))
   for part in ("text, seen combinations", "animate"):
     assert results[part]["always"] == 0
   assert results["animate"]["within 0.1 short sides of the true path"] == 0
 
 
-def test_forgotten_frames_are_found():
+def test_ignored_frames_are_found():
   values = shapes_exam.examine(Pupil({"color": "red"}, forgets=True), EXAM, ("animate",))["animate"]
   assert values["given frames, dB"] < 40
   assert values["autoencoder alone, dB"] == 99

@@ -1,4 +1,4 @@
-"""Named tasks: what they give the model, and what they make of its clips."""
+"""Named tasks: the frames that they give to the model, and the video that they make of its clips."""
 
 import pytest
 
@@ -8,7 +8,7 @@ FRAMES = 12
 
 
 def masks(job, files):
-  """Per loop one letter a frame: which reference it comes from, "." generated, small letters generated on."""
+  """One text per loop with one letter per frame: "." = generated, "A" = from reference 0, "a" = edited from reference 0."""
   lines, lengths = [], list(files)
   for loop in range(job.loops):
     placement = conditions.place(job.rules, loop, FRAMES, lengths)
@@ -48,7 +48,7 @@ def length_of(job, files):
     ("image", [], {}, ["............"], 12),
   ],
 )
-def test_what_is_given_and_how_long_the_video_is(task, files, options, expected, frames):
+def test_given_frames_and_length_of_the_video(task, files, options, expected, frames):
   job = tasks.make_job(task, FRAMES, files, **options)
   assert masks(job, files) == expected
   assert length_of(job, files) == frames
@@ -69,7 +69,7 @@ def test_what_is_given_and_how_long_the_video_is(task, files, options, expected,
     ("interpolate", [1] * 12, {}, "12 images leave nothing to generate of 12 frames"),
   ],
 )
-def test_what_can_not_be_is_refused(task, files, options, words):
+def test_wrong_jobs_are_refused(task, files, options, words):
   with pytest.raises(ValueError, match=r"^--") as error:
     tasks.make_job(task, FRAMES, files, **options)
   assert words in str(error.value)

@@ -1,4 +1,4 @@
-"""Training, and sampling from text and from files, with an autoencoder that compresses time."""
+"""Training and sampling with an autoencoder that compresses time."""
 
 import json
 
@@ -18,7 +18,7 @@ from tests.tiny_run import tiny_config, write_config
 
 @pytest.fixture(scope="module")
 def trained(assets, tmp_path_factory):
-  """The run of two steps on clips of 9 frames, which are 3 latent frames."""
+  """A run of two steps on clips of 9 frames (3 latent frames)."""
   folder = tmp_path_factory.mktemp("video-autoencoder")
   config = temporal.TABLE["tiny-temporal"]
   variables = temporal.init(temporal.build(config), jax.random.key(0))
@@ -33,7 +33,7 @@ def trained(assets, tmp_path_factory):
   return folder / "run"
 
 
-def test_training_with_a_video_autoencoder(trained):
+def test_training_with_a_video_autoencoder_has_finite_losses(trained):
   losses = [line["loss"] for line in map(json.loads, (trained / "metrics.jsonl").read_text().splitlines()) if "loss" in line]
   assert len(losses) == 2
   assert np.isfinite(losses).all()
@@ -47,7 +47,7 @@ def made_frames(trained, folder, *arguments):
 
 
 def test_tasks_count_latent_frames(assets, trained, tmp_path, capsys):
-  """20 frames are 6 latent frames: a chunk of 1, 4, 4, 4 and 4, and one of 3."""
+  """20 frames are 6 latent frames: one chunk of 1, 4, 4, 4 and 4 frames, and one chunk of 3."""
   animated = made_frames(trained, tmp_path / "a", "--num-frames", 20, "--task", "animate", assets / "0.png")
   assert animated.shape == (20, 48, 64, 3)
   video = assets / "0.mp4"
@@ -57,7 +57,7 @@ def test_tasks_count_latent_frames(assets, trained, tmp_path, capsys):
   np.testing.assert_array_equal(extended[:16], known)
   assert len(extended) == 16 + 20 - 13
   endless = made_frames(trained, tmp_path / "l", "--num-frames", 34, "--task", "endless", "--loops", 2)
-  assert len(endless) == 34 + 17  # a whole chunk is carried over
+  assert len(endless) == 34 + 17  # a whole chunk of the previous clip is given
   settings = json.loads(next((tmp_path / "l").glob("*.json")).read_text())
   assert settings["rules"] == [[1, 0, -5, 0, 5, 0.0]]
   capsys.readouterr()
@@ -69,8 +69,8 @@ def test_tasks_count_latent_frames(assets, trained, tmp_path, capsys):
   assert "(6 latent frames)" in text
 
 
-def test_the_end_of_a_video_is_encoded_as_the_beginning_of_a_clip_lies_in_time(trained):
-  """The last 17 of 20 frames are five latents of 1, 4, 4, 4 and 4 frames, as those of the clip that goes on from them."""
+def test_the_end_of_a_video_is_encoded_like_the_start_of_a_clip(trained):
+  """The last 17 of 20 frames become latents of 1, 4, 4, 4 and 4 frames, like the start of the clip that continues them."""
   args = sample.make_parser().parse_args(["--run", str(trained), "--prompt", "x"])
   pipeline = loading.load_pipeline(args, *loading.read_model(args))
   frames = np.random.default_rng(0).integers(0, 256, (20, 16, 24, 3), np.uint8)
@@ -83,32 +83,32 @@ def test_the_end_of_a_video_is_encoded_as_the_beginning_of_a_clip_lies_in_time(t
   np.testing.assert_array_equal(list(whole.values()), pipeline.encode(frames)[1:])
 
 
-def test_chunks_that_would_not_meet_are_refused(trained, capsys):
+def test_lengths_that_split_a_chunk_are_refused(trained, capsys):
   arguments = ["--run", str(trained), "--prompt", "x", "--num-frames", "20", "--task"]
   for task, words in (
-    (["loop"], "--num-frames is 20; for --task loop the last latents of a clip must hold as many frames as its first ones, and "
-     "some be left to generate: 51 or 68\n"),
-    (["endless", "--loops", "2"], "--num-frames is 20; for --loops the last latents of a clip must hold as many"),
+    (["loop"], "--num-frames is 20; for --task loop the last latent frames of a clip must cover as many frames as its first "
+     "ones, and some must be left to generate. Give 51 or 68\n"),
+    (["endless", "--loops", "2"], "--num-frames is 20; for --loops the last latent frames of a clip must cover as many"),
     (["endless", "--loops", "2", "--num-frames", "34", "--condition-frames", "3"],
-     "--condition-frames is 3; allowed for --loops, so that whole chunks meet: 5\n"),
+     "--condition-frames is 3, which is no whole chunk of latent frames; allowed for --loops: 5\n"),
   ):  # fmt: skip
     with pytest.raises(SystemExit):
       sample.main([*arguments, *task])
     assert words in capsys.readouterr().err
   with pytest.raises(SystemExit):
     sample.main([*arguments[:-1], "--loops", "2"])  # without a task, too
-  assert "to generate: 34 or 51\n" in capsys.readouterr().err
+  assert "to generate. Give 34 or 51\n" in capsys.readouterr().err
 
 
-def test_of_cogvideox_clips_go_on_whose_first_frame_is_not_alone():
+def test_cogvideox_clips_with_a_single_first_frame_are_not_continued():
   config = causal3d.get_config("tiny-causal3d")
   tasks.check_length("endless", 2, 16, None, config)
   tasks.check_length("animate", 1, 17, None, config)
-  with pytest.raises(ValueError, match=r"--num-frames is 17; .* be left to generate: 16 or 24$"):
+  with pytest.raises(ValueError, match=r"--num-frames is 17; .* be left to generate. Give 16 or 24$"):
     tasks.check_length("endless", 2, 17, None, config)
 
 
-def test_a_length_that_does_not_come_back_is_refused(assets, tmp_path, capsys):
+def test_a_length_that_does_not_round_trip_is_refused(assets, tmp_path, capsys):
   config = write_config(tmp_path / "config.py", assets, tmp_path / "unused", autoencoder__name="tiny-causal3d")
   with pytest.raises(SystemExit):
     sample.main(["--config", str(config), "--weights", "w", "--prompt", "x", "--image-size", "48", "64", "--num-frames", "12"])

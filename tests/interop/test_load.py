@@ -1,4 +1,4 @@
-"""Loading into device arrays: shardings, strict and not, reports, casts."""
+"""Loading into device arrays: shardings, strict and non-strict loads, reports, casts."""
 
 import os
 import pathlib
@@ -33,7 +33,7 @@ def load(tmp_path, tensors, target, **options):
   return load_variables(tmp_path / "x.safetensors", "open-sora", target, **options)
 
 
-def test_strict_names_everything_that_does_not_fit(tmp_path, tensors, shapes):
+def test_a_strict_load_names_every_misfit(tmp_path, tensors, shapes):
   tensors = dict(tensors)
   del tensors["spatial_blocks.0.attn.qkv.bias"], tensors["spatial_blocks.1.attn.qkv.bias"], tensors["t_block.1.bias"]
   tensors["extra.weight"] = np.ones(3, np.float32)
@@ -51,7 +51,7 @@ def test_strict_names_everything_that_does_not_fit(tmp_path, tensors, shapes):
     assert f"  {line}\n" in message + "\n"
 
 
-def test_patches_of_another_shape(tmp_path, tensors, shapes):
+def test_patches_of_another_shape_are_refused(tmp_path, tensors, shapes):
   kernel = tensors["x_embedder.proj.weight"]
   config = golden("stdit3_tiny")[1]
   for shape, options in (((96, 4, 2, 2), {}), ((96, 16, 1, 1, 1), {"config": config}), ((96, 5, 1, 2, 2), {})):
@@ -60,7 +60,7 @@ def test_patches_of_another_shape(tmp_path, tensors, shapes):
       load(tmp_path, wrong, shapes, **options)
 
 
-def test_non_strict_keeps_initial_values_and_adapts_the_null_caption(tmp_path, tensors, shapes):
+def test_a_non_strict_load_keeps_initial_values_and_adapts_the_null_caption(tmp_path, tensors, shapes):
   initial = jax.tree.map(jnp.asarray, random_tree(shapes, seed=5))
   for rows in (5, 20):
     partial = dict(tensors)
@@ -87,15 +87,15 @@ def test_non_strict_keeps_initial_values_and_adapts_the_null_caption(tmp_path, t
     assert_same(dict(export_tensors("open-sora", loaded, golden("stdit3_tiny")[1])), expected)
 
 
-def test_nothing_that_fits_is_an_error_even_if_not_strict(tmp_path, shapes):
+def test_a_file_without_any_fitting_tensor_is_refused(tmp_path, shapes):
   initial = jax.tree.map(jnp.asarray, random_tree(shapes))
   message = r"is no file of this model \(layout open-sora\): it has none of its \d+ tensors, .* but 1 like 'a'$"
   with pytest.raises(CheckpointError, match=message):
     load(tmp_path, {"a": np.ones(3, np.float32)}, initial, strict=False)
 
 
-def test_open_sora_1_0_into_1_1(tmp_path):
-  """What Open-Sora 1.1 takes from a 1.0 checkpoint: everything that the two have in common."""
+def test_open_sora_1_1_loads_common_tensors_of_1_0(tmp_path):
+  """Open-Sora 1.1 takes all tensors that a 1.0 checkpoint shares with it."""
   path, _ = golden("stdit1_tiny")
   config = denoisers.get_config("STDiT2-tiny/2", hidden_size=72)
   initial = jax.tree.map(jnp.asarray, random_tree(denoisers.init_shapes(config)))
@@ -118,7 +118,7 @@ def test_position_tables_of_1_0_are_checked_with_a_config():
       load_variables(path, "open-sora", shapes, config=other)
 
 
-def test_casts_and_non_finite_values(tmp_path, tensors, shapes):
+def test_casts_refuse_overflow_and_non_finite_values(tmp_path, tensors, shapes):
   def of_type(dtype):
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype), shapes)
 
@@ -159,7 +159,7 @@ for shardings in (rules, layers):
   for a, b, sharding in zip(*map(jax.tree.leaves, (loaded, whole, shardings))):
     assert a.sharding == sharding
     assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
-  # A non-strict load keeps the shardings of the arrays given.
+  # A non-strict load keeps the shardings of the given arrays.
   again = load_variables(path, "open-sora", loaded, strict=False)
   assert all(a.sharding == b.sharding for a, b in zip(*map(jax.tree.leaves, (again, loaded))))
 assert not loaded["params"]["spatial_blocks"]["mlp"]["fc1"]["kernel"].sharding.is_fully_replicated
@@ -179,7 +179,7 @@ def test_sharded_loads_on_eight_devices(tmp_path, tensors):
   assert_same({name: found.read(name) for name in found.tensors}, tensors)
 
 
-def test_saving_casts_and_shards(tmp_path, shapes):
+def test_saved_files_are_cast_and_sharded(tmp_path, shapes):
   config = golden("stdit3_tiny")[1]
   tree = random_tree(shapes)
   files = save_variables(tmp_path, "open-sora", tree, config=config, dtype=jnp.bfloat16, max_shard_bytes=200_000)

@@ -1,4 +1,4 @@
-"""Reading and writing safetensors: agreement with the safetensors library, and files that lie."""
+"""Reading and writing safetensors: agreement with the safetensors library, and damaged files."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from stdit_jax.interop.safetensors_io import (
 
 ARRAYS = {
   "a": np.arange(6, dtype=np.float32).reshape(2, 3),
-  "odd": np.arange(3, dtype=ml_dtypes.bfloat16),  # 6 bytes: what follows would not be aligned
+  "odd": np.arange(3, dtype=ml_dtypes.bfloat16),  # 6 bytes, so the next tensor would not be aligned
   "scalar": np.float64(2.5),
   "empty": np.zeros((0, 4), np.int64),
   "flags": np.array([True, False]),
@@ -43,7 +43,7 @@ def entry(start, stop, dtype="F32", shape=None):
   return {"dtype": dtype, "shape": [(stop - start) // 4] if shape is None else shape, "data_offsets": [start, stop]}
 
 
-def test_what_we_write_is_read_by_us_and_by_the_library(tmp_path):
+def test_written_files_are_read_by_this_package_and_the_library(tmp_path):
   (path,) = write(tmp_path / "x.safetensors", metadata={"format": "pt", "model": "m"})
   ours = open_checkpoint(path)
   library = safetensors.numpy.load_file(path)
@@ -58,7 +58,7 @@ def test_what_we_write_is_read_by_us_and_by_the_library(tmp_path):
   assert os.listdir(tmp_path) == ["x.safetensors"]
 
 
-def test_what_the_library_writes_is_read(tmp_path):
+def test_files_of_the_library_are_read(tmp_path):
   arrays = {name: ARRAYS[name] for name in ("a", "odd", "flags")}
   safetensors.numpy.save_file(arrays, tmp_path / "x.safetensors")
   found = open_checkpoint(tmp_path)
@@ -70,13 +70,13 @@ def test_bfloat16_of_a_handwritten_file_is_read(tmp_path):
   np.testing.assert_array_equal(open_checkpoint(path).read("y"), np.ones((2, 2), ml_dtypes.bfloat16))
 
 
-def test_an_unfinished_file_does_not_count(tmp_path):
+def test_an_unfinished_file_is_ignored(tmp_path):
   write(tmp_path / "x.safetensors")
   (tmp_path / ".y.tmp7-abcd.safetensors").write_bytes(b"half")
   assert set(open_checkpoint(tmp_path).tensors) == set(ARRAYS)
 
 
-def test_shards_and_index(tmp_path):
+def test_shards_round_trip_with_their_index(tmp_path):
   arrays = {f"t{i}": np.full((10, 10), i, np.float32) for i in range(7)}
   files = write(tmp_path / "out", arrays, max_shard_bytes=1000)
   assert [f.name for f in files][-2:] == ["model-00004-of-00004.safetensors", "model.safetensors.index.json"]
@@ -89,7 +89,7 @@ def test_shards_and_index(tmp_path):
   with pytest.raises(CheckpointError, match="exists already"):
     write(tmp_path / "out", arrays, max_shard_bytes=1000)
   write(tmp_path / "out", arrays, max_shard_bytes=1000, overwrite=True)
-  # Another number of shards replaces all old files: a stale index would be read in place of the new file.
+  # A write with another number of shards replaces all old files. A stale index would hide the new file.
   with pytest.raises(CheckpointError, match="exists already"):
     write(tmp_path / "out")
   write(tmp_path / "out", overwrite=True)
@@ -112,7 +112,7 @@ HOSTILE = {
   "list of whole numbers ": lambda p: raw_file(p, {"a": entry(0, 8, shape=[True, 2])}, b"0" * 8),
   "list of whole numbers  ": lambda p: raw_file(p, {"a": entry(0, 8, shape=[2.0])}, b"0" * 8),
   "list of whole numbers   ": lambda p: raw_file(p, {"a": entry(0, 0, shape=[0, 2**62, 2**62])}),
-  "list of whole numbers    ": lambda p: raw_file(p, {"a": entry(0, 0, "F64", [0, 2**61])}),  # empty, too big for NumPy
+  "list of whole numbers    ": lambda p: raw_file(p, {"a": entry(0, 0, "F64", [0, 2**61])}),  # too big for NumPy
   "can't be printed": lambda p: raw_file(p, {"a\x1b[2J": entry(0, 0)}),
   "can't be printed ": lambda p: raw_file(p, b'{"\\ud800": {"dtype":"U8","shape":[0],"data_offsets":[0,0]}}'),
   "start, stop": lambda p: raw_file(p, {"a": entry(0, 8) | {"data_offsets": [8, 0]}}, b"0" * 8),
@@ -201,7 +201,7 @@ def test_an_index_stays_in_its_folder(tmp_path, name):
     open_checkpoint(folder)
 
 
-def test_an_index_that_lies(tmp_path):
+def test_an_index_that_disagrees_with_its_files_is_refused(tmp_path):
   write(tmp_path / "x.safetensors", {"a": np.ones(2, np.float32)})
   index = tmp_path / "model.safetensors.index.json"
   for weight_map, message in (
@@ -216,7 +216,7 @@ def test_an_index_that_lies(tmp_path):
       open_checkpoint(index)
 
 
-def test_folders(tmp_path):
+def test_ambiguous_and_missing_files_are_refused(tmp_path):
   with pytest.raises(CheckpointError, match=r"no \*.safetensors"):
     open_checkpoint(tmp_path)
   write(tmp_path / "a.safetensors")
@@ -227,7 +227,7 @@ def test_folders(tmp_path):
     open_checkpoint(tmp_path / "c.safetensors")
 
 
-def test_a_failed_write_leaves_nothing(tmp_path):
+def test_a_failed_write_leaves_no_file(tmp_path):
   path = tmp_path / "x.safetensors"
   spec = {"a": ((2,), np.dtype(np.float32))}
   for tensors, message in (
@@ -249,7 +249,7 @@ def test_a_failed_write_leaves_nothing(tmp_path):
   assert os.listdir(tmp_path) == ["x.safetensors"]
 
 
-def test_no_room_and_no_right_to_write(tmp_path):
+def test_a_write_without_room_or_permission_is_refused(tmp_path):
   with pytest.raises(CheckpointError, match="GB are needed"):
     write_checkpoint(tmp_path / "x.safetensors", {"a": ((10**15,), np.dtype(np.float32))}, [])
   (tmp_path / "file").write_text("")

@@ -1,4 +1,4 @@
-"""Fresh denoisers: names, shapes and counts of the published sizes, and the original initialisation of every weight."""
+"""Fresh denoisers have the published names, shapes and counts, and the original initialisation of every weight."""
 
 import math
 
@@ -34,7 +34,7 @@ def test_published_sizes_have_the_original_names_shapes_and_counts(name):
 
 
 def expected(name, weight, version, sizes):
-  """-> ("normal", std) | ("uniform", bound) | ("constant", value) of a weight by its original name.
+  """The initialisation of a weight by its original name: ("normal", std), ("uniform", bound) or ("constant", value).
 
   Open-Sora 1.0, 1.1: `initialize_weights` of stdit.py and stdit2.py; 1.2: of stdit3.py.
   """
@@ -71,7 +71,7 @@ def test_every_weight_starts_as_in_the_original(name):
     if key.startswith(("rope", "pos_embed")):
       continue
     kind, size = expected(key, weight, version, SIZES)
-    error = 5 / math.sqrt(weight.size)  # of a standard deviation, five standard errors or so
+    error = 5 / math.sqrt(weight.size)  # about five standard errors of a standard deviation
     if kind == "constant":
       assert np.all(weight == size), key
     elif kind == "uniform":
@@ -88,6 +88,6 @@ def test_every_weight_starts_as_in_the_original(name):
       layers.append(weight)
 
 
-def test_constants_are_the_originals():
+def test_constants_match_the_original():
   shapes = denoisers.init_shapes(denoisers.get_config("STDiT3-XL/2"))
   assert {k: v.shape for k, v in shapes["constants"].items()} == {"null_caption": (300, 4096), "rope_frequencies": (36,)}

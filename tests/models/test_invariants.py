@@ -1,4 +1,4 @@
-"""What must not change a denoiser's numbers: padding, company in the batch, scan, jit, remat."""
+"""Padding, other samples in the batch, scan, jit and remat do not change the outputs of a denoiser."""
 
 import dataclasses
 import functools
@@ -18,13 +18,13 @@ CONFIGS = {
   "STDiT2": denoisers.STDiT2Config(**SIZES),
   "STDiT3": denoisers.STDiT3Config(**SIZES),
 }
-# Latent sizes (T, H, W) with odd sides, whose border tokens are half padding; a video, a wide one, an image.
+# Latent sizes (T, H, W) of a video, a wide video and an image. Odd sides: half of each border token is padding.
 LATENT_SIZES = (3, 5, 7), (2, 3, 10), (1, 6, 4)
 TOLERANCE = 1e-5
 
 
 def sample(index, config, frames, tokens, text, junk):
-  """Sample number `index` alone, padded to `frames`, `tokens` and `text`, with `junk` wherever it is not valid."""
+  """One sample, padded to `frames`, `tokens` and `text`, with `junk` in all invalid places."""
   rng = np.random.default_rng(index)
   size = LATENT_SIZES[index]
   kept = (4, 6, 1)[index]
@@ -50,7 +50,7 @@ def sample(index, config, frames, tokens, text, junk):
     **dict(named),
   }
   if not isinstance(config, denoisers.STDiT1Config):
-    batch["x_mask"] = np.arange(frames) != index % 2  # a clean frame: the second, the first, the second (padding)
+    batch["x_mask"] = np.arange(frames) != index % 2  # clean frames: the second, the first, the second (padding)
   return jax.tree.map(lambda x: np.asarray(x)[None], batch)
 
 
@@ -59,7 +59,7 @@ def join(samples):
 
 
 def split(batch):
-  """((tokens, t, cond, sizes), masks) of a batch of `sample`s, as a model takes them."""
+  """The arguments of a model for a batch of `sample`s: ((tokens, t, cond, sizes), masks)."""
   cond = {name: batch[name] for name in ("text", "text_mask")}
   sizes = {name: batch[name] for name in ("grid", "height", "width", "num_frames", "fps")}
   masks = {name: batch[name] for name in ("x_mask", "valid") if name in batch}
@@ -67,7 +67,7 @@ def split(batch):
 
 
 def outputs_and_gradients(model, variables, batch):
-  """-> output at valid elements (0 elsewhere), gradients of its product with the cotangent for parameters and tokens."""
+  """The output with 0 at invalid elements, and the gradients of its product with the cotangent (parameters, tokens)."""
   cotangent, ((tokens, *inputs), masks) = batch["cotangent"], split(batch)
 
   def loss(params, tokens):
@@ -82,7 +82,7 @@ run = jax.jit(outputs_and_gradients, static_argnums=0)
 
 
 def assert_gradients_equal(a, b):
-  """Every tensor to TOLERANCE of its own largest gradient."""
+  """Asserts that every gradient agrees to TOLERANCE of its largest value."""
   errors = {
     jax.tree_util.keystr(path): relative_error(x, y)
     for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True)
@@ -92,8 +92,8 @@ def assert_gradients_equal(a, b):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_padding_and_company_change_nothing(name):
-  """Three samples of different sizes in one padded batch equal each alone (the two videos there without any padding)."""
+def test_padding_and_other_samples_change_nothing(name):
+  """Three samples of different sizes in a padded batch equal the single samples. The two videos alone have no padding."""
   config = CONFIGS[name]
   model, variables = denoisers.build(config), random_variables(config)
   mixed = join([sample(i, config, frames=4, tokens=14, text=6, junk=1e3) for i in range(3)])
@@ -103,7 +103,7 @@ def test_padding_and_company_change_nothing(name):
   summed = None
   for i, size in enumerate(LATENT_SIZES):
     frames, rows, columns = grid_size(size)
-    shape = (3, 12, 4) if i == 2 else (frames, rows * columns, (4, 6)[i])  # the third shares the program of the first
+    shape = (3, 12, 4) if i == 2 else (frames, rows * columns, (4, 6)[i])  # the third sample uses the program of the first
     alone = sample(i, config, *shape, junk=0)
     out_alone, d_params_alone, d_tokens_alone = run(model, variables, alone)
     for ours, theirs in ((out[i], out_alone[0]), (d_tokens[i], d_tokens_alone[0])):
@@ -128,7 +128,7 @@ def test_scan_jit_and_remat_change_nothing(name):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_debugging_path_without_jit_and_scan(name):
+def test_the_debugging_path_without_jit_and_scan_agrees(name):
   config = dataclasses.replace(CONFIGS[name], scan=False)
   variables = random_variables(config)
   batch = sample(0, config, frames=3, tokens=12, text=6, junk=0)
@@ -142,7 +142,7 @@ def test_debugging_path_without_jit_and_scan(name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_bfloat16_keeps_float32_islands(name):
-  """bfloat16 results are near, float32 comes out, and no exp, rsqrt, sin or cos ever sees half precision."""
+  """bfloat16 outputs are close and float32. No exp, rsqrt, sin or cos runs in half precision."""
   config = CONFIGS[name]
   variables = random_variables(config)
   batch = sample(0, config, frames=3, tokens=12, text=4, junk=0)
@@ -168,7 +168,7 @@ def test_bfloat16_keeps_float32_islands(name):
 
 
 def test_a_row_without_valid_tokens_stays_finite():
-  """A row of weight 0 has no valid element and no text: its output means nothing, but must not poison the batch."""
+  """A masked row has no valid element and no text. Its output has no meaning, but must not spread NaN to the batch."""
   config = CONFIGS["STDiT3"]
   model, variables = denoisers.build(config), random_variables(config)
   batch = join([sample(i, config, frames=4, tokens=14, text=6, junk=0) for i in range(3)])
@@ -179,9 +179,11 @@ def test_a_row_without_valid_tokens_stays_finite():
 
 
 @pytest.mark.parametrize(("name", "positioned"), [("STDiT2", False), ("STDiT3", False), ("STDiT3", True)])
-def test_rotary_positions_do_not_tell_frames_apart(name, positioned):
-  """Frames of the same tokens come out the same: attention over time sees differences of positions only, and averages the same
-  values. `frame_positions` say which frame is which."""
+def test_rotary_positions_do_not_distinguish_equal_frames(name, positioned):
+  """Equal frames have equal outputs: attention over time sees only differences of positions and averages equal values.
+
+  `frame_positions` distinguish the frames.
+  """
   config = dataclasses.replace(CONFIGS[name], **({"frame_positions": True} if positioned else {}))
   batch = sample(0, config, 3, 12, 6, 0.0)
   batch["tokens"] = np.repeat(batch["tokens"][:, :1], 3, axis=1)

@@ -1,4 +1,4 @@
-"""STDiT, STDiT-2, STDiT-3 against the reference values: outputs, every stored activation, gradients, caption dropout."""
+"""STDiT, STDiT-2 and STDiT-3 against reference values: outputs, activations, gradients, caption dropout."""
 
 import dataclasses
 import functools
@@ -14,14 +14,14 @@ from tests import denoisers
 from tests.helpers import SHIPPED, load_golden, load_golden_model, relative_error, to_ours, to_theirs
 
 MODELS = ("stdit1_tiny", "stdit2_tiny", "stdit3_tiny")
-# Required: 2e-5 and 1e-4. Last digits of the sinusoid frequencies set the limit (`t_embedder.mlp.0.weight`).
+# Required: 2e-5 and 1e-4. The last digits of the sinusoid frequencies set the limit (`t_embedder.mlp.0.weight`).
 TOLERANCE, GRADIENT_TOLERANCE = 5e-6, 5e-5
 
 golden = functools.cache(load_golden)
 golden_model = functools.cache(load_golden_model)
 CASES = [(name, case) for name in MODELS for case in golden(f"{name}_cases")[1]["cases"]]
 
-# Names of the reference activations -> ours.
+# Our names by the names of the reference activations.
 STEM = {
   "tokens_in": "tokens_in",
   "pos_emb": "pos_emb",
@@ -41,7 +41,7 @@ BRANCHES = {"attn": "attention", "attn_temp": "temporal_attention", "cross_attn"
 
 
 class Capturing:
-  """A model that keeps the intermediate values of its last call."""
+  """A model that stores the intermediate values of its last call."""
 
   def __init__(self, model):
     self.model, self.config = model, model.config
@@ -53,7 +53,7 @@ class Capturing:
 
 
 def case_inputs(name, case):
-  """-> (arguments of denoise_latents after the variables, keyword arguments) of a reference case."""
+  """(arguments of denoise_latents after the variables, keyword arguments) for a reference case."""
   data, _ = golden(f"{name}_cases")
   value = {key.rsplit("/", 1)[1]: data[key] for key in data if key.startswith(f"{case}/in/")}
   mask = value["mask"].astype(bool) if "mask" in value else None
@@ -92,10 +92,10 @@ def activation(intermediates, name):
 
 
 @pytest.mark.parametrize(("name", "case"), CASES)
-def test_outputs_and_activations(name, case):
+def test_outputs_and_activations_match_the_original(name, case):
   data, _ = golden(f"{name}_cases")
   args, conditions = case_inputs(name, case)
-  # The position scale of the originals is that of the first sample, which shows where sizes are mixed.
+  # The originals use the position scale of the first sample for all samples. It differs if sizes are mixed.
   model, variables = golden_model(name, scan=False, compat="open-sora" if case == "cond_mixed" else None)
   out, intermediates = run_capturing(model, variables, args, conditions)
   errors = {"out": relative_error(to_theirs(out), data[f"{case}/out"])}
@@ -117,14 +117,14 @@ def test_outputs_and_activations(name, case):
     ("stdit2_tiny", "stdit2_v12_norm_order", "out_qk_norm_legacy_false", {"qk_norm_legacy": False}),
   ],
 )
-def test_options(name, file, key, overrides):
+def test_options_match_the_original(name, file, key, overrides):
   model, variables = golden_model(name, **overrides)
   out = run(model, variables, *case_inputs(name, "plain"))
   assert relative_error(to_theirs(out), golden(file)[0][f"plain/{key}"]) < TOLERANCE
 
 
 def test_positions_scale_per_sample_unless_compat():
-  """In a batch of mixed sizes only the first sample equals the original's, whose scale is the first sample's."""
+  """With mixed sizes only the first sample equals the original, which uses this sample's scale for all."""
   reference = golden("stdit3_tiny_cases")[0]["cond_mixed/out"]
   out = to_theirs(run(*golden_model("stdit3_tiny"), *case_inputs("stdit3_tiny", "cond_mixed")))
   assert relative_error(out[:1], reference[:1]) < TOLERANCE
@@ -132,7 +132,7 @@ def test_positions_scale_per_sample_unless_compat():
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_gradients(name):
+def test_gradients_match_the_original(name):
   data, metadata = golden(f"{name}_cases")
   model, variables = golden_model(name)
   (x, t, y, mask), conditions = case_inputs(name, metadata["gradient_case"])
@@ -217,7 +217,7 @@ def test_bad_configurations_get_one_clear_line(changes, message):
   assert "\n" not in str(error.value)
 
 
-def test_unknown_names_and_sizes():
+def test_unknown_names_and_sizes_are_refused():
   with pytest.raises(ValueError, match="allowed: STDiT-XL/2"):
     denoisers.get_config("STDiT4")
   with pytest.raises(ValueError, match="divide by 3"):

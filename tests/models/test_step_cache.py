@@ -1,4 +1,4 @@
-"""Step caches: cached outputs serve exactly the steps that they should, and are exactly what was computed."""
+"""Step caches: cached outputs equal the computed ones and are used in the right steps."""
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ def make(name, seed=0, **fields):
 
   @jax.jit
   def call(inputs, reuse=None):
-    """The model; without `reuse`, one that computes everything."""
+    """Calls the model. Without `reuse` it computes everything."""
     tokens, t, text = inputs
     return model.apply(variables, tokens, t, {**cond, "text": text}, sizes, reuse=reuse)
 
@@ -37,19 +37,19 @@ def empty(model, cache):
 
 @pytest.mark.parametrize("cache", [PyramidBroadcast(), ResidualCache(0.1)])
 @pytest.mark.parametrize(("name", "scan"), [*((name, True) for name in MODELS), (MODELS[-1], False)])
-def test_a_first_step_computes_all(name, cache, scan):
+def test_the_first_step_computes_everything(name, cache, scan):
   model, call, inputs = make(name, scan=scan)
   cached = empty(model, cache)
   expected = call(inputs)
   y, after = call(inputs, Reuse(cache, cached, cache.computes(0, 500.0)))
   np.testing.assert_allclose(y, expected, atol=1e-5 * np.abs(expected).max())
   shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
-  assert shapes(after) == shapes(cached)  # so that one program serves all steps
+  assert shapes(after) == shapes(cached)  # one program serves all steps
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_cached_attention_serves_and_is_not_computed(name):
-  """With everything cached, the text does not matter; with cross attention computed it does."""
+def test_cached_attention_is_not_computed(name):
+  """The text does not matter if everything is cached. It matters if cross attention is computed."""
   model, call, inputs = make(name)
   cache = PyramidBroadcast()
   first, cached = call(inputs, Reuse(cache, empty(model, cache), ALL))
@@ -64,8 +64,8 @@ def test_cached_attention_serves_and_is_not_computed(name):
   np.testing.assert_allclose(full, expected, atol=1e-5 * np.abs(expected).max())
 
 
-def test_steps_that_compute():
-  """VideoSys: inside the interval every 2nd, 4th and 6th step computes; outside all do."""
+def test_pyramid_computes_the_steps_of_videosys():
+  """Inside the interval every 2nd, 4th and 6th step computes, outside every step."""
   cache = PyramidBroadcast()
   computes = [cache.computes(step, 1000 - 50 * step) for step in range(14)]
   assert [c["space"] for c in computes] == [True, True, True, False, True, False, True, False, True, False, True] + [True] * 3
@@ -75,7 +75,7 @@ def test_steps_that_compute():
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_other_layers_add_the_same_again_while_the_first_adds_about_the_same(name):
+def test_residuals_are_reused_while_the_first_layer_changes_little(name):
   model, call, inputs = make(name, depth=3)
   cache = ResidualCache(0.1)
   _, cached = call(inputs, Reuse(cache, empty(model, cache), {}))
@@ -84,16 +84,16 @@ def test_other_layers_add_the_same_again_while_the_first_adds_about_the_same(nam
   again, after = call(near, Reuse(cache, cached, {}))
   assert int(after["computed"]) == 1
   np.testing.assert_array_equal(after["others"], cached["others"])
-  np.testing.assert_array_equal(after["first"], cached["first"])  # measured from the step that computed
+  np.testing.assert_array_equal(after["first"], cached["first"])  # of the last computed step
   exact = call(near)
   assert 0 < np.abs(again - exact).max() < 0.05 * np.abs(exact).max()
-  # One sample of the batch that changes is enough.
+  # If one sample of the batch changes, all are computed.
   far = (inputs[0].at[1].multiply(-1.0), *inputs[1:])
   moved, after = call(far, Reuse(cache, cached, {}))
   assert int(after["computed"]) == 2
   exact = call(far)
-  # STDiT 1.0 with random weights has a token that its norms amplify: one rounding of the input moves it by up to 8e-5 of the
-  # largest output (the others' by less than 1e-6), and where the roundings fall depends on the processor.
+  # In STDiT 1.0 with random weights the norms amplify one token. A rounding of the input moves this token by up to 8e-5 of the
+  # largest output (other tokens by less than 1e-6). The roundings depend on the processor.
   rounded = [call((far[0] * np.float32(1 + sign * 2.0**-23), *far[1:])) for sign in (1, -1)]
   noise = max(np.abs(one - exact).max() for one in rounded)
   np.testing.assert_allclose(moved, exact, atol=max(noise, 1e-5 * np.abs(exact).max()))
@@ -106,7 +106,7 @@ def test_other_layers_add_the_same_again_while_the_first_adds_about_the_same(nam
     ("residual:0.25", ResidualCache(0.25)),
   ],
 )  # fmt: skip
-def test_names(text, cache):
+def test_names_of_step_caches_are_parsed(text, cache):
   assert step_cache.parse(text) == cache
 
 

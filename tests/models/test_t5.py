@@ -34,7 +34,7 @@ def hf_config(config):
 
 
 def to_params(config, tensors):
-  """T5EncoderModel's names -> our tree, as t5's docstring says."""
+  """Our tree from T5EncoderModel's tensors, by the names in the docstring of `t5`."""
   depth, heads = config.num_layers, (config.num_heads, config.d_kv)
 
   def stack(name):
@@ -65,7 +65,7 @@ def to_params(config, tensors):
 
 
 def reference(config):
-  """transformers' encoder with every weight redrawn, and our parameters with the same values."""
+  """The encoder of transformers with redrawn weights, and our parameters with equal values."""
   theirs = transformers.T5EncoderModel(hf_config(config)).eval()
   generator = torch.Generator().manual_seed(1)
   with torch.no_grad():
@@ -77,7 +77,7 @@ def reference(config):
 
 
 def captions(config, batch=3, length=37, seed=0):
-  """Random ids; masks with one full, one short and one with holes."""
+  """Random ids, and three masks: full, short, with holes."""
   rng = np.random.default_rng(seed)
   mask = np.ones((batch, length), bool)
   mask[1, 5:] = False
@@ -158,7 +158,7 @@ def test_scan_remat_and_no_jit_agree():
   np.testing.assert_allclose(plain, expected[1], atol=1e-5)
 
 
-def test_masked_tokens_do_not_matter():
+def test_masked_tokens_do_not_change_outputs():
   config, params, ids, mask = small()
   encode = jax.jit(lambda ids, mask: t5.build(config).apply({"params": params}, ids, mask))
   expected = encode(ids, mask)
@@ -183,7 +183,7 @@ def test_bfloat16_stays_near_float32():
   assert np.linalg.norm(np.asarray(rough, np.float32)[mask] - exact) < 0.05 * np.linalg.norm(exact)
 
 
-def test_initialisation_is_the_originals():
+def test_initialisation_matches_the_original():
   config = t5.T5Config(d_model=128, num_layers=2, num_heads=4, d_kv=16, d_ff=512, vocab_size=384)
   ours = jax.jit(t5.init, static_argnums=0)(config, jax.random.key(0))["params"]
   with torch.random.fork_rng():
@@ -194,13 +194,13 @@ def test_initialisation_is_the_originals():
     np.testing.assert_allclose(np.std(a), np.std(b), rtol=0.15, atol=1e-6, err_msg=str(path))
     np.testing.assert_allclose(np.mean(a), np.mean(b), atol=0.15 * np.std(b) + 1e-6, err_msg=str(path))
   blocks = ours["blocks"]["attention"]["query"]["kernel"]
-  assert np.abs(blocks[0] - blocks[1]).max() > 0.01  # every layer its own draw
+  assert np.abs(blocks[0] - blocks[1]).max() > 0.01  # layers have different draws
 
 
 @pytest.mark.parametrize(
   ("name", "parameters"), [("small", 35_332_800), ("base", 109_628_544), ("large", 341_231_104), ("xxl", 4_762_310_656)]
 )
-def test_published_sizes(name, parameters):
+def test_published_sizes_have_their_parameters(name, parameters):
   config = t5.get_config(name)
   with torch.device("meta"):
     theirs = transformers.T5EncoderModel(hf_config(config))
@@ -208,7 +208,7 @@ def test_published_sizes(name, parameters):
   assert count == sum(p.numel() for p in theirs.parameters()) == parameters
 
 
-def test_ids_outside_the_vocabulary_show():
+def test_ids_outside_the_vocabulary_give_nan():
   config, params, ids, mask = small()
   out = t5.build(config).apply({"params": params}, np.full_like(ids, config.vocab_size), mask)
   assert np.isnan(out).all()

@@ -16,7 +16,7 @@ SHAPES = {"space": (1, 3, 20, 20, 2, 72), "time": (2, 12, 5, 5, 4, 24), "text": 
 
 
 def inputs(name, dtype=jnp.float32, offset=0.0):
-  """query, key, value and a cotangent; values with a common offset, as a trained model's have."""
+  """Query, key, value and a cotangent. The values have a common offset, like those of trained models."""
   batch, groups, queries, keys, heads, head_dim = SHAPES[name]
   rng = np.random.default_rng(0)
   draw = lambda n: jnp.asarray(rng.standard_normal((batch, groups, n, heads, head_dim)), dtype)  # noqa: E731
@@ -27,7 +27,7 @@ PADDINGS = ("none", "lengths", "empty lengths", "holes", "empty mask")
 
 
 def padding(kind, name):
-  """Arguments of `attend` that say which keys are valid, and whether each sequence has a valid key `[batch, groups]`."""
+  """The arguments of `attend` for valid keys, and whether each sequence has a valid key `[batch, groups]`."""
   batch, groups, _, keys, _, _ = SHAPES[name]
   rng = np.random.default_rng(1)
   first = np.arange(batch * groups).reshape(batch, groups) == 0
@@ -43,7 +43,7 @@ def padding(kind, name):
 
 
 def as_mask(valid, name):
-  """The same padding as a mask, whatever `attend` was told."""
+  """The padding as a mask, for lengths and masks."""
   if "lengths" in valid:
     return {"mask": jnp.arange(SHAPES[name][3]) < valid["lengths"][..., None]}
   return valid
@@ -57,7 +57,7 @@ def value_and_gradients(query, key, value, cotangent, valid, implementation):
 
 @jax.jit
 def cudnn_by_xla(query, key, value, cotangent, valid):
-  """The call of cuDNN, computed by XLA: padding as lengths, no odd and no empty sequences."""
+  """cuDNN's call, computed by XLA: padding as lengths, even and non-empty sequences only."""
   y, pull = jax.vjp(lambda *args: cudnn_kernel(*args, valid.get("lengths"), valid.get("mask"), "xla"), query, key, value)
   return y, *pull(cotangent)
 
@@ -66,9 +66,9 @@ def cudnn_by_xla(query, key, value, cotangent, valid):
 @pytest.mark.parametrize("kind", PADDINGS)
 @pytest.mark.parametrize("implementation", ["einsum", "splash", "cudnn by xla"])
 def test_implementations_agree_with_jax(name, kind, implementation):
-  """Padding at the end and anywhere. A sequence without any valid key gives finite numbers, which nobody reads."""
+  """Padding is at the end or anywhere. A sequence without a valid key gives finite values, which are masked out."""
   valid, read = padding(kind, name)
-  if implementation == "einsum":  # agrees there, too
+  if implementation == "einsum":  # agrees in empty sequences as well
     read = np.ones_like(read)
   *args, cotangent = inputs(name, offset=2.0)
   cotangent = jnp.where(read[..., None, None, None], cotangent, 0)
@@ -98,7 +98,7 @@ def test_padding_does_not_change_results(implementation):
 
 
 def test_softmax_is_float32_in_half_precision():
-  """bfloat16 in and out agrees with float32 throughout, and the exponential is taken in float32."""
+  """bfloat16 inputs agree with float32 inputs, and the exponential is float32."""
   program = str(jax.make_jaxpr(lambda q, k, v, _: attend(q, k, v, "einsum"))(*inputs("space", jnp.bfloat16)))
   assert re.findall(r":(\w+)\[[\d,]+\] = exp ", program) == ["f32"]
   half = value_and_gradients(*inputs("space", jnp.bfloat16), {}, "einsum")
@@ -112,7 +112,7 @@ def test_softmax_is_float32_in_half_precision():
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("kind", PADDINGS)
 def test_cudnn_agrees_with_float32(name, kind):
-  """Odd lengths, head dimensions of 8 to 72, padding; values and gradients as near as bfloat16 allows."""
+  """Values and gradients agree to the precision of bfloat16, with odd lengths, head dimensions of 8 to 72, and padding."""
   valid, read = padding(kind, name)
   half = inputs(name, jnp.bfloat16)
   half = (*half[:3], jnp.where(read[..., None, None, None], half[3], 0))
@@ -125,7 +125,7 @@ def test_cudnn_agrees_with_float32(name, kind):
     assert relative_error(np.asarray(a.astype(jnp.float32))[read], np.asarray(b)[read]) < 2e-2
 
 
-def test_unknown_implementation():
+def test_an_unknown_implementation_is_refused():
   query, key, value, _ = inputs("time")
   with pytest.raises(ValueError, match="'flash' is unknown; allowed: auto, splash, cudnn, einsum, xla"):
     attend(query, key, value, "flash")

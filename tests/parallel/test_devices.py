@@ -1,6 +1,6 @@
 """One program over eight CPU devices equals one device: outputs, gradients, placement.
 
-This file sets its device count itself: a process with fewer devices runs the file again in a child that has eight.
+A process with fewer devices runs this file again in a child with eight.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ needs_devices = pytest.mark.skipif(jax.device_count() < DEVICES, reason="runs in
 @pytest.mark.skipif(jax.device_count() >= DEVICES, reason="is the child process")
 def test_in_a_process_with_eight_devices():
   flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
-  # NPROC: collectives hold a thread of XLA's pool while they wait for the other devices (as in tests/training/test_devices.py).
+  # NPROC: a waiting collective holds a thread of XLA's pool (see tests/training/test_devices.py).
   environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "NPROC": "64"}
   command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-k", "not in_a_process", __file__]
   child = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -46,7 +46,7 @@ def test_in_a_process_with_eight_devices():
   assert "skipped" not in child.stdout
 
 
-# Data and fsdp alone: tests/training/test_devices.py.
+# tests/training/test_devices.py tests meshes with data and fsdp alone.
 MESHES = {
   "sequence as batch": ({"fsdp": 2, "sequence": 2, "tensor": 2}, False),
   "tokens split": ({"data": 2, "sequence": 4}, True),
@@ -72,7 +72,7 @@ def on_one_device(name):
   ("name", "mesh"), [*[("STDiT3", m) for m in MESHES], *[(n, "tokens and heads split") for n in ("STDiT", "STDiT2")]]
 )
 def test_eight_devices_equal_one(name, mesh):
-  """Outputs and gradients; three frames don't divide by the devices that split them, four heads not by eight."""
+  """Outputs and gradients agree, although the devices divide neither the three frames nor the four heads."""
   sizes, split_tokens = MESHES[mesh]
   config = CONFIGS[name]
   variables, batch, expected = on_one_device(name)
@@ -94,7 +94,7 @@ def test_eight_devices_equal_one(name, mesh):
 @needs_devices
 @pytest.mark.parametrize("cache", [PyramidBroadcast(), ResidualCache(0.9)])
 def test_cached_outputs_are_sharded(cache):
-  """Three frames over four devices; the second of two steps takes from the first; cached outputs lie as they are computed."""
+  """Three frames over four devices. The second step uses outputs of the first. They keep the sharding of the computation."""
   config = dataclasses.replace(CONFIGS["STDiT3"], depth=2)
   variables = random_variables(config)
   batch = join([sample(i % 3, config, frames=3, tokens=12, text=6, junk=0) for i in range(2)])
@@ -121,8 +121,10 @@ def test_cached_outputs_are_sharded(cache):
 @needs_devices
 @pytest.mark.parametrize(("method", "statistics"), [("encode", "chunks"), ("decode", "clip")])
 def test_a_clip_of_cogvideox_is_split_in_time(method, statistics):
-  """With a frame that stands alone and without: the numbers of one device, and the gradients, but for those of the encoder with
-  such a frame, which the test of the training has."""
+  """Values and gradients equal those of one device, with and without a single first frame.
+
+  `test_an_autoencoder_trains_on_clips_split_in_time` has the encoder's gradients with a single first frame.
+  """
   model = causal3d.build(causal3d.get_config("tiny-causal3d", statistics=statistics))
   variables = causal3d.init(model, jax.random.key(0))
   mesh = make_mesh({"data": 2, "sequence": 4})
@@ -153,7 +155,7 @@ def test_a_clip_of_cogvideox_is_split_in_time(method, statistics):
   ("name", "length"), [("tiny-kl-f8", 11), ("tiny-temporal", 23), ("tiny-causal3d", 33), ("tiny-causal3d", 17)]
 )
 def test_a_codec_over_devices_gives_the_values_of_one(name, length):
-  """More pieces than devices, a piece that is left over, a clip that all devices divide and one that two of four do."""
+  """Clips with more pieces than devices, with a remaining piece, and with frames that four or only two devices divide."""
   module = registry.find(name)
   model = module.build(module.get_config(name, **({"chunk": 5} if name == "tiny-temporal" else {})))
   variables = module.init(model, jax.random.key(0))
@@ -179,7 +181,7 @@ def test_a_codec_over_devices_gives_the_values_of_one(name, length):
 
 @needs_devices
 def test_an_autoencoder_trains_on_clips_split_in_time():
-  """The loss that the objective computes with its layout, and the gradients; lengths that do not divide are not split."""
+  """Loss and gradients equal those of one device. Clips whose length does not divide are not split."""
   config = base.get_config()
   config.task, config.data.buckets = "autoencoder", (("144p", 33, 1.0, 2),)
   config.autoencoder.update(name="tiny-causal3d", crop=16, reconstruction="l2")
@@ -199,9 +201,12 @@ def test_an_autoencoder_trains_on_clips_split_in_time():
 
 @needs_devices
 @pytest.mark.parametrize(("judge", "crop"), [("perceptual", 16), ("adversarial", 32), ("adversarial", 24)])
-def test_what_judges_clips_is_split_as_they_are(monkeypatch, judge, crop):
-  """Clips that are not split, as real ones, two for every part of the batch: values and gradients are those of one device, and
-  each of the eight convolves an eighth, whatever XLA made of it by itself. Neither 33 frames nor 24 rows, halved, divide."""
+def test_perceptual_loss_and_discriminator_are_split_like_their_clips(monkeypatch, judge, crop):
+  """Values and gradients equal those of one device, and each of eight devices computes an eighth of the convolutions.
+
+  The inputs are not split, like real clips, and have two clips per part of the batch. The devices divide neither 33 frames nor
+  the 12 rows after the first layer.
+  """
   monkeypatch.setattr(perceptual, "BLOCKS", tuple((count, 4) for count, _ in perceptual.BLOCKS))
   config = base.get_config()
   config.task, config.data.buckets = "autoencoder", (("144p", 33, 1.0, 2),)
@@ -233,14 +238,14 @@ def test_what_judges_clips_is_split_as_they_are(monkeypatch, judge, crop):
 
 
 @needs_devices
-def test_captions_are_embedded_some_at_a_time_on_every_device(monkeypatch):
+def test_captions_are_embedded_in_pieces_on_every_device(monkeypatch):
   config = t5.get_config("byt5-tiny")
   params = t5.init(config, jax.random.key(0))["params"]
   ids = np.random.default_rng(0).integers(3, 200, (16, 5)).astype(np.int32)
   mask = np.arange(5) < np.arange(1, 17)[:, None] % 5 + 1
   model, mesh = t5.build(config), make_mesh({"data": 2, "fsdp": 4})
   expected = model.apply({"params": params}, ids, mask)
-  monkeypatch.setattr(captions, "AHEAD_ROWS", 1)  # each has two rows, one after the other
+  monkeypatch.setattr(captions, "AHEAD_ROWS", 1)  # each device has two rows and embeds one at a time
   layout = Layout(mesh)
   place = functools.partial(jax.device_put, device=layout.sharding("batch"))
   encode = captions.encode_ahead(model, jax.device_put(params, tree_shardings(params, mesh, t5.RULES)))
@@ -252,7 +257,7 @@ def test_captions_are_embedded_some_at_a_time_on_every_device(monkeypatch):
 @needs_devices
 @pytest.mark.parametrize("implementation", ["einsum", "cudnn"])
 def test_joint_attention_with_split_heads_equals_one_device(implementation):
-  """Padding in the middle; tokens are split outside attention, heads inside. XLA computes the call of cuDNN."""
+  """Padding is in the middle. Tokens are split outside attention, heads inside. XLA computes the call of cuDNN."""
   rng = np.random.default_rng(0)
   *arrays, cotangent = rng.standard_normal((4, 2, 1, 12, 8, 16), np.float32)
   mask = rng.random((2, 1, 12)) < 0.6
@@ -279,9 +284,12 @@ def test_joint_attention_with_split_heads_equals_one_device(implementation):
 
 @needs_devices
 def test_constraints_are_in_the_program():
-  """Tokens in and out, embedded, after a layer, and what goes into a block (the scan's body counts once); queries, keys and
-  values of both attentions; both sides of every linear layer: patches, two of the caption, of timestep and fps, one of the
-  modulation, seven a block, final; every kernel of a block before and after it is gathered."""
+  """Counts the sharding constraints. The body of the scan counts once.
+
+  Constrained are: tokens in, embedded, after a layer, and out; the input of each block; queries, keys and values of both
+  attentions; both sides of every linear layer (patches, two of the caption, of timestep and of fps, the modulation, seven per
+  block, the final one); and every kernel of a block before and after it is gathered.
+  """
   config = CONFIGS["STDiT3"]
   inputs = denoisers.example_inputs(config, batch=DEVICES)
 
@@ -297,7 +305,7 @@ def test_constraints_are_in_the_program():
 
 
 @needs_devices
-def test_shardings_of_a_whole_tree():
+def test_every_leaf_of_a_tree_gets_its_sharding():
   config = CONFIGS["STDiT3"]
   mesh = make_mesh({"data": 1, "fsdp": 8})
   shapes = denoisers.init_shapes(config)
@@ -311,14 +319,14 @@ def test_shardings_of_a_whole_tree():
     tree_shardings({"params": {"adapter": {"kernel": np.zeros((2, 8))}}}, mesh, RULES)
 
 
-def test_mesh_sizes():
+def test_mesh_sizes_are_completed_or_refused():
   assert mesh_sizes({"data": -1, "fsdp": 4}, 8) == {"data": 2, "fsdp": 4, "sequence": 1, "tensor": 1}
   assert mesh_sizes({"fsdp": 1}, 1) == dict.fromkeys(("data", "fsdp", "sequence", "tensor"), 1)
   for sizes, message in (
     ({"data": 3}, "does not make 8 devices"),
     ({"data": -1, "fsdp": 3}, "factors of 8"),
-    ({"data": -1, "fsdp": -1}, "at most one -1"),
-    ({"data": 0}, "must be positive"),
+    ({"data": -1, "fsdp": -1}, "at least 1, and -1 for one axis"),
+    ({"data": 0}, "whole numbers of at least 1"),
     ({"model": 2}, "unknown axis 'model'; allowed: data, fsdp, sequence, tensor"),
   ):
     with pytest.raises(ValueError, match=message):

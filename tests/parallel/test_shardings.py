@@ -22,7 +22,7 @@ def fake_mesh(fsdp, tensor=1):
 
 @functools.cache
 def shapes_of(name):
-  """(shapes, prefix of the names of its parameters, rules) of a denoiser, or of "T5 <size>"."""
+  """(shapes, prefix of parameter names, rules) of a denoiser, or of "T5 <size>"."""
   if name.startswith("T5 "):
     return t5.init_shapes(t5.get_config(name[3:])), "text_encoder/", t5.RULES
   return denoisers.init_shapes(denoisers.get_config(name)), "", RULES
@@ -31,7 +31,7 @@ def shapes_of(name):
 @pytest.mark.parametrize(("fsdp", "tensor"), [(8, 1), (16, 1), (8, 2), (4, 4)])
 @pytest.mark.parametrize("name", [*DENOISERS, *(f"T5 {size}" for size in ("small", "base", "large", "xl", "xxl", "byt5-mini"))])
 def test_every_parameter_has_a_rule_and_divides(name, fsdp, tensor):
-  """And what stays whole on every device is a small part of the model."""
+  """Replicated parameters are a small part of the model."""
   shapes, prefix, rules = shapes_of(name)
   whole = total = 0
   for path, leaf in jax.tree_util.tree_leaves_with_path(shapes["params"]):

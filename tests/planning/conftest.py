@@ -1,9 +1,9 @@
-"""Shared by the tests of `plan`."""
+"""Fixtures for the tests of `plan`."""
 
 import pytest
 
 
 @pytest.fixture(autouse=True)
 def optimised(monkeypatch):
-  """Its processes compile as for users: memory and time of a plan depend on it."""
+  """Processes of `plan` compile with the usual optimisation, on which memory and time depend."""
   monkeypatch.delenv("XLA_FLAGS", raising=False)

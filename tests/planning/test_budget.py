@@ -1,4 +1,4 @@
-"""How often each bucket comes, and what a stage costs."""
+"""The share of each bucket, and the cost of a stage."""
 
 import math
 
@@ -22,14 +22,14 @@ def stage_with(buckets, text=None, **changes):
 
 
 def test_shares_count_steps_not_samples():
-  """One row in ten is an image: with batches ten times as large, images take one step in a hundred or so."""
+  """One row in ten is an image. With batches ten times as large, images take about one step in a hundred."""
   shares, counted = budget.bucket_shares(stage_with((("144p", 1, 1.0, 40), ("144p", 51, 1.0, 4))))
   assert shares["144p", 1] == pytest.approx((0.1 / 40) / (0.1 / 40 + 0.9 / 4), rel=0.01)
   assert sum(shares.values()) == pytest.approx(1)
   assert "assumed" in counted
 
 
-def test_hours_of_a_stage():
+def test_hours_of_a_stage_follow_its_shares():
   stage = stage_with((("144p", 1, 1.0, 4),), **{"optimizer.accumulate": 3})
   shares, _ = budget.bucket_shares(stage)
   assert budget.stage_hours(stage, shares, {("144p", 1): 12.0}, 2.0) == pytest.approx(100 * (3 * 12.0 + 2.0) / 3600)
@@ -59,7 +59,7 @@ def test_encoder_cost_grows_with_rows_frames_and_pixels():
   image, chunk, clip = (budget._video_flops(model, "144p", frames) for frames in (1, 17, 51))
   assert clip == pytest.approx(3 * chunk)
   assert chunk < 17 * image
-  assert budget._video_flops(model, "256", 1) == pytest.approx(image * 256**2 / 192**2, rel=0.05)  # its attention grows faster
+  assert budget._video_flops(model, "256", 1) == pytest.approx(image * 256**2 / 192**2, rel=0.05)  # attention grows faster
   config.autoencoder.update(name="sd-kl-f8")
   alone = autoencoder_model(config.autoencoder)
   assert budget._video_flops(alone, "144p", 5) == pytest.approx(5 * budget._video_flops(alone, "144p", 1))
@@ -71,6 +71,6 @@ def test_proposed_meshes_use_all_chips_and_whole_tiles():
   assert {"data": 32, "fsdp": 8, "sequence": 1, "tensor": 1} in found
   assert {"data": 2, "fsdp": 8, "sequence": 16, "tensor": 1} in found
   assert all(m["data"] * m["fsdp"] * m["sequence"] == 256 for m in found)
-  assert {m["fsdp"] for m in found} == {4, 8}  # 1152 rows make 72 tiles
-  assert {m["fsdp"] for m in meshes.sensible_meshes(256, 1872)} == {4, 8, 16}  # STDiT3-3B/2: no whole tiles, but whole parts
+  assert {m["fsdp"] for m in found} == {4, 8}  # 1152 rows are 72 tiles
+  assert {m["fsdp"] for m in meshes.sensible_meshes(256, 1872)} == {4, 8, 16}  # STDiT3-3B/2: equal parts without whole tiles
   assert meshes.nearest_batch(100, 256) == 256

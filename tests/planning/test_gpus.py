@@ -1,4 +1,4 @@
-"""The stand-in for cuDNN's attention, with which programs are compiled for GPUs where cuDNN is not installed."""
+"""The stand-in for cuDNN's attention, which compiles for GPUs without cuDNN."""
 
 import functools
 
@@ -19,7 +19,7 @@ def both_ways(kernel, query, key, value, lengths=None, mask=None):
 
 
 @pytest.mark.parametrize("padding", [{}, {"lengths": jnp.ones((2, 3), int)}, {"mask": jnp.ones((2, 3, 5), bool)}])
-def test_the_stand_in_has_the_results_and_gradients_of_attention(padding):
+def test_the_stand_in_matches_attention_and_its_gradients(padding):
   query, keys = (jax.ShapeDtypeStruct((2, 3, length, 4, 16), jnp.bfloat16) for length in (8, 5))
   layout = Layout(make_mesh({"data": 1}, jax.devices()[:1]), cudnn=stand_in)
   replaced, formula = (
@@ -31,8 +31,8 @@ def test_the_stand_in_has_the_results_and_gradients_of_attention(padding):
   assert replaced == formula
 
 
-def test_the_stand_in_reads_all_that_attention_reads():
-  """Each argument changes the result, and each gradient depends on the saved arrays: XLA can't remove any of them."""
+def test_the_stand_in_reads_the_arrays_that_attention_reads():
+  """Each argument changes the result, and each gradient depends on the saved arrays. So XLA can't remove any of them."""
   query, key, value = jnp.arange(1.0, 3 * 48 + 1).reshape(3, 1, 1, 6, 2, 4)
   lengths, mask = jnp.full((1, 1), 6), jnp.ones((1, 1, 6), bool)
   y, gradients = both_ways(stand_in, query, key, value, mask=mask)

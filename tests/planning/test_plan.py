@@ -1,4 +1,4 @@
-"""Programs compiled for TPUs without one: what they move, what they need, what the command says. Needs libtpu."""
+"""Programs compiled for TPUs without a TPU: communication, memory and the output of `plan`. Needs libtpu."""
 
 import json
 import os
@@ -22,7 +22,7 @@ def get_config():
 
 
 def command_line(folder, *arguments):
-  """Arguments of the command over a small model of width 1024."""
+  """Arguments of the command for a small model of width 1024."""
   (folder / "small.py").write_text(SMALL)
   return ["--config", str(folder / "small.py"), "--cache", str(folder / "cache"), *arguments]
 
@@ -34,14 +34,16 @@ def run_plan(folder, *arguments):
 
 
 def plan_here(capsys, folder, *arguments):
-  """What the command prints, run in this process: it compiles in one of its own."""
+  """Output of the command, which runs in this process and compiles in another one."""
   plan.main(command_line(folder, *arguments))
   return capsys.readouterr().out
 
 
 def test_fsdp_communicates_no_more_than_it_must(tmp_path, capsys):
-  """Inside the scan each layer's kernels are gathered twice, in bfloat16, and their gradients scattered once; what is summed
-  beside them is biases and norms; activations stay where they are. The second call compiles nothing."""
+  """Inside the scan each layer gathers its kernels twice, in bfloat16, and scatters their gradients once.
+
+  Only gradients of biases and norms are summed as well. Activations do not move. The second call compiles nothing.
+  """
   pytest.importorskip("libtpu")
   arguments = ("--config.mesh.data=1", "--topology", "v5e:2x4", "--bucket", "144p:1:8", "--stage", "stage1")
   first = run_plan(tmp_path, *arguments, "--output", str(tmp_path / "plan.json"))
@@ -57,7 +59,7 @@ def test_fsdp_communicates_no_more_than_it_must(tmp_path, capsys):
   assert state < result["peak"] < result["limit"]
   again = plan_here(capsys, tmp_path, *arguments)
   assert next(line for line in again.splitlines() if "144p x 1 " in line) in first.stdout
-  # What was compiled is found by its text, whatever else changed: another name of the stage's checkpoints, say.
+  # The text of a program is its key, so a change without effect on the program, such as the run's folder, compiles nothing.
   changed = plan_here(capsys, tmp_path, *arguments, "--config.checkpoint_every=7")
   assert next(line for line in changed.splitlines() if "144p x 1 " in line) in first.stdout
   assert len(list((tmp_path / "cache").glob("program-*"))) == 1
@@ -65,7 +67,7 @@ def test_fsdp_communicates_no_more_than_it_must(tmp_path, capsys):
 
 
 def test_split_tokens_use_all_to_all(tmp_path):
-  """Between attention over space and over time tokens change places, twice a layer and pass; kernels are gathered as ever."""
+  """Tokens move between attention over space and over time, twice per layer and pass. Kernels are gathered as before."""
   pytest.importorskip("libtpu")
   mesh = ("--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.mesh.sequence=4", "--config.split_tokens=always")
   plan.main(
@@ -76,7 +78,7 @@ def test_split_tokens_use_all_to_all(tmp_path):
   )  # fmt: skip
   (result,) = json.loads((tmp_path / "plan.json").read_text())
   assert result["split_tokens"]
-  tokens = 16 * 152 * 1024 * 2 // 4  # of one sample on one device: 15 latent frames and 150 tokens, padded
+  tokens = 16 * 152 * 1024 * 2 // 4  # one sample on one device: 15 latent frames and 150 tokens, padded
   assert 0 < result["in_loop"]["all-to-all"] <= 8 * tokens
   kernels = 2 * 16 * 1024**2 * 2
   assert 2 * kernels <= result["in_loop"]["all-gather"] < 2.01 * kernels

@@ -1,4 +1,4 @@
-"""The search of batch sizes, against memory and time that are known exactly."""
+"""The search of batch sizes, with exactly known memory and time."""
 
 import math
 import pathlib
@@ -18,7 +18,7 @@ GIB = 2**30
 
 
 def device(constant, growth, limit=16.0, beside=2.0, noise=0.0):
-  """A compiler of programs that need `constant + growth * n` GiB, every other time `noise` more."""
+  """A compiler whose programs need `constant + growth * n` GiB, and every other time `noise` more."""
   asked = []
 
   def measure(n):
@@ -39,7 +39,7 @@ def test_the_largest_batch_is_found_with_three_compilations(constant, growth):
   assert found.largest <= best
   full = found.result["peak"] > search.FULL * 16 * GIB
   assert full or found.largest * search.WORTH >= search.round_down(best)
-  assert len(asked) <= 4  # three, and one where the second is not worth a slope
+  assert len(asked) <= 4  # three, and one more if the second is too near for a slope
 
 
 def test_search_finds_a_batch_that_fits_for_nonlinear_memory():
@@ -59,7 +59,7 @@ def test_search_shrinks_a_first_batch_that_does_not_fit():
 
 
 def result(n, seconds, fits=True):
-  """A result that takes so many seconds on v5e: all of it compute."""
+  """A result that takes `seconds` of pure computation on v5e."""
   flops = seconds * 197e12
   return {
     "fits": fits, "hardware_flops": flops, "model_flops": flops, "chips": 1, "memory_traffic": 0, "between_slices": 0,
@@ -72,12 +72,12 @@ def test_equal_batches_take_equal_time():
   constant, slope = found.seconds("v5e:2x4", 25)
   assert (constant, slope) == (pytest.approx(0.1), pytest.approx(0.2))
   assert found.equal(1.1, constant, slope) == 5
-  assert found.equal(99.0, constant, slope) == 11  # no more than fits
+  assert found.equal(99.0, constant, slope) == 11  # limited by memory
   assert found.equal(0.0, constant, slope) == 1
 
 
 def test_search_starts_with_the_given_batch(tmp_path, monkeypatch, capsys):
-  """`--bucket 144p:51:192` is 24 samples on each of 8 devices; 31 fill the memory, by all that is not state."""
+  """`--bucket 144p:51:192` is 24 samples on each of 8 devices. 31 samples fill the memory beside the state."""
   measure, asked = device(1.0, 0.4)
 
   def compiler(job):
@@ -94,7 +94,7 @@ def test_search_starts_with_the_given_batch(tmp_path, monkeypatch, capsys):
 
 
 def test_shipped_batches_belong_to_their_stage():
-  """A stage accepts them, and they have every bucket of the stage with a batch."""
+  """Their stage accepts the batches, which contain every bucket of the stage."""
   files = sorted((pathlib.Path(__file__).parents[2] / "configs" / "batches").glob("*.py"))
   assert files
   for path in files:
@@ -113,7 +113,7 @@ def test_shipped_batches_belong_to_their_stage():
 
 
 def test_the_written_fragment_is_a_valid_stage(tmp_path):
-  """It is Python with the buckets, unchanged keep probabilities and the split buckets, and a stage accepts it."""
+  """The fragment is Python with buckets, unchanged keep probabilities and split buckets. A stage accepts it."""
   from stdit_jax.training.checkpoints import from_plain, plain
 
   namespace = {}

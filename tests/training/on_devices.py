@@ -1,4 +1,4 @@
-"""A process of its own with eight CPU devices, started by test_devices.py: python -m tests.training.on_devices FOLDER."""
+"""The process with eight CPU devices that test_devices.py starts: python -m tests.training.on_devices FOLDER."""
 
 import pathlib
 import sys
@@ -51,15 +51,15 @@ def main(folder):
   save_file(eight, folder / "eight.safetensors")
   save_file(one, folder / "one.safetensors")
 
-  run.train(started=(state, frozen, 0))  # a checkpoint of eight devices
+  run.train(started=(state, frozen, 0))  # writes a checkpoint on eight devices
   resumed = Run(eight_config(assets, folder / "single", mesh={"data": 2, "fsdp": 4}, steps=3))
-  state, frozen, at = resumed.start()  # and one of a single device
+  state, frozen, at = resumed.start()  # reads a checkpoint of one device
   assert at == 2, at
   params = {path_name(p): np.asarray(x) for p, x in jax.tree_util.tree_flatten_with_path(state["params"])[0]}
   save_file(params, folder / "resumed.safetensors")
   resumed.train(started=(state, frozen, at))
 
-  # The text encoder in a program of its own, split as the denoiser is.
+  # A separate program runs the text encoder, sharded like the denoiser.
   ahead = Run(eight_config(assets, folder / "ahead", steps=1, mesh={"data": 2, "fsdp": 4}, **frozen_text(assets, "ahead")))
   text = load_text_encoder(ahead.config.text_encoder, ahead.parts[0].objective.parts.conditioner.encoder, ahead.mesh)
   kernel = text["blocks"]["mlp"]["up"]["kernel"]

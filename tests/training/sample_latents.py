@@ -1,4 +1,4 @@
-"""Samples as training does, as one of the processes that test_processes.py starts; `<output>/<process>.npy` has the latents.
+"""Samples like a training, as one of the processes of test_processes.py. Writes latents to `<output>/<process>.npy`.
 
 python -m tests.training.sample_latents --config FILE
 """

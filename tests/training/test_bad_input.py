@@ -1,4 +1,4 @@
-"""What a user gets wrong is one clear line before anything is compiled, and nothing is written where it doesn't belong."""
+"""A user's error is one clear line before anything compiles, and writes no file in a wrong folder."""
 
 import json
 import os
@@ -94,7 +94,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("changes", "words"), WRONG, ids=lambda v: v[:40] if isinstance(v, str) else "")
-def test_one_line_says_what_is_wrong(assets, tmp_path, changes, words):
+def test_wrong_values_are_one_line(assets, tmp_path, changes, words):
   with pytest.raises(ValueError, match=r".") as error:
     Run(tiny_config(assets, tmp_path / "run", **changes))
   text = str(error.value)
@@ -104,7 +104,7 @@ def test_one_line_says_what_is_wrong(assets, tmp_path, changes, words):
   assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_missing_keys_tables_columns_and_files(assets, tmp_path):
+def test_missing_keys_tables_columns_and_files_are_refused(assets, tmp_path):
   config = tiny_config(assets, tmp_path / "a")
   del config.optimizer.b1
   with pytest.raises(ValueError, match=r"key optimizer.b1 is missing; configs/base.py has its default"):
@@ -115,18 +115,18 @@ def test_missing_keys_tables_columns_and_files(assets, tmp_path):
       Run(config).parts[0].data.loader(0)
   with pytest.raises(ValueError, match=r"needs task='denoiser'|prompts is empty"):
     Sampler(Run(tiny_config(assets, tmp_path / "s", sample__prompts=())))
-  make_stages(base.get_config())  # the defaults themselves are fine
+  make_stages(base.get_config())  # the defaults are valid
 
 
-def test_wrong_data_can_be_corrected_and_the_same_folder_used(assets, tmp_path):
-  """The table has been read into the folder by then: it is still nobody else's."""
+def test_a_folder_can_be_used_after_wrong_data_is_corrected(assets, tmp_path):
+  """The refused run has already written its table to the folder."""
   with pytest.raises(ValueError, match="epoch 0 has no step"):
     Run(tiny_config(assets, tmp_path / "run", data__buckets=(("720p", 1, 1.0, 2),)))
   assert list((tmp_path / "run" / "data").iterdir())
   Run(tiny_config(assets, tmp_path / "run"))
 
 
-def test_output_folders_that_are_not_ours(assets, tmp_path):
+def test_foreign_output_folders_are_refused(assets, tmp_path):
   foreign = tmp_path / "foreign"
   foreign.mkdir()
   (foreign / "thesis.tex").write_text("words")
@@ -142,7 +142,7 @@ def test_output_folders_that_are_not_ours(assets, tmp_path):
     Run(tiny_config(assets, foreign / "thesis.tex" / "run"))
   with pytest.raises(ValueError, match="can't be used"):
     Run(tiny_config(assets, "/proc/run"))
-  if os.getuid():  # root may write everywhere
+  if os.getuid():  # root may write anywhere
     foreign.chmod(0o500)
     with pytest.raises(ValueError, match="can't be used: Permission denied"):
       Run(tiny_config(assets, foreign / "run"))
@@ -153,7 +153,7 @@ def test_output_folders_that_are_not_ours(assets, tmp_path):
     Run(tiny_config(assets, damaged))
 
 
-def test_safetensors_that_are_broken(assets, tmp_path):
+def test_broken_safetensors_are_refused(assets, tmp_path):
   whole = (assets / "autoencoder.safetensors").read_bytes()
   nan = np.frombuffer(whole, np.uint8).copy()
   nan[-4:] = np.frombuffer(np.float32(np.nan).tobytes(), np.uint8)
@@ -170,7 +170,7 @@ def test_safetensors_that_are_broken(assets, tmp_path):
 
 @pytest.fixture(scope="module")
 def trained(assets, tmp_path_factory):
-  """Folder of a run of one step."""
+  """Folder of a run with one step."""
   folder = tmp_path_factory.mktemp("trained") / "run"
   Run(tiny_config(assets, folder, **ONE)).train()
   return folder
@@ -179,7 +179,7 @@ def trained(assets, tmp_path_factory):
 ONE = {"stages": ({"name": "one", "steps": 1},), "data__buckets": (("64p", 1, 1.0, 2),)}
 
 
-def test_another_run_in_the_folder(assets, trained):
+def test_the_folder_of_another_run_is_refused(assets, trained):
   before = sorted(p.name for p in trained.iterdir())
   for changes, key in (
     ({"model__fields__depth": 2}, "model.fields.depth"),
@@ -191,7 +191,7 @@ def test_another_run_in_the_folder(assets, trained):
   assert sorted(p.name for p in trained.iterdir()) == before
 
 
-def test_init_from_a_run_of_another_model(assets, trained, tmp_path):
+def test_init_from_another_model_is_refused(assets, trained, tmp_path):
   with pytest.raises(ValueError, match=r"belongs to another model: \d+ parameters differ"):
     Run(tiny_config(assets, tmp_path / "run", init=str(trained), **ONE, model__fields__depth=2)).start()
   longer = {"model__fields__model_max_length": 20, "text_encoder__max_length": 20}
@@ -199,7 +199,7 @@ def test_init_from_a_run_of_another_model(assets, trained, tmp_path):
     Run(tiny_config(assets, tmp_path / "run", init=str(trained), **ONE, **longer)).start()
 
 
-def test_data_that_changed_since_the_checkpoint_names_the_keys(assets, trained, tmp_path):
+def test_data_that_changed_since_the_checkpoint_is_refused(assets, trained, tmp_path):
   folder = tmp_path / "run"
   shutil.copytree(trained, folder)
   longer = {**ONE, "stages": ({"name": "one", "steps": 2},)}
@@ -215,8 +215,8 @@ def test_data_that_changed_since_the_checkpoint_names_the_keys(assets, trained, 
   assert step == 1
 
 
-def test_a_stage_behind_a_run_that_had_ended_has_data_of_its_own(assets, trained, tmp_path):
-  """Only where it begins: a stage that took the place of another in its midst would train on data in no order at all."""
+def test_a_new_stage_after_a_finished_run_may_have_other_data(assets, trained, tmp_path):
+  """A stage that replaces another one before its end is refused: it would break the order of the data."""
   folder, other = tmp_path / "run", tmp_path / "other"
   shutil.copytree(trained, folder)
   shutil.copytree(trained, other)
@@ -231,8 +231,8 @@ def test_a_stage_behind_a_run_that_had_ended_has_data_of_its_own(assets, trained
     Run(tiny_config(assets, other, **{**ONE, "stages": ({"name": "two", "steps": 2},)})).start()
 
 
-def test_another_accumulation_in_the_midst_of_a_stage(assets, trained):
-  """It would leave samples out, or bring them again."""
+def test_a_changed_accumulation_within_a_stage_is_refused(assets, trained):
+  """It would skip or repeat samples."""
   changes = {**ONE, "stages": ({"name": "one", "steps": 3},), "optimizer__accumulate": 2}
   with pytest.raises(ValueError, match=r"optimizer\.accumulate is 2 and was 1 up to step 1, in the midst of stage 'one'"):
     Run(tiny_config(assets, trained, **changes)).start()
@@ -251,21 +251,21 @@ def refused(result, *words):
     assert word in lines[0]
 
 
-def test_the_command_line(assets, trained, store, tmp_path):
+def test_errors_of_the_command_are_one_line(assets, trained, store, tmp_path):
   config = write_config(tmp_path / "config.py", assets, tmp_path / "run", **ONE)
   broken = tmp_path / "broken.py"
   broken.write_text("def get_config(:\n")
   train = "stdit_jax.train"
   refused(run_module(train, "--confg", "configs/quickstart.py"), "confg")
   refused(run_module(train), "give a configuration: --config configs/quickstart.py")
-  quick = "configs/quickstart.py"  # nothing of it is reached
+  quick = "configs/quickstart.py"  # the error occurs before the file matters
   refused(run_module(train, "--config", quick, "--config.optimizer.learning_rat=1"), "did you mean 'optimizer.learning_rate'")
   refused(run_module(train, "--config", quick, "--config.model.fields.depht=1"), "model.fields.depht=1: there is no key")
   refused(run_module(train, "--config", quick, "--config.log_every=often"), "log_every")
   refused(run_module(train, "--config", quick, "more"), "unrecognized arguments: more")
   refused(run_module(train, "--config", broken), "broken.py", "SyntaxError")
   refused(run_module(train, "--config", tmp_path / "none.py"), "none.py")
-  # From here on the whole chain: values, devices, what only the checkpoint shows.
+  # Errors that show later: values, devices, the checkpoint.
   refused(run_module(train, "--config", config, "--config.caption_dropout=3"), "caption_dropout is 3")
   refused(run_module(train, "--config", config, "--config.platform=gpu", JAX_PLATFORMS="cuda"), "JAX finds no devices")
   elsewhere = "--config.output=gs://no-such-bucket/run"
@@ -276,8 +276,8 @@ def test_the_command_line(assets, trained, store, tmp_path):
   assert json.loads((pathlib.Path(trained) / "config.json").read_text())["data"]["seed"] == 42
 
 
-def test_a_full_disk_under_a_checkpoint(assets, tmp_path):
-  """Files over 40 KB can't be written: one clear line at the end, no half checkpoint; with room the run goes on."""
+def test_a_full_disk_leaves_no_partial_checkpoint(assets, tmp_path):
+  """Files over 40 KB can't be written: the run ends with one clear line. With room it resumes."""
   settings = {**small_autoencoder(), **ONE}
   settings.pop("autoencoder__fields")  # with those of tiny-kl-f8 its parameters are 260 KB
   config = write_config(tmp_path / "config.py", assets, tmp_path / "run", **settings)
@@ -286,7 +286,7 @@ def test_a_full_disk_under_a_checkpoint(assets, tmp_path):
   result = subprocess.run(["bash", "-c", command], cwd=ROOT, env=own, capture_output=True, text=True, timeout=300)
   assert result.returncode == 2
   last = next(line for line in result.stderr.splitlines() if "error: a checkpoint" in line)  # among orbax's own
-  for words in ("could not be written", "File too large", "the same command then goes on"):
+  for words in ("could not be written", "File too large", "the same command then resumes"):
     assert words in last
   assert not [p for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdigit()]
   assert run_module("stdit_jax.train", "--config", config).returncode == 0

@@ -1,4 +1,4 @@
-"""Only one training writes to a run folder, and one that was killed keeps nobody out."""
+"""Only one training writes to a run folder. A killed training does not block the next one."""
 
 import json
 import os
@@ -26,20 +26,20 @@ with claim(sys.argv[1], print):
 
 
 def hold(folder):
-  """A process of this machine that holds the folder."""
+  """Starts a process on this machine that holds the folder."""
   holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(folder)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
   assert holder.stdout.readline() == "held\n"
   return holder
 
 
 def elsewhere(folder, count):
-  """The note of a process of another machine."""
+  """Writes the note of a process on another machine."""
   note = {"id": "a", "host": "another", "machine": "another", "process": 1, "began": "1", "count": count}
   paths.write_text(folder / NAME, json.dumps(note))
 
 
-def test_of_this_machine(tmp_path):
-  """The second is refused at once; a killed one, reaped or not, and a number that another process has now are nobody."""
+def test_a_live_holder_on_this_machine_is_refused_at_once(tmp_path):
+  """A killed holder, reaped or not, does not block the folder, nor does another process that reuses its id."""
   holder = hold(tmp_path)
   try:
     with pytest.raises(ValueError, match=rf"process {holder.pid} on .* is training in this folder"), claim(tmp_path, print):
@@ -60,12 +60,12 @@ def test_of_this_machine(tmp_path):
     pass
 
 
-def test_of_another_machine(tmp_path):
-  """Who counts is there; who is silent is gone; who ends while one waits makes room."""
+def test_a_counting_holder_on_another_machine_is_refused(tmp_path):
+  """A silent holder counts as dead. A holder that ends during the wait frees the folder."""
   elsewhere(tmp_path, 5)
   said = []
   with claim(tmp_path, print, PERIOD, said.append):
-    assert said == [f"process 1 on another was training in {tmp_path}; waiting for 0 s whether it still does"]
+    assert said == [f"process 1 on another was training in {tmp_path}; waiting 0 s to see if it still is"]
 
   stop = threading.Event()
 
@@ -95,14 +95,14 @@ def test_of_another_machine(tmp_path):
 @pytest.mark.parametrize(
   "text", ["", "{", "[]", '{"id": "x"}', '{"id":1,"host":0,"machine":0,"process":"","began":[],"count":{}}']
 )
-def test_a_note_that_nobody_understands(tmp_path, text):
+def test_an_unreadable_note_is_ignored(tmp_path, text):
   (tmp_path / NAME).write_text(text)
   with claim(tmp_path, print, PERIOD):
     assert json.loads((tmp_path / NAME).read_text())["process"] == os.getpid()
 
 
-def test_taken_meanwhile(tmp_path):
-  """Who slept so long that another took the folder learns it, and leaves the other's note."""
+def test_a_holder_notices_that_its_folder_was_taken(tmp_path):
+  """It leaves the note of the other process unchanged."""
   lost = threading.Event()
   with claim(tmp_path, lambda text: lost.set(), PERIOD):
     elsewhere(tmp_path, 0)
@@ -110,8 +110,8 @@ def test_taken_meanwhile(tmp_path):
   assert json.loads((tmp_path / NAME).read_text())["id"] == "a"
 
 
-def test_the_command_that_is_given_twice(assets, tmp_path):
-  """The second writes nothing but one line; the first goes on."""
+def test_a_second_training_of_a_folder_is_refused(assets, tmp_path):
+  """The second command prints one line and writes no file. The first one continues."""
   settings = {**small_autoencoder(), "stages": ({"name": "one", "steps": 1},)}
   config = write_config(tmp_path / "config.py", assets, tmp_path / "run", **settings)
   holder = hold(tmp_path / "run")

@@ -1,4 +1,4 @@
-"""Programs are compiled beside training, each traced once; a second start finds all of them in the output folder."""
+"""Programs compile during training, each is traced once, and a second start finds all of them in the cache."""
 
 import json
 import re
@@ -14,7 +14,7 @@ def losses(output):
 
 
 def test_a_second_start_compiles_nothing(assets, tmp_path):
-  """Also with a folder per start and one cache: the numbers are the same."""
+  """Two output folders can share one cache. The losses are the same."""
   cache = tmp_path / "first" / "compilation_cache"
   texts = []
   for name, settings in (("first", {}), ("second", {"compilation_cache": str(cache)})):
@@ -30,13 +30,13 @@ def test_a_second_start_compiles_nothing(assets, tmp_path):
     assert re.search(rf"tiny: {program}: from the compilation cache in \d+", texts[1]), texts[1]
   assert "2 programs are ready: 0 from the cache, 2 compiled" in texts[0]
   assert "2 programs are ready: 2 from the cache, 0 compiled" in texts[1]
-  # Nor anything else: not a file has been added.
+  # No program was added to the cache.
   assert {p.name for p in cache.iterdir() if p.name.endswith("-cache")} == {f for f in files if f.endswith("-cache")}
   assert losses(tmp_path / "first") == losses(tmp_path / "second")
   assert not (tmp_path / "second" / "compilation_cache").exists()
 
 
-def test_programs_compile_in_the_background_and_errors_reach_whoever_waits():
+def test_background_compilation_returns_programs_and_errors():
   import jax
   import jax.numpy as jnp
 

@@ -1,4 +1,4 @@
-"""Eight devices give the losses, gradients and noise of one; a checkpoint of one mesh resumes on the other."""
+"""Eight devices give the losses, gradients and noise of one device. A checkpoint of one mesh resumes on another."""
 
 import json
 import subprocess
@@ -22,20 +22,20 @@ def by_name(tree):
 
 @pytest.fixture(scope="module")
 def folder(assets, tmp_path_factory):
-  """What the process with eight devices left behind: results, and runs of eight devices and of one, resumed on eight."""
+  """Folder of `on_devices`: its results, a run on eight devices, and a run on one device that resumed on eight."""
   folder = tmp_path_factory.mktemp("on_devices")
   (folder / "assets").symlink_to(assets)
   Run(eight_config(folder / "assets", folder / "devices" / "single")).train()
   Run(eight_config(folder / "assets", folder / "devices" / "in_step", steps=1, **frozen_text(assets, "step"))).train()
   command = [sys.executable, "-m", "tests.training.on_devices", str(folder)]
-  # Collectives hold a thread of XLA's pool while they wait for the other devices: with few cores they would wait for ever.
+  # NPROC: a waiting collective holds a thread of XLA's pool. With few threads all collectives would wait for ever.
   own = environment(XLA_FLAGS=f"--xla_force_host_platform_device_count=8 {QUICK_FLAGS}", NPROC="64")
   result = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, timeout=300)
   assert result.returncode == 0, result.stderr[-3000:]
   return folder
 
 
-def test_same_loss_gradients_and_noise(folder):
+def test_eight_devices_have_the_loss_gradients_and_noise_of_one(folder):
   one, eight = (load_file(folder / "devices" / f"{name}.safetensors") for name in ("one", "eight"))
   assert (one.pop("split"), eight.pop("split")) == (1, 4)
   assert one.pop("noise").tobytes() == eight.pop("noise").tobytes()
@@ -49,14 +49,14 @@ def test_same_loss_gradients_and_noise(folder):
     assert np.abs(eight[name] - g).max() <= 1e-5 * largest[name.rsplit("/", 1)[0]], name
 
 
-def test_a_checkpoint_of_one_mesh_resumes_on_the_other(folder):
+def test_a_checkpoint_of_one_mesh_resumes_on_another(folder):
   devices = folder / "devices"
   single, _, _ = load_weights(devices / "single", "params", 2)
   resumed = load_file(devices / "resumed.safetensors")
   assert resumed.keys() == by_name(single).keys()
   for name, value in by_name(single).items():
     assert value.tobytes() == resumed[name].tobytes(), name
-  assert load_weights(devices / "single")[2] == 3  # it went on there
+  assert load_weights(devices / "single")[2] == 3  # the run on eight devices resumed it
 
   run = Run(eight_config(folder / "assets", devices / "eight", steps=3))
   state, frozen, step = run.start()
@@ -64,13 +64,13 @@ def test_a_checkpoint_of_one_mesh_resumes_on_the_other(folder):
   saved, _, _ = load_weights(devices / "eight", "ema", 2)
   jax.tree.map(np.testing.assert_array_equal, state["ema"], saved)
   run.train(started=(state, frozen, step))
-  # Both came the same way by different meshes.
+  # Both runs made the same steps on different meshes.
   ours, theirs = (by_name(load_weights(devices / name, "params", 3)[0]) for name in ("eight", "single"))
   for name, value in ours.items():
     np.testing.assert_allclose(theirs[name], value, atol=2e-5, err_msg=name)
 
 
-def test_a_sharded_text_encoder_ahead_of_the_step(folder):
+def test_a_sharded_text_encoder_ahead_of_the_step_has_the_same_loss(folder):
   losses = [
     json.loads((folder / "devices" / name / "metrics.jsonl").read_text().splitlines()[0])["loss"]
     for name in ("in_step", "ahead")

@@ -1,4 +1,4 @@
-"""Latents and embeddings written ahead: trainings from them are those from videos; shards come once, whole or not at all."""
+"""Precomputed latents and embeddings: training from them equals training from videos, and every shard is complete."""
 
 import json
 import pathlib
@@ -24,7 +24,7 @@ from tests.tiny_run import frozen_text, tiny_config, write_config
 
 @pytest.fixture(scope="module")
 def table(assets):
-  """The table of the tiny run with two captions of a row, scores, and a picture that can't be decoded."""
+  """The table of the tiny run with a second caption in one row, scores, and an image that can't be decoded."""
   lines = (assets / "table.csv").read_text().splitlines()
   names = lines[0].split(",")
   rows = [dict(zip(names, line.split(","))) for line in lines[1:]]
@@ -35,13 +35,13 @@ def table(assets):
 
 
 def settings(assets, table, **changes):
-  frozen, buckets = frozen_text(assets, "ahead"), (("144p", 1, 1.0, 2), ("144p", 4, 1.0, 2))  # of which there are some shards
+  frozen, buckets = frozen_text(assets, "ahead"), (("144p", 1, 1.0, 2), ("144p", 4, 1.0, 2))  # enough data for several shards
   same = {"data__tables": (table,), "data__buckets": buckets, "data__drop_last": False, "data__windows_per_row": 2}
   return {**frozen, **same, **changes}
 
 
 def run(config, output, *more, share=(0, 1)):
-  """`python -m stdit_jax.encode`, here."""
+  """Runs `python -m stdit_jax.encode` in this process."""
   argv = ["--config", str(config), "--output", str(output), "--shard-mb", "0.2", *map(str, more)]
   args = encode.make_parser().parse_args(argv)
   args.changes = []
@@ -51,14 +51,14 @@ def run(config, output, *more, share=(0, 1)):
 
 @pytest.fixture(scope="module")
 def config(assets, table, tmp_path_factory):
-  """Configuration file of a training."""
+  """The configuration file of a training."""
   folder = tmp_path_factory.mktemp("encode")
   return write_config(folder / "config.py", assets, folder / "run", **settings(assets, table))
 
 
 @pytest.fixture(scope="module")
 def folder(config):
-  """Everything of two epochs."""
+  """Folder with all latents and embeddings of two epochs."""
   run(config, config.parent / "out", "--epochs", 2)
   return config.parent / "out"
 
@@ -74,8 +74,8 @@ def batches_of(run, count):
     return [(loaded.bucket, jax.tree.map(np.asarray, make_batch(loaded))) for loaded, _ in zip(steps, range(count))]
 
 
-def test_a_training_from_them_has_the_batches_of_one_from_videos(assets, table, folder, tmp_path):
-  """In the same order, rows without weight included; past the last encoded epoch, too: all windows are there."""
+def test_cached_batches_equal_those_from_videos(assets, table, folder, tmp_path):
+  """They have the same order and masked rows, also after the last encoded epoch, since all windows are encoded."""
   nothing = {"data__latents": str(folder), "autoencoder__weights": "", "text_encoder__weights": ""}
   videos, cached = (
     Run(tiny_config(assets, tmp_path / str(len(own)), **{**settings(assets, table), **own})) for own in ({}, nothing)
@@ -83,13 +83,13 @@ def test_a_training_from_them_has_the_batches_of_one_from_videos(assets, table, 
   assert cached.data[0]._plans.locate(15)[0] >= 2
   assert set(same_batches(videos, cached, 16)) == {0, 1}
   assert cached.encoders.clip_encoder is None
-  with pytest.raises(ValueError, match=r"autoencoder\.weights is empty"):  # and not when the first samples are due
+  with pytest.raises(ValueError, match=r"autoencoder\.weights is empty"):  # at the start, not at the first samples
     Sampler(cached)
 
 
 @pytest.mark.parametrize(("name", "frames"), [("tiny-temporal", 7), ("tiny-causal3d", 9)])
-def test_latents_of_video_autoencoders(assets, table, tmp_path, name, frames):
-  """Whose latents have other lengths than the clips."""
+def test_cached_latents_of_video_autoencoders_equal_those_from_videos(assets, table, tmp_path, name, frames):
+  """The latents have fewer frames than the clips."""
   module, weights = registry.find(name), tmp_path / "autoencoder.safetensors"
   config = module.get_config(name)
   variables = module.init(module.build(config), jax.random.key(0))
@@ -108,22 +108,22 @@ def test_latents_of_video_autoencoders(assets, table, tmp_path, name, frames):
 
 
 def same_batches(videos, cached, count):
-  """Asserts that the first batches of two runs are equal -> the weights of their samples."""
+  """Asserts that the first batches of two runs are equal. Returns the weights of their samples."""
   weights = []
   for (bucket, a), (other, b) in zip(batches_of(videos, count), batches_of(cached, count), strict=True):
     assert bucket == other
     assert a.keys() == b.keys()
     weights += b["weight"].tolist()
     for name in a:
-      # Of tokens that are no text an encoder ahead of the step gives something, a cache zeros: nobody looks.
+      # Masked text tokens differ: the encoder gives features, the cache zeros. The model ignores both.
       x, y = (v[name] * (v["text_mask"][..., None] if name == "text" else 1) for v in (a, b))
-      atol, rtol = {"text": (5e-6, 0), "latents_std": (0, 5e-7)}.get(name, (0, 0))  # exp of NumPy and of XLA
+      atol, rtol = {"text": (5e-6, 0), "latents_std": (0, 5e-7)}.get(name, (0, 0))  # NumPy and XLA round exp differently
       np.testing.assert_allclose(y, x, atol=atol, rtol=rtol, err_msg=name)
   return weights
 
 
-def test_a_training_from_them_has_the_losses_of_one_from_videos(assets, table, folder, tmp_path):
-  """Of one of the encoded buckets, in batches of another size."""
+def test_training_from_a_cache_has_the_losses_of_videos(assets, table, folder, tmp_path):
+  """It uses one of the encoded buckets, with another batch size."""
   losses = []
   changes = settings(assets, table, data__buckets=(("144p", 4, 1.0, 3),), stages=({"name": "tiny", "steps": 3},))
   for name, own in (("videos", {}), ("cache", {"data__latents": str(folder)})):
@@ -134,7 +134,7 @@ def test_a_training_from_them_has_the_losses_of_one_from_videos(assets, table, f
     np.testing.assert_allclose(b["gradient_norm"], a["gradient_norm"], rtol=1e-5)
 
 
-def test_tfds_reads_them_without_tensorflow(folder):
+def test_tfds_reads_the_shards_without_tensorflow(folder):
   (part,) = folder.glob("latents-*/part-0")
   source = tfds.builder_from_directory(part).as_data_source("train")
   keys = np.load(part / "keys.npy")
@@ -155,7 +155,7 @@ def test_tfds_reads_them_without_tensorflow(folder):
   assert "tensorflow" not in sys.modules
 
 
-def test_broken_off_shared_and_resumed_they_are_the_same(config, folder, tmp_path, monkeypatch):
+def test_interrupted_and_shared_encoding_writes_the_same_shards(config, folder, tmp_path, monkeypatch):
   want, add, count = shards(folder), latents.ShardWriter.add, [0]
   assert len(want) > 4
 
@@ -188,10 +188,10 @@ def test_broken_off_shared_and_resumed_they_are_the_same(config, folder, tmp_pat
   assert dates == {path: path.stat().st_mtime_ns for path in part.iterdir()}
 
 
-def test_past_the_epochs_they_go_round_again_until_more_are_encoded(assets, table, tmp_path, caplog):
-  """Without windows every epoch has its own."""
+def test_epochs_repeat_until_more_are_encoded(assets, table, tmp_path, caplog):
+  """Without `windows_per_row` every epoch has its own windows."""
   changes = settings(assets, table, data__windows_per_row=0, data__buckets=(("144p", 4, 1.0, 2),))
-  changes |= {"text_encoder__where": "disk"}  # not looked at here
+  changes |= {"text_encoder__where": "disk"}  # this test does not use the text
   config = write_config(tmp_path / "c.py", assets, tmp_path / "run", **changes)
   run(config, tmp_path / "out", "--epochs", 1, "--dtype", "float16")
   (stage,) = make_stages(tiny_config(assets, tmp_path, **changes, data__latents=str(tmp_path / "out")))
@@ -215,7 +215,7 @@ def test_past_the_epochs_they_go_round_again_until_more_are_encoded(assets, tabl
   first, more = samples()
   assert [s.row for s in first] != [s.row for s in more]
   assert len([m for m in caplog.messages if "repeats epoch" in m]) == 1
-  # With another batch size it is found out which epochs are there; far on, no key could hold the window.
+  # Another batch size asks for other rows, and the cache still finds its epochs. No key can hold the window of epoch 2048.
   changes["data__buckets"] = (("144p", 4, 1.0, 3),)
   (stage,) = make_stages(tiny_config(assets, tmp_path, **changes, data__latents=str(tmp_path / "out")))
   source = encoding.Source.open(stage, str(tmp_path / "out" / "data"))
@@ -226,8 +226,8 @@ def test_past_the_epochs_they_go_round_again_until_more_are_encoded(assets, tabl
     run(config, tmp_path / "out", "--epochs", 2)
 
 
-def test_a_training_keeps_the_order_that_it_began_with(assets, tmp_path):
-  """Also where more has been encoded since: no row of the epoch comes twice or never. What begins anew has the new one."""
+def test_a_resumed_training_keeps_its_order(assets, tmp_path):
+  """It ignores epochs that were encoded meanwhile, so no row of its epoch repeats or is missing. A new training uses them."""
   own = {"data__tables": (str(assets / "features.csv"),), "data__windows_per_row": 0, "data__buckets": (("64p", 4, 1.0, 2),)}
   own |= {"text_encoder__where": "disk", "text_encoder__train": False}
   config, out = write_config(tmp_path / "c.py", assets, tmp_path / "run", **own), tmp_path / "out"
@@ -237,7 +237,7 @@ def test_a_training_keeps_the_order_that_it_began_with(assets, tmp_path):
     return Run(tiny_config(assets, tmp_path / folder, **own, **changes))
 
   run(config, out, "--epochs", 1)
-  first = training("run", 4)  # three steps are an epoch
+  first = training("run", 4)  # an epoch has three steps
   first.train()
   rows = [[s.row for s in step.samples] for step, _ in zip(first.data[0].loader(3), range(3))]
   run(config, out, "--epochs", 2)
@@ -248,8 +248,8 @@ def test_a_training_keeps_the_order_that_it_began_with(assets, tmp_path):
   assert [[s.row for s in step.samples] for step, _ in zip(anew.data[0].loader(3), range(3))] != rows
 
 
-def test_past_the_epochs_captions_may_be_of_another(assets, table, folder, tmp_path, caplog):
-  """All windows are there, and one line says that not all captions are."""
+def test_a_later_epoch_may_use_captions_of_an_earlier_one(assets, table, folder, tmp_path, caplog):
+  """All windows are encoded. One warning says that some captions are not."""
   config = tiny_config(assets, tmp_path, **settings(assets, table, data__latents=str(folder)))
   data, at = Run(config).parts[0].data, 0
   while data._plans.locate(at)[0] < 3:
@@ -262,8 +262,8 @@ def test_past_the_epochs_captions_may_be_of_another(assets, table, folder, tmp_p
   ]
 
 
-def test_files_that_are_away_are_not_missing_for_good(assets, tmp_path):
-  """A disk that is not there ends it before anything is written; one that goes meanwhile leaves no shard without its files."""
+def test_files_that_were_missing_are_encoded_later(assets, tmp_path):
+  """Without its disk, `encode` ends before it writes. If files vanish meanwhile, no written shard lacks them."""
   disk, out, away = tmp_path / "disk", tmp_path / "out", tmp_path / "away"
   shutil.copytree(assets, disk)
   away.mkdir()
@@ -281,7 +281,7 @@ def test_files_that_are_away_are_not_missing_for_good(assets, tmp_path):
   run(config, tmp_path / "undisturbed", *arguments)
   whole = shards(tmp_path / "undisturbed")
   assert len(whole) == 12
-  for name in ("0.png", "1.png", "5.mp4"):  # two may be bad, and the last one is read when the first are written
+  for name in ("0.png", "1.png", "5.mp4"):  # two bad files are allowed; the third is read after the first shards are written
     (disk / name).rename(away / name)
   with pytest.raises(ValueError, match=r"3 files cannot be decoded, more than data.max_bad_rows allows .2.; first: .*no such"):
     run(config, out, *arguments)
@@ -293,7 +293,7 @@ def test_files_that_are_away_are_not_missing_for_good(assets, tmp_path):
   assert shards(out) == whole
 
 
-def test_a_part_that_was_removed_is_encoded_under_another_name(assets, tmp_path):
+def test_a_removed_part_is_encoded_under_another_name(assets, tmp_path):
   own = {"data__windows_per_row": 0, "data__buckets": (("64p", 4, 1.0, 2),)}
   config, out = write_config(tmp_path / "c.py", assets, tmp_path / "run", **own), tmp_path / "out"
   for epochs in (1, 2):
@@ -322,7 +322,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("changes", "words"), WRONG, ids=lambda v: v[:40] if isinstance(v, str) else "")
-def test_one_line_says_what_they_were_not_made_from(assets, table, folder, tmp_path, changes, words):
+def test_a_cache_of_other_settings_is_refused_in_one_line(assets, table, folder, tmp_path, changes, words):
   for key in ("autoencoder__weights", "data__tables"):
     if changes.get(key):
       changes = {**changes, key: str(assets / changes[key])}
@@ -331,7 +331,7 @@ def test_one_line_says_what_they_were_not_made_from(assets, table, folder, tmp_p
   assert "\n" not in str(error.value)
 
 
-def test_mistakes(assets, table, config, tmp_path, capsys):
+def test_wrong_arguments_are_refused(assets, table, config, tmp_path, capsys):
   for arguments, words in (
     (["--epochs", 0], "--epochs is 0; allowed: above 0"),
     (["--epochs", 1, "--shard", "2/2"], "--shard 2/2 is not I/N with I from 0 to N - 1"),

@@ -1,4 +1,4 @@
-"""Losses that are not finite: the step is left out, then the run goes back and passes over what failed, then it stops."""
+"""Non-finite losses: the run skips the step, then goes back and skips the failed micro steps, then stops."""
 
 import json
 import pathlib
@@ -11,7 +11,7 @@ from stdit_jax.cli import InputError
 from tests.runs import Run
 from tests.tiny_run import tiny_config
 
-STEPS = 8  # three batches of two images an epoch; one of the six has a text embedding of NaN
+STEPS = 8  # three batches of two images per epoch; one of the six images has a text embedding of NaN
 
 
 def config(assets, output, table, steps=STEPS, **changes):
@@ -31,13 +31,13 @@ def trained(*args, **changes):
 
 
 def failing_positions(run):
-  """Plan positions of the first epochs whose batch has the row of NaN."""
+  """Plan positions in the first epochs whose batch contains the NaN row."""
   plans = run.parts[0].data._plans
   places = [(i, plans.locate(i)) for i in range(2 * STEPS)]
   return [i for i, (epoch, step) in places if any(plans.table.locate(int(r))[1] == 7 for r in plans.plan(epoch).rows(step))]
 
 
-def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(assets, tmp_path, capsys):
+def test_a_nonfinite_step_changes_nothing_and_is_counted(assets, tmp_path, capsys):
   run, state, lines = trained(assets, tmp_path / "run", "one_nan.csv")
   bad = [p for p in failing_positions(run) if p < STEPS]
   assert 2 <= len(bad) <= 3
@@ -50,7 +50,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(assets, tmp_pa
   assert run.skip == {}
 
 
-def test_after_the_limit_the_run_goes_back_and_passes_over_what_failed_also_when_resumed(assets, tmp_path, capsys):
+def test_after_the_limit_the_run_goes_back_and_skips_failed_steps(assets, tmp_path, capsys):
   run, state, lines = trained(assets, tmp_path / "alone", "one_nan.csv", max_nonfinite=1)
   bad = failing_positions(run)
   skipped = run.skip["images"]
@@ -62,7 +62,7 @@ def test_after_the_limit_the_run_goes_back_and_passes_over_what_failed_also_when
   assert set(map(int, jax.tree.leaves(state["opt"][0].count))) == {STEPS}
   assert pathlib.Path(run.checkpoints.folder).is_dir()
 
-  # Stopped after every step or two and started again: the same bits.
+  # A run that stops after every few steps and resumes has the same bits.
   for steps in (2, 4, 5, STEPS):
     again, resumed, again_lines = trained(assets, tmp_path / "resumed", "one_nan.csv", steps, max_nonfinite=1)
   assert again.skip == run.skip
@@ -74,7 +74,7 @@ def test_after_the_limit_the_run_goes_back_and_passes_over_what_failed_also_when
   assert run.counter.counts["images: update"] == 1
 
 
-def test_the_second_time_at_one_place_it_stops_with_a_report(assets, tmp_path):
+def test_a_repeated_failure_stops_the_run_with_a_report(assets, tmp_path):
   run = Run(config(assets, tmp_path / "run", "all_nan.csv", max_nonfinite=2))
   with pytest.raises(InputError, match=r"steps 1 to 2: loss or gradient was not finite, although .* back to step 0") as error:
     run.train()

@@ -1,4 +1,4 @@
-"""Two processes of four CPU devices each: the losses of one process of eight; they stop together; none waits for a dead one."""
+"""Two processes with four CPU devices each: they train like one process with eight, stop together, and end if one dies."""
 
 import contextlib
 import json
@@ -19,7 +19,7 @@ from tests.tiny_run import ROOT, environment, small_autoencoder, start_processes
 
 STEPS = 10
 SETTINGS = {"data__buckets": (("64p", 1, 1.0, 8),), "data__drop_last": False, "mesh": {"data": 2, "fsdp": 4}}
-WATCHDOG = {"watchdog": {"timeout": 10.0, "slow_timeout": 120.0}}  # beside other tests a step has taken six seconds
+WATCHDOG = {"watchdog": {"timeout": 10.0, "slow_timeout": 120.0}}  # during other tests, a step has taken six seconds
 
 
 def lines(output):
@@ -40,7 +40,7 @@ def wait_for(condition, processes, folder, seconds=150):
 
 @contextlib.contextmanager
 def two(assets, folder, **settings):
-  """Two processes, of one device each, of a run without end that have come to step 2."""
+  """Two processes with one device each, in an endless run that has reached step 2."""
   folder.mkdir()
   settings = {**small_autoencoder(), "stages": ({"name": "long", "steps": 10**6},), "checkpoint_every": 10**5, **settings}
   config = write_config(folder / "config.py", assets, folder / "run", **settings)
@@ -60,7 +60,7 @@ def folder(tmp_path_factory):
 
 
 def long_config(assets, folder, name, output=None, validate=True, **changes):
-  """Configuration file of a run of STEPS steps in `folder/name/run`, by default measured at its end."""
+  """Configuration file of a run of STEPS steps in `folder/name/run`, by default with a validation at its end."""
   (folder / name).mkdir()
   settings = {**SETTINGS, "stages": ({"name": "same", "steps": STEPS},), "checkpoint_every": STEPS}
   every = STEPS if validate else 0
@@ -70,7 +70,7 @@ def long_config(assets, folder, name, output=None, validate=True, **changes):
 
 @pytest.fixture(scope="module")
 def one(assets, folder):
-  """Folder of such a run of one process."""
+  """Folder of such a run with one process."""
   command = [sys.executable, "-m", "stdit_jax.train", "--config", str(long_config(assets, folder, "one"))]
   own = environment(XLA_FLAGS=f"--xla_force_host_platform_device_count=8 {QUICK_FLAGS}", NPROC="64")
   result = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, timeout=300)
@@ -80,21 +80,21 @@ def one(assets, folder):
 
 @pytest.fixture(scope="module")
 def both(assets, folder):
-  """Folder of the same of two processes."""
+  """Folder of such a run with two processes."""
   processes = start_processes(long_config(assets, folder, "both"), folder / "both")
   codes = [p.wait(300) for p in processes]
   assert codes == [0, 0], [(folder / "both" / f"{i}.log").read_text()[-3000:] for i in (0, 1)]
   return folder / "both" / "run"
 
 
-def test_two_processes_train_the_losses_of_one(one, both):
+def test_two_processes_have_the_losses_of_one(one, both):
   losses = [[line.get("loss", line.get("validation/loss")) for line in lines(output)] for output in (one, both)]
   assert len(losses[0]) == STEPS + 1
   np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
 
 
-def test_damage_that_one_of_two_sees_starts_both_again_without_the_checkpoint(folder, both):
-  """The part that the second one wrote is cut: it alone may see that, while the first waits for it."""
+def test_both_processes_restart_when_one_finds_a_damaged_checkpoint(folder, both):
+  """The file that the second process wrote is cut. Perhaps only this process notices, while the first one waits for it."""
   own = [p for p in (both / "checkpoints" / str(STEPS) / "params").rglob("*") if p.is_file() and "process_1" in str(p)]
   largest = max(own, key=lambda p: p.stat().st_size)
   largest.write_bytes(largest.read_bytes()[:100])
@@ -103,7 +103,7 @@ def test_damage_that_one_of_two_sees_starts_both_again_without_the_checkpoint(fo
   texts = [(folder / "both" / f"{i}.log").read_text() for i in (0, 1)]
   assert codes == [75, 75], [text[-3000:] for text in texts]
   assert any("is damaged" in text for text in texts)
-  assert Checkpoints(both).is_marked(STEPS)  # what the next start makes of that: test_resume.py
+  assert Checkpoints(both).is_marked(STEPS)  # test_resume.py tests the next start
 
 
 def test_two_processes_killed_and_resumed_in_a_bucket(assets, folder, one, store):
@@ -126,7 +126,7 @@ def test_two_processes_killed_and_resumed_in_a_bucket(assets, folder, one, store
 
 
 def test_two_processes_sample_the_frames_of_one(assets, folder, one):
-  """Three prompts, which eight devices don't divide; the two split tokens, of which neither frames nor places divide."""
+  """Eight devices divide neither the three prompts, nor the frames and places of the tokens that two processes split."""
   latents, sheets = [], []
   for name, count, mesh in (("sampled", 1, {"data": 2, "fsdp": 4}), ("sampled-by-two", 2, {"sequence": 8})):
     (folder / name).mkdir()
@@ -138,17 +138,17 @@ def test_two_processes_sample_the_frames_of_one(assets, folder, one):
     codes = [p.wait(300) for p in processes]
     assert codes == [0] * count, [(folder / name / f"{i}.log").read_text()[-3000:] for i in range(count)]
     latents += [np.load(folder / name / "run" / f"{i}.npy") for i in range(count)]
-    assert len(list((folder / name / "run" / "samples").iterdir())) == 7  # three videos, their settings, a picture of all
+    assert len(list((folder / name / "run" / "samples").iterdir())) == 7  # three videos, their settings, a contact sheet
     sheets.append(np.asarray(Image.open(folder / name / "run" / "samples" / "step0000000.png"), np.float32))
   assert latents[0].shape == (3, 4, 7, 9, 4)
   assert len({z.tobytes() for z in latents[0]}) == 3
-  np.testing.assert_array_equal(latents[1], latents[2])  # both have all
+  np.testing.assert_array_equal(latents[1], latents[2])  # both processes have all latents
   np.testing.assert_allclose(latents[1], latents[0], atol=1e-4)
   assert sheets[0].shape == (3 * 56, 4 * 72, 3)
   assert np.abs(sheets[0] - sheets[1]).max() <= 1  # of 255: rounding
 
 
-def test_both_stop_at_the_same_step_when_one_is_told_to(assets, folder):
+def test_both_processes_stop_at_the_same_step_when_one_gets_sigterm(assets, folder):
   with two(assets, folder / "told") as processes:
     processes[1].send_signal(signal.SIGTERM)
     assert [p.wait(60) for p in processes] == [75, 75], (folder / "told" / "0.log").read_text()[-3000:]
@@ -160,7 +160,7 @@ def test_both_stop_at_the_same_step_when_one_is_told_to(assets, folder):
 
 
 @pytest.mark.parametrize(("victim", "how"), [(1, "STOP"), (0, "KILL")])
-def test_one_that_hangs_or_dies_ends_the_other_which_names_it(assets, folder, victim, how):
+def test_a_process_names_the_other_one_that_hangs_or_dies(assets, folder, victim, how):
   name = f"{how}-{victim}"
   with two(assets, folder / name, **WATCHDOG) as processes:
     began = time.monotonic()

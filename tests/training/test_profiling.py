@@ -1,4 +1,4 @@
-"""A profile of the steps that the configuration names, and one of the next three steps after SIGUSR1."""
+"""Profiles of the configured steps, and of the next three steps after SIGUSR1."""
 
 import signal
 import subprocess
@@ -9,7 +9,7 @@ from tests.tiny_run import ROOT, environment, small_autoencoder, write_config
 
 
 def test_profiles_by_configuration_and_by_signal(assets, tmp_path):
-  """In a process of its own, as a user has it: beside PyTorch jaxlib 0.10.2 can crash when a trace starts."""
+  """Runs in a separate process: with PyTorch in the process, jaxlib 0.10.2 can crash when a trace starts."""
   steps = {"stages": ({"name": "long", "steps": 10**6},), "profile_steps": (2, 3), "checkpoint_every": 10**5}
   config = write_config(tmp_path / "config.py", assets, tmp_path / "run", **steps, **small_autoencoder())
   log, folder = tmp_path / "log", tmp_path / "run" / "profile"
@@ -27,7 +27,7 @@ def test_profiles_by_configuration_and_by_signal(assets, tmp_path):
   try:
     wait_for(1)
     assert f"profile of steps 2 to 3: {folder}" in log.read_text()
-    time.sleep(1.1)  # profiles are named by the second
+    time.sleep(1.1)  # the second is the name of a profile
     process.send_signal(signal.SIGUSR1)
     wait_for(2)
     process.send_signal(signal.SIGTERM)

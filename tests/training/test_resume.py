@@ -1,6 +1,6 @@
-"""A run that is killed or stopped and resumed ends with the same bits as the one left alone, over stages, buckets and epochs.
+"""A killed or stopped run that resumes ends with the same bits as an undisturbed run, over stages, buckets and epochs.
 
-`python -m tests.long.kill_and_resume` does the same with 20 random moments, and with the training of an autoencoder.
+`python -m tests.long.kill_and_resume` kills at 20 random moments, and also trains an autoencoder.
 """
 
 import json
@@ -44,7 +44,7 @@ def finish(config, log, **more):
 
 
 def kill_when(config, log, condition, what, how=signal.SIGKILL, **more):
-  """Starts the run and kills it as soon as `condition()`; it must not have ended before. Returns its exit code."""
+  """Starts the run and kills it as soon as `condition()` holds. Fails if the run ends before. Returns its exit code."""
   process = start(config, log, **more)
   try:
     end = time.monotonic() + 240
@@ -60,7 +60,7 @@ def kill_when(config, log, condition, what, how=signal.SIGKILL, **more):
 
 
 def items(output, step=STEPS):
-  """The checkpoint's params, ema and opt as NumPy trees."""
+  """The items params, ema and opt of a checkpoint, as NumPy trees."""
   folder = pathlib.Path(output) / "checkpoints" / str(step)
   with ocp.StandardCheckpointer() as checkpointer:
     return {name: jax.tree.map(np.asarray, checkpointer.restore(folder / name)) for name in ("params", "ema", "opt")}
@@ -95,7 +95,7 @@ def assert_same_bits(alone, other, step=STEPS):
     assert a.tobytes() == b.tobytes(), f"{jax.tree_util.keystr(path)} differs by {np.abs(a - b).max()}"
 
 
-def test_killed_at_any_step_and_resumed_ends_with_the_same_bits(assets, left_alone):
+def test_a_killed_run_resumes_with_the_same_bits(assets, left_alone):
   folder, settings = left_alone
   output, log = folder / "killed", folder / "killed.log"
   config = write_config(folder / "killed.py", assets, output, **settings)
@@ -103,13 +103,13 @@ def test_killed_at_any_step_and_resumed_ends_with_the_same_bits(assets, left_alo
 
   kill_when(config, log, lambda: writes_a_checkpoint(output), "wrote a checkpoint")
   assert (output / "config.json").is_file()
-  # Told to stop, it saves the step it is at.
+  # On SIGTERM the run saves its current step.
   code = kill_when(config, log, lambda: max(metrics_steps(output), default=0) >= 7, "came to 7", signal.SIGTERM)
   assert code == 75, log.read_text()[-3000:]
   saved = max(int(p.name) for p in checkpoints.iterdir())
   assert f"stopped by SIGTERM after step {saved}, which is saved" in log.read_text()
   assert metrics_steps(output) == list(range(1, saved + 1))
-  # Between two checkpoints, in the second stage: steps are lost and made again.
+  # Killed between two checkpoints of the second stage, the run repeats the lost steps.
   kill_when(config, log, lambda: (checkpoints / "15").is_dir() and max(metrics_steps(output), default=0) >= 16, "came to 16")
   finish(config, log)
   assert "resumed from step 15" in log.read_text()
@@ -121,8 +121,8 @@ def test_killed_at_any_step_and_resumed_ends_with_the_same_bits(assets, left_alo
   assert sorted(p.name for p in checkpoints.iterdir()) == sorted(str(s) for s in {3, 6, 9, 12, 15, 18, 20, saved})
 
 
-def test_in_a_bucket_killed_and_resumed_it_ends_with_the_bits_of_a_disk(assets, left_alone, store, tmp_path, monkeypatch):
-  """Table, clips, weights, compiled programs and output lie in gs://: every kind of file that a run writes is there."""
+def test_a_killed_run_in_a_bucket_has_the_bits_of_a_run_on_disk(assets, left_alone, store, tmp_path, monkeypatch):
+  """Table, clips, weights, compiled programs and output are in gs://."""
   folder, settings = left_alone
   store.copy_in(assets, "assets")
   settings = {**settings, "data__workers": 1, "sample_every": STEPS, "sample__resolution": "64p"}
@@ -131,7 +131,7 @@ def test_in_a_bucket_killed_and_resumed_it_ends_with_the_bits_of_a_disk(assets, 
   own = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "JAX_COMPILATION_CACHE_DIR": ""}
 
   def half_written():
-    """Whether a checkpoint after the first is there without the mark that says it is whole."""
+    """Whether a checkpoint after the first one exists without the mark of completion."""
     there = {name.split("/")[3] for name in store.names(f"{prefix}checkpoints/")}
     return any(int(step) > 3 and f"{prefix}checkpoints/{step}/commit_success.txt" not in store.objects for step in there)
 
@@ -144,7 +144,7 @@ def test_in_a_bucket_killed_and_resumed_it_ends_with_the_bits_of_a_disk(assets, 
   assert sum(method == "GET" and path.endswith(tuple(compiled)) for method, path in store.requests[before:]) > 5
 
   store.copy_out("runs/there", tmp_path / "there")
-  for step in (6, STEPS):  # the second checkpoint, the one that was interrupted, and the last
+  for step in (6, STEPS):  # the second checkpoint, whose writing was interrupted, and the last
     assert_same_bits(folder / "alone", tmp_path / "there", step)
   assert metrics(tmp_path / "there") == metrics(folder / "alone")
   written = {path.name for path in (tmp_path / "there").iterdir()}
@@ -152,7 +152,7 @@ def test_in_a_bucket_killed_and_resumed_it_ends_with_the_bits_of_a_disk(assets, 
   assert sorted(p.name for p in (tmp_path / "there" / "samples").iterdir()) == [
     f"step{STEPS:07d}{ending}" for ending in ("-0.json", "-0.mp4", ".png")
   ]
-  assert len(list((tmp_path / "there" / "tensorboard").iterdir())) == 2  # one of each start
+  assert len(list((tmp_path / "there" / "tensorboard").iterdir())) == 2  # one per start
   assert list((tmp_path / "cache" / "stdit_jax" / "data").glob("table-*.arrow"))
   weights, _, step = load_weights(f"gs://{BUCKET}/runs/there")
   assert step == STEPS
@@ -164,7 +164,7 @@ def test_in_a_bucket_killed_and_resumed_it_ends_with_the_bits_of_a_disk(assets, 
   sample.main(["--run", f"gs://{BUCKET}/runs/there", "--prompt", "columns", "--output", f"gs://{BUCKET}/out"])
   assert set(store.names("out/")) == {f"out/{name}" for name in ("denoiser.safetensors", *VIDEO)}
 
-  # What cannot be read now is no damage; what is damaged is moved away, and an older checkpoint taken.
+  # A read error is no damage. A damaged checkpoint is moved away, and the run resumes from an older one.
   config = tiny_config(f"gs://{BUCKET}/assets", f"gs://{BUCKET}/runs/there", **settings)
   monkeypatch.setenv("XDG_CACHE_HOME", own["XDG_CACHE_HOME"])
   with monkeypatch.context() as patch:
@@ -201,8 +201,8 @@ def largest_file(folder):
     (PermissionError, "no permission, or not signed in", InputError),
   ],
 )
-def test_what_a_bucket_says_may_pass(store, tmp_path, kind, text, raised):
-  """A run that can't save ends for good only where somebody has to mend something; on a disk that is always so."""
+def test_temporary_errors_of_a_bucket_restart_the_run(store, tmp_path, kind, text, raised):
+  """A write error ends the run for good if a person must mend its cause. On a disk this is always so."""
   for folder, expected in ((f"gs://{BUCKET}/passing", raised), (tmp_path, InputError)):
     checkpoints = Checkpoints(folder)
     with pytest.raises(expected, match=re.escape(text)), checkpoints._writing():
@@ -210,7 +210,7 @@ def test_what_a_bucket_says_may_pass(store, tmp_path, kind, text, raised):
     checkpoints.close()
 
 
-def test_a_damaged_checkpoint_is_passed_over_with_a_warning_and_kept(assets, left_alone, capfd):
+def test_a_damaged_checkpoint_is_set_aside_with_a_warning(assets, left_alone, capfd):
   folder, settings = left_alone
   output = folder / "damaged"
   shutil.copytree(folder / "alone", output)
@@ -234,7 +234,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning_and_kept(assets, lef
   _, _, step = Run(tiny_config(assets, output, **settings, resume="9")).start()
   assert step == 9
   assert (output / "set-aside" / "12").is_dir()
-  Checkpoints(output).mark(9)  # as a process of several does that alone sees the damage
+  Checkpoints(output).mark(9)  # as one of several processes does if it alone sees the damage
   _, _, step = Run(tiny_config(assets, output, **settings)).start()
   assert step == 6
   assert "a process could not read checkpoint 9; trying an older one" in capfd.readouterr().err
@@ -249,8 +249,8 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning_and_kept(assets, lef
     Run(tiny_config(assets, folder / "empty", resume="required")).start()
 
 
-def test_going_back_is_done_once(assets, left_alone, capfd):
-  """A supervisor gives the same command again; and what another run saved after this one was put together counts."""
+def test_a_run_goes_back_to_a_step_only_once(assets, left_alone, capfd):
+  """A supervisor repeats the same command. The repetition resumes from the newest checkpoint, also one of another process."""
   folder, settings = left_alone
   output = folder / "back"
   shutil.copytree(folder / "alone", output)
@@ -264,7 +264,7 @@ def test_going_back_is_done_once(assets, left_alone, capfd):
   assert "the run went back to step 15 before" in capfd.readouterr().out
 
 
-def test_a_finished_run_is_left_as_it_is(assets, left_alone):
+def test_a_finished_run_does_not_change(assets, left_alone):
   folder, settings = left_alone
   before = items(folder / "alone")
   state = Run(tiny_config(assets, folder / "alone", **settings)).train()
@@ -282,7 +282,7 @@ def test_stages_change_rate_buckets_and_optimizer(left_alone):
   assert not any("loss/64p x 1" in line for line in lines[12:])
   assert any("loss/64p x 1" in line for line in lines[:12])
   counts = jax.tree.leaves(items(folder / "alone")["opt"][0]["count"])
-  assert set(map(int, counts)) == {8}  # the second stage began with a fresh optimizer
+  assert set(map(int, counts)) == {8}  # the second stage started with a fresh optimizer
 
 
 def test_workers_end_with_their_killed_training(assets, tmp_path):
@@ -291,7 +291,7 @@ def test_workers_end_with_their_killed_training(assets, tmp_path):
   log, worker = tmp_path / "log", []
 
   def children():
-    """Ids of the run's processes that are loader workers: those that began as `spawn_main`."""
+    """The /proc folders of the run's loader workers, which start as `spawn_main`."""
     found = []
     for path in pathlib.Path("/proc").glob("[0-9]*"):
       try:

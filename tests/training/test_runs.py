@@ -1,4 +1,4 @@
-"""Whole runs in this process: traces, text from everywhere, IDDPM, where weights come from, bad rows, the autoencoder."""
+"""Whole runs in this process: traces, places of the text encoder, IDDPM, initial weights, bad rows, the autoencoder."""
 
 import json
 import pathlib
@@ -34,8 +34,8 @@ def first(assets, tmp_path_factory):
   return run, jax.tree.map(np.asarray, run.train())
 
 
-def test_what_a_line_says(first, capsys):
-  """Loss by bucket and by quarter of the timesteps, whose mean over both is the loss; how fast it was and waited for data."""
+def test_metrics_of_a_step(first, capsys):
+  """The loss of the bucket and of the quarters of the timesteps, the speed, and the share of waiting for data."""
   run, _ = first
   for line in metrics_of(run):
     assert {"loss", "gradient_norm", "learning_rate", "stepped", "nonfinite", "speed/step_seconds"} <= line.keys()
@@ -43,12 +43,12 @@ def test_what_a_line_says(first, capsys):
     (bucket,) = (value for name, value in line.items() if name.startswith("loss/64p"))
     assert not any("share" in name and name.startswith("loss") for name in line)
     np.testing.assert_allclose(bucket, line["loss"], rtol=1e-6)
-    assert 1 <= len(quarters) <= 2  # of two samples
+    assert 1 <= len(quarters) <= 2  # two samples fall into at most two quarters
     assert min(quarters) * (1 - 1e-6) <= line["loss"] <= max(quarters) * (1 + 1e-6)
     assert 0 <= line["speed/data_share"] < 1
     np.testing.assert_allclose(line["speed/data_seconds"] / line["speed/step_seconds"], line["speed/data_share"], rtol=1e-6)
     assert line["speed/tokens_per_second"] > 0
-    assert "speed/mfu" not in line  # nobody publishes the peak of a CPU
+    assert "speed/mfu" not in line  # a CPU has no published peak
     frames = 1 if "loss/64p x 1" in line else 4
     batch = run.parts[0].objective.batch(("64p", frames), 2)
     tokens, work = run.parts[0].objective.work(batch)
@@ -57,7 +57,7 @@ def test_what_a_line_says(first, capsys):
     np.testing.assert_allclose(ratio, work / tokens, rtol=1e-6)
 
 
-def test_averages_leave_out_what_does_not_count():
+def test_averages_skip_nonfinite_and_weightless_values():
   log = Averages()
   for value, share, weight in ((6.0, 0.5, 2.0), (3.0, 1.0, 1.0), (0.0, 0.0, 5.0)):
     log.add({"q": value, "q/share": share}, weight)
@@ -68,8 +68,8 @@ def test_averages_leave_out_what_does_not_count():
   assert log.take() == {}
 
 
-def test_a_stage_says_how_long_it_waited_for_data():
-  """Neither before its first step, nor what checkpoints and samples took, counts."""
+def test_speed_measures_the_wait_for_data_of_a_stage():
+  """The time before the first step and the time of checkpoints and samples do not count."""
   speed, config = Speed(jax.devices()), base.get_config().data
   with speed.waiting_for_data():
     time.sleep(0.05)
@@ -90,8 +90,8 @@ def test_a_stage_says_how_long_it_waited_for_data():
   assert "raise" not in stage_note(steps, seconds, 0.019, config)
 
 
-def test_time_left_is_by_the_steps_of_the_stage(tmp_path, monkeypatch, capsys):
-  """Neither compilation before it counts nor the quicker steps of another stage."""
+def test_time_left_follows_the_steps_of_the_stage(tmp_path, monkeypatch, capsys):
+  """The compilation before the stage and the steps of another stage do not count."""
   now = 0.0
   monkeypatch.setattr("stdit_jax.training.metrics.time.monotonic", lambda: now)
   metrics = Metrics(str(tmp_path), 0, 200)
@@ -130,7 +130,7 @@ def test_a_run_writes_its_configuration_metrics_and_checkpoints(first):
 
 
 def test_bfloat16_compute_over_float32_state(first, assets, tmp_path):
-  """The same losses to the precision of bfloat16; parameters, average and moments stay float32."""
+  """The losses agree to the precision of bfloat16. Parameters, average and moments stay float32."""
   half = {"model__fields__dtype": "bfloat16", "autoencoder__dtype": "bfloat16", "text_encoder__fields": {"dtype": "bfloat16"}}
   run = Run(tiny_config(assets, tmp_path / "half", **half))
   state = run.train()
@@ -140,10 +140,10 @@ def test_bfloat16_compute_over_float32_state(first, assets, tmp_path):
   assert ours != theirs
 
 
-def test_kept_latents_change_nothing(assets, tmp_path):
+def test_cached_latents_change_nothing(assets, tmp_path):
   states = []
-  clips = {"data__buckets": (("64p", 4, 1.0, 2),), "data__windows_per_row": 1}  # six, in three steps an epoch
-  for gigabytes in (0.0, 3.2e-5, 1.0):  # nothing, four of them, everything
+  clips = {"data__buckets": (("64p", 4, 1.0, 2),), "data__windows_per_row": 1}  # six clips, in three steps per epoch
+  for gigabytes in (0.0, 3.2e-5, 1.0):  # the cache holds no clip, four clips, all clips
     steps = {"stages": ({"name": "epochs", "steps": 9},), "checkpoint_every": 9}
     run = Run(tiny_config(assets, tmp_path / str(gigabytes), autoencoder__cache_gb=gigabytes, **clips, **steps))
     states.append(jax.tree.map(np.asarray, run.train()))
@@ -153,7 +153,7 @@ def test_kept_latents_change_nothing(assets, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, *states[1:])
 
 
-def test_text_from_the_step_from_ahead_of_it_and_from_disk(assets, tmp_path):
+def test_text_encoders_in_the_step_ahead_and_on_disk_agree(assets, tmp_path):
   losses, states = {}, {}
   for name, where, settings in (
     ("trained from weights", "step", {"text_encoder__train": True}),
@@ -165,7 +165,7 @@ def test_text_from_the_step_from_ahead_of_it_and_from_disk(assets, tmp_path):
     run = Run(tiny_config(assets, tmp_path / name, text_encoder__where=where, **{**ONE_STEP, **weights, **settings}))
     states[name] = run.train()
     losses[name] = metrics_of(run)[0]["loss"]
-  # The encoder's weights are the same everywhere, so are data and noise.
+  # The weights of the encoder, the data and the noise are the same in all runs.
   np.testing.assert_allclose(losses["frozen"], losses["ahead"], rtol=1e-6)
   np.testing.assert_allclose(losses["frozen"], losses["trained from weights"], rtol=1e-6)
   assert losses["disk"] != losses["ahead"]
@@ -229,7 +229,7 @@ def test_init_from_a_run_and_from_safetensors(assets, first, tmp_path, capsys):
   assert np.abs(blocks[1]).max() > 0
 
 
-def test_rows_that_cannot_be_decoded_are_counted_and_skipped_up_to_the_limit(assets, tmp_path, capsys):
+def test_undecodable_rows_are_counted_and_skipped_up_to_the_limit(assets, tmp_path, capsys):
   table = {**ONE_STEP, "data__tables": str(assets / "broken.csv")}
   run = Run(tiny_config(assets, tmp_path / "some", data__max_bad_rows=1, **table))
   run.train()

@@ -1,4 +1,4 @@
-"""Stages that change the model: what is kept and what is new, resumed at any step; the recipes of Open-Sora as stages."""
+"""Stages that change the model: kept and new arrays, resuming at any step, and the recipes of Open-Sora."""
 
 import pathlib
 import shutil
@@ -43,14 +43,14 @@ def make_run(assets, output, stages=STAGES):
 
 @pytest.fixture(scope="module")
 def alone(assets, tmp_path_factory):
-  """Folder of a run of these three stages, left alone; its run."""
+  """(folder, run) of an undisturbed run of the three stages."""
   run = make_run(assets, tmp_path_factory.mktemp("stages") / "alone")
   run.train(Sampler(run))
   return pathlib.Path(run.config.output), run
 
 
 def resumed(assets, alone, folder, step):
-  """A run in a copy of `alone` that has the checkpoints up to `step`."""
+  """A run in a copy of `alone` with the checkpoints up to `step`."""
   shutil.copytree(alone, folder)
   for path in (folder / "checkpoints").iterdir():
     if int(path.name) > step:
@@ -58,7 +58,7 @@ def resumed(assets, alone, folder, step):
   return make_run(assets, folder)
 
 
-def test_programs_are_counted_per_stage_and_samples_are_of_its_model(alone):
+def test_each_stage_has_its_programs_and_samples(alone):
   folder, run = alone
   counts = {name for name in run.counter.counts if "encode" not in name}
   frames = {"images": 1, "norms": 1, "clips": 4}
@@ -68,7 +68,7 @@ def test_programs_are_counted_per_stage_and_samples_are_of_its_model(alone):
 
 
 @pytest.mark.parametrize("step", [3, 4])
-def test_resumed_within_a_stage_and_where_the_model_changes(assets, alone, tmp_path, step):
+def test_a_run_resumes_within_a_stage_and_at_a_model_change(assets, alone, tmp_path, step):
   folder, _ = alone
   resumed(assets, folder, tmp_path / "run", step).train()
   assert_same_bits(folder, tmp_path / "run", 6)
@@ -76,14 +76,14 @@ def test_resumed_within_a_stage_and_where_the_model_changes(assets, alone, tmp_p
 
 
 def entered(run):
-  """(stage, state and frozen before it, state and frozen with which it begins), all NumPy, of a run that resumes."""
+  """Resumes a run at the start of a stage: (stage, state and frozen before it, state and frozen in it), all NumPy."""
   state, frozen, step = run.start()
   stage = next(s for s in run.stages if s.start == step)
   before = jax.tree.map(np.asarray, (state, frozen))
   return stage, *before, *jax.tree.map(np.asarray, run._enter(stage, state, frozen, step))
 
 
-def test_norms_are_new_and_all_else_is_kept(assets, alone, tmp_path, capsys):
+def test_new_norms_leave_all_other_arrays_unchanged(assets, alone, tmp_path, capsys):
   stage, state, frozen, new, new_frozen = entered(resumed(assets, alone[0], tmp_path / "run", 2))
   assert stage.name == "norms"
   said = capsys.readouterr().out
@@ -95,11 +95,11 @@ def test_norms_are_new_and_all_else_is_kept(assets, alone, tmp_path, capsys):
     assert all(np.array_equal(after[name], value) for name, value in before.items())
     assert sorted(after.keys() - before.keys()) == [name.replace("*", "scale") for name in norms]
     assert all((after[name] == 1).all() for name in after.keys() - before.keys())
-  assert not any(leaf.any() for leaf in jax.tree.leaves(new["opt"]))  # fresh by keep_optimizer=False
+  assert not any(leaf.any() for leaf in jax.tree.leaves(new["opt"]))  # fresh, since keep_optimizer=False
   jax.tree.map(np.testing.assert_array_equal, new_frozen, frozen)
 
 
-def test_temporal_blocks_change_no_image_and_what_is_there_keeps_its_moments(assets, alone, tmp_path):
+def test_new_temporal_blocks_change_no_image_and_keep_old_moments(assets, alone, tmp_path):
   run = resumed(assets, alone[0], tmp_path / "run", 4)
   stage, state, frozen, new, new_frozen = entered(run)
   assert stage.name == "clips"
@@ -119,7 +119,7 @@ def test_temporal_blocks_change_no_image_and_what_is_there_keeps_its_moments(ass
   np.testing.assert_allclose(new_loss, old_loss, rtol=1e-6)
 
 
-def test_a_checkpoint_is_read_with_the_model_of_the_stage_that_made_it(assets, alone, tmp_path):
+def test_a_checkpoint_is_read_with_the_model_of_its_stage(assets, alone, tmp_path):
   folder, _ = alone
   for step, temporal, diffusion in ((2, False, IDDPM), (4, False, RectifiedFlow), (5, True, RectifiedFlow)):
     arguments = ["--run", str(folder), "--step", str(step), "--prompt", "x"]
@@ -137,7 +137,7 @@ def test_a_checkpoint_is_read_with_the_model_of_the_stage_that_made_it(assets, a
     assert any(name.startswith("spatial_blocks.0.attn.q_norm") for name in names)
 
 
-def test_what_is_another_run_and_what_is_not(assets, alone, tmp_path):
+def test_changed_stages_before_the_checkpoint_are_refused(assets, alone, tmp_path):
   folder = tmp_path / "run"
   resumed(assets, alone[0], folder, 3)
 
@@ -157,8 +157,8 @@ def test_what_is_another_run_and_what_is_not(assets, alone, tmp_path):
     started(images, {**norms, "autoencoder": {"dtype": "bfloat16"}}, clips)
 
 
-def test_stacks_and_null_captions_of_another_length(assets, tmp_path):
-  """A second layer and four more text tokens, and back."""
+def test_stacks_and_null_captions_change_their_length(assets, tmp_path):
+  """One stage adds a layer and four text tokens, the next one removes them."""
   longer = {"model.fields.depth": 2, "model.fields.model_max_length": 20, "text_encoder.max_length": 20}
   short, long = make_stages(
     tiny_config(assets, tmp_path, stages=({"name": "short", "steps": 1}, {"name": "long", "steps": 1, **longer}))
@@ -218,15 +218,15 @@ RECIPES = {
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda module: module.__name__)
-def test_recipes_of_open_sora(recipe):
+def test_recipes_of_open_sora_have_their_settings(recipe):
   path = pathlib.Path(recipe.__file__)
   arguments = plan.make_parser().parse_args(["--config", str(path), "--topology", "v5e:8x8"])
   arguments.changes = []
   jobs = [job.stage for job in plan.make_jobs(arguments)[1]]
   written = plain(recipe.get_config())
-  assert plain(from_plain(written)) == written  # what a checkpoint and `plan` hand on
+  assert plain(from_plain(written)) == written  # the form in checkpoints and in `plan`
   older = written | {"autoencoder": written["autoencoder"] | {"temporal": ""}}
-  assert plain(from_plain(older)) == written  # of a version that had this key
+  assert plain(from_plain(older)) == written  # from a version with this key
   before, stages = None, make_stages(recipe.get_config())
   assert [s.name for s in stages] == list(RECIPES[recipe])
   for stage in stages:
@@ -240,7 +240,7 @@ def test_recipes_of_open_sora(recipe):
   assert stages[-1].config.model.fields.to_dict() == {"dtype": "bfloat16", "remat": "full"}  # the published model
 
 
-def test_a_recipe_can_begin_later():
+def test_a_recipe_can_start_at_a_later_stage():
   assert [s.name for s in make_stages(open_sora_1_2.get_config("stage2"))] == ["stage2", "stage3"]
   refused = run_module("stdit_jax.train", "--config", "configs/open_sora_1_2.py:stage4")
   assert refused.returncode == 2

@@ -1,4 +1,4 @@
-"""The gradient and update programs: against direct gradients of the model on plain latents, and a NumPy/PyTorch optimizer."""
+"""The gradient program against direct gradients on plain latents, the update program against NumPy and PyTorch."""
 
 import dataclasses
 import functools
@@ -28,14 +28,14 @@ from tests.tiny_run import tiny_config
 
 @pytest.fixture(scope="module")
 def made(assets, tmp_path_factory):
-  """(run, state with redrawn parameters, frozen, one NumPy batch per bucket: the three aspect ratios mixed)."""
+  """(run, state with redrawn parameters, frozen, one NumPy batch per bucket with three aspect ratios)."""
   config = tiny_config(
     assets, tmp_path_factory.mktemp("step") / "run", data__buckets=(("144p", 1, 1.0, 3), ("144p", 4, 1.0, 3))
   )
   run = Run(config)
   state, frozen, _ = run.start()
   rng = np.random.default_rng(0)
-  # Parameters that start at zero would hide mistakes.
+  # Parameters that start at zero would hide errors.
   params = jax.tree.map(lambda p: p + 0.1 * rng.standard_normal(p.shape, np.float32), state["params"])
   make_batch = run.maker()
   batches = {}
@@ -48,7 +48,7 @@ def made(assets, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def programs(made):
-  """Gradient programs of both buckets, whole, and of the clips in three parts: jitted functions by bucket."""
+  """Jitted gradient programs by bucket: whole batches of both buckets, and clips in three micro batches."""
   run, state, _, batches = made
   layout = Layout(run.mesh)
   stage = dataclasses.replace(run.stages[0], name="test")
@@ -68,7 +68,7 @@ def gradient_of(made, programs, program, batch, accumulator=None):
   return program.jitted(programs.params, frozen, arrays, accumulator)
 
 
-def test_batches_have_the_shapes_that_programs_are_compiled_for(made):
+def test_batches_have_the_shapes_of_their_programs(made):
   run, _, _, batches = made
   for bucket, batch in batches.items():
     specs = run.parts[0].objective.batch(bucket, len(batch["weight"]))
@@ -76,7 +76,7 @@ def test_batches_have_the_shapes_that_programs_are_compiled_for(made):
 
 
 def assert_close_groups(ours, theirs, tolerance=1e-5):
-  """Relative to the largest gradient of the tensor group: the parameters of one module."""
+  """Asserts that gradients agree, relative to the largest gradient in their module."""
   flat = lambda tree: jax.tree_util.tree_flatten_with_path(tree)[0]  # noqa: E731
   largest = {}
   for path, value in flat(theirs):
@@ -87,7 +87,7 @@ def assert_close_groups(ours, theirs, tolerance=1e-5):
 
 
 def direct_loss(run, frozen, batch, row, params):
-  """Rectified-flow loss of one row, written down anew on its own unpadded latents, from the published rule of the keys."""
+  """The rectified-flow loss of one row, written again for its unpadded latents and the documented noise keys."""
   config, model = run.config, run.parts[0].objective.model
   size = tuple(int(n) for n in batch["latent_size"][row])
   one = lambda x: jnp.asarray(x[row : row + 1])  # noqa: E731
@@ -116,7 +116,7 @@ def direct_loss(run, frozen, batch, row, params):
 
 
 @pytest.mark.parametrize("frames", [4, 1])
-def test_mixed_aspect_ratios_give_the_direct_gradients_of_every_sample_alone(made, programs, frames):
+def test_mixed_aspect_ratios_have_the_gradients_of_single_samples(made, programs, frames):
   run, state, frozen, batches = made
   batch = batches["144p", frames]
   assert len({tuple(size) for size in batch["latent_size"]}) > 1
@@ -133,7 +133,7 @@ def test_mixed_aspect_ratios_give_the_direct_gradients_of_every_sample_alone(mad
     assert_close_groups(accumulator["gradients"], expected)
   np.testing.assert_allclose(values["loss"], rows.mean(), rtol=1e-5)
   if frames == 4:
-    # One row counts: the loss of that sample alone.
+    # With one valid row the loss is that of its sample.
     for row in range(3):
       alone = {**batch, "weight": np.eye(3, dtype=np.float32)[row]}
       _, values = gradient_of(made, programs, programs.whole["144p", frames], alone)
@@ -167,8 +167,8 @@ def test_micro_batch_count_follows_the_limit(made):
   assert parts(1) == 3
 
 
-def test_which_buckets_split_their_tokens(made):
-  """Three devices along `sequence`: a batch of 3 divides, one of 2 does not."""
+def test_buckets_with_an_indivisible_batch_split_their_tokens(made):
+  """Three devices along `sequence` divide a batch of 3, but not a batch of 2."""
   run, mesh = made[0], jax.sharding.AbstractMesh((1, 1, 3, 1), AXES)
   buckets = (Bucket("144p", 1, 1.0, 2), Bucket("144p", 4, 1.0, 3))
 
@@ -188,7 +188,7 @@ def test_which_buckets_split_their_tokens(made):
     split("144p:4")
 
 
-def test_rows_without_weight_have_no_influence(made, programs):
+def test_masked_rows_have_no_influence(made, programs):
   batch = made[3]["144p", 4]
   weight = np.array([1, 0, 1], np.float32)
   results = []
@@ -202,7 +202,7 @@ def test_rows_without_weight_have_no_influence(made, programs):
   assert np.isfinite(results[0][1]["loss"])
 
 
-def test_accumulation_over_buckets_is_the_mean_and_a_batch_without_weight_does_not_count(made, programs):
+def test_accumulation_is_the_mean_over_valid_batches(made, programs):
   batches = made[3]
   single = [gradient_of(made, programs, programs.whole[b], batches[b])[0]["gradients"] for b in batches]
   accumulator = None
@@ -238,7 +238,7 @@ PARAMS = {"a": {"w": np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4)}, "b
 
 
 def toy_update(pattern=".*", decay=0.9, scales=(), **settings):
-  """(update program, state at step 0) of the toy parameters."""
+  """(update program, state at step 0) for the toy parameters."""
   config = ml_collections.ConfigDict({**OPTIMIZER, "schedule": "constant", **settings})
   optimizer = states.make_optimizer(config)
   schedule = states.learning_rate(config, 0, 100)
@@ -248,7 +248,7 @@ def toy_update(pattern=".*", decay=0.9, scales=(), **settings):
 
 
 def accumulated(gradients, count=2.0):
-  """What `count` micro steps with this mean gradient leave behind."""
+  """The accumulator after `count` micro steps with this mean gradient."""
   return {"gradients": jax.tree.map(lambda g: jnp.asarray(g) * count, gradients), "count": jnp.float32(count)}
 
 
@@ -257,7 +257,7 @@ def random_gradients(number, scale=1.0):
   return jax.tree.map(lambda p: rng.standard_normal(p.shape, np.float32) * scale, PARAMS)
 
 
-def test_clipping_adamw_and_average_against_pytorch():
+def test_clipping_adamw_and_average_match_pytorch():
   update, state = toy_update()
   theirs = [torch.nn.Parameter(torch.from_numpy(p.copy())) for p in jax.tree.leaves(PARAMS)]
   settings = {"lr": 1.0, "betas": (OPTIMIZER["b1"], OPTIMIZER["b2"]), "eps": OPTIMIZER["eps"]}
@@ -283,7 +283,7 @@ def test_clipping_adamw_and_average_against_pytorch():
 
 
 @pytest.mark.parametrize("case", ["no weight", "nan", "inf"])
-def test_no_step_leaves_every_bit(case):
+def test_a_skipped_step_changes_no_bit(case):
   update, state = toy_update()
   state, _, _ = update(state, accumulated(random_gradients(0)), np.int32(0))
   before = jax.tree.map(np.asarray, state)
@@ -296,7 +296,7 @@ def test_no_step_leaves_every_bit(case):
   assert not any(np.asarray(x).any() for x in jax.tree.leaves(accumulator))
 
 
-def test_train_freezes_exactly_the_others():
+def test_train_freezes_all_other_parameters():
   update, state = toy_update(pattern=r"^b/", clip_norm=1.0)
   gradients = random_gradients(3, scale=5.0)
   for k in range(3):
@@ -310,7 +310,7 @@ def test_train_freezes_exactly_the_others():
     states.learning_rate_scales(PARAMS, "c")
 
 
-def test_scales_of_the_learning_rate():
+def test_scales_multiply_the_learning_rate():
   moved = []
   for scales in ((), (("^b/", 0.25), ("w$", 1.0))):
     update, state = toy_update(scales=scales)
@@ -318,12 +318,12 @@ def test_scales_of_the_learning_rate():
       state, _, _ = update(state, accumulated(random_gradients(0)), np.int32(k))
     moved.append(jax.tree.map(lambda p, q: np.asarray(p) - q, state["params"], PARAMS))
   np.testing.assert_array_equal(moved[0]["a"]["w"], moved[1]["a"]["w"])
-  np.testing.assert_allclose(moved[1]["b"]["w"], 0.25 * moved[0]["b"]["w"], rtol=2e-2)  # weight decay follows what moved
+  np.testing.assert_allclose(moved[1]["b"]["w"], 0.25 * moved[0]["b"]["w"], rtol=2e-2)  # weight decay sees moved values
   with pytest.raises(ValueError, match=r"optimizer\.scales='z' matches no parameter"):
     states.learning_rate_scales(PARAMS, ".*", (("z", 0.5),))
 
 
-def test_learning_rate_warms_up_from_the_start_of_the_stage_then_holds_or_falls():
+def test_learning_rate_warms_up_in_each_stage():
   config = ml_collections.ConfigDict({**OPTIMIZER, "schedule": "constant"})
   rate = states.learning_rate(config, 10, 20)
   np.testing.assert_allclose([rate(10 + k) for k in range(6)], 0.02 * np.array([0.25, 0.5, 0.75, 1, 1, 1]), rtol=1e-6)
@@ -334,8 +334,8 @@ def test_learning_rate_warms_up_from_the_start_of_the_stage_then_holds_or_falls(
   np.testing.assert_allclose(rate(30), 0, atol=1e-9)
 
 
-def test_weighted_losses_of_a_toy_model_and_micro_batches():
-  """A batch of 8 in 1, 2, 4 and 8 parts: the weighted mean gradient that NumPy gives."""
+def test_micro_batches_have_the_weighted_mean_gradient():
+  """A batch of 8 in 1, 2, 4 and 8 parts has the weighted mean gradient of NumPy."""
   layout = Layout(make_mesh({"data": 1, "fsdp": 1}, jax.devices()[:1]))
   rng = np.random.default_rng(0)
   x = rng.standard_normal((8, 3)).astype(np.float32)

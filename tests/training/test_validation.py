@@ -1,4 +1,4 @@
-"""Validation: the same numbers whatever batch, mesh and step it is made at; training does not notice; `evaluate` gives them."""
+"""Validation does not depend on batch, mesh and step, does not change training, and equals `evaluate`."""
 
 import json
 import pathlib
@@ -14,11 +14,11 @@ from tests import QUICK_FLAGS
 from tests.runs import Run
 from tests.tiny_run import run_module, tiny_config
 
-BUCKETS = (("144p", 1, 1.0, 2), ("144p", 4, 1.0, 2))  # so many latents that the mean square of their noise is 1
+BUCKETS = (("144p", 1, 1.0, 2), ("144p", 4, 1.0, 2))  # many latents, so the mean square of their noise is near 1
 
 
 def settings(assets, **changes):
-  """Of five rows per bucket (of six that fit), after every second step."""
+  """Validation on five of the six rows of each bucket, after every second step."""
   validation = {"tables": (str(assets / "table.csv"),), "every": 2, "samples_per_bucket": 5, "timesteps": 5}
   return {"data__buckets": BUCKETS, "validation": validation | changes, "checkpoint_every": 2}
 
@@ -42,7 +42,7 @@ def validated(assets, tmp_path_factory):
   return run, jax.tree.map(np.asarray, run.train(started=started)), started[1]
 
 
-def test_training_does_not_notice(assets, validated, tmp_path):
+def test_validation_does_not_change_training(assets, validated, tmp_path):
   run, state, _ = validated
   plain = Run(tiny_config(assets, tmp_path / "plain", data__buckets=BUCKETS, checkpoint_every=2))
   jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, plain.train()), state)
@@ -51,20 +51,20 @@ def test_training_does_not_notice(assets, validated, tmp_path):
   assert dict(run.counter.counts) == {**plain.counter.counts, **own}
 
 
-def test_buckets_and_quarters_make_up_the_loss(validated):
+def test_the_loss_is_the_mean_over_buckets_and_quarters(validated):
   values, _ = lines_of(validated[0])
   assert list(values) == [2, 4]
   for line in values.values():
     of_buckets = [line[f"validation/144p x {frames}"] for frames in (1, 4)]
     of_quarters = [line[f"validation/t {q}"] for q in ("0-25%", "25-50%", "50-75%", "75-100%")]
     np.testing.assert_allclose(np.mean(of_buckets), line["validation/loss"], rtol=1e-9)
-    # Timesteps 1/6, 2/6, ... 5/6: one, one, two and one in the quarters.
+    # The quarters contain one, one, two and one of the timesteps 1/6, 2/6, ... 5/6.
     np.testing.assert_allclose(np.dot(of_quarters, [1, 1, 2, 1]) / 5, line["validation/loss"], rtol=1e-9)
   assert values[2]["validation/loss"] != values[4]["validation/loss"]
 
 
-def test_the_loss_of_a_model_that_says_nothing(validated):
-  """Zeros for latents minus noise: the loss is the mean square of the latents, and 1."""
+def test_the_loss_of_a_zero_model(validated):
+  """The target is latents minus noise. So the loss of a zero output is the mean square of the latents plus 1."""
   run, state, frozen = validated
   silent = jax.tree_util.tree_map_with_path(lambda p, x: 0 * x if "final_layer/linear" in path_name(p) else x, state["ema"])
   make_batch, squares = run.batch_maker(run.parts[0]), {1: [], 4: []}
@@ -77,8 +77,8 @@ def test_the_loss_of_a_model_that_says_nothing(validated):
     np.testing.assert_allclose(values[f"validation/144p x {frames}"], np.mean(parts) + 1, rtol=0.02)
 
 
-def test_other_batches_change_rounding_at_most(assets, validated, tmp_path):
-  """Two batches of three with one row over instead of three of two, and other probabilities."""
+def test_other_batches_change_only_rounding(assets, validated, tmp_path):
+  """Batches of three instead of two, and other keep probabilities."""
   run, state, frozen = validated
   buckets = (("144p", 1, 0.3, 3), ("144p", 4, (1.0, 0.5), 3))
   changes = {**settings(assets), "data__buckets": buckets, "data__drop_last": False}
@@ -101,7 +101,7 @@ def test_a_resumed_run_measures_the_same_bits(assets, validated, tmp_path):
   assert lines_of(resumed) == lines_of(run)
 
 
-def test_evaluate_on_eight_devices(assets, validated, tmp_path):
+def test_evaluate_agrees_on_eight_devices(assets, validated, tmp_path):
   run, _, _ = validated
   result = run_module(
     "stdit_jax.evaluate", "--run", run.config.output, "--mesh", "data=2", "fsdp=4", "--output", tmp_path / "loss.json",
@@ -123,7 +123,7 @@ def test_evaluate_on_eight_devices(assets, validated, tmp_path):
     (["--step", "3"], "has no checkpoint of step 3; there are [2, 4]"),
   ],
 )
-def test_evaluate_says_what_is_wrong_in_one_line(validated, capsys, arguments, words):
+def test_wrong_arguments_of_evaluate_are_one_line(validated, capsys, arguments, words):
   with pytest.raises(SystemExit) as stop:
     evaluate.main(["--run", validated[0].config.output, *arguments])
   assert stop.value.code == 2
