@@ -122,8 +122,8 @@ def test_a_checkpoint_is_read_with_the_model_of_the_stage_that_made_it(assets, a
   folder, _ = alone
   for step, temporal, diffusion in ((2, False, IDDPM), (4, False, RectifiedFlow), (5, True, RectifiedFlow)):
     arguments = ["--run", str(folder), "--step", str(step), "--prompt", "x"]
-    args = sample.make_parser().parse_args(arguments)
-    pipeline = loading.load_pipeline(args, *loading.read_model(args))
+    settings = sample.parse(arguments)
+    pipeline = loading.load_pipeline(settings, *loading.read_model(settings))
     assert pipeline.model.config.temporal_blocks == temporal
     assert isinstance(pipeline.diffusion, diffusion)
     shapes = denoisers.init_shapes(pipeline.model.config)
