@@ -350,13 +350,10 @@ def test_safetensors_give_the_video_of_the_run(assets, trained, tmp_path):
   config = write_config(tmp_path / "config.py", assets, tmp_path / "unused")
   run = Run(tiny_config(assets, tmp_path / "shapes"))
   variables = {"params": ema["denoiser"], "constants": constants["denoiser"]}
-  save_variables(tmp_path / "denoiser.safetensors", "open-sora", variables, config=run.parts[0].objective.model.config)
-  save_variables(
-    tmp_path / "t5.safetensors",
-    "t5",
-    {"params": ema["text_encoder"]},
-    config=run.parts[0].objective.parts.conditioner.encoder.config,
-  )
+  parts = run.parts[0].objective.parts
+  save_variables(tmp_path / "denoiser.safetensors", "open-sora", variables, config=parts.model.config)
+  encoder = {"params": ema["text_encoder"]}
+  save_variables(tmp_path / "t5.safetensors", "t5", encoder, config=parts.conditioner.encoder.config)
   what = [*SIZE, "--prompt", "a rabbit", "--format", "gif", "--output"]
   made = lambda name: pictures(tmp_path / name / "0000-a-rabbit-seed0.gif")  # noqa: E731
   files = ["--weights", str(tmp_path / "denoiser.safetensors"), "--text-encoder", str(tmp_path / "t5.safetensors")]

@@ -43,10 +43,9 @@ def settings(assets, table, **changes):
 def run(config, output, *more, share=(0, 1)):
   """`python -m stdit_jax.encode`, here."""
   argv = ["--config", str(config), "--output", str(output), "--shard-mb", "0.2", *map(str, more)]
-  args = encode.make_parser().parse_args(argv)
-  args.changes = []
-  encode.check(args)
-  encode.run(encode.choose_stages(args), args, *share)
+  settings = encode.parse(argv)
+  encode.check(settings)
+  encode.run(settings, encode.choose(settings), *share)
 
 
 @pytest.fixture(scope="module")
