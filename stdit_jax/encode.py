@@ -10,8 +10,9 @@ first of them, and prints a warning.
 Stop the command at any time. The same command continues with the missing shards, on any number of processes and devices. A
 shard is complete or does not exist. A later command with more epochs or another stage adds what is missing.
 
-Several processes share the shards. They are connected (`cli.connect_processes`), or --shard numbers them, and they write into one
-folder. A row that can't be decoded is written with the reason, and it is masked out in training. Each `part-*` in the output is a TFDS data set that can be read without TensorFlow:
+Several processes share the work. They are connected (`cli.connect_processes`), or --shard numbers them, and they write into
+one folder. A row that can't be decoded is written with the reason, and it is masked out in training. Each `part-*` in the
+output is a TFDS data set that can be read without TensorFlow:
 tfds.builder_from_directory(PART).as_data_source("train").
 
 Exit codes: 0 finished, 2 an error that the message names, 75 stopped by SIGTERM, 130 interrupted.
@@ -63,8 +64,8 @@ class Settings:
   stage: Sequence[str] | None = flag("only this stage; may be given several times (default: all)", action="append")
   dtype: str = flag(
     "type of the stored values. With float32 (default) the losses equal those from videos. float16 needs half the space, and "
-    "rounds by up to 0.05 %%. bfloat16 needs as much space as float16, rounds eight times as much, and holds values above 65504",
-    "float32", choices=latents.DTYPES,
+    "rounds by up to 0.05 %%. bfloat16 needs as much space as float16 and rounds eight times as much, but holds values above "
+    "65504", "float32", choices=latents.DTYPES,
   )  # fmt: skip
   text: bool | None = flag(
     "encode captions as well (default: if text_encoder.where is 'ahead', as the training then reads their embeddings)",

@@ -217,9 +217,8 @@ RECIPES = {
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda module: module.__name__)
 def test_recipes_of_open_sora(recipe):
   path = pathlib.Path(recipe.__file__)
-  arguments = plan.make_parser().parse_args(["--config", str(path), "--topology", "v5e:8x8"])
-  arguments.changes = []
-  jobs = [job.stage for job in plan.make_jobs(arguments)[1]]
+  settings = plan.parse(["--config", str(path), "--topology", "v5e:8x8"])
+  jobs = [job.stage for job in plan.make_jobs(settings)[1]]
   written = plain(recipe.get_config())
   assert plain(from_plain(written)) == written  # what a checkpoint and `plan` hand on
   older = written | {"autoencoder": written["autoencoder"] | {"temporal": ""}}
