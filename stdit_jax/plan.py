@@ -27,8 +27,8 @@ cuDNN is installed. All figures are computed, none is measured on a device:
 
 A search compiles a bucket one to six times and fits a line to the memory. The last compilation confirms the prediction. The
 search ends when a batch takes 88 % of the memory, or when the next batch would be less than 5 % larger. It starts with BATCH if
---bucket gives one. "equal" is the batch whose step takes --step-seconds (default: the longest step of all buckets with one sample
-per device).
+--bucket gives one. "equal" is the batch whose step takes --step-seconds. The default is the longest step of all buckets with
+one sample per device.
 
 The command stores results in --cache, and reuses them while program, topology and compiler are the same. ^C loses only the
 compilations that are running.
