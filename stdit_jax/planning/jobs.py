@@ -1,7 +1,8 @@
 """Compiles jobs, each in a process of its own, and caches the results.
 
 A process of its own bounds the memory, and several run at a time. The cache has two levels. A job with the same configuration
-and code is not even lowered. A program with the same text is lowered, which takes seconds, but not compiled, which takes minutes.
+and code is not even lowered. A program with the same text is lowered, which takes seconds, and not compiled, which takes
+minutes.
 """
 
 import dataclasses
