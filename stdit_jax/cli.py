@@ -72,6 +72,15 @@ def parse_settings(kind: type[T], module: str, description: str | None, argv: Se
   return kind(**vars(parse_with_changes(parser, argv)))
 
 
+def check_positive(settings: Any, *names: str) -> None:
+  """Raises ValueError for flags with numbers that are not positive."""
+  for name in names:
+    value = getattr(settings, name)
+    if value is not None and not value > 0:
+      allowed = "at least 1" if isinstance(value, int) else "above 0"
+      raise ValueError(f"--{name.replace('_', '-')} is {value:g}; allowed: {allowed}")
+
+
 def read_config(path: str | None, changes: Iterable[str] = ()) -> ml_collections.ConfigDict:
   """The configuration of a file, with the changes of the command line. No key can be added afterwards.
 

@@ -38,6 +38,7 @@ from data import latents, paths
 from data.command_line import flag
 from stdit_jax.cli import (
   InputError,
+  check_positive,
   connect_processes,
   keep_freed_memory,
   one_line_errors,
@@ -98,9 +99,7 @@ def check(settings: Settings) -> None:
   """Raises ValueError for values that are not allowed."""
   if paths.is_remote(settings.output):
     raise ValueError(f"--output {settings.output}: ArrayRecord reads local folders only; give one, or a bucket mounted as one")
-  for name, value in (("epochs", settings.epochs), ("shard-mb", settings.shard_mb)):
-    if value <= 0:
-      raise ValueError(f"--{name} is {value}; allowed: above 0")
+  check_positive(settings, "epochs", "shard_mb")
   if settings.shard:
     numbers = re.fullmatch(r"(\d+)/(\d+)", settings.shard)
     if not numbers or int(numbers[1]) >= int(numbers[2]):
@@ -202,10 +201,6 @@ def estimate(works, index, count, say):
   return jobs
 
 
-def quiet(text):
-  """Prints nothing: `say` of all processes but the first."""
-
-
 def write(work, numbers, keys, shows=True):
   """Writes these shards with the records of these keys. After ^C or an error only complete shards exist."""
   from tqdm import tqdm
@@ -254,12 +249,13 @@ def run(settings: Settings, choice: Choice, index: int, count: int) -> None:
   from stdit_jax.training.loop import check_platform
   from stdit_jax.training.step import TraceCounter
 
-  say = functools.partial(print, flush=True) if settings.shard or index == 0 else quiet
+  shows = bool(settings.shard) or index == 0
+  say = functools.partial(print, flush=True) if shows else lambda text: None
   check_platform(choice.stages[0].config.platform)
   counter = TraceCounter()
   works = [work for work in make_work(settings, choice, counter) if work.part is not None]
   for work, own, keys in estimate(works, index, count, say):
-    write(work, own, keys, shows=say is not quiet)
+    write(work, own, keys, shows)
     latents.finish(work.part, work.features)
     counter.check()
   bad = sum(len(work.bad_rows.found) for work in works if work.bad_rows)

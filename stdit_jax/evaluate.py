@@ -35,6 +35,7 @@ from data.command_line import flag
 from data.config import DataConfig
 from stdit_jax import loading
 from stdit_jax.cli import (
+  check_positive,
   connect_processes,
   keep_freed_memory,
   one_line_errors,
@@ -88,11 +89,8 @@ class Settings(loading.PipelineSettings):
 
   def counts(self, **defaults: int) -> dict[str, int]:
     """These fields, or their defaults if not given. Raises ValueError for values below 1."""
-    found = {name: default if getattr(self, name) is None else getattr(self, name) for name, default in defaults.items()}
-    for name, value in found.items():
-      if value < 1:
-        raise ValueError(f"--{name.replace('_', '-')} is {value}; allowed: at least 1")
-    return found
+    check_positive(self, *defaults)
+    return {name: default if getattr(self, name) is None else getattr(self, name) for name, default in defaults.items()}
 
 
 def parse(argv: Sequence[str] | None = None) -> Settings:

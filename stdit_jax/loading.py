@@ -39,25 +39,30 @@ class PipelineSettings(SamplerSettings, ModelSettings):
   """The flags of a model and of its sampler."""
 
 
+def open_config(model: ModelSettings) -> tuple[Any, int | None]:
+  """(configuration, step of the checkpoint or None) of --run or --config. Raises ValueError if not one of them is given."""
+  from stdit_jax.training import checkpoints
+  from stdit_jax.training.stages import make_stages
+
+  if bool(model.run) == bool(model.config):
+    raise ValueError("give either --run FOLDER (a training run) or --config FILE with the files of the weights")
+  if model.run:
+    return checkpoints.stage_config(model.run, model.step)
+  return make_stages(read_config(model.config, model.changes))[-1].config, None
+
+
 def read_model(settings: PipelineSettings) -> tuple[Any, int | None]:
   """(configuration, step of the checkpoint or None), with the choices of the sampler. Reads no weights.
 
   Raises:
     ValueError: flags that exclude each other, or that this model does not have.
   """
-  from stdit_jax.training import checkpoints
   from stdit_jax.training.objectives import part_of
-  from stdit_jax.training.stages import make_stages
 
-  if bool(settings.run) == bool(settings.config):
-    raise ValueError("give either --run FOLDER (a training run) or --config FILE with --weights FILE")
+  config, step = open_config(settings)
   if settings.run and (settings.weights or settings.changes):
     what = settings.changes[0] if settings.changes else "--weights"
     raise ValueError(f"{what} goes with --config FILE; a --run has its own. Leave it out")
-  if settings.run:
-    config, step = checkpoints.stage_config(settings.run, settings.step)
-  else:
-    config, step = make_stages(read_config(settings.config, settings.changes))[-1].config, None
   for key, value in (("autoencoder", settings.autoencoder), ("text_encoder", settings.text_encoder)):
     if value:
       config[key].weights = value
@@ -181,19 +186,12 @@ def load_autoencoder(model: ModelSettings, name: str | None = None):
   from stdit_jax.interop.models import described
   from stdit_jax.training import checkpoints
   from stdit_jax.training.objectives import part_of
-  from stdit_jax.training.stages import make_stages
 
-  if model.run and model.config:
-    raise ValueError("give either --run FOLDER (a training run) or --config FILE")
   if name and (model.run or model.config):
     raise ValueError(f"--model {name} goes with --autoencoder alone; a --run or --config names its model. Leave --model out")
-  step, config = None, None
-  if model.run:
-    config, step = checkpoints.stage_config(model.run, model.step)
-  elif model.config:
-    config = make_stages(read_config(model.config, model.changes))[-1].config
-  elif not model.autoencoder:
+  if not (model.run or model.config or model.autoencoder):
     raise ValueError("give --run FOLDER, --config FILE or --autoencoder FILE")
+  config, step = open_config(model) if model.run or model.config else (None, None)
   if model.run and part_of(config) == "autoencoder" and not model.autoencoder:
     own = autoencoder_model(config.autoencoder)
     params, _, _ = checkpoints.load_weights(model.run, model.item, step)

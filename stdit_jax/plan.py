@@ -49,7 +49,7 @@ from data.aspect_ratios import NUM_PIXELS
 from data.buckets import Bucket
 from data.command_line import flag
 from data.config import DataConfig
-from stdit_jax.cli import one_line_errors, parse_settings, read_config
+from stdit_jax.cli import check_positive, one_line_errors, parse_settings, read_config
 from stdit_jax.models.family import find_model
 from stdit_jax.parallel.topology import is_gpu, parse_topology, topology_chips
 from stdit_jax.planning import budget, meshes, search
@@ -125,9 +125,7 @@ def check_settings(settings: Settings) -> None:
     raise ValueError("--search-batch-size and --suggest-mesh exclude each other; leave one out")
   if settings.write_buckets and not settings.search_batch_size:
     raise ValueError("--write-buckets needs --search-batch-size, which finds the batches; give both")
-  for name, value in (("slices", settings.slices), ("slice-gbits", settings.slice_gbits), ("jobs", settings.jobs)):
-    if value <= 0:
-      raise ValueError(f"--{name} is {value}; allowed: above 0")
+  check_positive(settings, "slices", "slice_gbits", "jobs", "step_seconds")
   if not 0 < settings.fraction <= 1:
     raise ValueError(f"--fraction is {settings.fraction}; allowed: above 0, at most 1")
 
@@ -206,7 +204,7 @@ def print_header() -> None:
 def in_order(settings: Settings, function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
   """Yields the results of `function` in the order of `items`. Runs --jobs calls at a time, and prints the remaining time."""
   started = time.monotonic()
-  with concurrent.futures.ThreadPoolExecutor(max(1, settings.jobs)) as pool:
+  with concurrent.futures.ThreadPoolExecutor(settings.jobs) as pool:
     try:
       for i, result in enumerate(pool.map(function, items)):
         yield result

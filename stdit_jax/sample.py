@@ -32,6 +32,7 @@ from stdit_jax import loading
 from stdit_jax.autoencoders.registry import autoencoder_model
 from stdit_jax.cli import (
   InputError,
+  check_positive,
   connect_processes,
   keep_freed_memory,
   one_line_errors,
@@ -57,17 +58,12 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
 
 def check_numbers(settings: Settings) -> None:
   """Raises ValueError for numbers outside their ranges."""
-  for name in ("num_samples", "batch_size", "steps", "loops"):
-    value = getattr(settings, name)
-    if value is not None and value < 1:
-      raise ValueError(f"--{name.replace('_', '-')} is {value}; allowed: at least 1")
+  check_positive(settings, "num_samples", "batch_size", "steps", "loops", "autoencoder_memory")
   last_seed = settings.seed + settings.num_samples - 1
   if settings.seed < 0 or last_seed >= 2**32:
     raise ValueError(f"--seed: seeds are {settings.seed} to {last_seed}; allowed: 0 to {2**32 - 1}")
   if not 0 <= settings.condition_edit <= 1:
     raise ValueError(f"--condition-edit is {settings.condition_edit:g}; allowed: 0 to 1")
-  if settings.autoencoder_memory is not None and not settings.autoencoder_memory > 0:
-    raise ValueError(f"--autoencoder-memory is {settings.autoencoder_memory:g}; allowed: above 0 (GiB)")
 
 
 def read_prompts(settings: Settings) -> list[str]:

@@ -545,7 +545,7 @@ def test_explain_makes_nothing(assets, trained, tmp_path, capsys):
   (["--task", "endless", "--loops", "3", "--num-frames", "1"], "--num-frames is too small: 1 of the clip's 1 latent frames"),
   (["--guidance-scale", "nan"], "--guidance-scale is nan; give a number"),
   (["--fps", "0.0004"], "--fps is 0.0004; allowed: 0.1 to 240"),
-  (["--autoencoder-memory", "-1"], "--autoencoder-memory is -1; allowed: above 0 (GiB)"),
+  (["--autoencoder-memory", "-1"], "--autoencoder-memory is -1; allowed: above 0"),
   (["--format", "gif", "--fps", "60"], "a gif shows at most 50 frames per second"),
   (["--weights", "w.safetensors"], "--weights goes with --config FILE; a --run has its own"),
   (["--config.sample.fps=3"], "--config.sample.fps=3 goes with --config FILE"),

@@ -332,7 +332,7 @@ def test_one_line_says_what_they_were_not_made_from(assets, table, folder, tmp_p
 
 def test_mistakes(assets, table, config, tmp_path, capsys):
   for arguments, words in (
-    (["--epochs", 0], "--epochs is 0; allowed: above 0"),
+    (["--epochs", 0], "--epochs is 0; allowed: at least 1"),
     (["--epochs", 1, "--shard", "2/2"], "--shard 2/2 is not I/N with I from 0 to N - 1"),
     (["--epochs", 1, "--stage", "second"], "--stage 'second' is none of tiny"),
     (["--epochs", 1, "--config.data.tabels=x"], "there is no key 'data.tabels'"),
