@@ -33,11 +33,13 @@ def get_config():
   config.resume = "auto"
   config.restart_data = False  # start the data order anew when the table, the buckets or the model changed since the checkpoint
 
-  # Denoiser: a name of stdit_jax.models.stdit.TABLE and fields that replace its own (dtype, remat, scan, depth, ...).
+  # Denoiser: a size of a family in stdit_jax/models, like STDiT3-XL/2, or MODULE:SIZE of a module of yours; and fields that
+  # replace its own (dtype, remat, scan, depth, ...).
   config.model = dict(name="STDiT3-XL/2", fields=dict(dtype="float32", remat="none"))
 
-  # Text: a name of stdit_jax.models.t5.TABLE; `where` is "step" (in the training step), "ahead" (a program of its own before
-  # it) or "disk" (column `text_features` of the table). `train` puts it into the trained state; needs "step".
+  # Text encoder of denoisers that take captions: a name of stdit_jax.models.t5.TABLE. `where` is "step" (in the training step),
+  # "ahead" (a program of its own before it) or "disk" (column `text_features` of the table). `train` puts it into the trained
+  # state; it needs "step".
   # `tokenizer`: "byt5" (bytes, needs no file) or a folder that transformers' AutoTokenizer reads.
   config.text_encoder = dict(
     name="xxl", weights="", tokenizer="", max_length=300, where="ahead", train=False,

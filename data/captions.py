@@ -1,8 +1,8 @@
 """Captions: cleaning, score suffixes, tokens.
 
-Cleaning is that of Open-Sora 1.1 and 1.2 (`text_preprocessing`, from DeepFloyd IF and PixArt), pattern by pattern: at
-inference every prompt goes through it twice. Training captions are *not* cleaned, as in the original: its data tool has
-an option that cleans the table beforehand.
+Cleaning repeats that of Open-Sora 1.1 and 1.2 (`text_preprocessing`, from DeepFloyd IF and PixArt), pattern by pattern. Every
+prompt is cleaned twice at inference. Training captions are *not* cleaned, as in the original, whose data tool can clean the
+table before the training.
 """
 
 import functools
@@ -13,12 +13,13 @@ import pathlib
 import re
 import urllib.parse
 import warnings
+from typing import Any
 
 import bs4
 import ftfy
 import numpy as np
 
-# A caption that looks like a file name or an address is no mistake here.
+# A caption may look like a file name or an address.
 warnings.filterwarnings("ignore", category=bs4.MarkupResemblesLocatorWarning)
 
 _HOST = r"[a-zA-Z0-9.\-]+[.](?:com|co|ru|net|org|edu|gov|it)[\w/-]*\b\/?(?!@)"
@@ -32,7 +33,7 @@ def _rules(*rows):
 # (pattern, replacement), in order. The order matters: cleaning is not idempotent.
 _BEFORE_HTML = _rules(
   ("<person>", "person"),
-  (rf"\b(?:https?:(?:\/{{1,3}}|[a-zA-Z0-9%])|{_HOST})", ""),  # only the scheme of an address with one; bare hosts whole
+  (rf"\b(?:https?:(?:\/{{1,3}}|[a-zA-Z0-9%])|{_HOST})", ""),  # removes only the scheme of an address, but a whole bare host
   (rf"\b(?:www:(?:\/{{1,3}}|[a-zA-Z0-9%])|{_HOST})", ""),
 )
 _AFTER_HTML = _rules(
@@ -85,13 +86,13 @@ def _apply(rules, text):
   return text
 
 
-def basic_clean(text):
-  """Repairs broken Unicode (ftfy), resolves HTML entities twice, strips."""
+def basic_clean(text: str) -> str:
+  """Repairs broken Unicode (ftfy), resolves HTML entities twice, strips spaces."""
   return html.unescape(html.unescape(ftfy.fix_text(text))).strip()
 
 
-def clean_once(text):
-  """One pass of the original's `clean_caption`: lower-cased text without addresses, markup, ids, advertising."""
+def clean_once(text: str) -> str:
+  """One pass of the original's `clean_caption`: lower case, without addresses, markup, ids and advertising."""
   text = _apply(_BEFORE_HTML, urllib.parse.unquote_plus(str(text)).strip().lower())
   text = _apply(_AFTER_HTML, bs4.BeautifulSoup(text, features="html.parser").text)
   if len(re.findall("[-_]", text)) > 3:  # words-joined-by-dashes are a sentence
@@ -99,8 +100,8 @@ def clean_once(text):
   return _apply(_AFTER_REPAIR, basic_clean(text)).strip()
 
 
-def clean_caption(text, clean=True):
-  """What the models see of a prompt: two passes of `clean_once`; clean=False only lower-cases and strips."""
+def clean_caption(text: str, clean: bool = True) -> str:
+  """A prompt as the models see it: two passes of `clean_once`. clean=False only lower-cases and strips."""
   return clean_once(clean_once(text)) if clean else text.lower().strip()
 
 
@@ -113,16 +114,16 @@ def _present(value):
   return value is not None and not (isinstance(value, (float, np.floating)) and math.isnan(value))
 
 
-def add_scores(text, scores, rng, drop_probability=0.2):
+def add_scores(text: str, scores: dict, rng: np.random.Generator, drop_probability: float = 0.2) -> str:
   """A training caption with its scores, as the data tool of Open-Sora 1.2 writes them.
 
-  `{text} Camera motion: pan left. [aesthetic score: 5.3, motion score: 2.0]`; each of the two scores is dropped with
-  `drop_probability`, camera motion never. The original refuses other camera classes ("pan_left+zoom_in", "Undetermined"),
-  we leave them out.
+  `{text} Camera motion: pan left. [aesthetic score: 5.3, motion score: 2.0]`. Each of the two scores is dropped with
+  `drop_probability`, the camera motion never. Other camera classes ("pan_left+zoom_in", "Undetermined") are omitted; the
+  original refuses them.
 
   Args:
     scores: columns of the metadata table: {"aes": number, "flow": number, "cmotion": "pan_left"}; None and NaN are missing.
-    rng: numpy Generator; two draws whatever is present, so that columns don't shift later draws.
+    rng: makes two draws whatever columns exist, so that a column does not change later draws.
   """
   camera = scores.get("cmotion")
   camera = camera.replace("_", " ") if isinstance(camera, str) else None
@@ -136,10 +137,10 @@ def add_scores(text, scores, rng, drop_probability=0.2):
   return f"{text} [{', '.join(parts)}]" if parts else text
 
 
-def append_scores(prompt, aes=None, flow=None, camera_motion=None):
-  """A prompt with the wished scores (`append_score_to_prompts` of Open-Sora 1.2); what the prompt names already stays.
+def append_scores(prompt: str, aes: float | None = None, flow: float | None = None, camera_motion: str | None = None) -> str:
+  """Appends the wished scores to a prompt (`append_score_to_prompts` of Open-Sora 1.2), unless it names them already.
 
-  aes: 4.5 to 6.5, flow: 0 to 100 (more is more motion), camera_motion: "pan left", "zoom in", ... Cleaning comes after.
+  aes: 4.5 to 6.5. flow: 0 to 100, more is more motion. camera_motion: "pan left", "zoom in", ... Clean the prompt afterwards.
   """
   wishes = (
     ("aesthetic score", None if aes is None else f"{aes:.1f}"),
@@ -159,12 +160,13 @@ _NEEDED = f"it needs tokenizer_config.json and one of {', '.join(_PIECES)}"
 
 @functools.cache
 def load_tokenizer(spec):
-  """The Hugging Face tokenizer `spec`: "byt5" (bytes, needs no file) or a local folder. Nothing is downloaded.
+  """A Hugging Face tokenizer: "byt5" (bytes, needs no file) or a local folder. It downloads nothing and runs no code of the
+  folder.
 
-  Raises ValueError in one line for a folder that is missing or incomplete; code from the folder is never run.
+  Raises ValueError, one line, if the folder is missing or incomplete.
   """
-  os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # tokenizers need no PyTorch
-  import transformers  # seconds to import: only who tokenizes pays
+  os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # silences the warning that PyTorch is missing
+  import transformers  # takes seconds; only programs that tokenize pay for it
 
   if spec == "byt5":
     return transformers.ByT5Tokenizer()
@@ -173,10 +175,10 @@ def load_tokenizer(spec):
     raise ValueError(f"tokenizer {str(spec)!r} is neither 'byt5' nor a folder on this machine.")
   try:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-  except Exception as error:  # the library raises whatever its parts raise
+  except Exception as error:  # the library raises errors of any kind
     reason = " ".join(str(error).split())[:200]
     raise ValueError(f"tokenizer folder {folder} can't be read, {_NEEDED}: {reason}") from None
-  # Without its pieces the library makes a tokenizer that knows no word, and says nothing.
+  # Without its vocabulary the library silently makes a tokenizer that knows no word.
   if not isinstance(tokenizer, transformers.ByT5Tokenizer) and not any((folder / name).is_file() for name in _PIECES):
     raise ValueError(f"tokenizer folder {folder} is incomplete, {_NEEDED}.")
   if tokenizer.pad_token_id is None:
@@ -184,8 +186,8 @@ def load_tokenizer(spec):
   return tokenizer
 
 
-def to_text(caption):
-  """str of a table's cell: bytes are decoded, missing values are "", what is no UTF-8 becomes the replacement sign."""
+def to_text(caption: Any) -> str:
+  """The text of a table's cell. Missing values become "", invalid UTF-8 becomes replacement characters."""
   if not _present(caption):
     return ""
   if isinstance(caption, bytes):
@@ -194,23 +196,23 @@ def to_text(caption):
 
 
 class Tokenize:
-  """caption -> (ids int32 `[max_length]`, mask bool `[max_length]`), padded, or cut so that the end token stays.
+  """caption -> (ids int32 [max_length], mask bool [max_length]), padded, or truncated before the end token.
 
-  Of a caption only the first 100 characters per token are read, far more than tokens hold: what is longer is an accident.
-  Picklable: a worker loads the tokenizer with its first caption.
+  It reads only the first 100 * max_length characters, far more than the tokens can hold. Picklable: a worker loads the
+  tokenizer with its first caption.
   """
 
-  def __init__(self, spec, max_length):
+  def __init__(self, spec: str | pathlib.Path, max_length: int):
     if max_length < 1:
       raise ValueError(f"max_length must be at least 1 token, not {max_length}.")
     self.spec, self.max_length = str(spec), int(max_length)
 
   @property
-  def vocab_size(self):
-    """Ids are below this: the encoder's vocab_size must not be smaller."""
+  def vocab_size(self) -> int:
+    """Ids are below this number. The text encoder's vocab_size must not be smaller."""
     return len(load_tokenizer(self.spec))
 
-  def __call__(self, caption):
+  def __call__(self, caption: Any) -> tuple[np.ndarray, np.ndarray]:
     text = to_text(caption)[: 100 * self.max_length]
     tokens = load_tokenizer(self.spec)(text, max_length=self.max_length, padding="max_length", truncation=True)
     return np.asarray(tokens["input_ids"], np.int32), np.asarray(tokens["attention_mask"], bool)

@@ -1,13 +1,14 @@
-"""Latents and text embeddings that `python -m stdit_jax.encode` wrote: what plans ask for, their shards, reading them.
+"""Caches of latents and of caption embeddings, which `python -m stdit_jax.encode` writes: keys, shards, reader, writer.
 
-  FOLDER/latents-0123456789ab/made_from.json   what decides the contents: tables, places of clips, autoencoder, ...
+  FOLDER/latents-0123456789ab/made_from.json   provenance: tables, places of clips, autoencoder, ...
                               part-0/          a TFDS data set of ArrayRecord shards, one record per clip
-                                keys.npy       its index: record i belongs to the i-th key, and they are sorted
+                                keys.npy       its index: the sorted keys; record i belongs to key i
                                 part.json      first record of every shard, and the plans that the part was made for
-                                dataset_info.json   written last: a part is whole when it has one
+                                dataset_info.json   written last: a part with this file is complete
   FOLDER/text-0123456789ab/...                 the same with one record per caption
 
-A part is what one command added. Keys follow from the plans, shards from the keys: all processes agree without a word.
+A part is the output of one command. Keys follow from the plans, and shards from the keys. So all processes agree on them
+without communication.
 """
 
 import contextlib
@@ -21,12 +22,14 @@ import tempfile
 import numpy as np
 
 from data import aspect_ratios, paths, plan
+from data.config import DataConfig
+from data.sources import Table
 
 DTYPES = ("float32", "float16", "bfloat16")
 _VERSION = 1  # of keys and records
 _MADE_FROM, _PART, _KEYS, _INFO = "made_from.json", "part.json", "keys.npy", "dataset_info.json"
 _RESOLUTIONS = list(aspect_ratios.SIZES)
-# Of a clip's key, from the highest bit on: clips of one size stand together, and are encoded together.
+# Fields of a clip's key, highest bits first. Sorted keys put clips of one size together, so that they are encoded together.
 _BITS = {"resolution": 5, "num_frames": 12, "ratio": 6, "row": 29, "window": 11}
 _DESCRIPTIONS = {
   "latents": "Latents of clips: mean and, if kept, log-variance of each value of the autoencoder's last posterior, both "
@@ -39,36 +42,38 @@ _DESCRIPTIONS = {
 # ----------------------------------------------------------------------------------------------------------------- keys
 
 
-def pack(**fields):
-  """Fields of `_BITS`, whole numbers or arrays of them -> int64 keys; ValueError for one that is too large."""
+def pack(**fields: int | np.ndarray) -> np.ndarray:
+  """int64 keys of the fields in `_BITS`, which are whole numbers or arrays. Raises ValueError for a value that is too large."""
   key = np.int64(0)
   for name, bits in _BITS.items():
     value = np.asarray(fields[name], np.int64)
     if value.size and value.max() >> bits:
-      raise ValueError(f"clips with a {name} of {value.max()} can't be cached; allowed: below {1 << bits}")
+      raise ValueError(f"clips with a {name} of {value.max()} cannot be cached. Allowed: below {1 << bits}. Train from videos.")
     key = key << bits | value
   return key
 
 
-def unpack(keys):
-  """Keys -> {name: values}."""
+def unpack(keys: np.ndarray | int) -> dict:
+  """{field: values} of keys, the inverse of `pack`."""
   fields = {}
   for name, bits in reversed(_BITS.items()):
     fields[name], keys = keys & ((1 << bits) - 1), keys >> bits
   return fields
 
 
-def size_of(resolution, ratio):
-  """(resolution, aspect-ratio key, (height, width)) of the numbers in a key."""
+def size_of(resolution: int, ratio: int) -> tuple[str, str, tuple[int, int]]:
+  """(resolution, aspect-ratio key, (height, width)) of two fields of a key."""
   name = _RESOLUTIONS[resolution]
   key = list(aspect_ratios.SIZES[name])[ratio]
   return name, key, aspect_ratios.size(name, key)
 
 
 def clip_keys(table, config, bucket, ratio, slot_rows, rows_frames, window):
-  """Keys of clips of one bucket; ratio, rows and their frames may be arrays. Where a row has but one place for the clip
-  (images), all windows and copies of the row are one."""
-  # As `video.clip_indices` draws the place.
+  """Keys of clips of one bucket; ratio, rows and their numbers of frames may be arrays.
+
+  A row may have only one place for the clip (images). All windows and copies of such a row share one key.
+  """
+  # The condition of `video.clip_indices`.
   one_place = rows_frames <= bucket.num_frames * config.frame_interval + 1
   return pack(
     resolution=_RESOLUTIONS.index(bucket.resolution), num_frames=bucket.num_frames, ratio=ratio,
@@ -76,8 +81,8 @@ def clip_keys(table, config, bucket, ratio, slot_rows, rows_frames, window):
   )  # fmt: skip
 
 
-def plan_keys(current, table, config, epoch):
-  """Keys of the clips of an epoch's `Plan`, sorted, each once."""
+def plan_keys(current: plan.Plan, table: Table, config: DataConfig, epoch: int) -> np.ndarray:
+  """Sorted keys of the clips of an epoch's `Plan`, each once."""
   bucket, rows, ratio = current.all_slots()
   frames, found = table.column("num_frames"), []
   for i in np.unique(bucket):
@@ -87,29 +92,29 @@ def plan_keys(current, table, config, epoch):
   return np.unique(np.concatenate(found))
 
 
-def caption_key(caption):
+def caption_key(caption: str) -> int:
   """63 bits of the hash of a caption."""
   return int.from_bytes(hashlib.sha256(caption.encode()).digest()[:8], "big") >> 1
 
 
-# ------------------------------------------------------------------------------------------------------------ made from
+# ----------------------------------------------------------------------------------------------------------- provenance
 
 
-def made_from_clips(config, table):
-  """What decides the pixels of clips, beside their keys."""
+def made_from_clips(config: DataConfig, table: Table) -> dict:
+  """The provenance of clips: everything but their keys that decides their pixels."""
   tables = [{"fingerprint": p.fingerprint, "weight": int(np.ceil(p.weight))} for p in table.parts]
   plain = {key: getattr(config, key) for key in ("seed", "frame_interval", "resize")}
   return {"version": _VERSION, "resolutions": _RESOLUTIONS, "tables": tables, **plain}
 
 
-def made_from_captions(config, table):
-  """What decides the captions of rows."""
+def made_from_captions(config: DataConfig, table: Table) -> dict:
+  """The provenance of captions: everything that decides the captions of rows."""
   plain = {key: getattr(config, key) for key in ("seed", "scores", "score_drop")}
   return {"version": _VERSION, "tables": made_from_clips(config, table)["tables"], **plain}
 
 
-def plan_identity(config, table):
-  """What decides which clips the first epochs ask for."""
+def plan_identity(config: DataConfig, table: Table) -> dict:
+  """Everything that decides which clips the first epochs need."""
   return json.loads(json.dumps({**plan.describe(config, table), "windows_per_row": config.windows_per_row}))
 
 
@@ -120,25 +125,28 @@ def _flat(values, prefix=""):
   return flat
 
 
-def differences(made, wanted):
-  """What `wanted` has otherwise than `made`, one text per key."""
+def differences(made: dict, wanted: dict) -> list[str]:
+  """The keys in which `made` differs from `wanted`, one text per key."""
   old, new = _flat(made), _flat(wanted)
   return plan.changed_keys({key: old.get(key) for key in new}, new)
 
 
-def find(folder, kind, wanted):
-  """The `Encoded` of this kind in a folder that was made from `wanted`; ValueError, naming what differs, without one."""
+def find(folder: str, kind: str, wanted: dict) -> "Encoded":
+  """The `Encoded` of a kind ("latents", "text") with provenance `wanted`. Raises ValueError if none exists."""
   there = [Encoded(paths.join(folder, name)) for name in _sets(folder, kind)]
   if not there:
     raise ValueError(f"data.latents={folder!r} has no {kind}; python -m stdit_jax.encode writes them")
   changes = [differences(e.made_from, wanted) for e in there]
   if fits := [e for e, changed in zip(there, changes) if not changed]:
     if len(fits) > 1:
-      raise ValueError(f"data.latents={folder!r} has {kind} of several encoders; give the weights of the one meant")
+      raise ValueError(f"data.latents={folder!r} has {kind} of several encoders. Name one by its weights.")
     if not fits[0].parts:
-      raise ValueError(f"the {kind} in data.latents={folder!r} are not complete; start python -m stdit_jax.encode again")
+      raise ValueError(f"the {kind} in data.latents={folder!r} are not complete. Start python -m stdit_jax.encode again.")
     return fits[0]
-  raise ValueError(f"the {kind} in data.latents={folder!r} were made otherwise: {'; '.join(min(changes, key=len))}")
+  changed = "; ".join(min(changes, key=len))
+  raise ValueError(
+    f"the {kind} in data.latents={folder!r} have another provenance: {changed}. Encode again, or restore these keys."
+  )
 
 
 def _sets(folder, kind):
@@ -146,8 +154,8 @@ def _sets(folder, kind):
   return [name for name in names if paths.exists(paths.join(folder, name, _MADE_FROM))]
 
 
-def has_text(folder):
-  """Whether there are embeddings of captions beside the latents."""
+def has_text(folder: str) -> bool:
+  """Whether the folder has embeddings of captions beside latents."""
   return not paths.is_remote(folder) and bool(_sets(folder, "text"))
 
 
@@ -155,7 +163,7 @@ def has_text(folder):
 
 
 class Part:
-  """What one command wrote. keys: memory-mapped; starts: first record of every shard, and the end."""
+  """The output of one command. keys: memory-mapped; starts: first record of every shard, then the number of records."""
 
   def __init__(self, folder):
     self.folder = folder
@@ -173,27 +181,27 @@ class Part:
     return paths.exists(paths.join(self.folder, _INFO))
 
   def shard(self, number):
-    """Path of a shard, as TFDS names it."""
+    """Path of a shard, named as TFDS does."""
     return paths.join(self.folder, f"{self.kind}-train.array_record-{number:05}-of-{self.num_shards:05}")
 
   def missing(self):
-    """Numbers of the shards that are not there."""
+    """Numbers of the shards that do not exist."""
     return [number for number in range(self.num_shards) if not paths.exists(self.shard(number))]
 
   def drop(self, keys):
-    """Removes the shards that hold these keys, as far as they are there."""
+    """Deletes the shards that hold these keys, as far as they exist."""
     for number in np.unique(np.searchsorted(self.starts, self.position(np.asarray(keys, np.int64))[0], "right") - 1):
       with contextlib.suppress(FileNotFoundError):
         os.unlink(self.shard(number))
 
   def position(self, keys):
-    """(number of each key's record, whether it is there)."""
+    """(number of the record, whether it exists) of each key."""
     at = np.searchsorted(self.keys, keys)
     return at, self.keys[np.minimum(at, len(self.keys) - 1)] == keys
 
   @functools.cached_property
   def features(self):
-    # Here: only workers that read records pay for it. NumPy knows bfloat16 only with the first one.
+    # Imported here, so that only workers that read records pay for it. ml_dtypes registers bfloat16 with NumPy.
     import ml_dtypes  # noqa: F401
     import tensorflow_datasets as tfds
 
@@ -206,7 +214,7 @@ class Part:
     return self.features.deserialize_example_np(record)
 
 
-@functools.lru_cache(256)  # open files have a limit
+@functools.lru_cache(256)  # the number of open files is limited
 def _reader(path):
   from array_record.python.array_record_module import ArrayRecordReader
 
@@ -214,7 +222,7 @@ def _reader(path):
 
 
 class Encoded:
-  """One set of latents or embeddings: its whole parts. Picklable: workers open the files by path."""
+  """One set of latents or embeddings, in parts. Picklable: workers open the files by path."""
 
   def __init__(self, folder):
     self.folder = folder
@@ -224,7 +232,7 @@ class Encoded:
     return {"folder": self.folder, "made_from": self.made_from}
 
   def part_numbers(self):
-    """Numbers of the folders of parts, of which one may have been removed."""
+    """Numbers in the names of the parts' folders. One may be missing, since a user may delete a part."""
     return sorted(int(found[1]) for found in (re.fullmatch(r"part-(\d+)", name) for name in paths.names(self.folder)) if found)
 
   @functools.cached_property
@@ -237,18 +245,18 @@ class Encoded:
     return [part for part in self.all_parts if part.is_whole]
 
   def epochs(self, identity):
-    """How many epochs of this plan all clips are there for, as far as is recorded."""
+    """The recorded number of epochs of this plan whose clips all exist."""
     return max((m["epochs"] for part in self.parts for m in part.made_for if m["plan"] == identity), default=0)
 
   def holds(self, keys):
-    """bool, for every key."""
+    """Whether each key has a record, bool."""
     there = np.zeros(np.shape(keys), bool)
     for part in self.parts:
       there |= part.position(keys)[1]
     return there
 
   def read(self, key):
-    """The record of a key as a dict; KeyError if there is none."""
+    """The record of a key as a dict. Raises KeyError if it has none."""
     for part in self.parts:
       at, there = part.position(key)
       if there:
@@ -257,14 +265,12 @@ class Encoded:
 
 
 class Cache:
-  """What a training reads in place of videos (and of texts, if `text` is there).
+  """What a training reads instead of videos, and instead of captions if `text` is given. Picklable.
 
   Attributes:
-    epochs: of the first so many epochs of this plan everything is there.
-    followed: {epoch: the epoch whose plan it follows}, of a training that went on from there: it keeps them, although more may
-      have been encoded since.
-
-  Picklable.
+    epochs: number of first epochs of this plan that are cached completely.
+    followed: {epoch: the epoch whose plan it follows} of a resumed training. The training keeps these, although more epochs
+      may have been encoded since.
   """
 
   def __init__(self, latents, text, table, config):
@@ -277,35 +283,38 @@ class Cache:
     self._changes = min(changes, key=len, default=[])
 
   def source(self, epoch, plan_of):
-    """The epoch whose plan an epoch follows: its own, or, where that asks for clips that are not there, one of the first,
-    which go round again. `plan_of`: epoch -> `Plan`. ValueError if there are none to go round."""
+    """The epoch whose plan an epoch follows: itself, or a cached epoch if the cache lacks its clips.
+
+    `plan_of`: epoch -> `Plan`. Raises ValueError if no epoch is cached.
+    """
     if epoch in self.followed:
       return self.followed[epoch]
     if self._holds(epoch, plan_of):
       return epoch
-    if not self.epochs:  # with other batch sizes, say: which epochs are there is not recorded
+    if not self.epochs:  # another plan, say with other batch sizes: the parts do not record which of its epochs are cached
       self.epochs = next((e for e in range(self._rounds) if not self._holds(e, plan_of)), self._rounds)
     if self.epochs:
       return epoch % self.epochs
-    folder, why = os.path.dirname(self.latents.folder), "; ".join(self._changes) or "an encode that has not ended"
-    raise ValueError(f"data.latents={folder!r} lacks clips that the plan of epoch {epoch} asks for ({why})")
+    folder, why = os.path.dirname(self.latents.folder), "; ".join(self._changes) or "encode has not finished"
+    text = f"data.latents={folder!r} lacks clips that the plan of epoch {epoch} asks for ({why})"
+    raise ValueError(f"{text}. Run python -m stdit_jax.encode with this configuration.")
 
   def _holds(self, epoch, plan_of):
-    """Whether all clips of an epoch are there."""
+    """Whether all clips of an epoch are cached."""
     if epoch < self.epochs:
       return True
     return self._has_key(epoch) and self.latents.holds(plan_keys(plan_of(epoch), self.table, self.config, epoch)).all()
 
   def _has_key(self, epoch):
-    """Whether the windows of an epoch are numbers that a key can hold; those of later ones are in no cache."""
+    """Whether a key can hold the window of an epoch. Later windows are in no cache."""
     return not self.config.window(epoch) >> _BITS["window"]
 
   def _epochs_like(self, epoch):
-    """An epoch, the one that it goes round to, and all that are there: one of them has what is asked for."""
+    """The epochs that may have cached a row of an epoch: itself, the epoch that it repeats, then all others."""
     return filter(self._has_key, dict.fromkeys([epoch, epoch % (self.epochs or self._rounds or 1), *range(self._rounds)]))
 
   def other_captions(self, epoch):
-    """Whether rows with captions or scores that change with the epoch may have those of an earlier one in this epoch."""
+    """Whether rows may keep the caption of an earlier epoch in this epoch, since the cache lacks their own."""
     return epoch >= self.epochs and self._captions_change
 
   @functools.cached_property
@@ -313,7 +322,7 @@ class Cache:
     return self.text is not None and self.table.captions_change(self.config.scores)
 
   def clip(self, epoch, slot_row, row, bucket, ratio):
-    """{latents_mean, latents_std (None if only means are there), rate, error} of a row in a bucket."""
+    """{latents_mean, latents_std (None if only means were stored), rate, error} of a row in a bucket."""
     for own in self._epochs_like(epoch):
       key = clip_keys(self.table, self.config, bucket, ratio, slot_row, row.num_frames, self.config.window(own))
       with contextlib.suppress(KeyError):
@@ -339,17 +348,18 @@ class Cache:
 
 
 def prepare(folder, kind, made_from, keys, made_for, size_of_records, shard_bytes):
-  """The `Part` that lacks shards, so that a folder holds all of `keys`; None when it does.
+  """The `Part` whose shards must be written so that a folder holds all of `keys`. None if it holds them already.
 
   Args:
-    folder: of all sets; kind: "latents" or "text".
-    made_from: what decides the contents.
+    folder: holds all sets.
+    kind: "latents" or "text".
+    made_from: provenance of the records.
     keys: sorted int64.
-    made_for: [{"stage", "epochs", "plan"}] that ask for them.
+    made_for: [{"stage", "epochs", "plan"}] that need the keys.
     size_of_records: keys -> bytes of each record.
-    shard_bytes: of a shard, about.
+    shard_bytes: approximate size of a shard.
 
-  Raises ValueError for a part that another command has begun, or a set of other values.
+  Raises ValueError if another command has begun a part, or if the folder has a set with another dtype or `log_variance`.
   """
   same = None
   for name in _sets(folder, kind):
@@ -385,22 +395,22 @@ def prepare(folder, kind, made_from, keys, made_for, size_of_records, shard_byte
 
 
 def _starts(sizes, shard_bytes):
-  """First record of every shard, and the end."""
+  """First record of every shard, then the number of records."""
   ends = np.cumsum(sizes)
   shard = (ends - 1) // shard_bytes
   return [*np.flatnonzero(np.diff(shard, prepend=-1)).tolist(), len(sizes)]
 
 
 def _record(part, made_for):
-  """Notes further plans whose clips were there already."""
+  """Adds further plans to the record of a part that already holds their clips."""
   if new := [m for m in made_for if m not in part.made_for]:
     values = {"starts": part.starts.tolist(), "made_for": part.made_for + new}
     paths.write_text(paths.join(part.folder, _PART), json.dumps(values))
 
 
 def features_of(kind, channels, dtype, log_variance=True):
-  """TFDS features of records. Floats are stored as bytes: a protobuf has no float16, and rounds float64."""
-  import ml_dtypes  # noqa: F401 - NumPy knows bfloat16 only then
+  """TFDS features of records. Floats are bytes, since a protobuf has no float16 and rounds float64."""
+  import ml_dtypes  # noqa: F401 - registers bfloat16 with NumPy
   import tensorflow_datasets as tfds
 
   tensor, scalar, text = tfds.features.Tensor, tfds.features.Scalar(np.int64), tfds.features.Text()
@@ -417,18 +427,18 @@ def features_of(kind, channels, dtype, log_variance=True):
 
 
 class ShardWriter:
-  """Writes records, in order, to the shards `numbers` of a part, one after the other, each whole or not at all."""
+  """Writes records, in order, to the shards `numbers` of a part. A shard appears when it is complete."""
 
   def __init__(self, part, numbers, features):
     self.part, self.features, self._numbers = part, features, iter(numbers)
     self._writer, self._next, self._end, self._temporary = None, 0, 0, ""
     own = {os.path.basename(part.shard(number)) for number in numbers}
-    for name in paths.names(part.folder):  # what a kill left
+    for name in paths.names(part.folder):  # leftovers of a killed process
       if name.endswith(".tmp") and name[1:].rsplit(".", 2)[0] in own:
         os.unlink(paths.join(part.folder, name))
 
   def add(self, key, record):
-    """Writes the record of the key that comes next. Raises OSError for a disk that is full or fails."""
+    """Writes the record of the next key. Raises OSError if the disk is full or fails."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
     try:
@@ -437,9 +447,9 @@ class ShardWriter:
         self._next, self._end = self.part.starts[number : number + 2]
         folder, name = os.path.split(self.part.shard(number))
         self._target, self._temporary = self.part.shard(number), paths.join(folder, f".{name}.{os.getpid()}.tmp")
-        # Records alone, since training reads them in any order; latents are noise that no compression makes smaller.
+        # Groups of one record, since training reads in random order. Compression does not make latents smaller.
         self._writer = ArrayRecordWriter(self._temporary, "group_size:1,uncompressed")
-      # Also when one before it failed: a shard in which records are shifted must not become whole.
+      # A failed record must not shift the following ones: such a shard would look complete.
       assert key == self.part.keys[self._next], (key, self._next, self._temporary)
       self._writer.write(self.features.serialize_example(record))
       self._next += 1
@@ -447,11 +457,11 @@ class ShardWriter:
         self._writer.close()
         os.replace(self._temporary, self._target)
         self._writer = None
-    except RuntimeError as error:  # what array_record says of a disk
-      raise OSError(f"{self._temporary} can't be written: {str(error).partition(';')[0]}") from error
+    except RuntimeError as error:  # array_record's error for a disk
+      raise OSError(f"{self._temporary} cannot be written: {str(error).partition(';')[0]}") from error
 
   def close(self):
-    """Drops a shard that is not complete."""
+    """Deletes a shard that is not complete."""
     if self._writer is not None:
       with contextlib.suppress(RuntimeError):
         self._writer.close()
@@ -459,8 +469,8 @@ class ShardWriter:
       self._writer = None
 
 
-def finish(part, features):
-  """Registers a part as a TFDS data set when all its shards are there: whoever comes last does it. -> whether it is."""
+def finish(part: Part, features) -> bool:
+  """Registers a part as a TFDS data set if all its shards exist. Returns whether the part is complete."""
   if part.is_whole or part.missing():
     return part.is_whole
   import tensorflow_datasets as tfds
@@ -478,6 +488,6 @@ def finish(part, features):
   info.set_splits(tfds.core.splits.SplitDict([split]))
   with tempfile.TemporaryDirectory() as place:
     info.write_to_directory(place)
-    for name in sorted(paths.names(place), key=lambda name: name == _INFO):  # it says that all is there
+    for name in sorted(paths.names(place), key=lambda name: name == _INFO):  # last: it marks the part as complete
       paths.write_text(paths.join(part.folder, name), paths.read_text(paths.join(place, name)))
   return True

@@ -1,7 +1,7 @@
 """The loader: decoded samples of this process, step by step, in the order of the plan.
 
-grain reads ahead, row by row, in worker processes; rows are grouped into steps here. The whole state is one number, the
-next global micro step, and means the same on any number of processes: part i of n is the i-th n-th of every step's rows.
+grain decodes rows in advance, in worker processes. The loader groups the rows into steps. Its whole state is one number, the
+next global micro step, which means the same on any number of processes: part i of n is the i-th n-th of every step's rows.
 """
 
 import bisect
@@ -12,19 +12,23 @@ import logging
 import math
 import multiprocessing
 import os
-import sys
 import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
 from data import aspect_ratios, latents, paths, plan, sources, video
+from data.config import DataConfig
 
 log = logging.getLogger("data")
-log.setLevel(logging.WARNING)  # what is skipped is said, although entry points silence the libraries' reports at the root
+log.setLevel(logging.WARNING)  # entry points silence libraries at the root logger; skipped rows are reported nevertheless
 
-_ENDLESS = 1 << 40  # grain wants a length
-_AHEAD_BYTES = 2 << 30
+_ENDLESS = 1 << 40  # elements of a source without an end; grain requires a length
+_AHEAD_BYTES = 2 << 30  # at most, of rows decoded in advance
 _CAPTION, _CLIP, _SCORES = 3, 4, 5  # purposes of a row's random numbers
+
+Shard = tuple[int | Sequence[int], int]
+Condition = Callable[[str, int | None], dict[str, np.ndarray]]
 
 
 @dataclasses.dataclass
@@ -50,7 +54,7 @@ class Sample:
   width: int
   fps: float
   weight: float
-  sample_id: tuple
+  sample_id: tuple[int, int]
   row: int
   path: str
   error: str = ""
@@ -63,31 +67,47 @@ class Sample:
 
 @dataclasses.dataclass
 class LoadedStep:
-  """One micro step: bucket (resolution, frames), its global number, its global batch size, this shard's samples."""
+  """One micro step.
 
-  bucket: tuple
+  bucket: (resolution, frames).
+  step: its global number.
+  batch_size: global, over all shards.
+  samples: those of this shard.
+  """
+
+  bucket: tuple[str, int]
   step: int
   epoch: int
   batch_size: int
-  samples: list
+  samples: list[Sample]
 
 
-def make_loader(config, folder, *, shard=(0, 1), start=0, skip=(), condition=None, epochs=None, cache=None):
-  """-> `Loader`, an iterator of `LoadedStep`.
+def make_loader(
+  config: DataConfig,
+  folder: str,
+  *,
+  shard: Shard | dict[tuple[str, int], Shard] = (0, 1),
+  start: int = 0,
+  skip: Iterable[int] = (),
+  condition: Condition | None = None,
+  epochs: int | None = None,
+  cache: latents.Cache | None = None,
+) -> "Loader":
+  """An iterator of `LoadedStep`.
 
   Args:
     config: a `DataConfig`.
     folder: where tables and plans are kept; processes may share it.
-    shard: which rows of every batch are read: (parts, number of parts), `parts` being one number or several in order; or a
-      dict {(resolution, frames): such a pair}, for buckets that are split differently.
+    shard: the rows of every batch that this process reads: (parts, number of parts), where `parts` is one number or several in
+      order. A dict {(resolution, frames): such a pair} splits each bucket in its own way.
     start: global micro step to begin with.
-    skip: global micro steps that are passed over.
-    condition: picklable (caption, label or None) -> {name: array}, which makes `Sample.cond` in the workers; rows that cannot
-      be decoded get one, too. None = no `cond`.
-    epochs: end after so many epochs, None = never.
-    cache: a `latents.Cache` that is read in place of videos.
+    skip: global micro steps to skip.
+    condition: makes `Sample.cond` of caption and label, in the workers. It must be picklable. It is called for rows that cannot
+      be decoded, too. None = no `cond`.
+    epochs: the loader ends after this many epochs, None = never.
+    cache: latents to read instead of videos.
 
-  Raises ValueError when nothing fits, a batch cannot be split, or the files of the table are not there.
+  Raises ValueError if no row fits a bucket, a batch cannot be split, or none of the first files exists.
   """
   config.validate()
   try:
@@ -104,7 +124,7 @@ def make_loader(config, folder, *, shard=(0, 1), start=0, skip=(), condition=Non
 
 
 def _shares(parsed, shard):
-  """(parts, number of parts) of every bucket; ValueError when a batch cannot be split so."""
+  """(parts, number of parts) of every bucket. Raises ValueError if a batch cannot be split so."""
   shares = []
   for b in parsed:
     parts, count = shard[b.resolution, b.num_frames] if isinstance(shard, dict) and b.batch_size else ((), 1)
@@ -120,17 +140,17 @@ def _shares(parsed, shard):
 
 
 def _rows_per_step(parsed, shares):
-  """Rows that this part reads of a step of every bucket."""
+  """Rows of a step that this process reads, for every bucket."""
   return [(b.batch_size or 0) // count * len(parts) for b, (parts, count) in zip(parsed, shares)]
 
 
-def check_files(table, slot_rows):
-  """ValueError where none of these rows' files is there, as with a table of another machine, a wrong folder or a disk that is
-  away: said now rather than row by row."""
+def check_files(table: sources.Table, slot_rows: Iterable[int]) -> None:
+  """Raises ValueError if none of these rows' files exists: the table of another machine, a wrong folder, a missing disk."""
   found = {table.row(slot_row).path for slot_row in slot_rows}
   if not any(video.is_address(p) or video.is_drawn(p) or paths.exists(p) for p in found):
     raise ValueError(
-      f"none of the first {len(found)} files exists, such as {min(found)}; relative paths belong to the table's folder"
+      f"data.tables: none of the first {len(found)} files exists, such as {min(found)}. Relative paths start at the table's "
+      "folder. Correct the column `path`, or move the files there."
     )
 
 
@@ -139,7 +159,7 @@ class Loader:
 
   def __init__(self, sequence, shares, start, skip, condition, epochs):
     self.plans, self.state, self.skip, self.epochs = sequence, start, frozenset(skip), epochs
-    self.rows_read, self._went_round, self._other_captions = 0, False, False
+    self._reported = set()  # what is logged once
     config, table = sequence.config, sequence.table
     self.rows_per_step = _rows_per_step(config.parsed_buckets(), shares)
     usable = sequence.report(0)
@@ -154,20 +174,20 @@ class Loader:
     self._rows = _read_ahead(source, RowDecoder(config, table, condition, sequence.cache), config, self.rows_per_step)
 
   @property
-  def bad_rows(self):
+  def bad_rows(self) -> dict[str, str]:
     """{path: why it could not be decoded}."""
     return self._bad_rows.found
 
   @property
-  def report(self):
+  def report(self) -> plan.BucketReport:
     return self.plans.report(0)
 
   def __iter__(self):
     return self
 
-  def __next__(self):
+  def __next__(self) -> LoadedStep:
     while self.state in self.skip:
-      self._load()  # read ahead by now, and let go: they are few
+      self._load()  # the workers have read it already
     return self._load()
 
   def _load(self):
@@ -177,41 +197,43 @@ class Loader:
     current = self.plans.plan(epoch)
     if not index:
       self._prepare(epoch + 1)
-    if (source := self.plans.source(epoch)) != epoch and not self._went_round:
-      self._went_round = True
-      place = os.path.dirname(self.plans.cache.latents.folder)
-      log.warning("epoch %d asks for clips that %s lacks: it goes round again, as epoch %d", epoch, place, source)
-    if source == epoch and self.plans.cache and self.plans.cache.other_captions(epoch) and not self._other_captions:
-      self._other_captions = True
-      place = os.path.dirname(self.plans.cache.text.folder)
-      log.warning("epoch %d: rows whose caption of this epoch %s lacks have that of an earlier one", epoch, place)
+    if self.plans.cache:
+      self._report_gaps(self.plans.cache, epoch)
     bucket = current.bucket(index)
     samples = []
     for _ in range(self.rows_per_step[current.bucket_index(index)]):
-      element = self._next_row()
+      element = next(self._rows)
       sample = Sample(**{"pixels": None, **element, "sample_id": tuple(element["sample_id"].tolist())})
-      # Rows come in the plan's order or the loader is wrong: a batch of mixed buckets must not go unnoticed.
+      # A batch of mixed buckets must not go unnoticed.
       assert (sample.sample_id[0], sample.num_frames) == (epoch, bucket.num_frames), (sample.sample_id, epoch, index)
-      self.rows_read += 1
       self._bad_rows.add(sample.path, sample.error)
       samples.append(sample)
     loaded = LoadedStep((bucket.resolution, bucket.num_frames), self.state, epoch, bucket.batch_size, samples)
     self.state += 1
     return loaded
 
+  def _report_gaps(self, cache, epoch):
+    """Logs, each once, that an epoch repeats an earlier one, and that rows keep captions of an earlier epoch."""
+    folder, source = os.path.dirname(cache.latents.folder), self.plans.source(epoch)
+    if source != epoch:
+      gap = "clips", f"epoch {epoch} repeats epoch {source}: {folder} lacks its own clips"
+    elif cache.other_captions(epoch):
+      gap = (
+        "captions",
+        f"epoch {epoch}: {folder} may lack captions of this epoch; rows then keep the caption of an earlier epoch",
+      )
+    else:
+      return
+    if gap[0] not in self._reported:
+      self._reported.add(gap[0])
+      log.warning(gap[1])
+
   def _prepare(self, epoch):
     if self.epochs is None or epoch < self.epochs:
       self.plans.prepare(epoch)
 
-  def _next_row(self):
-    # grain starts its workers one by one while the first rows are asked for.
-    if self.rows_read < self.plans.config.workers:
-      with _main_hidden():
-        return next(self._rows)
-    return next(self._rows)
-
-  def close(self):
-    if self._rows is not None and hasattr(self._rows, "close"):
+  def close(self) -> None:
+    if self._rows is not None:
       self._rows.close()
     self._rows = None
 
@@ -223,15 +245,17 @@ class Loader:
 
 
 class BadRows:
-  """Files that could not be decoded, `found` {path: reason}; ValueError when they are more than `limit`, a number or (a float)
-  a share of `rows`."""
+  """Files that could not be decoded: `found` {path: reason}.
+
+  `limit`: the largest number of them, or (a float) their largest share of `rows`.
+  """
 
   def __init__(self, limit, rows):
     self.found = {}
     self._limit = math.ceil(limit * rows) if isinstance(limit, float) else limit
 
   def add(self, path, error):
-    """`error`: "" for a row that is fine."""
+    """`error`: "" for a row that was decoded. Raises ValueError above the limit."""
     if not error or path in self.found:
       return
     self.found[path] = error
@@ -239,42 +263,24 @@ class BadRows:
     if len(self.found) > self._limit:
       path, error = next(iter(self.found.items()))
       number = f"{len(self.found)} files cannot be decoded, more than data.max_bad_rows allows ({self._limit})"
-      raise ValueError(f"{number}; first: {path}: {error}")
+      raise ValueError(f"{number}; first: {path}: {error}. Repair or remove the files, or raise data.max_bad_rows.")
 
 
-def read_clips(config, table, keys, ahead):
-  """Decodes clips in the order of their keys (`latents.clip_keys`), `ahead` of them in advance: an iterator of
-  (key, {pixels, path, fps (the file's, 0 if unknown), error, away}). Close it.
+def read_clips(config: DataConfig, table: sources.Table, keys: np.ndarray, ahead: int) -> Iterator[tuple[int, dict]]:
+  """Iterates over decoded clips: (key, {pixels, path, fps, error, away}), as `ClipDecoder` returns them. Close it after use.
 
-  Raises RuntimeError for passing I/O errors that last.
+  keys: from `latents.clip_keys`, in the order of the result.
+  ahead: clips that are decoded in advance.
+  Raises RuntimeError if I/O errors persist.
   """
   rows = _read_ahead(keys.tolist(), ClipDecoder(config, table, None), dataclasses.replace(config, read_ahead=ahead), [ahead])
-  try:
-    for number, key in enumerate(keys):
-      with _main_hidden() if number < config.workers else contextlib.nullcontext():
-        clip = next(rows)
-      yield key, clip
-  finally:
-    if hasattr(rows, "close"):
-      rows.close()
-
-
-@contextlib.contextmanager
-def _main_hidden():
-  """Worker processes would import the main program again (jax and all of training): they need nothing of it."""
-  main = sys.modules["__main__"]
-  hidden = {name: main.__dict__[name] for name in ("__spec__", "__file__") if name in main.__dict__}
-  main.__spec__ = None
-  main.__dict__.pop("__file__", None)
-  try:
-    yield
-  finally:
-    main.__dict__.update(hidden)
+  with contextlib.closing(rows):
+    yield from zip(keys, rows)
 
 
 def _read_ahead(source, decode, config, rows_per_step):
   """grain's iterator over decoded rows, with worker processes or threads."""
-  import grain  # here, since grain imports jax where it is installed, which `data` does without
+  import grain  # imports jax if it is installed; only this function pays for that
   from absl import flags
 
   dataset = grain.MapDataset.source(source).map(decode)
@@ -285,20 +291,23 @@ def _read_ahead(source, decode, config, rows_per_step):
   if not config.workers:
     threads = min(ahead, os.cpu_count() or 1)
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)))
-  if not flags.FLAGS.is_parsed():  # grain reads absl flags, which only programs with app.run have parsed
+  if not flags.FLAGS.is_parsed():  # grain reads absl flags, but a library's user may never call app.run
     flags.FLAGS.mark_as_parsed()
   rows = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
   options = grain.MultiprocessingOptions(num_workers=config.workers, per_worker_buffer_size=-(-ahead // config.workers))
-  return iter(rows.mp_prefetch(options))
+  return iter(rows.mp_prefetch(options, worker_init_fn=_end_with_parent))
 
 
 class RowSource:
-  """The rows of one part in the order of the plan, from a place in an epoch on: element -> (epoch, slot, ...). Picklable."""
+  """The rows that one process reads, in the order of the plan: element number -> what `RowDecoder` takes. Picklable.
+
+  epoch, first: the epoch, and the number of the row in it, of element 0.
+  """
 
   def __init__(self, sequence, shares, epoch, first, epochs):
     self.plans, self.shares, self.epoch, self.epochs = sequence, shares, epoch, epochs
-    self._totals, self._first = [], first  # elements up to the end of each epoch from `epoch` on
-    self._ends = None, None  # (epoch, elements up to the end of each of its steps) of the one read last
+    self._totals, self._first = [], first  # number of elements up to the end of each epoch, from `epoch` on
+    self._ends = None, None  # (epoch, number of elements up to the end of each of its steps) of the epoch read last
 
   def __len__(self):
     return _ENDLESS
@@ -318,7 +327,7 @@ class RowSource:
       while not self._totals or element >= self._totals[-1]:
         epoch = self.epoch + len(self._totals)
         if self.epochs is not None and epoch >= self.epochs:
-          return ()  # grain passes over None, for ever
+          return ()  # not None: grain skips None and would search for ever
         self._totals.append(int(self._ends_of(epoch)[-1]) + (self._totals[-1] if self._totals else 0))
       number = bisect.bisect_right(self._totals, element)
       current, ends = self.plans.plan(self.epoch + number), self._ends_of(self.epoch + number)
@@ -333,8 +342,8 @@ class RowSource:
     return self.epoch + number, slot, row, key, bucket
 
 
-def _end_with_parent():
-  """A worker whose training was killed would wait for ever, with its memory: it waits for its parent's end, too."""
+def _end_with_parent(*_):
+  """Ends this worker process when its parent ends. Otherwise the workers of a killed training keep their memory for ever."""
   parent = multiprocessing.parent_process()
 
   def watch():
@@ -346,14 +355,10 @@ def _end_with_parent():
 
 
 class RowDecoder:
-  """(epoch, slot, slot row, aspect-ratio key, bucket) -> the fields of a `Sample`, as a dict. Picklable."""
+  """(epoch, slot, slot row, aspect-ratio key, bucket) -> the fields of a `Sample`. Picklable."""
 
   def __init__(self, config, table, condition, cache=None):
     self.config, self.table, self.condition, self.cache = config, table, condition, cache
-
-  def __setstate__(self, state):
-    self.__dict__.update(state)
-    _end_with_parent()  # unpickled: this is a worker process
 
   def __call__(self, element):
     if not element:
@@ -378,13 +383,14 @@ class RowDecoder:
         fields["pixels"] = np.zeros((bucket.num_frames, height, width, 3), np.uint8)
       fields.update(weight=0.0, error=str(e))
     except OSError as e:
-      raise RuntimeError(f"reading {row.path} failed again and again: {e.strerror or e}") from e
+      raise _lasting(row, e) from e
     if self.condition:
       fields["cond"] = self.condition(fields["caption"], row.label)
     return fields
 
   def _read_cached(self, fields, element, row):
-    """Latents, frame rate, caption and, if it was encoded, its embedding. BadVideo for a row that could not be decoded."""
+    """Adds latents, frame rate, caption and its cached embedding. Raises BadVideo if the row could not be decoded when it was
+    encoded."""
     epoch, _, slot_row, key, bucket = element
     clip = self.cache.clip(epoch, slot_row, row, bucket, list(aspect_ratios.SIZES[bucket.resolution]).index(key))
     fields |= {name: clip[name] for name in ("latents_mean", "latents_std") if clip[name] is not None}
@@ -401,8 +407,8 @@ class RowDecoder:
   def _rng(self, epoch, slot_row, purpose):
     return np.random.default_rng([self.config.seed, epoch, slot_row, purpose])
 
-  def caption(self, row, epoch, slot_row):
-    """The caption of a row in an epoch, with its scores."""
+  def caption(self, row: sources.Row, epoch: int, slot_row: int) -> str:
+    """The caption of a row in an epoch: one of its captions, with the scores behind it."""
     caption = ""
     if row.captions:
       caption = row.captions[int(self._rng(epoch, slot_row, _CAPTION).integers(len(row.captions)))]
@@ -419,7 +425,7 @@ class RowDecoder:
     return video.IMAGE_FPS if num_frames == 1 else row.fps or video.frame_rate(row.path)
 
   def _fps(self, rate, num_frames):
-    """Images are told 120; 1.1 tells the file's own rate, 1.2 divides it by the interval and rounds down."""
+    """The frame rate that the model is told: always 120 for images, else by `fps_rule`."""
     if num_frames == 1:
       return video.IMAGE_FPS
     return {"exact": rate / self.config.frame_interval, "1.2": rate // self.config.frame_interval, "1.1": rate}[
@@ -432,8 +438,13 @@ class RowDecoder:
     return video.read_frames(row.path, indices, size=size, resize=self.config.resize, crop=row.crop)
 
 
+def _lasting(row, error):
+  text = f"{row.path}: reading failed again and again: {error.strerror or error}"
+  return RuntimeError(f"{text}. Check the disk or the bucket, then start again.")
+
+
 class ClipDecoder(RowDecoder):
-  """Key of a clip -> {pixels, path, fps, error, away (the file is not there)}. Picklable."""
+  """Key of a clip -> {pixels, path, fps (the file's own, 0 if unknown), error, away (the file was not found)}. Picklable."""
 
   def __call__(self, key):
     clip = latents.unpack(int(key))
@@ -446,5 +457,5 @@ class ClipDecoder(RowDecoder):
     except video.BadVideo as e:
       fields |= {"error": str(e), "away": isinstance(e, video.Away)}
     except OSError as e:
-      raise RuntimeError(f"reading {row.path} failed again and again: {e.strerror or e}") from e
+      raise _lasting(row, e) from e
     return fields

@@ -1,9 +1,9 @@
 """Files on a disk or in a bucket of Google Cloud Storage (gs://BUCKET/NAME): the few operations that this project needs.
 
-A bucket has neither folders nor a rename: an object appears, whole, when its upload ends. So a file is written to the local
-disk and then uploaded, where on a disk it is renamed (fsspec's own files would keep what a writer had written when it failed).
-What a bucket refuses is an OSError, as of a disk. gcsfs finds the credentials: the machine's on Google Cloud, elsewhere those
-of `gcloud auth application-default login`; STORAGE_EMULATOR_HOST names a stand-in.
+A bucket has neither folders nor renames: an object appears, complete, when its upload ends. So this module writes a file to the
+local disk, then uploads it. (With fsspec's own files, a failed writer would leave a partial object.) On a disk it renames the
+file instead. Errors of a bucket become OSError, as of a disk. gcsfs finds the credentials: the machine's on Google Cloud,
+elsewhere those of `gcloud auth application-default login`. STORAGE_EMULATOR_HOST names an emulator.
 """
 
 import contextlib
@@ -18,30 +18,33 @@ import shutil
 import socket
 import tempfile
 import uuid
+from collections.abc import Callable, Iterator
+from typing import IO, Any
 
 import fsspec
 import numpy as np
 
-# Other processes write there too, and so do orbax and JAX, by file systems of their own: nobody may trust an old listing.
+# A cached listing may be old, since other processes write to the bucket, and so do orbax and JAX through other libraries.
 fsspec.config.conf.setdefault("gs", {}).setdefault("use_listings_cache", False)
-logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it prints a traceback of what `errors` makes one line of
+logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs a traceback for errors that `errors` turns into one line
 
-_NETWORK = {"gcsfs", "google", "aiohttp", "requests"}  # packages whose exceptions are trouble with a bucket
+Path = str | os.PathLike
+_NETWORK = {"gcsfs", "google", "aiohttp", "requests"}  # packages whose exceptions mean trouble with a bucket
 
 
-def is_remote(path):
+def is_remote(path: Path) -> bool:
   return str(path).startswith("gs://")
 
 
-def check(path, what):
-  """Raises ValueError, naming `what` it is, for an address that is neither a local path nor something in a bucket."""
+def check(path: Path, what: str) -> None:
+  """Raises ValueError for an address that is neither a local path nor in a bucket. `what`: the option's name, for the error."""
   if "://" in str(path) and not re.match(r"gs://[a-z0-9][-_.a-z0-9]+/.", str(path)):
     raise ValueError(f"{what}={str(path)!r} is neither a local path nor gs://BUCKET/NAME")
 
 
-def check_writable(folder, what):
-  """Makes the folder; raises ValueError, naming `what` it is, when nothing can be written there."""
-  probe = join(folder, f".writable-{socket.gethostname()}-{os.getpid()}")  # other processes try as well
+def check_writable(folder: Path, what: str) -> None:
+  """Makes a folder. Raises ValueError if it is not writable. `what`: the option's name, for the error."""
+  probe = join(folder, f".writable-{socket.gethostname()}-{os.getpid()}")  # other processes do the same
   try:
     write_text(probe, "")
     remove(probe)
@@ -50,18 +53,18 @@ def check_writable(folder, what):
     raise ValueError(f"{what}={str(folder)!r} can't be used: {reason}; give another folder") from None
 
 
-def join(folder, *names):
-  """`folder`/`names`, as text; in a bucket "." and ".." are resolved, since its names are no paths."""
+def join(folder: Path, *names: Path) -> str:
+  """`folder`/`names`, as text. It resolves "." and ".." in a bucket, whose names are no paths."""
   path = os.path.join(str(folder), *map(str, names))
   return f"gs://{posixpath.normpath(path[len('gs://') :])}" if is_remote(path) else path
 
 
-def absolute(path):
+def absolute(path: Path) -> str:
   return str(path) if is_remote(path) else os.path.abspath(path)
 
 
-def user_cache(name):
-  """Folder for what can be made again, on this machine."""
+def user_cache(name: str) -> str:
+  """A folder on this machine for files that can be made again."""
   return str(pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "stdit_jax" / name)
 
 
@@ -70,8 +73,8 @@ def _bucket():
 
 
 @contextlib.contextmanager
-def errors(path):
-  """What a bucket refuses, as the OSError that a disk would give: missing, no permission, or else EIO."""
+def errors(path: Path) -> Iterator[None]:
+  """Turns errors of a bucket into the OSError that a disk would raise: missing, no permission, else EIO."""
   try:
     yield
   except Exception as error:
@@ -86,8 +89,8 @@ def errors(path):
     raise
 
 
-def stat(path):
-  """(bytes, number that changes with the contents) of a file. Raises FileNotFoundError, IsADirectoryError."""
+def stat(path: Path) -> tuple[int, int | str | None]:
+  """(bytes, a number that changes with the contents) of a file. Raises FileNotFoundError or IsADirectoryError."""
   if not is_remote(path):
     found = os.stat(path)
     folder, size, version = os.path.isdir(path), found.st_size, found.st_mtime_ns
@@ -100,15 +103,15 @@ def stat(path):
   return size, version
 
 
-def exists(path):
-  """Whether there is a file, or a folder with something in it."""
+def exists(path: Path) -> bool:
+  """Whether a file or folder exists. A folder in a bucket exists if it holds an object."""
   if not is_remote(path):
     return os.path.exists(path)
   with errors(path):
     return _bucket().exists(path)
 
 
-def is_folder(path):
+def is_folder(path: Path) -> bool:
   try:
     stat(path)
   except IsADirectoryError:
@@ -119,8 +122,8 @@ def is_folder(path):
   return False
 
 
-def names(folder):
-  """Names of the files and folders in a folder, sorted; none if it is not there."""
+def names(folder: Path) -> list[str]:
+  """Sorted names of the files and folders in a folder. Empty if the folder does not exist."""
   try:
     if not is_remote(folder):
       return sorted(os.listdir(folder))
@@ -130,14 +133,16 @@ def names(folder):
     return []
 
 
-def files_below(folder, unread=lambda folder: None):
-  """Yields the paths of all files in a folder and in those in it, sorted. Links to folders are not followed; `unread` is called
-  with those that may not be read."""
+def files_below(folder: Path, unread: Callable[[str], Any] = lambda folder: None) -> Iterator[str]:
+  """Yields the sorted paths of all files below a folder. It does not follow links to folders.
+
+  `unread` is called with each folder that may not be read.
+  """
   return (path for path, _ in _below(folder, unread))
 
 
-def states_below(folder, unread=lambda folder: None):
-  """As `files_below`, (path, what `stat` says of it or None if it has gone), of a bucket in one listing."""
+def states_below(folder: Path, unread: Callable[[str], Any] = lambda folder: None) -> Iterator[tuple[str, tuple | None]]:
+  """Yields (path, result of `stat`, or None if the file was deleted) as `files_below` does. One request lists a bucket."""
   for path, state in _below(folder, unread):
     if state is None:
       with contextlib.suppress(OSError):
@@ -162,36 +167,36 @@ def _below(folder, unread):
 
 
 def _entries(folder, unread):
-  """What is in a folder, in reverse order; nothing if it can't be read."""
+  """Entries of a folder, in reverse order. Empty if it cannot be read."""
   try:
     with os.scandir(folder) as found:
       return sorted(found, key=lambda entry: entry.name, reverse=True)
   except PermissionError:
     unread(str(folder))
   except FileNotFoundError:
-    pass  # it has gone meanwhile
+    pass  # another process deleted it
   return []
 
 
-def open_file(path):
-  """A file to read bytes from, at any position. In a bucket every read is a request, and raises what `errors` translates."""
+def open_file(path: Path) -> IO[bytes]:
+  """Opens a file for reading bytes at any position. In a bucket every read is a request: wrap reads in `errors`."""
   if not is_remote(path):
     return open(path, "rb")
   with errors(path):
     return _bucket().open(path, "rb", cache_type="none")
 
 
-def read_bytes(path):
+def read_bytes(path: Path) -> bytes:
   with errors(path), open_file(path) as file:
     return file.read()
 
 
-def read_text(path):
+def read_text(path: Path) -> str:
   return read_bytes(path).decode()
 
 
-def fingerprint(path):
-  """sha256 of a file, or of all files in a folder: of large ones the size and 4 MB from all over."""
+def fingerprint(path: Path) -> str:
+  """sha256 of a file, or of all files in a folder. A large file counts by its size and 4 MB of evenly spaced blocks."""
   digest = hashlib.sha256()
   for name in files_below(path) if is_folder(path) else [path]:
     size, block = stat(name)[0], 1 << 16
@@ -204,8 +209,8 @@ def fingerprint(path):
 
 
 @contextlib.contextmanager
-def local_copy(path):
-  """A local name of a file: its own, or that of a temporary copy."""
+def local_copy(path: Path) -> Iterator[Path]:
+  """A local path to a file: its own path, or a temporary copy."""
   if not is_remote(path):
     yield path
     return
@@ -217,9 +222,11 @@ def local_copy(path):
 
 
 @contextlib.contextmanager
-def whole(path):
-  """A local name to write to, with the ending of `path`; the file is at `path` when the block ends, or not at all when it
-  raises. Folders are made."""
+def whole(path: Path) -> Iterator[str]:
+  """A local path to write to, with the ending of `path`. Makes folders.
+
+  The file appears at `path` when the block ends. If the block raises, it does not appear.
+  """
   folder, name = os.path.split(str(path))
   stem, ending = os.path.splitext(name)
   if is_remote(path):
@@ -230,7 +237,7 @@ def whole(path):
         _bucket().put_file(temporary, path)
     return
   os.makedirs(folder or ".", exist_ok=True)
-  # Processes of several hosts, whose numbers may be equal, write to one folder.
+  # Processes of several hosts write to one folder, and their process ids may be equal.
   temporary = os.path.join(folder, f".{stem.lstrip('.')}.tmp{os.getpid()}-{uuid.uuid4().hex[:8]}{ending}")
   try:
     yield temporary
@@ -240,45 +247,47 @@ def whole(path):
       os.unlink(temporary)
 
 
-def write_text(path, text):
+def write_text(path: Path, text: str) -> None:
   with whole(path) as temporary:
     pathlib.Path(temporary).write_text(text, encoding="utf-8")
 
 
-def make_folder(path):
-  """On a disk; buckets have none."""
+def make_folder(path: Path) -> None:
+  """Makes a folder on a disk. Buckets have no folders."""
   if not is_remote(path):
     os.makedirs(path, exist_ok=True)
 
 
-def remove(path):
+def remove(path: Path) -> None:
   if not is_remote(path):
-    return os.unlink(path)
+    os.unlink(path)
+    return
   with errors(path):
     _bucket().rm_file(path)
 
 
-def move(folder, place):
-  """A folder to another name. In a bucket the copy is complete before anything is removed."""
+def move(folder: Path, place: Path) -> None:
+  """Renames a folder. In a bucket it completes the copy before it deletes an object."""
   if not is_remote(folder):
     os.makedirs(os.path.dirname(place), exist_ok=True)
-    return os.rename(folder, place)
+    os.rename(folder, place)
+    return
   with errors(folder):
     files = _bucket().find(folder)
     _bucket().copy(files, [join(place, os.path.relpath(f"gs://{name}", folder)) for name in files])
     _bucket().rm(files)
 
 
-def upload(folder, place):
-  """Copies the files of a local folder, and of those in it, into a bucket."""
+def upload(folder: Path, place: Path) -> None:
+  """Copies all files below a local folder into a bucket."""
   for path in files_below(folder):
     with errors(place):
       _bucket().put_file(path, join(place, os.path.relpath(path, folder)))
 
 
 @contextlib.contextmanager
-def local_folder(place):
-  """`place` itself if it is local, else a temporary folder whose files are uploaded there when the block ends."""
+def local_folder(place: Path) -> Iterator[Path]:
+  """`place` itself if it is local. Else a temporary folder, which is uploaded to `place` when the block ends."""
   if not is_remote(place):
     yield place
     return

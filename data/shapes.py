@@ -1,17 +1,19 @@
-"""Moving shapes: videos that are drawn when they are read, with captions that say exactly what is in them.
+"""Moving shapes: videos that are drawn when they are read, with captions that describe them exactly.
 
-A scene has one or two objects (shape, colour, direction, speed) on a gray ground, plain or striped. It is a function of its
-address, `shapes://SPLIT/SEED/NUMBER`; `shapes://SPLIT/SEED/ROWS` is the table of the first ROWS of them, which a configuration
-names in `data.tables` as it would name a file. Some combinations of shape, colour and direction are never in the split "train",
-all of "held_out" are such; "train" has no long clips in one of its aspect ratios, "sizes" is the same with them. A model that
-has learned from these videos can be examined by `data.shapes_vision`, in numbers.
+A scene has one or two objects (shape, colour, direction, speed) on a gray background, plain or striped. It is a function of its
+address, `shapes://SPLIT/SEED/NUMBER`. `shapes://SPLIT/SEED/ROWS` is the table of the first ROWS scenes. A configuration names
+it in `data.tables` like a file. `data.shapes_vision` examines the videos of a model that has learned from these.
 
-Positions are in short sides of the picture, from its centre: x to the right, y down.
+Splits: "train" lacks some combinations of shape, colour and direction, and long clips in one of its aspect ratios. "held_out"
+has only the missing combinations. "sizes" is "train" with the missing long clips.
+
+Positions are in short sides of the frame, from its centre: x to the right, y down.
 """
 
 import dataclasses
 import functools
 import re
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -30,33 +32,32 @@ DIRECTIONS = {
 }  # fmt: skip
 SPEEDS = {"slowly": 0.025, "quickly": 0.055}  # short sides per frame
 GROUNDS = {"black": 25, "gray": 110, "white": 235}
-LENGTHS = (5, 9)  # frames: a bucket takes clips that are longer than it, so these are for 4 and 8
+LENGTHS = (5, 9)  # frames, for buckets of 4 and 8 frames: a clip must be longer than its bucket
 FPS = 8
 SIDES = tuple((2 * height, 2 * width) for height, width in aspect_ratios.SIZES["64p"].values())  # height, width
-NOT_LONG = (160, 96)  # the size of which "train" has short clips only
-# About half an object's side: of one alone, and of each of two. Pictures of one that is large and goes all the way that it has
-# differ, on average, by its direction; of one of 0.15 a model without frame positions learned no direction in two hours.
+NOT_LONG = (160, 96)  # the size of which "train" has only short clips
+# About half an object's side: of a single object, and of each of two. Large objects move across the whole frame, so that even
+# single frames tell their direction. With 0.15, a model without frame positions learned no direction in two hours.
 SIZE, SMALL = 0.24, 0.13
-HELD_OUT = 9  # one combination in so many
-VERSION = 4  # of the tables and drawings: a change makes new ones
-_SAMPLES = 3  # per pixel and axis, against steps at the edges
+HELD_OUT = 9  # one combination in 9
+VERSION = 4  # of tables and drawings: raise it when they change
+_SAMPLES = 3  # per pixel and axis, for smooth edges
 
 
 @dataclasses.dataclass(frozen=True)
 class Object:
-  """Attributes: shape, color, direction, speed: words of the tables above; start: (x, y) of its centre in frame 0; size: about
-  half its side."""
+  """shape, color, direction, speed: words of the tables above. start: (x, y) of the centre in frame 0. size: half a side."""
 
   shape: str
   color: str
   direction: str
   speed: str
-  start: tuple
+  start: tuple[float, float]
   size: float = SIZE
 
   @property
   def step(self):
-    """(x, y) that it moves per frame."""
+    """(x, y) of its motion per frame."""
     x, y = DIRECTIONS[self.direction]
     length = SPEEDS[self.speed] / np.hypot(x, y)
     return x * length, y * length
@@ -64,9 +65,9 @@ class Object:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-  """Attributes: objects; ground: a word of GROUNDS; striped; height, width: as a file would have them; frames: how many."""
+  """ground: a word of GROUNDS, the background. height, width: in pixels, as a file has them. frames: their number."""
 
-  objects: tuple
+  objects: tuple[Object, ...]
   ground: str
   striped: bool
   height: int
@@ -74,14 +75,14 @@ class Scene:
   frames: int
 
 
-def is_held_out(shape, color, direction):
-  """Whether the combination is kept from training."""
+def is_held_out(shape: str, color: str, direction: str) -> bool:
+  """Whether the split "train" lacks a combination."""
   number = (SHAPES.index(shape) * len(COLORS) + list(COLORS).index(color)) * len(DIRECTIONS) + list(DIRECTIONS).index(direction)
   return number * 7 % HELD_OUT == 0
 
 
-def parse(address):
-  """'shapes://train/0/17' -> ("train", 0, 17); ValueError for anything else."""
+def parse(address: str) -> tuple[str, int, int]:
+  """'shapes://train/0/17' -> ("train", 0, 17). Raises ValueError for any other text."""
   match = re.fullmatch(rf"{SCHEME}(\w+)/(\d{{1,9}})/(\d{{1,9}})", str(address))
   if not match or match[1] not in SPLITS:
     raise ValueError(f"{address} is no address of shapes: {SCHEME}SPLIT/SEED/NUMBER, SPLIT one of {', '.join(SPLITS)}")
@@ -89,8 +90,8 @@ def parse(address):
 
 
 @functools.lru_cache(1024)
-def scene(address):
-  """The `Scene` of an address; ValueError when it is none."""
+def scene(address: str) -> Scene:
+  """The `Scene` of an address. Raises ValueError for any other text."""
   split, seed, number = parse(address)
   rng = np.random.default_rng([seed, number, SPLITS.index(split)])
   height, width = SIDES[rng.integers(len(SIDES))]
@@ -109,7 +110,7 @@ def scene(address):
 
 
 def _object(rng, split, frames, sides, size):
-  """An object that stays in the picture of these sides (in short sides) for all frames."""
+  """An object that stays inside the frame during all frames. `sides`: (width, height) in short sides."""
   while True:
     words = [list(table)[rng.integers(len(table))] for table in (SHAPES, COLORS, DIRECTIONS, SPEEDS)]
     if is_held_out(*words[:3]) != (split == "held_out"):
@@ -127,8 +128,8 @@ def _apart(a, b, frames):
   return np.abs(way).max(1).min() > 1.15 * (a.size + b.size)
 
 
-def captions(one):
-  """Several wordings of what is in a scene."""
+def captions(one: Scene) -> list[str]:
+  """Several captions of a scene."""
   ground = f"{'striped ' if one.striped else ''}{one.ground}"
   thing = [f"{o.color} {o.shape}" for o in one.objects]
   moves = [f"{o.speed} {o.direction}" for o in one.objects]
@@ -147,8 +148,8 @@ def captions(one):
   ]
 
 
-def inside(shape, x, y):
-  """Whether points, in half sides of an object from its centre, lie in a shape."""
+def inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+  """Whether points lie in a shape. x, y: from its centre, in half sides of the object."""
   if shape == "circle":
     return x**2 + y**2 <= 1
   if shape == "square":
@@ -159,13 +160,13 @@ def inside(shape, x, y):
   return (np.minimum(np.abs(x), np.abs(y)) <= arm) & (np.maximum(np.abs(x), np.abs(y)) <= length)
 
 
-def draw(one, indices, size=None):
-  """Frames uint8 `[T, height, width, 3]` of a scene: those of these numbers, drawn at `size` (by default the scene's own).
+def draw(one: Scene, indices: Sequence[int] | np.ndarray, size: tuple[int, int] | None = None) -> np.ndarray:
+  """Frames of a scene by number, uint8 [T, height, width, 3], drawn at `size` (default: the scene's own).
 
-  A size of another shape shows the middle of the picture, as a file that is resized and cropped.
+  A size of another aspect ratio shows the centre, like a file that is resized and cropped.
   """
   height, width = size or (one.height, one.width)
-  # Pixels per short side, so that the picture covers the size.
+  # Pixels per short side, so that the scene covers the size.
   scale = min(one.height, one.width) * max(height / one.height, width / one.width)
   axis = lambda n: ((np.arange(n * _SAMPLES) + 0.5) / _SAMPLES - n / 2) / scale  # noqa: E731
   y, x = axis(height)[:, None], axis(width)[None]
@@ -184,11 +185,11 @@ def draw(one, indices, size=None):
   return result
 
 
-def rows(address):
-  """The table of an address, as columns: a row for each of its scenes, then one for the first frame of each, as a picture.
+def rows(address: str) -> dict[str, list]:
+  """The table of an address, as columns: a row for each scene, then a row for the first frame of each scene, as an image.
 
-  Of the first frame, not of any: what goes to the right begins on the left. Over all frames alike, the word of a direction says
-  nothing of a picture, and in a clip only together with the number of the frame: models ignored it for a thousand steps.
+  First frames show the direction: an object that moves to the right starts on the left. Images of random frames would not
+  depend on the direction: models trained on them ignored it for a thousand steps.
   """
   split, seed, count = parse(address)
   addresses = [f"{SCHEME}{split}/{seed}/{i}" for i in range(count)]

@@ -1,4 +1,4 @@
-"""The tokenizer of the captions of moving shapes: byte pairs, of which every word of theirs is one, other words are several.
+"""Trains the tokenizer for captions of moving shapes: byte pairs, with one token for every word of these captions.
 
 python -m data.shapes_tokenizer data/moving_shapes/tokenizer
 """
@@ -14,7 +14,7 @@ VOCABULARY, CAPTIONS = 320, 4000
 
 
 def train():
-  """-> `transformers.PreTrainedTokenizerFast`, which writes lower case and ends every caption with </s>."""
+  """A `transformers.PreTrainedTokenizerFast` that lower-cases captions and ends each with </s>."""
   import tokenizers
   import transformers
   from tokenizers import models, normalizers, pre_tokenizers, processors, trainers

@@ -1,4 +1,4 @@
-"""What is to be seen in a video of moving shapes, measured in its pixels: no model, only colours, places and outlines."""
+"""Measures what a video of moving shapes shows, from colours, positions and outlines, without a model."""
 
 import dataclasses
 import functools
@@ -7,15 +7,18 @@ import numpy as np
 
 from data import shapes
 
-CHROMA = 0.22  # from which on a pixel belongs to an object: largest minus smallest of its channels, 0 to 1; grounds are gray
-LEAST = 0.5  # times the square of half an object's side, a quarter of the smallest shape: smaller spots are no objects
+CHROMA = 0.22  # least difference of the largest and smallest channel (0 to 1) in pixels of objects; backgrounds are gray
+LEAST = 0.5  # smallest area of an object, in squares of half its side: a quarter of the smallest shape
 
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-  """One object as it was seen. Attributes: shape, color, direction, speed: words of `data.shapes`, or "" where nothing fits;
-  path: float `[T, 2]`, its centre in short sides from the middle, NaN where it was not seen; smooth: largest distance of a
-  step from the mean step, in short sides."""
+  """One object as measured.
+
+  shape, color, direction, speed: words of `data.shapes`, or "" if none fits.
+  path: float [T, 2], its centre from that of the frame, in short sides; NaN in frames without it.
+  smooth: largest difference of a step from the mean step, in short sides.
+  """
 
   shape: str
   color: str
@@ -25,13 +28,13 @@ class Seen:
   smooth: float
 
 
-def objects_of(frames, size=shapes.SMALL):
-  """The objects of a video uint8 `[T, H, W, 3]`: a list of `Seen`, the largest first. `size`: half the side that they have."""
+def objects_of(frames: np.ndarray, size: float = shapes.SMALL) -> list[Seen]:
+  """The objects of a video uint8 [T, H, W, 3], largest first. `size`: half their side, as `shapes.Object.size`."""
   pixels = frames.astype(np.float32) / 255
   chroma = pixels.max(-1) - pixels.min(-1)
   names = list(shapes.COLORS)
   palette = np.array([hue(np.array(shapes.COLORS[name], np.float32) / 255) for name in names])
-  # Hues are compared on the circle.
+  # The distance of hues on their circle.
   distance = np.abs((hue(pixels)[..., None] - palette + 0.5) % 1 - 0.5)
   nearest = np.where(chroma > CHROMA, distance.argmin(-1), -1)
   scale = min(frames.shape[1:3])
@@ -44,8 +47,8 @@ def objects_of(frames, size=shapes.SMALL):
   return [seen for _, seen in sorted(found, key=lambda pair: -pair[0])]
 
 
-def hue(pixels):
-  """Hue 0 to 1 of colours `[..., 3]` from 0 to 1."""
+def hue(pixels: np.ndarray) -> np.ndarray:
+  """Hues, 0 to 1, of colours [..., 3], 0 to 1."""
   high, low = pixels.max(-1), pixels.min(-1)
   span = np.maximum(high - low, 1e-6)
   red, green, blue = np.moveaxis(pixels, -1, 0)
@@ -65,8 +68,8 @@ def _seen(mask, color, visible):
   return Seen(outline(mask[visible], path[visible], x, y), color, direction, speed, path, smooth)
 
 
-def motion(path):
-  """(direction, speed, smoothness) of a path `[T, 2]`, as in `Seen`; directions and speeds are the nearest words."""
+def motion(path: np.ndarray) -> tuple[str, str, float]:
+  """(direction, speed, smooth) of a path [T, 2], as in `Seen`. Directions and speeds are the nearest words."""
   times = np.flatnonzero(~np.isnan(path[:, 0]))
   if len(times) < 2:
     return "", "", np.inf
@@ -85,8 +88,8 @@ def motion(path):
   return words[int((units @ step).argmax())], speeds[int(nearest)], smooth
 
 
-def outline(masks, centres, x, y):
-  """The shape whose outline, at the place and with the area that the masks `[T, H, W]` have, covers them best."""
+def outline(masks: np.ndarray, centres: np.ndarray, x: np.ndarray, y: np.ndarray) -> str:
+  """The shape that matches the masks [T, H, W] best when drawn at their centres and with their areas."""
   scores = dict.fromkeys(shapes.SHAPES, 0.0)
   for mask, (cx, cy) in zip(masks, centres):
     area = mask.sum() * (x[1] - x[0]) * (y[1] - y[0])
@@ -107,8 +110,8 @@ def _unit(shape):
   return filled.mean() * 4, (axis[where_x].mean(), axis[where_y].mean())
 
 
-def ground_of(frames):
-  """(word of `shapes.GROUNDS`, whether it is striped) of a video: of its pixels without colour."""
+def ground_of(frames: np.ndarray) -> tuple[str, bool]:
+  """(word of `shapes.GROUNDS`, whether it is striped) of a video's background, from its gray pixels."""
   pixels = frames.astype(np.float32)
   gray = (pixels.max(-1) - pixels.min(-1)) / 255 < CHROMA / 2
   levels = pixels.mean(-1)[gray]
@@ -120,11 +123,11 @@ def ground_of(frames):
   return word, bool(high - low > 14)
 
 
-def judge(frames, scene):
-  """Whether a video shows what a scene says of all its objects: {what: bool}, color, shape, direction, speed, always (they are
-  seen in every frame), count, ground.
+def judge(frames: np.ndarray, scene: shapes.Scene) -> dict[str, bool]:
+  """Whether a video shows a scene: {color, shape, direction, speed, always, count, ground: bool}.
 
-  The objects are the largest that are seen: one alone whatever its colour, of two each by its colour.
+  The first four must be right for all objects. "always": they are visible in every frame. A single object is compared with the
+  largest measured one. Two objects are compared with the two largest, by colour.
   """
   found = objects_of(frames, min(one.size for one in scene.objects))
   largest = found[: len(scene.objects)]

@@ -1,12 +1,16 @@
-"""Metadata tables (parquet, csv, jsonl) -> memory-mapped Arrow files, opened by path in every worker.
+"""Metadata tables (parquet, csv, jsonl) -> memory-mapped Arrow files, which every worker opens by path.
 
-Columns, as in the original: `path`, `text`, `num_frames`, `height`, `width` are needed; `fps`, `aes`, `flow`, `cmotion` are
-used if there. Ours besides: `start`, `end` (frames [start, end) of a longer file; `num_frames` then counts the file or the
-range), `crop` ("x,y,width,height" or a list, in pixels of the displayed picture), several captions per row (`text` as a
-list, or `text`, `text_2`, `text_3`...), `text_features` (a safetensors file with the caption's embedding `y` [L, C]), `label`
-(a class, a whole number from 0).
-Tables and what they name may lie in gs://, or be drawn (`data.shapes`); relative paths belong to the table's folder. Rows keep
-their numbers: an unusable one stays, with the reason.
+Needed columns, as in the original: `path`, `text`, `num_frames`, `height`, `width`. Optional ones:
+
+  fps, aes, flow, cmotion   as in the original
+  start, end                the clip is the frames [start, end) of a file; num_frames counts the file or the clip
+  crop                      "x,y,width,height" or a list, in pixels of the displayed frame
+  text_2, text_3...         more captions; `text` may also be a list
+  text_features             a safetensors file with the caption's embedding `y` [L, C]
+  label                     a class, a whole number from 0
+
+Tables and their files may lie in gs://, or be drawn (`data.shapes`). Relative paths start at the table's folder. Unusable rows
+stay in the Arrow file, with the reason, so that rows keep their numbers.
 """
 
 import csv
@@ -19,6 +23,7 @@ import os
 import pathlib
 import re
 import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -29,6 +34,7 @@ import pyarrow.json
 import pyarrow.parquet
 
 from data import paths, shapes, video
+from data.config import DataConfig
 
 NEEDED = ("path", "text", "num_frames", "height", "width")
 PROBED = ("num_frames", "height", "width")
@@ -39,10 +45,10 @@ PROBLEMS = (
   "caption is too long", "label missing or outside 0 to N - 1",
 )  # fmt: skip
 _NO_PATH, _FRAMES, _SIZE, _RANGE, _CROP, _UTF8, _EMPTY, _LONG, _LABEL = range(1, 10)
-_VERSION = 2  # of the Arrow files, in their names: a change of their columns makes new files of the same tables
-_CONTENTS_VERSION = 1  # in the fingerprint: a change refuses the runs and the caches that exist
+_VERSION = 2  # in the names of Arrow files: raise it when the columns change
+_CONTENTS_VERSION = 1  # in the fingerprint: raising it refuses all existing runs and caches
 _BATCH = 1 << 16  # rows
-_BLOCK = 1 << 24  # bytes; a row must fit into one
+_BLOCK = 1 << 24  # bytes; pyarrow needs a whole row in one block
 _SCHEMA = pa.schema(
   [
     ("path", pa.string()), ("text", pa.list_(pa.string())), ("num_frames", pa.int32()), ("height", pa.int32()),
@@ -55,7 +61,10 @@ _SCHEMA = pa.schema(
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """One usable clip: frames [start, start + num_frames) of a file, cut to `crop` (x, y, width, height); sizes after that."""
+  """One usable clip: frames [start, start + num_frames) of a file, cropped to `crop` (x, y, width, height).
+
+  height, width: after the crop.
+  """
 
   path: str
   captions: tuple[str, ...]
@@ -72,7 +81,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-  """One table: its Arrow file, its weight, a fingerprint of its contents, the folder of relative paths."""
+  """One table: its Arrow file, its weight, a fingerprint of its contents."""
 
   source: str
   arrow: str
@@ -80,12 +89,13 @@ class Part:
   fingerprint: str
 
   @property
-  def folder(self):
+  def folder(self) -> str:
+    """The folder at which relative paths start."""
     return os.path.dirname(paths.absolute(self.source))
 
 
-def open_table(config, folder):
-  """The tables of a `DataConfig` as one `Table`; their Arrow files are made in `folder` unless they are there already."""
+def open_table(config: DataConfig, folder: str) -> "Table":
+  """The tables of a configuration as one. Writes their Arrow files to `folder` unless they exist."""
   parts = []
   for source, weight in config.table_weights():
     check_table(source)
@@ -98,16 +108,17 @@ def open_table(config, folder):
 
 
 class Table:
-  """Rows of several tables as one. A *slot row* is a row with its repeat: table by table, copy by copy, row by row.
+  """Rows of several tables as one table.
 
-  With all weights 1, slot rows are the rows themselves. Picklable: workers open the files by path.
+  A table of weight 3 is there three times. *Slot rows* number the rows of all copies: table by table, copy by copy, row by
+  row. With all weights 1, slot rows are the rows themselves. Picklable: workers open the files by path.
   """
 
   def __init__(self, parts):
     self.parts = parts
 
   def __getstate__(self):
-    return {"parts": self.parts}  # the opened files stay here
+    return {"parts": self.parts}  # without the opened files
 
   @functools.cached_property
   def _files(self):
@@ -115,7 +126,7 @@ class Table:
 
   @functools.cached_property
   def _bases(self):
-    """First slot row of each table, and the number of all."""
+    """First slot row of each table, then the number of all slot rows."""
     return np.cumsum([0] + [f.num_rows * math.ceil(p.weight) for f, p in zip(self._files, self.parts)])
 
   def __len__(self):
@@ -126,19 +137,15 @@ class Table:
   def num_rows(self):
     return sum(f.num_rows for f in self._files)
 
-  def captions_change(self, scores):
-    """Whether a row may have another caption in another epoch: it has several, or one of these scores."""
+  def captions_change(self, scores: Iterable[str]) -> bool:
+    """Whether a row's caption may differ between epochs: some row has several captions, or one of these scores."""
     return any(file.longest("text") > 1 or any(map(file.has, scores)) for file in self._files)
 
-  @property
-  def fingerprints(self):
-    return [p.fingerprint for p in self.parts]
-
-  def column(self, name):
-    """A numeric column for all slot rows."""
+  def column(self, name: str) -> np.ndarray:
+    """A numeric column, for all slot rows."""
     return np.concatenate([np.tile(f.column(name), math.ceil(p.weight)) for f, p in zip(self._files, self.parts)])
 
-  def left_out(self, seed, epoch):
+  def left_out(self, seed: int, epoch: int) -> np.ndarray:
     """bool [slot rows]: True where a fractional weight leaves a row out of this epoch."""
     out = np.zeros(len(self), bool)
     for i, (file, part) in enumerate(zip(self._files, self.parts)):
@@ -148,18 +155,18 @@ class Table:
         out[end - file.num_rows : end] = np.random.default_rng([seed, epoch, i, 77]).random(file.num_rows) >= share
     return out
 
-  def locate(self, slot_row):
-    """-> (number of the table, row in it)."""
+  def locate(self, slot_row: int) -> tuple[int, int]:
+    """(number of the table, row in it) of a slot row."""
     part = int(np.searchsorted(self._bases, slot_row, "right")) - 1
     return part, int(slot_row - self._bases[part]) % self._files[part].num_rows
 
-  def first_copies(self, slot_rows):
-    """The slot row of the first copy of each one's row; of a number or an array."""
+  def first_copies(self, slot_rows: np.ndarray) -> np.ndarray:
+    """The slot row of the first copy of the same row, for each of these slot rows (an array or a number)."""
     part = np.searchsorted(self._bases, slot_rows, "right") - 1
     rows = np.array([f.num_rows for f in self._files])[part]
     return self._bases[part] + (slot_rows - self._bases[part]) % rows
 
-  def row(self, slot_row):
+  def row(self, slot_row: int) -> Row:
     part, i = self.locate(slot_row)
     values, folder = self._files[part].row(i), self.parts[part].folder
     return Row(
@@ -171,8 +178,8 @@ class Table:
       text_features=values["text_features"] and resolve(values["text_features"], folder),
     )
 
-  def problem_examples(self):
-    """{reason: the first row that can't be used for it, as text}."""
+  def problem_examples(self) -> dict[str, str]:
+    """{reason: the first row that is unusable for this reason, as text}."""
     examples = {}
     for file, part in zip(self._files, self.parts):
       codes = file.column("problem")
@@ -192,7 +199,7 @@ class _ArrowFile:
     return self._table[name].to_numpy()
 
   def longest(self, name):
-    """The length of the longest list in a column."""
+    """Length of the longest list in a column."""
     return pc.max(pc.list_value_length(self._table[name])).as_py() or 0
 
   def has(self, name):
@@ -203,24 +210,25 @@ class _ArrowFile:
     return self._table.slice(i, 1).to_pylist()[0]
 
 
-def resolve(path, folder):
-  """A table's path, relative to the table's folder; addresses stay."""
+def resolve(path: str, folder: str) -> str:
+  """A path of a table, which may be relative to the table's folder. Addresses do not change."""
   return path if "://" in path else paths.join(folder, path)
 
 
-def check_table(source):
-  """Raises ValueError for a table that is not there or has another format."""
+def check_table(source: str) -> None:
+  """Raises ValueError for a table that does not exist or has an unknown format."""
   if video.is_drawn(source):
-    return shapes.parse(source)
+    shapes.parse(source)
+    return
   paths.check(source, "table")
   if not paths.exists(source) or paths.is_folder(source):
-    raise ValueError(f"table {source} does not exist")
+    raise ValueError(f"table {source} does not exist. Correct the path in data.tables.")
   if not source.endswith(FORMATS):
-    raise ValueError(f"table {source}: its name must end in {', '.join(FORMATS)}")
+    raise ValueError(f"table {source}: its name must end in {', '.join(FORMATS)}. Convert or rename it.")
 
 
 def _fingerprint(source, config):
-  """sha256 of the table's contents and of what decides how they are read. Folders and dates don't count."""
+  """sha256 of the table's contents and of the settings that decide how they are read. Folders and dates do not count."""
   kind = f"{source} {shapes.VERSION}" if video.is_drawn(source) else pathlib.Path(source).suffix
   rules = [_CONTENTS_VERSION, config.captions, config.max_caption_length, kind]
   rules += [] if config.num_classes is None else [config.num_classes]
@@ -234,7 +242,7 @@ def _fingerprint(source, config):
 
 
 def _build(source, arrow, config):
-  """Reads a table in batches of rows and writes the Arrow file: a temporary name first, so that it is whole or not there."""
+  """Reads a table in batches of rows and writes the Arrow file. A temporary name makes it appear whole or not at all."""
   os.makedirs(os.path.dirname(arrow) or ".", exist_ok=True)
   handle, temporary = tempfile.mkstemp(dir=os.path.dirname(arrow) or ".", suffix=".tmp")
   os.close(handle)
@@ -245,7 +253,7 @@ def _build(source, arrow, config):
         writer.write_batch(_normalised(batch, config))
         rows += batch.num_rows
     if not rows:
-      raise ValueError(f"table {source} has no rows")
+      raise ValueError(f"table {source} has no rows. Add rows, or remove it from data.tables.")
     os.chmod(temporary, 0o644)
     os.replace(temporary, arrow)
   except pa.ArrowException as e:
@@ -260,9 +268,11 @@ def _needed(config):
   return columns + ["label"] * (config.num_classes is not None)
 
 
-def read_table(source, needed=NEEDED):
-  """Batches of rows (`pa.RecordBatch`) of a parquet, csv or jsonl table, or of shapes; csv cells are bytes. Checks the needed
-  columns."""
+def read_table(source: str, needed: Sequence[str] = NEEDED) -> Iterator[pa.RecordBatch]:
+  """Batches of rows of a parquet, csv or jsonl table, or of shapes. Cells of csv are bytes.
+
+  Raises ValueError if a needed column is missing.
+  """
   if video.is_drawn(source):
     yield from pa.table(shapes.rows(source)).to_batches(_BATCH)
     return
@@ -281,7 +291,7 @@ def _read_table(source, copy, needed):
       names = next(csv.reader(f), [])
     _check_columns(source, names, needed)
     parse = pa.csv.ParseOptions(newlines_in_values=True)
-    # Bytes, not guessed types: one odd cell must not change (or fail) a column.
+    # Bytes instead of guessed types: one odd cell must not change the type of a column.
     convert = pa.csv.ConvertOptions(column_types={n: pa.binary() for n in names}, strings_can_be_null=False)
     blocks = pa.csv.ReadOptions(block_size=_BLOCK)
     yield from pa.csv.open_csv(copy, blocks, parse, convert)
@@ -302,7 +312,7 @@ def _check_columns(source, names, needed):
 
 
 def _normalised(batch, config):
-  """One batch with the table's own columns -> one with `_SCHEMA`."""
+  """Turns a batch with the table's own columns into one with `_SCHEMA`."""
   columns = dict(zip(batch.schema.names, batch.columns))
   n = batch.num_rows
   problem = np.zeros(n, np.int8)
@@ -354,7 +364,7 @@ def _is_blank(strings):
 
 
 def _numbers(column, n):
-  """A column of numbers or of their text -> float64 [n], NaN where there is none."""
+  """A column of numbers, or of text that holds numbers: float64 [n], NaN where a cell has no number."""
   if column is None or pa.types.is_null(column.type):
     return np.full(n, np.nan)
   if not (pa.types.is_binary(column.type) or pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
@@ -362,7 +372,7 @@ def _numbers(column, n):
   try:
     text = column.cast(pa.string())
     return pc.if_else(_is_blank(text), None, text).cast(pa.float64()).to_numpy(zero_copy_only=False)
-  except pa.ArrowInvalid:  # some cell is no number: one by one
+  except pa.ArrowInvalid:  # some cell is no number: read them one by one
     return np.array([_number(v) for v in column.to_pylist()])
 
 
@@ -374,7 +384,7 @@ def _number(value):
 
 
 def _strings(column, n):
-  """Text column, null where empty or not UTF-8."""
+  """A text column. Cells that are empty or not UTF-8 become null."""
   if column is None or pa.types.is_null(column.type):
     return pa.nulls(n, pa.string())
   try:
@@ -392,10 +402,10 @@ def _decoded(value):
     return None
 
 
-def range_of(row, info):
-  """(first frame, frames) of what a row's `start` and `end` take of a file of which `video.probe` says `info`.
+def range_of(row: dict, info: video.VideoInfo) -> tuple[int, int]:
+  """(first frame, number of frames) of a row's clip, from its `start` and `end` in a file that `video.probe` describes.
 
-  Raises `BadVideo` if they, or `crop`, don't fit the file.
+  Raises `BadVideo` if `start`, `end` or `crop` do not fit the file.
   """
   start, end = (_numbers(pa.array([row.get(k)]), 1) for k in ("start", "end"))
   frames, height, width = (np.array([x], np.float64) for x in (info.num_frames, info.height, info.width))
@@ -408,10 +418,10 @@ def range_of(row, info):
 
 
 def _frame_range(start, end, frames):
-  """-> (first frame, frames of the clip, bool: range and num_frames contradict each other)."""
+  """(first frame, number of frames, bool: the range does not fit num_frames), arrays."""
   with np.errstate(invalid="ignore"):
     begin = np.where(np.isnan(start), 0, start)
-    # num_frames may count the file or, where there is a range, the range.
+    # If a row has a range, num_frames counts the file or the range.
     counts_range = ~np.isnan(end) & (frames == end - begin)
     stop = np.where(np.isnan(end), frames, end)
     outside = (begin < 0) | (begin != np.floor(begin)) | (stop <= begin) | (stop != np.floor(stop))
@@ -420,7 +430,7 @@ def _frame_range(start, end, frames):
 
 
 def _crops(column, height, width):
-  """-> (list<int32> or null, height and width after the crop, bool: crop is unusable)."""
+  """(list<int32> or null, height and width after the crop, bool: the crop is unusable)."""
   n = len(height)
   wrong, crops = np.zeros(n, bool), [None] * n
   if column is None or pa.types.is_null(column.type):
@@ -444,7 +454,7 @@ def _crops(column, height, width):
 
 
 def _captions(columns, n):
-  """-> (list<string>: captions that are there, bool: not UTF-8, number of captions, length of the longest)."""
+  """(list<string>: captions that are not empty, bool: not UTF-8, number of captions, length of the longest)."""
   names = sorted((k for k in columns if re.fullmatch(r"text(_\d+)?", k)), key=lambda k: int(k[5:] or 1))
   zeros = np.zeros(n, np.int64)
   if not names:
@@ -469,8 +479,8 @@ def _captions(columns, n):
   return pa.array(rows, pa.list_(pa.string())), not_utf8, counts, longest
 
 
-def text_embedding(path):
-  """The embedding `y` [L, C] of a safetensors file; `BadVideo` (the row can't be used) if there is none."""
+def text_embedding(path: str) -> np.ndarray:
+  """The embedding `y` [L, C] in a safetensors file. Raises `BadVideo` (the row is unusable) if the file has none."""
   from safetensors import SafetensorError
   from safetensors.numpy import load
 

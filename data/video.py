@@ -1,9 +1,8 @@
-"""Frames of video and image files: how many there are, and exactly those that are asked for, resized and cropped.
+"""Reads frames of video and image files by number, resized and cropped.
 
-Frames are counted in the order of presentation, whatever the file's time stamps are (variable frame rates, edit lists,
-B-frames). All sizes are those of the picture as it is displayed: a rotation flag of the file or the Exif orientation of a
-photo is applied; pixels that are not square are taken as square, as in the original. Files that cannot be used raise
-`BadVideo` with one clear reason; passing I/O errors are retried.
+Frames are numbered in the order of presentation, for any time stamps (variable frame rates, edit lists, B-frames). All sizes
+are those of the displayed frame: the reader applies a rotation flag or the Exif orientation. It treats all pixels as square, as
+the original does. Unusable files raise `BadVideo` with one reason. Transient I/O errors are retried.
 """
 
 import dataclasses
@@ -12,6 +11,8 @@ import functools
 import io
 import threading
 import time
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import av
 import numpy as np
@@ -20,42 +21,50 @@ from PIL import Image, ImageOps
 from data import paths, shapes
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-IMAGE_FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")  # of Pillow, whatever the name says: others start programs
+IMAGE_FORMATS = (
+  "JPEG",
+  "PNG",
+  "PPM",
+  "BMP",
+  "TIFF",
+  "WEBP",
+)  # that Pillow may read, by content; some of its other formats start programs
 VIDEO_EXTENSIONS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".ogv", ".ts", ".gif")
-IMAGE_FPS = 120.0  # what the models are told about images
-DEFAULT_FPS = 24.0  # files that don't know theirs
+IMAGE_FPS = 120.0  # the frame rate that models are told for images
+DEFAULT_FPS = 24.0  # of files without a frame rate
 RESIZE_MODES = ("area", "original")
 
-_SEEK_GAP = 250  # wanted frames further apart than this are sought one by one
-_HD_HEIGHT = 720  # pictures of this height and more use the colours of BT.709 if the file names none
+_SEEK_GAP = 250  # the reader seeks wanted frames that are further apart than this
+_HD_HEIGHT = 720  # frames of at least this height use BT.709 colours if the file names none
 PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ECONNRESET, errno.ECONNABORTED, errno.EBUSY,
             errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENOTCONN, errno.ENETDOWN, errno.EPIPE}  # fmt: skip
 RETRY_DELAYS = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds between the attempts
 
-# Without the two flags the conversion of unscaled pictures is about one level too dark.
+# Without the two flags, frames that are converted but not scaled are about one level (of 255) too dark.
 _SCALER = av.video.reformatter.Interpolation.AREA | av.video.reformatter.Interpolation.ACCURATE_RND
 _SCALER |= av.video.reformatter.Interpolation.FULL_CHR_H_INT
 
-# Containers of video. Others that FFmpeg knows are none (pictures, text) or name further files and addresses that it
-# would open (playlists, lists of parts).
+# The containers of video that FFmpeg may open. Its other formats hold no video, or name further files and addresses that it
+# would open (playlists).
 _FORMATS = "mov,matroska,webm,avi,mpeg,mpegvideo,mpegts,m4v,ogg,gif,flv,asf,mxf,dv,h264,hevc,ivf,nut,rm,yuv4mpegpipe"
-_IN_MEMORY = 32 << 20  # bytes of a file in a bucket up to which it is read as a whole, once for its index and its frames
-_BLOCK = 4 << 20  # bytes of a larger one that are asked for at a time
+_IN_MEMORY = 32 << 20  # bytes; a smaller file in a bucket is downloaded as a whole, once
+_BLOCK = 4 << 20  # bytes per request for a larger file
 
 _local = threading.local()
+T = TypeVar("T")
 
 
 class BadVideo(Exception):  # noqa: N818 - it names the file's fault, not the program's
-  """A file that cannot be used, with one reason: missing, empty, no video, cut short..."""
+  """A file is unusable, with one reason: missing, empty, no video, cut short..."""
 
 
 class Away(BadVideo):
-  """A file that is not there, or may not be read; it may be on a disk that comes back."""
+  """A file does not exist or may not be read. Its disk may return."""
 
 
 @dataclasses.dataclass(frozen=True)
 class VideoInfo:
-  """What `probe` finds: frames, height and width as displayed, frames per second (IMAGE_FPS for images)."""
+  """The result of `probe`: frames, displayed height and width, frames per second (IMAGE_FPS for images)."""
 
   num_frames: int
   height: int
@@ -67,39 +76,40 @@ class VideoInfo:
 class _Index:
   num_frames: int
   fps: float
-  times: np.ndarray | None  # sorted time stamps of all frames; None: they have none, frames must be counted
-  cut_short: str  # "" or why the file must be thought incomplete
+  times: np.ndarray | None  # sorted time stamps of all frames; None: there are none, and the reader counts frames
+  cut_short: str  # "", or why the file is incomplete
 
 
-def is_image(path):
+def is_image(path: str) -> bool:
   return str(path).lower().endswith(IMAGE_EXTENSIONS)
 
 
-def is_address(path):
-  """Whether a path is one that FFmpeg itself opens, like http://..."""
+def is_address(path: str) -> bool:
+  """Whether FFmpeg itself opens a path, such as http://..."""
   return "://" in path and not paths.is_remote(path) and not is_drawn(path)
 
 
-def is_drawn(path):
-  """Whether a path names a video that is drawn when it is read (`data.shapes`)."""
+def is_drawn(path: str) -> bool:
+  """Whether a path names a video of `data.shapes`, which is drawn when it is read."""
   return str(path).startswith(shapes.SCHEME)
 
 
-def retry(function, *args, **kwargs):
-  """`function(...)`, again after a passing I/O error (network file systems); raises OSError when it lasts."""
-  for delay in (*RETRY_DELAYS, None):
+def retry(function: Callable[..., T], *args, **kwargs) -> T:
+  """Calls `function`, and retries after transient I/O errors (network file systems). Raises OSError if they persist."""
+  for delay in RETRY_DELAYS:
     try:
       return function(*args, **kwargs)
     except OSError as e:
-      if e.errno not in PASSING or delay is None:
+      if e.errno not in PASSING:
         raise
     time.sleep(delay)
+  return function(*args, **kwargs)
 
 
-def probe(path, decode=False):
-  """Reads size, frame count and rate of a file; BadVideo if it is none that can be trained on.
+def probe(path: str, decode: bool = False) -> VideoInfo:
+  """Size, number of frames and frame rate of a file. Raises BadVideo if it is unusable for training.
 
-  The packets of a video are counted and its first frame is decoded; `decode=True` decodes all frames.
+  It counts the packets of a video and decodes its first frame. `decode=True` decodes all frames.
   """
   path = str(path)
   if is_drawn(path):
@@ -113,43 +123,49 @@ def probe(path, decode=False):
     raise BadVideo(index.cut_short)
   height, width = read_frames(path, [0]).shape[1:3]
   if decode:
-    read_frames(path, size=(16, 16))  # small, so that a whole film fits into memory
+    read_frames(path, size=(16, 16))  # small, so that a whole film fits in memory
   return VideoInfo(index.num_frames, height, width, index.fps)
 
 
-def clip_indices(total, num_frames, frame_interval, rng):
+def clip_indices(total: int, num_frames: int, frame_interval: int, rng: np.random.Generator) -> np.ndarray:
   """Frames of a random clip of `num_frames` frames out of `total`, as Open-Sora takes them (`TemporalRandomCrop`).
 
-  A window of num_frames * frame_interval frames starts uniformly in [0, max(0, total - window - 1)]; its frames are
-  linspace over the window, cut to whole numbers (short files are stretched). With interval 1 and a file that is long
-  enough they follow each other.
+  A window of num_frames * frame_interval frames starts uniformly in [0, max(0, total - window - 1)]. The frames are linspace
+  over the window, rounded down. So a short file repeats frames, and interval 1 in a long file gives consecutive frames.
   """
   window = num_frames * frame_interval
   start = int(rng.integers(0, max(0, total - window - 1) + 1))
   return np.linspace(start, min(start + window, total) - 1, num_frames).astype(np.int64)
 
 
-def read_clip(path, start, num_frames, frame_interval=1, **how):
-  """`num_frames` frames from `start` on, every `frame_interval`-th: uint8 [T, H, W, 3]. `how`: see `read_frames`."""
+def read_clip(path: str, start: int, num_frames: int, frame_interval: int = 1, **how) -> np.ndarray:
+  """Every `frame_interval`-th frame from `start` on, uint8 [num_frames, H, W, 3]. `how`: see `read_frames`."""
   return read_frames(path, start + frame_interval * np.arange(num_frames), **how)
 
 
-def read_frames(path, indices=None, *, size=None, resize="area", crop=None):
-  """The frames with these numbers (all if None), resized to cover `size` and cropped at the centre.
+def read_frames(
+  path: str,
+  indices: Sequence[int] | np.ndarray | None = None,
+  *,
+  size: tuple[int, int] | None = None,
+  resize: str = "area",
+  crop: tuple[int, int, int, int] | None = None,
+) -> np.ndarray:
+  """Frames by number, resized to cover `size` and cropped at the centre.
 
   Args:
     path: video or image file.
-    indices: ascending frame numbers (equal ones allowed). Images have frame 0 only.
+    indices: ascending frame numbers, which may repeat; None = all frames. Images have frame 0 only.
     size: (height, width) of the result, None = as in the file.
-    resize: "area" (averages over pixels, for speed and without aliasing) or "original" (Open-Sora's: bilinear without
-      antialiasing for videos, bicubic for images).
-    crop: (x, y, width, height) of the displayed picture that is used, None = all.
+    resize: "area" averages over pixels (fast, no aliasing). "original" is that of Open-Sora: bilinear without antialiasing
+      for videos, bicubic for images.
+    crop: (x, y, width, height), the part of the displayed frame to use; None = all.
 
   Returns:
     uint8 [T, height, width, 3].
 
   Raises:
-    BadVideo: the file cannot be used. OSError: passing I/O errors that lasted.
+    BadVideo: the file is unusable. OSError: I/O errors persist.
   """
   if resize not in RESIZE_MODES:
     raise ValueError(f"resize {resize!r} is none of {', '.join(RESIZE_MODES)}")
@@ -174,7 +190,7 @@ def read_frames(path, indices=None, *, size=None, resize="area", crop=None):
 
 
 def _translated(function, path, *args):
-  """Calls function(path, ...); errors of the file become BadVideo, passing I/O errors OSError."""
+  """Calls function(path, ...). Raises BadVideo for an unusable file, OSError for transient I/O errors."""
   try:
     with paths.errors(path):
       return function(path, *args)
@@ -185,19 +201,19 @@ def _translated(function, path, *args):
   except IsADirectoryError:
     raise BadVideo("is a folder") from None
   except av.error.FFmpegError as e:
-    if e.errno in PASSING:  # FFmpeg says EIO for damaged files too: only a plain read that fails is an I/O error
+    if e.errno in PASSING:  # FFmpeg reports EIO for damaged files, too; a plain read tells them from I/O errors
       read_through(path)
     raise BadVideo(f"not a video, or damaged or cut short ({e.strerror})") from None
   except (Image.DecompressionBombError, Image.UnidentifiedImageError, SyntaxError, ValueError) as e:
     raise BadVideo(f"cannot be read ({(str(e) or type(e).__name__).splitlines()[0]})") from None
   except OSError as e:
-    if e.errno is None:  # Pillow's way to say that a file is damaged
+    if e.errno is None:  # Pillow reports damaged files this way
       raise BadVideo(f"damaged or cut short ({e})") from None
     raise
 
 
-def read_through(path):
-  """Raises OSError where a plain read of the file fails."""
+def read_through(path: str) -> None:
+  """Raises OSError if a plain read of the file fails."""
   if not is_address(path):
     with paths.open_file(path) as f:
       while f.read(1 << 24):
@@ -205,7 +221,7 @@ def read_through(path):
 
 
 def _check_file(path):
-  """(size, version) of a file; raises if it is missing or empty."""
+  """(size, version) of a file. Raises BadVideo or OSError if it is empty or missing."""
   if is_address(path):
     return 0, 0
   size, version = _bucket_stat(path) if paths.is_remote(path) else paths.stat(path)
@@ -215,7 +231,7 @@ def _check_file(path):
 
 
 def _readable(path):
-  """What PyAV and Pillow can open: the path, or a file object of what lies in a bucket."""
+  """What PyAV and Pillow open: a path, or a file object for a file in a bucket."""
   size, _ = _check_file(path)
   if not paths.is_remote(path):
     return path
@@ -224,17 +240,17 @@ def _readable(path):
   return io.BufferedReader(paths.open_file(path), _BLOCK)
 
 
-# A row looks at its file three times; every request to a bucket takes its time and its price.
+# Reading a row looks at its file three times, and every request to a bucket costs time and money.
 _bucket_stat = functools.lru_cache(4)(paths.stat)
 _bucket_content = functools.lru_cache(4)(paths.read_bytes)
 
 
 def open_stream(path):
-  """-> (container, its video stream), decoded by one thread. Raises `BadVideo`, OSError and FFmpegError (damaged files)."""
+  """(container, its video stream), decoded by one thread. Raises `BadVideo`, OSError, or FFmpegError for damaged files."""
   container = av.open(_readable(path), metadata_errors="replace", options={"format_whitelist": _FORMATS})
   for stream in container.streams.video:
     if not stream.disposition & av.stream.Disposition.attached_pic:
-      # Worker processes are the parallelism: threads of one decoder would only fill the read-ahead that a clip drops.
+      # The loader has parallel worker processes. More threads in a decoder would only decode frames that the clip drops.
       stream.codec_context.thread_count = 1
       return container, stream
   audio = bool(container.streams.audio)
@@ -252,7 +268,7 @@ def _cached_index(path, _size, _changed):
 
 
 def _build_index(path):
-  """Time stamps of all frames from the packets, without decoding."""
+  """Time stamps of all frames, from the packets, without decoding."""
   container, stream = open_stream(path)
   with container:
     times, packets = [], 0
@@ -280,12 +296,12 @@ def _decoded_times(path):
 
 
 def _read_run(path, times, wanted, fit):
-  """One seek, then forward: the fitted frames `wanted` (ascending) as an array [T, H, W, 3]."""
+  """The fitted frames `wanted` (ascending) [T, H, W, 3]: seeks once, then decodes forward."""
   if not len(wanted):
     return np.zeros((0, 1, 1, 3), np.uint8)
   first, last = int(wanted[0]), int(wanted[-1])
   found = {}
-  # Where a seek leaves out frames (a key frame that isn't clean, a wrong index), an earlier start finds them.
+  # A seek may miss frames (an open group of pictures, a wrong index). An earlier start finds them.
   for back in (0, _SEEK_GAP, None):
     begin = 0 if back is None or times is None else max(0, first - back)
     found = _decode_range(path, times, begin, set(wanted.tolist()), last, fit)
@@ -305,8 +321,8 @@ def _decode_range(path, times, begin, wanted, last, fit):
     if begin:
       container.seek(int(times[begin]), stream=stream)
     stop = None if times is None else times[last]
-    # On the way to the first wanted frame, frames that no other one refers to need no decoding. (Codecs with hidden or
-    # layered frames can't tell them by the packet.)
+    # Before the first wanted frame the decoder skips frames that no other frame refers to. Codecs with hidden or layered
+    # frames cannot tell these by the packet.
     skips = times is not None and stream.codec_context.name in ("h264", "mpeg4", "mpeg2video")
     count = 0
     try:
@@ -321,25 +337,25 @@ def _decode_range(path, times, begin, wanted, last, fit):
           if number >= last or (stop is not None and frame.pts is not None and frame.pts > stop):
             return found
     except av.error.InvalidDataError:
-      pass  # what is missing then is reported by the caller, with the frame's number
+      pass  # the caller reports the missing frame by number
   return found
 
 
 def _number(times, pts):
-  """Frame number of a time stamp, -1 if no frame has it."""
+  """Number of the frame with a time stamp, -1 if no frame has it."""
   number = -1 if pts is None else int(np.searchsorted(times, pts))
   return number if 0 <= number < len(times) and times[number] == pts else -1
 
 
 def _read_image(path):
-  """uint8 [H, W, 3] of an image file, as displayed; transparency is dropped, as in the original."""
+  """uint8 [H, W, 3] of an image file, as displayed, without transparency (as in the original)."""
 
   def read(path):
     with Image.open(_readable(path), formats=IMAGE_FORMATS) as image:
       if getattr(image, "is_animated", False) and image.format == "WEBP":
         raise BadVideo(f"an animation of {image.n_frames} frames; webp is read as a still only: make an mp4 or a gif of it")
       image = ImageOps.exif_transpose(image)
-      if image.mode.startswith("I"):  # 16 bits per pixel: Pillow's own conversion saturates
+      if image.mode.startswith("I"):  # 16 bits per pixel, which Pillow's conversion saturates
         return np.repeat((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)[..., None], 3, -1)
       return np.asarray(image.convert("RGB"))
 
@@ -355,14 +371,14 @@ def _cut(picture, crop):
   return picture[y : y + h, x : x + w]
 
 
-def cover_size(height, width, target):
-  """Smallest (height, width) of about the same shape that covers target = (height, width), rounded as in the original."""
+def cover_size(height: int, width: int, target: tuple[int, int]) -> tuple[int, int]:
+  """The smallest (height, width) of about the same aspect ratio that covers `target`, rounded as in the original."""
   rh, rw = target[0] / height, target[1] / width
   return (target[0], round(width * rh)) if rh > rw else (round(height * rw), target[1])
 
 
 def _reformat(frame, height, width, **colors):
-  """Scales and converts a frame with this thread's one scaler (a new one per frame costs a third of the speed)."""
+  """Scales and converts a frame. Each thread has one scaler, since a new one per frame costs a third of the speed."""
   if not hasattr(_local, "reformatter"):
     _local.reformatter = av.video.reformatter.VideoReformatter()
   args = {"interpolation": _SCALER, "threads": 1, **colors}
@@ -370,7 +386,7 @@ def _reformat(frame, height, width, **colors):
 
 
 def _fit_frame(frame, size, resize, crop):
-  """One decoded frame -> uint8 [H, W, 3], rotated, cut to `crop`, resized and cropped to `size`."""
+  """Turns a decoded frame into uint8 [H, W, 3]: rotates it, cuts `crop`, resizes it to cover `size`, crops the centre."""
   turns = frame.rotation // 90 % 4  # counter-clockwise
   if resize == "original" or size is None or crop is not None:
     picture = np.rot90(_to_rgb(frame) if resize == "area" else frame.to_ndarray(format="rgb24"), turns)
@@ -378,18 +394,18 @@ def _fit_frame(frame, size, resize, crop):
     if size is None:
       return np.ascontiguousarray(picture)
     return resize_crop_bilinear(picture, size) if resize == "original" else _area(picture, size)
-  # The usual case: one call of the scaler, from the decoder's format, before the small picture is turned.
+  # The usual case: one call scales and converts the decoder's frame. Then the small frame is rotated.
   target = tuple(size)[::-1] if turns % 2 else tuple(size)
   covered = cover_size(frame.height, frame.width, target)
   return np.ascontiguousarray(np.rot90(_centre(_to_rgb(frame, covered), target), turns))
 
 
 def _to_rgb(frame, size=None):
-  """A frame as uint8 [H, W, 3], averaged to `size`, with the colours that the file names."""
+  """A frame as uint8 [H, W, 3], averaged to `size`, in the colour space that the file names."""
   h, w = size or (frame.height, frame.width)
   colors = frame.colorspace
   source = None
-  if frame.format.name.startswith("yuv") and colors not in (1, 4, 5, 6, 7, 9, 10):  # none named: as players decide
+  if frame.format.name.startswith("yuv") and colors not in (1, 4, 5, 6, 7, 9, 10):  # the file names none: the choice of players
     source = "ITU709" if frame.height >= _HD_HEIGHT else "ITU601"
   return _reformat(frame, h, w, src_colorspace=source)
 
@@ -418,8 +434,8 @@ def _fit_image(picture, size, resize):
   return np.ascontiguousarray(picture[y : y + size[0], x : x + size[1]])
 
 
-def resize_crop_bilinear(picture, size):
-  """Open-Sora's resize-crop of one video frame: bilinear, align_corners False, no antialiasing; uint8 in and out."""
+def resize_crop_bilinear(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+  """Open-Sora's resize and crop of a video frame: bilinear, align_corners=False, no antialiasing. uint8 in and out."""
   covered = cover_size(*picture.shape[:2], size)
   weights = []
   for axis in range(2):
@@ -435,7 +451,7 @@ def resize_crop_bilinear(picture, size):
   return np.rint(top * (1 - wy) + bottom * wy).astype(np.uint8)
 
 
-def frame_rate(path):
+def frame_rate(path: str) -> float:
   """Frames per second of a file (IMAGE_FPS for images)."""
   if is_drawn(path):
     return float(shapes.FPS)

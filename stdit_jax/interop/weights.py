@@ -230,21 +230,27 @@ def _load_leaf(source: Source, leaf: Any, entries: list[Entry], sharding: jax.sh
     pieces = {region: np.empty([stop - start for start, stop in region], dtype) for region in regions}
   else:
     pieces = {region: np.array(leaf)[_slices(region)] for region in regions}
-  for entry in (entry for entry, present in zip(entries, readable) if present):
-    touched = [r for r in regions if entry.layer is None or r[0][0] <= entry.layer < r[0][1]]
-    if not touched:
-      continue
-    array = source.read(entry)
-    if entry.axes == "rows":  # repeats the last row, or cuts
-      array = array[np.minimum(np.arange(entry.shape[0]), len(array) - 1)]
-    array = mapping.to_ours(entry, array)
-    for region in touched:
-      stacked = entry.layer is not None
-      place = pieces[region][entry.layer - region[0][0]] if stacked else pieces[region]
-      part = array[_slices(region[1:] if stacked else region)]
-      mapping.transpose_into(place, cast(entry.path, part, dtype) if dtype == np.float16 else part)
+  for entry, present in zip(entries, readable):
+    if present:
+      _read_into(pieces, source, entry)
   array = jax.make_array_from_callback(shape, sharding, lambda index: pieces[_bounds(index, shape)])
   return array.block_until_ready()  # otherwise host copies of several parameters would wait for their transfer at once
+
+
+def _read_into(pieces: dict[tuple, np.ndarray], source: Source, entry: Entry) -> None:
+  """Copies the tensor of an entry into the pieces {bounds: array} of its parameter; reads nothing if no piece needs it."""
+  stacked = entry.layer is not None
+  touched = [bounds for bounds in pieces if not stacked or bounds[0][0] <= entry.layer < bounds[0][1]]
+  if not touched:
+    return
+  array = source.read(entry)
+  if entry.axes == "rows":  # repeats the last row, or cuts
+    array = array[np.minimum(np.arange(entry.shape[0]), len(array) - 1)]
+  array = mapping.to_ours(entry, array)
+  for bounds in touched:
+    place = pieces[bounds][entry.layer - bounds[0][0]] if stacked else pieces[bounds]
+    part = array[_slices(bounds[1:] if stacked else bounds)]
+    mapping.transpose_into(place, cast(entry.path, part, place.dtype) if place.dtype == np.float16 else part)
 
 
 def _bounds(index, shape) -> tuple[tuple[int, int], ...]:

@@ -9,7 +9,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array, Bool, Float, Num
 
+from stdit_jax.models.types import Features, TokenValid
 from stdit_jax.parallel.attention import attend
 from stdit_jax.parallel.shardings import Layout, constrain
 
@@ -53,7 +56,7 @@ class Linear(nn.Module):
   inputs: tuple[int, ...] | None = None
   kernel_init: nn.initializers.Initializer | None = None
   bias_init: nn.initializers.Initializer = nn.initializers.zeros
-  dtype: jnp.dtype = jnp.float32
+  dtype: DTypeLike = jnp.float32
   layout: Layout | None = None
   axes: tuple[str | None, ...] = ("batch",)
   tensor: int | None = None
@@ -94,7 +97,7 @@ class Mlp(nn.Module):
   activation: str = "gelu"
   fc1_init: nn.initializers.Initializer | None = None
   fc2_init: nn.initializers.Initializer | None = None
-  dtype: jnp.dtype = jnp.float32
+  dtype: DTypeLike = jnp.float32
   layout: Layout | None = None
   axes: tuple[str | None, ...] = ("batch",)
   tensor: bool = False  # split the hidden side over `tensor`
@@ -108,7 +111,7 @@ class Mlp(nn.Module):
     return linear((self.features,), kernel_init=self.fc2_init, tensor=out, name="fc2")(x)
 
 
-def layer_norm(x, eps=1e-6):
+def layer_norm(x: Float[Array, "*lead D"], eps: float = 1e-6) -> Float[Array, "*lead D"]:
   """LayerNorm over the last axis without scale and bias, computed in float32; keeps the dtype of `x`."""
   y = x.astype(jnp.float32)
   y = y - y.mean(-1, keepdims=True)
@@ -116,7 +119,7 @@ def layer_norm(x, eps=1e-6):
   return y.astype(x.dtype)
 
 
-def modulate(x, shift, scale):
+def modulate(x: Float[Array, "*lead D"], shift: Array, scale: Array) -> Float[Array, "*lead D"]:
   """adaLN: `x * (1 + scale) + shift` (DiT, section 3.2)."""
   return x * (1 + scale) + shift
 
@@ -138,7 +141,7 @@ class RMSNorm(nn.Module):
 # a last-digit error in a frequency, times a timestep of 1000, is an error of 1e-5 in the embedding.
 
 
-def sinusoid(values, dim=256):
+def sinusoid(values: Num[ArrayLike, "*lead"], dim: int = 256) -> Float[Array, "*lead dim"]:
   """`[...] -> [..., dim]` float32: [cos, sin] of `values` times `dim / 2` frequencies 10000^(-2k / dim) (DiT)."""
   half = dim // 2
   exponents = np.float32(-math.log(MAX_PERIOD)) * np.arange(half, dtype=np.float32) / np.float32(half)
@@ -153,18 +156,20 @@ def even_frequencies(dim):
   return np.float32(1) / (MAX_PERIOD ** exponents.astype(np.float64)).astype(np.float32)
 
 
-def interleaved_sin_cos(positions, dim):
+def interleaved_sin_cos(positions: Num[ArrayLike, "*lead"], dim: int) -> Float[Array, "*lead dim"]:
   """`[...] -> [..., dim]` float32: [sin, cos] with `dim / 2` frequencies 10000^(-2k / dim) (Open-Sora)."""
   angles = positions.astype(jnp.float32)[..., None] * even_frequencies(dim)
   return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
-def rope_frequencies(head_dim):
+def rope_frequencies(head_dim: int) -> Float[Array, " half"]:
   """`[head_dim / 2]` frequencies 10000^(-2j / head_dim) (RoFormer, section 3.2.2; `rope.freqs` of Open-Sora 1.1 and 1.2)."""
   return jnp.asarray(even_frequencies(head_dim))
 
 
-def apply_rope(x, frequencies):
+def apply_rope(
+  x: Float[Array, "*lead time heads head_dim"], frequencies: Float[ArrayLike, " half"]
+) -> Float[Array, "*lead time heads head_dim"]:
   """Rotates adjacent pairs of channels of `x [..., time, heads, head_dim]` by time * frequency, in float32.
 
   The interleaved layout of rotary_embedding_torch 0.5: pair j is channels (2j, 2j + 1).
@@ -193,11 +198,11 @@ class SelfAttention(nn.Module):
   rope_first: bool = False
   out_init: nn.initializers.Initializer | None = None
   implementation: str = "auto"
-  dtype: jnp.dtype = jnp.float32
+  dtype: DTypeLike = jnp.float32
   layout: Layout | None = None
 
   @nn.compact
-  def __call__(self, x, token_valid=None, rope=None):
+  def __call__(self, x: Features, token_valid: TokenValid | None = None, rope: Float[Array, " half"] | None = None) -> Features:
     """x `[B, T, S, D]`, token_valid `[B, T, S]` bool or None, rope: frequencies `[head_dim / 2]` or None -> `[B, T, S, D]`."""
     features = x.shape[-1]
     heads = (self.num_heads, features // self.num_heads)
@@ -228,12 +233,12 @@ class CrossAttention(nn.Module):
   num_heads: int
   out_init: nn.initializers.Initializer | None = None
   implementation: str = "auto"
-  dtype: jnp.dtype = jnp.float32
+  dtype: DTypeLike = jnp.float32
   layout: Layout | None = None
   axes: tuple[str | None, ...] = OVER_SPACE
 
   @nn.compact
-  def __call__(self, x, text, text_mask):
+  def __call__(self, x: Features, text: Float[ArrayLike, "B L D"], text_mask: Bool[ArrayLike, "B L"] | None) -> Features:
     """x `[B, T, S, D]`, text `[B, L, D]`, text_mask `[B, L]` bool -> `[B, T, S, D]`."""
     _, t, s, features = x.shape
     heads = (self.num_heads, features // self.num_heads)

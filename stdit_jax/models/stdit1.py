@@ -22,6 +22,8 @@ from stdit_jax.models.layers import (
   modulate,
 )
 from stdit_jax.models.stack import run_blocks
+from stdit_jax.models.step_cache import Reuse
+from stdit_jax.models.types import Cond, Features, FrameMask, PerSample, Sizes, Tokens, Valid
 from stdit_jax.parallel.shardings import Layout, constrain
 
 KINDS = {"blocks": {"space": OVER_SPACE, "time": OVER_TIME, "cross": OVER_TIME}}
@@ -60,7 +62,7 @@ class Block(nn.Module):
   layout: Layout | None = None
 
   @nn.compact
-  def __call__(self, x, c, number, call=step_cache.compute):
+  def __call__(self, x: Features, c: Conditions, number, call=step_cache.compute) -> Features:
     """x `[B, T, S, D]`, Conditions, number of the layer -> `[B, T, S, D]`; `call` calls the attentions."""
     cfg, dtype, layout = self.config, DTYPES[self.config.dtype], self.layout
     attention = functools.partial(SelfAttention, cfg.num_heads, implementation=cfg.attention, dtype=dtype, layout=layout)
@@ -89,7 +91,10 @@ class STDiT1(nn.Module):
   layout: Layout | None = None
 
   @nn.compact
-  def __call__(self, tokens, t, cond, sizes, *, x_mask=None, valid=None, reuse=None):
+  def __call__(
+    self, tokens: Tokens, t: PerSample, cond: Cond, sizes: Sizes, *,
+    x_mask: FrameMask | None = None, valid: Valid | None = None, reuse: Reuse | None = None,
+  ):  # fmt: skip
     cfg, layout, dtype = self.config, self.layout, DTYPES[self.config.dtype]
     if x_mask is not None:
       raise ValueError("STDiT (1.0) has no frame masks: x_mask must be None; STDiT2 and STDiT3 have them")

@@ -25,6 +25,8 @@ from stdit_jax.models.layers import (
   rope_frequencies,
 )
 from stdit_jax.models.stack import run_blocks
+from stdit_jax.models.step_cache import Reuse
+from stdit_jax.models.types import Cond, Features, FrameMask, PerSample, Sizes, Tokens, Valid
 from stdit_jax.parallel.shardings import Layout, constrain
 
 KINDS = {"blocks": {"space": OVER_SPACE, "time": OVER_TIME, "cross": OVER_TIME}}
@@ -70,7 +72,7 @@ class Block(nn.Module):
   layout: Layout | None = None
 
   @nn.compact
-  def __call__(self, x, c, number, call=step_cache.compute):
+  def __call__(self, x: Features, c: Conditions, number, call=step_cache.compute) -> Features:
     """x `[B, T, S, D]`, Conditions, number of the layer -> `[B, T, S, D]`; `call` calls the attentions."""
     cfg, dtype, layout = self.config, DTYPES[self.config.dtype], self.layout
     attention = functools.partial(
@@ -103,7 +105,10 @@ class STDiT2(nn.Module):
   layout: Layout | None = None
 
   @nn.compact
-  def __call__(self, tokens, t, cond, sizes, *, x_mask=None, valid=None, reuse=None):
+  def __call__(
+    self, tokens: Tokens, t: PerSample, cond: Cond, sizes: Sizes, *,
+    x_mask: FrameMask | None = None, valid: Valid | None = None, reuse: Reuse | None = None,
+  ):  # fmt: skip
     cfg, layout, dtype = self.config, self.layout, DTYPES[self.config.dtype]
     frames = tokens.shape[1]
     tokens, token_valid, x_mask = common.pad_frames(layout, tokens, valid, x_mask)  # [B, T, S, P]

@@ -23,6 +23,8 @@ from stdit_jax.models.layers import (
   torch_uniform,
 )
 from stdit_jax.models.stack import run_blocks
+from stdit_jax.models.step_cache import Reuse
+from stdit_jax.models.types import Cond, Features, FrameMask, PerSample, Sizes, Tokens, Valid
 from stdit_jax.parallel.shardings import Layout, constrain
 
 # {name of the parameters: {kind of attention: how its output lies on a mesh}}
@@ -77,7 +79,7 @@ class Block(nn.Module):
   layout: Layout | None = None
 
   @nn.compact
-  def __call__(self, x, c, number, call=step_cache.compute):
+  def __call__(self, x: Features, c: Conditions, number, call=step_cache.compute) -> Features:
     """x `[B, T, S, D]`, Conditions, number of the layer -> `[B, T, S, D]`; `call` calls the attentions."""
     cfg, dtype, layout = self.config, DTYPES[self.config.dtype], self.layout
     axes, rope, out_init = (OVER_SPACE, None, None) if self.axis == "space" else (OVER_TIME, c.rope, common.zeros)
@@ -102,7 +104,10 @@ class STDiT3(nn.Module):
   layout: Layout | None = None
 
   @nn.compact
-  def __call__(self, tokens, t, cond, sizes, *, x_mask=None, valid=None, reuse=None):
+  def __call__(
+    self, tokens: Tokens, t: PerSample, cond: Cond, sizes: Sizes, *,
+    x_mask: FrameMask | None = None, valid: Valid | None = None, reuse: Reuse | None = None,
+  ):  # fmt: skip
     cfg, layout, dtype = self.config, self.layout, DTYPES[self.config.dtype]
     frames = tokens.shape[1]
     tokens, token_valid, x_mask = common.pad_frames(layout, tokens, valid, x_mask)  # [B, T, S, P]

@@ -7,6 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Integer
 
 from stdit_jax.models import flops, step_cache
 from stdit_jax.models.layers import (
@@ -22,8 +24,9 @@ from stdit_jax.models.layers import (
   torch_uniform,
 )
 from stdit_jax.models.stack import REMAT_POLICIES
+from stdit_jax.models.types import Cond, Embedding, Features, FrameMask, PerSample, Sizes, Tokens, Valid
 from stdit_jax.parallel.attention import IMPLEMENTATIONS
-from stdit_jax.parallel.shardings import BLOCK_RULES, constrain
+from stdit_jax.parallel.shardings import BLOCK_RULES, Layout, constrain
 
 COMPAT = (None, "open-sora")
 zeros = nn.initializers.zeros
@@ -110,7 +113,7 @@ class STDiTConfig:
 # ------------------------------------------------------------------------------------------------------------------ embed
 
 
-def pad_frames(layout, tokens, valid, x_mask):
+def pad_frames(layout: Layout | None, tokens: Tokens, valid: Valid | None, x_mask: FrameMask | None) -> tuple:
   """Zeroes padding, and adds frames of padding if the layout splits tokens and the frames do not divide.
 
   Args:
@@ -137,7 +140,7 @@ def pad_frames(layout, tokens, valid, x_mask):
   return constrain(tokens, layout, *OVER_TIME), token_valid, x_mask
 
 
-def embed_patches(config, layout, tokens, kernel_init=None):
+def embed_patches(config, layout: Layout | None, tokens: Tokens, kernel_init=None) -> Features:
   """`[B, T, S, P] -> [B, T, S, D]`; the originals' Conv3d, whose bias has PyTorch's default initialisation."""
   linear = Linear(
     (config.hidden_size,), kernel_init=kernel_init, bias_init=torch_uniform(config.patch_values), dtype=DTYPES[config.dtype],
@@ -146,7 +149,7 @@ def embed_patches(config, layout, tokens, kernel_init=None):
   return linear(tokens)
 
 
-def spatial_positions(grid, num_tokens, scale, base=True):
+def spatial_positions(grid: Integer[ArrayLike, "B 3"], num_tokens: int, scale: PerSample, base: bool = True) -> tuple:
   """Row and column coordinates `[B, S]` of every token in the units of the position embedding, float32.
 
   Open-Sora 1.1 and 1.2, `PositionEmbedding2D`: index / scale * base / side with base = round(sqrt(rows * columns)) (half to
@@ -167,13 +170,13 @@ def spatial_positions(grid, num_tokens, scale, base=True):
   return row * (base_size / rows), column * (base_size / columns)
 
 
-def embed_positions(config, row, column):
+def embed_positions(config, row: Float[Array, "B S"], column: Float[Array, "B S"]) -> Float[Array, "B S D"]:
   """Coordinates `[B, S]` -> `[B, S, D]`: the first half of the channels encodes the column, the second half the row."""
   half = config.hidden_size // 2
   return jnp.concatenate([interleaved_sin_cos(column, half), interleaved_sin_cos(row, half)], axis=-1)
 
 
-def scaled_positions(config, sizes, num_tokens):
+def scaled_positions(config, sizes: Sizes, num_tokens: int) -> Float[Array, "B S D"]:
   """Position embedding `[B, S, D]` of STDiT-2 and 3, scaled by the size of the frames in pixels."""
   height, width = sizes["height"], sizes["width"]
   if config.compat:
@@ -189,14 +192,14 @@ def scalar_embedder(config, layout, name, features=None, fc1_init=None, fc2_init
   return lambda values: mlp(sinusoid(values))
 
 
-def null_caption(module):
+def null_caption(module: nn.Module) -> Float[ArrayLike, "L C"]:
   """The fixed null caption `[L, C]`, which `module` stores and never trains."""
   shape = (module.config.model_max_length, module.config.caption_channels)
   init = lambda: nn.initializers.normal(shape[1] ** -0.5)(module.make_rng("params"), shape)  # noqa: E731
   return module.variable("constants", "null_caption", init).value
 
 
-def embed_caption(config, layout, text, init=None):
+def embed_caption(config, layout: Layout | None, text: Float[ArrayLike, "B L C"], init=None) -> Float[Array, "B L D"]:
   """Text features `[B, L, C] -> [B, L, D]`."""
   mlp = Mlp(
     config.hidden_size, config.hidden_size, fc1_init=init, fc2_init=init, dtype=DTYPES[config.dtype], layout=layout,
@@ -215,12 +218,12 @@ def modulation_vectors(config, layout, name, rows, embeddings, init=None):
   return [None if e is None else linear(nn.silu(e)) for e in embeddings]
 
 
-def modulation_table(module, name, rows, features):
+def modulation_table(module: nn.Module, name: str, rows: int, features: int) -> Float[ArrayLike, "rows D"]:
   """A learned `[rows, features]` table, initialised N(0, 1) / sqrt(features)."""
   return module.param(name, nn.initializers.normal(features**-0.5), (rows, features))
 
 
-def modulation_rows(table, noised, clean=None, x_mask=None):
+def modulation_rows(table: Float[ArrayLike, "rows D"], noised, clean=None, x_mask: FrameMask | None = None) -> list[Array]:
   """Shift, scale and gate rows of one block, a list of `[B, T or 1, 1, D]`.
 
   As the originals' `t_mask_select`: frames to generate take the modulation of their timestep, clean frames that of timestep 0.
@@ -250,11 +253,11 @@ class FinalLayer(nn.Module):
   """Norm, modulation from a 2-row table plus the timestep embedding, linear to `patch positions * out channels`."""
 
   config: STDiTConfig
-  layout: object = None
+  layout: Layout | None = None
   kernel_init: nn.initializers.Initializer | None = None
 
   @nn.compact
-  def __call__(self, x, noised, clean, x_mask):
+  def __call__(self, x: Features, noised: Embedding, clean: Embedding | None, x_mask: FrameMask | None):
     """x `[B, T, S, D]`, noised and clean embeddings `[B, D]` (clean: None without x_mask) -> `[B, T, S, P_out]`."""
     cfg = self.config
     table = modulation_table(self, "modulation", 2, cfg.hidden_size).astype(x.dtype)
@@ -293,7 +296,7 @@ def cache_specs(module, kinds, cache, batch, frames, space):
   return step_cache.cache_specs(cache, shape, DTYPES[config.dtype], kinds, config.depth, OVER_TIME)
 
 
-def cond(config, rows):
+def cond(config, rows: int) -> dict:
   """`Family.cond`: text features and which of them are valid."""
   length = rows, config.model_max_length
   return {
@@ -302,14 +305,14 @@ def cond(config, rows):
   }
 
 
-def null(config, constants, cond):
+def null(config, constants: dict, cond: Cond) -> dict:
   """`Family.null`: the null caption, cut to the length of the text; its mask is that of the caption, as in the originals."""
   text = cond["text"]
   null_text = constants["null_caption"][: text.shape[1]].astype(text.dtype)
   return {**cond, "text": jnp.broadcast_to(null_text, text.shape)}
 
 
-def forward_flops(config, frames, space, blocks):
+def forward_flops(config, frames: int, space: int, blocks: list[tuple[int, ...]]) -> float:
   """FLOPs of a forward pass over one sample of `frames * space` tokens.
 
   Args:

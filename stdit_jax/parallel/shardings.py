@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +85,7 @@ class ArraySpec:
   """An array that is not there yet: shape, dtype, and the names (of `Layout.axes`) of its leading dimensions."""
 
   shape: tuple[int, ...]
-  dtype: jnp.dtype = jnp.float32
+  dtype: DTypeLike = jnp.float32
   axes: tuple[str | None, ...] = ("batch",)
 
   @property

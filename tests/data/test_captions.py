@@ -73,7 +73,7 @@ def test_bytes_as_tokens():
     assert mask.sum() == 1
 
 
-def test_what_is_not_utf8_becomes_the_replacement_sign():
+def test_invalid_utf8_becomes_replacement_characters():
   tokenize = captions.Tokenize("byt5", 8)
   expected = tokenize("a\ufffdb")[0].tolist()
   assert tokenize(b"a\xffb")[0].tolist() == expected

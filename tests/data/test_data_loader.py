@@ -1,4 +1,4 @@
-"""The loader: the same sequence on any number of processes and workers, from any step; bad rows have weight 0."""
+"""The loader yields the same sequence on any number of processes and workers, from any step. Bad rows have weight 0."""
 
 import dataclasses
 import logging
@@ -29,8 +29,8 @@ def condition(caption, label):
   return {"text_ids": ids, "text_mask": ids > 0, "label": np.int32(-1 if label is None else label)}
 
 
-def test_what_is_skipped_is_said_where_the_root_logger_is_silent(monkeypatch):
-  """As `train` sets it, so that orbax reports nothing."""
+def test_skipped_rows_are_logged_although_the_root_logger_is_silent(monkeypatch):
+  """`train` silences the root logger because of orbax."""
   monkeypatch.setattr(logging.getLogger(), "level", logging.ERROR)
   assert loader.log.isEnabledFor(logging.WARNING)
 
@@ -110,8 +110,8 @@ def test_resume_from_any_step(folder, sequence):
       assert_same(a, b)
 
 
-def test_two_processes_make_one(folder, sequence):
-  """Two shards joined are the batches of one; a run may go on with another number of them."""
+def test_shards_of_two_processes_make_the_same_batches(folder, sequence):
+  """Two shards together are the batches of one. A run may resume with another number of shards."""
   halves = [load(folder, 6, shard=(i, 2), start=5, condition=condition) for i in range(2)]
   for whole, *parts in zip(sequence[5:], *halves):
     assert [len(p.samples) for p in parts] == [whole.batch_size // 2] * 2
@@ -127,7 +127,7 @@ def test_worker_processes_change_nothing(folder, sequence):
     assert steps.state == 12
 
 
-def test_it_ends_after_epochs(folder):
+def test_the_loader_ends_after_epochs(folder):
   steps = load(folder, 100, epochs=2)
   sequence = plan.PlanSequence(
     sources.open_table(config_of(folder), str(folder / "cache")), config_of(folder), str(folder / "cache")
@@ -136,7 +136,7 @@ def test_it_ends_after_epochs(folder):
   assert load(folder, 100, epochs=2, start=len(steps)) == []
 
 
-def test_bad_rows_weigh_nothing(folder):
+def test_bad_rows_have_weight_0(folder):
   config = config_of(folder, "bad.csv", max_bad_rows=2)
   with loader.make_loader(config, str(folder / "cache"), epochs=2) as steps:
     samples = [s for step in steps for s in step.samples]
@@ -157,7 +157,7 @@ def test_bad_rows_weigh_nothing(folder):
     load(folder, 12, strict)
 
 
-def test_an_error_that_lasts_is_fatal(folder, monkeypatch):
+def test_persistent_io_errors_are_fatal(folder, monkeypatch):
   def broken(*_, **__):
     raise OSError(5, "Input/output error")
 
@@ -230,7 +230,7 @@ def test_data_imports_no_jax():
   assert subprocess.run([sys.executable, "-c", code], cwd=pathlib.Path(__file__).parents[2], check=False).returncode == 0
 
 
-def test_mistakes(folder, tmp_path):
+def test_errors_name_the_cause(folder, tmp_path):
   with pytest.raises(ValueError, match="batch size 4 of bucket 144p x 9 cannot be split into 3"):
     load(folder, 1, config_of(folder, buckets=BUCKETS[1:2]), shard=(0, 3))
   with pytest.raises(ValueError, match=r"data folder .* cannot be used: .*(Not a directory|File exists)"):
@@ -240,19 +240,20 @@ def test_mistakes(folder, tmp_path):
     load(tmp_path, 1, config_of(tmp_path, buckets=(("144p", 9, 1.0, 1),)))
 
 
-def test_windows_come_round(folder):
+def test_windows_repeat_after_windows_per_row_epochs(folder):
   def clips(epochs, **settings):
     """{(row, bucket): [pixels of every epoch]}"""
-    steps = loader.make_loader(config_of(folder, drop_last=False, **settings), str(folder / "cache"), epochs=epochs)
+    config = config_of(folder, buckets=BUCKETS[1:2], drop_last=False, **settings)
+    steps = loader.make_loader(config, str(folder / "cache"), epochs=epochs)
     found = {}
     with steps:
       for step in steps:
         for s in step.samples:
           found.setdefault((s.row, s.num_frames), {})[step.epoch] = s.pixels
-    return [pixels for pixels in found.values() if len(pixels) == epochs and len(pixels[0]) > 1]
+    return found.values()
 
   two = clips(3, windows_per_row=2)
-  assert two
+  assert len(two) == 10
   assert all(np.array_equal(pixels[0], pixels[2]) for pixels in two)
   assert any(not np.array_equal(pixels[0], pixels[1]) for pixels in two)
   one = clips(2, windows_per_row=1)

@@ -20,7 +20,7 @@ def place(request, store, tmp_path):
   return str(tmp_path / "new") if request.param == "disk" else f"gs://{BUCKET}/{request.node.originalname}"
 
 
-def test_files_come_go_and_move(place):
+def test_files_are_written_deleted_and_moved(place):
   path = paths.join(place, "a", "file.txt")
   assert not paths.exists(path)
   assert paths.names(place) == list(paths.files_below(place)) == []
@@ -52,7 +52,7 @@ def test_files_come_go_and_move(place):
   assert paths.names(paths.join(place, "c", "d")) == ["b"]
 
 
-def test_a_writer_that_fails_leaves_what_was_there(place, tmp_path):
+def test_a_failed_write_keeps_the_old_file(place, tmp_path):
   path = paths.join(place, "file.bin")
   for before in ([], ["file.bin"]):
     with pytest.raises(TypeError), paths.whole(path) as temporary, open(temporary, "w") as file:
@@ -62,7 +62,7 @@ def test_a_writer_that_fails_leaves_what_was_there(place, tmp_path):
   assert paths.read_text(path) == "whole"
 
 
-def test_an_upload_that_fails_half_way_leaves_nothing(store, tmp_path, monkeypatch):
+def test_a_failed_upload_leaves_no_object(store, tmp_path, monkeypatch):
   path = f"gs://{BUCKET}/half/large.bin"
   chunks = []
 
@@ -81,7 +81,7 @@ def test_an_upload_that_fails_half_way_leaves_nothing(store, tmp_path, monkeypat
   assert not paths.exists(path)
 
 
-def test_what_a_bucket_refuses_is_an_os_error(store, monkeypatch):
+def test_errors_of_a_bucket_become_os_errors(store, monkeypatch):
   path = f"gs://{BUCKET}/errors/file"
   paths.write_text(path, "text")
   for status, number in ((401, errno.EACCES), (403, errno.EACCES), (404, errno.ENOENT), (410, errno.EIO)):
@@ -127,7 +127,7 @@ def load(table, cache, steps=3, **settings):
     return [next(rows) for _ in range(steps)], rows.bad_rows
 
 
-def test_the_same_samples_with_one_download_each(clips, store, tmp_path, monkeypatch):
+def test_a_bucket_gives_the_same_samples_with_one_download_per_file(clips, store, tmp_path, monkeypatch):
   there = f"gs://{BUCKET}/clips/table.csv"
   local, _ = load(clips / "table.csv", tmp_path / "local")
   before = len(store.requests)
@@ -147,7 +147,7 @@ def test_the_same_samples_with_one_download_each(clips, store, tmp_path, monkeyp
   assert 6 <= len(reads) <= 8  # rows are read ahead
 
 
-def test_what_is_missing_gets_the_same_line(clips, tmp_path):
+def test_missing_files_give_the_same_error_in_a_bucket_and_on_a_disk(clips, tmp_path):
   lines = []
   for folder in (str(clips), f"gs://{BUCKET}/clips"):
     found = []
@@ -161,7 +161,7 @@ def test_what_is_missing_gets_the_same_line(clips, tmp_path):
       sources.text_embedding(f"{folder}/none.safetensors")
     lines.append([line.replace(folder, "FOLDER") for line in (*found, str(error.value))])
   assert lines[0] == lines[1]
-  assert lines[0][0] == "table FOLDER/none.csv does not exist"
+  assert lines[0][0] == "table FOLDER/none.csv does not exist. Correct the path in data.tables."
   assert lines[0][2] == "FOLDER/videos/gone.mp4: no such file"
 
 

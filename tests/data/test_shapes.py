@@ -25,7 +25,7 @@ def examples():
   return [drawn(number, split) for split in shapes.SPLITS for number in range(40)]
 
 
-def test_everything_that_is_drawn_is_seen(examples):
+def test_drawn_objects_are_measured(examples):
   """Of one object all properties, of two those of each, whatever the picture's shape, and in half of the frames."""
   right, count = 0, 0
   for scene, frames in examples:
@@ -45,7 +45,7 @@ def test_everything_that_is_drawn_is_seen(examples):
   assert right >= count - 2
 
 
-def test_other_videos_are_judged_wrong(examples):
+def test_videos_of_other_scenes_are_judged_wrong(examples):
   """Every property alone: the same scene with another colour, shape, direction, speed, ground, or number of objects."""
   scene, _ = next((s, f) for s, f in examples if len(s.objects) == 1 and s.frames == 9 and s.objects[0].speed == "slowly")
   one = scene.objects[0]
@@ -90,7 +90,7 @@ def test_one_aspect_ratio_has_short_clips_only_in_training():
   assert everything - found["train"] == {(*shapes.NOT_LONG, max(shapes.LENGTHS))}
 
 
-def test_held_out_combinations_never_come_in_training():
+def test_training_lacks_held_out_combinations():
   train = [shapes.scene(f"shapes://train/0/{i}") for i in range(2000)]
   seen = {(o.shape, o.color, o.direction) for s in train for o in s.objects}
   kept = {(s, c, d) for s in shapes.SHAPES for c in shapes.COLORS for d in shapes.DIRECTIONS if shapes.is_held_out(s, c, d)}

@@ -32,7 +32,7 @@ def plain(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_every_frame_is_the_one_asked_for(tmp_path, name):
+def test_read_frames_returns_the_wanted_frames(tmp_path, name):
   path = files.write_video(tmp_path / name, **KINDS[name])
   info = video.probe(path)
   height, width = KINDS[name].get("height", 48), KINDS[name].get("width", 64)
@@ -64,7 +64,7 @@ def test_rotated(tmp_path, rotation, resize):
   assert np.abs(part - want[8:40, 4:20].reshape(16, 2, 8, 2, 3).mean((1, 3))).mean() < 12
 
 
-def test_equal_and_distant_frames(plain, monkeypatch):
+def test_repeated_and_distant_frames(plain, monkeypatch):
   monkeypatch.setattr(video, "_SEEK_GAP", 5)
   frames = video.read_frames(plain, [0, 0, 1, 9, 9, 20, 38, 39])
   assert [files.number_of(f) for f in frames] == [0, 0, 1, 9, 9, 20, 38, 39]
@@ -211,7 +211,7 @@ def test_crop_outside_and_unknown_resize(plain):
     video.read_frames(plain, [0], resize="nearest")
 
 
-def test_passing_errors_are_retried(monkeypatch):
+def test_transient_errors_are_retried(monkeypatch):
   monkeypatch.setattr(video, "RETRY_DELAYS", (0, 0))
   calls = []
 

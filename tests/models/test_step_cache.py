@@ -71,7 +71,7 @@ def test_steps_that_compute():
   assert [c["space"] for c in computes] == [True, True, True, False, True, False, True, False, True, False, True] + [True] * 3
   assert [c["time"] for c in computes][2:11] == [False, False, True, False, False, False, True, False, False]
   assert [c["cross"] for c in computes][2:11] == [False, False, False, False, True, False, False, False, False]
-  assert PyramidBroadcast(interval=(0, 1001)).computes(0, 1000.0) == ALL
+  assert PyramidBroadcast(interval=(0.0, 1001.0)).computes(0, 1000.0) == ALL
 
 
 @pytest.mark.parametrize("name", MODELS)

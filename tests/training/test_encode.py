@@ -206,14 +206,14 @@ def test_past_the_epochs_they_go_round_again_until_more_are_encoded(assets, tabl
   assert [s.row for s in first] == [s.row for s in again]
   for a, b in zip(first, again, strict=True):
     np.testing.assert_array_equal(a.latents_mean, b.latents_mean)
-  assert [m for m in caplog.messages if "goes round" in m] == [
-    f"epoch 1 asks for clips that {tmp_path / 'out'} lacks: it goes round again, as epoch 0"
+  assert [m for m in caplog.messages if "repeats epoch" in m] == [
+    f"epoch 1 repeats epoch 0: {tmp_path / 'out'} lacks its own clips"
   ]
   run(config, tmp_path / "out", "--epochs", 2, "--dtype", "float16")
   assert len(list(tmp_path.glob("out/latents-*/part-*/dataset_info.json"))) == 2
   first, more = samples()
   assert [s.row for s in first] != [s.row for s in more]
-  assert len([m for m in caplog.messages if "goes round" in m]) == 1
+  assert len([m for m in caplog.messages if "repeats epoch" in m]) == 1
   # With another batch size it is found out which epochs are there; far on, no key could hold the window.
   changes["data__buckets"] = (("144p", 4, 1.0, 3),)
   (stage,) = make_stages(tiny_config(assets, tmp_path, **changes, data__latents=str(tmp_path / "out")))
@@ -257,7 +257,7 @@ def test_past_the_epochs_captions_may_be_of_another(assets, table, folder, tmp_p
   with data.loader(at) as steps:
     next(steps), next(steps)
   assert [m for m in caplog.messages if "caption" in m] == [
-    f"epoch 3: rows whose caption of this epoch {folder} lacks have that of an earlier one"
+    f"epoch 3: {folder} may lack captions of this epoch; rows then keep the caption of an earlier epoch"
   ]
 
 
