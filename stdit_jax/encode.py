@@ -246,7 +246,7 @@ def run(settings: Settings, choice: Choice, index: int, count: int) -> None:
   """Encodes the choice as process `index` of `count`."""
   from jax._src.distributed import global_state  # the public barrier has a time limit
 
-  from stdit_jax.training.loop import check_platform
+  from stdit_jax.training.run import check_platform
   from stdit_jax.training.step import TraceCounter
 
   shows = bool(settings.shard) or index == 0

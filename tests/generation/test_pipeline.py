@@ -33,7 +33,7 @@ def trained(assets, tmp_path_factory):
   state, frozen, _ = run.start()
   rng = np.random.default_rng(0)
   moved = jax.tree.map(lambda p: p + 0.1 * rng.standard_normal(p.shape, np.float32), state["ema"])
-  run.save(1, {**state, "ema": moved}, frozen)
+  run.restarts.save(1, {**state, "ema": moved}, frozen)
   run.checkpoints.wait()
   run.checkpoints.close()
   return folder
