@@ -42,8 +42,8 @@ def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
       kind = inner[0]
     if group not in groups:
       groups[group] = parser.add_argument_group(group)
-    options = {"dest": field.name, "default": field.default, **options}
-    options |= {"action": "store_true"} if kind is bool else {"type": options.get("type", kind)}
+    usual: dict[str, Any] = {"action": "store_true"} if kind is bool else {"type": kind}
+    options = {"dest": field.name, "default": field.default, **usual, **options}
     groups[group].add_argument(name or f"--{field.name.replace('_', '-')}", **options)
 
 

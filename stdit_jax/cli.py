@@ -9,14 +9,16 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import ml_collections
 
 from data import paths
 from data.command_line import OneLineParser as OneLineParser
-from data.command_line import load_config
+from data.command_line import add_flags, load_config
 from stdit_jax.fields import is_of_type
+
+T = TypeVar("T")
 
 
 class InputError(ValueError):
@@ -60,6 +62,23 @@ def parse_with_changes(parser: argparse.ArgumentParser, argv: Sequence[str] | No
   args = parser.parse_args(own)
   args.changes = changes
   return args
+
+
+def parse_settings(kind: type[T], module: str, description: str | None, argv: Sequence[str] | None = None) -> T:
+  """The settings of a command line: a dataclass of flags with a field `changes`. `module`: what `python -m` runs."""
+  how: dict[str, Any] = {"description": description, "formatter_class": argparse.RawDescriptionHelpFormatter}
+  parser = OneLineParser(f"python -m {module}", allow_abbrev=False, **how)
+  add_flags(parser, kind)
+  return kind(**vars(parse_with_changes(parser, argv)))
+
+
+def check_positive(settings: Any, *names: str) -> None:
+  """Raises ValueError for flags with numbers that are not positive."""
+  for name in names:
+    value = getattr(settings, name)
+    if value is not None and not value > 0:
+      allowed = "at least 1" if isinstance(value, int) else "above 0"
+      raise ValueError(f"--{name.replace('_', '-')} is {value:g}; allowed: {allowed}")
 
 
 def read_config(path: str | None, changes: Iterable[str] = ()) -> ml_collections.ConfigDict:

@@ -1,137 +1,169 @@
-"""Encodes ahead what training will ask for: videos to latents, captions to embeddings, as shards of ArrayRecord.
+"""Precomputes what training reads: latents of videos and embeddings of captions, as shards of ArrayRecord.
 
   python -m stdit_jax.encode --config configs/film.py --output runs/film-latents --epochs 2
   python -m stdit_jax.train --config configs/film.py --config.data.latents=runs/film-latents
 
-Every clip (row, bucket, place in time) and every caption that the plans of the first epochs ask for is written once.
-Training from them sees the batches of a training from videos, in the same order; past these epochs they go round again,
-and it says so. Stop it at any time, by any means: the same command goes on with the shards that are not there, on any
-number of processes and devices; a shard is there whole or not at all. A later command with more epochs, or another
-stage, adds what is missing.
+The command writes each clip (row, bucket, place in time) and each caption of the first epochs once. A training from these files
+sees the same batches in the same order as a training from videos. After the encoded epochs the training starts again with the
+first of them, and prints a warning.
 
-Of several processes (`cli.connect_processes`, or --shard without any connection between them, over a common folder)
-each takes every n-th shard. A row that can't be decoded is written with the reason, and has no weight in training, as
-from videos. Every `part-*` below the output is a TFDS data set, which can be read without TensorFlow:
+Stop the command at any time. The same command continues with the missing shards, on any number of processes and devices. A
+shard is complete or does not exist. A later command with more epochs or another stage adds what is missing.
+
+Several processes share the work. They are connected (`cli.connect_processes`), or --shard numbers them, and they write into
+one folder. A row that can't be decoded is written with the reason, and it is masked out in training. Each `part-*` in the
+output is a TFDS data set that can be read without TensorFlow:
 tfds.builder_from_directory(PART).as_data_source("train").
 
-Exit codes: 0 finished, 2 a mistake that the message names, 75 stopped by SIGTERM, 130 interrupted.
+Exit codes: 0 finished, 2 an error that the message names, 75 stopped by SIGTERM, 130 interrupted.
 """
 
 import argparse
 import collections
 import concurrent.futures
 import contextlib
+import dataclasses
 import functools
 import json
 import re
 import shutil
 import signal
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 from absl import logging
 
 from data import latents, paths
+from data.command_line import flag
 from stdit_jax.cli import (
   InputError,
-  OneLineParser,
+  check_positive,
   connect_processes,
   keep_freed_memory,
   one_line_errors,
-  parse_with_changes,
+  parse_settings,
   read_config,
   use_compilation_cache,
 )
 
-_PENDING = 64  # records that wait to be written
+_PENDING = 64  # records that wait for the writer
 _FOREVER = 1 << 30  # milliseconds
-_STOPPED = 75  # exit code, as of training: start it again
+_STOPPED = 75  # exit code as of train: start the command again
 
 
-def make_parser():
-  parser = OneLineParser(
-    "python -m stdit_jax.encode", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """The flags of one call."""
+
+  config: str = flag("training configuration: file with get_config()", required=True, metavar="FILE")
+  changes: Sequence[str] = flag(
+    "replaces one key of it, as for train: --config.data.workers=8", (), "--config.KEY", metavar="VALUE"
   )
-  add = parser.add_argument
-  add("--config", required=True, help="training configuration: file with get_config()")
-  add("--config.KEY", metavar="VALUE", help="replaces one key of it, as for train: --config.data.workers=8")
-  add("--output", required=True, metavar="FOLDER", help="for the shards; on a disk that all processes share")
-  add("--epochs", type=int, required=True, help="of each stage's data, from the first on")
-  add("--stage", action="append", help="only this stage; may be given several times (default: all)")
-  add(
-    "--dtype", choices=latents.DTYPES, default="float32",
-    help="of the stored values. float32 (default): losses as from videos; float16: half the size, values to 0.05 %%; "
-    "bfloat16: as large and eight times as coarse, for values that float16 can't hold (above 65504)",
+  output: str = flag("folder for the shards, on a disk that all processes share", required=True, metavar="FOLDER")
+  epochs: int = flag("encode the first epochs of each stage's data", required=True)
+  stage: Sequence[str] | None = flag("only this stage; may be given several times (default: all)", action="append")
+  dtype: str = flag(
+    "type of the stored values. With float32 (default) the losses equal those from videos. float16 needs half the space, and "
+    "rounds by up to 0.05 %%. bfloat16 needs as much space as float16 and rounds eight times as much, but holds values above "
+    "65504", "float32", choices=latents.DTYPES,
   )  # fmt: skip
-  add(
-    "--text", action=argparse.BooleanOptionalAction, default=None,
-    help="embeddings of captions, too (default: if text_encoder.where is 'ahead', which then reads them)",
-  )  # fmt: skip
-  add("--shard-mb", type=float, default=256, help="size of a shard, about (default: %(default)s)")
-  add("--shard", metavar="I/N", help="this process is the I-th of N, from 0 (default: as JAX counts its processes)")
-  return parser
+  text: bool | None = flag(
+    "encode captions as well (default: if text_encoder.where is 'ahead', as the training then reads their embeddings)",
+    action=argparse.BooleanOptionalAction,
+  )
+  shard_mb: float = flag("approximate size of a shard (default: %(default)s)", 256.0)
+  shard: str | None = flag("this process is number I of N, counted from 0 (default: JAX numbers the processes)", metavar="I/N")
 
 
-def check(args):
-  """Raises ValueError for arguments that can't be."""
-  if paths.is_remote(args.output):
-    raise ValueError(f"--output {args.output}: ArrayRecord reads local folders only; give one, or a bucket mounted as one")
-  for name in ("epochs", "shard_mb"):
-    if getattr(args, name) <= 0:
-      raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; allowed: above 0")
-  if args.shard:
-    numbers = re.fullmatch(r"(\d+)/(\d+)", args.shard)
+@dataclasses.dataclass(frozen=True)
+class Choice:
+  """What is encoded.
+
+  Attributes:
+    stages: of the configuration.
+    text: whether captions are encoded; log_variance: whether latents have a variance.
+  """
+
+  stages: Sequence[Any]
+  text: bool
+  log_variance: bool
+
+
+def parse(argv: Sequence[str] | None = None) -> Settings:
+  """The settings of a command line (default: of this process)."""
+  return parse_settings(Settings, "stdit_jax.encode", __doc__, argv)
+
+
+def check(settings: Settings) -> None:
+  """Raises ValueError for values that are not allowed."""
+  if paths.is_remote(settings.output):
+    raise ValueError(f"--output {settings.output}: ArrayRecord reads local folders only; give one, or a bucket mounted as one")
+  check_positive(settings, "epochs", "shard_mb")
+  if settings.shard:
+    numbers = re.fullmatch(r"(\d+)/(\d+)", settings.shard)
     if not numbers or int(numbers[1]) >= int(numbers[2]):
-      raise ValueError(f"--shard {args.shard} is not I/N with I from 0 to N - 1")
+      raise ValueError(f"--shard {settings.shard} is not I/N with I from 0 to N - 1; write a value like 0/4")
 
 
-def choose_stages(args):
-  """The stages of the configuration that are asked for; `args.text` is decided then."""
+def choose(settings: Settings) -> Choice:
+  """What the flags and the configuration ask for. Raises ValueError if it can't be encoded."""
   from stdit_jax.autoencoders.registry import check_lengths
   from stdit_jax.components import Components, need_file
   from stdit_jax.training.objectives import part_of
   from stdit_jax.training.stages import make_stages
 
-  stages = make_stages(read_config(args.config, args.changes))
-  if unknown := sorted(set(args.stage or ()) - {s.name for s in stages}):
-    raise ValueError(f"--stage {unknown[0]!r} is none of {', '.join(s.name for s in stages)}")
-  # For all stages alike, so that the latents of one are not made anew when another one is added.
-  args.log_variance = any(stage.config.autoencoder.sample_posterior for stage in stages)
-  stages = [s for s in stages if not args.stage or s.name in args.stage]
+  every = make_stages(read_config(settings.config, settings.changes))
+  names = [stage.name for stage in every]
+  if unknown := sorted(set(settings.stage or ()) - set(names)):
+    raise ValueError(f"--stage {unknown[0]!r} is none of {', '.join(names)}")
+  stages = [stage for stage in every if not settings.stage or stage.name in settings.stage]
   if (part := part_of(stages[0].config)) != "denoiser":
-    raise ValueError(f"config: task={part!r}: only a denoiser's data can be encoded ahead")
-  text, conditioner = stages[0].config.text_encoder, Components.of(stages[0].config).conditioner
-  if args.text and conditioner.name != "captions":
-    raise ValueError(f"--text: the denoiser {stages[0].config.model.name} takes {conditioner.name}, which need no encoding")
-  if args.text and text.train:
-    raise ValueError("--text: text_encoder.train is set, and a text encoder that trains gives other embeddings every step")
-  args.text = conditioner.ahead if args.text is None else args.text
-  if args.text and text.where == "disk":
-    raise ValueError("--text: text_encoder.where is 'disk', where embeddings are in the table: no training would read these")
-  for stage in stages:
+    raise ValueError(f"config: task={part!r}: encode precomputes the data of denoisers only; set task='denoiser'")
+  parts = [Components.of(stage.config) for stage in stages]
+  text = choose_text(settings, stages[0].config, parts[0].conditioner)
+  for stage, own in zip(stages, parts):
     need_file(stage.config.autoencoder.weights, "autoencoder.weights")
-    check_lengths(stage.config, Components.of(stage.config).autoencoder.config)
-  if args.text:
-    need_file(text.weights, "text_encoder.weights")
-  return stages
+    check_lengths(stage.config, own.autoencoder.config)
+  if text:
+    need_file(stages[0].config.text_encoder.weights, "text_encoder.weights")
+  # All stages decide this together, so that another --stage does not encode the latents again.
+  return Choice(stages, text, any(stage.config.autoencoder.sample_posterior for stage in every))
 
 
-def make_work(stages, args, counter):
-  """Everything that is asked for, as `LatentsWork` and `TextWork`: stages whose latents are made alike share them."""
+def choose_text(settings: Settings, config: Any, conditioner: Any) -> bool:
+  """Whether captions are encoded. Raises ValueError for --text if no training can read the embeddings."""
+  wanted = conditioner.ahead if settings.text is None else settings.text
+  if settings.text and conditioner.name != "captions":
+    raise ValueError(f"--text: the denoiser {config.model.name} takes {conditioner.name}, which need no encoding; leave it out")
+  if settings.text and config.text_encoder.train:
+    raise ValueError(
+      "--text: text_encoder.train is set, and a text encoder that trains gives other embeddings in each step; leave --text out"
+    )
+  if wanted and config.text_encoder.where == "disk":
+    raise ValueError(
+      "--text: text_encoder.where is 'disk', so the training reads embeddings from the files of its table; leave --text out"
+    )
+  return wanted
+
+
+def make_work(settings: Settings, choice: Choice, counter):
+  """Yields a `LatentsWork` or `TextWork` for each group of stages with the same provenance."""
   from stdit_jax.training import encoding
 
-  members = [encoding.Source.open(stage, paths.join(args.output, "data")) for stage in stages]
-  common = (args.output, args.epochs, int(args.shard_mb * 2**20))
+  members = [encoding.Source.open(stage, paths.join(settings.output, "data")) for stage in choice.stages]
+  common = (settings.output, settings.epochs, int(settings.shard_mb * 2**20))
 
-  def alike(made_from):
-    groups = collections.defaultdict(list)
+  def groups(made_from):
+    found = collections.defaultdict(list)
     for member in members:
-      groups[json.dumps(made_from(member))].append(member)
-    return [(json.loads(values), group) for values, group in groups.items()]
+      found[json.dumps(made_from(member))].append(member)
+    return [(json.loads(values), group) for values, group in found.items()]
 
-  for values, group in alike(lambda m: encoding.LatentsWork.made_from(m, args.dtype, args.log_variance)):
+  for values, group in groups(lambda m: encoding.LatentsWork.made_from(m, settings.dtype, choice.log_variance)):
     yield encoding.LatentsWork(values, group, *common, counter)
-  if args.text:
-    for values, group in alike(lambda m: encoding.TextWork.made_from(m, args.dtype)):
+  if choice.text:
+    for values, group in groups(lambda m: encoding.TextWork.made_from(m, settings.dtype)):
       yield encoding.TextWork(values, group, *common)
 
 
@@ -140,7 +172,11 @@ def gigabytes(size):
 
 
 def estimate(works, index, count, say):
-  """[(work, shards, keys)] that are this process's to write; says before how large they become and how long they take."""
+  """[(work, numbers of shards, keys)] that this process has to write. `say` prints their sizes and the time that they need.
+
+  Raises:
+    InputError: the disk has too little space.
+  """
   import numpy as np
 
   from stdit_jax.training.metrics import duration
@@ -150,13 +186,14 @@ def estimate(works, index, count, say):
     part, missing = work.part, work.part.missing()
     own = [number for number in missing if number % count == index]
     keys = np.concatenate([part.keys[part.starts[i] : part.starts[i + 1]] for i in own] or [part.keys[:0]])
-    shards = f"{part.num_shards} shards, {part.num_shards - len(missing)} of which are there"
+    shards = f"{part.num_shards} shards, {part.num_shards - len(missing)} of which exist"
     say(f"{part.folder}: {work.count(part.keys)}, {gigabytes(work.expected_bytes(part.keys))} in {shards}")
     if own:
       jobs.append((work, own, keys))
       sizes.append(work.expected_bytes(keys))
   if jobs and sum(sizes) > (free := shutil.disk_usage(jobs[0][0].part.folder).free):
-    raise InputError(f"{gigabytes(sum(sizes))} are to be written, and {jobs[0][0].part.folder} has {gigabytes(free)} left")
+    folder = jobs[0][0].part.folder
+    raise InputError(f"{gigabytes(sum(sizes))} are to be written, and {folder} has {gigabytes(free)} left; free some space")
   for (work, own, keys), size in zip(jobs, sizes):
     seconds, how = work.measure(keys)
     time = duration(seconds * work.cost(keys).sum())
@@ -164,12 +201,8 @@ def estimate(works, index, count, say):
   return jobs
 
 
-def quiet(text):
-  """Says nothing, as processes other than the first."""
-
-
 def write(work, numbers, keys, shows=True):
-  """Writes these shards, of the records of these keys; ^C and errors leave only whole ones."""
+  """Writes these shards with the records of these keys. After ^C or an error only complete shards exist."""
   from tqdm import tqdm
 
   writer, pending = latents.ShardWriter(work.part, numbers, work.features), collections.deque()
@@ -186,65 +219,66 @@ def write(work, numbers, keys, shows=True):
         future.result()
     except InputError:  # too many files can't be read
       pool.shutdown()
-      work.part.drop(work.away)  # those on a disk that is away are not missing for good
+      work.part.drop(work.away)  # a disk that is away may come back
       raise
     finally:
       pool.shutdown(cancel_futures=True)
       writer.close()
 
 
-def main(argv=None):
-  args = parse_with_changes(make_parser(), argv)
+def main(argv: Sequence[str] | None = None) -> None:
+  settings = parse(argv)
   logging.set_verbosity(logging.ERROR)
   with one_line_errors():
-    check(args)
-    stages = choose_stages(args)
-    paths.check_writable(args.output, "--output")
+    check(settings)
+    choice = choose(settings)
+    paths.check_writable(settings.output, "--output")
     connect_processes()
     use_compilation_cache()
     keep_freed_memory()
     import jax
 
-    index, count = map(int, args.shard.split("/")) if args.shard else (jax.process_index(), jax.process_count())
-    run(stages, args, index, count)
+    index, count = map(int, settings.shard.split("/")) if settings.shard else (jax.process_index(), jax.process_count())
+    run(settings, choice, index, count)
 
 
-def run(stages, args, index, count):
-  """Encodes everything, as process `index` of `count`."""
-  from jax._src.distributed import global_state  # nothing public waits for other processes as long as it takes
+def run(settings: Settings, choice: Choice, index: int, count: int) -> None:
+  """Encodes the choice as process `index` of `count`."""
+  from jax._src.distributed import global_state  # the public barrier has a time limit
 
-  from stdit_jax.training.loop import check_platform
+  from stdit_jax.training.run import check_platform
   from stdit_jax.training.step import TraceCounter
 
-  say = functools.partial(print, flush=True) if args.shard or index == 0 else quiet
-  check_platform(stages[0].config.platform)
+  shows = bool(settings.shard) or index == 0
+  say = functools.partial(print, flush=True) if shows else lambda text: None
+  check_platform(choice.stages[0].config.platform)
   counter = TraceCounter()
-  works = [work for work in make_work(stages, args, counter) if work.part is not None]
+  works = [work for work in make_work(settings, choice, counter) if work.part is not None]
   for work, own, keys in estimate(works, index, count, say):
-    write(work, own, keys, shows=say is not quiet)
+    write(work, own, keys, shows)
     latents.finish(work.part, work.features)
     counter.check()
   bad = sum(len(work.bad_rows.found) for work in works if work.bad_rows)
   if global_state.client:
-    global_state.client.wait_at_barrier("encoded", _FOREVER)  # or the first to end would end the others
+    global_state.client.wait_at_barrier("encoded", _FOREVER)  # the first process that exits would end the others
   parts = ", ".join(work.part.folder for work in works if latents.finish(work.part, work.features))
   left = sum(len(work.part.missing()) for work in works)
   note = f", {bad} files could not be decoded" if bad else ""
   if left:
-    say(f"this process's shards are written{note}; {left} are left to others")
+    say(f"this process's shards are written{note}; other processes have {left} left to write")
   else:
-    say(f"finished{note}: {parts or f'{args.output} has everything already'}")
+    say(f"finished{note}: {parts or f'{settings.output} has everything already'}")
 
 
 if __name__ == "__main__":
 
   def stop(*_):
-    print("stopped; the same command goes on", file=sys.stderr)
+    print("stopped; the same command continues", file=sys.stderr)
     raise SystemExit(_STOPPED)
 
   signal.signal(signal.SIGTERM, stop)
   try:
     main()
   except KeyboardInterrupt:
-    print("interrupted; the same command goes on", file=sys.stderr)
+    print("interrupted; the same command continues", file=sys.stderr)
     raise SystemExit(130) from None

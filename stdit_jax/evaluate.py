@@ -14,10 +14,10 @@
   python -m stdit_jax.evaluate --task autoencoder --autoencoder data/film/autoencoder.safetensors \\
       --tables data/film/prepared/table.csv --buckets 144p:1 144p:17 --picture film.png
 
-The command writes nothing into the run. On several hosts, every process runs the same command (`cli.connect_processes`).
+The flags of the sampler are for --task shapes. The command writes nothing into the run. On several hosts, every process runs
+the same command (`cli.connect_processes`).
 """
 
-import argparse
 import dataclasses
 import functools
 import json
@@ -31,15 +31,16 @@ from absl import logging
 
 from data import paths
 from data.buckets import parse_buckets
-from data.command_line import OneLineParser, add_flags, flag
+from data.command_line import flag
 from data.config import DataConfig
 from stdit_jax import loading
 from stdit_jax.cli import (
+  check_positive,
   connect_processes,
   keep_freed_memory,
   one_line_errors,
   parse_mesh,
-  parse_with_changes,
+  parse_settings,
   use_compilation_cache,
 )
 from stdit_jax.generation.shapes_exam import PARTS
@@ -53,29 +54,8 @@ _autoencoder = functools.partial(flag, group="autoencoder (of --run, of --config
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-  """The flags of one call."""
-
-  # training/loading.py defines and reads these flags of the model and the sampler.
-  run: str | None
-  item: str
-  step: int | None
-  config: str | None
-  changes: list[str]
-  weights: str | None
-  text_encoder: str | None
-  autoencoder: str | None
-  mesh: list[str] | None
-  steps: int | None
-  guidance_scale: float | None
-  sampler: str | None
-  timestep_shift: float | None
-  guidance_interval: list[float] | None
-  guidance_rescale: float
-  guidance_in_turn: bool
-  step_cache: str | None
-  guidance_channels: int | None
-  compat: str | None
+class Settings(loading.PipelineSettings):
+  """The flags of one call. The flags of the sampler are for --task shapes."""
 
   task: str = flag("what is measured (default: loss)", "loss", choices=TASKS)
   output: str | None = flag("file that gets the result as JSON")
@@ -109,20 +89,13 @@ class Settings:
 
   def counts(self, **defaults: int) -> dict[str, int]:
     """These fields, or their defaults if not given. Raises ValueError for values below 1."""
-    found = {name: default if getattr(self, name) is None else getattr(self, name) for name, default in defaults.items()}
-    for name, value in found.items():
-      if value < 1:
-        raise ValueError(f"--{name.replace('_', '-')} is {value}; allowed: at least 1")
-    return found
+    check_positive(self, *defaults)
+    return {name: default if getattr(self, name) is None else getattr(self, name) for name, default in defaults.items()}
 
 
-def make_parser() -> OneLineParser:
-  how = argparse.RawDescriptionHelpFormatter
-  parser = OneLineParser("python -m stdit_jax.evaluate", description=__doc__, formatter_class=how, allow_abbrev=False)
-  loading.add_model_arguments(parser)
-  add_flags(parser, Settings)
-  loading.add_sampler_arguments(parser.add_argument_group("sampler of --task shapes"))
-  return parser
+def parse(argv: Sequence[str] | None = None) -> Settings:
+  """The settings of a command line (default: of this process)."""
+  return parse_settings(Settings, "stdit_jax.evaluate", __doc__, argv)
 
 
 def read_stage(settings: Settings):
@@ -208,7 +181,7 @@ def evaluate_autoencoder(settings: Settings, folder: str) -> tuple[str, dict[str
   counts = settings.counts(count=16, repeat=1)
   if settings.picture and not settings.picture.endswith(".png"):
     raise ValueError(f"--picture {settings.picture}: must end in .png")
-  codec, described, config = loading.load_autoencoder(settings)
+  codec, described, config = loading.load_autoencoder(settings, settings.model)
   interval = settings.counts(frame_interval=config.data.frame_interval if config else 1)["frame_interval"]
   if interval > 1:
     described = f"{described}, one of {interval} frames"
@@ -308,7 +281,7 @@ MEASURES = {
 
 
 def main(argv=None):
-  settings = Settings(**vars(parse_with_changes(make_parser(), argv)))
+  settings = parse(argv)
   logging.set_verbosity(logging.ERROR)  # orbax reports what it reads
   with one_line_errors(), tempfile.TemporaryDirectory() as folder:
     check_settings(settings)

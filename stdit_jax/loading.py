@@ -1,116 +1,134 @@
-"""A pipeline from a training run's folder, or from a configuration and converted weights: for entry points that sample."""
+"""Opens trained models for sampling and measuring: from a run folder, or from a configuration and converted weights."""
 
 import dataclasses
+import functools
 import math
-import pathlib
+from collections.abc import Sequence
+from typing import Any
 
 import ml_collections
 
+from data.command_line import flag
 from stdit_jax.cli import parse_mesh, read_config
-from stdit_jax.generation.conditions import COMPAT
+from stdit_jax.generation.settings import SamplerSettings
+from stdit_jax.generation.work import fingerprints
+
+_model = functools.partial(flag, group="model")
 
 
-def add_model_arguments(parser):
-  """The arguments that `read_model` and `load_pipeline` read, but for `changes`, which `cli.parse_with_changes` sets."""
-  parser.set_defaults(changes=())
-  model = parser.add_argument_group("model")
-  model.add_argument("--run", help="folder of a training run (its `output`)")
-  model.add_argument("--item", default="ema", choices=("ema", "params"), help="which of the run's weights (default: ema)")
-  model.add_argument("--step", type=int, help="which checkpoint of the run (default: the newest)")
-  model.add_argument("--config", help="instead of --run: configuration file of the model; --config.KEY=VALUE changes it")
-  model.add_argument("--weights", help="with --config: safetensors of the denoiser, original names")
-  model.add_argument("--text-encoder", help="safetensors file or folder of the T5 encoder, if not the config's")
-  model.add_argument("--autoencoder", help="safetensors of the image autoencoder, if not the config's")
-  model.add_argument(
-    "--mesh", nargs="+", metavar="AXIS=DEVICES",
-    help="over all devices, e.g. data=-1 fsdp=4; sequence=4 splits each video (default: one device; processes: data=-1)",
+@dataclasses.dataclass(frozen=True)
+class ModelSettings:
+  """The flags that name a trained model and its files."""
+
+  run: str | None = _model("folder of a training run (its `output`)")
+  item: str = _model("which weights of the run (default: %(default)s)", "ema", choices=("ema", "params"))
+  step: int | None = _model("which checkpoint of the run (default: the newest)")
+  config: str | None = _model("configuration file of the model, instead of --run", metavar="FILE")
+  changes: Sequence[str] = _model("replaces one key of --config", (), "--config.KEY", metavar="VALUE")
+  weights: str | None = _model("for --config: safetensors of the denoiser with its original names")
+  text_encoder: str | None = _model("safetensors file or folder of the T5 encoder (default: that of the configuration)")
+  autoencoder: str | None = _model("safetensors of the autoencoder (default: that of the configuration)")
+  mesh: Sequence[str] | None = _model(
+    "mesh of all devices, e.g. data=-1 fsdp=4; sequence=4 splits each video (default: one device; several processes: data=-1)",
+    nargs="+", metavar="AXIS=DEVICES",
   )  # fmt: skip
 
 
-def add_sampler_arguments(how):
-  """The arguments that `steps_and_scale` and `guidance_of` read."""
-  how.add_argument("--steps", type=int, help="sampler steps")
-  how.add_argument("--guidance-scale", type=float, help="classifier-free guidance; 1 is none")
-  how.add_argument("--sampler", help="euler (default) or adams-bashforth; of iddpm ancestral (default), ddim, dpm++")
-  how.add_argument(
-    "--timestep-shift", type=float, metavar="A", help="of rectified flow: timesteps nearer to noise, e.g. 3 with few steps "
-    "(default: 1, none)",
-  )  # fmt: skip
-  how.add_argument(
-    "--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="timesteps that are guided (default: all)"
-  )
-  how.add_argument("--guidance-rescale", type=float, default=0.0, help="0 to 1: less contrast at large scales (default: 0)")
-  how.add_argument("--guidance-in-turn", action="store_true", help="prompt and null caption one after the other: less memory")
-  how.add_argument(
-    "--step-cache", metavar="NAME", help="faster, and a little different (models/step_cache.py): pyramid, attention serves "
-    "several steps (pyramid:2,4,6: over space, over time, to text), or residual:0.1, the larger the faster",
-  )  # fmt: skip
-  how.add_argument("--guidance-channels", type=int, help="guide only so many latent channels; Open-Sora 1.1: 3 (default: all)")
-  how.add_argument("--compat", choices=COMPAT[1:], help="do what the original does where it is mended here (README)")
+@dataclasses.dataclass(frozen=True)
+class PipelineSettings(SamplerSettings, ModelSettings):
+  """The flags of a model and of its sampler."""
 
 
-def read_model(args):
-  """(configuration, checkpoint's step or None) of a run folder, or of a configuration file; no weights are read yet."""
+def open_config(model: ModelSettings) -> tuple[Any, int | None]:
+  """(configuration, step of the checkpoint or None) of --run or --config. Raises ValueError if not one of them is given."""
   from stdit_jax.training import checkpoints
-  from stdit_jax.training.objectives import part_of
   from stdit_jax.training.stages import make_stages
 
-  if bool(args.run) == bool(args.config):
-    raise ValueError("give either --run FOLDER (a training run) or --config FILE with --weights FILE")
-  if args.run and (args.weights or args.changes):
-    raise ValueError(f"{args.changes[0] if args.changes else '--weights'} goes with --config FILE; a --run has its own")
-  if args.run:
-    config, step = checkpoints.stage_config(args.run, args.step)
-  else:
-    config, step = make_stages(read_config(args.config, args.changes))[-1].config, None
-  for key, value in (("autoencoder", args.autoencoder), ("text_encoder", args.text_encoder)):
+  if bool(model.run) == bool(model.config):
+    raise ValueError("give either --run FOLDER (a training run) or --config FILE with the files of the weights")
+  if model.run:
+    return checkpoints.stage_config(model.run, model.step)
+  return make_stages(read_config(model.config, model.changes))[-1].config, None
+
+
+def read_model(settings: PipelineSettings) -> tuple[Any, int | None]:
+  """(configuration, step of the checkpoint or None), with the choices of the sampler. Reads no weights.
+
+  Raises:
+    ValueError: flags that exclude each other, or that this model does not have.
+  """
+  from stdit_jax.training.objectives import part_of
+
+  config, step = open_config(settings)
+  if settings.run and (settings.weights or settings.changes):
+    what = settings.changes[0] if settings.changes else "--weights"
+    raise ValueError(f"{what} goes with --config FILE; a --run has its own. Leave it out")
+  for key, value in (("autoencoder", settings.autoencoder), ("text_encoder", settings.text_encoder)):
     if value:
       config[key].weights = value
   if (part := part_of(config)) != "denoiser":
-    raise ValueError(f"{args.run or args.config} trains an {part}; sampling needs a denoiser")
+    raise ValueError(f"{settings.run or settings.config} trains an {part}; sampling needs a denoiser; give another")
   config = ml_collections.ConfigDict(config.to_dict())
   if config.text_encoder.where == "disk":
-    if not args.text_encoder:
-      raise ValueError("the run took its text embeddings from disk; give --text-encoder")
+    if not settings.text_encoder:
+      raise ValueError("the run read its text embeddings from disk, and new prompts need a text encoder; give --text-encoder")
     config.text_encoder.where = "ahead"
-  own = {"open-sora-1.1": "iddpm", "open-sora-1.2": "rectified-flow", None: config.diffusion.name}[args.compat]
-  if config.diffusion.name != own:
-    raise ValueError(f"--compat {args.compat} is of {own}; the model was trained with {config.diffusion.name}")
-  given = {"compat": args.compat, "sampler": args.sampler, "sampling_shift": args.timestep_shift}
-  if args.timestep_shift is not None and config.diffusion.name != "rectified-flow":
-    raise ValueError(f"--timestep-shift is of rectified-flow; the model was trained with {config.diffusion.name}")
-  with config.ignore_type():
-    config.diffusion.fields.update({name: value for name, value in given.items() if value is not None})
+  choose_sampler(config, settings)
   return config, step
 
 
-def steps_and_scale(args, config):
-  """(sampler steps, guidance scale) of the command line, else of the configuration; ValueError for a scale that is none."""
-  scale = config.sample.guidance_scale if args.guidance_scale is None else args.guidance_scale
+def choose_sampler(config: Any, sampler: SamplerSettings) -> None:
+  """Sets the fields of the diffusion that the flags give. Raises ValueError for flags that the diffusion does not have."""
+  trained = config.diffusion.name
+  own = {"open-sora-1.1": "iddpm", "open-sora-1.2": "rectified-flow", None: trained}[sampler.compat]
+  if trained != own:
+    raise ValueError(f"--compat {sampler.compat} is of {own}; the model was trained with {trained}. Leave it out")
+  if sampler.timestep_shift is not None and trained != "rectified-flow":
+    raise ValueError(f"--timestep-shift is of rectified-flow; the model was trained with {trained}. Leave it out")
+  given = {"compat": sampler.compat, "sampler": sampler.sampler, "sampling_shift": sampler.timestep_shift}
+  with config.ignore_type():
+    config.diffusion.fields.update({name: value for name, value in given.items() if value is not None})
+
+
+def steps_and_scale(sampler: SamplerSettings, config: Any) -> tuple[int, float]:
+  """(sampler steps, guidance scale) of the flags, or else of the configuration. Raises ValueError for an infinite scale."""
+  scale = config.sample.guidance_scale if sampler.guidance_scale is None else sampler.guidance_scale
   if not math.isfinite(scale):
-    raise ValueError(f"--guidance-scale is {scale}; give a number, 1 for none")
-  return config.sample.steps if args.steps is None else args.steps, scale
+    raise ValueError(f"--guidance-scale is {scale}; give a number, 1 for no guidance")
+  return config.sample.steps if sampler.steps is None else sampler.steps, scale
 
 
-def describe(args, step):
-  """Which weights the arguments name."""
-  return f"{args.run}, step {step}, {args.item}" if args.run else args.weights
+def describe(model: ModelSettings, step: int | None) -> str:
+  """The weights that the flags name, in words."""
+  return f"{model.run}, step {step}, {model.item}" if model.run else str(model.weights)
 
 
-def guidance_of(args):
-  """`Guidance` of the command line; ValueError for values that can't be."""
+def provenance(model: ModelSettings, step: int | None) -> dict[str, Any]:
+  """The settings and files of the model that are stored beside what it makes."""
+  given = {name: getattr(model, name) for name in ("config", "changes", "autoencoder", "text_encoder")}
+  given = {name: value for name, value in given.items() if value}
+  files = fingerprints(filter(None, (model.weights, model.autoencoder, model.text_encoder)))
+  return {"model": describe(model, step), **given, "files": files}
+
+
+def guidance_of(sampler: SamplerSettings):
+  """`Guidance` of the flags. Raises ValueError for values that are not allowed."""
   from stdit_jax.diffusion.guidance import Guidance
 
-  interval = tuple(args.guidance_interval) if args.guidance_interval else None
-  channels = args.guidance_channels
-  if channels is None and args.compat == "open-sora-1.1":
+  interval = tuple(sampler.guidance_interval) if sampler.guidance_interval else None
+  channels = sampler.guidance_channels
+  if channels is None and sampler.compat == "open-sora-1.1":
     channels = 3
-  options = {"channels": channels, "interval": interval, "rescale": args.guidance_rescale}
-  return Guidance(**options, sequential=args.guidance_in_turn)
+  options = {"channels": channels, "interval": interval, "rescale": sampler.guidance_rescale}
+  return Guidance(**options, sequential=sampler.guidance_in_turn)
 
 
-def load_pipeline(args, config, step, check=lambda pipeline: None):
-  """The pipeline of what `read_model` read; `check` sees it while its weights are shapes only."""
+def load_pipeline(settings: PipelineSettings, config: Any, step: int | None, check=lambda pipeline: None):
+  """The pipeline of the model that `read_model` returned.
+
+  Args:
+    check: called with the pipeline while its weights are shapes only, before anything is allocated.
+  """
   import jax
 
   from stdit_jax import components
@@ -120,31 +138,32 @@ def load_pipeline(args, config, step, check=lambda pipeline: None):
   from stdit_jax.parallel.mesh import make_mesh
   from stdit_jax.training import checkpoints
 
-  sizes = parse_mesh(args.mesh) if args.mesh else {"data": -1} if jax.process_count() > 1 else None
+  sizes = parse_mesh(settings.mesh) if settings.mesh else {"data": -1} if jax.process_count() > 1 else None
   mesh = make_mesh(sizes) if sizes else None
   parts = components.Components.of(config)
   family, conditioner = parts.family, parts.conditioner
   params, frozen = placed_shapes(jax.eval_shape(parts.init, jax.random.key(0)), mesh, parts.rules)
   components.need_file(config.autoencoder.weights, "autoencoder.weights (--autoencoder)")
-  if not args.run:
+  if not settings.run:
     shapes = family.init_shapes(parts.model.config)
-    open_source(components.need_file(args.weights, "--weights"), family.layouts, shapes, parts.model.config).check()
-  reads_encoder = conditioner.encoder is not None and (not args.run or "text_encoder" not in params or args.text_encoder)
+    open_source(components.need_file(settings.weights, "--weights"), family.layouts, shapes, parts.model.config).check()
+  in_run = settings.run and "text_encoder" in params and not settings.text_encoder
+  reads_encoder = conditioner.encoder is not None and not in_run
   if reads_encoder:
     components.need_file(config.text_encoder.weights, "text_encoder.weights (--text-encoder)")
   weights = parts.weights(params, frozen)
   if weights[1] is None and conditioner.encoder is not None:
     weights = weights[0], placed_shapes(t5.init_shapes(conditioner.encoder.config), mesh, t5.RULES)["params"]
-  cache = step_cache.parse(args.step_cache) if args.step_cache else None
+  cache = step_cache.parse(settings.step_cache) if settings.step_cache else None
   pieces = components.local_devices_mesh() if mesh and jax.local_device_count() > 1 else None
   codec = components.codec_of_shapes(config.autoencoder, pieces)
-  pipeline = Pipeline(parts, weights, codec, guidance_of(args), mesh, cache)
+  pipeline = Pipeline(parts, weights, codec, guidance_of(settings), mesh, cache)
   check(pipeline)
-  if args.run:
-    params, frozen, _ = checkpoints.load_weights(args.run, args.item, step, mesh, parts.rules)
+  if settings.run:
+    params, frozen, _ = checkpoints.load_weights(settings.run, settings.item, step, mesh, parts.rules)
     weights = parts.weights(params, frozen)
   else:
-    weights = components.load_denoiser(parts, args.weights, mesh), None
+    weights = components.load_denoiser(parts, settings.weights, mesh), None
   if reads_encoder:
     weights = weights[0], components.load_text_encoder(config.text_encoder, conditioner.encoder, mesh)
   if not mesh:
@@ -155,42 +174,38 @@ def load_pipeline(args, config, step, check=lambda pipeline: None):
   return pipeline
 
 
-def load_autoencoder(args):
-  """(codec, description of its weights, configuration or None): the autoencoder of --run or of --config, one that it trains
-  or one that it uses, or with --autoencoder that file, of --model or of the model that it names itself."""
+def load_autoencoder(model: ModelSettings, name: str | None = None):
+  """(codec, description of its weights, configuration or None) of an autoencoder.
+
+  A run that trains an autoencoder gives it. Any other run, or a configuration, gives the autoencoder that it uses.
+  --autoencoder replaces their weights. --autoencoder alone is the model `name`, or the model that the file names.
+  """
   from stdit_jax.autoencoders.registry import autoencoder_model, make_codec
   from stdit_jax.components import load_codec, need_file
   from stdit_jax.interop import open_checkpoint
   from stdit_jax.interop.models import described
   from stdit_jax.training import checkpoints
   from stdit_jax.training.objectives import part_of
-  from stdit_jax.training.stages import make_stages
 
-  if args.run and args.config:
-    raise ValueError("give either --run FOLDER (a training run) or --config FILE")
-  if args.model and (args.run or args.config):
-    raise ValueError("--model is of --autoencoder alone; which one a run or a configuration has, it says itself")
-  step, config = None, None
-  if args.run:
-    config, step = checkpoints.stage_config(args.run, args.step)
-  elif args.config:
-    config = make_stages(read_config(args.config, args.changes))[-1].config
-  elif not args.autoencoder:
+  if name and (model.run or model.config):
+    raise ValueError(f"--model {name} goes with --autoencoder alone; a --run or --config names its model. Leave --model out")
+  if not (model.run or model.config or model.autoencoder):
     raise ValueError("give --run FOLDER, --config FILE or --autoencoder FILE")
-  if args.run and part_of(config) == "autoencoder" and not args.autoencoder:
-    model = autoencoder_model(config.autoencoder)
-    params, _, _ = checkpoints.load_weights(args.run, args.item, step)
+  config, step = open_config(model) if model.run or model.config else (None, None)
+  if model.run and part_of(config) == "autoencoder" and not model.autoencoder:
+    own = autoencoder_model(config.autoencoder)
+    params, _, _ = checkpoints.load_weights(model.run, model.item, step)
     variables = {"params": params["autoencoder"]}
-    return make_codec(model, variables, config.autoencoder.micro_batch), f"{args.run}, step {step}, {args.item}", config
+    return make_codec(own, variables, config.autoencoder.micro_batch), describe(model, step), config
   own = ml_collections.ConfigDict(config.autoencoder.to_dict() if config else {"micro_batch": 4, "dtype": "float32"})
-  if args.autoencoder:
-    own.weights = need_file(args.autoencoder, "--autoencoder")
+  if model.autoencoder:
+    own.weights = need_file(model.autoencoder, "--autoencoder")
   if not config:
     metadata = open_checkpoint(own.weights).metadata
-    said, fields = (None, {}) if args.model not in (None, metadata.get("model")) else described(metadata, own.weights)
-    if not (args.model or said):
+    said, fields = (None, {}) if name not in (None, metadata.get("model")) else described(metadata, own.weights)
+    if not (name or said):
       raise ValueError(f"{own.weights} doesn't say which autoencoder it is; give --model NAME")
-    own.name, own.fields = args.model or said, fields
+    own.name, own.fields = name or said, fields
   return load_codec(own), own.weights, config
 
 
@@ -203,18 +218,3 @@ def placed_shapes(shapes, mesh, rules):
   one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   places = tree_shardings(shapes, mesh, rules) if mesh else jax.tree.map(lambda _: one, shapes)
   return jax.tree.map(lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, places)
-
-
-def free_memory():
-  """Bytes that one device has left for programs, None where it does not say."""
-  import jax
-
-  device = jax.local_devices()[0]
-  stats = device.memory_stats() if device.platform != "cpu" else None
-  if stats and "bytes_limit" in stats:
-    return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-  try:
-    lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-  except (OSError, StopIteration):
-    return None

@@ -1,39 +1,39 @@
-"""Will it fit, how fast could it be, what will it cost: compiles training for a TPU topology, on a machine without a TPU.
+"""Tells whether training fits on a TPU topology, how fast it could be and what it would cost. Needs no TPU.
 
   python -m stdit_jax.plan --config configs/open_sora_1_2.py --topology v5e:16x16 [--stage stage1] [--bucket 480p:51]
-  python -m stdit_jax.plan ... --search-batch-size --write-buckets found.py     the largest batch of every bucket
-  python -m stdit_jax.plan ... --suggest-mesh                                   which mesh, best first
+  python -m stdit_jax.plan ... --search-batch-size --write-buckets found.py     the largest batch of each bucket
+  python -m stdit_jax.plan ... --suggest-mesh                                   meshes, best first
 
-For every bucket of every stage the very program that trains is lowered and compiled by the TPU's compiler (pip install
-libtpu, best in an environment of its own); with --platform gpu --gpu h100:8 by XLA for GPUs (pip install jax-cuda12-plugin),
-where attention by cuDNN, which can't be compiled without it, is replaced by operations with the same arguments, results and
-float32 gradient sums: its part of the memory is computed. "links" are NVLink's, between hosts, too. All figures are
-computed, none is measured on a device:
+For each bucket of each stage the command compiles the program that trains with the compiler of the TPU. That needs libtpu (pip
+install libtpu, best in an environment of its own). With --platform gpu --gpu h100:8 it compiles with XLA for GPUs (pip install
+jax-cuda12-plugin). There, operations of the same shapes and memory stand in for cuDNN's attention, which only compiles where
+cuDNN is installed. All figures are computed, none is measured on a device:
 
-  batch        samples of the whole mesh; per device and micro batch; "s": tokens split over `sequence`
-  tokens       of one sample, padding included
-  GiB          peak of memory per chip against what the compiler may use: the program's own by the compiler
-               (memory_analysis), and beside it what waits: average, optimizer, encoders, next batch (by their shardings)
-  TFLOP        of the model, all samples: products by formula (stdit_jax/models/flops.py), three forward passes
-  GB moved     by collectives, per device and step, read from the compiled program, loops counted as often as they run
-  seconds      compute: FLOPs, with the forward pass that remat repeats, at the chip's published peak; memory: bytes that
-               instructions read and write, from above; links: what a device sends, all-reduce twice; slices: what crosses
-               slices, at --slice-gbits. At the published peaks (stdit_jax/parallel/topology.py)
-  bound, MFU   the longest of them, if they overlap, and the model-FLOP utilisation that it allows
-  hours        of a stage: its steps times the mean bound of its buckets, by how often each comes: in the first epoch of the
-               config's tables, or of assumed rows; and the updates, which read and write the whole state once. Beside them
-               what the encoders of videos and captions take where these are not cached: their FLOPs at the chips' peak; not
-               in it: checkpoints, samples, restarts
+  batch        samples of the whole mesh. each: samples per device and micro batch; "s": tokens are split over `sequence`
+  tokens       of one sample, with padding
+  GiB          peak memory per chip, and the limit of the compiler. The peak is that of the program (memory_analysis), and all
+               that stays beside it: average, optimizer, encoders, next batch (by their shardings)
+  TFLOP        matrix products of the model for all samples, by formula (stdit_jax/models/flops.py): three forward passes
+  GB moved     by collectives, per device and step. Read from the compiled program, with the iterations of its loops
+  compute      seconds: FLOPs, with the forward pass that remat repeats, at the chip's published peak
+  memory       seconds: bytes that instructions read and write, an upper estimate
+  links        seconds: bytes that a device sends, all-reduce twice. On GPUs NVLink, also between hosts
+  bound, MFU   the longest of these and of the traffic between slices (--slice-gbits), as if they all overlapped, and the
+               model-FLOP utilisation at this bound. The published peaks are in stdit_jax/parallel/topology.py
+  hours        of a stage: its steps times the mean bound of its buckets, weighted by how often each occurs in the first epoch
+               of the tables, or of assumed rows. Updates read and write the whole state once. A second line adds the encoders
+               of videos and captions, if these are not cached: their FLOPs at the chips' peak. Checkpoints, samples and
+               restarts are not included
 
-A search fits memory to compilations of a bucket, mostly one to three, six at most, the last of which confirms what was
-predicted; it ends where a batch takes 88 % of the memory, or the next one would be less than 5 % larger. It begins with BATCH
-where --bucket gives one. "equal" is the batch with which a step takes as long as the longest bucket's at one sample per device,
-or --step-seconds.
+A search compiles a bucket one to six times and fits a line to the memory. The last compilation confirms the prediction. The
+search ends when a batch takes 88 % of the memory, or when the next batch would be less than 5 % larger. It starts with BATCH if
+--bucket gives one. "equal" is the batch whose step takes --step-seconds. The default is the longest step of all buckets with
+one sample per device.
 
-Results are kept in --cache, and used again while program, topology and compiler are the same; ^C loses only what is compiling.
+The command stores results in --cache, and reuses them while program, topology and compiler are the same. ^C loses only the
+compilations that are running.
 """
 
-import argparse
 import concurrent.futures
 import dataclasses
 import json
@@ -41,11 +41,15 @@ import math
 import shlex
 import sys
 import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from data import paths
 from data.aspect_ratios import NUM_PIXELS
+from data.buckets import Bucket
+from data.command_line import flag
 from data.config import DataConfig
-from stdit_jax.cli import OneLineParser, one_line_errors, parse_with_changes, read_config
+from stdit_jax.cli import check_positive, one_line_errors, parse_settings, read_config
 from stdit_jax.models.family import find_model
 from stdit_jax.parallel.topology import is_gpu, parse_topology, topology_chips
 from stdit_jax.planning import budget, meshes, search
@@ -54,43 +58,60 @@ from stdit_jax.planning.programs import Job, roofline
 from stdit_jax.training.checkpoints import plain
 from stdit_jax.training.metrics import duration
 from stdit_jax.training.objectives import make_objective
-from stdit_jax.training.stages import make_stages
+from stdit_jax.training.stages import Stage, make_stages
 
 GIB = 2**30
 
 
-def make_parser():
-  parser = OneLineParser(
-    "python -m stdit_jax.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """The flags of one call."""
+
+  config: str = flag("file with get_config()", required=True, metavar="FILE")
+  changes: Sequence[str] = flag(
+    "replaces one key of it, as for train: --config.mesh.fsdp=4", (), "--config.KEY", metavar="VALUE"
   )
-  add = parser.add_argument
-  add("--config", required=True, help="file with get_config()")
-  add("--config.KEY", metavar="VALUE", help="replaces one key of it, as for train: --config.mesh.fsdp=4")
-  add("--topology", help="of TPUs: KIND:AxB or KIND:AxBxC, e.g. v5e:16x16, v5p:4x8x8, v6e:16x16")
-  add("--platform", choices=("tpu", "gpu"), default="tpu", help="default: %(default)s")
-  add("--gpu", metavar="KIND:COUNT", help="with --platform gpu, in place of --topology: h100:8, h200:64, a100:16")
-  add("--slices", type=int, default=1, help="slices of that topology (default: %(default)s)")
-  add("--slice-gbits", type=float, default=25.0, help="Gbit/s between slices, per chip (default: %(default)s)")
-  add("--stage", action="append", help="only this stage; may be given several times")
-  add("--bucket", action="append", metavar="RESOLUTION:FRAMES[:BATCH]", help="only this bucket, or one of your own")
-  mode = parser.add_mutually_exclusive_group()
-  mode.add_argument("--search-batch-size", action="store_true", help="finds the largest batch of every bucket that fits")
-  mode.add_argument("--suggest-mesh", action="store_true", help="tries the sensible meshes and ranks them")
-  add("--step-seconds", type=float, help="with a search: what a step of every bucket shall take at its bound")
-  add("--write-buckets", metavar="FILE.py", help="with a search: writes what it found as a config fragment")
-  add("--fraction", type=float, default=0.5, help="of the bound, for the hours that are likely (default: %(default)s)")
-  add("--jobs", type=int, default=1, help="compilations at a time, about 2 GB each (default: %(default)s)")
-  add("--output", help="writes all results as JSON")
-  add("--cache", default="~/.cache/stdit_jax/plan", help="folder of earlier results (default: %(default)s)")
-  return parser
+  topology: str = flag("of TPUs: KIND:AxB or KIND:AxBxC, e.g. v5e:16x16, v5p:4x8x8, v6e:16x16", "")
+  platform: str = flag("kind of accelerator (default: %(default)s)", "tpu", choices=("tpu", "gpu"))
+  gpu: str = flag("with --platform gpu, instead of --topology: h100:8, h200:64, a100:16", "", metavar="KIND:COUNT")
+  slices: int = flag("slices of that topology (default: %(default)s)", 1)
+  slice_gbits: float = flag("Gbit/s between slices, per chip (default: %(default)s)", 25.0)
+  stage: Sequence[str] | None = flag("only this stage; may be given several times", action="append")
+  bucket: Sequence[str] | None = flag(
+    "only this bucket of the stage, or another bucket with its batch; may be given several times", action="append",
+    metavar="RESOLUTION:FRAMES[:BATCH]",
+  )  # fmt: skip
+  search_batch_size: bool = flag("find the largest batch of each bucket that fits", False)
+  suggest_mesh: bool = flag("try the sensible meshes and rank them", False)
+  step_seconds: float | None = flag("for a search: seconds of a step of each bucket at its bound")
+  write_buckets: str = flag("for a search: write the batches as a config fragment", "", metavar="FILE.py")
+  fraction: float = flag("share of the bound for the likely hours (default: %(default)s)", 0.5)
+  jobs: int = flag("compilations at a time, with about 2 GB each (default: %(default)s)", 1)
+  output: str = flag("write all results as JSON", "", metavar="FILE")
+  cache: str = flag("folder of earlier results (default: %(default)s)", "~/.cache/stdit_jax/plan")
+
+  argv: Sequence[str] = ()  # the arguments as they were given
+
+  @property
+  def chips(self) -> int:
+    """Chips of all slices."""
+    return topology_chips(self.topology) * self.slices
 
 
-def parse_bucket(text, stage_buckets):
-  """'480p:51' or '480p:51:256' -> (resolution, frames, batch)."""
+def parse(argv: Sequence[str] | None = None) -> Settings:
+  """The settings of a command line (default: of this process)."""
+  settings = parse_settings(Settings, "stdit_jax.plan", __doc__, argv)
+  return dataclasses.replace(settings, argv=tuple(sys.argv[1:] if argv is None else argv))
+
+
+def parse_bucket(text: str, buckets: Sequence[Bucket]) -> tuple[str, int, int]:
+  """(resolution, frames, batch) of a text like '480p:51' or '480p:51:256'."""
   parts = text.split(":")
   if len(parts) not in (2, 3) or not all(p.isdigit() and int(p) for p in parts[1:]):
-    raise ValueError(f"--bucket {text!r} is no RESOLUTION:FRAMES or RESOLUTION:FRAMES:BATCH")
-  known = {(b.resolution, b.num_frames): b.batch_size for b in stage_buckets}
+    raise ValueError(
+      f"--bucket {text!r} is not RESOLUTION:FRAMES or RESOLUTION:FRAMES:BATCH; write it like 480p:51 or 480p:51:256"
+    )
+  known = {(b.resolution, b.num_frames): b.batch_size for b in buckets}
   key = parts[0], int(parts[1])
   if len(parts) == 2 and key not in known:
     names = ", ".join(f"{resolution}:{frames}" for resolution, frames in known)
@@ -98,39 +119,51 @@ def parse_bucket(text, stage_buckets):
   return *key, int(parts[2]) if len(parts) == 3 else known[key]
 
 
-def choose_topology(args):
-  """The topology that is asked for; ValueError when it is none, or of the other platform."""
-  given, other = (args.gpu, args.topology) if args.platform == "gpu" else (args.topology, args.gpu)
+def check_settings(settings: Settings) -> None:
+  """Raises ValueError for values that are not allowed, and for flags that do not go together."""
+  if settings.search_batch_size and settings.suggest_mesh:
+    raise ValueError("--search-batch-size and --suggest-mesh exclude each other; leave one out")
+  if settings.write_buckets and not settings.search_batch_size:
+    raise ValueError("--write-buckets needs --search-batch-size, which finds the batches; give both")
+  check_positive(settings, "slices", "slice_gbits", "jobs", "step_seconds")
+  if not 0 < settings.fraction <= 1:
+    raise ValueError(f"--fraction is {settings.fraction}; allowed: above 0, at most 1")
+
+
+def choose_topology(settings: Settings) -> str:
+  """The topology of --topology or --gpu. Raises ValueError for an unknown topology, or one of the other platform."""
+  of_gpus = settings.platform == "gpu"
+  given, other = (settings.gpu, settings.topology) if of_gpus else (settings.topology, settings.gpu)
   if not given or other:
-    need = "--gpu KIND:COUNT, as in h100:8" if args.platform == "gpu" else "--topology KIND:AxB, as in v5e:16x16"
-    raise ValueError(f"--platform {args.platform} needs {need}" + (", and nothing of the other platform" if other else ""))
+    need = "--gpu KIND:COUNT, as in h100:8" if of_gpus else "--topology KIND:AxB, as in v5e:16x16"
+    raise ValueError(f"--platform {settings.platform} needs {need}{', and nothing of the other platform' if other else ''}")
   parse_topology(given)
-  if is_gpu(given) != (args.platform == "gpu"):
-    raise ValueError(f"{given!r} is of the other platform than --platform {args.platform}")
-  if args.slices > 1 and args.platform == "gpu":
-    raise ValueError("--slices is of TPUs: GPUs of several hosts are one topology, as in h100:64")
+  if is_gpu(given) != of_gpus:
+    raise ValueError(f"{given!r} is no topology of --platform {settings.platform}; give the other --platform")
+  if settings.slices > 1 and of_gpus:
+    raise ValueError(f"--slices is {settings.slices}; GPUs of several hosts are one topology, as in h100:64")
   return given
 
 
-def make_jobs(args):
-  """(the stages that are asked for, [Job])."""
-  config = read_config(args.config, args.changes)
+def make_jobs(settings: Settings) -> tuple[list[Stage], list[Job]]:
+  """(stages, a job for each bucket) of the flags."""
+  config = read_config(settings.config, settings.changes)
   stages = make_stages(config)
-  unknown = sorted(set(args.stage or ()) - {s.name for s in stages})
+  unknown = sorted(set(settings.stage or ()) - {s.name for s in stages})
   if unknown:
     raise ValueError(f"--stage {unknown[0]!r} is none of {', '.join(s.name for s in stages)}")
-  stages = [s for s in stages if not args.stage or s.name in args.stage]
+  stages = [s for s in stages if not settings.stage or s.name in settings.stage]
   jobs = []
   for stage in stages:
     buckets = stage_buckets(stage)
-    wanted = [parse_bucket(text, buckets) for text in args.bucket or ()]
+    wanted = [parse_bucket(text, buckets) for text in settings.bucket or ()]
     for bucket in wanted or [(b.resolution, b.num_frames, b.batch_size) for b in buckets]:
-      jobs.append(Job(plain(config), stage.name, bucket, args.topology, args.slices))
+      jobs.append(Job(plain(config), stage.name, bucket, settings.topology, settings.slices))
   return stages, jobs
 
 
-def stage_buckets(stage):
-  """The buckets of a stage that have a batch."""
+def stage_buckets(stage: Stage) -> list[Bucket]:
+  """The buckets of a stage that have a batch size."""
   return [b for b in DataConfig(**stage.config.data.to_dict()).parsed_buckets() if b.batch_size]
 
 
@@ -140,13 +173,13 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def line(values):
-  """One line of the table, of as many columns as there are values."""
+def line(values: Sequence[Any]) -> str:
+  """A line of the table with the first columns."""
   return " ".join(f"{value:>{width}}" for value, (_, width) in zip(values, COLUMNS))
 
 
-def describe(result, bound):
-  """A result and its roofline (or None) as a line of the table."""
+def describe(result: dict[str, Any], bound: dict[str, Any] | None) -> str:
+  """The line of the table for a result and its roofline."""
   values = [
     result["stage"], f"{result['resolution']} x {result['frames']}", result["batch"],
     f"{result['samples_per_part']}" + ("s" if result["split_tokens"] else ""), result["micro_batches"],
@@ -163,15 +196,15 @@ def describe(result, bound):
   return line(values)
 
 
-def print_header():
-  print("each: samples per device and micro batch, s: tokens split; parts: micro batches; !: does not fit")
+def print_header() -> None:
+  print("each: samples per device and micro batch, s: tokens are split; parts: micro batches; !: does not fit")
   print(line([name for name, _ in COLUMNS]), flush=True)
 
 
-def in_order(args, function, items):
-  """Results of `function` over `items`, several at a time, in order; says how far it is and how long it will take."""
+def in_order(settings: Settings, function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+  """Yields the results of `function` in the order of `items`. Runs --jobs calls at a time, and prints the remaining time."""
   started = time.monotonic()
-  with concurrent.futures.ThreadPoolExecutor(max(1, args.jobs)) as pool:
+  with concurrent.futures.ThreadPoolExecutor(settings.jobs) as pool:
     try:
       for i, result in enumerate(pool.map(function, items)):
         yield result
@@ -183,32 +216,36 @@ def in_order(args, function, items):
       raise
 
 
-def bound_of(args, result):
-  """Roofline of a result, None where there is none."""
+def bound_of(settings: Settings, result: dict[str, Any]) -> dict[str, Any] | None:
+  """Roofline of a result. None if the program does not compile, or if its FLOPs are unknown."""
   known = "model_flops" in result and "oom" not in result
-  return roofline(result, args.topology, args.slice_gbits) if known else None
+  return roofline(result, settings.topology, settings.slice_gbits) if known else None
 
 
-def print_plan(args, compiler, stages, jobs):
-  """One line per bucket, what waits in memory, and what the stages cost -> results."""
+def print_plan(settings: Settings, compiler: Compiler, stages: Sequence[Stage], jobs: Sequence[Job]) -> list[dict[str, Any]]:
+  """Prints a line per bucket, the memory beside the program, and the hours of the stages. Returns all results."""
   print_header()
   results, seconds = [], {}
-  for result in in_order(args, compiler, jobs):
-    bound = bound_of(args, result)
+  for result in in_order(settings, compiler, jobs):
+    bound = bound_of(settings, result)
     results.append(result | ({"roofline": bound} if bound else {}))
     if bound:
       seconds[result["stage"], result["resolution"], result["frames"]] = bound["step"]
     print(describe(result, bound), flush=True)
   print("per chip, beside activations: " + ", ".join(f"{k} {size / GIB:.2f} GiB" for k, size in results[0]["resident"].items()))
   print(f"mesh: {results[0]['mesh']}; {sum(r['fits'] for r in results)} of {len(results)} buckets fit")
-  print_budget(args, stages, seconds, results[0])
+  print_budget(settings, stages, seconds, results[0])
   return results
 
 
-def print_budget(args, stages, seconds, result):
-  """Hours and chip-hours of the stages of which every bucket has a bound."""
+def print_budget(settings: Settings, stages: Sequence[Stage], seconds, result) -> None:
+  """Prints hours and chip-hours of the stages whose buckets all have a bound.
+
+  Args:
+    seconds: {(stage, resolution, frames): seconds of a micro step}; result: of any bucket.
+  """
   counted_hours, chips = [], result["chips"]
-  update = budget.update_seconds(result["resident"], args.topology)
+  update = budget.update_seconds(result["resident"], settings.topology)
   for stage in stages:
     own = {key[1:]: value for key, value in seconds.items() if key[0] == stage.name}
     if any((b.resolution, b.num_frames) not in own for b in stage_buckets(stage)):
@@ -216,48 +253,48 @@ def print_budget(args, stages, seconds, result):
     shares, counted = budget.bucket_shares(stage)
     hours = budget.stage_hours(stage, shares, own, update)
     counted_hours.append(hours)
-    print(f"{stage.name}: {stage.steps:,} steps, {hours_text(args, hours, chips)}; computed from {counted}")
+    print(f"{stage.name}: {stage.steps:,} steps, {hours_text(settings, hours, chips)}; computed from {counted}")
     objective = make_objective(stage.config)
     if objective.counts_flops:
-      print_encoders(args, stage, objective.parts, shares, chips)
+      print_encoders(settings, stage, objective.parts, shares, chips)
   if len(counted_hours) == len(stages) > 1:
-    print(f"together: {hours_text(args, sum(counted_hours), chips)}")
+    print(f"together: {hours_text(settings, sum(counted_hours), chips)}")
 
 
-def print_encoders(args, stage, parts, shares, chips):
-  """What the encoders of a stage add to its hours, if they do."""
-  seconds = budget.encoder_seconds(stage, parts, shares, args.topology, chips)
+def print_encoders(settings: Settings, stage: Stage, parts, shares, chips: int) -> None:
+  """Prints the hours that the encoders of a stage add, if any."""
+  seconds = budget.encoder_seconds(stage, parts, shares, settings.topology, chips)
   hours = {what: stage.steps * stage.config.optimizer.accumulate * each / 3600 for what, each in seconds.items()}
   if total := sum(hours.values()):
     parts = " and ".join(f"{what} {each / total:.0%}" for what, each in hours.items() if each)
-    print(f"{stage.name}: encoding in the step adds {hours_text(args, total, chips)}: {parts}; nothing where it is cached")
+    print(f"{stage.name}: encoding in the step adds {hours_text(settings, total, chips)}: {parts}; 0 with a cache")
 
 
-def hours_text(args, hours, chips):
-  likely = hours / args.fraction
+def hours_text(settings: Settings, hours: float, chips: int) -> str:
+  likely = hours / settings.fraction
   return (
-    f"{hours:,.1f} h at the bound ({hours * chips:,.0f} chip-hours), {likely:,.1f} h at {args.fraction:.0%} of it "
+    f"{hours:,.1f} h at the bound ({hours * chips:,.0f} chip-hours), {likely:,.1f} h at {settings.fraction:.0%} of it "
     f"({likely * chips:,.0f} chip-hours)"
   )
 
 
-def print_search(args, compiler, stages, jobs):
-  """The largest batch of every bucket, and the one with which all take the same time -> all results."""
+def print_search(settings: Settings, compiler: Compiler, stages: Sequence[Stage], jobs: Sequence[Job]) -> list[dict[str, Any]]:
+  """Prints the largest batch of each bucket, and the batch with which all steps take equal time. Returns all results."""
   print_header()
-  found, chips = {}, topology_chips(args.topology) * args.slices
-  given = {tuple(text.split(":")[:2]) for text in args.bucket or () if text.count(":") == 2}
+  found = {}
+  given = {tuple(text.split(":")[:2]) for text in settings.bucket or () if text.count(":") == 2}
 
   def find(job):
-    """Begins with the batch that `--bucket` gives."""
+    """The search of a bucket. It starts with the batch of --bucket."""
     resolution, frames, rows = job.bucket
-    return search.search_bucket(compiler, job, chips, rows if (resolution, str(frames)) in given else None)
+    return search.search_bucket(compiler, job, settings.chips, rows if (resolution, str(frames)) in given else None)
 
-  for job, answer in zip(jobs, in_order(args, find, jobs)):
+  for job, answer in zip(jobs, in_order(settings, find, jobs)):
     found[job.stage, *job.bucket[:2]] = answer
-    print(describe(answer.result, bound_of(args, answer.result)), flush=True)
+    print(describe(answer.result, bound_of(settings, answer.result)), flush=True)
   fits = {key: answer for key, answer in found.items() if answer.largest}
-  lines = {key: answer.seconds(args.topology, args.slice_gbits) for key, answer in fits.items()}
-  target = args.step_seconds or max((constant + slope for constant, slope in lines.values()), default=0.0)
+  lines = {key: answer.seconds(settings.topology, settings.slice_gbits) for key, answer in fits.items()}
+  target = settings.step_seconds or max((constant + slope for constant, slope in lines.values()), default=0.0)
   print(f"\nwith steps of {target:.2f} s at their bound:")
   print(f"{'stage':>10} {'bucket':>12} {'largest':>8} {'takes':>8} {'equal':>8} {'takes':>8}")
   equal = {}
@@ -269,15 +306,15 @@ def print_search(args, compiler, stages, jobs):
       f"{key[0]:>10} {f'{key[1]} x {key[2]}':>12} {answer.largest * unit:>8} {constant + slope * answer.largest:>7.2f}s "
       f"{n * unit:>8} {constant + slope * n:>7.2f}s"
     )
-  if args.write_buckets:
-    command = f"python -m stdit_jax.plan {shlex.join(args.argv)}"
-    paths.write_text(args.write_buckets, search.fragment(stages, fits, equal, args.topology, command))
-    print(f"wrote {args.write_buckets}; buckets of which not one sample fits are left out: {len(found) - len(fits)}")
+  if settings.write_buckets:
+    command = f"python -m stdit_jax.plan {shlex.join(settings.argv)}"
+    paths.write_text(settings.write_buckets, search.fragment(stages, fits, equal, settings.topology, command))
+    print(f"wrote {settings.write_buckets}; {len(found) - len(fits)} buckets are missing, because not one sample fits")
   return [result for answer in found.values() for result in answer.results.values()]
 
 
-def probe_buckets(stage):
-  """The bucket with the most pixels, and the one that comes most often."""
+def probe_buckets(stage: Stage) -> list[tuple[str, int, int]]:
+  """The bucket with the most pixels, and the bucket that occurs most often."""
   buckets = stage_buckets(stage)
   shares, _ = budget.bucket_shares(stage)
   largest = max(buckets, key=lambda b: NUM_PIXELS[b.resolution] * b.num_frames)
@@ -285,26 +322,25 @@ def probe_buckets(stage):
   return list(dict.fromkeys((b.resolution, b.num_frames, b.batch_size) for b in (largest, usual)))
 
 
-def print_meshes(args, compiler, stages, jobs):
-  """Every sensible mesh with a few buckets, ranked by the sum of their bounds -> all results."""
-  chips = topology_chips(args.topology)
+def print_meshes(settings: Settings, compiler: Compiler, stages: Sequence[Stage], jobs: Sequence[Job]) -> list[dict[str, Any]]:
+  """Prints each sensible mesh with a few buckets, and the meshes ranked by the sum of the bounds. Returns all results."""
   width = find_model(stages[0].config.model.name, stages[0].config.model.fields)[1].hidden_size
-  if not args.bucket:
+  if not settings.bucket:
     wanted = {(stage.name, bucket) for stage in stages for bucket in probe_buckets(stage)}
     jobs = [job for job in jobs if (job.stage, job.bucket) in wanted]
   tries = []
-  for mesh in meshes.sensible_meshes(chips, width):
+  for mesh in meshes.sensible_meshes(topology_chips(settings.topology), width):
     for job in jobs:
-      rows = meshes.nearest_batch(job.bucket[2], chips * args.slices)
+      rows = meshes.nearest_batch(job.bucket[2], settings.chips)
       tries.append(dataclasses.replace(job, config=meshes.with_mesh(job.config, mesh), bucket=(*job.bucket[:2], rows)))
   print_header()
   by_mesh = {}
-  for result in in_order(args, compiler, tries):
-    bound = bound_of(args, result)
+  for result in in_order(settings, compiler, tries):
+    bound = bound_of(settings, result)
     by_mesh.setdefault(tuple(result["mesh"].items()), []).append((result, bound))
     mesh = " ".join(f"{axis}={size}" for axis, size in result["mesh"].items() if size > 1)
     print(f"{describe(result, bound)}  {mesh}", flush=True)
-  print("\nmeshes, best first: seconds of a step of each of these buckets together, at their bounds")
+  print("\nmeshes, best first: seconds of one step of each of these buckets, at their bounds")
   ranked = sorted(by_mesh.items(), key=lambda item: mesh_rank(item[1]))
   for mesh, results in ranked:
     fits = all(result["fits"] for result, _ in results)
@@ -315,38 +351,31 @@ def print_meshes(args, compiler, stages, jobs):
   return [result for results in by_mesh.values() for result, _ in results]
 
 
-def mesh_rank(results):
-  """Order of a mesh: first those on which all fits, then by time, then by memory."""
+def mesh_rank(results) -> tuple[bool, float, float]:
+  """Sort key of a mesh: meshes on which all buckets fit come first, then short times, then little memory."""
   fits = all(result["fits"] for result, _ in results)
   return not fits, sum(bound["step"] for _, bound in results if bound), max(r.get("peak", 0) for r, _ in results)
 
 
-def main(argv=None):
-  args = parse_with_changes(make_parser(), argv)
-  args.argv = sys.argv[1:] if argv is None else argv
+def main(argv: Sequence[str] | None = None) -> None:
+  settings = parse(argv)
   with one_line_errors():
-    args.topology = choose_topology(args)
-    if args.write_buckets and not args.search_batch_size:
-      raise ValueError("--write-buckets needs --search-batch-size, which finds what it writes")
-    for name, value in (("slices", args.slices), ("slice-gbits", args.slice_gbits), ("jobs", args.jobs)):
-      if value <= 0:
-        raise ValueError(f"--{name} {value}: allowed: above 0")
-    if not 0 < args.fraction <= 1:
-      raise ValueError(f"--fraction {args.fraction}: allowed: above 0, at most 1")
-    stages, jobs = make_jobs(args)
-    if args.search_batch_size and not all(make_objective(stage.config).counts_flops for stage in stages):
-      raise ValueError("--search-batch-size is of denoisers: of an autoencoder there is no count of FLOPs to tell times by")
-    compiler = Compiler(args.cache, args.topology)
-    print(f"{args.slices} x {args.topology}; all figures are computed, none is measured", flush=True)
-    show = print_search if args.search_batch_size else print_meshes if args.suggest_mesh else print_plan
-    results = show(args, compiler, stages, jobs)
-    if args.output:
-      paths.write_text(args.output, json.dumps(results, indent=1))
+    settings = dataclasses.replace(settings, topology=choose_topology(settings))
+    check_settings(settings)
+    stages, jobs = make_jobs(settings)
+    if settings.search_batch_size and not all(make_objective(stage.config).counts_flops for stage in stages):
+      raise ValueError("--search-batch-size is for denoisers: the FLOPs of an autoencoder are unknown; leave it out")
+    compiler = Compiler(settings.cache, settings.topology)
+    print(f"{settings.slices} x {settings.topology}; all figures are computed, none is measured", flush=True)
+    show = print_search if settings.search_batch_size else print_meshes if settings.suggest_mesh else print_plan
+    results = show(settings, compiler, stages, jobs)
+    if settings.output:
+      paths.write_text(settings.output, json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":
   try:
     main()
   except KeyboardInterrupt:
-    print("interrupted; what was compiled is kept, the same command goes on from there", file=sys.stderr)
+    print("interrupted; compiled results are kept, and the same command continues", file=sys.stderr)
     raise SystemExit(130) from None

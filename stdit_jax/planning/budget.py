@@ -1,22 +1,31 @@
-"""What a recipe costs: steps, hours and chip-hours, from the bound of every bucket and how often it comes."""
+"""The hours of a recipe, from the bound of each bucket and how often the bucket occurs."""
 
 import functools
 import tempfile
+from collections.abc import Sequence
 
 import numpy as np
 
 from data import aspect_ratios, plan, sources
 from data import buckets as bucket_rules
+from data.buckets import Bucket
 from data.config import DataConfig
 from stdit_jax.autoencoders import registry
+from stdit_jax.components import Components
 from stdit_jax.parallel.topology import CHIPS, parse_topology
+from stdit_jax.training.stages import Stage
+
+Key = tuple[str, int]  # (resolution, frames) of a bucket
 
 ASSUMED_ROWS = 20_000
 
 
-def assumed_rows(buckets):
-  """(frames, height, width) of rows to count with where there is no table: large enough for every resolution; one in ten an
-  image, the others clips whose length is spread evenly from the shortest to beyond the longest of the buckets."""
+def assumed_rows(buckets: Sequence[Bucket]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """(frames, height, width) of rows that stand in for a table.
+
+  All rows are large enough for every resolution. One in ten is an image. The lengths of the clips are spread evenly, from the
+  shortest bucket to twice the longest.
+  """
   lengths = sorted({b.num_frames for b in buckets if b.num_frames > 1})
   rng = np.random.default_rng(0)
   if not lengths:
@@ -28,9 +37,12 @@ def assumed_rows(buckets):
   return frames, side, side
 
 
-def bucket_shares(stage):
-  """({(resolution, frames): share of the micro steps}, what was counted): of the first epoch of the stage's tables, or of
-  `assumed_rows` where it names none. Raises ValueError for a table that can't be used."""
+def bucket_shares(stage: Stage) -> tuple[dict[Key, float], str]:
+  """({(resolution, frames): share of the micro steps}, what was counted).
+
+  Counts the first epoch of the stage's tables, or `assumed_rows` if it names none. Raises ValueError for tables that can't be
+  used.
+  """
   config = DataConfig(**stage.config.data.to_dict())
   buckets = config.parsed_buckets()
   if config.tables:
@@ -42,27 +54,31 @@ def bucket_shares(stage):
     bucket, *_ = bucket_rules.assign(*assumed_rows(buckets), (config.seed, 0, 0), buckets)
     rows = np.bincount(bucket[bucket >= 0], minlength=len(buckets))
     steps = {(b.resolution, b.num_frames): n / b.batch_size for b, n in zip(buckets, rows) if b.batch_size}
-    counted = "assumed rows: no table is given; large enough for every resolution, a tenth images, clips of all lengths alike"
+    counted = (
+      "assumed rows, as no table is given: large enough for every resolution, a tenth images, clips of all lengths alike"
+    )
   total = sum(steps.values())
   return {key: n / total for key, n in steps.items() if n}, counted
 
 
-def update_seconds(resident, topology):
-  """Seconds of the update program at the chip's memory bandwidth: it reads and writes parameters, gradients, optimizer and
-  average once (`resident`: their bytes per chip)."""
+def update_seconds(resident: dict[str, int], topology: str) -> float:
+  """Seconds of the update program at the chip's memory bandwidth.
+
+  It reads and writes parameters, gradients, optimizer and average once. `resident`: their bytes per chip.
+  """
   moved = 2 * sum(resident[name] for name in ("parameters", "gradients", "optimizer", "average"))
   return moved / (CHIPS[parse_topology(topology)].memory_gbs * 1e9)
 
 
-def encoder_seconds(stage, parts, shares, topology, chips):
-  """{"videos", "captions"}: mean seconds that the encoders take for a micro step, at the published peak of the chips.
+def encoder_seconds(stage: Stage, parts: Components, shares, topology: str, chips: int) -> dict[str, float]:
+  """{"videos", "captions"}: mean seconds of the encoders for a micro step, at the published peak of the chips.
 
-  0 for what comes from a cache or from disk. FLOPs of the autoencoder are XLA's own count for frames as square as the
-  resolution has them, those of T5 by formula. (With `text_encoder.where="step"` the bound of the bucket holds the bytes that T5
-  moves already, but not its FLOPs.)
+  An encoder takes 0 seconds if its results are cached or on disk. XLA counts the FLOPs of the autoencoder, for the aspect ratio
+  that is closest to square. The FLOPs of T5 are computed by formula. With `text_encoder.where="step"` the bound of the bucket
+  already contains the memory traffic of T5, but not its FLOPs.
 
   Args:
-    parts: `Components` of the stage; shares: of `bucket_shares`.
+    parts: of the stage; shares: of `bucket_shares`.
   """
   config, peak = stage.config, chips * CHIPS[parse_topology(topology)].tflops * 1e12
   rows = {(b.resolution, b.num_frames): b.batch_size for b in DataConfig(**config.data.to_dict()).parsed_buckets()}
@@ -75,16 +91,16 @@ def encoder_seconds(stage, parts, shares, topology, chips):
 
 
 @functools.cache
-def _video_flops(model, resolution, frames):
-  """FLOPs of an autoencoder that encodes a clip."""
+def _video_flops(model, resolution: str, frames: int) -> float:
+  """FLOPs of an autoencoder that encodes one clip."""
   pixels = aspect_ratios.size(resolution, aspect_ratios.closest_ratio(1, 1, resolution))
   shapes = registry.family_of(model.config).init_shapes(model.config)
-  made = registry.make_codec(model, shapes, micro_batch=1)  # larger ones would be filled up
+  made = registry.make_codec(model, shapes, micro_batch=1)  # larger micro batches would be padded
   return made.flops("encode", model.config.latent_size(*pixels), frames)
 
 
-def stage_hours(stage, shares, seconds, update=0.0):
-  """Hours of a stage at the bound of every bucket.
+def stage_hours(stage: Stage, shares: dict[Key, float], seconds: dict[Key, float], update: float = 0.0) -> float:
+  """Hours of a stage at the bounds of its buckets.
 
   Args:
     shares: of `bucket_shares`; seconds: {(resolution, frames): seconds of a micro step}; update: seconds of an update.

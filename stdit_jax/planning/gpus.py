@@ -1,4 +1,4 @@
-"""A stand-in for cuDNN's attention, to compile programs for GPUs where cuDNN is not installed."""
+"""A stand-in for cuDNN's attention. With it, programs for GPUs compile without cuDNN."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from stdit_jax.parallel.attention import valid_keys
 
 @jax.custom_vjp
 def stand_in(query, key, value, lengths, mask):
-  """Reads, writes and saves as much as cuDNN's flash attention does. Its values mean nothing.
+  """Reads, writes and saves as many bytes as cuDNN's flash attention. Its values mean nothing.
 
   Arguments are those of `attention.cudnn_kernel`.
   """

@@ -1,7 +1,8 @@
-"""Compilations, each in a process of its own: bounded memory, several at a time, and kept for the next call.
+"""Compiles jobs, each in a process of its own, and caches the results.
 
-A result is found again in two ways: at once when configuration and code are the same, and after lowering, seconds instead of
-minutes, when only the program's text is: a change of the code that does not change the program compiles nothing.
+A process of its own bounds the memory, and several run at a time. The cache has two levels. A job with the same configuration
+and code is not even lowered. A program with the same text is lowered, which takes seconds, and not compiled, which takes
+minutes.
 """
 
 import dataclasses
@@ -11,6 +12,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from typing import Any
 
 from data import paths
 from stdit_jax.parallel.topology import TPU_ENVIRONMENT, compiler_version
@@ -20,9 +22,9 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 class Compiler:
-  """Compiles jobs and keeps their results in a folder."""
+  """Compiles jobs and caches their results in a folder."""
 
-  def __init__(self, cache, topology):
+  def __init__(self, cache: str | pathlib.Path, topology: str):
     self.cache = pathlib.Path(cache).expanduser()
     self.cache.mkdir(parents=True, exist_ok=True)
     code = hashlib.sha256(compiler_version(topology).encode())
@@ -30,8 +32,8 @@ class Compiler:
       code.update(path.read_bytes())
     self._code = code.hexdigest()
 
-  def __call__(self, job):
-    """The result of a job (`programs.combine`); raises ValueError with the message of the process that compiled."""
+  def __call__(self, job: Job) -> dict[str, Any]:
+    """The result of a job (`programs.combine`). Raises ValueError with the message of the compiling process."""
     values = json.dumps(dataclasses.asdict(job), sort_keys=True)
     path = self.cache / f"job-{hashlib.sha256((self._code + values).encode()).hexdigest()[:32]}.json"
     if path.exists():
@@ -48,8 +50,8 @@ class Compiler:
     return result
 
 
-def work(values, cache):
-  """The compiling process: the result, of a program that is compiled unless its text was before."""
+def work(values: dict[str, Any], cache: str) -> dict[str, Any]:
+  """What the compiling process does: lowers the job, and compiles it if the cache has no program of the same text."""
   job = Job(**values)
   lowered, facts = lower(job)
   path = pathlib.Path(cache) / f"program-{text_digest(lowered, job.topology)}.json"

@@ -1,20 +1,21 @@
-"""Meshes that make sense on a topology, to be tried and ranked."""
+"""The meshes that `plan --suggest-mesh` tries."""
 
 import math
+from typing import Any
 
 from stdit_jax.parallel.mesh import AXES
 from stdit_jax.training.checkpoints import from_plain, plain
 
-TILE = 16  # rows of a bfloat16 tile: parts of that many are scattered, others summed everywhere (parallel/shardings.py)
+TILE = 16  # rows of a bfloat16 tile. XLA scatters gradients of whole tiles, and sums others everywhere (parallel/shardings.py)
 MOST_FSDP = 64
 SEQUENCE = (1, 2, 4, 8, 16)
 
 
-def sensible_meshes(chips, width):
-  """Meshes of `chips` devices worth trying: [{axis: size}].
+def sensible_meshes(chips: int, width: int) -> list[dict[str, int]]:
+  """Meshes of `chips` devices that are worth a compilation: [{axis: size}].
 
-  `fsdp` from 4 to 64 where it divides `width`, and into whole tiles if any does, `sequence` in powers of two up to 16, the rest
-  `data`. No `tensor`: it moves activations in every block, which for these widths costs more than it saves.
+  `fsdp` is 4 to 64 and divides `width`, into whole tiles if possible. `sequence` is a power of two up to 16, and `data` is the
+  rest. `tensor` stays 1: it moves activations in each block, which costs more than it saves for these widths.
   """
   divide = [d for d in range(min(4, chips), MOST_FSDP + 1) if chips % d == 0 and width % d == 0] or [1]
   fsdp = [d for d in divide if width % (d * TILE) == 0] or divide
@@ -23,13 +24,13 @@ def sensible_meshes(chips, width):
   ]  # fmt: skip
 
 
-def with_mesh(config, mesh):
-  """The configuration (plain values) with this mesh within a slice."""
+def with_mesh(config: dict[str, Any], mesh: dict[str, int]) -> dict[str, Any]:
+  """The configuration (plain values) with this mesh for each slice."""
   config = from_plain(config)
   config.mesh.update(mesh)
   return plain(config)
 
 
-def nearest_batch(rows, chips):
-  """The batch of at least `rows` samples that divides on every mesh of so many chips."""
+def nearest_batch(rows: int, chips: int) -> int:
+  """The smallest batch of at least `rows` samples that every mesh of `chips` devices can split."""
   return math.ceil(rows / chips) * chips

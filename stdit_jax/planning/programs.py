@@ -1,4 +1,4 @@
-"""What one training program needs on accelerators: compiled by their real compiler, without having one."""
+"""Time and memory of one training program on an accelerator, from the real compiler and without the accelerator."""
 
 import dataclasses
 import hashlib
@@ -6,6 +6,7 @@ import math
 import pathlib
 import re
 import time
+from typing import Any
 
 import jax
 import jaxlib
@@ -29,30 +30,30 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """A program to be compiled, in plain values.
+  """A program to compile, in plain values.
 
   Attributes:
-    config: the whole run's, as `checkpoints.plain` makes it; stage: the name of one of its stages.
+    config: of the whole run, made plain by `checkpoints.plain`; stage: name of one of its stages.
     bucket: (resolution, frames, global batch size).
-    topology, slices: as `topology.topology_devices`.
+    topology, slices: of `topology.topology_devices`.
   """
 
-  config: dict
+  config: dict[str, Any]
   stage: str
-  bucket: tuple
+  bucket: tuple[str, int, int]
   topology: str
   slices: int = 1
 
 
-def bytes_per_device(shapes, mesh, rules):
-  """Bytes of a tree on one device, as the sharding rules lay it."""
+def bytes_per_device(shapes, mesh, rules) -> int:
+  """Bytes of a tree on one device under the sharding rules."""
   shardings = tree_shardings(shapes, mesh, rules)
   parts = jax.tree.map(lambda s, d: math.prod(d.shard_shape(s.shape)) * s.dtype.itemsize, shapes, shardings)
   return sum(jax.tree.leaves(parts))
 
 
-def resident_bytes(config, objective, mesh):
-  """{what: bytes on one device} of all that stays in memory while a program runs, its own arguments included."""
+def resident_bytes(config, objective, mesh) -> dict[str, int]:
+  """{what: bytes on one device} of the arrays that stay in memory while a program runs, with its arguments."""
   params, frozen = objective.shapes
   states = state_shapes(params, make_optimizer(config.optimizer))
   sizes = {"parameters": states["params"], "average": states["ema"], "optimizer": states["opt"], "gradients": states["params"]}
@@ -61,14 +62,14 @@ def resident_bytes(config, objective, mesh):
   return sizes | {"frozen": frozen + objective.beside(bytes_per_device, mesh)}
 
 
-def lower(job):
-  """Lowers the gradient program of a bucket: the very function that trains, but for cuDNN's attention on GPUs (gpus.py).
+def lower(job: Job):
+  """Lowers the gradient program of a bucket. It is the program that trains, except for cuDNN's attention on GPUs (gpus.py).
 
   Returns:
-    (the lowered program, what is known of it before it is compiled: a dict of plain values)
+    (lowered program, facts that are known before it is compiled: a dict of plain values)
 
   Raises:
-    ValueError: a configuration, mesh or batch that does not work.
+    ValueError: a configuration, mesh or batch that is not allowed.
   """
   stage = next(s for s in make_stages(from_plain(job.config)) if s.name == job.stage)
   config, (resolution, frames, rows) = stage.config, job.bucket
@@ -79,11 +80,11 @@ def lower(job):
     split = dataclasses.replace(split, layout=dataclasses.replace(split.layout, cudnn=gpus.stand_in))
   program = Programs(objective, stage, mesh, TraceCounter()).gradient((resolution, frames), rows, split)
   layout, parts, resident = split.layout, split.micro_batches, resident_bytes(config, objective, mesh)
-  # While it runs the host makes the next batch, which may be of the same size.
+  # The host prepares the next batch during the step. It may be of the same bucket.
   resident["next batch"] = sum(
     math.prod(layout.sharding(*s.axes).shard_shape(s.shape)) * s.struct.dtype.itemsize for s in jax.tree.leaves(program.batch)
   )
-  # The program's own peak holds parameters, gradients and what is frozen in it; the rest waits beside it.
+  # The program's peak includes parameters, gradients and frozen arrays. All else stays beside it.
   own = resident["parameters"] + resident["gradients"] + bytes_per_device(objective.shapes[1], mesh, objective.rules)
   facts = {
     "stage": stage.name, "resolution": resolution, "frames": frames, "batch": rows, "batch_parts": layout.batch_parts,
@@ -100,19 +101,18 @@ def lower(job):
   return program.lower(), facts
 
 
-def text_digest(lowered, topology):
-  """sha256 of all that the measured program depends on: its text, the topology, the compiler, how it is read (hlo.py)."""
+def text_digest(lowered, topology: str) -> str:
+  """sha256 of all that a result depends on: program text, topology, compiler, and the reader of its output (hlo.py)."""
   versions = f"{topology} {jax.__version__} {jaxlib.__version__} {compiler_version(topology)}"
   reader = pathlib.Path(hlo.__file__).read_text()
   return hashlib.sha256(f"{versions}\n{reader}\n{lowered.as_text()}".encode()).hexdigest()[:32]
 
 
-def compile_program(lowered):
-  """Compiles and measures a lowered program.
+def compile_program(lowered) -> dict[str, Any]:
+  """Compiles a lowered program and reads its memory and traffic.
 
   Returns:
-    a dict of plain values: seconds, bytes per device; with the key "oom" where the compiler itself found that memory does not
-    suffice.
+    seconds and bytes per device, in plain values. If the compiler finds too little memory, the key "oom" has its message.
   """
   started = time.monotonic()
   try:
@@ -133,14 +133,14 @@ def compile_program(lowered):
     "own_peak": int(memory.peak_memory_in_bytes),
     "activations": int(memory.temp_size_in_bytes),
     "collectives": moved,
-    "in_loop": in_loop,  # of one turn of each loop, which is one layer
+    "in_loop": in_loop,  # in one iteration of each loop, which is one layer
     "between_slices": hlo.slice_bytes(text),
     "memory_traffic": hlo.memory_bytes(text),
   }
 
 
-def combine(facts, compiled):
-  """What is known of a program, before and after it was compiled, as one dict: adds "peak" and whether it fits."""
+def combine(facts: dict[str, Any], compiled: dict[str, Any]) -> dict[str, Any]:
+  """The facts of `lower` and of `compile_program` as one dict, with "peak" and "fits"."""
   result = facts | compiled
   if "oom" in result:
     return result | {"fits": False}
@@ -148,11 +148,11 @@ def combine(facts, compiled):
   return result | {"fits": result["peak"] <= result["limit"]}
 
 
-def roofline(result, topology, slice_gbits):
-  """Seconds of a step at the published peaks, by what bounds them, and the model-FLOP utilisation that this allows.
+def roofline(result: dict[str, Any], topology: str, slice_gbits: float) -> dict[str, Any]:
+  """Seconds of a step at the published peaks, and the model-FLOP utilisation at this bound.
 
-  compute: FLOPs of products, with those that are computed again; memory: `hlo.memory_bytes`; links: what a device sends,
-  all-reduce twice; slices: what it sends to other slices, at `slice_gbits` Gbit/s per chip. They are taken to overlap: the
+  compute: FLOPs of products, with the recomputed ones. memory: `hlo.memory_bytes`. links: bytes that a device sends, all-reduce
+  twice. slices: bytes that it sends to other slices, at `slice_gbits` Gbit/s per chip. These are assumed to overlap, so the
   longest bounds the step.
   """
   chip = CHIPS[parse_topology(topology)]

@@ -1,13 +1,15 @@
-"""The largest batch of a bucket that fits, and the batch with which all buckets take the same time.
+"""Searches the largest batch of a bucket that fits, and the batch with which all buckets take equal time.
 
-Open-Sora searches batch sizes on the hardware (v1.2, scripts/misc/search_bs.py); here the compiler answers. Memory grows by a
-fixed amount per sample: the first compilation, of a batch that is estimated by formula, tells it roughly, the next ones
-better, until one confirms what was predicted of it.
+Open-Sora searches batch sizes on the hardware (v1.2, scripts/misc/search_bs.py). Here the compiler tells the memory. Memory
+grows by a fixed amount per sample. A formula estimates the first batch. Each compilation improves the estimate, until one
+confirms it.
 """
 
 import dataclasses
 import math
 import textwrap
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
@@ -15,87 +17,90 @@ from jax.sharding import AbstractMesh
 from data.config import DataConfig
 from stdit_jax.parallel.mesh import AXES, mesh_sizes
 from stdit_jax.parallel.topology import CHIPS, parse_topology
-from stdit_jax.planning.programs import resident_bytes, roofline
+from stdit_jax.planning.programs import Job, resident_bytes, roofline
 from stdit_jax.training.checkpoints import from_plain
 from stdit_jax.training.objectives import make_objective
-from stdit_jax.training.stages import make_stages
+from stdit_jax.training.stages import Stage, make_stages
 
-ATTEMPTS = 6  # compilations per bucket at most
-FILL = 0.85  # of the memory that the state leaves, with which a search begins
-# A search ends where a batch takes so much of the memory: what XLA still squeezes in it computes again, which takes time (1080p
-# on v5p: 69 samples in 89.9 GiB, but 96 in 95.4), and its compilations take long.
+ATTEMPTS = 6  # most compilations per bucket
+FILL = 0.85  # share of the memory beside the state that the first batch takes
+# A search ends with a batch that takes this share of the memory. For larger batches XLA recomputes activations, which takes
+# time (compiled for v5p at 1080p: 69 samples in 89.9 GiB, 96 in 95.4), and the compilations take long.
 FULL = 0.88
-LEAST = 0.7  # of what is not state, how much grows with the batch at least: 84 to 100 % on v5p
-WORTH = 1.05  # of what fits: a larger batch that is predicted is tried when it is larger than this
-# Arrays of activations that a layer leaves for the backward pass, by remat policy, and that the layer at work needs: counted
-# on STDiT3-XL/2 on v5p, where the 26 buckets of stage 1 took 160 to 245 kB per token. A search only begins there.
+LEAST = 0.7  # least share of the memory beside the state that grows with the batch (compiled for v5p: 84 to 100 %)
+WORTH = 1.05  # a larger batch is tried if it is predicted to be larger by this factor
+# Arrays of activations that a layer saves for the backward pass, by remat policy, and arrays that the running layer needs.
+# Counted for STDiT3-XL/2 on v5p, where the 26 buckets of stage 1 need 160 to 245 kB per token. They only set the first batch.
 LEFT = {"none": 40, "dots": 12, "full": 1, "offload": 0}
 AT_WORK = 60
 
 
-def with_whole_batches(config, split):
-  """The configuration (plain values) with batches that are not split into micro batches, and the tokens of the buckets
-  `split` ("480p:204"), of no others, over the mesh's `sequence` axis."""
+def with_whole_batches(config: dict[str, Any], split: Sequence[str]) -> dict[str, Any]:
+  """The configuration (plain values) without micro batches. Only the buckets `split` ("480p:204") split their tokens over the
+  `sequence` axis."""
   changes = {"max_tokens_per_device": 0, "split_tokens": ",".join(split) or "never"}
   stages = [{key: value for key, value in stage.items() if key not in changes} for stage in config["stages"]]
   return {**config, **changes, "stages": stages}
 
 
-def axis_sizes(config, chips, slices):
+def axis_sizes(config: dict[str, Any], chips: int, slices: int) -> dict[str, int]:
   """{axis: size} of the whole mesh."""
   within, over = mesh_sizes(config["mesh"], chips // slices), mesh_sizes(config["slices"], slices, "slices", "slices")
   return {axis: within[axis] * over[axis] for axis in within}
 
 
-def batch_units(config, chips, slices):
-  """Samples of the whole mesh when every device has one, and when the `sequence` axis shares one."""
+def batch_units(config: dict[str, Any], chips: int, slices: int) -> tuple[int, int]:
+  """Samples of the whole mesh with one sample per device, and with one sample per `sequence` axis."""
   sizes = axis_sizes(config, chips, slices)
   split = sizes["data"] * sizes["fsdp"]
   return split * sizes["sequence"], split
 
 
-def round_down(n):
-  """To two significant digits: 16 to 99 as they are, 1234 -> 1200."""
+def round_down(n: int) -> int:
+  """`n` with two significant digits: 99 stays 99, 1234 becomes 1200."""
   step = 10 ** max(0, len(str(n)) - 2)
   return n // step * step
 
 
 @dataclasses.dataclass
 class Found:
-  """What a search found of one bucket; `results` are those of `Compiler`, by samples per device, all tried."""
+  """The answer of a search. `results`: {samples per device: result of `Compiler`} of all compilations."""
 
-  results: dict
+  results: dict[int, dict[str, Any]]
 
   @property
-  def largest(self):
-    """Samples per device of the largest batch that was compiled and fits; 0 when not even one does."""
+  def largest(self) -> int:
+    """Samples per device of the largest compiled batch that fits. 0 if none fits."""
     return max((n for n, result in self.results.items() if result["fits"]), default=0)
 
   @property
-  def result(self):
-    """The result of that batch; of the smallest that was tried where none fits."""
+  def result(self) -> dict[str, Any]:
+    """The result of the largest batch that fits, or else of the smallest batch."""
     return self.results[self.largest or min(self.results)]
 
-  def seconds(self, topology, slice_gbits):
-    """(a, b): a step on n samples per device takes a + b * n at its bound."""
+  def seconds(self, topology: str, slice_gbits: float) -> tuple[float, float]:
+    """(a, b): a step with n samples per device takes a + b * n seconds at its bound."""
     fits = sorted(n for n, result in self.results.items() if result["fits"])
     low, high = ((n, roofline(self.results[n], topology, slice_gbits)["step"]) for n in (fits[0], fits[-1]))
     slope = (high[1] - low[1]) / (high[0] - low[0]) if high[0] > low[0] else low[1] / low[0]
     return low[1] - slope * low[0], slope
 
-  def equal(self, seconds, constant, slope):
-    """Samples per device with which a step takes about `seconds`, at `constant + slope * n`, and fits; at least 1."""
+  def equal(self, seconds: float, constant: float, slope: float) -> int:
+    """Samples per device, at least 1, that fit and whose step takes about `seconds`. A step takes `constant + slope * n`."""
     return max(1, min(self.largest, round_down(max(1, round((seconds - constant) / slope)))))
 
 
-def most_growth(result, n):
-  """Bytes per sample if all that is not state grows with the batch, of a result for `n` samples per device."""
+def most_growth(result: dict[str, Any], n: int) -> float:
+  """Bytes per sample if all memory beside the state grows with the batch. `result`: for `n` samples per device."""
   return (result["peak"] - sum(size for name, size in result["resident"].items() if name != "next batch")) / n
 
 
-def predict(results, limit):
-  """Samples per device that fill `limit` bytes, by the two largest batches that fit; by one, the growth is not known, and
-  all that is not waiting beside the program is taken for it, as where XLA began to compute again and took less for more."""
+def predict(results: dict[int, dict[str, Any]], limit: float) -> int:
+  """Samples per device that fill `limit` bytes, by a line through the two largest batches that fit.
+
+  With one result the growth is unknown, and the line uses `most_growth`. The line also uses `most_growth` if the larger batch
+  needs less memory, because XLA recomputes activations.
+  """
   fits = sorted(n for n, result in results.items() if result["fits"])
   high = fits[-1]
   growth = (results[high]["peak"] - results[fits[-2]]["peak"]) / (high - fits[-2]) if len(fits) > 1 else 0
@@ -104,25 +109,22 @@ def predict(results, limit):
   return high + math.floor((limit - results[high]["peak"]) / growth)
 
 
-def largest_batch(measure, first=1, attempts=ATTEMPTS):
+def largest_batch(measure: Callable[[int], dict[str, Any]], first: int = 1) -> Found:
   """Searches the largest batch that fits.
 
   Args:
-    measure: samples per device -> result of `Compiler`.
-    first: samples to begin with: enough that what grows shows beside what does not.
-
-  Returns:
-    Found
+    measure: compiles a batch of so many samples per device, and returns the result of `Compiler`.
+    first: samples of the first compilation, enough to make the growth visible.
   """
   results, n = {}, first
-  while n and len(results) < attempts:
+  while n and len(results) < ATTEMPTS:
     results[n] = measure(n)
     n = next_batch(results)
   return Found(results)
 
 
-def next_batch(results):
-  """Samples per device to try next, None when the search is over: not even one fits, or what fits fills the memory."""
+def next_batch(results: dict[int, dict[str, Any]]) -> int | None:
+  """Samples per device to try next. None ends the search: not one sample fits, or the largest batch fills the memory."""
   fits = [n for n, result in results.items() if result["fits"]]
   failed = [n for n, result in results.items() if not result["fits"]]
   if not fits:
@@ -131,19 +133,19 @@ def next_batch(results):
   if results[high]["peak"] > FULL * results[high]["limit"]:
     return None
   n = round_down(predict(results, results[high]["limit"]))
-  if failed and n >= (least := min(failed)):  # memory is no line there: 5 % less, then 20, then half
+  if failed and n >= (least := min(failed)):  # the line is wrong there: try 5 % less, then 20 %, then half
     n = max(high, round_down(int(least * (1 - min(0.5, 0.05 * 4 ** (len(failed) - 1))))))
-  if len(results) == 1 and n <= high:  # of growth only the most is known: is one more as good as impossible?
+  if len(results) == 1 and n <= high:  # only the largest growth is known: one more sample may fit
     n = high + (results[high]["peak"] + LEAST * most_growth(results[high], high) <= results[high]["limit"])
   return n if n > high * WORTH and n not in results else None
 
 
-def first_batch(job, chips):
-  """Samples per device to begin with: those whose activations take about `FILL` of what the state leaves; 1 or more."""
+def first_batch(job: Job, chips: int) -> int:
+  """Samples per device, at least 1, whose activations take about `FILL` of the memory beside the state."""
   stage = next(s for s in make_stages(from_plain(job.config)) if s.name == job.stage)
   objective = make_objective(stage.config)
   tokens, _ = objective.work(objective.batch(job.bucket[:2], 1))
-  if not tokens:  # of an autoencoder there is no formula
+  if not tokens:  # autoencoders have no formula
     return 1
   mesh = AbstractMesh(tuple(axis_sizes(job.config, chips, job.slices).values()), AXES)
   free = CHIPS[parse_topology(job.topology)].memory_gib * 2**30 - sum(resident_bytes(stage.config, objective, mesh).values())
@@ -152,10 +154,11 @@ def first_batch(job, chips):
   return max(1, round_down(int(FILL * free / (tokens * model.hidden_size * jnp.dtype(model.dtype).itemsize * arrays))))
 
 
-def search_bucket(compiler, job, chips, start=None):
-  """Searches the largest batch of a job's bucket, whole samples first; where not one fits, tokens are split -> Found.
+def search_bucket(compiler: Callable[[Job], dict[str, Any]], job: Job, chips: int, start: int | None = None) -> Found:
+  """Searches the largest batch of a job's bucket. If not one whole sample fits, its tokens are split.
 
-  `start`: samples of the whole mesh to begin with; by default `first_batch` estimates.
+  Args:
+    start: samples of the whole mesh in the first compilation (default: `first_batch`).
   """
   key = job.bucket[:2]
   whole, split = batch_units(job.config, chips, job.slices)
@@ -171,11 +174,12 @@ def search_bucket(compiler, job, chips, start=None):
   return found
 
 
-def fragment(stages, found, equal, topology, command):
-  """Python text of a config fragment.
+def fragment(stages: Sequence[Stage], found: dict[tuple, Found], equal: dict[tuple, int], topology: str, command: str) -> str:
+  """The text of a config fragment in Python.
 
   Args:
-    stages: of the configuration; found: {(stage, resolution, frames): Found} of buckets that fit; equal: their equal batches.
+    stages: of the configuration.
+    found: {(stage, resolution, frames): answer} of the buckets that fit; equal: their batches of equal time.
     command: the command that made it.
   """
   lines = [
@@ -183,8 +187,8 @@ def fragment(stages, found, equal, topology, command):
     "",
     " \\\\\n".join(textwrap.wrap(command, 120, initial_indent="  ", subsequent_indent="      ", break_on_hyphens=False)),
     "",
-    "LARGEST fills the memory; EQUAL makes the steps of all buckets take about the same time. A stage takes them up, on the",
-    "mesh of that command, by",
+    "LARGEST fills the memory. EQUAL makes the steps of all buckets take about the same time. A stage uses them, on the mesh",
+    "of that command, by",
     "  dict(name=..., steps=..., **EQUAL[name])",
     '"""',
   ]

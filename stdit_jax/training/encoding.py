@@ -1,14 +1,15 @@
-"""The work of `encode`: the latents and text features that the first epochs of stages ask for.
+"""The work of `encode`: latents and text embeddings for the first epochs of the stages.
 
-`data/latents.py` has their keys, shards and reading, `latent_caches.py` what they are made from.
+`data/latents.py` has their keys, shards and readers. `latent_caches.py` has their provenance.
 """
 
-import collections
 import contextlib
 import dataclasses
 import functools
 import math
 import time
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,50 +27,64 @@ from stdit_jax.training import batches
 from stdit_jax.training.latent_caches import autoencoder_identity, text_identity
 from stdit_jax.training.objectives import make_objective
 
-_MICRO_BATCHES = 8  # per device and turn, so that the last one, which may be half empty, weighs little
+_MICRO_BATCHES = 8  # per device and turn. The last micro batch may be half empty, which costs little among so many
 _CAPTIONS = 8  # per device and turn
-_AHEAD_BYTES = 2 << 30
-_RECORD_BYTES = 400  # of a record beside its values, about
+_AHEAD_BYTES = 2 << 30  # most bytes of decoded clips that wait for the encoder
+_RECORD_BYTES = 400  # approximate size of a record without its arrays
+
+
+def _one_behind(started):
+  """Yields the items of an iterator one item late. The devices then have the next turn while the host waits for this one."""
+  previous = next(started, None)
+  for item in started:
+    yield previous
+    previous = item
+  if previous is not None:
+    yield previous
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """One stage's data: its table, and the plans of its epochs."""
+  """The data of a stage: its table, and the plans of its epochs."""
 
   stage: object
   data: DataConfig
   plans: plan.PlanSequence
 
   @classmethod
-  def open(cls, stage, folder):
-    """Raises ValueError when nothing fits or a file is missing; tables and plans are kept in `folder`."""
+  def open(cls, stage, folder: str) -> "Source":
+    """The data of a stage. Stores tables and plans in `folder`. Raises ValueError if no row fits, or if a file is missing."""
     try:
       data = dataclasses.replace(make_objective(stage.config).data_config(stage.config.data.to_dict()), latents="")
       return cls(stage, data, plan.PlanSequence(sources.open_table(data, folder), data, folder))
     except ValueError as error:
       raise ValueError(f"config: stage {stage.name!r}: {error}") from None
 
-  def made_for(self, epochs):
+  def made_for(self, epochs: int) -> dict[str, Any]:
+    """What the records are written for: the stage, and the plans of its first epochs."""
     identity = latents.plan_identity(self.data, self.plans.table)
     return {"stage": self.stage.name, "epochs": epochs, "plan": identity}
 
 
 class LatentsWork:
-  """The clips that the first epochs of stages ask for, and their latents.
+  """The clips of the first epochs of several stages, and their latents.
 
-  Attributes: part, what lacks shards (None: nothing does); features, of its records; unit, of `cost`.
+  Attributes:
+    part: the `latents.Part` that lacks shards. None if all exist.
+    features: of its records; unit: of `cost`.
+    bad_rows: counts the files that can't be decoded; away: keys of the clips whose files do not exist.
   """
 
   unit = "Mpx"
 
   @staticmethod
-  def made_from(source, dtype, log_variance):
-    """Stages for which it is the same share their latents."""
+  def made_from(source: Source, dtype: str, log_variance: bool) -> dict[str, Any]:
+    """The provenance of the latents. Stages with the same provenance share their latents."""
     clips = latents.made_from_clips(source.data, source.plans.table)
     identity = autoencoder_identity(source.stage.config.autoencoder)
     return {**clips, "autoencoder": identity, "dtype": dtype, "log_variance": log_variance}
 
-  def __init__(self, made_from, members, folder, epochs, shard_bytes, counter):
+  def __init__(self, made_from, members: Sequence[Source], folder: str, epochs: int, shard_bytes: int, counter):
     self.source, self._counter = members[0], counter
     self._autoencoder = autoencoder_model(self.source.stage.config.autoencoder).config
     self._bytes = np.dtype(np.float32 if made_from["dtype"] == "float32" else np.float16).itemsize
@@ -87,7 +102,7 @@ class LatentsWork:
     self.bad_rows, self.away = None, ()
 
   def _per_clip(self, keys, function):
-    """`function(frames, height, width)` of every clip, as an array."""
+    """An array with `function(frames, height, width)` of each clip."""
     fields = latents.unpack(keys)
     kinds, inverse = np.unique(
       np.stack([fields[name] for name in ("resolution", "num_frames", "ratio")]), axis=1, return_inverse=True
@@ -96,7 +111,7 @@ class LatentsWork:
     return np.asarray(values)[inverse.reshape(-1)]
 
   def sizes(self, keys):
-    """Bytes of the records of these clips."""
+    """Bytes of the record of each clip."""
 
     def size(frames, height, width):
       return self._autoencoder.latent_frames(frames) * math.prod(self._autoencoder.latent_size(height, width)) * self._bytes
@@ -104,35 +119,38 @@ class LatentsWork:
     return self._per_clip(keys, size) + _RECORD_BYTES
 
   def expected_bytes(self, keys):
-    """Of all records."""
+    """Bytes of all records."""
     return int(self.sizes(keys).sum())
 
   def cost(self, keys):
-    """Megapixels of these clips."""
+    """Megapixels of each clip."""
     return self._per_clip(keys, lambda frames, height, width: frames * height * width / 1e6)
 
   def count(self, keys):
-    """What they are, in words."""
+    """The number of clips, in words."""
     fields = latents.unpack(keys)
     frames = int(fields["num_frames"].sum())
     return f"{len(keys):,} clips ({frames:,} frames) of {len(np.unique(fields['row'])):,} rows"
 
   @functools.cached_property
   def encoder(self):
-    """A `ClipEncoder` that keeps nothing: every clip comes once."""
+    """A `ClipEncoder` without a cache: each clip is encoded once."""
     config = self.source.stage.config.autoencoder.copy_and_resolve_references()
     with config.unlocked():
       config.cache_gb = 0.0
     return batches.ClipEncoder(load_codec(config), config, self._counter, self.source.stage.name)
 
   def _turn(self, num_frames):
-    """Clips that are encoded together."""
+    """Number of clips that are encoded together."""
     codec, devices = self.encoder._codecs[0], jax.local_device_count()
     return max(1, -(-_MICRO_BATCHES * codec.micro_batch * devices // num_frames)) if codec.single_frames else devices
 
   def measure(self, keys):
-    """(seconds per megapixel of the encoder alone, what it was measured with): one turn of the clips that most pixels are in.
-    Raises ValueError where none of the files is there."""
+    """(seconds per megapixel of the encoder alone, what was measured), for the clips whose size has most of the pixels.
+
+    Raises:
+      ValueError: no file of a sample of the rows exists.
+    """
     loader.check_files(self.source.plans.table, latents.unpack(keys[:: -(-len(keys) // 64)])["row"].tolist())
     values, counts = np.unique(self.cost(keys), return_counts=True)
     most = values[(values * counts).argmax()]
@@ -148,24 +166,24 @@ class LatentsWork:
     return seconds / most, f"{name} takes {seconds:.3g} s a clip on {jax.local_device_count()} device(s)"
 
   def records(self, keys):
-    """(key, record) of these clips, in order. Close it. Raises InputError for files that can't be read: `away` are then the
-    keys of those that were not there, which may be on a disk that comes back."""
+    """Yields (key, record) of these clips in order. The caller must close it.
+
+    Raises:
+      InputError: too many files can't be decoded. `away` then has the keys of the clips whose files do not exist. Their
+        disk may come back.
+    """
     data, table = self.source.data, self.source.plans.table
     self.bad_rows, self.away = loader.BadRows(data.max_bad_rows, len(np.unique(latents.unpack(keys)["row"]))), []
     largest = int(3e6 * self.cost(keys).max())
     turn = max(self._turn(int(n)) for n in np.unique(latents.unpack(keys)["num_frames"]))
     ahead = data.read_ahead or max(2, min(2 * turn, _AHEAD_BYTES // largest))
     with contextlib.closing(loader.read_clips(data, table, keys, ahead)) as clips:
-      started = collections.deque()
-      for turn in self._turns(clips):
-        started.append((turn, self.encoder.start([clip["pixels"] for _, clip in turn])))
-        if len(started) > 1:  # the devices have the next turn by then
-          yield from self._finished(*started.popleft())
-      while started:
-        yield from self._finished(*started.popleft())
+      started = ((turn, self.encoder.start([clip["pixels"] for _, clip in turn])) for turn in self._turns(clips))
+      for turn, finish in _one_behind(started):
+        yield from self._finished(turn, finish)
 
   def _turns(self, clips):
-    """Clips that follow each other, [(key, clip)], as many of one size as are encoded together."""
+    """Yields the clips that are encoded together, [(key, clip)]: clips of one size that follow each other."""
     turn = []
     while True:
       try:
@@ -202,17 +220,18 @@ class LatentsWork:
 
 
 class TextWork:
-  """The captions that the first epochs of stages ask for, each once, and their embeddings. As `LatentsWork`."""
+  """The captions of the first epochs of several stages, each once, and their embeddings. Same methods as `LatentsWork`."""
 
   unit = "captions"
   bad_rows, away = None, ()
 
   @staticmethod
-  def made_from(source, dtype):
+  def made_from(source: Source, dtype: str) -> dict[str, Any]:
+    """The provenance of the embeddings."""
     captions = latents.made_from_captions(source.data, source.plans.table)
     return {**captions, "text_encoder": text_identity(source.stage.config.text_encoder), "dtype": dtype}
 
-  def __init__(self, made_from, members, folder, epochs, shard_bytes):
+  def __init__(self, made_from, members: Sequence[Source], folder: str, epochs: int, shard_bytes: int):
     self._members, self._config = members, members[0].stage.config.text_encoder
     self._decoders = [loader.RowDecoder(s.data, s.plans.table, None) for s in members]
     self._tokenize = tokenizer(self._config)
@@ -227,7 +246,7 @@ class TextWork:
     self.features = latents.features_of("text", self._channels, made_from["dtype"])
 
   def _found(self, number, epochs):
-    """int64 `[captions, (key, member, epoch, slot row)]` of one stage; what is the same in all epochs comes once."""
+    """int64 `[captions, (key, member, epoch, slot row)]` of one stage. Captions that are the same in all epochs occur once."""
     source, decoder, rows_of = self._members[number], self._decoders[number], []
     same = np.zeros(len(source.plans.table), bool)
     for epoch in range(epochs):
@@ -244,11 +263,11 @@ class TextWork:
     return self._decoders[number].caption(self._members[number].plans.table.row(slot_row), epoch, slot_row)
 
   def sizes(self, keys):
-    """Bytes of the records at most: shards hold as many captions as fit in any case."""
+    """Upper bound of the bytes of each record. Shards have as many captions as fit with this bound."""
     return np.full(len(keys), self._config.max_length * self._bytes + _RECORD_BYTES)
 
   def expected_bytes(self, keys):
-    """Of all records, by the tokens of some of them."""
+    """Bytes of all records, estimated from the tokens of some captions."""
     some = keys[:: -(-len(keys) // 256)]
     tokens = np.mean([self._tokenize(self._caption(key))[1].sum() for key in some])
     return len(keys) * (tokens * self._bytes + _RECORD_BYTES)
@@ -261,7 +280,7 @@ class TextWork:
 
   @functools.cached_property
   def _embed(self):
-    """(ids `[B, L]`, mask) -> features, on the way; this process's devices share the encoder."""
+    """A function that starts the encoder: (ids `[B, L]`, mask) -> features. The devices of this process share the encoder."""
     mesh, model = make_mesh({"fsdp": -1}, jax.local_devices(), {"data": -1}), text_encoder(self._config)
     params = load_text_encoder(self._config, model, mesh)
     layout, encode = Layout(mesh), encode_ahead(model, params)
@@ -272,7 +291,7 @@ class TextWork:
     return embed
 
   def _start(self, captions):
-    """Captions, at most a turn of them -> ([number of tokens], features on the way)."""
+    """([number of tokens], features that the devices compute) of at most one turn of captions."""
     size = _CAPTIONS * jax.local_device_count()
     ids, masks = zip(*map(self._tokenize, captions))
     fill = [(0, size - len(captions)), (0, 0)]
@@ -284,21 +303,17 @@ class TextWork:
     began = time.monotonic()
     np.asarray(self._start(captions)[1])
     seconds = (time.monotonic() - began) / (_CAPTIONS * jax.local_device_count())
-    del self._embed  # and load it again when its turn comes: until then latents have the memory
+    del self._embed  # the latents need the memory first; `records` loads the encoder again
     return seconds, f"a caption takes {seconds:.3g} s on {jax.local_device_count()} device(s)"
 
   def records(self, keys):
-    started, size = collections.deque(), _CAPTIONS * jax.local_device_count()
-    for begin in range(0, len(keys), size):
-      turn = keys[begin : begin + size]
-      captions = [self._caption(key) for key in turn]
-      started.append((turn, captions, *self._start(captions)))
-      if len(started) > 1:
-        yield from self._finished(*started.popleft())
-    while started:
-      yield from self._finished(*started.popleft())
+    size = _CAPTIONS * jax.local_device_count()
+    turns = (keys[begin : begin + size] for begin in range(0, len(keys), size))
+    turns = ((turn, [self._caption(key) for key in turn]) for turn in turns)
+    for turn, captions, lengths, features in _one_behind((*turn, *self._start(turn[1])) for turn in turns):
+      yield from self._finished(turn, captions, lengths, features)
 
   def _finished(self, turn, captions, lengths, features):
-    # Tokens are padded behind: the valid ones come first.
+    # The valid tokens come first, the padding last.
     for key, caption, length, values in zip(turn, captions, lengths, np.asarray(features)):
       yield key, {"caption": caption, "embedding": values[:length].astype(self.features["embedding"].np_dtype)}

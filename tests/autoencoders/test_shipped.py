@@ -1,6 +1,5 @@
 """The autoencoders in the repository are small and self-describing, and they reconstruct frames."""
 
-import argparse
 import pathlib
 
 import numpy as np
@@ -8,7 +7,7 @@ import pytest
 from PIL import Image
 
 from stdit_jax.autoencoders import metrics
-from stdit_jax.loading import load_autoencoder
+from stdit_jax.loading import ModelSettings, load_autoencoder
 
 FILM = pathlib.Path(__file__).parents[2] / "data" / "film"
 
@@ -19,7 +18,7 @@ def test_shipped_autoencoders_reconstruct_frames(name, frames, decibels):
   autoencoder decoded, so the video autoencoder reconstructs them better."""
   path = FILM / f"{name}.safetensors"
   assert path.stat().st_size <= 6e6
-  codec, _, _ = load_autoencoder(argparse.Namespace(run=None, config=None, model=None, autoencoder=str(path)))
+  codec, _, _ = load_autoencoder(ModelSettings(autoencoder=str(path)))
   with Image.open(FILM / "film.webp") as sheet:
     pictures = np.asarray(sheet.convert("RGB")).reshape(3, 144, 4, 256, 3)[:, :, 0]
   for picture in pictures:

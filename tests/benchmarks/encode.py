@@ -55,11 +55,8 @@ def measure(args, folder):
     "model__fields": {"hidden_size": 48, "depth": 1, "model_max_length": 16, "in_channels": config.latent_channels},
   }  # fmt: skip
   file = tiny_run.write_config(folder / "config.py", folder, folder / "run", **changes)
-  arguments = encode.make_parser().parse_args(
-    ["--config", str(file), "--output", str(folder / "out"), "--epochs", "1", "--no-text"]
-  )
-  arguments.changes = []
-  (work,) = encode.make_work(encode.choose_stages(arguments), arguments, TraceCounter())
+  settings = encode.parse(["--config", str(file), "--output", str(folder / "out"), "--epochs", "1", "--no-text"])
+  (work,) = encode.make_work(settings, encode.choose(settings), TraceCounter())
   keys = np.asarray(work.part.keys)
   source = work.source
   clips = [clip["pixels"] for _, clip in loader.read_clips(source.data, source.plans.table, keys, 8)]

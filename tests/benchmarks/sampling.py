@@ -12,7 +12,7 @@ loop      seconds of a step as `sample` runs it, one call of a program and a lin
 Every time is of this machine, as loaded as it is: the ratios count.
 """
 
-import argparse
+import dataclasses
 import statistics
 import time
 
@@ -22,9 +22,10 @@ import numpy as np
 from tqdm import tqdm
 
 from data import shapes
+from data.command_line import flag
 from stdit_jax import loading
 from stdit_jax.autoencoders.metrics import psnr, ssim
-from stdit_jax.cli import keep_freed_memory, use_compilation_cache
+from stdit_jax.cli import keep_freed_memory, parse_settings, use_compilation_cache
 from stdit_jax.generation import shapes_exam
 from stdit_jax.generation.pipeline import Request
 
@@ -32,15 +33,23 @@ CACHES = ("pyramid:2,2,2", "pyramid", "pyramid:3,6,9", "residual:0.05", "residua
 EVALUATIONS = (8, 10, 12, 14, 16, 20, 30)
 
 
-def load(args, **changes):
-  """The pipeline of the command line, some arguments changed."""
-  args = argparse.Namespace(**{**vars(args), **changes})
-  return loading.load_pipeline(args, *loading.read_model(args))
+@dataclasses.dataclass(frozen=True)
+class Settings(loading.PipelineSettings):
+  """The flags of one call."""
+
+  count: int = flag("videos, made together (default: %(default)s)", 8)
+  repeats: int = flag("repetitions of each measurement (default: %(default)s)", 5)
 
 
-def print_order(args, requests, scale):
+def load(settings, **changes):
+  """The pipeline of the command line, with some settings changed."""
+  settings = dataclasses.replace(settings, **changes)
+  return loading.load_pipeline(settings, *loading.read_model(settings))
+
+
+def print_order(settings, requests, scale):
   ways = ("euler", 1.0), ("adams-bashforth", 1.0), ("adams-bashforth", 3.0)
-  pipelines = [load(args, sampler=name, timestep_shift=shift) for name, shift in ways]
+  pipelines = [load(settings, sampler=name, timestep_shift=shift) for name, shift in ways]
   exact = pipelines[0].sample_latents(requests, 1000, scale, lambda steps, stage: tqdm(steps, stage, leave=False))
   print(f"\n{'evaluations':>12} {'euler':>10} {'adams-bashforth':>16} {'shift 3':>10}   r.m.s. distance to 1,000 Euler steps")
   for steps in EVALUATIONS:
@@ -55,11 +64,11 @@ def seconds_of(pipeline, requests, steps, scale):
   return (time.perf_counter() - started) / steps, latents
 
 
-def print_caches(args, requests, steps, scale):
-  pipelines = {"none": load(args)} | {name: load(args, step_cache=name) for name in CACHES}
+def print_caches(settings, requests, steps, scale):
+  pipelines = {"none": load(settings)} | {name: load(settings, step_cache=name) for name in CACHES}
   videos = {name: p.decode(p.sample_latents(requests, steps, scale), 8) for name, p in pipelines.items()}  # compiles
   times = {name: [] for name in pipelines}
-  for _ in range(args.repeats):
+  for _ in range(settings.repeats):
     for name, p in pipelines.items():
       times[name].append(seconds_of(p, requests, steps, scale)[0])
   print(f"\n{'cache':>16} {'step':>10} {'of it':>7} {'PSNR':>9} {'SSIM':>7}   {steps} steps; to the videos without a cache")
@@ -72,8 +81,8 @@ def print_caches(args, requests, steps, scale):
     print(line, flush=True)
 
 
-def print_loop(args, requests, steps, scale):
-  pipeline, calls = load(args), []
+def print_loop(settings, requests, steps, scale):
+  pipeline, calls = load(settings), []
   step = pipeline._step
 
   def record(variables, state, *args, **static):
@@ -95,7 +104,7 @@ def print_loop(args, requests, steps, scale):
 
   whole = jax.jit(whole).lower(variables, state, conditions).compile()
   ours, one = [], []
-  for _ in range(args.repeats):
+  for _ in range(settings.repeats):
     started = time.perf_counter()
     pipeline.sample_latents(requests, steps, scale, lambda steps, stage: tqdm(steps, stage, leave=False))
     ours.append((time.perf_counter() - started) / steps)
@@ -107,22 +116,17 @@ def print_loop(args, requests, steps, scale):
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  loading.add_model_arguments(parser)
-  loading.add_sampler_arguments(parser)
-  parser.add_argument("--count", type=int, default=8, help="videos, made together")
-  parser.add_argument("--repeats", type=int, default=5)
-  args = parser.parse_args()
+  settings = parse_settings(Settings, "tests.benchmarks.sampling", __doc__)
   use_compilation_cache()
   keep_freed_memory()
-  config, _ = loading.read_model(args)
-  steps, scale = loading.steps_and_scale(args, config)
-  pairs = shapes_exam.scenes_of("train", args.count, 8)
+  config, _ = loading.read_model(settings)
+  steps, scale = loading.steps_and_scale(settings, config)
+  pairs = shapes_exam.scenes_of("train", settings.count, 8)
   requests = [Request(caption, 48, 80, 8, float(shapes.FPS), seed) for seed, (_, caption) in enumerate(pairs)]
-  print(f"{args.run or args.weights}: {len(requests)} x 8 x 48 x 80, {steps} steps, guidance {scale:g}")
-  print_loop(args, requests, steps, scale)
-  print_caches(args, requests, steps, scale)
-  print_order(args, requests, scale)
+  print(f"{settings.run or settings.weights}: {len(requests)} x 8 x 48 x 80, {steps} steps, guidance {scale:g}")
+  print_loop(settings, requests, steps, scale)
+  print_caches(settings, requests, steps, scale)
+  print_order(settings, requests, scale)
 
 
 if __name__ == "__main__":

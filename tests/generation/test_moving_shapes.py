@@ -11,8 +11,8 @@ def test_the_shipped_model_follows_its_prompts():
   folder = ROOT / "data" / "moving_shapes"
   files = ["--weights", str(folder / "denoiser.safetensors"), "--text-encoder", str(folder / "text_encoder.safetensors")]
   more = ["--config", str(ROOT / "configs" / "shapes.py"), "--sampler", "adams-bashforth"]
-  args = sample.make_parser().parse_args([*files, *more])
-  pipeline = loading.load_pipeline(args, *loading.read_model(args))
+  settings = sample.parse([*files, *more])
+  pipeline = loading.load_pipeline(settings, *loading.read_model(settings))
   words = zip(shapes.COLORS, [*shapes.GROUNDS] * 2, [*shapes.SHAPES] * 2, shapes.DIRECTIONS)
   scenes = [
     shapes.Scene((shapes.Object(shape, color, direction, "quickly", (0, 0)),), ground, False, 96, 96, 9)

@@ -13,8 +13,9 @@ from PIL import Image
 from data.video import read_frames
 from stdit_jax import loading, sample
 from stdit_jax.autoencoders import codec
+from stdit_jax.autoencoders.registry import autoencoder_model
 from stdit_jax.diffusion.noise import Purpose, sample_keys
-from stdit_jax.generation import media
+from stdit_jax.generation import media, production, work
 from stdit_jax.generation import pipeline as pipelines
 from stdit_jax.generation.pipeline import Request, latent_noise
 from stdit_jax.generation.references import read_reference
@@ -32,7 +33,7 @@ def trained(assets, tmp_path_factory):
   state, frozen, _ = run.start()
   rng = np.random.default_rng(0)
   moved = jax.tree.map(lambda p: p + 0.1 * rng.standard_normal(p.shape, np.float32), state["ema"])
-  run.save(1, {**state, "ema": moved}, frozen)
+  run.restarts.save(1, {**state, "ema": moved}, frozen)
   run.checkpoints.wait()
   run.checkpoints.close()
   return folder
@@ -40,10 +41,10 @@ def trained(assets, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pipeline(trained):
-  args = sample.make_parser().parse_args(["--run", str(trained), "--prompt", "x"])
-  config, step = loading.read_model(args)
-  made = loading.load_pipeline(args, config, step)
-  assert loading.describe(args, step).endswith("step 1, ema")
+  settings = sample.parse(["--run", str(trained), "--prompt", "x"])
+  config, step = loading.read_model(settings)
+  made = loading.load_pipeline(settings, config, step)
+  assert loading.describe(settings, step).endswith("step 1, ema")
   assert config.sample.steps == 2
   return made
 
@@ -75,8 +76,8 @@ def test_noise_bits_depend_on_the_seed_alone(pipeline):
 
 def another(trained, *arguments):
   """The pipeline with other arguments of the command line."""
-  args = sample.make_parser().parse_args(["--run", str(trained), *arguments])
-  return loading.load_pipeline(args, *loading.read_model(args))
+  settings = sample.parse(["--run", str(trained), *arguments])
+  return loading.load_pipeline(settings, *loading.read_model(settings))
 
 
 def test_sequential_guidance_equals_batched_guidance(pipeline, trained):
@@ -108,20 +109,20 @@ def test_step_caches_from_the_command_line(pipeline, trained):
 
 
 def test_prompts_are_embedded_once(pipeline, trained):
-  calls, encoder = [], pipeline._text
+  calls, encoder = [], pipeline._encode
   fresh = another(trained)
-  fresh._text = lambda *arguments: calls.append(1) or encoder(*arguments)
+  fresh._encode = lambda *arguments: calls.append(1) or encoder(*arguments)
   first = fresh.sample_latents(REQUESTS, 1, 2.0)
   again = fresh.sample_latents([dataclasses.replace(r, seed=9, loop=1) for r in REQUESTS], 1, 2.0)
   assert len(calls) == 1
   assert (first != again).any()
-  for number in range(pipelines.KEPT_EMBEDDINGS + 1):
-    fresh.embed([f"other {number}"])
-  fresh.embed([r.prompt for r in REQUESTS])
-  assert len(calls) == 1 + pipelines.KEPT_EMBEDDINGS + 1 + 1
-  fresh.set_weights(*load_weights(trained, "params")[:2])
+  for number in range(pipelines.CACHED_PROMPTS + 1):
+    fresh.cond([f"other {number}"])
+  fresh.cond([r.prompt for r in REQUESTS])
+  assert len(calls) == 1 + pipelines.CACHED_PROMPTS + 1 + 1
+  fresh.set_weights(fresh.parts.weights(*load_weights(trained, "params")[:2]))
   assert (fresh.sample_latents(REQUESTS, 1, 2.0) != first).any()
-  assert len(calls) == 1 + pipelines.KEPT_EMBEDDINGS + 1 + 2
+  assert len(calls) == 1 + pipelines.CACHED_PROMPTS + 1 + 2
 
 
 class Recorder:
@@ -146,26 +147,26 @@ def test_needed_memory_is_measured_on_the_programs_that_run(trained, sampler, ca
   monkeypatch.setattr(codec, "jitted", lambda f: recorders.setdefault(f, Recorder(jitted(f))))
 
   def check(pipeline):  # before any weight is read
-    assert not any(isinstance(x, jax.Array) for x in jax.tree.leaves((pipeline.variables, pipeline.text_params)))
-    pipeline._step, pipeline._text = Recorder(pipeline._step), Recorder(pipeline._text)
+    assert not any(isinstance(x, jax.Array) for x in jax.tree.leaves((pipeline.variables, pipeline.encoder_weights)))
+    pipeline._step, pipeline._encode = Recorder(pipeline._step), Recorder(pipeline._encode)
     seen.append(
       pipeline.needed_memory(
         REQUESTS[0], 3, 2, 3.0, given=conditioned, encoded={3} if conditioned else set(), negative=conditioned
       )
     )
 
-  args = sample.make_parser().parse_args(["--run", str(trained), "--sampler", sampler, "--step-cache", cache])
-  made = loading.load_pipeline(args, *loading.read_model(args), check)
+  settings = sample.parse(["--run", str(trained), "--sampler", sampler, "--step-cache", cache])
+  made = loading.load_pipeline(settings, *loading.read_model(settings), check)
   given = [(np.array([0, 1, 1], np.float32), random_latents(0), np.array([True, False, False]))] * 3 if conditioned else None
   made.decode(made.sample_latents(REQUESTS, 2, 3.0, given=given, negative_prompt="blur" if conditioned else None), 3)
   if conditioned:
     made.encode(np.zeros((3, 72, 56, 3), np.uint8))
   assert {f.__name__ for f in recorders} == {"decode_frames", *(["encode_frames"] if conditioned else [])}
-  for recorder in (made._step, made._text, *recorders.values()):
+  for recorder in (made._step, made._encode, *recorders.values()):
     assert len(recorder.texts) >= 2
     assert len(set(recorder.texts)) == 1
   (needed,) = seen
-  arrays = jax.tree.leaves((made.variables, made.text_params, made.codec.variables))
+  arrays = jax.tree.leaves((made.variables, made.encoder_weights, made.codec.variables))
   assert needed["weights"] == sum(x.nbytes for x in arrays)
   larger = made.needed_memory(dataclasses.replace(REQUESTS[0], num_frames=30), 3, steps=2)
   assert larger["denoise"] > 3 * needed["denoise"] > 0
@@ -318,13 +319,13 @@ def test_existing_files_are_kept_unless_overwritten(trained, tmp_path, capsys):
 
 def test_another_file_with_the_same_name_changes_the_settings(assets, trained, tmp_path):
   image = tmp_path / "a.png"
-  args = sample.make_parser().parse_args(["--run", str(trained), *SIZE, "--task", "animate", str(image)])
-  config, _ = loading.read_model(args)
-  autoencoder, found = sample.autoencoder_of(config), []
+  settings = sample.parse(["--run", str(trained), *SIZE, "--task", "animate", str(image)])
+  config, _ = loading.read_model(settings)
+  autoencoder, found = autoencoder_model(config.autoencoder).config, []
   for name in ("0.png", "0.png", "1.png"):
     shutil.copy(assets / name, image)
-    (work,) = sample.make_work(args, ["x"], config, autoencoder)
-    found.append(sample.settings_of(work, args, 2, 1.0, "model", autoencoder, sample.fingerprints(args, [work])))
+    works = work.make_work(settings, ["x"], config, autoencoder)
+    found += work.stored_settings(works, settings, (2, 1.0), {"files": {}}, autoencoder)
   assert found[0] == found[1] != found[2]
 
 
@@ -349,8 +350,10 @@ def test_safetensors_make_the_video_of_their_run(assets, trained, tmp_path):
   config = write_config(tmp_path / "config.py", assets, tmp_path / "unused")
   run = Run(tiny_config(assets, tmp_path / "shapes"))
   variables = {"params": ema["denoiser"], "constants": constants["denoiser"]}
-  save_variables(tmp_path / "denoiser.safetensors", "open-sora", variables, config=run.parts[0].objective.model.config)
-  save_variables(tmp_path / "t5.safetensors", "t5", {"params": ema["text_encoder"]}, config=run.parts[0].objective.text.config)
+  parts = run.parts[0].objective.parts
+  save_variables(tmp_path / "denoiser.safetensors", "open-sora", variables, config=parts.model.config)
+  encoder = {"params": ema["text_encoder"]}
+  save_variables(tmp_path / "t5.safetensors", "t5", encoder, config=parts.conditioner.encoder.config)
   what = [*SIZE, "--prompt", "a rabbit", "--format", "gif", "--output"]
   made = lambda name: pictures(tmp_path / name / "0000-a-rabbit-seed0.gif")  # noqa: E731
   files = ["--weights", str(tmp_path / "denoiser.safetensors"), "--text-encoder", str(tmp_path / "t5.safetensors")]
@@ -395,7 +398,7 @@ def test_bad_arguments_are_one_line(trained, tmp_path, capsys, arguments, words)
 
 
 def test_too_little_memory_is_an_error_before_weights_are_read(trained, tmp_path, capsys, monkeypatch):
-  monkeypatch.setattr(loading, "free_memory", lambda: 100_000)
+  monkeypatch.setattr(production, "free_memory", lambda: 100_000)
   monkeypatch.setattr("stdit_jax.training.checkpoints.load_weights", None)
   with pytest.raises(SystemExit) as stopped:
     sample.main(["--run", str(trained), *SIZE, "--prompt", "x", "--output", str(tmp_path)])
@@ -542,7 +545,7 @@ def test_explain_writes_no_file(assets, trained, tmp_path, capsys):
   (["--task", "endless", "--loops", "3", "--num-frames", "1"], "--num-frames is too small: 1 of the clip's 1 latent frames"),
   (["--guidance-scale", "nan"], "--guidance-scale is nan; give a number"),
   (["--fps", "0.0004"], "--fps is 0.0004; allowed: 0.1 to 240"),
-  (["--autoencoder-memory", "-1"], "--autoencoder-memory is -1; allowed: above 0 (GiB)"),
+  (["--autoencoder-memory", "-1"], "--autoencoder-memory is -1; allowed: above 0"),
   (["--format", "gif", "--fps", "60"], "a gif shows at most 50 frames per second"),
   (["--weights", "w.safetensors"], "--weights goes with --config FILE; a --run has its own"),
   (["--config.sample.fps=3"], "--config.sample.fps=3 goes with --config FILE"),

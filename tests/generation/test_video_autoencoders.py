@@ -71,8 +71,8 @@ def test_tasks_count_latent_frames(assets, trained, tmp_path, capsys):
 
 def test_the_end_of_a_video_is_encoded_like_the_start_of_a_clip(trained):
   """The last 17 of 20 frames become latents of 1, 4, 4, 4 and 4 frames, like the start of the clip that continues them."""
-  args = sample.make_parser().parse_args(["--run", str(trained), "--prompt", "x"])
-  pipeline = loading.load_pipeline(args, *loading.read_model(args))
+  settings = sample.parse(["--run", str(trained), "--prompt", "x"])
+  pipeline = loading.load_pipeline(settings, *loading.read_model(settings))
   frames = np.random.default_rng(0).integers(0, 256, (20, 16, 24, 3), np.uint8)
   job = tasks.make_job("extend-forward", 10, [6], group=5)
   placed = clips.place_loop(job, 0, 10, [6])

@@ -15,7 +15,8 @@ from stdit_jax import encode
 from stdit_jax.autoencoders import registry
 from stdit_jax.interop import save_variables
 from stdit_jax.run_samples import Sampler
-from stdit_jax.training import encoding
+from stdit_jax.training import encoding, transition
+from stdit_jax.training.objectives import make_objective
 from stdit_jax.training.stages import make_stages
 from tests.data import files
 from tests.runs import Run
@@ -43,10 +44,9 @@ def settings(assets, table, **changes):
 def run(config, output, *more, share=(0, 1)):
   """Runs `python -m stdit_jax.encode` in this process."""
   argv = ["--config", str(config), "--output", str(output), "--shard-mb", "0.2", *map(str, more)]
-  args = encode.make_parser().parse_args(argv)
-  args.changes = []
-  encode.check(args)
-  encode.run(encode.choose_stages(args), args, *share)
+  settings = encode.parse(argv)
+  encode.check(settings)
+  encode.run(settings, encode.choose(settings), *share)
 
 
 @pytest.fixture(scope="module")
@@ -112,12 +112,13 @@ def same_batches(videos, cached, count):
   weights = []
   for (bucket, a), (other, b) in zip(batches_of(videos, count), batches_of(cached, count), strict=True):
     assert bucket == other
+    a, b = transition.by_name(a), transition.by_name(b)
     assert a.keys() == b.keys()
     weights += b["weight"].tolist()
     for name in a:
       # Masked text tokens differ: the encoder gives features, the cache zeros. The model ignores both.
-      x, y = (v[name] * (v["text_mask"][..., None] if name == "text" else 1) for v in (a, b))
-      atol, rtol = {"text": (5e-6, 0), "latents_std": (0, 5e-7)}.get(name, (0, 0))  # NumPy and XLA round exp differently
+      x, y = (v[name] * (v["cond/text_mask"][..., None] if name == "cond/text" else 1) for v in (a, b))
+      atol, rtol = {"cond/text": (5e-6, 0), "latents_std": (0, 5e-7)}.get(name, (0, 0))  # NumPy and XLA round exp differently
       np.testing.assert_allclose(y, x, atol=atol, rtol=rtol, err_msg=name)
   return weights
 
@@ -198,7 +199,7 @@ def test_epochs_repeat_until_more_are_encoded(assets, table, tmp_path, caplog):
 
   def samples():
     source = encoding.Source.open(stage, str(tmp_path / "out" / "data"))
-    cache = encoding.open_cache(stage.config, source.data.create({**stage.config.data.to_dict()}), source.plans.table)
+    cache = make_objective(stage.config).open_cache(source.data.create({**stage.config.data.to_dict()}), source.plans.table)
     with loader.make_loader(source.data, str(tmp_path / "out" / "data"), epochs=2, cache=cache) as steps:
       found = [s for step in steps for s in step.samples]
     return [[s for s in found if s.sample_id[0] == epoch] for epoch in range(2)]
@@ -219,7 +220,7 @@ def test_epochs_repeat_until_more_are_encoded(assets, table, tmp_path, caplog):
   changes["data__buckets"] = (("144p", 4, 1.0, 3),)
   (stage,) = make_stages(tiny_config(assets, tmp_path, **changes, data__latents=str(tmp_path / "out")))
   source = encoding.Source.open(stage, str(tmp_path / "out" / "data"))
-  cache = encoding.open_cache(stage.config, source.data.create({**stage.config.data.to_dict()}), source.plans.table)
+  cache = make_objective(stage.config).open_cache(source.data.create({**stage.config.data.to_dict()}), source.plans.table)
   assert cache.epochs == 0
   assert [cache.source(epoch, source.plans.plan) for epoch in (0, 1, 2, 5, 2048)] == [0, 1, 0, 1, 0]
   with pytest.raises(ValueError, match=r"has latents of other values .*dtype.*; give another folder"):
@@ -333,7 +334,7 @@ def test_a_cache_of_other_settings_is_refused_in_one_line(assets, table, folder,
 
 def test_wrong_arguments_are_refused(assets, table, config, tmp_path, capsys):
   for arguments, words in (
-    (["--epochs", 0], "--epochs is 0; allowed: above 0"),
+    (["--epochs", 0], "--epochs is 0; allowed: at least 1"),
     (["--epochs", 1, "--shard", "2/2"], "--shard 2/2 is not I/N with I from 0 to N - 1"),
     (["--epochs", 1, "--stage", "second"], "--stage 'second' is none of tiny"),
     (["--epochs", 1, "--config.data.tabels=x"], "there is no key 'data.tabels'"),

@@ -123,8 +123,8 @@ def test_a_checkpoint_is_read_with_the_model_of_its_stage(assets, alone, tmp_pat
   folder, _ = alone
   for step, temporal, diffusion in ((2, False, IDDPM), (4, False, RectifiedFlow), (5, True, RectifiedFlow)):
     arguments = ["--run", str(folder), "--step", str(step), "--prompt", "x"]
-    args = sample.make_parser().parse_args(arguments)
-    pipeline = loading.load_pipeline(args, *loading.read_model(args))
+    settings = sample.parse(arguments)
+    pipeline = loading.load_pipeline(settings, *loading.read_model(settings))
     assert pipeline.model.config.temporal_blocks == temporal
     assert isinstance(pipeline.diffusion, diffusion)
     shapes = denoisers.init_shapes(pipeline.model.config)
@@ -220,9 +220,8 @@ RECIPES = {
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda module: module.__name__)
 def test_recipes_of_open_sora_have_their_settings(recipe):
   path = pathlib.Path(recipe.__file__)
-  arguments = plan.make_parser().parse_args(["--config", str(path), "--topology", "v5e:8x8"])
-  arguments.changes = []
-  jobs = [job.stage for job in plan.make_jobs(arguments)[1]]
+  settings = plan.parse(["--config", str(path), "--topology", "v5e:8x8"])
+  jobs = [job.stage for job in plan.make_jobs(settings)[1]]
   written = plain(recipe.get_config())
   assert plain(from_plain(written)) == written  # the form in checkpoints and in `plan`
   older = written | {"autoencoder": written["autoencoder"] | {"temporal": ""}}

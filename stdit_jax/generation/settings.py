@@ -1,0 +1,93 @@
+"""The flags of sampling, as frozen dataclasses: how the sampler runs, and what `sample` makes."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+from data.command_line import flag
+from stdit_jax.generation.conditions import COMPAT
+from stdit_jax.generation.media import FRAMES, VIDEO_FORMATS
+
+_sampler = functools.partial(flag, group="sampler")
+_wanted = functools.partial(flag, group="what to make")
+_given = functools.partial(flag, group="given frames")
+_output = functools.partial(flag, group="output")
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerSettings:
+  """How the sampler runs. None stands for the value of the configuration."""
+
+  steps: int | None = _sampler("sampler steps (default: the configuration's)")
+  guidance_scale: float | None = _sampler("classifier-free guidance, 1 for none (default: the configuration's)")
+  sampler: str | None = _sampler(
+    "for rectified flow: euler (default) or adams-bashforth. For iddpm: ancestral (default), ddim, dpm++"
+  )
+  timestep_shift: float | None = _sampler(
+    "for rectified flow: values above 1 move the timesteps towards noise, e.g. 3 for few steps (default: 1)", metavar="A"
+  )
+  guidance_interval: Sequence[float] | None = _sampler(
+    "timesteps with guidance (default: all)", nargs=2, metavar=("LOW", "HIGH")
+  )
+  guidance_rescale: float = _sampler("0 to 1: lowers the contrast at large guidance scales (default: %(default)s)", 0.0)
+  guidance_in_turn: bool = _sampler(
+    "sequential guidance: computes prompt and null caption one after the other, which needs less memory", False
+  )
+  step_cache: str | None = _sampler(
+    "caches outputs of earlier steps (models/step_cache.py). Sampling is faster, and the result differs a little. pyramid "
+    "reuses attention; pyramid:2,4,6 sets for how many steps, over space, over time and to text. residual:0.1 is faster with "
+    "larger numbers", metavar="NAME",
+  )  # fmt: skip
+  guidance_channels: int | None = _sampler(
+    "guide only the first N latent channels (default: all; Open-Sora 1.1: 3)", metavar="N"
+  )
+  compat: str | None = _sampler("do what the original does where this project corrects it (README)", choices=COMPAT[1:])
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleSettings(SamplerSettings):
+  """What `sample` makes, and where it writes. None stands for the value of the configuration."""
+
+  prompt: Sequence[str] | None = _wanted("a prompt; may be given several times", action="append")
+  prompt_file: str | None = _wanted(
+    "file of prompts. A text file has one prompt per line. A .csv or .jsonl file has them in the column or key `prompt` (or "
+    "`text`), and may have `reference_path` and `mask_strategy`"
+  )
+  num_samples: int = _wanted("videos per prompt, with seeds SEED, SEED + 1, ... (default: %(default)s)", 1)
+  seed: int = _wanted("one seed makes one noise, in any batch (default: %(default)s)", 0)
+  resolution: str | None = _wanted("name of a pixel count: 144p, 240p, 360p, 480p, 720p, ...")
+  aspect_ratio: str | None = _wanted("height:width, e.g. 9:16 (landscape), 1:1, 16:9")
+  image_size: Sequence[int] | None = _wanted("pixels, instead of --resolution and --aspect-ratio", nargs=2, metavar=("H", "W"))
+  num_frames: str | None = _wanted("frames, or seconds at 24 fps as 2s, 4s, 8s, 16s; 1 makes an image")
+  fps: float | None = _wanted("frames per second")
+  aesthetic_score: float | None = _wanted("appended to the prompt, 4.5 to 6.5")
+  motion_score: float | None = _wanted("appended to the prompt, 0 to 100")
+  camera_motion: str | None = _wanted("appended to the prompt: pan left, zoom in, ...")
+  negative_prompt: str | None = _wanted("text that guidance leads away from (default: the null caption)")
+
+  task: Sequence[str] | None = _given("a task and its files, see above", nargs="+", metavar=("NAME", "FILE"))
+  reference: Sequence[str] | None = _given("image or video for --mask-strategy", action="append", metavar="FILE")
+  mask_strategy: str | None = _given("of Open-Sora: LOOP,REFERENCE,ITS FRAME,FRAME,FRAMES,EDIT RATIO;...", metavar="TEXT")
+  loops: int = _given("clips; each continues from the last frames of the previous clip (default: %(default)s)", 1)
+  condition_frames: int | None = _given(
+    "latent frames that a clip takes from a video or from the previous clip (default: up to 4)"
+  )
+  condition_edit: float = _given("edit ratio of the frames from the previous clip (default: %(default)s)", 0.0)
+  edit_strength: float = _given("noise level for --task edit, above 0, at most 1 (default: %(default)s)", 0.6)
+  explain: bool = _given("print where each frame comes from, and make nothing", False)
+
+  batch_size: int | None = _output("videos per batch (default: 1, or the number of parts in which the mesh splits a batch)")
+  autoencoder_memory: float | None = _output(
+    "memory of each device for encoding and decoding, which run in tiles if they need more (autoencoders/tiles.py; default: "
+    "the free memory)", metavar="GIB",
+  )  # fmt: skip
+  output: str = _output("folder for the files, or one .mp4, .gif, .webp, .png (default: %(default)s)", "samples")
+  format: str = _output(
+    "format of videos; `frames` is a folder of png files. Images are png files (default: %(default)s)", "mp4",
+    choices=(*VIDEO_FORMATS, FRAMES),
+  )  # fmt: skip
+  overwrite: bool = _output("replace existing files", False)
+
+  @property
+  def task_name(self) -> str | None:
+    return self.task[0] if self.task else None

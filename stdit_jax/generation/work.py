@@ -1,0 +1,285 @@
+"""Plans the videos that `sample` makes: their clips and given frames, their files, and the settings stored beside each file."""
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from data import aspect_ratios, paths, video
+from data.captions import append_scores, clean_caption
+from stdit_jax.autoencoders.registry import nearest_lengths
+from stdit_jax.generation import conditions, tasks
+from stdit_jax.generation.clips import place_loop
+from stdit_jax.generation.media import FRAMES, IMAGE_FORMATS, VIDEO_FORMATS, check_rate, settings_file
+from stdit_jax.generation.pipeline import Request
+from stdit_jax.generation.prompts import split_json, split_loops
+from stdit_jax.generation.references import count_frames, picture_size
+from stdit_jax.generation.settings import SampleSettings
+
+MADE = ("num_frames", "tiles")  # keys of the JSON file that are results and not settings
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+  """One video or image to make.
+
+  Attributes:
+    stem: of the file's name.
+    requests: one per loop; job: of `tasks`.
+    files: references; file_frames, file_latents: their numbers of frames and of latent frames.
+  """
+
+  stem: str
+  requests: tuple[Request, ...]
+  files: tuple[str, ...]
+  job: tasks.Job
+  file_frames: tuple[int, ...]
+  file_latents: tuple[int, ...]
+
+  @property
+  def is_image(self) -> bool:
+    return self.requests[0].num_frames == 1 and len(self.job.pieces) == 1
+
+  @property
+  def size(self) -> tuple[int, ...]:
+    """Videos of equal size can be made together."""
+    first = self.requests[0]
+    return first.height, first.width, first.num_frames, self.job.loops
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+  """A file to write. `settings` are stored in the file and in the JSON file beside it."""
+
+  work: Work
+  path: str
+  settings: dict[str, Any]
+
+
+# ------------------------------------------------------------------------------------------------------------------ videos
+
+
+def make_work(settings: SampleSettings, prompts: Sequence[str], config, autoencoder) -> list[Work]:
+  """The videos of the prompts. Checks everything, and reads no weights.
+
+  Args:
+    config: of the model; autoencoder: configuration of its autoencoder.
+
+  Raises:
+    ValueError: sizes, lengths, counts, tasks or mask strategies that are not allowed.
+  """
+  if settings.task and (settings.reference or settings.mask_strategy):
+    raise ValueError("give --task with its files, or --reference and --mask-strategy; not both")
+  if settings.task:
+    tasks.check_files(settings.task[0], len(settings.task) - 1)
+  fps = config.sample.fps if settings.fps is None else settings.fps
+  if not 0.1 <= fps <= 240:
+    raise ValueError(f"--fps is {fps:g}; allowed: 0.1 to 240")
+  work = []
+  for number, prompt in enumerate(prompts):
+    text, files, strategy = split_prompt(settings, prompt)
+    counts = tuple(count_frames(path, fps, settings.compat is not None) for path in files)
+    frames = choose_length(settings, config, files, counts, autoencoder)
+    lengths, count = tuple(map(autoencoder.latent_frames, counts)), autoencoder.latent_frames(frames)
+    job = make_job(settings, strategy, files, lengths, count, autoencoder.group)
+    for loop in range(job.loops):
+      place_loop(job, loop, count, lengths, settings.compat)  # raises ValueError for positions outside the clip
+    height, width = choose_size(settings, config, files, autoencoder.downsampling)
+    scores = settings.aesthetic_score, settings.motion_score, settings.camera_motion
+    texts = [clean_caption(append_scores(piece, *scores)) for piece in split_loops(text, job.loops)]
+    words = [word[:40] for word in re.findall(r"[a-z0-9]+", texts[0].lower())[:6]]
+    name = "-".join([*words, *filter(None, [settings.task_name])]) or "prompt"
+    for seed in range(settings.seed, settings.seed + settings.num_samples):
+      requests = tuple(Request(piece, height, width, frames, fps, seed, loop) for loop, piece in enumerate(texts))
+      work.append(Work(f"{number:04d}-{name}-seed{seed}", requests, files, job, counts, lengths))
+  return work
+
+
+def split_prompt(settings: SampleSettings, prompt: str) -> tuple[str, tuple[str, ...], str | None]:
+  """(text, reference files, mask strategy). Files and strategy are those in the prompt, or else those of the flags."""
+  text, own = split_json(prompt)
+  if settings.task:
+    task, *files = settings.task
+    if own:
+      raise ValueError(
+        f"prompt {prompt!r} has files or a mask strategy of its own, which does not go with --task {task}; leave one out"
+      )
+    return text, tuple(files), None
+  files = own["reference_path"].split(";") if own.get("reference_path") else settings.reference or ()
+  return text, tuple(files), own.get("mask_strategy", settings.mask_strategy)
+
+
+def choose_length(settings: SampleSettings, config, files, counts, autoencoder) -> int:
+  """Frames of a clip. Raises ValueError for a length that the autoencoder does not keep, or that the task can't use."""
+  task = settings.task_name
+  frames = 1 if task in tasks.ONE_FRAME else aspect_ratios.get_num_frames(settings.num_frames or config.sample.num_frames)
+  said = f"--num-frames is {frames}"
+  if task in tasks.WHOLE_FILE and not settings.num_frames:
+    frames = counts[0]
+    said = f"{files[0]} has {frames} frames (--num-frames takes fewer)"
+  if not autoencoder.keeps(frames):
+    allowed = nearest_lengths(autoencoder, frames)
+    raise ValueError(f"{said}, a length that the autoencoder does not give back; nearest: {allowed}")
+  if not settings.compat:
+    tasks.check_length(task, settings.loops, frames, settings.condition_frames, autoencoder)
+  return frames
+
+
+def make_job(settings: SampleSettings, strategy: str | None, files, lengths, count: int, group: int) -> tasks.Job:
+  """The job of the task or of the mask strategy.
+
+  Args:
+    lengths: latent frames of the files; count: latent frames of a clip.
+    group: latent frames that the autoencoder makes together.
+  """
+  loops, length, edit = settings.loops, settings.condition_frames, settings.condition_edit
+  if settings.task:
+    options = {"loops": loops, "length": length, "strength": settings.edit_strength, "edit": edit, "group": group}
+    return tasks.make_job(settings.task[0], count, lengths, **options)
+  rules = conditions.parse_mask_strategy(strategy)
+  if not settings.compat:
+    check_rules(rules, files, loops)
+  carried = tasks.condition_length(length, count, group) if loops > 1 else 0
+  return tasks.of_strategy(rules, len(files), loops, carried, edit)
+
+
+def check_rules(rules, files, loops: int) -> None:
+  """Raises ValueError for files or rules without effect. The original code ignores them."""
+  if files and not rules:
+    raise ValueError(f"{files[0]} is given, but nothing says where; give --mask-strategy, or --task, e.g. --task animate FILE")
+  for rule in rules:
+    if rule.loop >= loops:
+      raise ValueError(f"{conditions.describe(rule)} is of loop {rule.loop}, and there are {loops}, numbered from 0 (--loops)")
+
+
+def choose_size(settings: SampleSettings, config, files, downsampling: int) -> tuple[int, int]:
+  """(height, width) of the videos, by the flags or the configuration. By default the first file gives the aspect ratio."""
+  if settings.image_size:
+    height, width = settings.image_size
+    for name, side in (("H", height), ("W", width)):
+      if side < downsampling or side % downsampling:
+        near = max(downsampling, round(side / downsampling) * downsampling)
+        raise ValueError(f"--image-size: {name} is {side}; it must be a multiple of {downsampling}, e.g. {near}")
+    return height, width
+  resolution = settings.resolution or config.sample.resolution
+  ratio = settings.aspect_ratio or config.sample.aspect_ratio
+  if files and not settings.aspect_ratio:
+    ratio = aspect_ratios.closest_ratio(*picture_size(files[0]), resolution)
+  return aspect_ratios.size(resolution, ratio)
+
+
+def explain(works: Sequence[Work], autoencoder, compat: str | None) -> None:
+  """Prints where each latent frame of each loop comes from, for the first seed of each prompt."""
+  alone = autoencoder.latent_frames(100) == 100
+  what = "frames" if alone else "latent frames"
+  for one in (one for one in works if one.requests[0].seed == works[0].requests[0].seed):
+    print(f"{one.stem}:")
+    for number, (path, count) in enumerate(zip(one.files, one.file_latents)):
+      print(f"  reference {number}: {path}, {count} {what if count > 1 else what[:-1]}")
+    for loop, request in enumerate(one.requests):
+      count = autoencoder.latent_frames(request.num_frames)
+      placement = place_loop(one.job, loop, count, one.file_latents, compat)
+      latents = "" if alone else f" ({count} latent frames)"
+      print(f"  loop {loop}: {request.num_frames} x {request.height} x {request.width}{latents}, {request.prompt}")
+      print("\n".join(f"    {line}" for line in conditions.explain(placement, len(one.files))))
+    names = [f"reference {r}" if r < len(one.files) else f"loop {r - len(one.files)}" for r, _, _ in one.job.pieces]
+    parts = [f"{name}[{first}:{'' if stop is None else stop}]" for name, (_, first, stop) in zip(names, one.job.pieces)]
+    print(f"  video: {' + '.join(parts)}")
+
+
+# ------------------------------------------------------------------------------------------------------------------- files
+
+
+def fingerprints(files: Iterable[str]) -> dict[str, str]:
+  """{path: fingerprint} of the files that exist. Another file of the same name is another setting."""
+  return {path: paths.fingerprint(path) for path in set(files) if paths.exists(path)}
+
+
+def stored_settings(works: Sequence[Work], settings: SampleSettings, sampling, model: dict[str, Any], autoencoder):
+  """For each video the settings that determine it, as plain values of JSON.
+
+  Args:
+    sampling: (sampler steps, guidance scale); model: provenance of the model, with the fingerprints of its "files".
+  """
+  marks, step = fingerprints(path for one in works for path in one.files), autoencoder.downsampling
+  names = (
+    "negative_prompt", "sampler", "timestep_shift", "guidance_interval", "guidance_rescale", "guidance_channels", "step_cache",
+    "compat", "autoencoder_memory",
+  )  # fmt: skip
+  given = {name: value for name in names if (value := getattr(settings, name)) not in (None, 0)}
+  stored = []
+  for one in works:
+    first, prompts = one.requests[0], [request.prompt for request in one.requests]
+    own = {
+      "prompt": prompts[0] if len(set(prompts)) == 1 else prompts, "seed": first.seed,
+      "steps": sampling[0], "guidance_scale": sampling[1],
+      # The size that the autoencoder makes.
+      "height": first.height // step * step, "width": first.width // step * step, "fps": first.fps,
+      "frames_of_clip": first.num_frames, **given, **model,
+      "files": model["files"] | {path: marks[path] for path in one.files if path in marks},
+    }  # fmt: skip
+    if one.files or one.job.loops > 1:
+      own |= {"references": one.files, "loops": one.job.loops, "task": settings.task_name}
+      own |= {"rules": [dataclasses.astuple(rule) for rule in one.job.rules], "pieces": one.job.pieces}
+    stored.append(json.loads(json.dumps(own)))
+  return stored
+
+
+def choose_targets(settings: SampleSettings, works: Sequence[Work], stored: Sequence[dict[str, Any]]) -> list[Target]:
+  """The files that are missing. All processes see the files of the first process.
+
+  A file with other settings keeps its name, and the new file gets -2, -3, ... With --overwrite all files count as missing.
+
+  Raises:
+    ValueError: --output is one file, and the videos do not fit into it, or it exists with other settings.
+  """
+  ending = one_file(settings.output, works)
+  files, missing, taken = [], [], False
+  for one, own in zip(works, stored):
+    kind = "png" if one.is_image else "" if settings.format == FRAMES else settings.format
+    stem = os.path.splitext(settings.output)[0] if ending else paths.join(settings.output, one.stem)
+    check_rate(ending or kind, one.requests[0].fps)
+    path, number = settings.output if ending else f"{stem}.{kind}".rstrip("."), 1
+    while not settings.overwrite and made_with(path) not in (None, own):
+      if taken := bool(ending):
+        break
+      number += 1
+      path = f"{stem}-{number}.{kind}".rstrip(".")
+    files.append(path)
+    missing.append(settings.overwrite or not paths.exists(path))
+  if jax.process_count() > 1:  # other processes may see other files
+    taken, *missing = multihost_utils.broadcast_one_to_all(np.asarray([taken, *missing]))
+  if taken:
+    raise ValueError(f"--output {settings.output} exists, and was made with other settings; --overwrite replaces it")
+  return [Target(*target) for target, make in zip(zip(works, files, stored), missing) if make]
+
+
+def one_file(output: str, works: Sequence[Work]) -> str:
+  """The ending of --output if it names one file, "" for a folder. Raises ValueError if the videos do not fit into the file."""
+  ending = os.path.splitext(output)[1][1:].lower()
+  if ending not in VIDEO_FORMATS + IMAGE_FORMATS:
+    if f".{ending}" in video.VIDEO_EXTENSIONS + video.IMAGE_EXTENSIONS:
+      allowed = ", ".join(VIDEO_FORMATS + IMAGE_FORMATS)
+      raise ValueError(f"--output {output}: allowed endings are {allowed}; or give a folder")
+    return ""
+  if len(works) > 1 or (ending in IMAGE_FORMATS and not works[0].is_image):
+    what = f"{len(works)} files are" if len(works) > 1 else "a video is"
+    raise ValueError(f"--output {output} is one {ending}, but {what} to be made; give a folder, and --format")
+  return ending
+
+
+def made_with(path: str) -> dict[str, Any] | None:
+  """The settings in the JSON file of `path`. {} if the file has none that can be read, None if there is no file."""
+  try:
+    found = json.loads(paths.read_text(settings_file(path)))
+    return {key: value for key, value in found.items() if key not in MADE}
+  except FileNotFoundError:
+    return {} if paths.exists(path) else None
+  except (ValueError, KeyError, AttributeError, TypeError):
+    return {}
