@@ -25,7 +25,19 @@ from jaxtyping import Array, Float, Int32, Integer, Key
 
 from stdit_jax.diffusion import elements
 from stdit_jax.diffusion.elements import expand, masked_mean, per_sample, zero_invalid
-from stdit_jax.diffusion.types import Denoise, Edit, Elements, FrameMask, Index, Latents, Previous, Table, Time, Valid
+from stdit_jax.diffusion.types import (
+  NO_NOISES,
+  Denoise,
+  Elements,
+  FrameMask,
+  Index,
+  Latents,
+  Noises,
+  StepState,
+  Table,
+  Time,
+  Valid,
+)
 
 # name: betas `[n]` in float64
 SCHEDULES = {
@@ -284,49 +296,44 @@ class IDDPM:
     return self.sampler == "dpm++"
 
   def step(
-    self, denoise: Denoise, x: Latents, t: Time, t_next: Time | None = None, *, num_channels: int, noise: Latents | None = None,
-    frame_noise: Latents | None = None, edit: Edit | None = None, previous: Previous | None = None, valid: Valid | None = None,
-  ) -> tuple[Elements, Edit | None, Previous | None]:  # fmt: skip
+    self, denoise: Denoise, state: StepState, t: Time, t_next: Time | None = None, *, num_channels: int,
+    noises: Noises = NO_NOISES, valid: Valid | None = None,
+  ) -> StepState:  # fmt: skip
     """One step at schedule index `t`, to be jitted with the loop outside.
 
     Frame masks, with m = trunc(ratio * steps): At index > m, the model sees the frame as clean and the step restores it. At
-    index == m, the frame gets `frame_noise` and takes part (with `compat` the model still sees it as clean). At index < m, the
-    frame is generated.
+    index == m, the frame gets `noises.frames` and takes part (with `compat` the model still sees it as clean). At index < m,
+    the step generates the frame.
 
     Args:
       denoise: `(x, t, x_mask) -> output`, guidance included.
-      x: present latents. Invalid elements become zeros.
+      state: what the previous step returned. Invalid elements of `x` become zeros.
       t_next: not used. All formulations take it.
-      noise: standard normal, if the sampler is `stochastic` (unused at index 0).
-      frame_noise: the same, needed with `edit`.
-      edit: None or the state of `elements.start_edit`.
-      previous: the previous prediction, if the sampler is `multistep`.
-
-    Returns:
-      x, edit state and previous prediction for the next step.
+      noises: `step` if the sampler is `stochastic` (unused at index 0), `frames` with `state.edit`.
     """
     del t_next
+    x, edit, previous = state
     index, before, x_mask, active = per_sample(t, x), x, None, None
-    if (self.stochastic and noise is None) or (edit is not None and frame_noise is None):
+    if (self.stochastic and noises.step is None) or (edit is not None and noises.frames is None):
       raise ValueError("iddpm: an ancestral step needs noise, and with frame masks any step needs frame_noise")
     if edit is not None:
       ratio, _ = edit
       start = (ratio * self.num_steps).astype(jnp.int32)
       start = start if self.compat else jnp.where(ratio > 0, start, -1)
       x_mask = start > index[:, None] if self.compat else start >= index[:, None]
-      x = jnp.where(expand(start == index[:, None], x), self.add_noise(x, frame_noise, index), x)
+      x = jnp.where(expand(start == index[:, None], x), self.add_noise(x, noises.frames, index), x)
       active = start >= index[:, None]
     x = zero_invalid(x, valid)
     predicted, v = self.split(denoise(x, self.model_timesteps(index), x_mask), x, num_channels)
     if self.sampler == "ancestral":
-      sample, _ = self.ancestral(predicted, v, x, index, noise)
+      sample, _ = self.ancestral(predicted, v, x, index, noises.step)
     elif self.sampler == "ddim":
       sample, _ = self.ddim(predicted, x, index)
     else:
       sample, previous = self.dpm(predicted, x, index, previous, active)
     if edit is not None:
       sample = jnp.where(expand(active, x), sample, before)
-    return zero_invalid(sample, valid), edit, previous
+    return StepState(zero_invalid(sample, valid), edit, previous)
 
   def ancestral(self, predicted, v, x, index, noise):
     """A draw of x_{t-1} ~ p(x_{t-1} | x_t) and the predicted x0, at `index` `[B]`."""

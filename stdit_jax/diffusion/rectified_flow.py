@@ -20,7 +20,18 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key, Num
 
 from stdit_jax.diffusion.elements import expand, masked_mean, per_sample, prediction_of, second_order, zero_invalid
-from stdit_jax.diffusion.types import Denoise, Edit, Elements, FrameMask, Latents, PerSample, Previous, Time, Valid
+from stdit_jax.diffusion.types import (
+  NO_NOISES,
+  Denoise,
+  Elements,
+  FrameMask,
+  Latents,
+  Noises,
+  PerSample,
+  StepState,
+  Time,
+  Valid,
+)
 
 SAMPLERS = ("euler", "adams-bashforth")
 SAMPLE_METHODS = ("uniform", "logit-normal")
@@ -198,33 +209,26 @@ class RectifiedFlow:
     return self.sampler == "adams-bashforth"
 
   def step(
-    self, denoise: Denoise, x: Latents, t: Time, t_next: Time, *, num_channels: int, noise: Latents | None = None,
-    frame_noise: Latents | None = None, edit: Edit | None = None, previous: Previous | None = None, valid: Valid | None = None,
-  ) -> tuple[Elements, Edit | None, Previous | None]:  # fmt: skip
+    self, denoise: Denoise, state: StepState, t: Time, t_next: Time, *, num_channels: int, noises: Noises = NO_NOISES,
+    valid: Valid | None = None,
+  ) -> StepState:  # fmt: skip
     """One step from `t` to `t_next` (`[B]` or scalars), to be jitted with the loop outside.
 
-    Frame masks: a frame is active when ratio * num_timesteps >= t. It gets `frame_noise` once, when it becomes active, unless
+    Frame masks: a frame is active when ratio * num_timesteps >= t. It gets `noises.frames` once, when it becomes active, unless
     its ratio is 1. The model sees inactive frames as clean (x_mask False); the step restores them.
 
     Args:
       denoise: `(x, t, x_mask) -> output`, guidance included.
-      x: present latents. Invalid elements become zeros.
-      noise: not used, since the step is deterministic. All formulations take it.
-      frame_noise: standard normal, needed with `edit`.
-      edit: None or the state of `elements.start_edit`.
-      previous: the previous prediction, if the sampler is `multistep`.
-
-    Returns:
-      x, edit state and previous prediction for the next step.
+      state: what the previous step returned. Invalid elements of `x` become zeros.
     """
-    del noise
+    x, edit, previous = state
     t, before, active = per_sample(t, x), x, None
     if edit is not None:
-      if frame_noise is None:
-        raise ValueError("rectified flow: a step with frame masks got no frame_noise; pass it for frames that become active")
+      if noises.frames is None:
+        raise ValueError("rectified flow: a step with frame masks got no noises.frames; pass it for frames that become active")
       ratio, added = edit
       active = ratio * self.num_timesteps >= t[:, None]
-      x = jnp.where(expand(active & ~added, x), self.add_noise(x, frame_noise, t), x)
+      x = jnp.where(expand(active & ~added, x), self.add_noise(x, noises.frames, t), x)
       edit = (ratio, active)
     x = zero_invalid(x, valid)
     velocity = prediction_of(denoise(x, t, active), x, num_channels)
@@ -234,4 +238,4 @@ class RectifiedFlow:
     x = x + velocity * expand(size, x)
     if active is not None:
       x = jnp.where(expand(active, x), x, before)
-    return zero_invalid(x, valid), edit, previous
+    return StepState(zero_invalid(x, valid), edit, previous)

@@ -16,6 +16,7 @@ from stdit_jax.autoencoders.codec import bytes_on_device, memory_beside
 from stdit_jax.diffusion.elements import no_previous, start_edit
 from stdit_jax.diffusion.guidance import Guidance, guided
 from stdit_jax.diffusion.noise import Purpose, fold_in, sample_keys, token_noise
+from stdit_jax.diffusion.types import Noises, StepState
 from stdit_jax.models import step_cache
 from stdit_jax.models.family import SCALARS, token_grid, token_values
 from stdit_jax.models.layers import OVER_TIME
@@ -41,17 +42,15 @@ class Request:
   loop: int = 0
 
 
-class SamplerState(NamedTuple):
-  """What goes from step to step of the sampler.
+class Sampling(NamedTuple):
+  """What is fixed while a batch is sampled: one program serves all its steps.
 
-  Attributes: x: latents as tokens `[B, T, S, P]`; edit, previous: those of `diffusion.elements`, None where there are none;
-  cached: outputs that the step cache holds, for each call of the model in a step.
+  Attributes: diffusion: the formulation, for so many steps; guidance; latent_size: (T, H, W) of the latents.
   """
 
-  x: jax.Array
-  edit: Any
-  previous: Any
-  cached: tuple
+  diffusion: Any
+  guidance: Guidance
+  latent_size: tuple[int, int, int]
 
 
 class Pipeline:
@@ -88,14 +87,13 @@ class Pipeline:
       raise ValueError(f"guided_channels is {count}; allowed: 1 to {channels} (latent channels), or none for all")
     self.set_weights(weights)
     self._encode = jax.jit(lambda weights, arrays: parts.conditioner.encode(weights, arrays, self.layout))
-    static = ("diffusion", "guidance", "latent_size")
     # As the arguments come in, or the second step would be another program.
     places = None
     if mesh is not None:
       tokens, rows = self.layout.sharding(*OVER_TIME), self.layout.sharding("batch")
       cached = jax.tree.map(lambda spec: self.layout.sharding(*spec.axes), self._cache_specs(1, 1, 1))
-      places = SamplerState(tokens, rows, (tokens, rows, rows) if self.diffusion.multistep else None, cached)
-    self._step = jax.jit(self._sampler_step, static_argnames=static, out_shardings=places, donate_argnames="state")
+      places = StepState(tokens, rows, (tokens, rows, rows) if self.diffusion.multistep else None), cached
+    self._step = jax.jit(self._sampler_step, static_argnames="how", out_shardings=places, donate_argnames=("state", "cached"))
 
   def set_weights(self, weights):
     """Other weights of the same models; nothing is compiled again."""
@@ -144,10 +142,9 @@ class Pipeline:
     masks = shape(ArraySpec((batch, frames))), shape(ArraySpec((batch, frames), bool))
     previous = (x, shape(ArraySpec((batch,))), masks[1]) if diffusion.multistep else None
     step = self._step.lower(
-      self.variables, SamplerState(x, masks if given else None, previous, cached),
-      ((cond, cond if negative else None), sizes), (t, t),
-      (x if diffusion.stochastic else None, x if given else None), self._computes(diffusion, 0, t), diffusion=diffusion,
-      guidance=self._guidance_of(guidance_scale), latent_size=size,
+      self.variables, StepState(x, masks if given else None, previous), cached, self._computes(diffusion, 0, t),
+      ((cond, cond if negative else None), sizes), (t, t), Noises(x if diffusion.stochastic else None, x if given else None),
+      how=Sampling(diffusion, self._guidance_of(guidance_scale), size),
     ).compile()  # fmt: skip
     return {
       "weights": bytes_on_device((self.variables, self.encoder_weights, self.codec.variables)),
@@ -257,13 +254,12 @@ class Pipeline:
     specs = self._cache_specs(*x.shape[:3])
     cached = jax.tree.map(lambda spec: self._place(np.zeros(spec.shape, spec.dtype), spec.axes), specs)
     guidance = self._guidance_of(guidance_scale)
-    state = SamplerState(x, edit, previous, cached)
+    state, how = StepState(x, edit, previous), Sampling(diffusion, guidance, size)
     for i in progress(range(steps), "denoise"):
-      noise = noise_of(fold_in(step_keys, i)) if diffusion.stochastic else None
-      state = self._step(
-        self.variables, state, conditions, (timesteps[i], timesteps[i + 1]), (noise, frame_noise),
-        self._computes(diffusion, i, timesteps[i]), diffusion=diffusion, guidance=guidance, latent_size=size,
-      )  # fmt: skip
+      noises = Noises(noise_of(fold_in(step_keys, i)) if diffusion.stochastic else None, frame_noise)
+      times = timesteps[i], timesteps[i + 1]
+      computes = self._computes(diffusion, i, timesteps[i])
+      state, cached = self._step(self.variables, state, cached, computes, conditions, times, noises, how=how)
       state.x.block_until_ready()
     return unpatchify(multihost_utils.process_allgather(state.x, tiled=True)[:count], size, config.patch_size)
 
@@ -287,14 +283,15 @@ class Pipeline:
     x = jnp.where(self._place(taken)[..., None, None], self._place(tokens, OVER_TIME), x)
     return x, tuple(self._place(part) for part in start_edit(ratio))
 
-  def _sampler_step(self, variables, state, conditions, times, noises, computes, *, diffusion, guidance, latent_size):
-    """The state after a step.
+  def _sampler_step(self, variables, state, cached, computes, conditions, times, noises, *, how):
+    """(state, cached outputs) after a step.
 
     Args:
+      cached, computes: of the step cache (`_cache_specs`, `_computes`).
       conditions: ((cond of the prompts, cond of what guidance leads away from or None), sizes).
-      times: timesteps `[B]` from and to; noises: (noise, frame noise) as the formulation's `step` takes them.
-      computes: of `_computes`.
+      times: timesteps `[B]` from and to.
     """
+    diffusion, guidance, latent_size = how
     config, family = self.model.config, self.parts.family
     (cond, other), sizes = conditions
     if other is None:
@@ -304,7 +301,7 @@ class Pipeline:
     valid = jnp.broadcast_to(inside, state.x.shape)
     # Tokens that are padded to divide by the devices that split them count as padding for the model.
     shown = None if inside.any(-1).all() else valid
-    cached = list(state.cached)
+    before, cached = cached, list(cached)
 
     def denoiser(cond, sizes, shown, number):
       def denoise(x, t, x_mask):
@@ -326,13 +323,10 @@ class Pipeline:
       denoise, guidance.scale, num_channels=config.in_channels, guided_channels=guidance.channels, interval=guidance.interval,
       rescale=guidance.rescale, valid=valid,
     )  # fmt: skip
-    after = diffusion.step(
-      step_model, state.x, *times, num_channels=config.in_channels, noise=noises[0], frame_noise=noises[1], edit=state.edit,
-      previous=state.previous, valid=valid,
-    )  # fmt: skip
-    after = SamplerState(*after, tuple(cached))
-    chex.assert_trees_all_equal_shapes_and_dtypes(after, state)  # so that one program serves all steps
-    return after
+    after = diffusion.step(step_model, state, *times, num_channels=config.in_channels, noises=noises, valid=valid)
+    result = after, tuple(cached)
+    chex.assert_trees_all_equal_shapes_and_dtypes(result, (state, before))  # so that one program serves all steps
+    return result
 
 
 def image_valid(latent_size, patch_size, channels, token_parts=1):

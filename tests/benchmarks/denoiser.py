@@ -25,6 +25,7 @@ from diffusers import LatteTransformer3DModel
 from stdit_jax.cli import keep_freed_memory
 from stdit_jax.diffusion.guidance import guided
 from stdit_jax.diffusion.rectified_flow import RectifiedFlow
+from stdit_jax.diffusion.types import StepState
 from stdit_jax.models.stack import REMAT_POLICIES
 from stdit_jax.models.stdit3 import FAMILY, STDiT3Config
 
@@ -81,7 +82,7 @@ def our_programs(rng, remat, scan):
       return model.apply(own, x, t, {"text": text, "text_mask": None}, both, x_mask=x_mask)
 
     denoise = guided(denoise, GUIDANCE, num_channels=CHANNELS)
-    return RectifiedFlow().step(denoise, tokens, 500 * one, 480 * one, num_channels=CHANNELS)[0]
+    return RectifiedFlow().step(denoise, StepState(tokens), 500 * one, 480 * one, num_channels=CHANNELS).x
 
   def update(state, tokens, text, target):
     params, moments = state

@@ -25,7 +25,7 @@ def validity(shape):
 
 
 def loop_inputs(case, variables):
-  """Keyword arguments of the model for a stored sampling case, rows doubled: prompts first, then the null caption."""
+  """{"cond", "sizes", "valid"} of the model for a stored sampling case, rows doubled: prompts first, then the null caption."""
   batch, _, frames, height, width = case["in/z"].shape
   text = jnp.asarray(case["in/y"][:, 0])
   null = jnp.broadcast_to(variables["constants"]["null_caption"][: text.shape[1]], text.shape)
@@ -33,9 +33,10 @@ def loop_inputs(case, variables):
   if "in/ar" in case:
     one["aspect_ratio"] = jnp.asarray(case["in/ar"])
   grid = jnp.asarray(tokens.grid_size((frames, height, width), PATCH), jnp.int32)
-  one |= {"grid": jnp.tile(grid, (batch, 1)), "valid": jnp.asarray(validity(case["in/z"].shape))}
-  one["text_mask"] = jnp.asarray(case["in/text_mask"]) > 0
-  return {"text": jnp.concatenate([text, null]), **{name: jnp.concatenate([value] * 2) for name, value in one.items()}}
+  one["grid"] = jnp.tile(grid, (batch, 1))
+  mask, valid = jnp.asarray(case["in/text_mask"]) > 0, jnp.asarray(validity(case["in/z"].shape))
+  mask, valid, sizes = jax.tree.map(lambda value: jnp.concatenate([value] * 2), (mask, valid, one))
+  return {"cond": {"text": jnp.concatenate([text, null]), "text_mask": mask}, "sizes": sizes, "valid": valid}
 
 
 def recording(call, shown):

@@ -9,6 +9,7 @@ from stdit_jax.diffusion import elements
 from stdit_jax.diffusion.elements import split_channels
 from stdit_jax.diffusion.guidance import guided
 from stdit_jax.diffusion.iddpm import IDDPM, space_timesteps
+from stdit_jax.diffusion.types import Noises, StepState
 from tests.diffusion.common import FAST_COMPILE, cases_of, from_tokens, keys_of, loop_inputs, recording, to_tokens, validity
 from tests.helpers import load_golden, load_golden_model, load_json, relative_error
 
@@ -183,23 +184,24 @@ def test_sampling_step(layout, index):
     seen.update(x=x, t=t, x_mask=x_mask)
     return output
 
-  sample, edit, _ = diffusion.step(denoise, x, index, num_channels=4, noise=give(plain["in/noise"]), valid=valid)
+  noises = Noises(give(plain["in/noise"]))
+  sample, edit, _ = diffusion.step(denoise, StepState(x), index, num_channels=4, noises=noises, valid=valid)
   assert edit is None
   assert relative_error(sample, give(plain["sample"])) < 1e-5
   assert (np.asarray(seen["t"]) == diffusion.timestep_map[index]).all()
   _, x0 = diffusion.ancestral(*split_channels(output, 4), x, jnp.full(4, index), give(plain["in/noise"]))
   assert relative_error(x0 if valid is None else np.where(valid, x0, 0), give(plain["pred_xstart"])) < 1e-5
 
-  noises = {"noise": jnp.asarray(give(mask["in/noise"])), "frame_noise": jnp.asarray(give(mask["in/noise_add"]))}
-  start = elements.start_edit(case["in/mask"])
-  sample, _, _ = diffusion.step(denoise, x, index, num_channels=4, edit=start, valid=valid, **noises)
+  noises = Noises(*(jnp.asarray(give(mask[f"in/{name}"])) for name in ("noise", "noise_add")))
+  state = StepState(x, elements.start_edit(case["in/mask"]))
+  sample, _, _ = diffusion.step(denoise, state, index, num_channels=4, noises=noises, valid=valid)
   assert relative_error(seen["x"], give(mask["model_input"])) < 1e-5
   np.testing.assert_array_equal(seen["x_mask"], mask["x_mask"])
   assert relative_error(sample, give(mask["sample"])) < 1e-5
 
   # The default differs in two things: frames of ratio 0 are never touched, and what has just been noised is not shown as clean.
   mended = IDDPM().for_sampling(100)
-  mended, _, _ = mended.step(denoise, x, index, num_channels=4, edit=start, valid=valid, **noises)
+  mended, _, _ = mended.step(denoise, state, index, num_channels=4, noises=noises, valid=valid)
   ratio = np.asarray(case["in/mask"])
   kept = ratio == 0
   np.testing.assert_array_equal(seen["x_mask"], ~kept & (np.trunc(ratio * 100) >= index))
@@ -228,7 +230,7 @@ def test_ddim_step():
   with pytest.raises(ValueError, match="needs noise"):
     diffusion.ddim(split_channels(output, 4)[0], x, jnp.full(4, 12), eta=0.5)
   with pytest.raises(ValueError, match="needs noise"):
-    diffusion.step(lambda *_: output, x, 12, num_channels=4)
+    diffusion.step(lambda *_: output, StepState(x), 12, num_channels=4)
 
 
 # Fixed variances and other betas.
@@ -251,14 +253,15 @@ def test_a_fixed_variance_needs_no_variance_channels(variance, table):
   # v = -1 and v = 1 are the bounds of a learned variance.
   bound = jnp.full_like(alone, 1.0 if variance == "fixed-large" else -1.0)
   index, draw = jnp.full(len(t), 500), jnp.ones_like(x0)
-  learned = IDDPM().step(lambda *_: jnp.concatenate([alone, bound], -1), x0, index, num_channels=4, noise=draw)
-  fixed = diffusion.step(lambda *_: alone, x0, index, num_channels=4, noise=draw)
+  state, noises = StepState(x0), Noises(draw)
+  learned = IDDPM().step(lambda *_: jnp.concatenate([alone, bound], -1), state, index, num_channels=4, noises=noises)
+  fixed = diffusion.step(lambda *_: alone, state, index, num_channels=4, noises=noises)
   np.testing.assert_allclose(fixed[0], learned[0], rtol=1e-5, atol=1e-6)
 
 
 def test_a_learned_variance_needs_variance_channels():
   with pytest.raises(ValueError, match=r"needs variance channels, but the model output has shape \(1, 2, 3, 8\).*fixed-large"):
-    IDDPM(sampler="ddim").step(lambda x, *_: x, jnp.ones((1, 2, 3, 8)), 5, num_channels=4)
+    IDDPM(sampler="ddim").step(lambda x, *_: x, StepState(jnp.ones((1, 2, 3, 8))), 5, num_channels=4)
 
 
 def test_cosine_betas():
@@ -294,9 +297,9 @@ def test_sampling_loop(name):
   @functools.partial(jax.jit, compiler_options=FAST_COMPILE)
   def step(x, index, noises, edit):
     shown = {}
-    call = recording(lambda x, t, x_mask: model.apply(variables, x, t, x_mask=x_mask, **inputs), shown)
+    call = recording(lambda x, t, x_mask: model.apply(variables, x, t, **inputs, x_mask=x_mask), shown)
     denoise = guided(call, settings["cfg_scale"], num_channels=4, guided_channels=settings["cfg_channel"])
-    x, edit, _ = diffusion.step(denoise, x, index, num_channels=4, edit=edit, valid=valid, **noises)
+    x, edit, _ = diffusion.step(denoise, StepState(x, edit), index, num_channels=4, noises=noises, valid=valid)
     return shown, x, edit
 
   x = jnp.asarray(to_tokens(z))
@@ -304,7 +307,7 @@ def test_sampling_loop(name):
   indices = diffusion.sampling_timesteps(num_steps, case["in/height"])
   for i in range(num_steps):
     drawn = [jnp.asarray(to_tokens(noise[:batch])) for noise in case["in/noise"][i * draws : (i + 1) * draws]]
-    noises = {"noise": drawn[-1], "frame_noise": drawn[0] if edit is not None else None}
+    noises = Noises(drawn[-1], drawn[0] if edit is not None else None)
     shown, x, edit = step(x, indices[i], noises, edit)
     assert relative_error(from_tokens(shown["x"], size), case[f"step{i}/model_input"]) < 1e-5
     assert relative_error(from_tokens(shown["output"], size), case[f"step{i}/model_output"]) < 1e-5
@@ -324,38 +327,36 @@ def test_order_of_the_samplers_without_noise(sampler, order):
   c, x = 0.5, jnp.asarray(np.random.default_rng(0).normal(size=(1, 2, 3, 4)), jnp.float32)
 
   def error(steps):
-    diffusion, end = IDDPM(sampler=sampler, tables="float64").for_sampling(steps), x
+    diffusion = IDDPM(sampler=sampler, tables="float64").for_sampling(steps)
     abar = np.asarray(diffusion.schedule["alphas_cumprod"], np.float32)
     variance = abar * c**2 + 1 - abar
-    previous = elements.no_previous(x) if diffusion.multistep else None
+    state = StepState(x, previous=elements.no_previous(x) if diffusion.multistep else None)
     for index in range(steps - 1, 0, -1):
       noise = lambda x, *_, i=index: jnp.concatenate([np.sqrt(1 - abar[i]) / variance[i] * x, 0 * x], -1)  # noqa: E731
-      end, _, previous = diffusion.step(noise, end, index, num_channels=4, previous=previous)
-    return float(jnp.abs(end - x * np.sqrt(variance[0] / variance[-1])).max())
+      state = diffusion.step(noise, state, index, num_channels=4)
+    return float(jnp.abs(state.x - x * np.sqrt(variance[0] / variance[-1])).max())
 
   coarse, fine = error(50), error(100)
   np.testing.assert_allclose(np.log2(coarse / fine), order, atol=0.35)
   # The last step ends at the predicted data.
   diffusion = IDDPM(sampler=sampler).for_sampling(10)
-  previous = elements.no_previous(x) if diffusion.multistep else None
-  last, _, _ = diffusion.step(lambda x, *_: jnp.zeros((*x.shape[:-1], 8)), x, 0, num_channels=4, previous=previous)
+  state = StepState(x, previous=elements.no_previous(x) if diffusion.multistep else None)
+  last, _, _ = diffusion.step(lambda x, *_: jnp.zeros((*x.shape[:-1], 8)), state, 0, num_channels=4)
   np.testing.assert_allclose(last, x / np.sqrt(diffusion.schedule["alphas_cumprod"][0]), rtol=1e-5)
 
 
 def test_dpm_steps_keep_frames_and_start_first_order_where_frames_become_active():
   diffusion = IDDPM(sampler="dpm++").for_sampling(10)
   x = jnp.asarray(np.random.default_rng(1).normal(size=(1, 3, 2, 4)), jnp.float32)
-  edit, previous, after = elements.start_edit(jnp.array([[0.0, 0.5, 1.0]])), elements.no_previous(x), x
+  state = StepState(x, elements.start_edit(jnp.array([[0.0, 0.5, 1.0]])), elements.no_previous(x))
   output = jnp.asarray(np.random.default_rng(2).normal(size=(1, 3, 2, 8)), jnp.float32)
   for index in range(9, -1, -1):
-    before = after
-    after, edit, previous = diffusion.step(
-      lambda *_: output, after, index, num_channels=4, frame_noise=-x, edit=edit, previous=previous
-    )
+    before = state.x
+    state = diffusion.step(lambda *_: output, state, index, num_channels=4, noises=Noises(frames=-x))
     if index == 5:  # noised and moved on the same step, as the original does; the next step does not use its prediction
       noised = diffusion.add_noise(before, -x, index)
       first, _ = diffusion.dpm(split_channels(output, 4)[0], noised, jnp.full(1, index), elements.no_previous(x))
-      np.testing.assert_allclose(after[:, 1], first[:, 1], rtol=1e-5)
-    np.testing.assert_array_equal(after[:, 0], x[:, 0])
+      np.testing.assert_allclose(state.x[:, 1], first[:, 1], rtol=1e-5)
+    np.testing.assert_array_equal(state.x[:, 0], x[:, 0])
   with pytest.raises(ValueError, match="unknown sampler 'euler', allowed: ancestral, ddim"):
     IDDPM(sampler="euler")

@@ -10,6 +10,7 @@ import pytest
 from stdit_jax.diffusion import elements, rectified_flow
 from stdit_jax.diffusion.guidance import guided
 from stdit_jax.diffusion.rectified_flow import RectifiedFlow, compat_latent_frames, timestep_transform
+from stdit_jax.diffusion.types import Noises, StepState
 from stdit_jax.interop import weights
 from tests.diffusion.common import FAST_COMPILE, cases_of, from_tokens, keys_of, loop_inputs, recording, to_tokens, validity
 from tests.helpers import load_golden, load_golden_model, load_json, relative_error
@@ -200,13 +201,13 @@ def test_training_through_stdit3():
   x0, noise = (jnp.asarray(to_tokens(case[n])) for n in ("x_start", "noise"))
   valid, t = jnp.asarray(validity(case["x_start"].shape)), jnp.asarray(case["t"])
   model, variables = _model()
-  conditions = {n: jnp.asarray(train[f"in/{n}"]) for n in ("height", "width", "num_frames", "fps")}
-  conditions |= {"grid": jnp.tile(jnp.array([[5, 2, 2]], jnp.int32), (4, 1)), "valid": valid}
-  text, text_mask = jnp.asarray(train["in/y"][:, 0]), jnp.asarray(train["in/mask"]) > 0
+  sizes = {n: jnp.asarray(train[f"in/{n}"]) for n in ("height", "width", "num_frames", "fps")}
+  sizes["grid"] = jnp.tile(jnp.array([[5, 2, 2]], jnp.int32), (4, 1))
+  cond = {"text": jnp.asarray(train["in/y"][:, 0]), "text_mask": jnp.asarray(train["in/mask"]) > 0}
 
   def losses(params):
     def denoise(x_t, t, x_mask):
-      return model.apply({**variables, "params": params}, x_t, t, text, text_mask, x_mask=x_mask, **conditions)
+      return model.apply({**variables, "params": params}, x_t, t, cond, sizes, x_mask=x_mask, valid=valid)
 
     mask = jnp.asarray(train["in/x_mask"])
     loss = RectifiedFlow().loss(denoise, x0, noise, t, num_channels=4, frame_mask=mask, valid=valid)
@@ -237,9 +238,10 @@ def _loop_step(variables, inputs, x, t, t_next, frame_noise, edit, scale):
   """One guided step, shared by the stored loops; also returns inputs and output of the model."""
   model, _ = _model()
   shown = {}
-  call = recording(lambda x, t, x_mask: model.apply(variables, x, t, x_mask=x_mask, **inputs), shown)
+  call = recording(lambda x, t, x_mask: model.apply(variables, x, t, **inputs, x_mask=x_mask), shown)
   denoise, valid = guided(call, scale, num_channels=4), inputs["valid"][: len(x)]
-  x, edit, _ = RectifiedFlow().step(denoise, x, t, t_next, num_channels=4, frame_noise=frame_noise, edit=edit, valid=valid)
+  state, noises = StepState(x, edit), Noises(frames=frame_noise)
+  x, edit, _ = RectifiedFlow().step(denoise, state, t, t_next, num_channels=4, noises=noises, valid=valid)
   return shown, x, edit
 
 
@@ -278,9 +280,8 @@ def test_compat_keeps_the_rounding_above_1000():
   over = np.flatnonzero(t[0] > 1000)
   assert len(over)
   x, ones = jnp.ones((1, 2, 3, 4)), jnp.ones((1, 2))
-  stepped, _, _ = flow.step(
-    lambda x, *_: x, x, t[0, over[:1]], t[1, over[:1]], num_channels=4, frame_noise=x, edit=elements.start_edit(ones)
-  )
+  state = StepState(x, elements.start_edit(ones))
+  stepped, _, _ = flow.step(lambda x, *_: x, state, t[0, over[:1]], t[1, over[:1]], num_channels=4, noises=Noises(frames=x))
   np.testing.assert_array_equal(stepped, x)
   mended = RectifiedFlow(use_timestep_transform=True).sampling_timesteps(
     4, heights, heights, latent_frames=np.ones_like(heights)
@@ -292,14 +293,14 @@ def test_reference_frames_are_exact_and_padding_zero():
   x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 3, 2, 4)), jnp.float32)
   valid = jnp.ones(x.shape, bool).at[:, :, 1, 2:].set(False)
   edit = elements.start_edit(jnp.array([[0.0, 0.5, 1.0]]))
-  flow, after = RectifiedFlow(), x
+  flow, state, noises = RectifiedFlow(), StepState(x, edit), Noises(frames=-x)
   for t in (1000.0, 600.0, 200.0):
-    after, edit, _ = flow.step(lambda x, *_: x + 1, after, t, t - 100, num_channels=4, frame_noise=-x, edit=edit, valid=valid)
-    assert not np.asarray(after)[~np.asarray(valid)].any()
-  np.testing.assert_array_equal(after[:, 0], jnp.where(valid, x, 0)[:, 0])
-  assert edit[1].tolist() == [[False, True, True]]
-  with pytest.raises(ValueError, match="frame_noise"):
-    flow.step(lambda x, *_: x, x, 1000.0, 900.0, num_channels=4, edit=edit)
+    state = flow.step(lambda x, *_: x + 1, state, t, t - 100, num_channels=4, noises=noises, valid=valid)
+    assert not np.asarray(state.x)[~np.asarray(valid)].any()
+  np.testing.assert_array_equal(state.x[:, 0], jnp.where(valid, x, 0)[:, 0])
+  assert state.edit[1].tolist() == [[False, True, True]]
+  with pytest.raises(ValueError, match=r"noises\.frames"):
+    flow.step(lambda x, *_: x, state, 1000.0, 900.0, num_channels=4)
 
 
 def test_shift_of_the_sampling_timesteps():
@@ -327,12 +328,12 @@ def test_order_of_the_samplers(sampler, order):
     return x * ((1 - s) * c**2 - s) / ((1 - s) ** 2 * c**2 + s**2)
 
   def error(steps):
-    flow, end = RectifiedFlow(sampler=sampler, use_timestep_transform=True), x
-    previous = elements.no_previous(x) if flow.multistep else None
+    flow = RectifiedFlow(sampler=sampler, use_timestep_transform=True)
+    state = StepState(x, previous=elements.no_previous(x) if flow.multistep else None)
     times = flow.sampling_timesteps(steps, _f32([256, 720]), _f32([256, 1280]), latent_frames=_f32([1, 4]))
     for t, t_next in itertools.pairwise(times):
-      end, _, previous = flow.step(denoise, end, t, t_next, num_channels=8, previous=previous)
-    return np.asarray(jnp.abs(end - c * x).max((1, 2, 3)))
+      state = flow.step(denoise, state, t, t_next, num_channels=8)
+    return np.asarray(jnp.abs(state.x - c * x).max((1, 2, 3)))
 
   coarse, fine = error(80), error(160)
   np.testing.assert_allclose(np.log2(coarse / fine), order, atol=0.25)
@@ -342,12 +343,10 @@ def test_order_of_the_samplers(sampler, order):
 def test_a_frame_that_becomes_active_has_no_previous_prediction():
   """Its first step is Euler's. Frames that took part in the previous step extrapolate."""
   flow, x = RectifiedFlow(sampler="adams-bashforth"), jnp.ones((1, 2, 3, 4))
-  edit, previous = elements.start_edit(jnp.array([[0.5, 1.0]])), elements.no_previous(x)
+  state = StepState(x, elements.start_edit(jnp.array([[0.5, 1.0]])), elements.no_previous(x))
   velocity = 1.0
   for t in (600.0, 500.0):
-    before = x
-    x, edit, previous = flow.step(
-      lambda x, *_, v=velocity: jnp.full_like(x, v), x, t, t - 100, num_channels=4, frame_noise=x, edit=edit, previous=previous
-    )
+    before, noises = state.x, Noises(frames=state.x)
+    state = flow.step(lambda x, *_, v=velocity: jnp.full_like(x, v), state, t, t - 100, num_channels=4, noises=noises)
     velocity = 3.0
-  np.testing.assert_allclose((x - before)[0, :, 0, 0], [0.3, 0.1 * (3 + 0.5 * (3 - 1))], rtol=1e-5)
+  np.testing.assert_allclose((state.x - before)[0, :, 0, 0], [0.3, 0.1 * (3 + 0.5 * (3 - 1))], rtol=1e-5)
