@@ -518,7 +518,7 @@ def test_the_first_stdit_is_given_no_frames(assets, tmp_path, capsys):
   config = write_config(tmp_path / "config.py", assets, tmp_path / "unused", **changes, diffusion__name="iddpm")
   with pytest.raises(SystemExit):
     sample.main(["--config", str(config), "--weights", "w", "--prompt", "x", "--task", "animate", str(assets / "0.png")])
-  assert "STDiT-tiny/2 (Open-Sora 1.0) can't be given frames" in capsys.readouterr().err
+  assert "STDiT (Open-Sora 1.0) can't be given frames" in capsys.readouterr().err
 
 
 def test_explain_makes_nothing(assets, trained, tmp_path, capsys):
