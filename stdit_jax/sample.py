@@ -87,7 +87,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     works = work.make_work(settings, prompts, config, autoencoder)
     family, _ = find_model(config.model.name, config.model.fields)
     if any(one.job.rules for one in works) and not family.supports.frame_masks:
-      raise ValueError(f"{family.name} can't be given frames: it makes videos from text alone")
+      raise ValueError(
+        f"{family.name} can't be given frames: it makes videos from text alone; leave --task and --mask-strategy out"
+      )
     if settings.explain:
       return work.explain(works, autoencoder, settings.compat)
     sampling = loading.steps_and_scale(settings, config)

@@ -80,7 +80,7 @@ def test_cached_batches_equal_those_from_videos(assets, table, folder, tmp_path)
   videos, cached = (
     Run(tiny_config(assets, tmp_path / str(len(own)), **{**settings(assets, table), **own})) for own in ({}, nothing)
   )
-  assert cached.data[0]._plans.locate(15)[0] >= 2
+  assert cached.parts[0].data._plans.locate(15)[0] >= 2
   assert set(same_batches(videos, cached, 16)) == {0, 1}
   assert cached.encoders.clip_encoder is None
   with pytest.raises(ValueError, match=r"autoencoder\.weights is empty"):  # at the start, not at the first samples
@@ -240,13 +240,13 @@ def test_a_resumed_training_keeps_its_order(assets, tmp_path):
   run(config, out, "--epochs", 1)
   first = training("run", 4)  # an epoch has three steps
   first.train()
-  rows = [[s.row for s in step.samples] for step, _ in zip(first.data[0].loader(3), range(3))]
+  rows = [[s.row for s in step.samples] for step, _ in zip(first.parts[0].data.loader(3), range(3))]
   run(config, out, "--epochs", 2)
   resumed, anew = training("run", 6), training("other", 6)
   resumed.start()
-  assert [data.sources(4) for data in (resumed.parts[0].data, anew.data[0])] == [[0, 0], [0, 1]]
+  assert [data.sources(4) for data in (resumed.parts[0].data, anew.parts[0].data)] == [[0, 0], [0, 1]]
   assert [[s.row for s in step.samples] for step, _ in zip(resumed.parts[0].data.loader(3), range(3))] == rows
-  assert [[s.row for s in step.samples] for step, _ in zip(anew.data[0].loader(3), range(3))] != rows
+  assert [[s.row for s in step.samples] for step, _ in zip(anew.parts[0].data.loader(3), range(3))] != rows
 
 
 def test_a_later_epoch_may_use_captions_of_an_earlier_one(assets, table, folder, tmp_path, caplog):
@@ -309,10 +309,10 @@ def test_a_removed_part_is_encoded_under_another_name(assets, tmp_path):
 
 
 WRONG = [
-  ({"data__frame_interval": 1}, "made otherwise: frame_interval: 3 -> 1"),
+  ({"data__frame_interval": 1}, "have another provenance: frame_interval: 3 -> 1"),
   ({"data__seed": 1, "data__resize": "original"}, 'resize: "area" -> "original"; seed: 42 -> 1'),
   ({"autoencoder__fields": {"scale": 2.0}}, "autoencoder.fields.scale: 1.0 -> 2.0"),
-  ({"data__score_drop": 0.5}, "the text in data.latents=.*made otherwise: score_drop: 0.2 -> 0.5"),
+  ({"data__score_drop": 0.5}, "the text in data.latents=.*have another provenance: score_drop: 0.2 -> 0.5"),
   ({"autoencoder__weights": "t5.safetensors"}, "autoencoder.weights: "),
   ({"data__tables": "table.csv"}, "contents of the table"),
   ({"data__latents": "/no/folder"}, "data.latents='/no/folder' has no latents; python -m stdit_jax.encode writes them"),
