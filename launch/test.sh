@@ -7,5 +7,6 @@ source launch/environment.sh
 make_environment requirements-test.txt
 ruff check .
 ruff format --check .
+lint-imports
 # Two processes run whole files, the longest first (tests/conftest.py). Half of the time one thread compiles.
 JAX_PLATFORMS=${JAX_PLATFORMS:-cpu} python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -3,7 +3,7 @@
   python -m stdit_jax.sample --run runs/quickstart --prompt "a gray rabbit in a meadow" --num-frames 17
   python -m stdit_jax.sample --run runs/quickstart --prompt "the rabbit hops away" --task animate rabbit.png
   python -m stdit_jax.sample --run runs/quickstart --prompt "|0|a meadow|2|a forest" --task endless --loops 4 --num-frames 34
-  python -m stdit_jax.sample --config configs/open_sora_1_2.py --weights stdit3.safetensors --text-encoder t5-xxl/ \\
+  python -m stdit_jax.sample --config configs/open_sora_1_2.py --weights denoiser.safetensors --text-encoder t5-xxl/ \\
       --config.text_encoder.tokenizer=t5-xxl/ --autoencoder vae.safetensors --prompt "..." --resolution 480p --aspect-ratio 9:16
 
 Tasks, given as NAME and its files:

@@ -1,0 +1,64 @@
+"""Rules of the code base that a reader relies on: one place for the task, no name of a model outside, small functions."""
+
+import ast
+import pathlib
+import re
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+PRODUCT = sorted([*ROOT.glob("stdit_jax/**/*.py"), *ROOT.glob("data/**/*.py")])
+OURS = [path for path in PRODUCT if path.is_relative_to(ROOT / "stdit_jax")]
+LONGEST, MOST_PARAMETERS = 60, 8
+LONG = {"train": "stdit_jax/training/loop.py"}  # the loop is one function that a reader can print
+
+
+def functions():
+  for path in PRODUCT:
+    for node in ast.walk(ast.parse(path.read_text())):
+      if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+        yield str(path.relative_to(ROOT)), node
+
+
+def test_one_place_asks_for_the_task():
+  found = [
+    f"{path.relative_to(ROOT)}: {line.strip()}"
+    for path in OURS
+    for line in path.read_text().splitlines()
+    if re.search(r"config\.task|task ==", line)
+  ]
+  assert found == ["stdit_jax/training/objectives.py: return config.task"]
+
+
+def test_no_module_outside_models_and_interop_names_a_denoiser_of_ours():
+  outside = [path for path in OURS if path.relative_to(ROOT).parts[1] not in ("models", "interop")]
+  named = {str(path.relative_to(ROOT)) for path in outside if re.search(r"\bstdit(?!_jax)\w*", path.read_text())}
+  assert not named
+
+
+def test_functions_are_short():
+  long = {node.name: path for path, node in functions() if node.end_lineno - node.lineno + 1 > LONGEST}
+  assert long == LONG
+
+
+def test_functions_take_few_parameters():
+  def count(arguments):
+    names = [a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
+    return len(names) - (names[:1] in (["self"], ["cls"]))
+
+  assert not {f"{path}: {node.name}" for path, node in functions() if count(node.args) > MOST_PARAMETERS}
+
+
+@pytest.mark.parametrize("path", OURS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_calls_have_few_arguments(path):
+  """Except those that make a value of a class, whose arguments have names."""
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Call) and not (
+      ast.unparse(node.func).rpartition(".")[2].lstrip("_")[:1].isupper() and all(k.arg for k in node.keywords)
+    ):
+      assert len(node.args) + len(node.keywords) <= MOST_PARAMETERS, f"{path}:{node.lineno}: {ast.unparse(node.func)}"
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("stdit_jax/models/*.py")), ids=lambda path: path.name)
+def test_a_model_can_be_read_in_one_sitting(path):
+  assert len(path.read_text().splitlines()) <= 350
