@@ -51,7 +51,7 @@ def bucket_shares(stage: Stage) -> tuple[dict[Key, float], str]:
     steps = {(b.resolution, b.num_frames): entry["steps"] for b, entry in zip(buckets, report.buckets)}
     counted = f"{report.rows:,} rows of its tables"
   else:
-    bucket, *_ = bucket_rules.assign(*assumed_rows(buckets), (config.seed, 0, 0), buckets)
+    bucket, *_ = bucket_rules.assign(*assumed_rows(buckets), (config.seed, 0, 0), buckets, 1)
     rows = np.bincount(bucket[bucket >= 0], minlength=len(buckets))
     steps = {(b.resolution, b.num_frames): n / b.batch_size for b, n in zip(buckets, rows) if b.batch_size}
     counted = (
