@@ -57,7 +57,10 @@ class Components:
       make_diffusion(config.diffusion), autoencoder_model(config.autoencoder),
     )  # fmt: skip
     if (latent := parts.autoencoder.config.latent_channels) != (taken := model_config.in_channels):
-      raise ValueError(f"config: latents of the autoencoder have {latent} channels, the denoiser takes {taken} (in_channels)")
+      raise ValueError(
+        f"config: the autoencoder's latents have {latent} channels, but the denoiser takes {taken} (in_channels); choose "
+        "another autoencoder, or set model.fields.in_channels"
+      )
     return parts
 
   @property

@@ -13,6 +13,7 @@ from data.config import DataConfig
 from stdit_jax.autoencoders import registry
 from stdit_jax.components import Components
 from stdit_jax.parallel.topology import CHIPS, parse_topology
+from stdit_jax.training.objectives import make_objective
 from stdit_jax.training.stages import Stage
 
 Key = tuple[str, int]  # (resolution, frames) of a bucket
@@ -43,7 +44,7 @@ def bucket_shares(stage: Stage) -> tuple[dict[Key, float], str]:
   Counts the first epoch of the stage's tables, or `assumed_rows` if it names none. Raises ValueError for tables that can't be
   used.
   """
-  config = DataConfig(**stage.config.data.to_dict())
+  config = make_objective(stage.config).data_config(DataConfig(**stage.config.data.to_dict()))
   buckets = config.parsed_buckets()
   if config.tables:
     with tempfile.TemporaryDirectory() as folder:

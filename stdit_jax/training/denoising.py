@@ -142,9 +142,8 @@ class DenoiserObjective:
     """Whether clips of so many frames can be split over so many devices: always, tokens are padded until they divide."""
     return True
 
-  def data_config(self, values):
-    """`DataConfig` of the group `data`, with the labels that the conditioner needs. Raises ValueError."""
-    config = DataConfig.create(values)
+  def data_config(self, config: DataConfig) -> DataConfig:
+    """`config` with the labels that the conditioner needs."""
     if (classes := self.parts.conditioner.num_classes) is not None:
       config = dataclasses.replace(config, num_classes=classes, captions="optional")
     return config

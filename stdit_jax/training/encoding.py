@@ -55,7 +55,9 @@ class Source:
   def open(cls, stage, folder: str) -> "Source":
     """The data of a stage. Stores tables and plans in `folder`. Raises ValueError if no row fits, or if a file is missing."""
     try:
-      data = dataclasses.replace(make_objective(stage.config).data_config(stage.config.data.to_dict()), latents="")
+      data = dataclasses.replace(
+        make_objective(stage.config).data_config(DataConfig.create(stage.config.data.to_dict())), latents=""
+      )
       return cls(stage, data, plan.PlanSequence(sources.open_table(data, folder), data, folder))
     except ValueError as error:
       raise ValueError(f"config: stage {stage.name!r}: {error}") from None

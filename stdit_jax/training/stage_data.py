@@ -3,6 +3,7 @@
 import math
 
 from data import paths, plan, sources
+from data.config import DataConfig
 from data.loader import make_loader
 from stdit_jax.parallel.shardings import Layout
 from stdit_jax.training.step import Split
@@ -64,7 +65,7 @@ class StageData:
   def __init__(self, stage, output, mesh, objective):
     self.stage = stage.name
     try:
-      self.config = objective.data_config(stage.config.data.to_dict())
+      self.config = objective.data_config(DataConfig.create(stage.config.data.to_dict()))
       # Memory-mapped, so on a disk; files are named after what they were made from, and runs may share them.
       self.folder = paths.user_cache("data") if paths.is_remote(output) else paths.join(output, "data")
       table = sources.open_table(self.config, self.folder)

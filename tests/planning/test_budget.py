@@ -5,6 +5,7 @@ import math
 import jax
 import pytest
 
+from stdit_jax.components import Components
 from stdit_jax.models import t5
 from stdit_jax.planning import budget, meshes
 from stdit_jax.training.autoencoding import autoencoder_model
@@ -41,7 +42,8 @@ def test_encoder_cost_grows_with_rows_frames_and_pixels():
   buckets = (("144p", 1, 1.0, 8), ("144p", 51, 1.0, 2))
 
   def seconds(**text):
-    return budget.encoder_seconds(stage_with(buckets, text), {("144p", 1): 0.5, ("144p", 51): 0.5}, "v5e:2x4", 8)
+    stage, shares = stage_with(buckets, text), {("144p", 1): 0.5, ("144p", 51): 0.5}
+    return budget.encoder_seconds(stage, Components.of(stage.config), shares, "v5e:2x4", 8)
 
   both = seconds(where="ahead")
   config = stage_with(buckets).config
