@@ -52,10 +52,8 @@ class Settings:
 
   input: str = flag("safetensors file, its index, a folder with one of them, or a training run", "", metavar="PATH")
   output: str = flag("NAME.safetensors, or a folder", "", metavar="PATH")
-  source: str = flag("layout of the input (default: detected)", "auto", "--from", choices=("auto", *weights.LAYOUTS))
-  target: str = flag(
-    "layout of the output (default: native; the original's for native input)", "", "--to", choices=tuple(weights.LAYOUTS)
-  )
+  source: str = flag("layout of the input (default: detected)", "auto", "--from", metavar="LAYOUT")
+  target: str = flag("layout of the output (default: native; the original's for native input)", "", "--to", metavar="LAYOUT")
   model: str = flag("named model, like STDiT3-XL/2 (default: the model that the input names)", "", metavar="NAME")
   config: str = flag("fields that differ from the named model: a JSON object, or a file with one", "", metavar="JSON")
   dtype: str = flag("type of all floating-point tensors in the output (default: unchanged)", "", choices=tuple(DTYPES))
@@ -122,7 +120,7 @@ def open_source(settings: Settings, model: models.NamedModel, config=None) -> we
 
   `config` has the numbers that the file holds beside its weights, by default the model's own.
   """
-  layouts = model.layouts if settings.source == "auto" else settings.source
+  layouts = model.layouts if settings.source == "auto" else model.layout(settings.source)
   source = weights.open_source(settings.input, layouts, model.shapes, config or model.config, settings.allow_non_finite)
   source.check(unexpected=not settings.allow_unexpected)
   print(f"{settings.input}: layout {source.layout.name}, {source.report}")
@@ -153,7 +151,7 @@ def convert_file(settings: Settings, place: str, options: dict):
   # these numbers for the output.
   said, own = models.described(metadata, settings.input)
   source = open_source(settings, model, models.find_model(said, own).config if said and not settings.model else None)
-  target = settings.target or ("native" if source.layout.name != "native" else model.layouts[0])
+  target = model.layout(settings.target or "native") if settings.target or source.layout.name != "native" else model.layouts[0]
   spec, tensors = weights.conversion(source, target, model.shapes, DTYPES.get(settings.dtype), model.config)
   metadata = weights.model_metadata(name, model.config)
   written = write_checkpoint(place, spec, progress(tensors, spec), metadata=metadata, **options)
@@ -185,7 +183,7 @@ def convert_run(settings: Settings, place: str, options: dict):
       f"{settings.input}: holds another model than {name}: {len(wrong)} parameters differ, "
       f"{path} is {found.get(path, 'missing')}, needed {needed.get(path, 'nothing')}"
     )
-  target = settings.target or model.layouts[0]
+  target = model.layout(settings.target) if settings.target else model.layouts[0]
   options |= {"dtype": DTYPES.get(settings.dtype), "metadata": weights.model_metadata(name, model.config)}
   written = weights.save_variables(place, target, variables, config=model.config, **options)
   layout = getattr(target, "name", target)
@@ -196,7 +194,7 @@ def check(settings: Settings) -> None:
   """Compares names and shapes with a key table, and a file with its round trip. Raises CheckpointError for a difference."""
   metadata = open_checkpoint(settings.input).metadata if settings.input else {}
   name, model = find_model(settings, metadata)
-  layout = model.layouts[0] if settings.target in ("", "native") else settings.target
+  layout = model.layouts[0] if settings.target in ("", "native") else model.layout(settings.target)
   table = (
     models.read_key_table(settings.keys) if settings.keys else (None if settings.config else models.shipped_key_table(name))
   )

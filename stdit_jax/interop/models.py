@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from stdit_jax.autoencoders.registry import AUTOENCODERS
+from stdit_jax.interop.mapping import CheckpointLayout
+from stdit_jax.interop.weights import LAYOUTS
 from stdit_jax.models import t5
 from stdit_jax.models.family import families, find_family
 
@@ -52,6 +54,14 @@ class NamedModel:
   layouts: tuple
 
   @property
+  def layout_names(self) -> list[str]:
+    return [getattr(layout, "name", layout) for layout in self.layouts]
+
+  def layout(self, name: str) -> str | CheckpointLayout:
+    """The layout of this name: one that the model brings itself, or else one of ours."""
+    return dict(zip(self.layout_names, self.layouts)).get(name, name)
+
+  @property
   def shapes(self) -> dict:
     """The tree of the model's variables as shapes; nothing is allocated."""
     return self.init_shapes(self.config)
@@ -86,8 +96,11 @@ def find_model(name: str, overrides: Mapping, layouts=(), part: str | None = Non
   Raises:
     ValueError naming the allowed names or fields.
   """
-  names = lambda model: [getattr(layout, "name", layout) for layout in model.layouts]  # noqa: E731
-  found = [m for m in _named(name, overrides) if part in (None, m.part) and all(layout in names(m) for layout in layouts)]
+  named = _named(name, overrides)
+  known = {*LAYOUTS, *(name for model in named for name in model.layout_names)}
+  if unknown := [layout for layout in layouts if layout not in known]:
+    raise ValueError(f"unknown layout {unknown[0]!r}; allowed: {', '.join(sorted(known))}")
+  found = [m for m in named if part in (None, m.part) and set(layouts) <= set(m.layout_names)]
   if len(found) != 1:
     what = "no model" if not found else "more than one model"
     which = f" with layout {' and '.join(layouts)}" if layouts else ""

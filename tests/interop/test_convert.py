@@ -127,7 +127,7 @@ def test_a_training_run_is_converted(tmp_path, capsys):
 MISTAKES = {
   "unrecognized arguments: --inptu": ("--inptu", "x"),
   "give --input and --output": ("--input", "x"),
-  "invalid choice: 'opensora'": ("--from", "opensora"),
+  "unknown layout 'opensora'": ("--input", "GOLDEN", "--output", "y", "--model", "STDiT3-tiny/2", "--from", "opensora"),
   "invalid choice: 'float8'": ("--dtype", "float8"),
   "'5 apples' is no size": ("--max-shard-size", "5 apples"),
   "no such file or folder": ("--input", "nowhere.safetensors", "--output", "y"),
