@@ -21,10 +21,6 @@ from stdit_jax.fields import is_of_type
 T = TypeVar("T")
 
 
-class InputError(ValueError):
-  """A user's error that shows only during the run, where a ValueError may also be a defect of this project."""
-
-
 @contextlib.contextmanager
 def one_line_errors(kinds=(ValueError, OSError)):
   """Prints a user's error as one line on stderr and exits with code 2. STDIT_JAX_TRACEBACK=1 shows the traceback instead.

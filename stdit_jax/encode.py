@@ -37,7 +37,6 @@ from absl import logging
 from data import latents, paths
 from data.command_line import flag
 from stdit_jax.cli import (
-  InputError,
   check_positive,
   connect_processes,
   keep_freed_memory,
@@ -46,6 +45,7 @@ from stdit_jax.cli import (
   read_config,
   use_compilation_cache,
 )
+from stdit_jax.errors import InputError
 
 _PENDING = 64  # records that wait for the writer
 _FOREVER = 1 << 30  # milliseconds

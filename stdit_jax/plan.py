@@ -256,7 +256,7 @@ def print_budget(settings: Settings, stages: Sequence[Stage], seconds, result) -
     print(f"{stage.name}: {stage.steps:,} steps, {hours_text(settings, hours, chips)}; computed from {counted}")
     objective = make_objective(stage.config)
     if objective.counts_flops:
-      print_encoders(settings, stage, objective.parts, shares, chips)
+      print_encoders(settings, stage, objective.components, shares, chips)
   if len(counted_hours) == len(stages) > 1:
     print(f"together: {hours_text(settings, sum(counted_hours), chips)}")
 

@@ -31,7 +31,7 @@ class Sampler:
 
   def __call__(self, step, state, frozen):
     made = self.run.parts_that_made(step)
-    own = made.objective.parts.weights(state["ema"], frozen)
+    own = made.objective.components.weights(state["ema"], frozen)
     if made is not self.stage:
       self.stage, self.pipeline = made, self._build(made, own)
     if own[1] is None:  # an encoder that runs before the step is in no state
@@ -54,18 +54,18 @@ class Sampler:
 
   def _build(self, made, weights):
     """The pipeline of a stage (`StageParts`) with these weights."""
-    config, conditioner = made.stage.config, made.objective.parts.conditioner
+    config, conditioner = made.stage.config, made.objective.components.conditioner
     if conditioner.ahead:
       weights = weights[0], load_text_encoder(conditioner.config, conditioner.encoder, self.run.mesh)
     pieces = local_devices_mesh() if jax.local_device_count() > 1 else None
-    return Pipeline(made.objective.parts, weights, load_codec(config.autoencoder, pieces), mesh=self.run.mesh)
+    return Pipeline(made.objective.components, weights, load_codec(config.autoencoder, pieces), mesh=self.run.mesh)
 
 
 def check(made, num_frames):
   """Raises ValueError if a stage (`StageParts`) can't be sampled with clips of so many frames."""
   if made.objective.part != "denoiser":
     raise ValueError("config: sample_every needs task='denoiser'; set sample_every=0")
-  config, parts = made.stage.config, made.objective.parts
+  config, parts = made.stage.config, made.objective.components
   if parts.conditioner.name == "captions" and parts.conditioner.encoder is None:
     raise ValueError("config: sample_every needs a text encoder, but text_encoder.where is 'disk'; set sample_every=0")
   # Also where a training reads latents and features from disk.

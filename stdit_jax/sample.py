@@ -31,7 +31,6 @@ from data import paths
 from stdit_jax import loading
 from stdit_jax.autoencoders.registry import autoencoder_model
 from stdit_jax.cli import (
-  InputError,
   check_positive,
   connect_processes,
   keep_freed_memory,
@@ -39,6 +38,7 @@ from stdit_jax.cli import (
   parse_settings,
   use_compilation_cache,
 )
+from stdit_jax.errors import InputError
 from stdit_jax.generation import production, tasks, work
 from stdit_jax.generation.prompts import read_prompt_file
 from stdit_jax.generation.settings import SampleSettings

@@ -18,7 +18,6 @@ import traceback
 from absl import logging
 
 from stdit_jax.cli import (
-  InputError,
   OneLineParser,
   connect_processes,
   keep_freed_memory,
@@ -27,6 +26,7 @@ from stdit_jax.cli import (
   read_config,
   use_compilation_cache,
 )
+from stdit_jax.errors import InputError
 from stdit_jax.training.claim import claim
 from stdit_jax.training.stages import make_stages
 from stdit_jax.training.watchdog import RESTART, StartAgain, Watchdog

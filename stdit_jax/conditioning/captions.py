@@ -13,7 +13,7 @@ import numpy as np
 
 from data import latents
 from data.captions import Tokenize, clean_caption
-from stdit_jax.cli import InputError
+from stdit_jax.errors import InputError
 from stdit_jax.models import flops, t5
 from stdit_jax.parallel.shardings import ArraySpec
 

@@ -61,7 +61,7 @@ class Pipeline:
   itself.
 
   Args:
-    parts: `components.Components`: the models and the diffusion that were trained.
+    components: `Components`: the models and the diffusion that were trained.
     weights: (variables of the denoiser, weights of the conditioner's encoder or None), as `Components.weights` gives them.
     codec: the autoencoder with its weights (`autoencoders.codec`).
     guidance: `diffusion.guidance.Guidance`; its scale is given with the requests.
@@ -72,21 +72,21 @@ class Pipeline:
     batch_parts: a batch is filled up to a multiple of it.
   """
 
-  def __init__(self, parts, weights, codec, guidance=None, mesh=None, cache=None):
-    self.parts, self.guidance, self.cache, self.codec = parts, guidance or Guidance(), cache, codec
+  def __init__(self, components, weights, codec, guidance=None, mesh=None, cache=None):
+    self.components, self.guidance, self.cache, self.codec = components, guidance or Guidance(), cache, codec
     self.layout = None if mesh is None else Layout(mesh, split_tokens=mesh.shape["sequence"] > 1)
     self.batch_parts, self.token_parts = (1, 1) if mesh is None else (self.layout.batch_parts, self.layout.token_parts)
-    self.model, self.diffusion = parts.model.clone(layout=self.layout), parts.diffusion
-    if cache is not None and not parts.family.supports.step_cache:
-      raise ValueError(f"--step-cache: {parts.family.name} has none; leave it out")
+    self.model, self.diffusion = components.model.clone(layout=self.layout), components.diffusion
+    if cache is not None and not components.family.supports.step_cache:
+      raise ValueError(f"--step-cache: {components.family.name} has none; leave it out")
     # As Open-Sora 1.1: trained on every third frame it is told the file's own rate, three times that of the clip.
-    data = parts.config.data
+    data = components.config.data
     self._told_fps = data.frame_interval if data.fps_rule == "1.1" else 1
     channels = self.model.config.in_channels
     if (count := self.guidance.channels) is not None and not 1 <= count <= channels:
       raise ValueError(f"guided_channels is {count}; allowed: 1 to {channels} (latent channels), or none for all")
     self.set_weights(weights)
-    self._encode = jax.jit(lambda weights, arrays: parts.conditioner.encode(weights, arrays, self.layout))
+    self._encode = jax.jit(lambda weights, arrays: components.conditioner.encode(weights, arrays, self.layout))
     # As the arguments come in, or the second step would be another program.
     places = None
     if mesh is not None:
@@ -126,7 +126,7 @@ class Pipeline:
     def shape(spec):
       return jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=self._sharding(spec.axes))
 
-    prompts = self.parts.conditioner.prompts([request.prompt] * batch)
+    prompts = self.components.conditioner.prompts([request.prompt] * batch)
     arrays = {name: shape(ArraySpec(array.shape, array.dtype)) for name, array in prompts.items()}
     encode = self._encode.lower(self.encoder_weights, arrays)
     out_info, encode = encode.out_info, encode.compile()
@@ -177,7 +177,7 @@ class Pipeline:
     if key not in self._encoded:
       while len(self._encoded) >= CACHED_PROMPTS:
         self._encoded.pop(next(iter(self._encoded)))  # the oldest
-      arrays = {name: self._place(array) for name, array in self.parts.conditioner.prompts(prompts).items()}
+      arrays = {name: self._place(array) for name, array in self.components.conditioner.prompts(prompts).items()}
       self._encoded[key] = jax.block_until_ready(self._encode(self.encoder_weights, arrays))
     return self._encoded[key]
 
@@ -222,8 +222,8 @@ class Pipeline:
     first, batch = requests[0], len(requests)
     if any(dataclasses.replace(r, prompt=first.prompt, seed=first.seed) != first for r in requests):
       raise ValueError("requests of one batch must have the same size, frames and fps")
-    if given and not self.parts.family.supports.frame_masks:
-      raise ValueError(f"{self.parts.family.name} can't be given frames: it makes videos from text alone")
+    if given and not self.components.family.supports.frame_masks:
+      raise ValueError(f"{self.components.family.name} can't be given frames: it makes videos from text alone")
     size, config = self.latent_size(first), self.model.config
     prompts = [[r.prompt for r in requests]]
     if negative_prompt is not None:
@@ -292,7 +292,7 @@ class Pipeline:
       times: timesteps `[B]` from and to.
     """
     diffusion, guidance, latent_size = how
-    config, family = self.model.config, self.parts.family
+    config, family = self.model.config, self.components.family
     (cond, other), sizes = conditions
     if other is None:
       other = family.null(config, variables.get("constants", {}), cond)

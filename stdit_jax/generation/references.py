@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from data import video
-from stdit_jax.cli import InputError
+from stdit_jax.errors import InputError
 
 MAX_BYTES = 8 << 30
 

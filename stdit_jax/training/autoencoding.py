@@ -155,7 +155,7 @@ class AutoencoderObjective:
     """None: captions do not matter."""
 
   def check_plan(self, clips):
-    """Raises ValueError if a clip of the first epoch is smaller than the crop: it would end the run where it comes."""
+    """Raises ValueError if a clip of the first epoch is smaller than the crop."""
     crop, seen = self.config.autoencoder.crop, DataConfig.create(self.config.data.to_dict()).parsed_buckets()
     numbers, _, ratios = clips.all_slots()
     for number, ratio in np.unique(np.stack([numbers, ratios], 1), axis=0).tolist():
@@ -217,7 +217,7 @@ class AutoencoderObjective:
     return {**params, "autoencoder": {**params["autoencoder"], "image": loaded["params"]}}
 
   def load_checkpoint(self, path, params, frozen, mesh):
-    """(params, frozen) with the autoencoder of a checkpoint, whatever shift and scale its latents are to be used with."""
+    """(params, frozen) with the autoencoder of a checkpoint. Shift and scale of its latents may differ from the config's."""
     current = {"params": params["autoencoder"]}
     shardings = tree_shardings(current, mesh, self.rules)
     config = self.model.config

@@ -62,7 +62,7 @@ class LatentCache:
 
   @staticmethod
   def key(clip):
-    """Of the pixels themselves: right whatever row, window or crop they come from."""
+    """Hash of the pixels, so that it holds for any row, window or crop."""
     return clip.shape, hashlib.blake2b(np.ascontiguousarray(clip), digest_size=16).digest()
 
   def get(self, key):
@@ -154,18 +154,18 @@ class ClipEncoder:
 class DenoiserBatches:
   """Makes the denoiser's batches: latents as tokens with their sizes, conditions."""
 
-  def __init__(self, parts, clips, ahead=None):
-    """`parts`: Components; `clips`: a ClipEncoder, None if latents are cached; `ahead`: of `Encoders.conditioner`."""
-    self.parts, self._clips, self._ahead = parts, clips, ahead
+  def __init__(self, components, clips, ahead=None):
+    """`components`: Components; `clips`: a ClipEncoder, None if latents are cached; `ahead`: of `Encoders.conditioner`."""
+    self.components, self._clips, self._ahead = components, clips, ahead
 
   def __call__(self, step, layout):
     """One global batch, as `Components.batch` describes it, from this process's `data.loader.LoadedStep`."""
-    samples, config = step.samples, self.parts.model.config
+    samples, config = step.samples, self.components.model.config
     if samples[0].pixels is None:
       latents = [(s.latents_mean, s.latents_std) for s in samples]
     else:
       latents = self._clips([s.pixels for s in samples])
-    specs = self.parts.batch(step.bucket, len(samples), layout.token_parts)
+    specs = self.components.batch(step.bucket, len(samples), layout.token_parts)
     moments = {name: np.zeros(spec.shape, spec.dtype) for name, spec in specs.items() if name.startswith("latents_")}
     for i, of_sample in enumerate(latents):
       for array, values in zip(moments.values(), of_sample):
@@ -174,7 +174,7 @@ class DenoiserBatches:
     sizes = np.asarray([mean.shape[:3] for mean, _ in latents], np.int32)
     grids = np.asarray([token_grid(config, size) for size in sizes], np.int32)
     scalars = {name: np.asarray([getattr(s, name) for s in samples], np.float32) for name in SCALARS}
-    arrays = self.parts.conditioner.collate(samples)
+    arrays = self.components.conditioner.collate(samples)
     cond = to_global(arrays, dict.fromkeys(arrays, ROWS), layout)
     batch = {**moments, "latent_size": sizes, "sizes": {"grid": grids, **scalars}, **sample_fields(samples)}
     specs.pop("cond")
@@ -196,7 +196,8 @@ class AutoencoderBatches:
   def _cropped(self, s):
     """(sample, its pixels). A clip that is too small has weight 0.
 
-    The start refuses such clips of the first epoch (`check_plan`). One that comes later must not end the run, again and again.
+    The start refuses such clips of the first epoch (`check_plan`). Later ones only get weight 0: an error would end the run
+    again after every restart.
     """
     crop, (height, width) = self.config.autoencoder.crop, s.pixels.shape[1:3]
     if min(height, width) < crop:

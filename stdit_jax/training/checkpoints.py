@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 
 from configs import base
 from data import paths
-from stdit_jax.cli import InputError
+from stdit_jax.errors import InputError
 from stdit_jax.parallel.shardings import tree_shardings
 from stdit_jax.training.stages import FREE, make_stages, stage_that_made
 from stdit_jax.training.watchdog import StartAgain

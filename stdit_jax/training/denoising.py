@@ -25,7 +25,7 @@ class DenoiserObjective:
   """Trains a denoiser, with or without its text encoder; as training/objectives.py says.
 
   Attributes:
-    parts: the `Components` of the stage.
+    components: of the stage.
   """
 
   part = "denoiser"
@@ -33,14 +33,15 @@ class DenoiserObjective:
 
   def __init__(self, config):
     self.config = config
-    self.parts = Components.of(config)
-    self.model, self.diffusion = self.parts.model, self.parts.diffusion
+    self.components = Components.of(config)
+    self.model, self.diffusion = self.components.model, self.components.diffusion
     self.frame_masks = FrameMasks.create(config.mask_ratios)
     self.masked = any(n != "identity" and p > 0 for n, p in zip(self.frame_masks.names, self.frame_masks.probabilities))
-    if self.masked and not self.parts.family.supports.frame_masks:
-      raise ValueError(f"config: {self.parts.family.name} has no frame masks; leave mask_ratios empty")
-    self.rules, self.from_files = self.parts.rules, self.parts.conditioner.from_files
-    self.resizable = (*(f"/{stack}/" for stack in self.parts.family.stacks), *map("/{}".format, self.parts.family.resizable))
+    if self.masked and not self.components.family.supports.frame_masks:
+      raise ValueError(f"config: {self.components.family.name} has no frame masks; leave mask_ratios empty")
+    self.rules, self.from_files = self.components.rules, self.components.conditioner.from_files
+    family = self.components.family
+    self.resizable = tuple(f"/{name}" for name in (*(f"{stack}/" for stack in family.stacks), *family.resizable))
 
   @functools.cached_property
   def shapes(self):
@@ -49,7 +50,7 @@ class DenoiserObjective:
 
   def init(self, key):
     """(params, frozen) with the original initialisation; jit it with sharded outputs."""
-    return self.parts.init(key)
+    return self.components.init(key)
 
   # The loss.
 
@@ -67,7 +68,7 @@ class DenoiserObjective:
     return loss, self._by_timestep(loss, t)
 
   def fixed_loss(self, params, frozen, batch, count, layout=None):
-    """Loss `[count, B]` at `count` fixed timesteps, with noise of the sample's own for each.
+    """Loss `[count, B]` at `count` fixed timesteps. Each sample has its own noise at each of them.
 
     No caption is dropped and no frame masked.
     """
@@ -81,7 +82,7 @@ class DenoiserObjective:
     return jax.lax.map(at, (jnp.arange(count), jnp.asarray(self.diffusion.fixed_timesteps(count))))
 
   def fixed_names(self, count):
-    """What the rows of `fixed_loss` count for: the quarter of the timesteps."""
+    """The quarter of the timesteps that each row of `fixed_loss` belongs to."""
     return [QUARTERS[min(3, int(4 * t / self.diffusion.num_timesteps))] for t in self.diffusion.fixed_timesteps(count)]
 
   def _loss_of(self, params, frozen, batch, layout, drop=None):
@@ -99,10 +100,10 @@ class DenoiserObjective:
     x0 = batch["latents_mean"]  # [B, T, S, P]
     if "latents_std" in batch:
       x0 = x0 + batch["latents_std"] * noise(sample_keys(self.config.seed, batch["sample_id"], Purpose.POSTERIOR))
-    variables, encoder = self.parts.weights(params, frozen)
-    cond = self.parts.conditioner.encode(encoder, batch["cond"], layout)
+    variables, encoder = self.components.weights(params, frozen)
+    cond = self.components.conditioner.encode(encoder, batch["cond"], layout)
     if drop is not None:
-      cond = replace_rows(cond, self.parts.family.null(config, variables.get("constants", {}), cond), drop)
+      cond = replace_rows(cond, self.components.family.null(config, variables.get("constants", {}), cond), drop)
     denoiser = self.model.clone(layout=layout)
 
     def loss_of(keys, t, frame_mask):
@@ -116,7 +117,7 @@ class DenoiserObjective:
     return loss_of
 
   def _by_timestep(self, loss, t):
-    """The loss in each quarter of the timesteps, 0 elsewhere, and where it counts (`metrics.Averages`)."""
+    """For each quarter of the timesteps the loss, 0 for samples outside it, and as NAME/share 1 for samples inside it."""
     quarter = jnp.clip(jnp.floor(4 * t.astype(jnp.float32) / self.diffusion.num_timesteps), 0, 3)
     values = {}
     for q, name in enumerate(f"loss/{name}" for name in QUARTERS):
@@ -127,7 +128,7 @@ class DenoiserObjective:
 
   def batch(self, bucket, rows, token_parts=1):
     """The arrays of one batch as a tree of `ArraySpec`."""
-    return self.parts.batch(bucket, rows, token_parts)
+    return self.components.batch(bucket, rows, token_parts)
 
   def work(self, batch):
     """(tokens, model FLOPs) of training on one global batch of `ArraySpec`s.
@@ -136,7 +137,7 @@ class DenoiserObjective:
     forward pass: no encoder, no recomputation.
     """
     rows, frames, space, _ = batch["latents_mean"].shape
-    return rows * frames * space, rows * flops.TRAINING * self.parts.family.flops(self.model.config, frames, space)
+    return rows * frames * space, rows * flops.TRAINING * self.components.family.flops(self.model.config, frames, space)
 
   def splits(self, num_frames, devices):
     """Whether clips of so many frames can be split over so many devices: always, tokens are padded until they divide."""
@@ -144,17 +145,17 @@ class DenoiserObjective:
 
   def data_config(self, config: DataConfig) -> DataConfig:
     """`config` with the labels that the conditioner needs."""
-    if (classes := self.parts.conditioner.num_classes) is not None:
+    if (classes := self.components.conditioner.num_classes) is not None:
       config = dataclasses.replace(config, num_classes=classes, captions="optional")
     return config
 
   def open_cache(self, data, table):
     """The `data.latents.Cache` that is read in place of videos. Raises ValueError if it was made from something else."""
-    return latent_caches.open_cache(self.config, self.parts.conditioner, data, table)
+    return latent_caches.open_cache(self.config, self.components.conditioner, data, table)
 
   def worker(self, cache):
     """What the loader's workers make of a caption and a label, or None."""
-    return self.parts.conditioner.worker(cached=bool(cache and cache.text))
+    return self.components.conditioner.worker(cached=bool(cache and cache.text))
 
   def check_plan(self, clips):
     """Nothing: clips of every size fit."""
@@ -162,8 +163,8 @@ class DenoiserObjective:
   def batch_maker(self, encoders, name):
     """`(LoadedStep, layout) -> global arrays` of a stage called `name`; `encoders` loads those that it needs."""
     clips = encoders.clips(self.config.autoencoder, name) if self._encodes_clips else None
-    ahead = encoders.conditioner(self.parts) if self._encodes_ahead else None
-    return DenoiserBatches(self.parts, clips, ahead)
+    ahead = encoders.conditioner(self.components) if self._encodes_ahead else None
+    return DenoiserBatches(self.components, clips, ahead)
 
   # Rows of a validation are not cached.
 
@@ -173,7 +174,7 @@ class DenoiserObjective:
 
   @property
   def _encodes_ahead(self):
-    conditioner, folder = self.parts.conditioner, self.config.data.latents
+    conditioner, folder = self.components.conditioner, self.config.data.latents
     return conditioner.ahead and (bool(self.config.validation.every) or not conditioner.is_cached(folder))
 
   # Weights.
@@ -181,7 +182,7 @@ class DenoiserObjective:
   def check_files(self):
     """Raises ValueError if a file that a run will read does not exist, or buckets do not suit the autoencoder."""
     config = self.config
-    check_lengths(config, self.parts.autoencoder.config)
+    check_lengths(config, self.components.autoencoder.config)
     if self._encodes_clips:
       need_file(config.autoencoder.weights, "autoencoder.weights")
     if self._encodes_ahead or self.from_files:
@@ -198,13 +199,13 @@ class DenoiserObjective:
     return params
 
   def _load_encoder(self, mesh):
-    return load_text_encoder(self.config.text_encoder, self.parts.conditioner.encoder, mesh)
+    return load_text_encoder(self.config.text_encoder, self.components.conditioner.encoder, mesh)
 
   def load_checkpoint(self, path, params, frozen, mesh):
     """(params, frozen) with the denoiser of a checkpoint in a layout of its family."""
     constants = {"constants": frozen["denoiser"]} if "denoiser" in frozen else {}
     current = {"params": params["denoiser"], **constants}
-    loaded = load_denoiser(self.parts, path, mesh, current=current, strict=self.config.init_strict)
+    loaded = load_denoiser(self.components, path, mesh, current=current, strict=self.config.init_strict)
     frozen = frozen | ({"denoiser": loaded["constants"]} if constants else {})
     return {**params, "denoiser": loaded["params"]}, frozen
 
@@ -213,9 +214,9 @@ class DenoiserObjective:
 
     `bytes_per_device(shapes, mesh, rules)` counts those of a tree.
     """
-    autoencoder = self.parts.autoencoder.config
+    autoencoder = self.components.autoencoder.config
     shapes = family_of(autoencoder).init_shapes(autoencoder)
     total = sum(math.prod(s.shape) * s.dtype.itemsize for s in jax.tree.leaves(shapes))
-    if self.parts.conditioner.ahead:
-      total += bytes_per_device(t5.init_shapes(self.parts.conditioner.encoder.config), mesh, t5.RULES)
+    if self.components.conditioner.ahead:
+      total += bytes_per_device(t5.init_shapes(self.components.conditioner.encoder.config), mesh, t5.RULES)
     return total

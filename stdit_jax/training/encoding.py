@@ -17,9 +17,9 @@ import numpy as np
 from data import latents, loader, plan, sources
 from data.config import DataConfig
 from stdit_jax.autoencoders.registry import autoencoder_model
-from stdit_jax.cli import InputError
 from stdit_jax.components import load_codec, load_text_encoder
 from stdit_jax.conditioning.captions import encode_ahead, text_encoder, tokenizer
+from stdit_jax.errors import InputError
 from stdit_jax.models import t5
 from stdit_jax.parallel.mesh import make_mesh
 from stdit_jax.parallel.shardings import Layout

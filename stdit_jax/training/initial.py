@@ -25,7 +25,7 @@ def initial_weights(objective, config, key, mesh):
 
 
 def from_run(objective, path, params, frozen, mesh):
-  """(params, frozen) with the weights of another run's folder. Raises ValueError for one of another model."""
+  """(params, frozen) with the averaged weights of another run's folder. Raises ValueError for one of another model."""
   config, step = stage_config(path)
   if (part := part_of(config)) != objective.part:
     raise ValueError(f"config: init={path!r} is a run of {part}, not of the {objective.part} that is trained here")

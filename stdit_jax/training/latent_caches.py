@@ -16,7 +16,7 @@ def _plain(values):
 
 
 def _if_there(path):
-  """{"weights": fingerprint} of weights that exist: a training from a cache needs none."""
+  """{"weights": fingerprint} if the weights exist: a training from a cache does not need them."""
   return {"weights": paths.fingerprint(path)} if path and paths.exists(path) else {}
 
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from stdit_jax.cli import InputError
+from stdit_jax.errors import InputError
 from stdit_jax.training.compilation import StagePrograms
 from stdit_jax.training.metrics import Averages, Metrics, Speed, duration, speed_note, stage_note
 from stdit_jax.training.nonfinite import MicroStep, NonFinite, TooManyNonFinite
@@ -22,7 +22,7 @@ class Feed:
 
   def __init__(self, run, parts, speed, taken, skip):
     self._run, self._splits, self._speed = run, parts.data.splits, speed
-    self._make = self.make_batch = run.batch_maker(parts)
+    self.make_batch = run.batch_maker(parts)
     self.loader = parts.data.loader(taken, skip)
 
   def next(self, step):
@@ -35,7 +35,7 @@ class Feed:
       raise InputError(str(error)) from error
     name = f"{loaded.bucket[0]} x {loaded.bucket[1]}"
     self._run.beat(f"step {step + 1}: making a batch of {name}", slow=True)  # may compile
-    return loaded, self._make(loaded, self._splits[loaded.bucket].layout)
+    return loaded, self.make_batch(loaded, self._splits[loaded.bucket].layout)
 
   def __enter__(self):
     return self
@@ -57,7 +57,7 @@ def train(run, on_sample=None, restarts=None, started=None):
 
   Raises:
     Preempted: SIGTERM came; everything is saved.
-    InputError: a disk that is full, too many files that can't be decoded, steps that are not finite time and again.
+    InputError: a disk that is full, too many files that can't be decoded, non-finite steps again after going back.
   """
   beat, total = run.beat, run.total_steps
   restarts = restarts or Restarts(run)
@@ -133,7 +133,7 @@ def train(run, on_sample=None, restarts=None, started=None):
                 beat(f"step {step}: validating", slow=True)
                 with speed.paused():
                   validate(validation, step, state["ema"], frozen, feed.make_batch, metrics)
-              # Parameters with which nothing is finite are no place to go back to: the checkpoint waits for a good step.
+              # The checkpoint waits for a finite step, so that the run never goes back to parameters that are broken.
               save_due = save_due or step % config.checkpoint_every == 0
               if save_due and not nonfinite.settle():
                 save()

@@ -1,4 +1,4 @@
-"""Objectives: what a stage trains, with everything that depends on it. The only place that looks at the key `task`.
+"""Objectives: what a stage trains, with everything that depends on it. The only place that branches on the key `task`.
 
 An objective is made of a stage's configuration and has
 

@@ -11,7 +11,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from data import paths
-from stdit_jax.cli import InputError
+from stdit_jax.errors import InputError
 from stdit_jax.parallel.shardings import tree_shardings
 from stdit_jax.training import initial, transition
 from stdit_jax.training.checkpoints import CONFIG, DamagedCheckpointError, plain
@@ -40,7 +40,7 @@ class Restarts:
         `config.resume` asks for one.
     """
     self.run.beat("starting", slow=True)
-    # The first process may have waited until another run gave the folder up: what that run saved meanwhile counts.
+    # The first process may have waited for another run to release the folder: this reads what that run saved.
     if jax.process_count() > 1:
       multihost_utils.sync_global_devices("the folder is ours")
     self.checkpoints.reload()
@@ -91,15 +91,16 @@ class Restarts:
     """(state, frozen) of step 0."""
     parts, key = self.run.parts[0], jax.random.key(self.run.config.seed)
     params, frozen = initial.initial_weights(parts.objective, parts.stage.config, key, self.run.mesh)
-    place = jax.jit(lambda p: new_state(p, parts.programs.optimizer), out_shardings=parts.programs.state)
+    place = jax.jit(lambda p: new_state(p, parts.programs.optimizer), out_shardings=parts.programs.state_shardings)
     return place(params), frozen
 
   def _restore(self, step):
     """(state, frozen) of a checkpoint, and sets `skip`.
 
     Raises:
-      DamagedCheckpointError: it can't be read. StartAgain in a run of several processes, since only some may see the damage
-        while others wait for them: the next start skips the checkpoint.
+      DamagedCheckpointError: it can't be read.
+      StartAgain: the same in a run of several processes, since others may not see the damage. The next start skips the
+        checkpoint.
       ValueError: as `start`.
     """
     parts, made = self.run.parts_of(step), self.run.parts_that_made(step)
@@ -182,7 +183,10 @@ class Restarts:
     return state, frozen, target
 
   def enter(self, parts, state, frozen, step):
-    """(state, frozen) with which a stage resumes at `step`: of its own model, at its start with a fresh optimizer on demand."""
+    """(state, frozen) for the stage at `step`.
+
+    Changes the model if the stage has another one. Resets the optimizer at the start of a stage with keep_optimizer=False.
+    """
     objective, optimizer = parts.objective, parts.programs.optimizer
     before, own = transition.by_name(state["params"], frozen), transition.by_name(*objective.shapes)
     if change := transition.describe(before, own, objective.resizable):
@@ -203,7 +207,7 @@ def constants(objective):
 
 
 def check_place(step, stage, position):
-  """Raises ValueError if the steps of a stage would not be followed by those that come next in its data."""
+  """Raises ValueError if resuming would repeat or skip data."""
   if position["stage"] != stage.name:
     raise ValueError(
       f"config: step {step} was made in stage {position['stage']!r} and belongs to {stage.name!r} now; give the stages the "

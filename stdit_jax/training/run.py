@@ -1,6 +1,6 @@
 """A run, put together and checked: devices, mesh, and for every stage its objective, programs and data.
 
-Nothing has been compiled or written when this is done.
+Nothing is compiled yet. The output folder holds at most indices and plans of the data.
 """
 
 import dataclasses
@@ -108,7 +108,7 @@ class Run:
     beat: called with what the run does next, and whether that may take long (`watchdog.Watchdog.beat`).
 
   Attributes:
-    config, mesh; stages: list of `Stage`; parts: {index of a stage} -> `StageParts`.
+    config, mesh; stages: list of `Stage`; parts: list of `StageParts`, one per stage.
     changed: keys of the configuration that changed since the run began.
     checkpoints, counter, compiler, encoders: services that all stages share.
 

@@ -13,7 +13,8 @@ def choose_splits(stage, buckets, mesh, objective):
   """How each bucket of a stage splits its batch: {(resolution, frames): Split} of the buckets that have a batch size.
 
   By `split_tokens` of the configuration: "auto" splits the tokens of a bucket over the mesh's `sequence` axis if its batch does
-  not divide by all devices, or if one sample alone has more tokens than `max_tokens_per_device`; it may name those buckets.
+  not divide by all devices, or if one sample alone has more tokens than `max_tokens_per_device`. Or it lists the buckets to
+  split, as "480p:204,720p:51".
 
   Raises:
     ValueError: a batch that does not divide, naming the nearest one that does.
@@ -96,7 +97,10 @@ class StageData:
     return not changes
 
   def sources(self, taken, skip=()):
-    """What a checkpoint stores of a cache: the epochs whose plans the first ones follow, up to that of the next micro step."""
+    """For a run from a cache: the epochs whose plans epochs 0, 1, ... follow, up to that of the next micro step.
+
+    A checkpoint stores them.
+    """
     if self.cache is None:
       return []
     return [self._plans.source(epoch) for epoch in range(self._plans.locate(plan.place(taken, skip))[0] + 1)]

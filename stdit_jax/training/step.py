@@ -111,12 +111,12 @@ def accumulate_gradients(loss, split, specs, scales, params, frozen, batch, accu
 
 
 def update(optimizer, scales, schedule, clip_norm, ema_decay, state, accumulator, step):
-  """One optimizer step from the accumulated gradients; without weight, or with a loss or gradient that is not finite, no
-  step: `stepped` and `nonfinite` of the metrics tell.
+  """One optimizer step from the accumulated gradients.
 
-  Clipping by the global norm over the parameters that train, a discriminator's apart, AdamW, then the moving average
-  `ema = decay * ema + (1 - decay) * params`, every step, in float32 (Open-Sora 1.2 `update_ema`), written so that the
-  average of a parameter that does not train stays that parameter, bit for bit.
+  Skips the step if no sample had weight, or if a loss or gradient is not finite. The metrics `stepped` and `nonfinite` report
+  this. Clips by the global norm of the parameters that train, a discriminator's separately. AdamW follows, then the moving
+  average `ema = decay * ema + (1 - decay) * params` in float32 (Open-Sora 1.2, `update_ema`). The average of a parameter that
+  does not train stays that parameter, bit for bit.
 
   Returns:
     (state, zeroed accumulator, metrics)
@@ -176,7 +176,7 @@ class Programs:
 
   Attributes:
     optimizer: of the stage.
-    shapes: (state, frozen, accumulator); state: shardings of the state.
+    shapes: (state, frozen, accumulator); state_shardings: of the state.
     new_accumulator: `params -> accumulator`; update: `(state, accumulator, step) -> (state, accumulator, metrics)`.
   """
 
@@ -189,9 +189,9 @@ class Programs:
     shapes = state_shapes(params, self.optimizer)
     self.shapes = shapes, frozen, jax.eval_shape(new_accumulator, params)
     self._replicated = NamedSharding(mesh, P())
-    self.state = tree_shardings(shapes, mesh, objective.rules)
+    self.state_shardings = tree_shardings(shapes, mesh, objective.rules)
     self._frozen = tree_shardings(frozen, mesh, objective.rules)
-    self._accumulator = {"gradients": self.state["params"], "count": self._replicated}
+    self._accumulator = {"gradients": self.state_shardings["params"], "count": self._replicated}
     # Products of gathered kernels stay whole: as a loop over pieces ("windowed einsum"), which the TPU's compiler prefers, the
     # gradients of a layer cross the interconnect twice.
     tpu = mesh.devices.flat[0].platform == "tpu"
@@ -199,7 +199,7 @@ class Programs:
     self.new_accumulator = jax.jit(new_accumulator, out_shardings=self._accumulator)
     schedule = learning_rate(config.optimizer, stage.start, stage.steps)
     function = functools.partial(update, self.optimizer, self._scales, schedule, config.optimizer.clip_norm, config.ema_decay)
-    places = self.state, self._accumulator, self._replicated
+    places = self.state_shardings, self._accumulator, self._replicated
     self.update = jax.jit(
       counter.counted(f"{stage.name}: update", function), in_shardings=places, out_shardings=places, donate_argnums=(0, 1)
     )
@@ -216,7 +216,7 @@ class Programs:
     jitted = jax.jit(
       self._counter.counted(f"{self.name}: gradient {bucket[0]} x {bucket[1]}", function),
       **self._options,
-      in_shardings=(self.state["params"], self._frozen, places, self._accumulator),
+      in_shardings=(self.state_shardings["params"], self._frozen, places, self._accumulator),
       out_shardings=(self._accumulator, self._replicated),
       donate_argnums=(3,),
     )

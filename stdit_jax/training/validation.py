@@ -2,7 +2,7 @@
 
 As Open-Sora 1.2's `eval_loss` measures it: every bucket on rows that fit it, whatever its probabilities, at timesteps evenly
 inside (0, 1000) without the timestep transform. Noise belongs to row and timestep, and rows that only fill a batch have
-weight 0. So the value depends on neither batch, mesh nor processes, and is the same, bit for bit, where these are.
+weight 0. So the value does not depend on batch, mesh or processes, and equal ones give equal bits.
 """
 
 import collections
@@ -17,23 +17,25 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from data.config import DataConfig
-from stdit_jax.cli import InputError
+from stdit_jax.errors import InputError
 from stdit_jax.parallel.shardings import Layout, tree_shardings
 from stdit_jax.training.stage_data import StageData, choose_splits
 
 
 def fixed_data(stage, mesh, objective):
-  """`stage` with the data of its validation: the buckets that it trains on, in batches that one of its micro batches holds.
+  """`stage` with the data of its validation: the buckets that it trains on, in batches no larger than a micro batch.
 
-  Training need not fit this mesh: its batches are rounded up to what divides.
+  Batches of the training are rounded up to what divides, since this mesh may be another than that of the training.
   """
   config = ml_collections.ConfigDict(stage.config.to_dict())
   buckets = []
   for b in DataConfig.create(config.data.to_dict()).parsed_buckets():
     if b.batch_size and b.keep_prob:
-      splits = config.split_tokens in ("auto", "always") or f"{b.resolution}:{b.num_frames}" in config.split_tokens.split(",")
-      splits = splits and objective.splits(b.num_frames, mesh.shape["sequence"])
-      parts = Layout(mesh, split_tokens=splits).batch_parts
+      can_split = config.split_tokens in ("auto", "always") or f"{b.resolution}:{b.num_frames}" in config.split_tokens.split(
+        ","
+      )
+      can_split = can_split and objective.splits(b.num_frames, mesh.shape["sequence"])
+      parts = Layout(mesh, split_tokens=can_split).batch_parts
       buckets.append(dataclasses.replace(b, batch_size=math.ceil(b.batch_size / parts) * parts))
   splits = choose_splits(stage, buckets, mesh, objective)
   samples, rows = config.validation.samples_per_bucket, []

@@ -85,7 +85,7 @@ def measure(stage, mesh, bucket, repeats, compiled):
   states = jax.eval_shape(start, jax.random.key(0))
   state, frozen = jax.jit(start, out_shardings=tree_shardings(states, mesh, objective.rules))(jax.random.key(0))
   accumulator = programs.new_accumulator(state["params"])
-  batch = random_batch(objective.parts, bucket, program.batch, split.layout)
+  batch = random_batch(objective.components, bucket, program.batch, split.layout)
   times = []
   for step in range(repeats + 1):  # the first one warms up
     forward, (accumulator, metrics) = seconds_of(gradient, state["params"], frozen, batch, accumulator)

@@ -350,7 +350,7 @@ def test_safetensors_make_the_video_of_their_run(assets, trained, tmp_path):
   config = write_config(tmp_path / "config.py", assets, tmp_path / "unused")
   run = Run(tiny_config(assets, tmp_path / "shapes"))
   variables = {"params": ema["denoiser"], "constants": constants["denoiser"]}
-  parts = run.parts[0].objective.parts
+  parts = run.parts[0].objective.components
   save_variables(tmp_path / "denoiser.safetensors", "open-sora", variables, config=parts.model.config)
   encoder = {"params": ema["text_encoder"]}
   save_variables(tmp_path / "t5.safetensors", "t5", encoder, config=parts.conditioner.encoder.config)

@@ -61,7 +61,7 @@ def main(folder):
 
   # A separate program runs the text encoder, sharded like the denoiser.
   ahead = Run(eight_config(assets, folder / "ahead", steps=1, mesh={"data": 2, "fsdp": 4}, **frozen_text(assets, "ahead")))
-  text = load_text_encoder(ahead.config.text_encoder, ahead.parts[0].objective.parts.conditioner.encoder, ahead.mesh)
+  text = load_text_encoder(ahead.config.text_encoder, ahead.parts[0].objective.components.conditioner.encoder, ahead.mesh)
   kernel = text["blocks"]["mlp"]["up"]["kernel"]
   assert kernel.size // kernel.addressable_shards[0].data.size == 4
   ahead.train()

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from stdit_jax.cli import InputError
+from stdit_jax.errors import InputError
 from tests.runs import Run
 from tests.tiny_run import tiny_config
 

@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from stdit_jax import convert, sample
-from stdit_jax.cli import InputError
+from stdit_jax.errors import InputError
 from stdit_jax.training.checkpoints import Checkpoints, DamagedCheckpointError, load_weights
 from stdit_jax.training.watchdog import StartAgain
 from tests.object_store import BUCKET

@@ -12,7 +12,7 @@ from PIL import Image
 
 from configs import base
 from stdit_jax import evaluate
-from stdit_jax.cli import InputError
+from stdit_jax.errors import InputError
 from stdit_jax.interop import CheckpointError, save_variables
 from stdit_jax.run_samples import Sampler
 from stdit_jax.training.checkpoints import load_weights

@@ -56,7 +56,7 @@ def programs(made):
   whole = {bucket: programs.gradient(bucket, 3, step.Split(layout)) for bucket in batches}
   parts = programs.gradient(("144p", 4), 3, step.Split(layout, 3))
   return types.SimpleNamespace(
-    whole=whole, parts=parts, params=jax.device_put(state["params"], programs.state["params"]),
+    whole=whole, parts=parts, params=jax.device_put(state["params"], programs.state_shardings["params"]),
     new_accumulator=programs.new_accumulator,
   )  # fmt: skip
 
@@ -105,7 +105,7 @@ def direct_loss(run, frozen, batch, row, params):
   e = noise(Purpose.NOISE)
   x_t = jnp.where(here, (1 - t) * x0 + t * e, x0)
   drop = jax.vmap(jax.random.uniform)(key(Purpose.DROP_TEXT)) < config.caption_dropout
-  text = run.parts[0].objective.parts.conditioner.encoder.apply(
+  text = run.parts[0].objective.components.conditioner.encoder.apply(
     {"params": params["text_encoder"]}, one(batch["cond"]["text_ids"]), one(batch["cond"]["text_mask"])
   )
   variables = {"params": params["denoiser"], "constants": frozen["denoiser"]}
