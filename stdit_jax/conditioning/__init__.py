@@ -4,12 +4,14 @@ A conditioner is made of a stage's configuration, a family and the configuration
 
   name                of the conditioner
   num_classes         classes of the `label` column, None where rows have none
+  encoder             its encoder of captions, None if there is none
   init(key)           (params, frozen): parameters of its own that train, and those that do not; {} for none
   from_files          names of `frozen` that are read from files at every start, and are in no checkpoint
   worker(cached)      picklable `(caption, label) -> {name: array}` for the loader's processes, or None
   specs(rows)         {name: ArraySpec}: what a batch holds
   collate(samples)    the arrays of `specs` from `data.loader.Sample`s, or those from which `ahead` makes them
-  ahead               whether its encoder runs before the training step, by `program(weights)`
+  ahead               whether its encoder runs in a program of its own before the training step
+  program(weights)    that program: `(arrays, layout) -> cond`; only if `ahead`
   is_cached(folder)   whether a folder of cached latents has what it encodes, too
   encode(weights, arrays, layout)   inside a program: arrays of `collate` -> `cond`; `weights` are those of its encoder
   prompts(texts)      the arrays of `collate` for prompts

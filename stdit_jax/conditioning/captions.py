@@ -59,7 +59,7 @@ def text_encoder(config):
 def tokenizer(config):
   """The `TokenizeText` of the group `text_encoder`. Raises ValueError if it has ids that the encoder does not know."""
   tokenize = TokenizeText(config.tokenizer, config.max_length, config.clean_captions)
-  if (ids := tokenize.vocab_size) > (known := t5.get_config(config.name).vocab_size):
+  if (ids := tokenize.vocab_size) > (known := t5.get_config(config.name, **config.fields).vocab_size):
     raise ValueError(f"config: tokenizer {config.tokenizer!r} has {ids} ids, but text encoder {config.name!r} knows {known}")
   return tokenize
 

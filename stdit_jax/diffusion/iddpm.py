@@ -315,7 +315,7 @@ class IDDPM:
     x, edit, previous = state
     index, before, x_mask, active = per_sample(t, x), x, None, None
     if (self.stochastic and noises.step is None) or (edit is not None and noises.frames is None):
-      raise ValueError("iddpm: an ancestral step needs noise, and with frame masks any step needs frame_noise")
+      raise ValueError("iddpm: an ancestral step needs noises.step, and with frame masks any step needs noises.frames")
     if edit is not None:
       ratio, _ = edit
       start = (ratio * self.num_steps).astype(jnp.int32)

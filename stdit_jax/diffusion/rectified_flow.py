@@ -201,6 +201,7 @@ class RectifiedFlow:
       t = self._transform(base, sizes, 1.0 if self.compat else self.transform_scale)
     if self.sampling_shift != 1:
       t = self.sampling_shift * t / (1 + (self.sampling_shift - 1) * t / self.num_timesteps)
+      t = t if self.compat else np.clip(t, 0, self.num_timesteps)  # rounding must not move noise beyond its timestep
     return np.concatenate([np.asarray(t, np.float32), np.zeros((1, batch), np.float32)])
 
   @property

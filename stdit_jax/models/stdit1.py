@@ -109,7 +109,7 @@ class STDiT1(nn.Module):
     self.sow("intermediates", "tokens_in", x)
     embed_t = common.scalar_embedder(cfg, layout, "timestep_embed", None, common.small, common.small)
     noised = embed_t(t)  # [B, D]
-    common.null_caption(self)
+    common.null_caption(self)  # creates the constant of dropped captions, which only `Family.null` reads
     (modulation,) = common.modulation_vectors(cfg, layout, "timestep_modulation", 6, [noised], common.small)  # [B, 6D]
     text = common.embed_caption(cfg, layout, cond["text"], common.small)  # [B, L, D]
     time_embedding = interleaved_sin_cos(  # [T, D]

@@ -123,7 +123,7 @@ class STDiT2(nn.Module):
     embed_t = common.scalar_embedder(cfg, layout, "timestep_embed", None, common.small, common.small)
     noised = embed_t(t)  # [B, D]
     clean = None if x_mask is None else embed_t(jnp.zeros_like(t))
-    common.null_caption(self)
+    common.null_caption(self)  # creates the constant of dropped captions, which only `Family.null` reads
 
     def modulation(name, rows, added):  # [B, rows * D] of noised and of clean frames
       embeddings = [e if e is None else e + added for e in (noised, clean)]

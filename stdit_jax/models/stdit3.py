@@ -125,7 +125,7 @@ class STDiT3(nn.Module):
       speed = common.scalar_embedder(cfg, layout, "fps_embed", None, common.small, common.zeros)(sizes["fps"])  # [B, D]
     noised = embed_t(t) + speed  # [B, D]
     clean = None if x_mask is None else embed_t(jnp.zeros_like(t)) + speed
-    common.null_caption(self)
+    common.null_caption(self)  # creates the constant of dropped captions, which only `Family.null` reads
     conditions = Conditions(
       common.embed_caption(cfg, layout, cond["text"]), cond["text_mask"], token_valid, x_mask,
       *common.modulation_vectors(cfg, layout, "timestep_modulation", 6, [noised, clean]),

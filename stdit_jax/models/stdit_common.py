@@ -288,12 +288,12 @@ def finish(module, x, frames, cached, reuse):
 # ----------------------------------------------------------------------------------------------------------------- record
 
 
-def cache_specs(module, kinds, cache, batch, frames, space):
-  """What calls of `module` on `[batch, frames, space]` tokens keep for each other; `kinds` as in `step_cache.cache_specs`."""
+def cache_specs(module, blocks, cache, batch, frames, space):
+  """What calls of `module` on `[batch, frames, space]` tokens keep for each other; `blocks` as in `step_cache.cache_specs`."""
   config, layout = module.config, module.layout
   frames += -frames % (1 if layout is None else layout.token_parts)
   shape = batch, frames, space, config.hidden_size
-  return step_cache.cache_specs(cache, shape, DTYPES[config.dtype], kinds, config.depth, OVER_TIME)
+  return step_cache.cache_specs(cache, shape, DTYPES[config.dtype], blocks, config.depth, OVER_TIME)
 
 
 def cond(config, rows: int) -> dict:

@@ -27,7 +27,7 @@ class PyramidBroadcast:
 
   Attributes:
     space, time, cross: steps that one output of this attention serves, the one that computes it included.
-    interval: timesteps between which outputs are cached. Defaults as VideoSys sets them for Open-Sora 1.2
+    interval: timesteps between which cached outputs are reused. Defaults as VideoSys sets them for Open-Sora 1.2
       (`OpenSoraPABConfig`).
   """
 
