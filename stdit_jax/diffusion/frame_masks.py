@@ -45,7 +45,7 @@ class FrameMasks:
     Raises:
       ValueError: unknown or mixed names, probabilities outside [0, 1] or with a wrong sum.
     """
-    ratios = {name: float(ratio) for name, ratio in dict(ratios).items()}
+    ratios = {name: float(ratio) for name, ratio in ratios.items()}
     old = bool(ratios) and all(name in NAMES_1_1 for name in ratios)
     unknown = [name for name in ratios if name not in (NAMES_1_1 if old else NAMES_1_2)]
     if unknown:

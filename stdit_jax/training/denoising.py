@@ -35,7 +35,7 @@ class DenoiserObjective:
     self.config = config
     self.components = Components.of(config)
     self.model, self.diffusion = self.components.model, self.components.diffusion
-    self.frame_masks = FrameMasks.create(config.mask_ratios)
+    self.frame_masks = FrameMasks.create(dict(config.mask_ratios))
     self.masked = any(n != "identity" and p > 0 for n, p in zip(self.frame_masks.names, self.frame_masks.probabilities))
     if self.masked and not self.components.family.supports.frame_masks:
       raise ValueError(f"config: {self.components.family.name} has no frame masks; leave mask_ratios empty")
