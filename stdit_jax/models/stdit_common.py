@@ -312,7 +312,7 @@ def null(config, constants: dict, cond: Cond) -> dict:
   return {**cond, "text": jnp.broadcast_to(null_text, text.shape)}
 
 
-def forward_flops(config, frames: int, space: int, blocks: list[tuple[int, ...]]) -> float:
+def forward_flops(config, frames: int, space: int, blocks: list[tuple[int, ...]]) -> int:
   """FLOPs of a forward pass over one sample of `frames * space` tokens.
 
   Args:
