@@ -21,12 +21,13 @@ import dataclasses
 import functools
 import importlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from data.tokens import grid_size
@@ -152,6 +153,6 @@ def token_values(config: Any) -> int:
   return math.prod(config.patch_size) * config.in_channels
 
 
-def token_grid(config: Any, latent_size: tuple[int, int, int]) -> tuple[int, int, int]:
+def token_grid(config: Any, latent_size: Sequence | np.ndarray) -> tuple:
   """The token grid (T, rows, columns) of latents of size (T, H, W)."""
   return grid_size(latent_size, config.patch_size)
