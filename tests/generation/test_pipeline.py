@@ -120,7 +120,7 @@ def test_prompts_are_embedded_once(pipeline, trained):
     fresh.cond([f"other {number}"])
   fresh.cond([r.prompt for r in REQUESTS])
   assert len(calls) == 1 + pipelines.CACHED_PROMPTS + 1 + 1
-  fresh.set_weights(fresh.parts.weights(*load_weights(trained, "params")[:2]))
+  fresh.set_weights(fresh.components.weights(*load_weights(trained, "params")[:2]))
   assert (fresh.sample_latents(REQUESTS, 1, 2.0) != first).any()
   assert len(calls) == 1 + pipelines.CACHED_PROMPTS + 1 + 2
 
