@@ -27,6 +27,6 @@ class Run(run.Run):
 
   def maker(self, stage=0):
     """`LoadedStep -> arrays` of a stage, as the loop makes them."""
-    parts = self.components[stage]
+    parts = self.parts[stage]
     make = self.batch_maker(parts)
     return lambda loaded: make(loaded, parts.data.splits[loaded.bucket].layout)

@@ -28,7 +28,7 @@ def mesh_sizes(sizes: dict[str, int], num_devices: int, name: str = "mesh", of: 
   sizes = {axis: int(sizes.get(axis, 1)) for axis in AXES}
   free = [axis for axis, n in sizes.items() if n == -1]
   if len(free) > 1 or any(n < 1 and n != -1 for n in sizes.values()):
-    raise ValueError(f"{name}: sizes are {sizes}; they must be positive, at most one -1")
+    raise ValueError(f"{name}: sizes are {sizes}; allowed: whole numbers of at least 1, and -1 for one axis")
   fixed = math.prod(n for n in sizes.values() if n != -1)
   if free and num_devices % fixed == 0:
     sizes[free[0]] = num_devices // fixed
