@@ -78,9 +78,9 @@ def test_a_run_resumes_within_a_stage_and_at_a_model_change(assets, alone, tmp_p
 def entered(run):
   """Resumes a run at the start of a stage: (stage, state and frozen before it, state and frozen in it), all NumPy."""
   state, frozen, step = run.start()
-  stage = next(s for s in run.stages if s.start == step)
+  parts = next(p for p in run.parts if p.stage.start == step)
   before = jax.tree.map(np.asarray, (state, frozen))
-  return stage, *before, *jax.tree.map(np.asarray, run._enter(stage, state, frozen, step))
+  return parts.stage, *before, *jax.tree.map(np.asarray, run.restarts.enter(parts, state, frozen, step))
 
 
 def test_new_norms_leave_all_other_arrays_unchanged(assets, alone, tmp_path, capsys):
