@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key, Shaped
 
 from stdit_jax import fields
@@ -168,7 +169,7 @@ class Block(nn.Module):
     return x + Mlp(self.config, self.layout, name="mlp")(RMSNorm(self.config, name="mlp_norm")(x))
 
 
-def relative_buckets(distance: Int[Array, "*shape"], num_buckets: int, max_distance: int) -> Int[Array, "*shape"]:
+def relative_buckets(distance: Int[ArrayLike, "*shape"], num_buckets: int, max_distance: int) -> Int[Array, "*shape"]:
   """The bucket of every distance (key position - query position).
 
   Half of the buckets are for keys behind the query. In each direction the first half of the buckets holds one distance each: 0,
@@ -185,7 +186,7 @@ def relative_buckets(distance: Int[Array, "*shape"], num_buckets: int, max_dista
 
 
 def relative_bias(
-  table: Float[Array, "buckets heads"], length: int, max_distance: int
+  table: Float[ArrayLike, "buckets heads"], length: int, max_distance: int
 ) -> Float[Array, "heads {length} {length}"]:
   """The float32 bias (head, query, key) of a table of position biases.
 
@@ -228,7 +229,7 @@ class T5Encoder(nn.Module):
     x = self.run_blocks(x, bias, None if mask is None else jnp.asarray(mask, bool))
     return RMSNorm(c, name="final_norm")(x)
 
-  def run_blocks(self, x: Float[Array, "B L D"], bias: Float[Array, "heads L L"], mask: Any) -> Float[Array, "B L D"]:
+  def run_blocks(self, x: Float[ArrayLike, "B L D"], bias: Float[ArrayLike, "heads L L"], mask: Any) -> Float[Array, "B L D"]:
     """Runs the layers, whose parameters are stacked in depth, as one `lax.scan` or unrolled, with remat by name."""
     c, block = self.config, Block(self.config, self.layout, parent=None)
     stacked = stacked_params(self, {"blocks": block}, c.num_layers, x, bias, mask)["blocks"]
