@@ -59,7 +59,7 @@ def preview(settings: data_config.DataConfig, folder: str) -> plan.BucketReport:
 
 def _all_rows(settings: data_config.DataConfig) -> data_config.DataConfig:
   """The settings without probabilities: another epoch may read a row that one epoch skips."""
-  buckets = [dataclasses.replace(b, keep_prob=1.0, duration_prob=None, batch_size=1) for b in settings.parsed_buckets()]
+  buckets = [(b.resolution, b.num_frames, 1.0, 1) for b in settings.parsed_buckets()]
   return dataclasses.replace(settings, buckets=tuple(buckets), reference_devices=1, drop_last=False)
 
 
