@@ -11,19 +11,19 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
-from stdit_jax.training.weights import load_codec
 
 from configs import base, cogvideox_vae, open_sora_1_2_vae
 from data.config import DataConfig
 from stdit_jax.autoencoders import discriminator, perceptual, temporal
 from stdit_jax.autoencoders.latents import to_float
+from stdit_jax.components import load_codec
 from stdit_jax.convert import main as convert
 from stdit_jax.diffusion.noise import Purpose
 from stdit_jax.interop import CheckpointError, save_variables
 from stdit_jax.parallel.mesh import AXES
 from stdit_jax.training import checkpoints
 from stdit_jax.training.autoencoding import AutoencoderObjective
-from stdit_jax.training.stage_data import choose_layouts
+from stdit_jax.training.stage_data import choose_splits
 from stdit_jax.training.stages import make_stages
 from tests.helpers import REFERENCE, relative_error, to_theirs
 from tests.runs import Run
@@ -313,7 +313,7 @@ def test_video_autoencoder_trains_in_stages(assets, trunk, tmp_path, capsys):
     ({"autoencoder__perceptual_weight": 1.0, "autoencoder__crop": 8}, "autoencoder.crop is 8; the perceptual distance needs"),
     ({"autoencoder__adversarial_weight": 1.0, "autoencoder__reconstruction_weight": 0.0}, "so the term would be 0"),
     ({"autoencoder__adversarial_weight": 1.0, "autoencoder__discriminator": {"layers": 7}}, "7 layers of the discriminator"),
-    ({"autoencoder__adversarial_weight": 1.0, "train": "^autoencoder/"}, "leaves out the discriminator, which would judge"),
+    ({"autoencoder__adversarial_weight": 1.0, "train": "^autoencoder/"}, "excludes the discriminator, so it would stay at its random"),
     ({"max_tokens_per_device": 100}, "'tiny': max_tokens_per_device is 100, but autoencoders train on pixels"),
   ],
 )  # fmt: skip
@@ -401,5 +401,5 @@ def test_recipes_can_be_trained(module):
   if module is cogvideox_vae:  # long clips of the last stage are split over the `sequence` axis, short clips over the batch
     mesh = jax.sharding.AbstractMesh((1, 1, 8, 1), AXES)
     data = DataConfig.create(stage.config.data.to_dict())
-    layouts, _ = choose_layouts(stage, data.parsed_buckets(), mesh, one)
-    assert {frames: layout.split_tokens for (_, frames), layout in layouts.items()} == {161: True, 17: False, 1: False}
+    splits = choose_splits(stage, data.parsed_buckets(), mesh, one)
+    assert {frames: split.layout.split_tokens for (_, frames), split in splits.items()} == {161: True, 17: False, 1: False}
