@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,12 +23,16 @@ def connect(address: str) -> Callable[[list[Job], int], Iterator[tuple[str, dict
   os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
   try:
     import ray
+    from ray.exceptions import RayTaskError
   except ImportError:
     raise ValueError("--ray needs `pip install -c constraints.txt ray`") from None
   try:
     # Ray's log would also print files of other programs, such as libtpu's.
     ray.init(
-      address=None if address == "local" else address, log_to_driver=False, logging_level="error", ignore_reinit_error=True
+      address=None if address == "local" else address,
+      log_to_driver=False,
+      logging_level=logging.ERROR,
+      ignore_reinit_error=True,
     )
   except ConnectionError as error:
     raise ValueError(f"--ray {address}: {one_line(error)[:200]}") from None
@@ -44,7 +49,7 @@ def connect(address: str) -> Callable[[list[Job], int], Iterator[tuple[str, dict
       (ready,), _ = ray.wait(list(parts), num_returns=1)
       try:
         yield parts.pop(ready), ray.get(ready)
-      except ray.exceptions.RayTaskError as error:
+      except RayTaskError as error:
         if isinstance(error.cause, (ValueError, OSError)):
           raise error.cause from None
         raise

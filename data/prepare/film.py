@@ -35,12 +35,12 @@ from pathlib import Path, PurePosixPath
 import polars as pl
 
 from data import paths
+from data.command_line import flag, parse
 from data.prepare import config as configs
-from data.prepare import flags
 from data.prepare.caption import sidecar_text, words_of_name
 from data.prepare.chain import Chain
-from data.prepare.flags import flag
 from data.prepare.messages import shown
+from data.prepare.workers import CORES
 from data.video import VIDEO_EXTENSIONS, BadVideo
 
 PACKAGE = "moviepy==2.2.1"
@@ -69,7 +69,6 @@ class Caption:
 
 
 def sha256_of(path: Path) -> str:
-  """SHA-256 of a file, hexadecimal."""
   with open(path, "rb") as f:
     return hashlib.file_digest(f, "sha256").hexdigest()
 
@@ -121,9 +120,8 @@ def download_sdist(folder: Path) -> Path:
 
 
 def fetch_film(folder: Path, sdist: Path | None = None) -> Path:
-  """The film as folder/bbb.mp4.
+  """The film as folder/bbb.mp4. Unless that file exists with the right hash, it is unpacked from `sdist`, or from a download.
 
-  A file with the right hash is kept. Without one, the film is unpacked from `sdist`, or from a download.
   Raises ValueError if the hash of the package or of the film is wrong.
   """
   film = folder / "bbb.mp4"
@@ -182,7 +180,7 @@ def read_captions(path: Path) -> list[Caption]:
 
 
 def folder_captions(folder: Path) -> dict[str, list[Caption]]:
-  """{path within the folder: captions} from captions.csv in a folder of videos, {} without that file."""
+  """{path within a folder of videos: captions} from its captions.csv, {} without that file."""
   path, found = folder / "captions.csv", {}
   if path.exists():
     for i, row in enumerate(_read_csv(path, ("path", "text")), 2):
@@ -312,12 +310,12 @@ def user_videos(folder: Path, output: Path) -> tuple[dict[str, tuple[Path, list[
 class Settings:
   """Flags of the command."""
 
-  output: str = flag("folder for the table, clips and images")
+  output: str = flag("folder for the table, clips and images", required=True)
   clips: str = flag("folder of your own videos, in place of the film", "")
   sdist: str = flag(f"the source distribution of {PACKAGE}, if you have it already", "")
   captions: str = flag("captions of the film (default: %(default)s)", str(CAPTIONS))
   short_side: int = flag("pixels of a clip's shorter side, at least 16 (default: %(default)s)", 256)
-  processes: int = flag("processes, at least 1 (default: %(default)s)", min(2, flags.CORES))
+  processes: int = flag("processes, at least 1 (default: %(default)s)", min(2, CORES))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -330,9 +328,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _main(arguments: list[str]) -> int:
-  settings, rest = flags.parse(Settings, "python -m data.prepare.film", arguments, about=__doc__)
-  if rest:
-    raise ValueError(f"unexpected argument {rest[0]!r}; python -m data.prepare.film --help lists the flags")
+  settings = parse(Settings, "python -m data.prepare.film", arguments, __doc__)
   if settings.short_side < 16 or settings.processes < 1:
     raise ValueError("--short-side must be at least 16 and --processes at least 1")
   output, bad = Path(settings.output).resolve(), []

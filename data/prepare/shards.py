@@ -24,6 +24,7 @@ import polars as pl
 from polars import selectors
 
 from data import paths
+from data.shards import digest
 
 _META = "stdit_jax.prepare"
 _TEXTS = ("path", "text", "id", "source_id", "video", "crop", "hash", "picture_hash", "text_features", "error")
@@ -43,11 +44,6 @@ def part_number(name: str) -> int:
 def parts(folder: str) -> list[str]:
   """File names of the shards in a folder, in order."""
   return sorted((n for n in paths.names(folder) if re.fullmatch(r"part-\d{5,}\.parquet", n)), key=part_number)
-
-
-def digest(value: Any) -> str:
-  """32 hexadecimal digits of a JSON value."""
-  return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def read_meta(path: str) -> dict[str, Any] | None:

@@ -1,6 +1,6 @@
-"""What cached latents and text features are made from, and opening them in place of videos.
+"""The provenance of cached latents and text features, and the cache that a training opens in place of videos.
 
-`data/latents.py` has their keys, shards and reading, `encoding.py` makes them.
+`data/latents.py` has the keys, shards and readers of a cache. `encoding.py` makes it.
 """
 
 import dataclasses
@@ -15,8 +15,8 @@ def _plain(values):
   return json.loads(json.dumps(values))
 
 
-def _if_there(path):
-  """{"weights": fingerprint} if the weights exist: a training from a cache does not need them."""
+def _weights(path):
+  """{"weights": fingerprint}, {} without a file: a training from a cache does not need the weights."""
   return {"weights": paths.fingerprint(path)} if path and paths.exists(path) else {}
 
 
@@ -24,7 +24,7 @@ def autoencoder_identity(config):
   """What decides the latents of pixels, from the group `autoencoder` of a configuration."""
   fields = dataclasses.asdict(autoencoder_model(config).config)
   del fields["remat"]
-  return {"name": config.name, "dtype": config.dtype, "fields": _plain(fields), **_if_there(config.weights)}
+  return {"name": config.name, "dtype": config.dtype, "fields": _plain(fields), **_weights(config.weights)}
 
 
 def text_identity(config):
@@ -35,11 +35,11 @@ def text_identity(config):
   if paths.is_folder(tokenizer):
     tokenizer = paths.fingerprint(tokenizer)
   plain = {name: config[name] for name in ("name", "max_length", "clean_captions")}
-  return {**plain, "tokenizer": tokenizer, "fields": _plain(fields), **_if_there(config.weights)}
+  return {**plain, "tokenizer": tokenizer, "fields": _plain(fields), **_weights(config.weights)}
 
 
 def open_cache(config, conditioner, data, table):
-  """The `data.latents.Cache` of a stage. Raises ValueError, naming what differs, if it was made from something else.
+  """The `data.latents.Cache` of a stage. Raises ValueError, which names the differences, if it has another provenance.
 
   Args:
     config: of the stage; conditioner: of its denoiser.

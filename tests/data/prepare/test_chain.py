@@ -217,8 +217,8 @@ def test_two_steps_with_one_title_count_their_own_failures(tmp_path, capsys):
   chained = chain.Chain(str(tmp_path / "out"), made, workers=1)
   chained.run()
   printed = capsys.readouterr().out
-  assert "one: 3 rows, 1 failed, 1 of them are tried again" in printed
-  assert "two: 3 rows, 2 failed, 2 of them are tried again" in printed
+  for line in ("one: 3 rows, .*1 failed, 1 of them are tried again", "two: 3 rows, .*2 failed, 2 of them are tried again"):
+    assert re.search(line, printed)
   assert [chained.counts(name).retry for name in made] == [0, 1, 2]
   assert table(tmp_path / "out", "two")["error"].to_list() == ["fussy: not now"] * 3
 
