@@ -14,7 +14,7 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from typing import Any
 
 import polars as pl
@@ -22,7 +22,7 @@ import polars as pl
 from data import paths, plan
 from data.prepare import shards
 from data.prepare.messages import say, shown
-from data.prepare.steps import Context, Job, Source, Step, run_shard, states_beside
+from data.prepare.steps import Context, Job, Made, Source, Step, run_shard, states_beside
 from data.prepare.workers import DEFAULT_LIMITS, Limits, Pool
 from data.shards import Progress, Share, digest, duration
 
@@ -81,7 +81,7 @@ class Chain:
     self.output = paths.absolute(output)  # tables name clips below it and may be read from another folder
     self.steps, self.workers, self.limits = steps, workers, limits
     self.share, self.patience = Share(*shard), patience
-    self.cluster: Callable[[list[Job], int], Iterator[tuple[str, dict[str, Any]]]] | None = None
+    self.cluster: Callable[[list[Job], int], Made] | None = None
     self._source = next(iter(steps))
     self._pool = Pool(workers, limits)
     self._metas: dict[str, dict[str, Any]] = {}
@@ -373,14 +373,12 @@ def _is_current(meta: dict[str, Any] | None, key: str) -> bool:
   return bool(meta) and meta.get("key") == key and not meta["retry"]
 
 
-def _run_jobs(
-  name: str, jobs: list[Job], pool: Pool, elsewhere: Iterator[tuple[str, dict[str, Any]]] | None = None
-) -> Iterator[tuple[str, dict[str, Any]]]:
+def _run_jobs(name: str, jobs: list[Job], pool: Pool, elsewhere: Made | None = None) -> Made:
   """Makes shards, on a cluster if `elsewhere` yields them, and prints progress. Yields (part, metadata) of each."""
   sizes = {job.context.part: shards.height(job.source) for job in jobs}
   progress, done = Progress(name, sum(sizes.values()), jobs[0].step.unit if jobs else ""), 0
 
-  def here() -> Iterator[tuple[str, dict[str, Any]]]:
+  def here() -> Made:
     for job in jobs:
       job.context.pool, job.context.progress = pool, lambda rows: progress(done + rows)
       yield job.context.part, run_shard(*job)
@@ -398,9 +396,8 @@ def _plain(facts: Any) -> Any:
 
 def _failed(table: str, title: str) -> tuple[int, int]:
   """(rows, rows that failed in a step with this title) of a shard."""
-  return (
-    shards.with_failures(shards.scan(table)).select(pl.len(), shards.failed_in(title).sum().alias("failed")).collect().row(0)
-  )
+  counts = pl.len(), shards.failed_in(title).sum().alias("failed")
+  return shards.with_failures(shards.scan(table)).select(counts).collect().row(0)
 
 
 def _told_failures(step: Step, errors: int, retry: int, tables: list[str]) -> str:
@@ -409,10 +406,9 @@ def _told_failures(step: Step, errors: int, retry: int, tables: list[str]) -> st
     return ""
   text = f", {errors:,} failed" + (f", {retry:,} of them are tried again by the next run" * bool(retry))
   if tables:
-    for row in (
-      shards.scan_all(tables).filter(shards.failed_in(step.title)).select("path", "error").head(3).collect().to_dicts()
-    ):
-      text += f"\n  {shown(row['path'])}: {shown(row['error'])}"
+    failed = shards.scan_all(tables).filter(shards.failed_in(step.title)).select("path", "error").head(3)
+    for path, error in failed.collect().iter_rows():
+      text += f"\n  {shown(path)}: {shown(error)}"
   return text
 
 

@@ -246,7 +246,7 @@ class Probe(RowStep):
     begin, frames = sources.range_of(row, info)
     whole = row.get("start") is None and row.get("end") is None
     cut = {"start": None, "end": None} if whole else {"start": begin, "end": begin + frames}
-    content = _sha256(path) if self.content_hash else None
+    content = sha256_of(path) if self.content_hash else None
     known = content or f"{path} {row.get('changed')}"  # a changed file gives other clips
     return [{
       **cut, "id": clip_id(known, **cut), "bytes": size, "num_frames": frames, "height": info.height,
@@ -261,7 +261,8 @@ def clip_id(source: str, start: int | None, end: int | None) -> str:
   return hashlib.sha256(f"{source} {start} {end}".encode()).hexdigest()[:16]
 
 
-def _sha256(path: str) -> str:
+def sha256_of(path: paths.Path) -> str:
+  """SHA-256 of a file, hexadecimal."""
   sha = hashlib.sha256()
   with paths.errors(path), paths.open_file(path) as f:
     while block := f.read(1 << 22):  # a file in a bucket has no `readinto` for `hashlib.file_digest`

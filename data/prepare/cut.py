@@ -302,12 +302,7 @@ class Cut(RowStep):
       "video": row["path"], "start": None, "end": None, "crop": None, "num_frames": info.num_frames, "height": info.height,
       "width": info.width, "resolution": info.height * info.width, "aspect_ratio": info.height / info.width, "rotation": 0,
     }  # fmt: skip
-    moving = {
-      "path": clip.output,
-      "fps": info.fps,
-      "duration": info.num_frames / info.fps,
-      "bytes": paths.stat(clip.output)[0],
-    }
+    moving = {"path": clip.output, "fps": info.fps, "duration": info.num_frames / info.fps, "bytes": paths.stat(clip.output)[0]}
     still = {"path": clip.picture, "fps": IMAGE_FPS, "duration": None, "num_frames": 1, "id": f"{row['id'][:-1]}i"}
     return [{**values, **moving, "codec": "h264"}] + [{**values, **still, "codec": None}] * self.pictures
 

