@@ -49,7 +49,6 @@ from data.aspect_ratios import NUM_PIXELS
 from data.buckets import Bucket
 from data.command_line import flag
 from data.config import DataConfig
-from data.shards import duration
 from stdit_jax.cli import check_positive, one_line_errors, parse_settings, read_config
 from stdit_jax.models.family import find_model
 from stdit_jax.parallel.topology import is_gpu, parse_topology, topology_chips
@@ -57,6 +56,7 @@ from stdit_jax.planning import budget, meshes, search
 from stdit_jax.planning.jobs import Compiler
 from stdit_jax.planning.programs import Job, roofline
 from stdit_jax.training.checkpoints import plain
+from stdit_jax.training.metrics import duration
 from stdit_jax.training.objectives import make_objective
 from stdit_jax.training.stages import Stage, make_stages
 

@@ -15,7 +15,7 @@ def _plain(values):
   return json.loads(json.dumps(values))
 
 
-def _weights(path):
+def _if_there(path):
   """{"weights": fingerprint}, {} without a file: a training from a cache does not need the weights."""
   return {"weights": paths.fingerprint(path)} if path and paths.exists(path) else {}
 
@@ -24,7 +24,7 @@ def autoencoder_identity(config):
   """What decides the latents of pixels, from the group `autoencoder` of a configuration."""
   fields = dataclasses.asdict(autoencoder_model(config).config)
   del fields["remat"]
-  return {"name": config.name, "dtype": config.dtype, "fields": _plain(fields), **_weights(config.weights)}
+  return {"name": config.name, "dtype": config.dtype, "fields": _plain(fields), **_if_there(config.weights)}
 
 
 def text_identity(config):
@@ -35,7 +35,7 @@ def text_identity(config):
   if paths.is_folder(tokenizer):
     tokenizer = paths.fingerprint(tokenizer)
   plain = {name: config[name] for name in ("name", "max_length", "clean_captions")}
-  return {**plain, "tokenizer": tokenizer, "fields": _plain(fields), **_weights(config.weights)}
+  return {**plain, "tokenizer": tokenizer, "fields": _plain(fields), **_if_there(config.weights)}
 
 
 def open_cache(config, conditioner, data, table):
