@@ -13,7 +13,7 @@ import math
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -266,7 +266,7 @@ class BadRows:
       raise ValueError(f"{number}; first: {path}: {error}. Repair or remove the files, or raise data.max_bad_rows.")
 
 
-def read_clips(config: DataConfig, table: sources.Table, keys: np.ndarray, ahead: int) -> Generator[tuple[int, dict]]:
+def read_clips(config: DataConfig, table: sources.Table, keys: np.ndarray, ahead: int) -> Iterator[tuple[int, dict]]:
   """Iterates over decoded clips: (key, {pixels, path, fps, error, away}), as `ClipDecoder` returns them. Close it after use.
 
   keys: from `latents.clip_keys`, in the order of the result.

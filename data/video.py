@@ -247,7 +247,7 @@ _bucket_content = functools.lru_cache(4)(paths.read_bytes)
 
 def open_stream(path):
   """(container, its video stream), decoded by one thread. Raises `BadVideo`, OSError, or FFmpegError for damaged files."""
-  container = av.open(_readable(path), "r", metadata_errors="replace", options={"format_whitelist": _FORMATS})
+  container = av.open(_readable(path), metadata_errors="replace", options={"format_whitelist": _FORMATS})
   for stream in container.streams.video:
     if not stream.disposition & av.stream.Disposition.attached_pic:
       # The loader has parallel worker processes. More threads in a decoder would only decode frames that the clip drops.

@@ -175,7 +175,8 @@ class LatentsWork:
     largest = int(3e6 * self.cost(keys).max())
     turn = max(self._turn(int(n)) for n in np.unique(latents.unpack(keys)["num_frames"]))
     ahead = data.read_ahead or max(2, min(2 * turn, _AHEAD_BYTES // largest))
-    with contextlib.closing(loader.read_clips(data, table, keys, ahead)) as clips:
+    clips: Any = loader.read_clips(data, table, keys, ahead)
+    with contextlib.closing(clips):
       started = ((turn, self.encoder.start([clip["pixels"] for _, clip in turn])) for turn in self._turns(clips, self.bad_rows))
       for turn, finish in _one_behind(started):
         yield from self._finished(turn, finish)
