@@ -34,7 +34,7 @@ def open_video(path: str | Path, threads: int) -> Iterator[tuple[InputContainer,
   """
   try:
     with paths.local_copy(str(path)) as name:
-      container, stream = open_stream(name)
+      container, stream = open_stream(str(name))
       with container:
         stream.thread_type = "AUTO"
         stream.codec_context.thread_count = threads
