@@ -364,7 +364,7 @@ class Chain:
       columns = f"{counts.errors:>8,} {counts.retry:>8,} {len(made) - counts.done:>8,} {left:>8}"
       lines.append(f"{name:<16} {f'{counts.done}/{counts.shards}':>11} {counts.rows:>12,} {columns}")
       before = name
-    lines.append(f"time left: {duration(total_left)}" + ("" if known else " and steps that have not started") + " on one machine")
+    lines.append(f"time left: {duration(total_left)}" + ("" if known else " and of unstarted steps") + " on one machine")
     return "\n".join(lines)
 
 
