@@ -4,11 +4,14 @@ import argparse
 import dataclasses
 import importlib.machinery
 import importlib.util
+import inspect
 import os
 import sys
 import traceback
 import typing
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
+
+T = TypeVar("T")
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -19,32 +22,48 @@ class OneLineParser(argparse.ArgumentParser):
     raise SystemExit(2)
 
 
-def flag(help: str, default: Any = None, name: str = "", group: str = "", **options: Any) -> Any:
+def flag(help: str, default: Any = None, *names: str, group: str = "", **options: Any) -> Any:
   """A field of a settings class that is a flag.
 
   Args:
-    name: name of the flag (default: --FIELD).
-    group: title of the flags that --help shows together.
-    options: further arguments of `add_argument`. The type is that of the field.
+    names: names of the flag (default: --FIELD). The name FIELD, without dashes, makes it a positional argument.
+    group: title under which --help lists the flag.
+    options: further arguments of `ArgumentParser.add_argument`. The type of the flag is the type of the field.
   """
-  return dataclasses.field(default=default, metadata={"flag": (name, group, {"help": help, **options})})
+  return dataclasses.field(default=default, metadata={"flag": (names, group, {"help": help, **options})})
+
+
+def make_parser(settings: type, program: str, about: str | None, **options: Any) -> OneLineParser:
+  """A parser with the flags of a settings class. `about`: text above the flags. `options`: arguments of `ArgumentParser`."""
+  how: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, **options}
+  parser = OneLineParser(program, description=inspect.cleandoc(about or ""), **how)
+  add_flags(parser, settings)
+  return parser
+
+
+def parse(settings: type[T], program: str, arguments: list[str], about: str | None) -> T:
+  """The settings that the arguments of a command give. An error ends the program with one line on stderr."""
+  return settings(**vars(make_parser(settings, program, about).parse_args(arguments)))
 
 
 def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
   """Adds the flags of a settings class to a parser."""
-  groups, kinds = {"": parser}, typing.get_type_hints(settings)
+  groups: dict[str, Any] = {"": parser}
+  kinds = typing.get_type_hints(settings)
   for field in dataclasses.fields(settings):
     if "flag" not in field.metadata:
       continue
-    name, group, options = field.metadata["flag"]
+    names, group, options = field.metadata["flag"]
     kind = kinds[field.name]
     while inner := typing.get_args(kind):  # Sequence[str] | None -> str
       kind = inner[0]
     if group not in groups:
       groups[group] = parser.add_argument_group(group)
+    names = names or (f"--{field.name.replace('_', '-')}",)
     usual: dict[str, Any] = {"action": "store_true"} if kind is bool else {"type": kind}
-    options = {"dest": field.name, "default": field.default, **usual, **options}
-    groups[group].add_argument(name or f"--{field.name.replace('_', '-')}", **options)
+    if names[0].startswith("-"):
+      usual["dest"] = field.name
+    groups[group].add_argument(*names, **{"default": field.default, **usual, **options})
 
 
 def load_config(path: str) -> Any:

@@ -18,11 +18,13 @@ import json
 import os
 import re
 import tempfile
+from collections.abc import Generator, Sequence
 
 import numpy as np
 
 from data import aspect_ratios, paths, plan
 from data.config import DataConfig
+from data.shards import digest
 from data.sources import Table
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -370,8 +372,7 @@ def prepare(folder, kind, made_from, keys, made_for, size_of_records, shard_byte
     elif not [c for c in changed if not c.startswith(("dtype:", "log_variance:"))]:
       raise ValueError(f"--output {folder} has {kind} of other values ({'; '.join(changed)}); give another folder")
   if same is None:
-    text = json.dumps(made_from, sort_keys=True)
-    place = paths.join(folder, f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:12]}")
+    place = paths.join(folder, f"{kind}-{digest(made_from)[:12]}")
     os.makedirs(place, exist_ok=True)
     paths.write_text(paths.join(place, _MADE_FROM), json.dumps(made_from, indent=1))
     same = Encoded(place)
@@ -426,47 +427,29 @@ def features_of(kind, channels, dtype, log_variance=True):
   return tfds.features.FeaturesDict({**values, **numbers, **texts, "fps": fps})
 
 
-class ShardWriter:
-  """Writes records, in order, to the shards `numbers` of a part. A shard appears when it is complete."""
+def shard_writer(part: Part, numbers: Sequence[int], features) -> Generator[None, tuple[int, dict]]:
+  """A generator that writes the shards `numbers`, in order. `send` it (key, record) of each key after a first `next`.
 
-  def __init__(self, part, numbers, features):
-    self.part, self.features, self._numbers = part, features, iter(numbers)
-    self._writer, self._next, self._end, self._temporary = None, 0, 0, ""
-    own = {os.path.basename(part.shard(number)) for number in numbers}
-    for name in paths.names(part.folder):  # leftovers of a killed process
-      if name.endswith(".tmp") and name[1:].rsplit(".", 2)[0] in own:
-        os.unlink(paths.join(part.folder, name))
+  A shard appears when it is complete. `close` drops an incomplete one. Raises OSError if the disk is full or fails.
+  """
+  from array_record.python.array_record_module import ArrayRecordWriter
 
-  def add(self, key, record):
-    """Writes the record of the next key. Raises OSError if the disk is full or fails."""
-    from array_record.python.array_record_module import ArrayRecordWriter
-
+  paths.remove_leftovers(part.folder, {os.path.basename(part.shard(number)) for number in numbers})
+  for number in numbers:
     try:
-      if self._writer is None:
-        number = next(self._numbers)
-        self._next, self._end = self.part.starts[number : number + 2]
-        folder, name = os.path.split(self.part.shard(number))
-        self._target, self._temporary = self.part.shard(number), paths.join(folder, f".{name}.{os.getpid()}.tmp")
-        # Groups of one record, since training reads in random order. Compression does not make latents smaller.
-        self._writer = ArrayRecordWriter(self._temporary, "group_size:1,uncompressed")
-      # A failed record must not shift the following ones: such a shard would look complete.
-      assert key == self.part.keys[self._next], (key, self._next, self._temporary)
-      self._writer.write(self.features.serialize_example(record))
-      self._next += 1
-      if self._next == self._end:
-        self._writer.close()
-        os.replace(self._temporary, self._target)
-        self._writer = None
+      # Groups of one record, since training reads in random order. Compression does not make latents smaller.
+      with (
+        paths.whole(part.shard(number)) as temporary,
+        contextlib.closing(ArrayRecordWriter(temporary, "group_size:1,uncompressed")) as writer,
+      ):
+        for wanted in part.keys[slice(*part.starts[number : number + 2])]:
+          key, record = yield
+          # A failed record must not shift the following ones: such a shard would look complete.
+          assert key == wanted, (key, wanted, temporary)
+          writer.write(features.serialize_example(record))
     except RuntimeError as error:  # array_record's error for a disk
-      raise OSError(f"{self._temporary} cannot be written: {str(error).partition(';')[0]}") from error
-
-  def close(self):
-    """Deletes a shard that is not complete."""
-    if self._writer is not None:
-      with contextlib.suppress(RuntimeError):
-        self._writer.close()
-      os.unlink(self._temporary)
-      self._writer = None
+      raise OSError(f"{part.shard(number)} cannot be written: {str(error).partition(';')[0]}") from error
+  yield
 
 
 def finish(part: Part, features) -> bool:

@@ -18,7 +18,7 @@ import shutil
 import socket
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import IO, Any
 
 import fsspec
@@ -245,6 +245,15 @@ def whole(path: Path) -> Iterator[str]:
   finally:
     with contextlib.suppress(FileNotFoundError):
       os.unlink(temporary)
+
+
+def remove_leftovers(folder: Path, finished: Collection[str]) -> None:
+  """Deletes what killed processes left of the files with the names `finished`. No other process may write these files."""
+  for name in names(folder):
+    # `whole` puts its mark before the ending, older versions put the process id and ".tmp" behind it.
+    found = re.fullmatch(r"\.(.+?)(?:\.tmp\d+-[0-9a-f]{8}(\.[^.]*)?|\.\d+\.tmp)", name)
+    if found and found[1] + (found[2] or "") in finished:
+      remove(join(folder, name))
 
 
 def write_text(path: Path, text: str) -> None:

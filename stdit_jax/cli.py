@@ -15,7 +15,7 @@ import ml_collections
 
 from data import paths
 from data.command_line import OneLineParser as OneLineParser
-from data.command_line import add_flags, load_config
+from data.command_line import load_config, make_parser
 from stdit_jax.fields import is_of_type
 
 T = TypeVar("T")
@@ -62,9 +62,7 @@ def parse_with_changes(parser: argparse.ArgumentParser, argv: Sequence[str] | No
 
 def parse_settings(kind: type[T], module: str, description: str | None, argv: Sequence[str] | None = None) -> T:
   """The settings of a command line: a dataclass of flags with a field `changes`. `module`: what `python -m` runs."""
-  how: dict[str, Any] = {"description": description, "formatter_class": argparse.RawDescriptionHelpFormatter}
-  parser = OneLineParser(f"python -m {module}", allow_abbrev=False, **how)
-  add_flags(parser, kind)
+  parser = make_parser(kind, f"python -m {module}", description, allow_abbrev=False)
   return kind(**vars(parse_with_changes(parser, argv)))
 
 

@@ -4,15 +4,15 @@
   python -m stdit_jax.train --config configs/film.py --config.data.latents=runs/film-latents
 
 The command writes each clip (row, bucket, place in time) and each caption of the first epochs once. A training from these files
-sees the same batches in the same order as a training from videos. After the encoded epochs the training starts again with the
-first of them, and prints a warning.
+sees the same batches in the same order as a training from videos. After the last encoded epoch the training repeats the first
+one, and prints a warning.
 
 Stop the command at any time. The same command continues with the missing shards, on any number of processes and devices. A
 shard is complete or does not exist. A later command with more epochs or another stage adds what is missing.
 
-Several processes share the work. They are connected (`cli.connect_processes`), or --shard numbers them, and they write into
-one folder. A row that can't be decoded is written with the reason, and it is masked out in training. Each `part-*` in the
-output is a TFDS data set that can be read without TensorFlow:
+Several processes share the work and write into one folder. They are connected (`cli.connect_processes`), or --shard numbers
+them. A row that can't be decoded is written with the reason, and training masks it out. Each `part-*` in the output is a TFDS
+data set that can be read without TensorFlow:
 tfds.builder_from_directory(PART).as_data_source("train").
 
 Exit codes: 0 finished, 2 an error that the message names, 75 stopped by SIGTERM, 130 interrupted.
@@ -25,17 +25,17 @@ import contextlib
 import dataclasses
 import functools
 import json
-import re
 import shutil
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from absl import logging
 
 from data import latents, paths
 from data.command_line import flag
+from data.shards import Progress, Share, duration
 from stdit_jax.cli import (
   check_positive,
   connect_processes,
@@ -69,7 +69,7 @@ class Settings:
     "65504", "float32", choices=latents.DTYPES,
   )  # fmt: skip
   text: bool | None = flag(
-    "encode captions as well (default: if text_encoder.where is 'ahead', as the training then reads their embeddings)",
+    "encode captions as well (default: if text_encoder.where is 'ahead', because the training then reads their embeddings)",
     action=argparse.BooleanOptionalAction,
   )
   shard_mb: float = flag("approximate size of a shard (default: %(default)s)", 256.0)
@@ -78,12 +78,7 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-  """What is encoded.
-
-  Attributes:
-    stages: of the configuration.
-    text: whether captions are encoded; log_variance: whether latents have a variance.
-  """
+  """What the command encodes: the data of `stages`, `text` (captions) or not, and latents with `log_variance` or without."""
 
   stages: Sequence[Any]
   text: bool
@@ -101,9 +96,7 @@ def check(settings: Settings) -> None:
     raise ValueError(f"--output {settings.output}: ArrayRecord reads local folders only; give one, or a bucket mounted as one")
   check_positive(settings, "epochs", "shard_mb")
   if settings.shard:
-    numbers = re.fullmatch(r"(\d+)/(\d+)", settings.shard)
-    if not numbers or int(numbers[1]) >= int(numbers[2]):
-      raise ValueError(f"--shard {settings.shard} is not I/N with I from 0 to N - 1; write a value like 0/4")
+    Share.parse(settings.shard)
 
 
 def choose(settings: Settings) -> Choice:
@@ -147,7 +140,7 @@ def choose_text(settings: Settings, config: Any, conditioner: Any) -> bool:
   return wanted
 
 
-def make_work(settings: Settings, choice: Choice, counter):
+def make_work(settings: Settings, choice: Choice, counter) -> Iterator[Any]:
   """Yields a `LatentsWork` or `TextWork` for each group of stages with the same provenance."""
   from stdit_jax.training import encoding
 
@@ -171,7 +164,7 @@ def gigabytes(size):
   return f"{size / 1e9:.3g} GB" if size >= 1e8 else f"{size / 1e6:.3g} MB"
 
 
-def estimate(works, index, count, say):
+def estimate(works, own: Share, say):
   """[(work, numbers of shards, keys)] that this process has to write. `say` prints their sizes and the time that they need.
 
   Raises:
@@ -179,42 +172,40 @@ def estimate(works, index, count, say):
   """
   import numpy as np
 
-  from stdit_jax.training.metrics import duration
-
   jobs, sizes = [], []
   for work in works:
     part, missing = work.part, work.part.missing()
-    own = [number for number in missing if number % count == index]
-    keys = np.concatenate([part.keys[part.starts[i] : part.starts[i + 1]] for i in own] or [part.keys[:0]])
+    numbers = list(filter(own.owns, missing))
+    keys = np.concatenate([part.keys[part.starts[i] : part.starts[i + 1]] for i in numbers] or [part.keys[:0]])
     shards = f"{part.num_shards} shards, {part.num_shards - len(missing)} of which exist"
     say(f"{part.folder}: {work.count(part.keys)}, {gigabytes(work.expected_bytes(part.keys))} in {shards}")
-    if own:
-      jobs.append((work, own, keys))
+    if numbers:
+      jobs.append((work, numbers, keys))
       sizes.append(work.expected_bytes(keys))
   if jobs and sum(sizes) > (free := shutil.disk_usage(jobs[0][0].part.folder).free):
     folder = jobs[0][0].part.folder
     raise InputError(f"{gigabytes(sum(sizes))} are to be written, and {folder} has {gigabytes(free)} left; free some space")
-  for (work, own, keys), size in zip(jobs, sizes):
+  for (work, numbers, keys), size in zip(jobs, sizes):
     seconds, how = work.measure(keys)
     time = duration(seconds * work.cost(keys).sum())
-    say(f"{gigabytes(size)} in {len(own)} shards to write, in {time} at the encoder's speed: {how}")
+    say(f"{gigabytes(size)} in {len(numbers)} shards to write, in {time} at the encoder's speed: {how}")
   return jobs
 
 
 def write(work, numbers, keys, shows=True):
   """Writes these shards with the records of these keys. After ^C or an error only complete shards exist."""
-  from tqdm import tqdm
-
-  writer, pending = latents.ShardWriter(work.part, numbers, work.features), collections.deque()
-  costs = work.cost(keys)
-  bar = tqdm(total=float(costs.sum()), unit=work.unit, unit_scale=True, disable=None if shows else True)
-  with bar, concurrent.futures.ThreadPoolExecutor(1) as pool, contextlib.closing(work.records(keys)) as records:
+  writer, pending = latents.shard_writer(work.part, numbers, work.features), collections.deque()
+  next(writer)
+  done = work.cost(keys).cumsum()
+  progress = Progress(work.part.kind, done[-1], work.unit)
+  with concurrent.futures.ThreadPoolExecutor(1) as pool, contextlib.closing(work.records(keys)) as records:
     try:
-      for cost, (key, record) in zip(costs, records, strict=True):
-        pending.append(pool.submit(writer.add, key, record))
+      for now, item in zip(done, records, strict=True):
+        pending.append(pool.submit(writer.send, item))
         if len(pending) > _PENDING:
           pending.popleft().result()
-        bar.update(cost)
+        if shows:
+          progress(now)
       for future in pending:
         future.result()
     except InputError:  # too many files can't be read
@@ -238,24 +229,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     keep_freed_memory()
     import jax
 
-    index, count = map(int, settings.shard.split("/")) if settings.shard else (jax.process_index(), jax.process_count())
-    run(settings, choice, index, count)
+    run(settings, choice, Share.parse(settings.shard) if settings.shard else Share(jax.process_index(), jax.process_count()))
 
 
-def run(settings: Settings, choice: Choice, index: int, count: int) -> None:
-  """Encodes the choice as process `index` of `count`."""
+def run(settings: Settings, choice: Choice, own: Share) -> None:
+  """Encodes this process's share of the choice."""
   from jax._src.distributed import global_state  # the public barrier has a time limit
 
   from stdit_jax.training.run import check_platform
   from stdit_jax.training.step import TraceCounter
 
-  shows = bool(settings.shard) or index == 0
+  shows = bool(settings.shard) or own.index == 0
   say = functools.partial(print, flush=True) if shows else lambda text: None
   check_platform(choice.stages[0].config.platform)
   counter = TraceCounter()
   works = [work for work in make_work(settings, choice, counter) if work.part is not None]
-  for work, own, keys in estimate(works, index, count, say):
-    write(work, own, keys, shows)
+  for work, numbers, keys in estimate(works, own, say):
+    write(work, numbers, keys, shows)
     latents.finish(work.part, work.features)
     counter.check()
   bad = sum(len(work.bad_rows.found) for work in works if work.bad_rows)

@@ -21,16 +21,17 @@ import sys
 
 import polars as pl
 
+from data.command_line import flag, make_parser
 from data.prepare import config as configs
-from data.prepare import flags
 from data.prepare.chain import run_alone
-from data.prepare.flags import flag
 from data.prepare.messages import one_line, shown
 from data.prepare.shards import polars_line
 from data.prepare.steps import Source
-from data.shards import parse_shard
+from data.prepare.workers import CORES
+from data.shards import Share
 
 MODULES = ("table", "check", "report")  # commands that are a module with `main`
+_PROGRAM = "python -m data.prepare"
 _WORKERS = "processes on this machine (default: the config's number, or all cores)"
 
 
@@ -38,7 +39,9 @@ _WORKERS = "processes on this machine (default: the config's number, or all core
 class RunSettings:
   """Flags of `run` and `status`."""
 
-  config: str = flag("a Python file with get_config(), such as configs/data/local.py. --config.KEY=VALUE changes a key of it")
+  config: str = flag(
+    "a Python file with get_config(), such as configs/data/local.py. --config.KEY=VALUE changes a key of it", required=True
+  )
   until: str = flag("stop after this step", "")
   shard: str = flag("I/N: make every N-th shard, from the I-th on (default: %(default)s)", "0/1")
   ray: str = flag("address of a Ray cluster; 'auto': the cluster of this machine; 'local': a new one here", "")
@@ -49,8 +52,8 @@ class RunSettings:
 class StepSettings:
   """Flags of one step alone."""
 
-  input: str = flag("a table (.parquet, .csv, .jsonl) or a folder of parquet shards", dataclasses.MISSING, "input")
-  output: str = flag("table or folder to write", dataclasses.MISSING, "-o", "--output")
+  input: str = flag("a table (.parquet, .csv, .jsonl) or a folder of parquet shards", None, "input")
+  output: str = flag("table or folder to write", None, "-o", "--output", required=True)
   workers: int = flag(_WORKERS, 0)
 
 
@@ -71,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _main(arguments: list[str]) -> int:
   if not arguments or arguments[0] in ("-h", "--help"):
-    print(__doc__.format(steps=", ".join(configs.STEPS)))
+    print((__doc__ or "").format(steps=", ".join(configs.STEPS)))
     return 0 if arguments else 2
   command, *rest = arguments
   if command in ("run", "status"):
@@ -85,9 +88,9 @@ def _main(arguments: list[str]) -> int:
 
 def _chain(command: str, arguments: list[str]) -> int:
   about = "Runs the steps of a config." if command == "run" else "Shows the finished, failed and remaining work of a run."
-  settings, overrides = flags.parse(RunSettings, f"{flags.PROGRAM} {command}", arguments, about=about)
+  settings, overrides = make_parser(RunSettings, f"{_PROGRAM} {command}", about).parse_known_args(arguments)
   values = configs.load(settings.config, overrides)
-  chain = configs.chain(values, workers=settings.workers, shard=parse_shard(settings.shard))
+  chain = configs.chain(values, workers=settings.workers, shard=Share.parse(settings.shard))
   if command == "status":
     print(chain.status())
     return 0
@@ -104,12 +107,12 @@ def _chain(command: str, arguments: list[str]) -> int:
 def _alone(title: str, arguments: list[str]) -> int:
   cls = configs.step_class(title)
   defaults = "".join(f"\n  --{field.name}={getattr(cls(), field.name)!r}" for field in dataclasses.fields(cls))
-  after = f"settings and their defaults:{defaults}"
-  settings, rest = flags.parse(StepSettings, f"{flags.PROGRAM} {title}", arguments, about=cls.__doc__ or "", after=after)
+  parser = make_parser(StepSettings, f"{_PROGRAM} {title}", cls.__doc__, epilog=f"settings and their defaults:{defaults}")
+  settings, rest = parser.parse_known_args(arguments)
   if issubclass(cls, Source):
     raise ValueError(f"{title} begins a chain: use it in a config; `table FOLDER -o TABLE` lists the files of a folder")
   step = configs.create(cls, dict(configs.assignments(rest, "--")), title)
-  print(run_alone(title, step, settings.input, settings.output, workers=settings.workers or flags.CORES))
+  print(run_alone(title, step, settings.input, settings.output, workers=settings.workers or CORES))
   return 0
 
 

@@ -1,9 +1,9 @@
 """The step `caption`: captions from an endpoint, from existing texts, or from a model on this machine.
 
 A captioner is a class that takes the step as its argument. It has `make(rows, pictures) -> list of texts`, or
-`one(row, pictures) -> text`, which many threads call. `pictures` are JPEG files. The class may have an attribute `pictures` (a
-`Pictures`; without it no frames are decoded) and methods `say_estimate(rows)` and `close()`. `BACKENDS` lists the captioners
-of this project; others have an import path "module:Class".
+`one(row, pictures) -> text`, which many threads call. `pictures` are JPEG files. The class may have methods
+`say_estimate(rows)` and `close()`, and an attribute `pictures` (a `Pictures`). Without that attribute no frames are decoded.
+`BACKENDS` lists the captioners of this project; others have an import path "module:Class".
 """
 
 from __future__ import annotations
@@ -59,9 +59,10 @@ class Caption(Step):
     (calls, 0: no limit), concurrency (simultaneous calls), max_tokens, temperature, prices (per million tokens in and out),
     cache (SQLite file of answers; "": in the user's cache folder). On a cluster all machines must reach url. Each machine has
     its own cache, concurrency and per_minute.
-  Existing: the first of these that a row has; a row without any keeps its text. timeline: column of records (start in seconds,
-    text, focus); the clip that begins at start gets text and focus. column: column with the text. sidecar: ending of a text
-    file beside the video; on disks the next run reads a changed file again. name: whether to use the words of the file name.
+  Existing: the step takes the row's first text of these; a row without any keeps its text. timeline: column of records
+    (start in seconds, text, focus); the clip that begins at start gets text and focus. column: column with the text. sidecar:
+    ending of a text file beside the video; on disks the next run reads a changed file again. name: whether to use the words of
+    the file name.
   Local: model (folder of an image-text-to-text model of transformers with its processor), batch (clips at a time).
   """
 
@@ -156,7 +157,7 @@ class Caption(Step):
     return pl.DataFrame(rows, schema={**frame.schema, **added}, orient="row").lazy()
 
   def _captions(self, captioner: Any, rows: list[dict], context: Context, done: int) -> list[Any]:
-    """For each row a text, a dict of columns, None or a `Failure`. `done`: number of rows before these."""
+    """For each row a text, a dict of columns, None or a `Failure`. `done`: number of earlier rows."""
     if not hasattr(captioner, "pictures"):
       return [_guarded(captioner.one, row, []) for row in rows]
     results: list[Any] = [None] * len(rows)
@@ -167,16 +168,16 @@ class Caption(Step):
       if context.progress:
         context.progress(done)
 
-    if hasattr(captioner, "one"):
-      self._ask(captioner, rows, context, finish)
-    else:
-      self._make(captioner, rows, context, finish)
+    assert context.pool is not None
+    decode = functools.partial(context.pool.map, functools.partial(_pictures, captioner.pictures), rows, sizes=sizes_of(rows))
+    how = self._ask if hasattr(captioner, "one") else self._make
+    how(captioner, rows, decode, finish)
     return results
 
-  def _ask(self, captioner: Any, rows: list[dict], context: Context, finish: Callable[[int, Any], None]) -> None:
+  def _ask(self, captioner: Any, rows: list[dict], decode: Callable, finish: Callable[[int, Any], None]) -> None:
     """Captions rows one by one in threads, while worker processes decode the next ones."""
     asked: dict[futures.Future, int] = {}
-    fatal: list[BaseException] = []  # an error that every question would meet; further questions may cost money
+    fatal: list[BaseException] = []  # an error that every question would raise; further questions may cost money
 
     def ask(row: dict, pictures: list[bytes]) -> Any:
       try:
@@ -195,17 +196,16 @@ class Caption(Step):
 
     with futures.ThreadPoolExecutor(self.concurrency) as threads:
       try:
-        look = functools.partial(_pictures, captioner.pictures)
-        context.pool.map(look, rows, sizes=sizes_of(rows), finished=decoded)
+        decode(finished=decoded)
         for future in futures.as_completed(asked):
           finish(asked[future], future.result())
       except BaseException:
         threads.shutdown(wait=False, cancel_futures=True)
         raise
 
-  def _make(self, captioner: Any, rows: list[dict], context: Context, finish: Callable[[int, Any], None]) -> None:
+  def _make(self, captioner: Any, rows: list[dict], decode: Callable, finish: Callable[[int, Any], None]) -> None:
     """Decodes all rows, then captions them in batches."""
-    shown = context.pool.map(functools.partial(_pictures, captioner.pictures), rows, sizes=sizes_of(rows))
+    shown = decode()
     for i, found in enumerate(shown):
       if isinstance(found, Failure):
         finish(i, found)
@@ -217,7 +217,7 @@ class Caption(Step):
 
 
 def _guarded(function: Callable, *arguments: Any) -> Any:
-  """function(*arguments), or a `Failure` if the file or a passing error is the reason."""
+  """function(*arguments), or a `Failure` if the file or a temporary error is the cause."""
   try:
     return function(*arguments)
   except (Passing, video.BadVideo, OSError) as error:
@@ -253,12 +253,12 @@ class Pictures:
   frame_seconds: float
 
   def places(self, num_frames: int) -> list[int]:
-    """Numbers of the frames that show the whole clip. Three frames are those of Open-Sora's captioners."""
+    """Numbers of the frames that show the whole clip. Three frames have the places of Open-Sora's captioners."""
     middles = [(i + 0.5) / self.frames for i in range(self.frames)]
     return at_shares(num_frames, (0.1, 0.5, 0.9) if self.frames == 3 else middles).tolist()
 
   def single(self, row: dict) -> list[int]:
-    """Numbers of the frames of a clip that are described one by one."""
+    """Numbers of the frames that the captioner describes one by one."""
     if not self.frame_seconds:
       return []
     seconds = row["num_frames"] / (row.get("fps") or video.DEFAULT_FPS)

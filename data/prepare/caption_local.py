@@ -37,7 +37,9 @@ class LocalCaptioner:
     how = {"local_files_only": True, "trust_remote_code": False}
     try:
       self._processor = transformers.AutoProcessor.from_pretrained(step.model, **how)
-      self._model = transformers.AutoModelForImageTextToText.from_pretrained(step.model, use_safetensors=True, **how).eval()
+      self._model: Any = transformers.AutoModelForImageTextToText.from_pretrained(
+        step.model, use_safetensors=True, **how
+      ).eval()
     except Exception as error:  # the library has many error types
       raise ValueError(f"caption.model {step.model} can't be read: {one_line(error)[:200]}") from None
     self._device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,9 +1,9 @@
 """A run: a chain of steps over a table in shards, on one machine or several.
 
-Each shard stores a key, a digest of everything that it depends on. A run keeps the shards with the expected key and makes all
-others, and those with rows to retry. So the same command resumes a killed run. The key covers settings, rows, size and
-modification time of sources (`Collect`) and of files beside them (`states_beside`). It does not cover weights, tokenizers and
-endpoints under the same name: delete the step's folder to repeat the step.
+Each shard stores a key, a digest of everything that it depends on. A run keeps a shard if it has the expected key and no rows
+to retry, and makes all others. So the same command resumes a killed run. The key covers the settings, the rows, and the size
+and modification time of sources (`Collect`) and of files beside them (`states_beside`). It does not cover weights, tokenizers
+and endpoints under the same name. To repeat a step with such a change, delete the step's folder.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from typing import Any
 
 import polars as pl
 
-from data import paths
+from data import paths, plan
 from data.prepare import shards
-from data.prepare.messages import Progress, clock, say, shown
-from data.prepare.steps import Context, Job, Source, Step, run_shard, states_beside
+from data.prepare.messages import say, shown
+from data.prepare.steps import Context, Job, Made, Source, Step, run_shard, states_beside
 from data.prepare.workers import DEFAULT_LIMITS, Limits, Pool
+from data.shards import Progress, Share, digest, duration
 
 _POLL = 2.0  # seconds between looks at the shards of other machines
 _TABLES = (".parquet", ".csv", ".jsonl")
@@ -31,7 +32,13 @@ _TABLES = (".parquet", ".csv", ".jsonl")
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-  """State of a step: expected and finished shards, rows in and out, failed rows, rows to retry, seconds of work, counts."""
+  """State of a step.
+
+  Attributes:
+    shards: expected shards; done: finished ones.
+    rows_in: rows before the step; rows: rows after it. errors: failed rows. retry: failed rows that the next run repeats.
+    seconds: of work. counted: sums of `Context.counts`.
+  """
 
   shards: int
   done: int
@@ -44,7 +51,7 @@ class Counts:
 
 
 class _Outdated(Exception):  # noqa: N818 - it restarts the chain
-  """Shards that this machine used have changed since."""
+  """A shard that this machine has used was made again."""
 
 
 class Chain:
@@ -55,10 +62,10 @@ class Chain:
     steps: {name: step}. The first one is the source; steps with `write` end the chain.
     workers: processes on this machine.
     limits: limits of one file.
-    shard: (i, n): this machine makes every n-th shard, from the i-th on.
-    patience: seconds without progress of other machines after which the run stops waiting for them.
+    shard: the `Share` of this machine, as (index, count).
+    patience: the run ends with an error if it waits for other machines and they finish no shard for this many seconds.
 
-  `cluster` may be set to a function that makes shards elsewhere (`cluster.connect`).
+  The attribute `cluster` may be set to a function that makes shards elsewhere (`cluster.connect`).
   """
 
   def __init__(
@@ -73,8 +80,8 @@ class Chain:
   ):
     self.output = paths.absolute(output)  # tables name clips below it and may be read from another folder
     self.steps, self.workers, self.limits = steps, workers, limits
-    self.shard, self.patience = shard, patience
-    self.cluster: Callable[[list[Job], int], Iterator[tuple[str, dict[str, Any]]]] | None = None
+    self.share, self.patience = Share(*shard), patience
+    self.cluster: Callable[[list[Job], int], Made] | None = None
     self._source = next(iter(steps))
     self._pool = Pool(workers, limits)
     self._metas: dict[str, dict[str, Any]] = {}
@@ -99,7 +106,7 @@ class Chain:
   def run(self, until: str | None = None) -> None:
     """Runs all steps in order, up to `until`. Finished shards are skipped."""
     with self._pool:
-      self._list(self._source, self.steps[self._source])
+      self._list(self._source)
       say(self._summary(self._source))
       while self._source != until:
         try:
@@ -126,19 +133,20 @@ class Chain:
         say(self._summary(name))
       if name == until:
         break
-    if self.shard[1] > 1:
+    if self.share.count > 1:
       self._missing(before)
 
-  def _list(self, name: str, source: Source) -> None:
+  def _list(self, name: str) -> None:
     """Lists the files, or takes the list of another machine.
 
     All machines of a run need one list, although files may appear meanwhile. So a machine takes a finished list unless it
-    has used that list in an earlier run. If machines start at the same moment, all list, and `_missing` finds differences.
+    has used that list in an earlier run. Machines that start at the same moment all list, and `_missing` finds differences.
     """
-    index, count = self.shard
-    if count == 1:
+    source = self.steps[name]
+    assert isinstance(source, Source)
+    if self.share.count == 1:
       return source.list(self.folder(name), self._own())
-    record, mine = (self._path(name, file) for file in ("listed.json", f"listed-{index}.json"))
+    record, mine = (self._path(name, file) for file in ("listed.json", f"listed-{self.share.index}.json"))
     listed, used = (json.loads(paths.read_text(file)) if paths.exists(file) else {} for file in (record, mine))
     if listed.get("recipe") == source.recipe() and listed["list"] != used.get("list"):
       source.reach()
@@ -162,25 +170,24 @@ class Chain:
     return self._metas[path]
 
   def _is_mine(self, part: str) -> bool:
-    index, count = self.shard
-    return shards.part_number(part) % count == index
+    return self.share.owns(shards.part_number(part))
 
   def _identities(self, name: str) -> dict[str, str]:
-    """{shard: identity} of the shards of a step that are up to date with all steps before."""
+    """{shard: identity} of the shards of a step that are up to date with all earlier steps."""
     if isinstance(self.steps[name], Source):
       return {part: shards.identity(self._path(name, part)) for part in self.parts(name)}
     metas = ((self._meta(name, part), part, key) for part, key in self._keys(name).items())
     return {part: meta["identity"] for meta, part, key in metas if meta.get("key") == key}
 
   def _keys(self, name: str) -> dict[str, str]:
-    """{shard: expected key} for the shards of the step before that are up to date."""
+    """{shard: expected key} for each shard that is up to date in the previous step."""
     step, before = self.steps[name], self._before(name)
     sources = self._identities(before)
     if not sources or (step.gathers and len(sources) < len(self.parts(self._source))):
       return {}  # the facts are not known yet
     facts = self._gathered(name, sources)[1] if step.gathers else None
     return {
-      part: shards.digest([step.recipe(), mark, facts, *self._beside(step, self._path(before, part), mark)])
+      part: digest([step.recipe(), mark, facts, *self._beside(step, self._path(before, part), mark)])
       for part, mark in sources.items()
     }
 
@@ -201,11 +208,11 @@ class Chain:
     return names[: names.index(last) + 1]
 
   def _gathered(self, name: str, sources: dict[str, str]) -> tuple[Any, str]:
-    """(facts of a step about the whole table, their digest)."""
-    mark = shards.digest(sources)
+    """(facts that a step gathers from the whole table, their digest)."""
+    mark = digest(sources)
     if self._facts.get(name, ("", None, ""))[0] != mark:
       facts = self.steps[name].gather(self.scan(self._before(name)))
-      self._facts[name] = (mark, facts, shards.digest(_plain(facts)))
+      self._facts[name] = (mark, facts, digest(_plain(facts)))
     return self._facts[name][1:]
 
   def _run_step(self, name: str, step: Step, before: str) -> None:
@@ -234,36 +241,36 @@ class Chain:
     recipe = step.recipe()
     olds = (self._meta(name, part).get("recipe") for part in todo)
     if old := next((old for old in olds if old and old != recipe), None):
-      was, new = old["settings"], recipe["settings"]
-      changed = [f"{k}: {was.get(k)!r} -> {new.get(k)!r}" for k in sorted({*new, *was}) if was.get(k) != new.get(k)]
-      say(f"{name}: {len(todo)} shards are made again ({'; '.join(changed) or 'another version of the step'})")
+      changes = "; ".join(plan.changed_keys(old["settings"], recipe["settings"]))
+      say(f"{name}: {len(todo)} shards are made again ({changes or 'another version of the step'})")
 
   def _wait(self, name: str) -> None:
-    """Waits until the other machines have made their shards of a step."""
+    """Waits until other machines finish their shards of a step."""
     since, seen = time.monotonic(), -1
     while missing := self._missing(name):
-      if self.shard[1] == 1:
+      if self.share.count == 1:
         raise ValueError(f"{name}: {missing} shards are missing: run the same command again")
       if missing != seen:
         say(f"{name}: waiting for {missing} shards of other machines")
         seen, since = missing, time.monotonic()
       if time.monotonic() - since > self.patience:
-        raise ValueError(f"{name}: {missing} shards of other machines did not come in {clock(self.patience)}: do they run?")
+        waited = duration(self.patience)
+        raise ValueError(f"{name}: {missing} shards of other machines are missing after {waited}. Check that they run")
       time.sleep(_POLL)
 
   def _missing(self, name: str) -> int:
     """Number of missing or outdated shards of a step.
 
-    Raises `_Outdated` if one of several machines lacks a shard of its own: it has made this step already, and no other
-    machine makes the shard.
+    Raises `_Outdated` if this machine, one of several, lacks a shard of its own. It has finished this step already, and no
+    other machine makes the shard.
     """
     missing = set(self.parts(self._source)) - set(self._identities(name))
-    if self.shard[1] > 1 and (mine := sum(map(self._is_mine, missing))):
+    if self.share.count > 1 and (mine := sum(map(self._is_mine, missing))):
       raise _Outdated(f"{name}: {mine} shards of this machine are missing or out of date")
     return len(missing)
 
   def _write(self, name: str, step: Step, before: str) -> None:
-    if self.shard[0] != 0:
+    if self.share.index:
       return
     self._wait(before)
     key, old, done = self._written(name, before)
@@ -272,7 +279,7 @@ class Chain:
       context.history = self._history(before)
       context.unselected = tuple(self.tables(self._before(n)) for n in self._through(before) if self.steps[n].selects)
       said, files = step.write(self.tables(before), context)
-      # Old archives beside new ones would be read with them. A table with another name stays.
+      # Readers would mix old archives with new ones. A table with another name stays.
       folders = {os.path.dirname(file) for file in files}
       for file in {*old.get("files", ())} - {*files}:
         if file.endswith(".tar") and os.path.dirname(file) in folders and paths.exists(file):
@@ -282,10 +289,10 @@ class Chain:
     say(f"{name}: {old['said']}")
 
   def _written(self, name: str, before: str) -> tuple[str, dict[str, Any], bool]:
-    """For a step that ends the chain: (its expected key, record of its last result or {}, whether that is up to date)."""
+    """Of a step that ends the chain: (its expected key, record of its last result or {}, whether that result is up to date)."""
     record = self._path(name, "done.json")
     old = json.loads(paths.read_text(record)) if paths.exists(record) else {}
-    key = shards.digest([self.steps[name].recipe(), self._identities(before)])
+    key = digest([self.steps[name].recipe(), self._identities(before)])
     return key, old, old.get("key") == key and all(paths.exists(f) for f in old["files"])
 
   def _history(self, last: str) -> tuple:
@@ -296,15 +303,15 @@ class Chain:
     """Lines about a finished step, with its first failures."""
     counts, step = self.counts(name), self.steps[name]
     text = f"{name}: {counts.rows:,} rows" + (f" of {counts.rows_in:,}" if counts.rows_in != counts.rows else "")
-    text += f", {clock(counts.seconds)} of work" if counts.seconds >= 1 else ""
+    text += f", {duration(counts.seconds)} of work" if counts.seconds >= 1 else ""
     if told := step.tell(counts.counted):
       text += f"\n{told}"
     return text + _told_failures(step, counts.errors, counts.retry, self.tables(name) if counts.done == counts.shards else [])
 
   def counts(self, name: str, of: Collection[str] | None = None) -> Counts:
-    """Counts of the shards `of` a step; None: of those that were made with the present settings."""
+    """State of a step, counted over the shards `of`. None: over the shards that the present settings made."""
     step, before, wanted = self.steps[name], self._before(name), self.parts(self._source)
-    # Another machine may have made a shard from one that this machine has yet to make again.
+    # Another machine may have to make the shard of the previous step again.
     present = {*wanted} & {*self.parts(name)} & {*self.parts(before)}
     if of is not None:
       present &= {*of}
@@ -325,7 +332,7 @@ class Chain:
     return Counts(len(wanted), len(present), rows_in, rows, errors, retry, seconds, dict(counted))
 
   def _current(self, name: str) -> list[str]:
-    """Shards of a step that the next run keeps, unless it lists new files or failed rows succeed."""
+    """Shards of a step that the next run keeps if no file is new and no failed row succeeds."""
     step = self.steps[name]
     if isinstance(step, Source):
       return [part for part in self.parts(name) if self._meta(name, part).get("recipe") == step.recipe()]
@@ -337,7 +344,7 @@ class Chain:
     "again" counts outdated shards. A step that gathers facts counts all of its shards until the table before is up to date.
     """
     lines = [f"{'step':<16} {'shards':>11} {'rows':>12} {'failed':>8} {'to retry':>8} {'again':>8} {'left':>8}"]
-    before, whole = None, True
+    before, whole = "", True
     total_left, known = 0.0, bool(self.parts(self._source))
     for name, step in self.steps.items():
       if step.writes:
@@ -348,16 +355,16 @@ class Chain:
       counts = self.counts(name, self._current(name))
       made = [meta for part in self.parts(name) if (meta := self._meta(name, part))]
       left, whole = "-", counts.done == counts.shards
-      if before is not None and not whole:
+      if before and not whole:
         if made:
           rest = sum(meta["seconds"] for meta in made) / len(made) * (counts.shards - counts.done)
-          total_left, left = total_left + rest, clock(rest)
+          total_left, left = total_left + rest, duration(rest)
         else:
           known, left = False, "?"
       columns = f"{counts.errors:>8,} {counts.retry:>8,} {len(made) - counts.done:>8,} {left:>8}"
       lines.append(f"{name:<16} {f'{counts.done}/{counts.shards}':>11} {counts.rows:>12,} {columns}")
       before = name
-    lines.append(f"time left: {clock(total_left)}" + ("" if known else " and steps that have not begun") + " on one machine")
+    lines.append(f"time left: {duration(total_left)}" + ("" if known else " and of unstarted steps") + " on one machine")
     return "\n".join(lines)
 
 
@@ -366,14 +373,12 @@ def _is_current(meta: dict[str, Any] | None, key: str) -> bool:
   return bool(meta) and meta.get("key") == key and not meta["retry"]
 
 
-def _run_jobs(
-  name: str, jobs: list[Job], pool: Pool, elsewhere: Iterator[tuple[str, dict[str, Any]]] | None = None
-) -> Iterator[tuple[str, dict[str, Any]]]:
-  """Makes shards with one progress over all of them. Yields (part, metadata) of each; `elsewhere` yields those of a cluster."""
+def _run_jobs(name: str, jobs: list[Job], pool: Pool, elsewhere: Made | None = None) -> Made:
+  """Makes shards, on a cluster if `elsewhere` yields them, and prints progress. Yields (part, metadata) of each."""
   sizes = {job.context.part: shards.height(job.source) for job in jobs}
   progress, done = Progress(name, sum(sizes.values()), jobs[0].step.unit if jobs else ""), 0
 
-  def here() -> Iterator[tuple[str, dict[str, Any]]]:
+  def here() -> Made:
     for job in jobs:
       job.context.pool, job.context.progress = pool, lambda rows: progress(done + rows)
       yield job.context.part, run_shard(*job)
@@ -391,28 +396,26 @@ def _plain(facts: Any) -> Any:
 
 def _failed(table: str, title: str) -> tuple[int, int]:
   """(rows, rows that failed in a step with this title) of a shard."""
-  return (
-    shards.with_failures(shards.scan(table)).select(pl.len(), shards.failed_in(title).sum().alias("failed")).collect().row(0)
-  )
+  counts = pl.len(), shards.failed_in(title).sum().alias("failed")
+  return shards.with_failures(shards.scan(table)).select(counts).collect().row(0)
 
 
 def _told_failures(step: Step, errors: int, retry: int, tables: list[str]) -> str:
-  """How many rows failed, how many of them the next run repeats, and the first ones; "" if none failed."""
+  """Text about failed rows: their number, how many the next run repeats, and the first ones. "" if none failed."""
   if not errors:
     return ""
   text = f", {errors:,} failed" + (f", {retry:,} of them are tried again by the next run" * bool(retry))
   if tables:
-    for row in (
-      shards.scan_all(tables).filter(shards.failed_in(step.title)).select("path", "error").head(3).collect().to_dicts()
-    ):
-      text += f"\n  {shown(row['path'])}: {shown(row['error'])}"
+    failed = shards.scan_all(tables).filter(shards.failed_in(step.title)).select("path", "error").head(3)
+    for path, error in failed.collect().iter_rows():
+      text += f"\n  {shown(path)}: {shown(error)}"
   return text
 
 
 def run_alone(name: str, step: Step, source: str, target: str, *, workers: int) -> str:
-  """Runs one step on a table file, or on a folder of shards, and writes the same to `target`. Finished shards are skipped.
+  """Runs one step on a table file, or on each shard in a folder, and writes a file or a folder of shards.
 
-  Returns the text to print.
+  It skips finished shards. Returns the text to print.
   """
   folder = paths.is_folder(source)
   pairs = [(a, paths.join(target, os.path.basename(a))) for a in shards.tables_in(source)] if folder else [(source, target)]
@@ -429,7 +432,7 @@ def run_alone(name: str, step: Step, source: str, target: str, *, workers: int) 
     facts = step.gather(shards.scan_all(tables)) if step.gathers else None
     jobs, metas = [], []
     for a, b in pairs:
-      key = shards.digest([step.recipe(), shards.identity(a), _plain(facts), *states_beside(step, a)])
+      key = digest([step.recipe(), shards.identity(a), _plain(facts), *states_beside(step, a)])
       old = _old_output(a, b)
       if _is_current(old, key):
         metas.append(old)

@@ -15,12 +15,12 @@ import numpy as np
 
 from data import config as data_config
 from data import loader, paths, plan, sources
+from data.command_line import flag, parse
 from data.prepare import config as configs
-from data.prepare import flags
-from data.prepare.flags import flag
-from data.prepare.messages import Progress, shown
+from data.prepare.messages import shown
 from data.prepare.shards import refuse_overwriting
-from data.prepare.workers import Failure, Pool
+from data.prepare.workers import CORES, Failure, Pool
+from data.shards import Progress
 
 _LISTED = 20  # broken rows that are printed
 _TOGETHER = 10_000  # rows that are in memory as Python objects
@@ -30,13 +30,13 @@ _TOGETHER = 10_000  # rows that are in memory as Python objects
 class Settings:
   """Flags of the command."""
 
-  table: str = flag("training table (.parquet, .csv, .jsonl)", dataclasses.MISSING, "table")
-  config: str = flag("training config, such as configs/film.py")
+  table: str = flag("training table (.parquet, .csv, .jsonl)", None, "table")
+  config: str = flag("training config, such as configs/film.py", required=True)
   stage: str = flag("one stage of the config (default: all stages with different data)", "")
   sample: int = flag("read this number of clips, drawn at random (default: all clips)", 0)
   buckets_only: bool = flag("only show the buckets; read no clip", False)
   bad: str = flag("csv file to write with the broken rows: row, path, reason", "")
-  workers: int = flag("processes (default: all cores)", flags.CORES)
+  workers: int = flag("processes (default: all cores)", CORES)
 
 
 def stages(values: dict[str, Any], table: str) -> dict[str, data_config.DataConfig]:
@@ -92,7 +92,7 @@ def broken_rows(
 
 def main(arguments: list[str]) -> int:
   """The command; returns its exit code."""
-  settings = flags.parse_all(Settings, "check", arguments, __doc__)
+  settings = parse(Settings, "python -m data.prepare check", arguments, __doc__)
   broken: dict[int, tuple[str, str]] = {}
   empty = False
   sources.check_table(settings.table)

@@ -30,7 +30,7 @@ _OPENINGS = re.compile(
 
 def without_opening(text: str) -> str:
   """'The video shows a cat.' -> 'A cat.', with a capital first letter."""
-  rest = text[_OPENINGS.match(text).end() :].lstrip(" ,:;-")
+  rest = _OPENINGS.sub("", text).lstrip(" ,:;-")
   return rest[:1].upper() + rest[1:]
 
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from data.prepare.messages import one_line
-from data.prepare.steps import Job, run_shard
+from data.prepare.steps import Job, Made, run_shard
 from data.prepare.workers import Pool
 
 _RETRIES = 3  # repetitions of a task whose node or process died
 
 
-def connect(address: str) -> Callable[[list[Job], int], Iterator[tuple[str, dict[str, Any]]]]:
+def connect(address: str) -> Callable[[list[Job], int], Made]:
   """-> function (jobs, workers) that makes shards on the cluster at `address` and yields (part, metadata) of each.
 
   All machines need this code, the packages, the sources and the output folder under the same names.
@@ -22,17 +23,21 @@ def connect(address: str) -> Callable[[list[Job], int], Iterator[tuple[str, dict
   os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
   try:
     import ray
+    from ray.exceptions import RayTaskError
   except ImportError:
     raise ValueError("--ray needs `pip install -c constraints.txt ray`") from None
   try:
     # Ray's log would also print files of other programs, such as libtpu's.
     ray.init(
-      address=None if address == "local" else address, log_to_driver=False, logging_level="error", ignore_reinit_error=True
+      address=None if address == "local" else address,
+      log_to_driver=False,
+      logging_level=logging.ERROR,
+      ignore_reinit_error=True,
     )
   except ConnectionError as error:
     raise ValueError(f"--ray {address}: {one_line(error)[:200]}") from None
 
-  def run(jobs: list[Job], workers: int) -> Iterator[tuple[str, dict[str, Any]]]:
+  def run(jobs: list[Job], workers: int) -> Made:
     here = os.getcwd()
     # A task that needs more cores than the largest machine has would wait for ever.
     workers = min(workers, max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]))
@@ -44,7 +49,7 @@ def connect(address: str) -> Callable[[list[Job], int], Iterator[tuple[str, dict
       (ready,), _ = ray.wait(list(parts), num_returns=1)
       try:
         yield parts.pop(ready), ray.get(ready)
-      except ray.exceptions.RayTaskError as error:
+      except RayTaskError as error:
         if isinstance(error.cause, (ValueError, OSError)):
           raise error.cause from None
         raise

@@ -1,4 +1,4 @@
-"""The first two steps: `Collect` lists files of folders, patterns and tables; `Probe` reads size, frames and hashes of each."""
+"""The first two steps. `Collect` lists the files of folders, patterns and tables. `Probe` reads size, frames and hashes."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ class Collect(Source):
   sources: folders (searched recursively), patterns ("clips/**/*.mp4") and tables (.parquet, .csv, .jsonl), local or gs://. A
     table needs a column `path`, relative to the table's folder, and keeps its other columns. If the output lies below a
     source, files in the folders of the run's steps are skipped. Files in `cut.clips_folder` are not.
-  kinds: "video", "image": the kinds of files that folders and patterns give.
+  kinds: which files to list from folders and patterns: "video", "image".
   rows_per_shard: rows of a shard. A killed run loses the work on one shard.
   forget: whether rows leave the table when they are no longer listed. An unmounted disk then empties the table.
 
-  The list takes 0.4 GB of memory per million files.
+  The list needs 0.4 GB of memory per million files.
   """
 
   title: ClassVar[str] = "collect"
@@ -92,7 +92,7 @@ class Collect(Source):
       raise ValueError(f"collect.sources: no file there ends in {' '.join(self._endings())}")
 
   def _refresh(self, folder: str, names: list[str], found: pl.DataFrame) -> pl.DataFrame:
-    """Brings existing shards up to date with the list `found` -> the rows of the list that are in none of the shards."""
+    """Updates existing shards from the list `found`. Returns the listed rows that are in none of these shards."""
     shards = [_plain_crops(scan(paths.join(folder, name))).with_columns(_part=pl.lit(i)) for i, name in enumerate(names)]
     old = pl.concat(shards, how="diagonal_relaxed").collect().with_row_index("_row")
     # A range and the whole file are different rows, even if only one of the two tables has the column `start`.
@@ -118,7 +118,7 @@ class Collect(Source):
       write_shard(path, table.lazy(), {"key": mark, "identity": mark, "retry": 0, "seconds": 0.0, "recipe": recipe})
 
   def _listed(self, source: str, own: Sequence[str]) -> pl.DataFrame:
-    """One source as a table, in an order that does not depend on the file system."""
+    """The files of one source as a table, in an order that does not depend on the file system."""
     if source.endswith(sources.FORMATS):
       return _table(source)
     unread: list[str] = []
@@ -157,15 +157,15 @@ def _is_pattern(source: str) -> bool:
   return glob.has_magic(source) and not paths.exists(source)
 
 
-def _matching(pattern: str, unread: Callable[[str], None]) -> Iterator[tuple[str, tuple[int, int] | None]]:
-  """Yields (file, its `paths.stat`, None if it was deleted since) for the files that match a pattern."""
+def _matching(pattern: str, unread: Callable[[str], None]) -> Iterator[tuple[str, tuple | None]]:
+  """Yields (file, its `paths.stat` or None if it was deleted) for the files that match a pattern."""
   if not paths.is_remote(pattern):
     return ((p, state_of(p)) for p in sorted(glob.iglob(pattern, recursive=True)) if os.path.isfile(p))
   folder = pattern[: min(pattern.find(c) for c in "*?[" if c in pattern)].rpartition("/")[0]
   return (found for found in paths.states_below(folder, unread) if fnmatch.fnmatchcase(found[0], pattern.replace("**/", "*")))
 
 
-def _file_row(path: str, state: tuple[int, int] | None) -> dict[str, Any]:
+def _file_row(path: str, state: tuple | None) -> dict[str, Any]:
   path = paths.absolute(path)
   try:
     path.encode()
@@ -187,7 +187,7 @@ def _plain_crops(table: Any) -> Any:
 def _table(source: str) -> pl.DataFrame:
   with paths.local_copy(source) as copy:
     try:
-      table = scan(copy).collect()
+      table = scan(str(copy)).collect()
     except pl.exceptions.PolarsError as error:
       raise ValueError(f"table {source} cannot be read: {polars_line(error)}") from None
   if "path" not in table.columns:
@@ -246,7 +246,7 @@ class Probe(RowStep):
     begin, frames = sources.range_of(row, info)
     whole = row.get("start") is None and row.get("end") is None
     cut = {"start": None, "end": None} if whole else {"start": begin, "end": begin + frames}
-    content = _sha256(path) if self.content_hash else None
+    content = sha256_of(path) if self.content_hash else None
     known = content or f"{path} {row.get('changed')}"  # a changed file gives other clips
     return [{
       **cut, "id": clip_id(known, **cut), "bytes": size, "num_frames": frames, "height": info.height,
@@ -261,7 +261,8 @@ def clip_id(source: str, start: int | None, end: int | None) -> str:
   return hashlib.sha256(f"{source} {start} {end}".encode()).hexdigest()[:16]
 
 
-def _sha256(path: str) -> str:
+def sha256_of(path: paths.Path) -> str:
+  """SHA-256 of a file, hexadecimal."""
   sha = hashlib.sha256()
   with paths.errors(path), paths.open_file(path) as f:
     while block := f.read(1 << 22):  # a file in a bucket has no `readinto` for `hashlib.file_digest`
@@ -270,14 +271,14 @@ def _sha256(path: str) -> str:
 
 
 def _look(path: str, max_streams: int, max_pixels: int) -> tuple[str | None, int, bool]:
-  """(codec or None for an image, rotation in degrees, whether there is sound). Refuses a file whose header is too large."""
+  """(codec or None for an image, rotation in degrees, whether it has sound). Refuses files that declare too much."""
   if video.is_image(path):
     try:
       with paths.open_file(path) as f, Image.open(f, formats=video.IMAGE_FORMATS) as image:
         _check_pixels(image.height, image.width, max_pixels)
         return None, 0, False
     except Image.DecompressionBombError:
-      raise video.BadVideo("declares too large a picture: refused") from None
+      raise video.BadVideo("declares too large an image: refused") from None
     except (Image.UnidentifiedImageError, SyntaxError, ValueError) as error:
       raise video.BadVideo(f"no image ({' '.join(str(error).split())[:100]})") from None
   with decode.open_video(path, threads=1) as (container, stream):
@@ -293,7 +294,7 @@ def _look(path: str, max_streams: int, max_pixels: int) -> tuple[str | None, int
 
 def _check_pixels(height: int, width: int, most: int) -> None:
   if height * width > most:
-    raise video.BadVideo(f"declares pictures of {width} x {height}, more than limits.max_pixels = {most}")
+    raise video.BadVideo(f"declares frames of {width} x {height}, more than limits.max_pixels = {most}")
 
 
 def difference_hash(image: np.ndarray) -> int:

@@ -10,20 +10,17 @@ import ast
 import dataclasses
 import difflib
 import importlib
-import importlib.util
-import os
-import sys
 import types
 import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from data import paths
+from data.command_line import load_config
 from data.config import plain
 from data.prepare.chain import Chain
-from data.prepare.messages import one_line
 from data.prepare.steps import Source, Step
-from data.prepare.workers import Limits
+from data.prepare.workers import CORES, Limits
 
 STEPS = {
   "collect": "collect:Collect",
@@ -71,20 +68,7 @@ def step_class(title: str) -> type[Step]:
 
 def load(file: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
   """The config of a file, changed by `--config.KEY=VALUE`. Raises ValueError, in one line, for any error in either."""
-  if not os.path.isfile(file):
-    raise ValueError(f"--config {file}: no such file")
-  if not file.endswith(".py"):
-    raise ValueError(f"--config {file}: is no Python file with get_config()")
-  spec = importlib.util.spec_from_file_location("prepare_config", file)
-  module = importlib.util.module_from_spec(spec)
-  sys.path.insert(0, os.getcwd())  # configs import each other as `configs.data.NAME`
-  try:
-    spec.loader.exec_module(module)
-    values = plain(module.get_config())
-  except Exception as error:  # the file may raise anything
-    raise ValueError(f"--config {file}: {type(error).__name__}: {one_line(error)}") from None
-  finally:
-    sys.path.pop(0)
+  values = plain(load_config(file))
   for key, value in assignments(overrides, "--config."):
     _set(values, key.split("."), value, key)
   return values
@@ -134,7 +118,7 @@ def chain(values: Mapping[str, Any], *, workers: int = 0, shard: tuple[int, int]
   for key, kind in (("workers", int), ("patience", (int, float))):
     if not isinstance(value := values.get(key, 0), kind) or isinstance(value, bool) or value < 0:
       raise ValueError(f"{key} = {value!r} is no number from 0 up")
-  workers = workers or values.get("workers") or os.cpu_count() or 1
+  workers = workers or values.get("workers") or CORES
   limits = create(Limits, _settings(values, "limits"), "limits")
   steps = _steps(values, names)
   return Chain(output, steps, workers=workers, limits=limits, shard=shard, patience=values.get("patience", 3600.0))

@@ -1,4 +1,4 @@
-"""Writes clips as files: frame exact, small, quick to decode, several clips per decoding of their video."""
+"""Writes clips as files: frame exact, small, quick to decode. One decoding of a video gives several clips."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from typing import Any, ClassVar
 import av
 import numpy as np
 import polars as pl
-from av.video.reformatter import VideoReformatter
+from av.video.reformatter import Colorspace, VideoReformatter
 from av.video.stream import VideoStream
 from PIL import Image
 
 from data import paths
 from data.prepare import decode
-from data.prepare.shards import digest
 from data.prepare.steps import Context, RowStep, at_least
 from data.prepare.workers import Failure
+from data.shards import digest
 from data.video import IMAGE_FPS, BadVideo, VideoInfo, is_image, probe
 
 _DARK = 24.0  # mean luma (16 black, 235 white) below which a frame at either end of a scene belongs to a fade
 _KNOWN_COLORS = (1, 4, 5, 6, 7, 9, 10)
-_ITU601 = 6
+_ITU601 = 6  # of `VideoFrame.colorspace`, whose numbers differ from those of `Colorspace`
 _GROUP_SECONDS = 60.0  # video that one call cuts: several clips per decoding, and work for all processes
 # Key frames at most 24 frames apart, no B-frames and no loop filter make clips quick to decode.
 # x264's macroblock tree is off: with it, one clip in fifty had other bits in every run.
@@ -40,7 +40,7 @@ _ENCODER = {
 class Clip:
   """Frames [start, end) of a video as the file `output` (mp4).
 
-  picture: file for the middle frame (PNG), or None. crop: (x, y, width, height) of the upright frames, None for all of them.
+  picture: file for the middle frame (PNG), or None. crop: (x, y, width, height) in the upright frame; None: the whole frame.
   """
 
   start: int
@@ -73,9 +73,9 @@ def _cut(reader: decode.Reader, stream: VideoStream, clip: Clip, step: Cut) -> V
   rate, times = decode.frame_rate(stream), reader.times
   fps = rate / math.ceil(rate / Fraction(step.max_fps).limit_denominator(1001)) if step.max_fps else rate
   if times is not None and clip.end > len(times):
-    raise BadVideo(f"has {len(times)} frames, frames {clip.start} to {clip.end} are asked for")
+    raise BadVideo(f"has {len(times)} frames; the clip needs frames {clip.start} to {clip.end}")
   known = np.arange(clip.end) if times is None else times
-  time_base = float(1 / rate if times is None else stream.time_base)
+  time_base = float(stream.time_base if times is not None and stream.time_base else 1 / rate)
   repeats = _resample(known, clip.start, clip.end, time_base, (rate, fps))
   half = min(int(np.searchsorted(np.cumsum(repeats), repeats.sum() // 2, side="right")), clip.end - clip.start - 1)
   reformatter, middle = VideoReformatter(), []
@@ -131,9 +131,9 @@ def _upright(
   """The frame or its crop, rotated upright and downscaled, as yuv420p."""
   if crop or frame.rotation % 360:
     image = _shown(frame, reformatter, short_side, crop)
-    height, width = small_size(*image.shape[:2], short_side)
+    height, width = small_size(image.shape[0], image.shape[1], short_side)
     small = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(
-      width, height, "yuv420p", dst_colorspace="ITU601", dst_color_range="MPEG", interpolation="AREA"
+      width, height, format="yuv420p", dst_colorspace="ITU601", dst_color_range="MPEG", interpolation="AREA"
     )
     small.colorspace = _ITU601  # matches dst_colorspace
     return small
@@ -153,8 +153,8 @@ def _shown(
 ) -> np.ndarray:
   """A rotated or cropped frame, uint8 [H, W, 3]. RGB, because a crop of subsampled colours can't begin at every pixel."""
   size = (frame.height, frame.width) if crop else small_size(frame.height, frame.width, short_side)
-  source = "ITU709" if _is_unnamed_hd(frame) else None
-  small = reformatter.reformat(frame, *size[::-1], "rgb24", src_colorspace=source, interpolation="AREA", threads=1)
+  source = Colorspace.ITU709 if _is_unnamed_hd(frame) else None
+  small = reformatter.reformat(frame, *size[::-1], format="rgb24", src_colorspace=source, interpolation="AREA", threads=1)
   image = np.rot90(small.to_ndarray(), round(frame.rotation / 90))  # rotation is counter-clockwise, like rot90
   if crop:
     x, y, width, height = crop
@@ -166,7 +166,7 @@ def _shown(
 
 def _is_dark(frame: av.VideoFrame) -> bool:
   plane = frame.planes[0]
-  luma = np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)[:, : plane.width]
+  luma = np.frombuffer(memoryview(plane), np.uint8).reshape(plane.height, plane.line_size)[:, : plane.width]
   return float(luma[::4, ::4].mean()) < _DARK
 
 
@@ -228,11 +228,11 @@ class Cut(RowStep):
   Without this step the table keeps `start`, `end` and `crop`, and the loader reads that part of the source.
 
   short_side: pixels of the shorter side, 0: the source's. Smaller videos keep their size, rounded to even.
-  max_fps: a source with more frames per second is thinned to a whole fraction of its rate; 0: no limit. Open-Sora 1.2 uses
+  max_fps: largest frame rate; 0: no limit. The step lowers a higher rate to a whole fraction of itself. Open-Sora 1.2 uses
     short_side 1080 and no limit, 1.1 used 720 and 30.
   trim_dark: whether to drop black frames at both ends (fades).
   pictures: whether to write the clip's middle frame too, as a row of its own (an image).
-  clips_folder, pictures_folder: one folder for all files; "": many folders beside the step's table.
+  clips_folder, pictures_folder: folder for all files; "": folders beside the step's table.
   """
 
   title: ClassVar[str] = "cut"
@@ -302,12 +302,7 @@ class Cut(RowStep):
       "video": row["path"], "start": None, "end": None, "crop": None, "num_frames": info.num_frames, "height": info.height,
       "width": info.width, "resolution": info.height * info.width, "aspect_ratio": info.height / info.width, "rotation": 0,
     }  # fmt: skip
-    moving = {
-      "path": clip.output,
-      "fps": info.fps,
-      "duration": info.num_frames / info.fps,
-      "bytes": paths.stat(clip.output)[0],
-    }
+    moving = {"path": clip.output, "fps": info.fps, "duration": info.num_frames / info.fps, "bytes": paths.stat(clip.output)[0]}
     still = {"path": clip.picture, "fps": IMAGE_FPS, "duration": None, "num_frames": 1, "id": f"{row['id'][:-1]}i"}
     return [{**values, **moving, "codec": "h264"}] + [{**values, **still, "codec": None}] * self.pictures
 

@@ -15,30 +15,31 @@ from pathlib import Path
 import av
 import numpy as np
 from av.container import InputContainer
+from av.error import FFmpegError
 from av.video.stream import VideoStream
 
 from data import paths
 from data.prepare.workers import FULL
 from data.video import DEFAULT_FPS, PASSING, BadVideo, open_stream, read_through
 
-_SEEK_GAP = 250  # the reader seeks to frames further ahead than this and decodes up to nearer ones
+_SEEK_GAP = 250  # frames. The reader seeks over a larger gap, and decodes through a smaller one
 
 
 @contextlib.contextmanager
 def open_video(path: str | Path, threads: int) -> Iterator[tuple[InputContainer, VideoStream]]:
   """Yields (container, video stream), decoded by a number of threads.
 
-  Raises BadVideo, also for errors of the decoder in the block, if the file is no video or damaged. Raises OSError if it can't
-  be read.
+  Raises BadVideo if the file is no video or damaged, also for errors of the decoder in the block. Raises OSError if the file
+  can't be read.
   """
   try:
     with paths.local_copy(str(path)) as name:
-      container, stream = open_stream(name)
+      container, stream = open_stream(str(name))
       with container:
         stream.thread_type = "AUTO"
         stream.codec_context.thread_count = threads
         yield container, stream
-  except av.FFmpegError as error:
+  except FFmpegError as error:
     if error.errno in FULL:  # raised by a write in the block
       raise OSError(error.errno, os.strerror(error.errno)) from error
     if error.errno in PASSING:  # FFmpeg reports EIO for damaged files too
@@ -57,7 +58,7 @@ def at_shares(num_frames: int, shares: Sequence[float]) -> np.ndarray:
 
 
 def frame_rate(stream: VideoStream) -> Fraction:
-  """Mean frames per second of a stream, DEFAULT_FPS if the file doesn't tell."""
+  """Mean frames per second of a stream. DEFAULT_FPS if the file has no rate."""
   return Fraction(stream.average_rate or stream.guessed_rate or DEFAULT_FPS).limit_denominator(1001)
 
 
@@ -123,7 +124,7 @@ class Reader:
     if self._held:
       held, self._held = self._held, None
       yield held
-    for frame in self._frames:
+    for frame in self._frames or ():
       if self.times is None:
         number = self._next
       else:

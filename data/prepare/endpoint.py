@@ -26,16 +26,16 @@ if TYPE_CHECKING:
   from data.prepare.caption import Caption
 
 _RETRY = {408, 409, 425, 429, 500, 502, 503, 504, 529}
-_REFUSES_ONE = {400, 413, 415, 422}  # refuse one question; any other status would meet all of them
+_REFUSES_ONE = {400, 413, 415, 422}  # these statuses refuse one question, others refuse all
 _MOST_BYTES = 1 << 20  # largest answer
 _LONGEST_WAIT = 60.0  # seconds
 _CONNECT = 20.0  # seconds to connect
 
 
 class Cache:
-  """Answers by the content of their question, in an SQLite file on this machine. No answer is paid for twice.
+  """Answers by the content of their question, in an SQLite file on this machine, so that no answer is paid for twice.
 
-  Raises ValueError if the file can't be used, since an answer that can't be stored would be lost.
+  Raises ValueError if the file can't be used, because answers would be lost.
   """
 
   def __init__(self, path: str):
@@ -94,7 +94,7 @@ class Endpoint:
   """A chat endpoint with the settings of the step; thread-safe.
 
   `check(text)` returns the usable part of an answer, or raises ValueError. The key is never written anywhere.
-  `usage` counts calls, cached answers, retries, prompt_tokens and completion_tokens; tokens as the endpoint counts them.
+  `usage` counts calls, cached answers and retries, and sums the prompt_tokens and completion_tokens of the endpoint.
   """
 
   def __init__(self, step: Caption, check: Callable[[str], str]):
@@ -119,7 +119,7 @@ class Endpoint:
     self._cache.close()
 
   def ask(self, prompt: str, images: list[bytes]) -> str:
-    """The answer to a prompt with JPEG images. A useless answer repeats the question with another seed.
+    """The answer to a prompt with JPEG images. After a useless answer, the question is repeated with another seed.
 
     Raises Passing if all attempts failed, BadVideo if the endpoint refuses this question, and ValueError if it refuses all
     questions or was never reached.

@@ -37,7 +37,7 @@ class Export(Step):
   formats: any of "table", "tfds", "webdataset". folder: output folder; "": the run's folder.
   name: name of the table, .parquet or .csv; with `split` the names are train.parquet, validation.parquet, ... Paths below the
     folder are relative to it, so the folder may be moved.
-  columns: columns of the table; (): the existing ones that `data/sources.py` reads, and duration, match, id.
+  columns: columns of the table; (): duration, match, id and the columns that `data/sources.py` reads, as far as they exist.
   samples: samples per WebDataset archive. A sample's name is its id, with a number if several rows have the same id.
   """
 
@@ -152,7 +152,7 @@ def _samples(table: pl.LazyFrame) -> Iterator[tuple[str, str, dict[str, Any]]]:
 
 
 def _key(name: str) -> str:
-  """Name of a sample: the row's id. An id that is no plain name is replaced, since it could lead out of a folder."""
+  """Name of a sample: the row's id, or a name made from an id that could lead out of a folder."""
   if re.fullmatch(r"[\w-]+", name):
     return name
   plain = re.sub(r"\W+", "_", os.path.splitext(os.path.basename(name))[0])
@@ -172,7 +172,7 @@ def write_webdataset(table: pl.LazyFrame, folder: str, split: str, samples: int)
         for ending, content in (("txt", values.get("text") or ""), ("json", json.dumps(values))):
           _add(archive, f"{key}.{ending}", io.BytesIO(content.encode()), len(content.encode()))
     made.append(target)
-  # An earlier export may have written more archives, which would be read with these.
+  # Readers would mix these archives with further ones of an earlier export.
   numbers = (paths.join(folder, f"{split}-{i:06}.tar") for i in itertools.count(len(made)))
   for old in itertools.takewhile(paths.exists, numbers):
     paths.remove(old)

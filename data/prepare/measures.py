@@ -17,15 +17,7 @@ from data.prepare.steps import at_least
 
 _FLOW_SIZE = (576, 320)  # width and height of the frames whose flow Open-Sora measures
 _PRESETS = ("ultrafast", "fast", "medium")
-CLASSES = (
-  "static",
-  "pan_left",
-  "pan_right",
-  "tilt_up",
-  "tilt_down",
-  "zoom_in",
-  "zoom_out",
-)  # classes with a sentence in captions
+CLASSES = ("static", "pan_left", "pan_right", "tilt_up", "tilt_down", "zoom_in", "zoom_out")  # with a sentence in captions
 _DARK = 16.0  # mean grey (0 to 255) of a black frame, largest grey of a black bar
 _SAME = 0.25  # mean difference (0 to 255) below coding noise: the two frames show the same image
 
@@ -61,7 +53,7 @@ class Motion:
     return np.unique(places.astype(np.int64))  # each frame once: a repeated frame would count as a still pair
 
   def __call__(self, images: np.ndarray, row: dict) -> dict[str, float]:
-    dis = cv2.DISOpticalFlow_create(getattr(cv2, f"DISOPTICAL_FLOW_PRESET_{self.preset.upper()}"))
+    dis: Any = cv2.DISOpticalFlow.create(getattr(cv2, f"DISOPTICAL_FLOW_PRESET_{self.preset.upper()}"))
     grey = [cv2.cvtColor(_landscape(image), cv2.COLOR_RGB2GRAY) for image in images]
     grey = [np.ascontiguousarray(cv2.resize(g, _FLOW_SIZE, interpolation=cv2.INTER_AREA)) for g in grey]
     return {"flow": float(np.mean([np.abs(dis.calc(a, b, None)).mean() for a, b in itertools.pairwise(grey)]))}
@@ -207,7 +199,8 @@ def _similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray | None:
   corners = cv2.goodFeaturesToTrack(a, 200, 0.01, 8)
   if corners is None or len(corners) < 8:
     return None
-  found, status, _ = cv2.calcOpticalFlowPyrLK(a, b, corners, None, winSize=(21, 21), maxLevel=3)
+  track: Any = cv2.calcOpticalFlowPyrLK  # its annotations and those of `DISOpticalFlow.calc` do not allow None
+  found, status, _ = track(a, b, corners, None, winSize=(21, 21), maxLevel=3)
   kept = status.ravel() == 1
   if kept.sum() < 8:
     return None

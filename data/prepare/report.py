@@ -21,20 +21,21 @@ import numpy as np
 import polars as pl
 
 from data import paths, video
-from data.prepare import caption, check, flags
+from data.command_line import flag, parse
+from data.prepare import caption, check
 from data.prepare import config as configs
 from data.prepare.cut import part_of, small_size
 from data.prepare.decode import spread
-from data.prepare.flags import flag
 from data.prepare.selection import draw
-from data.prepare.shards import digest, failed_in, refuse_overwriting, row_count, scan_all, tables_in
+from data.prepare.shards import failed_in, refuse_overwriting, row_count, scan_all, tables_in
 from data.prepare.steps import Context, Step, sizes_of
-from data.prepare.workers import Failure, Pool
+from data.prepare.workers import CORES, Failure, Pool
+from data.shards import digest
 
 _NEEDED = "the report needs `pip install -c constraints.txt -r requirements-prepare.txt` (jinja2)"
 _BINS = 40
-# Column -> (title, True: high values are good, False: low values are good, None: neither). Other numbers, such as those of a
-# user's scorer, follow these.
+# Column -> (title, True: high values are good, False: low values are good, None: neither). Other columns of numbers, such as
+# those of a user's scorer, follow.
 MEASURES = {
   "duration": ("duration, seconds", None), "num_frames": ("frames", None), "fps": ("frames per second", None),
   "height": ("height, pixels", None), "width": ("width, pixels", None), "aspect_ratio": ("aspect ratio, height / width", None),
@@ -95,7 +96,7 @@ class Report(Step):
 
 
 def build(step: Report, tables: list[str], context: Context) -> str:
-  """The page as HTML. The report shows a column of the first tables in which it has values, filter by filter.
+  """The page as HTML. It takes each column from the first table, filter by filter, in which the column has values.
 
   So it shows the scores of all scored rows and the captions of all captioned rows.
   """
@@ -277,16 +278,16 @@ def _buckets(tables: list[str], training: str) -> list[dict[str, Any]]:
 class Settings:
   """Flags of the command."""
 
-  input: str = flag("a table, or a folder of parquet shards", dataclasses.MISSING, "input")
+  input: str = flag("a table, or a folder of parquet shards", None, "input")
   output: str = flag("file to write (default: %(default)s)", "report.html", "-o", "--output")
   config: str = flag("training config whose buckets the report shows", "")
   no_sheets: bool = flag("no contact sheets; read no clip", False)
-  workers: int = flag("processes (default: all cores)", flags.CORES)
+  workers: int = flag("processes (default: all cores)", CORES)
 
 
 def main(arguments: list[str]) -> int:
   """The command; returns its exit code."""
-  settings = flags.parse_all(Settings, "report", arguments, __doc__)
+  settings = parse(Settings, "python -m data.prepare report", arguments, __doc__)
   tables = tables_in(settings.input) if paths.is_folder(settings.input) else [settings.input]
   if not tables or not all(paths.exists(t) for t in tables):
     raise ValueError(f"{settings.input} is no table and no folder of parquet shards")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -39,7 +39,7 @@ class Scenes(RowStep):
   min_scene_frames: least number of frames between two cuts, by default as in PySceneDetect's library (its command: 0.6 s).
   min_seconds: shorter scenes are dropped. Open-Sora's function drops scenes below 2 s, its command drops none.
   max_seconds: longer scenes are split; 0: never.
-  long: "split" makes equal parts of at most max_seconds. If these were shorter than min_seconds, it drops the end of the scene.
+  long: "split" makes equal parts of at most max_seconds. If equal parts are shorter than min_seconds, it drops the scene's end.
     "first" keeps only the first max_seconds, as Open-Sora does.
   cuts_at: column with a list of further cuts in seconds. A cut within 0.25 s of a detected one is the same cut.
   """
@@ -140,7 +140,7 @@ class Scenes(RowStep):
     return list(itertools.pairwise(edges))
 
 
-def add_cuts(found: list[tuple[int, int]], wanted: list[float], rate: float) -> list[tuple[int, int]]:
+def add_cuts(found: list[tuple[int, int]], wanted: Sequence[float], rate: float) -> list[tuple[int, int]]:
   """Scenes [(start, end)] in frames, also cut at the seconds `wanted`. A cut within 0.25 s of an edge is that edge."""
   edges = {start for start, _ in found} | {found[-1][1]}
   for second in wanted:

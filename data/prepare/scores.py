@@ -91,7 +91,7 @@ class Scores(RowStep):
 @functools.lru_cache(32)
 def make_scorer(name: str, settings: str) -> Any:
   """The scorer with this name and these settings (JSON), one per process. Raises ValueError for wrong ones."""
-  values = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(settings).items()}
+  values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(settings).items()}
   path = values.pop("scorer", None) or (f"data.prepare.{SCORERS[name]}" if name in SCORERS else "")
   if ":" not in path:
     raise ValueError(f"scorers has {name!r}, which is none of {', '.join(SCORERS)} and has no 'scorer' = 'module:Class'")

@@ -145,8 +145,9 @@ class Sample(Step):
 
   def gather(self, table: pl.LazyFrame) -> float:
     """The limit below which a row's draw must lie."""
-    if self.rows is None:
+    if self.share is not None:
       return self.share
+    assert self.rows is not None
     usable = table.filter(pl.col("error").is_null())
     found = usable.select(d=draw(table, self.seed)).collect(engine="streaming")["d"].to_numpy()
     return 1.0 if len(found) <= self.rows else float(np.partition(found, self.rows)[self.rows])

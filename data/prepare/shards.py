@@ -1,11 +1,11 @@
-"""Shards: the parquet files of a step, one for each shard of the step before, with their provenance in the file's metadata.
+"""Shards of tables: the parquet files of a step, one for each shard of the previous step. The metadata hold the provenance.
 
 * `key`: digest of the step, its settings, the identity of the input shard and the facts gathered over the whole table.
-* `identity`: what the next step's key is made from. It is the key and the failed rows, or, if the step gathers facts, a
-  digest of the rows.
+* `identity`: the key of the next step covers it. It is the key of this step, or a digest of the key and the failed rows, or,
+  if the step gathers facts, a digest of all rows.
 
-A shard is written under a temporary name and renamed, so a killed run leaves no half shard. A failed row keeps its place,
-with the reason in `error`, and later steps pass it on unchanged. `retry` is true if the reason may pass (no answer, no file).
+A failed row keeps its place, with the reason in `error`, and later steps pass it on unchanged. `retry` is true if the reason is
+temporary (no answer, no file).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import polars as pl
 from polars import selectors
 
 from data import paths
+from data.shards import digest
 
 _META = "stdit_jax.prepare"
 _TEXTS = ("path", "text", "id", "source_id", "video", "crop", "hash", "picture_hash", "text_features", "error")
@@ -43,11 +44,6 @@ def part_number(name: str) -> int:
 def parts(folder: str) -> list[str]:
   """File names of the shards in a folder, in order."""
   return sorted((n for n in paths.names(folder) if re.fullmatch(r"part-\d{5,}\.parquet", n)), key=part_number)
-
-
-def digest(value: Any) -> str:
-  """32 hexadecimal digits of a JSON value."""
-  return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def read_meta(path: str) -> dict[str, Any] | None:

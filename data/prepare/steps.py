@@ -1,4 +1,4 @@
-"""Steps: what a chain is made of. The fields of a step are its settings; it turns one shard of a table into another."""
+"""Steps, of which chains consist. The fields of a step are its settings. A step turns one shard of a table into another."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from typing import Any, ClassVar, NamedTuple
 import polars as pl
 
 from data import paths
-from data.prepare.shards import FAILED, content, digest, failed_in, polars_line, row_count, scan, with_failures, write_shard
+from data.prepare.shards import FAILED, content, failed_in, polars_line, row_count, scan, with_failures, write_shard
 from data.prepare.workers import DEFAULT_LIMITS, Failure, Limits, Pool
+from data.shards import digest
 
 _STAT_THREADS = 16  # file sizes that are asked for at a time
 _FRAME_BYTES = 5000  # least bytes per frame for time limits: a day of a still camera is a small file
@@ -26,7 +27,7 @@ _FRAME_BYTES = 5000  # least bytes per frame for time limits: a day of a still c
 class Step:
   """Base of all steps. A subclass has fields as settings and `transform`, or `write` if it ends a chain."""
 
-  title: ClassVar[str]  # its name in configs
+  title: ClassVar[str]  # name in configs
   version: ClassVar[int] = 1  # increased when the same settings give another result
   unit: ClassVar[str] = "rows"
   silent: ClassVar[tuple[str, ...]] = ()  # settings that don't change the result
@@ -59,7 +60,7 @@ class Step:
 
   @property
   def beside(self) -> str:
-    """Ending of the files that it reads beside those of the rows, such as ".txt", or ""."""
+    """The step also reads a file beside the file of each row. This is its ending, such as ".txt"; "": no such file."""
     return ""
 
   @property
@@ -80,13 +81,13 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Source(Step):
-  """The first step: lists files as shards of a table. Shards keep their rows; new rows make new shards."""
+  """The first step: lists files as shards of a table. Shards keep their rows, and new rows make new shards."""
 
   def reach(self) -> None:
     """Raises ValueError if this machine can't see one of the sources."""
 
   def list(self, folder: str, own: Sequence[str] = ()) -> None:
-    """Writes folder/part-00000.parquet, ... and leaves unchanged shards alone. `own`: the run's folders, which are skipped."""
+    """Writes folder/part-00000.parquet, ... if they change. It skips files in the run's folders `own`."""
     raise NotImplementedError
 
 
@@ -115,7 +116,7 @@ class RowStep(Step):
     )
     out = []
     for row in rows:
-      result = next(results) if row["error"] is None else {}
+      result: Any = next(results) if row["error"] is None else {}
       result = result.columns(self.title) if isinstance(result, Failure) else result
       out += [{**row, **values} for values in (result if isinstance(result, list) else [result])]
     return pl.DataFrame(out, schema={**frame.schema, **self.columns, **FAILED}, orient="row", strict=False).lazy()
@@ -135,7 +136,7 @@ class Context:
   limits: limits of one file.
   pool, progress: None in a worker process.
   counts: what `transform` counted; `Step.tell` gets the sums over all shards.
-  history: for `write`: (step, rows in, rows out, failed rows, seconds of work, text of `Step.tell`) of each step before.
+  history: for `write`: (step, rows in, rows out, failed rows, seconds of work, text of `Step.tell`) of each earlier step.
   unselected: for `write`: the input shards of each earlier step that `selects`, in order.
   """
 
@@ -150,7 +151,7 @@ class Context:
   unselected: tuple[list[str], ...] = ()
 
   def bare(self) -> Context:
-    """The part that is sent to workers."""
+    """The context for worker processes."""
     return Context(self.folder, self.part, limits=self.limits)
 
   def map(self, function: Callable, groups: list) -> list[Any]:
@@ -164,6 +165,7 @@ class Context:
       if self.progress:
         self.progress(done * rows_per_group)
 
+    assert self.pool is not None
     return self.pool.map(function, groups, sizes=sizes, progress=progress)
 
 
@@ -184,12 +186,15 @@ class Job(NamedTuple):
   context: Context
 
 
+Made = Iterator[tuple[str, dict[str, Any]]]  # (part, metadata) of each shard when it is finished
+
+
 def beside(path: str, ending: str) -> str:
   """The file with the same name and another ending."""
   return os.path.splitext(path)[0] + ending
 
 
-def states_beside(step: Step, source: str) -> list[tuple[int, int] | None]:
+def states_beside(step: Step, source: str) -> list[tuple | None]:
   """`state_of` each file that a step reads beside the files of a table's rows.
 
   Files in a bucket are skipped, because each one would cost a request.
@@ -204,8 +209,8 @@ def states_beside(step: Step, source: str) -> list[tuple[int, int] | None]:
   return [state_of(beside(file, step.beside)) for file in files.drop_nulls() if not paths.is_remote(file)]
 
 
-def state_of(path: str) -> tuple[int, int] | None:
-  """(bytes, number that changes with the contents) of a file, None if it can't be read."""
+def state_of(path: str) -> tuple | None:
+  """`paths.stat` of a file, None if it can't be read."""
   try:
     return paths.stat(path)
   except OSError:
@@ -213,7 +218,7 @@ def state_of(path: str) -> tuple[int, int] | None:
 
 
 def sizes_of(rows: list[dict[str, Any]]) -> list[int | None]:
-  """Bytes of each row's file, from the column `bytes` or else from the file system; they decide time limits."""
+  """Bytes of each row's file, for time limits: from the column `bytes`, or else from the file system."""
   sizes = [row.get("bytes") for row in rows]
   unknown = [i for i, size in enumerate(sizes) if size is None]
   if unknown:

@@ -16,13 +16,13 @@ import tempfile
 import polars as pl
 
 from data import paths
-from data.prepare import flags
+from data.command_line import flag, parse
 from data.prepare.chain import Chain
 from data.prepare.collect import LISTED, Collect, Probe
 from data.prepare.export import relative_to
-from data.prepare.flags import flag
 from data.prepare.messages import shown
 from data.prepare.shards import refuse_overwriting, row_count, write_shard
+from data.prepare.workers import CORES
 
 _PROBED = ("num_frames", "height", "width", "fps")
 
@@ -31,17 +31,15 @@ _PROBED = ("num_frames", "height", "width", "fps")
 class Settings:
   """Flags of the command."""
 
-  source: str = flag(
-    "a folder, a pattern, or a table (.csv, .parquet, .jsonl) with a column `path`", dataclasses.MISSING, "source"
-  )
-  output: str = flag("table to write (.csv or .parquet)", dataclasses.MISSING, "-o", "--output")
+  source: str = flag("a folder, a pattern, or a table (.csv, .parquet, .jsonl) with a column `path`", None, "source")
+  output: str = flag("table to write (.csv or .parquet)", None, "-o", "--output", required=True)
   decode: bool = flag("decode every frame (slow; finds damage in the middle of files)", False)
-  workers: int = flag("processes (default: all cores)", flags.CORES)
+  workers: int = flag("processes (default: all cores)", CORES)
 
 
 def main(arguments: list[str]) -> int:
   """The command; returns its exit code."""
-  settings = flags.parse_all(Settings, "table", arguments, __doc__)
+  settings = parse(Settings, "python -m data.prepare table", arguments, __doc__)
   target = paths.absolute(settings.output)
   if not target.endswith((".csv", ".parquet")):
     raise ValueError(f"-o {settings.output}: the output's name must end in .csv or .parquet")

@@ -24,6 +24,7 @@ from typing import Any
 from data.prepare.messages import one_line
 from data.video import Away, BadVideo
 
+CORES = os.cpu_count() or 1
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # nothing can be written: the run must end
 _KILLED = (-signal.SIGKILL, -signal.SIGTERM)
 _START = 60.0  # seconds that a new process may need for its imports
@@ -31,7 +32,7 @@ _TRIES = 3  # attempts at an item whose process was killed from outside
 
 
 class Passing(Exception):  # noqa: N818 - the name says which kind of failure it is
-  """A failure that another run may not have: a server or a disk does not answer, a file is missing."""
+  """A temporary failure: a server or a disk does not answer, or a file is missing. Another run may succeed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Limits:
   """Limits of one file.
 
   seconds: time for a small file.
-  bytes_per_second: a file gets one more second for this many bytes on disk.
+  bytes_per_second: the time grows by a second for this many bytes on disk.
   memory_gb: address space beyond that of an idle worker.
   max_pixels: pixels of an image or frame. A file that declares more is refused before decoding.
   """
@@ -64,7 +65,7 @@ DEFAULT_LIMITS = Limits()
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-  """Why there is no result. `retry`: another run may succeed."""
+  """The reason for a missing result. `retry`: another run may succeed."""
 
   reason: str
   retry: bool = False
@@ -87,7 +88,7 @@ def call(function: Callable, item: Any, report: Callable[[float], None]) -> Any:
 
 
 def failure_of(error: Exception) -> Failure:
-  """The `Failure` that an exception means for its file. Raises the exception if it is no fault of the file."""
+  """Turns an exception into a `Failure` of the file. Raises the exception if the file is not its cause."""
   line, number = one_line(error)[:300], getattr(error, "errno", None)
   if isinstance(error, (Away, Passing)):
     return Failure(line, retry=True)
@@ -126,7 +127,7 @@ def _serve(pipe: connection.Connection, limits: Limits) -> None:
     try:
       result = call(function, item, lambda share: pipe.send(("at", share)))
     except OSError as error:
-      pipe.send(("full", (error.errno, os.strerror(error.errno), error.filename)))
+      pipe.send(("full", (error.errno, os.strerror(error.errno or 0), error.filename)))
       continue
     pipe.send(("done", result))
 
@@ -144,7 +145,7 @@ def _limit_memory(limits: Limits) -> None:
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-  """Libraries of processes that are started in this block use one thread: the pool's processes are the parallelism."""
+  """In this block, libraries of new processes use one thread each: the pool's processes are the parallelism."""
   before = dict(os.environ)
   os.environ.update(
     dict.fromkeys(("POLARS_MAX_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OPENCV_FOR_THREADS_NUM"), "1")
@@ -237,6 +238,7 @@ class Pool:
           if outcome is None:
             continue
           index, worker.index = worker.index, None
+          assert index is not None
           if isinstance(outcome, _Killed) and tries[index] < _TRIES - 1:
             tries[index] += 1
             waiting.append(index)
@@ -255,7 +257,7 @@ class Pool:
     self._workers.remove(worker)
 
   def _events(self) -> list[_Worker]:
-    """Waits for workers that sent a message or are late -> those workers."""
+    """Waits until workers send a message or are late. Returns these workers."""
     busy = [w for w in self._workers if w.index is not None]
     now = time.monotonic()
     ready = connection.wait([w.pipe for w in busy], min([2.0, *(max(0.0, w.deadline - now) for w in busy)]))
@@ -263,7 +265,7 @@ class Pool:
     return [w for w in busy if w.pipe in ready or now >= w.deadline]
 
   def _outcome(self, worker: _Worker) -> Any:
-    """Result of the worker's item, None if it is still in work."""
+    """Result of the worker's item, None if the worker has not finished it."""
     try:
       if worker.pipe.poll():
         kind, value = worker.pipe.recv()
@@ -282,7 +284,7 @@ class Pool:
       self._replace(worker)
       if code in _KILLED:
         return _Killed("killed: its process was ended from outside (no memory left?)", retry=True)
-      return Failure(f"the decoder died of it ({signal.Signals(-code).name if code and code < 0 else f'exit code {code}'})")
+      return Failure(f"the decoder crashed ({signal.Signals(-code).name if code and code < 0 else f'exit code {code}'})")
     if time.monotonic() >= worker.deadline:
       self._replace(worker)
       return Failure("took longer than limits.seconds and limits.bytes_per_second allow")

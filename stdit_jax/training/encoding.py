@@ -6,9 +6,10 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -26,28 +27,24 @@ from stdit_jax.parallel.shardings import Layout
 from stdit_jax.training import batches
 from stdit_jax.training.latent_caches import autoencoder_identity, text_identity
 from stdit_jax.training.objectives import make_objective
+from stdit_jax.training.stages import Stage
 
-_MICRO_BATCHES = 8  # per device and turn. The last micro batch may be half empty, which costs little among so many
+_MICRO_BATCHES = 8  # per device and turn. A half empty last micro batch costs little among so many
 _CAPTIONS = 8  # per device and turn
 _AHEAD_BYTES = 2 << 30  # most bytes of decoded clips that wait for the encoder
 _RECORD_BYTES = 400  # approximate size of a record without its arrays
 
 
-def _one_behind(started):
-  """Yields the items of an iterator one item late. The devices then have the next turn while the host waits for this one."""
-  previous = next(started, None)
-  for item in started:
-    yield previous
-    previous = item
-  if previous is not None:
-    yield previous
+def _one_behind(started: Iterator[Any]) -> Iterator[Any]:
+  """The items of an iterator, one item late. The devices then have the next turn while the host waits for this one."""
+  return (previous for previous, _ in itertools.pairwise(itertools.chain(started, [None])))
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
   """The data of a stage: its table, and the plans of its epochs."""
 
-  stage: object
+  stage: Stage
   data: DataConfig
   plans: plan.PlanSequence
 
@@ -92,16 +89,15 @@ class LatentsWork:
     self._bytes = np.dtype(np.float32 if made_from["dtype"] == "float32" else np.float16).itemsize
     self._bytes *= self._autoencoder.latent_channels * (1 + made_from["log_variance"])
     self._log_variance = made_from["log_variance"]
-    keys = [
-      latents.plan_keys(s.plans.plan(e), s.plans.table, s.data, e) for s in members for e in range(epochs)
-    ]  # fmt: skip
-    made_for = [s.made_for(epochs) for s in members]
+    keys = [latents.plan_keys(s.plans.plan(e), s.plans.table, s.data, e) for s in members for e in range(epochs)]
     keys = np.unique(np.concatenate(keys))
+    made_for = [s.made_for(epochs) for s in members]
     self.part = latents.prepare(folder, "latents", made_from, keys, made_for, self.sizes, shard_bytes)
     self.features = latents.features_of(
       "latents", self._autoencoder.latent_channels, made_from["dtype"], made_from["log_variance"]
     )
-    self.bad_rows, self.away = None, ()
+    self.bad_rows: loader.BadRows | None = None
+    self.away: list[int] = []
 
   def _per_clip(self, keys, function):
     """An array with `function(frames, height, width)` of each clip."""
@@ -175,16 +171,17 @@ class LatentsWork:
         disk may come back.
     """
     data, table = self.source.data, self.source.plans.table
-    self.bad_rows, self.away = loader.BadRows(data.max_bad_rows, len(np.unique(latents.unpack(keys)["row"]))), []
+    self.bad_rows = loader.BadRows(data.max_bad_rows, len(np.unique(latents.unpack(keys)["row"])))
     largest = int(3e6 * self.cost(keys).max())
     turn = max(self._turn(int(n)) for n in np.unique(latents.unpack(keys)["num_frames"]))
     ahead = data.read_ahead or max(2, min(2 * turn, _AHEAD_BYTES // largest))
-    with contextlib.closing(loader.read_clips(data, table, keys, ahead)) as clips:
-      started = ((turn, self.encoder.start([clip["pixels"] for _, clip in turn])) for turn in self._turns(clips))
+    clips: Any = loader.read_clips(data, table, keys, ahead)
+    with contextlib.closing(clips):
+      started = ((turn, self.encoder.start([clip["pixels"] for _, clip in turn])) for turn in self._turns(clips, self.bad_rows))
       for turn, finish in _one_behind(started):
         yield from self._finished(turn, finish)
 
-  def _turns(self, clips):
+  def _turns(self, clips, bad_rows):
     """Yields the clips that are encoded together, [(key, clip)]: clips of one size that follow each other."""
     turn = []
     while True:
@@ -192,7 +189,7 @@ class LatentsWork:
         key, clip = next(clips)
         if clip["away"]:
           self.away.append(key)
-        self.bad_rows.add(clip["path"], clip["error"])
+        bad_rows.add(clip["path"], clip["error"])
       except StopIteration:
         break
       except (ValueError, RuntimeError) as error:
@@ -241,8 +238,7 @@ class TextWork:
     self._bytes = self._channels * (4 if made_from["dtype"] == "float32" else 2)
     found = np.concatenate([self._found(number, epochs) for number in range(len(members))])
     keys, first = np.unique(found[:, 0], return_index=True)
-    self._where = found[first, 1:]
-    self._keys = keys
+    self._keys, self._where = keys, found[first, 1:]
     made_for = [s.made_for(epochs) for s in members]
     self.part = latents.prepare(folder, "text", made_from, keys, made_for, self.sizes, shard_bytes)
     self.features = latents.features_of("text", self._channels, made_from["dtype"])
@@ -288,7 +284,8 @@ class TextWork:
     layout, encode = Layout(mesh), encode_ahead(model, params)
 
     def embed(ids, mask):
-      return encode(*batches.to_global([ids, mask], [batches.ROWS] * 2, layout), layout)
+      ids, mask = batches.to_global([ids, mask], [batches.ROWS] * 2, layout)
+      return encode(ids, mask, layout)
 
     return embed
 

@@ -1,6 +1,6 @@
-"""What cached latents and text features are made from, and opening them in place of videos.
+"""The provenance of cached latents and text features, and the cache that a training opens in place of videos.
 
-`data/latents.py` has their keys, shards and reading, `encoding.py` makes them.
+`data/latents.py` has the keys, shards and readers of a cache. `encoding.py` makes it.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ def _plain(values):
 
 
 def _if_there(path):
-  """{"weights": fingerprint} if the weights exist: a training from a cache does not need them."""
+  """{"weights": fingerprint}, {} without a file: a training from a cache does not need the weights."""
   return {"weights": paths.fingerprint(path)} if path and paths.exists(path) else {}
 
 
@@ -39,7 +39,7 @@ def text_identity(config):
 
 
 def open_cache(config, conditioner, data, table):
-  """The `data.latents.Cache` of a stage. Raises ValueError, naming what differs, if it was made from something else.
+  """The `data.latents.Cache` of a stage. Raises ValueError, which names the differences, if it has another provenance.
 
   Args:
     config: of the stage; conditioner: of its denoiser.

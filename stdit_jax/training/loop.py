@@ -6,9 +6,10 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from data.shards import duration
 from stdit_jax.errors import InputError
 from stdit_jax.training.compilation import StagePrograms
-from stdit_jax.training.metrics import Averages, Metrics, Speed, duration, speed_note, stage_note
+from stdit_jax.training.metrics import Averages, Metrics, Speed, speed_note, stage_note
 from stdit_jax.training.nonfinite import MicroStep, NonFinite, TooManyNonFinite
 from stdit_jax.training.preemption import Preempted, Preemption
 from stdit_jax.training.profiling import Profiler

@@ -17,21 +17,13 @@ import numpy as np
 from tensorboardX import SummaryWriter
 
 from data import paths
+from data.shards import duration
 from stdit_jax.parallel.topology import peak_tflops
 
 MAX_DATA_SHARE = 0.02  # of the step time; above it the console gives advice
 UPLOAD_SECONDS = 60.0  # between uploads to a bucket, which stores whole files only
 _USUAL = {"nonfinite": 0, "stepped": 1}  # values that the console does not show
 SHARE = "/share"  # ending of the share of samples that count for the value of the same name
-
-
-def duration(seconds: float) -> str:
-  """A duration such as '3 s', '12:05' or '3:12:05'."""
-  seconds = int(seconds)
-  if seconds < 60:
-    return f"{seconds} s"
-  hours, minutes, seconds = seconds // 3600, seconds // 60 % 60, seconds % 60
-  return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 class Averages:

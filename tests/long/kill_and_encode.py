@@ -57,7 +57,7 @@ def main():
     kills.wait_for(process, lambda goal=goal: len(shards(killed)) >= min(goal, len(want) - 1))
     time.sleep(rng.uniform(0, 0.2) if goal > before else rng.uniform(0, took / 3))
     kills.kill(process)
-    there, half = records(killed), len(list(killed.glob("*/part-*/.*.tmp")))
+    there, half = records(killed), len(list(killed.glob("*/part-*/.*.tmp*")))
     assert all(want[name] == found for name, found in there.items())
     print(f"kill {moment + 1}: {before} -> {len(there)} shards" + f", {half} half written" * bool(half), flush=True)
     before = len(there)

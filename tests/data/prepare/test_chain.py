@@ -217,8 +217,8 @@ def test_two_steps_with_one_title_count_their_own_failures(tmp_path, capsys):
   chained = chain.Chain(str(tmp_path / "out"), made, workers=1)
   chained.run()
   printed = capsys.readouterr().out
-  assert "one: 3 rows, 1 failed, 1 of them are tried again" in printed
-  assert "two: 3 rows, 2 failed, 2 of them are tried again" in printed
+  for line in ("one: 3 rows, .*1 failed, 1 of them are tried again", "two: 3 rows, .*2 failed, 2 of them are tried again"):
+    assert re.search(line, printed)
   assert [chained.counts(name).retry for name in made] == [0, 1, 2]
   assert table(tmp_path / "out", "two")["error"].to_list() == ["fussy: not now"] * 3
 
@@ -335,8 +335,12 @@ def test_wrong_inputs_of_commands_are_refused(videos, tmp_path, capsys):
 def test_a_mistyped_flag_or_command_is_one_line(tmp_path, capsys, monkeypatch, command):
   monkeypatch.chdir(tmp_path)
   (tmp_path / "c.py").write_text("def get_config():\n  return dict(output='o', steps=('collect',))\n")
-  assert main.main(command) == 2
+  try:
+    code = main.main(command)
+  except SystemExit as stop:  # of argparse
+    code = stop.code
   error = capsys.readouterr().err
+  assert code == 2
   assert command[-1] in error
   assert error.startswith("error: ")
   assert error.count("\n") == 1

@@ -184,7 +184,7 @@ def test_check_finds_clips_that_the_loader_can_not_read(table, tmp_path, capsys)
   [
     ("nothing.parquet", "training.py", "does not exist"),
     ("fine.parquet", "nothing.py", "no such file"),
-    ("fine.parquet", "t.parquet", "is no Python file"),
+    ("fine.parquet", "t.parquet", "cannot contain null bytes"),
   ],
 )
 def test_errors_are_one_line(table, capsys, table_name, config, message):

@@ -60,7 +60,7 @@ def test_workers_survive_every_failure(tmp_path):
   assert reasons[1] == "bad file"
   assert reasons[3].startswith("took longer than")
   assert reasons[4].startswith("needs more memory")
-  assert reasons[5].startswith("the decoder died of it (SIGSEGV)")
+  assert reasons[5].startswith("the decoder crashed (SIGSEGV)")
   assert reasons[6].startswith("killed")
   assert reasons[8] == "RuntimeError: what is this"
   retried = [r.retry for r in results if isinstance(r, workers.Failure)]
