@@ -205,7 +205,7 @@ def test_damage_in_the_middle_is_found(tmp_path):
 
 
 def test_crop_outside_and_unknown_resize(plain):
-  with pytest.raises(video.BadVideo, match="leaves the picture of 64 x 48"):
+  with pytest.raises(video.BadVideo, match="leaves the frame of 64 x 48"):
     video.read_frames(plain, [0], crop=(60, 0, 10, 10))
   with pytest.raises(ValueError, match="resize 'nearest' is none of area, original"):
     video.read_frames(plain, [0], resize="nearest")
