@@ -186,10 +186,9 @@ class Table:
     """{reason: the first row that is unusable for this reason, as text}."""
     examples = {}
     for file, part in zip(self._files, self.parts):
-      codes = file["problem"].to_numpy()
-      for code in np.unique(codes[codes > 0]):
-        first = int(np.argmax(codes == code))
-        examples.setdefault(PROBLEMS[code], f"{part.source} row {first + 1} ({file['path'][first].as_py()})")
+      for code, first in zip(*np.unique(file["problem"].to_numpy(), return_index=True)):
+        if code:
+          examples.setdefault(PROBLEMS[code], f"{part.source} row {first + 1} ({file['path'][int(first)].as_py()})")
     return examples
 
 
