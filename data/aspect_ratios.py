@@ -75,20 +75,6 @@ def get_num_frames(name: int | str) -> int:
   raise ValueError(f"{name!r} is no clip length: give a number of frames or one of {', '.join(DURATIONS)}")
 
 
-def sizes_for_pixels(pixels: int, compat: str = "1.2") -> dict[str, tuple[int, int]]:
-  """Even sizes {key: (height, width)} of about `pixels` pixels for all named ratios (`get_aspect_ratios_dict`).
-
-  Open-Sora 1.2 names its last ratio 50:27 (1.85), although its tables mean 25:12 (2.08). compat="1.1" gives the sizes of 1.1.
-  """
-  table: dict[str, tuple[int, int]] = {}
-  renamed: dict[str, str] = {"27:50": "20:37", "50:27": "25:12"} if compat == "1.1" else {}
-  for name in RATIO_NAMES:
-    h, w = map(int, renamed.get(name, name).split(":"))
-    height = 2 * round(math.sqrt(pixels * h / w) / 2)
-    table[f"{h / w:.2f}"] = (height, 2 * round(height * w / h / 2))
-  return table
-
-
 def max_tokens(resolution: str, spatial_factor: int = 8, patch: tuple[int, int] = (2, 2)) -> int:
   """Largest number of tokens per frame over the ratios of a resolution.
 

@@ -59,11 +59,9 @@ def parse_buckets(rows: Iterable | Mapping) -> tuple[Bucket, ...]:
   buckets = [_parse_row(row) for row in rows]
   if not buckets:
     raise ValueError("the bucket table is empty: give rows such as ('144p', 51, 1.0, 6)")
-  seen = set()
-  for b in buckets:
-    if (b.resolution, b.num_frames) in seen:
-      raise ValueError(f"bucket {b.name} stands twice in the bucket table. Remove one row.")
-    seen.add((b.resolution, b.num_frames))
+  names = [b.name for b in buckets]
+  if twice := [name for name in names if names.count(name) > 1]:
+    raise ValueError(f"bucket {twice[0]} stands twice in the bucket table. Remove one row.")
   # Two stable sorts: resolutions of equal pixels (2880, 4k) keep the order of the table, as in Open-Sora.
   names = sorted(dict.fromkeys(b.resolution for b in buckets), key=lambda n: -aspect_ratios.NUM_PIXELS[n])
   return tuple(sorted(buckets, key=lambda b: (names.index(b.resolution), -b.num_frames)))

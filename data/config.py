@@ -11,6 +11,9 @@ from data.buckets import Bucket
 CAPTION_RULES = ("required", "optional")
 FPS_RULES = ("exact", "1.2", "1.1")
 SCORES = ("aes", "flow", "cmotion")
+# The smallest allowed value of each key that is a whole number.
+_LEAST = {"seed": 0, "workers": 0, "windows_per_row": 0, "reference_devices": 1, "frame_interval": 1, "max_caption_length": 1,
+          "read_ahead": 1, "rows_per_bucket": 1, "num_classes": 1}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,13 +91,12 @@ class DataConfig:
     """Raises ValueError if a value is wrong. The error is one line: the key, the value, what is allowed."""
     self.table_weights()
     self.parsed_buckets()
-    for key in ("reference_devices", "frame_interval", "max_caption_length"):
-      _check_whole(key, getattr(self, key), 1)
-    for key in ("seed", "workers", "windows_per_row"):
-      _check_whole(key, getattr(self, key), 0)
-    for key in ("read_ahead", "rows_per_bucket", "num_classes"):
-      if getattr(self, key) is not None:
-        _check_whole(key, getattr(self, key), 1)
+    for key, least in _LEAST.items():
+      value = getattr(self, key)
+      if value is None and key in ("read_ahead", "rows_per_bucket", "num_classes"):
+        continue
+      if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"data.{key} = {value!r} is no whole number from {least} up")
     for key, allowed in (("resize", video.RESIZE_MODES), ("captions", CAPTION_RULES), ("fps_rule", FPS_RULES)):
       if getattr(self, key) not in allowed:
         raise ValueError(f"data.{key} = {getattr(self, key)!r} is none of {', '.join(map(repr, allowed))}")
@@ -144,8 +146,3 @@ def plain(value: Any) -> Any:
 
 def _is_number(value):
   return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _check_whole(key, value, low):
-  if isinstance(value, bool) or not isinstance(value, int) or value < low:
-    raise ValueError(f"data.{key} = {value!r} is no whole number from {low} up")

@@ -292,6 +292,7 @@ class Cache:
     self._rounds = max((m["epochs"] for m in made_for), default=0)
     changes = [plan.changed_keys(m["plan"], identity) for m in made_for if m["plan"] != identity]
     self._changes = min(changes, key=len, default=[])
+    self._captions_change = text is not None and table.captions_change(config.scores)
 
   def source(self, epoch, plan_of):
     """The epoch whose plan an epoch follows: its own, or a cached epoch if the cache lacks its clips.
@@ -327,10 +328,6 @@ class Cache:
   def other_captions(self, epoch):
     """Whether rows of an epoch may keep the caption of an earlier epoch, since the cache may lack the epoch's captions."""
     return epoch >= self.epochs and self._captions_change
-
-  @functools.cached_property
-  def _captions_change(self):
-    return self.text is not None and self.table.captions_change(self.config.scores)
 
   def clip(self, epoch, slot_row, row, bucket, ratio):
     """Reads {latents_mean, latents_std, rate, error} of a row in a bucket. `latents_std` is None if only means were stored."""

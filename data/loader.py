@@ -161,6 +161,7 @@ class Loader(contextlib.AbstractContextManager, Iterator[LoadedStep]):
 
   Attributes:
     state: the next global micro step.
+    bad_rows: {path: reason} of the files that cannot be decoded.
   """
 
   def __init__(self, sequence, shares, start, skip, condition, epochs):
@@ -171,9 +172,10 @@ class Loader(contextlib.AbstractContextManager, Iterator[LoadedStep]):
     self.rows_per_step = [
       (b.batch_size or 0) // count * len(parts) for b, (parts, count) in zip(config.parsed_buckets(), shares)
     ]
-    usable = sequence.report(0)
-    usable = usable.rows - sum(n for reason, n in usable.dropped.items() if reason in sources.PROBLEMS)
-    self._bad_rows = BadRows(config.max_bad_rows, min(usable, table.num_rows))
+    report = sequence.report(0)
+    usable = report.rows - sum(n for reason, n in report.dropped.items() if reason in sources.PROBLEMS)
+    self._limit = BadRows(config.max_bad_rows, min(usable, table.num_rows))
+    self.bad_rows = self._limit.found
     epoch, step = sequence.locate(start)
     first = 0
     if step and (epochs is None or epoch < epochs):
@@ -181,15 +183,6 @@ class Loader(contextlib.AbstractContextManager, Iterator[LoadedStep]):
     self._prepare(epoch + 1)
     source = RowSource(sequence, shares, self.rows_per_step, epoch, first, epochs)
     self._rows = _read_ahead(source, RowDecoder(config, table, condition, sequence.cache), config, self.rows_per_step)
-
-  @property
-  def bad_rows(self) -> dict[str, str]:
-    """{path: why the file cannot be decoded}."""
-    return self._bad_rows.found
-
-  @property
-  def report(self) -> plan.BucketReport:
-    return self.plans.report(0)
 
   def __next__(self) -> LoadedStep:
     while self.state in self.skip:
@@ -212,7 +205,7 @@ class Loader(contextlib.AbstractContextManager, Iterator[LoadedStep]):
       sample = Sample(**{"pixels": None, **element, "sample_id": tuple(element["sample_id"].tolist())})
       # Finds batches of mixed buckets.
       assert (sample.sample_id[0], sample.num_frames) == (epoch, bucket.num_frames), (sample.sample_id, epoch, index)
-      self._bad_rows.add(sample.path, sample.error)
+      self._limit.add(sample.path, sample.error)
       samples.append(sample)
     loaded = LoadedStep((bucket.resolution, bucket.num_frames), self.state, epoch, bucket.batch_size, samples)
     self.state += 1

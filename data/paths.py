@@ -160,25 +160,18 @@ def _below(folder, unread):
     for name in sorted(found, key=lambda name: name.split("/")):
       yield f"gs://{name}", (found[name]["size"], found[name].get("generation"))
     return
-  waiting = _entries(folder, unread)
-  while waiting:
-    entry = waiting.pop()
-    if entry.is_dir(follow_symlinks=False):
-      waiting += _entries(entry.path, unread)
-    elif entry.is_file():
-      yield entry.path, None
-
-
-def _entries(folder, unread):
-  """Entries of a folder, in reverse order. The list is empty if the folder cannot be read."""
   try:
-    with os.scandir(folder) as found:
-      return sorted(found, key=lambda entry: entry.name, reverse=True)
+    entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
   except PermissionError:
     unread(str(folder))
-  except FileNotFoundError:
-    pass  # another process deleted it
-  return []
+    return
+  except FileNotFoundError:  # another process deleted it
+    return
+  for entry in entries:
+    if entry.is_dir(follow_symlinks=False):
+      yield from _below(entry.path, unread)
+    elif entry.is_file():
+      yield entry.path, None
 
 
 def open_file(path: Path) -> IO[bytes]:

@@ -102,14 +102,13 @@ class BucketReport:
       rest = f"{-b['incomplete']:+,}" if b["incomplete"] else "0"
       lines.append(f"{b['name']:>12} {b['rows']:>10,} {batch:>6} {b['steps']:>8,} {b['refused']:>10,} {rest:>10}")
     used = sum(b["rows"] for b in self.buckets)
-    lines.append(
-      f"{self.rows:,} rows: {used:,} in buckets, {self.steps:,} steps" + (f"; {self.losses()}" if self.losses() else "")
-    )
+    total = f"{self.rows:,} rows: {used:,} in buckets, {self.steps:,} steps"
+    lines.append(f"{total}; {self.losses()}" if self.dropped else total)
     lines += [f"  {reason}: first {example}" for reason, example in self.examples.items()]
     return "\n".join(lines)
 
   def losses(self) -> str:
-    """The dropped rows in one line."""
+    """The numbers of dropped rows in one line."""
     return "dropped: " + ", ".join(f"{n:,} {reason}" for reason, n in self.dropped.items()) if self.dropped else ""
 
 
@@ -266,18 +265,11 @@ class PlanSequence:
     self.description = describe(config, table)
     self.digest = digest(self.description)
     self.folder = os.path.join(folder, f"plan-{self.digest[:16]}")
-    self._reset()
-
-  def _reset(self):
     self.lock = threading.RLock()
     self._plans, self._starts, self._threads, self._sources = {}, [0], {}, {}
 
-  def __getstate__(self):
-    return {k: v for k, v in self.__dict__.items() if not k.startswith("_") and k != "lock"}
-
-  def __setstate__(self, state):
-    self.__dict__.update(state)
-    self._reset()
+  def __reduce__(self):  # an unpickled sequence opens its own files
+    return PlanSequence, (self.table, self.config, os.path.dirname(self.folder), self.cache)
 
   def _path(self, epoch, suffix):
     return os.path.join(self.folder, f"epoch-{epoch:04d}{suffix}")

@@ -117,7 +117,7 @@ def scene(address: str) -> Scene:
     objects = tuple(
       _object(rng, split, frames, (width / min(height, width), height / min(height, width)), size) for _ in range(count)
     )
-    if count == 1 or (objects[0].color != objects[1].color and _apart(*objects, frames)):
+    if count == 1 or (objects[0].color != objects[1].color and _apart(objects[0], objects[1], frames)):
       break
   return Scene(objects, list(GROUNDS)[rng.integers(len(GROUNDS))], bool(rng.random() < 0.5), height, width, frames)
 

@@ -224,22 +224,19 @@ def _fingerprint(source, config):
 
 def _build(source, arrow, config):
   """Reads a table in batches of rows and writes the Arrow file."""
+  needed = [c for c in NEEDED if c != "text" or config.captions == "required"]
+  needed += ["label"] * (config.num_classes is not None)
   rows = 0
   try:
     with paths.whole(arrow) as temporary:
       with pa.OSFile(temporary, "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
-        for batch in read_table(source, needed=_needed(config)):
+        for batch in read_table(source, needed):
           writer.write_batch(_normalised(batch, config))
           rows += batch.num_rows
       if not rows:
         raise ValueError(f"table {source} has no rows. Add rows, or remove it from data.tables.")
   except pa.ArrowException as e:
     raise ValueError(f"table {source} cannot be read: {str(e).splitlines()[0]}") from None
-
-
-def _needed(config):
-  columns = [c for c in NEEDED if c != "text" or config.captions == "required"]
-  return columns + ["label"] * (config.num_classes is not None)
 
 
 def read_table(source: str, needed: Sequence[str] = NEEDED) -> Iterator[pa.RecordBatch]:

@@ -209,7 +209,7 @@ def test_labels_and_conditions_pass_through_worker_processes(tmp_path, suffix):
   config = dataclasses.replace(config, num_classes=3)
   with loader.make_loader(config, str(tmp_path / "cache"), condition=condition, epochs=1) as steps:
     (step,) = steps
-    assert steps.report.dropped == {"label missing or outside 0 to N - 1": 2}
+    assert steps.plans.report(0).dropped == {"label missing or outside 0 to N - 1": 2}
   assert sorted((s.row, s.label, s.weight) for s in step.samples) == [*((i, i % 3, 1.0) for i in range(6)), (6, 2, 0.0)]
   for s in step.samples:
     np.testing.assert_equal(s.cond, condition("", s.label))
