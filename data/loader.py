@@ -156,7 +156,7 @@ def check_files(table: sources.Table, slot_rows: Iterable[int]) -> None:
     )
 
 
-class Loader(contextlib.AbstractContextManager, Iterator[LoadedStep]):
+class Loader(contextlib.AbstractContextManager["Loader"], Iterator[LoadedStep]):
   """Iterator of `LoadedStep`. Close the loader, or use it in a `with` block.
 
   Attributes:
@@ -318,9 +318,6 @@ class RowSource:
 
   def __len__(self):
     return _ENDLESS
-
-  def __repr__(self):
-    return f"RowSource(shares={self.shares})"
 
   def _ends_of(self, epoch):
     if self._ends[0] != epoch:
