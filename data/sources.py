@@ -1,4 +1,4 @@
-"""Metadata tables (parquet, csv, jsonl) -> memory-mapped Arrow files, which every worker opens by path.
+"""Turns metadata tables (parquet, csv, jsonl) into memory-mapped Arrow files, which every worker opens by path.
 
 Needed columns, as in Open-Sora: `path`, `text`, `num_frames`, `height`, `width`. Optional columns:
 
@@ -160,7 +160,7 @@ class Table:
     return out
 
   def locate(self, slot_row: int) -> tuple[int, int]:
-    """(number of the table, row in it) of a slot row."""
+    """Returns (number of the table, row of the table) for a slot row."""
     part = int(np.searchsorted(self._bases, slot_row, "right")) - 1
     return part, int(slot_row - self._bases[part]) % self._files[part].num_rows
 
@@ -183,7 +183,7 @@ class Table:
     )
 
   def problem_examples(self) -> dict[str, str]:
-    """{reason: the first row that is unusable for this reason, as text}."""
+    """Returns {reason: the first row that is unusable for this reason, as text}."""
     examples = {}
     for file, part in zip(self._files, self.parts):
       for code, first in zip(*np.unique(file["problem"].to_numpy(), return_index=True)):
@@ -342,7 +342,7 @@ def _number(value):
 
 
 def _strings(column):
-  """A text column. Cells that are empty or not UTF-8 become null."""
+  """Converts a column to text. Cells that are empty or not UTF-8 become null."""
   return _without_blanks(_decoded(column))
 
 
@@ -351,7 +351,7 @@ def _without_blanks(text):
 
 
 def _decoded(column):
-  """A text column. Cells that are not UTF-8 become null."""
+  """Converts a column to text. Cells that are not UTF-8 become null."""
   try:
     text = column.cast(pa.string())
     text.validate(full=True)
@@ -381,7 +381,7 @@ def range_of(row: dict, info: video.VideoInfo) -> tuple[int, int]:
 
 
 def _frame_range(start, end, frames):
-  """(first frame, number of frames, bool: the range does not fit num_frames), arrays."""
+  """Returns arrays: first frame, number of frames, and whether the range does not fit num_frames."""
   with np.errstate(invalid="ignore"):
     begin = np.where(np.isnan(start), 0, start)
     # `num_frames` of a row with a range is that of the file or that of the range.
@@ -393,7 +393,7 @@ def _frame_range(start, end, frames):
 
 
 def _crops(column, height, width):
-  """(list<int32> or null, height and width after the crop, bool: the crop is unusable)."""
+  """Returns the crops (list<int32> or null), height and width after the crop, and whether the crop is unusable."""
   if column.null_count == len(column):  # the usual case, and the loop is slow
     return pa.nulls(len(column), pa.list_(pa.int32())), height, width, np.zeros(len(column), bool)
   crops: list[list[int] | None] = [None] * len(column)
@@ -416,13 +416,16 @@ def _crops(column, height, width):
 
 
 def _captions(columns, n):
-  """(list<string>: captions that are not empty, bool: not UTF-8, number of captions, length of the longest)."""
+  """Returns the captions that are not empty (list<string>).
+
+  Further arrays: whether a caption is not UTF-8, the number of captions, and the length of the longest caption.
+  """
   names = sorted((k for k in columns if re.fullmatch(r"text(_\d+)?", k)), key=lambda k: int(k[5:] or 1))
   texts, rows, not_utf8 = [pa.array([], pa.string())], [np.zeros(0, np.int64)], np.zeros(n, bool)
   for column in map(columns.get, names):
     row = np.arange(n)
     if pa.types.is_nested(column.type):  # lists of captions
-      row, column = pc.list_parent_indices(column).to_numpy(), pc.list_flatten(column)
+      row, column = np.repeat(row, pc.fill_null(pc.list_value_length(column), 0)), pc.list_flatten(column)
     text = pc.utf8_trim_whitespace(_decoded(column))
     not_utf8[row[np.asarray(text.is_null()) & np.asarray(column.is_valid())]] = True
     filled = pc.fill_null(pc.not_equal(text, ""), False)

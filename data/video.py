@@ -303,7 +303,7 @@ def _read_run(path, times, wanted, fit):
     return np.zeros((0, 1, 1, 3), np.uint8)
   wanted = wanted.tolist()
   # A seek may miss frames (an open group of pictures, a wrong index). An earlier start finds them.
-  begins = [0] if times is None else [max(0, wanted[0] - _SEEK_GAP * back) for back in (0, 1)] + [0]
+  begins = [0] if times is None else [wanted[0], max(0, wanted[0] - _SEEK_GAP), 0]
   found = {}
   for begin in dict.fromkeys(begins):
     found = _decode_range(path, times, begin, set(wanted), fit)
