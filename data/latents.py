@@ -235,7 +235,7 @@ def _reader(path):
 
 
 class Encoded:
-  """One set of latents or embeddings, in parts. Picklable: workers open the files by path."""
+  """The latents or embeddings of one provenance, in parts. Picklable: workers open the files by path."""
 
   def __init__(self, folder):
     self.folder = folder
@@ -378,7 +378,7 @@ def prepare(folder, kind, made_from, keys, made_for, size_of_records, shard_byte
       return part
   if not len(wanted):
     if same.parts:
-      _record(same.parts[-1], made_for)
+      _add_plans(same.parts[-1], made_for)
     return None
   starts = _starts(size_of_records(wanted), shard_bytes)
   part = paths.join(same.folder, f"part-{max(same.part_numbers(), default=-1) + 1}")
@@ -409,8 +409,8 @@ def _starts(sizes, shard_bytes):
   return [*np.flatnonzero(np.diff(shard, prepend=-1)).tolist(), len(sizes)]
 
 
-def _record(part, made_for):
-  """Adds further plans to the record of a part that already holds their clips."""
+def _add_plans(part, made_for):
+  """Records that a part holds the clips of further plans."""
   if new := [m for m in made_for if m not in part.made_for]:
     values = {"starts": part.starts.tolist(), "made_for": part.made_for + new}
     paths.write_text(paths.join(part.folder, _PART), json.dumps(values))

@@ -235,7 +235,7 @@ class Plan:
     return [self._buckets[i] for i in dict.fromkeys(ahead)]
 
   def slots(self, step: int) -> tuple[int, int]:
-    """(first slot, end) of a step."""
+    """Returns (first slot, end) of a step."""
     return int(self._begin[step]), int(self._begin[step + 1])
 
   def slot(self, slot: int) -> tuple[int, str, Bucket, int]:
@@ -245,7 +245,7 @@ class Plan:
     return value // _RATIOS, list(aspect_ratios.SIZES[bucket.resolution])[value % _RATIOS], bucket, step
 
   def all_slots(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(bucket index, slot row, index of the aspect ratio) of all slots, int64 [slots] each."""
+    """Returns bucket index, slot row and index of the aspect ratio of all slots, int64 [slots] each."""
     return np.repeat(self._bucket, np.diff(self._begin)), self._slots // _RATIOS, self._slots % _RATIOS
 
   def rows(self, step: int) -> np.ndarray:
@@ -290,9 +290,8 @@ class PlanSequence:
   def _plan(self, epoch):
     with self.lock:
       if epoch not in self._plans:
-        thread = self._threads.pop(epoch, None)
-        if thread:
-          thread.join()
+        if epoch in self._threads:
+          self._threads.pop(epoch).join()
         while epoch not in self._plans:  # another process may delete the file at any time, see below
           try:
             self._plans[epoch] = Plan(self._path(epoch, ".npy"), self.config.parsed_buckets())
@@ -328,7 +327,7 @@ class PlanSequence:
       return self._starts[epoch]
 
   def locate(self, step: int) -> tuple[int, int]:
-    """(epoch, step in it) of a global micro step."""
+    """Returns (epoch, step of the epoch) for a global micro step."""
     epoch = max(0, int(np.searchsorted(self._starts, step, "right")) - 1)
     while self.first_step(epoch + 1) <= step:
       epoch += 1
