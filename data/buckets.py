@@ -2,11 +2,13 @@
 
 The rules are those of Open-Sora 1.2 (`Bucket.get_bucket_id`), which contain those of 1.1:
 
-* Resolutions are tried from most to fewest pixels. A row skips a resolution if height * width < 0.8 * its pixels.
-* Within a resolution the row takes the longest length f with num_frames > f * frame_interval. A length with a duration
-  probability counts only if a first random draw is not above it. Images (num_frames 1) fit 1-frame buckets only.
-* The row stays if a second draw is below the keep probability. Otherwise it goes on to the next smaller resolution, not to a
-  shorter length.
+* A row tries the resolutions from most to fewest pixels. It skips a resolution if height * width < 0.8 * (pixels of the
+  resolution).
+* Within a resolution the row takes the longest length f with num_frames > f * frame_interval. If the length has a duration
+  probability, it counts only if a first random draw is not above this probability. Images (num_frames 1) fit only buckets of 1
+  frame.
+* The row stays if a second draw is below the keep probability. Otherwise it tries the next smaller resolution, not a shorter
+  length.
 """
 
 import dataclasses
@@ -18,20 +20,21 @@ from data import aspect_ratios
 
 # The smallest share of a resolution's pixels that a frame may have.
 PIXEL_TOLERANCE = 0.8
-# Codes of `assign`: why a row has no bucket.
+# Codes of `assign`: the reason why a row has no bucket.
 FITS, TOO_SMALL, TOO_SHORT, NOT_KEPT = 0, 1, 2, 3
 REASONS = ("", "too small", "too short", "keep probability")
-_CHUNK = 1 << 16  # rows per pass, which bounds the memory of the draws; the result does not depend on it
+_CHUNK = 1 << 16  # rows per pass; bounds the memory of the draws and does not change the result
 
 
 @dataclasses.dataclass(frozen=True)
 class Bucket:
   """One row of a bucket table: clips of `num_frames` frames (1 = images) at a resolution name.
 
-  keep_prob: probability that a fitting row stays.
-  batch_size: global number of samples per micro step. It is None only with keep_prob 0: such a bucket sends all clips that are
-    long enough for it to smaller resolutions.
-  duration_prob: probability that this length counts at all; None = 1.
+  Attributes:
+    keep_prob: probability that a fitting row stays.
+    batch_size: global number of samples per micro step. None is allowed only if keep_prob is 0. Such a bucket sends all clips
+      that are long enough for it to smaller resolutions.
+    duration_prob: probability that this length counts at all; None = 1.
   """
 
   resolution: str
@@ -46,22 +49,20 @@ class Bucket:
 
 
 def parse_buckets(rows: Iterable | Mapping) -> tuple[Bucket, ...]:
-  """The buckets of a table in the order of search: most pixels first, then most frames.
+  """Parses a bucket table. Returns its buckets in the order of search: most pixels first, then most frames.
 
-  Rows are `(resolution, num_frames, keep_prob | (keep_prob, duration_prob), batch_size)`. The nested form of the original,
-  `{resolution: {num_frames: (keep_prob, batch_size)}}`, is allowed, too. Raises ValueError, one line, for an error.
+  Rows are `(resolution, num_frames, keep_prob | (keep_prob, duration_prob), batch_size)`. The nested form of Open-Sora,
+  `{resolution: {num_frames: (keep_prob, batch_size)}}`, is allowed, too. Raises ValueError, one line, for a wrong table.
   """
   if isinstance(rows, Mapping):
     rows = [(name, frames, *entry) for name, lengths in rows.items() for frames, entry in lengths.items()]
   buckets = [_parse_row(row) for row in rows]
   if not buckets:
     raise ValueError("the bucket table is empty: give rows such as ('144p', 51, 1.0, 6)")
-  seen = set()
-  for b in buckets:
-    if (b.resolution, b.num_frames) in seen:
-      raise ValueError(f"bucket {b.name} stands twice in the bucket table. Remove one row.")
-    seen.add((b.resolution, b.num_frames))
-  # Two stable sorts: resolutions of equal pixels (2880, 4k) keep the order of the table, as in the original.
+  names = [b.name for b in buckets]
+  if twice := [name for name in names if names.count(name) > 1]:
+    raise ValueError(f"bucket {twice[0]} stands twice in the bucket table. Remove one row.")
+  # Two stable sorts: resolutions of equal pixels (2880, 4k) keep the order of the table, as in Open-Sora.
   names = sorted(dict.fromkeys(b.resolution for b in buckets), key=lambda n: -aspect_ratios.NUM_PIXELS[n])
   return tuple(sorted(buckets, key=lambda b: (names.index(b.resolution), -b.num_frames)))
 
@@ -89,40 +90,42 @@ def _parse_row(row):
       raise ValueError(f"{name}: batch_size None is allowed with keep probability 0 only")
   elif isinstance(batch, bool) or not isinstance(batch, (int, np.integer)) or batch < 1:
     raise ValueError(f"{name}: batch_size {batch!r} is no positive whole number")
-  return Bucket(resolution, frames, float(keep), batch, None if duration is None else float(duration))
+  batch, duration = None if batch is None else int(batch), None if duration is None else float(duration)
+  return Bucket(resolution, frames, float(keep), batch, duration)
 
 
 def assign(
   num_frames: np.ndarray, height: np.ndarray, width: np.ndarray, seed: Sequence[int], buckets: Sequence[Bucket], interval: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-  """Bucket of every row.
+  """Chooses the bucket of every row.
 
   Args:
     num_frames, height, width: integers [N], sizes of the source clips (1 frame = image).
-    seed: of the random draws, whole numbers.
-    buckets: what `parse_buckets` returned.
+    seed: whole numbers, the seed of the random draws.
+    buckets: the result of `parse_buckets`.
     interval: source frames per frame used.
 
   Returns:
     bucket int16 [N]: index into `buckets`, -1 = none.
     ratio int8 [N]: index into the resolution's aspect ratios, -1 = none.
-    reason int8 [N]: FITS, or why the row has no bucket (TOO_SMALL, TOO_SHORT, NOT_KEPT).
-    refused int64 [len(buckets)]: rows that fitted a bucket, but its keep probability sent them on.
+    reason int8 [N]: FITS, or the reason why the row has no bucket (TOO_SMALL, TOO_SHORT, NOT_KEPT).
+    refused int64 [len(buckets)]: number of rows that fit a bucket, but its keep probability sent them on.
   """
   rng = np.random.default_rng(seed)
   parts = []
   for begin in range(0, len(num_frames), _CHUNK):
     sizes = [np.asarray(a[begin : begin + _CHUNK], np.int64) for a in (num_frames, height, width)]
     draws = rng.random((len(sizes[0]), len(buckets), 2), np.float32)
-    parts.append(choose(*sizes, draws, buckets, interval))
-  *rows, refused = zip(*parts)
-  return *map(np.concatenate, rows), np.sum(refused, 0)
+    parts.append(choose(*sizes, draws=draws, buckets=buckets, interval=interval))
+  bucket, ratio, reason, refused = zip(*parts)
+  return np.concatenate(bucket), np.concatenate(ratio), np.concatenate(reason), np.sum(refused, 0)
 
 
 def choose(frames, height, width, draws, buckets, interval):
-  """The rules of `assign` for given random numbers.
+  """Applies the rules of `assign` to given random numbers.
 
-  draws: uniform in [0, 1), [N, buckets, 2]: for the duration and for the keep probability of each row in each bucket.
+  `draws` are uniform in [0, 1), [N, buckets, 2]. The first draw of a row in a bucket is compared with the duration probability,
+  the second with the keep probability.
   """
   n = len(frames)
   pixels, image = height * width, frames == 1

@@ -1,19 +1,17 @@
 """Captions: cleaning, score suffixes, tokens.
 
-Cleaning repeats that of Open-Sora 1.1 and 1.2 (`text_preprocessing`, from DeepFloyd IF and PixArt), pattern by pattern. Every
-prompt is cleaned twice at inference. Training captions are *not* cleaned, as in the original, whose data tool can clean the
-table before the training.
+`clean_caption` repeats the cleaning of Open-Sora 1.1 and 1.2 (`text_preprocessing`, from DeepFloyd IF and PixArt), pattern by
+pattern. At inference every prompt is cleaned twice. The training does not clean captions, as in Open-Sora, whose data tool can
+clean the table before the training.
 """
 
 import functools
 import html
-import math
 import os
 import pathlib
 import re
 import urllib.parse
 import warnings
-from typing import Any
 
 import bs4
 import ftfy
@@ -92,7 +90,7 @@ def basic_clean(text: str) -> str:
 
 
 def clean_once(text: str) -> str:
-  """One pass of the original's `clean_caption`: lower case, without addresses, markup, ids and advertising."""
+  """Runs one pass of Open-Sora's `clean_caption`: lower case, without addresses, markup, ids and advertising."""
   text = _apply(_BEFORE_HTML, urllib.parse.unquote_plus(str(text)).strip().lower())
   text = _apply(_AFTER_HTML, bs4.BeautifulSoup(text, features="html.parser").text)
   if len(re.findall("[-_]", text)) > 3:  # words-joined-by-dashes are a sentence
@@ -101,7 +99,7 @@ def clean_once(text: str) -> str:
 
 
 def clean_caption(text: str, clean: bool = True) -> str:
-  """A prompt as the models see it: two passes of `clean_once`. clean=False only lower-cases and strips."""
+  """Cleans a prompt with two passes of `clean_once`. clean=False only lower-cases and strips it."""
   return clean_once(clean_once(text)) if clean else text.lower().strip()
 
 
@@ -110,35 +108,29 @@ def clean_caption(text: str, clean: bool = True) -> str:
 _CAMERA_MOTIONS = ("pan left", "pan right", "tilt up", "tilt down", "zoom in", "zoom out", "static")
 
 
-def _present(value):
-  return value is not None and not (isinstance(value, (float, np.floating)) and math.isnan(value))
-
-
 def add_scores(text: str, scores: dict, rng: np.random.Generator, drop_probability: float = 0.2) -> str:
-  """A training caption with its scores, as the data tool of Open-Sora 1.2 writes them.
+  """Appends scores to a training caption, as the data tool of Open-Sora 1.2 does.
 
-  `{text} Camera motion: pan left. [aesthetic score: 5.3, motion score: 2.0]`. Each of the two scores is dropped with
-  `drop_probability`, the camera motion never. Other camera classes ("pan_left+zoom_in", "Undetermined") are omitted; the
-  original refuses them.
+  The result is `{text} Camera motion: pan left. [aesthetic score: 5.3, motion score: 2.0]`. The function drops each of the two
+  scores with `drop_probability`, and never drops the camera motion. It omits other camera classes ("pan_left+zoom_in",
+  "Undetermined"), which Open-Sora refuses.
 
   Args:
-    scores: columns of the metadata table: {"aes": number, "flow": number, "cmotion": "pan_left"}; None and NaN are missing.
-    rng: makes two draws whatever columns exist, so that a column does not change later draws.
+    scores: columns of the metadata table: {"aes": number, "flow": number, "cmotion": "pan_left"}. Each key may be missing.
+    rng: random generator. The function makes two draws even if columns are missing, so that a column does not change later
+      draws.
   """
-  camera = scores.get("cmotion")
-  camera = camera.replace("_", " ") if isinstance(camera, str) else None
+  camera = scores.get("cmotion", "").replace("_", " ")
   if camera in _CAMERA_MOTIONS:
     text = f"{text} Camera motion: {camera}."
   keep = rng.random(2) >= drop_probability
   columns = (("aes", "aesthetic score"), ("flow", "motion score"))
-  parts = [
-    f"{name}: {scores[column]:.1f}" for (column, name), kept in zip(columns, keep) if kept and _present(scores.get(column))
-  ]
+  parts = [f"{name}: {scores[column]:.1f}" for (column, name), kept in zip(columns, keep) if kept and column in scores]
   return f"{text} [{', '.join(parts)}]" if parts else text
 
 
 def append_scores(prompt: str, aes: float | None = None, flow: float | None = None, camera_motion: str | None = None) -> str:
-  """Appends the wished scores to a prompt (`append_score_to_prompts` of Open-Sora 1.2), unless it names them already.
+  """Appends the wished scores to a prompt, unless the prompt names them already (Open-Sora 1.2, `append_score_to_prompts`).
 
   aes: 4.5 to 6.5. flow: 0 to 100, more is more motion. camera_motion: "pan left", "zoom in", ... Clean the prompt afterwards.
   """
@@ -160,10 +152,10 @@ _NEEDED = f"it needs tokenizer_config.json and one of {', '.join(_PIECES)}"
 
 @functools.cache
 def load_tokenizer(spec):
-  """A Hugging Face tokenizer: "byt5" (bytes, needs no file) or a local folder. It downloads nothing and runs no code of the
-  folder.
+  """Loads a Hugging Face tokenizer: "byt5" (bytes, needs no file) or a local folder.
 
-  Raises ValueError, one line, if the folder is missing or incomplete.
+  The function downloads nothing, and it runs no code of the folder. Raises ValueError, one line, if the folder is missing or
+  incomplete.
   """
   os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # silences the warning that PyTorch is missing
   import transformers  # takes seconds; only programs that tokenize pay for it
@@ -186,20 +178,11 @@ def load_tokenizer(spec):
   return tokenizer
 
 
-def to_text(caption: Any) -> str:
-  """The text of a table's cell. Missing values become "", invalid UTF-8 becomes replacement characters."""
-  if not _present(caption):
-    return ""
-  if isinstance(caption, bytes):
-    return caption.decode("utf-8", "replace")
-  return re.sub("[\ud800-\udfff]", "\ufffd", str(caption))
-
-
 class Tokenize:
-  """caption -> (ids int32 [max_length], mask bool [max_length]), padded, or truncated before the end token.
+  """Turns a caption into (ids int32 [max_length], mask bool [max_length]). Picklable.
 
-  It reads only the first 100 * max_length characters, far more than the tokens can hold. Picklable: a worker loads the
-  tokenizer with its first caption.
+  The result is padded, or truncated before the end token. The class reads only the first 100 * max_length characters, far more
+  than the tokens can hold. A worker loads the tokenizer with its first caption. Invalid Unicode becomes replacement characters.
   """
 
   def __init__(self, spec: str | pathlib.Path, max_length: int):
@@ -209,10 +192,10 @@ class Tokenize:
 
   @property
   def vocab_size(self) -> int:
-    """Ids are below this number. The text encoder's vocab_size must not be smaller."""
+    """All ids are below this number. The text encoder's vocab_size must not be smaller."""
     return len(load_tokenizer(self.spec))
 
-  def __call__(self, caption: Any) -> tuple[np.ndarray, np.ndarray]:
-    text = to_text(caption)[: 100 * self.max_length]
+  def __call__(self, caption: str) -> tuple[np.ndarray, np.ndarray]:
+    text = re.sub("[\ud800-\udfff]", "\ufffd", caption[: 100 * self.max_length])
     tokens = load_tokenizer(self.spec)(text, max_length=self.max_length, padding="max_length", truncation=True)
     return np.asarray(tokens["input_ids"], np.int32), np.asarray(tokens["attention_mask"], bool)

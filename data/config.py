@@ -1,4 +1,4 @@
-"""`DataConfig`: everything that decides what the loader yields, checked before anything runs."""
+"""`DataConfig`: all settings that decide what the loader yields. They are checked before anything runs."""
 
 import dataclasses
 import difflib
@@ -11,39 +11,46 @@ from data.buckets import Bucket
 CAPTION_RULES = ("required", "optional")
 FPS_RULES = ("exact", "1.2", "1.1")
 SCORES = ("aes", "flow", "cmotion")
+# The smallest allowed value of each key that is a whole number.
+_LEAST = {"seed": 0, "workers": 0, "windows_per_row": 0, "reference_devices": 1, "frame_interval": 1, "max_caption_length": 1,
+          "read_ahead": 1, "rows_per_bucket": 1, "num_classes": 1}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-  """Settings of the training data. The first group decides the plan: a run refuses changes (`plan.changed_keys`).
+  """Settings of the training data. The first group decides the plan: a run refuses changes of it (`plan.changed_keys`).
 
-  tables: metadata tables (.parquet, .csv, .jsonl): a path, or a tuple of paths and of (path, weight) pairs. With weight 3
-    every row is three times in an epoch. With 0.25 a new quarter of the rows is in each epoch. 2.5 is two copies and a half.
-  buckets: rows (resolution, num_frames, keep_prob or (keep_prob, duration_prob), batch_size); see `buckets.parse_buckets`.
-  reference_devices: number of devices that `batch_size` is divided over in the table of buckets: the global batch size is
-    batch_size * reference_devices. 1 = batch sizes are global.
-  seed: of bucket draws, shuffling, clip positions and the choice of captions.
-  frame_interval: source frames per frame used (Open-Sora 1.1: 3, 1.2: 1).
-  drop_last: drop the rows that fill no batch at the end of an epoch. False repeats other rows to fill it.
-  captions: "required" skips rows without a caption. "optional" gives them an empty one (autoencoders, labels).
-  max_caption_length: rows with longer captions (characters) are skipped. The tokenizer cuts far shorter ones.
-  rows_per_bucket: a number makes a fixed set for measurements: at most so many of the rows that fit each bucket. The
-    probabilities and the other buckets do not change it; a row may be in several buckets.
+  Attributes:
+    tables: metadata tables (.parquet, .csv, .jsonl): a path, or a tuple of paths and of (path, weight) pairs. With weight 3
+      an epoch contains every row three times. With weight 0.25 an epoch contains a new quarter of the rows. Weight 2.5 means
+      two and a half copies.
+    buckets: rows (resolution, num_frames, keep_prob or (keep_prob, duration_prob), batch_size); see `buckets.parse_buckets`.
+    reference_devices: number of devices for which `batch_size` in the table of buckets is given. The global batch size is
+      batch_size * reference_devices. 1 = batch sizes are global.
+    seed: seed of bucket draws, shuffling, clip positions and the choice of captions.
+    frame_interval: source frames per frame used (Open-Sora 1.1: 3, 1.2: 1).
+    drop_last: True drops the rows that fill no batch at the end of an epoch. False repeats other rows to fill the batch.
+    captions: "required" skips rows without a caption. "optional" gives such rows an empty caption (autoencoders, labels).
+    max_caption_length: the loader skips rows with longer captions (characters). The tokenizer cuts captions at far fewer
+      characters.
+    rows_per_bucket: a number makes a fixed set for measurements: at most this number of the rows that fit each bucket. The
+      set does not depend on the probabilities and on the other buckets. A row may be in several buckets.
 
-  windows_per_row: number of clips (places in time) of a row. They repeat epoch after epoch, so that their latents can be
-    cached. 0 = another place in every epoch, as the original.
-  resize: "area" or "original" (`video.read_frames`).
-  scores: columns of scores to write behind captions ("aesthetic score: 6.5."), as far as the tables have them; () = none.
-  score_drop: probability of leaving out each score.
-  fps_rule: frame rate that the model is told. "exact": file rate / frame_interval. "1.2": the same, rounded down. "1.1": file
-    rate.
-  latents: a folder that `python -m stdit_jax.encode` wrote. The loader reads the same clips, in the same order, as latents
-    (and captions as embeddings, if they were encoded). "" = read videos.
-  workers: decoding processes; 0 = threads of this process.
-  read_ahead: rows to decode in advance; None = two steps of the largest bucket, at most 2 GB.
-  max_bad_rows: files that may fail to decode before the run stops: a number, or (a float) a share of the usable rows.
-  num_classes: every row needs a label from 0 to num_classes - 1; None = labels are not needed. The conditioner of the model
-    sets it; it is no key of a configuration.
+    windows_per_row: number of clips (places in time) of a row. The epochs repeat these clips, so that a cache can hold their
+      latents. 0 = a new place in every epoch, as in Open-Sora.
+    resize: "area" or "original" (`video.read_frames`).
+    scores: names of the score columns that the loader writes behind captions ("aesthetic score: 6.5."), if a table has them.
+      () = none.
+    score_drop: probability of dropping each score.
+    fps_rule: frame rate that the model is told. "exact": file rate / frame_interval. "1.2": the same, rounded down. "1.1":
+      file rate.
+    latents: a folder that `python -m stdit_jax.encode` wrote. The loader reads the same clips, in the same order, as latents.
+      It reads captions as embeddings if the folder has them. "" = read videos.
+    workers: number of decoding processes; 0 = threads of this process.
+    read_ahead: number of rows to decode in advance; None = two steps of the largest bucket, at most 2 GB.
+    max_bad_rows: files that may fail to decode before the run stops: a number, or (a float) a share of the usable rows.
+    num_classes: every row needs a label from 0 to num_classes - 1; None = rows need no label. The model's conditioner sets this
+      value. A configuration cannot set it.
   """
 
   tables: tuple = ()
@@ -69,35 +76,33 @@ class DataConfig:
 
   @classmethod
   def create(cls, values: Mapping) -> "DataConfig":
-    """From a dict or ConfigDict, validated. The error of an unknown key names the closest known key."""
+    """Makes a checked configuration from a dict or ConfigDict. Raises ValueError for an unknown key or a wrong value."""
     names = [f.name for f in dataclasses.fields(cls) if f.name != "num_classes"]
     for key in values:
       if key not in names:
         close = difflib.get_close_matches(key, names, 1)
-        raise ValueError(
-          f"unknown data key {key!r}" + (f", did you mean {close[0]!r}?" if close else f"; known: {', '.join(names)}")
-        )
+        hint = f", did you mean {close[0]!r}?" if close else f"; known: {', '.join(names)}"
+        raise ValueError(f"unknown data key {key!r}{hint}")
     config = cls(**{k: plain(v) for k, v in values.items()})
     config.validate()
     return config
 
   def validate(self) -> None:
-    """Raises ValueError: one line with the key, what is wrong and what is allowed."""
+    """Raises ValueError if a value is wrong. The error is one line: the key, the value, what is allowed."""
     self.table_weights()
     self.parsed_buckets()
-    for key in ("reference_devices", "frame_interval", "max_caption_length"):
-      _check_whole(key, getattr(self, key), 1)
-    for key in ("seed", "workers", "windows_per_row"):
-      _check_whole(key, getattr(self, key), 0)
-    for key in ("read_ahead", "rows_per_bucket", "num_classes"):
-      if getattr(self, key) is not None:
-        _check_whole(key, getattr(self, key), 1)
+    for key, least in _LEAST.items():
+      value = getattr(self, key)
+      if value is None and key in ("read_ahead", "rows_per_bucket", "num_classes"):
+        continue
+      if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"data.{key} = {value!r} is no whole number from {least} up")
     for key, allowed in (("resize", video.RESIZE_MODES), ("captions", CAPTION_RULES), ("fps_rule", FPS_RULES)):
       if getattr(self, key) not in allowed:
         raise ValueError(f"data.{key} = {getattr(self, key)!r} is none of {', '.join(map(repr, allowed))}")
     if not isinstance(self.latents, str) or paths.is_remote(self.latents):
       raise ValueError(
-        f"data.latents = {self.latents!r} is no folder of this machine. ArrayRecord reads local files only: copy it."
+        f"data.latents = {self.latents!r} is no folder of this machine. ArrayRecord reads local files only: copy the folder."
       )
     for score in self.scores:
       if score not in SCORES:
@@ -109,11 +114,11 @@ class DataConfig:
       raise ValueError(f"data.max_bad_rows = {bad!r} is neither a number of rows nor a share (a float) from 0.0 to 1.0")
 
   def window(self, epoch: int) -> int:
-    """Number of the place in time that clips have in an epoch."""
+    """Number of the clips' place in time in an epoch."""
     return epoch % self.windows_per_row if self.windows_per_row else epoch
 
   def table_weights(self) -> list[tuple[str, float]]:
-    """[(path, weight)] of the tables."""
+    """Returns [(path, weight)] of the tables."""
     if not self.tables:
       raise ValueError("data.tables needs at least one table: a tuple of paths or of (path, weight) pairs")
     pairs = []
@@ -125,9 +130,8 @@ class DataConfig:
     return pairs
 
   def parsed_buckets(self) -> tuple[Bucket, ...]:
-    """Buckets in the order of search. Their batch sizes are global."""
-    parsed = buckets.parse_buckets(self.buckets)
-    scale = self.reference_devices
+    """Returns the buckets in the order of search. Their batch sizes are global."""
+    parsed, scale = buckets.parse_buckets(self.buckets), self.reference_devices
     return tuple(dataclasses.replace(b, batch_size=b.batch_size and b.batch_size * scale) for b in parsed)
 
 
@@ -142,8 +146,3 @@ def plain(value: Any) -> Any:
 
 def _is_number(value):
   return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _check_whole(key, value, low):
-  if isinstance(value, bool) or not isinstance(value, int) or value < low:
-    raise ValueError(f"data.{key} = {value!r} is no whole number from {low} up")

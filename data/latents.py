@@ -7,8 +7,8 @@
                                 dataset_info.json   written last: a part with this file is complete
   FOLDER/text-0123456789ab/...                 the same with one record per caption
 
-A part is the output of one command. Keys follow from the plans, and shards from the keys. So all processes agree on them
-without communication.
+A part is the output of one command. The plans decide the keys, and the keys decide the shards. So all processes agree without
+communication.
 """
 
 import contextlib
@@ -16,9 +16,11 @@ import functools
 import hashlib
 import json
 import os
+import pathlib
 import re
 import tempfile
 from collections.abc import Generator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -31,12 +33,12 @@ DTYPES = ("float32", "float16", "bfloat16")
 _VERSION = 1  # of keys and records
 _MADE_FROM, _PART, _KEYS, _INFO = "made_from.json", "part.json", "keys.npy", "dataset_info.json"
 _RESOLUTIONS = list(aspect_ratios.SIZES)
-# Fields of a clip's key, highest bits first. Sorted keys put clips of one size together, so that they are encoded together.
+# Fields of a clip's key, highest bits first. Sorted keys put clips of one size together, so that one batch encodes them.
 _BITS = {"resolution": 5, "num_frames": 12, "ratio": 6, "row": 29, "window": 11}
 _DESCRIPTIONS = {
-  "latents": "Latents of clips: mean and, if kept, log-variance of each value of the autoencoder's last posterior, both "
-  "of normalised latents, [time, height, width, channels]; `fps` is the file's own, 0 if unknown; a row that could not "
-  "be decoded has the reason in `error` and the latents of a black clip.",
+  "latents": "Latents of clips: mean and, if stored, log-variance of the autoencoder's last posterior, both of normalised "
+  "latents, [time, height, width, channels]. `fps` is the file's own frame rate, 0 if unknown. If a row cannot be decoded, "
+  "`error` is the reason, and the latents are those of a black clip.",
   "text": "Embeddings of captions by the text encoder, [valid tokens, channels].",
 }
 
@@ -44,8 +46,8 @@ _DESCRIPTIONS = {
 # ----------------------------------------------------------------------------------------------------------------- keys
 
 
-def pack(**fields: int | np.ndarray) -> np.ndarray:
-  """int64 keys of the fields in `_BITS`, which are whole numbers or arrays. Raises ValueError for a value that is too large."""
+def pack(**fields: int | np.ndarray) -> Any:
+  """Packs the fields in `_BITS`, whole numbers or arrays, into int64 keys. Raises ValueError for a value that is too large."""
   key = np.int64(0)
   for name, bits in _BITS.items():
     value = np.asarray(fields[name], np.int64)
@@ -56,7 +58,7 @@ def pack(**fields: int | np.ndarray) -> np.ndarray:
 
 
 def unpack(keys: np.ndarray | int) -> dict:
-  """{field: values} of keys, the inverse of `pack`."""
+  """Unpacks keys into {field: values}. The inverse of `pack`."""
   fields = {}
   for name, bits in reversed(_BITS.items()):
     fields[name], keys = keys & ((1 << bits) - 1), keys >> bits
@@ -64,16 +66,16 @@ def unpack(keys: np.ndarray | int) -> dict:
 
 
 def size_of(resolution: int, ratio: int) -> tuple[str, str, tuple[int, int]]:
-  """(resolution, aspect-ratio key, (height, width)) of two fields of a key."""
+  """Returns (resolution, aspect-ratio key, (height, width)) for two fields of a key."""
   name = _RESOLUTIONS[resolution]
   key = list(aspect_ratios.SIZES[name])[ratio]
   return name, key, aspect_ratios.size(name, key)
 
 
 def clip_keys(table, config, bucket, ratio, slot_rows, rows_frames, window):
-  """Keys of clips of one bucket; ratio, rows and their numbers of frames may be arrays.
+  """Keys of clips of one bucket. `ratio`, `slot_rows` and `rows_frames` may be arrays.
 
-  A row may have only one place for the clip (images). All windows and copies of such a row share one key.
+  Some rows, such as images, have only one place in time for a clip. All windows and copies of such a row share one key.
   """
   # The condition of `video.clip_indices`.
   one_place = rows_frames <= bucket.num_frames * config.frame_interval + 1
@@ -84,18 +86,17 @@ def clip_keys(table, config, bucket, ratio, slot_rows, rows_frames, window):
 
 
 def plan_keys(current: plan.Plan, table: Table, config: DataConfig, epoch: int) -> np.ndarray:
-  """Sorted keys of the clips of an epoch's `Plan`, each once."""
+  """Sorted keys of the clips of an epoch's `Plan`, without repetitions."""
   bucket, rows, ratio = current.all_slots()
-  frames, found = table.column("num_frames"), []
+  parsed, frames, window, found = config.parsed_buckets(), table.column("num_frames"), config.window(epoch), []
   for i in np.unique(bucket):
-    own = bucket == i
-    args = config.parsed_buckets()[i], ratio[own], rows[own], frames[rows[own]], config.window(epoch)
-    found.append(clip_keys(table, config, *args))
+    at = bucket == i
+    found.append(clip_keys(table, config, parsed[i], ratio[at], rows[at], frames[rows[at]], window))
   return np.unique(np.concatenate(found))
 
 
 def caption_key(caption: str) -> int:
-  """63 bits of the hash of a caption."""
+  """The first 63 bits of a caption's sha256."""
   return int.from_bytes(hashlib.sha256(caption.encode()).digest()[:8], "big") >> 1
 
 
@@ -103,16 +104,18 @@ def caption_key(caption: str) -> int:
 
 
 def made_from_clips(config: DataConfig, table: Table) -> dict:
-  """The provenance of clips: everything but their keys that decides their pixels."""
-  tables = [{"fingerprint": p.fingerprint, "weight": int(np.ceil(p.weight))} for p in table.parts]
-  plain = {key: getattr(config, key) for key in ("seed", "frame_interval", "resize")}
-  return {"version": _VERSION, "resolutions": _RESOLUTIONS, "tables": tables, **plain}
+  """The provenance of clips: everything, except their keys, that decides their pixels."""
+  return {**_made_from(config, table, "seed", "frame_interval", "resize"), "resolutions": _RESOLUTIONS}
 
 
 def made_from_captions(config: DataConfig, table: Table) -> dict:
   """The provenance of captions: everything that decides the captions of rows."""
-  plain = {key: getattr(config, key) for key in ("seed", "scores", "score_drop")}
-  return {"version": _VERSION, "tables": made_from_clips(config, table)["tables"], **plain}
+  return _made_from(config, table, "seed", "scores", "score_drop")
+
+
+def _made_from(config, table, *keys):
+  tables = [{"fingerprint": p.fingerprint, "weight": int(np.ceil(p.weight))} for p in table.parts]
+  return {"version": _VERSION, "tables": tables, **{key: getattr(config, key) for key in keys}}
 
 
 def plan_identity(config: DataConfig, table: Table) -> dict:
@@ -128,18 +131,18 @@ def _flat(values, prefix=""):
 
 
 def differences(made: dict, wanted: dict) -> list[str]:
-  """The keys in which `made` differs from `wanted`, one text per key."""
+  """The differences between two provenances in the keys of `wanted`, one text per key."""
   old, new = _flat(made), _flat(wanted)
   return plan.changed_keys({key: old.get(key) for key in new}, new)
 
 
 def find(folder: str, kind: str, wanted: dict) -> "Encoded":
-  """The `Encoded` of a kind ("latents", "text") with provenance `wanted`. Raises ValueError if none exists."""
-  there = [Encoded(paths.join(folder, name)) for name in _sets(folder, kind)]
-  if not there:
+  """Finds the `Encoded` of a kind ("latents", "text") with provenance `wanted`. Raises ValueError if none exists."""
+  found = _sets(folder, kind)
+  if not found:
     raise ValueError(f"data.latents={folder!r} has no {kind}; python -m stdit_jax.encode writes them")
-  changes = [differences(e.made_from, wanted) for e in there]
-  if fits := [e for e, changed in zip(there, changes) if not changed]:
+  changes = [differences(e.made_from, wanted) for e in found]
+  if fits := [e for e, changed in zip(found, changes) if not changed]:
     if len(fits) > 1:
       raise ValueError(f"data.latents={folder!r} has {kind} of several encoders. Name one by its weights.")
     if not fits[0].parts:
@@ -152,12 +155,13 @@ def find(folder: str, kind: str, wanted: dict) -> "Encoded":
 
 
 def _sets(folder, kind):
-  names = [name for name in paths.names(folder) if name.startswith(f"{kind}-")]
-  return [name for name in names if paths.exists(paths.join(folder, name, _MADE_FROM))]
+  """The `Encoded` of a kind, all provenances."""
+  places = [paths.join(folder, name) for name in paths.names(folder) if name.startswith(f"{kind}-")]
+  return [Encoded(place) for place in places if paths.exists(paths.join(place, _MADE_FROM))]
 
 
 def has_text(folder: str) -> bool:
-  """Whether the folder has embeddings of captions beside latents."""
+  """Whether a folder has embeddings of captions."""
   return not paths.is_remote(folder) and bool(_sets(folder, "text"))
 
 
@@ -165,7 +169,13 @@ def has_text(folder: str) -> bool:
 
 
 class Part:
-  """The output of one command. keys: memory-mapped; starts: first record of every shard, then the number of records."""
+  """The output of one command.
+
+  Attributes:
+    keys: the sorted keys of the records, memory-mapped.
+    starts: first record of every shard, then the number of records.
+    made_for: [{"stage", "epochs", "plan"}], the plans that need the records.
+  """
 
   def __init__(self, folder):
     self.folder = folder
@@ -191,29 +201,32 @@ class Part:
     return [number for number in range(self.num_shards) if not paths.exists(self.shard(number))]
 
   def drop(self, keys):
-    """Deletes the shards that hold these keys, as far as they exist."""
+    """Deletes the existing shards that hold these keys."""
     for number in np.unique(np.searchsorted(self.starts, self.position(np.asarray(keys, np.int64))[0], "right") - 1):
-      with contextlib.suppress(FileNotFoundError):
-        os.unlink(self.shard(number))
+      pathlib.Path(self.shard(number)).unlink(missing_ok=True)
 
   def position(self, keys):
-    """(number of the record, whether it exists) of each key."""
+    """Returns (number of the record, whether the record exists) of each key."""
     at = np.searchsorted(self.keys, keys)
     return at, self.keys[np.minimum(at, len(self.keys) - 1)] == keys
 
   @functools.cached_property
-  def features(self):
-    # Imported here, so that only workers that read records pay for it. ml_dtypes registers bfloat16 with NumPy.
-    import ml_dtypes  # noqa: F401
-    import tensorflow_datasets as tfds
-
-    return tfds.features.FeatureConnector.from_config(self.folder)
+  def features(self) -> Any:
+    return _tfds().features.FeatureConnector.from_config(self.folder)
 
   def read(self, number):
-    """Record `number` as a dict."""
+    """Reads record `number`, a dict."""
     shard = int(np.searchsorted(self.starts, number, "right")) - 1
     (record,) = _reader(self.shard(shard)).read([int(number - self.starts[shard])])
     return self.features.deserialize_example_np(record)
+
+
+def _tfds() -> Any:
+  """Imports tensorflow_datasets, which takes seconds. Only processes that read or write records need it."""
+  import ml_dtypes  # noqa: F401 - registers bfloat16 with NumPy
+  import tensorflow_datasets
+
+  return tensorflow_datasets
 
 
 @functools.lru_cache(256)  # the number of open files is limited
@@ -224,7 +237,7 @@ def _reader(path):
 
 
 class Encoded:
-  """One set of latents or embeddings, in parts. Picklable: workers open the files by path."""
+  """The latents or embeddings of one provenance, in parts. Picklable: workers open the files by path."""
 
   def __init__(self, folder):
     self.folder = folder
@@ -234,8 +247,8 @@ class Encoded:
     return {"folder": self.folder, "made_from": self.made_from}
 
   def part_numbers(self):
-    """Numbers in the names of the parts' folders. One may be missing, since a user may delete a part."""
-    return sorted(int(found[1]) for found in (re.fullmatch(r"part-(\d+)", name) for name in paths.names(self.folder)) if found)
+    """Numbers in the names of the parts' folders. A number may be missing, since a user may delete a part."""
+    return sorted(int(name[5:]) for name in paths.names(self.folder) if re.fullmatch(r"part-\d+", name))
 
   @functools.cached_property
   def all_parts(self):
@@ -247,32 +260,30 @@ class Encoded:
     return [part for part in self.all_parts if part.is_whole]
 
   def epochs(self, identity):
-    """The recorded number of epochs of this plan whose clips all exist."""
+    """The largest number of epochs of a plan whose clips all exist, as the parts record it."""
     return max((m["epochs"] for part in self.parts for m in part.made_for if m["plan"] == identity), default=0)
 
   def holds(self, keys):
     """Whether each key has a record, bool."""
-    there = np.zeros(np.shape(keys), bool)
-    for part in self.parts:
-      there |= part.position(keys)[1]
-    return there
+    return np.any([np.zeros(np.shape(keys), bool), *(part.position(keys)[1] for part in self.parts)], axis=0)
 
   def read(self, key):
-    """The record of a key as a dict. Raises KeyError if it has none."""
+    """Reads the record of a key, a dict. Raises KeyError if the key has no record."""
     for part in self.parts:
-      at, there = part.position(key)
-      if there:
+      at, exists = part.position(key)
+      if exists:
         return part.read(int(at))
     raise KeyError(key)
 
 
 class Cache:
-  """What a training reads instead of videos, and instead of captions if `text` is given. Picklable.
+  """The latents that a training reads instead of videos, and the embeddings that it reads instead of captions. Picklable.
 
   Attributes:
+    latents, text: the `Encoded` of clips, and that of captions or None.
     epochs: number of first epochs of this plan that are cached completely.
-    followed: {epoch: the epoch whose plan it follows} of a resumed training. The training keeps these, although more epochs
-      may have been encoded since.
+    followed: {epoch: the epoch whose plan it follows} of a resumed training. The training keeps these sources, even if `encode`
+      has cached more epochs since.
   """
 
   def __init__(self, latents, text, table, config):
@@ -283,17 +294,18 @@ class Cache:
     self._rounds = max((m["epochs"] for m in made_for), default=0)
     changes = [plan.changed_keys(m["plan"], identity) for m in made_for if m["plan"] != identity]
     self._changes = min(changes, key=len, default=[])
+    self._captions_change = text is not None and table.captions_change(config.scores)
 
   def source(self, epoch, plan_of):
-    """The epoch whose plan an epoch follows: itself, or a cached epoch if the cache lacks its clips.
+    """The epoch whose plan an epoch follows: its own, or a cached epoch if the cache lacks its clips.
 
-    `plan_of`: epoch -> `Plan`. Raises ValueError if no epoch is cached.
+    `plan_of` returns the `Plan` of an epoch. Raises ValueError if no epoch is cached.
     """
     if epoch in self.followed:
       return self.followed[epoch]
     if self._holds(epoch, plan_of):
       return epoch
-    if not self.epochs:  # another plan, say with other batch sizes: the parts do not record which of its epochs are cached
+    if not self.epochs:  # the parts do not record this plan, which may have other batch sizes
       self.epochs = next((e for e in range(self._rounds) if not self._holds(e, plan_of)), self._rounds)
     if self.epochs:
       return epoch % self.epochs
@@ -308,37 +320,32 @@ class Cache:
     return self._has_key(epoch) and self.latents.holds(plan_keys(plan_of(epoch), self.table, self.config, epoch)).all()
 
   def _has_key(self, epoch):
-    """Whether a key can hold the window of an epoch. Later windows are in no cache."""
+    """Whether a key has enough bits for the window of an epoch. No cache holds later windows."""
     return not self.config.window(epoch) >> _BITS["window"]
 
   def _epochs_like(self, epoch):
-    """The epochs that may have cached a row of an epoch: itself, the epoch that it repeats, then all others."""
+    """The epochs that may have cached a row of an epoch: the epoch, the epoch that it repeats, then all others."""
     return filter(self._has_key, dict.fromkeys([epoch, epoch % (self.epochs or self._rounds or 1), *range(self._rounds)]))
 
   def other_captions(self, epoch):
-    """Whether rows may keep the caption of an earlier epoch in this epoch, since the cache lacks their own."""
+    """Whether rows of an epoch may keep the caption of an earlier epoch, since the cache may lack the epoch's captions."""
     return epoch >= self.epochs and self._captions_change
 
-  @functools.cached_property
-  def _captions_change(self):
-    return self.text is not None and self.table.captions_change(self.config.scores)
-
   def clip(self, epoch, slot_row, row, bucket, ratio):
-    """{latents_mean, latents_std (None if only means were stored), rate, error} of a row in a bucket."""
+    """Reads {latents_mean, latents_std, rate, error} of a row in a bucket. `latents_std` is None if only means were stored."""
     for own in self._epochs_like(epoch):
       key = clip_keys(self.table, self.config, bucket, ratio, slot_row, row.num_frames, self.config.window(own))
       with contextlib.suppress(KeyError):
         record = self.latents.read(key)
-        log_variance, std = record.get("log_variance"), None
-        if log_variance is not None:
-          std = np.exp(0.5 * log_variance.astype(np.float32))
-        mean = record["mean"].astype(np.float32)
+        mean, std = record["mean"].astype(np.float32), None
+        if "log_variance" in record:
+          std = np.exp(0.5 * record["log_variance"].astype(np.float32))
         rate = float(record["fps"]) or None
         return {"latents_mean": mean, "latents_std": std, "rate": rate, "error": record["error"].decode()}
     raise RuntimeError(f"{row.path}: no latents of {bucket.name} in {self.latents.folder}")
 
   def caption(self, epoch, caption_of):
-    """(caption, embedding `[L, C]` float32). `caption_of`: epoch -> the row's caption."""
+    """Reads (caption, embedding `[L, C]` float32). `caption_of` returns the row's caption in an epoch."""
     for own in self._epochs_like(epoch):
       caption = caption_of(own)
       with contextlib.suppress(KeyError):
@@ -350,49 +357,50 @@ class Cache:
 
 
 def prepare(folder, kind, made_from, keys, made_for, size_of_records, shard_bytes):
-  """The `Part` whose shards must be written so that a folder holds all of `keys`. None if it holds them already.
+  """Finds or makes the `Part` whose shards are missing, so that a folder holds all of `keys`. None if no key is missing.
 
   Args:
-    folder: holds all sets.
+    folder: the folder of all sets.
     kind: "latents" or "text".
     made_from: provenance of the records.
     keys: sorted int64.
     made_for: [{"stage", "epochs", "plan"}] that need the keys.
-    size_of_records: keys -> bytes of each record.
+    size_of_records: function of keys, returns the bytes of each record.
     shard_bytes: approximate size of a shard.
 
   Raises ValueError if another command has begun a part, or if the folder has a set with another dtype or `log_variance`.
   """
-  same = None
-  for name in _sets(folder, kind):
-    there = Encoded(paths.join(folder, name))
-    changed = differences(there.made_from, made_from)
-    if not changed:
-      same = there
-    elif not [c for c in changed if not c.startswith(("dtype:", "log_variance:"))]:
-      raise ValueError(f"--output {folder} has {kind} of other values ({'; '.join(changed)}); give another folder")
-  if same is None:
-    place = paths.join(folder, f"{kind}-{digest(made_from)[:12]}")
-    os.makedirs(place, exist_ok=True)
-    paths.write_text(paths.join(place, _MADE_FROM), json.dumps(made_from, indent=1))
-    same = Encoded(place)
+  same = _set_with(folder, kind, made_from)
   wanted = keys[~same.holds(keys)]
-  if unfinished := [part for part in same.all_parts if not part.is_whole]:
-    if not np.array_equal(unfinished[0].keys, wanted):
-      made = ", ".join(f"--stage {m['stage']} --epochs {m['epochs']}" for m in unfinished[0].made_for)
-      raise ValueError(f"{unfinished[0].folder} is unfinished and was begun with {made}: finish it so, or remove it")
-    return unfinished[0]
+  for part in same.all_parts:
+    if not part.is_whole:
+      if not np.array_equal(part.keys, wanted):
+        made = ", ".join(f"--stage {m['stage']} --epochs {m['epochs']}" for m in part.made_for)
+        raise ValueError(f"{part.folder} is unfinished and was begun with {made}: finish it so, or remove it")
+      return part
   if not len(wanted):
     if same.parts:
-      _record(same.parts[-1], made_for)
+      _add_plans(same.parts[-1], made_for)
     return None
   starts = _starts(size_of_records(wanted), shard_bytes)
   part = paths.join(same.folder, f"part-{max(same.part_numbers(), default=-1) + 1}")
-  os.makedirs(part, exist_ok=True)
   with paths.whole(paths.join(part, _KEYS)) as temporary:
     np.save(temporary, wanted)
   paths.write_text(paths.join(part, _PART), json.dumps({"starts": starts, "made_for": made_for}))
   return Part(part)
+
+
+def _set_with(folder, kind, made_from):
+  """Finds or makes the `Encoded` with a provenance."""
+  for found in _sets(folder, kind):
+    changed = differences(found.made_from, made_from)
+    if not changed:
+      return found
+    if all(c.startswith(("dtype:", "log_variance:")) for c in changed):
+      raise ValueError(f"--output {folder} has {kind} of other values ({'; '.join(changed)}); give another folder")
+  place = paths.join(folder, f"{kind}-{digest(made_from)[:12]}")
+  paths.write_text(paths.join(place, _MADE_FROM), json.dumps(made_from, indent=1))
+  return Encoded(place)
 
 
 def _starts(sizes, shard_bytes):
@@ -402,29 +410,26 @@ def _starts(sizes, shard_bytes):
   return [*np.flatnonzero(np.diff(shard, prepend=-1)).tolist(), len(sizes)]
 
 
-def _record(part, made_for):
-  """Adds further plans to the record of a part that already holds their clips."""
+def _add_plans(part, made_for):
+  """Records that a part holds the clips of further plans."""
   if new := [m for m in made_for if m not in part.made_for]:
     values = {"starts": part.starts.tolist(), "made_for": part.made_for + new}
     paths.write_text(paths.join(part.folder, _PART), json.dumps(values))
 
 
 def features_of(kind, channels, dtype, log_variance=True):
-  """TFDS features of records. Floats are bytes, since a protobuf has no float16 and rounds float64."""
-  import ml_dtypes  # noqa: F401 - registers bfloat16 with NumPy
-  import tensorflow_datasets as tfds
+  """TFDS features of records. They store floats as bytes, since a protobuf has no float16 and rounds float64."""
+  features = _tfds().features
 
-  tensor, scalar, text = tfds.features.Tensor, tfds.features.Scalar(np.int64), tfds.features.Text()
+  def floats(*shape, dtype=dtype):
+    return features.Tensor(shape=shape, dtype=np.dtype(dtype), encoding="bytes")
+
   if kind == "text":
-    return tfds.features.FeaturesDict(
-      {"caption": text, "embedding": tensor(shape=(None, channels), dtype=np.dtype(dtype), encoding="bytes")}
-    )
-  values = {"mean": tensor(shape=(None, None, None, channels), dtype=np.dtype(dtype), encoding="bytes")}
-  values |= {"log_variance": values["mean"]} if log_variance else {}
-  numbers = dict.fromkeys(("table", "row", "num_frames", "height", "width", "window"), scalar)
-  texts = dict.fromkeys(("path", "resolution", "error"), text)
-  fps = tensor(shape=(), dtype=np.float64, encoding="bytes")
-  return tfds.features.FeaturesDict({**values, **numbers, **texts, "fps": fps})
+    return features.FeaturesDict({"caption": features.Text(), "embedding": floats(None, channels)})
+  values = dict.fromkeys(("mean", "log_variance") if log_variance else ("mean",), floats(None, None, None, channels))
+  numbers = dict.fromkeys(("table", "row", "num_frames", "height", "width", "window"), features.Scalar(np.int64))
+  texts = dict.fromkeys(("path", "resolution", "error"), features.Text())
+  return features.FeaturesDict({**values, **numbers, **texts, "fps": floats(dtype=np.float64)})
 
 
 def shard_writer(part: Part, numbers: Sequence[int], features) -> Generator[None, tuple[int, dict]]:
@@ -452,12 +457,11 @@ def shard_writer(part: Part, numbers: Sequence[int], features) -> Generator[None
   yield
 
 
-def finish(part: Part, features) -> bool:
+def finish(part: Part, features: Any) -> bool:
   """Registers a part as a TFDS data set if all its shards exist. Returns whether the part is complete."""
   if part.is_whole or part.missing():
     return part.is_whole
-  import tensorflow_datasets as tfds
-
+  tfds = _tfds()
   info = tfds.core.DatasetInfo(
     builder=tfds.core.dataset_info.DatasetIdentity(part.kind, tfds.core.Version("1.0.0"), part.folder, ""),
     features=features,

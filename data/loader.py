@@ -1,7 +1,8 @@
 """The loader: decoded samples of this process, step by step, in the order of the plan.
 
 grain decodes rows in advance, in worker processes. The loader groups the rows into steps. Its whole state is one number, the
-next global micro step, which means the same on any number of processes: part i of n is the i-th n-th of every step's rows.
+next global micro step. This number does not depend on the number of processes: each step's rows are split into n equal parts,
+and part i belongs to process i of n.
 """
 
 import bisect
@@ -21,10 +22,10 @@ from data import aspect_ratios, latents, paths, plan, sources, video
 from data.config import DataConfig
 
 log = logging.getLogger("data")
-log.setLevel(logging.WARNING)  # entry points silence libraries at the root logger; skipped rows are reported nevertheless
+log.setLevel(logging.WARNING)  # reports skipped rows, although entry points silence libraries at the root logger
 
-_ENDLESS = 1 << 40  # elements of a source without an end; grain requires a length
-_AHEAD_BYTES = 2 << 30  # at most, of rows decoded in advance
+_ENDLESS = 1 << 40  # length of an endless source; grain requires a length
+_AHEAD_BYTES = 2 << 30  # largest size of all rows that are decoded in advance
 _CAPTION, _CLIP, _SCORES = 3, 4, 5  # purposes of a row's random numbers
 
 Shard = tuple[int | Sequence[int], int]
@@ -33,18 +34,21 @@ Condition = Callable[[str, int | None], dict[str, np.ndarray]]
 
 @dataclasses.dataclass
 class Sample:
-  """One row, decoded.
+  """One decoded row.
 
-  pixels: uint8 [T, H, W, 3]. None if `latents_mean` is given.
-  num_frames, height, width: sizes of the pixels.
-  fps: the frame rate that the model is told.
-  weight, error: 1 and "". A row that could not be decoded has weight 0, the reason as `error` and zeros as pixels.
-  sample_id: (epoch, slot in the epoch's plan).
-  row: number of the row in its table.
-  label: the row's class, or None.
-  cond: {name: array}, what `condition` made of caption and label, or None.
-  text_features: float [L, C], or None.
-  latents_mean, latents_std: normalised, float32 [T', h, w, C], from a cache. The second is None if only means were stored.
+  Attributes:
+    pixels: uint8 [T, H, W, 3]. None if the loader reads latents.
+    num_frames, height, width: sizes of the pixels.
+    fps: the frame rate that the model is told.
+    weight, error: 1.0 and "". If the row cannot be decoded, the weight is 0, `error` is the reason and all pixels are 0.
+    sample_id: (epoch, slot in the epoch's plan).
+    row: number of the row in its table.
+    path: the row's file.
+    label: the row's class, or None.
+    cond: {name: array}, the result of `condition` for caption and label, or None.
+    text_features: float [L, C], or None.
+    latents_mean, latents_std: normalised latents from a cache, float32 [T', h, w, C]. `latents_std` is None if the cache has
+      only means.
   """
 
   pixels: np.ndarray | None
@@ -69,10 +73,12 @@ class Sample:
 class LoadedStep:
   """One micro step.
 
-  bucket: (resolution, frames).
-  step: its global number.
-  batch_size: global, over all shards.
-  samples: those of this shard.
+  Attributes:
+    bucket: (resolution, frames).
+    step: global number of the micro step.
+    epoch: the epoch that contains the step.
+    batch_size: global batch size.
+    samples: this process's samples.
   """
 
   bucket: tuple[str, int]
@@ -93,21 +99,21 @@ def make_loader(
   epochs: int | None = None,
   cache: latents.Cache | None = None,
 ) -> "Loader":
-  """An iterator of `LoadedStep`.
+  """Makes the loader, an iterator of `LoadedStep`.
 
   Args:
-    config: a `DataConfig`.
-    folder: where tables and plans are kept; processes may share it.
-    shard: the rows of every batch that this process reads: (parts, number of parts), where `parts` is one number or several in
-      order. A dict {(resolution, frames): such a pair} splits each bucket in its own way.
-    start: global micro step to begin with.
+    config: settings of the data.
+    folder: folder for tables and plans. Processes may share it.
+    shard: the rows of every batch that this process reads: (parts, number of parts). `parts` is one number, or several numbers
+      in order. A dict {(resolution, frames): (parts, number of parts)} splits each bucket in its own way.
+    start: the first global micro step.
     skip: global micro steps to skip.
-    condition: makes `Sample.cond` of caption and label, in the workers. It must be picklable. It is called for rows that cannot
-      be decoded, too. None = no `cond`.
-    epochs: the loader ends after this many epochs, None = never.
+    condition: makes `Sample.cond` from caption and label. Workers call it for every row, also for rows that they cannot decode.
+      It must be picklable. None = no `cond`.
+    epochs: the loader ends after this many epochs. None = never.
     cache: latents to read instead of videos.
 
-  Raises ValueError if no row fits a bucket, a batch cannot be split, or none of the first files exists.
+  Raises ValueError if no row fits a bucket, if a batch cannot be split, or if none of the first files exists.
   """
   config.validate()
   try:
@@ -124,11 +130,12 @@ def make_loader(
 
 
 def _shares(parsed, shard):
-  """(parts, number of parts) of every bucket. Raises ValueError if a batch cannot be split so."""
+  """Returns (parts, number of parts) of every bucket. Raises ValueError if a batch cannot be split into equal parts."""
   shares = []
   for b in parsed:
-    parts, count = shard[b.resolution, b.num_frames] if isinstance(shard, dict) and b.batch_size else ((), 1)
-    if not isinstance(shard, dict):
+    if isinstance(shard, dict):
+      parts, count = shard[b.resolution, b.num_frames] if b.batch_size else ((), 1)
+    else:
       parts, count = shard
     parts = (parts,) if isinstance(parts, int) else tuple(parts)
     if not all(0 <= part < count for part in parts):
@@ -139,13 +146,8 @@ def _shares(parsed, shard):
   return shares
 
 
-def _rows_per_step(parsed, shares):
-  """Rows of a step that this process reads, for every bucket."""
-  return [(b.batch_size or 0) // count * len(parts) for b, (parts, count) in zip(parsed, shares)]
-
-
 def check_files(table: sources.Table, slot_rows: Iterable[int]) -> None:
-  """Raises ValueError if none of these rows' files exists: the table of another machine, a wrong folder, a missing disk."""
+  """Raises ValueError if none of these rows' files exists. The table may be of another machine, or a disk may be missing."""
   found = {table.row(slot_row).path for slot_row in slot_rows}
   if not any(video.is_address(p) or video.is_drawn(p) or paths.exists(p) for p in found):
     raise ValueError(
@@ -154,40 +156,37 @@ def check_files(table: sources.Table, slot_rows: Iterable[int]) -> None:
     )
 
 
-class Loader:
-  """Iterator of `LoadedStep`; `state` is the next micro step. Close it, or use it in a `with` block."""
+class Loader(contextlib.AbstractContextManager["Loader"], Iterator[LoadedStep]):
+  """Iterator of `LoadedStep`. Close the loader, or use it in a `with` block.
+
+  Attributes:
+    state: the next global micro step.
+    bad_rows: {path: reason} of the files that cannot be decoded.
+  """
 
   def __init__(self, sequence, shares, start, skip, condition, epochs):
     self.plans, self.state, self.skip, self.epochs = sequence, start, frozenset(skip), epochs
-    self._reported = set()  # what is logged once
+    self._reported = set()  # kinds of gaps, each logged once
     config, table = sequence.config, sequence.table
-    self.rows_per_step = _rows_per_step(config.parsed_buckets(), shares)
-    usable = sequence.report(0)
-    usable = usable.rows - sum(n for reason, n in usable.dropped.items() if reason in sources.PROBLEMS)
-    self._bad_rows = BadRows(config.max_bad_rows, min(usable, table.num_rows))
+    # Rows of a step that this process reads, for every bucket.
+    self.rows_per_step = [
+      (b.batch_size or 0) // count * len(parts) for b, (parts, count) in zip(config.parsed_buckets(), shares)
+    ]
+    report = sequence.report(0)
+    usable = report.rows - sum(n for reason, n in report.dropped.items() if reason in sources.PROBLEMS)
+    self._limit = BadRows(config.max_bad_rows, min(usable, table.num_rows))
+    self.bad_rows = self._limit.found
     epoch, step = sequence.locate(start)
     first = 0
     if step and (epochs is None or epoch < epochs):
       first = int(sequence.plan(epoch).ends(self.rows_per_step)[step - 1])
     self._prepare(epoch + 1)
-    source = RowSource(sequence, shares, epoch, first, epochs)
+    source = RowSource(sequence, shares, self.rows_per_step, epoch, first, epochs)
     self._rows = _read_ahead(source, RowDecoder(config, table, condition, sequence.cache), config, self.rows_per_step)
-
-  @property
-  def bad_rows(self) -> dict[str, str]:
-    """{path: why it could not be decoded}."""
-    return self._bad_rows.found
-
-  @property
-  def report(self) -> plan.BucketReport:
-    return self.plans.report(0)
-
-  def __iter__(self):
-    return self
 
   def __next__(self) -> LoadedStep:
     while self.state in self.skip:
-      self._load()  # the workers have read it already
+      self._load()  # the workers have already read the step
     return self._load()
 
   def _load(self):
@@ -204,29 +203,27 @@ class Loader:
     for _ in range(self.rows_per_step[current.bucket_index(index)]):
       element = next(self._rows)
       sample = Sample(**{"pixels": None, **element, "sample_id": tuple(element["sample_id"].tolist())})
-      # A batch of mixed buckets must not go unnoticed.
+      # Finds batches of mixed buckets.
       assert (sample.sample_id[0], sample.num_frames) == (epoch, bucket.num_frames), (sample.sample_id, epoch, index)
-      self._bad_rows.add(sample.path, sample.error)
+      self._limit.add(sample.path, sample.error)
       samples.append(sample)
     loaded = LoadedStep((bucket.resolution, bucket.num_frames), self.state, epoch, bucket.batch_size, samples)
     self.state += 1
     return loaded
 
   def _report_gaps(self, cache, epoch):
-    """Logs, each once, that an epoch repeats an earlier one, and that rows keep captions of an earlier epoch."""
+    """Logs once that an epoch repeats an earlier epoch, and once that rows keep the captions of an earlier epoch."""
     folder, source = os.path.dirname(cache.latents.folder), self.plans.source(epoch)
     if source != epoch:
-      gap = "clips", f"epoch {epoch} repeats epoch {source}: {folder} lacks its own clips"
+      kind, text = "clips", f"epoch {epoch} repeats epoch {source}: {folder} lacks its own clips"
     elif cache.other_captions(epoch):
-      gap = (
-        "captions",
-        f"epoch {epoch}: {folder} may lack captions of this epoch; rows then keep the caption of an earlier epoch",
-      )
+      kind = "captions"
+      text = f"epoch {epoch}: {folder} may lack captions of this epoch; rows then keep the caption of an earlier epoch"
     else:
       return
-    if gap[0] not in self._reported:
-      self._reported.add(gap[0])
-      log.warning(gap[1])
+    if kind not in self._reported:
+      self._reported.add(kind)
+      log.warning(text)
 
   def _prepare(self, epoch):
     if self.epochs is None or epoch < self.epochs:
@@ -237,25 +234,27 @@ class Loader:
       self._rows.close()
     self._rows = None
 
-  def __enter__(self):
-    return self
-
   def __exit__(self, *_):
     self.close()
 
 
 class BadRows:
-  """Files that could not be decoded: `found` {path: reason}.
+  """The files that cannot be decoded.
 
-  `limit`: the largest number of them, or (a float) their largest share of `rows`.
+  Args:
+    limit: the largest allowed number of such files, or (a float) their largest share of `rows`.
+    rows: number of usable rows.
+
+  Attributes:
+    found: {path: reason}.
   """
 
-  def __init__(self, limit, rows):
-    self.found = {}
+  def __init__(self, limit: float, rows: int):
+    self.found: dict[str, str] = {}
     self._limit = math.ceil(limit * rows) if isinstance(limit, float) else limit
 
   def add(self, path, error):
-    """`error`: "" for a row that was decoded. Raises ValueError above the limit."""
+    """Adds a file whose decoding ended with `error` ("" = no error). Raises ValueError above the limit."""
     if not error or path in self.found:
       return
     self.found[path] = error
@@ -267,10 +266,12 @@ class BadRows:
 
 
 def read_clips(config: DataConfig, table: sources.Table, keys: np.ndarray, ahead: int) -> Iterator[tuple[int, dict]]:
-  """Iterates over decoded clips: (key, {pixels, path, fps, error, away}), as `ClipDecoder` returns them. Close it after use.
+  """Yields (key, {pixels, path, fps, error, away}) of decoded clips, see `ClipDecoder`. Close the iterator after use.
 
-  keys: from `latents.clip_keys`, in the order of the result.
-  ahead: clips that are decoded in advance.
+  Args:
+    keys: keys of `latents.clip_keys`, in the order of the result.
+    ahead: number of clips to decode in advance.
+
   Raises RuntimeError if I/O errors persist.
   """
   rows = _read_ahead(keys.tolist(), ClipDecoder(config, table, None), dataclasses.replace(config, read_ahead=ahead), [ahead])
@@ -279,8 +280,8 @@ def read_clips(config: DataConfig, table: sources.Table, keys: np.ndarray, ahead
 
 
 def _read_ahead(source, decode, config, rows_per_step):
-  """grain's iterator over decoded rows, with worker processes or threads."""
-  import grain  # imports jax if it is installed; only this function pays for that
+  """Makes grain's iterator over decoded rows, with worker processes or threads."""
+  import grain  # takes seconds, since it imports jax
   from absl import flags
 
   dataset = grain.MapDataset.source(source).map(decode)
@@ -299,39 +300,41 @@ def _read_ahead(source, decode, config, rows_per_step):
 
 
 class RowSource:
-  """The rows that one process reads, in the order of the plan: element number -> what `RowDecoder` takes. Picklable.
+  """The rows that one process reads, in the order of the plan. Element i is an argument of `RowDecoder`. Picklable.
 
-  epoch, first: the epoch, and the number of the row in it, of element 0.
+  Args:
+    sequence: the `plan.PlanSequence`.
+    shares: (parts, number of parts) of every bucket.
+    rows_per_step: number of rows of a step that the process reads, for every bucket.
+    epoch: the epoch of element 0.
+    first: number of element 0 among the process's rows of this epoch.
+    epochs: the source ends after this many epochs. None = never.
   """
 
-  def __init__(self, sequence, shares, epoch, first, epochs):
-    self.plans, self.shares, self.epoch, self.epochs = sequence, shares, epoch, epochs
-    self._totals, self._first = [], first  # number of elements up to the end of each epoch, from `epoch` on
-    self._ends = None, None  # (epoch, number of elements up to the end of each of its steps) of the epoch read last
+  def __init__(self, sequence, shares, rows_per_step, epoch, first, epochs):
+    self.plans, self.shares, self.rows_per_step, self.epoch, self.epochs = sequence, shares, rows_per_step, epoch, epochs
+    self._starts = [-first]  # first element of each epoch, from `epoch` on
+    self._ends = -1, np.zeros(0, np.int64)  # (epoch, number of elements up to the end of each of its steps), read last
 
   def __len__(self):
     return _ENDLESS
 
-  def __repr__(self):
-    return f"RowSource(shares={self.shares})"
-
   def _ends_of(self, epoch):
     if self._ends[0] != epoch:
-      rows = _rows_per_step(self.plans.config.parsed_buckets(), self.shares)
-      self._ends = epoch, self.plans.plan(epoch).ends(rows)
+      self._ends = epoch, self.plans.plan(epoch).ends(self.rows_per_step)
     return self._ends[1]
 
   def __getitem__(self, element):
-    element += self._first
     with self.plans.lock:
-      while not self._totals or element >= self._totals[-1]:
-        epoch = self.epoch + len(self._totals)
+      while element >= self._starts[-1]:
+        epoch = self.epoch + len(self._starts) - 1
         if self.epochs is not None and epoch >= self.epochs:
           return ()  # not None: grain skips None and would search for ever
-        self._totals.append(int(self._ends_of(epoch)[-1]) + (self._totals[-1] if self._totals else 0))
-      number = bisect.bisect_right(self._totals, element)
-      current, ends = self.plans.plan(self.epoch + number), self._ends_of(self.epoch + number)
-    within = element - (self._totals[number - 1] if number else 0)
+        self._starts.append(self._starts[-1] + int(self._ends_of(epoch)[-1]))
+      number = bisect.bisect_right(self._starts, element) - 1
+      epoch = self.epoch + number
+      current, ends = self.plans.plan(epoch), self._ends_of(epoch)
+    within = element - self._starts[number]
     step = int(np.searchsorted(ends, within, "right"))
     within -= int(ends[step - 1]) if step else 0
     begin, end = current.slots(step)
@@ -339,23 +342,25 @@ class RowSource:
     size = (end - begin) // count
     slot = begin + parts[within // size] * size + within % size
     row, key, bucket, _ = current.slot(slot)
-    return self.epoch + number, slot, row, key, bucket
+    return epoch, slot, row, key, bucket
 
 
 def _end_with_parent(*_):
   """Ends this worker process when its parent ends. Otherwise the workers of a killed training keep their memory for ever."""
-  parent = multiprocessing.parent_process()
 
-  def watch():
+  def watch(parent):
     parent.join()
     os._exit(1)
 
-  if parent is not None:
-    threading.Thread(target=watch, daemon=True).start()
+  if parent := multiprocessing.parent_process():
+    threading.Thread(target=watch, args=(parent,), daemon=True).start()
 
 
 class RowDecoder:
-  """(epoch, slot, slot row, aspect-ratio key, bucket) -> the fields of a `Sample`. Picklable."""
+  """Turns an element of `RowSource` into the fields of a `Sample`. Picklable.
+
+  An element is (epoch, slot, slot row, aspect-ratio key, bucket), or () after the last epoch.
+  """
 
   def __init__(self, config, table, condition, cache=None):
     self.config, self.table, self.condition, self.cache = config, table, condition, cache
@@ -364,23 +369,22 @@ class RowDecoder:
     if not element:
       return {"end": np.zeros(1)}
     epoch, slot, slot_row, key, bucket = element
-    row = self.table.row(slot_row)
-    height, width = aspect_ratios.size(bucket.resolution, key)
-    fields = {"caption": "", "num_frames": bucket.num_frames, "height": height, "width": width, "fps": video.DEFAULT_FPS}
-    fields |= {"weight": 1.0, "sample_id": np.array([epoch, slot]), "row": self.table.locate(slot_row)[1], "path": row.path}
-    fields["label"] = row.label
+    row, size = self.table.row(slot_row), aspect_ratios.size(bucket.resolution, key)
+    fields = {"caption": "", "num_frames": bucket.num_frames, "height": size[0], "width": size[1], "fps": video.DEFAULT_FPS,
+              "weight": 1.0, "sample_id": np.array([epoch, slot]), "row": self.table.locate(slot_row)[1], "path": row.path,
+              "label": row.label}  # fmt: skip
     try:
       if self.cache:
-        self._read_cached(fields, element, row)
+        self._read_cached(self.cache, fields, element, row)
       else:
         fields["caption"] = self.caption(row, epoch, slot_row)
         fields["fps"] = self._fps(self._rate(row, bucket.num_frames), bucket.num_frames)
-        fields["pixels"] = self._pixels(row, bucket.num_frames, (height, width), self.config.window(epoch), slot_row)
+        fields["pixels"] = self._pixels(row, bucket.num_frames, size, self.config.window(epoch), slot_row)
       if row.text_features:
         fields["text_features"] = sources.text_embedding(row.text_features)
     except video.BadVideo as e:
       if not self.cache:
-        fields["pixels"] = np.zeros((bucket.num_frames, height, width, 3), np.uint8)
+        fields["pixels"] = np.zeros((bucket.num_frames, *size, 3), np.uint8)
       fields.update(weight=0.0, error=str(e))
     except OSError as e:
       raise _lasting(row, e) from e
@@ -388,15 +392,17 @@ class RowDecoder:
       fields["cond"] = self.condition(fields["caption"], row.label)
     return fields
 
-  def _read_cached(self, fields, element, row):
-    """Adds latents, frame rate, caption and its cached embedding. Raises BadVideo if the row could not be decoded when it was
-    encoded."""
+  def _read_cached(self, cache, fields, element, row):
+    """Adds latents, frame rate, caption and its cached embedding.
+
+    Raises BadVideo if `encode` could not decode the row.
+    """
     epoch, _, slot_row, key, bucket = element
-    clip = self.cache.clip(epoch, slot_row, row, bucket, list(aspect_ratios.SIZES[bucket.resolution]).index(key))
+    clip = cache.clip(epoch, slot_row, row, bucket, list(aspect_ratios.SIZES[bucket.resolution]).index(key))
     fields |= {name: clip[name] for name in ("latents_mean", "latents_std") if clip[name] is not None}
-    if self.cache.text:
+    if cache.text:
       caption_of = functools.partial(self.caption, row, slot_row=slot_row)
-      fields["caption"], fields["text_features"] = self.cache.caption(epoch, caption_of)
+      fields["caption"], fields["text_features"] = cache.caption(epoch, caption_of)
     else:
       fields["caption"] = self.caption(row, epoch, slot_row)
     if clip["rate"]:
@@ -408,7 +414,7 @@ class RowDecoder:
     return np.random.default_rng([self.config.seed, epoch, slot_row, purpose])
 
   def caption(self, row: sources.Row, epoch: int, slot_row: int) -> str:
-    """The caption of a row in an epoch: one of its captions, with the scores behind it."""
+    """The caption of a row in an epoch: one of the row's captions, followed by scores."""
     caption = ""
     if row.captions:
       caption = row.captions[int(self._rng(epoch, slot_row, _CAPTION).integers(len(row.captions)))]
@@ -426,11 +432,9 @@ class RowDecoder:
 
   def _fps(self, rate, num_frames):
     """The frame rate that the model is told: always 120 for images, else by `fps_rule`."""
-    if num_frames == 1:
-      return video.IMAGE_FPS
-    return {"exact": rate / self.config.frame_interval, "1.2": rate // self.config.frame_interval, "1.1": rate}[
-      self.config.fps_rule
-    ]
+    interval = self.config.frame_interval
+    rules = {"exact": rate / interval, "1.2": rate // interval, "1.1": rate}
+    return video.IMAGE_FPS if num_frames == 1 else rules[self.config.fps_rule]
 
   def _pixels(self, row, num_frames, size, window, slot_row):
     rng = self._rng(window, slot_row, _CLIP)
@@ -439,12 +443,16 @@ class RowDecoder:
 
 
 def _lasting(row, error):
-  text = f"{row.path}: reading failed again and again: {error.strerror or error}"
-  return RuntimeError(f"{text}. Check the disk or the bucket, then start again.")
+  """The error of a file that several attempts could not read."""
+  reason = f"reading failed again and again: {error.strerror or error}"
+  return RuntimeError(f"{row.path}: {reason}. Check the disk or the bucket, then start again.")
 
 
 class ClipDecoder(RowDecoder):
-  """Key of a clip -> {pixels, path, fps (the file's own, 0 if unknown), error, away (the file was not found)}. Picklable."""
+  """Turns the key of a clip into {pixels, path, fps, error, away}. Picklable.
+
+  `fps` is the file's own frame rate, 0 if unknown. `away` is True if the file was not found.
+  """
 
   def __call__(self, key):
     clip = latents.unpack(int(key))

@@ -1,9 +1,9 @@
 """Files on a disk or in a bucket of Google Cloud Storage (gs://BUCKET/NAME): the few operations that this project needs.
 
 A bucket has neither folders nor renames: an object appears, complete, when its upload ends. So this module writes a file to the
-local disk, then uploads it. (With fsspec's own files, a failed writer would leave a partial object.) On a disk it renames the
-file instead. Errors of a bucket become OSError, as of a disk. gcsfs finds the credentials: the machine's on Google Cloud,
-elsewhere those of `gcloud auth application-default login`. STORAGE_EMULATOR_HOST names an emulator.
+local disk, then uploads it. (A failed writer of fsspec's own files would leave a partial object.) On a disk the module renames
+the file instead. Errors of a bucket become OSError, like errors of a disk. gcsfs finds the credentials: the machine's on Google
+Cloud, elsewhere those of `gcloud auth application-default login`. STORAGE_EMULATOR_HOST names an emulator.
 """
 
 import contextlib
@@ -14,7 +14,6 @@ import os
 import pathlib
 import posixpath
 import re
-import shutil
 import socket
 import tempfile
 import uuid
@@ -23,10 +22,11 @@ from typing import IO, Any
 
 import fsspec
 import numpy as np
+from fsspec.config import conf
 
-# A cached listing may be old, since other processes write to the bucket, and so do orbax and JAX through other libraries.
-fsspec.config.conf.setdefault("gs", {}).setdefault("use_listings_cache", False)
-logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs a traceback for errors that `errors` turns into one line
+# A cached listing may be outdated: other processes, orbax and JAX write to the bucket, too.
+conf.setdefault("gs", {}).setdefault("use_listings_cache", False)
+logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs the traceback of each error that `errors` turns into one line
 
 Path = str | os.PathLike
 _NETWORK = {"gcsfs", "google", "aiohttp", "requests"}  # packages whose exceptions mean trouble with a bucket
@@ -37,13 +37,13 @@ def is_remote(path: Path) -> bool:
 
 
 def check(path: Path, what: str) -> None:
-  """Raises ValueError for an address that is neither a local path nor in a bucket. `what`: the option's name, for the error."""
+  """Raises ValueError for an address that is neither a local path nor in a bucket. The error names the option `what`."""
   if "://" in str(path) and not re.match(r"gs://[a-z0-9][-_.a-z0-9]+/.", str(path)):
     raise ValueError(f"{what}={str(path)!r} is neither a local path nor gs://BUCKET/NAME")
 
 
 def check_writable(folder: Path, what: str) -> None:
-  """Makes a folder. Raises ValueError if it is not writable. `what`: the option's name, for the error."""
+  """Makes a folder. Raises ValueError if the folder is not writable. The error names the option `what`."""
   probe = join(folder, f".writable-{socket.gethostname()}-{os.getpid()}")  # other processes do the same
   try:
     write_text(probe, "")
@@ -54,7 +54,7 @@ def check_writable(folder: Path, what: str) -> None:
 
 
 def join(folder: Path, *names: Path) -> str:
-  """`folder`/`names`, as text. It resolves "." and ".." in a bucket, whose names are no paths."""
+  """Joins a folder and names. In a bucket it resolves "." and "..", since names of objects are no paths."""
   path = os.path.join(str(folder), *map(str, names))
   return f"gs://{posixpath.normpath(path[len('gs://') :])}" if is_remote(path) else path
 
@@ -64,7 +64,7 @@ def absolute(path: Path) -> str:
 
 
 def user_cache(name: str) -> str:
-  """A folder on this machine for files that can be made again."""
+  """A folder on this machine for files that the project can make again."""
   return str(pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "stdit_jax" / name)
 
 
@@ -74,7 +74,7 @@ def _bucket():
 
 @contextlib.contextmanager
 def errors(path: Path) -> Iterator[None]:
-  """Turns errors of a bucket into the OSError that a disk would raise: missing, no permission, else EIO."""
+  """Turns an error of a bucket into the OSError of a disk: file missing, no permission, or EIO for any other error."""
   try:
     yield
   except Exception as error:
@@ -90,7 +90,7 @@ def errors(path: Path) -> Iterator[None]:
 
 
 def stat(path: Path) -> tuple[int, int | str | None]:
-  """(bytes, a number that changes with the contents) of a file. Raises FileNotFoundError or IsADirectoryError."""
+  """Returns (bytes, a version that changes with the contents) of a file. Raises FileNotFoundError or IsADirectoryError."""
   if not is_remote(path):
     found = os.stat(path)
     folder, size, version = os.path.isdir(path), found.st_size, found.st_mtime_ns
@@ -123,7 +123,7 @@ def is_folder(path: Path) -> bool:
 
 
 def names(folder: Path) -> list[str]:
-  """Sorted names of the files and folders in a folder. Empty if the folder does not exist."""
+  """Sorted names of the files and folders in a folder. The list is empty if the folder does not exist."""
   try:
     if not is_remote(folder):
       return sorted(os.listdir(folder))
@@ -136,13 +136,16 @@ def names(folder: Path) -> list[str]:
 def files_below(folder: Path, unread: Callable[[str], Any] = lambda folder: None) -> Iterator[str]:
   """Yields the sorted paths of all files below a folder. It does not follow links to folders.
 
-  `unread` is called with each folder that may not be read.
+  The function calls `unread` with each folder that it may not read.
   """
   return (path for path, _ in _below(folder, unread))
 
 
 def states_below(folder: Path, unread: Callable[[str], Any] = lambda folder: None) -> Iterator[tuple[str, tuple | None]]:
-  """Yields (path, result of `stat`, or None if the file was deleted) as `files_below` does. One request lists a bucket."""
+  """Yields (path, result of `stat`) of the files of `files_below`. One request lists a bucket.
+
+  The result is None if another process deleted the file.
+  """
   for path, state in _below(folder, unread):
     if state is None:
       with contextlib.suppress(OSError):
@@ -157,29 +160,22 @@ def _below(folder, unread):
     for name in sorted(found, key=lambda name: name.split("/")):
       yield f"gs://{name}", (found[name]["size"], found[name].get("generation"))
     return
-  waiting = _entries(folder, unread)
-  while waiting:
-    entry = waiting.pop()
+  try:
+    entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+  except PermissionError:
+    unread(str(folder))
+    return
+  except FileNotFoundError:  # another process deleted it
+    return
+  for entry in entries:
     if entry.is_dir(follow_symlinks=False):
-      waiting += _entries(entry.path, unread)
+      yield from _below(entry.path, unread)
     elif entry.is_file():
       yield entry.path, None
 
 
-def _entries(folder, unread):
-  """Entries of a folder, in reverse order. Empty if it cannot be read."""
-  try:
-    with os.scandir(folder) as found:
-      return sorted(found, key=lambda entry: entry.name, reverse=True)
-  except PermissionError:
-    unread(str(folder))
-  except FileNotFoundError:
-    pass  # another process deleted it
-  return []
-
-
 def open_file(path: Path) -> IO[bytes]:
-  """Opens a file for reading bytes at any position. In a bucket every read is a request: wrap reads in `errors`."""
+  """Opens a file for reading bytes at any position. In a bucket every read is a request: wrap each read in `errors`."""
   if not is_remote(path):
     return open(path, "rb")
   with errors(path):
@@ -196,7 +192,7 @@ def read_text(path: Path) -> str:
 
 
 def fingerprint(path: Path) -> str:
-  """sha256 of a file, or of all files in a folder. A large file counts by its size and 4 MB of evenly spaced blocks."""
+  """sha256 of a file, or of all files in a folder. For a large file, it hashes the size and 4 MB of evenly spaced blocks."""
   digest = hashlib.sha256()
   for name in files_below(path) if is_folder(path) else [path]:
     size, block = stat(name)[0], 1 << 16
@@ -210,7 +206,7 @@ def fingerprint(path: Path) -> str:
 
 @contextlib.contextmanager
 def local_copy(path: Path) -> Iterator[Path]:
-  """A local path to a file: its own path, or a temporary copy."""
+  """Yields a local path of a file: the file's own path, or a temporary copy of an object."""
   if not is_remote(path):
     yield path
     return
@@ -223,9 +219,9 @@ def local_copy(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[str]:
-  """A local path to write to, with the ending of `path`. Makes folders.
+  """Yields a local path to write to, with the ending of `path`. Makes missing folders.
 
-  The file appears at `path` when the block ends. If the block raises, it does not appear.
+  The file appears at `path` when the block ends. It does not appear if the block raises an error.
   """
   folder, name = os.path.split(str(path))
   stem, ending = os.path.splitext(name)
@@ -276,7 +272,7 @@ def remove(path: Path) -> None:
 
 
 def move(folder: Path, place: Path) -> None:
-  """Renames a folder. In a bucket it completes the copy before it deletes an object."""
+  """Renames a folder. In a bucket, it completes the copy before it deletes the first object."""
   if not is_remote(folder):
     os.makedirs(os.path.dirname(place), exist_ok=True)
     os.rename(folder, place)
@@ -296,13 +292,10 @@ def upload(folder: Path, place: Path) -> None:
 
 @contextlib.contextmanager
 def local_folder(place: Path) -> Iterator[Path]:
-  """`place` itself if it is local. Else a temporary folder, which is uploaded to `place` when the block ends."""
+  """Yields `place` if it is local. Else yields a temporary folder, and uploads it to `place` when the block ends."""
   if not is_remote(place):
     yield place
     return
-  folder = tempfile.mkdtemp(prefix="stdit_jax-")
-  try:
+  with tempfile.TemporaryDirectory(prefix="stdit_jax-") as folder:
     yield folder
     upload(folder, place)
-  finally:
-    shutil.rmtree(folder)

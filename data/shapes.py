@@ -1,8 +1,8 @@
 """Moving shapes: videos that are drawn when they are read, with captions that describe them exactly.
 
-A scene has one or two objects (shape, colour, direction, speed) on a gray background, plain or striped. It is a function of its
-address, `shapes://SPLIT/SEED/NUMBER`. `shapes://SPLIT/SEED/ROWS` is the table of the first ROWS scenes. A configuration names
-it in `data.tables` like a file. `data.shapes_vision` examines the videos of a model that has learned from these.
+A scene has one or two objects (shape, colour, direction, speed) on a gray background, plain or striped. The scene is a function
+of its address, `shapes://SPLIT/SEED/NUMBER`. `shapes://SPLIT/SEED/ROWS` is the table of the first ROWS scenes. A configuration
+names this table in `data.tables` like a file. `data.shapes_vision` measures what a video of a trained model shows.
 
 Splits: "train" lacks some combinations of shape, colour and direction, and long clips in one of its aspect ratios. "held_out"
 has only the missing combinations. "sizes" is "train" with the missing long clips.
@@ -35,18 +35,24 @@ GROUNDS = {"black": 25, "gray": 110, "white": 235}
 LENGTHS = (5, 9)  # frames, for buckets of 4 and 8 frames: a clip must be longer than its bucket
 FPS = 8
 SIDES = tuple((2 * height, 2 * width) for height, width in aspect_ratios.SIZES["64p"].values())  # height, width
-NOT_LONG = (160, 96)  # the size of which "train" has only short clips
-# About half an object's side: of a single object, and of each of two. Large objects move across the whole frame, so that even
-# single frames tell their direction. With 0.15, a model without frame positions learned no direction in two hours.
+NOT_LONG = (160, 96)  # "train" has only short clips of this size
+# About half the side of a single object, and of each of two objects. Large objects move across the whole frame, so that even
+# single frames show their direction. With 0.15, a model without frame positions learned no direction in two hours.
 SIZE, SMALL = 0.24, 0.13
-HELD_OUT = 9  # one combination in 9
+HELD_OUT = 9  # "train" lacks one combination in 9
 VERSION = 4  # of tables and drawings: raise it when they change
 _SAMPLES = 3  # per pixel and axis, for smooth edges
 
 
 @dataclasses.dataclass(frozen=True)
 class Object:
-  """shape, color, direction, speed: words of the tables above. start: (x, y) of the centre in frame 0. size: half a side."""
+  """An object of a scene.
+
+  Attributes:
+    shape, color, direction, speed: words of the tables above.
+    start: (x, y) of the centre in frame 0.
+    size: half a side.
+  """
 
   shape: str
   color: str
@@ -57,7 +63,7 @@ class Object:
 
   @property
   def step(self):
-    """(x, y) of its motion per frame."""
+    """Motion of the object per frame, (x, y)."""
     x, y = DIRECTIONS[self.direction]
     length = SPEEDS[self.speed] / np.hypot(x, y)
     return x * length, y * length
@@ -65,7 +71,14 @@ class Object:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-  """ground: a word of GROUNDS, the background. height, width: in pixels, as a file has them. frames: their number."""
+  """The contents of a video.
+
+  Attributes:
+    ground: the background, a word of GROUNDS.
+    striped: whether the background has stripes.
+    height, width: size in pixels.
+    frames: number of frames.
+  """
 
   objects: tuple[Object, ...]
   ground: str
@@ -82,7 +95,7 @@ def is_held_out(shape: str, color: str, direction: str) -> bool:
 
 
 def parse(address: str) -> tuple[str, int, int]:
-  """'shapes://train/0/17' -> ("train", 0, 17). Raises ValueError for any other text."""
+  """Parses 'shapes://train/0/17' into ("train", 0, 17). Raises ValueError for any other text."""
   match = re.fullmatch(rf"{SCHEME}(\w+)/(\d{{1,9}})/(\d{{1,9}})", str(address))
   if not match or match[1] not in SPLITS:
     raise ValueError(f"{address} is no address of shapes: {SCHEME}SPLIT/SEED/NUMBER, SPLIT one of {', '.join(SPLITS)}")
@@ -91,7 +104,7 @@ def parse(address: str) -> tuple[str, int, int]:
 
 @functools.lru_cache(1024)
 def scene(address: str) -> Scene:
-  """The `Scene` of an address. Raises ValueError for any other text."""
+  """Makes the `Scene` of an address. Raises ValueError for any other text."""
   split, seed, number = parse(address)
   rng = np.random.default_rng([seed, number, SPLITS.index(split)])
   height, width = SIDES[rng.integers(len(SIDES))]
@@ -104,22 +117,23 @@ def scene(address: str) -> Scene:
     objects = tuple(
       _object(rng, split, frames, (width / min(height, width), height / min(height, width)), size) for _ in range(count)
     )
-    if count == 1 or (objects[0].color != objects[1].color and _apart(*objects, frames)):
+    if count == 1 or (objects[0].color != objects[1].color and _apart(objects[0], objects[1], frames)):
       break
   return Scene(objects, list(GROUNDS)[rng.integers(len(GROUNDS))], bool(rng.random() < 0.5), height, width, frames)
 
 
 def _object(rng, split, frames, sides, size):
-  """An object that stays inside the frame during all frames. `sides`: (width, height) in short sides."""
+  """Draws an object that stays inside the frame during all frames. `sides`: (width, height) in short sides."""
   while True:
-    words = [list(table)[rng.integers(len(table))] for table in (SHAPES, COLORS, DIRECTIONS, SPEEDS)]
-    if is_held_out(*words[:3]) != (split == "held_out"):
+    shape, color, direction, speed = (list(t)[rng.integers(len(t))] for t in (SHAPES, COLORS, DIRECTIONS, SPEEDS))
+    if is_held_out(shape, color, direction) != (split == "held_out"):
       continue
-    moved = np.array(Object(*words, (0, 0)).step) * (frames - 1)
+    drawn = Object(shape, color, direction, speed, (0, 0), size)
+    moved = np.array(drawn.step) * (frames - 1)
     room = np.array(sides) / 2 - 1.1 * size
     low, high = -room - np.minimum(moved, 0), room - np.maximum(moved, 0)
     if (low <= high).all():
-      return Object(*words, tuple(rng.uniform(low, high).round(4).tolist()), size)
+      return dataclasses.replace(drawn, start=tuple(rng.uniform(low, high).round(4).tolist()))
 
 
 def _apart(a, b, frames):
@@ -149,7 +163,7 @@ def captions(one: Scene) -> list[str]:
 
 
 def inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-  """Whether points lie in a shape. x, y: from its centre, in half sides of the object."""
+  """Whether points lie in a shape. `x` and `y` count from the centre of the shape, in half sides of the object."""
   if shape == "circle":
     return x**2 + y**2 <= 1
   if shape == "square":
@@ -161,35 +175,33 @@ def inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def draw(one: Scene, indices: Sequence[int] | np.ndarray, size: tuple[int, int] | None = None) -> np.ndarray:
-  """Frames of a scene by number, uint8 [T, height, width, 3], drawn at `size` (default: the scene's own).
+  """Draws frames of a scene by number, uint8 [T, height, width, 3], at `size` (default: the scene's own).
 
-  A size of another aspect ratio shows the centre, like a file that is resized and cropped.
+  A size of another aspect ratio shows the centre, like a file that the reader resizes and crops.
   """
   height, width = size or (one.height, one.width)
   # Pixels per short side, so that the scene covers the size.
   scale = min(one.height, one.width) * max(height / one.height, width / one.width)
-  axis = lambda n: ((np.arange(n * _SAMPLES) + 0.5) / _SAMPLES - n / 2) / scale  # noqa: E731
-  y, x = axis(height)[:, None], axis(width)[None]
-  level = GROUNDS[one.ground]
-  ground = np.full((height * _SAMPLES, width * _SAMPLES), float(level))
+  y, x = ((np.arange(n * _SAMPLES) + 0.5) / _SAMPLES - n / 2 for n in (height, width))
+  y, x = y[:, None] / scale, x[None] / scale
+  ground = np.full((height * _SAMPLES, width * _SAMPLES), float(GROUNDS[one.ground]))
   if one.striped:
     ground += np.where(np.floor((x + y) / 0.125) % 2, 14.0, -14.0)
   result = np.empty((len(indices), height, width, 3), np.uint8)
   for t, number in enumerate(indices):
-    picture = np.repeat(ground[..., None], 3, -1)
+    frame = np.repeat(ground[..., None], 3, -1)
     for o in one.objects:
       centre = np.add(o.start, np.multiply(o.step, number))
-      picture[inside(o.shape, (x - centre[0]) / o.size, (y - centre[1]) / o.size)] = COLORS[o.color]
-    picture = picture.reshape(height, _SAMPLES, width, _SAMPLES, 3).mean((1, 3))
-    result[t] = np.rint(picture)
+      frame[inside(o.shape, (x - centre[0]) / o.size, (y - centre[1]) / o.size)] = COLORS[o.color]
+    result[t] = np.rint(frame.reshape(height, _SAMPLES, width, _SAMPLES, 3).mean((1, 3)))
   return result
 
 
 def rows(address: str) -> dict[str, list]:
-  """The table of an address, as columns: a row for each scene, then a row for the first frame of each scene, as an image.
+  """The table of an address, as columns. It has a row for each scene, then a row for the first frame of each scene, an image.
 
-  First frames show the direction: an object that moves to the right starts on the left. Images of random frames would not
-  depend on the direction: models trained on them ignored it for a thousand steps.
+  First frames show the direction: an object that moves to the right starts on the left. Random frames do not show the
+  direction. Models that were trained with random frames ignored the direction for a thousand steps.
   """
   split, seed, count = parse(address)
   addresses = [f"{SCHEME}{split}/{seed}/{i}" for i in range(count)]

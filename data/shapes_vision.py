@@ -1,4 +1,4 @@
-"""Measures what a video of moving shapes shows, from colours, positions and outlines, without a model."""
+"""Measures what a video of moving shapes shows, without a model: from colours, positions and outlines."""
 
 import dataclasses
 import functools
@@ -7,17 +7,18 @@ import numpy as np
 
 from data import shapes
 
-CHROMA = 0.22  # least difference of the largest and smallest channel (0 to 1) in pixels of objects; backgrounds are gray
+CHROMA = 0.22  # smallest difference between the channels (0 to 1) of an object's pixel; backgrounds are gray
 LEAST = 0.5  # smallest area of an object, in squares of half its side: a quarter of the smallest shape
 
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-  """One object as measured.
+  """The measured properties of one object.
 
-  shape, color, direction, speed: words of `data.shapes`, or "" if none fits.
-  path: float [T, 2], its centre from that of the frame, in short sides; NaN in frames without it.
-  smooth: largest difference of a step from the mean step, in short sides.
+  Attributes:
+    shape, color, direction, speed: words of `data.shapes`, or "" if none fits.
+    path: float [T, 2], the object's centre relative to the frame's centre, in short sides. NaN in frames without the object.
+    smooth: largest difference of a step from the mean step, in short sides.
   """
 
   shape: str
@@ -29,12 +30,12 @@ class Seen:
 
 
 def objects_of(frames: np.ndarray, size: float = shapes.SMALL) -> list[Seen]:
-  """The objects of a video uint8 [T, H, W, 3], largest first. `size`: half their side, as `shapes.Object.size`."""
+  """Finds the objects of a video uint8 [T, H, W, 3], largest first. `size` is half their side, as `shapes.Object.size`."""
   pixels = frames.astype(np.float32) / 255
   chroma = pixels.max(-1) - pixels.min(-1)
   names = list(shapes.COLORS)
   palette = np.array([hue(np.array(shapes.COLORS[name], np.float32) / 255) for name in names])
-  # The distance of hues on their circle.
+  # Hues lie on a circle.
   distance = np.abs((hue(pixels)[..., None] - palette + 0.5) % 1 - 0.5)
   nearest = np.where(chroma > CHROMA, distance.argmin(-1), -1)
   scale = min(frames.shape[1:3])
@@ -69,7 +70,7 @@ def _seen(mask, color, visible):
 
 
 def motion(path: np.ndarray) -> tuple[str, str, float]:
-  """(direction, speed, smooth) of a path [T, 2], as in `Seen`. Directions and speeds are the nearest words."""
+  """Measures (direction, speed, smooth) of a path [T, 2], see `Seen`. Directions and speeds are the nearest words."""
   times = np.flatnonzero(~np.isnan(path[:, 0]))
   if len(times) < 2:
     return "", "", np.inf
@@ -89,7 +90,7 @@ def motion(path: np.ndarray) -> tuple[str, str, float]:
 
 
 def outline(masks: np.ndarray, centres: np.ndarray, x: np.ndarray, y: np.ndarray) -> str:
-  """The shape that matches the masks [T, H, W] best when drawn at their centres and with their areas."""
+  """The shape that matches the masks [T, H, W] best. Each shape is drawn at the centres and with the areas of the masks."""
   scores = dict.fromkeys(shapes.SHAPES, 0.0)
   for mask, (cx, cy) in zip(masks, centres):
     area = mask.sum() * (x[1] - x[0]) * (y[1] - y[0])
@@ -98,12 +99,12 @@ def outline(masks: np.ndarray, centres: np.ndarray, x: np.ndarray, y: np.ndarray
       side = np.sqrt(area / unit)
       drawn = shapes.inside(shape, (x[None] - cx) / side + offset[0], (y[:, None] - cy) / side + offset[1])
       scores[shape] += (drawn & mask).sum() / max((drawn | mask).sum(), 1)
-  return max(scores, key=scores.get)
+  return max(scores, key=lambda shape: scores[shape])
 
 
 @functools.cache
 def _unit(shape):
-  """(area, centre) of a shape with half side 1."""
+  """Returns (area, centre) of a shape with half side 1."""
   axis = (np.arange(400) + 0.5) / 200 - 1
   filled = shapes.inside(shape, axis[None], axis[:, None])
   where_y, where_x = np.nonzero(filled)
@@ -111,7 +112,7 @@ def _unit(shape):
 
 
 def ground_of(frames: np.ndarray) -> tuple[str, bool]:
-  """(word of `shapes.GROUNDS`, whether it is striped) of a video's background, from its gray pixels."""
+  """Returns (word of `shapes.GROUNDS`, whether it is striped) of a video's background, from its gray pixels."""
   pixels = frames.astype(np.float32)
   gray = (pixels.max(-1) - pixels.min(-1)) / 255 < CHROMA / 2
   levels = pixels.mean(-1)[gray]
@@ -124,10 +125,11 @@ def ground_of(frames: np.ndarray) -> tuple[str, bool]:
 
 
 def judge(frames: np.ndarray, scene: shapes.Scene) -> dict[str, bool]:
-  """Whether a video shows a scene: {color, shape, direction, speed, always, count, ground: bool}.
+  """Compares a video with a scene. Returns {color, shape, direction, speed, always, count, ground: bool}.
 
-  The first four must be right for all objects. "always": they are visible in every frame. A single object is compared with the
-  largest measured one. Two objects are compared with the two largest, by colour.
+  "color", "shape", "direction" and "speed" must be right for all objects. "always" is True if every frame shows all objects.
+  The function compares a single object with the largest measured object. It compares two objects with the two largest measured
+  objects, by colour.
   """
   found = objects_of(frames, min(one.size for one in scene.objects))
   largest = found[: len(scene.objects)]

@@ -1,9 +1,9 @@
 """Latents <-> tokens: the one patchify of the project, for NumPy arrays on the host and JAX arrays on the device.
 
-Tokens are `[..., time, space, patch values]`. Space runs over rows, then columns (columns fastest); the values of one
-patch are ordered (patch time, patch row, patch column, channel), channels fastest, which is the order in which the
-Open-Sora models write their output. Latents that are no multiple of the patch are padded with zeros at the end of each
-axis (bottom, right, last), as the original pads (Open-Sora 1.1/1.2, `PatchEmbed3D`).
+Tokens are `[..., time, space, patch values]`. Space runs over rows, then columns (columns fastest). The values of one patch
+have the order (patch time, patch row, patch column, channel), channels fastest. The Open-Sora models write their output in this
+order. `patchify` pads latents with zeros at the end of each axis (bottom, right, last) to whole patches, as Open-Sora 1.1 and
+1.2 do (`PatchEmbed3D`).
 """
 
 import einops
@@ -11,12 +11,12 @@ import numpy as np
 
 
 def grid_size(latent_size, patch_size=(1, 2, 2)):
-  """Size of the token grid (T, rows, columns) of latents of size (time, height, width)."""
+  """Size of the token grid (T, rows, columns) for latents of size (time, height, width)."""
   return tuple(-(-n // p) for n, p in zip(latent_size, patch_size, strict=True))
 
 
 def patchify(latents, patch_size=(1, 2, 2)):
-  """`[..., T, H, W, C]` -> tokens `[..., T', rows * columns, pt * ph * pw * C]`, zero-padded to whole patches."""
+  """Turns latents `[..., T, H, W, C]` into tokens `[..., T', rows * columns, pt * ph * pw * C]`."""
   *batch, t, h, w, _ = latents.shape
   pt, ph, pw = patch_size
   t_grid, rows, columns = grid_size((t, h, w), patch_size)
@@ -28,7 +28,7 @@ def patchify(latents, patch_size=(1, 2, 2)):
 
 
 def unpatchify(tokens, latent_size, patch_size=(1, 2, 2)):
-  """The inverse: tokens `[..., T', S, pt * ph * pw * C]` -> latents `[..., T, H, W, C]`; S may hold padding at its end."""
+  """Turns tokens `[..., T', S, pt * ph * pw * C]` into latents `[..., T, H, W, C]`. S may contain padding at its end."""
   pt, ph, pw = patch_size
   t_grid, rows, columns = grid_size(latent_size, patch_size)
   tokens = tokens[..., :t_grid, : rows * columns, :]

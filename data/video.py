@@ -1,10 +1,11 @@
 """Reads frames of video and image files by number, resized and cropped.
 
-Frames are numbered in the order of presentation, for any time stamps (variable frame rates, edit lists, B-frames). All sizes
+Frame numbers follow the order of presentation, for any time stamps (variable frame rates, edit lists, B-frames). All sizes
 are those of the displayed frame: the reader applies a rotation flag or the Exif orientation. It treats all pixels as square, as
-the original does. Unusable files raise `BadVideo` with one reason. Transient I/O errors are retried.
+Open-Sora does. For an unusable file it raises `BadVideo` with one reason. It retries after transient I/O errors.
 """
 
+import contextlib
 import dataclasses
 import errno
 import functools
@@ -12,40 +13,37 @@ import io
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import av
 import numpy as np
+from av.container import InputContainer
+from av.error import FFmpegError, InvalidDataError
+from av.stream import Disposition
+from av.video.reformatter import Interpolation, VideoReformatter
+from av.video.stream import VideoStream
 from PIL import Image, ImageOps
 
 from data import paths, shapes
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-IMAGE_FORMATS = (
-  "JPEG",
-  "PNG",
-  "PPM",
-  "BMP",
-  "TIFF",
-  "WEBP",
-)  # that Pillow may read, by content; some of its other formats start programs
+IMAGE_FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")  # Pillow reads no other format: some of them start programs
 VIDEO_EXTENSIONS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".ogv", ".ts", ".gif")
 IMAGE_FPS = 120.0  # the frame rate that models are told for images
-DEFAULT_FPS = 24.0  # of files without a frame rate
+DEFAULT_FPS = 24.0  # the frame rate of files that name none
 RESIZE_MODES = ("area", "original")
 
-_SEEK_GAP = 250  # the reader seeks wanted frames that are further apart than this
-_HD_HEIGHT = 720  # frames of at least this height use BT.709 colours if the file names none
+_SEEK_GAP = 250  # frames; the reader seeks if two wanted frames are further apart
+_HD_HEIGHT = 720  # frames of at least this height have BT.709 colours if the file names no colour space
 PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ECONNRESET, errno.ECONNABORTED, errno.EBUSY,
             errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENOTCONN, errno.ENETDOWN, errno.EPIPE}  # fmt: skip
 RETRY_DELAYS = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds between the attempts
 
 # Without the two flags, frames that are converted but not scaled are about one level (of 255) too dark.
-_SCALER = av.video.reformatter.Interpolation.AREA | av.video.reformatter.Interpolation.ACCURATE_RND
-_SCALER |= av.video.reformatter.Interpolation.FULL_CHR_H_INT
+_SCALER = Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 
-# The containers of video that FFmpeg may open. Its other formats hold no video, or name further files and addresses that it
-# would open (playlists).
+# The containers that FFmpeg may open. Its other formats hold no video, or name further files and addresses (playlists) that
+# FFmpeg would open.
 _FORMATS = "mov,matroska,webm,avi,mpeg,mpegvideo,mpegts,m4v,ogg,gif,flv,asf,mxf,dv,h264,hevc,ivf,nut,rm,yuv4mpegpipe"
 _IN_MEMORY = 32 << 20  # bytes; a smaller file in a bucket is downloaded as a whole, once
 _BLOCK = 4 << 20  # bytes per request for a larger file
@@ -54,17 +52,17 @@ _local = threading.local()
 T = TypeVar("T")
 
 
-class BadVideo(Exception):  # noqa: N818 - it names the file's fault, not the program's
-  """A file is unusable, with one reason: missing, empty, no video, cut short..."""
+class BadVideo(Exception):  # noqa: N818 - the fault is the file's, not the program's
+  """Reports that a file is unusable, with one reason: missing, empty, no video, cut short..."""
 
 
 class Away(BadVideo):
-  """A file does not exist or may not be read. Its disk may return."""
+  """Reports that a file does not exist or may not be read. Its disk may return."""
 
 
 @dataclasses.dataclass(frozen=True)
 class VideoInfo:
-  """The result of `probe`: frames, displayed height and width, frames per second (IMAGE_FPS for images)."""
+  """The result of `probe`: number of frames, displayed height and width, frames per second (IMAGE_FPS for images)."""
 
   num_frames: int
   height: int
@@ -76,8 +74,8 @@ class VideoInfo:
 class _Index:
   num_frames: int
   fps: float
-  times: np.ndarray | None  # sorted time stamps of all frames; None: there are none, and the reader counts frames
-  cut_short: str  # "", or why the file is incomplete
+  times: np.ndarray | None  # sorted time stamps of all frames; None = the reader counts frames, since some have no time stamp
+  cut_short: str  # "", or the reason why the file is incomplete
 
 
 def is_image(path: str) -> bool:
@@ -107,9 +105,9 @@ def retry(function: Callable[..., T], *args, **kwargs) -> T:
 
 
 def probe(path: str, decode: bool = False) -> VideoInfo:
-  """Size, number of frames and frame rate of a file. Raises BadVideo if it is unusable for training.
+  """Finds size, number of frames and frame rate of a file. Raises BadVideo if the file is unusable for training.
 
-  It counts the packets of a video and decodes its first frame. `decode=True` decodes all frames.
+  The function counts the packets of a video and decodes its first frame. `decode=True` decodes all frames.
   """
   path = str(path)
   if is_drawn(path):
@@ -117,7 +115,7 @@ def probe(path: str, decode: bool = False) -> VideoInfo:
     return VideoInfo(drawn.frames, drawn.height, drawn.width, shapes.FPS)
   if is_image(path):
     image = _read_image(path)
-    return VideoInfo(1, *image.shape[:2], IMAGE_FPS)
+    return VideoInfo(1, image.shape[0], image.shape[1], IMAGE_FPS)
   index = _index(path)
   if index.cut_short:
     raise BadVideo(index.cut_short)
@@ -128,10 +126,10 @@ def probe(path: str, decode: bool = False) -> VideoInfo:
 
 
 def clip_indices(total: int, num_frames: int, frame_interval: int, rng: np.random.Generator) -> np.ndarray:
-  """Frames of a random clip of `num_frames` frames out of `total`, as Open-Sora takes them (`TemporalRandomCrop`).
+  """Chooses `num_frames` frames of a random clip out of `total` frames, as Open-Sora does (`TemporalRandomCrop`).
 
-  A window of num_frames * frame_interval frames starts uniformly in [0, max(0, total - window - 1)]. The frames are linspace
-  over the window, rounded down. So a short file repeats frames, and interval 1 in a long file gives consecutive frames.
+  A window of num_frames * frame_interval frames starts uniformly in [0, max(0, total - window - 1)]. The frame numbers are
+  linspace over the window, rounded down. So a short file repeats frames. Interval 1 in a long file gives consecutive frames.
   """
   window = num_frames * frame_interval
   start = int(rng.integers(0, max(0, total - window - 1) + 1))
@@ -139,7 +137,7 @@ def clip_indices(total: int, num_frames: int, frame_interval: int, rng: np.rando
 
 
 def read_clip(path: str, start: int, num_frames: int, frame_interval: int = 1, **how) -> np.ndarray:
-  """Every `frame_interval`-th frame from `start` on, uint8 [num_frames, H, W, 3]. `how`: see `read_frames`."""
+  """Reads every `frame_interval`-th frame from `start` on, uint8 [num_frames, H, W, 3]. `how`: see `read_frames`."""
   return read_frames(path, start + frame_interval * np.arange(num_frames), **how)
 
 
@@ -151,21 +149,22 @@ def read_frames(
   resize: str = "area",
   crop: tuple[int, int, int, int] | None = None,
 ) -> np.ndarray:
-  """Frames by number, resized to cover `size` and cropped at the centre.
+  """Reads frames by number. Resizes them to cover `size` and crops the centre.
 
   Args:
     path: video or image file.
     indices: ascending frame numbers, which may repeat; None = all frames. Images have frame 0 only.
     size: (height, width) of the result, None = as in the file.
-    resize: "area" averages over pixels (fast, no aliasing). "original" is that of Open-Sora: bilinear without antialiasing
-      for videos, bicubic for images.
-    crop: (x, y, width, height), the part of the displayed frame to use; None = all.
+    resize: "area" averages over pixels (fast, no aliasing). "original" resizes as Open-Sora does: bilinear without
+      antialiasing for videos, bicubic for images.
+    crop: (x, y, width, height), the part of the displayed frame to use; None = the whole frame.
 
   Returns:
     uint8 [T, height, width, 3].
 
   Raises:
-    BadVideo: the file is unusable. OSError: I/O errors persist.
+    BadVideo: the file is unusable.
+    OSError: I/O errors persist.
   """
   if resize not in RESIZE_MODES:
     raise ValueError(f"resize {resize!r} is none of {', '.join(RESIZE_MODES)}")
@@ -174,8 +173,8 @@ def read_frames(
     wanted = np.zeros(1, np.int64) if indices is None else np.asarray(indices, np.int64)
     if wanted.any():
       raise BadVideo("an image has one frame only")
-    picture = _fit_image(_cut(_read_image(path), crop), size, resize)
-    return np.repeat(picture[None], len(wanted), 0)
+    image = _fit_image(_cut(_read_image(path), crop), size, resize)
+    return np.repeat(image[None], len(wanted), 0)
   index = None if is_drawn(path) else _index(path)
   total = index.num_frames if index else shapes.scene(path).frames
   wanted = np.arange(total) if indices is None else np.asarray(indices, np.int64)
@@ -200,8 +199,8 @@ def _translated(function, path, *args):
     raise Away("no permission to read the file") from None
   except IsADirectoryError:
     raise BadVideo("is a folder") from None
-  except av.error.FFmpegError as e:
-    if e.errno in PASSING:  # FFmpeg reports EIO for damaged files, too; a plain read tells them from I/O errors
+  except FFmpegError as e:
+    if e.errno in PASSING:  # FFmpeg reports EIO for damaged files, too; a plain read distinguishes them from I/O errors
       read_through(path)
     raise BadVideo(f"not a video, or damaged or cut short ({e.strerror})") from None
   except (Image.DecompressionBombError, Image.UnidentifiedImageError, SyntaxError, ValueError) as e:
@@ -221,7 +220,7 @@ def read_through(path: str) -> None:
 
 
 def _check_file(path):
-  """(size, version) of a file. Raises BadVideo or OSError if it is empty or missing."""
+  """Returns (size, version) of a file. Raises BadVideo for an empty file, OSError for a missing file."""
   if is_address(path):
     return 0, 0
   size, version = _bucket_stat(path) if paths.is_remote(path) else paths.stat(path)
@@ -231,13 +230,13 @@ def _check_file(path):
 
 
 def _readable(path):
-  """What PyAV and Pillow open: a path, or a file object for a file in a bucket."""
+  """A path or file object that PyAV and Pillow can open."""
   size, _ = _check_file(path)
   if not paths.is_remote(path):
     return path
   if size <= _IN_MEMORY:
     return io.BytesIO(_bucket_content(path))
-  return io.BufferedReader(paths.open_file(path), _BLOCK)
+  return io.BufferedReader(cast(io.RawIOBase, paths.open_file(path)), _BLOCK)
 
 
 # Reading a row looks at its file three times, and every request to a bucket costs time and money.
@@ -245,12 +244,15 @@ _bucket_stat = functools.lru_cache(4)(paths.stat)
 _bucket_content = functools.lru_cache(4)(paths.read_bytes)
 
 
-def open_stream(path):
-  """(container, its video stream), decoded by one thread. Raises `BadVideo`, OSError, or FFmpegError for damaged files."""
-  container = av.open(_readable(path), metadata_errors="replace", options={"format_whitelist": _FORMATS})
+def open_stream(path: str) -> tuple[InputContainer, VideoStream]:
+  """Opens (container, its video stream). One thread decodes the stream.
+
+  Raises `BadVideo` or OSError, and FFmpegError for damaged files.
+  """
+  container = av.open(_readable(path), "r", metadata_errors="replace", options={"format_whitelist": _FORMATS})
   for stream in container.streams.video:
-    if not stream.disposition & av.stream.Disposition.attached_pic:
-      # The loader has parallel worker processes. More threads in a decoder would only decode frames that the clip drops.
+    if not stream.disposition & Disposition.attached_pic:
+      # The loader has parallel worker processes. More decoder threads would only decode frames that the clip does not use.
       stream.codec_context.thread_count = 1
       return container, stream
   audio = bool(container.streams.audio)
@@ -268,7 +270,7 @@ def _cached_index(path, _size, _changed):
 
 
 def _build_index(path):
-  """Time stamps of all frames, from the packets, without decoding."""
+  """Reads the time stamps of all frames from the packets, without decoding."""
   container, stream = open_stream(path)
   with container:
     times, packets = [], 0
@@ -280,7 +282,7 @@ def _build_index(path):
     fps = float(stream.average_rate or stream.guessed_rate or DEFAULT_FPS)
     cut_short = ""
     if container.format.name.startswith("mov") and packets < stream.frames:
-      cut_short = f"cut short: {packets} of {stream.frames} frames are there"
+      cut_short = f"cut short: {packets} of {stream.frames} frames exist"
   if not times:
     raise BadVideo("has no frames" + (f" ({cut_short})" if cut_short else ""))
   if None in times or len(set(times)) < len(times):
@@ -296,39 +298,38 @@ def _decoded_times(path):
 
 
 def _read_run(path, times, wanted, fit):
-  """The fitted frames `wanted` (ascending) [T, H, W, 3]: seeks once, then decodes forward."""
+  """Reads the fitted frames `wanted` (ascending) [T, H, W, 3]. Seeks once, then decodes forward."""
   if not len(wanted):
     return np.zeros((0, 1, 1, 3), np.uint8)
-  first, last = int(wanted[0]), int(wanted[-1])
-  found = {}
+  wanted = wanted.tolist()
   # A seek may miss frames (an open group of pictures, a wrong index). An earlier start finds them.
-  for back in (0, _SEEK_GAP, None):
-    begin = 0 if back is None or times is None else max(0, first - back)
-    found = _decode_range(path, times, begin, set(wanted.tolist()), last, fit)
-    if len(found) == len(set(wanted.tolist())):
-      return np.stack([found[i] for i in wanted.tolist()])
-    if not begin:
-      break
-  missing = next(i for i in wanted.tolist() if i not in found)
+  begins = [0] if times is None else [wanted[0], max(0, wanted[0] - _SEEK_GAP), 0]
+  found = {}
+  for begin in dict.fromkeys(begins):
+    found = _decode_range(path, times, begin, set(wanted), fit)
+    if found.keys() >= set(wanted):
+      return np.stack([found[i] for i in wanted])
+  missing = next(i for i in wanted if i not in found)
   raise BadVideo(f"frame {missing} cannot be decoded (damaged or cut short)")
 
 
-def _decode_range(path, times, begin, wanted, last, fit):
-  """Decodes from the key frame at or before frame `begin` to frame `last` -> {number: fitted frame}."""
+def _decode_range(path, times, begin, wanted, fit):
+  """Decodes from the key frame at or before frame `begin` to the last wanted frame. Returns {number: fitted frame}."""
   container, stream = open_stream(path)
-  found = {}
+  last, found = max(wanted), {}
   with container:
     if begin:
       container.seek(int(times[begin]), stream=stream)
     stop = None if times is None else times[last]
-    # Before the first wanted frame the decoder skips frames that no other frame refers to. Codecs with hidden or layered
-    # frames cannot tell these by the packet.
-    skips = times is not None and stream.codec_context.name in ("h264", "mpeg4", "mpeg2video")
+    # Before the first wanted frame the decoder skips frames that no other frame refers to. The packets of codecs with hidden or
+    # layered frames do not tell these frames.
+    skips = stream.codec_context.name in ("h264", "mpeg4", "mpeg2video")
+    first = None if times is None or not skips else times[min(wanted)]
     count = 0
-    try:
+    with contextlib.suppress(InvalidDataError):  # the caller reports the missing frame by number
       for packet in container.demux(stream):
-        if skips and packet.pts is not None:
-          stream.codec_context.skip_frame = "NONREF" if packet.pts < times[min(wanted)] else "DEFAULT"
+        if first is not None and packet.pts is not None:
+          stream.codec_context.skip_frame = "NONREF" if packet.pts < first else "DEFAULT"
         for frame in packet.decode():
           number = count if times is None else _number(times, frame.pts)
           count += 1
@@ -336,24 +337,23 @@ def _decode_range(path, times, begin, wanted, last, fit):
             found[number] = fit(frame)
           if number >= last or (stop is not None and frame.pts is not None and frame.pts > stop):
             return found
-    except av.error.InvalidDataError:
-      pass  # the caller reports the missing frame by number
   return found
 
 
 def _number(times, pts):
-  """Number of the frame with a time stamp, -1 if no frame has it."""
+  """Number of the frame with a time stamp, -1 if no frame has the time stamp."""
   number = -1 if pts is None else int(np.searchsorted(times, pts))
   return number if 0 <= number < len(times) and times[number] == pts else -1
 
 
 def _read_image(path):
-  """uint8 [H, W, 3] of an image file, as displayed, without transparency (as in the original)."""
+  """Reads an image file, uint8 [H, W, 3], as displayed. Drops transparency, as Open-Sora does."""
 
   def read(path):
     with Image.open(_readable(path), formats=IMAGE_FORMATS) as image:
       if getattr(image, "is_animated", False) and image.format == "WEBP":
-        raise BadVideo(f"an animation of {image.n_frames} frames; webp is read as a still only: make an mp4 or a gif of it")
+        frames = getattr(image, "n_frames", 0)
+        raise BadVideo(f"an animation of {frames} frames; webp is read as a still only: make an mp4 or a gif of it")
       image = ImageOps.exif_transpose(image)
       if image.mode.startswith("I"):  # 16 bits per pixel, which Pillow's conversion saturates
         return np.repeat((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)[..., None], 3, -1)
@@ -362,38 +362,36 @@ def _read_image(path):
   return retry(_translated, read, path)
 
 
-def _cut(picture, crop):
+def _cut(image, crop):
   if crop is None:
-    return picture
+    return image
   x, y, w, h = (int(v) for v in crop)
-  if x < 0 or y < 0 or w < 1 or h < 1 or x + w > picture.shape[1] or y + h > picture.shape[0]:
-    raise BadVideo(f"crop x={x} y={y} width={w} height={h} leaves the picture of {picture.shape[1]} x {picture.shape[0]}")
-  return picture[y : y + h, x : x + w]
+  if x < 0 or y < 0 or w < 1 or h < 1 or x + w > image.shape[1] or y + h > image.shape[0]:
+    raise BadVideo(f"crop x={x} y={y} width={w} height={h} leaves the frame of {image.shape[1]} x {image.shape[0]}")
+  return image[y : y + h, x : x + w]
 
 
 def cover_size(height: int, width: int, target: tuple[int, int]) -> tuple[int, int]:
-  """The smallest (height, width) of about the same aspect ratio that covers `target`, rounded as in the original."""
+  """The smallest (height, width) of about the same aspect ratio that covers `target`, rounded as Open-Sora does."""
   rh, rw = target[0] / height, target[1] / width
   return (target[0], round(width * rh)) if rh > rw else (round(height * rw), target[1])
 
 
 def _reformat(frame, height, width, **colors):
-  """Scales and converts a frame. Each thread has one scaler, since a new one per frame costs a third of the speed."""
+  """Scales and converts a frame. Each thread has one scaler, since a new scaler per frame costs a third of the speed."""
   if not hasattr(_local, "reformatter"):
-    _local.reformatter = av.video.reformatter.VideoReformatter()
-  args = {"interpolation": _SCALER, "threads": 1, **colors}
-  return _local.reformatter.reformat(frame, width, height, "rgb24", **args).to_ndarray()
+    _local.reformatter = VideoReformatter()
+  return _local.reformatter.reformat(frame, width, height, "rgb24", interpolation=_SCALER, threads=1, **colors).to_ndarray()
 
 
 def _fit_frame(frame, size, resize, crop):
   """Turns a decoded frame into uint8 [H, W, 3]: rotates it, cuts `crop`, resizes it to cover `size`, crops the centre."""
   turns = frame.rotation // 90 % 4  # counter-clockwise
   if resize == "original" or size is None or crop is not None:
-    picture = np.rot90(_to_rgb(frame) if resize == "area" else frame.to_ndarray(format="rgb24"), turns)
-    picture = _cut(picture, crop)
+    image = _cut(np.rot90(_to_rgb(frame) if resize == "area" else frame.to_ndarray(format="rgb24"), turns), crop)
     if size is None:
-      return np.ascontiguousarray(picture)
-    return resize_crop_bilinear(picture, size) if resize == "original" else _area(picture, size)
+      return np.ascontiguousarray(image)
+    return resize_crop_bilinear(image, size) if resize == "original" else _area(image, size)
   # The usual case: one call scales and converts the decoder's frame. Then the small frame is rotated.
   target = tuple(size)[::-1] if turns % 2 else tuple(size)
   covered = cover_size(frame.height, frame.width, target)
@@ -401,52 +399,49 @@ def _fit_frame(frame, size, resize, crop):
 
 
 def _to_rgb(frame, size=None):
-  """A frame as uint8 [H, W, 3], averaged to `size`, in the colour space that the file names."""
-  h, w = size or (frame.height, frame.width)
-  colors = frame.colorspace
+  """Converts a frame to uint8 [H, W, 3], averaged to `size`, in the colour space that the file names."""
   source = None
-  if frame.format.name.startswith("yuv") and colors not in (1, 4, 5, 6, 7, 9, 10):  # the file names none: the choice of players
+  if frame.format.name.startswith("yuv") and frame.colorspace not in (1, 4, 5, 6, 7, 9, 10):  # no name: choose as players do
     source = "ITU709" if frame.height >= _HD_HEIGHT else "ITU601"
-  return _reformat(frame, h, w, src_colorspace=source)
+  return _reformat(frame, *(size or (frame.height, frame.width)), src_colorspace=source)
 
 
-def _area(picture, size):
-  covered = cover_size(*picture.shape[:2], size)
-  if covered != picture.shape[:2]:
-    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
-    picture = _reformat(frame, *covered)
-  return np.ascontiguousarray(_centre(picture, size))
+def _area(image, size):
+  covered = cover_size(image.shape[0], image.shape[1], size)
+  if covered != image.shape[:2]:
+    image = _reformat(av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24"), *covered)
+  return np.ascontiguousarray(_centre(image, size))
 
 
-def _centre(picture, size):
-  y, x = (picture.shape[0] - size[0]) // 2, (picture.shape[1] - size[1]) // 2
-  return picture[y : y + size[0], x : x + size[1]]
+def _centre(image, size):
+  y, x = (image.shape[0] - size[0]) // 2, (image.shape[1] - size[1]) // 2
+  return image[y : y + size[0], x : x + size[1]]
 
 
-def _fit_image(picture, size, resize):
+def _fit_image(image, size, resize):
   if size is None:
-    return picture
+    return image
   if resize == "area":
-    return _area(picture, size)
-  h, w = cover_size(*picture.shape[:2], size)
-  picture = np.asarray(Image.fromarray(picture).resize((w, h), Image.Resampling.BICUBIC))
-  y, x = round((h - size[0]) / 2), round((w - size[1]) / 2)
-  return np.ascontiguousarray(picture[y : y + size[0], x : x + size[1]])
+    return _area(image, size)
+  h, w = cover_size(image.shape[0], image.shape[1], size)
+  image = np.asarray(Image.fromarray(image).resize((w, h), Image.Resampling.BICUBIC))
+  y, x = round((h - size[0]) / 2), round((w - size[1]) / 2)  # not `_centre`: Open-Sora rounds halves to even numbers
+  return np.ascontiguousarray(image[y : y + size[0], x : x + size[1]])
 
 
-def resize_crop_bilinear(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-  """Open-Sora's resize and crop of a video frame: bilinear, align_corners=False, no antialiasing. uint8 in and out."""
-  covered = cover_size(*picture.shape[:2], size)
+def resize_crop_bilinear(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+  """Resizes and crops a video frame as Open-Sora does: bilinear, align_corners=False, no antialiasing. uint8 in and out."""
+  covered = cover_size(image.shape[0], image.shape[1], size)
   weights = []
   for axis in range(2):
     offset = (covered[axis] - size[axis]) // 2
-    scale = picture.shape[axis] / covered[axis]
+    scale = image.shape[axis] / covered[axis]
     at = np.maximum((np.arange(offset, offset + size[axis]) + 0.5) * scale - 0.5, 0)
-    low = np.minimum(at.astype(np.int64), picture.shape[axis] - 1)
-    weights.append((low, np.minimum(low + 1, picture.shape[axis] - 1), (at - low).astype(np.float32)))
+    low = np.minimum(at.astype(np.int64), image.shape[axis] - 1)
+    weights.append((low, np.minimum(low + 1, image.shape[axis] - 1), (at - low).astype(np.float32)))
   (y0, y1, wy), (x0, x1, wx) = weights
   wy, wx = wy[:, None, None], wx[:, None]
-  rows = [picture[y].astype(np.float32) for y in (y0, y1)]
+  rows = [image[y].astype(np.float32) for y in (y0, y1)]
   top, bottom = (r[:, x0] * (1 - wx) + r[:, x1] * wx for r in rows)
   return np.rint(top * (1 - wy) + bottom * wy).astype(np.uint8)
 

@@ -2,6 +2,7 @@
 
 import csv
 import fractions
+from typing import Any
 
 import av
 import numpy as np
@@ -28,7 +29,7 @@ def write_video(path, frames=40, height=48, width=64, rate=24, *, codec="libx264
   rotation, times = options.pop("rotation", 0), options.pop("times", None)
   muxer = {k: options.pop(k) for k in ("movflags",) if k in options}
   with av.open(str(path), "w", options=muxer) as container:
-    stream = container.add_stream(codec, rate=rate)
+    stream: Any = container.add_stream(codec, rate=rate)
     stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
     stream.codec_context.time_base = fractions.Fraction(1, rate * 10)
     stream.options = {k: str(v) for k, v in {"g": 12, **options}.items()}

@@ -25,8 +25,6 @@ def test_tables_and_closest_ratio(name):
     assert list(ar.SIZES[resolution].items()) == [(k, tuple(v)) for k, v in table["sizes"].items()]
   for row in golden["get_closest_ratio"]:
     assert ar.closest_ratio(row["height"], row["width"], row["resolution"]) == row["ratio"]
-  for pixels, table in golden["get_aspect_ratios_dict"].items():
-    assert ar.sizes_for_pixels(int(pixels), compat="1.1" if "v11" in name else "1.2") == {k: tuple(v) for k, v in table.items()}
 
 
 def test_names():

@@ -33,11 +33,11 @@ def names_of(parsed, bucket, ratio):
 
 def run(parsed, videos, draws):
   """The rules for given draws [N, buckets, 2]."""
-  found = [None] * len(videos)
+  found: list[list | None] = [None] * len(videos)
   for interval in {v["frame_interval"] for v in videos}:
     rows = [i for i, v in enumerate(videos) if v["frame_interval"] == interval]
     columns = (np.array([videos[i][k] for i in rows]) for k in ("T", "H", "W"))
-    bucket, ratio, reason, _ = buckets.choose(*columns, draws[rows], parsed, interval)
+    bucket, ratio, reason, _ = buckets.choose(*columns, draws=draws[rows], buckets=parsed, interval=interval)
     assert ((bucket < 0) == (reason > 0)).all()
     for row, name in zip(rows, names_of(parsed, bucket, ratio)):
       found[row] = name
@@ -83,7 +83,7 @@ def test_frequencies_are_those_of_the_original(version, name):
   for row in golden["frequencies"]["rows"]:
     video = GOLDEN[version]["videos"][row["video"]]
     columns = (np.full(number, video[k]) for k in ("T", "H", "W"))
-    bucket, ratio, _, _ = buckets.assign(*columns, (row["video"],), parsed, video["frame_interval"])
+    bucket, ratio, _, _ = buckets.assign(*columns, seed=(row["video"],), buckets=parsed, interval=video["frame_interval"])
     counts = collections.Counter("null" if f is None else json.dumps(f) for f in names_of(parsed, bucket, ratio))
     for key in counts.keys() | row["counts"].keys():
       ours, theirs = counts[key], row["counts"].get(key, 0)
@@ -107,7 +107,7 @@ def test_reasons():
   parsed = buckets.parse_buckets([("240p", 51, 0.0, None), ("144p", 51, 1.0, 2), ("240p", 17, 0.0, 1)])
   frames, sides = np.array([60, 60, 20, 1, 52, 51]), np.array([[50] * 6, [50] * 6])
   sides[:, 1:] = 400
-  bucket, _, reason, refused = buckets.assign(frames, *sides, (0,), parsed, 1)
+  bucket, _, reason, refused = buckets.assign(frames, *sides, seed=(0,), buckets=parsed, interval=1)
   assert bucket.tolist() == [-1, 2, -1, -1, 2, -1]
   # The 20 and 51 frames fit 240p x 17, which keeps nothing; the image finds no 1-frame bucket.
   assert [buckets.REASONS[r] for r in reason] == ["too small", "", "keep probability", "too short", "", "keep probability"]

@@ -36,11 +36,9 @@ def test_training_scores():
   scores = {"aes": 5.25, "flow": 2, "cmotion": "pan_left"}
   everything = "a dog. Camera motion: pan left. [aesthetic score: 5.2, motion score: 2.0]"
   assert captions.add_scores("a dog.", scores, rng, drop_probability=0) == everything
-  assert (
-    captions.add_scores("a dog.", {"aes": np.float32(5.25), "flow": float("nan")}, rng, 0) == "a dog. [aesthetic score: 5.2]"
-  )
+  assert captions.add_scores("a dog.", {"aes": np.float32(5.25)}, rng, 0) == "a dog. [aesthetic score: 5.2]"
   assert captions.add_scores("a dog.", scores, rng, 1) == "a dog. Camera motion: pan left."
-  assert captions.add_scores("a dog.", {"cmotion": "pan_left+zoom_in", "aes": None}, rng, 0) == "a dog."
+  assert captions.add_scores("a dog.", {"cmotion": "pan_left+zoom_in"}, rng, 0) == "a dog."
   drawn = [captions.add_scores("", {"aes": 5, "flow": 2}, rng) for _ in range(4000)]
   counts = {"": 0.04, " [aesthetic score: 5.0]": 0.16, " [motion score: 2.0]": 0.16}
   counts[" [aesthetic score: 5.0, motion score: 2.0]"] = 0.64
@@ -67,17 +65,14 @@ def test_bytes_as_tokens():
   ids, mask = tokenize("x" * 5_000_000)
   assert ids.tolist() == [123] * 11 + [1]
   assert mask.all()
-  for nothing in ("", None, float("nan"), b""):
-    ids, mask = tokenize(nothing)
-    assert ids.tolist() == [1] + [0] * 11
-    assert mask.sum() == 1
+  ids, mask = tokenize("")
+  assert ids.tolist() == [1] + [0] * 11
+  assert mask.sum() == 1
 
 
-def test_invalid_utf8_becomes_replacement_characters():
+def test_invalid_unicode_becomes_replacement_characters():
   tokenize = captions.Tokenize("byt5", 8)
-  expected = tokenize("a\ufffdb")[0].tolist()
-  assert tokenize(b"a\xffb")[0].tolist() == expected
-  assert tokenize("a\udcffb")[0].tolist() == expected
+  assert tokenize("a\udcffb")[0].tolist() == tokenize("a\ufffdb")[0].tolist()
 
 
 @pytest.fixture(scope="module")

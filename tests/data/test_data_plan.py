@@ -36,7 +36,7 @@ def test_every_row_is_in_its_bucket_once(tmp_path, table_path):
   for epoch in (0, 1):
     current, report = sequence.plan(epoch), sequence.report(epoch)
     columns = [table.column(k) for k in ("num_frames", "height", "width")]
-    bucket, ratio, _, _ = buckets.assign(*columns, (config.seed, epoch, 0), parsed, 1)
+    bucket, ratio, _, _ = buckets.assign(*columns, seed=(config.seed, epoch, 0), buckets=parsed, interval=1)
     bucket[table.column("problem") > 0] = -1
     seen = []
     for step in range(current.num_steps):
@@ -62,7 +62,7 @@ def test_every_row_is_in_its_bucket_once(tmp_path, table_path):
 def test_the_plan_is_a_function_of_seed_table_and_config(tmp_path, table_path):
   same = [sequence_of(tmp_path / n, table_path, workers=w).plan(2) for n, w in (("a", 0), ("b", 2))]
   slots = [np.asarray(p._slots) for p in same]
-  np.testing.assert_array_equal(*slots)
+  np.testing.assert_array_equal(slots[0], slots[1])
   other = np.asarray(sequence_of(tmp_path / "a", table_path, seed=1).plan(2)._slots)
   assert len(other) != len(slots[0]) or (other != slots[0]).any()
 

@@ -2,6 +2,7 @@
 
 import csv
 import errno
+from typing import Any
 
 import numpy as np
 import pytest
@@ -54,9 +55,10 @@ def test_files_are_written_deleted_and_moved(place):
 
 def test_a_failed_write_keeps_the_old_file(place, tmp_path):
   path = paths.join(place, "file.bin")
+  lines: Any = ["half", None]
   for before in ([], ["file.bin"]):
     with pytest.raises(TypeError), paths.whole(path) as temporary, open(temporary, "w") as file:
-      file.writelines(["half", None])
+      file.writelines(lines)
     assert paths.names(place) == before
     paths.write_text(path, "whole")
   assert paths.read_text(path) == "whole"

@@ -125,6 +125,7 @@ def test_a_table_of_shapes_trains_like_files(tmp_path):
   assert {(s.height, s.width) for s in samples} == set(SIZES.values())
   clip = next(s for s in samples if s.num_frames == 4 and len(shapes.scene(s.path).objects) == 1)
   assert clip.fps == 8
+  assert clip.pixels is not None
   scene = shapes.scene(clip.path)
   assert clip.caption in shapes.captions(scene)
   assert all(shapes_vision.judge(clip.pixels, scene).values())

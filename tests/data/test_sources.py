@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet
+import pyarrow.parquet as pa_parquet
 import pytest
 
 from data import sources
@@ -35,7 +35,7 @@ def test_row_of_every_format(tmp_path):
     {**BASE, "path": "/b.png", "num_frames": 1, "fps": None, "aes": None, "cmotion": None},
   ]
   files.write_csv(tmp_path / "t.csv", [{k: "" if v is None else v for k, v in r.items()} for r in rows])
-  pa.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet")
+  pa_parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet")
   (tmp_path / "t.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
   for suffix in sources.FORMATS:
     table = open_table(tmp_path, str(tmp_path / ("t" + suffix)))
@@ -65,7 +65,7 @@ def test_ranges_and_crops(tmp_path):
   assert (table.row(2).start, table.row(2).num_frames) == (100, 30)
   assert problems(table) == ["", "", ""] + [sources.PROBLEMS[4]] * 2 + [sources.PROBLEMS[5]] * 2
   listed = pa.Table.from_pylist([{**BASE, "crop": [16, 0, 144, 144]}, {**BASE, "crop": None}])
-  pa.parquet.write_table(listed, tmp_path / "t.parquet")
+  pa_parquet.write_table(listed, tmp_path / "t.parquet")
   table = open_table(tmp_path, str(tmp_path / "t.parquet"))
   assert [table.row(i).crop for i in range(2)] == [(16, 0, 144, 144), None]
 
@@ -73,7 +73,7 @@ def test_ranges_and_crops(tmp_path):
 def test_several_captions(tmp_path):
   table = table_of(tmp_path, [{**BASE, "text_2": "another", "text_3": ""}, {**BASE, "text_2": "", "text_3": " third "}])
   assert [table.row(i).captions for i in range(2)] == [("a cat", "another"), ("a cat", "third")]
-  pa.parquet.write_table(
+  pa_parquet.write_table(
     pa.Table.from_pylist([{**BASE, "text": ["one", "", "two"]}, {**BASE, "text": []}]), tmp_path / "t.parquet"
   )
   table = open_table(tmp_path, str(tmp_path / "t.parquet"))

@@ -1,6 +1,7 @@
 """Frames are the right ones, for every kind of file; resizing is the original's; bad files give one reason."""
 
 import errno
+from typing import Any
 
 import av
 import numpy as np
@@ -55,7 +56,7 @@ def test_rotated(tmp_path, rotation, resize):
   assert (video.probe(path).height, video.probe(path).width) == upright
   # The flag turns counter-clockwise (OpenCV shows the same).
   want = np.rot90(files.picture(5), rotation // 90).astype(int)
-  size = tuple(s // 2 for s in upright)
+  size = upright[0] // 2, upright[1] // 2
   (frame,) = video.read_frames(path, [5], size=size, resize=resize)
   assert frame.shape == (*size, 3)
   assert np.abs(frame - want.reshape(size[0], 2, size[1], 2, 3).mean((1, 3))).mean() < 10
@@ -89,7 +90,7 @@ def test_clip_indices():
 )
 def test_original_resize_is_torchs(source, target):
   picture = np.random.default_rng(0).integers(0, 256, (*source, 3), dtype=np.uint8)
-  h, w = video.cover_size(*source, target)
+  h, w = video.cover_size(source[0], source[1], target)
   floats = torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 255
   want = torch.nn.functional.interpolate(floats, size=(h, w), mode="bilinear", align_corners=False)[0].permute(1, 2, 0).numpy()
   y, x = int(round(h - target[0]) / 2), int(round(w - target[1]) / 2)
@@ -100,7 +101,8 @@ def test_original_resize_is_torchs(source, target):
 
 
 def test_original_resize_of_a_file(plain):
-  (full,) = (f.to_ndarray(format="rgb24") for f in [next(av.open(plain).decode(video=0))])
+  container, stream = video.open_stream(plain)
+  full = next(container.decode(stream)).to_ndarray(format="rgb24")
   got = video.read_frames(plain, [0], size=(30, 30), resize="original")[0]
   np.testing.assert_array_equal(got, video.resize_crop_bilinear(full, (30, 30)))
 
@@ -122,7 +124,8 @@ def test_area_is_the_mean_and_keeps_colors(tmp_path):
       frame.colorspace = space or 2
       container.mux(stream.encode(frame))
       container.mux(stream.encode())
-    for how in ({"size": (12, 16)}, {"size": (12, 16), "crop": (0, 0, width, height)}, {}):
+    hows: list[dict[str, Any]] = [{"size": (12, 16)}, {"size": (12, 16), "crop": (0, 0, width, height)}, {}]
+    for how in hows:
       (got,) = video.read_frames(path, [0], **how)
       assert np.abs(got[:, 0].astype(int) - picture[0, 0]).max() <= 3, (height, space, how)
       assert np.abs(got[:, -1].astype(int) - picture[0, -1]).max() <= 3, (height, space, how)
@@ -205,7 +208,7 @@ def test_damage_in_the_middle_is_found(tmp_path):
 
 
 def test_crop_outside_and_unknown_resize(plain):
-  with pytest.raises(video.BadVideo, match="leaves the picture of 64 x 48"):
+  with pytest.raises(video.BadVideo, match="leaves the frame of 64 x 48"):
     video.read_frames(plain, [0], crop=(60, 0, 10, 10))
   with pytest.raises(ValueError, match="resize 'nearest' is none of area, original"):
     video.read_frames(plain, [0], resize="nearest")
