@@ -46,8 +46,8 @@ class DataConfig:
     sets it; it is no key of a configuration.
   """
 
-  tables: tuple = ()
-  buckets: tuple = ()
+  tables: tuple | str = ()
+  buckets: tuple | Mapping = ()
   reference_devices: int = 1
   seed: int = 42
   frame_interval: int = 1

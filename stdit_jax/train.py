@@ -14,6 +14,7 @@ import contextlib
 import functools
 import sys
 import traceback
+from typing import Any
 
 from absl import logging
 
@@ -26,6 +27,7 @@ from stdit_jax.cli import (
   read_config,
   use_compilation_cache,
 )
+from stdit_jax.config import Config
 from stdit_jax.errors import InputError
 from stdit_jax.training.claim import claim
 from stdit_jax.training.stages import make_stages
@@ -86,7 +88,7 @@ def main(argv=None):
   args = parse_with_changes(make_parser(), argv)
   logging.set_verbosity(logging.ERROR)  # orbax reports every step of a checkpoint
   with one_line_errors():
-    config = read_config(args.config, args.changes)
+    config = Config.of(read_config(args.config, args.changes))
     make_stages(config)  # before any process waits for another
     use_compilation_cache(config.compilation_cache or f"{config.output}/compilation_cache")
     watchdog = connect(config)
@@ -101,7 +103,7 @@ def main(argv=None):
       if watchdog.count == 1 or preempted:
         raise
       # Its exit would wait for the others, and they for this one.
-      code = error.code if isinstance(error, SystemExit) else RESTART if isinstance(error, StartAgain) else 1
+      code: Any = error.code if isinstance(error, SystemExit) else RESTART if isinstance(error, StartAgain) else 1
       if code == 1:
         traceback.print_exc()
         watchdog.connection_lost()

@@ -17,9 +17,9 @@ from stdit_jax.diffusion.noise import Purpose, fold_in, sample_keys
 from stdit_jax.interop import load_variables, measures
 from stdit_jax.parallel.shardings import ArraySpec, tree_shardings
 from stdit_jax.training.batches import AutoencoderBatches
-from stdit_jax.training.stages import WEIGHTS
 from stdit_jax.training.state import init_shapes
 
+WEIGHTS = ("reconstruction", "kl", "latent", "identity", "perceptual", "adversarial")  # autoencoder.<name>_weight
 # Autoencoders, and the networks that train them, are small: whole on every device.
 RULES = ((r"(^|/)((shortcut_)?(encoder|decoder)|quant_conv|post_quant_conv|discriminator|perceptual)/", P()),)
 
@@ -47,7 +47,7 @@ class AutoencoderObjective:
     own = config.autoencoder
     self.model = autoencoder_model(own)
     self.family = family_of(self.model.config)
-    self.weights = {name: own[f"{name}_weight"] for name in WEIGHTS}
+    self.weights = {name: getattr(own, f"{name}_weight") for name in WEIGHTS}
     self.discriminator = discriminator.Discriminator(discriminator.get_config(own.discriminator), DTYPES[own.dtype])
     self.from_files = ("perceptual",) if self.weights["perceptual"] else ()
     self._check_numbers(own)
@@ -70,11 +70,6 @@ class AutoencoderObjective:
     factor = self.model.config.downsampling
     if own.crop % factor or own.crop < factor:
       raise ValueError(f"config: autoencoder.crop is {own.crop}; allowed: multiples of {factor}")
-    if own.reconstruction not in losses.KINDS:
-      raise ValueError(f"config: autoencoder.reconstruction is {own.reconstruction!r}; allowed: {', '.join(losses.KINDS)}")
-    for name, count in (("pixel_frames", own.pixel_frames), ("perceptual.frames", own.perceptual.frames)):
-      if count < 0:
-        raise ValueError(f"config: autoencoder.{name} is {count}; allowed: frames of a clip, or 0 for all")
     if not any(self.weights.values()):
       raise ValueError(
         f"config: all weights of the autoencoder's loss are 0. Set one of autoencoder.<name>_weight: {', '.join(WEIGHTS)}"
@@ -156,7 +151,7 @@ class AutoencoderObjective:
 
   def check_plan(self, clips):
     """Raises ValueError if a clip of the first epoch is smaller than the crop."""
-    crop, seen = self.config.autoencoder.crop, DataConfig.create(self.config.data.to_dict()).parsed_buckets()
+    crop, seen = self.config.autoencoder.crop, self.config.data.parsed_buckets()
     numbers, _, ratios = clips.all_slots()
     for number, ratio in np.unique(np.stack([numbers, ratios], 1), axis=0).tolist():
       name = seen[number].resolution

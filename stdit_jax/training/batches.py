@@ -63,7 +63,7 @@ class LatentCache:
   @staticmethod
   def key(clip):
     """Hash of the pixels, so that it holds for any row, window or crop."""
-    return clip.shape, hashlib.blake2b(np.ascontiguousarray(clip), digest_size=16).digest()
+    return clip.shape, hashlib.blake2b(np.ascontiguousarray(clip).data, digest_size=16).digest()
 
   def get(self, key):
     """(mean, std) `[T, h, w, C]`, or None."""

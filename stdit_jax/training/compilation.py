@@ -5,7 +5,6 @@ and needs no context. The persistent cache makes a restart read what the first s
 """
 
 import concurrent.futures
-import dataclasses
 import threading
 import time
 
@@ -37,13 +36,13 @@ class AheadOfTime:
     self._added, self._open, self._hits, self._seconds = 0, 0, 0, 0.0
 
   def add(self, name, lowered):
-    """Has a lowered program compiled -> `Compiled`; `name` is for messages."""
+    """Compiles a lowered program. Returns the future of the compiled program. Messages contain `name`."""
     if self._pool is None:
       self._pool = concurrent.futures.ThreadPoolExecutor(self._threads, "compilation")
     with self._lock:
       self._added += 1
       self._open += 1
-    return Compiled(name, self._pool.submit(self._compile, name, lowered))
+    return self._pool.submit(self._compile, name, lowered)
 
   def _compile(self, name, lowered):
     _here.hit, began = False, time.monotonic()
@@ -90,38 +89,21 @@ class StagePrograms:
   def _lowered(self, bucket, rows):
     if bucket not in self._gradients:
       program = self._programs.gradient(bucket, rows, self._splits[bucket])
-      name = f"{self._programs.name}: gradient {bucket[0]} x {bucket[1]}"
-      self._gradients[bucket] = program, self._compiler.add(name, program.lower())
+      self._gradients[bucket] = program, self._compiler.add(program.name, program.lower())
     return self._gradients[bucket]
 
   def gradient(self, bucket, rows):
     """(`step.BucketProgram`, its executable) of a bucket; lowers it if only a later epoch's plan has the bucket."""
     program, compiled = self._lowered(bucket, rows)
-    return program, self._wait(compiled)
+    return program, self._wait(program.name, compiled)
 
   def update(self):
     """The executable of the update program."""
-    return self._wait(self._update)
+    return self._wait(f"{self._programs.name}: update", self._update)
 
-  def _wait(self, compiled):
-    if compiled.ready():
-      return compiled.get()
-    self._beat(f"waiting for the program {compiled.name}", slow=True)
+  def _wait(self, name, compiled):
+    if compiled.done():
+      return compiled.result()
+    self._beat(f"waiting for the program {name}", slow=True)
     with self._paused():
-      return compiled.get()
-
-
-@dataclasses.dataclass(frozen=True)
-class Compiled:
-  """A program that is being compiled, or was."""
-
-  name: str
-  future: concurrent.futures.Future
-
-  def ready(self):
-    """Whether `get` returns at once."""
-    return self.future.done()
-
-  def get(self):
-    """The compiled program; waits for it. Raises what the compiler raised."""
-    return self.future.result()
+      return compiled.result()

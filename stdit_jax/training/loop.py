@@ -1,6 +1,7 @@
 """The training loop: stage after stage, step after step, resumable at every checkpoint, the same for every objective."""
 
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -72,6 +73,8 @@ def train(run, on_sample=None, restarts=None, started=None):
       restarts.save(step, state, frozen)
 
   def sample():
+    if not on_sample:
+      return
     beat(f"step {step}: sampling", slow=True)
     with speed.paused():
       on_sample(step, state, frozen)
@@ -94,7 +97,7 @@ def train(run, on_sample=None, restarts=None, started=None):
         try:
           with Feed(run, parts, speed, taken, skip) as feed:
             began = time.monotonic()
-            batch = feed.next(step)
+            batch: Any = feed.next(step)
             say(f"stage {stage.name!r}: the first batch is ready after {duration(time.monotonic() - began)}")
             # Until here workers start and programs compile: no time of steps.
             speed.start_stage()
@@ -142,7 +145,7 @@ def train(run, on_sample=None, restarts=None, started=None):
                 save()
                 run.checkpoints.wait()
                 raise Preempted(f"stopped by SIGTERM after step {step}, which is saved; the same command resumes")
-              if on_sample and step < total and config.sample_every and step % config.sample_every == 0:
+              if step < total and config.sample_every and step % config.sample_every == 0:
                 sample()
             nonfinite.settle()
         except TooManyNonFinite as error:
@@ -159,7 +162,7 @@ def train(run, on_sample=None, restarts=None, started=None):
     save()
     run.checkpoints.wait()
     run.counter.check()
-    if on_sample and run.config.sample_every:
+    if run.config.sample_every:
       sample()
   finally:
     metrics.close()

@@ -3,9 +3,9 @@
 import math
 
 from data import paths, plan, sources
-from data.config import DataConfig
 from data.loader import make_loader
 from stdit_jax.parallel.shardings import Layout
+from stdit_jax.training.stages import naming
 from stdit_jax.training.step import Split
 
 
@@ -65,22 +65,19 @@ class StageData:
 
   def __init__(self, stage, output, mesh, objective):
     self.stage = stage.name
-    try:
-      self.config = objective.data_config(DataConfig.create(stage.config.data.to_dict()))
+    with naming(stage.name):
+      stage.config.data.validate()
+      self.config = objective.data_config(stage.config.data)
       # Memory-mapped, so on a disk; files are named after what they were made from, and runs may share them.
       self.folder = paths.user_cache("data") if paths.is_remote(output) else paths.join(output, "data")
       table = sources.open_table(self.config, self.folder)
       self.cache = objective.open_cache(self.config, table) if self.config.latents else None
       self._plans = plan.PlanSequence(table, self.config, self.folder, self.cache)
       self.report = self._plans.report(0)
-    except ValueError as error:
-      raise ValueError(f"config: stage {stage.name!r}: {error}") from None
     self._condition = objective.worker(self.cache)
     self.splits = choose_splits(stage, self.config.parsed_buckets(), mesh, objective)
-    try:
+    with naming(stage.name):
       objective.check_plan(self._plans.plan(0))
-    except ValueError as error:
-      raise ValueError(f"config: stage {stage.name!r}: {error}") from None
 
   def identity(self):
     """What a checkpoint stores of the plan: everything that it depends on."""

@@ -147,7 +147,7 @@ class BucketProgram:
   """The gradient program of one (resolution, frames) bucket.
 
   Attributes:
-    bucket: (resolution, frames).
+    name: for messages; bucket: (resolution, frames).
     split: how the batch lies on the mesh, and its micro batches.
     batch: the arrays of the batch, a tree of `ArraySpec`.
     work: (tokens, model FLOPs) of the batch.
@@ -155,6 +155,7 @@ class BucketProgram:
     arguments: of `jitted`, as shapes.
   """
 
+  name: str
   bucket: tuple[str, int]
   split: Split
   batch: dict
@@ -175,7 +176,7 @@ class Programs:
     counter: TraceCounter.
 
   Attributes:
-    optimizer: of the stage.
+    optimizer: of the stage; scales: of the learning rate, a tree like the parameters.
     shapes: (state, frozen, accumulator); state_shardings: of the state.
     new_accumulator: `params -> accumulator`; update: `(state, accumulator, step) -> (state, accumulator, metrics)`.
   """
@@ -185,7 +186,7 @@ class Programs:
     params, frozen = objective.shapes
     config = stage.config
     self.optimizer = make_optimizer(config.optimizer)
-    self._scales = learning_rate_scales(params, config.train, config.optimizer.scales)
+    self.scales = learning_rate_scales(params, config.train, config.optimizer.scales)
     shapes = state_shapes(params, self.optimizer)
     self.shapes = shapes, frozen, jax.eval_shape(new_accumulator, params)
     self._replicated = NamedSharding(mesh, P())
@@ -195,10 +196,10 @@ class Programs:
     # Products of gathered kernels stay whole: as a loop over pieces ("windowed einsum"), which the TPU's compiler prefers, the
     # gradients of a layer cross the interconnect twice.
     tpu = mesh.devices.flat[0].platform == "tpu"
-    self._options = {"compiler_options": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}} if tpu else {}
+    self._options = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"} if tpu else None
     self.new_accumulator = jax.jit(new_accumulator, out_shardings=self._accumulator)
     schedule = learning_rate(config.optimizer, stage.start, stage.steps)
-    function = functools.partial(update, self.optimizer, self._scales, schedule, config.optimizer.clip_norm, config.ema_decay)
+    function = functools.partial(update, self.optimizer, self.scales, schedule, config.optimizer.clip_norm, config.ema_decay)
     places = self.state_shardings, self._accumulator, self._replicated
     self.update = jax.jit(
       counter.counted(f"{stage.name}: update", function), in_shardings=places, out_shardings=places, donate_argnums=(0, 1)
@@ -211,14 +212,15 @@ class Programs:
   def gradient(self, bucket, rows, split):
     """The `BucketProgram` of a (resolution, frames) bucket with a global batch of `rows`."""
     layout, batch = split.layout, self.objective.batch(bucket, rows, split.layout.token_parts)
-    function = functools.partial(accumulate_gradients, self.objective.loss, split, batch, self._scales)
+    function = functools.partial(accumulate_gradients, self.objective.loss, split, batch, self.scales)
     places = jax.tree.map(lambda spec: layout.sharding(*spec.axes), batch)
+    name = f"{self.name}: gradient {bucket[0]} x {bucket[1]}"
     jitted = jax.jit(
-      self._counter.counted(f"{self.name}: gradient {bucket[0]} x {bucket[1]}", function),
-      **self._options,
+      self._counter.counted(name, function),
+      compiler_options=self._options,
       in_shardings=(self.state_shardings["params"], self._frozen, places, self._accumulator),
       out_shardings=(self._accumulator, self._replicated),
       donate_argnums=(3,),
     )
     arguments = self.shapes[0]["params"], self.shapes[1], jax.tree.map(lambda spec: spec.struct, batch), self.shapes[2]
-    return BucketProgram(bucket, split, batch, self.objective.work(batch), jitted, arguments)
+    return BucketProgram(name, bucket, split, batch, self.objective.work(batch), jitted, arguments)

@@ -11,12 +11,10 @@ import functools
 import math
 
 import jax
-import ml_collections
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from data.config import DataConfig
 from stdit_jax.errors import InputError
 from stdit_jax.parallel.shardings import Layout, tree_shardings
 from stdit_jax.training.stage_data import StageData, choose_splits
@@ -27,13 +25,11 @@ def fixed_data(stage, mesh, objective):
 
   Batches of the training are rounded up to what divides, since this mesh may be another than that of the training.
   """
-  config = ml_collections.ConfigDict(stage.config.to_dict())
-  buckets = []
-  for b in DataConfig.create(config.data.to_dict()).parsed_buckets():
+  config = stage.config
+  named, buckets = config.split_tokens.split(","), []
+  for b in config.data.parsed_buckets():
     if b.batch_size and b.keep_prob:
-      can_split = config.split_tokens in ("auto", "always") or f"{b.resolution}:{b.num_frames}" in config.split_tokens.split(
-        ","
-      )
+      can_split = config.split_tokens in ("auto", "always") or f"{b.resolution}:{b.num_frames}" in named
       can_split = can_split and objective.splits(b.num_frames, mesh.shape["sequence"])
       parts = Layout(mesh, split_tokens=can_split).batch_parts
       buckets.append(dataclasses.replace(b, batch_size=math.ceil(b.batch_size / parts) * parts))
@@ -44,12 +40,13 @@ def fixed_data(stage, mesh, objective):
     parts = split.layout.batch_parts
     each = min(b.batch_size // parts // split.micro_batches, math.ceil(samples / parts))
     rows.append((b.resolution, b.num_frames, 1.0, parts * each))
-  with config.ignore_type():
-    # Threads, since the few clips are read in less time than processes take to start.
-    config.data.update(tables=config.validation.tables, buckets=tuple(rows), reference_devices=1, drop_last=False, workers=0)
-    config.data.rows_per_bucket = samples
-    config.data.latents = ""  # a cache holds the clips of the training
-  return dataclasses.replace(stage, name=f"{stage.name}: validation", config=config.lock())
+  data = dataclasses.replace(
+    config.data, tables=config.validation.tables, buckets=tuple(rows), rows_per_bucket=samples, reference_devices=1,
+    drop_last=False,
+    workers=0,  # threads: the few clips are read in less time than processes take to start
+    latents="",  # a cache holds the clips of the training
+  )  # fmt: skip
+  return dataclasses.replace(stage, name=f"{stage.name}: validation", config=dataclasses.replace(config, data=data))
 
 
 def first_slots(plan):
@@ -106,7 +103,7 @@ class Validation:
     for step in self._steps():
       batch = make_batch(step, self.data.splits[step.bucket].layout)
       jax.block_until_ready([result for _, result in results[-1:]])  # or batches would pile up on the device
-      results.append((step.bucket, self._programs[step.bucket].get()(params, frozen, batch)))
+      results.append((step.bucket, self._programs[step.bucket].result()(params, frozen, batch)))
     return self._means(results)
 
   def _means(self, results):
