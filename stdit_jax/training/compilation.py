@@ -1,7 +1,7 @@
-"""Programs compiled ahead of need, in threads beside training.
+"""Compiles programs in threads beside training, before they are needed.
 
-The main thread traces and lowers them, since JAX's context (`jax.set_mesh`) belongs to one thread. Compiling releases the GIL
-and needs no context. The persistent cache makes a restart read what the first start compiled.
+The main thread traces and lowers the programs, since JAX's context (`jax.set_mesh`) belongs to one thread. Compiling releases
+the GIL and needs no context. After a restart the programs come from the persistent cache.
 """
 
 import concurrent.futures
@@ -26,8 +26,8 @@ class AheadOfTime:
   """Compiles lowered programs in the background.
 
   Args:
-    threads: how many compile at a time.
-    say: prints one line per program, and one about all.
+    threads: number of programs that compile at the same time.
+    say: prints one line about each program, and one about all.
   """
 
   def __init__(self, threads, say):
@@ -59,18 +59,18 @@ class AheadOfTime:
     return compiled
 
   def close(self):
-    """Gives up what has not begun to compile."""
+    """Drops the programs that do not compile yet."""
     if self._pool is not None:
       self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 class StagePrograms:
-  """The compiled programs of one stage: each is lowered when it is first needed or foreseen, and compiled beside training.
+  """The compiled programs of one stage.
 
   Args:
     programs: `step.Programs`; splits: of `StageData`; compiler: AheadOfTime.
     beat: of the watchdog.
-    paused: context manager in which waiting for the compiler does not count as time of steps.
+    paused: context manager. The time of steps does not include the time inside.
   """
 
   def __init__(self, programs, splits, compiler, beat, paused):
@@ -78,7 +78,7 @@ class StagePrograms:
     self._gradients, self._update = {}, None
 
   def prepare(self, buckets):
-    """Lowers the programs that these buckets (`data.buckets.Bucket`) need, in their order."""
+    """Lowers the programs of these buckets (`data.buckets.Bucket`) in their order, and starts to compile them."""
     for i, bucket in enumerate(buckets):
       self._beat(f"lowering {bucket.name}", slow=True)
       self._lowered((bucket.resolution, bucket.num_frames), bucket.batch_size)
@@ -93,7 +93,7 @@ class StagePrograms:
     return self._gradients[bucket]
 
   def gradient(self, bucket, rows):
-    """(`step.BucketProgram`, its executable) of a bucket; lowers it if only a later epoch's plan has the bucket."""
+    """(`step.BucketProgram`, its executable) of a bucket. Lowers a program that `prepare` did not get."""
     program, compiled = self._lowered(bucket, rows)
     return program, self._wait(program.name, compiled)
 

@@ -1,6 +1,6 @@
-"""A run, put together and checked: devices, mesh, and for every stage its objective, programs and data.
+"""`Run`: devices, mesh, and the objective, programs and data of each stage, all checked.
 
-Nothing is compiled yet. The output folder holds at most indices and plans of the data.
+Making it compiles nothing, and writes at most indices and plans of the data to the output folder.
 """
 
 import dataclasses
@@ -38,10 +38,10 @@ def warn(text):
 
 
 def check_platform(wanted):
-  """Raises ValueError when the devices are not of the platform the config asks for."""
+  """Raises ValueError if the devices are not of the platform `wanted`."""
   try:
     found = jax.default_backend()
-  except (RuntimeError, AssertionError) as error:  # JAX_PLATFORMS names one that is not there
+  except (RuntimeError, AssertionError) as error:  # JAX_PLATFORMS names a platform without devices
     reason = str(error).splitlines()[0] if str(error) else f"JAX_PLATFORMS is {os.environ.get('JAX_PLATFORMS')!r}"
     raise ValueError(f"JAX finds no devices: {reason}") from None
   if wanted and found != wanted:
@@ -52,7 +52,7 @@ def check_output(folder, config):
   """Keys of the configuration that changed since the run in `folder` began.
 
   Raises:
-    ValueError: the folder can't be written to, or belongs to another run.
+    ValueError: the folder is not writable, or belongs to another run.
   """
   path = paths.join(folder, CONFIG)
   try:
@@ -79,7 +79,7 @@ def check_output(folder, config):
 
 
 def _foreign(folder):
-  """Names in a folder that no run of ours put there before its first checkpoint: a run may have been stopped early."""
+  """Names in a folder that no run of this project writes before its first checkpoint."""
   data = [name for name in paths.names(paths.join(folder, "data")) if not name.startswith(("table-", "plan-", "tmp"))]
   own = {"checkpoints", "compilation_cache", claim.NAME} | (set() if data else {"data"})
   temporary = (".config.tmp", ".running.tmp", ".writable")
@@ -88,9 +88,9 @@ def _foreign(folder):
 
 @dataclasses.dataclass
 class StageParts:
-  """One stage, put together.
+  """The parts of one stage.
 
-  Attributes: stage; objective: what it trains; programs: `step.Programs`; data: `StageData`; validation: `Validation`, or None.
+  Attributes: stage; objective: of the stage; programs: `step.Programs`; data: `StageData`; validation: `Validation`, or None.
   """
 
   stage: Stage
@@ -101,11 +101,11 @@ class StageParts:
 
 
 class Run:
-  """A run, put together and checked; `restarts.Restarts` starts or resumes it, `loop.train` runs it to its end.
+  """The parts of a run, checked. `restarts.Restarts` starts or resumes it, and `loop.train` runs it to its end.
 
   Args:
     config: of the run, as `Config.of` takes it.
-    beat: called with what the run does next, and whether that may take long (`watchdog.Watchdog.beat`).
+    beat: called with the next activity, and whether it may take long (`watchdog.Watchdog.beat`).
 
   Attributes:
     config, mesh; stages: list of `Stage`; total_steps: of all stages; parts: list of `StageParts`, one per stage.
@@ -113,7 +113,7 @@ class Run:
     checkpoints, counter, compiler, encoders: services that all stages share.
 
   Raises:
-    ValueError: anything that is wrong with the configuration, its files or the output folder.
+    ValueError: an error in the configuration, its files or the output folder.
   """
 
   def __init__(self, config, beat=lambda what, slow=False: None):
@@ -164,11 +164,11 @@ class Run:
         )
 
   def parts_of(self, step):
-    """`StageParts` of the stage to which optimizer step `step` belongs."""
+    """`StageParts` of the stage of optimizer step `step`."""
     return self.parts[stage_of(self.stages, step).index]
 
   def parts_that_made(self, step):
-    """`StageParts` of the stage whose model a checkpoint after `step` optimizer steps holds."""
+    """`StageParts` of the stage whose model is in a checkpoint after `step` optimizer steps."""
     return self.parts[stage_that_made(self.stages, step).index]
 
   def batch_maker(self, parts):
