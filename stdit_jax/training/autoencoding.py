@@ -42,6 +42,7 @@ class AutoencoderObjective:
   part = "autoencoder"
   counts_flops = False
   rules, resizable = RULES, ()
+  shapes = functools.cached_property(init_shapes)
 
   def __init__(self, config):
     self.config = config
@@ -61,11 +62,6 @@ class AutoencoderObjective:
         raise ValueError(
           f"config: autoencoder.crop is {own.crop}; the perceptual distance needs sides of at least {perceptual.SMALLEST}"
         )
-
-  @functools.cached_property
-  def shapes(self):
-    """(params, frozen) of `init` as shapes. Allocates nothing."""
-    return init_shapes(self)
 
   def _check_numbers(self, own):
     factor = self.model.config.downsampling
@@ -90,22 +86,11 @@ class AutoencoderObjective:
           "all frames"
         )
       return
-    for name in ("latent", "identity"):
-      if self.weights[name]:
-        raise ValueError(
-          f"config: autoencoder.{name}_weight is {self.weights[name]}, but {own.name!r} has no image autoencoder inside. Set "
-          "it to 0"
-        )
-    if own.pixel_frames:
-      raise ValueError(
-        f"config: autoencoder.pixel_frames is {own.pixel_frames}, but {own.name!r} decodes all frames together. Set it to 0 "
-        "for all frames"
-      )
-    if own.image_weights:
-      raise ValueError(
-        f"config: autoencoder.image_weights is {own.image_weights!r}, but {own.name!r} has no image autoencoder inside. Set it "
-        'to ""'
-      )
+    inside = "has no image autoencoder inside"
+    reasons = {"latent_weight": inside, "identity_weight": inside, "image_weights": inside}
+    for key, why in (reasons | {"pixel_frames": "decodes all frames together"}).items():
+      if value := getattr(own, key):
+        raise ValueError(f"config: autoencoder.{key} is {value!r}, but {own.name!r} {why}. Set it to {type(value)()!r}")
 
   def _check_adversary(self, own):
     if not self.weights["adversarial"]:
@@ -226,11 +211,6 @@ class AutoencoderObjective:
     del bytes_per_device, mesh
     return 0
 
-  @property
-  def decodes(self):
-    """Whether a term looks at pixels."""
-    return any(self.weights[name] for name in ("reconstruction", "perceptual", "adversarial"))
-
   def splits(self, num_frames, devices):
     """Whether clips of so many frames can be split in time over so many devices."""
     return self.family.splits(self.model.config, num_frames, devices)
@@ -281,7 +261,7 @@ class AutoencoderObjective:
       if frames.shape[1] == 1:
         values["identity"] = losses.reconstruction_error(made["latents"], made["image_latents"])
         loss += weights["identity"] * values["identity"]
-    if self.decodes:
+    if weights["reconstruction"] or weights["perceptual"] or weights["adversarial"]:
       count = self.config.autoencoder.pixel_frames
       made["frame_latents"], frames = self._some_frames(count, Purpose.PIXEL_FRAMES, batch, made["frame_latents"], frames)
       made["pixels"] = self.family.decode(self.model, params, made["frame_latents"], layout)

@@ -30,6 +30,7 @@ class DenoiserObjective:
 
   part = "denoiser"
   counts_flops = True
+  shapes = functools.cached_property(init_shapes)
 
   def __init__(self, config):
     self.config = config
@@ -42,11 +43,6 @@ class DenoiserObjective:
     self.rules, self.from_files = self.components.rules, self.components.conditioner.from_files
     family = self.components.family
     self.resizable = tuple(f"/{name}" for name in (*(f"{stack}/" for stack in family.stacks), *family.resizable))
-
-  @functools.cached_property
-  def shapes(self):
-    """(params, frozen) of `init` as shapes. Allocates nothing."""
-    return init_shapes(self)
 
   def init(self, key):
     """(params, frozen) with the original initialisation. Jit it with sharded outputs."""
