@@ -2,7 +2,8 @@
 
   python -m stdit_jax.train --config configs/NAME.py [--config.output=runs/x --config.optimizer.learning_rate=1e-4 ...]
 
-A key that is not in this file is an error. Configs import only ml_collections, so that `data/` can read them as well.
+A key that is not in this file is an error. stdit_jax/config.py has the type and the allowed values of each key. Configs import
+only ml_collections, so that `data/` can read them as well.
 """
 
 import ml_collections
@@ -11,36 +12,37 @@ import ml_collections
 def get_config():
   """The default run: STDiT-3 with rectified flow. A run must set its table, buckets, weights and steps."""
   config = ml_collections.ConfigDict()
-  config.output = "runs/base"  # folder of this run alone, or gs://BUCKET/NAME: checkpoints, metrics, samples
+  config.output = "runs/base"  # folder of this run alone, or gs://BUCKET/NAME, for checkpoints, metrics and samples
   config.seed = 42
   config.task = "denoiser"  # what is trained: "denoiser" or "autoencoder"
-  config.platform = ""  # "cpu", "gpu" or "tpu" refuses other devices; "" takes the devices that exist
-  # Devices along each axis within a slice, and slices along each axis; -1 takes the rest (stdit_jax/parallel/mesh.py).
+  config.platform = ""  # "cpu", "gpu" or "tpu" refuses other devices. "" uses the devices that JAX finds
+  # Devices along each axis within a slice, and slices along each axis. -1 takes the rest (stdit_jax/parallel/mesh.py).
   config.mesh = dict(data=-1, fsdp=1, sequence=1, tensor=1)
   config.slices = dict(data=-1, fsdp=1, sequence=1, tensor=1)
-  config.max_tokens_per_device = 0  # larger batches of a denoiser are split into accumulated micro batches; 0: never
+  config.max_tokens_per_device = 0  # a denoiser splits larger batches into accumulated micro batches; 0: never
   # Buckets that split their tokens over the `sequence` axis. The other buckets use this axis for the batch.
   # "auto": buckets whose batch does not divide by all devices, or whose samples exceed max_tokens_per_device.
-  # "never"; "always"; or the names of buckets, such as "480p:204,720p:51".
+  # Or "never", "always", or the names of buckets, such as "480p:204,720p:51".
   config.split_tokens = "auto"
 
   # Initial weights: a run folder, or safetensors in the original layout. "" is the original initialisation.
   config.init = ""
   config.init_strict = True  # False: load the parameters that fit and report the others
-  # "auto": the newest readable checkpoint of `output`; without a checkpoint the run starts at step 0.
-  # "required": like "auto", but an error without a checkpoint. "1200": the checkpoint of step 1200; newer checkpoints are moved
-  # to `<output>/set-aside`. If the same command is repeated, it resumes from the newest checkpoint.
+  # "auto": the newest readable checkpoint of `output`. Without a checkpoint the run starts at step 0.
+  # "required": like "auto", but no checkpoint is an error.
+  # "1200": the checkpoint of step 1200. The run moves newer checkpoints to `<output>/set-aside`. The same command, given again,
+  # resumes from the newest checkpoint.
   config.resume = "auto"
   config.restart_data = False  # True: start a new data order if table, buckets or model changed since the checkpoint
 
-  # Denoiser: a size of a family in stdit_jax/models, or MODULE:SIZE of a module of yours; and fields that replace those of the
-  # size (dtype, remat, depth, ...).
+  # Denoiser. `name` is a size of a family in stdit_jax/models, or MODULE:SIZE of your own module. `fields` replace fields of
+  # this size (dtype, remat, depth, ...).
   config.model = dict(name="STDiT3-XL/2", fields=dict(dtype="float32", remat="none"))
 
   # Text encoder of denoisers that take captions: a name of stdit_jax.models.t5.TABLE. `where`: "step" (inside the training
   # step), "ahead" (a separate program before the step) or "disk" (column `text_features` of the table). `train` trains the
   # encoder and needs "step".
-  # `tokenizer`: "byt5" (bytes, needs no file) or a folder that transformers' AutoTokenizer reads.
+  # `tokenizer`: "byt5" (bytes, without a file) or a folder that transformers' AutoTokenizer reads.
   config.text_encoder = dict(
     name="xxl", weights="", tokenizer="", max_length=300, where="ahead", train=False,
     fields=ml_collections.ConfigDict(),  # of stdit_jax.models.t5.T5Config: dtype, param_dtype, remat, ...
@@ -55,8 +57,8 @@ def get_config():
     # stdit_jax/training/autoencoding.py.
     crop=128, reconstruction="l1", reconstruction_weight=1.0, kl_weight=1e-6, latent_weight=0.0, identity_weight=0.0,
     perceptual_weight=0.0, adversarial_weight=0.0, adaptive=True,
-    # Number of random frames of a clip that are decoded and compared in pixels; 0: all. Only for Open-Sora 1.2's kind, whose
-    # image autoencoder works on single frames and costs most.
+    # Number of random frames of a clip that the loss decodes and compares in pixels; 0: all. Only for autoencoders like
+    # Open-Sora 1.2's, whose image autoencoder works on single frames and costs most.
     pixel_frames=0,
     image_weights="",  # initial weights of Open-Sora 1.2's image autoencoder alone (safetensors)
     # stdit_jax/autoencoders/perceptual.py. `frames`: random frames among the decoded ones; 0: all.
@@ -69,7 +71,7 @@ def get_config():
     name="rectified-flow", fields=dict(sample_method="logit-normal", use_timestep_transform=True)
   )  # fmt: skip
   config.caption_dropout = 0.1  # share of samples that get the null caption
-  config.mask_ratios = ml_collections.ConfigDict()  # strategy -> share; the rest up to 1 is "identity"
+  config.mask_ratios = ml_collections.ConfigDict()  # strategy -> share of the clips; the rest up to 1 is "identity"
 
   # Data: data/config.py describes each field.
   config.data = dict(
@@ -81,16 +83,16 @@ def get_config():
   config.optimizer = dict(
     learning_rate=1e-4, warmup_steps=1000, schedule="constant", b1=0.9, b2=0.999, eps=1e-15,
     weight_decay=0.0, clip_norm=1.0, accumulate=1,
-    scales=(),  # (regular expression for parameter names, factor of the learning rate); the first match counts
+    scales=(),  # (regular expression for parameter names, factor of the learning rate) pairs; the first match counts
   )  # fmt: skip
-  config.train = ".*"  # regular expression; parameters with a match in their name train
+  config.train = ".*"  # regular expression: parameters with a match in their name train
   config.ema_decay = 0.99
 
   # The stages of a run: name, steps, and (dotted) keys that this stage alone changes, e.g.
   # dict(name="second", steps=1000, keep_optimizer=True, **{"optimizer.learning_rate": 5e-5}).
   # A stage may change `model`, `diffusion` and the autoencoder's name, fields and weights. Parameters of equal name and shape
-  # stay, new ones are initialised, and one line lists them. `mesh`, `seed`, `output` and the text encoder (but not its
-  # max_length) belong to the whole run.
+  # stay. New parameters are initialised, and one line of output lists them. `mesh`, `seed`, `output` and the text encoder (but
+  # not its max_length) belong to the whole run.
   config.stages = (dict(name="main", steps=1000),)
 
   # Validation: the loss of the averaged weights on fixed rows of `tables`, with fixed timesteps and noise. It runs after every

@@ -1,6 +1,7 @@
-"""Goal: like configs/quickstart.py with four times the tokens and more steps. README shows its video.
+"""Goal: a better film than configs/quickstart.py, with four times the tokens and more steps. README shows its video.
 
-Time: less than an hour on two CPU cores.
+Data: `data.prepare.film` downloads and prepares Big Buck Bunny.
+Time: less than an hour on two CPU cores (measured).
 
   python -m data.prepare.film --output data/film/prepared
   python -m stdit_jax.train --config configs/film.py

@@ -1,6 +1,8 @@
-"""Goal: train the small KL-f8 autoencoder data/film/autoencoder.safetensors on Big Buck Bunny, 1.7 M parameters.
+"""Goal: the small KL-f8 autoencoder data/film/autoencoder.safetensors of Big Buck Bunny, with 1.7 million parameters.
 
-Time: half an hour on two CPU cores for the first two stages (22.4 dB), half an hour on one core for the third (24.0 dB).
+Data: `data.prepare.film` downloads and prepares the film.
+Time (measured): half an hour on two CPU cores for the first two stages (22.4 dB), half an hour on one core for the third
+  (24.0 dB).
 
   python -m data.prepare.film --output data/film/prepared
   python -m stdit_jax.train --config configs/film_autoencoder.py
@@ -9,8 +11,9 @@ Time: half an hour on two CPU cores for the first two stages (22.4 dB), half an 
   python -m stdit_jax.evaluate --task autoencoder --autoencoder data/film/autoencoder.safetensors \\
       --tables data/film/prepared/images --buckets 144p:1 --count 1000
 
-The last command prints the quality, and the shift and scale of the latents for `autoencoder.fields`. The shipped file comes
-from two runs: the first two stages, exported in float16, and the third stage from these weights (--config.init).
+The last command prints the quality, and the shift and scale of the latents for `autoencoder.fields`. Two runs made the shipped
+file: one of the first two stages, which was exported in float16, and one of the third stage from these weights
+(--config.init).
 """
 
 from configs import base

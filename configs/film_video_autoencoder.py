@@ -1,14 +1,16 @@
-"""Goal: train a small 4 x 8 x 8 video autoencoder like Open-Sora 1.2's, starting with that of configs/film_autoencoder.py.
+"""Goal: a small 4 x 8 x 8 video autoencoder like Open-Sora 1.2's. It starts with the weights of configs/film_autoencoder.py.
 
-Time: an hour and a quarter on two CPU cores (two devices with one thread each).
+Data: `data.prepare.film` downloads and prepares Big Buck Bunny.
+Time: an hour and a quarter on two CPU cores, which are two devices with one thread each (measured).
 
   python -m data.prepare.film --output data/film/prepared
   python -m stdit_jax.interop.fetch hed-vgg16 --output runs/hed.safetensors
   XLA_FLAGS="--xla_force_host_platform_device_count=2 --xla_cpu_multi_thread_eigen=false" \\
       python -m stdit_jax.train --config configs/film_video_autoencoder.py --config.mesh.data=2  # accelerators: --config alone
 
-The next command measures it on scenes that it did not see, and prints the shift and scale of the latents. The second one
-measures the baseline: the image autoencoder on every fourth frame, with as many latents. The third one writes the file:
+The next command measures the result on scenes that it did not see, and prints the shift and scale of the latents. The second
+command measures the baseline: the image autoencoder on every fourth frame, with the same number of latents. The third command
+writes the file:
 
   python -m stdit_jax.evaluate --task autoencoder --run runs/film_video_autoencoder --tables data/film/prepared/held_out.csv \\
       --buckets 144p:17 --frame-interval 3 --count 1000 --perceptual hed-vgg16 runs/hed.safetensors --picture film.png
@@ -16,7 +18,7 @@ measures the baseline: the image autoencoder on every fourth frame, with as many
   python -m stdit_jax.convert --input runs/film_video_autoencoder --dtype float16 \\
       --config '{"shift": [...], "scale": [...]}' --output data/film/video_autoencoder.safetensors
 
-Results on 33 clips of held-out scenes at 8 frames per second (the image autoencoder saw some of their frames):
+Results (measured) on 33 clips of held-out scenes at 8 frames per second. The image autoencoder saw some of their frames.
 
                                            PSNR dB   perceptual   latents per value
     image autoencoder, every frame           25.34      0.01284             0.0208
@@ -25,14 +27,14 @@ Results on 33 clips of held-out scenes at 8 frames per second (the image autoenc
     without the third stage                  23.98      0.01202             0.0061
     image autoencoder, every fourth frame    20.79      0.01572             0.0061
 
-The third row is a run with --config.autoencoder.perceptual_weight=0. The shipped file comes from two runs. The first two stages
-ended at step 1915 of 2300, where the learning rate was a tenth of its peak. The third stage started from their exported weights
-(--config.init).
+The third row is a run with --config.autoencoder.perceptual_weight=0. Two runs made the shipped file. The run of the first two
+stages ended at step 1915 of 2300, where the learning rate was a tenth of its peak. The run of the third stage started from the
+exported weights (--config.init).
 
-Measured on the same clips: the network alone, as in the original, reaches 22.2 dB after 8,000 steps on an H200. The
-best linear map from the image latents of four frames to one latent and back (principal components) reaches 22.9 dB. With such a
-map beside the network (`shortcut`), trained at 30 times the rate, the recipe reaches 22.5 dB after 300 steps. Training all
-parts on pixels for 1,600 more steps gives 24.0 dB.
+Why there is a shortcut, measured on the same clips: the network alone, as in the original, reaches 22.2 dB after 8,000 steps on
+an H200. The best linear map from the image latents of four frames to one latent and back (principal components) reaches 22.9
+dB. With such a map beside the network (`shortcut`), trained at 30 times the rate, the recipe reaches 22.5 dB after 300 steps.
+Another 1,600 steps, which train all parts on pixels, give 24.0 dB.
 
 There is no discriminator: in so few steps it learns nothing and adds noise.
 """

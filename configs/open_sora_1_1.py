@@ -1,19 +1,22 @@
-"""Goal: Open-Sora 1.1's whole recipe. STDiT-2 with IDDPM, from PixArt-alpha's image model to clips of 2 to 16 s, 144p to 720p.
+"""Goal: Open-Sora 1.1. STDiT-2 with IDDPM, from PixArt-alpha's image model to clips of 2 to 16 s, 144p to 720p.
 
-Time: 113,000 optimizer steps on 64 devices. `plan` estimates the hours and the memory, on a laptop:
+Data: a table with the columns of data/sources.py. `python -m data.prepare run --config configs/data/open_sora.py` makes one.
+  Published (report 02): 9.7 million clips and 2.6 million images. The last stage used 560,000 better clips and 1.6 million
+  images: give the stage "stage3" its own "data.tables".
+Weights: `init` (denoiser, in Open-Sora's layout; PixArt's layout cannot be read), T5 v1.1 XXL and its tokenizer, sd-vae-ft-ema.
+Time: 113,000 optimizer steps. Published (report 02): about 9 days on 64 H800 of 80 GB. Stage 1a took 4 days, 1b 2 days, 1c 14
+  hours, stages 2 and 3 one day each. `plan` computes memory and hours for TPUs and GPUs. Nothing here is measured.
 
   python -m stdit_jax.plan --config configs/open_sora_1_1.py --topology v5e:8x8
-  python -m stdit_jax.train --config configs/open_sora_1_1.py --config.data.tables="(('table.parquet', 1),)" ...
-
-Training also needs weights: `init` (denoiser, with Open-Sora's names; PixArt's names cannot be read yet),
-`text_encoder.weights` and `text_encoder.tokenizer` (T5 v1.1 XXL), `autoencoder.weights` (sd-vae-ft-ema). The original trained
-the last stage on better videos: give this stage its own "data.tables".
+  python -m stdit_jax.train --config configs/open_sora_1_1.py --config.data.tables="(('table.parquet', 1),)" \\
+      --config.init=denoiser.safetensors --config.text_encoder.weights=t5 --config.text_encoder.tokenizer=t5 \\
+      --config.autoencoder.weights=sd-vae-ft-ema.safetensors
 
 Buckets, keep probabilities, mask ratios, learning rate and average are the original's (open_sora_1_1.json, from Open-Sora
-v1.1.0, configs/opensora-v1-1/train). Stages and steps are those of its report 02, on 64 GPUs (H800, 80 GB). Batches that do not
-fit on a device are split into micro batches. An optimizer step sees one bucket, or several with `optimizer.accumulate`.
+v1.1.0, configs/opensora-v1-1/train). Stages and steps are those of report 02. A batch that does not fit on a device is split
+into micro batches. An optimizer step uses one bucket, or `optimizer.accumulate` buckets.
 
-Difference: all stages draw timesteps uniformly. The original trained stages 0 to 1b with those of SpeeD (`iddpm-speed`).
+Difference: all stages draw timesteps uniformly. The original trained stages 0 to 1b with SpeeD's (`iddpm-speed`).
 """
 
 import json
@@ -34,7 +37,7 @@ def _masks(ratios, share):
 
 
 def get_config():
-  """64 devices. The parameters are split over 8 of them."""
+  """Batches for 64 devices. The parameters are sharded over 8 of them."""
   original = json.loads((pathlib.Path(__file__).parent / "open_sora_1_1.json").read_text())
   config = base.get_config()
   config.output = "runs/open_sora_1_1"
@@ -47,8 +50,8 @@ def get_config():
   config.data.update(reference_devices=64, frame_interval=3, fps_rule="1.1", scores=())
   config.diffusion = dict(name="iddpm", fields={})
   config.sample.fps = 8  # of the video; the condition of the model is 24
-  # The report adds norms of queries and keys in stage 1c and the frame rate in stage 1b. (The released configurations have the
-  # norms in all stages.) Stage 1a uses the buckets of stage 2, which the report calls similar.
+  # The report adds the frame rate in stage 1b, and norms of queries and keys in stage 1c. (The released configurations have the
+  # norms in all stages.) Stage 1a uses the buckets of stage 2: the report calls them similar.
   early = {"model.fields.qk_norm": False, "model.fields.fps_condition": False}
   norm, fewer = {"model.fields.qk_norm": False}, {"mask_ratios": _masks(original["stage2"]["mask_ratios"], EARLY_MASKS)}
   config.stages = (

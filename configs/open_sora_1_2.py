@@ -1,19 +1,27 @@
-"""Goal: Open-Sora 1.2's whole recipe. STDiT-3 with rectified flow on images and clips of 2 to 16 seconds, 144p to 2048.
+"""Goal: Open-Sora 1.2. STDiT-3 with rectified flow learns images and clips of 2 to 16 s, 144p to 2048.
 
-Time: 155,000 optimizer steps of adaptation from PixArt-Sigma's image model, then 68,000 steps of stages 1 to 3, on 256 devices.
-`plan` estimates the hours and the memory, on a laptop:
+Data: a table with the columns of data/sources.py, also `aes`, `flow` and `cmotion` if known. `python -m data.prepare run
+  --config configs/data/open_sora.py` makes one. Published (report 03): stage 1 used WebVid-10M (40,000 hours), stage 2
+  20 million clips of Panda-70M (41,000 hours), stage 3 two million better clips (5,000 hours). A stage can have its own
+  "data.tables".
+Weights: `init` (denoiser, in Open-Sora's layout; PixArt's layout cannot be read), T5 v1.1 XXL and its tokenizer, and Open-Sora
+  1.2's autoencoder. The stages before "autoencoder" need SDXL's autoencoder as their own "autoencoder.weights".
+Time: 155,000 optimizer steps of adaptation from PixArt-Sigma's image model, then 68,000 steps of stages 1 to 3. Published
+  (report 03): 8 GPUs for the adaptation. 96 GPUs for about two weeks, 35,000 H100 hours, for stages 1 to 3. `plan` computes
+  memory and hours for TPUs and GPUs. Nothing here is measured.
 
   python -m stdit_jax.plan --config configs/open_sora_1_2.py --topology v5p:4x8x8
-  python -m stdit_jax.train --config configs/open_sora_1_2.py:stage1 --config.data.tables="(('table.parquet', 1),)" ...
+  python -m stdit_jax.train --config configs/open_sora_1_2.py:stage1 --config.data.tables="(('table.parquet', 1),)" \\
+      --config.init=denoiser.safetensors --config.text_encoder.weights=t5 --config.text_encoder.tokenizer=t5 \\
+      --config.autoencoder.weights=vae.safetensors
 
-The name after the colon is the first stage. Use `stage1` with weights of STDiT-3 (`init`). Without a name the run starts with
-the adaptation. Training also needs weights: `init` (denoiser, with Open-Sora's names; PixArt's names cannot be read yet),
-`text_encoder.weights` and `text_encoder.tokenizer` (file and folder of T5 v1.1 XXL), `autoencoder.weights` (SDXL's).
+The name after the colon is the first stage. Use `stage1` with weights of STDiT-3. Without a name the run starts with the
+adaptation.
 
 Buckets, keep probabilities, mask ratios, learning rates, epsilon and average are the original's (open_sora_1_2.json, from
-Open-Sora v1.2.0, configs/opensora-v1-2/train), steps those of its report 03. The original's batch sizes are per GPU of 80 GB;
-it had 96 GPUs, and 8 for the adaptation. This recipe multiplies them by 256 devices. Batches that do not fit on a device are
-split into micro batches. An optimizer step sees one bucket, or several with `optimizer.accumulate`.
+Open-Sora v1.2.0, configs/opensora-v1-2/train). The steps are those of report 03. The original's batch sizes are per GPU of
+80 GB. This recipe multiplies them by 256 devices. A batch that does not fit on a device is split into micro batches. An
+optimizer step uses one bucket, or `optimizer.accumulate` buckets.
 """
 
 import json
@@ -32,7 +40,7 @@ def bucket_rows(table):
 
 
 def stage(name, steps, original, **changes):
-  """A stage with settings of the original and `changes`. Its optimizer is fresh: in the original each stage is a run."""
+  """A stage with the original's settings and `changes`. Its optimizer is fresh, since each stage is a run in the original."""
   return dict(name=name, steps=steps, keep_optimizer=False) | {
     "data.buckets": bucket_rows(original["buckets"]),
     "mask_ratios": original["mask_ratios"],
@@ -49,10 +57,10 @@ def stage(name, steps, original, **changes):
 def _adaptation(original, config):
   """The eight steps of report 03 from PixArt-Sigma 2K to STDiT-3. Each step adds one change.
 
-  The report gives the change and the number of optimizer steps. Other settings are those of the only published configuration
-  of the adaptation ("adapt", of its last step): learning rate without warm-up, average, buckets. All steps but the last use the
-  image buckets alone, and those of 2048 from stage 1, since the report begins "from 144p to 2K". The report mentions no step
-  that keeps its optimizer.
+  The report names the change and the number of optimizer steps. Open-Sora published one configuration of the adaptation, that
+  of the last step ("adapt"). All steps take its other settings: learning rate without warm-up, average, buckets. Only the last
+  step trains on clips. The steps before it use the image buckets, and the image bucket of 2048 from stage 1: the report says
+  "from 144p to 2K". The report mentions no step that keeps its optimizer.
   """
   images = original["adapt"]["buckets"] | {"2048": original["stage1"]["buckets"]["2048"]}
   now = {
@@ -81,7 +89,7 @@ def _adaptation(original, config):
 
 
 def get_config(first="images"):
-  """256 devices. Parameters are split over 8 of them: then gradients scatter in whole tiles (stdit_jax/parallel/shardings.py).
+  """Batches for 256 devices. Parameters are sharded over 8 of them, so that XLA scatters gradients in whole tiles.
 
   Args:
     first: name of the first stage.

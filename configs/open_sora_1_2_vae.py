@@ -1,21 +1,25 @@
-"""Goal: train Open-Sora 1.2's video autoencoder as in the original. The original reports 30.59 dB, SSIM 0.880 (report 03).
+"""Goal: Open-Sora 1.2's video autoencoder, 4 x 8 x 8. Published (report 03): 30.59 dB, SSIM 0.880.
 
-Time: 1.18 million optimizer steps in three stages, one sample per device on 8 devices (24 in the third stage); not measured.
+Data: a table of clips and a table of images, without captions. Published: 3 million clips of Pexels and Pixabay.
+Weights: SDXL's autoencoder, and VGG16 with LPIPS (stdit_jax/autoencoders/perceptual.py).
+Time: 380,000, 260,000 and 540,000 optimizer steps. Published: 8 GPUs, 24 in the third stage, with one clip on each. The
+  duration is not published, and nothing here is measured. Computed with `plan`: a step of the last stage with 33 frames takes
+  17.8 GiB per device.
 
   python -m stdit_jax.train --config configs/open_sora_1_2_vae.py \\
       --config.data.tables="(('videos.parquet',1),('images.parquet',1))" \\
       --config.autoencoder.image_weights=sdxl_vae.safetensors --config.autoencoder.perceptual.weights=vgg16.safetensors
 
-Stages and steps are those of scripts/train_vae.py and configs/vae/train. As in the original, clips are encoded whole
-(`chunk=0`). A denoiser's configuration uses chunks of 17 frames: it has the autoencoder's name alone.
+Stages and steps are those of scripts/train_vae.py and configs/vae/train. As in the original, the model encodes whole clips
+(`chunk=0`). A denoiser names this autoencoder without `chunk=0`, so that it encodes chunks of 17 frames.
 
 Differences from the original:
-* The original sums over pixels, this recipe takes means. Adam ignores the factor. Clipping at norm 1 always acts on the sums
-  and would rarely act on the means, so this recipe does not clip.
+* The original sums over pixels. This recipe takes means. Adam ignores the factor. Clipping at norm 1 always changes the
+  gradients of sums, and would rarely change those of means. So this recipe does not clip.
 * The original divides pixel terms by the frames of the clip, but not the KL term. So `kl_weight` is 17 times its 1e-6.
-* The original takes the first frame of every fifth clip as an image. This recipe mixes in images of a second table: give it the
-  weight that makes them a fifth.
-* The original crops the middle of frames of 256 pixels. This recipe crops anywhere in 360p.
+* The original takes the first frame of every fifth clip as an image. This recipe mixes in images of a second table. Give this
+  table the weight that makes images a fifth.
+* The original crops the middle of frames of 256 pixels. This recipe crops at random places in 360p.
 """
 
 from configs import base

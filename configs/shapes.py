@@ -1,26 +1,27 @@
-"""Goal: a small STDiT-3 and a small T5 learn moving shapes (data/shapes.py), with every task measured.
+"""Goal: a small STDiT-3 and a small T5 learn moving shapes (data/shapes.py). Every task is measured.
 
+Data: none. The loader draws the shapes.
 Time: about two hours on two CPU cores.
 
   python -m stdit_jax.train --config configs/shapes.py
   python -m stdit_jax.evaluate --run runs/shapes --task shapes
 
-README's section "Generate" has the results of the shipped files in data/moving_shapes. They come from four runs, each from the
+README's section "Generate" has the results of the shipped files in data/moving_shapes. Four runs made them, each from the
 exported weights of the previous run: 1,000 steps of images and 1,983 of clips, then 3,000, 1,400 and 1,000 steps of clips.
-This file has as many steps in one run, which is not measured. The commands of the second run and of the export:
+This file trains for as many steps in one run, which is not measured. The commands of the second run and of the export:
 
-  python -m stdit_jax.train --config configs/shapes.py --config.output=runs/shapes-on \
-      --config.init=denoiser.safetensors --config.text_encoder.weights=text_encoder.safetensors \
+  python -m stdit_jax.train --config configs/shapes.py --config.output=runs/shapes-on \\
+      --config.init=denoiser.safetensors --config.text_encoder.weights=text_encoder.safetensors \\
       --config.stages="({'name':'videos','steps':3000,'optimizer.schedule':'cosine'},)"
-  python -m stdit_jax.convert --input runs/shapes --to open-sora --dtype float16 \
+  python -m stdit_jax.convert --input runs/shapes --to open-sora --dtype float16 \\
       --output data/moving_shapes/denoiser.safetensors
-  python -m stdit_jax.convert --input runs/shapes --part text_encoder --dtype float16 \
+  python -m stdit_jax.convert --input runs/shapes --part text_encoder --dtype float16 \\
       --output data/moving_shapes/text_encoder.safetensors
 
-The third and the fourth run set 'optimizer.learning_rate':6e-4. The fourth also skips three of four images,
+The third and the fourth run set 'optimizer.learning_rate':6e-4. The fourth run also skips three of four images,
 --config.data.buckets="(('64p',1,0.25,64),('64p',4,1.0,64),('64p',8,1.0,32))", and sets these --config.mask_ratios: image_head
-and image_head_tail 0.1, quarter_head_tail 0.08. Directions are learned last: 33, 67, 87 and 94 % of the videos have the right
-direction after the four runs.
+and image_head_tail 0.1, quarter_head_tail 0.08. The model learns directions last: 33, 67, 87 and 94 % of the videos have the
+right direction after the four runs.
 """
 
 from configs import base

@@ -1,5 +1,6 @@
-"""Goal: train the autoencoder of moving shapes (data/shapes.py) from that of the film, on images that are drawn while reading.
+"""Goal: the autoencoder of moving shapes (data/shapes.py), from the film's autoencoder.
 
+Data: none. The loader draws the images.
 Time: 1,200 optimizer steps, not measured.
 
   python -m stdit_jax.train --config configs/shapes_autoencoder.py

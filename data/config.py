@@ -53,8 +53,8 @@ class DataConfig:
       value. A configuration cannot set it.
   """
 
-  tables: tuple = ()
-  buckets: tuple = ()
+  tables: tuple | str = ()
+  buckets: tuple | Mapping = ()
   reference_devices: int = 1
   seed: int = 42
   frame_interval: int = 1

@@ -16,7 +16,7 @@ import ml_collections
 from data import paths
 from data.command_line import OneLineParser as OneLineParser
 from data.command_line import load_config, make_parser
-from stdit_jax.fields import is_of_type
+from stdit_jax.fields import KINDS, is_of_type
 
 T = TypeVar("T")
 
@@ -116,14 +116,10 @@ def _change(config: ml_collections.ConfigDict, argument: str) -> None:
     parent[keys[-1]] = _value(text, group)
   except (ValueError, TypeError):
     like = group.to_dict() if isinstance(group, ml_collections.ConfigDict) else group
-    kind = _KINDS.get(type(group), "allowed")
+    kind = KINDS.get(type(like), "allowed")
     raise ValueError(f"{argument}: {text!r} is not {kind}; write a value like {like!r}") from None
 
 
-_KINDS = {
-  bool: "True or False", int: "a whole number", float: "a number", str: "a text", tuple: "a tuple", list: "a list",
-  ml_collections.ConfigDict: "a dict",
-}  # fmt: skip
 _BOOLEANS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
 
 
@@ -212,10 +208,10 @@ def use_compilation_cache(folder: str | None = None) -> None:
   import jax
 
   option = "jax_compilation_cache_dir"
-  folder = getattr(jax.config, option) or str(folder or paths.user_cache("xla"))
-  jax.config.update(option, folder)
-  if paths.is_remote(folder):
-    paths.check_writable(folder, "folder of compiled programs")  # else JAX would print a warning for every program
+  place: str = getattr(jax.config, option) or str(folder or paths.user_cache("xla"))
+  jax.config.update(option, place)
+  if paths.is_remote(place):
+    paths.check_writable(place, "folder of compiled programs")  # else JAX would print a warning for every program
     jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # XLA's own caches, for GPUs, need a local folder
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 

@@ -171,7 +171,7 @@ def convert_run(settings: Settings, place: str, options: dict):
     raise ValueError(f"{settings.input}: the run has no own weights for --part {part}; it has {', '.join(loaded)}")
   own = getattr(run, key)
   name = settings.model or own.name
-  overrides = own.get("fields", {}) if name == own.name else {}
+  overrides = own.fields if name == own.name else {}
   model = models.find_model(name, dict(overrides) | read_overrides(settings.config), part=part)
   variables = {"params": loaded.get(part, constants.get(part))}
   if "constants" in model.shapes:

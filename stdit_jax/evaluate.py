@@ -100,23 +100,21 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
 
 def read_stage(settings: Settings):
   """(stage that wrote the checkpoint, step of the checkpoint). The flags replace keys of the stage."""
-  import ml_collections
-
   from stdit_jax.training.checkpoints import stage_config
   from stdit_jax.training.stages import make_stages
 
   if not settings.run:
     raise ValueError("--task loss needs --run FOLDER, a training run")
   config, step = stage_config(settings.run, settings.step)
-  config = ml_collections.ConfigDict(config.to_dict())
-  given = {"tables": settings.tables, "samples_per_bucket": settings.samples_per_bucket, "timesteps": settings.timesteps}
-  config.validation.update({name: value for name, value in given.items() if value is not None})
+  given = {name: getattr(settings, name) for name in ("tables", "samples_per_bucket", "timesteps")}
+  changes: dict[str, Any] = {f"validation.{name}": value for name, value in given.items() if value is not None}
+  if settings.mesh:
+    changes["mesh"] = parse_mesh(settings.mesh)
+  changes["data.latents"] = ""  # the cache holds the clips of the training only
+  changes["stages"] = ({"name": f"of step {step}", "steps": 1},)
+  config = config.replace(changes)
   if not config.validation.tables:
     raise ValueError(f"{settings.run} has no validation.tables; give the tables to measure the loss on: --tables TABLE ...")
-  if settings.mesh:
-    config.mesh = parse_mesh(settings.mesh)
-  config.data.latents = ""  # the cache holds the clips of the training only
-  config.stages = ({"name": f"of step {step}", "steps": 1},)
   return make_stages(config)[0], step
 
 

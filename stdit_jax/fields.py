@@ -7,6 +7,10 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 Value = TypeVar("Value")
+KINDS = {
+  bool: "True or False", int: "a whole number", float: "a number", str: "a text", tuple: "a tuple", list: "a list",
+  dict: "a dict", Mapping: "a dict", types.NoneType: "None",
+}  # fmt: skip
 _ACCEPTED = {float: (float, int), tuple: (tuple, list)}
 
 

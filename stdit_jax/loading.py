@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import ml_collections
-
+from configs import base
 from data.command_line import flag
 from stdit_jax.cli import parse_mesh, read_config
+from stdit_jax.config import Config
 from stdit_jax.generation.settings import SamplerSettings
 from stdit_jax.generation.work import fingerprints
 
@@ -39,7 +39,7 @@ class PipelineSettings(SamplerSettings, ModelSettings):
   """The flags of a model and of its sampler."""
 
 
-def open_config(model: ModelSettings) -> tuple[Any, int | None]:
+def open_config(model: ModelSettings) -> tuple[Config, int | None]:
   """(configuration, step of the checkpoint or None) of --run or --config. Raises ValueError if not one of them is given."""
   from stdit_jax.training import checkpoints
   from stdit_jax.training.stages import make_stages
@@ -51,7 +51,7 @@ def open_config(model: ModelSettings) -> tuple[Any, int | None]:
   return make_stages(read_config(model.config, model.changes))[-1].config, None
 
 
-def read_model(settings: PipelineSettings) -> tuple[Any, int | None]:
+def read_model(settings: PipelineSettings) -> tuple[Config, int | None]:
   """(configuration, step of the checkpoint or None), with the choices of the sampler. Reads no weights.
 
   Raises:
@@ -63,22 +63,19 @@ def read_model(settings: PipelineSettings) -> tuple[Any, int | None]:
   if settings.run and (settings.weights or settings.changes):
     what = settings.changes[0] if settings.changes else "--weights"
     raise ValueError(f"{what} goes with --config FILE; a --run has its own. Leave it out")
-  for key, value in (("autoencoder", settings.autoencoder), ("text_encoder", settings.text_encoder)):
-    if value:
-      config[key].weights = value
+  given = {"autoencoder.weights": settings.autoencoder, "text_encoder.weights": settings.text_encoder}
+  changes: dict[str, Any] = {key: value for key, value in given.items() if value}
   if (part := part_of(config)) != "denoiser":
     raise ValueError(f"{settings.run or settings.config} trains an {part}; sampling needs a denoiser; give another")
-  config = ml_collections.ConfigDict(config.to_dict())
   if config.text_encoder.where == "disk":
     if not settings.text_encoder:
       raise ValueError("the run read its text embeddings from disk, and new prompts need a text encoder; give --text-encoder")
-    config.text_encoder.where = "ahead"
-  choose_sampler(config, settings)
-  return config, step
+    changes["text_encoder.where"] = "ahead"
+  return config.replace(changes | sampler_changes(config, settings)), step
 
 
-def choose_sampler(config: Any, sampler: SamplerSettings) -> None:
-  """Sets the fields of the diffusion that the flags give. Raises ValueError for flags that the diffusion does not have."""
+def sampler_changes(config: Config, sampler: SamplerSettings) -> dict[str, Any]:
+  """The keys of `config` that the flags change: fields of the diffusion. Raises ValueError for flags that it does not have."""
   trained = config.diffusion.name
   own = {"open-sora-1.1": "iddpm", "open-sora-1.2": "rectified-flow", None: trained}[sampler.compat]
   if trained != own:
@@ -86,8 +83,7 @@ def choose_sampler(config: Any, sampler: SamplerSettings) -> None:
   if sampler.timestep_shift is not None and trained != "rectified-flow":
     raise ValueError(f"--timestep-shift is of rectified-flow; the model was trained with {trained}. Leave it out")
   given = {"compat": sampler.compat, "sampler": sampler.sampler, "sampling_shift": sampler.timestep_shift}
-  with config.ignore_type():
-    config.diffusion.fields.update({name: value for name, value in given.items() if value is not None})
+  return {f"diffusion.fields.{name}": value for name, value in given.items() if value is not None}
 
 
 def steps_and_scale(sampler: SamplerSettings, config: Any) -> tuple[int, float]:
@@ -197,15 +193,15 @@ def load_autoencoder(model: ModelSettings, name: str | None = None):
     params, _, _ = checkpoints.load_weights(model.run, model.item, step)
     variables = {"params": params["autoencoder"]}
     return make_codec(own, variables, config.autoencoder.micro_batch), describe(model, step), config
-  own = ml_collections.ConfigDict(config.autoencoder.to_dict() if config else {"micro_batch": 4, "dtype": "float32"})
+  own = (config or Config.of(base.get_config())).autoencoder
   if model.autoencoder:
-    own.weights = need_file(model.autoencoder, "--autoencoder")
+    own = dataclasses.replace(own, weights=need_file(model.autoencoder, "--autoencoder"))
   if not config:
     metadata = open_checkpoint(own.weights).metadata
     said, fields = (None, {}) if name not in (None, metadata.get("model")) else described(metadata, own.weights)
     if not (name or said):
       raise ValueError(f"{own.weights} doesn't say which autoencoder it is; give --model NAME")
-    own.name, own.fields = name or said, fields
+    own = dataclasses.replace(own, name=name or said, fields=fields)
   return load_codec(own), own.weights, config
 
 

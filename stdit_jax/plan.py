@@ -48,8 +48,8 @@ from data import paths
 from data.aspect_ratios import NUM_PIXELS
 from data.buckets import Bucket
 from data.command_line import flag
-from data.config import DataConfig
 from stdit_jax.cli import check_positive, one_line_errors, parse_settings, read_config
+from stdit_jax.config import Config
 from stdit_jax.models.family import find_model
 from stdit_jax.parallel.topology import is_gpu, parse_topology, topology_chips
 from stdit_jax.planning import budget, meshes, search
@@ -147,7 +147,7 @@ def choose_topology(settings: Settings) -> str:
 
 def make_jobs(settings: Settings) -> tuple[list[Stage], list[Job]]:
   """(stages, a job for each bucket) of the flags."""
-  config = read_config(settings.config, settings.changes)
+  config = Config.of(read_config(settings.config, settings.changes))
   stages = make_stages(config)
   unknown = sorted(set(settings.stage or ()) - {s.name for s in stages})
   if unknown:
@@ -164,7 +164,7 @@ def make_jobs(settings: Settings) -> tuple[list[Stage], list[Job]]:
 
 def stage_buckets(stage: Stage) -> list[Bucket]:
   """The buckets of a stage that have a batch size."""
-  return [b for b in DataConfig(**stage.config.data.to_dict()).parsed_buckets() if b.batch_size]
+  return [b for b in stage.config.data.parsed_buckets() if b.batch_size]
 
 
 COLUMNS = (

@@ -1,5 +1,7 @@
 """Sample videos while training: the averaged weights, the prompts of `config.sample`, files in `<output>/samples`."""
 
+import dataclasses
+
 import jax
 
 from data import aspect_ratios, paths
@@ -44,7 +46,7 @@ class Sampler:
     videos = self.pipeline.decode(latents, settings.num_frames)
     stem = paths.join(self.config.output, "samples", f"step{step:07d}")
     for i, (prompt, frames) in enumerate(zip(settings.prompts, videos)):
-      written = {"prompt": prompt, "step": step, **settings.to_dict()}
+      written = {"prompt": prompt, "step": step, **dataclasses.asdict(settings)}
       written.pop("prompts")
       ending = "png" if len(frames) == 1 else "mp4"
       write_media(f"{stem}-{i}.{ending}", frames, settings.fps, written)

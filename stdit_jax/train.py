@@ -5,7 +5,7 @@
 configs/base.py has every key of a configuration; --config.KEY=VALUE replaces one. Stop the training at any time: the same
 command resumes from the newest checkpoint in `output`. On a pod every host runs the same command (see launch/).
 
-Exit codes: 0 finished; 2 an error that the message names; 75 stopped by SIGTERM, or a process hangs or ended, or the bucket
+Exit codes: 0 finished; 2 an error, which the message explains; 75 stopped by SIGTERM, a process hangs or ended, or the bucket
 does not answer: start the command again; 130 interrupted.
 """
 
@@ -14,6 +14,7 @@ import contextlib
 import functools
 import sys
 import traceback
+from typing import Any
 
 from absl import logging
 
@@ -26,6 +27,7 @@ from stdit_jax.cli import (
   read_config,
   use_compilation_cache,
 )
+from stdit_jax.config import Config
 from stdit_jax.errors import InputError
 from stdit_jax.training.claim import claim
 from stdit_jax.training.stages import make_stages
@@ -40,8 +42,8 @@ def make_parser():
 
 
 def connect(config):
-  """Joins the processes of a run of several; returns the watchdog."""
-  # The runtime's own heartbeat must not be the first to end the run: it does so without a word about who hangs.
+  """Joins the processes of a run of several. Returns the watchdog."""
+  # The runtime's own heartbeat must not end the run first: it does not say which process hangs.
   patience = max(300, int(config.watchdog.slow_timeout))
   connect_processes(heartbeat_timeout=max(100, int(2 * config.watchdog.timeout)), patience=patience)
   from jax._src.distributed import global_state  # nothing public gives the key-value store
@@ -53,7 +55,7 @@ def connect(config):
 
 
 def run(config, watchdog):
-  """Trains; user's mistakes end as one line with exit code 2, SIGTERM with RESTART, ^C with 130."""
+  """Trains. Exits with 2 and one line after a user's error, with RESTART after SIGTERM, with 130 after ^C."""
   try:
     with contextlib.ExitStack() as held:
       with one_line_errors():
@@ -86,7 +88,7 @@ def main(argv=None):
   args = parse_with_changes(make_parser(), argv)
   logging.set_verbosity(logging.ERROR)  # orbax reports every step of a checkpoint
   with one_line_errors():
-    config = read_config(args.config, args.changes)
+    config = Config.of(read_config(args.config, args.changes))
     make_stages(config)  # before any process waits for another
     use_compilation_cache(config.compilation_cache or f"{config.output}/compilation_cache")
     watchdog = connect(config)
@@ -94,14 +96,14 @@ def main(argv=None):
     try:
       run(config, watchdog)
     except BaseException as error:
-      preempted = isinstance(error, SystemExit) and error.code == RESTART  # all processes alike
+      preempted = isinstance(error, SystemExit) and error.code == RESTART  # on all processes
       if watchdog.count == 1 and isinstance(error, StartAgain):
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(RESTART) from None
       if watchdog.count == 1 or preempted:
         raise
-      # Its exit would wait for the others, and they for this one.
-      code = error.code if isinstance(error, SystemExit) else RESTART if isinstance(error, StartAgain) else 1
+      # A normal exit would wait for the other processes, and they would wait for this one.
+      code: Any = error.code if isinstance(error, SystemExit) else RESTART if isinstance(error, StartAgain) else 1
       if code == 1:
         traceback.print_exc()
         watchdog.connection_lost()

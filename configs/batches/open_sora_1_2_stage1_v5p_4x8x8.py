@@ -3,9 +3,9 @@
   python -m stdit_jax.plan --config configs/open_sora_1_2.py --topology v5p:4x8x8 --stage stage1 --search-batch-size \\
       --write-buckets configs/batches/open_sora_1_2_stage1_v5p_4x8x8.py
 
-LARGEST fills the memory (240p x 1, 256 x 1 and 144p x 1 were searched again when plan counted the batch that the host
-makes meanwhile; the others leave room for it by arithmetic, and are older); EQUAL makes the steps of all buckets take about
-the same time. A stage takes them up, on the mesh of that command, by
+LARGEST fills the memory. EQUAL makes the steps of all buckets take about the same time. For 240p x 1, 256 x 1 and 144p x 1
+the search counted the next batch, which the host prepares during the step. The search of the other buckets is older, and
+arithmetic shows that their next batch fits as well. A stage uses them, on the mesh of that command, by
   dict(name=..., steps=..., **EQUAL[name])
 """
 

@@ -9,7 +9,6 @@ import numpy as np
 from data import aspect_ratios, plan, sources
 from data import buckets as bucket_rules
 from data.buckets import Bucket
-from data.config import DataConfig
 from stdit_jax.autoencoders import registry
 from stdit_jax.components import Components
 from stdit_jax.parallel.topology import CHIPS, parse_topology
@@ -44,7 +43,7 @@ def bucket_shares(stage: Stage) -> tuple[dict[Key, float], str]:
   Counts the first epoch of the stage's tables, or `assumed_rows` if it names none. Raises ValueError for tables that can't be
   used.
   """
-  config = make_objective(stage.config).data_config(DataConfig(**stage.config.data.to_dict()))
+  config = make_objective(stage.config).data_config(stage.config.data)
   buckets = config.parsed_buckets()
   if config.tables:
     with tempfile.TemporaryDirectory() as folder:
@@ -82,7 +81,7 @@ def encoder_seconds(stage: Stage, parts: Components, shares, topology: str, chip
     parts: of the stage; shares: of `bucket_shares`.
   """
   config, peak = stage.config, chips * CHIPS[parse_topology(topology)].tflops * 1e12
-  rows = {(b.resolution, b.num_frames): b.batch_size for b in DataConfig(**config.data.to_dict()).parsed_buckets()}
+  rows = {(b.resolution, b.num_frames): b.batch_size for b in config.data.parsed_buckets()}
   videos = captions = 0.0
   if not config.data.latents:
     videos = sum(share * rows[key] * _video_flops(parts.autoencoder, *key) for key, share in shares.items())

@@ -4,7 +4,6 @@ import math
 from typing import Any
 
 from stdit_jax.parallel.mesh import AXES
-from stdit_jax.training.checkpoints import from_plain, plain
 
 TILE = 16  # rows of a bfloat16 tile. XLA scatters gradients of whole tiles, and sums others everywhere (parallel/shardings.py)
 MOST_FSDP = 64
@@ -26,9 +25,7 @@ def sensible_meshes(chips: int, width: int) -> list[dict[str, int]]:
 
 def with_mesh(config: dict[str, Any], mesh: dict[str, int]) -> dict[str, Any]:
   """The configuration (plain values) with this mesh for each slice."""
-  config = from_plain(config)
-  config.mesh.update(mesh)
-  return plain(config)
+  return {**config, "mesh": {**config["mesh"], **mesh}}
 
 
 def nearest_batch(rows: int, chips: int) -> int:

@@ -14,7 +14,6 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
-from data.config import DataConfig
 from stdit_jax.parallel.mesh import AXES, mesh_sizes
 from stdit_jax.parallel.topology import CHIPS, parse_topology
 from stdit_jax.planning.programs import Job, resident_bytes, roofline
@@ -197,7 +196,7 @@ def fragment(stages: Sequence[Stage], found: dict[tuple, Found], equal: dict[tup
     lines += ["", f"{name} = {{"]
     for stage in stages:
       rows, split = [], []
-      for b in DataConfig(**stage.config.data.to_dict()).parsed_buckets():
+      for b in stage.config.data.parsed_buckets():
         key = stage.name, b.resolution, b.num_frames
         if key in batches:
           keep = b.keep_prob if b.duration_prob is None else (b.keep_prob, b.duration_prob)

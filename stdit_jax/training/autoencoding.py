@@ -1,4 +1,4 @@
-"""The losses that train an autoencoder of images or videos."""
+"""The objective of autoencoders of images or videos: the losses, with their batches and weights."""
 
 import functools
 
@@ -17,37 +17,39 @@ from stdit_jax.diffusion.noise import Purpose, fold_in, sample_keys
 from stdit_jax.interop import load_variables, measures
 from stdit_jax.parallel.shardings import ArraySpec, tree_shardings
 from stdit_jax.training.batches import AutoencoderBatches
-from stdit_jax.training.stages import WEIGHTS
 from stdit_jax.training.state import init_shapes
 
-# Autoencoders, and the networks that train them, are small: whole on every device.
+WEIGHTS = ("reconstruction", "kl", "latent", "identity", "perceptual", "adversarial")  # autoencoder.<name>_weight
+# Autoencoders and the networks that train them are small, so every device has all of their parameters.
 RULES = ((r"(^|/)((shortcut_)?(encoder|decoder)|quant_conv|post_quant_conv|discriminator|perceptual)/", P()),)
 
 
 class AutoencoderObjective:
-  """The losses of an autoencoder over random crops of clips. `params` holds the autoencoder, and a discriminator if one trains.
+  """Trains an autoencoder on random crops of clips. training/objectives.py describes the methods.
 
-  The loss of a sample is a sum of means, weighted by `config.autoencoder.<name>_weight`:
+  `params` has the autoencoder, and a discriminator if one trains. The loss of a sample is a sum of means with the weights
+  `config.autoencoder.<name>_weight`:
     reconstruction: absolute or squared error of the pixels;
     kl: of the posterior, summed over the latents, per pixel value of the sample;
     latent: absolute error of the image latents between Open-Sora 1.2's two autoencoders (its `z_rec`);
     identity: absolute difference of the temporal and the image latent of clips of one frame (its `image_identity`);
     perceptual: mean `perceptual.distance` of the frames;
-    adversarial: the discriminator's score, times `discriminator.adaptive_weight` if `adaptive`. The discriminator's own loss
+    adversarial: the discriminator's score, times `discriminator.adaptive_weight` if `adaptive`. The loss of the discriminator
       is added. Each network gets the gradient of its own terms, and both step at the same time.
-  Pixels are decoded only if a term needs them, of `autoencoder.pixel_frames` frames. A stage adds a term by giving it a weight.
+  The loss decodes `autoencoder.pixel_frames` frames, and none if no term needs pixels. A stage adds a term with a weight.
   """
 
   part = "autoencoder"
   counts_flops = False
   rules, resizable = RULES, ()
+  shapes = functools.cached_property(init_shapes)
 
   def __init__(self, config):
     self.config = config
     own = config.autoencoder
     self.model = autoencoder_model(own)
     self.family = family_of(self.model.config)
-    self.weights = {name: own[f"{name}_weight"] for name in WEIGHTS}
+    self.weights = {name: getattr(own, f"{name}_weight") for name in WEIGHTS}
     self.discriminator = discriminator.Discriminator(discriminator.get_config(own.discriminator), DTYPES[own.dtype])
     self.from_files = ("perceptual",) if self.weights["perceptual"] else ()
     self._check_numbers(own)
@@ -61,29 +63,19 @@ class AutoencoderObjective:
           f"config: autoencoder.crop is {own.crop}; the perceptual distance needs sides of at least {perceptual.SMALLEST}"
         )
 
-  @functools.cached_property
-  def shapes(self):
-    """(params, frozen) of `init` as shapes; nothing is allocated."""
-    return init_shapes(self)
-
   def _check_numbers(self, own):
     factor = self.model.config.downsampling
     if own.crop % factor or own.crop < factor:
       raise ValueError(f"config: autoencoder.crop is {own.crop}; allowed: multiples of {factor}")
-    if own.reconstruction not in losses.KINDS:
-      raise ValueError(f"config: autoencoder.reconstruction is {own.reconstruction!r}; allowed: {', '.join(losses.KINDS)}")
-    for name, count in (("pixel_frames", own.pixel_frames), ("perceptual.frames", own.perceptual.frames)):
-      if count < 0:
-        raise ValueError(f"config: autoencoder.{name} is {count}; allowed: frames of a clip, or 0 for all")
     if not any(self.weights.values()):
       raise ValueError(
         f"config: all weights of the autoencoder's loss are 0. Set one of autoencoder.<name>_weight: {', '.join(WEIGHTS)}"
       )
     if limit := self.config.max_tokens_per_device:
-      # Micro batches would change the result: each would weight the adversary by gradients of its own (`_adaptive_weight`).
+      # Micro batches would change the result: each would weight the adversary by its own gradients (`_adaptive_weight`).
       raise ValueError(
         f"config: max_tokens_per_device is {limit}, but autoencoders train on pixels, and their batches are not split. Set it "
-        "to 0. Smaller batches in data.buckets and a larger optimizer.accumulate take less memory"
+        "to 0. To save memory, give smaller batches in data.buckets and a larger optimizer.accumulate"
       )
 
   def _check_image_autoencoder(self, own):
@@ -94,22 +86,11 @@ class AutoencoderObjective:
           "all frames"
         )
       return
-    for name in ("latent", "identity"):
-      if self.weights[name]:
-        raise ValueError(
-          f"config: autoencoder.{name}_weight is {self.weights[name]}, but {own.name!r} has no image autoencoder inside, as "
-          "Open-Sora 1.2's has. Set it to 0"
-        )
-    if own.pixel_frames:
-      raise ValueError(
-        f"config: autoencoder.pixel_frames is {own.pixel_frames}, but {own.name!r} decodes all frames together. Set it to 0 "
-        "for all frames"
-      )
-    if own.image_weights:
-      raise ValueError(
-        f"config: autoencoder.image_weights is {own.image_weights!r}, but {own.name!r} has no image autoencoder inside. Set it "
-        'to ""'
-      )
+    inside = "has no image autoencoder inside"
+    reasons = {"latent_weight": inside, "identity_weight": inside, "image_weights": inside}
+    for key, why in (reasons | {"pixel_frames": "decodes all frames together"}).items():
+      if value := getattr(own, key):
+        raise ValueError(f"config: autoencoder.{key} is {value!r}, but {own.name!r} {why}. Set it to {type(value)()!r}")
 
   def _check_adversary(self, own):
     if not self.weights["adversarial"]:
@@ -122,7 +103,7 @@ class AutoencoderObjective:
     layers = self.discriminator.config.layers
     if own.crop < 2**layers:
       raise ValueError(
-        f"config: autoencoder.crop is {own.crop}, of which {layers} layers of the discriminator leave nothing. Take at least "
+        f"config: autoencoder.crop is {own.crop}, too small for {layers} layers of the discriminator. Take at least "
         f"{2**layers}, or fewer autoencoder.discriminator.layers"
       )
 
@@ -139,12 +120,12 @@ class AutoencoderObjective:
     }
 
   def work(self, batch):
-    """(tokens, model FLOPs) of a batch: (0, 0), since there is no formula."""
+    """(0, 0): there is no formula for tokens and FLOPs."""
     del batch
     return 0, 0
 
   def data_config(self, config: DataConfig) -> DataConfig:
-    """`config` as it is: labels do not matter."""
+    """`config` unchanged: an autoencoder needs no labels."""
     return config
 
   def open_cache(self, data, table):
@@ -152,11 +133,11 @@ class AutoencoderObjective:
     raise ValueError(f"data.latents={data.latents!r} are for denoisers; an autoencoder needs videos")
 
   def worker(self, cache):
-    """None: captions do not matter."""
+    """None: an autoencoder needs no captions."""
 
   def check_plan(self, clips):
     """Raises ValueError if a clip of the first epoch is smaller than the crop."""
-    crop, seen = self.config.autoencoder.crop, DataConfig.create(self.config.data.to_dict()).parsed_buckets()
+    crop, seen = self.config.autoencoder.crop, self.config.data.parsed_buckets()
     numbers, _, ratios = clips.all_slots()
     for number, ratio in np.unique(np.stack([numbers, ratios], 1), axis=0).tolist():
       name = seen[number].resolution
@@ -164,7 +145,7 @@ class AutoencoderObjective:
       if min(height, width) < crop:
         raise ValueError(
           f"autoencoder.crop is {crop}, but there are clips of {height} x {width} pixels in {name}; take at most "
-          f"{min(height, width)}, a larger resolution, or leave such files out"
+          f"{min(height, width)}, a larger resolution, or remove such files from the table"
         )
 
   def batch_maker(self, encoders, name):
@@ -175,38 +156,38 @@ class AutoencoderObjective:
   # Weights.
 
   def check_files(self):
-    """Raises ValueError if a file that a run will read does not exist, or the configuration names weights in vain."""
+    """Raises ValueError if a file that the run will read does not exist, or if the run would not read a given file."""
     own, init = self.config.autoencoder, self.config.init
     if own.weights:
       raise ValueError(
-        "config: autoencoder.weights are of one that encodes for a denoiser; to train an autoencoder from a file set init"
+        "config: autoencoder.weights is for the training of denoisers. To start an autoencoder from a file, set init instead"
       )
     if own.image_weights:
       if init:
-        raise ValueError("config: init brings the image autoencoder inside, too; set either it or autoencoder.image_weights")
+        raise ValueError("config: init has the image autoencoder as well; set either it or autoencoder.image_weights")
       need_file(own.image_weights, "autoencoder.image_weights")
     for name in ("latent", "identity"):
       if self.weights[name] and not (init or own.image_weights):
         raise ValueError(
-          f"config: autoencoder.{name}_weight compares with latents of the image autoencoder inside, which would be random; "
-          "give autoencoder.image_weights, or init"
+          f"config: autoencoder.{name}_weight compares with latents of the image autoencoder inside, which would be random. "
+          "Give autoencoder.image_weights or init"
         )
     if self.weights["perceptual"]:
-      self._load_perceptual()  # only to see it: a wrong file must not end the run days later
+      self._load_perceptual()  # only a check: a wrong file of a later stage must not end the run after days
 
   def _load_perceptual(self):
     own = self.config.autoencoder.perceptual
     return measures.load_perceptual(own.name, need_file(own.weights, "autoencoder.perceptual.weights"), own.sha256)
 
   def read_frozen(self, mesh):
-    """{name of `from_files`: parameters} from the files that the configuration names, laid over the mesh."""
+    """{name of `from_files`: parameters} from the files of the configuration, placed on the mesh."""
     if not self.from_files:
       return {}
     trunk = {"perceptual": self._load_perceptual()}
     return jax.device_put(trunk, tree_shardings(trunk, mesh, self.rules))
 
   def read_initial(self, params, mesh):
-    """`params` of `init` with those that files of their own bring."""
+    """`params` of `init`, with the image autoencoder from its own file."""
     if not (path := self.config.autoencoder.image_weights):
       return params
     image = self.model.config.image_config
@@ -217,7 +198,7 @@ class AutoencoderObjective:
     return {**params, "autoencoder": {**params["autoencoder"], "image": loaded["params"]}}
 
   def load_checkpoint(self, path, params, frozen, mesh):
-    """(params, frozen) with the autoencoder of a checkpoint. Shift and scale of its latents may differ from the config's."""
+    """(params, frozen) with the autoencoder of a checkpoint, whose latents may have another shift and scale."""
     current = {"params": params["autoencoder"]}
     shardings = tree_shardings(current, mesh, self.rules)
     config = self.model.config
@@ -226,21 +207,16 @@ class AutoencoderObjective:
     return {**params, "autoencoder": loaded["params"]}, frozen
 
   def beside(self, bytes_per_device, mesh):
-    """Bytes on one device of encoders that are in neither `params` nor `frozen`: none."""
+    """0: there is no encoder beside `params` and `frozen`."""
     del bytes_per_device, mesh
     return 0
-
-  @property
-  def decodes(self):
-    """Whether a term looks at pixels."""
-    return any(self.weights[name] for name in ("reconstruction", "perceptual", "adversarial"))
 
   def splits(self, num_frames, devices):
     """Whether clips of so many frames can be split in time over so many devices."""
     return self.family.splits(self.model.config, num_frames, devices)
 
   def init(self, key):
-    """-> (params, frozen) with the original initialisation. The perceptual trunk is zeros until its file is read."""
+    """(params, frozen) with the original initialisation. The perceptual trunk is zeros until `read_frozen`."""
     model_key, discriminator_key = jax.random.split(key)
     params, frozen = {"autoencoder": self.family.init(self.model, model_key)["params"]}, {}
     if self.weights["adversarial"]:
@@ -265,14 +241,14 @@ class AutoencoderObjective:
     return loss + weight * values["adversarial"] + values["discriminator"], values
 
   def fixed_loss(self, params, frozen, batch, count, layout=None):
-    """Loss `[1, B]` without the adversarial term. There are no timesteps, and crops and noise belong to the sample."""
+    """Loss `[1, B]` without the adversarial term. There are no timesteps. The sample alone decides its crop and noise."""
     return self._terms(params["autoencoder"], frozen, batch, layout)[0][None]
 
   def fixed_names(self, count):
     return [None]
 
   def _terms(self, params, frozen, batch, layout):
-    """-> (loss per sample without the adversarial term, its terms and more, what was made on the way)."""
+    """-> (loss per sample without the adversarial term, its terms and further values, intermediate arrays)."""
     frames, weights = to_float(batch["pixels"]), self.weights
     made = self._encode(params, frames, batch, layout)
     kl = losses.kl_divergence(made["mean"], made["logvar"])
@@ -285,7 +261,7 @@ class AutoencoderObjective:
       if frames.shape[1] == 1:
         values["identity"] = losses.reconstruction_error(made["latents"], made["image_latents"])
         loss += weights["identity"] * values["identity"]
-    if self.decodes:
+    if weights["reconstruction"] or weights["perceptual"] or weights["adversarial"]:
       count = self.config.autoencoder.pixel_frames
       made["frame_latents"], frames = self._some_frames(count, Purpose.PIXEL_FRAMES, batch, made["frame_latents"], frames)
       made["pixels"] = self.family.decode(self.model, params, made["frame_latents"], layout)
@@ -294,17 +270,19 @@ class AutoencoderObjective:
     return loss, values, made
 
   def _encode(self, params, frames, batch, layout):
-    """-> {"mean", "logvar", "latents"} `[B, T', h, w, C]` and "image_latents" `[B, T, h, w, C]` or None. Latents are drawn from
-    the posteriors if the configuration says so."""
+    """-> {"mean", "logvar", "latents"} `[B, T', h, w, C]` and "image_latents" `[B, T, h, w, C]` or None.
+
+    The latents are samples of the posteriors with `sample_posterior`, else means.
+    """
     image_noise = self._noise(batch, 1, frames.shape[1]) if self.family.image_autoencoder else None
     mean, logvar, image_latents = self.family.encode(self.model, params, frames, image_noise, layout)
     latents = draw(mean, logvar, self._noise(batch, 0, mean.shape[1]))
     return {"mean": mean, "logvar": logvar, "latents": latents, "image_latents": image_latents}
 
   def _noise(self, batch, number, frames):
-    """Normal noise `[B, frames, h, w, C]` that belongs to the samples, or None if the latents are means.
+    """Normal noise `[B, frames, h, w, C]` from the keys of the samples, or None if the latents are means.
 
-    `number`: 0 for the posterior of the autoencoder, 1 for that of its image autoencoder.
+    `number`: 0 for the posterior of the autoencoder, 1 for the posterior of its image autoencoder.
     """
     if not self.config.autoencoder.sample_posterior:
       return None
@@ -313,7 +291,7 @@ class AutoencoderObjective:
     return jax.vmap(lambda key: jax.random.normal(key, shape))(fold_in(keys, number) if number else keys)
 
   def _pixel_terms(self, frozen, pixels, frames, batch, layout):
-    """-> (sum of the weighted terms of pixels per sample, without the adversarial one; their values)."""
+    """-> (weighted sum per sample of the pixel terms without the adversarial term, their values)."""
     own = self.config.autoencoder
     error = losses.reconstruction_error(pixels, frames, own.reconstruction)
     values = {"reconstruction": error, "squared_error": losses.reconstruction_error(pixels, frames, "l2")}
@@ -343,8 +321,8 @@ class AutoencoderObjective:
 
     if layout is None or not layout.split_tokens:
       return distance(params, *clips)
-    # Each device takes its own frames of each clip. A sharding constraint cannot express this: once frames are folded into the
-    # batch, a device's frames of several clips are no range of rows.
+    # Each device takes its own frames of each clip. A sharding constraint cannot express this: if frames are folded into the
+    # batch, the frames of a device are no range of rows.
     frames = clips[0].shape[1]
     padded = (jnp.pad(clip, ((0, 0), (0, -frames % layout.token_parts), *[(0, 0)] * 3)) for clip in clips)
     spec = layout.spec("batch", "tokens")

@@ -1,7 +1,7 @@
 """From the loader's rows to the arrays that cross the jit boundary.
 
-Each process works on its own devices: it encodes pixels by the autoencoder, turns latents into tokens, pads them to the one
-length of their (resolution, frames) bucket, and joins its rows with those of the other processes.
+Each process encodes the pixels of its rows with the autoencoder, on its own devices. It turns latents into tokens and pads them
+to the length of their (resolution, frames) bucket. The rows of all processes form one global array.
 """
 
 import collections
@@ -21,15 +21,16 @@ from stdit_jax.components import load_codec, load_text_encoder
 from stdit_jax.models.family import SCALARS, token_grid
 from stdit_jax.parallel.shardings import ArraySpec
 
-log = logging.getLogger("data")  # as data/loader.py says what it skips
-ROWS = ArraySpec(())  # any array whose first axis are rows
+log = logging.getLogger("data")  # where data/loader.py reports skipped rows
+ROWS = ArraySpec(())  # any array whose first axis is the rows
 
 
 def to_global(batch, specs, layout):
-  """This process's rows of every array, those of `layout.process_parts()` in order -> global arrays over the mesh.
+  """Global arrays over the mesh from the rows of this process.
 
   Args:
-    batch: tree of NumPy arrays; specs: tree of `ArraySpec`, of which the axes count.
+    batch: tree of NumPy arrays. Their rows are in the order of `layout.process_parts()`.
+    specs: tree of `ArraySpec`. Only the axes matter.
   """
   parts, count = layout.process_parts(), layout.batch_parts
 
@@ -47,7 +48,7 @@ def to_global(batch, specs, layout):
 
 
 def sample_fields(samples):
-  """What every batch holds of its samples: weight and identity."""
+  """The arrays that every batch has: weight and number of each sample."""
   return {
     "weight": np.asarray([s.weight for s in samples], np.float32),
     "sample_id": np.asarray([s.sample_id for s in samples], np.uint32),
@@ -55,15 +56,15 @@ def sample_fields(samples):
 
 
 class LatentCache:
-  """Latents of clips by their pixels, the least recently used dropped first, within so many bytes."""
+  """Caches latents of clips by their pixels, up to `limit` bytes. Drops the least recently used latents first."""
 
   def __init__(self, limit):
     self.limit, self.bytes, self.hits, self._entries = limit, 0, 0, collections.OrderedDict()
 
   @staticmethod
   def key(clip):
-    """Hash of the pixels, so that it holds for any row, window or crop."""
-    return clip.shape, hashlib.blake2b(np.ascontiguousarray(clip), digest_size=16).digest()
+    """Key of the pixels, whatever row, window or crop they come from."""
+    return clip.shape, hashlib.blake2b(np.ascontiguousarray(clip).data, digest_size=16).digest()
 
   def get(self, key):
     """(mean, std) `[T, h, w, C]`, or None."""
@@ -84,11 +85,10 @@ class LatentCache:
 
 
 class ClipEncoder:
-  """Encodes clips to normalised posterior means and deviations, on all local devices, one program per shape of a piece."""
+  """Encodes clips to normalised posterior means and deviations on all local devices. Each shape of a piece has one program."""
 
   def __init__(self, codec, config, counter, name):
-    """`codec`: of `autoencoders.codec`; `config`: `autoencoder` of a configuration; `name`: of the stage that it is made for,
-    to count its programs under."""
+    """`codec`: of `autoencoders.codec`; `config`: the group `autoencoder`; `name`: of the stage, under which programs count."""
     self.config, self._counter, self._name = codec.config, counter, name
     self._codecs = [
       dataclasses.replace(codec, variables=jax.device_put(codec.variables, device), run=self._run)
@@ -98,12 +98,14 @@ class ClipEncoder:
     self.cache = LatentCache(config.cache_gb * 2**30)
 
   def __call__(self, clips):
-    """uint8 `[T, H, W, 3]` each -> list of (mean, std), float32 NumPy `[T', h, w, C]`. Frames of image autoencoders share micro
-    batches when they have one size."""
+    """uint8 clips `[T, H, W, 3]` -> list of (mean, std), float32 NumPy `[T', h, w, C]`.
+
+    In image autoencoders, frames of the same size share micro batches.
+    """
     return self.start(clips)()
 
   def start(self, clips):
-    """Begins what a call does -> function that waits for it and returns it: devices work while the host does other things."""
+    """Starts to encode. Returns a function that waits for the devices and returns the latents."""
     keys = [self.cache.key(clip) if self.cache.limit else None for clip in clips]
     latents = [self.cache.get(key) for key in keys]
     missing = [i for i, known in enumerate(latents) if known is None]
@@ -122,7 +124,7 @@ class ClipEncoder:
     return finish
 
   def _begin_frames(self, clips, missing):
-    """(numbers of clips, their pieces) of clips whose frames are encoded alone, micro batches on device after device."""
+    """Yields (numbers of clips, their pieces) of an autoencoder of frames. Micro batches go to one device after another."""
     by_size = collections.defaultdict(list)
     for i in missing:
       by_size[clips[i].shape[1:3]].append(i)
@@ -134,12 +136,12 @@ class ClipEncoder:
       )
 
   def _begin_clips(self, clips, missing):
-    """The same of clips that are encoded as a whole, clip after clip on device after device."""
+    """Yields ([number of a clip], its pieces) of an autoencoder of clips. Clips go to one device after another."""
     for codec, i in zip(itertools.cycle(self._codecs), missing):
       yield [i], list(codec.encode_parts(clips[i]))
 
   def _run(self, function, model, variables, *arrays):
-    """Runs a piece by a program that is counted: "encode 144x256" of micro batches, "encode_chunks 1x17x18x32" of others."""
+    """Encodes a piece. Counts the traces of its program: "encode 144x256" for frames, "encode_chunks 1x17x18x32" for clips."""
     shape, follows = jax.tree.leaves(arrays)[-1].shape, len(arrays) > 1 and arrays[0] is not None
     key = function, shape, follows
     if key not in self._programs:
@@ -152,10 +154,10 @@ class ClipEncoder:
 
 
 class DenoiserBatches:
-  """Makes the denoiser's batches: latents as tokens with their sizes, conditions."""
+  """Makes the denoiser's batches: latents as tokens, their sizes, and conditions."""
 
   def __init__(self, components, clips, ahead=None):
-    """`components`: Components; `clips`: a ClipEncoder, None if latents are cached; `ahead`: of `Encoders.conditioner`."""
+    """`components`: of the stage; `clips`: a ClipEncoder, or None for cached latents; `ahead`: of `Encoders.conditioner`."""
     self.components, self._clips, self._ahead = components, clips, ahead
 
   def __call__(self, step, layout):
@@ -182,7 +184,7 @@ class DenoiserBatches:
 
 
 class AutoencoderBatches:
-  """Makes the autoencoder's batches: a random square crop of every clip, at a place that is the sample's own."""
+  """Makes the autoencoder's batches: a random square crop of each clip. The sample alone decides the place of the crop."""
 
   def __init__(self, config):
     self.config, self._too_small = config, set()
@@ -194,10 +196,10 @@ class AutoencoderBatches:
     return to_global(batch, dict.fromkeys(batch, ROWS), layout)
 
   def _cropped(self, s):
-    """(sample, its pixels). A clip that is too small has weight 0.
+    """(sample, its pixels). A clip that is too small gets weight 0.
 
-    The start refuses such clips of the first epoch (`check_plan`). Later ones only get weight 0: an error would end the run
-    again after every restart.
+    The start of a run refuses such a clip in the first epoch (`check_plan`). In a later epoch an error would end the run again
+    after every restart.
     """
     crop, (height, width) = self.config.autoencoder.crop, s.pixels.shape[1:3]
     if min(height, width) < crop:
@@ -211,10 +213,10 @@ class AutoencoderBatches:
 
 
 class Encoders:
-  """The frozen encoders that make batches: loaded when a stage first needs them, kept while the next stage needs the same.
+  """The frozen encoders that make batches. A stage loads those that the previous stage did not use.
 
   Attributes:
-    clip_encoder: the ClipEncoder that is loaded, or None.
+    clip_encoder: the loaded ClipEncoder, or None.
   """
 
   def __init__(self, counter, mesh):
@@ -223,17 +225,17 @@ class Encoders:
     self._ahead = None
 
   def clips(self, config, stage):
-    """The `ClipEncoder` of the group `autoencoder`; its programs are counted under the name of the stage."""
+    """The `ClipEncoder` of the group `autoencoder`. Its programs count under the name of the stage."""
     source = autoencoder_model(config).config, config.weights
     if source != self._source:
-      while stage in self._names:  # the run went back over a change of the autoencoder: other programs
+      while stage in self._names:  # the run went back to a stage with another autoencoder, so these are new programs
         stage += " again"
       self._names.add(stage)
       self.clip_encoder, self._source = ClipEncoder(load_codec(config), config, self._counter, stage), source
     return self.clip_encoder
 
   def conditioner(self, parts):
-    """`(global arrays, layout) -> cond` of a conditioner that encodes before the step. All stages share its weights."""
+    """`(global arrays, layout) -> cond` of a conditioner that encodes before the step. All stages share the weights."""
     conditioner = parts.conditioner
     if self._ahead is None:
       self._ahead = load_text_encoder(conditioner.config, conditioner.encoder, self._mesh)

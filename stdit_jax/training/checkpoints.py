@@ -19,9 +19,10 @@ from jax.experimental import multihost_utils
 
 from configs import base
 from data import paths
+from stdit_jax.config import Config
 from stdit_jax.errors import InputError
 from stdit_jax.parallel.shardings import tree_shardings
-from stdit_jax.training.stages import FREE, make_stages, stage_that_made
+from stdit_jax.training.stages import make_stages, stage_that_made
 from stdit_jax.training.watchdog import StartAgain
 
 CONFIG = "config.json"
@@ -32,26 +33,26 @@ _PASSES = "RESOURCE_EXHAUSTED|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|INTERNAL|the
 
 
 def plain(config: Any) -> Any:
-  """A ConfigDict as values that JSON can hold. Tuples become lists."""
-  return json.loads(json.dumps(config.to_dict() if hasattr(config, "to_dict") else config))
+  """A `Config` as values that JSON can hold. Tuples become lists."""
+  return json.loads(json.dumps(config.to_dict()))
 
 
 NO_LONGER = (("autoencoder", "temporal"),)  # keys of earlier versions that had no effect on training
 
 
-def from_plain(values: Mapping[str, Any]) -> Any:
+def from_plain(values: Mapping[str, Any]) -> Config:
   """The configuration from the values that `plain` made, perhaps in an earlier version.
 
-  Missing keys get their defaults. Keys in NO_LONGER are dropped.
+  Missing keys get their defaults. Keys in NO_LONGER are dropped. Raises ValueError as `Config.of`.
   """
   values = {name: dict(value) if isinstance(value, dict) else value for name, value in values.items()}
   for group, key in NO_LONGER:
     values.get(group, {}).pop(key, None)
-  config = base.get_config()
+  config: Any = base.get_config()
   with config.unlocked(), config.ignore_type():
-    config.update_from_flattened_dict({key: {} for key in FREE})  # the values alone decide which fields are set
+    config.model.fields, config.diffusion.fields = {}, {}  # the saved values alone decide which fields are set
     config.update(values)
-  return config
+  return Config.of(config)
 
 
 class DamagedCheckpointError(ValueError):
@@ -69,16 +70,6 @@ def _lost_process(error):
   return any(isinstance(e, jax.errors.JaxRuntimeError) for e in (error, error.__cause__, error.__context__))
 
 
-def reached_preemption(number: int) -> bool:
-  """Whether all processes must stop at this call, since one received SIGTERM or a notice of preemption.
-
-  The answer is the same on every process. Call this function in every step, with an increasing number.
-  """
-  with contextlib.suppress(RuntimeError):  # the service is disabled
-    return multihost_utils.reached_preemption_sync_point(number)
-  return False
-
-
 class Checkpoints:
   """The checkpoints of one run folder."""
 
@@ -87,7 +78,7 @@ class Checkpoints:
     self.folder = paths.join(self._output, "checkpoints")
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True, create=True)
     # Without handlers by name, a new process can read the shapes of an item only on the devices that wrote it.
-    handlers = {name: ocp.StandardCheckpointHandler() for name in ("params", "ema", "opt", "constants")}
+    handlers: dict[str, Any] = {name: ocp.StandardCheckpointHandler() for name in ("params", "ema", "opt", "constants")}
     handlers["position"] = ocp.JsonCheckpointHandler()
     self._manager = _Manager(self.folder, options=options, item_handlers=handlers)
 
@@ -207,7 +198,7 @@ def is_run_folder(path: Any) -> bool:
   return paths.exists(paths.join(path, CONFIG)) and paths.exists(paths.join(path, "checkpoints"))
 
 
-def read_config(folder: Any) -> Any:
+def read_config(folder: Any) -> Config:
   """The configuration of a run folder, read by `from_plain`. Raises ValueError if the folder has none."""
   path = paths.join(folder, CONFIG)
   try:
@@ -218,21 +209,17 @@ def read_config(folder: Any) -> Any:
     raise ValueError(f"{path} is damaged ({error}); restore it, or give another folder") from None
 
 
-def stage_config(folder: Any, step: int | None = None) -> tuple[Any, int]:
+def stage_config(folder: Any, step: int | None = None) -> tuple[Config, int]:
   """(configuration of the stage that made a checkpoint, step of the checkpoint). `step` None: the latest.
 
   Raises:
     ValueError: `folder` is no run folder, or has no such checkpoint.
   """
   stages = make_stages(read_config(folder))
-  checkpoints = Checkpoints(folder)
-  try:
+  with contextlib.closing(Checkpoints(folder)) as checkpoints:
     step = checkpoints.pick(step)
     position = checkpoints.position(step)
-    config = from_plain(position["config"]) if "config" in position else stage_that_made(stages, step).config
-    return config, step
-  finally:
-    checkpoints.close()
+    return from_plain(position["config"]) if "config" in position else stage_that_made(stages, step).config, step
 
 
 def load_weights(
@@ -252,8 +239,7 @@ def load_weights(
   if item not in ("ema", "params"):
     raise ValueError(f"weights {item!r} are unknown; allowed: 'ema', 'params'")
   read_config(folder)
-  checkpoints = Checkpoints(folder)
-  try:
+  with contextlib.closing(Checkpoints(folder)) as checkpoints:
     step = checkpoints.pick(step)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     metadata = checkpoints._manager.item_metadata(step)
@@ -267,5 +253,3 @@ def load_weights(
 
     constants = read("constants") if metadata.get("constants") is not None else {}
     return read(item), constants, step
-  finally:
-    checkpoints.close()

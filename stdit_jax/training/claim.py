@@ -27,12 +27,8 @@ SILENT = 3  # periods without a count before a holder is considered dead
 PATIENCE = 6  # periods to wait before a live holder is refused
 
 
-def _say(text):
-  print(text, flush=True)
-
-
 @contextlib.contextmanager
-def claim(folder: str, taken: Callable, period: float = PERIOD, say: Callable = _say) -> Iterator[None]:
+def claim(folder: str, taken: Callable, period: float = PERIOD) -> Iterator[None]:
   """Holds a run folder for this process while the block runs.
 
   If the holder is on another machine, `claim` waits for its end, up to PATIENCE periods. This process may be its replacement.
@@ -40,7 +36,6 @@ def claim(folder: str, taken: Callable, period: float = PERIOD, say: Callable = 
   Args:
     folder: of the run, on a disk or in a bucket.
     taken: called with one line, in another thread, if another process has taken the folder meanwhile.
-    say: called with one line about waiting.
 
   Raises:
     ValueError: another process is training in the folder.
@@ -48,7 +43,7 @@ def claim(folder: str, taken: Callable, period: float = PERIOD, say: Callable = 
   path = paths.join(folder, NAME)
   own = {"id": uuid.uuid4().hex, "host": socket.gethostname(), "machine": _machine(), "process": os.getpid()}
   own["began"] = _began(os.getpid())
-  _wait_until_free(path, period, say)
+  _wait_until_free(path, period)
   stopped = threading.Event()
 
   def count():
@@ -74,7 +69,7 @@ def claim(folder: str, taken: Callable, period: float = PERIOD, say: Callable = 
         paths.remove(path)
 
 
-def _wait_until_free(path, period, say):
+def _wait_until_free(path, period):
   """Returns when the counter in the note at `path` has stopped. Raises ValueError if its process still counts."""
   found = _read(path)
   if found and found["machine"] == _machine():
@@ -84,7 +79,8 @@ def _wait_until_free(path, period, say):
     return
   start = changed = time.monotonic()
   if found:
-    say(f"{_name(found)} was training in {os.path.dirname(path)}; waiting {SILENT * period:.0f} s to see if it still is")
+    wait = f"waiting {SILENT * period:.0f} s to see if it still is"
+    print(f"{_name(found)} was training in {os.path.dirname(path)}; {wait}", flush=True)
   while found and time.monotonic() - changed < SILENT * period:
     if time.monotonic() - start > PATIENCE * period:
       raise ValueError(_refusal(path, found))

@@ -1,11 +1,10 @@
-"""Programs compiled ahead of need, in threads beside training.
+"""Compiles programs in threads beside training, before they are needed.
 
-The main thread traces and lowers them, since JAX's context (`jax.set_mesh`) belongs to one thread. Compiling releases the GIL
-and needs no context. The persistent cache makes a restart read what the first start compiled.
+The main thread traces and lowers the programs, since JAX's context (`jax.set_mesh`) belongs to one thread. Compiling releases
+the GIL and needs no context. After a restart the programs come from the persistent cache.
 """
 
 import concurrent.futures
-import dataclasses
 import threading
 import time
 
@@ -27,8 +26,8 @@ class AheadOfTime:
   """Compiles lowered programs in the background.
 
   Args:
-    threads: how many compile at a time.
-    say: prints one line per program, and one about all.
+    threads: number of programs that compile at the same time.
+    say: prints one line about each program, and one about all.
   """
 
   def __init__(self, threads, say):
@@ -37,13 +36,13 @@ class AheadOfTime:
     self._added, self._open, self._hits, self._seconds = 0, 0, 0, 0.0
 
   def add(self, name, lowered):
-    """Has a lowered program compiled -> `Compiled`; `name` is for messages."""
+    """Compiles a lowered program. Returns the future of the compiled program. Messages contain `name`."""
     if self._pool is None:
       self._pool = concurrent.futures.ThreadPoolExecutor(self._threads, "compilation")
     with self._lock:
       self._added += 1
       self._open += 1
-    return Compiled(name, self._pool.submit(self._compile, name, lowered))
+    return self._pool.submit(self._compile, name, lowered)
 
   def _compile(self, name, lowered):
     _here.hit, began = False, time.monotonic()
@@ -60,18 +59,18 @@ class AheadOfTime:
     return compiled
 
   def close(self):
-    """Gives up what has not begun to compile."""
+    """Drops the programs that do not compile yet."""
     if self._pool is not None:
       self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 class StagePrograms:
-  """The compiled programs of one stage: each is lowered when it is first needed or foreseen, and compiled beside training.
+  """The compiled programs of one stage.
 
   Args:
     programs: `step.Programs`; splits: of `StageData`; compiler: AheadOfTime.
     beat: of the watchdog.
-    paused: context manager in which waiting for the compiler does not count as time of steps.
+    paused: context manager. The time of steps does not include the time inside.
   """
 
   def __init__(self, programs, splits, compiler, beat, paused):
@@ -79,7 +78,7 @@ class StagePrograms:
     self._gradients, self._update = {}, None
 
   def prepare(self, buckets):
-    """Lowers the programs that these buckets (`data.buckets.Bucket`) need, in their order."""
+    """Lowers the programs of these buckets (`data.buckets.Bucket`) in their order, and starts to compile them."""
     for i, bucket in enumerate(buckets):
       self._beat(f"lowering {bucket.name}", slow=True)
       self._lowered((bucket.resolution, bucket.num_frames), bucket.batch_size)
@@ -90,38 +89,21 @@ class StagePrograms:
   def _lowered(self, bucket, rows):
     if bucket not in self._gradients:
       program = self._programs.gradient(bucket, rows, self._splits[bucket])
-      name = f"{self._programs.name}: gradient {bucket[0]} x {bucket[1]}"
-      self._gradients[bucket] = program, self._compiler.add(name, program.lower())
+      self._gradients[bucket] = program, self._compiler.add(program.name, program.lower())
     return self._gradients[bucket]
 
   def gradient(self, bucket, rows):
-    """(`step.BucketProgram`, its executable) of a bucket; lowers it if only a later epoch's plan has the bucket."""
+    """(`step.BucketProgram`, its executable) of a bucket. Lowers a program that `prepare` did not get."""
     program, compiled = self._lowered(bucket, rows)
-    return program, self._wait(compiled)
+    return program, self._wait(program.name, compiled)
 
   def update(self):
     """The executable of the update program."""
-    return self._wait(self._update)
+    return self._wait(f"{self._programs.name}: update", self._update)
 
-  def _wait(self, compiled):
-    if compiled.ready():
-      return compiled.get()
-    self._beat(f"waiting for the program {compiled.name}", slow=True)
+  def _wait(self, name, compiled):
+    if compiled.done():
+      return compiled.result()
+    self._beat(f"waiting for the program {name}", slow=True)
     with self._paused():
-      return compiled.get()
-
-
-@dataclasses.dataclass(frozen=True)
-class Compiled:
-  """A program that is being compiled, or was."""
-
-  name: str
-  future: concurrent.futures.Future
-
-  def ready(self):
-    """Whether `get` returns at once."""
-    return self.future.done()
-
-  def get(self):
-    """The compiled program; waits for it. Raises what the compiler raised."""
-    return self.future.result()
+      return compiled.result()

@@ -1,4 +1,4 @@
-"""The denoiser objective: the diffusion loss over latents, and what a stage that trains a denoiser needs around it."""
+"""The objective of denoisers: the diffusion loss over latents, with its batches and weights."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ QUARTERS = ("t 0-25%", "t 25-50%", "t 50-75%", "t 75-100%")  # of the timesteps
 
 
 class DenoiserObjective:
-  """Trains a denoiser, with or without its text encoder; as training/objectives.py says.
+  """Trains a denoiser, with or without its text encoder. training/objectives.py describes the methods.
 
   Attributes:
     components: of the stage.
@@ -30,6 +30,7 @@ class DenoiserObjective:
 
   part = "denoiser"
   counts_flops = True
+  shapes = functools.cached_property(init_shapes)
 
   def __init__(self, config):
     self.config = config
@@ -43,19 +44,14 @@ class DenoiserObjective:
     family = self.components.family
     self.resizable = tuple(f"/{name}" for name in (*(f"{stack}/" for stack in family.stacks), *family.resizable))
 
-  @functools.cached_property
-  def shapes(self):
-    """(params, frozen) of `init` as shapes; nothing is allocated."""
-    return init_shapes(self)
-
   def init(self, key):
-    """(params, frozen) with the original initialisation; jit it with sharded outputs."""
+    """(params, frozen) with the original initialisation. Jit it with sharded outputs."""
     return self.components.init(key)
 
   # The loss.
 
   def loss(self, params, frozen, batch, layout=None):
-    """-> (loss per sample `[B]`, further values per sample). `layout`: how activations lie on the mesh."""
+    """-> (loss per sample `[B]`, further values per sample). `layout`: of activations on the mesh."""
     keys = functools.partial(sample_keys, self.config.seed, batch["sample_id"])
     frames, sizes = batch["latents_mean"].shape[1], batch["sizes"]
     t = self.diffusion.sample_timesteps(
@@ -68,9 +64,9 @@ class DenoiserObjective:
     return loss, self._by_timestep(loss, t)
 
   def fixed_loss(self, params, frozen, batch, count, layout=None):
-    """Loss `[count, B]` at `count` fixed timesteps. Each sample has its own noise at each of them.
+    """Loss `[count, B]` at `count` fixed timesteps. Each sample has its own noise at each timestep.
 
-    No caption is dropped and no frame masked.
+    The loss drops no caption and masks no frame.
     """
     loss_of = self._loss_of(params, frozen, batch, layout)
     keys = sample_keys(self.config.seed, batch["sample_id"], Purpose.NOISE)
@@ -82,13 +78,13 @@ class DenoiserObjective:
     return jax.lax.map(at, (jnp.arange(count), jnp.asarray(self.diffusion.fixed_timesteps(count))))
 
   def fixed_names(self, count):
-    """The quarter of the timesteps that each row of `fixed_loss` belongs to."""
+    """The quarter of the timesteps of each row of `fixed_loss`."""
     return [QUARTERS[min(3, int(4 * t / self.diffusion.num_timesteps))] for t in self.diffusion.fixed_timesteps(count)]
 
   def _loss_of(self, params, frozen, batch, layout, drop=None):
     """-> `(noise keys [B], t [B], frame mask [B, T] or None) -> loss [B]` of these latents and conditions.
 
-    `drop` `[B]`: samples that see the unconditional branch; None drops none.
+    `drop` `[B]`: samples that get the unconditional branch; None: no sample.
     """
     config, size, sizes = self.model.config, batch["latent_size"], batch["sizes"]
     shape = batch["latents_mean"].shape[1:]  # (T, S, P)
@@ -117,7 +113,7 @@ class DenoiserObjective:
     return loss_of
 
   def _by_timestep(self, loss, t):
-    """For each quarter of the timesteps the loss, 0 for samples outside it, and as NAME/share 1 for samples inside it."""
+    """{"loss/QUARTER": loss of the samples in the quarter, else 0; "loss/QUARTER/share": 1 for these samples, else 0}."""
     quarter = jnp.clip(jnp.floor(4 * t.astype(jnp.float32) / self.diffusion.num_timesteps), 0, 3)
     values = {}
     for q, name in enumerate(f"loss/{name}" for name in QUARTERS):
@@ -133,14 +129,14 @@ class DenoiserObjective:
   def work(self, batch):
     """(tokens, model FLOPs) of training on one global batch of `ArraySpec`s.
 
-    Tokens are those that the program computes: 1 to 7 % of them are padding. FLOPs are those of the denoiser, three times its
-    forward pass: no encoder, no recomputation.
+    The tokens include padding, which is 1 to 7 % of them. The FLOPs are three forward passes of the denoiser, without encoders
+    and recomputation.
     """
     rows, frames, space, _ = batch["latents_mean"].shape
     return rows * frames * space, rows * flops.TRAINING * self.components.family.flops(self.model.config, frames, space)
 
   def splits(self, num_frames, devices):
-    """Whether clips of so many frames can be split over so many devices: always, tokens are padded until they divide."""
+    """True: tokens are padded until the devices divide them."""
     return True
 
   def data_config(self, config: DataConfig) -> DataConfig:
@@ -150,23 +146,23 @@ class DenoiserObjective:
     return config
 
   def open_cache(self, data, table):
-    """The `data.latents.Cache` that is read in place of videos. Raises ValueError if it was made from something else."""
+    """The `data.latents.Cache` that replaces videos. Raises ValueError if it was made from other values."""
     return latent_caches.open_cache(self.config, self.components.conditioner, data, table)
 
   def worker(self, cache):
-    """What the loader's workers make of a caption and a label, or None."""
+    """The function of captions and labels for the loader's workers, or None."""
     return self.components.conditioner.worker(cached=bool(cache and cache.text))
 
   def check_plan(self, clips):
-    """Nothing: clips of every size fit."""
+    """Accepts clips of every size."""
 
   def batch_maker(self, encoders, name):
-    """`(LoadedStep, layout) -> global arrays` of a stage called `name`; `encoders` loads those that it needs."""
+    """`(LoadedStep, layout) -> global arrays` of the stage `name`. Loads the encoders that this needs."""
     clips = encoders.clips(self.config.autoencoder, name) if self._encodes_clips else None
     ahead = encoders.conditioner(self.components) if self._encodes_ahead else None
     return DenoiserBatches(self.components, clips, ahead)
 
-  # Rows of a validation are not cached.
+  # A cache has no rows of the validation, so validation needs the encoders.
 
   @property
   def _encodes_clips(self):
@@ -180,7 +176,7 @@ class DenoiserObjective:
   # Weights.
 
   def check_files(self):
-    """Raises ValueError if a file that a run will read does not exist, or buckets do not suit the autoencoder."""
+    """Raises ValueError if a file that the run will read does not exist, or if a bucket does not suit the autoencoder."""
     config = self.config
     check_lengths(config, self.components.autoencoder.config)
     if self._encodes_clips:
@@ -189,11 +185,11 @@ class DenoiserObjective:
       need_file(config.text_encoder.weights, "text_encoder.weights")
 
   def read_frozen(self, mesh):
-    """{name of `from_files`: parameters} from the files that the configuration names, laid over the mesh."""
+    """{name of `from_files`: parameters} from the files of the configuration, sharded over the mesh."""
     return {name: self._load_encoder(mesh) for name in self.from_files}
 
   def read_initial(self, params, mesh):
-    """`params` of `init` with those that files of their own bring."""
+    """`params` of `init`, with the text encoder from its own file."""
     if "text_encoder" in params and self.config.text_encoder.weights:
       return {**params, "text_encoder": self._load_encoder(mesh)}
     return params
@@ -202,7 +198,7 @@ class DenoiserObjective:
     return load_text_encoder(self.config.text_encoder, self.components.conditioner.encoder, mesh)
 
   def load_checkpoint(self, path, params, frozen, mesh):
-    """(params, frozen) with the denoiser of a checkpoint in a layout of its family."""
+    """(params, frozen) with the denoiser from a checkpoint in a layout of its family."""
     constants = {"constants": frozen["denoiser"]} if "denoiser" in frozen else {}
     current = {"params": params["denoiser"], **constants}
     loaded = load_denoiser(self.components, path, mesh, current=current, strict=self.config.init_strict)
@@ -212,7 +208,7 @@ class DenoiserObjective:
   def beside(self, bytes_per_device, mesh):
     """Bytes on one device of the encoders that are in neither `params` nor `frozen`.
 
-    `bytes_per_device(shapes, mesh, rules)` counts those of a tree.
+    `bytes_per_device(shapes, mesh, rules)` counts the bytes of a tree.
     """
     autoencoder = self.components.autoencoder.config
     shapes = family_of(autoencoder).init_shapes(autoencoder)

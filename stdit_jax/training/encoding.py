@@ -52,9 +52,8 @@ class Source:
   def open(cls, stage, folder: str) -> "Source":
     """The data of a stage. Stores tables and plans in `folder`. Raises ValueError if no row fits, or if a file is missing."""
     try:
-      data = dataclasses.replace(
-        make_objective(stage.config).data_config(DataConfig.create(stage.config.data.to_dict())), latents=""
-      )
+      stage.config.data.validate()
+      data = dataclasses.replace(make_objective(stage.config).data_config(stage.config.data), latents="")
       return cls(stage, data, plan.PlanSequence(sources.open_table(data, folder), data, folder))
     except ValueError as error:
       raise ValueError(f"config: stage {stage.name!r}: {error}") from None
@@ -133,9 +132,7 @@ class LatentsWork:
   @functools.cached_property
   def encoder(self):
     """A `ClipEncoder` without a cache: each clip is encoded once."""
-    config = self.source.stage.config.autoencoder.copy_and_resolve_references()
-    with config.unlocked():
-      config.cache_gb = 0.0
+    config = dataclasses.replace(self.source.stage.config.autoencoder, cache_gb=0.0)
     return batches.ClipEncoder(load_codec(config), config, self._counter, self.source.stage.name)
 
   def _turn(self, num_frames):

@@ -1,4 +1,4 @@
-"""The weights of step 0: the original initialisation, then those of the files that the configuration names."""
+"""The weights of step 0: the original initialisation, replaced by the files of the configuration."""
 
 import jax
 
@@ -9,10 +9,7 @@ from stdit_jax.training.objectives import part_of
 
 
 def initial_weights(objective, config, key, mesh):
-  """(params, frozen) of step 0 over the mesh.
-
-  Raises CheckpointError or ValueError when a file is missing, broken or of another model.
-  """
+  """(params, frozen) of step 0 over the mesh. Raises CheckpointError or ValueError for a missing, broken or foreign file."""
   params, frozen = jax.jit(objective.init, out_shardings=tree_shardings(objective.shapes, mesh, objective.rules))(key)
   frozen |= objective.read_frozen(mesh)
   params = objective.read_initial(params, mesh)
@@ -25,10 +22,11 @@ def initial_weights(objective, config, key, mesh):
 
 
 def from_run(objective, path, params, frozen, mesh):
-  """(params, frozen) with the averaged weights of another run's folder. Raises ValueError for one of another model."""
+  """(params, frozen) with the averaged weights of another run's folder. Raises ValueError for another model."""
   config, step = stage_config(path)
   if (part := part_of(config)) != objective.part:
-    raise ValueError(f"config: init={path!r} is a run of {part}, not of the {objective.part} that is trained here")
+    own = objective.part
+    raise ValueError(f"config: init={path!r} is a run that trains the {part}; this run trains the {own}; give another init")
   loaded, constants, _ = load_weights(path, step=step, mesh=mesh, rules=objective.rules)
   found = {name: loaded[name] for name in params if name in loaded}
   constants = {name: constants[name] for name in frozen if name in constants}
@@ -38,7 +36,7 @@ def from_run(objective, path, params, frozen, mesh):
 
 
 def check_same_shapes(expected, found, where):
-  """Raises ValueError naming the first parameters of `found` that differ from the model's."""
+  """Raises ValueError if shapes differ. It names the first parameters that differ."""
   ours, theirs = (
     {path_name(p): tuple(x.shape) for p, x in jax.tree_util.tree_flatten_with_path(tree)[0]} for tree in (expected, found)
   )

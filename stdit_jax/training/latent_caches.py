@@ -34,7 +34,7 @@ def text_identity(config):
   tokenizer = config.tokenizer
   if paths.is_folder(tokenizer):
     tokenizer = paths.fingerprint(tokenizer)
-  plain = {name: config[name] for name in ("name", "max_length", "clean_captions")}
+  plain = {name: getattr(config, name) for name in ("name", "max_length", "clean_captions")}
   return {**plain, "tokenizer": tokenizer, "fields": _plain(fields), **_if_there(config.weights)}
 
 

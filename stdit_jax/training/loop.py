@@ -1,6 +1,7 @@
-"""The training loop: stage after stage, step after step, resumable at every checkpoint, the same for every objective."""
+"""The training loop, the same for every objective: stages of steps, resumable at every checkpoint."""
 
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,7 +20,7 @@ from stdit_jax.training.validation import describe
 
 
 class Feed:
-  """Batches of one stage from a micro step on: rows of the loader, encoded, as global arrays."""
+  """The batches of one stage after `taken` micro steps: encoded rows of the loader, as global arrays."""
 
   def __init__(self, run, parts, speed, taken, skip):
     self._run, self._splits, self._speed = run, parts.data.splits, speed
@@ -27,12 +28,12 @@ class Feed:
     self.loader = parts.data.loader(taken, skip)
 
   def next(self, step):
-    """(LoadedStep, its arrays) for the optimizer step after `step`. Raises InputError for data that can't be read."""
+    """(LoadedStep, its arrays) for the optimizer step after `step`. Raises InputError for unreadable data."""
     self._run.beat(f"step {step + 1}: waiting for data")
     try:
       with self._speed.waiting_for_data():
         loaded = next(self.loader)
-    except (ValueError, RuntimeError) as error:  # too many files that can't be decoded, or a disk that fails
+    except (ValueError, RuntimeError) as error:  # too many bad files, or a disk that fails
       raise InputError(str(error)) from error
     name = f"{loaded.bucket[0]} x {loaded.bucket[1]}"
     self._run.beat(f"step {step + 1}: making a batch of {name}", slow=True)  # may compile
@@ -57,8 +58,8 @@ def train(run, on_sample=None, restarts=None, started=None):
     the final state.
 
   Raises:
-    Preempted: SIGTERM came; everything is saved.
-    InputError: a disk that is full, too many files that can't be decoded, non-finite steps again after going back.
+    Preempted: the process received SIGTERM, and everything is saved.
+    InputError: the disk is full, too many files can't be decoded, or steps are not finite again after going back.
   """
   beat, total = run.beat, run.total_steps
   restarts = restarts or Restarts(run)
@@ -73,6 +74,8 @@ def train(run, on_sample=None, restarts=None, started=None):
       restarts.save(step, state, frozen)
 
   def sample():
+    if not on_sample:
+      return
     beat(f"step {step}: sampling", slow=True)
     with speed.paused():
       on_sample(step, state, frozen)
@@ -95,9 +98,9 @@ def train(run, on_sample=None, restarts=None, started=None):
         try:
           with Feed(run, parts, speed, taken, skip) as feed:
             began = time.monotonic()
-            batch = feed.next(step)
+            batch: Any = feed.next(step)
             say(f"stage {stage.name!r}: the first batch is ready after {duration(time.monotonic() - began)}")
-            # Until here workers start and programs compile: no time of steps.
+            # The time of steps does not include the start of the workers.
             speed.start_stage()
             metrics.start_stage(step)
             while step < end:
@@ -113,7 +116,7 @@ def train(run, on_sample=None, restarts=None, started=None):
                 weight = values.pop("weight")
                 averages.add({**values, f"loss/{name}": values["loss"]}, weight)
                 micro_steps.append(MicroStep(loaded.step, loaded.bucket, values["loss"], [s.path for s in loaded.samples]))
-                # The device works on this micro step while the host prepares the next.
+                # The device works on this micro step while the host prepares the next one.
                 last = micro == accumulate - 1 and step + 1 == end
                 batch = None if last else feed.next(step)
               update = programs.update()
@@ -134,7 +137,7 @@ def train(run, on_sample=None, restarts=None, started=None):
                 beat(f"step {step}: validating", slow=True)
                 with speed.paused():
                   validate(validation, step, state["ema"], frozen, feed.make_batch, metrics)
-              # The checkpoint waits for a finite step, so that the run never goes back to parameters that are broken.
+              # The checkpoint waits for a finite step, so that the run never goes back to broken parameters.
               save_due = save_due or step % config.checkpoint_every == 0
               if save_due and not nonfinite.settle():
                 save()
@@ -143,7 +146,7 @@ def train(run, on_sample=None, restarts=None, started=None):
                 save()
                 run.checkpoints.wait()
                 raise Preempted(f"stopped by SIGTERM after step {step}, which is saved; the same command resumes")
-              if on_sample and step < total and config.sample_every and step % config.sample_every == 0:
+              if step < total and config.sample_every and step % config.sample_every == 0:
                 sample()
             nonfinite.settle()
         except TooManyNonFinite as error:
@@ -160,7 +163,7 @@ def train(run, on_sample=None, restarts=None, started=None):
     save()
     run.checkpoints.wait()
     run.counter.check()
-    if on_sample and run.config.sample_every:
+    if run.config.sample_every:
       sample()
   finally:
     metrics.close()
@@ -171,7 +174,7 @@ def train(run, on_sample=None, restarts=None, started=None):
 
 
 def validate(validation, step, params, frozen, make_batch, metrics):
-  """Measures the loss of these weights on fixed samples, records and prints it."""
+  """Measures, records and prints the loss of these weights on fixed samples."""
   began = time.monotonic()
   values = validation(params, frozen, make_batch)
   metrics.record(step, {name: value for name, value in values.items() if np.isfinite(value)})
@@ -179,11 +182,11 @@ def validate(validation, step, params, frozen, make_batch, metrics):
 
 
 def notes(loader, nonfinite):
-  """What the console line says beside the numbers."""
+  """Bad files and skipped steps, for the console."""
   bad = f"  {len(loader.bad_rows)} bad files" if loader.bad_rows else ""
-  return bad + (f"  {nonfinite.count} steps left out, not finite" if nonfinite.count else "")
+  return bad + (f"  {nonfinite.count} non-finite steps skipped" if nonfinite.count else "")
 
 
 def largest(value):
-  """The largest of a number over all processes; each has to ask."""
+  """The largest value of all processes, which all call it."""
   return float(np.max(multihost_utils.process_allgather(np.asarray(value)))) if jax.process_count() > 1 else value

@@ -155,7 +155,7 @@ class Metrics:
     if paths.exists(old := paths.join(output, "metrics.jsonl")):
       # The run repeats the steps after its checkpoint: drop their lines.
       lines = paths.read_text(old).splitlines()
-      paths.write_text(path, "".join(f"{line}\n" for line in lines if _step(line) is not None and _step(line) <= first_step))
+      paths.write_text(path, "".join(f"{line}\n" for line in lines if _step(line) <= first_step))
     self._file = open(path, "a")  # noqa: SIM115 - open as long as the run
     self._board = SummaryWriter(os.path.join(self._folder, "tensorboard"), purge_step=first_step or None)
 
@@ -222,4 +222,4 @@ def _step(line):
   try:
     return json.loads(line)["step"]
   except (json.JSONDecodeError, KeyError):
-    return None
+    return math.inf  # a line that was cut off

@@ -1,18 +1,18 @@
-"""Objectives: what a stage trains, with everything that depends on it. The only place that branches on the key `task`.
+"""An objective is what a stage trains, with everything that depends on it. Only this file branches on the key `task`.
 
-An objective is made of a stage's configuration and has
+The configuration of a stage makes an objective. It has
 
   part                 what it trains, the name of its parameters in a checkpoint
   rules                sharding rules of its parameters
   resizable            beginnings of names of arrays whose leading axis a later stage may change (transition.py)
-  from_files           names in `frozen` that are read from files at every start, and are in no checkpoint
+  from_files           names in `frozen` that every start reads from files, and that no checkpoint has
   counts_flops         whether `work` counts FLOPs
-  shapes, init(key)    (params, frozen): what trains, is averaged and saved; and constants beside it
-  loss, fixed_loss, fixed_names                  the loss per sample of a batch, and the one that validations measure
+  shapes, init(key)    (params, frozen): parameters that train, with averages and checkpoints; and constants
+  loss, fixed_loss, fixed_names                  the loss per sample of a batch in training, and in validation
   batch, work, splits, data_config, worker, open_cache, check_plan, batch_maker    its data
   check_files, read_frozen, read_initial, load_checkpoint, beside                  its weights
 
-Everything random comes from the sample's own key.
+All randomness comes from the key of the sample.
 """
 
 from stdit_jax.training.autoencoding import AutoencoderObjective

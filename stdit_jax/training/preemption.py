@@ -1,11 +1,11 @@
-"""SIGTERM stops a run after the step at work, on all processes at the same step."""
+"""SIGTERM stops a run after the current step, on all processes at the same step."""
 
+import contextlib
 import signal
 import threading
 
 import jax
-
-from stdit_jax.training.checkpoints import reached_preemption
+from jax.experimental import multihost_utils
 
 
 class Preempted(Exception):  # noqa: N818 - nothing went wrong
@@ -13,9 +13,10 @@ class Preempted(Exception):  # noqa: N818 - nothing went wrong
 
 
 class Preemption:
-  """Whether the run was told to stop. In a run of one process a signal handler notes it while the `with` block runs.
+  """Whether the run must stop.
 
-  In a run of several the runtime notes it, and makes all processes stop at the same step.
+  In a run of one process, a signal handler notes SIGTERM while the `with` block runs. In a run of several, the runtime notes
+  it on any process, and all processes stop at the same step.
   """
 
   def __init__(self):
@@ -34,6 +35,10 @@ class Preemption:
     self._told = True
 
   def requested(self):
-    """Whether to stop now; the answer is the same on all processes. Call it once per optimizer step."""
+    """Whether to stop now. The answer is the same on all processes. Call it once per optimizer step."""
+    if jax.process_count() == 1:
+      return self._told
     self._asked += 1
-    return reached_preemption(self._asked) if jax.process_count() > 1 else self._told
+    with contextlib.suppress(RuntimeError):  # the service is disabled
+      return multihost_utils.reached_preemption_sync_point(self._asked)
+    return False

@@ -1,7 +1,7 @@
-"""Where a run begins: at step 0, at a checkpoint, or back at one after steps that were not finite.
+"""Starts a run at step 0 or at a checkpoint, and moves it back to a checkpoint after non-finite steps.
 
-The newest whole checkpoint gives parameters, average, optimizer, its step, and the micro steps of the plan that the run skips.
-The step alone gives the stage, and the number of micro steps that the data has advanced.
+The newest complete checkpoint has parameters, average, optimizer, its step, and the micro steps of the plan that the run skips.
+The step alone tells the stage, and the number of micro steps of the data so far.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ class Restarts:
   """Starts, resumes, saves and moves back one run.
 
   Attributes:
-    skip: {name of a stage: micro steps of its plan that are skipped}.
+    skip: {name of a stage: micro steps of its plan that the run skips}.
   """
 
   def __init__(self, run):
@@ -33,11 +33,11 @@ class Restarts:
     self.skip, self._went_back_to = {}, None
 
   def start(self):
-    """(state, frozen, step): from the newest checkpoint that can be read, or from the beginning.
+    """(state, frozen, step) of the newest readable checkpoint, or of step 0.
 
     Raises:
-      ValueError: data that is not that of the checkpoint, checkpoints of which none can be read, or none where
-        `config.resume` asks for one.
+      ValueError: the data differs from that of the checkpoint, no checkpoint is readable, or `config.resume` asks for a
+        checkpoint that does not exist.
     """
     self.run.beat("starting", slow=True)
     # The first process may have waited for another run to release the folder: this reads what that run saved.
@@ -46,7 +46,7 @@ class Restarts:
     self.checkpoints.reload()
     found, wanted = self.checkpoints.steps(), self.run.config.resume
     if wanted.isdigit() and self._went_back(found, wanted):
-      say(f"the run went back to step {wanted} before, and resumes from there; to go back again, move newer checkpoints away")
+      say(f"the run went back to step {wanted} before, and now resumes. To go back again, move newer checkpoints away")
       wanted = "auto"
     if wanted == "required" and not found:
       raise ValueError(f"config: resume='required', but {self.run.config.output} has no checkpoint")
@@ -59,7 +59,7 @@ class Restarts:
         continue
       if restored := self._try(step):
         if newer := [s for s in found if s > step]:
-          folder = self.checkpoints.set_aside(newer)  # or their steps could not be saved again
+          folder = self.checkpoints.set_aside(newer)  # else the run could not save these steps again
           warn(f"newer checkpoints, of steps {', '.join(map(str, newer))}, were moved to {folder}")
         say(f"resumed from step {step} of {self.run.config.output}")
         return *restored, step
@@ -82,7 +82,7 @@ class Restarts:
       return None
 
   def _went_back(self, steps, wanted):
-    """Whether the newest checkpoint was made by a run that had gone back to `wanted`: a supervisor gives the same command."""
+    """Whether the run already went back to `wanted` and has newer checkpoints. A supervisor repeats the same command."""
     with contextlib.suppress(DamagedCheckpointError):
       return bool(steps) and self.checkpoints.position(steps[-1]).get("config", {}).get("resume") == wanted != str(steps[-1])
     return False
@@ -95,11 +95,11 @@ class Restarts:
     return place(params), frozen
 
   def _restore(self, step):
-    """(state, frozen) of a checkpoint, and sets `skip`.
+    """(state, frozen) of a checkpoint. Sets `skip`.
 
     Raises:
-      DamagedCheckpointError: it can't be read.
-      StartAgain: the same in a run of several processes, since others may not see the damage. The next start skips the
+      DamagedCheckpointError: the checkpoint can't be read.
+      StartAgain: the same in a run of several processes, since others may not see the damage. The next start skips this
         checkpoint.
       ValueError: as `start`.
     """
@@ -126,9 +126,9 @@ class Restarts:
     return state, frozen | made.objective.read_frozen(self.run.mesh)
 
   def _check_data(self, step, parts, position):
-    """Whether the data of the stage follows what the checkpoint has seen; raises ValueError if it should and does not."""
+    """Whether the data of the stage continues that of the checkpoint. Raises ValueError if it must and does not."""
     restart = self.run.config.restart_data
-    # A stage that was put behind a run that had ended begins with data of its own.
+    # A new stage after the end of a run begins with its own data.
     if step == parts.stage.start and position["stage"] != parts.stage.name:
       return True
     same = parts.data.check_same(position["data"], restart)
@@ -145,15 +145,15 @@ class Restarts:
     taken = (step - stage.start) * stage.config.optimizer.accumulate
     position = {"step": step, "stage": stage.name, "data": parts.data.identity(), "skip": self.skip}
     position["sources"] = parts.data.sources(taken, self.skip.get(stage.name, ()))
-    position["config"] = plain(made.stage.config)  # a reader needs the model, and config.json is older
+    position["config"] = plain(made.stage.config)  # a reader needs the model of this step; config.json may have another
     own = {name: tree for name, tree in frozen.items() if name not in made.objective.from_files}
     self.checkpoints.save(step, state, own, position)
 
   def go_back(self, failure):
-    """(state, frozen, step) of the last checkpoint, from which the run skips the micro steps that failed.
+    """(state, frozen, step) of the last checkpoint. From there the run skips the failed micro steps.
 
     Raises:
-      InputError: that did not help the last time.
+      InputError: the run went back to this checkpoint before.
     """
     self.run.beat("going back to the last checkpoint", slow=True)
     self.checkpoints.wait()
@@ -162,7 +162,7 @@ class Restarts:
     if self._went_back_to == target:
       raise InputError(
         f"steps {first} to {last}: loss or gradient was not finite, although the run had gone back to step {target} and "
-        f"skipped what failed ({failure.report()}). Look at these files, or lower optimizer.learning_rate"
+        f"skipped the failed micro steps ({failure.report()}). Look at these files, or lower optimizer.learning_rate"
       )
     self._went_back_to = target
     name = self.run.parts_of(first - 1).stage.name
@@ -202,7 +202,7 @@ class Restarts:
 
 
 def constants(objective):
-  """Shapes of that part of `frozen` that a checkpoint holds: the null caption, ..., not what is read from files anew."""
+  """Shapes of the part of `frozen` that a checkpoint has, such as the null caption. Every start reads the rest from files."""
   return {name: tree for name, tree in objective.shapes[1].items() if name not in objective.from_files}
 
 
@@ -216,6 +216,6 @@ def check_place(step, stage, position):
   now, was = stage.config.optimizer.accumulate, position.get("config", {}).get("optimizer", {}).get("accumulate")
   if step > stage.start and was not in (None, now):
     raise ValueError(
-      f"config: optimizer.accumulate is {now} and was {was} up to step {step}, in the midst of stage {stage.name!r}: samples "
-      f"would be left out or come again; set it to {was}, or end the stage at step {step} and begin another"
+      f"config: optimizer.accumulate is {now} and was {was} up to step {step}, in the midst of stage {stage.name!r}. The run "
+      f"would skip or repeat samples. Set it to {was}, or end the stage at step {step} and begin another stage"
     )

@@ -1,10 +1,11 @@
-"""A run, put together and checked: devices, mesh, and for every stage its objective, programs and data.
+"""`Run`: devices, mesh, and the objective, programs and data of each stage, all checked.
 
-Nothing is compiled yet. The output folder holds at most indices and plans of the data.
+Making it compiles nothing, and writes at most indices and plans of the data to the output folder.
 """
 
 import dataclasses
 import json
+import os
 import sys
 from typing import Any
 
@@ -12,16 +13,15 @@ import jax
 
 from data import paths
 from stdit_jax.components import need_file
+from stdit_jax.config import Config
 from stdit_jax.parallel.mesh import make_mesh
-from stdit_jax.parallel.shardings import tree_shardings
 from stdit_jax.training import claim
 from stdit_jax.training.batches import Encoders
 from stdit_jax.training.checkpoints import CONFIG, Checkpoints, from_plain, plain
 from stdit_jax.training.compilation import AheadOfTime
 from stdit_jax.training.objectives import make_objective
 from stdit_jax.training.stage_data import StageData
-from stdit_jax.training.stages import Stage, changed_keys, identity, make_stages, naming, stage_of, stage_that_made, total_steps
-from stdit_jax.training.state import learning_rate_scales
+from stdit_jax.training.stages import Stage, changed_keys, identity, make_stages, naming, stage_of, stage_that_made
 from stdit_jax.training.step import ADVERSARY, Programs, TraceCounter
 from stdit_jax.training.validation import Validation
 
@@ -38,11 +38,11 @@ def warn(text):
 
 
 def check_platform(wanted):
-  """Raises ValueError when the devices are not of the platform the config asks for."""
+  """Raises ValueError if the devices are not of the platform `wanted`."""
   try:
     found = jax.default_backend()
-  except (RuntimeError, AssertionError) as error:  # JAX_PLATFORMS names one that is not there
-    reason = str(error).splitlines()[0] if str(error) else f"JAX_PLATFORMS is {jax.config.jax_platforms!r}"
+  except (RuntimeError, AssertionError) as error:  # JAX_PLATFORMS names a platform without devices
+    reason = str(error).splitlines()[0] if str(error) else f"JAX_PLATFORMS is {os.environ.get('JAX_PLATFORMS')!r}"
     raise ValueError(f"JAX finds no devices: {reason}") from None
   if wanted and found != wanted:
     raise ValueError(f"config: platform is {wanted!r}, but JAX finds only {found!r} devices ({jax.device_count()} of them)")
@@ -52,7 +52,7 @@ def check_output(folder, config):
   """Keys of the configuration that changed since the run in `folder` began.
 
   Raises:
-    ValueError: the folder can't be written to, or belongs to another run.
+    ValueError: the folder is not writable, or belongs to another run.
   """
   path = paths.join(folder, CONFIG)
   try:
@@ -79,7 +79,7 @@ def check_output(folder, config):
 
 
 def _foreign(folder):
-  """Names in a folder that no run of ours put there before its first checkpoint: a run may have been stopped early."""
+  """Names in a folder that no run of this project writes before its first checkpoint."""
   data = [name for name in paths.names(paths.join(folder, "data")) if not name.startswith(("table-", "plan-", "tmp"))]
   own = {"checkpoints", "compilation_cache", claim.NAME} | (set() if data else {"data"})
   temporary = (".config.tmp", ".running.tmp", ".writable")
@@ -88,45 +88,49 @@ def _foreign(folder):
 
 @dataclasses.dataclass
 class StageParts:
-  """One stage, put together.
+  """The parts of one stage.
 
-  Attributes: stage; objective: what it trains; programs: `step.Programs`; data: `StageData`; validation: `Validation`, or None.
+  Attributes: stage; objective: of the stage; programs: `step.Programs`; data: `StageData`; validation: `Validation`, or None.
   """
 
   stage: Stage
   objective: Any
   programs: Programs
-  data: StageData | None = None
+  data: StageData
   validation: Validation | None = None
 
 
 class Run:
-  """A run, put together and checked; `restarts.Restarts` starts or resumes it, `loop.train` runs it to its end.
+  """The parts of a run, checked. `restarts.Restarts` starts or resumes it, and `loop.train` runs it to its end.
 
   Args:
-    config: of the run.
-    beat: called with what the run does next, and whether that may take long (`watchdog.Watchdog.beat`).
+    config: of the run, as `Config.of` takes it.
+    beat: called with the next activity, and whether it may take long (`watchdog.Watchdog.beat`).
 
   Attributes:
-    config, mesh; stages: list of `Stage`; parts: list of `StageParts`, one per stage.
+    config, mesh; stages: list of `Stage`; total_steps: of all stages; parts: list of `StageParts`, one per stage.
     changed: keys of the configuration that changed since the run began.
     checkpoints, counter, compiler, encoders: services that all stages share.
 
   Raises:
-    ValueError: anything that is wrong with the configuration, its files or the output folder.
+    ValueError: an error in the configuration, its files or the output folder.
   """
 
   def __init__(self, config, beat=lambda what, slow=False: None):
+    config = Config.of(config)
     self.config, self.beat = config, beat
     self.stages = make_stages(config)
+    self.total_steps = self.stages[-1].start + self.stages[-1].steps
     check_platform(config.platform)
     self.mesh, self.counter = make_mesh(config.mesh, slices=config.slices), TraceCounter()
     if config.init:
       need_file(config.init, "init")
-    self.parts = [self._put_together(stage) for stage in self.stages]
+    made = [self._programs(stage) for stage in self.stages]
     self.changed = check_output(config.output, config)
-    for parts in self.parts:
-      parts.data = StageData(parts.stage, config.output, self.mesh, parts.objective)
+    self.parts = [
+      StageParts(stage, objective, programs, StageData(stage, config.output, self.mesh, objective))
+      for stage, (objective, programs) in zip(self.stages, made)
+    ]
     self._check_split()
     for parts in self.parts:
       if parts.stage.config.validation.every:
@@ -135,21 +139,18 @@ class Run:
     self.compiler = AheadOfTime(config.compile_threads, say)
     self.encoders = Encoders(self.counter, self.mesh)
 
-  def _put_together(self, stage):
-    """`StageParts` without data."""
-    with naming(stage):
-      config = stage.config
-      objective = make_objective(config)
+  def _programs(self, stage):
+    """(objective, `Programs`) of a stage."""
+    with naming(stage.name):
+      objective = make_objective(stage.config)
       objective.check_files()
-      params, frozen = objective.shapes
-      tree_shardings((params, frozen), self.mesh, objective.rules)  # raises where a size does not divide
-      scales = learning_rate_scales(params, config.train, config.optimizer.scales)
-      if ADVERSARY in params and not any(jax.tree.leaves(scales[ADVERSARY])):
+      programs = Programs(objective, stage, self.mesh, self.counter)
+      if ADVERSARY in programs.scales and not any(jax.tree.leaves(programs.scales[ADVERSARY])):
         raise ValueError(
-          f"config: train={config.train!r} excludes the discriminator, so it would stay at its random initialisation. Include "
-          "it, or set autoencoder.adversarial_weight=0"
+          f"config: train={stage.config.train!r} excludes the discriminator, so it would stay at its random initialisation. "
+          "Include it, or set autoencoder.adversarial_weight=0"
         )
-      return StageParts(stage, objective, Programs(objective, stage, self.mesh, self.counter))
+      return objective, programs
 
   def _check_split(self):
     """Raises ValueError if `split_tokens` names a bucket that no stage has."""
@@ -162,17 +163,12 @@ class Run:
           f"{', '.join(sorted(known))}"
         )
 
-  @property
-  def total_steps(self):
-    """Optimizer steps of all stages."""
-    return total_steps(self.stages)
-
   def parts_of(self, step):
-    """`StageParts` of the stage to which optimizer step `step` belongs."""
+    """`StageParts` of the stage of optimizer step `step`."""
     return self.parts[stage_of(self.stages, step).index]
 
   def parts_that_made(self, step):
-    """`StageParts` of the stage whose model a checkpoint after `step` optimizer steps holds."""
+    """`StageParts` of the stage whose model is in a checkpoint after `step` optimizer steps."""
     return self.parts[stage_that_made(self.stages, step).index]
 
   def batch_maker(self, parts):

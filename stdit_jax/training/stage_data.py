@@ -3,21 +3,21 @@
 import math
 
 from data import paths, plan, sources
-from data.config import DataConfig
 from data.loader import make_loader
 from stdit_jax.parallel.shardings import Layout
+from stdit_jax.training.stages import naming
 from stdit_jax.training.step import Split
 
 
 def choose_splits(stage, buckets, mesh, objective):
-  """How each bucket of a stage splits its batch: {(resolution, frames): Split} of the buckets that have a batch size.
+  """{(resolution, frames): Split} of the buckets of a stage that have a batch size.
 
-  By `split_tokens` of the configuration: "auto" splits the tokens of a bucket over the mesh's `sequence` axis if its batch does
-  not divide by all devices, or if one sample alone has more tokens than `max_tokens_per_device`. Or it lists the buckets to
-  split, as "480p:204,720p:51".
+  `split_tokens` of the configuration decides. "auto" splits the tokens of a bucket over the mesh's `sequence` axis if its batch
+  does not divide by all devices, or if one sample has more tokens than `max_tokens_per_device`. A list such as
+  "480p:204,720p:51" names the buckets to split.
 
   Raises:
-    ValueError: a batch that does not divide, naming the nearest one that does.
+    ValueError: a batch does not divide. The message names the nearest batch that does.
   """
   config, splits = stage.config, {}
   limit, sequence = config.max_tokens_per_device, mesh.shape["sequence"]
@@ -35,7 +35,7 @@ def choose_splits(stage, buckets, mesh, objective):
       if wants_split and sequence > 1 and not can_split and config.split_tokens != "always":
         raise ValueError(
           f"config: stage {stage.name!r}: split_tokens names bucket {bucket.name}, whose clips can't be split over {sequence} "
-          "devices; leave it out, or choose another length or mesh.sequence"
+          "devices; remove this name, or choose another length or mesh.sequence"
         )
     layout = split if wants_split and sequence > 1 and can_split else whole
     if rows % layout.batch_parts:
@@ -51,53 +51,50 @@ def choose_splits(stage, buckets, mesh, objective):
 
 
 class StageData:
-  """Opens the tables and plans of a stage.
+  """The tables and plans of a stage.
 
   Attributes:
     config: its `DataConfig`.
-    cache: `data.latents.Cache` that is read in place of videos, or None.
-    report: where the rows of the first epoch go, a table when printed.
+    cache: the `data.latents.Cache` that replaces videos, or None.
+    report: buckets of the rows in the first epoch. It prints as a table.
     splits: {(resolution, frames): Split}.
 
   Raises:
-    ValueError: nothing fits, or a batch does not divide.
+    ValueError: no row fits a bucket, or a batch does not divide.
   """
 
   def __init__(self, stage, output, mesh, objective):
     self.stage = stage.name
-    try:
-      self.config = objective.data_config(DataConfig.create(stage.config.data.to_dict()))
-      # Memory-mapped, so on a disk; files are named after what they were made from, and runs may share them.
+    with naming(stage.name):
+      stage.config.data.validate()
+      self.config = objective.data_config(stage.config.data)
+      # The files are memory-mapped, so they need a local disk. Their names are digests of their contents, so runs share them.
       self.folder = paths.user_cache("data") if paths.is_remote(output) else paths.join(output, "data")
       table = sources.open_table(self.config, self.folder)
       self.cache = objective.open_cache(self.config, table) if self.config.latents else None
       self._plans = plan.PlanSequence(table, self.config, self.folder, self.cache)
       self.report = self._plans.report(0)
-    except ValueError as error:
-      raise ValueError(f"config: stage {stage.name!r}: {error}") from None
     self._condition = objective.worker(self.cache)
     self.splits = choose_splits(stage, self.config.parsed_buckets(), mesh, objective)
-    try:
+    with naming(stage.name):
       objective.check_plan(self._plans.plan(0))
-    except ValueError as error:
-      raise ValueError(f"config: stage {stage.name!r}: {error}") from None
 
   def identity(self):
-    """What a checkpoint stores of the plan: everything that it depends on."""
+    """The values on which the plan depends. A checkpoint stores them."""
     return self._plans.description
 
   def check_same(self, old, restart):
-    """Whether the plan is the one of the checkpoint; raises ValueError, naming what changed, unless `restart` lets it pass."""
+    """Whether the plan is that of the checkpoint. If not, raises ValueError with the changes, unless `restart` is set."""
     changes = plan.changed_keys(old, self.identity())
     if changes and not restart:
       raise ValueError(
         f"config: the data of stage {self.stage!r} is not that of the checkpoint ({'; '.join(changes)}); restore it, or "
-        "start the data anew with --config.restart_data=True"
+        "start a new data order with --config.restart_data=True"
       )
     return not changes
 
   def sources(self, taken, skip=()):
-    """For a run from a cache: the epochs whose plans epochs 0, 1, ... follow, up to that of the next micro step.
+    """With a cache: the encoded epochs that epochs 0, 1, ... repeat, up to the epoch of the next micro step. Else [].
 
     A checkpoint stores them.
     """
@@ -106,17 +103,17 @@ class StageData:
     return [self._plans.source(epoch) for epoch in range(self._plans.locate(plan.place(taken, skip))[0] + 1)]
 
   def follow(self, sources):
-    """Goes on from a checkpoint: its epochs follow the same plans, whatever has been encoded since."""
+    """Makes the epochs of a checkpoint repeat the same encoded epochs, also if `encode` added epochs since."""
     if self.cache is not None:
       self.cache.followed = dict(enumerate(sources))
 
   def buckets_ahead(self, taken, count, skip=()):
-    """Buckets of the next `count` micro steps after so many, in the order of need, as far as the epoch's plan tells."""
+    """Buckets of the next `count` micro steps after `taken`, in the order of first use, up to the end of the epoch."""
     epoch, step = self._plans.locate(plan.place(taken, skip))
     return self._plans.plan(epoch).buckets(step, count)
 
   def loader(self, taken, skip=(), epochs=None):
-    """This process's loader, after so many micro steps of the stage; it skips the micro steps of the plan in `skip`."""
+    """The loader of this process after `taken` micro steps of the stage. `skip`: micro steps of the plan to skip."""
     layouts = {bucket: split.layout for bucket, split in self.splits.items()}
     shard = {bucket: (layout.process_parts(), layout.batch_parts) for bucket, layout in layouts.items()}
     start = plan.place(taken, skip)

@@ -48,11 +48,11 @@ def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformat
     count, mu, nu = (jax.tree.map(f, params) for f in (lambda p: jnp.zeros((), jnp.int32), jnp.zeros_like, jnp.zeros_like))
     return optax.ScaleByAdamState(count, mu, nu)
 
-  def update(gradients, state, params=None):
+  def update(updates, state, params=None):
     del params
     count = jax.tree.map(lambda n: n + 1, state.count)
-    mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, gradients)
-    nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g**2, state.nu, gradients)
+    mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, updates)
+    nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g**2, state.nu, updates)
     steps = jax.tree.map(lambda m, v, n: m / (1 - b1**n) / (jnp.sqrt(v / (1 - b2**n)) + eps), mu, nu, count)
     return steps, optax.ScaleByAdamState(count, mu, nu)
 

@@ -1,7 +1,8 @@
-"""The two programs that train: a gradient program per (resolution, frames), one update program per stage.
+"""The two programs that train: a gradient program per (resolution, frames), and an update program per stage.
 
-A micro step is one bucket's batch; its gradient, normalised by the batch's own weight, is added to an accumulator. An
-optimizer step is `accumulate` micro steps of equal weight. Programs count their traces: nothing in the loop retraces.
+A micro step is the batch of one bucket. The gradient program normalises its gradient by the weight of the batch, and adds it to
+an accumulator. An optimizer step is `accumulate` micro steps of equal weight. Programs count their traces, so that a test and
+the loop notice a second trace.
 """
 
 import collections
@@ -19,25 +20,25 @@ from jax.sharding import PartitionSpec as P
 from stdit_jax.parallel.shardings import Layout, constrain, tree_shardings
 from stdit_jax.training.state import learning_rate, learning_rate_scales, make_optimizer, state_shapes
 
-ADVERSARY = "discriminator"  # the network beside the one that it judges: its gradient is clipped by its own norm
+ADVERSARY = "discriminator"  # name of its parameters; the norm of its own gradient clips it
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-  """How the batch of a bucket is split: over the mesh by `layout`, then into `micro_batches` that run one after the other."""
+  """How to split the batch of a bucket: over the mesh by `layout`, then into `micro_batches` that run one after another."""
 
   layout: Layout
   micro_batches: int = 1
 
 
 class TraceCounter:
-  """Counts how often each program is traced; the loop asserts on it, so that a silent recompilation is an error."""
+  """Counts the traces of each program, so that a silent recompilation is an error."""
 
   def __init__(self):
     self.counts = collections.Counter()
 
   def counted(self, name, function):
-    """`function`, which runs only while JAX traces it, with its traces counted under `name`."""
+    """`function`, with its calls counted under `name`. JAX calls it only to trace it."""
 
     @functools.wraps(function)
     def traced(*args):
@@ -47,14 +48,14 @@ class TraceCounter:
     return traced
 
   def check(self):
-    """Raises RuntimeError when a program was traced more than once."""
+    """Raises RuntimeError if JAX traced a program more than once."""
     again = {name: n for name, n in self.counts.items() if n > 1}
     if again:
       raise RuntimeError(f"programs were traced more than once (shapes or dtypes changed between steps): {again}")
 
 
 def new_accumulator(params):
-  """Sum of the gradients of the micro steps so far, and how many had weight."""
+  """Sum of the gradients of the micro steps so far, and the number of micro steps with a weight above 0."""
   return {"gradients": jax.tree.map(jnp.zeros_like, params), "count": jnp.zeros((), jnp.float32)}
 
 
@@ -63,13 +64,13 @@ def accumulate_gradients(loss, split, specs, scales, params, frozen, batch, accu
 
   Args:
     loss: `(params, frozen, batch, layout) -> (loss per sample [b], dict of values per sample)`.
-    split: how the batch is split; micro batches share the total weight of the batch, so that the split changes nothing.
+    split: of the batch. All micro batches use the total weight of the batch, so the split changes no value.
     specs: tree of `ArraySpec` like `batch`.
-    scales: tree of learning rate scales like `params`; where it is 0.0 no gradient is computed, it is zero.
-    batch: tree of arrays with the global batch in front; `weight` is 0 for rows that could not be decoded.
+    scales: tree of learning rate scales like `params`. A parameter with scale 0.0 gets the gradient zero, without computing it.
+    batch: tree of arrays, whose first axis is the global batch. `weight` is 0 for rows that could not be decoded.
 
   Returns:
-    (accumulator, metrics): metrics of the batch, weighted means.
+    (accumulator, metrics). Metrics are weighted means over the batch.
   """
 
   def weighted(params, part):
@@ -85,7 +86,7 @@ def accumulate_gradients(loss, split, specs, scales, params, frozen, batch, accu
   if split.micro_batches == 1:
     gradients, sums = gradient(params, batch)
   else:
-    # Row i * k + j goes to part j: every part takes rows from every device.
+    # Row i * k + j goes to part j, so that each part has rows of each device.
     def take_apart(spec, x):
       x = jnp.swapaxes(x.reshape(-1, split.micro_batches, *x.shape[1:]), 0, 1)
       return constrain(x, split.layout, None, *spec.axes)
@@ -100,7 +101,7 @@ def accumulate_gradients(loss, split, specs, scales, params, frozen, batch, accu
     (gradients, sums), _ = jax.lax.scan(add, zero, parts)
 
   weight = batch["weight"].sum()
-  # A loss that is not finite must not pass unseen, whatever its gradient: the count carries it to `update`.
+  # The count carries a non-finite loss to `update`, also if its gradient is finite.
   one = jnp.where(jnp.isfinite(sums["loss"]), (weight > 0).astype(jnp.float32), jnp.nan)
   scale = jnp.where(weight > 0, 1.0 / jnp.where(weight > 0, weight, 1.0), 0.0)
   accumulator = {
@@ -114,9 +115,9 @@ def update(optimizer, scales, schedule, clip_norm, ema_decay, state, accumulator
   """One optimizer step from the accumulated gradients.
 
   Skips the step if no sample had weight, or if a loss or gradient is not finite. The metrics `stepped` and `nonfinite` report
-  this. Clips by the global norm of the parameters that train, a discriminator's separately. AdamW follows, then the moving
+  this. Clips by the global norm of the trained parameters, separately for a discriminator. AdamW follows, then the moving
   average `ema = decay * ema + (1 - decay) * params` in float32 (Open-Sora 1.2, `update_ema`). The average of a parameter that
-  does not train stays that parameter, bit for bit.
+  does not train equals the parameter, bit for bit.
 
   Returns:
     (state, zeroed accumulator, metrics)
@@ -147,14 +148,15 @@ class BucketProgram:
   """The gradient program of one (resolution, frames) bucket.
 
   Attributes:
-    bucket: (resolution, frames).
-    split: how the batch lies on the mesh, and its micro batches.
+    name: for messages; bucket: (resolution, frames).
+    split: layout and micro batches of the batch.
     batch: the arrays of the batch, a tree of `ArraySpec`.
     work: (tokens, model FLOPs) of the batch.
-    jitted: `(params, frozen, batch, accumulator) -> (accumulator, metrics)`; it donates the accumulator.
+    jitted: `(params, frozen, batch, accumulator) -> (accumulator, metrics)`. It donates the accumulator.
     arguments: of `jitted`, as shapes.
   """
 
+  name: str
   bucket: tuple[str, int]
   split: Split
   batch: dict
@@ -168,14 +170,14 @@ class BucketProgram:
 
 
 class Programs:
-  """The programs of one stage: state and accumulator are donated and stay where they are.
+  """The programs of one stage. They donate state and accumulator, which stay on their devices.
 
   Args:
     objective: of the stage; stage: `stages.Stage`; mesh: the device mesh.
     counter: TraceCounter.
 
   Attributes:
-    optimizer: of the stage.
+    optimizer: of the stage; scales: of the learning rate, a tree like the parameters.
     shapes: (state, frozen, accumulator); state_shardings: of the state.
     new_accumulator: `params -> accumulator`; update: `(state, accumulator, step) -> (state, accumulator, metrics)`.
   """
@@ -185,40 +187,41 @@ class Programs:
     params, frozen = objective.shapes
     config = stage.config
     self.optimizer = make_optimizer(config.optimizer)
-    self._scales = learning_rate_scales(params, config.train, config.optimizer.scales)
+    self.scales = learning_rate_scales(params, config.train, config.optimizer.scales)
     shapes = state_shapes(params, self.optimizer)
     self.shapes = shapes, frozen, jax.eval_shape(new_accumulator, params)
     self._replicated = NamedSharding(mesh, P())
     self.state_shardings = tree_shardings(shapes, mesh, objective.rules)
     self._frozen = tree_shardings(frozen, mesh, objective.rules)
     self._accumulator = {"gradients": self.state_shardings["params"], "count": self._replicated}
-    # Products of gathered kernels stay whole: as a loop over pieces ("windowed einsum"), which the TPU's compiler prefers, the
-    # gradients of a layer cross the interconnect twice.
+    # The TPU's compiler prefers to compute products of gathered kernels in a loop over pieces ("windowed einsum"). This option
+    # keeps them whole, since the gradients of a layer would cross the interconnect twice.
     tpu = mesh.devices.flat[0].platform == "tpu"
-    self._options = {"compiler_options": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}} if tpu else {}
+    self._options = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"} if tpu else None
     self.new_accumulator = jax.jit(new_accumulator, out_shardings=self._accumulator)
     schedule = learning_rate(config.optimizer, stage.start, stage.steps)
-    function = functools.partial(update, self.optimizer, self._scales, schedule, config.optimizer.clip_norm, config.ema_decay)
+    function = functools.partial(update, self.optimizer, self.scales, schedule, config.optimizer.clip_norm, config.ema_decay)
     places = self.state_shardings, self._accumulator, self._replicated
     self.update = jax.jit(
       counter.counted(f"{stage.name}: update", function), in_shardings=places, out_shardings=places, donate_argnums=(0, 1)
     )
 
   def update_arguments(self):
-    """What `update` takes, as shapes."""
+    """The arguments of `update`, as shapes."""
     return self.shapes[0], self.shapes[2], jax.ShapeDtypeStruct((), jnp.int32)
 
   def gradient(self, bucket, rows, split):
     """The `BucketProgram` of a (resolution, frames) bucket with a global batch of `rows`."""
     layout, batch = split.layout, self.objective.batch(bucket, rows, split.layout.token_parts)
-    function = functools.partial(accumulate_gradients, self.objective.loss, split, batch, self._scales)
+    function = functools.partial(accumulate_gradients, self.objective.loss, split, batch, self.scales)
     places = jax.tree.map(lambda spec: layout.sharding(*spec.axes), batch)
+    name = f"{self.name}: gradient {bucket[0]} x {bucket[1]}"
     jitted = jax.jit(
-      self._counter.counted(f"{self.name}: gradient {bucket[0]} x {bucket[1]}", function),
-      **self._options,
+      self._counter.counted(name, function),
+      compiler_options=self._options,
       in_shardings=(self.state_shardings["params"], self._frozen, places, self._accumulator),
       out_shardings=(self._accumulator, self._replicated),
       donate_argnums=(3,),
     )
     arguments = self.shapes[0]["params"], self.shapes[1], jax.tree.map(lambda spec: spec.struct, batch), self.shapes[2]
-    return BucketProgram(bucket, split, batch, self.objective.work(batch), jitted, arguments)
+    return BucketProgram(name, bucket, split, batch, self.objective.work(batch), jitted, arguments)

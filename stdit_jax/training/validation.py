@@ -1,8 +1,8 @@
-"""The loss on fixed samples at fixed timesteps: whether a model gets better, comparable over steps, stages and runs.
+"""The loss on fixed samples at fixed timesteps, comparable over steps, stages and runs.
 
-As Open-Sora 1.2's `eval_loss` measures it: every bucket on rows that fit it, whatever its probabilities, at timesteps evenly
-inside (0, 1000) without the timestep transform. Noise belongs to row and timestep, and rows that only fill a batch have
-weight 0. So the value does not depend on batch, mesh or processes, and equal ones give equal bits.
+It follows Open-Sora 1.2's `eval_loss`: each bucket on rows that fit it, whatever its probabilities, at even timesteps inside
+(0, 1000) without the timestep transform. Row and timestep decide the noise, and rows that only fill a batch have weight 0. So
+the value does not depend on batch, mesh or processes. On the same batch, mesh and processes it is equal bit for bit.
 """
 
 import collections
@@ -11,29 +11,25 @@ import functools
 import math
 
 import jax
-import ml_collections
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from data.config import DataConfig
 from stdit_jax.errors import InputError
 from stdit_jax.parallel.shardings import Layout, tree_shardings
 from stdit_jax.training.stage_data import StageData, choose_splits
 
 
 def fixed_data(stage, mesh, objective):
-  """`stage` with the data of its validation: the buckets that it trains on, in batches no larger than a micro batch.
+  """`stage` with the data of its validation: its buckets, in batches that are no larger than its micro batches.
 
-  Batches of the training are rounded up to what divides, since this mesh may be another than that of the training.
+  Batches are rounded up until the mesh divides them, since it may differ from the mesh of the training.
   """
-  config = ml_collections.ConfigDict(stage.config.to_dict())
-  buckets = []
-  for b in DataConfig.create(config.data.to_dict()).parsed_buckets():
+  config = stage.config
+  named, buckets = config.split_tokens.split(","), []
+  for b in config.data.parsed_buckets():
     if b.batch_size and b.keep_prob:
-      can_split = config.split_tokens in ("auto", "always") or f"{b.resolution}:{b.num_frames}" in config.split_tokens.split(
-        ","
-      )
+      can_split = config.split_tokens in ("auto", "always") or f"{b.resolution}:{b.num_frames}" in named
       can_split = can_split and objective.splits(b.num_frames, mesh.shape["sequence"])
       parts = Layout(mesh, split_tokens=can_split).batch_parts
       buckets.append(dataclasses.replace(b, batch_size=math.ceil(b.batch_size / parts) * parts))
@@ -44,16 +40,17 @@ def fixed_data(stage, mesh, objective):
     parts = split.layout.batch_parts
     each = min(b.batch_size // parts // split.micro_batches, math.ceil(samples / parts))
     rows.append((b.resolution, b.num_frames, 1.0, parts * each))
-  with config.ignore_type():
-    # Threads, since the few clips are read in less time than processes take to start.
-    config.data.update(tables=config.validation.tables, buckets=tuple(rows), reference_devices=1, drop_last=False, workers=0)
-    config.data.rows_per_bucket = samples
-    config.data.latents = ""  # a cache holds the clips of the training
-  return dataclasses.replace(stage, name=f"{stage.name}: validation", config=config.lock())
+  data = dataclasses.replace(
+    config.data, tables=config.validation.tables, buckets=tuple(rows), rows_per_bucket=samples, reference_devices=1,
+    drop_last=False,
+    workers=0,  # threads: the few clips are read in less time than processes take to start
+    latents="",  # a cache holds the clips of the training
+  )  # fmt: skip
+  return dataclasses.replace(stage, name=f"{stage.name}: validation", config=dataclasses.replace(config, data=data))
 
 
 def first_slots(plan):
-  """{slot: row} of an epoch's plan, only those slots at which the row comes for the first time in its bucket."""
+  """{slot: row} of an epoch's plan, without slots whose row was in the same bucket before."""
   first = {}
   for step in range(plan.num_steps):
     for slot, row in zip(range(*plan.slots(step)), plan.rows(step)):
@@ -62,7 +59,7 @@ def first_slots(plan):
 
 
 class Validation:
-  """The validation of one stage. Arguments and errors as of `StageData`."""
+  """The validation of one stage. Arguments and errors are those of `StageData`."""
 
   def __init__(self, stage, output, mesh, objective):
     self.stage, self.mesh, self.objective = fixed_data(stage, mesh, objective), mesh, objective
@@ -70,8 +67,10 @@ class Validation:
     self.config, self._programs = self.stage.config.validation, {}
 
   def compile_ahead(self, compiler, counter, params, frozen):
-    """Has `compiler` (compilation.AheadOfTime) compile the programs of all buckets that have rows, for parameters of these
-    shapes."""
+    """Starts to compile the programs of all buckets that have rows, for parameters of these shapes.
+
+    `compiler`: `compilation.AheadOfTime`.
+    """
     for line, bucket in zip(self.data.report.buckets, self.data.config.parsed_buckets()):
       key = bucket.resolution, bucket.num_frames
       if not line["steps"] or key in self._programs:
@@ -91,7 +90,7 @@ class Validation:
     return self.objective.fixed_loss(params, frozen, batch, self.config.timesteps, layout), batch["weight"]
 
   def __call__(self, params, frozen, make_batch):
-    """The losses of these weights; all processes call it together, after `compile_ahead`.
+    """The losses of these weights. All processes call it together, after `compile_ahead`.
 
     Args:
       make_batch: `(LoadedStep, layout) -> arrays` of this stage's training.
@@ -105,8 +104,8 @@ class Validation:
     results = []
     for step in self._steps():
       batch = make_batch(step, self.data.splits[step.bucket].layout)
-      jax.block_until_ready([result for _, result in results[-1:]])  # or batches would pile up on the device
-      results.append((step.bucket, self._programs[step.bucket].get()(params, frozen, batch)))
+      jax.block_until_ready([result for _, result in results[-1:]])  # else batches would pile up on the device
+      results.append((step.bucket, self._programs[step.bucket].result()(params, frozen, batch)))
     return self._means(results)
 
   def _means(self, results):
@@ -124,7 +123,7 @@ class Validation:
     return {f"validation/{key}": float(sums[key][0] / sums[key][1]) for key in keys}
 
   def _steps(self):
-    """`LoadedStep`s whose samples are known by their row, those that come again having weight 0."""
+    """Yields `LoadedStep`s whose samples have their row as number. Repeated rows have weight 0."""
     with self.data.loader(0, epochs=1) as loader:
       plan = loader.plans.plan(0)
       rows = first_slots(plan)
@@ -141,6 +140,6 @@ class Validation:
 
 
 def describe(values):
-  """The values as a part of one line."""
+  """The values in words, as part of a line."""
   total, *rest = ((name.removeprefix("validation/"), value) for name, value in values.items())
   return f"{total[0]} {total[1]:.4g} (" + ", ".join(f"{name}: {value:.4g}" for name, value in rest) + ")"

@@ -29,10 +29,6 @@ class StartAgain(Exception):  # noqa: N818 - a request to restart, not an error 
   """Asks all processes to restart, for a reason that perhaps only this process has seen."""
 
 
-def _now():
-  return time.monotonic()
-
-
 class Watchdog:
   """Watches the loop of this process. With a key-value store it watches the loops of the other processes as well.
 
@@ -48,9 +44,9 @@ class Watchdog:
     self.client, self.index, self.count = client, index, count
     self.period = min(10.0, max(0.2, timeout / 10))
     self.host = socket.gethostname()
-    self._beats, self._what, self._slow, self._last_beat = 0, "starting", True, _now()
+    self._beats, self._what, self._slow, self._last_beat = 0, "starting", True, time.monotonic()
     self._peers = {}  # index -> (report, time of its arrival)
-    self._answered = self._started = _now()  # when the key-value store last answered
+    self._answered = self._started = time.monotonic()  # when the key-value store last answered
     self._ending = threading.Lock()
     self._stopped = threading.Event()
     self._abort_handler = None
@@ -59,12 +55,12 @@ class Watchdog:
 
   def beat(self, what: str, slow: bool = False) -> None:
     """Notes progress of the loop, which begins the activity `what`."""
-    self._what, self._slow, self._last_beat = what, slow, _now()
+    self._what, self._slow, self._last_beat = what, slow, time.monotonic()
     self._beats += 1
 
   def __enter__(self) -> "Watchdog":
     if self.timeout:
-      self._last_beat = self._answered = self._started = _now()
+      self._last_beat = self._answered = self._started = time.monotonic()
       threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
       if self.client is not None:
         threading.Thread(target=self._report, name="watchdog reports", daemon=True).start()
@@ -88,8 +84,8 @@ class Watchdog:
     """
     if not self.timeout:
       return
-    end = _now() + 6 * self.period
-    while _now() < end:
+    end = time.monotonic() + 6 * self.period
+    while time.monotonic() < end:
       if silent := self._silent(3 * self.period):
         self._end(silent, RESTART)
       time.sleep(self.period / 2)
@@ -106,12 +102,12 @@ class Watchdog:
         found = dict(self.client.key_value_dir_get(_PREFIX))
       except Exception:  # the runtime raises many types; `_watch` notices the missing answer
         continue
-      self._answered = _now()
+      self._answered = time.monotonic()
       verdict = found.pop(_VERDICT, None)
       for key, value in found.items():
         index, report = int(key.rsplit("/", 1)[1]), json.loads(value)
         if report != self._peers.get(index, (None,))[0]:
-          self._peers[index] = report, _now()
+          self._peers[index] = report, time.monotonic()
       if verdict is not None and not self._stopped.is_set():
         told = json.loads(verdict)
         self._end(told["text"], told["code"], tell=False)
@@ -141,7 +137,7 @@ class Watchdog:
       reports = [report for report, _ in list(self._peers.values())]
       slow = self._slow or any(r.get("slow") and r["beats"] <= self._beats for r in reports)
       allowed = self.slow_timeout if slow else self.timeout
-      if _now() - self._last_beat > allowed:
+      if time.monotonic() - self._last_beat > allowed:
         self._end(self._silent(3 * self.period) or self._slowest(), RESTART)
       elif silent := self._silent(self.timeout):
         self._end(silent, RESTART)
@@ -159,12 +155,12 @@ class Watchdog:
       report, when = self._peers.get(index, ({}, self._started))
       # A process without any report may still be importing.
       allowed = seconds if report else max(seconds, self.slow_timeout)
-      if index != self.index and not report.get("done") and _now() - when > allowed:
+      if index != self.index and not report.get("done") and time.monotonic() - when > allowed:
         what = f"; it was last at: {report['what']}" if report else ""
-        lines.append(f"{self._name(index)} has sent no report for {_now() - when:.0f} s{what}")
+        lines.append(f"{self._name(index)} has sent no report for {time.monotonic() - when:.0f} s{what}")
     # Process 0 holds the store. If the store does not answer, process 0 is the one to name, not those without reports.
-    if self.index and _now() - self._answered > seconds:
-      return f"{self._name(0)}, which holds the reports of all, has not answered for {_now() - self._answered:.0f} s"
+    if self.index and time.monotonic() - self._answered > seconds:
+      return f"{self._name(0)}, which holds the reports of all, has not answered for {time.monotonic() - self._answered:.0f} s"
     return "; ".join(lines)
 
   def _slowest(self):
@@ -173,7 +169,7 @@ class Watchdog:
     places |= {i: (r["beats"], r["what"]) for i, (r, _) in self._peers.items() if i != self.index and not r.get("done")}
     least = min(beats for beats, _ in places.values())
     names = ", ".join(f"{self._name(i)}, at: {what}" for i, (beats, what) in sorted(places.items()) if beats == least)
-    return f"no progress for {_now() - self._last_beat:.0f} s in {names}"
+    return f"no progress for {time.monotonic() - self._last_beat:.0f} s in {names}"
 
   # The end.
 

@@ -72,7 +72,7 @@ def measure(stage, mesh, bucket, repeats, compiled):
   split = choose_splits(stage, [Bucket(resolution, frames, 1.0, rows)], mesh, objective)[resolution, frames]
   programs = Programs(objective, stage, mesh, TraceCounter())
   program = programs.gradient((resolution, frames), rows, split)
-  key = bucket, config.model.fields.attention
+  key = bucket, config.model.fields["attention"]
   if key not in compiled:
     lowered = program.lower(), programs.update.lower(*programs.update_arguments())
     compiled[key] = [one.compile() for one in lowered]

@@ -127,7 +127,6 @@ def test_batches_of_the_readme_divide_by_the_chips_of_its_pods():
   import jax
 
   from configs import film
-  from data.config import DataConfig
   from stdit_jax.parallel.mesh import AXES
   from stdit_jax.training.objectives import make_objective
   from stdit_jax.training.stage_data import choose_splits
@@ -140,6 +139,6 @@ def test_batches_of_the_readme_divide_by_the_chips_of_its_pods():
   config.data.tables = (("table.csv", 1),)
   config.data.reference_devices = int(re.search(r"reference_devices=(\d+)", section)[1])
   for stage in make_stages(config):
-    buckets = DataConfig.create(stage.config.data.to_dict()).parsed_buckets()
+    buckets = stage.config.data.parsed_buckets()
     for count in chips:
       choose_splits(stage, buckets, jax.sharding.AbstractMesh((count, 1, 1, 1), AXES), make_objective(stage.config))

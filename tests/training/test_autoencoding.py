@@ -13,7 +13,6 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from configs import base, cogvideox_vae, open_sora_1_2_vae
-from data.config import DataConfig
 from stdit_jax.autoencoders import discriminator, perceptual, temporal
 from stdit_jax.autoencoders.latents import to_float
 from stdit_jax.components import load_codec
@@ -313,7 +312,7 @@ def test_video_autoencoder_trains_in_stages(assets, trunk, tmp_path, capsys):
     ({"autoencoder__perceptual_weight": 1.0, "autoencoder__crop": 8}, "autoencoder.crop is 8; the perceptual distance needs"),
     ({"autoencoder__adversarial_weight": 1.0, "autoencoder__reconstruction_weight": 0.0}, "so the term would be 0"),
     ({"autoencoder__adversarial_weight": 1.0, "autoencoder__discriminator": {"layers": 7}}, "7 layers of the discriminator"),
-    ({"autoencoder__adversarial_weight": 1.0, "train": "^autoencoder/"}, "excludes the discriminator, so it would stay at"),
+    ({"autoencoder__adversarial_weight": 1.0, "train": "^autoencoder/"}, "excludes the discriminator, so it would stay"),
     ({"max_tokens_per_device": 100}, "'tiny': max_tokens_per_device is 100, but autoencoders train on pixels"),
   ],
 )  # fmt: skip
@@ -400,6 +399,5 @@ def test_recipes_can_be_trained(module):
     assert ("perceptual" in frozen) == (stage.config.autoencoder.perceptual_weight > 0)
   if module is cogvideox_vae:  # long clips of the last stage are split over the `sequence` axis, short clips over the batch
     mesh = jax.sharding.AbstractMesh((1, 1, 8, 1), AXES)
-    data = DataConfig.create(stage.config.data.to_dict())
-    splits = choose_splits(stage, data.parsed_buckets(), mesh, one)
+    splits = choose_splits(stage, stage.config.data.parsed_buckets(), mesh, one)
     assert {frames: split.layout.split_tokens for (_, frames), split in splits.items()} == {161: True, 17: False, 1: False}

@@ -45,9 +45,9 @@ def test_background_compilation_returns_programs_and_errors():
   shape = jax.ShapeDtypeStruct((2,), jnp.float32)
   double = compiler.add("double", jax.jit(lambda x: 2 * x).lower(shape))
   wrong = compiler.add("wrong", jax.jit(lambda x: x + 1, compiler_options={"no_such_option": True}).lower(shape))
-  assert double.get()(jnp.ones(2)).tolist() == [2, 2]
+  assert double.result()(jnp.ones(2)).tolist() == [2, 2]
   with pytest.raises(Exception, match="no_such_option"):
-    wrong.get()
-  assert wrong.ready()
+    wrong.result()
+  assert wrong.done()
   assert said[0].startswith("double: ")
   compiler.close()

@@ -202,7 +202,7 @@ def test_epochs_repeat_until_more_are_encoded(assets, table, tmp_path, caplog):
 
   def samples():
     source = encoding.Source.open(stage, str(tmp_path / "out" / "data"))
-    cache = make_objective(stage.config).open_cache(source.data.create({**stage.config.data.to_dict()}), source.plans.table)
+    cache = make_objective(stage.config).open_cache(stage.config.data, source.plans.table)
     with loader.make_loader(source.data, str(tmp_path / "out" / "data"), epochs=2, cache=cache) as steps:
       found = [s for step in steps for s in step.samples]
     return [[s for s in found if s.sample_id[0] == epoch] for epoch in range(2)]
@@ -223,7 +223,7 @@ def test_epochs_repeat_until_more_are_encoded(assets, table, tmp_path, caplog):
   changes["data__buckets"] = (("144p", 4, 1.0, 3),)
   (stage,) = make_stages(tiny_config(assets, tmp_path, **changes, data__latents=str(tmp_path / "out")))
   source = encoding.Source.open(stage, str(tmp_path / "out" / "data"))
-  cache = make_objective(stage.config).open_cache(source.data.create({**stage.config.data.to_dict()}), source.plans.table)
+  cache = make_objective(stage.config).open_cache(stage.config.data, source.plans.table)
   assert cache.epochs == 0
   assert [cache.source(epoch, source.plans.plan) for epoch in (0, 1, 2, 5, 2048)] == [0, 1, 0, 1, 0]
   with pytest.raises(ValueError, match=r"has latents of other values .*dtype.*; give another folder"):

@@ -46,7 +46,7 @@ def test_a_nonfinite_step_changes_nothing_and_is_counted(assets, tmp_path, capsy
   assert all("loss" in line for line in lines if not line["nonfinite"])
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
   assert set(map(int, jax.tree.leaves(state["opt"][0].count))) == {STEPS - len(bad)}
-  assert f"{len(bad)} steps left out, not finite" in capsys.readouterr().out
+  assert f"{len(bad)} non-finite steps skipped" in capsys.readouterr().out
   assert run.skip == {}
 
 

@@ -248,7 +248,7 @@ def test_the_autoencoder_trains(assets, first, tmp_path, capsys):
   run = Run(tiny_config(assets, tmp_path / "autoencoder", **settings, **ONE_STEP))
   run.train()
   assert {"loss", "reconstruction", "kl", "squared_error"} <= set(metrics_of(run)[0])
-  with pytest.raises(ValueError, match="is a run of autoencoder, not of the denoiser"):
+  with pytest.raises(ValueError, match="is a run that trains the autoencoder; this run trains the denoiser"):
     Run(tiny_config(assets, tmp_path / "other", init=str(tmp_path / "autoencoder"), **ONE_STEP)).start()
   capsys.readouterr()
   evaluate.main(["--task", "autoencoder", "--run", run.config.output, "--buckets", "64p:1", "--count", "1"])

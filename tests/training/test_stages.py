@@ -236,7 +236,7 @@ def test_recipes_of_open_sora_have_their_settings(recipe):
     change = transition.describe(before or shapes, shapes, objective.resizable)
     assert new in change.split("new: ")[1] if new else not change
     before = shapes
-  assert stages[-1].config.model.fields.to_dict() == {"dtype": "bfloat16", "remat": "full"}  # the published model
+  assert stages[-1].config.model.fields == {"dtype": "bfloat16", "remat": "full"}  # the published model
 
 
 def test_a_recipe_can_start_at_a_later_stage():

@@ -154,9 +154,7 @@ def test_micro_batch_count_follows_the_limit(made):
   _, frames, space, _ = batches["144p", 4]["latents_mean"].shape
 
   def parts(limit):
-    config = run.stages[0].config.copy_and_resolve_references()
-    with config.unlocked():
-      config.max_tokens_per_device = limit
+    config = run.stages[0].config.replace({"max_tokens_per_device": limit})
     stage = dataclasses.replace(run.stages[0], config=config)
     splits = choose_splits(stage, run.parts[0].data.config.parsed_buckets(), run.mesh, run.parts[0].objective)
     return splits["144p", 4].micro_batches
@@ -173,9 +171,7 @@ def test_buckets_with_an_indivisible_batch_split_their_tokens(made):
   buckets = (Bucket("144p", 1, 1.0, 2), Bucket("144p", 4, 1.0, 3))
 
   def split(value, buckets=buckets):
-    config = run.stages[0].config.copy_and_resolve_references()
-    with config.unlocked(), config.ignore_type():
-      config.split_tokens = value
+    config = run.stages[0].config.replace({"split_tokens": value})
     stage = dataclasses.replace(run.stages[0], config=config)
     splits = choose_splits(stage, buckets, mesh, run.parts[0].objective)
     return [frames for (_, frames), split in splits.items() if split.layout.split_tokens]
