@@ -115,9 +115,9 @@ def _open_file(path: str) -> "Checkpoint":
   except OSError as error:
     raise CheckpointError(f"{path}: {error.strerror}") from None
   except (safetensors.SafetensorError, ValueError) as error:
-    looks = "looks like a pickle or zip file" if head[:2] in (b"PK", b"\x80\x02") else "may be damaged or cut short"
     problem = repr(str(error).removeprefix("Error while deserializing header: "))[:200]  # repr: it may quote the file
-    raise CheckpointError(f"{path}: no safetensors file: {problem}. It {looks}; download or convert it again") from None
+    hint = "It looks like a pickle or zip file" if head[:2] in (b"PK", b"\x80\x02") else "It may be damaged or cut short"
+    raise CheckpointError(f"{path}: not a valid safetensors file: {problem}. {hint}; download or convert it again") from None
 
 
 def _tensor_info(file: str, name: str, entry: dict[str, Any], data_start: int) -> TensorInfo:
@@ -167,8 +167,8 @@ def count_non_finite(array: np.ndarray) -> int:
   """The number of NaN and infinite values, counted in pieces so that the temporary stays small."""
   if array.dtype not in _FLOATS:
     return 0
-  # Exactly the non-finite values have all exponent bits set. So has infinity, and no other bit. On bfloat16 this comparison of
-  # bits is 12 times as fast as isfinite (measured).
+  # Exactly the non-finite values have all bits of the exponent set. Infinity has no other bits set. On bfloat16, comparing bits
+  # is 12 times as fast as isfinite (measured).
   mask, piece = np.array(np.inf, array.dtype).view(f"u{array.itemsize}"), 1 << 22
   bits = np.ascontiguousarray(array).reshape(-1).view(mask.dtype)
   return sum(int(np.count_nonzero((bits[i : i + piece] & mask) == mask)) for i in range(0, bits.size, piece))

@@ -14,6 +14,7 @@ from stdit_jax.interop.safetensors_io import (
   open_checkpoint,
   write_checkpoint,
 )
+from tests.object_store import BUCKET
 
 ARRAYS = {
   "a": np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -145,6 +146,17 @@ def test_hostile_files_get_one_clear_error(tmp_path, message):
     open_checkpoint(path)
   assert str(path) in str(error.value)
   assert "\n" not in str(error.value)
+
+
+def test_files_in_a_bucket_are_read_and_checked(tmp_path, store):
+  (path,) = write(tmp_path / "x.safetensors", metadata={"model": "m"})
+  store.write("weights/x.safetensors", path.read_bytes())
+  found = open_checkpoint(f"gs://{BUCKET}/weights")
+  assert found.metadata == {"model": "m"}
+  assert all(found.read(name).tobytes() == array.tobytes() for name, array in ARRAYS.items())
+  store.write("weights/x.safetensors", path.read_bytes()[:-1])
+  with pytest.raises(CheckpointError, match=r"x\.safetensors: not a valid safetensors file: .*not fully covered"):
+    open_checkpoint(f"gs://{BUCKET}/weights/x.safetensors")
 
 
 def test_every_cut_of_a_file_is_refused(tmp_path):
