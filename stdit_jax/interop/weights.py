@@ -62,11 +62,12 @@ class Source:
   def __init__(self, path, layout: CheckpointLayout, tree: Any, config: Any = None, allow_non_finite: bool = False):
     self.checkpoint: Checkpoint = open_checkpoint(path)
     self.layout, self.config, self.allow_non_finite = layout, config, allow_non_finite
-    self.sizes, self.computed = _of_config(layout, config)
+    self.sizes, computed = _of_config(layout, config)
     self.entries = mapping.plan(layout, tree)
     infos = self.checkpoint.tensors
     self.prefix = mapping.find_prefix(layout, self.entries, infos)
     self.shapes = {n.removeprefix(self.prefix): i.shape for n, i in infos.items() if n.startswith(self.prefix)}
+    self.buffers = {name: make() for name, make in computed.items()}
     self.report = self._compare()
 
   def name_of(self, entry: Entry) -> str:
@@ -74,7 +75,7 @@ class Source:
     return next((name for name in entry.names if name in self.shapes), "")
 
   def _compare(self) -> Report:
-    report, known = Report(len(self.entries)), set(self.computed)
+    report, known = Report(len(self.entries)), set(self.buffers)
     for entry in self.entries:
       name = self.name_of(entry)
       known.update(entry.names)
@@ -82,9 +83,9 @@ class Source:
         report.missing.append(entry.names[0])
       elif (needed := self._needed(entry, self.shapes[name])) is not None:
         report.mis_shaped[name] = (self.shapes[name], needed)
-    for name in (name for name in self.computed if name in self.shapes):
-      if (needed := self.computed[name]().shape) != self.shapes[name]:
-        report.mis_shaped[name] = (self.shapes[name], needed)
+    for name, buffer in self.buffers.items():
+      if self.shapes.get(name, buffer.shape) != buffer.shape:
+        report.mis_shaped[name] = (self.shapes[name], buffer.shape)
     ignored = [*self.layout.ignored, *(map(re.escape, self.layout.droppable) if not self.config else ())]
     report.unexpected = [n for n in self.shapes if n not in known and not any(re.fullmatch(p, n) for p in ignored)]
     return report
@@ -134,10 +135,12 @@ class Source:
       self._check_computed()
 
   def _check_computed(self) -> None:
-    for name in (name for name in self.computed if name in self.shapes):
+    for name, buffer in self.buffers.items():
+      if name not in self.shapes:
+        continue
       stored = self.checkpoint.read(self.prefix + name, self.allow_non_finite).astype(np.float32)
       # 1e-2: a file may store a table in bfloat16. Another scale changes the table by far more.
-      if np.abs(stored - self.computed[name]()).max() > 1e-2:
+      if np.abs(stored - buffer).max() > 1e-2:
         values = f" ({', '.join(f'{x:.4g}' for x in stored.flat)})" if stored.size <= 16 else ""
         raise CheckpointError(
           f"{self.checkpoint.path}: {name!r} was made with other numbers{values} than the config's. Give the model the same "
