@@ -325,10 +325,10 @@ def save_variables(path, layout: LayoutLike, variables: Any, *, config: Any = No
 
 
 def conversion(source: Source, layout: LayoutLike, tree: Any, dtype=None, config: Any = None) -> Contents:
-  """A file of one layout in another layout; nothing is stacked.
+  """The contents of a file in another layout. Each tensor is converted alone.
 
   Args:
-    config: of the model that is written; it has the shapes of the source's. None: the config of the source.
+    config: config of the written model, whose shapes equal those of the source. None: the config of the source.
   """
   infos, entries = source.checkpoint.tensors, {(entry.path, entry.layer): entry for entry in source.entries}
 
