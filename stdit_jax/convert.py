@@ -11,9 +11,9 @@ import json
 import os
 import pathlib
 import sys
-import time
 
 import numpy as np
+from tqdm import tqdm
 
 from data import paths
 from data.command_line import OneLineParser, add_flags, flag
@@ -95,24 +95,13 @@ def find_model(settings: Settings, metadata: dict) -> tuple[str, models.NamedMod
 
 
 def progress(tensors, spec):
-  """Yields the tensors. For more than 1 GB, prints rate and remaining time to stderr: every 2 s, every 30 s in a log file."""
+  """Yields the tensors. For more than 1 GB, a bar on stderr shows rate and remaining time (in a log file every 30 s)."""
   total = sum(int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize for shape, dtype in spec.values())
-  start = last = time.monotonic()
-  done, shown, every = 0, False, 2 if sys.stderr.isatty() else 30
-  for count, (name, array) in enumerate(tensors, 1):
-    yield name, array
-    done, now = done + array.nbytes, time.monotonic()
-    if total > 1e9 and (now - last > every or (shown and count == len(spec))):
-      rate = done / (now - start)
-      left = (total - done) / rate
-      line = f"{count}/{len(spec)} tensors, {done / 1e9:.2f} of {total / 1e9:.2f} GB, {rate / 1e9:.2f} GB/s, {left:.0f} s left"
-      print(
-        f"\r{line:<78}" if every == 2 else line,
-        end="\n" if every > 2 or count == len(spec) else "",
-        file=sys.stderr,
-        flush=True,
-      )
-      last, shown = now, True
+  every = 2 if sys.stderr.isatty() else 30
+  with tqdm(total=total, unit="B", unit_scale=True, mininterval=every, disable=total < 1e9) as bar:
+    for name, array in tensors:
+      yield name, array
+      bar.update(array.nbytes)
 
 
 def open_source(settings: Settings, model: models.NamedModel, config=None) -> weights.Source:

@@ -46,6 +46,7 @@ from stdit_jax.cli import (
   use_compilation_cache,
 )
 from stdit_jax.errors import InputError
+from stdit_jax.parallel.processes import coordination
 
 _PENDING = 64  # records that wait for the writer
 _FOREVER = 1 << 30  # milliseconds
@@ -234,8 +235,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(settings: Settings, choice: Choice, own: Share) -> None:
   """Encodes this process's share of the choice."""
-  from jax._src.distributed import global_state  # the public barrier has a time limit
-
   from stdit_jax.training.run import check_platform
   from stdit_jax.training.step import TraceCounter
 
@@ -249,8 +248,9 @@ def run(settings: Settings, choice: Choice, own: Share) -> None:
     latents.finish(work.part, work.features)
     counter.check()
   bad = sum(len(work.bad_rows.found) for work in works if work.bad_rows)
-  if global_state.client:
-    global_state.client.wait_at_barrier("encoded", _FOREVER)  # the first process that exits would end the others
+  client, _, _ = coordination()
+  if client:
+    client.wait_at_barrier("encoded", _FOREVER)  # the first process that exits would end the others
   parts = ", ".join(work.part.folder for work in works if latents.finish(work.part, work.features))
   left = sum(len(work.part.missing()) for work in works)
   note = f", {bad} files could not be decoded" if bad else ""

@@ -41,18 +41,18 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from data import paths
 from data.aspect_ratios import NUM_PIXELS
-from data.buckets import Bucket
 from data.command_line import flag
 from stdit_jax.cli import check_positive, one_line_errors, parse_settings, read_config
 from stdit_jax.config import Config
 from stdit_jax.models.family import find_model
 from stdit_jax.parallel.topology import is_gpu, parse_topology, topology_chips
 from stdit_jax.planning import budget, meshes, search
+from stdit_jax.planning.budget import Key
 from stdit_jax.planning.jobs import Compiler
 from stdit_jax.planning.programs import Job, roofline
 from stdit_jax.training.checkpoints import plain
@@ -104,14 +104,13 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
   return dataclasses.replace(settings, argv=tuple(sys.argv[1:] if argv is None else argv))
 
 
-def parse_bucket(text: str, buckets: Sequence[Bucket]) -> tuple[str, int, int]:
-  """(resolution, frames, batch) of a text like '480p:51' or '480p:51:256'."""
+def parse_bucket(text: str, known: Mapping[Key, int]) -> tuple[str, int, int]:
+  """(resolution, frames, batch) of a text like '480p:51' or '480p:51:256'. `known`: batches, as of `stage_buckets`."""
   parts = text.split(":")
   if len(parts) not in (2, 3) or not all(p.isdigit() and int(p) for p in parts[1:]):
     raise ValueError(
       f"--bucket {text!r} is not RESOLUTION:FRAMES or RESOLUTION:FRAMES:BATCH; write it like 480p:51 or 480p:51:256"
     )
-  known = {(b.resolution, b.num_frames): b.batch_size for b in buckets}
   key = parts[0], int(parts[1])
   if len(parts) == 2 and key not in known:
     names = ", ".join(f"{resolution}:{frames}" for resolution, frames in known)
@@ -155,16 +154,15 @@ def make_jobs(settings: Settings) -> tuple[list[Stage], list[Job]]:
   stages = [s for s in stages if not settings.stage or s.name in settings.stage]
   jobs = []
   for stage in stages:
-    buckets = stage_buckets(stage)
-    wanted = [parse_bucket(text, buckets) for text in settings.bucket or ()]
-    for bucket in wanted or [(b.resolution, b.num_frames, b.batch_size) for b in buckets]:
+    known = stage_buckets(stage)
+    for bucket in [parse_bucket(text, known) for text in settings.bucket or ()] or [(*key, known[key]) for key in known]:
       jobs.append(Job(plain(config), stage.name, bucket, settings.topology, settings.slices))
   return stages, jobs
 
 
-def stage_buckets(stage: Stage) -> list[Bucket]:
-  """The buckets of a stage that have a batch size."""
-  return [b for b in stage.config.data.parsed_buckets() if b.batch_size]
+def stage_buckets(stage: Stage) -> dict[Key, int]:
+  """{(resolution, frames): batch} of the buckets of a stage that have a batch size."""
+  return {(b.resolution, b.num_frames): b.batch_size for b in stage.config.data.parsed_buckets() if b.batch_size}
 
 
 COLUMNS = (
@@ -248,7 +246,7 @@ def print_budget(settings: Settings, stages: Sequence[Stage], seconds, result) -
   update = budget.update_seconds(result["resident"], settings.topology)
   for stage in stages:
     own = {key[1:]: value for key, value in seconds.items() if key[0] == stage.name}
-    if any((b.resolution, b.num_frames) not in own for b in stage_buckets(stage)):
+    if stage_buckets(stage).keys() - own.keys():
       continue
     shares, counted = budget.bucket_shares(stage)
     hours = budget.stage_hours(stage, shares, own, update)
@@ -315,11 +313,11 @@ def print_search(settings: Settings, compiler: Compiler, stages: Sequence[Stage]
 
 def probe_buckets(stage: Stage) -> list[tuple[str, int, int]]:
   """The bucket with the most pixels, and the bucket that occurs most often."""
-  buckets = stage_buckets(stage)
+  known = stage_buckets(stage)
   shares, _ = budget.bucket_shares(stage)
-  largest = max(buckets, key=lambda b: NUM_PIXELS[b.resolution] * b.num_frames)
-  usual = max(buckets, key=lambda b: shares.get((b.resolution, b.num_frames), 0.0))
-  return list(dict.fromkeys((b.resolution, b.num_frames, b.batch_size) for b in (largest, usual)))
+  largest = max(known, key=lambda key: NUM_PIXELS[key[0]] * key[1])
+  usual = max(known, key=lambda key: shares.get(key, 0.0))
+  return [(*key, known[key]) for key in dict.fromkeys((largest, usual))]
 
 
 def print_meshes(settings: Settings, compiler: Compiler, stages: Sequence[Stage], jobs: Sequence[Job]) -> list[dict[str, Any]]:

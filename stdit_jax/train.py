@@ -29,6 +29,7 @@ from stdit_jax.cli import (
 )
 from stdit_jax.config import Config
 from stdit_jax.errors import InputError
+from stdit_jax.parallel.processes import coordination
 from stdit_jax.training.claim import claim
 from stdit_jax.training.stages import make_stages
 from stdit_jax.training.watchdog import RESTART, StartAgain, Watchdog
@@ -46,12 +47,7 @@ def connect(config):
   # The runtime's own heartbeat must not end the run first: it does not say which process hangs.
   patience = max(300, int(config.watchdog.slow_timeout))
   connect_processes(heartbeat_timeout=max(100, int(2 * config.watchdog.timeout)), patience=patience)
-  from jax._src.distributed import global_state  # nothing public gives the key-value store
-
-  client, index, count = global_state.client, global_state.process_id, global_state.num_processes
-  if count == 1:
-    client = None
-  return Watchdog(config.watchdog.timeout, config.watchdog.slow_timeout, client, index, count)
+  return Watchdog(config.watchdog.timeout, config.watchdog.slow_timeout, *coordination())
 
 
 def run(config, watchdog):

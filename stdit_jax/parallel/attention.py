@@ -9,6 +9,7 @@ Every kernel takes padding at the end (`lengths`) or anywhere (`mask`), and comp
 """
 
 import functools
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -97,7 +98,7 @@ def _dot_product(query, key, value, lengths, mask):
   return jax.nn.dot_product_attention(*flat, mask=mask, implementation="xla").reshape(query.shape)
 
 
-def cudnn_kernel(query, key, value, lengths, mask, implementation="cudnn"):
+def cudnn_kernel(query, key, value, lengths, mask, implementation: Literal["cudnn", "xla"] = "cudnn"):
   """cuDNN's flash attention, which takes lengths: a mask would be an array of all queries by all keys to it.
 
   With a mask, valid keys move to the front, since attention does not depend on the order of keys. JAX (0.10, 0.11) refuses
@@ -151,7 +152,7 @@ def _splash(query, key, value, lengths, mask, interpret):
     segments = splash_attention_kernel.SegmentIds(
       jnp.ones(query_length, jnp.int32), jnp.pad(mask.astype(jnp.int32), (0, key_length - mask.shape[0]))
     )
-    y = kernel(heads_first(query, query_length), heads_first(key, key_length), heads_first(value, key_length), segments)
+    y: Any = kernel(heads_first(query, query_length), heads_first(key, key_length), heads_first(value, key_length), segments)
     return jnp.swapaxes(y, 0, 1)[:queries]
 
   query = query * query.shape[-1] ** -0.5

@@ -7,7 +7,7 @@ import collections
 import dataclasses
 import re
 
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+COLLECTIVES: tuple[str, ...] = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _BYTES = {
   **dict.fromkeys(("pred", "s8", "u8"), 1), **dict.fromkeys(("s16", "u16", "bf16", "f16"), 2),
   **dict.fromkeys(("s32", "u32", "f32"), 4), **dict.fromkeys(("s64", "u64", "f64"), 8),
@@ -71,13 +71,8 @@ def _trips(rest, found):
   """How often a `while` runs: the compiler's note, or else the largest integer in its condition."""
   if match := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', rest):
     return int(match[1])
-  condition = re.search(r"condition=%?([\w.\-]+)", rest)
-  numbers = [
-    int(m[1])
-    for _, kind, opcode, text in found.get(condition[1], [])
-    if opcode == "constant" and (m := re.match(r"(\d+)\)", text))
-  ]
-  return max(numbers, default=1)
+  constants = [text for _, _, opcode, text in found.get(_called(rest, "condition"), []) if opcode == "constant"]
+  return max((int(match[1]) for text in constants if (match := re.match(r"(\d+)\)", text))), default=1)
 
 
 def multiplicities(found, entry):
@@ -91,7 +86,7 @@ def multiplicities(found, entry):
     times[name] += n
     for _, _, opcode, rest in found.get(name, []):
       if opcode == "while":
-        visit(re.search(r"body=%?([\w.\-]+)", rest)[1], n * _trips(rest, found))
+        visit(_called(rest, "body"), n * _trips(rest, found))
       elif opcode in ("call", "async-start", "fusion") and (called := _called(rest)):
         if opcode != "fusion":
           visit(called, n)
@@ -103,10 +98,10 @@ def multiplicities(found, entry):
   return times, fused
 
 
-def _called(rest):
-  """Name of the computation that an instruction calls, or None."""
-  match = re.search(r"(?:to_apply|calls)=%?([\w.\-]+)", rest)
-  return match and match[1]
+def _called(rest, key="to_apply|calls"):
+  """Name of the computation that an instruction calls (or uses as its body or condition), or ""."""
+  match = re.search(rf"\b(?:{key})=%?([\w.\-]+)", rest)
+  return match[1] if match else ""
 
 
 def _operands(rest):

@@ -17,6 +17,11 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 
+def _parts(mesh, axes):
+  """Parts into which mesh axes (one, several or None) split a dimension."""
+  return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
   """How one program lays activations over the mesh. Parameters lie the same in all programs.
@@ -51,8 +56,7 @@ class Layout:
 
   def parts(self, name):
     """Parts into which a dimension of this name is split."""
-    axes = self.axes[name] or ()
-    return math.prod(self.mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
+    return _parts(self.mesh, self.axes[name])
 
   def sharding(self, *names):
     return NamedSharding(self.mesh, self.spec(*names))
@@ -82,7 +86,7 @@ class Layout:
 
 @dataclasses.dataclass(frozen=True)
 class ArraySpec:
-  """An array that is not there yet: shape, dtype, and the names (of `Layout.axes`) of its leading dimensions."""
+  """Description of an array: shape, dtype, and the names (of `Layout.axes`) of its leading dimensions."""
 
   shape: tuple[int, ...]
   dtype: DTypeLike = jnp.float32
@@ -147,7 +151,7 @@ _gather.defvjp(_gather_forward, _gather_backward)
 
 def path_name(path):
   """'params/spatial_blocks/mlp/fc1/kernel' of a jax key path."""
-  return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+  return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 # A rule: regular expression searched in the path, mesh axes of the dimensions from the first, and perhaps the mesh axes to take
@@ -175,14 +179,10 @@ def spec_for(name, shape, mesh, rules):
   specs = next((specs for pattern, *specs in rules if re.search(pattern, name)), None)
   if specs is None:
     raise ValueError(f"no sharding rule matches the parameter {name!r} of shape {shape}; add one to the rules of its model")
-
-  def parts(axes):
-    return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
-
-  divides = all(shape[dim] % parts(axes) == 0 for dim, axes in enumerate(specs[0]))
+  divides = all(shape[dim] % _parts(mesh, axes) == 0 for dim, axes in enumerate(specs[0]))
   spec = specs[0] if divides else specs[-1]
   for dim, axes in enumerate(spec):
-    if shape[dim] % (size := parts(axes)):
+    if shape[dim] % (size := _parts(mesh, axes)):
       raise ValueError(
         f"parameter {name!r}: dimension {dim} of {shape} does not divide by the {size} devices of mesh axis {axes!r}; "
         f"choose sizes that divide {shape[dim]}"

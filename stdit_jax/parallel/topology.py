@@ -4,6 +4,7 @@ import dataclasses
 import importlib.metadata
 import math
 import re
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +146,7 @@ def topology_devices(name: str, slices: int = 1) -> list:
     hosts = max(1, chips // GPUS_PER_HOST)
     options = {"target_config": target_config(parse_topology(name)), "topology": f"1x{hosts}x{chips // hosts}"}
     return topologies.get_topology_desc(platform="cuda", **options).devices
-  options = {"chip_config_name": "megacore"} if parse_topology(name) == "v4" else {}
+  options: dict[str, Any] = {"chip_config_name": "megacore"} if parse_topology(name) == "v4" else {}
   if slices > 1:
     options["num_slices"] = slices
   try:

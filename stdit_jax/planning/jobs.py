@@ -51,7 +51,7 @@ class Compiler:
 
 
 def work(values: dict[str, Any], cache: str) -> dict[str, Any]:
-  """What the compiling process does: lowers the job, and compiles it if the cache has no program of the same text."""
+  """Lowers the job, and compiles it if the cache has no program of the same text. Runs in the compiling process."""
   job = Job(**values)
   lowered, facts = lower(job)
   path = pathlib.Path(cache) / f"program-{text_digest(lowered, job.topology)}.json"

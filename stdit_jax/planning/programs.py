@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import importlib.metadata
 import math
 import pathlib
 import re
@@ -9,7 +10,6 @@ import time
 from typing import Any
 
 import jax
-import jaxlib
 
 from data.buckets import Bucket
 from stdit_jax.models import flops
@@ -103,7 +103,7 @@ def lower(job: Job):
 
 def text_digest(lowered, topology: str) -> str:
   """sha256 of all that a result depends on: program text, topology, compiler, and the reader of its output (hlo.py)."""
-  versions = f"{topology} {jax.__version__} {jaxlib.__version__} {compiler_version(topology)}"
+  versions = f"{topology} {jax.__version__} {importlib.metadata.version('jaxlib')} {compiler_version(topology)}"
   reader = pathlib.Path(hlo.__file__).read_text()
   return hashlib.sha256(f"{versions}\n{reader}\n{lowered.as_text()}".encode()).hexdigest()[:32]
 
@@ -164,6 +164,6 @@ def roofline(result: dict[str, Any], topology: str, slice_gbits: float) -> dict[
     "links": wire * 8 / (chip.interconnect_gbits * 1e9),
     "slices": result["between_slices"] * 8 / (slice_gbits * 1e9),
   }
-  bound = max(seconds, key=seconds.get)
+  bound = max(seconds, key=lambda what: seconds[what])
   utilisation = result["model_flops"] / result["chips"] / (chip.tflops * 1e12) / seconds[bound]
   return seconds | {"bound": bound, "step": seconds[bound], "utilisation": utilisation}

@@ -14,6 +14,7 @@ from stdit_jax.interop.safetensors_io import (
   open_checkpoint,
   write_checkpoint,
 )
+from tests.object_store import BUCKET
 
 ARRAYS = {
   "a": np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -97,33 +98,43 @@ def test_shards_round_trip_with_their_index(tmp_path):
 
 
 HOSTILE = {
-  "only .* bytes": lambda p: p.write_bytes(b"abc"),
-  "header should have 9,000,000,000,000": lambda p: raw_file(p, {}, length=9 * 10**12),
+  "header too small.* may be damaged or cut short": lambda p: p.write_bytes(b"abc"),
+  "header too large": lambda p: raw_file(p, {}, length=9 * 10**12),
+  "invalid header length": lambda p: raw_file(p, {}, length=9000),
   "looks like a pickle or zip": lambda p: p.write_bytes(b"PK\x03\x04" + b"z" * 60),
-  "not valid JSON": lambda p: raw_file(p, b'{"a": '),
-  "must start with": lambda p: raw_file(p, b"[1, 2]"),
-  "not valid JSON ": lambda p: raw_file(p, b'{"a":' + b"[" * 100_000),
+  "invalid JSON": lambda p: raw_file(p, b'{"a": '),
+  "invalid type: sequence": lambda p: raw_file(p, b"[1, 2]"),
+  "recursion limit": lambda p: raw_file(p, b'{"a":' + b"[" * 100_000),
+  "invalid JSON ": lambda p: raw_file(
+    p, b'{"a": {"dtype":"U8","shape":[0],"data_offsets":[0,0],"b":%s}}' % (b"[" * 200 + b"]" * 200)
+  ),
+  "number out of range": lambda p: raw_file(
+    p, b'{"a": {"dtype":"U8","shape":[0],"data_offsets":[0,0],"b":%s}}' % (b"9" * 5000)
+  ),
   "utf-8": lambda p: raw_file(p, b'{"\xff": 1}'),
-  "more than once": lambda p: raw_file(p, b'{"a": {"dtype":"U8","shape":[0],"data_offsets":[0,0]}, "a": {}}'),
-  "exactly dtype, shape and data_offsets": lambda p: raw_file(p, {"a": {"dtype": "F32"}}),
-  "unknown dtype 'F33'": lambda p: raw_file(p, {"a": entry(0, 8, "F33")}, b"0" * 8),
-  "unknown dtype \\['F32'\\]": lambda p: raw_file(p, {"a": entry(0, 8, ["F32"])}, b"0" * 8),
-  "list of whole numbers": lambda p: raw_file(p, {"a": entry(0, 8, shape=[-2, -1])}, b"0" * 8),
-  "list of whole numbers ": lambda p: raw_file(p, {"a": entry(0, 8, shape=[True, 2])}, b"0" * 8),
-  "list of whole numbers  ": lambda p: raw_file(p, {"a": entry(0, 8, shape=[2.0])}, b"0" * 8),
-  "list of whole numbers   ": lambda p: raw_file(p, {"a": entry(0, 0, shape=[0, 2**62, 2**62])}),
-  "list of whole numbers    ": lambda p: raw_file(p, {"a": entry(0, 0, "F64", [0, 2**61])}),  # too big for NumPy
+  "more than once": lambda p: raw_file(p, b'{"a": %s, "a": %s}' % ((b'{"dtype":"U8","shape":[0],"data_offsets":[0,0]}',) * 2)),
+  "missing field `shape`": lambda p: raw_file(p, {"a": {"dtype": "F32"}}),
+  "unknown variant `F33`": lambda p: raw_file(p, {"a": entry(0, 8, "F33")}, b"0" * 8),
+  "unknown variant `.*x1b": lambda p: raw_file(p, {"a": entry(0, 8, "\x1b[2J\n")}, b"0" * 8),
+  "its dtype is C64; allowed: BOOL": lambda p: raw_file(p, {"a": entry(0, 8, "C64", [1])}, b"0" * 8),
+  "expected string or map": lambda p: raw_file(p, {"a": entry(0, 8, ["F32"])}, b"0" * 8),
+  "`-2`, expected usize": lambda p: raw_file(p, {"a": entry(0, 8, shape=[-2, -1])}, b"0" * 8),
+  "boolean `true`": lambda p: raw_file(p, {"a": entry(0, 8, shape=[True, 2])}, b"0" * 8),
+  "floating point `2.0`": lambda p: raw_file(p, {"a": entry(0, 8, shape=[2.0])}, b"0" * 8),
+  "at most 32 sides and 2\\^63 bytes": lambda p: raw_file(p, {"a": entry(0, 0, shape=[0, 2**62, 2**62])}),
+  "at most 32 sides and 2\\^63 bytes ": lambda p: raw_file(p, {"a": entry(0, 0, "F64", [0, 2**61])}),  # too big for NumPy
+  "at most 32 sides and 2\\^63 bytes  ": lambda p: raw_file(p, {"a": entry(0, 4, shape=[1] * 65)}, b"0" * 4),
   "can't be printed": lambda p: raw_file(p, {"a\x1b[2J": entry(0, 0)}),
-  "can't be printed ": lambda p: raw_file(p, b'{"\\ud800": {"dtype":"U8","shape":[0],"data_offsets":[0,0]}}'),
-  "start, stop": lambda p: raw_file(p, {"a": entry(0, 8) | {"data_offsets": [8, 0]}}, b"0" * 8),
-  "start, stop ": lambda p: raw_file(p, {"a": entry(0, 8) | {"data_offsets": [-8, 0]}}, b"0" * 8),
-  "cut short\\?": lambda p: raw_file(p, {"a": entry(0, 8)}, b"0" * 7),
-  "needs 12 bytes, the header gives 8": lambda p: raw_file(p, {"a": entry(0, 8, shape=[3])}, b"0" * 8),
-  "list of whole": lambda p: raw_file(p, {"a": entry(0, 8, shape=[2**40, 2**40, 0x7FFFFFFF])}, b"0" * 8),
-  "overlaps another": lambda p: raw_file(p, {"a": entry(0, 8), "b": entry(4, 12)}, b"0" * 12),
-  "leaves a hole": lambda p: raw_file(p, {"a": entry(0, 4), "b": entry(8, 12)}, b"0" * 12),
-  "belong to no tensor": lambda p: raw_file(p, {"a": entry(0, 4)}, b"0" * 12),
-  "__metadata__": lambda p: raw_file(p, {"__metadata__": {"a": 1}}),
+  "end of hex escape": lambda p: raw_file(p, b'{"\\ud800": {"dtype":"U8","shape":[0],"data_offsets":[0,0]}}'),
+  "invalid offset": lambda p: raw_file(p, {"a\n": entry(0, 8) | {"data_offsets": [8, 0]}}, b"0" * 8),
+  "`-8`, expected usize": lambda p: raw_file(p, {"a": entry(0, 8) | {"data_offsets": [-8, 0]}}, b"0" * 8),
+  "not fully covered.* cut short": lambda p: raw_file(p, {"a": entry(0, 8)}, b"0" * 7),
+  "invalid shape": lambda p: raw_file(p, {"a": entry(0, 8, shape=[3])}, b"0" * 8),
+  "overflow": lambda p: raw_file(p, {"a": entry(0, 8, shape=[2**40, 2**40, 0x7FFFFFFF])}, b"0" * 8),
+  "invalid offset for tensor `b`": lambda p: raw_file(p, {"a": entry(0, 8), "b": entry(4, 12)}, b"0" * 12),  # an overlap
+  "invalid offset for tensor `b` ": lambda p: raw_file(p, {"a": entry(0, 4), "b": entry(8, 12)}, b"0" * 12),  # a hole
+  "not fully covered": lambda p: raw_file(p, {"a": entry(0, 4)}, b"0" * 12),
+  "expected a string": lambda p: raw_file(p, {"__metadata__": {"a": 1}}),
 }
 
 
@@ -135,6 +146,17 @@ def test_hostile_files_get_one_clear_error(tmp_path, message):
     open_checkpoint(path)
   assert str(path) in str(error.value)
   assert "\n" not in str(error.value)
+
+
+def test_files_in_a_bucket_are_read_and_checked(tmp_path, store):
+  (path,) = write(tmp_path / "x.safetensors", metadata={"model": "m"})
+  store.write("weights/x.safetensors", path.read_bytes())
+  found = open_checkpoint(f"gs://{BUCKET}/weights")
+  assert found.metadata == {"model": "m"}
+  assert all(found.read(name).tobytes() == array.tobytes() for name, array in ARRAYS.items())
+  store.write("weights/x.safetensors", path.read_bytes()[:-1])
+  with pytest.raises(CheckpointError, match=r"x\.safetensors: not a valid safetensors file: .*not fully covered"):
+    open_checkpoint(f"gs://{BUCKET}/weights/x.safetensors")
 
 
 def test_every_cut_of_a_file_is_refused(tmp_path):
