@@ -1,4 +1,4 @@
-"""Denoisers for tests: by configuration alone, and over latents of one size."""
+"""Builds denoisers from a configuration alone, and calls them on latents of one size."""
 
 import jax.numpy as jnp
 
@@ -33,7 +33,7 @@ def init_shapes(config):
 
 
 def example_inputs(config, batch=1, frames=1, size=(2, 2)):
-  """(tokens, t, cond, sizes) of a call over latents of this size; every text token counts."""
+  """(tokens, t, cond, sizes) of a call on latents of this size. Every text token is valid."""
   tokens, t, cond, sizes = family_of(config).example(config, batch, frames)
   tokens = patchify(jnp.zeros((batch, frames, *size, config.in_channels)), config.patch_size)
   sizes["grid"] = jnp.tile(jnp.asarray(token_grid(config, (frames, *size)), jnp.int32), (batch, 1))
@@ -46,11 +46,11 @@ def drop_text(config, variables, cond, drop):
 
 
 def denoise_latents(model, variables, latents, t, text, text_mask=None, *, x_mask=None, drop=None, **sizes):
-  """The model over latents `[B, T, H, W, C]` of one size: pads to the patch as the original pads, crops the output.
+  """Calls the model on latents `[B, T, H, W, C]` of one size. Pads them to the patch as the original, and crops the output.
 
-  Numbers and masks with fewer rows than the batch are repeated, as the originals do for classifier-free guidance (rows of
-  the conditional and the null half share their text mask, so the null caption is cut to the prompt's length).
-  -> float32 `[B, T, H, W, out_channels]`
+  Repeats numbers and masks that have fewer rows than the batch, as the originals do for classifier-free guidance. The
+  conditional and the null half then share their text mask, so the null caption has the prompt's length.
+  Returns float32 `[B, T, H, W, out_channels]`.
   """
   config, batch, size = model.config, latents.shape[0], latents.shape[1:4]
 

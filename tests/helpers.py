@@ -1,4 +1,4 @@
-"""Reference values of the original PyTorch modules: loading, layouts, comparison."""
+"""Loads reference values of the original PyTorch modules, converts their layouts and compares them."""
 
 import json
 import os
@@ -14,11 +14,11 @@ from tests import denoisers
 
 REFERENCE = pathlib.Path(__file__).parent / "reference" / "open_sora"
 
-# Fields of the originals' constructors that our configurations don't have: fixed in all released models.
+# Fields of the originals' constructors that our configurations lack. All released models have the same value.
 _NOT_OURS = {"class_dropout_prob"}
 _CONFIGS = {"stdit1_tiny": denoisers.STDiT1Config, "stdit2_tiny": denoisers.STDiT2Config, "stdit3_tiny": denoisers.STDiT3Config}
 
-# For `jax.jit(compiler_options=...)`: the optimisation that users get, where the tests have less of it (tests/conftest.py).
+# For `jax.jit(compiler_options=...)`: the optimisation that users get. Other tests have less (tests/conftest.py).
 CPU = os.environ.get("JAX_PLATFORMS", "cpu") == "cpu"
 SHIPPED = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True} if CPU else {}
 
@@ -28,7 +28,7 @@ def load_json(name):
 
 
 def load_golden(name):
-  """-> (dict of NumPy arrays, metadata with JSON values parsed) of `<name>.safetensors`."""
+  """Returns (dict of NumPy arrays, metadata with parsed JSON values) of `<name>.safetensors`."""
   with safe_open(REFERENCE / f"{name}.safetensors", "numpy") as f:
     metadata = {}
     for key, value in (f.metadata() or {}).items():
@@ -40,14 +40,14 @@ def load_golden(name):
 
 
 def load_golden_model(name, **overrides):
-  """-> (model, variables) of `stdit1_tiny`, `stdit2_tiny` or `stdit3_tiny` with the reference weights."""
+  """Returns (model, variables) of `stdit1_tiny`, `stdit2_tiny` or `stdit3_tiny` with the reference weights."""
   from stdit_jax.interop import load_variables
 
   _, metadata = load_golden(name)
   arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in metadata["constructor"].items() if k not in _NOT_OURS}
   config = _CONFIGS[name](**{**arguments, **overrides})
   path = REFERENCE / f"{name}.safetensors"
-  # Without the norms of queries and keys their weights are left over: not an error here.
+  # A model without norms of queries and keys does not use their weights. That is no error here.
   strict = overrides.get("qk_norm", True)
   shapes, quiet = denoisers.init_shapes(config), lambda message: None
   variables = load_variables(path, "open-sora", shapes, config=config, strict=strict, log=quiet)
@@ -55,7 +55,7 @@ def load_golden_model(name, **overrides):
 
 
 def random_variables(config, seed=0):
-  """Variables of a denoiser with every parameter redrawn, so that none that starts at zero hides a mistake."""
+  """Variables of a denoiser with random values for all parameters. An initial zero could hide an error."""
   shapes = denoisers.init_shapes(config)
   rng = np.random.default_rng(seed)
   draw = lambda s: jnp.asarray(rng.standard_normal(s.shape, np.float32) * (0.2 if len(s.shape) < 3 else 0.1))  # noqa: E731
@@ -66,17 +66,17 @@ def random_variables(config, seed=0):
 
 
 def to_ours(x):
-  """NCTHW -> channels last."""
+  """NCTHW to channels last."""
   return jnp.moveaxis(jnp.asarray(x), 1, -1)
 
 
 def to_theirs(x):
-  """channels last -> NCTHW."""
+  """Channels last to NCTHW."""
   return np.moveaxis(np.asarray(x), -1, 1)
 
 
 def relative_error(a, b):
-  """max |a - b| / max |b|, the measure of the reference set's tolerances."""
+  """max |a - b| / max |b|. The tolerances of the reference values are relative errors."""
   a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
   assert a.shape == b.shape, f"{a.shape} != {b.shape}"
   return np.abs(a - b).max() / max(np.abs(b).max(), 1e-30)

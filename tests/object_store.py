@@ -1,6 +1,6 @@
-"""A stand-in for Google Cloud Storage in this process: the part of its JSON API that gcsfs, orbax and tensorstore use.
+"""A stand-in for Google Cloud Storage, with the part of its JSON API that gcsfs, orbax and tensorstore use.
 
-As there, an object appears when its upload ends and not before, writes may ask for a generation, listings come in pages.
+As in the real store, an object appears when its upload ends, a request may name a generation, and listings have pages.
 """
 
 import contextlib
@@ -12,12 +12,17 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
 BUCKET = "clips"
-PAGE = 50  # names; the real one gives up to 1000
+PAGE = 50  # names; the real store gives up to 1000
 
 
 class ObjectStore:
-  """Attributes: objects {name: (bytes, generation)}; requests: [(method, path)] so far; refuse: (method, path, query) ->
-  None, or the status with which the request is refused, or 0 to hang up in the middle of it."""
+  """A server on this machine.
+
+  Attributes:
+    objects: {name: (bytes, generation)}.
+    requests: [(method, path)] so far.
+    refuse: (method, path, query) -> None, or the status of a refusal, or 0 to hang up without an answer.
+  """
 
   def __init__(self):
     self.objects, self.requests, self.uploads, self.lock = {}, [], {}, threading.RLock()
@@ -32,8 +37,8 @@ class ObjectStore:
     self._server.server_close()
 
   def environment(self):
-    """Variables with which gcsfs and tensorstore talk to it."""
-    # The kind of a real bucket is asked for by gRPC, which is not here.
+    """Environment variables that point gcsfs and tensorstore to this store."""
+    # gcsfs asks for the kind of a real bucket by gRPC, which this store does not have.
     return {"STORAGE_EMULATOR_HOST": self.url, "TENSORSTORE_GCS_HTTP_URL": self.url,
             "TENSORSTORE_GOOGLE_AUTH_TOKEN_FOR_TESTING": "token", "GOOGLE_CLOUD_PROJECT": "project",
             "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}  # fmt: skip
@@ -51,7 +56,7 @@ class ObjectStore:
       self.objects[name] = content, self._generation
 
   def copy_in(self, folder, prefix):
-    """All files of a local folder."""
+    """Copies all files of a local folder into the store."""
     for path in folder.rglob("*"):
       if path.is_file():
         self.write(f"{prefix}/{path.relative_to(folder)}", path.read_bytes())
@@ -69,18 +74,18 @@ class ObjectStore:
             "timeCreated": "2026-01-01T00:00:00.000Z", "updated": "2026-01-01T00:00:00.000Z"}  # fmt: skip
 
   def allowed(self, name, query):
-    """Whether the generation is the one that a request asks for; 0 is that of an object which is not there."""
+    """Whether an object has the generation that a request names. A missing object has generation 0."""
     found = self.objects[name][1] if name in self.objects else 0
     return int(query.get("ifGenerationMatch", found)) == found != int(query.get("ifGenerationNotMatch", -1))
 
 
 class _Handler(BaseHTTPRequestHandler):
   protocol_version = "HTTP/1.1"
-  wbufsize = -1  # head and content in one packet: apart, each answer would wait for an acknowledgement
+  wbufsize = -1  # head and content in one packet; otherwise each answer waits for an acknowledgement
   store: ObjectStore
 
   def handle(self):
-    # Who asks may have what it wants before the end and hang up.
+    # A client may hang up before the end, when it has what it needs.
     with contextlib.suppress(ConnectionError):
       super().handle()
 
@@ -206,7 +211,7 @@ class _Handler(BaseHTTPRequestHandler):
     self._finish(name, query, content)
 
   def _parts(self, body):
-    """The two parts of a multipart upload: what it is, its bytes. gcsfs ends its lines with \\n alone."""
+    """The two parts of a multipart upload: its description and its bytes. gcsfs ends lines with \\n alone."""
     line = rb"--" + re.escape(re.search(r'boundary="?([^";]+)', self.headers["Content-Type"])[1].encode())
     part = line + rb"\r?\n.*?\n\r?\n"
     return re.fullmatch(rb"\s*" + part + rb"(.*?)\r?\n" + part + rb"(.*)\n" + line + rb"--\s*", body, re.DOTALL).groups()

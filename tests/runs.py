@@ -1,4 +1,4 @@
-"""A training run for tests: with its restart policy, its loop and its batches at hand."""
+"""A training run for tests, which start it, train it and make its batches."""
 
 from stdit_jax.training import run
 from stdit_jax.training.loop import train
@@ -6,7 +6,7 @@ from stdit_jax.training.restarts import Restarts
 
 
 class Run(run.Run):
-  """`run.Run` that starts and trains."""
+  """A `run.Run` with its restart policy and its loop."""
 
   def __init__(self, config):
     super().__init__(config)
@@ -26,7 +26,7 @@ class Run(run.Run):
     return self.restarts.skip
 
   def maker(self, stage=0):
-    """`LoadedStep -> arrays` of a stage, as the loop makes them."""
+    """The function `LoadedStep -> arrays` of a stage, as the loop has it."""
     parts = self.parts[stage]
     make = self.batch_maker(parts)
     return lambda loaded: make(loaded, parts.data.splits[loaded.bucket].layout)

@@ -1,4 +1,4 @@
-"""What the entry points share: configuration files with their changes, memory, errors."""
+"""Tests of what the entry points share: configuration files and their changes, memory, errors."""
 
 import subprocess
 import sys
@@ -29,7 +29,7 @@ print(statistics.median(pages))
 """
 
 
-def test_the_process_keeps_freed_memory():
+def test_a_process_reuses_freed_memory():
   """A program with a work space of 64 MB touches new pages in every execution, unless the process keeps freed memory."""
   pages = {}
   for mode in ("free", "keep"):
@@ -42,7 +42,7 @@ def test_the_process_keeps_freed_memory():
   assert pages["keep"] < 0.01 * pages["free"]
 
 
-def test_too_little_memory_is_one_line(capsys):
+def test_an_out_of_memory_error_is_one_line(capsys):
   """Other errors of JAX keep their traceback."""
   with pytest.raises(SystemExit) as exit, one_line_errors():
     raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.\nallocations: ...")
@@ -105,7 +105,7 @@ WRONG_CHANGES = [
 
 
 @pytest.mark.parametrize(("change", "words"), WRONG_CHANGES)
-def test_a_wrong_change_is_one_line(change, words):
+def test_an_error_in_a_change_is_one_line(change, words):
   with pytest.raises(ValueError, match=r".") as error:
     read_config("configs/base.py", [change])
   assert words in str(error.value)
@@ -125,7 +125,7 @@ WRONG_FILES = [
 
 
 @pytest.mark.parametrize(("text", "argument", "words"), WRONG_FILES, ids=lambda v: str(v)[:30])
-def test_a_wrong_configuration_file_is_one_line(tmp_path, text, argument, words):
+def test_an_error_in_a_configuration_file_is_one_line(tmp_path, text, argument, words):
   path = tmp_path / "config.py"
   if text is not None:
     path.write_text(text)
@@ -135,8 +135,8 @@ def test_a_wrong_configuration_file_is_one_line(tmp_path, text, argument, words)
   assert "\n" not in str(error.value)
 
 
-def test_two_configuration_files_do_not_replace_each_other(tmp_path):
-  """Each function sees the names of its own file."""
+def test_each_configuration_file_sees_its_own_names(tmp_path):
+  """Files are read in turn, and none stays in `sys.modules`."""
   before = set(sys.modules)
   for name in ("a", "b"):
     (tmp_path / f"{name}.py").write_text(

@@ -1,4 +1,4 @@
-"""Rules of the code base that a reader relies on: one place for the task, no name of a model outside, small functions."""
+"""Rules of the code base: one place asks for the task, only models/ and interop/ name a denoiser, functions are small."""
 
 import ast
 import pathlib
@@ -30,7 +30,7 @@ def test_one_place_asks_for_the_task():
   assert found == ["stdit_jax/training/objectives.py: return config.task"]
 
 
-def test_no_module_outside_models_and_interop_names_a_denoiser_of_ours():
+def test_only_models_and_interop_name_a_denoiser():
   outside = [path for path in OURS if path.relative_to(ROOT).parts[1] not in ("models", "interop")]
   named = {str(path.relative_to(ROOT)) for path in outside if re.search(r"\bstdit(?!_jax)\w*", path.read_text())}
   assert not named
@@ -51,7 +51,7 @@ def test_functions_take_few_parameters():
 
 @pytest.mark.parametrize("path", OURS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_calls_have_few_arguments(path):
-  """Except those that make a value of a class, whose arguments have names."""
+  """A call that constructs an object may have more, if all of them have names."""
   for node in ast.walk(ast.parse(path.read_text())):
     if isinstance(node, ast.Call) and not (
       ast.unparse(node.func).rpartition(".")[2].lstrip("_")[:1].isupper() and all(k.arg for k in node.keywords)
@@ -60,5 +60,5 @@ def test_calls_have_few_arguments(path):
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("stdit_jax/models/*.py")), ids=lambda path: path.name)
-def test_a_model_can_be_read_in_one_sitting(path):
+def test_model_files_are_short(path):
   assert len(path.read_text().splitlines()) <= 350

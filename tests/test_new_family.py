@@ -1,4 +1,7 @@
-"""New families, each one file under tests/new_families, do by the ordinary commands all that the families of the package do."""
+"""Families outside the package train, resume, sample, convert and plan, with the ordinary commands.
+
+Each family is one file under tests/new_families.
+"""
 
 import csv
 import importlib.util
@@ -37,7 +40,7 @@ def get_config():
   )
   return config
 """
-# (module and size, what the second stage changes, arguments of sample, shape of the sample's first frame)
+# What the second stage changes, and arguments of sample.
 CLIPS = {"data.buckets": (("64p", 1, 1.0, 2), ("64p", 4, 1.0, 2)), "model.fields": {"depth": 3}}
 FAMILIES = {
   "joint": (CLIPS, ("--prompt", "a clip of columns", "--num-frames", "3")),
@@ -47,7 +50,7 @@ FAMILIES = {
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request, assets, tmp_path_factory):
-  """(name, configuration file, run folder) of a family that was trained without interruption."""
+  """(name, configuration file, run folder) of a family. The run was not interrupted."""
   folder = tmp_path_factory.mktemp(request.param)
   table = assets / "table.csv"
   if request.param == "labelled":  # images with a label, and no text
@@ -68,7 +71,7 @@ def family(request, assets, tmp_path_factory):
 
 
 def weights_of(folder, item, place, *more):
-  """The weights of a run's newest checkpoint as `convert` writes them."""
+  """The file that `convert` writes from a run's newest checkpoint."""
   path = place / f"{item}.safetensors"
   done = run_module("stdit_jax.convert", "--input", folder, "--item", item, "--output", path, "--overwrite", *more)
   assert done.returncode == 0, done.stderr
@@ -99,8 +102,8 @@ def test_a_killed_run_resumes_bit_for_bit(family, tmp_path):
   assert len(losses[0]) == 20
 
 
-def test_it_samples_also_from_exported_weights(family, tmp_path, assets):
-  """The averaged weights of the run, and the same weights from a file that `convert` wrote: the same pixels."""
+def test_exported_weights_give_the_same_samples(family, tmp_path, assets):
+  """The averaged weights of the run and their export give the same pixels."""
   name, config, output = family
   _, arguments = FAMILIES[name]
   arguments = (*arguments, "--image-size", "48", "64", "--steps", "2", "--seed", "1", "--format", "frames")
@@ -120,7 +123,7 @@ def test_it_samples_also_from_exported_weights(family, tmp_path, assets):
     np.testing.assert_array_equal(ours, theirs)
 
 
-def test_a_wrong_prompt_or_task_is_one_line(family, tmp_path, assets):
+def test_an_error_in_prompt_or_task_is_one_line(family, tmp_path, assets):
   name, _, output = family
   model = ("--run", output, "--output", tmp_path, "--num-frames", "1", "--image-size", "48", "64", "--steps", "1")
   prompt, words = ("x", "takes the number of a class, 0 to 2") if name == "labelled" else ("x", "can't be given frames")
@@ -132,7 +135,7 @@ def test_a_wrong_prompt_or_task_is_one_line(family, tmp_path, assets):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu, the TPU's compiler")
-def test_it_is_planned_for_a_tpu(family, tmp_path):
+def test_plan_compiles_the_family_for_a_tpu(family, tmp_path):
   _, config, _ = family
   mesh = ("--config.mesh.data=2", "--config.mesh.fsdp=4")
   done = run_module(

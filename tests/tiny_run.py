@@ -1,4 +1,4 @@
-"""A run small enough to train in tests: real clips and images of three aspect ratios, tiny models, a config of them."""
+"""A run that tests can train: real clips and images of three aspect ratios, tiny models, and a configuration of them."""
 
 import os
 import pathlib
@@ -24,7 +24,7 @@ SIZES = ((144, 256), (256, 144), (192, 192))
 
 
 def make_assets(folder):
-  """Six clips of two seconds, six images, their tables, and safetensors of a tiny autoencoder and text encoder."""
+  """Makes six clips of two seconds, six images, their tables, and safetensors of a tiny autoencoder and text encoder."""
   rows = []
   for i in range(6):
     height, width = SIZES[i % 3]
@@ -61,7 +61,7 @@ def make_assets(folder):
 def tiny_config(assets, output, **changes):
   """The config of a run: STDiT-3 of width 48, byte-level T5 trained with it, images and clips of 4 frames, batches of 2.
 
-  Of 64p, whose frames are encoded in a ninth of the time of 144p's. `changes`: dotted keys, dots written as double underscores.
+  The resolution is 64p, whose frames take a ninth of the encoding time of 144p. `changes`: keys with two underscores for a dot.
   """
   config = base.get_config()
   config.output = str(output)
@@ -88,15 +88,14 @@ def tiny_config(assets, output, **changes):
 
 
 def environment(**more):
-  """For subprocesses: this folder's code, no PyTorch, the compilation cache of the tests, one CPU device unless said
-  otherwise."""
+  """The environment of subprocesses: this code, no PyTorch, the tests' compilation cache, by default one CPU device."""
   cache = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir or ""}
   path = os.pathsep.join(filter(None, [str(ROOT / "tests" / "without_torch"), str(ROOT), os.environ.get("PYTHONPATH")]))
   return {**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu", **cache, **more}
 
 
 def write_config(path, assets, output, **changes):
-  """A configuration file whose get_config() is `tiny_config` with these changes."""
+  """Writes a configuration file whose get_config() returns `tiny_config` with these changes."""
   path.write_text(
     "from tests.tiny_run import tiny_config\n\n\ndef get_config():\n"
     f"  return tiny_config({str(assets)!r}, {str(output)!r}, **{changes!r})\n"
@@ -105,13 +104,13 @@ def write_config(path, assets, output, **changes):
 
 
 def run_module(name, *arguments, **more):
-  """`python -m name arguments` -> CompletedProcess with text."""
+  """Runs `python -m name arguments`. Returns a CompletedProcess with text."""
   command = [sys.executable, "-m", name, *map(str, arguments)]
   return subprocess.run(command, cwd=ROOT, env=environment(**more), capture_output=True, text=True, timeout=300)
 
 
 def start_processes(config, folder, count=2, devices=4, module="stdit_jax.train", **more):
-  """`count` processes of one `module` on loopback, with so many CPU devices each; their output goes to `folder/<i>.log`."""
+  """Starts `count` connected processes of a module, with `devices` CPU devices each. Their logs are `folder/<i>.log`."""
   with socket.socket() as free:
     free.bind(("localhost", 0))
     port = free.getsockname()[1]
@@ -128,16 +127,16 @@ def start_processes(config, folder, count=2, devices=4, module="stdit_jax.train"
 
 
 def eight_config(assets, output, steps=2, **changes):
-  """Images in batches that eight devices share, for `steps` steps."""
+  """The config of a run of `steps` steps on images, in batches that eight devices share."""
   buckets = (("64p", 1, 1.0, 8),)
   settings = {"data__buckets": buckets, "data__drop_last": False, "stages": ({"name": "devices", "steps": steps},)}
-  # A tiny eps makes full steps of rounding noise where the gradient is zero: key biases of the cross attention.
+  # With a tiny eps, rounding noise of a zero gradient becomes a full step (key biases of the cross attention).
   settings["optimizer__eps"] = 1e-4
   return tiny_config(assets, output, **settings, **changes)
 
 
 def frozen_text(assets, where):
-  """Changes of a config: the text encoder's weights from a file, not trained."""
+  """Changes of a config: a frozen text encoder with weights from a file."""
   return {
     "text_encoder__where": where,
     "text_encoder__train": False,
@@ -146,8 +145,10 @@ def frozen_text(assets, where):
 
 
 def small_autoencoder():
-  """Changes of a config: the training that starts soonest, where it does not matter what trains. An autoencoder of pictures: no
-  text, nothing to encode, programs of a few layers."""
+  """Changes of a config: a small image autoencoder trains, without text and without precomputed latents.
+
+  No other training starts as soon, for tests to which the model does not matter.
+  """
   return {
     "task": "autoencoder",
     "autoencoder__weights": "",

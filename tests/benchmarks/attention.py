@@ -1,10 +1,10 @@
-"""The implementations of attention side by side on the device here: `python -m tests.benchmarks.attention`.
+"""Compares the implementations of attention on this machine's device: `python -m tests.benchmarks.attention`.
 
   python -m tests.benchmarks.attention --implementation cudnn einsum    # on a GPU
 
-Shapes are those of STDiT3-XL/2 (16 heads of 72) in bfloat16: space, time and text of a bucket. The table says, per shape and
-implementation, the median milliseconds of a forward pass and of forward and backward together, and the largest relative error,
-of values and the three gradients, against float32 by the formula. Implementations take turns.
+The shapes are those of STDiT3-XL/2 (16 heads of 72) in bfloat16: space, time and text of a bucket. For each shape and
+implementation the table has the median milliseconds of a forward pass, and of forward and backward together. It also has the
+largest relative error of the values and the three gradients, compared with the formula in float32. Implementations take turns.
 """
 
 import argparse
@@ -62,7 +62,7 @@ def main(argv=None):
       jnp.asarray(rng.standard_normal((batch, groups, n, HEADS, HEAD_DIM), np.float32), jnp.bfloat16)
       for n in (queries, keys, keys, queries)
     )
-    # As in a batch of several aspect ratios: some keys are padding.
+    # Some keys are padding, as in a batch of several aspect ratios.
     valid = rng.integers(-(-4 * keys // 5), keys + 1, (batch, 1))
     lengths = jnp.asarray(np.broadcast_to(valid, (batch, groups)))
     with jax.default_matmul_precision("highest"):

@@ -1,10 +1,10 @@
-"""Bucket assignment and the whole plan of millions of rows: seconds and peak memory.
+"""Measures time and peak memory of the bucket assignment and the whole plan of millions of rows.
 
   python -m tests.benchmarks.bucket_assignment [rows]
 
-The table is synthetic (sizes and lengths of common video collections), the buckets are stages 1 to 3 of Open-Sora 1.2.
-Required: 10 million rows in at most 20 s and 4 GB. Prints one line per bucket table, then what an epoch's plan takes
-(assignment, shuffle, steps, files) from a table that has been opened, and the opening of a Parquet file, which happens once.
+The table is synthetic, with sizes and lengths of common video collections. The buckets are stages 1 to 3 of Open-Sora 1.2.
+Required: 10 million rows in at most 20 s and 4 GB. The program prints one line per bucket table. The last line has the time of
+an epoch's plan (assignment, shuffle, steps, files), and of opening the Parquet file, which happens once.
 """
 
 import json
@@ -23,7 +23,7 @@ from data.config import DataConfig
 
 
 def table(rows, seed=0):
-  """num_frames, height, width int32 [rows]: a third images, clips of 8 to 1500 frames, common and odd sizes."""
+  """(num_frames, height, width), int32 [rows]. A third are images, the clips have 8 to 1500 frames and common or odd sizes."""
   rng = np.random.default_rng(seed)
   frames = np.where(rng.random(rows) < 1 / 3, 1, rng.integers(8, 1500, rows)).astype(np.int32)
   common = np.array([(240, 426), (360, 640), (480, 854), (720, 1280), (1080, 1920), (2160, 3840), (1920, 1080), (512, 512)])

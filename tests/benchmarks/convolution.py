@@ -1,7 +1,8 @@
-"""Convolution in time and space, whole or frame by frame, side by side here: `python -m tests.benchmarks.convolution`.
+"""Compares convolutions in time and space, whole and frame by frame: `python -m tests.benchmarks.convolution`.
 
-Shapes are those of the video autoencoders at small widths, in float32. The table says, per shape, the median milliseconds of
-both ways, forwards and with the two gradients, and how many times longer the first takes. They take turns.
+The shapes are those of the video autoencoders at small widths, in float32. For each shape the table has the median
+milliseconds of both ways, forward and with the two gradients, and the ratio of the whole convolution to the other one. The two
+take turns.
 """
 
 import argparse
@@ -37,7 +38,7 @@ def main(argv=None):
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--repeats", type=int, default=10)
   args = parser.parse_args(argv)
-  names = " | ".join(f"{way}, {what}" for what in ("forwards", "and gradients") for way in (*WAYS, "ratio"))
+  names = " | ".join(f"{way}, {what}" for what in ("forward", "with gradients") for way in (*WAYS, "ratio"))
   print(f"{jax.devices()[0].device_kind}\n| shape | {names} |\n{'|---' * 7}|")
   for name, (clip, features_in, features_out, stride, padding) in SHAPES.items():
     x = jax.random.normal(jax.random.key(0), (*clip, features_in))

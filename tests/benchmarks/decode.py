@@ -1,9 +1,10 @@
-"""Decoding speed: 51-frame 240p clips out of a film, one seek each, `area` resize and crop, in worker processes.
+"""Measures decoding: 51-frame 240p clips from a film, with one seek, `area` resize and crop each, in worker processes.
 
   python tests/benchmarks/decode.py FILM.mp4 [clips] [workers]
 
-Required (issue 2): at least 300 frames per second with two workers on the 720p film Big Buck Bunny. The workers start before
-the clock does; clip positions are random, of a fixed seed. Also prints what one process does in each resize mode.
+Required (issue 2): at least 300 frames per second with two workers on the 720p film Big Buck Bunny. The measurement begins
+after the start of the workers. Clip positions are random, with a fixed seed. The program also measures one process in each
+resize mode.
 """
 
 import multiprocessing
@@ -20,7 +21,7 @@ FRAMES, SIZE = 51, (240, 426)
 
 
 def read(job):
-  """-> (frames, seconds of processor time)."""
+  """Returns (frames, seconds of processor time)."""
   path, begin, resize = job
   start = time.process_time()
   return len(video.read_clip(path, begin, FRAMES, size=SIZE, resize=resize)), time.process_time() - start
@@ -37,7 +38,7 @@ def main(film, clips=60, workers=2):
   print(f"{'':24}{'frames/s':>10}{'clips/s':>9}{'per cpu second':>16}")
   context = multiprocessing.get_context("spawn")
   with context.Pool(workers) as pool:
-    pool.map(read, jobs[:workers] * 2, chunksize=1)  # imports, the film's index
+    pool.map(read, jobs[:workers] * 2, chunksize=1)  # for the imports and the film's index
     start = time.perf_counter()
     results = list(pool.imap_unordered(read, jobs))
     seconds = time.perf_counter() - start

@@ -1,10 +1,10 @@
-"""What a decoder of videos needs on a chip of a TPU, compiled by its compiler without having one; computed, not measured.
+"""Computes the memory of a video decoder on a TPU chip, by the TPU's compiler. It needs no TPU and measures nothing.
 
   python -m tests.benchmarks.decoder_memory --topology v5e:2x4
   python -m tests.benchmarks.decoder_memory --name cogvideox-5b --size 480 720 --frames 49 --devices 1
 
-Beside its weights and those of a denoiser that stay (--beside), with as many frames at a time (from --micro-batch down) and the
-tiles that `sample` would choose for the rest.
+The memory includes the decoder's weights and those of a denoiser (--beside). The program chooses the frames at a time (from
+--micro-batch down) and the tiles as `sample` does.
 """
 
 import argparse
@@ -30,7 +30,9 @@ def main():
   parser.add_argument("--frames", type=int, default=408)
   parser.add_argument("--micro-batch", type=int, default=4)
   parser.add_argument("--devices", type=int, nargs="+", default=(1, 8))
-  parser.add_argument("--beside", type=float, default=4.3, metavar="GIB", help="(default: STDiT3-XL/2 in float32)")
+  parser.add_argument(
+    "--beside", type=float, default=4.3, metavar="GIB", help="of the denoiser (default: STDiT3-XL/2 in float32)"
+  )
   args = parser.parse_args()
 
   module = registry.find(args.name)

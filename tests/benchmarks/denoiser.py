@@ -1,14 +1,16 @@
-"""STDiT-3 in JAX against its nearest PyTorch peer of the same size, in one run: `python -m tests.benchmarks.denoiser`.
+"""Compares STDiT-3 in JAX with a similar PyTorch model of the same size: `python -m tests.benchmarks.denoiser`.
 
-Both: float32, width 1152, 16 heads, 4 spatial + 4 temporal blocks, 5 frames of 9 x 16 tokens, 300 text tokens, one video, two
-threads. All tokens count, neither gets masks. The peer is `LatteTransformer3DModel` of diffusers; it has no cross attention in
-its temporal blocks, but projects the caption to keys and values once per frame. Both counts of matrix-product FLOPs are by
-formula, of the work as each model is written, so that the figure of merit is seconds per counted FLOP. A sampling step is
-Euler's with guidance, both branches as one batch; its count is two forward passes. A training step is loss, gradients and
-AdamW; its count is three. Repetitions of all programs are interleaved and medians are reported, so that load on the machine
-hits both alike; the ratio of CPU seconds (over all threads) beside that of wall-clock seconds tells whether it did. Beside them
-one matrix product of the MLP alone, by XLA and by PyTorch: the ratio that is left when nothing but products remains. Freed
-memory is kept for both, as `train` and `sample` do (`stdit_jax.cli.keep_freed_memory`).
+The PyTorch model is `LatteTransformer3DModel` of diffusers. Its temporal blocks have no cross attention, but it projects the
+caption to keys and values once per frame. Both models have float32, width 1152, 16 heads, 4 spatial and 4 temporal blocks, 5
+frames of 9 x 16 tokens, 300 text tokens, one video, two threads, and no masks.
+
+The table compares seconds per FLOP of the matrix products, which a formula counts for each model as it is written. A sampling
+step is an Euler step with guidance, whose two branches are one batch: it counts as two forward passes. A training step is
+loss, gradients and AdamW: it counts as three. The last rows time one matrix product of the MLP, by XLA and by PyTorch.
+
+The repetitions of all programs are interleaved, and the table has medians, so that load on the machine affects both models. If
+it did not, the ratio of CPU seconds (of all threads) differs from the ratio of wall-clock seconds. Both models reuse freed
+memory, as `train` and `sample` do (`stdit_jax.cli.keep_freed_memory`).
 """
 
 import argparse
@@ -59,7 +61,7 @@ def our_config(**fields):
 
 
 def our_programs(rng, remat, scan):
-  """-> forward, sampling step, training step: functions without arguments that end when the device is done."""
+  """Returns (forward, sampling step, training step): functions without arguments, which return when the device is done."""
   config = our_config(remat=remat, scan=scan)
   model = FAMILY.build(config, None)
   variables = jax.jit(FAMILY.init, static_argnums=0)(config, jax.random.key(0))
@@ -110,7 +112,7 @@ def our_programs(rng, remat, scan):
 
 
 def latte_programs(rng):
-  """The same of PyTorch; AdamW is its fused implementation, the fastest it has."""
+  """`our_programs` in PyTorch, with its fastest AdamW, the fused one."""
   torch.manual_seed(0)
   model = LatteTransformer3DModel(
     num_attention_heads=HEADS, attention_head_dim=WIDTH // HEADS, in_channels=CHANNELS, out_channels=2 * CHANNELS,
@@ -174,8 +176,8 @@ def measure(programs, repeats):
 def main():
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--repeats", type=int, default=9)
-  parser.add_argument("--remat", default="none", choices=tuple(REMAT_POLICIES), help="what our backward pass keeps")
-  parser.add_argument("--scan", action="store_true", help="our blocks as one loop, as pods need it, instead of unrolled")
+  parser.add_argument("--remat", default="none", choices=tuple(REMAT_POLICIES), help="what our backward pass stores")
+  parser.add_argument("--scan", action="store_true", help="loop over our blocks, as on pods, instead of unrolling them")
   arguments = parser.parse_args()
   torch.set_num_threads(2)
   keep_freed_memory()
@@ -186,7 +188,7 @@ def main():
   }
   counts["one product"] = (8 * TOKENS * WIDTH**2,) * 2
   programs = [*zip(our_programs(rng, arguments.remat, arguments.scan), latte_programs(rng)), *zip(*product_programs(rng))]
-  # Interleaved by what is timed, so that the two sides of each ratio run next to each other.
+  # In this order the two programs of each ratio run one after the other.
   programs = {(what, who): f for what, pair in zip(counts, programs) for who, f in zip(("ours", "PyTorch"), pair)}
   seconds = measure(programs, arguments.repeats)
   print(f"{'':14} {'':8} {'GFLOP':>8} {'seconds':>9} {'CPU s':>7} {'GFLOP/s':>8}  seconds per FLOP, ours / PyTorch")

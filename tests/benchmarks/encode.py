@@ -1,9 +1,9 @@
-"""How fast `stdit_jax.encode` writes latents, against the encoder alone.
+"""Compares the speed of `stdit_jax.encode` with that of the encoder alone.
 
   python -m tests.benchmarks.encode [--autoencoder sd-kl-f8] [--clips 24] [--workers 1]
 
-The encoder alone gets the same clips, decoded before. On a CPU the decoding takes its time from the encoder's cores, too: the
-column `data` says how much CPU time the workers had.
+The encoder alone gets the same clips, already decoded. On a CPU, decoding and encoding share the cores. The column `data` has
+the CPU time of the workers.
 """
 
 import argparse

@@ -34,7 +34,7 @@ def config_of(layers):
 
 
 def write(folder, layers):
-  """Writes the file; every tensor repeats one block of random numbers."""
+  """Writes the file. Every tensor repeats one block of random numbers."""
   spec = foreign_spec("t5", t5.init_shapes(config_of(layers)))
   block = (np.random.default_rng(0).standard_normal(1 << 20, np.float32) * 0.02).astype(jnp.bfloat16)
   tensors = ((name, np.resize(block, shape)) for name, shape in spec.items())
@@ -51,7 +51,7 @@ def peak():
 
 
 def load(path, layers):
-  """Loads the file, prints the measurements; returns whether the memory stays below the limit."""
+  """Loads the file and prints the measurements. Returns whether the memory stays below the limit."""
   shapes = t5.init_shapes(config_of(layers))
   jnp.zeros(()).block_until_ready()
   before = int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()  # resident now
@@ -71,7 +71,7 @@ def load(path, layers):
 def main():
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--layers", type=int, default=24, help="fewer for machines with less memory")
-  parser.add_argument("--folder", default=tempfile.gettempdir(), help="for the file, which is removed at the end")
+  parser.add_argument("--folder", default=tempfile.gettempdir(), help="folder for the file, which is deleted at the end")
   parser.add_argument("--keep", action="store_true", help="keep the file")
   parser.add_argument("--load", help=argparse.SUPPRESS)  # the child process
   args = parser.parse_args()

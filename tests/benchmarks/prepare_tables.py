@@ -1,4 +1,4 @@
-"""What filtering and the bucket preview of ten million rows cost: a table of seconds and of the largest resident memory.
+"""Measures time and the largest resident memory of filtering, exporting and previewing the buckets of ten million rows.
 
 python tests/benchmarks/prepare_tables.py [--rows 10_000_000] [--shards 100] [--folder /tmp/tables]
 """
@@ -15,7 +15,7 @@ import polars as pl
 
 
 def make(folder, rows, shards):
-  """Ten columns as a pipeline has them, 150 characters of caption."""
+  """Writes shards with the columns of a pipeline, and captions of 150 characters."""
   for i in range(shards):
     target = folder / f"part-{i:05}.parquet"
     if target.exists():

@@ -1,15 +1,15 @@
-"""Sampling of the model of moving shapes: what second order and step caches give, and what the loop costs.
+"""Measures sampling with the model of moving shapes: second order, step caches, and the cost of the loop.
 
   python -m tests.benchmarks.sampling --run runs/shapes
 
-Three tables, of the same prompts, noise and guidance:
+It prints three results, with the same prompts, noise and guidance:
 
+loop      seconds per step as `sample` runs it, with one call of a program and a line of progress per step, and in one program
+          that holds the whole loop
+caches    seconds per step (median of interleaved repetitions), and PSNR and SSIM of the videos to those without a cache
 order     root mean square distance of the latents to those of 1,000 Euler steps, by sampler and evaluations
-caches    seconds of a step (median of interleaved repetitions), and PSNR and SSIM of the videos to those without a cache
-loop      seconds of a step as `sample` runs it, one call of a program and a line of progress each, and in one program that
-          holds the whole loop
 
-Every time is of this machine, as loaded as it is: the ratios count.
+The times depend on this machine and its load. Compare only their ratios.
 """
 
 import dataclasses
@@ -37,12 +37,12 @@ EVALUATIONS = (8, 10, 12, 14, 16, 20, 30)
 class Settings(loading.PipelineSettings):
   """The flags of one call."""
 
-  count: int = flag("videos, made together (default: %(default)s)", 8)
+  count: int = flag("videos in the batch (default: %(default)s)", 8)
   repeats: int = flag("repetitions of each measurement (default: %(default)s)", 5)
 
 
 def load(settings, **changes):
-  """The pipeline of the command line, with some settings changed."""
+  """The pipeline of the command line with some other settings."""
   settings = dataclasses.replace(settings, **changes)
   return loading.load_pipeline(settings, *loading.read_model(settings))
 
@@ -86,7 +86,7 @@ def print_loop(settings, requests, steps, scale):
   step = pipeline._step
 
   def record(variables, state, *args, **static):
-    kept = state if calls else jax.tree.map(jnp.copy, state)  # the first one's: its memory is used again
+    kept = state if calls else jax.tree.map(jnp.copy, state)  # a copy of the first state, whose memory the program reuses
     calls.append(((variables, kept, *args), static))
     return step(variables, state, *args, **static)
 

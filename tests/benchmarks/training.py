@@ -1,10 +1,13 @@
-"""How fast the accelerators here train: `python -m tests.benchmarks.training --config C --stage S --bucket R:F:BATCH`.
+"""Measures the training speed of this machine: `python -m tests.benchmarks.training --config C --stage S --bucket R:F:BATCH`.
 
-Runs the very gradient and update programs that `train` runs, on random values in clips of 9:16: no data, no encoders. The table
-says, per bucket and implementation of attention, the medians of the seconds of both programs, tokens a second of the two
-together, model TFLOP/s of the gradient program as `train` counts them, their share of the published peak, and GiB: what the
-compiler counts for the gradient program, its arguments included, and the most that the process has held so far, where the
-device tells. Implementations take turns, so that whatever else the machine does hits all alike.
+It runs the gradient and update programs of `train` on random values in clips of 9:16, without data and encoders. Each row of
+the table is a bucket with an implementation of attention. Implementations take turns, so that load on the machine affects all.
+
+  gradient s, update s   median seconds of the two programs
+  tokens/s               of both programs together
+  TFLOP/s, of peak       of the model in the gradient program, as `train` counts them, and their share of the published peak
+  GiB counted            memory of the gradient program with its arguments, as the compiler counts it
+  held                   GiB, the most that the process has held so far, if the device reports it
 
   python -m tests.benchmarks.training --config configs/open_sora_1_2.py:stage1 --stage stage1 --bucket 480p:51:2 \\
     --attention cudnn einsum --config.mesh.fsdp=1
@@ -35,7 +38,7 @@ from stdit_jax.training.step import Programs, TraceCounter
 
 
 def random_batch(parts, bucket, specs, layout):
-  """A batch of clips of 9:16, all of whose words count."""
+  """A batch of clips of 9:16. All text tokens are valid."""
   resolution, frames, rows = bucket
   autoencoder = parts.autoencoder.config
   height, width = aspect_ratios.size(resolution, "9:16")
@@ -66,7 +69,7 @@ def seconds_of(function, *args):
 
 
 def measure(stage, mesh, bucket, repeats, compiled):
-  """One row of the table, as {column: value}. `compiled`: programs of earlier rounds, kept."""
+  """One row of the table, as {column: value}. `compiled`: programs of earlier rounds."""
   config, objective = stage.config, make_objective(stage.config)
   resolution, frames, rows = bucket
   split = choose_splits(stage, [Bucket(resolution, frames, 1.0, rows)], mesh, objective)[resolution, frames]

@@ -19,7 +19,7 @@ def record(**entry):
   with open(folder / "calls", "a") as file:
     file.write(json.dumps(entry) + chr(10))
 def take(name, default=None):
-  "The next of a list of scripted answers; the last one stays."
+  "The next scripted answer. The last answer repeats."
   path = folder / name
   answers = json.loads(path.read_text()) if path.exists() else [default]
   if len(answers) > 1:
@@ -32,7 +32,7 @@ PROGRAM = """
 record(argv=[pathlib.Path(sys.argv[0]).name, *sys.argv[1:]], stdin="" if sys.stdin.isatty() else sys.stdin.read(100_000))
 """
 
-# Google Cloud with scripted states and scripted answers of its workers.
+# A stand-in for gcloud with scripted states of the machine and scripted answers of its workers.
 GCLOUD = """
 words = sys.argv[1:]
 record(argv=words)
@@ -55,7 +55,7 @@ elif verb == "ssh" and "worker.sh status" in words[-1]:
 
 
 class StandIns:
-  """A folder of programs for the front of PATH, and the calls that they recorded."""
+  """A folder of programs that comes first in PATH, and the calls that these programs record."""
 
   def __init__(self, folder):
     self.folder = folder
@@ -86,9 +86,9 @@ class StandIns:
     return result
 
   def start(self, script, *arguments, **options):
-    """Starts launch/SCRIPT as the leader of a process group, which `close` ends in any case."""
+    """Starts launch/SCRIPT as the leader of a process group. `close` kills the group."""
     command = ["bash", str(ROOT / "launch" / script), *arguments]
-    # A program in the background of a shell ignores ^C, and bash can't trap a signal that is ignored from its start on.
+    # A background program of a shell ignores ^C. Bash can't trap a signal that it ignored when it started.
     old = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
       self.started.append(subprocess.Popen(command, env=self.environment, start_new_session=True, text=True, **options))
@@ -111,5 +111,5 @@ class StandIns:
 def wait_for(condition, seconds=10):
   end = time.monotonic() + seconds
   while not condition():
-    assert time.monotonic() < end, "waited in vain"
+    assert time.monotonic() < end, f"the condition did not hold within {seconds} s"
     time.sleep(0.02)

@@ -1,4 +1,4 @@
-"""gke/submit.sh against stand-ins for kubectl and docker: the commands, and the manifest as Kubernetes reads it."""
+"""Tests of gke/submit.sh with stand-ins for kubectl and docker: its commands, and its manifest as Kubernetes reads it."""
 
 import io
 import re
@@ -46,7 +46,7 @@ def test_apply_submits_the_manifest(kubectl):
     (["--topology", "v5e:1x1"], "tpu-v5-lite-podslice", 1, 1),
   ],
 )
-def test_the_topology_gives_hosts_and_chips(stand_ins, options, accelerator, hosts, chips):
+def test_the_topology_sets_hosts_and_chips(stand_ins, options, accelerator, hosts, chips):
   replicated, job, pod = parts(manifest(stand_ins, *JOB[:4], *options, "--slices", "2", *TRAIN))
   assert replicated["replicas"] == 2
   assert job["parallelism"] == job["completions"] == hosts

@@ -1,4 +1,4 @@
-"""Processes find each other: gpu.sh sets environment variables, and `connect_processes` reads them."""
+"""Tests of how processes find each other: gpu.sh sets environment variables, and `connect_processes` reads them."""
 
 import socket
 import subprocess
@@ -74,10 +74,10 @@ def test_wrong_environment_variables_are_refused(monkeypatch, values, message):
 def test_without_variables_a_process_runs_alone(monkeypatch):
   for name in VARIABLES:
     monkeypatch.delenv(name, raising=False)
-  connect_processes()  # raises once devices are in use if it tried to connect
+  connect_processes()  # if it connected, it would raise, since devices are in use
 
 
-def test_a_missing_cluster_is_an_error_that_names_the_variables(stand_ins):
+def test_the_error_without_a_cluster_names_the_variables(stand_ins):
   program = "from stdit_jax.cli import *\nwith one_line_errors(): connect_processes()"
   environment = {**stand_ins.environment, "STDIT_JAX_DISTRIBUTED": "1", "JAX_PLATFORMS": "cpu"}
   result = subprocess.run(

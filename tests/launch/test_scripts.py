@@ -1,4 +1,4 @@
-"""All launch scripts: shellcheck, --help, --dry-run, errors of one line."""
+"""Tests of all launch scripts: shellcheck, --help, --dry-run, and errors of one line."""
 
 import os
 import re
@@ -95,7 +95,7 @@ def test_errors_are_one_line(stand_ins, script, arguments, message):
     *[("gke/submit.sh", [verb, *JOB]) for verb in ("status", "logs", "delete")],
   ],
 )
-def test_dry_run_prints_shell_and_runs_nothing(stand_ins, script, arguments):
+def test_dry_run_prints_shell_commands_and_runs_none(stand_ins, script, arguments):
   for name in ("gcloud", "kubectl", "docker", "git", "tar"):
     stand_ins.program(name, PROGRAM)
   separator = arguments.index("--") if "--" in arguments else len(arguments)
@@ -105,8 +105,8 @@ def test_dry_run_prints_shell_and_runs_nothing(stand_ins, script, arguments):
   subprocess.run(["bash", "-n"], input=text, text=True, check=True)
 
 
-def test_a_dry_run_prints_what_a_run_does(stand_ins):
-  """The printed line, pasted into a shell, calls gcloud with the same words."""
+def test_a_dry_run_prints_the_commands_of_a_run(stand_ins):
+  """A shell that runs the printed line calls gcloud with the same words."""
   stand_ins.program("gcloud", PROGRAM)
   odd = ["--config.sample.prompts=('it''s \"a\" $HOME; `ls`',)", "--config.output=gs://b/a  b\nc", "--config.init="]
   options, train = ["run", *POD, "--env", "A=x 'y'"], ["--", "--config", "configs/film.py", *odd]
@@ -122,8 +122,8 @@ def test_a_dry_run_prints_what_a_run_does(stand_ins):
   assert "'A=x '\\''y'\\'''" in remote
 
 
-def test_batches_of_the_readme_divide_by_the_chips_of_its_pods():
-  """`choose_layouts` raises an error otherwise."""
+def test_the_batches_in_the_readme_divide_by_the_chips_of_its_pods():
+  """`choose_splits` raises an error if a batch does not divide."""
   import jax
 
   from configs import film

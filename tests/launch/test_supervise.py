@@ -1,4 +1,4 @@
-"""The supervisor, around a real program that ends with scripted exit codes."""
+"""Tests of the supervisor, with a real program that ends with scripted exit codes."""
 
 import signal
 import subprocess
@@ -15,7 +15,7 @@ if code < 0:
 sys.exit(code)
 """
 
-# Saves when it is told to end, as training does: once, however often it is told.
+# Saves after SIGTERM as a training does: once, however many signals it gets.
 WAITING = """
 import signal, time
 def save(*_):
@@ -32,14 +32,14 @@ time.sleep(30)
   ("codes", "starts", "code"),
   [
     ([75, 75, 0], 3, 0),  # saved and restarted twice, then finished
-    ([2], 1, 2),  # a user's mistake
+    ([2], 1, 2),  # an error of the user
     ([1], 1, 1),  # a crash of Python
     ([75, 2], 2, 2),
-    ([-signal.SIGKILL, -signal.SIGABRT, 0], 3, 0),  # out of memory; JAX's runtime has lost a peer
-    ([75], 10, 75),  # gives up on one that never gets anywhere
+    ([-signal.SIGKILL, -signal.SIGABRT, 0], 3, 0),  # out of memory; JAX's runtime lost another process
+    ([75], 10, 75),  # gives up after ten starts without progress
   ],
 )
-def test_the_exit_code_decides_about_a_new_start(stand_ins, codes, starts, code):
+def test_the_exit_code_decides_about_a_restart(stand_ins, codes, starts, code):
   program = stand_ins.program("train", PROGRAM)
   stand_ins.script(codes=codes)
   stand_ins.environment["STDIT_JAX_RESTART_WAIT"] = "0"
@@ -54,7 +54,7 @@ def test_a_signal_lets_the_program_save_and_ends_the_supervision(stand_ins, how)
   wait_for(lambda: stand_ins.calls)
   supervisor.send_signal(how)
   assert supervisor.wait(10) == 143
-  assert stand_ins.calls == [{"started": True}, {"saved": True}]  # over before the supervisor, and not started again
+  assert stand_ins.calls == [{"started": True}, {"saved": True}]  # one start, which ends before the supervisor
 
 
 def test_a_signal_between_two_starts_ends_the_supervision(stand_ins):

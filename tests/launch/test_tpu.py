@@ -1,4 +1,4 @@
-"""tpu_vm.sh and tpu_multislice.sh call a stand-in for gcloud with the right commands in the right order."""
+"""Tests that tpu_vm.sh and tpu_multislice.sh call a stand-in for gcloud with the right commands, in the right order."""
 
 import re
 import shutil
@@ -16,13 +16,13 @@ TRAIN = ["--poll", "0", "--", "--config", "configs/film.py", "--config.output=gs
 @pytest.fixture
 def gcloud(stand_ins):
   stand_ins.program("gcloud", GCLOUD)
-  # Packing the project takes longer than all other work; two tests do it.
+  # Packing the project takes longer than all other work, so only two tests do it.
   stand_ins.program("tar", "record(packed=bool(sys.stdin.read()))")
   return stand_ins
 
 
 def deeds(stand_ins):
-  """The commands that gcloud got, one word each, without queries."""
+  """The commands that gcloud got, without queries, as one word each."""
   words = []
   for argv in [call["argv"] for call in stand_ins.calls if "argv" in call]:
     verb = next(word for word in argv if word in VERBS)
@@ -168,20 +168,20 @@ def test_watch_recreates_all_slices_after_one_is_lost(gcloud):
   assert [bool(re.search(pattern, name)) for name in names] == [True, True, False, False, False]
 
 
-def test_watch_ends_when_nothing_can_be_created(gcloud):
+def test_watch_ends_if_the_machine_cannot_be_created(gcloud):
   gcloud.script(states=["ABSENT"], create=[1])
   gcloud.run("tpu_vm.sh", "watch", *POD, *TRAIN, code=2)
   assert deeds(gcloud) == ["create", "create"]
 
 
-def test_watch_deletes_when_asked(gcloud):
+def test_watch_deletes_the_machine_with_delete_when_finished(gcloud):
   gcloud.script(states=["READY"], workers=[["finished"]])
   gcloud.run("tpu_vm.sh", "watch", *POD, "--delete-when-finished", *TRAIN)
   assert gcloud.calls[-1]["argv"] == ["compute", "tpus", "tpu-vm", "delete", "film", "--zone=z", "--quiet"]
 
 
-# Google Cloud with two workers, which are folders. Commands over ssh run there, with the real worker.sh. Deleting the machine
-# kills its processes.
+# A stand-in for gcloud with two workers, which are folders. Commands over ssh run there, with the real worker.sh. Deleting the
+# machine kills its processes.
 MACHINE = """
 import glob, shutil, signal, subprocess
 words = sys.argv[1:]
@@ -242,8 +242,8 @@ elif sys.argv[1] != "-c":
 
 
 @pytest.mark.skipif(not shutil.which("setsid") or not shutil.which("flock"), reason="workers are Linux machines")
-def test_watch_trains_to_the_end_through_a_preemption(stand_ins):
-  """Real scripts on both sides; only gcloud and the Python of the workers are stand-ins."""
+def test_watch_finishes_the_training_after_a_preemption(stand_ins):
+  """All scripts are real. Only gcloud and the Python of the workers are stand-ins."""
   stand_ins.program("gcloud", MACHINE)
   stand_ins.environment |= {"PYTHON": str(stand_ins.program("python", PYTHON)), "STDIT_JAX_RESTART_WAIT": "0"}
   stand_ins.script(training0=[75, "preempted", 0], training1=[75, "preempted", 75, 0])
@@ -261,7 +261,7 @@ def test_watch_trains_to_the_end_through_a_preemption(stand_ins):
 
 
 @pytest.mark.skipif(not shutil.which("setsid") or not shutil.which("flock"), reason="workers are Linux machines")
-def test_worker_starts_once_and_stops(stand_ins):
+def test_a_worker_starts_one_training_and_stops_it(stand_ins):
   home = stand_ins.folder / "home"
   stand_ins.environment["STDIT_JAX_HOME"] = str(home)
   (home / "venv" / "bin").mkdir(parents=True)
@@ -288,7 +288,7 @@ def test_worker_starts_once_and_stops(stand_ins):
 
 
 @pytest.mark.skipif(not shutil.which("flock"), reason="workers are Linux machines")
-def test_worker_reports_a_failure(stand_ins):
+def test_a_worker_reports_a_failed_training(stand_ins):
   home = stand_ins.folder / "home"
   stand_ins.environment["STDIT_JAX_HOME"] = str(home)
   (home / "venv" / "bin").mkdir(parents=True)
@@ -298,7 +298,7 @@ def test_worker_reports_a_failure(stand_ins):
 
 
 def test_copy_packs_the_files_that_git_would_track(stand_ins):
-  """Tracked files and new ones, not ignored ones."""
+  """Copies tracked and new files, but no ignored ones."""
   stand_ins.program(
     "gcloud", "import shutil; shutil.copy(sys.argv[5], folder) if 'scp' in sys.argv else record(argv=sys.argv[1:])"
   )

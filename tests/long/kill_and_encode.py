@@ -1,8 +1,8 @@
-"""Kills `python -m stdit_jax.encode` with SIGKILL at random moments and starts it again: nothing lost, nothing twice.
+"""Kills `python -m stdit_jax.encode` with SIGKILL at random moments and restarts it. No record may be lost or written twice.
 
   python -m tests.long.kill_and_encode [--moments 10] [--seed 0] [--folder DIR]
 
-A few minutes on two cores; exit code 0 when all shards hold the records of a command that was left alone, in the same order.
+It takes a few minutes on two cores. Exit code 0: all shards hold the records of an uninterrupted command, in the same order.
 """
 
 import subprocess
@@ -25,7 +25,7 @@ def shards(folder):
 
 
 def records(folder):
-  """{shard: its records}, not as bytes: a protobuf writes its fields in an order that every process chooses anew."""
+  """{shard: its records}, parsed, because every process writes the fields of a protobuf in another order."""
   parse = tf_example_pb2.Example.FromString
   return {name: list(map(parse, ArrayRecordReader(str(folder / name)).read_all())) for name in shards(folder)}
 
@@ -50,7 +50,7 @@ def main():
   began = time.monotonic()
   assert start(folder / "alone").wait() == 0, (folder / "log").read_text()[-3000:]
   took, want = time.monotonic() - began, records(folder / "alone")
-  print(f"left alone: {len(want)} shards in {took:.0f} s", flush=True)
+  print(f"uninterrupted: {len(want)} shards in {took:.0f} s", flush=True)
   killed, before = folder / "killed", 0
   for moment in range(arguments.moments):
     process, goal = start(killed), before + rng.randint(0, max(1, 2 * len(want) // arguments.moments))

@@ -1,9 +1,9 @@
-"""Kills a training with SIGKILL at random moments, checkpoint writes included, resumes it each time and compares the bits.
+"""Kills a training with SIGKILL at random moments, also while it writes a checkpoint, and resumes it. Compares the bits.
 
   python -m tests.long.kill_and_resume [--task denoiser | autoencoder] [--moments 20] [--steps 300] [--seed 0] [--folder DIR]
 
-About ten minutes on two cores for the denoiser; exit code 0 when the last checkpoint is that of the run that was left alone,
-bit for bit, and every step has been logged once, with the same values.
+It takes about ten minutes on two cores for the denoiser. Exit code 0: the last checkpoint has the bits of an uninterrupted
+run, and the log has every step once, with the same values.
 """
 
 import time
@@ -12,7 +12,7 @@ from tests import tiny_run
 from tests.long import kills
 from tests.training import test_resume
 
-# Per task: keys that it changes, and its two stages.
+# Per task: changed keys, and two stages.
 TASKS = {
   "denoiser": ({}, test_resume.STAGES),
   "autoencoder": (
@@ -29,7 +29,9 @@ TASKS = {
 def main():
   parser = kills.parser(__doc__, moments=20)
   parser.add_argument("--task", choices=TASKS, default="denoiser")
-  parser.add_argument("--steps", type=int, default=300, help="of the run, three of five in its first stage")
+  parser.add_argument(
+    "--steps", type=int, default=300, help="of the run, 3/5 of them in the first stage (default: %(default)s)"
+  )
   arguments = parser.parse_args()
   folder, rng = kills.begin(arguments)
   changes, stages = TASKS[arguments.task]
@@ -38,29 +40,27 @@ def main():
   settings = {**changes, "stages": stages, "checkpoint_every": 4, "keep_checkpoints": 100}
   config = tiny_run.write_config(folder / "alone.py", folder / "assets", folder / "alone", **settings)
   test_resume.finish(config, folder / "alone.log")
-  print("the run that is left alone has ended", flush=True)
+  print("the uninterrupted run has ended", flush=True)
 
   output, log, writing = folder / "killed", folder / "killed.log", 0
   config = tiny_run.write_config(folder / "killed.py", folder / "assets", output, **settings)
   for moment in range(arguments.moments):
     before = steps_of(output)
     process = test_resume.start(config, log)
-    if moment % 3 == 0:  # in the middle of a write of a checkpoint
+    if moment % 3 == 0:  # while it writes a checkpoint
       kills.wait_for(process, lambda: test_resume.writes_a_checkpoint(output))
       time.sleep(rng.uniform(0, 0.03))
-    elif moment % 3 == 1:  # so many steps later
+    elif moment % 3 == 1:  # a few steps later
       goal = before + rng.randint(1, 12)
       kills.wait_for(process, lambda goal=goal: steps_of(output) >= goal)
       time.sleep(rng.uniform(0, 0.3))
-    else:  # at any time, the start-up included, but not after so many steps that other moments would find none
+    else:  # at any time, also during the start, but early enough to leave steps for the other moments
       goal = before + max(1, arguments.steps // arguments.moments)
       kills.wait_for(process, lambda goal=goal: steps_of(output) >= goal, rng.uniform(1, 20))
     kills.kill(process)
     here = test_resume.writes_a_checkpoint(output)
     writing += here
-    print(
-      f"moment {moment + 1}: step {before} to {steps_of(output)}{', half a checkpoint is there' if here else ''}", flush=True
-    )
+    print(f"moment {moment + 1}: step {before} to {steps_of(output)}{', half a checkpoint exists' if here else ''}", flush=True)
   test_resume.finish(config, log)
   test_resume.assert_same_bits(folder / "alone", output, arguments.steps)
   assert test_resume.metrics(output)[0] == list(range(1, arguments.steps + 1))

@@ -1,6 +1,6 @@
-"""A family in one file: joint attention of text and video in one sequence, patches of two latent frames, no text is zeros.
+"""A family in one file: joint attention over text and video in one sequence, patches of two latent frames.
 
-Text comes first, so that padding is in the middle of the sequence. The model is small; it is no published one.
+Text comes first, so padding is in the middle of the sequence. The null caption is zeros. No such model is published.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ RULES = (
 
 @dataclasses.dataclass(frozen=True)
 class JointConfig:
-  """Sizes, named as those of the other denoisers."""
+  """Sizes. The names are those of the other denoisers."""
 
   hidden_size: int = 48
   depth: int = 2
@@ -47,7 +47,7 @@ class JointConfig:
 
 
 class Block(nn.Module):
-  """Attention of every token to every valid token, and an MLP, both modulated by the timestep."""
+  """Attention of all tokens to all valid tokens, and an MLP. The timestep modulates both."""
 
   config: JointConfig
   layout: Layout | None = None
@@ -72,7 +72,7 @@ class Block(nn.Module):
 
 
 class Joint(nn.Module):
-  """The denoiser; inputs and output as models/family.py says."""
+  """The denoiser. models/family.py describes its inputs and output."""
 
   config: JointConfig
   layout: Layout | None = None
@@ -128,7 +128,7 @@ def cond(config, rows):
 
 
 def null(config, constants, cond):
-  """As CogVideoX: features of zeros."""
+  """Features of zeros, as in CogVideoX."""
   return {**cond, "text": jnp.zeros_like(cond["text"])}
 
 

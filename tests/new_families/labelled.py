@@ -1,4 +1,4 @@
-"""A family in one file: images of classes, with the label added to the timestep; label N is "no class" (as DiT)."""
+"""A family in one file: images of classes. The label is added to the timestep. Label N means "no class", as in DiT."""
 
 import dataclasses
 import math
@@ -22,7 +22,7 @@ RULES = (
 
 @dataclasses.dataclass(frozen=True)
 class LabelledConfig:
-  """Sizes; `num_classes` without "no class"."""
+  """Sizes. `num_classes` does not count "no class"."""
 
   hidden_size: int = 48
   depth: int = 2
@@ -40,7 +40,7 @@ class LabelledConfig:
 
 
 class Block(nn.Module):
-  """Attention over the frame and an MLP, both modulated."""
+  """Attention over the frame and an MLP. The timestep and the label modulate both."""
 
   config: LabelledConfig
   layout: Layout | None = None
@@ -59,7 +59,7 @@ class Block(nn.Module):
 
 
 class Labelled(nn.Module):
-  """The denoiser; inputs and output as models/family.py says."""
+  """The denoiser. models/family.py describes its inputs and output."""
 
   config: LabelledConfig
   layout: Layout | None = None

@@ -1,6 +1,6 @@
-"""Stands before PyTorch on the path of the processes that tests start: training and sampling work where it is not installed.
+"""Hides PyTorch from the processes that tests start, because training and sampling must work without it.
 
-It also saves each of them the two seconds in which tensorboardX imports PyTorch where it finds it.
+It also saves the two seconds in which tensorboardX imports an installed PyTorch.
 """
 
 raise ImportError("stdit_jax needs no PyTorch")
