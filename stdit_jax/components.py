@@ -95,7 +95,7 @@ class Components:
       bucket: (resolution, frames); rows: samples in the batch.
       token_parts: the tokens of a frame are padded to a multiple of it.
     """
-    tokens = ArraySpec((rows, *self.token_shape(*bucket, token_parts)), axes=("batch", None, "tokens"))
+    tokens = ArraySpec((rows, *self.token_shape(*bucket, token_parts=token_parts)), axes=("batch", None, "tokens"))
     moments = ("latents_mean", "latents_std")[: 2 if self.config.autoencoder.sample_posterior else 1]
     return {
       **dict.fromkeys(moments, tokens),

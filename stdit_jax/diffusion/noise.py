@@ -11,8 +11,9 @@ import enum
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Integer, Key, UInt32
+
+from stdit_jax.arrays import ArrayLike
 
 
 class Purpose(enum.IntEnum):

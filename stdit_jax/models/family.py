@@ -94,7 +94,7 @@ class Family:
     values = math.prod(config.patch_size) * config.in_channels
     return jnp.zeros((rows, frames, side * side, values)), ones, cond, {"grid": grid, **dict.fromkeys(SCALARS, ones)}
 
-  def init(self, config: Any, key: jax.Array) -> dict:
+  def init(self, config: Any, key: jax.Array) -> Any:
     """Variables {"params", "constants" if the family has any} with the original initialisation."""
     return self.build(config, None).init(key, *self.example(config))
 

@@ -9,10 +9,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Num
 
-from stdit_jax.models.types import Features, TokenValid
+from stdit_jax.arrays import ArrayLike, Features, TokenValid
 from stdit_jax.parallel.attention import attend
 from stdit_jax.parallel.shardings import Layout, constrain
 
@@ -77,16 +77,16 @@ class Linear(nn.Module):
       y = y.reshape(*lead, *self.features) + bias
     else:
       if self.tensor is not None:
-        kernel = self._pad(kernel, self.tensor)
+        kernel = _pad(kernel, self.tensor, self.layout.tensor_parts)
         if self.tensor >= len(inputs):
-          bias = self._pad(bias, self.tensor - len(inputs))
+          bias = _pad(bias, self.tensor - len(inputs), self.layout.tensor_parts)
       y = jnp.tensordot(x, kernel, len(inputs)) + bias
     return constrain(y, self.layout, *names, *places[len(inputs) :])
 
-  def _pad(self, x, axis):
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, -x.shape[axis] % self.layout.tensor_parts)
-    return jnp.pad(x, widths)
+
+def _pad(x, axis, parts):
+  """Pads an axis with zeros to a multiple of `parts`."""
+  return jnp.pad(x, [(0, -x.shape[i] % parts if i == axis else 0) for i in range(x.ndim)])
 
 
 class Mlp(nn.Module):

@@ -5,7 +5,7 @@ sharded parameters, cached outputs of earlier sampling steps (step_cache.py), ca
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import flax.linen as nn
 import jax
@@ -62,7 +62,7 @@ def run_layers(layer: Callable, x: jax.Array, stacked, scan: bool, policy: str) 
   return x, jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *outputs)
 
 
-def stacked_params(module: nn.Module, blocks: dict[str, nn.Module], depth: int, *inputs) -> dict:
+def stacked_params(module: nn.Module, blocks: Mapping[str, nn.Module], depth: int, *inputs) -> dict:
   """Parameters `[depth, ...]` of every block of a layer, as parameters of `module`; `inputs` are those of a block."""
 
   def init(block):
@@ -71,7 +71,7 @@ def stacked_params(module: nn.Module, blocks: dict[str, nn.Module], depth: int, 
   return {name: module.param(name, init(block)) for name, block in blocks.items()}
 
 
-def run_blocks(module: nn.Module, blocks: dict[str, nn.Module], rules: tuple, x, conditions, reuse=None) -> tuple:
+def run_blocks(module: nn.Module, blocks: Mapping[str, nn.Module], rules: tuple, x, conditions, reuse=None) -> tuple:
   """Tokens `[B, T, S, D]` through the layers of a denoiser.
 
   Args:
@@ -86,7 +86,7 @@ def run_blocks(module: nn.Module, blocks: dict[str, nn.Module], rules: tuple, x,
   config, layout = module.config, module.layout
   layers = stacked_params(module, blocks, config.depth, x, conditions, 0), jnp.arange(config.depth)
   capturing = module.is_mutable_collection("intermediates") and not module.is_initializing()
-  pyramid = reuse is not None and isinstance(reuse.cache, step_cache.PyramidBroadcast)
+  pyramid = reuse if reuse is not None and isinstance(reuse.cache, step_cache.PyramidBroadcast) else None
 
   def apply(name, params, *inputs):
     if not capturing or config.scan:
@@ -100,14 +100,15 @@ def run_blocks(module: nn.Module, blocks: dict[str, nn.Module], rules: tuple, x,
     outputs = {}
     for name in blocks:
       own = gather_layer(params[name], name, layout, DTYPES[config.dtype], rules)
-      calls = (step_cache.CachedCalls(cached[name], reuse.computes),) if pyramid else ()
+      calls = [step_cache.CachedCalls(cached[name], pyramid.computes)] if pyramid else []
       x = apply(name, own, x, conditions, number, *calls)
-      outputs |= {name: calls[0].outputs} if pyramid else {}
+      for call in calls:
+        outputs[name] = call.outputs
     return constrain(x, layout, *OVER_TIME), outputs or None
 
   # A captured value could not leave a layer that is computed again.
   run = functools.partial(run_layers, layer, scan=config.scan, policy="none" if capturing else config.remat)
-  if reuse is None or pyramid:
+  if reuse is None or isinstance(reuse.cache, step_cache.PyramidBroadcast):
     return run(x, (*layers, reuse and reuse.cached))
   first, others = jax.tree.map(lambda p: p[0], layers), jax.tree.map(lambda p: p[1:], layers)
   return step_cache.residual_layers(

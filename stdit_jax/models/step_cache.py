@@ -70,7 +70,7 @@ class ResidualCache:
 def parse(text):
   """'pyramid', 'pyramid:2,4,6', 'residual' or 'residual:0.1' -> the cache; ValueError for anything else."""
   if match := re.fullmatch(r"pyramid(?::(\d+),(\d+),(\d+))?", text):
-    return PyramidBroadcast(*(int(n) for n in match.groups())) if match[1] else PyramidBroadcast()
+    return PyramidBroadcast(int(match[1]), int(match[2]), int(match[3])) if match[1] else PyramidBroadcast()
   if match := re.fullmatch(r"residual(?::([\d.]+))?", text):
     try:
       return ResidualCache(float(match[1])) if match[1] else ResidualCache()
