@@ -18,7 +18,7 @@ from stdit_jax.errors import InputError
 from stdit_jax.models import flops, t5
 from stdit_jax.parallel.shardings import ArraySpec
 
-AHEAD_ROWS = 16  # captions per device that the encoder works on at a time: its memory does not grow with the batch
+AHEAD_ROWS = 16  # captions that the encoder works on at a time, per device; so its memory does not grow with the batch
 
 log = logging.getLogger("data")  # as data/loader.py
 
@@ -51,7 +51,7 @@ def tokenizer(config):
 
 
 class Captions:
-  """As conditioning/__init__.py says.
+  """The conditioner of captions (conditioning/__init__.py).
 
   Attributes:
     config: the group `text_encoder` of the configuration.
@@ -115,9 +115,9 @@ class Captions:
           f"{s.path}: its text_features have {s.text_features.shape[1]} channels, but the denoiser takes "
           f"caption_channels={self.channels}; set model.fields.caption_channels"
         )
-      if (rows := len(s.text_features)) > self.length and not self._cut:
+      if (tokens := len(s.text_features)) > self.length and not self._cut:
         self._cut = True
-        log.warning("cut text_features to text_encoder.max_length=%d: %s has %d, others may, too", self.length, s.path, rows)
+        log.warning("cut text_features of %d tokens to text_encoder.max_length=%d, first of %s", tokens, self.length, s.path)
       rows = s.text_features[: self.length]
       text[i, : len(rows)], mask[i, : len(rows)] = rows, True
     return {"text": text, "text_mask": mask}
@@ -170,7 +170,7 @@ def encode_ahead(encoder, params):
       each = max(n for n in range(1, AHEAD_ROWS + 1) if own % n == 0)
       if each == own:
         return apply((ids, mask))
-      # Rows of a device follow each other: [parts * pieces * each, ...] -> a piece of every device at a time.
+      # The rows of a device are contiguous: [parts * pieces * each, ...] -> a piece of every device at a time.
       split = lambda x: x.reshape(parts, own // each, each, *x.shape[1:]).swapaxes(0, 1)  # noqa: E731
       merge = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
       piece = lambda rows: apply(tuple(map(merge, rows))).reshape(parts, each, *ids.shape[1:], -1)  # noqa: E731

@@ -1,7 +1,7 @@
 """The stack of blocks: equal layers whose parameters are stacked over depth, `[depth, ...]`.
 
-`run_layers` loops over depth, `remat` decides what the backward pass keeps, `run_blocks` adds what denoisers need: gathering of
-sharded parameters, cached outputs of earlier sampling steps (step_cache.py), captured activations.
+`run_layers` loops over depth, and `remat` selects the activations that the backward pass stores. `run_blocks` adds the needs of
+denoisers: gathering of sharded parameters, cached outputs of earlier sampling steps (step_cache.py), captured activations.
 """
 
 import functools
@@ -17,7 +17,7 @@ from stdit_jax.models.layers import DTYPES, OVER_TIME
 from stdit_jax.parallel.shardings import constrain, gather_layer
 
 BLOCK_INPUT = "block_input"
-REMAT_POLICIES = {  # what the backward pass keeps of a layer; it computes the rest again
+REMAT_POLICIES = {  # activations of a layer that the backward pass stores; it recomputes the others
   "none": None,  # everything
   "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # products with parameters, not attention
   "full": jax.checkpoint_policies.nothing_saveable,  # inputs of the layer only
@@ -28,7 +28,7 @@ REMAT_POLICIES = {  # what the backward pass keeps of a layer; it computes the r
 
 
 def remat(layer: Callable, policy: str, scan: bool) -> Callable:
-  """`layer` whose backward pass keeps what `policy`, one of REMAT_POLICIES, says."""
+  """`layer` whose backward pass stores the activations of `policy`, one of REMAT_POLICIES."""
   if policy == "none":
     return layer
 
@@ -43,18 +43,18 @@ def run_layers(layer: Callable, x: jax.Array, stacked, scan: bool, policy: str) 
 
   Args:
     stacked: pytree of arrays `[depth, ...]`.
-    scan: one `lax.scan`, compiled once whatever the depth. False unrolls: compile time grows with depth, but no parameters are
-      copied into the loop and no gradients out of it (a CPU's training step: tests/benchmarks/denoiser.py).
+    scan: one `lax.scan`, compiled once for any depth. False unrolls: compile time grows with depth, but the program copies no
+      parameters into a loop and no gradients out of it (faster on a CPU: tests/benchmarks/denoiser.py).
     policy: one of REMAT_POLICIES.
 
   Returns:
-    (x, outputs stacked over depth, None if the layers give None)
+    (x, outputs stacked over depth, None if the layers return None)
   """
   layer = remat(layer, policy, scan)
   if scan:
     return jax.lax.scan(layer, x, stacked)
   leaves, structure = jax.tree.flatten(stacked)
-  # Split, not indexed: the gradient of split is one concatenation, that of indexing a sum of arrays padded to full depth.
+  # The gradient of a split is one concatenation. The gradient of indexing is a sum of arrays padded to full depth.
   outputs = []
   for parts in zip(*(jax.lax.split(leaf, (1,) * len(leaf)) for leaf in leaves)):
     x, output = layer(x, structure.unflatten(part[0] for part in parts))
@@ -63,7 +63,7 @@ def run_layers(layer: Callable, x: jax.Array, stacked, scan: bool, policy: str) 
 
 
 def stacked_params(module: nn.Module, blocks: Mapping[str, nn.Module], depth: int, *inputs) -> dict:
-  """Parameters `[depth, ...]` of every block of a layer, as parameters of `module`; `inputs` are those of a block."""
+  """Parameters `[depth, ...]` of every block of a layer, as parameters of `module`. `inputs` are inputs of a block."""
 
   def init(block):
     return lambda key: jax.vmap(lambda k: block.init(k, *inputs)["params"])(jax.random.split(key, depth))
@@ -106,7 +106,7 @@ def run_blocks(module: nn.Module, blocks: Mapping[str, nn.Module], rules: tuple,
         outputs[name] = call.outputs
     return constrain(x, layout, *OVER_TIME), outputs or None
 
-  # A captured value could not leave a layer that is computed again.
+  # A captured value cannot leave a layer that the backward pass recomputes.
   run = functools.partial(run_layers, layer, scan=config.scan, policy="none" if capturing else config.remat)
   if reuse is None or isinstance(reuse.cache, step_cache.PyramidBroadcast):
     return run(x, (*layers, reuse and reuse.cached))
