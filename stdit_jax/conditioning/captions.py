@@ -64,6 +64,8 @@ class Captions:
   def __init__(self, config, family, model_config):
     self.config = config.text_encoder
     _, self.length, self.channels = family.cond(model_config, 1)["text"].shape
+    self.in_step, self.ahead = (self.config.where == where for where in ("step", "ahead"))
+    self.from_files = ("text_encoder",) if self.in_step and not self.config.train else ()
     self.encoder: Any = None if self.config.where == "disk" else text_encoder(self.config)
     self._cut = False  # whether features were longer than `length`
     if self.encoder is not None and self.encoder.config.d_model != self.channels:
@@ -76,9 +78,6 @@ class Captions:
         f"config: text_encoder.max_length is {self.config.max_length}, but the denoiser's null caption has "
         f"model_max_length={self.length}; make them equal"
       )
-
-    self.in_step, self.ahead = (self.config.where == where for where in ("step", "ahead"))
-    self.from_files = ("text_encoder",) if self.in_step and not self.config.train else ()
 
   def init(self, key):
     if not self.in_step:
