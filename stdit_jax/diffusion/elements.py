@@ -1,6 +1,7 @@
 """Operations on the elements of latents that all formulations share. Arrays are tokens or latents (stdit_jax/arrays.py)."""
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Shaped
 
 from stdit_jax.arrays import ArrayLike, FrameMask, Latents, PerSample, Time, Valid
@@ -67,7 +68,7 @@ def prediction_of(output: Shaped[ArrayLike, "B T *S Q"], x: Latents, channels: i
   return output
 
 
-def start_edit(ratio: Shaped[ArrayLike, "B T"]) -> Edit:
+def start_edit(ratio: Shaped[ArrayLike | np.ndarray, "B T"]) -> Edit:
   """State of a sampling run with frame masks, which `step` of a formulation takes and returns.
 
   `ratio`: 1 = generate the frame from noise, 0 = keep it. A value between keeps the frame until the noise level has fallen to

@@ -78,7 +78,7 @@ def rescaled(
 
 
 def guided(
-  denoise: Denoise | tuple[Denoise, Any], scale: float | Float[ArrayLike, " B"], *, num_channels: int,
+  denoise: Denoise | tuple[Any, ...], scale: float | Float[ArrayLike, " B"], *, num_channels: int,
   guided_channels: int | None = None, interval: tuple[float, float] | None = None, rescale: float = 0.0,
   valid: Valid | None = None,
 ) -> Denoise:  # fmt: skip

@@ -221,7 +221,6 @@ class RectifiedFlow:
     velocity = prediction_of(denoise(x, t, active), x, num_channels)
     size = (t - per_sample(t_next, x)) / self.num_timesteps
     if self.multistep:
-      assert previous is not None  # `elements.no_previous` before the first step
       velocity, previous = second_order(velocity, size, previous, active)
     x = x + velocity * expand(size, x)
     if active is not None:

@@ -1,7 +1,10 @@
-"""The state of a sampler, which every formulation takes and returns, and the models that it calls."""
+"""The state of a sampler, which every formulation takes and returns, and the models that it calls.
+
+The named tuples are pytrees, of shapes or shardings, too.
+"""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxtyping import Array, Float
 
@@ -16,21 +19,21 @@ class StepState(NamedTuple):
   """What a sampler carries from step to step.
 
   Attributes:
-    x: present latents.
-    edit: state of `elements.start_edit`, None if no frames are given.
-    previous: `elements.no_previous` before the first step of a multistep sampler, None for others.
+    x: present latents (`Latents`).
+    edit: state of `elements.start_edit` (`Edit`), None if no frames are given.
+    previous: a `Previous`, `elements.no_previous` before the first step of a multistep sampler, None for others.
   """
 
-  x: Latents
-  edit: Edit | None = None
-  previous: Previous | None = None
+  x: Any
+  edit: Any = None
+  previous: Any = None
 
 
 class Noises(NamedTuple):
   """Standard normal noise of a step: `step` for stochastic samplers, `frames` for frames that become active."""
 
-  step: Latents | None = None
-  frames: Latents | None = None
+  step: Any = None
+  frames: Any = None
 
 
 NO_NOISES = Noises()
