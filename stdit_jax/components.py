@@ -1,6 +1,6 @@
-"""What a denoiser's configuration is made of: denoiser, conditioner, diffusion and autoencoder, with their shapes and weights.
+"""The parts of a denoiser's configuration: denoiser, conditioner, diffusion and autoencoder, with their shapes and weights.
 
-Training, sampling, encoding, converting and planning all begin here.
+Training, sampling, encoding, converting and planning begin here.
 """
 
 import dataclasses
@@ -50,7 +50,7 @@ class Components:
 
   @classmethod
   def of(cls, config):
-    """The parts of a configuration. Raises ValueError for unknown names or fields, and parts that do not fit."""
+    """The parts of a configuration. Raises ValueError for unknown names or fields, and for parts that do not fit together."""
     family, model_config = find_model(config.model.name, config.model.fields)
     parts = cls(
       config, family, family.build(model_config, None), CONDITIONERS[family.condition](config, family, model_config),
@@ -69,7 +69,7 @@ class Components:
     return (*self.family.rules, *t5.RULES)
 
   def init(self, key):
-    """(params, frozen) with the original initialisation: what trains, and what does not. Jit it with sharded outputs."""
+    """(params, frozen) with the original initialisation. `frozen` does not train. Jit this function with sharded outputs."""
     denoiser_key, own_key = jax.random.split(key)
     variables = self.family.init(self.model.config, denoiser_key)
     params, frozen = self.conditioner.init(own_key)
@@ -77,7 +77,7 @@ class Components:
     return {"denoiser": variables["params"], **params}, constants | frozen
 
   def weights(self, params, frozen):
-    """({"params", "constants"} of the denoiser, weights of the conditioner's encoder or None) of what `init` gives."""
+    """The results of `init` as ({"params", "constants"} of the denoiser, weights of the conditioner's encoder or None)."""
     constants = {"constants": frozen["denoiser"]} if "denoiser" in frozen else {}
     return {"params": params["denoiser"], **constants}, params.get("text_encoder", frozen.get("text_encoder"))
 
@@ -89,13 +89,13 @@ class Components:
     return frames, space + -space % token_parts, token_values(config)
 
   def batch(self, bucket, rows, token_parts=1):
-    """The arrays of one training batch as a tree of `ArraySpec`: known before any data is there.
+    """The arrays of one training batch as a tree of `ArraySpec`.
 
     Args:
       bucket: (resolution, frames); rows: samples in the batch.
-      token_parts: the tokens of a frame are padded to a multiple of it.
+      token_parts: the number of tokens per frame is a multiple of it.
     """
-    tokens = ArraySpec((rows, *self.token_shape(*bucket, token_parts)), axes=("batch", None, "tokens"))
+    tokens = ArraySpec((rows, *self.token_shape(*bucket, token_parts=token_parts)), axes=("batch", None, "tokens"))
     moments = ("latents_mean", "latents_std")[: 2 if self.config.autoencoder.sample_posterior else 1]
     return {
       **dict.fromkeys(moments, tokens),
@@ -111,7 +111,7 @@ class Components:
 
 
 def need_file(path, key):
-  """`path`, which the key `key` of the configuration names. Raises ValueError if it does not exist."""
+  """Returns `path`, the value of the configuration's key `key`. Raises ValueError if it does not exist."""
   module = "interop.fetch makes one of hed-vgg16" if key.startswith("autoencoder.perceptual") else "convert"
   how = f"give a safetensors file or a folder of them (python -m stdit_jax.{module})"
   if not path:
@@ -122,12 +122,12 @@ def need_file(path, key):
 
 
 def local_devices_mesh():
-  """The mesh of all devices of this process, over which a codec spreads its pieces."""
+  """The mesh of all devices of this process. A codec spreads its pieces over it."""
   return Mesh(np.asarray(jax.local_devices()), ("pieces",))
 
 
 def codec_of_shapes(config, mesh=None):
-  """The `Codec` of the group `autoencoder` with shapes for weights, whole on every device of `mesh`, or on one device."""
+  """The `Codec` of the group `autoencoder` with shapes as weights, replicated over `mesh`, or on one device."""
   model = autoencoder_model(config)
   place = NamedSharding(mesh, PartitionSpec()) if mesh else SingleDeviceSharding(jax.local_devices()[0])
   shapes = family_of(model.config).init_shapes(model.config)
@@ -146,7 +146,7 @@ def load_codec(config, mesh=None):
 
 
 def load_text_encoder(config, encoder, mesh=None):
-  """Parameters of the T5 encoder from the group `text_encoder` (names of Hugging Face), laid over the mesh if there is one."""
+  """Parameters of the T5 encoder of the group `text_encoder` (names of Hugging Face), sharded over a mesh if one is given."""
   path = need_file(config.weights, "text_encoder.weights")
   shapes = t5.init_shapes(encoder.config)
   shardings = tree_shardings(shapes, mesh, t5.RULES) if mesh else None

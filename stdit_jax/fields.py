@@ -3,7 +3,7 @@
 import dataclasses
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 Value = TypeVar("Value")
@@ -43,3 +43,10 @@ def choose(table: Mapping[str, Value], name: str, what: str) -> Value:
   if name not in table:
     raise ValueError(f"unknown {what} {name!r}; allowed: {', '.join(table)}")
   return table[name]
+
+
+def check_choices(config: Any, what: str, **choices: Iterable) -> None:
+  """Raises ValueError if a field of `config` has none of the values that `choices` allows for it."""
+  for name, allowed in choices.items():
+    if (value := getattr(config, name)) not in allowed:
+      raise ValueError(f"{what}: {name} is {value!r}; allowed: {', '.join(map(str, allowed))}")

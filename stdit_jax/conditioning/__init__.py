@@ -1,22 +1,24 @@
-"""Conditioners: what a denoiser is told beside the noisy latents, from a row of a table or a prompt to the model's `cond`.
+"""Conditioners turn a row of a table, or a prompt, into the model's `cond`: its inputs beside the noisy latents.
 
-A conditioner is made of a stage's configuration, a family and the configuration of its model, and has
+`CONDITIONERS[name](config, family, model_config)` makes one, with the configuration of a stage. A conditioner has
 
   name                of the conditioner
   num_classes         classes of the `label` column, None where rows have none
   encoder             its encoder of captions, None if there is none
-  init(key)           (params, frozen): parameters of its own that train, and those that do not; {} for none
-  from_files          names of `frozen` that are read from files at every start, and are in no checkpoint
+  init(key)           (params, frozen): its parameters that train, and those that do not; {} for none
+  from_files          names of `frozen` that every start reads from files; checkpoints do not hold them
   worker(cached)      picklable `(caption, label) -> {name: array}` for the loader's processes, or None
   specs(rows)         {name: ArraySpec}: what a batch holds
   collate(samples)    the arrays of `specs` from `data.loader.Sample`s, or those from which `ahead` makes them
-  ahead               whether its encoder runs in a program of its own before the training step
+  ahead               whether its encoder runs in a separate program before the training step
   program(weights)    that program: `(arrays, layout) -> cond`; only if `ahead`
-  is_cached(folder)   whether a folder of cached latents has what it encodes, too
+  is_cached(folder)   whether a folder of cached latents also holds the outputs of its encoder
   encode(weights, arrays, layout)   inside a program: arrays of `collate` -> `cond`; `weights` are those of its encoder
   prompts(texts)      the arrays of `collate` for prompts
   encoder_flops(rows) FLOPs of its encoder for so many rows
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +26,7 @@ import jax.numpy as jnp
 from stdit_jax.conditioning.captions import Captions
 from stdit_jax.conditioning.labels import Labels
 
-CONDITIONERS = {"captions": Captions, "labels": Labels}
+CONDITIONERS: dict[str, Callable] = {"captions": Captions, "labels": Labels}
 
 
 def replace_rows(cond: dict, null: dict, drop: jax.Array) -> dict:

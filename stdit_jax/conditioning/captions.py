@@ -1,11 +1,12 @@
 """Captions through a T5 encoder: text features and which of them are valid.
 
-`text_encoder.where` of the configuration says where captions become features: in the training step, in a program of its own
-before it ("ahead"), or elsewhere, so that tables name files of features ("disk").
+`text_encoder.where` of the configuration says where captions become features: in the training step ("step"), in a separate
+program before the step ("ahead"), or before the run, so that tables name files of features ("disk").
 """
 
-import dataclasses
 import functools
+import logging
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,38 +18,23 @@ from stdit_jax.errors import InputError
 from stdit_jax.models import flops, t5
 from stdit_jax.parallel.shardings import ArraySpec
 
-AHEAD_ROWS = 16  # captions per device that the encoder works on at a time: its memory does not grow with the batch
+AHEAD_ROWS = 16  # captions that the encoder works on at a time, per device; so its memory does not grow with the batch
+
+log = logging.getLogger("data")  # as data/loader.py
 
 
-@dataclasses.dataclass(frozen=True)
-class TokenizeText:
-  """`caption -> (ids, mask)`; picklable, for the loader's workers. `clean` first cleans as the original cleans prompts."""
+class TokenizeClean(Tokenize):
+  """`Tokenize` that first cleans the caption as the original cleans prompts."""
 
-  tokenizer: str
-  max_length: int
-  clean: bool = False
-
-  def __post_init__(self):
-    object.__setattr__(self, "_tokenize", Tokenize(self.tokenizer, self.max_length))
-
-  def __call__(self, text):
-    return self._tokenize(clean_caption(text) if self.clean else text)
-
-  @property
-  def vocab_size(self):
-    """Ids are below this."""
-    return self._tokenize.vocab_size
+  def __call__(self, caption):
+    return super().__call__(clean_caption(caption))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Tokens:
+def _tokens(tokenize, caption, label):
   """What the loader's workers call."""
-
-  tokenize: TokenizeText
-
-  def __call__(self, caption, label):
-    ids, mask = self.tokenize(caption)
-    return {"text_ids": ids, "text_mask": mask}
+  del label
+  ids, mask = tokenize(caption)
+  return {"text_ids": ids, "text_mask": mask}
 
 
 def text_encoder(config):
@@ -57,15 +43,15 @@ def text_encoder(config):
 
 
 def tokenizer(config):
-  """The `TokenizeText` of the group `text_encoder`. Raises ValueError if it has ids that the encoder does not know."""
-  tokenize = TokenizeText(config.tokenizer, config.max_length, config.clean_captions)
+  """`caption -> (ids, mask)` of the group `text_encoder`. Raises ValueError if it has ids that the encoder does not know."""
+  tokenize = (TokenizeClean if config.clean_captions else Tokenize)(config.tokenizer, config.max_length)
   if (ids := tokenize.vocab_size) > (known := t5.get_config(config.name, **config.fields).vocab_size):
     raise ValueError(f"config: tokenizer {config.tokenizer!r} has {ids} ids, but text encoder {config.name!r} knows {known}")
   return tokenize
 
 
 class Captions:
-  """As conditioning/__init__.py says.
+  """The conditioner of captions (conditioning/__init__.py).
 
   Attributes:
     config: the group `text_encoder` of the configuration.
@@ -78,7 +64,10 @@ class Captions:
   def __init__(self, config, family, model_config):
     self.config = config.text_encoder
     _, self.length, self.channels = family.cond(model_config, 1)["text"].shape
-    self.encoder = None if self.config.where == "disk" else text_encoder(self.config)
+    self.in_step, self.ahead = (self.config.where == where for where in ("step", "ahead"))
+    self.from_files = ("text_encoder",) if self.in_step and not self.config.train else ()
+    self.encoder: Any = None if self.config.where == "disk" else text_encoder(self.config)
+    self._cut = False  # whether features were longer than `length`
     if self.encoder is not None and self.encoder.config.d_model != self.channels:
       raise ValueError(
         f"config: text encoder {self.config.name!r} gives {self.encoder.config.d_model} features, but the denoiser takes "
@@ -90,20 +79,6 @@ class Captions:
         f"model_max_length={self.length}; make them equal"
       )
 
-  @property
-  def in_step(self):
-    """Whether captions are encoded in the training step."""
-    return self.config.where == "step"
-
-  @property
-  def ahead(self):
-    """Whether captions are encoded by a program of its own before the training step."""
-    return self.config.where == "ahead"
-
-  @property
-  def from_files(self):
-    return ("text_encoder",) if self.in_step and not self.config.train else ()
-
   def init(self, key):
     if not self.in_step:
       return {}, {}
@@ -112,7 +87,7 @@ class Captions:
 
   def worker(self, cached):
     """Tokenizes, unless features come from disk or, `cached`, from a cache."""
-    return None if self.encoder is None or cached else _Tokens(tokenizer(self.config))
+    return None if self.encoder is None or cached else functools.partial(_tokens, tokenizer(self.config))
 
   def specs(self, rows):
     mask = ArraySpec((rows, self.length), jnp.bool_)
@@ -126,7 +101,7 @@ class Captions:
     return self._features(samples)
 
   def _features(self, samples):
-    """Features of every sample, cut or padded to one length; none for rows that could not be read."""
+    """Features of every sample, cut or padded to one length. Rows that could not be read have none."""
     text = np.zeros((len(samples), self.length, self.channels), np.float32)
     mask = np.zeros((len(samples), self.length), bool)
     for i, s in enumerate(samples):
@@ -139,12 +114,15 @@ class Captions:
           f"{s.path}: its text_features have {s.text_features.shape[1]} channels, but the denoiser takes "
           f"caption_channels={self.channels}; set model.fields.caption_channels"
         )
+      if (tokens := len(s.text_features)) > self.length and not self._cut:
+        self._cut = True
+        log.warning("cut text_features of %d tokens to text_encoder.max_length=%d, first of %s", tokens, self.length, s.path)
       rows = s.text_features[: self.length]
       text[i, : len(rows)], mask[i, : len(rows)] = rows, True
     return {"text": text, "text_mask": mask}
 
   def encode(self, weights, arrays, layout=None):
-    """{"text": `[B, L, C]`, "text_mask": `[B, L]`}; text that is features already stays."""
+    """{"text": `[B, L, C]`, "text_mask": `[B, L]`}. `arrays` that hold features are returned as they are."""
     if "text" in arrays:
       return arrays
     encoder = self.encoder.clone(layout=layout)
@@ -152,7 +130,7 @@ class Captions:
     return {"text": text, "text_mask": arrays["text_mask"]}
 
   def program(self, weights):
-    """`(arrays, layout) -> cond` as a program of its own, for captions that are encoded before the step."""
+    """`(arrays, layout) -> cond` as a separate program, for captions that are encoded before the step."""
     run = encode_ahead(self.encoder, weights)
 
     def encode(arrays, layout):
@@ -163,15 +141,11 @@ class Captions:
     return encode
 
   def is_cached(self, folder):
-    """Whether a folder of `data.latents` has the features of captions, which are then read from it."""
+    """Whether the loader reads the features of captions from this folder of `data.latents`."""
     return bool(folder) and self.ahead and latents.has_text(folder)
 
-  @functools.cached_property
-  def _tokenize(self):
-    return TokenizeText(self.config.tokenizer, self.config.max_length)
-
   def prompts(self, texts):
-    ids, mask = zip(*map(self._tokenize, texts))
+    ids, mask = zip(*map(Tokenize(self.config.tokenizer, self.config.max_length), texts))
     return {"text_ids": np.stack(ids), "text_mask": np.stack(mask)}
 
   def encoder_flops(self, rows):
@@ -180,9 +154,9 @@ class Captions:
 
 
 def encode_ahead(encoder, params):
-  """The text encoder as a program of its own, one per layout: global `(ids, mask, layout) -> features`, float32.
+  """The text encoder as a separate program, one per layout: global `(ids, mask, layout) -> features`, float32.
 
-  It works on some rows of every device at a time, AHEAD_ROWS at most.
+  It works on at most AHEAD_ROWS rows of every device at a time.
   """
 
   @functools.cache
@@ -195,7 +169,7 @@ def encode_ahead(encoder, params):
       each = max(n for n in range(1, AHEAD_ROWS + 1) if own % n == 0)
       if each == own:
         return apply((ids, mask))
-      # Rows of a device follow each other: [parts * pieces * each, ...] -> a piece of every device at a time.
+      # The rows of a device are contiguous: [parts * pieces * each, ...] -> a piece of every device at a time.
       split = lambda x: x.reshape(parts, own // each, each, *x.shape[1:]).swapaxes(0, 1)  # noqa: E731
       merge = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
       piece = lambda rows: apply(tuple(map(merge, rows))).reshape(parts, each, *ids.shape[1:], -1)  # noqa: E731

@@ -10,7 +10,7 @@ from stdit_jax.parallel.shardings import ArraySpec
 
 
 class Labels:
-  """Labels as they are; nothing to encode. As conditioning/__init__.py says."""
+  """The conditioner of labels (conditioning/__init__.py). It encodes nothing."""
 
   name, from_files, ahead, encoder = "labels", (), False, None
 
@@ -23,7 +23,7 @@ class Labels:
     return {}, {}
 
   def worker(self, cached):
-    del cached  # latents may be cached, labels are in the table
+    del cached  # a cache may hold the latents, but only the table holds the labels
     return _label
 
   def specs(self, rows):

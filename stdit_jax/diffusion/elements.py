@@ -1,10 +1,11 @@
-"""Operations on the elements of latents that all formulations share. Arrays are tokens or latents (`types`)."""
+"""Operations on the elements of latents that all formulations share. Arrays are tokens or latents (stdit_jax/arrays.py)."""
 
 import jax.numpy as jnp
-from jax.typing import ArrayLike
+import numpy as np
 from jaxtyping import Array, Float, Shaped
 
-from stdit_jax.diffusion.types import Edit, Elements, FrameMask, Latents, PerSample, Previous, Time, Valid
+from stdit_jax.arrays import ArrayLike, FrameMask, Latents, PerSample, Time, Valid
+from stdit_jax.diffusion.types import Edit, Previous
 
 
 def expand(values: Shaped[ArrayLike, "*lead"], like: Shaped[ArrayLike, "..."]) -> Shaped[Array, "..."]:
@@ -13,7 +14,7 @@ def expand(values: Shaped[ArrayLike, "*lead"], like: Shaped[ArrayLike, "..."]) -
   return values.reshape(values.shape + (1,) * (like.ndim - values.ndim))
 
 
-def zero_invalid(x: Latents, valid: Valid | None) -> Elements:
+def zero_invalid(x: Latents, valid: Valid | None) -> Latents:
   """`x` with zeros, the padding of the original, where it is not valid. None = valid everywhere."""
   return x if valid is None else jnp.where(valid, x, jnp.zeros((), x.dtype))
 
@@ -53,7 +54,7 @@ def split_channels(
   return pairs[..., 0, :].reshape(*leading, -1), pairs[..., 1, :].reshape(*leading, -1)
 
 
-def prediction_of(output: Shaped[ArrayLike, "B T *S Q"], x: Latents, channels: int) -> Elements:
+def prediction_of(output: Shaped[ArrayLike, "B T *S Q"], x: Latents, channels: int) -> Latents:
   """Prediction channels (float32) of a model output with or without variance channels.
 
   Raises:
@@ -67,7 +68,7 @@ def prediction_of(output: Shaped[ArrayLike, "B T *S Q"], x: Latents, channels: i
   return output
 
 
-def start_edit(ratio: Shaped[ArrayLike, "B T"]) -> Edit:
+def start_edit(ratio: Shaped[ArrayLike | np.ndarray, "B T"]) -> Edit:
   """State of a sampling run with frame masks, which `step` of a formulation takes and returns.
 
   `ratio`: 1 = generate the frame from noise, 0 = keep it. A value between keeps the frame until the noise level has fallen to
@@ -83,8 +84,8 @@ def no_previous(x: Latents) -> Previous:
 
 
 def second_order(
-  value: Elements, size: Float[Array, " B"], previous: Previous, active: FrameMask | None = None
-) -> tuple[Elements, Previous]:
+  value: Latents, size: Float[Array, " B"], previous: Previous, active: FrameMask | None = None
+) -> tuple[Latents, Previous]:
   """Extrapolates a prediction to the middle of a step of `size` by the previous prediction.
 
   value + size / (2 previous size) (value - previous value): Adams-Bashforth 2, or DPM-Solver++ 2M in log-SNR. The prediction

@@ -7,13 +7,14 @@ conditional branch. Open-Sora 1.1 samples with `guided_channels=3` of four laten
 """
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 from jaxtyping import Bool, Float
 
+from stdit_jax.arrays import ArrayLike, Latents, Valid
 from stdit_jax.diffusion.elements import expand
-from stdit_jax.diffusion.types import Denoise, Elements, Latents, Valid
+from stdit_jax.diffusion.types import Denoise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,11 +45,11 @@ class Guidance:
 
 def combine(
   conditional: Latents, unconditional: Latents, scale: float | Float[ArrayLike, " B"], *, positions: int, guided_channels: int
-) -> Elements:
+) -> Latents:
   """Guided output, where P = positions * channels: `positions` of a patch per token (1 for latents)."""
   features = conditional.shape[-1]
   channels = features // positions
-  scale = expand(scale, conditional) if jnp.ndim(scale) else scale
+  scale = expand(jnp.asarray(scale), conditional) if jnp.ndim(scale) else scale
   mixed = unconditional + scale * (conditional - unconditional)
   if guided_channels >= channels:
     return mixed
@@ -59,7 +60,7 @@ def combine(
 def rescaled(
   prediction: Latents, conditional: Latents, amount: float, *, positions: int, channels: int,
   valid: Bool[ArrayLike, "B T *S Q"] | None = None,
-) -> Elements:  # fmt: skip
+) -> Latents:  # fmt: skip
   """Rescales the first `channels` per patch position towards the standard deviation of `conditional`, by `amount`, per sample.
 
   Only `valid` elements count (arXiv 2305.08891, eq. 15 and 16).
@@ -77,7 +78,7 @@ def rescaled(
 
 
 def guided(
-  denoise: Denoise | tuple[Denoise, Denoise | None], scale: float | Float[ArrayLike, " B"], *, num_channels: int,
+  denoise: Denoise | tuple[Any, ...], scale: float | Float[ArrayLike, " B"], *, num_channels: int,
   guided_channels: int | None = None, interval: tuple[float, float] | None = None, rescale: float = 0.0,
   valid: Valid | None = None,
 ) -> Denoise:  # fmt: skip

@@ -20,24 +20,15 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int32, Integer, Key
 
+from stdit_jax import fields
+from stdit_jax.arrays import ArrayLike, FrameMask, Latents, PerSample, Time, Valid
 from stdit_jax.diffusion import elements
 from stdit_jax.diffusion.elements import expand, masked_mean, per_sample, zero_invalid
-from stdit_jax.diffusion.types import (
-  NO_NOISES,
-  Denoise,
-  Elements,
-  FrameMask,
-  Index,
-  Latents,
-  Noises,
-  StepState,
-  Table,
-  Time,
-  Valid,
-)
+from stdit_jax.diffusion.types import NO_NOISES, Denoise, Noises, StepState
+
+Table = Float[np.ndarray, " n"]
 
 # name: betas `[n]` in float64
 SCHEDULES = {
@@ -147,10 +138,8 @@ class IDDPM:
   compat: str | None = None
 
   def __post_init__(self):
-    choices = {"betas": SCHEDULES, "variance": VARIANCES, "tables": ("float32", "float64"), "sampler": SAMPLERS}
-    for field, allowed in {**choices, "compat": COMPAT}.items():
-      if (value := getattr(self, field)) not in allowed:
-        raise ValueError(f"iddpm: unknown {field} {value!r}, allowed: {', '.join(map(str, allowed))}")
+    tables = ("float32", "float64")
+    fields.check_choices(self, "iddpm", betas=SCHEDULES, variance=VARIANCES, tables=tables, sampler=SAMPLERS, compat=COMPAT)
     space_timesteps(self.num_timesteps, self.respacing)
 
   @functools.cached_property
@@ -186,17 +175,17 @@ class IDDPM:
     """Schedule indices to measure the loss at, evenly inside the schedule."""
     return np.linspace(0, self.num_steps - 1, count + 2)[1:-1].round().astype(np.int32)
 
-  def add_noise(self, x0: Latents, noise: Latents, index: Time) -> Elements:
+  def add_noise(self, x0: Latents, noise: Latents, index: Time) -> Latents:
     """A draw from q(x_t | x_0) at `index`: sqrt(abar) x0 + sqrt(1 - abar) noise."""
     index = per_sample(index, x0)
     return self._at("sqrt_alphas_cumprod", index, x0) * x0 + self._at("sqrt_one_minus_alphas_cumprod", index, x0) * noise
 
-  def posterior(self, x0: Latents, x_t: Latents, index: Index) -> tuple[Elements, Array, Array]:
-    """Mean, variance and clipped log variance of q(x_{t-1} | x_t, x_0). The variances broadcast against `x_t`."""
+  def posterior(self, x0: Latents, x_t: Latents, index: PerSample) -> tuple[Latents, Array]:
+    """Mean and clipped log variance of q(x_{t-1} | x_t, x_0). The log variance broadcasts against `x_t`."""
     mean = self._at("posterior_mean_coef1", index, x_t) * x0 + self._at("posterior_mean_coef2", index, x_t) * x_t
-    return mean, self._at("posterior_variance", index, x_t), self._at("posterior_log_variance_clipped", index, x_t)
+    return mean, self._at("posterior_log_variance_clipped", index, x_t)
 
-  def split(self, output: Array, x: Latents, num_channels: int) -> tuple[Elements, Elements | None]:
+  def split(self, output: Array, x: Latents, num_channels: int) -> tuple[Latents, Latents | None]:
     """(predicted noise, v) of a model output; v is None for a fixed variance."""
     if self.variance != "learned-range":
       return elements.prediction_of(output, x, num_channels), None
@@ -207,29 +196,24 @@ class IDDPM:
       )
     return elements.split_channels(output.astype(jnp.float32), num_channels)
 
-  def predict_x0(self, noise: Latents, x: Latents, index: Index) -> Elements:
+  def predict_x0(self, noise: Latents, x: Latents, index: PerSample) -> Latents:
     """x0 by the predicted noise."""
     return self._at("sqrt_recip_alphas_cumprod", index, x) * x - self._at("sqrt_recipm1_alphas_cumprod", index, x) * noise
 
-  def p_mean_variance(
-    self, noise: Latents, v: Latents | None, x: Latents, index: Index, *, clip_denoised: bool = False
-  ) -> dict[str, Elements]:
-    """Distribution of x_{t-1} by the predicted noise and v: mean, variance, log_variance, pred_x0, each like `x`.
+  def p_mean_variance(self, noise: Latents, v: Latents | None, x: Latents, index: PerSample) -> tuple[Latents, Latents]:
+    """Mean and log variance of x_{t-1}, by the predicted noise and v.
 
-    A learned log variance is frac log beta + (1 - frac) log posterior variance with frac = (v + 1) / 2. `clip_denoised` limits
-    the predicted x0 to [-1, 1] (for pixels; the original never does so for latents).
+    A learned log variance is frac log beta + (1 - frac) log posterior variance with frac = (v + 1) / 2.
     """
     low, high = self._at("posterior_log_variance_clipped", index, x), jnp.log(self._at("betas", index, x))
-    if self.variance == "learned-range":
+    if v is not None:
       fraction = (v + 1) / 2
       log_variance = fraction * high + (1 - fraction) * low
     else:  # the upper bound begins with the posterior variance, too, as in the original
       fixed = low if self.variance == "fixed-small" else jnp.where(expand(index == 0, x), low, high)
       log_variance = jnp.broadcast_to(fixed, x.shape)
-    x0 = self.predict_x0(noise, x, index)
-    x0 = jnp.clip(x0, -1, 1) if clip_denoised else x0
-    mean, _, _ = self.posterior(x0, x, index)
-    return {"mean": mean, "variance": jnp.exp(log_variance), "log_variance": log_variance, "pred_x0": x0}
+    mean, _ = self.posterior(self.predict_x0(noise, x, index), x, index)
+    return mean, log_variance
 
   def loss_terms(self, denoise, x0, noise, index, *, num_channels, frame_mask=None, valid=None) -> dict:
     """Terms of the loss per sample: "mse", with a learned variance "vb" (bits), and "loss", their sum. Arguments as `loss`."""
@@ -244,15 +228,14 @@ class IDDPM:
       return {"loss": mse, "mse": mse}
     # The variational bound trains the variance only.
     model = self.p_mean_variance(jax.lax.stop_gradient(predicted), v, x_t, index)
-    mean, _, log_variance = self.posterior(x0, x_t, index)
-    kl = _normal_kl(mean, log_variance, model["mean"], model["log_variance"])
-    likelihood = _discretized_log_likelihood(x0, model["mean"], 0.5 * model["log_variance"])
+    kl = _normal_kl(*self.posterior(x0, x_t, index), *model)
+    likelihood = _discretized_log_likelihood(x0, model[0], 0.5 * model[1])
     bits = jnp.where(expand(index == 0, x0), -likelihood, kl) / np.log(2.0)
     vb = masked_mean(bits, frame_mask, valid)
     return {"loss": mse + vb, "mse": mse, "vb": vb}
 
   def loss(
-    self, denoise: Denoise, x0: Latents, noise: Latents, t: Index, *, num_channels: int,
+    self, denoise: Denoise, x0: Latents, noise: Latents, t: PerSample, *, num_channels: int,
     frame_mask: FrameMask | None = None, valid: Valid | None = None,
   ) -> Float[Array, " B"]:  # fmt: skip
     """Loss per sample over the valid elements of the frames to generate.
@@ -314,9 +297,11 @@ class IDDPM:
     del t_next
     x, edit, previous = state
     index, before, x_mask, active = per_sample(t, x), x, None, None
-    if (self.stochastic and noises.step is None) or (edit is not None and noises.frames is None):
-      raise ValueError("iddpm: an ancestral step needs noises.step, and with frame masks any step needs noises.frames")
+    if self.stochastic and noises.step is None:
+      raise ValueError("iddpm: an ancestral step needs noises.step")
     if edit is not None:
+      if noises.frames is None:
+        raise ValueError("iddpm: a step with frame masks needs noises.frames")
       ratio, _ = edit
       start = (ratio * self.num_steps).astype(jnp.int32)
       start = start if self.compat else jnp.where(ratio > 0, start, -1)
@@ -326,32 +311,24 @@ class IDDPM:
     x = zero_invalid(x, valid)
     predicted, v = self.split(denoise(x, self.model_timesteps(index), x_mask), x, num_channels)
     if self.sampler == "ancestral":
-      sample, _ = self.ancestral(predicted, v, x, index, noises.step)
+      sample = self.ancestral(predicted, v, x, index, noises.step)
     elif self.sampler == "ddim":
-      sample, _ = self.ddim(predicted, x, index)
+      sample = self.ddim(predicted, x, index)
     else:
       sample, previous = self.dpm(predicted, x, index, previous, active)
-    if edit is not None:
+    if active is not None:
       sample = jnp.where(expand(active, x), sample, before)
     return StepState(zero_invalid(sample, valid), edit, previous)
 
   def ancestral(self, predicted, v, x, index, noise):
-    """A draw of x_{t-1} ~ p(x_{t-1} | x_t) and the predicted x0, at `index` `[B]`."""
-    model = self.p_mean_variance(predicted, v, x, index)
-    scale = jnp.where(expand(index > 0, x), jnp.exp(0.5 * model["log_variance"]), 0)
-    return model["mean"] + scale * noise, model["pred_x0"]
+    """A draw of x_{t-1} ~ p(x_{t-1} | x_t) at `index` `[B]`."""
+    mean, log_variance = self.p_mean_variance(predicted, v, x, index)
+    return mean + jnp.where(expand(index > 0, x), jnp.exp(0.5 * log_variance), 0) * noise
 
-  def ddim(self, predicted, x, index, *, eta=0.0, noise=None):
-    """One DDIM step (Song et al. 2020, eq. 12) and the predicted x0. `eta` > 0 needs `noise`."""
-    x0 = self.predict_x0(predicted, x, index)
-    abar, previous = self._at("alphas_cumprod", index, x), self._at("alphas_cumprod_prev", index, x)
-    sigma = eta * jnp.sqrt((1 - previous) / (1 - abar)) * jnp.sqrt(1 - abar / previous)
-    sample = x0 * jnp.sqrt(previous) + jnp.sqrt(1 - previous - sigma**2) * predicted
-    if noise is not None:
-      sample = sample + jnp.where(expand(index > 0, x), sigma, 0) * noise
-    elif eta:
-      raise ValueError(f"iddpm: a DDIM step with eta = {eta} needs noise")
-    return sample, x0
+  def ddim(self, predicted, x, index):
+    """One DDIM step without noise (Song et al. 2020, eq. 12 with sigma = 0)."""
+    x0, previous = self.predict_x0(predicted, x, index), self._at("alphas_cumprod_prev", index, x)
+    return x0 * jnp.sqrt(previous) + jnp.sqrt(1 - previous) * predicted
 
   def dpm(self, predicted, x, index, previous, active=None):
     """One step of DPM-Solver++ 2M (arXiv 2211.01095, algorithm 2) from `index` to the next lower one; the last is first order.

@@ -11,8 +11,9 @@ import enum
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Integer, Key, UInt32
+
+from stdit_jax.arrays import ArrayLike
 
 
 class Purpose(enum.IntEnum):
@@ -30,7 +31,7 @@ class Purpose(enum.IntEnum):
   PIXEL_FRAMES = 9
 
 
-def sample_keys(seed: int, sample_id: Integer[ArrayLike, "B 2"], purpose: int) -> Key[Array, " B"]:
+def sample_keys(seed: int, sample_id: Integer[ArrayLike | np.ndarray, "B 2"], purpose: int) -> Key[Array, " B"]:
   """One key per sample `[B]`: fold_in(fold_in(fold_in(key(seed), epoch), slot), purpose).
 
   `sample_id` is (epoch, slot in the epoch's plan); `purpose` is a `Purpose` or another integer.

@@ -12,26 +12,17 @@ Errors of the original are corrected; `compat="open-sora-1.2"` restores them:
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key, Num
 
+from stdit_jax import fields
+from stdit_jax.arrays import ArrayLike, FrameMask, Latents, PerSample, Time, Valid
 from stdit_jax.diffusion.elements import expand, masked_mean, per_sample, prediction_of, second_order, zero_invalid
-from stdit_jax.diffusion.types import (
-  NO_NOISES,
-  Denoise,
-  Elements,
-  FrameMask,
-  Latents,
-  Noises,
-  PerSample,
-  StepState,
-  Time,
-  Valid,
-)
+from stdit_jax.diffusion.types import NO_NOISES, Denoise, Noises, StepState
 
 SAMPLERS = ("euler", "adams-bashforth")
 SAMPLE_METHODS = ("uniform", "logit-normal")
@@ -62,11 +53,11 @@ def timestep_transform(
   return r * s / (1 + (r - 1) * s) * num_timesteps
 
 
-def _namespace(*arrays):
+def _namespace(*arrays) -> Any:
   return jnp if any(isinstance(a, jax.Array) for a in arrays) else np
 
 
-def _floats(values):
+def _floats(values) -> Any:
   """As an array: floats of up to 32 bits as they are, all other numbers as float32."""
   array = values if isinstance(values, jax.Array) else np.asarray(values)
   return array if jnp.issubdtype(array.dtype, jnp.floating) and array.dtype != np.float64 else array.astype(np.float32)
@@ -101,16 +92,11 @@ class RectifiedFlow:
   compat: str | None = None
 
   def __post_init__(self):
-    if self.sample_method not in SAMPLE_METHODS:
-      raise ValueError(f"rectified flow: unknown sample_method {self.sample_method!r}, allowed: {', '.join(SAMPLE_METHODS)}")
+    fields.check_choices(self, "rectified flow", sample_method=SAMPLE_METHODS, sampler=SAMPLERS, compat=COMPAT)
     if self.use_discrete_timesteps and self.sample_method != "uniform":
       raise ValueError("rectified flow: use_discrete_timesteps needs sample_method 'uniform'")
-    if self.sampler not in SAMPLERS:
-      raise ValueError(f"rectified flow: unknown sampler {self.sampler!r}, allowed: {', '.join(SAMPLERS)}")
     if not 0 < self.sampling_shift < np.inf:
       raise ValueError(f"rectified flow: sampling_shift is {self.sampling_shift}, allowed: above 0, 1 for none")
-    if self.compat not in COMPAT:
-      raise ValueError(f"rectified flow: unknown compat {self.compat!r}, allowed: None, 'open-sora-1.2'")
 
   def sample_timesteps(
     self, keys: Key[Array, " B"], height: PerSample | None = None, width: PerSample | None = None,
@@ -148,7 +134,7 @@ class RectifiedFlow:
     t = timestep_transform(t, _floats(height), _floats(width), frames, scale=scale, num_timesteps=self.num_timesteps)
     return t if self.compat else _namespace(t).clip(t, 0, self.num_timesteps)
 
-  def add_noise(self, x0: Latents, noise: Latents, t: Time) -> Elements:
+  def add_noise(self, x0: Latents, noise: Latents, t: Time) -> Latents:
     """x_t at timesteps `t` (`[B]` or a scalar)."""
     clean = expand(1 - per_sample(t, x0).astype(jnp.float32) / self.num_timesteps, x0)
     return clean * x0 + (1 - clean) * noise
@@ -226,7 +212,7 @@ class RectifiedFlow:
     t, before, active = per_sample(t, x), x, None
     if edit is not None:
       if noises.frames is None:
-        raise ValueError("rectified flow: a step with frame masks got no noises.frames; pass it for frames that become active")
+        raise ValueError("rectified flow: a step with frame masks needs noises.frames")
       ratio, added = edit
       active = ratio * self.num_timesteps >= t[:, None]
       x = jnp.where(expand(active & ~added, x), self.add_noise(x, noises.frames, t), x)

@@ -1,17 +1,17 @@
-"""A denoiser family: everything that the rest of the project has to know about one published denoiser.
+"""A denoiser family: all that the rest of the project knows about one published denoiser.
 
-A family is one file: a frozen configuration, a linen module and a `FAMILY` record. Ours are `models/*.py`; yours is any module
-that Python can import. The rest of the project asks the record, never the type of the model.
+A family is one file: a frozen configuration, a linen module and a `FAMILY` record. The families of this package are in models/.
+Any other module that Python can import may hold a family, too. The project asks the record, never the type of the model.
 
 The module is called as `model.apply(variables, tokens, t, cond, sizes, x_mask=None, valid=None)`:
 
   tokens   noisy latents `[B, T, S, P]`; P values of a patch, ordered (time, row, column, channel)
   t        timesteps `[B]`, 0 (clean) to 1000 (noise), need not be whole
-  cond     what the conditioner gives, a dict of arrays (`Family.cond`)
+  cond     the output of the conditioner, a dict of arrays (`Family.cond`)
   sizes    {"grid": int32 `[B, 3]`, token grid (T, rows, columns); "height", "width": pixels `[B]`; "num_frames": pixel frames
            `[B]`; "fps": `[B]`}
   x_mask   bool `[B, T]`, True = frame to generate, False = clean frame; None = generate all. Only if `supports.frame_masks`.
-  valid    bool `[B, T, S, P]`, False for padding; None = everything counts. Padding never changes a valid result.
+  valid    bool `[B, T, S, P]`, False for padding; None = all values are valid. Padding never changes a valid result.
 
 It returns float32 `[B, T, S, patch positions * out_channels]`. Its configuration has the fields or properties `patch_size`,
 `in_channels`, `out_channels`, `hidden_size`, `depth`, `dtype` and `remat`.
@@ -39,11 +39,11 @@ SCALARS = ("height", "width", "num_frames", "fps")
 
 @dataclasses.dataclass(frozen=True)
 class Supports:
-  """What a family can do beyond denoising.
+  """Abilities of a family beyond denoising.
 
   Attributes:
-    frame_masks: it takes `x_mask`, so that frames can be given (image to video, extension, masks in training).
-    step_cache: it takes `reuse` and has `cache_specs` (models/step_cache.py).
+    frame_masks: the model takes `x_mask` (image to video, extension, masks in training).
+    step_cache: the model takes `reuse` and has `cache_specs` (models/step_cache.py).
   """
 
   frame_masks: bool = False
@@ -55,17 +55,17 @@ class Family:
   """One published denoiser.
 
   Attributes:
-    name: of the family, for messages.
+    name: for messages.
     sizes: {name: configuration}, e.g. "STDiT3-XL/2".
-    build: `(config, layout) -> nn.Module`; without a layout for one device.
-    condition: the conditioner that it takes, a key of `conditioning.CONDITIONERS`.
-    cond: `(config, rows) -> {name: ShapeDtypeStruct}`, the arrays of `cond` for so many rows.
+    build: `(config, layout) -> nn.Module`. A layout of None means one device.
+    condition: its conditioner, a key of `conditioning.CONDITIONERS`.
+    cond: `(config, rows) -> {name: ShapeDtypeStruct}`, the arrays of `cond` for this number of rows.
     null: `(config, constants, cond) -> cond`, the unconditional branch; `constants` is the model's collection of that name.
     rules: sharding rules of the parameters (`parallel.shardings.spec_for`).
     flops: `(config, frames, space) -> FLOPs` of one forward pass over one sample of `frames * space` tokens.
-    layouts: checkpoint layouts that files of the family have, the usual one first; names of `interop.LAYOUTS`, or objects.
+    layouts: checkpoint layouts of its files, the usual one first: names of `interop.LAYOUTS`, or objects.
     stacks: parameters whose leading axis is the depth.
-    resizable: constants whose leading axis may change between stages; they repeat their last row.
+    resizable: constants whose leading axis may change between stages. A longer one repeats the last row.
     supports: see `Supports`.
   """
 
@@ -94,12 +94,12 @@ class Family:
     values = math.prod(config.patch_size) * config.in_channels
     return jnp.zeros((rows, frames, side * side, values)), ones, cond, {"grid": grid, **dict.fromkeys(SCALARS, ones)}
 
-  def init(self, config: Any, key: jax.Array) -> dict:
-    """Variables {"params", "constants" if the family has any} with the original initialisation."""
+  def init(self, config: Any, key: jax.Array) -> Any:
+    """Variables {"params": ..., "constants": ... if the family has any} with the original initialisation."""
     return self.build(config, None).init(key, *self.example(config))
 
   def init_shapes(self, config: Any) -> dict:
-    """The tree of `init` as shapes; nothing is allocated. The result is shared: do not change it."""
+    """The tree of `init` as shapes. Allocates nothing. Calls share one tree, so do not change it."""
     return _init_shapes(self.init, config)
 
 
@@ -117,13 +117,13 @@ def families() -> list[Family]:
 
 
 def find_family(name: str) -> tuple[Family, str]:
-  """The family of a denoiser's name, and the name of the size in it.
+  """The family of a denoiser, and the name of its size.
 
   Args:
-    name: a size of ours ("STDiT3-XL/2"), or MODULE:SIZE of a module with a `FAMILY` ("my_models.mmdit:S").
+    name: a size of this package ("STDiT3-XL/2"), or MODULE:SIZE of a module with a `FAMILY` ("my_models.mmdit:S").
 
   Raises:
-    ValueError: a name that nothing has, with the allowed ones.
+    ValueError: the name is unknown. The message gives the allowed names.
   """
   module, colon, size = name.partition(":")
   if not colon:

@@ -1,10 +1,10 @@
-"""Model FLOPs by formula: matrix products only, two FLOPs per multiply-add, as the models are written."""
+"""Model FLOPs by formula. They count the matrix products of the models, two FLOPs per multiply-add."""
 
-TRAINING = 3  # a training step computes every product of the forward pass three times: once there, twice for gradients
+TRAINING = 3  # products of a training step for each product of the forward pass: this one, and two for gradients
 
 
 def self_attention(config, tokens, span):
-  """Queries, keys, values, output over `tokens` tokens, and attention of each over `span` tokens."""
+  """FLOPs of queries, keys, values and output of `tokens` tokens, and of their attention to `span` tokens each."""
   width = config.hidden_size
   return 8 * tokens * width**2 + 4 * tokens * span * width
 
@@ -19,7 +19,7 @@ def mlp(config, tokens):
 
 
 def text(config, tokens):
-  """FLOPs of one caption of so many tokens, padding included, by a T5 encoder (`t5.T5Config`)."""
+  """FLOPs of a T5 encoder (`t5.T5Config`) for one caption of this number of tokens, with padding."""
   inner = config.num_heads * config.d_kv
   mlp_kernels = 3 if config.feed_forward_proj == "gated-gelu" else 2
   products = 8 * config.d_model * inner + 2 * mlp_kernels * config.d_model * config.d_ff

@@ -1,5 +1,7 @@
-"""Layers that several denoisers share. Each says which original it computes; float32 islands are norms, softmax,
-rotations and sinusoids, everything else runs in `dtype` over float32 parameters."""
+"""Layers that several denoisers share. Each names the original that it computes.
+
+Norms, softmax, rotations and sinusoids run in float32, all else in `dtype`. Parameters are float32.
+"""
 
 import functools
 import math
@@ -9,23 +11,23 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Num
 
-from stdit_jax.models.types import Features, TokenValid
+from stdit_jax.arrays import ArrayLike, Features, TokenValid
 from stdit_jax.parallel.attention import attend
 from stdit_jax.parallel.shardings import Layout, constrain
 
 MAX_PERIOD = 10000.0
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
-COMPUTE_DTYPES = ("float32", "bfloat16")  # of what trains: float16 would need its loss scaled
-# How tokens `[B, T, S, D]` lie where attention goes over space, and over time: the other axis is split.
+COMPUTE_DTYPES = ("float32", "bfloat16")  # for training; float16 would need a scaled loss
+# Axes of tokens `[B, T, S, D]` during attention over space, and over time. The mesh may split the axis without attention.
 OVER_SPACE, OVER_TIME = ("batch", "tokens", None, None), ("batch", None, "tokens", None)
 
 
 def xavier_uniform(fan_in, fan_out):
-  """Uniform in +-sqrt(6 / (fan_in + fan_out)), whatever the shape: fused, per-head kernels are one matrix in the original."""
+  """Uniform in +-sqrt(6 / (fan_in + fan_out)) for any shape: a fused kernel with heads is one matrix in the original."""
   bound = math.sqrt(6.0 / (fan_in + fan_out))
   return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
@@ -39,17 +41,17 @@ def torch_uniform(fan_in):
 class Linear(nn.Module):
   """`[..., *inputs] -> [..., *features]`, a matrix product.
 
-  The kernel is stored `[*inputs, *features]` (heads as axes of their own, so that they can be sharded); its default
-  initialisation is Xavier uniform over the whole fused matrix with a zero bias, as `_basic_init` in Open-Sora 1.0-1.2.
+  The kernel is `[*inputs, *features]`. Heads are separate axes, so that they can be sharded. The default initialisation is
+  Xavier uniform over the whole fused matrix with a zero bias, as `_basic_init` in Open-Sora 1.0-1.2.
 
-  Input and output are pinned to one layout, which pins their gradients, too: the gradient of the kernel sums over tokens, and
-  XLA's partitioner (jax 0.10.2) drops a part of that sum when one factor is split over frames and the other over positions.
+  The layer pins its input and output to one layout, and so their gradients. The gradient of the kernel sums over tokens. XLA's
+  partitioner (jax 0.10.2) drops a part of that sum when one factor is split over frames and the other one over positions.
 
   Attributes:
-    inputs: sizes of the axes that are summed over; by default the last axis of the input.
-    layout: how activations lie on the mesh; axes: names (of `Layout.axes`) of the leading dimensions, None for those not named.
-    tensor: which of the kernel's axes is split over `tensor`. Heads that don't divide are padded with zeros: the output then
-      has more heads than `features` says, or the input may.
+    inputs: sizes of the axes that the product sums over; by default the last axis of the input.
+    layout: of activations on the mesh; axes: names (of `Layout.axes`) of the leading dimensions, by default None.
+    tensor: the axis of the kernel that is split over `tensor`. Zeros pad heads that do not divide. The output then has more
+      heads than `features` says, and the input may have more than `inputs` says.
   """
 
   features: tuple[int, ...]
@@ -72,21 +74,21 @@ class Linear(nn.Module):
     names = [*self.axes, None, None, None][: len(lead)]
     x = constrain(x, self.layout, *names, *places[: len(inputs)])
     if self.layout is None or self.layout.tensor_parts == 1:
-      # One plain matrix product: with axes of its own for heads, the kernel and its gradient are transposed in every step.
+      # One plain matrix product. With separate axes for heads, every step would transpose the kernel and its gradient.
       y = x.reshape(*lead, math.prod(inputs)) @ kernel.reshape(math.prod(inputs), math.prod(self.features))
       y = y.reshape(*lead, *self.features) + bias
     else:
       if self.tensor is not None:
-        kernel = self._pad(kernel, self.tensor)
+        kernel = _pad(kernel, self.tensor, self.layout.tensor_parts)
         if self.tensor >= len(inputs):
-          bias = self._pad(bias, self.tensor - len(inputs))
+          bias = _pad(bias, self.tensor - len(inputs), self.layout.tensor_parts)
       y = jnp.tensordot(x, kernel, len(inputs)) + bias
     return constrain(y, self.layout, *names, *places[len(inputs) :])
 
-  def _pad(self, x, axis):
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, -x.shape[axis] % self.layout.tensor_parts)
-    return jnp.pad(x, widths)
+
+def _pad(x, axis, parts):
+  """Pads an axis with zeros to a multiple of `parts`."""
+  return jnp.pad(x, [(0, -x.shape[i] % parts if i == axis else 0) for i in range(x.ndim)])
 
 
 class Mlp(nn.Module):
@@ -137,8 +139,8 @@ class RMSNorm(nn.Module):
     return y.astype(x.dtype) * scale.astype(x.dtype)
 
 
-# Frequencies are computed on the host, in the originals' order of float32 roundings and with exactly rounded functions:
-# a last-digit error in a frequency, times a timestep of 1000, is an error of 1e-5 in the embedding.
+# The host computes frequencies in the originals' order of float32 roundings and with exactly rounded functions. An error in
+# the last digit of a frequency, times a timestep of 1000, is an error of 1e-5 in the embedding.
 
 
 def sinusoid(values: Num[ArrayLike, "*lead"], dim: int = 256) -> Float[Array, "*lead dim"]:
@@ -186,10 +188,10 @@ class SelfAttention(nn.Module):
   """Self attention over one axis of `[batch, time, space, features]`.
 
   Attributes:
-    axis: "space" (every frame for itself) or "time" (every position for itself).
+    axis: "space" (within each frame) or "time" (at each position).
     qk_norm: RMS norm of queries and keys over the head dimension.
     rope_first: rotate before the norm (Open-Sora 1.1, `qk_norm_legacy`) instead of after it (1.2).
-    layout: how activations lie on the mesh: the other axis is the one that may be split.
+    layout: of activations on the mesh. It may split the other axis.
   """
 
   num_heads: int
@@ -227,7 +229,7 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
   """Attention of all tokens of a sample to its valid text tokens: no norm, no gate (PixArt; Open-Sora 1.0-1.2).
 
-  Attributes: layout: how activations lie on the mesh; axes: OVER_SPACE or OVER_TIME, how the tokens do.
+  Attributes: layout: of activations on the mesh; axes: those of the tokens, OVER_SPACE or OVER_TIME.
   """
 
   num_heads: int
@@ -245,7 +247,7 @@ class CrossAttention(nn.Module):
     linear = functools.partial(Linear, dtype=self.dtype, layout=self.layout)
     query = linear(heads, axes=self.axes[:3], tensor=1, name="query")(x)
     key_value = linear((2, *heads), tensor=2, name="key_value")(text)
-    # All tokens as one group, the axis that may be split first: what one device has is then one piece of it.
+    # One group of all tokens. The axis that may be split comes first, so that each device has one contiguous piece.
     space_first = self.axes == OVER_TIME and self.layout is not None and self.layout.split_tokens
     query = einops.rearrange(query, "b t s h d -> b 1 (s t) h d" if space_first else "b t s h d -> b 1 (t s) h d")
     key, value = jax.lax.split(jnp.swapaxes(key_value, 1, 2), (1, 1), axis=1)

@@ -1,11 +1,11 @@
 """The stack of blocks: equal layers whose parameters are stacked over depth, `[depth, ...]`.
 
-`run_layers` loops over depth, `remat` decides what the backward pass keeps, `run_blocks` adds what denoisers need: gathering of
-sharded parameters, cached outputs of earlier sampling steps (step_cache.py), captured activations.
+`run_layers` loops over depth, and `remat` selects the activations that the backward pass stores. `run_blocks` adds the needs of
+denoisers: gathering of sharded parameters, cached outputs of earlier sampling steps (step_cache.py), captured activations.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import flax.linen as nn
 import jax
@@ -17,7 +17,7 @@ from stdit_jax.models.layers import DTYPES, OVER_TIME
 from stdit_jax.parallel.shardings import constrain, gather_layer
 
 BLOCK_INPUT = "block_input"
-REMAT_POLICIES = {  # what the backward pass keeps of a layer; it computes the rest again
+REMAT_POLICIES = {  # activations of a layer that the backward pass stores; it recomputes the others
   "none": None,  # everything
   "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # products with parameters, not attention
   "full": jax.checkpoint_policies.nothing_saveable,  # inputs of the layer only
@@ -28,7 +28,7 @@ REMAT_POLICIES = {  # what the backward pass keeps of a layer; it computes the r
 
 
 def remat(layer: Callable, policy: str, scan: bool) -> Callable:
-  """`layer` whose backward pass keeps what `policy`, one of REMAT_POLICIES, says."""
+  """`layer` whose backward pass stores the activations of `policy`, one of REMAT_POLICIES."""
   if policy == "none":
     return layer
 
@@ -43,18 +43,18 @@ def run_layers(layer: Callable, x: jax.Array, stacked, scan: bool, policy: str) 
 
   Args:
     stacked: pytree of arrays `[depth, ...]`.
-    scan: one `lax.scan`, compiled once whatever the depth. False unrolls: compile time grows with depth, but no parameters are
-      copied into the loop and no gradients out of it (a CPU's training step: tests/benchmarks/denoiser.py).
+    scan: one `lax.scan`, compiled once for any depth. False unrolls: compile time grows with depth, but the program copies no
+      parameters into a loop and no gradients out of it (faster on a CPU: tests/benchmarks/denoiser.py).
     policy: one of REMAT_POLICIES.
 
   Returns:
-    (x, outputs stacked over depth, None if the layers give None)
+    (x, outputs stacked over depth, None if the layers return None)
   """
   layer = remat(layer, policy, scan)
   if scan:
     return jax.lax.scan(layer, x, stacked)
   leaves, structure = jax.tree.flatten(stacked)
-  # Split, not indexed: the gradient of split is one concatenation, that of indexing a sum of arrays padded to full depth.
+  # The gradient of a split is one concatenation. The gradient of indexing is a sum of arrays padded to full depth.
   outputs = []
   for parts in zip(*(jax.lax.split(leaf, (1,) * len(leaf)) for leaf in leaves)):
     x, output = layer(x, structure.unflatten(part[0] for part in parts))
@@ -62,8 +62,8 @@ def run_layers(layer: Callable, x: jax.Array, stacked, scan: bool, policy: str) 
   return x, jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *outputs)
 
 
-def stacked_params(module: nn.Module, blocks: dict[str, nn.Module], depth: int, *inputs) -> dict:
-  """Parameters `[depth, ...]` of every block of a layer, as parameters of `module`; `inputs` are those of a block."""
+def stacked_params(module: nn.Module, blocks: Mapping[str, nn.Module], depth: int, *inputs) -> dict:
+  """Parameters `[depth, ...]` of every block of a layer, as parameters of `module`. `inputs` are inputs of a block."""
 
   def init(block):
     return lambda key: jax.vmap(lambda k: block.init(k, *inputs)["params"])(jax.random.split(key, depth))
@@ -71,7 +71,7 @@ def stacked_params(module: nn.Module, blocks: dict[str, nn.Module], depth: int, 
   return {name: module.param(name, init(block)) for name, block in blocks.items()}
 
 
-def run_blocks(module: nn.Module, blocks: dict[str, nn.Module], rules: tuple, x, conditions, reuse=None) -> tuple:
+def run_blocks(module: nn.Module, blocks: Mapping[str, nn.Module], rules: tuple, x, conditions, reuse=None) -> tuple:
   """Tokens `[B, T, S, D]` through the layers of a denoiser.
 
   Args:
@@ -86,7 +86,7 @@ def run_blocks(module: nn.Module, blocks: dict[str, nn.Module], rules: tuple, x,
   config, layout = module.config, module.layout
   layers = stacked_params(module, blocks, config.depth, x, conditions, 0), jnp.arange(config.depth)
   capturing = module.is_mutable_collection("intermediates") and not module.is_initializing()
-  pyramid = reuse is not None and isinstance(reuse.cache, step_cache.PyramidBroadcast)
+  pyramid = reuse if reuse is not None and isinstance(reuse.cache, step_cache.PyramidBroadcast) else None
 
   def apply(name, params, *inputs):
     if not capturing or config.scan:
@@ -100,14 +100,15 @@ def run_blocks(module: nn.Module, blocks: dict[str, nn.Module], rules: tuple, x,
     outputs = {}
     for name in blocks:
       own = gather_layer(params[name], name, layout, DTYPES[config.dtype], rules)
-      calls = (step_cache.CachedCalls(cached[name], reuse.computes),) if pyramid else ()
+      calls = [step_cache.CachedCalls(cached[name], pyramid.computes)] if pyramid else []
       x = apply(name, own, x, conditions, number, *calls)
-      outputs |= {name: calls[0].outputs} if pyramid else {}
+      for call in calls:
+        outputs[name] = call.outputs
     return constrain(x, layout, *OVER_TIME), outputs or None
 
-  # A captured value could not leave a layer that is computed again.
+  # A captured value cannot leave a layer that the backward pass recomputes.
   run = functools.partial(run_layers, layer, scan=config.scan, policy="none" if capturing else config.remat)
-  if reuse is None or pyramid:
+  if reuse is None or isinstance(reuse.cache, step_cache.PyramidBroadcast):
     return run(x, (*layers, reuse and reuse.cached))
   first, others = jax.tree.map(lambda p: p[0], layers), jax.tree.map(lambda p: p[1:], layers)
   return step_cache.residual_layers(

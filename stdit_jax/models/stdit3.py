@@ -1,37 +1,17 @@
 """STDiT-3 of Open-Sora 1.2 (tag v1.2.0, `stdit3.py`): spatial and temporal blocks in turn, conditioned on the frame rate."""
 
 import dataclasses
-from typing import NamedTuple
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
+from stdit_jax.arrays import Cond, Features, FrameMask, PerSample, Sizes, Tokens, Valid
 from stdit_jax.models import stdit_common as common
-from stdit_jax.models import step_cache
 from stdit_jax.models.family import Family, Supports
-from stdit_jax.models.layers import (
-  DTYPES,
-  OVER_SPACE,
-  OVER_TIME,
-  CrossAttention,
-  SelfAttention,
-  interleaved_sin_cos,
-  layer_norm,
-  modulate,
-  rope_frequencies,
-  torch_uniform,
-)
+from stdit_jax.models.layers import DTYPES, OVER_SPACE, OVER_TIME, interleaved_sin_cos, layer_norm, modulate, torch_uniform
 from stdit_jax.models.stack import run_blocks
-from stdit_jax.models.step_cache import Reuse
-from stdit_jax.models.types import Cond, Features, FrameMask, PerSample, Sizes, Tokens, Valid
-from stdit_jax.parallel.shardings import Layout, constrain
-
-# {name of the parameters: {kind of attention: how its output lies on a mesh}}
-KINDS = {
-  "spatial_blocks": {"space": OVER_SPACE, "cross": OVER_SPACE},
-  "temporal_blocks": {"time": OVER_TIME, "cross": OVER_TIME},
-}
+from stdit_jax.models.step_cache import Reuse, compute
+from stdit_jax.parallel.shardings import constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,56 +32,35 @@ class STDiT3Config(common.STDiTConfig):
 
   @property
   def kinds(self):
-    """KINDS of the blocks that a layer has."""
-    return {name: kinds for name, kinds in KINDS.items() if self.temporal_blocks or name == "spatial_blocks"}
+    spatial = {"spatial_blocks": {"space": OVER_SPACE, "cross": OVER_SPACE}}
+    return spatial | ({"temporal_blocks": {"time": OVER_TIME, "cross": OVER_TIME}} if self.temporal_blocks else {})
 
 
-class Conditions(NamedTuple):
-  """What every block sees beside the tokens; `clean` is of timestep 0, None without x_mask."""
-
-  text: jax.Array  # [B, L, D]
-  text_mask: jax.Array | None  # [B, L]
-  token_valid: jax.Array | None  # [B, T, S]
-  x_mask: jax.Array | None  # [B, T]
-  noised: jax.Array  # [B, 6D]
-  clean: jax.Array | None  # [B, 6D]
-  rope: jax.Array  # [head_dim / 2]
-
-
-class Block(nn.Module):
+class Block(common.Block):
   """Attention over space, or over time with rotary embedding; then cross attention and MLP.
 
   Temporal blocks start as the identity: their three output projections are zero.
   """
 
-  config: STDiT3Config
-  axis: str
-  layout: Layout | None = None
+  axis: str = "space"
 
   @nn.compact
-  def __call__(self, x: Features, c: Conditions, number, call=step_cache.compute) -> Features:
+  def __call__(self, x: Features, c: common.Conditions, number, call=compute) -> Features:
     """x `[B, T, S, D]`, Conditions, number of the layer -> `[B, T, S, D]`; `call` calls the attentions."""
-    cfg, dtype, layout = self.config, DTYPES[self.config.dtype], self.layout
     axes, rope, out_init = (OVER_SPACE, None, None) if self.axis == "space" else (OVER_TIME, c.rope, common.zeros)
-    table = common.modulation_table(self, "modulation", 6, cfg.hidden_size)
-    shift1, scale1, gate1, shift2, scale2, gate2 = common.modulation_rows(table, c.noised, c.clean, c.x_mask)
+    shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation_rows("modulation", 6, c.modulation, c.x_mask)
 
-    x = constrain(x, layout, *axes)
-    attention = SelfAttention(
-      cfg.num_heads, self.axis, cfg.qk_norm, False, out_init, cfg.attention, dtype, layout, name="attention"
-    )
+    x = constrain(x, self.layout, *axes)
+    attention = self.self_attention(self.axis, qk_norm=self.config.qk_norm, out_init=out_init)
     x = x + gate1 * call(self.axis, attention, modulate(layer_norm(x), shift1, scale1), c.token_valid, rope)
-    cross = CrossAttention(cfg.num_heads, out_init, cfg.attention, dtype, layout, axes, name="cross_attention")
-    x = x + call("cross", cross, x, c.text, c.text_mask)
-    mlp = common.block_mlp(cfg, layout, axes, out_init)
-    return x + gate2 * mlp(modulate(layer_norm(x), shift2, scale2))
+    x = x + call("cross", self.cross_attention(axes, out_init), x, c.text, c.text_mask)
+    return x + gate2 * self.block_mlp(axes, out_init)(modulate(layer_norm(x), shift2, scale2))
 
 
-class STDiT3(nn.Module):
+class STDiT3(common.STDiT):
   """The denoiser; inputs and output as models/family.py says."""
 
   config: STDiT3Config
-  layout: Layout | None = None
 
   @nn.compact
   def __call__(
@@ -110,44 +69,30 @@ class STDiT3(nn.Module):
   ):  # fmt: skip
     cfg, layout, dtype = self.config, self.layout, DTYPES[self.config.dtype]
     frames = tokens.shape[1]
-    tokens, token_valid, x_mask = common.pad_frames(layout, tokens, valid, x_mask)  # [B, T, S, P]
+    tokens, token_valid, x_mask = self.pad_frames(tokens, valid, x_mask)  # [B, T, S, P]
 
     # embed
-    positions = common.scaled_positions(cfg, sizes, tokens.shape[2])  # [B, S, D]
-    self.sow("intermediates", "pos_emb", positions)
-    x = common.embed_patches(cfg, layout, tokens, torch_uniform(cfg.patch_values))  # [B, T, S, D]
+    positions = self.scaled_positions(sizes, tokens.shape[2])  # [B, S, D]
+    x = self.embed_patches(tokens, torch_uniform(cfg.patch_values))  # [B, T, S, D]
     x = x + positions.astype(dtype)[:, None]
     if cfg.frame_positions:
       x = x + interleaved_sin_cos(jnp.arange(tokens.shape[1], dtype=jnp.float32), cfg.hidden_size).astype(dtype)[:, None]
     self.sow("intermediates", "tokens_in", x)
-    embed_t, speed = common.scalar_embedder(cfg, layout, "timestep_embed"), 0.0
+    embed_t, speed = self.scalar_embedder("timestep_embed"), 0.0
     if cfg.fps_condition:
-      speed = common.scalar_embedder(cfg, layout, "fps_embed", None, common.small, common.zeros)(sizes["fps"])  # [B, D]
+      speed = self.scalar_embedder("fps_embed", None, common.small, common.zeros)(sizes["fps"])  # [B, D]
     noised = embed_t(t) + speed  # [B, D]
     clean = None if x_mask is None else embed_t(jnp.zeros_like(t)) + speed
-    common.null_caption(self)  # creates the constant of dropped captions, which only `Family.null` reads
-    conditions = Conditions(
-      common.embed_caption(cfg, layout, cond["text"]), cond["text_mask"], token_valid, x_mask,
-      *common.modulation_vectors(cfg, layout, "timestep_modulation", 6, [noised, clean]),
-      self.variable("constants", "rope_frequencies", rope_frequencies, cfg.head_dim).value,
+    conditions = common.Conditions(
+      self.embed_caption(cond["text"]), cond["text_mask"], token_valid, x_mask,
+      self.modulation_vectors("timestep_modulation", 6, (noised, clean)), rope=self.rope(),
     )  # fmt: skip
 
-    blocks = {"spatial_blocks": "space", "temporal_blocks": "time"}
-    blocks = {name: Block(cfg, axis, layout, parent=None) for name, axis in blocks.items() if name in cfg.kinds}
+    blocks = {name: Block(cfg, layout, axis, parent=None) for name, (axis, _) in cfg.kinds.items()}
     x, cached = run_blocks(self, blocks, common.RULES, constrain(x, layout, *OVER_TIME), conditions, reuse)  # [B, T, S, D]
 
     x = common.FinalLayer(cfg, layout, name="final_layer")(x, noised, clean, x_mask)  # [B, T, S, P_out]
-    return common.finish(self, x, frames, cached, reuse)
-
-  def cache_specs(self, cache, batch, frames, space):
-    """What calls on `[batch, frames, space]` tokens keep for each other (`step_cache.cache_specs`)."""
-    return common.cache_specs(self, self.config.kinds, cache, batch, frames, space)
-
-
-def flops(config, frames, space):
-  """FLOPs of a forward pass over one sample of `frames * space` tokens."""
-  blocks = [(space,), (frames,)] if config.temporal_blocks else [(space,)]
-  return common.forward_flops(config, frames, space, blocks)
+    return self.finish(x, frames, cached, reuse)
 
 
 FAMILY = Family(
@@ -163,13 +108,7 @@ FAMILY = Family(
     "STDiT3-tiny/2": STDiT3Config(hidden_size=96, depth=2, num_heads=4, caption_channels=64, model_max_length=12),
   },
   build=STDiT3,
-  condition="captions",
-  cond=common.cond,
-  null=common.null,
-  rules=common.RULES,
-  flops=flops,
-  layouts=("open-sora", "native"),
   stacks=("spatial_blocks", "temporal_blocks"),
-  resizable=("null_caption",),
   supports=Supports(frame_masks=True, step_cache=True),
+  **common.RECORD,
 )

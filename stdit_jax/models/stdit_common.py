@@ -1,30 +1,35 @@
-"""What the three STDiTs share: configuration, embeddings, modulation, the final layer, and the fields of their records."""
+"""What the three STDiTs share: configuration, embeddings, modulation, the final layer, and most of their records."""
 
 import dataclasses
 import math
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Integer
 
+from stdit_jax import fields
+from stdit_jax.arrays import ArrayLike, Cond, Embedding, Features, FrameMask, PerSample, Sizes, Tokens, Valid
 from stdit_jax.models import flops, step_cache
 from stdit_jax.models.layers import (
   COMPUTE_DTYPES,
   DTYPES,
+  OVER_SPACE,
   OVER_TIME,
+  CrossAttention,
   Linear,
   Mlp,
+  SelfAttention,
   interleaved_sin_cos,
   layer_norm,
   modulate,
+  rope_frequencies,
   sinusoid,
   torch_uniform,
 )
 from stdit_jax.models.stack import REMAT_POLICIES
-from stdit_jax.models.types import Cond, Embedding, Features, FrameMask, PerSample, Sizes, Tokens, Valid
 from stdit_jax.parallel.attention import IMPLEMENTATIONS
 from stdit_jax.parallel.shardings import BLOCK_RULES, Layout, constrain
 
@@ -46,14 +51,14 @@ RULES = (
 
 @dataclasses.dataclass(frozen=True)
 class STDiTConfig:
-  """What all three models share. Sizes are those of the originals' constructors.
+  """The fields of all three models. Sizes are those of the originals' constructors.
 
   Attributes:
     input_sq_size: side in pixels at which the spatial position embedding has unit scale (STDiT-2 and 3).
-    pred_sigma: predict C more channels (the variance of IDDPM; ignored by rectified flow).
-    scan: run the blocks as one `lax.scan`; False unrolls them (debugging: one name per block in a profile; faster on a CPU).
-    remat: what the backward pass keeps of a block, one of REMAT_POLICIES.
-    compat: "open-sora" scales positions by the size of the *first* sample of the batch, as the originals do; by default
+    pred_sigma: predict C more channels (the variance of IDDPM; rectified flow ignores them).
+    scan: run the blocks as one `lax.scan`. False unrolls them: a profile then has one name per block, and CPUs are faster.
+    remat: the activations of a block that the backward pass stores, one of REMAT_POLICIES.
+    compat: "open-sora" scales positions by the size of the *first* sample of the batch, as the originals do. By default
       every sample has its own scale.
   """
 
@@ -81,14 +86,7 @@ class STDiTConfig:
         raise ValueError(f"{name}: hidden_size {self.hidden_size} does not divide by {why}")
     if self.head_dim % 2:
       raise ValueError(f"{name}: hidden_size / num_heads is {self.head_dim}, but rotary embedding needs an even number")
-    for field, allowed in (
-      ("dtype", COMPUTE_DTYPES),
-      ("remat", tuple(REMAT_POLICIES)),
-      ("attention", IMPLEMENTATIONS),
-      ("compat", COMPAT),
-    ):
-      if getattr(self, field) not in allowed:
-        raise ValueError(f"{name}: {field} is {getattr(self, field)!r}; allowed: {', '.join(map(str, allowed))}")
+    fields.check_choices(self, name, dtype=COMPUTE_DTYPES, remat=REMAT_POLICIES, attention=IMPLEMENTATIONS, compat=COMPAT)
     if self.patch_size[0] != 1:
       raise ValueError(f"{name}: patch_size {self.patch_size}: patches of one latent frame only, as in all released models")
 
@@ -109,144 +107,186 @@ class STDiTConfig:
   def out_channels(self):
     return self.in_channels * (2 if self.pred_sigma else 1)
 
+  @property
+  def kinds(self) -> dict[str, dict]:
+    """{name of a block of a layer: {kind of attention: how its output lies on a mesh}}."""
+    return {"blocks": {"space": OVER_SPACE, "time": OVER_TIME, "cross": OVER_TIME}}
 
-# ------------------------------------------------------------------------------------------------------------------ embed
 
+class Conditions(NamedTuple):
+  """The inputs of every block beside the tokens.
 
-def pad_frames(layout: Layout | None, tokens: Tokens, valid: Valid | None, x_mask: FrameMask | None) -> tuple:
-  """Zeroes padding, and adds frames of padding if the layout splits tokens and the frames do not divide.
-
-  Args:
-    tokens: `[B, T, S, P]`; valid: bool of the same shape or None; x_mask: `[B, T]` or None.
-
-  Returns:
-    (tokens, token_valid `[B, T, S]` or None, x_mask)
-
-  Raises:
-    ValueError: the tokens of a frame do not divide.
+  A modulation is a pair: of noised frames `[B, rows * D]`, and of clean frames (timestep 0) or None without x_mask.
   """
-  token_valid = None
-  if valid is not None:
-    tokens, token_valid = jnp.where(valid, tokens, 0), valid.any(-1)
-  parts = 1 if layout is None else layout.token_parts
-  if tokens.shape[2] % parts:
-    raise ValueError(f"{tokens.shape[2]} tokens per frame do not divide by the {parts} devices of mesh axis 'sequence'")
-  if extra := -tokens.shape[1] % parts:
-    if token_valid is None:
-      token_valid = jnp.ones(tokens.shape[:3], bool)
-    tokens, token_valid, x_mask = jax.tree.map(
-      lambda x: jnp.pad(x, [(0, extra if axis == 1 else 0) for axis in range(x.ndim)]), (tokens, token_valid, x_mask)
+
+  text: jax.Array  # [B, L, D]
+  text_mask: jax.Array | None  # [B, L]
+  token_valid: jax.Array | None  # [B, T, S]
+  x_mask: jax.Array | None  # [B, T]
+  modulation: list  # 6 rows
+  temporal: Any = None  # 3 rows (STDiT-2)
+  rope: jax.Array | None = None  # [head_dim / 2] (STDiT-2 and 3)
+  time_embedding: Any = None  # [T, D] (STDiT 1.0)
+
+
+class Block(nn.Module):
+  """Parts of the blocks of all models."""
+
+  config: STDiTConfig
+  layout: Layout | None = None
+
+  def self_attention(self, axis, name="attention", **options):
+    cfg = self.config
+    return SelfAttention(
+      cfg.num_heads, axis, implementation=cfg.attention, dtype=DTYPES[cfg.dtype], layout=self.layout, name=name, **options
     )
-  return constrain(tokens, layout, *OVER_TIME), token_valid, x_mask
+
+  def cross_attention(self, axes=OVER_TIME, out_init=zeros):
+    cfg = self.config
+    return CrossAttention(cfg.num_heads, out_init, cfg.attention, DTYPES[cfg.dtype], self.layout, axes, name="cross_attention")
+
+  def block_mlp(self, axes=OVER_TIME, out_init=None):
+    """The MLP, its hidden side split over `tensor`."""
+    width = self.config.hidden_size
+    return Mlp(
+      int(width * self.config.mlp_ratio), width, fc2_init=out_init, dtype=DTYPES[self.config.dtype], layout=self.layout,
+      axes=axes[:3], tensor=True, name="mlp",
+    )  # fmt: skip
+
+  def modulation_rows(self, name: str, rows: int, vectors: list, x_mask: FrameMask | None) -> list[Array]:
+    """Shift, scale and gate rows `[B, T or 1, 1, D]`: a learned table plus the modulation `vectors` of `Conditions`.
+
+    As the originals' `t_mask_select`: clean frames take the modulation of timestep 0, others that of their timestep.
+    """
+    table = modulation_table(self, name, rows)  # [rows, D]
+
+    def add(vector):  # [B, 1, rows, D]
+      return (table.astype(vector.dtype) + vector.reshape(-1, *table.shape))[:, None]
+
+    noised, clean = vectors
+    chosen = add(noised) if x_mask is None else jnp.where(x_mask[:, :, None, None], add(noised), add(clean))
+    return [chosen[:, :, i, None, :] for i in range(rows)]
 
 
-def embed_patches(config, layout: Layout | None, tokens: Tokens, kernel_init=None) -> Features:
-  """`[B, T, S, P] -> [B, T, S, D]`; the originals' Conv3d, whose bias has PyTorch's default initialisation."""
-  linear = Linear(
-    (config.hidden_size,), kernel_init=kernel_init, bias_init=torch_uniform(config.patch_values), dtype=DTYPES[config.dtype],
-    layout=layout, axes=OVER_TIME[:3], name="patch_embed",
-  )  # fmt: skip
-  return linear(tokens)
+def modulation_table(module: nn.Module, name: str, rows: int) -> Float[ArrayLike, "rows D"]:
+  """A learned table, initialised N(0, 1) / sqrt(D)."""
+  width = module.config.hidden_size
+  return module.param(name, nn.initializers.normal(width**-0.5), (rows, width))
 
 
-def spatial_positions(grid: Integer[ArrayLike, "B 3"], num_tokens: int, scale: PerSample, base: bool = True) -> tuple:
-  """Row and column coordinates `[B, S]` of every token in the units of the position embedding, float32.
+class STDiT(nn.Module):
+  """Parts of all models; every model has its own `__call__`."""
+
+  config: STDiTConfig
+  layout: Layout | None = None
+
+  def pad_frames(self, tokens: Tokens, valid: Valid | None, x_mask: FrameMask | None) -> tuple:
+    """Zeroes padding, and adds frames of padding if the layout splits tokens and the frames do not divide.
+
+    Returns (tokens, token_valid `[B, T, S]` or None, x_mask). Raises ValueError if the tokens of a frame do not divide.
+    """
+    token_valid = None
+    if valid is not None:
+      tokens, token_valid = jnp.where(valid, tokens, 0), valid.any(-1)
+    parts = 1 if self.layout is None else self.layout.token_parts
+    if tokens.shape[2] % parts:
+      raise ValueError(f"{tokens.shape[2]} tokens per frame do not divide by the {parts} devices of mesh axis 'sequence'")
+    if extra := -tokens.shape[1] % parts:
+      if token_valid is None:
+        token_valid = jnp.ones(tokens.shape[:3], bool)
+      tokens, token_valid, x_mask = jax.tree.map(
+        lambda x: jnp.pad(x, [(0, extra if axis == 1 else 0) for axis in range(x.ndim)]), (tokens, token_valid, x_mask)
+      )
+    return constrain(tokens, self.layout, *OVER_TIME), token_valid, x_mask
+
+  def scaled_positions(self, sizes: Sizes, num_tokens: int) -> Float[Array, "B S D"]:
+    """Position embedding of STDiT-2 and 3, scaled by the size of the frames in pixels."""
+    height, width = sizes["height"], sizes["width"]
+    if self.config.compat:
+      height, width = (jnp.broadcast_to(side[0], side.shape) for side in (height, width))
+    scale = jnp.sqrt(height.astype(jnp.float32) * width.astype(jnp.float32)) / self.config.input_sq_size
+    positions = embed_positions(self.config.hidden_size, sizes["grid"], num_tokens, scale)
+    self.sow("intermediates", "pos_emb", positions)
+    return positions
+
+  def embed_patches(self, tokens: Tokens, init=None) -> Features:
+    """`[B, T, S, P] -> [B, T, S, D]`: the originals' Conv3d, whose bias has PyTorch's default initialisation."""
+    cfg = self.config
+    linear = Linear(
+      (cfg.hidden_size,), kernel_init=init, bias_init=torch_uniform(cfg.patch_values), dtype=DTYPES[cfg.dtype],
+      layout=self.layout, axes=OVER_TIME[:3], name="patch_embed",
+    )  # fmt: skip
+    return linear(tokens)
+
+  def scalar_embedder(self, name, features=None, fc1_init=None, fc2_init=None):
+    """-> `[B] -> [B, features]`: an MLP over the sinusoid of a timestep, frame rate, length or size."""
+    features = features or self.config.hidden_size
+    mlp = Mlp(features, features, "silu", fc1_init, fc2_init, DTYPES[self.config.dtype], self.layout, name=name)
+    return lambda values: mlp(sinusoid(values))
+
+  def embed_caption(self, text: Float[ArrayLike, "B L C"], init=None) -> Float[Array, "B L D"]:
+    """Text features `[B, L, C] -> [B, L, D]`.
+
+    Creates the constant `null_caption` `[L, C]`, too. `null` puts it in the place of dropped captions. It never trains.
+    """
+    cfg = self.config
+    shape = (cfg.model_max_length, cfg.caption_channels)
+    self.variable("constants", "null_caption", lambda: nn.initializers.normal(shape[1] ** -0.5)(self.make_rng("params"), shape))
+    mlp = Mlp(
+      cfg.hidden_size, cfg.hidden_size, fc1_init=init, fc2_init=init, dtype=DTYPES[cfg.dtype], layout=self.layout,
+      name="caption_embed",
+    )  # fmt: skip
+    return mlp(text)
+
+  def rope(self) -> Float[ArrayLike, " half"]:
+    """The constant rotary frequencies `[head_dim / 2]`."""
+    return self.variable("constants", "rope_frequencies", rope_frequencies, self.config.head_dim).value
+
+  def modulation_vectors(self, name, rows, embeddings, init=None) -> list:
+    """SiLU, then a linear layer to `rows * D`, for the noised and (None without x_mask) the clean embedding `[B, D]`."""
+    cfg = self.config
+    linear = Linear((rows * cfg.hidden_size,), kernel_init=init, dtype=DTYPES[cfg.dtype], layout=self.layout, name=name)
+    return [None if e is None else linear(nn.silu(e)) for e in embeddings]
+
+  def finish(self, x, frames, cached, reuse):
+    """The model's result: float32, without padding frames; with `reuse` also the cached outputs, where they belong."""
+    padded = x.shape[:3]
+    x = constrain(x.astype(jnp.float32)[:, :frames], self.layout, *OVER_TIME)
+    if reuse is None:
+      return x
+    specs = self.cache_specs(reuse.cache, *padded)
+    return x, jax.tree.map(lambda spec, array: constrain(array, self.layout, *spec.axes), specs, cached)
+
+  def cache_specs(self, cache, batch, frames, space):
+    """The arrays that calls on `[batch, frames, space]` tokens cache for the next call (`step_cache.cache_specs`)."""
+    cfg = self.config
+    frames += -frames % (1 if self.layout is None else self.layout.token_parts)
+    shape = batch, frames, space, cfg.hidden_size
+    return step_cache.cache_specs(cache, shape, DTYPES[cfg.dtype], cfg.kinds, cfg.depth, OVER_TIME)
+
+
+def embed_positions(
+  width: int, grid: Integer[ArrayLike, "B 3"], num_tokens: int, scale: PerSample, base: bool = True
+) -> Float[Array, "B S D"]:
+  """Embedding of the row and the column of every token: the first half of the channels encodes the column, the second the row.
 
   Open-Sora 1.1 and 1.2, `PositionEmbedding2D`: index / scale * base / side with base = round(sqrt(rows * columns)) (half to
-  even), so that every grid spans about the same range. Tokens past the sample's own grid get coordinates that nobody reads.
+  even), so that every grid spans about the same range. Nothing reads the embedding of tokens past the sample's own grid.
 
   Args:
+    width: D.
     grid: `[B, 3]` token grid (T, rows, columns) of every sample.
     num_tokens: S.
     scale: `[B]`; 1.0 keeps the plain index (with `base=False`, STDiT 1.0: index / space_scale).
   """
   rows, columns = (grid[:, i, None].astype(jnp.float32) for i in (1, 2))
   index = jnp.arange(num_tokens, dtype=jnp.int32)
-  row = (index // grid[:, 2, None]).astype(jnp.float32) / scale[:, None]
-  column = (index % grid[:, 2, None]).astype(jnp.float32) / scale[:, None]
-  if not base:
-    return row, column
-  base_size = jnp.round(jnp.sqrt(rows * columns))
-  return row * (base_size / rows), column * (base_size / columns)
-
-
-def embed_positions(config, row: Float[Array, "B S"], column: Float[Array, "B S"]) -> Float[Array, "B S D"]:
-  """Coordinates `[B, S]` -> `[B, S, D]`: the first half of the channels encodes the column, the second half the row."""
-  half = config.hidden_size // 2
-  return jnp.concatenate([interleaved_sin_cos(column, half), interleaved_sin_cos(row, half)], axis=-1)
-
-
-def scaled_positions(config, sizes: Sizes, num_tokens: int) -> Float[Array, "B S D"]:
-  """Position embedding `[B, S, D]` of STDiT-2 and 3, scaled by the size of the frames in pixels."""
-  height, width = sizes["height"], sizes["width"]
-  if config.compat:
-    height, width = (jnp.broadcast_to(side[0], side.shape) for side in (height, width))
-  scale = jnp.sqrt(height.astype(jnp.float32) * width.astype(jnp.float32)) / config.input_sq_size
-  return embed_positions(config, *spatial_positions(sizes["grid"], num_tokens, scale))
-
-
-def scalar_embedder(config, layout, name, features=None, fc1_init=None, fc2_init=None):
-  """-> `[B] -> [B, features]`: an MLP over the sinusoid of a timestep, frame rate, length or size."""
-  features = features or config.hidden_size
-  mlp = Mlp(features, features, "silu", fc1_init, fc2_init, DTYPES[config.dtype], layout, name=name)
-  return lambda values: mlp(sinusoid(values))
-
-
-def null_caption(module: nn.Module) -> Float[ArrayLike, "L C"]:
-  """The fixed null caption `[L, C]`, which `module` stores and never trains."""
-  shape = (module.config.model_max_length, module.config.caption_channels)
-  init = lambda: nn.initializers.normal(shape[1] ** -0.5)(module.make_rng("params"), shape)  # noqa: E731
-  return module.variable("constants", "null_caption", init).value
-
-
-def embed_caption(config, layout: Layout | None, text: Float[ArrayLike, "B L C"], init=None) -> Float[Array, "B L D"]:
-  """Text features `[B, L, C] -> [B, L, D]`."""
-  mlp = Mlp(
-    config.hidden_size, config.hidden_size, fc1_init=init, fc2_init=init, dtype=DTYPES[config.dtype], layout=layout,
-    name="caption_embed",
-  )  # fmt: skip
-  return mlp(text)
-
-
-# ----------------------------------------------------------------------------------------------------------------- blocks
-
-
-def modulation_vectors(config, layout, name, rows, embeddings, init=None):
-  """SiLU, then a linear layer to `rows * D`, for the noised and (None without x_mask) the clean embedding `[B, D]`."""
-  features, dtype = (rows * config.hidden_size,), DTYPES[config.dtype]
-  linear = Linear(features, kernel_init=init, dtype=dtype, layout=layout, name=name)
-  return [None if e is None else linear(nn.silu(e)) for e in embeddings]
-
-
-def modulation_table(module: nn.Module, name: str, rows: int, features: int) -> Float[ArrayLike, "rows D"]:
-  """A learned `[rows, features]` table, initialised N(0, 1) / sqrt(features)."""
-  return module.param(name, nn.initializers.normal(features**-0.5), (rows, features))
-
-
-def modulation_rows(table: Float[ArrayLike, "rows D"], noised, clean=None, x_mask: FrameMask | None = None) -> list[Array]:
-  """Shift, scale and gate rows of one block, a list of `[B, T or 1, 1, D]`.
-
-  As the originals' `t_mask_select`: frames to generate take the modulation of their timestep, clean frames that of timestep 0.
-
-  Args:
-    table: `[rows, D]`; noised, clean: `[B, rows * D]`, clean None without x_mask `[B, T]`.
-  """
-  rows, features = table.shape
-
-  def add(m):
-    return table.astype(m.dtype) + m.reshape(-1, rows, features)
-
-  if clean is None:
-    chosen = add(noised)[:, None]
-  else:
-    chosen = jnp.where(x_mask[:, :, None, None], add(noised)[:, None], add(clean)[:, None])
-  return [chosen[:, :, i, None, :] for i in range(rows)]
-
-
-def block_mlp(config, layout, axes, out_init=None):
-  """The MLP of a block, its hidden side split over `tensor`."""
-  hidden, dtype = int(config.hidden_size * config.mlp_ratio), DTYPES[config.dtype]
-  return Mlp(hidden, config.hidden_size, fc2_init=out_init, dtype=dtype, layout=layout, axes=axes[:3], tensor=True, name="mlp")
+  row = (index // grid[:, 2, None]).astype(jnp.float32) / scale[:, None]  # [B, S]
+  column = (index % grid[:, 2, None]).astype(jnp.float32) / scale[:, None]  # [B, S]
+  if base:
+    base_size = jnp.round(jnp.sqrt(rows * columns))
+    row, column = row * (base_size / rows), column * (base_size / columns)
+  return jnp.concatenate([interleaved_sin_cos(side, width // 2) for side in (column, row)], axis=-1)
 
 
 class FinalLayer(nn.Module):
@@ -257,12 +297,12 @@ class FinalLayer(nn.Module):
   kernel_init: nn.initializers.Initializer | None = None
 
   @nn.compact
-  def __call__(self, x: Features, noised: Embedding, clean: Embedding | None, x_mask: FrameMask | None):
+  def __call__(self, x: Features, noised: Embedding, clean: Embedding | None = None, x_mask: FrameMask | None = None):
     """x `[B, T, S, D]`, noised and clean embeddings `[B, D]` (clean: None without x_mask) -> `[B, T, S, P_out]`."""
     cfg = self.config
-    table = modulation_table(self, "modulation", 2, cfg.hidden_size).astype(x.dtype)
+    table = modulation_table(self, "modulation", 2).astype(x.dtype)
     out = modulate(layer_norm(x), *(table[i] + noised[:, None, None] for i in (0, 1)))
-    if x_mask is not None:
+    if x_mask is not None and clean is not None:
       # as Open-Sora 1.1 and 1.2: the clean branch starts from the already modulated tensor, so norm and modulation act
       # twice. Neither loss nor sampler reads these frames; parity of masked outputs needs it.
       twice = modulate(layer_norm(out), *(table[i] + clean[:, None, None] for i in (0, 1)))
@@ -272,28 +312,6 @@ class FinalLayer(nn.Module):
       axes=OVER_TIME[:3], name="linear",
     )  # fmt: skip
     return linear(out)
-
-
-def finish(module, x, frames, cached, reuse):
-  """The model's result: float32, without padding frames; with `reuse` also the cached outputs, where they belong."""
-  layout = module.layout
-  padded = x.shape[:3]
-  x = constrain(x.astype(jnp.float32)[:, :frames], layout, *OVER_TIME)
-  if reuse is None:
-    return x
-  specs = module.cache_specs(reuse.cache, *padded)
-  return x, jax.tree.map(lambda spec, array: constrain(array, layout, *spec.axes), specs, cached)
-
-
-# ----------------------------------------------------------------------------------------------------------------- record
-
-
-def cache_specs(module, blocks, cache, batch, frames, space):
-  """What calls of `module` on `[batch, frames, space]` tokens keep for each other; `blocks` as in `step_cache.cache_specs`."""
-  config, layout = module.config, module.layout
-  frames += -frames % (1 if layout is None else layout.token_parts)
-  shape = batch, frames, space, config.hidden_size
-  return step_cache.cache_specs(cache, shape, DTYPES[config.dtype], blocks, config.depth, OVER_TIME)
 
 
 def cond(config, rows: int) -> dict:
@@ -312,16 +330,20 @@ def null(config, constants: dict, cond: Cond) -> dict:
   return {**cond, "text": jnp.broadcast_to(null_text, text.shape)}
 
 
-def forward_flops(config, frames: int, space: int, blocks: list[tuple[int, ...]]) -> int:
-  """FLOPs of a forward pass over one sample of `frames * space` tokens.
-
-  Args:
-    blocks: for each block of a layer the tokens that its self attentions span.
-  """
+def forward_flops(config, frames: int, space: int) -> int:
+  """`Family.flops`: FLOPs of a forward pass over one sample of `frames * space` tokens."""
   width, tokens, text = config.hidden_size, frames * space, config.model_max_length
   rest = flops.cross_attention(config, tokens, text) + flops.mlp(config, tokens)
-  layer = sum(rest + sum(flops.self_attention(config, tokens, span) for span in spans) for spans in blocks)
+  own = {kind: flops.self_attention(config, tokens, span) for kind, span in (("space", space), ("time", frames))}
+  layer = sum(rest + sum(own.get(kind, 0) for kind in kinds) for kinds in config.kinds.values())
   patches = 2 * tokens * width * (config.patch_values + config.patch_positions * config.out_channels)
   caption = 2 * text * (config.caption_channels + width) * width
   embeddings = 2 * 2 * (256 + width) * width + 12 * width**2  # timestep and fps, modulation
   return config.depth * layer + patches + caption + embeddings
+
+
+# Fields that the records of all three have in common.
+RECORD: dict[str, Any] = dict(
+  condition="captions", cond=cond, null=null, rules=RULES, flops=forward_flops, layouts=("open-sora", "native"),
+  resizable=("null_caption",),
+)  # fmt: skip

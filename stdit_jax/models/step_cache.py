@@ -1,14 +1,14 @@
-"""Sampling without computing everything in every step: outputs of an earlier step serve again.
+"""Step caches: a sampler step reuses outputs of an earlier step.
 
-Both ways are optional, since both change the result a little:
+Both caches are optional, because they change the result slightly:
 
-PyramidBroadcast  outputs of attention serve several steps, those that change least the longest: cross attention longer than
-                  attention over time, that longer than attention over space (Zhao et al. 2024, arXiv 2408.12588).
-ResidualCache     a step skips all layers but the first if the first adds nearly what it added when the others were computed
-                  last; it adds again what the others added then ("first block cache", as ParaAttention and diffusers have it;
-                  TeaCache measures the change likewise, Liu et al. 2024, arXiv 2411.19108).
+PyramidBroadcast  several steps share one output of an attention. Outputs that change less are shared for longer: cross
+                  attention most, then attention over time, then attention over space (Zhao et al. 2024, arXiv 2408.12588).
+ResidualCache     a step skips all layers but the first if the first layer adds nearly the same as at the last full step. The
+                  step then adds what the other layers added at the full step ("first block cache" of ParaAttention and
+                  diffusers; TeaCache measures the change in the same way, Liu et al. 2024, arXiv 2411.19108).
 
-Cached outputs are an argument and a result of the model (`reuse`). On a mesh they lie as the activations do.
+Cached outputs are an argument and a result of the model (`reuse`). On a mesh they have the layout of the activations.
 """
 
 import dataclasses
@@ -23,12 +23,11 @@ from stdit_jax.parallel.shardings import ArraySpec
 
 @dataclasses.dataclass(frozen=True)
 class PyramidBroadcast:
-  """Outputs of attention serve several steps.
+  """Several steps share one output of an attention. The defaults are those of VideoSys for Open-Sora 1.2.
 
   Attributes:
-    space, time, cross: steps that one output of this attention serves, the one that computes it included.
-    interval: timesteps between which cached outputs are reused. Defaults as VideoSys sets them for Open-Sora 1.2
-      (`OpenSoraPABConfig`).
+    space, time, cross: number of steps that share one output of this attention, with the step that computes it.
+    interval: the timesteps between which steps reuse outputs.
   """
 
   space: int = 2
@@ -48,11 +47,11 @@ class PyramidBroadcast:
 
 @dataclasses.dataclass(frozen=True)
 class ResidualCache:
-  """A step skips all layers but the first if the first adds about what it added before.
+  """A step skips all layers but the first if the residual of the first layer changed little since the last full step.
 
   Attributes:
-    threshold: the step skips the others if what the first layer adds changed by less: mean absolute change, relative to the
-      mean absolute value. The sample that changed most decides for its batch.
+    threshold: the step skips the other layers if the change is smaller: the mean absolute change of the residual, relative to
+      its mean absolute value. The sample that changed most decides for its batch.
   """
 
   threshold: float = 0.1
@@ -70,7 +69,7 @@ class ResidualCache:
 def parse(text):
   """'pyramid', 'pyramid:2,4,6', 'residual' or 'residual:0.1' -> the cache; ValueError for anything else."""
   if match := re.fullmatch(r"pyramid(?::(\d+),(\d+),(\d+))?", text):
-    return PyramidBroadcast(*(int(n) for n in match.groups())) if match[1] else PyramidBroadcast()
+    return PyramidBroadcast(int(match[1]), int(match[2]), int(match[3])) if match[1] else PyramidBroadcast()
   if match := re.fullmatch(r"residual(?::([\d.]+))?", text):
     try:
       return ResidualCache(float(match[1])) if match[1] else ResidualCache()
@@ -82,12 +81,12 @@ def parse(text):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Reuse:
-  """What one call of a model may take from earlier ones.
+  """Cached outputs of earlier calls of a model.
 
   Attributes:
     cache: PyramidBroadcast or ResidualCache.
-    cached: arrays as `cache_specs` says, zeros before the first step.
-    computes: {kind of attention: bool scalar}, see `computes` of the cache.
+    cached: the arrays of `cache_specs`, zeros before the first step.
+    computes: {kind of attention: bool scalar}, from `computes` of the cache.
   """
 
   cache: PyramidBroadcast | ResidualCache = dataclasses.field(metadata={"static": True})
@@ -96,13 +95,13 @@ class Reuse:
 
 
 def compute(kind, function, *inputs):
-  """`function(*inputs)`: how a block calls its attention when nothing is cached."""
+  """`function(*inputs)`: a block calls its attention in this way if no cache is used."""
   del kind
   return function(*inputs)
 
 
 class CachedCalls:
-  """How a block calls its attention, in place of `compute`, when outputs are cached.
+  """Takes the place of `compute` if outputs of attention are cached.
 
   Args:
     cached: {kind: output} of this block.
@@ -124,10 +123,10 @@ class CachedCalls:
 
 
 def cache_specs(cache, shape, dtype, blocks, depth, axes):
-  """The arrays that calls of a model keep for each other, as a tree of `ArraySpec`.
+  """The arrays that a call of a model caches for the next call, as a tree of `ArraySpec`.
 
   Args:
-    shape: `[B, T, S, D]` of the tokens in the model; `dtype` and `axes` are theirs between layers.
+    shape, dtype, axes: those of the tokens `[B, T, S, D]` between layers.
     blocks: {name of a block of a layer: {kind of attention: axes of its output}}.
   """
   if isinstance(cache, ResidualCache):
@@ -142,11 +141,12 @@ def cache_specs(cache, shape, dtype, blocks, depth, axes):
 
 
 def residual_layers(layers, x, first_layer, cached, threshold):
-  """`x` through the first layer, and through the others unless the first adds about what it added when they were computed last.
+  """`x` through the first layer, and through the others unless the residual of the first is near the cached one.
 
   Args:
     first_layer, layers: `[B, T, S, D] -> [B, T, S, D]`.
-    cached: {"first": what the first layer added then, "others": what the others added, "computed": in how many steps}.
+    cached: residuals of the last full step, {"first": of the first layer, "others": of the others}, and "computed", the number
+      of full steps.
 
   Returns:
     (x, cached for the next step)

@@ -28,10 +28,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
-from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key, Shaped
 
 from stdit_jax import fields
+from stdit_jax.arrays import ArrayLike
 from stdit_jax.models.layers import DTYPES
 from stdit_jax.models.stack import REMAT_POLICIES, run_layers, stacked_params
 from stdit_jax.parallel.shardings import BLOCK_RULES, Layout, constrain, gather_layer
@@ -72,14 +72,9 @@ class T5Config:
   remat: str = "none"
 
   def __post_init__(self):
-    for field, allowed in (
-      ("feed_forward_proj", FEED_FORWARDS),
-      ("dtype", tuple(DTYPES)),
-      ("param_dtype", tuple(DTYPES)),
-      ("remat", tuple(REMAT_POLICIES)),
-    ):
-      if getattr(self, field) not in allowed:
-        raise ValueError(f"T5Config: {field} is {getattr(self, field)!r}; allowed: {', '.join(allowed)}")
+    fields.check_choices(
+      self, "T5Config", feed_forward_proj=FEED_FORWARDS, dtype=DTYPES, param_dtype=DTYPES, remat=REMAT_POLICIES
+    )
     buckets, distance = self.relative_attention_num_buckets, self.relative_attention_max_distance
     if buckets < 4 or buckets % 4 or distance <= buckets // 4:
       raise ValueError(
@@ -264,7 +259,7 @@ def build(config: T5Config, layout: Layout | None = None) -> T5Encoder:
   return T5Encoder(config, layout)
 
 
-def init(config: T5Config, key: Key[Array, ""]) -> dict[str, Any]:
+def init(config: T5Config, key: Key[Array, ""]) -> Any:
   """Variables {"params": ...} with the original initialisation (factor 1.0, `T5PreTrainedModel._init_weights`)."""
   return build(config).init(key, jnp.zeros((1, 1), jnp.int32))
 
