@@ -74,9 +74,9 @@ class Pipeline:
 
   def __init__(self, components, weights, codec, guidance=None, mesh=None, cache=None):
     self.components, self.guidance, self.cache, self.codec = components, guidance or Guidance(), cache, codec
-    self.layout = None if mesh is None else Layout(mesh, split_tokens=mesh.shape["sequence"] > 1)
-    self.batch_parts, self.token_parts = (1, 1) if mesh is None else (self.layout.batch_parts, self.layout.token_parts)
-    self.model, self.diffusion = components.model.clone(layout=self.layout), components.diffusion
+    self.layout = layout = None if mesh is None else Layout(mesh, split_tokens=mesh.shape["sequence"] > 1)
+    self.batch_parts, self.token_parts = (layout.batch_parts, layout.token_parts) if layout else (1, 1)
+    self.model, self.diffusion = components.model.clone(layout=layout), components.diffusion
     if cache is not None and not components.family.supports.step_cache:
       raise ValueError(f"--step-cache: {components.family.name} has none; leave it out")
     # As Open-Sora 1.1: trained on every third frame it is told the file's own rate, three times that of the clip.
@@ -86,12 +86,12 @@ class Pipeline:
     if (count := self.guidance.channels) is not None and not 1 <= count <= channels:
       raise ValueError(f"guided_channels is {count}; allowed: 1 to {channels} (latent channels), or none for all")
     self.set_weights(weights)
-    self._encode = jax.jit(lambda weights, arrays: components.conditioner.encode(weights, arrays, self.layout))
-    # As the arguments come in, or the second step would be another program.
+    self._encode = jax.jit(lambda weights, arrays: components.conditioner.encode(weights, arrays, layout))
+    # The results of a step have the shardings of its arguments. Otherwise the second step would be another program.
     places = None
-    if mesh is not None:
-      tokens, rows = self.layout.sharding(*OVER_TIME), self.layout.sharding("batch")
-      cached = jax.tree.map(lambda spec: self.layout.sharding(*spec.axes), self._cache_specs(1, 1, 1))
+    if layout:
+      tokens, rows = self._sharding(OVER_TIME), self._sharding(("batch",))
+      cached = jax.tree.map(lambda spec: self._sharding(spec.axes), self._cache_specs(1, 1, 1))
       places = StepState(tokens, rows, (tokens, rows, rows) if self.diffusion.multistep else None), cached
     self._step = jax.jit(self._sampler_step, static_argnames="how", out_shardings=places, donate_argnames=("state", "cached"))
 
@@ -123,7 +123,7 @@ class Pipeline:
     size, diffusion = self.latent_size(request), self.diffusion.for_sampling(steps)
     batch += -batch % self.batch_parts
 
-    def shape(spec):
+    def shape(spec) -> Any:
       return jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=self._sharding(spec.axes))
 
     prompts = self.components.conditioner.prompts([request.prompt] * batch)
@@ -134,12 +134,11 @@ class Pipeline:
       lambda info, place: jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=place), out_info, encode.output_shardings
     )
     sizes = {"grid": shape(ArraySpec((batch, 3), np.int32)), **dict.fromkeys(SCALARS, shape(ArraySpec((batch,))))}
-    x = shape(self._token_spec(size, batch))
-    frames = x.shape[1]
+    x = shape(ArraySpec((batch, *token_shape(self.model.config, size, self.token_parts)), axes=OVER_TIME))
     cached = jax.tree.map(shape, self._cache_specs(*x.shape[:3]))
     sides = [np.ones((batch,), np.float32)] * 4
     t = diffusion.sampling_timesteps(steps, *sides)[0]
-    masks = shape(ArraySpec((batch, frames))), shape(ArraySpec((batch, frames), bool))
+    masks = shape(ArraySpec(x.shape[:2])), shape(ArraySpec(x.shape[:2], bool))
     previous = (x, shape(ArraySpec((batch,))), masks[1]) if diffusion.multistep else None
     step = self._step.lower(
       self.variables, StepState(x, masks if given else None, previous), cached, self._computes(diffusion, 0, t),
@@ -164,13 +163,6 @@ class Pipeline:
     config = self.codec.config
     return (config.latent_frames(request.num_frames), *config.latent_size(request.height, request.width))
 
-  def _token_spec(self, latent_size, batch):
-    """The tokens `[B, T, S, P]` of latents of this size, S padded to what the devices divide."""
-    frames, rows, columns = token_grid(self.model.config, latent_size)
-    space = rows * columns
-    shape = (batch, frames, space + -space % self.token_parts, token_values(self.model.config))
-    return ArraySpec(shape, axes=OVER_TIME)
-
   def cond(self, prompts):
     """The model's `cond` of prompts; that of the last batches is cached, for their other clips and seeds."""
     key = tuple(prompts)
@@ -191,15 +183,15 @@ class Pipeline:
     frames are finished."""
     return [self.codec.decode(z, num_frames, done) for z in latents]
 
-  def _place(self, values, axes=("batch",)):
+  def _place(self, values, axes=("batch",)) -> Any:
     """An array that all processes have -> one over the mesh, its dimensions split by their names (`Layout.axes`)."""
     if self.layout is None:
       return jax.device_put(values, self._sharding(axes))
     values = np.asarray(values)
     return jax.make_array_from_callback(values.shape, self._sharding(axes), lambda index: values[index])
 
-  def _sharding(self, axes):
-    """Without a mesh the first device, said as well: what is not said is another program than what comes out of one."""
+  def _sharding(self, axes) -> Any:
+    """Without a mesh it names the first device: an argument without a sharding would make another program than a result."""
     return self.layout.sharding(*axes) if self.layout else jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
   def sample_latents(
@@ -249,8 +241,8 @@ class Pipeline:
     step_keys = sample_keys(0, seeds, Purpose.SAMPLING_STEP)
     # Every frame is noised once at most: one draw serves all steps.
     frame_noise = None if edit is None else noise_of(sample_keys(0, seeds, Purpose.FRAME_NOISE))
-    previous = tuple(self._place(part, axes) for part, axes in zip(no_previous(x), (OVER_TIME, *[("batch",)] * 2)))
-    previous = previous if diffusion.multistep else None
+    value, gap, took_part = no_previous(x)
+    previous = (self._place(value, OVER_TIME), self._place(gap), self._place(took_part)) if diffusion.multistep else None
     specs = self._cache_specs(*x.shape[:3])
     cached = jax.tree.map(lambda spec: self._place(np.zeros(spec.shape, spec.dtype), spec.axes), specs)
     guidance = self._guidance_of(guidance_scale)
@@ -269,7 +261,7 @@ class Pipeline:
       return {}
     return {kind: np.bool_(value) for kind, value in self.cache.computes(step, diffusion.model_timesteps(t[0])).items()}
 
-  def _start_from(self, x, given, size):
+  def _start_from(self, x, given, size) -> Any:
     """Lays the given latents over the noise -> (x, state of `elements.start_edit`)."""
     config = self.model.config
     ratio = np.ones((len(given), size[0]), np.float32)
@@ -336,17 +328,18 @@ def image_valid(latent_size, patch_size, channels, token_parts=1):
   return np.pad(valid, ((0, 0), (0, -valid.shape[1] % token_parts), (0, 0)))
 
 
+def token_shape(config, latent_size, token_parts=1):
+  """(T, S, P) of the tokens of latents of one size. S is padded to a multiple of `token_parts`."""
+  frames, rows, columns = token_grid(config, latent_size)
+  return frames, -(-rows * columns // token_parts) * token_parts, token_values(config)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 2, 3))
 def latent_noise(config, keys, size, token_parts=1):
   """Standard normal tokens `[B, T, S, P]` for latents of one size, from one key per sample.
 
   S is padded to a multiple of `token_parts`.
   """
-  grid = token_grid(config, size)
-
-  def tile(numbers):
-    return jnp.tile(jnp.asarray(numbers, jnp.int32), (keys.shape[0], 1))
-
-  space = grid[1] * grid[2]
-  shape = (grid[0], space + -space % token_parts, token_values(config))
-  return token_noise(keys, tile(size), shape, tile(grid), config.patch_size, config.in_channels)
+  latent_size, grid = (jnp.tile(jnp.asarray(n, jnp.int32), (keys.shape[0], 1)) for n in (size, token_grid(config, size)))
+  shape = token_shape(config, size, token_parts)
+  return token_noise(keys, latent_size, shape, grid, config.patch_size, config.in_channels)

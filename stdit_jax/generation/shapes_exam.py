@@ -23,7 +23,7 @@ import numpy as np
 from data import aspect_ratios, shapes, shapes_vision
 from stdit_jax.autoencoders.metrics import psnr
 from stdit_jax.generation import tasks
-from stdit_jax.generation.clips import Item, make_videos, whole_videos
+from stdit_jax.generation.clips import Item, batches, make_videos, whole_videos
 from stdit_jax.generation.pipeline import Request
 
 RESOLUTION = "64p"
@@ -92,14 +92,9 @@ def _size(scene):
 
 def _make(pipeline, exam, items, name, progress):
   """The videos of `clips.Item`s, in the order of `items`, made in batches of one size."""
-  order = sorted(range(len(items)), key=lambda i: (items[i].requests[0].height, items[i].requests[0].width))
-  batches = []
-  for i in order:
-    size = lambda k: (items[k].requests[0].height, items[k].requests[0].width)  # noqa: E731
-    if not batches or len(batches[-1]) == exam.batch or size(batches[-1][0]) != size(i):
-      batches.append([])
-    batches[-1].append(i)
-  made = [None] * len(items)
+  size = lambda i: (items[i].requests[0].height, items[i].requests[0].width)  # noqa: E731
+  of_one_size = list(batches(sorted(range(len(items)), key=size), size, exam.batch))
+  made = {}
 
   def sample(loop, requests, given):
     return pipeline.sample_latents(requests, exam.steps, exam.scale, given=given)
@@ -107,13 +102,12 @@ def _make(pipeline, exam, items, name, progress):
   def decode(loop, latents):
     return pipeline.decode(latents, items[0].requests[loop].num_frames)
 
-  for batch in progress(batches, name):
+  for batch in progress(of_one_size, name):
     # Full batches: every size needs one program only.
     filled = [*batch, *[batch[-1]] * (exam.batch - len(batch))]
     parts = make_videos(pipeline, [items[i] for i in filled], sample, decode)
-    for i, video in zip(batch, whole_videos(parts)):
-      made[i] = video
-  return made
+    made |= zip(batch, whole_videos(parts))
+  return [made[i] for i in range(len(items))]
 
 
 def _item(scene, caption, number, frames, references=(), job=None):

@@ -75,11 +75,11 @@ def test_the_end_of_a_video_is_encoded_like_the_start_of_a_clip(trained):
   pipeline = loading.load_pipeline(settings, *loading.read_model(settings))
   frames = np.random.default_rng(0).integers(0, 256, (20, 16, 24, 3), np.uint8)
   job = tasks.make_job("extend-forward", 10, [6], group=5)
-  placed = clips.place_loop(job, 0, 10, [6])
-  (known,) = clips.encode_used(pipeline, [frames], [placed], 34)
+  placements = clips.placements_of(job, [20], pipeline.codec.config, 34)
+  (known,) = clips.encode_used(pipeline, [frames], placements, 34)
   np.testing.assert_array_equal(list(known.values()), pipeline.encode(frames[-17:]))
   assert list(known) == [1, 2, 3, 4, 5]
-  (whole,) = clips.encode_used(pipeline, [frames], [placed])
+  (whole,) = clips.encode_used(pipeline, [frames], placements)
   np.testing.assert_array_equal(list(whole.values()), pipeline.encode(frames)[1:])
 
 
