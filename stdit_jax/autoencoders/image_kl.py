@@ -43,7 +43,6 @@ class ImageKLConfig(AutoencoderConfig):
 
   Attributes:
     shift, scale: diffusers' `shift_factor` or `latents_mean`, and `latents_std`; one number or one per latent channel.
-    remat: whether the backward pass stores only the output of a block and recomputes the rest.
   """
 
   block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
@@ -210,7 +209,7 @@ class Decoder(nn.Module):
 class ImageKL(nn.Module):
   """The autoencoder: `model.apply(variables, frames, method="encode")`, `method="decode"`, or both in one call.
 
-  Parameters are float32; `dtype` is that of the convolutions (norms, softmax and the results are float32).
+  Parameters are float32; `dtype` is that of the convolutions (norms, softmax and results are float32).
   """
 
   config: ImageKLConfig

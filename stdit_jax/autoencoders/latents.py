@@ -22,12 +22,12 @@ def to_uint8(pixels: Float[AnyArray, "..."]) -> UInt8[AnyArray, "..."]:
   return xp.round((xp.clip(pixels, -1.0, 1.0) + 1.0) * 127.5).astype(np.uint8)
 
 
-def normalise(config, z: Float[AnyArray, "... C"]) -> Float[AnyArray, "... C"]:
+def normalise(config, z: Float[AnyArray, "... C"]) -> Float[Array, "... C"]:
   """Raw latents -> normalised latents."""
   return (z - jnp.asarray(config.shift)) * (config.scaling_factor / jnp.asarray(config.scale))
 
 
-def denormalise(config, z: Float[AnyArray, "... C"]) -> Float[AnyArray, "... C"]:
+def denormalise(config, z: Float[AnyArray, "... C"]) -> Float[Array, "... C"]:
   """Normalised latents -> raw latents."""
   return z * (jnp.asarray(config.scale) / config.scaling_factor) + jnp.asarray(config.shift)
 

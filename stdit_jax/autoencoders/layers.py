@@ -1,11 +1,12 @@
 """Layers that several autoencoders share, over pictures `[N, H, W, C]` and clips `[N, T, H, W, C]`."""
 
 import functools
+from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 
 def block_of(cls, remat, static=()):
@@ -97,14 +98,13 @@ class GroupNorm(nn.Module):
     channels = x.shape[-1]
     scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
     bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
-    if frames is not None:
-      belongs, own = frames.membership()
 
     def group_mean(values):
       """The mean over each group, and over each chunk, in a shape that broadcasts against `values`."""
       if frames is None:
         mean = values.mean(tuple(range(1, x.ndim - 1)), keepdims=True)
         return jnp.repeat(mean.reshape(*mean.shape[:-1], self.groups, -1).mean(-1), channels // self.groups, axis=-1)
+      belongs, own = frames.membership()
       of_frames = values.mean((2, 3)).reshape(*x.shape[:2], self.groups, -1).mean(-1)  # [N, T, groups]
       of_chunks = frames.sum(jnp.einsum("ntg,tk,t->nkg", of_frames, belongs, own)) / frames.sum(own @ belongs)[:, None]
       mean = jnp.einsum("nkg,tk->ntg", of_chunks, belongs)
@@ -120,15 +120,15 @@ def init_like_torch(shapes, key):
 
   All values come from one draw. One key per tensor would take XLA on CPUs a quarter of a minute to compile.
   """
-  shapes = flax.traverse_util.flatten_dict(shapes)
-  draw = jax.random.uniform(key, (sum(leaf.size for leaf in shapes.values()),), jnp.float32, -1.0, 1.0)
+  leaves: dict[Any, Any] = flatten_dict(shapes)
+  draw = jax.random.uniform(key, (sum(leaf.size for leaf in leaves.values()),), jnp.float32, -1.0, 1.0)
   values, start = {}, 0
-  for path, leaf in shapes.items():
-    kernel = shapes.get((*path[:-1], "kernel"))
+  for path, leaf in leaves.items():
+    kernel = leaves.get((*path[:-1], "kernel"))
     if kernel is None:  # a norm
       values[path] = jnp.full(leaf.shape, float(path[-1] == "scale"))
     else:
       fan_in = kernel.size // kernel.shape[-1]
       values[path] = draw[start : start + leaf.size].reshape(leaf.shape) * fan_in**-0.5
     start += leaf.size
-  return flax.traverse_util.unflatten_dict(values)
+  return unflatten_dict(values)

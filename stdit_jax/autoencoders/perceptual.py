@@ -35,8 +35,8 @@ class Trunk:
     heads: whether LPIPS' weights per channel belong to it.
   """
 
-  shift: tuple[float, float, float]
-  scale: tuple[float, float, float]
+  shift: tuple[float, ...]
+  scale: tuple[float, ...]
   bgr: bool = False
   padding: str = "VALID"
   heads: bool = False

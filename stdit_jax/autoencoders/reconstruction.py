@@ -143,7 +143,7 @@ class Exam:
       features += self._features(original, decoded)
     if not clip_values:
       return {"clips": 0}, None
-    values = {"clips": len(clip_values)}
+    values: dict[str, float | None] = {"clips": len(clip_values)}
     for name, value in clip_values[0].items():
       values[name] = None if value is None else float(np.mean([one[name] for one in clip_values]))
     if self.judges.i3d is not None:
