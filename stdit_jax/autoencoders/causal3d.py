@@ -315,7 +315,7 @@ class CausalCodec(Codec):
   def _parts(self, functions, values, num_frames, chunk, **static):
     for count in range(self.devices, 1, -1):
       if (mesh := self.mesh) and self.devices % count == 0 and splits(self.config, num_frames, count):
-        mesh = Mesh(mesh.devices.reshape(-1, count), ("copies", *mesh.axis_names))
+        mesh = Mesh(np.reshape(np.asarray(mesh.devices), (-1, count)), ("copies", *mesh.axis_names))
         yield self._call(functions[0], values, mesh=mesh, **static)
         return
     past, start = None, 0

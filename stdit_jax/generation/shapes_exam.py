@@ -116,38 +116,46 @@ def _item(scene, caption, number, frames, references=(), job=None):
   return Item(requests, references, job)
 
 
+def _videos(pipeline, exam, pairs, name, progress, frames=None, job=None):
+  """A video of each (scene, caption), without given frames."""
+  items = [_item(scene, caption, i, frames or exam.frames, job=job) for i, (scene, caption) in enumerate(pairs)]
+  return _make(pipeline, exam, items, name, progress)
+
+
+def _judged(videos, pairs):
+  return [shapes_vision.judge(video, scene) for video, (scene, _) in zip(videos, pairs)]
+
+
+def _means(judged, names):
+  """The share of videos that have each property."""
+  return {name: float(np.mean([one[name] for one in judged])) for name in names}
+
+
 def _shares(judged):
   """The share of videos that have each property, and the share that has colour, shape and direction right."""
-  result = {name: float(np.mean([one[name] for one in judged])) for name in judged[0]}
-  result["color, shape, direction"] = float(np.mean([one["color"] and one["shape"] and one["direction"] for one in judged]))
-  return result
+  right = [one["color"] and one["shape"] and one["direction"] for one in judged]
+  return _means(judged, judged[0]) | {"color, shape, direction": float(np.mean(right))}
 
 
 def _text(pipeline, exam, split, progress):
   pairs = scenes_of(split, exam.count, exam.frames)
-  items = [_item(scene, caption, i, exam.frames) for i, (scene, caption) in enumerate(pairs)]
-  videos = _make(pipeline, exam, items, f"text, {split}", progress)
-  return _shares([shapes_vision.judge(video, scene) for video, (scene, _) in zip(videos, pairs)])
+  return _shares(_judged(_videos(pipeline, exam, pairs, f"text, {split}", progress), pairs))
 
 
 def _two(pipeline, exam, progress):
   pairs = scenes_of("train", exam.count, exam.frames, objects=2)
-  items = [_item(scene, caption, i, exam.frames) for i, (scene, caption) in enumerate(pairs)]
-  videos = _make(pipeline, exam, items, "two", progress)
-  judged = [shapes_vision.judge(video, scene) for video, (scene, _) in zip(videos, pairs)]
-  return {name: float(np.mean([one[name] for one in judged])) for name in ("count", "color", "shape", "direction", "always")}
+  judged = _judged(_videos(pipeline, exam, pairs, "two", progress), pairs)
+  return _means(judged, ("count", "color", "shape", "direction", "always"))
 
 
 def _sizes(pipeline, exam, progress):
   results = {}
   pairs = scenes_of("sizes", exam.count, max(shapes.LENGTHS) - 1)
   for frames in (length - 1 for length in shapes.LENGTHS):
-    items = [_item(scene, caption, i, frames) for i, (scene, caption) in enumerate(pairs)]
-    videos = _make(pipeline, exam, items, f"sizes, {frames} frames", progress)
+    videos = _videos(pipeline, exam, pairs, f"sizes, {frames} frames", progress, frames)
     for height, width in aspect_ratios.SIZES[RESOLUTION].values():
-      of_size = [(v, s) for v, (s, _) in zip(videos, pairs) if v.shape[1:3] == (height, width)]
-      if of_size:
-        results[f"{height} x {width}, {frames} frames"] = _shares([shapes_vision.judge(v, s) for v, s in of_size])
+      if of_size := [(video, pair) for video, pair in zip(videos, pairs) if video.shape[1:3] == (height, width)]:
+        results[f"{height} x {width}, {frames} frames"] = _shares(_judged(*zip(*of_size)))
   return results
 
 
@@ -197,13 +205,10 @@ def _given(pipeline, exam, part, progress):
 
 
 def _loop(pipeline, exam, progress):
-  pairs = scenes_of("train", exam.count, exam.frames)
-  job = tasks.make_job("loop", exam.frames, [])
-  items = [_item(scene, caption, i, exam.frames, job=job) for i, (scene, caption) in enumerate(pairs)]
-  ratios, jumps, judged = [], [], []
-  for video, (scene, _) in zip(_make(pipeline, exam, items, "loop", progress), pairs):
+  pairs, ratios, jumps = scenes_of("train", exam.count, exam.frames), [], []
+  videos = _videos(pipeline, exam, pairs, "loop", progress, job=tasks.make_job("loop", exam.frames, []))
+  for video in videos:
     frames = video.astype(np.float32)
-    judged.append(shapes_vision.judge(video, scene))
     neighbours = np.abs(np.diff(frames, axis=0)).mean((1, 2, 3))
     usual = max(np.median(neighbours), 1e-6)  # the median ignores a jump between the two clips
     ratios.append(np.abs(frames[-1] - frames[0]).mean() / usual)
@@ -212,5 +217,5 @@ def _loop(pipeline, exam, progress):
     "last to first frame over neighbours, ratio": float(np.mean(ratios)),
     "largest neighbours over usual ones, ratio": float(np.mean(jumps)),
     "closed: at most 1.5": float(np.mean(np.array(ratios) <= 1.5)),
-    **{name: float(np.mean([one[name] for one in judged])) for name in ("color", "shape", "ground", "always")},
+    **_means(_judged(videos, pairs), ("color", "shape", "ground", "always")),
   }

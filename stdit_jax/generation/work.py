@@ -108,13 +108,13 @@ def make_work(settings: SampleSettings, prompts: Sequence[str], config, autoenco
 def split_prompt(settings: SampleSettings, prompt: str) -> tuple[str, tuple[str, ...], str | None]:
   """(text, reference files, mask strategy). Files and strategy are those in the prompt, or else those of the flags."""
   text, own = split_json(prompt)
+  if own and settings.task:
+    raise ValueError(
+      f"prompt {prompt!r} has files or a mask strategy of its own, which does not go with --task {settings.task_name}; leave "
+      "one out"
+    )
   if settings.task:
-    task, *files = settings.task
-    if own:
-      raise ValueError(
-        f"prompt {prompt!r} has files or a mask strategy of its own, which does not go with --task {task}; leave one out"
-      )
-    return text, tuple(files), None
+    return text, tuple(settings.task[1:]), None
   files = own["reference_path"].split(";") if own.get("reference_path") else settings.reference or ()
   return text, tuple(files), own.get("mask_strategy", settings.mask_strategy)
 
