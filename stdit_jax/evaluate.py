@@ -167,7 +167,7 @@ def evaluate_autoencoder(settings: Settings, folder: str) -> tuple[str, dict[str
   """(description of the weights, {"buckets": {name: {measure: value}}, "shift": [...], "scale": [...]})."""
   counts = settings.counts(count=16, repeat=1)
   if settings.picture and not settings.picture.endswith(".png"):
-    raise ValueError(f"--picture {settings.picture}: must end in .png")
+    raise ValueError(f"--picture is {settings.picture}; allowed: names that end in .png")
   codec, described, config = loading.load_autoencoder(settings, settings.model)
   interval = settings.counts(frame_interval=config.data.frame_interval if config else 1)["frame_interval"]
   if interval > 1:

@@ -6,7 +6,7 @@ import jax
 
 from data import aspect_ratios, paths
 from data.captions import clean_caption
-from stdit_jax.autoencoders.registry import nearest_lengths
+from stdit_jax.autoencoders.registry import check_length
 from stdit_jax.components import load_codec, load_text_encoder, local_devices_mesh, need_file
 from stdit_jax.generation.media import contact_sheet, write_media
 from stdit_jax.generation.pipeline import Pipeline, Request
@@ -68,8 +68,5 @@ def check(made, num_frames):
   need_file(config.autoencoder.weights, "autoencoder.weights")
   if parts.conditioner.ahead:
     need_file(config.text_encoder.weights, "text_encoder.weights")
-  if not parts.autoencoder.config.keeps(num_frames):
-    raise ValueError(
-      f"config: sample.num_frames is {num_frames}, which the autoencoder of stage {made.stage.name!r}, "
-      f"{config.autoencoder.name}, does not give back; nearest: {nearest_lengths(parts.autoencoder.config, num_frames)}"
-    )
+  what = f"config: sample.num_frames is {num_frames} in stage {made.stage.name!r} with autoencoder {config.autoencoder.name!r}"
+  check_length(parts.autoencoder.config, num_frames, what)

@@ -93,7 +93,7 @@ class Codec:
 
   @property
   def devices(self):
-    """How many devices work at the same time."""
+    """Number of devices that work at the same time."""
     return self.mesh.size if self.mesh else 1
 
   def encode(self, frames: Num[np.ndarray, "T H W 3"]) -> tuple[Float[np.ndarray, "t h w C"], Float[np.ndarray, "t h w C"]]:
@@ -196,7 +196,7 @@ def join(parts, length, done=lambda frames: None, ahead=2):
 
   Args:
     done: called with the number of frames that each piece finishes.
-    ahead: how many pieces may be computed before the function waits for the first one.
+    ahead: number of pieces that may be computed before the function waits for the first one.
   """
   waiting, arrays, left = collections.deque(), [], length
 

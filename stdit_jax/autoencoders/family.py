@@ -1,4 +1,4 @@
-"""What the rest of the project asks an autoencoder. A file of this folder defines each one, and registry.py lists them."""
+"""The interface of an autoencoder. Each file of this folder with a TABLE defines one, and registry.py lists them."""
 
 import functools
 
@@ -11,7 +11,7 @@ from stdit_jax.autoencoders.layers import init_like_torch
 
 
 class AutoencoderConfig:
-  """What every configuration of an autoencoder has beside its fields.
+  """Methods and defaults of all configurations of autoencoders.
 
   A subclass defines `latent_frames(num_frames)`, the latent frames of a clip, and `frame_starts(num_frames)`, int `[T' + 1]`:
   where each latent frame starts, and where the last one ends.

@@ -38,7 +38,7 @@ def normalised_posterior(config, mean, logvar) -> Moments:
 
 
 def posterior(moments: Float[AnyArray, "*n h w moments"]) -> Moments:
-  """What an encoder computes -> raw (mean, logvar), float32; logvar is clipped to [-30, 20]."""
+  """Output of an encoder -> raw (mean, logvar), float32. logvar is clipped to [-30, 20]."""
   mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
   return mean, jnp.clip(logvar, -30.0, 20.0)
 

@@ -1,4 +1,4 @@
-"""Layers that several autoencoders share, over pictures `[N, H, W, C]` and clips `[N, T, H, W, C]`."""
+"""Layers that several autoencoders share, over images `[N, H, W, C]` and clips `[N, T, H, W, C]`."""
 
 import functools
 from typing import Any
@@ -48,7 +48,7 @@ def _frame_by_frame(x, kernel, strides, padding):
   return functools.reduce(jnp.add, parts).astype(dtype).reshape(*frames.shape[:2], *parts[0].shape[1:])
 
 
-# The gradient has a choice of its own. The derivative of a choice would store the residuals of both branches.
+# The gradient chooses again. The derivative of a choice would store the residuals of both branches.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _conv3d(x, kernel, *how):
   return _by_platform(lambda conv: lambda *args: conv(*args, *how), x, kernel)
@@ -67,7 +67,7 @@ _conv3d.defvjp(_conv3d_forward, _conv3d_backward)
 
 
 IMPLEMENTATIONS = {"frames": _frame_by_frame, "whole": _whole}
-# What `conv3d` traces: a name of IMPLEMENTATIONS, or "auto": the faster one on the platform for which a program is compiled.
+# The convolution that `conv3d` traces: a name of IMPLEMENTATIONS, or "auto" for the faster one on the platform of the program.
 implementation = "auto"
 
 

@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 
 from data import aspect_ratios, paths, video
 from data.captions import append_scores, clean_caption
-from stdit_jax.autoencoders.registry import nearest_lengths
+from stdit_jax.autoencoders.registry import check_length
 from stdit_jax.generation import conditions, tasks
 from stdit_jax.generation.clips import placements_of
 from stdit_jax.generation.media import FRAMES, IMAGE_FORMATS, VIDEO_FORMATS, check_rate, settings_file
@@ -127,9 +127,7 @@ def choose_length(settings: SampleSettings, config, files, counts, autoencoder) 
   if task in tasks.WHOLE_FILE and not settings.num_frames:
     frames = counts[0]
     said = f"{files[0]} has {frames} frames (--num-frames takes fewer)"
-  if not autoencoder.keeps(frames):
-    allowed = nearest_lengths(autoencoder, frames)
-    raise ValueError(f"{said}, a length that the autoencoder does not give back; nearest: {allowed}")
+  check_length(autoencoder, frames, said)
   if not settings.compat:
     tasks.check_length(task, settings.loops, frames, settings.condition_frames, autoencoder)
   return frames

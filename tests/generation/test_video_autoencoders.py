@@ -113,4 +113,4 @@ def test_a_length_that_does_not_round_trip_is_refused(assets, tmp_path, capsys):
   with pytest.raises(SystemExit):
     sample.main(["--config", str(config), "--weights", "w", "--prompt", "x", "--image-size", "48", "64", "--num-frames", "12"])
   error = capsys.readouterr().err
-  assert error == "error: --num-frames is 12, a length that the autoencoder does not give back; nearest: 9 or 16\n"
+  assert error == "error: --num-frames is 12, but the autoencoder changes this length; give 9 or 16\n"
