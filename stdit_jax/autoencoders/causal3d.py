@@ -68,7 +68,7 @@ class Causal3DConfig(AutoencoderConfig):
 
   @property
   def halvings(self):
-    """How often time is halved: once in each of the first levels."""
+    """Number of halvings of time: one in each of the first levels."""
     return self.temporal_compression_ratio.bit_length() - 1
 
   def latent_frames(self, num_frames):

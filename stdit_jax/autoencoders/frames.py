@@ -1,4 +1,4 @@
-"""How the frames of a clip lie in chunks and on devices, for autoencoders that are causal in time."""
+"""Frames of a clip in chunks and on devices, for autoencoders that are causal in time."""
 
 import dataclasses
 
@@ -43,7 +43,7 @@ def in_chunks(function, x, num_frames, chunk, length):
 
 @dataclasses.dataclass(frozen=True)
 class Frames:
-  """How the frames `[N, T, ...]` of an array lie in their clip, for autoencoders that pair frames (CogVideoX's).
+  """The place of an array's frames `[N, T, ...]` in their clip, for autoencoders that pair frames (CogVideoX's).
 
   A clip may be split over a mesh (inside `shard_map`). Every device then has the same number of frames. With an odd number of
   frames, every array has a place for the first frame, but only device 0 holds it there. The other devices hold the previous
@@ -111,7 +111,7 @@ class Frames:
 
 
 def _divides(frames, level):
-  """Whether a level can be split as the clip is: each device gets equally many frames, two or more, beside a first one."""
+  """Whether a level can be split like the clip: beside a single first frame, each device gets equally many, at least two."""
   rest = level.count - level.first
   return rest % level.devices == 0 and rest >= 2 * level.devices and level.first == frames.first
 
@@ -144,9 +144,9 @@ def over_devices(model, mesh, axis_name, method, batch_axes=()):
     for level in frames.levels(config.halvings, change):
       if not _divides(frames, level):
         raise ValueError(
-          f"a clip of {x.shape[1]} {'frames' if method == 'encode' else 'latents'} is not to be split over the {devices} "
-          f"devices of mesh axis {axis_name!r}: one of its levels has {level.count} frames, without the first of an odd number "
-          "not two or more for each"
+          f"a clip of {x.shape[1]} {'frames' if method == 'encode' else 'latents'} can't be split over the {devices} devices "
+          f"of mesh axis {axis_name!r}: one of its levels has {level.count} frames, and beside a single first frame each device "
+          "needs equally many, at least two; use fewer devices"
         )
 
     def local(variables, first, rest):

@@ -1,4 +1,4 @@
-"""How well an autoencoder reconstructs clips and images: measures for each bucket, and a picture of examples."""
+"""Measures how well an autoencoder reconstructs clips and images, per bucket, and draws a picture of examples."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""Which frames of a clip are given and how far each may change: the mask strategies of Open-Sora.
+"""The mask strategies of Open-Sora: the given frames of a clip, and how far each may change.
 
 A strategy is a text of tuples joined by ";". Each tuple has up to six numbers joined by ",", here with their defaults:
 
@@ -45,7 +45,7 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Placement:
-  """Where the latent frames of one clip come from.
+  """The sources of the latent frames of one clip.
 
   Attributes:
     ratio: edit ratios; 1 = generate.

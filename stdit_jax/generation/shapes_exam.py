@@ -56,17 +56,9 @@ def examine(
     parts: some of PARTS.
     progress: `(batches, name) -> batches`, wraps the batches of one part.
   """
-  results = {}
+  measures, results = {"text": _text, "sizes": _sizes, "two": _two, "loop": _loop}, {}
   for part in parts:
-    if part == "text":
-      for split, name in (("train", "text, seen combinations"), ("held_out", "text, held-out combinations")):
-        results[name] = _text(pipeline, exam, split, progress)
-    elif part == "sizes":
-      results |= _sizes(pipeline, exam, progress)
-    elif part in ("two", "loop"):
-      results[part] = {"two": _two, "loop": _loop}[part](pipeline, exam, progress)
-    else:
-      results[part] = _given(pipeline, exam, part, progress)
+    results |= measures.get(part, _given)(pipeline, exam, part, progress)
   return results
 
 
@@ -132,23 +124,26 @@ def _means(judged, names):
 
 
 def _shares(judged):
-  """The share of videos that have each property, and the share that has colour, shape and direction right."""
+  """The shares of all properties, and the share of videos that have colour, shape and direction right."""
   right = [one["color"] and one["shape"] and one["direction"] for one in judged]
   return _means(judged, judged[0]) | {"color, shape, direction": float(np.mean(right))}
 
 
-def _text(pipeline, exam, split, progress):
-  pairs = scenes_of(split, exam.count, exam.frames)
-  return _shares(_judged(_videos(pipeline, exam, pairs, f"text, {split}", progress), pairs))
+def _text(pipeline, exam, part, progress):
+  results = {}
+  for split, name in (("train", "text, seen combinations"), ("held_out", "text, held-out combinations")):
+    pairs = scenes_of(split, exam.count, exam.frames)
+    results[name] = _shares(_judged(_videos(pipeline, exam, pairs, f"text, {split}", progress), pairs))
+  return results
 
 
-def _two(pipeline, exam, progress):
+def _two(pipeline, exam, part, progress):
   pairs = scenes_of("train", exam.count, exam.frames, objects=2)
-  judged = _judged(_videos(pipeline, exam, pairs, "two", progress), pairs)
-  return _means(judged, ("count", "color", "shape", "direction", "always"))
+  judged = _judged(_videos(pipeline, exam, pairs, part, progress), pairs)
+  return {part: _means(judged, ("count", "color", "shape", "direction", "always"))}
 
 
-def _sizes(pipeline, exam, progress):
+def _sizes(pipeline, exam, part, progress):
   results = {}
   pairs = scenes_of("sizes", exam.count, max(shapes.LENGTHS) - 1)
   for frames in (length - 1 for length in shapes.LENGTHS):
@@ -196,26 +191,25 @@ def _given(pipeline, exam, part, progress):
       (psnr(video[kept], true[kept]), psnr(alone, true[kept]), bool(seen and seen.smooth < step / 2), np.nanmax(error))
     )
   own, alone, smooth, error = np.array(rows, np.float64).T
-  shares = _shares(judged)
-  return {
-    "given frames, dB": float(own.mean()), "autoencoder alone, dB": float(alone.mean()), "direction": shares["direction"],
-    "color": shares["color"], "shape": shares["shape"], "always": shares["always"], "smooth": float(smooth.mean()),
+  return {part: {
+    "given frames, dB": float(own.mean()), "autoencoder alone, dB": float(alone.mean()),
+    **_means(judged, ("direction", "color", "shape", "always")), "smooth": float(smooth.mean()),
     "within 0.1 short sides of the true path": float((error < 0.1).mean()),
-  }  # fmt: skip
+  }}  # fmt: skip
 
 
-def _loop(pipeline, exam, progress):
+def _loop(pipeline, exam, part, progress):
   pairs, ratios, jumps = scenes_of("train", exam.count, exam.frames), [], []
-  videos = _videos(pipeline, exam, pairs, "loop", progress, job=tasks.make_job("loop", exam.frames, []))
+  videos = _videos(pipeline, exam, pairs, part, progress, job=tasks.make_job("loop", exam.frames, []))
   for video in videos:
     frames = video.astype(np.float32)
     neighbours = np.abs(np.diff(frames, axis=0)).mean((1, 2, 3))
     usual = max(np.median(neighbours), 1e-6)  # the median ignores a jump between the two clips
     ratios.append(np.abs(frames[-1] - frames[0]).mean() / usual)
     jumps.append(neighbours.max() / usual)
-  return {
+  return {part: {
     "last to first frame over neighbours, ratio": float(np.mean(ratios)),
     "largest neighbours over usual ones, ratio": float(np.mean(jumps)),
     "closed: at most 1.5": float(np.mean(np.array(ratios) <= 1.5)),
     **_means(_judged(videos, pairs), ("color", "shape", "ground", "always")),
-  }
+  }}  # fmt: skip
