@@ -145,8 +145,8 @@ def over_devices(model, mesh, axis_name, method, batch_axes=()):
       if not _divides(frames, level):
         raise ValueError(
           f"a clip of {x.shape[1]} {'frames' if method == 'encode' else 'latents'} can't be split over the {devices} devices "
-          f"of mesh axis {axis_name!r}: one of its levels has {level.count} frames, and beside a single first frame each device "
-          "needs equally many, at least two; use fewer devices"
+          f"of mesh axis {axis_name!r}: one of its levels has {level.count} frames, and beside a single first frame each "
+          "device needs equally many, at least two; use fewer devices"
         )
 
     def local(variables, first, rest):
