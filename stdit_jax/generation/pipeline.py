@@ -20,7 +20,7 @@ from stdit_jax.diffusion.types import Noises, StepState
 from stdit_jax.models import step_cache
 from stdit_jax.models.family import SCALARS, token_grid, token_values
 from stdit_jax.models.layers import OVER_TIME
-from stdit_jax.parallel.shardings import ArraySpec, Layout
+from stdit_jax.parallel.shardings import Layout
 
 CACHED_PROMPTS = 4  # batches whose conditions are cached
 
@@ -103,7 +103,7 @@ class Pipeline:
     (self.variables, self.encoder_weights), self._encoded = weights, {}
 
   def _cache_specs(self, batch, frames, space):
-    """What the step cache holds for each call of the model in a step, a tuple of trees of `ArraySpec`."""
+    """What the step cache holds for each call of the model in a step, a tuple of trees of `shardings.ArraySpec`."""
     if self.cache is None:
       return ()
     rows = [batch, batch] if self.guidance.sequential else [2 * batch]
@@ -126,23 +126,24 @@ class Pipeline:
     size, diffusion = self.latent_size(request), self.diffusion.for_sampling(steps)
     batch += -batch % self.batch_parts
 
-    def shape(spec) -> Any:
-      return jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=self._sharding(spec.axes))
+    def shape(*sizes, dtype: Any = np.float32, axes=("batch",)) -> Any:
+      return jax.ShapeDtypeStruct(sizes, dtype, sharding=self._sharding(axes))
 
     prompts = self.components.conditioner.prompts([request.prompt] * batch)
-    arrays = {name: shape(ArraySpec(array.shape, array.dtype)) for name, array in prompts.items()}
+    arrays = {name: shape(*array.shape, dtype=array.dtype) for name, array in prompts.items()}
     encode = self._encode.lower(self.encoder_weights, arrays)
     out_info, encode = encode.out_info, encode.compile()
     cond = jax.tree.map(
       lambda info, place: jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=place), out_info, encode.output_shardings
     )
-    sizes = {"grid": shape(ArraySpec((batch, 3), np.int32)), **dict.fromkeys(SCALARS, shape(ArraySpec((batch,))))}
-    x = shape(ArraySpec((batch, *token_shape(self.model.config, size, self.token_parts)), axes=OVER_TIME))
-    cached = jax.tree.map(shape, self._cache_specs(*x.shape[:3]))
+    sizes = {"grid": shape(batch, 3, dtype=np.int32), **dict.fromkeys(SCALARS, shape(batch))}
+    x = shape(batch, *token_shape(self.model.config, size, self.token_parts), axes=OVER_TIME)
+    specs = self._cache_specs(*x.shape[:3])
+    cached = jax.tree.map(lambda spec: shape(*spec.shape, dtype=spec.dtype, axes=spec.axes), specs)
     sides = [np.ones((batch,), np.float32)] * 4
     t = diffusion.sampling_timesteps(steps, *sides)[0]
-    masks = shape(ArraySpec(x.shape[:2])), shape(ArraySpec(x.shape[:2], bool))
-    previous = (x, shape(ArraySpec((batch,))), masks[1]) if diffusion.multistep else None
+    masks = shape(*x.shape[:2]), shape(*x.shape[:2], dtype=bool)
+    previous = (x, shape(batch), masks[1]) if diffusion.multistep else None
     step = self._step.lower(
       self.variables, StepState(x, masks if given else None, previous), cached, self._computes(diffusion, 0, t),
       ((cond, cond if negative else None), sizes), (t, t), Noises(x if diffusion.stochastic else None, x if given else None),
