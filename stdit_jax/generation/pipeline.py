@@ -255,12 +255,10 @@ class Pipeline:
     previous = (self._place(value, OVER_TIME), self._place(gap), self._place(took_part)) if diffusion.multistep else None
     specs = self._cache_specs(*x.shape[:3])
     cached = jax.tree.map(lambda spec: self._place(np.zeros(spec.shape, spec.dtype), spec.axes), specs)
-    guidance = self._guidance_of(guidance_scale)
-    state, how = StepState(x, edit, previous), Sampling(diffusion, guidance, size)
+    state, how = StepState(x, edit, previous), Sampling(diffusion, self._guidance_of(guidance_scale), size)
     for i in progress(range(steps), "denoise"):
       noises = Noises(noise_of(fold_in(step_keys, i)) if diffusion.stochastic else None, frame_noise)
-      times = timesteps[i], timesteps[i + 1]
-      computes = self._computes(diffusion, i, timesteps[i])
+      computes, times = self._computes(diffusion, i, timesteps[i]), (timesteps[i], timesteps[i + 1])
       state, cached = self._step(self.variables, state, cached, computes, conditions, times, noises, how=how)
       state.x.block_until_ready()
     return unpatchify(multihost_utils.process_allgather(state.x, tiled=True)[:count], size, config.patch_size)
