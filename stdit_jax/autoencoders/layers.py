@@ -98,13 +98,14 @@ class GroupNorm(nn.Module):
     channels = x.shape[-1]
     scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
     bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
+    membership: Any = None if frames is None else frames.membership()
 
     def group_mean(values):
       """The mean over each group, and over each chunk, in a shape that broadcasts against `values`."""
       if frames is None:
         mean = values.mean(tuple(range(1, x.ndim - 1)), keepdims=True)
         return jnp.repeat(mean.reshape(*mean.shape[:-1], self.groups, -1).mean(-1), channels // self.groups, axis=-1)
-      belongs, own = frames.membership()
+      belongs, own = membership
       of_frames = values.mean((2, 3)).reshape(*x.shape[:2], self.groups, -1).mean(-1)  # [N, T, groups]
       of_chunks = frames.sum(jnp.einsum("ntg,tk,t->nkg", of_frames, belongs, own)) / frames.sum(own @ belongs)[:, None]
       mean = jnp.einsum("nkg,tk->ntg", of_chunks, belongs)
