@@ -26,14 +26,17 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from absl import logging
+from tqdm import tqdm
 
 from data import paths
 from data.buckets import parse_buckets
 from data.command_line import flag
 from data.config import DataConfig
 from stdit_jax import loading
+from stdit_jax.autoencoders import reconstruction
 from stdit_jax.cli import (
   check_positive,
   connect_processes,
@@ -43,7 +46,18 @@ from stdit_jax.cli import (
   parse_settings,
   use_compilation_cache,
 )
-from stdit_jax.generation.shapes_exam import PARTS
+from stdit_jax.generation.settings import PipelineSettings
+from stdit_jax.generation.shapes_exam import PARTS, Exam, examine
+from stdit_jax.interop import measures
+from stdit_jax.parallel.mesh import make_mesh
+from stdit_jax.training.batches import Encoders
+from stdit_jax.training.checkpoints import load_weights
+from stdit_jax.training.compilation import AheadOfTime
+from stdit_jax.training.objectives import make_objective
+from stdit_jax.training.run import say
+from stdit_jax.training.stages import make_stages
+from stdit_jax.training.step import TraceCounter
+from stdit_jax.training.validation import Validation
 
 TASKS = ("loss", "shapes", "autoencoder")
 
@@ -54,7 +68,7 @@ _autoencoder = functools.partial(flag, group="autoencoder (of --run, of --config
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(loading.PipelineSettings):
+class Settings(PipelineSettings):
   """The flags of one call. The flags of the sampler are for --task shapes."""
 
   task: str = flag("what is measured (default: loss)", "loss", choices=TASKS)
@@ -98,14 +112,11 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
   return parse_settings(Settings, "stdit_jax.evaluate", __doc__, argv)
 
 
-def read_stage(settings: Settings):
+def read_stage(settings: Settings) -> tuple[Any, int | None]:
   """(stage that wrote the checkpoint, step of the checkpoint). The flags replace keys of the stage."""
-  from stdit_jax.training.checkpoints import stage_config
-  from stdit_jax.training.stages import make_stages
-
   if not settings.run:
     raise ValueError("--task loss needs --run FOLDER, a training run")
-  config, step = stage_config(settings.run, settings.step)
+  config, step = loading.open_config(settings)
   given = {name: getattr(settings, name) for name in ("tables", "samples_per_bucket", "timesteps")}
   changes: dict[str, Any] = {f"validation.{name}": value for name, value in given.items() if value is not None}
   if settings.mesh:
@@ -120,16 +131,6 @@ def read_stage(settings: Settings):
 
 def evaluate_loss(settings: Settings, folder: str) -> tuple[str, dict[str, float]]:
   """(description of the weights, {"validation/...": loss}). Tables and plans are written to `folder`."""
-
-  from stdit_jax.parallel.mesh import make_mesh
-  from stdit_jax.training.batches import Encoders
-  from stdit_jax.training.checkpoints import load_weights
-  from stdit_jax.training.compilation import AheadOfTime
-  from stdit_jax.training.objectives import make_objective
-  from stdit_jax.training.run import say
-  from stdit_jax.training.step import TraceCounter
-  from stdit_jax.training.validation import Validation
-
   stage, step = read_stage(settings)
   config, counter = stage.config, TraceCounter()
   mesh, objective = make_mesh(config.mesh, slices=config.slices), make_objective(config)
@@ -140,22 +141,17 @@ def evaluate_loss(settings: Settings, folder: str) -> tuple[str, dict[str, float
   compiler = AheadOfTime(config.compile_threads, say)
   try:
     validation.compile_ahead(compiler, counter, *objective.shapes)
-    return f"{settings.run}, step {step}, {settings.item}", validation(params, frozen, make_batch)
+    return loading.describe(settings, step), validation(params, frozen, make_batch)
   finally:
     compiler.close()
 
 
 def evaluate_shapes(settings: Settings, folder: str) -> tuple[str, dict[str, dict[str, float]]]:
   """(description of the weights, {part: {measure: value}})."""
-  import jax
-  from tqdm import tqdm
-
-  from stdit_jax.generation.shapes_exam import Exam, examine
-
   counts = settings.counts(count=200, batch_size=20)
   config, step = loading.read_model(settings)
   pipeline, described = loading.load_pipeline(settings, config, step), loading.describe(settings, step)
-  steps, scale = loading.steps_and_scale(settings, config)
+  steps, scale = config.sample.steps, config.sample.guidance_scale
   writes = jax.process_index() == 0
 
   def progress(batches, name):
@@ -170,15 +166,9 @@ def evaluate_shapes(settings: Settings, folder: str) -> tuple[str, dict[str, dic
 
 def evaluate_autoencoder(settings: Settings, folder: str) -> tuple[str, dict[str, Any]]:
   """(description of the weights, {"buckets": {name: {measure: value}}, "shift": [...], "scale": [...]})."""
-  import jax
-  from tqdm import tqdm
-
-  from stdit_jax.autoencoders import reconstruction
-  from stdit_jax.interop import measures
-
   counts = settings.counts(count=16, repeat=1)
   if settings.picture and not settings.picture.endswith(".png"):
-    raise ValueError(f"--picture {settings.picture}: must end in .png")
+    raise ValueError(f"--picture is {settings.picture}; allowed: names that end in .png")
   codec, described, config = loading.load_autoencoder(settings, settings.model)
   interval = settings.counts(frame_interval=config.data.frame_interval if config else 1)["frame_interval"]
   if interval > 1:
@@ -210,7 +200,7 @@ def evaluate_autoencoder(settings: Settings, folder: str) -> tuple[str, dict[str
   return described, {"buckets": found, "shift": np.ravel(exam.shift).tolist(), "scale": exam.scale.tolist()}
 
 
-def what_to_measure(settings: Settings, config) -> tuple[list[str], list[list[str]]]:
+def what_to_measure(settings: Settings, config) -> tuple[Sequence[str], list[list[str]]]:
   """(tables, [[resolution, frames]]) of the flags, or else of the configuration."""
   tables, names = settings.tables, settings.buckets
   if config and not tables:
@@ -242,11 +232,6 @@ def check_settings(settings: Settings) -> None:
     paths.check_writable(os.path.dirname(path) or ".", "folder of the output")
 
 
-def print_result(described: str, task: str, values: dict[str, Any]) -> None:
-  print(f"{described}:")
-  MEASURES[task][1](values)
-
-
 def print_losses(values: dict[str, float]) -> None:
   for name, value in values.items():
     print(f"{name.removeprefix('validation/'):>16}  {value:.5g}")
@@ -256,17 +241,17 @@ def print_buckets(values: dict[str, Any]) -> None:
   names = list(max(values["buckets"].values(), key=len))
   widths = [max(len(name), 6) + 2 for name in names]
   print(" " * 12 + "".join(name.rjust(width) for name, width in zip(names, widths)))
-  for bucket, measures in values["buckets"].items():
-    texts = ["-" if measures.get(name) is None else f"{measures[name]:.4g}" for name in names]
+  for bucket, found in values["buckets"].items():
+    texts = ["-" if found.get(name) is None else f"{found[name]:.4g}" for name in names]
     print(bucket.ljust(12) + "".join(text.rjust(width) for text, width in zip(texts, widths)))
   for name in ("shift", "scale"):
     print(name, tuple(round(value, 3) for value in values[name]))
 
 
 def print_parts(values: dict[str, dict[str, float]]) -> None:
-  for part, measures in values.items():
+  for part, found in values.items():
     print(f"{part}:")
-    for name, value in measures.items():
+    for name, value in found.items():
       print(f"  {name:<42} {value:>8.2f}" if name.endswith(("dB", "ratio")) else f"  {name:<42} {value:>8.1%}")
 
 
@@ -287,11 +272,10 @@ def main(argv=None):
     use_compilation_cache()
     keep_freed_memory()
     described, values = MEASURES[settings.task][0](settings, folder)
-  import jax
-
   if jax.process_index():
     return
-  print_result(described, settings.task, values)
+  print(f"{described}:")
+  MEASURES[settings.task][1](values)
   if settings.output:
     with one_line_errors((OSError,)):
       paths.write_text(settings.output, json.dumps({"model": described, "task": settings.task, **values}, indent=1) + "\n")

@@ -1,66 +1,61 @@
 """Sample videos while training: the averaged weights, the prompts of `config.sample`, files in `<output>/samples`."""
 
 import dataclasses
+from typing import Any
 
 import jax
 
 from data import aspect_ratios, paths
 from data.captions import clean_caption
-from stdit_jax.autoencoders.registry import nearest_lengths
+from stdit_jax.autoencoders.registry import check_length
 from stdit_jax.components import load_codec, load_text_encoder, local_devices_mesh, need_file
 from stdit_jax.generation.media import contact_sheet, write_media
 from stdit_jax.generation.pipeline import Pipeline, Request
 
 
 class Sampler:
-  """Called by the loop with (step, state, frozen), on all processes; the first one decodes and writes.
+  """The loop calls it with (step, state, frozen), on all processes. The first process decodes and writes.
 
   It builds its programs once per stage. Raises ValueError if a stage can't be sampled.
   """
 
   def __init__(self, run):
-    config = run.config
-    if not config.sample.prompts:
+    sample = run.config.sample
+    if not sample.prompts:
       raise ValueError("config: sample.prompts is empty; give prompts or set sample_every=0")
     for parts in run.parts:
-      check(parts, config.sample.num_frames)
-    self.config, self.run, self.pipeline, self.stage = config, run, None, None
-    height, width = aspect_ratios.size(config.sample.resolution, config.sample.aspect_ratio)
+      check(parts, sample.num_frames)
+    self.run, self.stage = run, None
+    self.pipeline: Any = None  # of the stage
+    size = aspect_ratios.size(sample.resolution, sample.aspect_ratio)
     self.requests = [
-      Request(clean_caption(prompt), height, width, config.sample.num_frames, config.sample.fps, config.sample.seed)
-      for prompt in config.sample.prompts
+      Request(clean_caption(prompt), *size, sample.num_frames, sample.fps, sample.seed) for prompt in sample.prompts
     ]
 
   def __call__(self, step, state, frozen):
-    made = self.run.parts_that_made(step)
-    own = made.objective.components.weights(state["ema"], frozen)
+    made, settings, mesh = self.run.parts_that_made(step), self.run.config.sample, self.run.mesh
+    components, config = made.objective.components, made.stage.config
+    variables, encoder = components.weights(state["ema"], frozen)
     if made is not self.stage:
-      self.stage, self.pipeline = made, self._build(made, own)
-    if own[1] is None:  # an encoder that runs before the step is in no state
-      own = own[0], self.pipeline.encoder_weights
-    self.pipeline.set_weights(own)
-    settings = self.config.sample
+      if components.conditioner.ahead:
+        encoder = load_text_encoder(components.conditioner.config, components.conditioner.encoder, mesh)
+      pieces = local_devices_mesh() if jax.local_device_count() > 1 else None
+      self.pipeline = Pipeline(components, (variables, encoder), load_codec(config.autoencoder, pieces), mesh=mesh)
+      self.stage = made
+    # An encoder that runs before the step is in no state.
+    self.pipeline.set_weights((variables, self.pipeline.encoder_weights if encoder is None else encoder))
     latents = self.pipeline.sample_latents(self.requests, settings.steps, settings.guidance_scale)
     if jax.process_index():
       return
     videos = self.pipeline.decode(latents, settings.num_frames)
-    stem = paths.join(self.config.output, "samples", f"step{step:07d}")
+    stem = paths.join(self.run.config.output, "samples", f"step{step:07d}")
     for i, (prompt, frames) in enumerate(zip(settings.prompts, videos)):
       written = {"prompt": prompt, "step": step, **dataclasses.asdict(settings)}
       written.pop("prompts")
-      ending = "png" if len(frames) == 1 else "mp4"
-      write_media(f"{stem}-{i}.{ending}", frames, settings.fps, written)
+      write_media(f"{stem}-{i}.{'png' if len(frames) == 1 else 'mp4'}", frames, settings.fps, written)
     with paths.whole(f"{stem}.png") as sheet:
       contact_sheet(videos, min(8, len(videos[0]))).save(sheet)
     print(f"samples of step {step}: {stem}.png", flush=True)
-
-  def _build(self, made, weights):
-    """The pipeline of a stage (`StageParts`) with these weights."""
-    config, conditioner = made.stage.config, made.objective.components.conditioner
-    if conditioner.ahead:
-      weights = weights[0], load_text_encoder(conditioner.config, conditioner.encoder, self.run.mesh)
-    pieces = local_devices_mesh() if jax.local_device_count() > 1 else None
-    return Pipeline(made.objective.components, weights, load_codec(config.autoencoder, pieces), mesh=self.run.mesh)
 
 
 def check(made, num_frames):
@@ -70,12 +65,9 @@ def check(made, num_frames):
   config, parts = made.stage.config, made.objective.components
   if parts.conditioner.name == "captions" and parts.conditioner.encoder is None:
     raise ValueError("config: sample_every needs a text encoder, but text_encoder.where is 'disk'; set sample_every=0")
-  # Also where a training reads latents and features from disk.
+  # Sampling needs these files also if training reads latents and features from disk.
   need_file(config.autoencoder.weights, "autoencoder.weights")
   if parts.conditioner.ahead:
     need_file(config.text_encoder.weights, "text_encoder.weights")
-  if not parts.autoencoder.config.keeps(num_frames):
-    raise ValueError(
-      f"config: sample.num_frames is {num_frames}, which the autoencoder of stage {made.stage.name!r}, "
-      f"{config.autoencoder.name}, does not give back; nearest: {nearest_lengths(parts.autoencoder.config, num_frames)}"
-    )
+  what = f"config: sample.num_frames is {num_frames} in stage {made.stage.name!r} with autoencoder {config.autoencoder.name!r}"
+  check_length(parts.autoencoder.config, num_frames, what)

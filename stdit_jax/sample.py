@@ -19,7 +19,6 @@ file gets another name, -2, -3, ...
 On several hosts, every process runs the same command (`cli.connect_processes`), and the first process writes.
 """
 
-import dataclasses
 import os
 import signal
 import sys
@@ -42,21 +41,15 @@ from stdit_jax.errors import InputError
 from stdit_jax.generation import production, tasks, work
 from stdit_jax.generation.prompts import read_prompt_file
 from stdit_jax.generation.settings import SampleSettings
-from stdit_jax.models.family import find_model
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings(SampleSettings, loading.PipelineSettings):
-  """The flags of one call."""
-
-
-def parse(argv: Sequence[str] | None = None) -> Settings:
+def parse(argv: Sequence[str] | None = None) -> SampleSettings:
   """The settings of a command line (default: of this process)."""
   described = str(__doc__).format(tasks=str(tasks.__doc__).partition("\n\n")[2].strip("\n"))
-  return parse_settings(Settings, "stdit_jax.sample", described, argv)
+  return parse_settings(SampleSettings, "stdit_jax.sample", described, argv)
 
 
-def check_numbers(settings: Settings) -> None:
+def check_numbers(settings: SampleSettings) -> None:
   """Raises ValueError for numbers outside their ranges."""
   check_positive(settings, "num_samples", "batch_size", "steps", "loops", "autoencoder_memory")
   last_seed = settings.seed + settings.num_samples - 1
@@ -66,7 +59,7 @@ def check_numbers(settings: Settings) -> None:
     raise ValueError(f"--condition-edit is {settings.condition_edit:g}; allowed: 0 to 1")
 
 
-def read_prompts(settings: Settings) -> list[str]:
+def read_prompts(settings: SampleSettings) -> list[str]:
   """All prompts. Raises ValueError if there are none, or if the prompt file can't be read."""
   prompts = [*(settings.prompt or ()), *(read_prompt_file(settings.prompt_file) if settings.prompt_file else ())]
   if not prompts:
@@ -82,18 +75,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     prompts = read_prompts(settings)
     connect_processes()
     config, step = loading.read_model(settings)
-    loading.guidance_of(settings)
     autoencoder = autoencoder_model(config.autoencoder).config
     works = work.make_work(settings, prompts, config, autoencoder)
-    family, _ = find_model(config.model.name, config.model.fields)
-    if any(one.job.rules for one in works) and not family.supports.frame_masks:
-      raise ValueError(
-        f"{family.name} can't be given frames: it makes videos from text alone; leave --task and --mask-strategy out"
-      )
     if settings.explain:
       return work.explain(works, autoencoder, settings.compat)
-    sampling = loading.steps_and_scale(settings, config)
-    stored = work.stored_settings(works, settings, sampling, loading.provenance(settings, step), autoencoder)
+    stored = work.stored_settings(works, settings, config.sample, loading.describe(settings, step), autoencoder)
     paths.check(settings.output, "--output")
     use_compilation_cache()
     keep_freed_memory()
@@ -103,10 +89,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if len(targets) < len(works) and jax.process_index() == 0:
       print(f"{len(works) - len(targets)} of {len(works)} files exist and are kept (--overwrite makes them again)")
     paths.check_writable(os.path.dirname(targets[0].path) or ".", "--output")
-    check = lambda made: production.check_memory(made, [one.work for one in targets], *sampling, settings)  # noqa: E731
+    check = lambda made: production.check_memory(made, targets, settings)  # noqa: E731
     pipeline = loading.load_pipeline(settings, config, step, check)
   with one_line_errors((OSError, InputError)):
-    production.produce(pipeline, targets, *sampling, settings)
+    production.produce(pipeline, targets, settings)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ decoder.
 
 The original encodes 8 frames at a time and decodes 2 latents at a time. Convolutions carry their past from chunk to chunk, but
 norms take their statistics over one chunk. The chunks therefore change the result, and `statistics` chooses between them and
-the whole clip. It changes no number whether a clip then runs whole, chunk by chunk or over several devices.
+the whole clip. Whether a clip then runs whole, chunk by chunk or over several devices changes no number.
 
 Only lengths of 8k and 8k + 1 frames stay as they are. A clip of 4k + 1 frames with an even number of latents becomes longer.
 """
@@ -39,7 +39,6 @@ class Causal3DConfig(AutoencoderConfig):
   Attributes:
     statistics: of the norms, "chunks" as the original, or "clip": over the whole clip.
     encode_chunk, decode_chunk: frames, and latents, of a chunk; multiples of what the strides in time pair.
-    remat: whether the backward pass stores only the output of a block and recomputes the rest.
   """
 
   block_out_channels: tuple[int, ...] = (128, 256, 256, 512)
@@ -59,19 +58,17 @@ class Causal3DConfig(AutoencoderConfig):
 
   def __post_init__(self):
     self.check_groups()
-    if self.statistics not in STATISTICS:
-      raise ValueError(f"Causal3DConfig: statistics is {self.statistics!r}; allowed: {', '.join(STATISTICS)}")
-    if self.temporal_compression_ratio not in (1, 2, 4, 8)[: len(self.block_out_channels)]:
-      raise ValueError(f"Causal3DConfig: temporal_compression_ratio is {self.temporal_compression_ratio}; allowed: 1, 2, 4, 8")
-    pairs = 2 if self.halvings else 1
-    for name, unit in (("encode_chunk", self.temporal_compression_ratio), ("decode_chunk", pairs)):
-      if (size := getattr(self, name)) < 1 or size % unit:
-        raise ValueError(f"Causal3DConfig: {name} is {size}; allowed: multiples of {unit}")
+    self.require(self.statistics in STATISTICS, f"statistics is {self.statistics!r}; allowed: {', '.join(STATISTICS)}")
+    ratio, ratios = self.temporal_compression_ratio, (1, 2, 4, 8)[: len(self.block_out_channels)]
+    self.require(ratio in ratios, f"temporal_compression_ratio is {ratio}; allowed: 1, 2, 4, 8")
+    for name, unit in (("encode_chunk", ratio), ("decode_chunk", min(ratio, 2))):
+      size = getattr(self, name)
+      self.require(size > 0 and size % unit == 0, f"{name} is {size}; allowed: multiples of {unit}")
     self.check_latents()
 
   @property
   def halvings(self):
-    """How often time is halved: once in each of the first levels."""
+    """Number of halvings of time: one in each of the first levels."""
     return self.temporal_compression_ratio.bit_length() - 1
 
   def latent_frames(self, num_frames):
@@ -137,20 +134,14 @@ class SpatialNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x, z, frames):
-    z = self.nearest(z, x.shape, frames)
+    first = int(frames.first and x.shape[1] > 1)  # a single first frame has the first latent
+    for axis in (2, 3):
+      z = jnp.repeat(z, x.shape[axis] // z.shape[axis], axis)
+    rest = jnp.repeat(z[:, first:], (x.shape[1] - first) // (z.shape[1] - first), axis=1)
+    z = jnp.concatenate([z[:, :first], rest], axis=1)
     y = GroupNorm(self.groups, self.dtype, name="norm_layer")(x, frames)
     conv = lambda name: CausalConv(x.shape[-1], 1, self.dtype, name=name)(z, frames)  # noqa: E731
     return y * conv("conv_y") + conv("conv_b")
-
-  @staticmethod
-  def nearest(z, shape, frames):
-    """The latents `z` repeated to the frames and sides of `shape`. A single first frame has the first latent."""
-    t, height, width = shape[1:4]
-    first = int(frames.first and t > 1)
-    z = jnp.repeat(z, height // z.shape[2], axis=2) if height > z.shape[2] else z
-    z = jnp.repeat(z, width // z.shape[3], axis=3) if width > z.shape[3] else z
-    rest = jnp.repeat(z[:, first:], (t - first) // (z.shape[1] - first), axis=1)
-    return jnp.concatenate([z[:, :first], rest], axis=1)
 
 
 class ResnetBlock(nn.Module):
@@ -174,46 +165,35 @@ class ResnetBlock(nn.Module):
     return x + h
 
 
-class Downsampler(nn.Module):
-  """Halves time (means of pairs) and space (a convolution of each frame, padded below and on the right)."""
+class Sampler(nn.Module):
+  """Halves time (means of pairs) and space (a convolution of each frame), or doubles both by repetition (before it)."""
 
+  up: bool
   time: bool
   dtype: jnp.dtype
 
   @nn.compact
   def __call__(self, x, frames):
-    if self.time:
-      first = int(frames.first)
+    first = int(frames.first)
+    if self.time and self.up:
+      x, frames = jnp.concatenate([x[:, :first], jnp.repeat(x[:, first:], 2, axis=1)], axis=1), frames.scaled(double)
+    elif self.time:
       pairs = x[:, first:].reshape(x.shape[0], -1, 2, *x.shape[2:])
-      x = jnp.concatenate([x[:, :first], pairs.mean(2).astype(x.dtype)], axis=1)
-      frames = frames.scaled(half)
-    padding = ((0, 0), (0, 1), (0, 1))
-    return Conv3D(x.shape[-1], (1, 3, 3), (1, 2, 2), padding, dtype=self.dtype, name="conv")(x), frames
-
-
-class Upsampler(nn.Module):
-  """Doubles time and space by repetition, then a convolution of each frame."""
-
-  time: bool
-  dtype: jnp.dtype
-
-  @nn.compact
-  def __call__(self, x, frames):
-    if self.time:
-      first = int(frames.first)
-      x = jnp.concatenate([x[:, :first], jnp.repeat(x[:, first:], 2, axis=1)], axis=1)
-      frames = frames.scaled(double)
-    x = jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3)
-    return Conv3D(x.shape[-1], (1, 3, 3), padding=((0, 0), (1, 1), (1, 1)), dtype=self.dtype, name="conv")(x), frames
+      x, frames = jnp.concatenate([x[:, :first], pairs.mean(2).astype(x.dtype)], axis=1), frames.scaled(half)
+    if self.up:
+      x = jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3)
+    stride, side = (1, (1, 1)) if self.up else (2, (0, 1))  # padded below and on the right, as the original pads
+    conv = Conv3D(x.shape[-1], (1, 3, 3), (1, stride, stride), ((0, 0), side, side), dtype=self.dtype, name="conv")
+    return conv(x), frames
 
 
 class Level(nn.Module):
-  """The blocks of one level, then the way to the next (`sampler`: Downsampler, Upsampler or None)."""
+  """The blocks of one level, then the way to the next (`sampler`: "downsamplers_0", "upsamplers_0" or "")."""
 
   config: Causal3DConfig
   features: int
   layers: int
-  sampler: type[nn.Module] | None
+  sampler: str
   time: bool
   dtype: jnp.dtype
 
@@ -222,10 +202,9 @@ class Level(nn.Module):
     block = block_of(ResnetBlock, self.config.remat, static=(2,))
     for i in range(self.layers):
       x = block(self.config, self.features, self.dtype, name=f"resnets_{i}")(x, frames, z)
-    if self.sampler is None:
-      return x, frames
-    name = "downsamplers_0" if self.sampler is Downsampler else "upsamplers_0"
-    return self.sampler(self.time, self.dtype, name=name)(x, frames)
+    if self.sampler:
+      x, frames = Sampler(self.sampler == "upsamplers_0", self.time, self.dtype, name=self.sampler)(x, frames)
+    return x, frames
 
 
 class Encoder(nn.Module):
@@ -237,10 +216,10 @@ class Encoder(nn.Module):
     c, last = self.config, len(self.config.block_out_channels) - 1
     x = CausalConv(c.block_out_channels[0], dtype=self.dtype, name="conv_in")(x, frames)
     for i, features in enumerate(c.block_out_channels):
-      sampler = Downsampler if i < last else None
+      sampler = "downsamplers_0" if i < last else ""
       level = Level(c, features, c.layers_per_block, sampler, i < c.halvings, self.dtype, name=f"down_blocks_{i}")
       x, frames = level(x, frames)
-    x, frames = Level(c, c.block_out_channels[-1], 2, None, False, self.dtype, name="mid_block")(x, frames)
+    x, frames = Level(c, c.block_out_channels[-1], 2, "", False, self.dtype, name="mid_block")(x, frames)
     x = nn.silu(GroupNorm(c.norm_num_groups, self.dtype, name="norm_out")(x, frames))
     return CausalConv(2 * c.latent_channels, dtype=self.dtype, name="conv_out")(x, frames)
 
@@ -253,9 +232,9 @@ class Decoder(nn.Module):
   def __call__(self, z, frames):
     c, last = self.config, len(self.config.block_out_channels) - 1
     x = CausalConv(c.block_out_channels[-1], dtype=self.dtype, name="conv_in")(z, frames)
-    x, frames = Level(c, c.block_out_channels[-1], 2, None, False, self.dtype, name="mid_block")(x, frames, z)
+    x, frames = Level(c, c.block_out_channels[-1], 2, "", False, self.dtype, name="mid_block")(x, frames, z)
     for i, features in enumerate(reversed(c.block_out_channels)):
-      sampler = Upsampler if i < last else None
+      sampler = "upsamplers_0" if i < last else ""
       level = Level(c, features, c.layers_per_block + 1, sampler, i < c.halvings, self.dtype, name=f"up_blocks_{i}")
       x, frames = level(x, frames, z)
     x = nn.silu(SpatialNorm(c.norm_num_groups, self.dtype, name="norm_out")(x, z, frames))
@@ -263,10 +242,7 @@ class Decoder(nn.Module):
 
 
 class Causal3D(nn.Module):
-  """The autoencoder: `model.apply(variables, clip, method="encode")`, `method="decode"`, or both in one call.
-
-  Parameters are float32; `dtype` is that of the convolutions (norms and results are float32).
-  """
+  """The autoencoder: `model.apply(variables, clip, method="encode")`, `method="decode"`, or both in one call."""
 
   config: Causal3DConfig
   dtype: jnp.dtype = jnp.float32
@@ -276,11 +252,7 @@ class Causal3D(nn.Module):
     self.decoder = Decoder(self.config, self.dtype)
 
   def encode(self, x: Float[AnyArray, "N T H W 3"], frames=None) -> Moments:
-    """Clips in [-1, 1] -> raw posterior (mean, logvar), float32.
-
-    Args:
-      frames: `Frames` of `x`; None: `x` is the whole clip, with the statistics of the configuration.
-    """
+    """Clips in [-1, 1] -> raw posterior (mean, logvar), float32. `frames`: `Frames` of `x`; None: `x` is the whole clip."""
     return posterior(self.encoder(x, frames or self.frames(x, self.config.encode_chunk)))
 
   def decode(self, z: Float[AnyArray, "N t h w C"], frames=None) -> Float[Array, "N T H W 3"]:
@@ -288,8 +260,7 @@ class Causal3D(nn.Module):
     return self.decoder(z, frames or self.frames(z, self.config.decode_chunk)).astype(jnp.float32)
 
   def frames(self, x, chunk):
-    count = x.shape[1]
-    return Frames(count, chunk_sizes(count, chunk) if self.config.statistics == "chunks" else None)
+    return Frames(x.shape[1], chunk_sizes(x.shape[1], chunk) if self.config.statistics == "chunks" else None)
 
   def __call__(self, x):
     """-> (reconstruction from the mean, mean, logvar)."""
@@ -298,19 +269,21 @@ class Causal3D(nn.Module):
 
 
 def encode_causal(model, variables, past, frames):
-  """Frames `[T, H, W, 3]` of a chunk and the past that the previous chunk left, or None -> (mean, std), past."""
-  return _causal(model, variables, past, to_float(frames), "encode", lambda m: normalised_posterior(model.config, *m))
+  """Frames `[T, H, W, 3]` of a chunk and the past that the previous chunk left, or None -> normalised (mean, std), past."""
+  moments, past = _apply_chunk(model, variables, past, to_float(frames), "encode")
+  return normalised_posterior(model.config, *moments), past
 
 
 def decode_causal(model, variables, past, latents, *, as_uint8):
   """Normalised latents `[T', h, w, C]` of a chunk and the past, or None -> pixels, past."""
-  return _causal(model, variables, past, denormalise(model.config, latents), "decode", lambda x: pixels_of(x, as_uint8))
+  pixels, past = _apply_chunk(model, variables, past, denormalise(model.config, latents), "decode")
+  return pixels_of(pixels, as_uint8), past
 
 
-def _causal(model, variables, past, x, method, finish):
+def _apply_chunk(model, variables, past, x, method):
   variables = variables if past is None else {**variables, "past": past}
   y, state = model.apply(variables, x[None], Frames(len(x)), method=method, mutable="past")
-  return jax.tree.map(lambda part: part[0], finish(y)), state["past"]
+  return jax.tree.map(lambda part: part[0], y), state["past"]
 
 
 def encode_split(model, variables, frames, *, mesh):
@@ -326,37 +299,28 @@ def decode_split(model, variables, latents, *, mesh, as_uint8):
 
 
 class CausalCodec(Codec):
-  """Pieces are chunks. Whole clips run over several devices, or if norms take their statistics over the clip: then memory
-  grows with the length. A clip is split over the largest divisor of the device count that its frames allow. The remaining
-  devices repeat the work.
+  """Pieces are chunks, or whole clips on several devices and with statistics over the clip: then memory grows with the length.
+
+  A clip is split over the largest divisor of the device count that its frames allow. The remaining devices repeat the work.
   """
 
   uses_micro_batch = False
 
   def encode_parts(self, frames):
-    if mesh := self._split(len(frames)):
-      yield self._call(encode_split, frames, mesh=mesh)
-    else:
-      yield from self._chunks(encode_causal, frames, self.config.encode_chunk)
+    return self._parts((encode_split, encode_causal), frames, len(frames), self.config.encode_chunk)
 
   def decode_parts(self, latents, num_frames):
-    if mesh := self._split(num_frames):
-      yield self._call(decode_split, latents, mesh=mesh, as_uint8=self.as_uint8)
-    else:
-      yield from self._chunks(decode_causal, latents, self.config.decode_chunk, as_uint8=self.as_uint8)
+    return self._parts((decode_split, decode_causal), latents, num_frames, self.config.decode_chunk, as_uint8=self.as_uint8)
 
-  def _split(self, num_frames):
-    """The mesh over whose last axis a clip is split; None if it is not split."""
+  def _parts(self, functions, values, num_frames, chunk, **static):
     for count in range(self.devices, 1, -1):
-      if self.devices % count == 0 and splits(self.config, num_frames, count):
-        return Mesh(self.mesh.devices.reshape(-1, count), ("copies", *self.mesh.axis_names))
-    return None
-
-  def _chunks(self, function, values, chunk, **static):
-    sizes = chunk_sizes(len(values), chunk) if self.config.statistics == "chunks" else (len(values),)
+      if (mesh := self.mesh) and self.devices % count == 0 and splits(self.config, num_frames, count):
+        mesh = Mesh(np.reshape(np.asarray(mesh.devices), (-1, count)), ("copies", *mesh.axis_names))
+        yield self._call(functions[0], values, mesh=mesh, **static)
+        return
     past, start = None, 0
-    for size in sizes:
-      part, past = self._call(function, past, values[start : start + size], **static)
+    for size in chunk_sizes(len(values), chunk) if self.config.statistics == "chunks" else (len(values),):
+      part, past = self._call(functions[1], past, values[start : start + size], **static)
       yield part
       start += size
 

@@ -14,6 +14,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -65,7 +66,7 @@ class Codec:
     uses_micro_batch: whether `micro_batch` matters.
   """
 
-  model: object
+  model: Any
   variables: dict
   micro_batch: int = 4
   run: Callable = run_jitted
@@ -92,7 +93,7 @@ class Codec:
 
   @property
   def devices(self):
-    """How many devices work at the same time."""
+    """Number of devices that work at the same time."""
     return self.mesh.size if self.mesh else 1
 
   def encode(self, frames: Num[np.ndarray, "T H W 3"]) -> tuple[Float[np.ndarray, "t h w C"], Float[np.ndarray, "t h w C"]]:
@@ -195,7 +196,7 @@ def join(parts, length, done=lambda frames: None, ahead=2):
 
   Args:
     done: called with the number of frames that each piece finishes.
-    ahead: how many pieces may be computed before the function waits for the first one.
+    ahead: number of pieces that may be computed before the function waits for the first one.
   """
   waiting, arrays, left = collections.deque(), [], length
 
@@ -216,7 +217,7 @@ def join(parts, length, done=lambda frames: None, ahead=2):
 
 
 def _is_ready(part):
-  return all(not isinstance(x, jax.Array) or x.is_ready() for x in jax.tree.leaves(part))
+  return all(x.is_ready() for x in jax.tree.leaves(part) if hasattr(x, "is_ready"))  # NumPy arrays have no such method
 
 
 def micro_batches(values, size):

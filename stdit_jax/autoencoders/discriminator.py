@@ -9,11 +9,12 @@ Losses: the hinge (Lim and Ye 2017), and the generator's weight of VQGAN (Esser 
 """
 
 import dataclasses
+from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float
 
 from stdit_jax import fields
@@ -85,7 +86,7 @@ class Discriminator(nn.Module):
 def init(model, key):
   """Fresh parameters: kernels N(0, 0.02), biases 0, norms 1 and 0 (pix2pix)."""
   shapes = jax.eval_shape(model.init, key, jnp.zeros((1, 1, 16, 16, 3)))["params"]
-  leaves = flax.traverse_util.flatten_dict(shapes)
+  leaves: dict[Any, Any] = flatten_dict(shapes)
   draw, start = jax.random.normal(key, (sum(leaf.size for leaf in leaves.values()),)) * 0.02, 0
   for path, leaf in leaves.items():
     if path[-1] == "kernel":
@@ -93,7 +94,7 @@ def init(model, key):
       start += leaf.size
     else:
       leaves[path] = jnp.full(leaf.shape, float(path[-1] == "scale"))
-  return flax.traverse_util.unflatten_dict(leaves)
+  return unflatten_dict(leaves)
 
 
 def _mean(x):

@@ -1,4 +1,4 @@
-"""What the rest of the project asks an autoencoder. A file of this folder defines each one, and registry.py lists them."""
+"""The interface of an autoencoder. Each file of this folder with a TABLE defines one, and registry.py lists them."""
 
 import functools
 
@@ -11,7 +11,7 @@ from stdit_jax.autoencoders.layers import init_like_torch
 
 
 class AutoencoderConfig:
-  """What every configuration of an autoencoder has beside its fields.
+  """Methods and defaults of all configurations of autoencoders.
 
   A subclass defines `latent_frames(num_frames)`, the latent frames of a clip, and `frame_starts(num_frames)`, int `[T' + 1]`:
   where each latent frame starts, and where the last one ends.
@@ -20,28 +20,33 @@ class AutoencoderConfig:
     latent_channels: channels C of the latents.
     scaling_factor, shift, scale: latents.py. `shift` and `scale` are one number or one per latent channel.
     in_channels: channels of a frame.
+    remat: whether the backward pass stores only the output of a block and recomputes the rest.
     group: latent frames after which positions in time repeat. Any group covers frames as the first one of a clip does.
   """
 
+  latent_channels: int
+  block_out_channels: tuple[int, ...]
+  norm_num_groups: int
   in_channels = 3
   group = 1
+
+  def require(self, holds, text):
+    """Raises ValueError with the text unless the condition holds."""
+    if not holds:
+      raise ValueError(f"{type(self).__name__}: {text}")
 
   def check_latents(self):
     """Raises ValueError unless `shift` and `scale` are numbers for the latents."""
     for name in ("shift", "scale"):
-      value = getattr(self, name)
-      if not isinstance(value, (int, float)) and len(value) != self.latent_channels:
-        what = f"{type(self).__name__}: {name} needs one number or {self.latent_channels} (latent_channels)"
-        raise ValueError(f"{what}, not {value}.")
+      value, count = getattr(self, name), self.latent_channels
+      fits = isinstance(value, (int, float)) or len(value) == count
+      self.require(fits, f"{name} needs one number or {count} (latent_channels), not {value}.")
 
   def check_groups(self):
     """Raises ValueError unless group norms divide the channels of each level."""
     for channels in self.block_out_channels:
-      if self.norm_num_groups < 1 or channels % self.norm_num_groups:
-        raise ValueError(
-          f"{type(self).__name__}: block_out_channels {self.block_out_channels} must be multiples of norm_num_groups="
-          f"{self.norm_num_groups}; {channels} is not."
-        )
+      text = f"block_out_channels {self.block_out_channels} must be multiples of norm_num_groups={self.norm_num_groups}"
+      self.require(self.norm_num_groups > 0 and channels % self.norm_num_groups == 0, f"{text}; {channels} is not.")
 
   @property
   def downsampling(self):
@@ -89,7 +94,7 @@ class Autoencoder:
     return fields.replace(fields.choose(self.table, name, self.kind), overrides, f"{self.kind} {name}")
 
   def build(self, config, dtype=jnp.float32):
-    """The model of a configuration. `dtype` is that of the convolutions."""
+    """The model of a configuration. `dtype` is that of the convolutions. Parameters, norms and results are float32."""
     return self.model(config, dtype)
 
   def init_shapes(self, config):

@@ -1,7 +1,8 @@
-"""How the frames of a clip lie in chunks and on devices, for causal autoencoders that pair frames (CogVideoX's)."""
+"""Frames of a clip in chunks and on devices, for autoencoders that are causal in time."""
 
 import dataclasses
 
+import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,9 +25,25 @@ def chunk_sizes(frames, chunk):
   return frames - (count - 1) * chunk, *[chunk] * (count - 1)
 
 
+def in_chunks(function, x, num_frames, chunk, length):
+  """`function(part of x, frames)` of all whole chunks as one batch, and of the shorter last one, joined in time.
+
+  A chunk has `chunk` frames of the clip, which are `length` elements of `x` `[N, T, h, w, C]`.
+  """
+  whole, rest = divmod(num_frames, chunk)
+  parts = []
+  if whole:
+    batch = einops.rearrange(x[:, : whole * length], "n (k t) h w c -> (n k) t h w c", k=whole)
+    together = lambda y: einops.rearrange(y, "(n k) t h w c -> n (k t) h w c", k=whole)  # noqa: E731
+    parts.append(jax.tree.map(together, function(batch, chunk)))
+  if rest:
+    parts.append(function(x[:, whole * length :], rest))
+  return jax.tree.map(lambda *of_parts: jnp.concatenate(of_parts, axis=1), *parts)
+
+
 @dataclasses.dataclass(frozen=True)
 class Frames:
-  """How the frames `[N, T, ...]` of an array lie in their clip.
+  """The place of an array's frames `[N, T, ...]` in their clip, for autoencoders that pair frames (CogVideoX's).
 
   A clip may be split over a mesh (inside `shard_map`). Every device then has the same number of frames. With an odd number of
   frames, every array has a place for the first frame, but only device 0 holds it there. The other devices hold the previous
@@ -94,7 +111,7 @@ class Frames:
 
 
 def _divides(frames, level):
-  """Whether a level can be split as the clip is: each device gets equally many frames, two or more, beside a first one."""
+  """Whether a level can be split like the clip: beside a single first frame, each device gets equally many, at least two."""
   rest = level.count - level.first
   return rest % level.devices == 0 and rest >= 2 * level.devices and level.first == frames.first
 
@@ -127,9 +144,9 @@ def over_devices(model, mesh, axis_name, method, batch_axes=()):
     for level in frames.levels(config.halvings, change):
       if not _divides(frames, level):
         raise ValueError(
-          f"a clip of {x.shape[1]} {'frames' if method == 'encode' else 'latents'} is not to be split over the {devices} "
-          f"devices of mesh axis {axis_name!r}: one of its levels has {level.count} frames, without the first of an odd number "
-          "not two or more for each"
+          f"a clip of {x.shape[1]} {'frames' if method == 'encode' else 'latents'} can't be split over the {devices} devices "
+          f"of mesh axis {axis_name!r}: one of its levels has {level.count} frames, and beside a single first frame each "
+          "device needs equally many, at least two; use fewer devices"
         )
 
     def local(variables, first, rest):

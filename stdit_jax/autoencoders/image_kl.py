@@ -5,19 +5,19 @@ levels, one attention in the middle, a Gaussian posterior of 4 channels at an ei
 
     frames [N,H,W,3] in [-1,1] --Encoder--> moments --> mean, logvar [N,H/8,W/8,4] --sample--> z --Decoder--> [N,H,W,3]
 
-Sides that are no multiple of 8 are floored level by level, as PyTorch's strided convolutions floor them: 240 x 426 pixels
-are 30 x 53 latents and come back as 240 x 424.
+Sides that are no multiple of 8 are floored level by level, as in PyTorch's strided convolutions: 240 x 426 pixels are 30 x 53
+latents, which are decoded to 240 x 424 pixels.
 
-Parameter names follow diffusers, one rule for all of them. From a diffusers name to ours:
+Parameter names follow diffusers by one rule. From a diffusers name to ours:
 
-  1. split at the dots; a number is joined to the word before it: `down_blocks.0` -> `down_blocks_0`, `to_out.0` -> `to_out_0`;
-  2. the last word: `bias` stays; `weight` is `scale` if it is 1-D (norms), `kernel` otherwise;
-  3. 4-D kernels are transposed [out,in,kh,kw] -> [kh,kw,in,out] (2,3,1,0), 2-D kernels [out,in] -> [in,out].
+  1. Split at the dots, and join a number to the word before it: `down_blocks.0` -> `down_blocks_0`, `to_out.0` -> `to_out_0`.
+  2. The last word: `bias` stays. `weight` is `scale` if it is 1-D (norms), `kernel` otherwise.
+  3. Transpose 4-D kernels [out,in,kh,kw] -> [kh,kw,in,out] (2,3,1,0), and 2-D kernels [out,in] -> [in,out].
 
-`encoder.mid_block.attentions.0.to_out.0.weight` is `params/encoder/mid_block/attentions_0/to_out_0/kernel`. No name of
-ours ends in `_<number>` otherwise, so the rule inverts: `_<number>` at the end of a word -> `.<number>`. Files written by
-diffusers before 0.18 say `query, key, value, proj_attn` for `to_q, to_k, to_v, to_out.0`, the original LDM
-files hold the four as 1 x 1 convolutions [out,in,1,1].
+`encoder.mid_block.attentions.0.to_out.0.weight` is `params/encoder/mid_block/attentions_0/to_out_0/kernel`. No other name of
+ours ends in `_<number>`, so the rule inverts: `_<number>` at the end of a word -> `.<number>`. diffusers before 0.18 wrote
+`query, key, value, proj_attn` for `to_q, to_k, to_v, to_out.0`. The original LDM files hold the four as 1 x 1 convolutions
+[out,in,1,1].
 
 `ImageKL` works on raw latents, `ImageKLCodec` on normalised ones (latents.py).
 """
@@ -43,7 +43,6 @@ class ImageKLConfig(AutoencoderConfig):
 
   Attributes:
     shift, scale: diffusers' `shift_factor` or `latents_mean`, and `latents_std`; one number or one per latent channel.
-    remat: whether the backward pass stores only the output of a block and recomputes the rest.
   """
 
   block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
@@ -147,9 +146,7 @@ class Sampler(nn.Module):
   @nn.compact
   def __call__(self, x):
     if self.stride == 1:
-      n, height, width, channels = x.shape
-      x = jnp.broadcast_to(x[:, :, None, :, None], (n, height, 2, width, 2, channels))
-      x = x.reshape(n, height * 2, width * 2, channels)
+      x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
     return _conv("conv", x, x.shape[-1], stride=self.stride, dtype=self.dtype)
 
 
@@ -210,7 +207,7 @@ class Decoder(nn.Module):
 class ImageKL(nn.Module):
   """The autoencoder: `model.apply(variables, frames, method="encode")`, `method="decode"`, or both in one call.
 
-  Parameters are float32; `dtype` is that of the convolutions (norms, softmax and the results are float32).
+  Parameters are float32; `dtype` is that of the convolutions (norms, softmax and results are float32).
   """
 
   config: ImageKLConfig
@@ -285,21 +282,12 @@ class _ImageKL(Autoencoder):
     return super().example_shape(config)[1:]
 
   def encode(self, model, params, clips, image_noise=None, layout=None):
-    moments = model.apply({"params": params}, _frames(clips), method="encode")
-    return *(_clips(m, clips) for m in moments), None
+    moments = model.apply({"params": params}, clips.reshape(-1, *clips.shape[2:]), method="encode")
+    return *(m.reshape(*clips.shape[:2], *m.shape[1:]) for m in moments), None
 
   def decode(self, model, params, frame_latents, layout=None):
-    return _clips(model.apply({"params": params}, _frames(frame_latents), method="decode"), frame_latents)
-
-
-def _frames(clips):
-  """`[B, T, ...]` -> `[B * T, ...]`."""
-  return clips.reshape(-1, *clips.shape[2:])
-
-
-def _clips(frames, like):
-  """`[B * T, ...]` -> `[B, T, ...]` with B and T of `like`."""
-  return frames.reshape(*like.shape[:2], *frames.shape[1:])
+    pixels = model.apply({"params": params}, frame_latents.reshape(-1, *frame_latents.shape[2:]), method="decode")
+    return pixels.reshape(*frame_latents.shape[:2], *pixels.shape[1:])
 
 
 FAMILY = _ImageKL()

@@ -22,12 +22,12 @@ def to_uint8(pixels: Float[AnyArray, "..."]) -> UInt8[AnyArray, "..."]:
   return xp.round((xp.clip(pixels, -1.0, 1.0) + 1.0) * 127.5).astype(np.uint8)
 
 
-def normalise(config, z: Float[AnyArray, "... C"]) -> Float[AnyArray, "... C"]:
+def normalise(config, z: Float[AnyArray, "... C"]) -> Float[Array, "... C"]:
   """Raw latents -> normalised latents."""
   return (z - jnp.asarray(config.shift)) * (config.scaling_factor / jnp.asarray(config.scale))
 
 
-def denormalise(config, z: Float[AnyArray, "... C"]) -> Float[AnyArray, "... C"]:
+def denormalise(config, z: Float[AnyArray, "... C"]) -> Float[Array, "... C"]:
   """Normalised latents -> raw latents."""
   return z * (jnp.asarray(config.scale) / config.scaling_factor) + jnp.asarray(config.shift)
 
@@ -38,7 +38,7 @@ def normalised_posterior(config, mean, logvar) -> Moments:
 
 
 def posterior(moments: Float[AnyArray, "*n h w moments"]) -> Moments:
-  """What an encoder computes -> raw (mean, logvar), float32; logvar is clipped to [-30, 20]."""
+  """Output of an encoder -> raw (mean, logvar), float32. logvar is clipped to [-30, 20]."""
   mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
   return mean, jnp.clip(logvar, -30.0, 20.0)
 

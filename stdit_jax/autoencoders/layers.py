@@ -1,11 +1,12 @@
-"""Layers that several autoencoders share, over pictures `[N, H, W, C]` and clips `[N, T, H, W, C]`."""
+"""Layers that several autoencoders share, over images `[N, H, W, C]` and clips `[N, T, H, W, C]`."""
 
 import functools
+from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 
 def block_of(cls, remat, static=()):
@@ -47,7 +48,7 @@ def _frame_by_frame(x, kernel, strides, padding):
   return functools.reduce(jnp.add, parts).astype(dtype).reshape(*frames.shape[:2], *parts[0].shape[1:])
 
 
-# The gradient has a choice of its own. The derivative of a choice would store the residuals of both branches.
+# The gradient chooses again. The derivative of a choice would store the residuals of both branches.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _conv3d(x, kernel, *how):
   return _by_platform(lambda conv: lambda *args: conv(*args, *how), x, kernel)
@@ -66,7 +67,7 @@ _conv3d.defvjp(_conv3d_forward, _conv3d_backward)
 
 
 IMPLEMENTATIONS = {"frames": _frame_by_frame, "whole": _whole}
-# What `conv3d` traces: a name of IMPLEMENTATIONS, or "auto": the faster one on the platform for which a program is compiled.
+# The convolution that `conv3d` traces: a name of IMPLEMENTATIONS, or "auto" for the faster one on the platform of the program.
 implementation = "auto"
 
 
@@ -97,14 +98,14 @@ class GroupNorm(nn.Module):
     channels = x.shape[-1]
     scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
     bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
-    if frames is not None:
-      belongs, own = frames.membership()
+    membership: Any = None if frames is None else frames.membership()
 
     def group_mean(values):
       """The mean over each group, and over each chunk, in a shape that broadcasts against `values`."""
       if frames is None:
         mean = values.mean(tuple(range(1, x.ndim - 1)), keepdims=True)
         return jnp.repeat(mean.reshape(*mean.shape[:-1], self.groups, -1).mean(-1), channels // self.groups, axis=-1)
+      belongs, own = membership
       of_frames = values.mean((2, 3)).reshape(*x.shape[:2], self.groups, -1).mean(-1)  # [N, T, groups]
       of_chunks = frames.sum(jnp.einsum("ntg,tk,t->nkg", of_frames, belongs, own)) / frames.sum(own @ belongs)[:, None]
       mean = jnp.einsum("nkg,tk->ntg", of_chunks, belongs)
@@ -120,15 +121,15 @@ def init_like_torch(shapes, key):
 
   All values come from one draw. One key per tensor would take XLA on CPUs a quarter of a minute to compile.
   """
-  shapes = flax.traverse_util.flatten_dict(shapes)
-  draw = jax.random.uniform(key, (sum(leaf.size for leaf in shapes.values()),), jnp.float32, -1.0, 1.0)
+  leaves: dict[Any, Any] = flatten_dict(shapes)
+  draw = jax.random.uniform(key, (sum(leaf.size for leaf in leaves.values()),), jnp.float32, -1.0, 1.0)
   values, start = {}, 0
-  for path, leaf in shapes.items():
-    kernel = shapes.get((*path[:-1], "kernel"))
+  for path, leaf in leaves.items():
+    kernel = leaves.get((*path[:-1], "kernel"))
     if kernel is None:  # a norm
       values[path] = jnp.full(leaf.shape, float(path[-1] == "scale"))
     else:
       fan_in = kernel.size // kernel.shape[-1]
       values[path] = draw[start : start + leaf.size].reshape(leaf.shape) * fan_in**-0.5
     start += leaf.size
-  return flax.traverse_util.unflatten_dict(values)
+  return unflatten_dict(values)

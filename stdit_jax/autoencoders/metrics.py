@@ -47,6 +47,6 @@ def frechet_distance(a, b) -> float:
   a, b = (np.asarray(x, np.float64) for x in (a, b))
   shift = np.square(a.mean(0) - b.mean(0)).sum()
   # QR reduces each set to at most D rows.
-  a, b = (np.linalg.qr((x - x.mean(0)) / np.sqrt(len(x) - 1), mode="r") for x in (a, b))
+  a, b = (np.asarray(np.linalg.qr((x - x.mean(0)) / np.sqrt(len(x) - 1), mode="r")) for x in (a, b))
   product = np.linalg.svd(a @ b.T, compute_uv=False).sum()
   return float(shift + np.square(a).sum() + np.square(b).sum() - 2 * product)

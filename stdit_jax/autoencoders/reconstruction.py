@@ -1,4 +1,4 @@
-"""How well an autoencoder reconstructs clips and images: measures for each bucket, and a picture of examples."""
+"""Measures how well an autoencoder reconstructs clips and images, per bucket, and draws a picture of examples."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ from data.config import DataConfig
 from stdit_jax.autoencoders import i3d, metrics, perceptual
 from stdit_jax.autoencoders.codec import micro_batches
 from stdit_jax.autoencoders.latents import denormalise, to_float
-from stdit_jax.autoencoders.registry import nearest_lengths
+from stdit_jax.autoencoders.registry import check_length
 
 ERROR_FACTOR = 4  # the picture shows the error times this
 HEAD = 26  # pixels of the two title lines in the picture
@@ -122,9 +122,7 @@ class Exam:
 
   def check(self, bucket):
     """Raises ValueError for a length that the autoencoder changes."""
-    if not self.codec.config.keeps(bucket.num_frames):
-      near = nearest_lengths(self.codec.config, bucket.num_frames)
-      raise ValueError(f"{bucket.name}: a length that the autoencoder does not give back; nearest: {near}")
+    check_length(self.codec.config, bucket.num_frames, f"bucket {bucket.name} has clips of {bucket.num_frames} frames")
 
   def __call__(self, clips, show=0):
     """Clips uint8 `[T, H, W, 3]` of one length -> {measure: value or None}, (original, reconstruction) of one clip.
@@ -143,7 +141,7 @@ class Exam:
       features += self._features(original, decoded)
     if not clip_values:
       return {"clips": 0}, None
-    values = {"clips": len(clip_values)}
+    values: dict[str, float | None] = {"clips": len(clip_values)}
     for name, value in clip_values[0].items():
       values[name] = None if value is None else float(np.mean([one[name] for one in clip_values]))
     if self.judges.i3d is not None:

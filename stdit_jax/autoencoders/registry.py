@@ -19,7 +19,7 @@ def find(name):
 
 
 def family_of(config):
-  """The `Autoencoder` of a configuration of its own."""
+  """The `Autoencoder` with this class of configurations."""
   return next(family for family in AUTOENCODERS if isinstance(config, family.config))
 
 
@@ -36,11 +36,13 @@ def make_codec(model, variables, micro_batch=4, run=run_jitted):
   return family_of(model.config).codec(model, variables, micro_batch, run)
 
 
-def nearest_lengths(config, num_frames):
-  """The lengths nearest to `num_frames` that the autoencoder does not change, as text: "9 or 16"."""
-  near = [n for n in range(1, 2 * num_frames + 20) if config.keeps(n)]
-  lower, upper = max((n for n in near if n < num_frames), default=None), min(n for n in near if n > num_frames)
-  return f"{lower} or {upper}" if lower else f"{upper}"
+def check_length(config, num_frames, what):
+  """Raises ValueError if the autoencoder changes the length of a clip. `what`: the first words of the message."""
+  if not config.keeps(num_frames):
+    near = [n for n in range(1, 2 * num_frames + 20) if config.keeps(n)]
+    lower, upper = max((n for n in near if n < num_frames), default=None), min(n for n in near if n > num_frames)
+    allowed = f"{lower} or {upper}" if lower else f"{upper}"
+    raise ValueError(f"{what}, but the autoencoder changes this length; give {allowed}")
 
 
 def check_lengths(config, autoencoder):
@@ -51,8 +53,6 @@ def check_lengths(config, autoencoder):
     autoencoder: the configuration of its autoencoder, `autoencoder_model(config.autoencoder).config`.
   """
   for bucket in parse_buckets(config.data.buckets):
-    if bucket.batch_size and not autoencoder.keeps(bucket.num_frames):
-      raise ValueError(
-        f"config: bucket {bucket.name} has clips of {bucket.num_frames} frames, which {config.autoencoder.name!r} does not "
-        f"give back; nearest: {nearest_lengths(autoencoder, bucket.num_frames)}"
-      )
+    if bucket.batch_size:
+      what = f"config: bucket {bucket.name} has clips of {bucket.num_frames} frames for {config.autoencoder.name!r}"
+      check_length(autoencoder, bucket.num_frames, what)

@@ -4,11 +4,10 @@ Open-Sora v1.2.0, `models/vae/vae_temporal.py` and `vae.py`. Four frames of 8 x 
 
     clip [N,T,H,W,3] --image autoencoder--> image latents [N,T,h,w,4] --in time, 17 frames at a time--> [N,T',h,w,4]
 
-Chunks of 17 frames give 5 latents and are independent of each other. Norms take their statistics over one chunk. The last
-chunk of a clip may be shorter. The encoder pads it in front with zeros to a multiple of 4 frames, and the decoder drops as
-many frames. Convolutions in time see only the past, with zeros before the chunk.
-
-The image latents are scaled by 0.18215 although they are SDXL's: the original trained in this space.
+Chunks of 17 frames give 5 latents and are independent of each other, also in the statistics of norms. The last chunk of a clip
+may be shorter. The encoder pads a chunk in front with zeros to a multiple of 4 frames, and the decoder drops as many frames.
+Convolutions in time see only the past, with zeros before the chunk. The image latents are scaled by 0.18215 although they are
+SDXL's. The original trained in this space.
 """
 
 import dataclasses
@@ -24,6 +23,7 @@ from jaxtyping import Array, Float
 from stdit_jax.autoencoders import image_kl
 from stdit_jax.autoencoders.codec import Codec, filled, join, micro_batches, pixels_of
 from stdit_jax.autoencoders.family import Autoencoder, AutoencoderConfig
+from stdit_jax.autoencoders.frames import in_chunks
 from stdit_jax.autoencoders.latents import AnyArray, Moments, denormalise, draw, normalised_posterior, posterior, to_float
 from stdit_jax.autoencoders.layers import Conv3D, GroupNorm, block_of
 
@@ -43,8 +43,6 @@ class TemporalConfig(AutoencoderConfig):
     shortcut: adds two linear maps beside the network, from the frames of a latent to its mean and back. They start as the
       average and its repetition, so that the network learns the residual (DC-AE, Chen et al. 2024, section 3.2, there without
       weights). The original has no shortcut and cannot load the weights.
-    remat: whether the backward pass stores only the output of a block and recomputes the rest.
-    shift, scale: one number or one per channel. Denoisers see (z - shift) / scale.
   """
 
   image: str = "sd-kl-f8"
@@ -62,22 +60,15 @@ class TemporalConfig(AutoencoderConfig):
   scaling_factor = 1.0
 
   def __post_init__(self):
-    image_kl.get_config(self.image)
-    levels = len(self.channel_multipliers)
-    if len(self.temporal_downsample) != levels - 1:
-      raise ValueError(f"TemporalConfig: temporal_downsample needs {levels - 1} values, one less than channel_multipliers")
+    channels, halvings = self.image_config.latent_channels, len(self.channel_multipliers) - 1
+    text = f"temporal_downsample needs {halvings} values, one less than channel_multipliers"
+    self.require(len(self.temporal_downsample) == halvings, text)
     for multiplier in self.channel_multipliers:
-      if self.num_groups < 1 or self.filters * multiplier % self.num_groups:
-        raise ValueError(
-          f"TemporalConfig: {self.filters} filters times {multiplier} do not divide by num_groups={self.num_groups}"
-        )
-    if self.latent_channels != self.image_config.latent_channels:
-      raise ValueError(
-        f"TemporalConfig: latent_channels is {self.latent_channels}; those of the image autoencoder {self.image!r} are "
-        f"{self.image_config.latent_channels}"
-      )
-    if self.chunk < 0:
-      raise ValueError(f"TemporalConfig: chunk is {self.chunk}; allowed: frames of a chunk, or 0 for the whole clip")
+      text = f"{self.filters} filters times {multiplier} do not divide by num_groups={self.num_groups}"
+      self.require(self.num_groups > 0 and self.filters * multiplier % self.num_groups == 0, text)
+    text = f"latent_channels is {self.latent_channels}; those of the image autoencoder {self.image!r} are {channels}"
+    self.require(self.latent_channels == channels, text)
+    self.require(self.chunk >= 0, f"chunk is {self.chunk}; allowed: frames of a chunk, or 0 for the whole clip")
     self.check_latents()
 
   @property
@@ -105,8 +96,8 @@ class TemporalConfig(AutoencoderConfig):
   def frame_starts(self, num_frames):
     size, starts = self.chunk or num_frames, []
     for begin in range(0, num_frames, size):
-      count = min(size, num_frames - begin)
-      starts += [max(begin, begin + i) for i in range(-(-count % self.factor), count, self.factor)]
+      end = min(begin + size, num_frames)
+      starts += [begin, *range(begin + self.factor - (begin - end) % self.factor, end, self.factor)]
     return np.asarray([*starts, num_frames])
 
 
@@ -226,10 +217,7 @@ class Temporal(nn.Module):
 
 
 class VideoAutoencoder(nn.Module):
-  """The two together: `model.apply(variables, clip, method="encode")`, `method="decode"`, or both in one call.
-
-  Parameters are float32; `dtype` is that of the convolutions (norms and results are float32).
-  """
+  """The two together: `model.apply(variables, clip, method="encode")`, `method="decode"`, or both in one call."""
 
   config: TemporalConfig
   dtype: jnp.dtype = jnp.float32
@@ -250,28 +238,19 @@ class VideoAutoencoder(nn.Module):
 
   def encode_latents(self, x: Float[AnyArray, "N T h w C"]) -> Moments:
     """Image latents -> raw posterior (mean, logvar), chunk by chunk."""
-    return _in_chunks(self.temporal.encode, x, self.config.chunk)
+    chunk = self.config.chunk or x.shape[1]
+    return in_chunks(lambda part, _: self.temporal.encode(part), x, x.shape[1], chunk, chunk)
 
   def decode_latents(self, z: Float[AnyArray, "N t h w C"], num_frames) -> Float[Array, "N T h w C"]:
     """Latents -> `num_frames` image latents, chunk by chunk."""
-    c = self.config
-    if not c.chunk:
-      return self.temporal.decode(z, num_frames)
-    whole, rest = divmod(num_frames, c.chunk)
-    length = c.latent_frames(c.chunk)
-    parts = []
-    if whole:
-      parts.append(_in_chunks(lambda z: self.temporal.decode(z, c.chunk), z[:, : whole * length], length))
-    if rest:
-      parts.append(self.temporal.decode(z[:, whole * length :], rest))
-    return jnp.concatenate(parts, axis=1)
+    chunk = self.config.chunk or num_frames
+    return in_chunks(self.temporal.decode, z, num_frames, chunk, self.config.latent_frames(chunk))
 
   def decode(self, z: Float[AnyArray, "N t h w C"], num_frames) -> Float[Array, "N T H W 3"]:
     """Raw latents -> `num_frames` frames of pixels, float32, about [-1, 1], not clipped."""
     return self.pixels(self.decode_latents(z, num_frames))
 
   def pixels(self, x: Float[AnyArray, "N T h w C"]) -> Float[Array, "N T H W 3"]:
-    """Image latents -> pixels."""
     pixels = self.image.decode(x.reshape(-1, *x.shape[2:]) / self.config.image_config.scaling_factor)
     return pixels.reshape(*x.shape[:2], *pixels.shape[1:])
 
@@ -281,22 +260,8 @@ class VideoAutoencoder(nn.Module):
     return self.decode(mean, x.shape[1]), mean, logvar
 
 
-def _in_chunks(function, x, chunk):
-  """`function` of all whole chunks as one batch, and of the shorter last chunk; joined in time."""
-  whole, rest = divmod(x.shape[1], chunk) if chunk else (0, x.shape[1])
-  parts = []
-  if whole:
-    batch = einops.rearrange(x[:, : whole * chunk], "n (k t) h w c -> (n k) t h w c", k=whole)
-    together = lambda y: einops.rearrange(y, "(n k) t h w c -> n (k t) h w c", k=whole)  # noqa: E731
-    parts.append(jax.tree.map(together, function(batch)))
-  if rest:
-    parts.append(function(x[:, x.shape[1] - rest :]))
-  return jax.tree.map(lambda *of_parts: jnp.concatenate(of_parts, axis=1), *parts)
-
-
 def image_latents(model, variables, frames):
-  """Frames `[N, H, W, 3]` -> image latents `[N, h, w, C]`. They are means, so that a clip always has the same latents; the
-  original draws them."""
+  """Frames `[N, H, W, 3]` -> image latents `[N, h, w, C]`, means (the original draws them): a clip always has the same ones."""
   return model.apply(variables, to_float(frames)[None], method="image_latents")[0]
 
 
@@ -316,10 +281,7 @@ def decode_image_latents(model, variables, latents, *, as_uint8):
 
 
 class TemporalCodec(Codec):
-  """Pieces are micro batches of frames for the image autoencoder, and chunks for the temporal one, one per device.
-
-  The last chunk of a clip may be alone: then each device computes a copy of it.
-  """
+  """Pieces are micro batches of frames for the image autoencoder, and chunks for the temporal one, one per device."""
 
   def encode_parts(self, frames):
     size = self._frames_at_a_time(len(frames))
@@ -332,28 +294,24 @@ class TemporalCodec(Codec):
       else:  # micro batches and chunks are split differently over devices, so the latents pass through the host
         latents = join(pieces, len(chunk))
       latents = latents.reshape(number, count, *latents.shape[1:])
+      # If the last chunk of a clip is alone, each device computes a copy of it.
       moments = self._call(encode_chunks, self._spread(filled(latents, self.devices)))
       yield tuple(m[:number].reshape(-1, *m.shape[2:]) for m in moments)
 
   def decode_parts(self, latents, num_frames):
-    size, begin = self._frames_at_a_time(num_frames), 0
-    for _, count, number in self._chunks(num_frames):
-      length = -(-count // self.config.factor)
+    size, call = self._frames_at_a_time(num_frames), functools.partial(self._call, decode_image_latents, as_uint8=self.as_uint8)
+    for start, count, number in self._chunks(num_frames):
+      begin, length = self.config.latent_frames(start), self.config.latent_frames(count)
       chunks = latents[begin : begin + length * number].reshape(number, length, *latents.shape[1:])
       decoded = self._call(decode_chunks, self._spread(filled(chunks, self.devices)), num_frames=count)
       decoded = np.asarray(decoded)[:number].reshape(-1, *decoded.shape[2:])
-      pixels = (
-        self._call(decode_image_latents, self._spread(part), as_uint8=self.as_uint8) for part in micro_batches(decoded, size)
-      )
-      yield join(pixels, len(decoded))
-      begin += length * number
+      yield join((call(self._spread(part)) for part in micro_batches(decoded, size)), len(decoded))
 
   def _chunks(self, num_frames):
     """Yields (first frame, frames of each chunk, number of chunks) of the chunks that are computed together."""
     size, start = self.config.chunk or num_frames, 0
     while start < num_frames:
-      number = max(1, min((num_frames - start) // size, self.devices))
-      count = min(size, num_frames - start)
+      count, number = min(size, num_frames - start), max(1, min((num_frames - start) // size, self.devices))
       yield start, count, number
       start += count * number
 

@@ -40,7 +40,7 @@ class Tiles:
     return size[0] > self.height or size[1] > self.width
 
   def count(self, size):
-    """How many tiles latents of this (height, width) are cut into."""
+    """Number of tiles of latents of this (height, width)."""
     return sum(map(len, self.places(size)))
 
   def places(self, size):
@@ -49,7 +49,7 @@ class Tiles:
     return [[(top, left) for left in columns] for top in rows]
 
   def starts(self, size):
-    """Where the rows and the columns of tiles start."""
+    """Positions at which the rows and the columns of tiles start."""
     return [range(0, side, step) for side, step in zip(size, self.steps)]
 
   def repeats(self, size):
@@ -67,8 +67,8 @@ def tile_sizes(tiles, size):
 def sizes_for(size, smallest=8):
   """Yields tiles for latents of this (height, width), from large to small; each step cuts the longer side of a tile.
 
-  No tile lies within another one. Such tiles at the border, which diffusers has, would only add statistics of their own. A side
-  that is not cut therefore has a tile that is longer than the side.
+  No tile lies within another one. diffusers has such tiles at the border, where they only add other statistics. A side that is
+  not cut therefore has a tile that is longer than the side.
   """
   parts, sides = [1, 1], list(size)
   overlap = Tiles(2, 2).overlap

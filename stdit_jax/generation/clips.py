@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -32,11 +33,12 @@ class Item:
   job: Job
 
 
-def place_loop(
-  job: Job, loop: int, latent_frames: int, reference_frames: Sequence[int], compat: str | None = None
-) -> Placement:
-  """The placement of one loop of a job. `reference_frames`: latent frames of each file."""
-  return place(job.rules, loop, latent_frames, [*reference_frames, *[latent_frames] * loop], compat)
+def placements_of(
+  job: Job, file_frames: Iterable[int], config: Any, num_frames: int, compat: str | None = None
+) -> list[Placement]:
+  """The placement of each loop of a job. `file_frames`: frames of each file; `num_frames`: frames of a clip."""
+  files, clip = [config.latent_frames(frames) for frames in file_frames], config.latent_frames(num_frames)
+  return [place(job.rules, loop, clip, [*files, *[clip] * loop], compat) for loop in range(job.loops)]
 
 
 def given_frames(placement: Placement, latents: Sequence) -> Given | None:
@@ -94,11 +96,17 @@ def encode_used(
 
 def encoded_lengths(job: Job, file_frames: Sequence[int], config: Any, num_frames: int, compat: str | None = None) -> set[int]:
   """The lengths of all clips that `make_videos` encodes for a job. `file_frames`: frames of each file."""
-  count, files = config.latent_frames(num_frames), [config.latent_frames(n) for n in file_frames]
-  placements = [place_loop(job, loop, count, files, compat) for loop in range(job.loops)]
+  placements = placements_of(job, file_frames, config, num_frames, compat)
   own = None if compat else num_frames
   lengths = {len(frames_to_encode(i, n, placements, config, own)[0]) for i, n in enumerate(file_frames)} - {0}
   return lengths | ({num_frames} if compat and job.loops > 1 else set())
+
+
+def batches(items: Sequence, size: Callable, most: int) -> Iterator[Sequence]:
+  """Yields lists of at most `most` items that follow each other and have the same `size(item)`."""
+  for _, group in itertools.groupby(items, size):
+    same = list(group)
+    yield from (same[i : i + most] for i in range(0, len(same), most))
 
 
 def make_videos(
@@ -116,11 +124,7 @@ def make_videos(
   """
   frames, loops, config = [list(item.references) for item in items], range(items[0].job.loops), pipeline.codec.config
   num_frames = items[0].requests[0].num_frames
-  count = config.latent_frames(num_frames)
-  placements = [
-    [place_loop(item.job, loop, count, [config.latent_frames(len(f)) for f in item.references], compat) for loop in loops]
-    for item in items
-  ]
+  placements = [placements_of(item.job, map(len, item.references), config, num_frames, compat) for item in items]
   own = None if compat else num_frames
   latents = [encode_used(pipeline, item.references, placed, own) for item, placed in zip(items, placements)]
   waiting = [list(item.job.pieces) for item in items]
@@ -158,7 +162,7 @@ def whole_videos(parts: Iterable[list[list[Frames]]]) -> list[Frames]:
 def length_of(item: Item, config: Any) -> int:
   """Frames of the video that `make_videos` makes of an item. `config`: of the autoencoder."""
   lengths = [*map(len, item.references), *(request.num_frames for request in item.requests)]
-  ranges = (cut(lengths[number], config, *part) for number, *part in item.job.pieces)
+  ranges = (cut(lengths[number], config, first, stop) for number, first, stop in item.job.pieces)
   return sum(end - begin for begin, end in ranges)
 
 

@@ -1,4 +1,4 @@
-"""Which frames of a clip are given and how far each may change: the mask strategies of Open-Sora.
+"""The mask strategies of Open-Sora: the given frames of a clip, and how far each may change.
 
 A strategy is a text of tuples joined by ";". Each tuple has up to six numbers joined by ",", here with their defaults:
 
@@ -21,6 +21,7 @@ are generated from noise. `compat` restores the behaviour of the original code:
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -44,7 +45,7 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Placement:
-  """Where the latent frames of one clip come from.
+  """The sources of the latent frames of one clip.
 
   Attributes:
     ratio: edit ratios; 1 = generate.
@@ -64,11 +65,12 @@ def parse_mask_strategy(text: str | None) -> tuple[Rule, ...]:
   """
   rules = []
   for part in (text or "").split(";") if (text or "").strip() else ():
-    numbers, kinds = part.split(","), (int, int, int, int, int, float)
+    numbers, kinds = part.split(","), (*[int] * 5, float)
     try:
       if len(numbers) > len(kinds):
         raise ValueError
-      rule = Rule(*(kind(number) for kind, number in zip(kinds, numbers)))
+      values: list[Any] = [kind(number) for kind, number in zip(kinds, numbers)]
+      rule = Rule(*values)
     except ValueError:
       raise ValueError(
         f"mask strategy {text!r}: {part.strip()!r} is not LOOP[,REFERENCE[,FRAME OF THE REFERENCE[,FRAME OF THE CLIP"
@@ -83,30 +85,25 @@ def parse_mask_strategy(text: str | None) -> tuple[Rule, ...]:
   return tuple(rules)
 
 
-def nearest_group(value: int, total: int, group: int = GROUP) -> int:
-  """The multiple of `group` near `value`, as in Open-Sora 1.2 (`find_nearest_point`).
+def nearest_group(value: int, total: int) -> int:
+  """The multiple of GROUP near `value`, as in Open-Sora 1.2 (`find_nearest_point`).
 
   Only a remainder above half a group rounds up. No value rounds up to the last whole group.
   """
-  count = value // group
-  up = value % group > group / 2 and count < total // group - 1
-  return (count + up) * group
+  count = value // GROUP
+  up = value % GROUP > GROUP / 2 and count < total // GROUP - 1
+  return (count + up) * GROUP
 
 
 def place(
-  rules: Sequence[Rule],
-  loop: int,
-  num_frames: int,
-  reference_frames: Sequence[int],
-  compat: str | None = None,
-  align: bool = True,
+  rules: Sequence[Rule], loop: int, num_frames: int, reference_frames: Sequence[int], compat: str | None = None
 ) -> Placement:
   """Applies the rules of one loop to a clip.
 
   Args:
     rules: from `parse_mask_strategy`.
     num_frames: latent frames of the clip; reference_frames: latent frames of each reference.
-    compat: one of COMPAT; align: False stands for Open-Sora 1.2 without `align`.
+    compat: one of COMPAT.
 
   Raises:
     ValueError: a reference does not exist, or frames lie outside the reference or the clip.
@@ -129,7 +126,7 @@ def place(
       for value, end, of in ((first, total, f"reference {rule.reference}"), (start, num_frames, "the clip")):
         if not 0 <= value < end:
           raise ValueError(f"{describe(rule)}: {of} has {end} frames, {-end} to {end - 1}; give one of them")
-    if compat == "open-sora-1.2" and align:
+    if compat == "open-sora-1.2":
       first, start = nearest_group(first, total), nearest_group(start, num_frames)
     if compat != "open-sora-1.1":
       length = min(length, num_frames - start, total - first)

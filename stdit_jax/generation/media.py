@@ -64,7 +64,8 @@ def open_media(path: Any, num_frames: int, fps: float, settings: dict) -> Iterat
     raise ValueError(f"{path}: {num_frames} frames don't fit into a {kind}; choose one of {', '.join(VIDEO_FORMATS)}")
   comment = json.dumps(settings, ensure_ascii=False)
   written = 0
-  with _open_file(path, kind, fps, comment) if kind else _open_folder(path) as write:
+  opened = _open_mp4(path, fps, comment) if kind == "mp4" else _open_images(path, kind, fps, comment)
+  with opened if kind else _open_folder(path) as write:
 
     def count_and_write(frames):
       nonlocal written
@@ -101,17 +102,10 @@ def _open_folder(path):
 
 
 @contextlib.contextmanager
-def _open_file(path, kind, fps, comment):
-  with paths.whole(path) as temporary:
-    opened = _open_mp4(temporary, fps, comment) if kind == "mp4" else _open_images(temporary, kind, fps, comment)
-    with opened as write:
-      yield write
-
-
-@contextlib.contextmanager
 def _open_mp4(path, fps, comment):
   rate, numbers = Fraction(fps).limit_denominator(1001), itertools.count()
-  with av.open(path, "w", options={"movflags": "use_metadata_tags+faststart"}) as container:
+  options = {"movflags": "use_metadata_tags+faststart"}
+  with paths.whole(path) as temporary, av.open(temporary, "w", options=options) as container:
     container.metadata["comment"] = comment
     stream = container.add_stream("libx264", rate=rate, options={"crf": "17"})
     stream.pix_fmt, codec = "yuv420p", stream.codec_context
@@ -136,17 +130,18 @@ def _open_mp4(path, fps, comment):
 def _open_images(path, kind, fps, comment):
   """A gif, webp or png file. Pillow wants all frames at once."""
   images = []
-  yield lambda frames: images.extend(Image.fromarray(frame) for frame in frames)
-  if kind == "png":
-    info = PngInfo()
-    info.add_itxt("Comment", comment)
-    own = {"pnginfo": info}
-  else:
-    unit = 10 if kind == "gif" else 1  # milliseconds per unit of time in the file; rounding the end times keeps the mean rate
-    ends = np.round(np.arange(len(images) + 1) * 1000 / fps / unit).astype(int) * unit
-    own = {"save_all": True, "append_images": images[1:], "duration": np.diff(ends).tolist(), "loop": 0}
-    own |= {"comment": comment.encode()} if kind == "gif" else {"quality": 90, "method": 4, "xmp": comment.encode()}
-  images[0].save(path, **own)
+  with paths.whole(path) as temporary:
+    yield lambda frames: images.extend(Image.fromarray(frame) for frame in frames)
+    if kind == "png":
+      info = PngInfo()
+      info.add_itxt("Comment", comment)
+      own = {"pnginfo": info}
+    else:
+      unit = 10 if kind == "gif" else 1  # milliseconds per unit of time in the file; rounding the end times keeps the mean rate
+      ends = np.round(np.arange(len(images) + 1) * 1000 / fps / unit).astype(int) * unit
+      own = {"save_all": True, "append_images": images[1:], "duration": np.diff(ends).tolist(), "loop": 0}
+      own |= {"comment": comment.encode()} if kind == "gif" else {"quality": 90, "method": 4, "xmp": comment.encode()}
+    images[0].save(temporary, **own)
 
 
 def contact_sheet(videos: Sequence[UInt8[np.ndarray, "T H W 3"]], columns: int = 8) -> Image.Image:

@@ -1,4 +1,4 @@
-"""From prompts to pixels: conditioner, sampler, autoencoder. Sampling while training and `sample.py` use the same pipeline."""
+"""From prompts to pixels: conditioner, sampler, autoencoder. Sample videos of a training and `sample.py` come from here."""
 
 import dataclasses
 import functools
@@ -20,17 +20,19 @@ from stdit_jax.diffusion.types import Noises, StepState
 from stdit_jax.models import step_cache
 from stdit_jax.models.family import SCALARS, token_grid, token_values
 from stdit_jax.models.layers import OVER_TIME
-from stdit_jax.parallel.shardings import ArraySpec, Layout
+from stdit_jax.parallel.shardings import Layout
 
 CACHED_PROMPTS = 4  # batches whose conditions are cached
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """One video to make. One seed makes one noise, whatever batch or mesh it is drawn in.
+  """One video to make. One seed makes one noise in any batch and on any mesh.
 
-  Attributes: prompt; height, width in pixels; num_frames (1 = image); fps the video shall have; seed, 0 to 2^32 - 1;
-  loop: number of the clip in a video of several, each with noise of its own.
+  Attributes:
+    height, width: in pixels.
+    num_frames: 1 = image; fps: of the video.
+    seed: 0 to 2^32 - 1; loop: number of the clip in a video of several clips. Each clip has its own noise.
   """
 
   prompt: str
@@ -43,9 +45,11 @@ class Request:
 
 
 class Sampling(NamedTuple):
-  """What is fixed while a batch is sampled: one program serves all its steps.
+  """Static arguments of a sampler step. They are the same in all steps of a batch, so one program serves all steps.
 
-  Attributes: diffusion: the formulation, for so many steps; guidance; latent_size: (T, H, W) of the latents.
+  Attributes:
+    diffusion: the formulation, for a number of steps.
+    latent_size: (T, H, W) of the latents.
   """
 
   diffusion: Any
@@ -54,93 +58,92 @@ class Sampling(NamedTuple):
 
 
 class Pipeline:
-  """Everything that sampling needs; programs are compiled once per size and batch.
+  """Everything that sampling needs. Programs are compiled once per size and batch.
 
-  With a mesh all its processes call it together: conditioner and denoiser run over it, the videos of a batch split over its
-  `data` and `fsdp` axes (filled up to a number that divides) and the tokens of each over `sequence`; each process decodes for
-  itself.
+  With a mesh, all its processes call the pipeline together. Conditioner and denoiser run over the mesh: its `data` and `fsdp`
+  axes split the videos of a batch, and `sequence` splits the tokens of each video. Each process decodes for itself.
 
   Args:
     components: `Components`: the models and the diffusion that were trained.
-    weights: (variables of the denoiser, weights of the conditioner's encoder or None), as `Components.weights` gives them.
+    weights: (variables of the denoiser, weights of the conditioner's encoder or None), as `Components.weights` returns them.
     codec: the autoencoder with its weights (`autoencoders.codec`).
-    guidance: `diffusion.guidance.Guidance`; its scale is given with the requests.
-    mesh: on which all parameters but the autoencoder's lie; None: all on one device.
-    cache: of `models.step_cache`; None: every step computes everything.
+    guidance: `diffusion.guidance.Guidance`. Its scale comes with the requests.
+    mesh: holds all parameters but those of the autoencoder. None: one device holds them.
+    cache: of `models.step_cache`. None: every step computes everything.
 
   Attributes:
-    batch_parts: a batch is filled up to a multiple of it.
+    batch_parts: the pipeline fills a batch up to a multiple of this number.
   """
 
   def __init__(self, components, weights, codec, guidance=None, mesh=None, cache=None):
     self.components, self.guidance, self.cache, self.codec = components, guidance or Guidance(), cache, codec
-    self.layout = None if mesh is None else Layout(mesh, split_tokens=mesh.shape["sequence"] > 1)
-    self.batch_parts, self.token_parts = (1, 1) if mesh is None else (self.layout.batch_parts, self.layout.token_parts)
-    self.model, self.diffusion = components.model.clone(layout=self.layout), components.diffusion
+    self.layout = layout = None if mesh is None else Layout(mesh, split_tokens=mesh.shape["sequence"] > 1)
+    self.batch_parts, self.token_parts = (layout.batch_parts, layout.token_parts) if layout else (1, 1)
+    self.model, self.diffusion = components.model.clone(layout=layout), components.diffusion
     if cache is not None and not components.family.supports.step_cache:
       raise ValueError(f"--step-cache: {components.family.name} has none; leave it out")
-    # As Open-Sora 1.1: trained on every third frame it is told the file's own rate, three times that of the clip.
+    # Open-Sora 1.1 trains on every third frame, but tells the model the frame rate of the file, three times that of the clip.
     data = components.config.data
     self._told_fps = data.frame_interval if data.fps_rule == "1.1" else 1
     channels = self.model.config.in_channels
     if (count := self.guidance.channels) is not None and not 1 <= count <= channels:
       raise ValueError(f"guided_channels is {count}; allowed: 1 to {channels} (latent channels), or none for all")
     self.set_weights(weights)
-    self._encode = jax.jit(lambda weights, arrays: components.conditioner.encode(weights, arrays, self.layout))
-    # As the arguments come in, or the second step would be another program.
+    self._encode = jax.jit(lambda weights, arrays: components.conditioner.encode(weights, arrays, layout))
+    # The results of a step have the shardings of its arguments. Otherwise the second step would be another program.
     places = None
-    if mesh is not None:
-      tokens, rows = self.layout.sharding(*OVER_TIME), self.layout.sharding("batch")
-      cached = jax.tree.map(lambda spec: self.layout.sharding(*spec.axes), self._cache_specs(1, 1, 1))
+    if layout:
+      tokens, rows = self._sharding(OVER_TIME), self._sharding(("batch",))
+      cached = jax.tree.map(lambda spec: self._sharding(spec.axes), self._cache_specs(1, 1, 1))
       places = StepState(tokens, rows, (tokens, rows, rows) if self.diffusion.multistep else None), cached
     self._step = jax.jit(self._sampler_step, static_argnames="how", out_shardings=places, donate_argnames=("state", "cached"))
 
   def set_weights(self, weights):
-    """Other weights of the same models; nothing is compiled again."""
+    """Replaces the weights by other weights of the same models. Nothing is compiled again."""
     (self.variables, self.encoder_weights), self._encoded = weights, {}
 
   def _cache_specs(self, batch, frames, space):
-    """What the step cache holds for each call of the model in a step, a tuple of trees of `ArraySpec`."""
+    """What the step cache holds for each call of the model in a step, a tuple of trees of `shardings.ArraySpec`."""
     if self.cache is None:
       return ()
     rows = [batch, batch] if self.guidance.sequential else [2 * batch]
     return tuple(self.model.cache_specs(self.cache, n, frames, space) for n in rows)
 
   def needed_memory(self, request, batch, steps=30, guidance_scale=7.0, *, given=False, encoded=(), negative=False):
-    """Bytes on one device while `batch` requests like this one are made, as the compiler counts them.
+    """Bytes on one device for `batch` requests like this one, as the compiler counts them.
 
-    The weights may be shapes (ShapeDtypeStruct with shardings): the programs are compiled before anything is allocated, and
-    found again in the compilation cache when they run.
+    The weights may be shapes (ShapeDtypeStruct with shardings). The programs are compiled before anything is allocated. The
+    compilation cache returns them when they run.
 
     Args:
-      given: whether some frames are given; encoded: frames of the clips that are encoded for that.
-      negative: whether guidance leads away from a negative prompt.
+      given: whether some frames are given; encoded: lengths of the clips that are encoded to give frames.
+      negative: whether there is a negative prompt.
 
     Returns:
-      {"weights", and beside them "text", "encode" if there is something to encode, "denoise", "decode"}; the largest of these
-      and the weights are there at a time.
+      {"weights", "text", "encode" if a clip is encoded, "denoise", "decode"}. The weights and one of the others are in memory
+      at the same time.
     """
     size, diffusion = self.latent_size(request), self.diffusion.for_sampling(steps)
     batch += -batch % self.batch_parts
 
-    def shape(spec):
-      return jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=self._sharding(spec.axes))
+    def shape(*sizes, dtype: Any = np.float32, axes=("batch",)) -> Any:
+      return jax.ShapeDtypeStruct(sizes, dtype, sharding=self._sharding(axes))
 
     prompts = self.components.conditioner.prompts([request.prompt] * batch)
-    arrays = {name: shape(ArraySpec(array.shape, array.dtype)) for name, array in prompts.items()}
+    arrays = {name: shape(*array.shape, dtype=array.dtype) for name, array in prompts.items()}
     encode = self._encode.lower(self.encoder_weights, arrays)
     out_info, encode = encode.out_info, encode.compile()
     cond = jax.tree.map(
       lambda info, place: jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=place), out_info, encode.output_shardings
     )
-    sizes = {"grid": shape(ArraySpec((batch, 3), np.int32)), **dict.fromkeys(SCALARS, shape(ArraySpec((batch,))))}
-    x = shape(self._token_spec(size, batch))
-    frames = x.shape[1]
-    cached = jax.tree.map(shape, self._cache_specs(*x.shape[:3]))
+    sizes = {"grid": shape(batch, 3, dtype=np.int32), **dict.fromkeys(SCALARS, shape(batch))}
+    x = shape(batch, *token_shape(self.model.config, size, self.token_parts), axes=OVER_TIME)
+    specs = self._cache_specs(*x.shape[:3])
+    cached = jax.tree.map(lambda spec: shape(*spec.shape, dtype=spec.dtype, axes=spec.axes), specs)
     sides = [np.ones((batch,), np.float32)] * 4
     t = diffusion.sampling_timesteps(steps, *sides)[0]
-    masks = shape(ArraySpec((batch, frames))), shape(ArraySpec((batch, frames), bool))
-    previous = (x, shape(ArraySpec((batch,))), masks[1]) if diffusion.multistep else None
+    masks = shape(*x.shape[:2]), shape(*x.shape[:2], dtype=bool)
+    previous = (x, shape(batch), masks[1]) if diffusion.multistep else None
     step = self._step.lower(
       self.variables, StepState(x, masks if given else None, previous), cached, self._computes(diffusion, 0, t),
       ((cond, cond if negative else None), sizes), (t, t), Noises(x if diffusion.stochastic else None, x if given else None),
@@ -155,7 +158,7 @@ class Pipeline:
     }  # fmt: skip
 
   def _guidance_of(self, scale):
-    """Guidance of that scale. Of scale 1 the branch that counts nothing is left out, but where a step cache keeps both."""
+    """Guidance of this scale. With scale 1 the unconditional branch is skipped, unless a step cache holds both branches."""
     sequential = self.guidance.sequential or (scale == 1 and self.cache is None)
     return dataclasses.replace(self.guidance, scale=float(scale), sequential=sequential)
 
@@ -164,15 +167,8 @@ class Pipeline:
     config = self.codec.config
     return (config.latent_frames(request.num_frames), *config.latent_size(request.height, request.width))
 
-  def _token_spec(self, latent_size, batch):
-    """The tokens `[B, T, S, P]` of latents of this size, S padded to what the devices divide."""
-    frames, rows, columns = token_grid(self.model.config, latent_size)
-    space = rows * columns
-    shape = (batch, frames, space + -space % self.token_parts, token_values(self.model.config))
-    return ArraySpec(shape, axes=OVER_TIME)
-
   def cond(self, prompts):
-    """The model's `cond` of prompts; that of the last batches is cached, for their other clips and seeds."""
+    """The model's `cond` of prompts. It is cached for the last batches: their other clips and seeds have the same prompts."""
     key = tuple(prompts)
     if key not in self._encoded:
       while len(self._encoded) >= CACHED_PROMPTS:
@@ -182,24 +178,28 @@ class Pipeline:
     return self._encoded[key]
 
   def encode(self, frames):
-    """Frames uint8 `[T, 8h, 8w, 3]` -> normalised latents, NumPy `[T', h, w, C]`: the means of what the autoencoder gives, so
-    that the same frames always give the same latents (the originals draw a sample)."""
+    """Frames uint8 `[T, 8h, 8w, 3]` -> normalised latents, NumPy `[T', h, w, C]`.
+
+    They are means (the originals draw a sample), so the same frames always have the same latents.
+    """
     return self.codec.encode(frames)[0]
 
   def decode(self, latents, num_frames, done=lambda frames: None):
-    """Latents of `sample_latents` -> list of videos, uint8 `[num_frames, 8h, 8w, 3]`; `done` is called with how many more
-    frames are finished."""
+    """Latents of `sample_latents` -> list of videos, uint8 `[num_frames, 8h, 8w, 3]`.
+
+    `done` is called with the number of frames that each piece finishes.
+    """
     return [self.codec.decode(z, num_frames, done) for z in latents]
 
-  def _place(self, values, axes=("batch",)):
-    """An array that all processes have -> one over the mesh, its dimensions split by their names (`Layout.axes`)."""
+  def _place(self, values, axes=("batch",)) -> Any:
+    """An array that all processes have -> an array over the mesh. `axes`: names of its dimensions (`Layout.axes`)."""
     if self.layout is None:
       return jax.device_put(values, self._sharding(axes))
     values = np.asarray(values)
     return jax.make_array_from_callback(values.shape, self._sharding(axes), lambda index: values[index])
 
-  def _sharding(self, axes):
-    """Without a mesh the first device, said as well: what is not said is another program than what comes out of one."""
+  def _sharding(self, axes) -> Any:
+    """The sharding of an array. Without a mesh it names the first device, as the results of programs do."""
     return self.layout.sharding(*axes) if self.layout else jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
   def sample_latents(
@@ -208,12 +208,14 @@ class Pipeline:
     """Normalised latents, NumPy `[B, T, h, w, C]`, the same on all processes.
 
     Args:
-      requests: of equal size; ValueError otherwise.
-      progress: `(items, stage) -> items`, wraps what a stage goes through, e.g. in a tqdm bar: batches of captions in "text",
+      progress: `(items, stage) -> items`, wraps the items of a stage, for example in a tqdm bar: batches of captions in "text",
         sampler steps in "denoise".
-      given: per request None, or what is known of its latent frames: (edit ratio `[T]`, 1 = generate, 0 = keep, see
-        `conditions.Placement`; latents `[T, h, w, C]`; bool `[T]`, the frames that start from them and not from noise).
-      negative_prompt: what guidance leads away from, instead of the null caption.
+      given: per request None, or its given latent frames: (edit ratio `[T]`, 1 = generate, 0 = keep (`conditions.Placement`);
+        latents `[T, h, w, C]`; bool `[T]`, True for frames that start from these latents and not from noise).
+      negative_prompt: text that guidance leads away from, instead of the null caption.
+
+    Raises:
+      ValueError: the requests differ in size, frames or fps, or the model can't be given frames.
     """
     count = len(requests)
     filled = -count % self.batch_parts
@@ -221,9 +223,9 @@ class Pipeline:
     given = [*given, *given[-1:] * filled] if given and any(given) else None
     first, batch = requests[0], len(requests)
     if any(dataclasses.replace(r, prompt=first.prompt, seed=first.seed) != first for r in requests):
-      raise ValueError("requests of one batch must have the same size, frames and fps")
+      raise ValueError("requests of one batch must have the same size, frames and fps; sample them in several batches")
     if given and not self.components.family.supports.frame_masks:
-      raise ValueError(f"{self.components.family.name} can't be given frames: it makes videos from text alone")
+      raise ValueError(f"{self.components.family.name} can't be given frames: it makes videos from text alone; leave them out")
     size, config = self.latent_size(first), self.model.config
     prompts = [[r.prompt for r in requests]]
     if negative_prompt is not None:
@@ -238,7 +240,7 @@ class Pipeline:
     diffusion = self.diffusion.for_sampling(steps)
     sides = (np.full((batch,), n, np.float32) for n in (first.height, first.width, first.num_frames, size[0]))
     timesteps = diffusion.sampling_timesteps(steps, *sides)
-    # The request's seed takes the place of a training sample's slot: a batch may hold several seeds.
+    # The seed of a request is used as the slot of a training sample: a batch may hold several seeds.
     seeds = np.asarray([(r.loop, r.seed) for r in requests], np.uint32)
 
     def noise_of(keys):
@@ -247,38 +249,32 @@ class Pipeline:
     x = noise_of(sample_keys(0, seeds, Purpose.SAMPLING_START))
     x, edit = (x, None) if given is None else self._start_from(x, given, size)
     step_keys = sample_keys(0, seeds, Purpose.SAMPLING_STEP)
-    # Every frame is noised once at most: one draw serves all steps.
+    # Every frame is noised at most once, so one draw serves all steps.
     frame_noise = None if edit is None else noise_of(sample_keys(0, seeds, Purpose.FRAME_NOISE))
-    previous = tuple(self._place(part, axes) for part, axes in zip(no_previous(x), (OVER_TIME, *[("batch",)] * 2)))
-    previous = previous if diffusion.multistep else None
+    value, gap, took_part = no_previous(x)
+    previous = (self._place(value, OVER_TIME), self._place(gap), self._place(took_part)) if diffusion.multistep else None
     specs = self._cache_specs(*x.shape[:3])
     cached = jax.tree.map(lambda spec: self._place(np.zeros(spec.shape, spec.dtype), spec.axes), specs)
-    guidance = self._guidance_of(guidance_scale)
-    state, how = StepState(x, edit, previous), Sampling(diffusion, guidance, size)
+    state, how = StepState(x, edit, previous), Sampling(diffusion, self._guidance_of(guidance_scale), size)
     for i in progress(range(steps), "denoise"):
       noises = Noises(noise_of(fold_in(step_keys, i)) if diffusion.stochastic else None, frame_noise)
-      times = timesteps[i], timesteps[i + 1]
-      computes = self._computes(diffusion, i, timesteps[i])
+      computes, times = self._computes(diffusion, i, timesteps[i]), (timesteps[i], timesteps[i + 1])
       state, cached = self._step(self.variables, state, cached, computes, conditions, times, noises, how=how)
       state.x.block_until_ready()
     return unpatchify(multihost_utils.process_allgather(state.x, tiled=True)[:count], size, config.patch_size)
 
   def _computes(self, diffusion, step, t):
-    """`Reuse.computes` of a step at timesteps `t` `[B]` of a formulation, equal ones: the sizes of a batch are."""
+    """`Reuse.computes` of a step at timesteps `t` `[B]`, which are equal because all sizes of a batch are."""
     if self.cache is None:
       return {}
     return {kind: np.bool_(value) for kind, value in self.cache.computes(step, diffusion.model_timesteps(t[0])).items()}
 
-  def _start_from(self, x, given, size):
-    """Lays the given latents over the noise -> (x, state of `elements.start_edit`)."""
+  def _start_from(self, x, given, size) -> Any:
+    """Replaces noise by the given latents -> (x, state of `elements.start_edit`)."""
     config = self.model.config
-    ratio = np.ones((len(given), size[0]), np.float32)
-    latents = np.zeros((len(given), *size, config.in_channels), np.float32)
-    taken = np.zeros((len(given), size[0]), bool)
-    for i, parts in enumerate(given):
-      if parts is not None:
-        ratio[i], latents[i], taken[i] = parts
-    tokens = patchify(latents, config.patch_size)
+    nothing = np.ones(size[0]), np.zeros((*size, config.in_channels)), np.zeros(size[0], bool)
+    ratio, latents, taken = (np.stack(part) for part in zip(*(parts or nothing for parts in given)))
+    tokens = patchify(latents.astype(np.float32), config.patch_size)
     tokens = np.pad(tokens, ((0, 0), (0, 0), (0, x.shape[2] - tokens.shape[2]), (0, 0)))
     x = jnp.where(self._place(taken)[..., None, None], self._place(tokens, OVER_TIME), x)
     return x, tuple(self._place(part) for part in start_edit(ratio))
@@ -288,7 +284,7 @@ class Pipeline:
 
     Args:
       cached, computes: of the step cache (`_cache_specs`, `_computes`).
-      conditions: ((cond of the prompts, cond of what guidance leads away from or None), sizes).
+      conditions: ((cond of the prompts, cond of the negative prompts or None), sizes).
       times: timesteps `[B]` from and to.
     """
     diffusion, guidance, latent_size = how
@@ -296,10 +292,10 @@ class Pipeline:
     (cond, other), sizes = conditions
     if other is None:
       other = family.null(config, variables.get("constants", {}), cond)
-    # Elements past an odd border are no latents: they stay zero, as the original pads (STDiT `PatchEmbed3D`).
+    # Elements past an odd border are no latents. They stay zero, as in the original's padding (`PatchEmbed3D`).
     inside = image_valid(latent_size, config.patch_size, config.in_channels, self.token_parts)
     valid = jnp.broadcast_to(inside, state.x.shape)
-    # Tokens that are padded to divide by the devices that split them count as padding for the model.
+    # For the model, tokens that only fill up to the number of devices are padding.
     shown = None if inside.any(-1).all() else valid
     before, cached = cached, list(cached)
 
@@ -325,15 +321,23 @@ class Pipeline:
     )  # fmt: skip
     after = diffusion.step(step_model, state, *times, num_channels=config.in_channels, noises=noises, valid=valid)
     result = after, tuple(cached)
-    chex.assert_trees_all_equal_shapes_and_dtypes(result, (state, before))  # so that one program serves all steps
+    chex.assert_trees_all_equal_shapes_and_dtypes(result, (state, before))  # else the next step would be another program
     return result
 
 
 def image_valid(latent_size, patch_size, channels, token_parts=1):
-  """bool `[T, S, P]`: which token elements of latents of one size are latents, and not padding: of an odd border, or of tokens
-  to a multiple of `token_parts`."""
+  """bool `[T, S, P]`: True for the elements of tokens that are latents of this size.
+
+  The others are padding: at an odd border, or tokens up to a multiple of `token_parts`.
+  """
   valid = patchify(np.ones((*latent_size, channels), bool), patch_size)
   return np.pad(valid, ((0, 0), (0, -valid.shape[1] % token_parts), (0, 0)))
+
+
+def token_shape(config, latent_size, token_parts=1):
+  """(T, S, P) of the tokens of latents of one size. S is padded to a multiple of `token_parts`."""
+  frames, rows, columns = token_grid(config, latent_size)
+  return frames, -(-rows * columns // token_parts) * token_parts, token_values(config)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3))
@@ -342,11 +346,6 @@ def latent_noise(config, keys, size, token_parts=1):
 
   S is padded to a multiple of `token_parts`.
   """
-  grid = token_grid(config, size)
-
-  def tile(numbers):
-    return jnp.tile(jnp.asarray(numbers, jnp.int32), (keys.shape[0], 1))
-
-  space = grid[1] * grid[2]
-  shape = (grid[0], space + -space % token_parts, token_values(config))
-  return token_noise(keys, tile(size), shape, tile(grid), config.patch_size, config.in_channels)
+  latent_size, grid = (jnp.tile(jnp.asarray(n, jnp.int32), (keys.shape[0], 1)) for n in (size, token_grid(config, size)))
+  shape = token_shape(config, size, token_parts)
+  return token_noise(keys, latent_size, shape, grid, config.patch_size, config.in_channels)

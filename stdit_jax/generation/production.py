@@ -1,11 +1,13 @@
 """Makes and writes the planned videos of `work`, in batches that fit into the memory of the devices."""
 
+import collections
 import contextlib
 import dataclasses
 import pathlib
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
@@ -13,12 +15,12 @@ from tqdm import tqdm
 
 from data.captions import clean_caption
 from stdit_jax.autoencoders.codec import fit_tiles
-from stdit_jax.generation.clips import Item, encoded_lengths, length_of, make_videos
+from stdit_jax.generation.clips import Item, batches, encoded_lengths, length_of, make_videos
 from stdit_jax.generation.media import open_media
 from stdit_jax.generation.pipeline import Pipeline
 from stdit_jax.generation.references import read_reference
 from stdit_jax.generation.settings import SampleSettings
-from stdit_jax.generation.work import Target, Work
+from stdit_jax.generation.work import Target
 
 GIB = 2**30
 
@@ -26,7 +28,7 @@ GIB = 2**30
 # ------------------------------------------------------------------------------------------------------------------ memory
 
 
-def check_memory(pipeline: Pipeline, works: Sequence[Work], steps: int, scale: float, settings: SampleSettings) -> None:
+def check_memory(pipeline: Pipeline, targets: Sequence[Target], settings: SampleSettings) -> None:
   """Prints the memory that each device will need. Lets the autoencoder run in tiles if it needs too much.
 
   Compiles the programs of the largest video, and allocates nothing. The weights of the pipeline may be shapes.
@@ -34,8 +36,8 @@ def check_memory(pipeline: Pipeline, works: Sequence[Work], steps: int, scale: f
   Raises:
     ValueError: the device has less memory.
   """
-  pipeline.diffusion.for_sampling(steps)
-  shows = jax.process_index() == 0
+  sample, shows, works = pipeline.components.config.sample, jax.process_index() == 0, [target.work for target in targets]
+  pipeline.diffusion.for_sampling(sample.steps)  # raises ValueError for numbers of steps that the sampler can't take
   request = max((one.requests[0] for one in works), key=lambda r: r.height * r.width * r.num_frames)
   batch, config = min(settings.batch_size or pipeline.batch_parts, len(works)), pipeline.codec.config
   encoded = set().union(
@@ -44,7 +46,7 @@ def check_memory(pipeline: Pipeline, works: Sequence[Work], steps: int, scale: f
   if shows:
     print(f"compiling for {batch} x {request.num_frames} x {request.height} x {request.width} ...", file=sys.stderr, flush=True)
   options = {"given": any(one.job.rules for one in works), "encoded": encoded, "negative": settings.negative_prompt is not None}
-  needed = pipeline.needed_memory(request, batch, steps, scale, **options)
+  needed = pipeline.needed_memory(request, batch, sample.steps, sample.guidance_scale, **options)
   weights, free = needed.pop("weights"), free_memory()
   budget = settings.autoencoder_memory * GIB if settings.autoencoder_memory else free and free - weights
   lengths = {"decode": {request.num_frames}} | ({"encode": encoded} if encoded else {})
@@ -84,37 +86,27 @@ def free_memory() -> int | None:
 # ------------------------------------------------------------------------------------------------------------------ videos
 
 
-def produce(pipeline: Pipeline, targets: Sequence[Target], steps: int, scale: float, settings: SampleSettings) -> None:
+def produce(pipeline: Pipeline, targets: Sequence[Target], settings: SampleSettings) -> None:
   """Makes and writes the files, batch after batch. After an interruption all finished files exist.
 
   All processes compute. The first process decodes and writes.
   """
   if jax.process_index() == 0:
-    first = targets[0].work.requests[0]
-    size = f"{first.num_frames} x {first.height} x {first.width}"
-    print(f"{targets[0].settings['model']}: {size}, {steps} steps, guidance {scale:g}")
-  for batch, label in batches(targets, settings.batch_size or pipeline.batch_parts):
-    make_batch(pipeline, batch, label, steps, scale, settings)
+    request, sample = targets[0].work.requests[0], pipeline.components.config.sample
+    size = f"{request.num_frames} x {request.height} x {request.width}"
+    print(f"{targets[0].settings['model']}: {size}, {sample.steps} steps, guidance {sample.guidance_scale:g}")
+  done = 0
+  for batch in batches(targets, lambda target: target.work.size, settings.batch_size or pipeline.batch_parts):
+    first, done = done + 1, done + len(batch)
+    make_batch(pipeline, batch, f"{first}-{done}/{len(targets)}" if first < done else f"{done}/{len(targets)}", settings)
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices("samples are written")
 
 
-def batches(targets: Sequence[Target], most: int) -> Iterator[tuple[Sequence[Target], str]]:
-  """(targets of equal size that follow each other, their label like "1-2/7"): at most `most` at a time."""
-  start, count = 0, len(targets)
-  while start < count:
-    stop = start + 1
-    while stop < min(start + most, count) and targets[stop].work.size == targets[start].work.size:
-      stop += 1
-    yield targets[start:stop], f"{start + 1}-{stop}/{count}" if stop > start + 1 else f"{stop}/{count}"
-    start = stop
-
-
-def make_batch(
-  pipeline: Pipeline, batch: Sequence[Target], label: str, steps: int, scale: float, settings: SampleSettings
-) -> None:
+def make_batch(pipeline: Pipeline, batch: Sequence[Target], label: str, settings: SampleSettings) -> None:
   """Makes the videos of a batch together. The first process writes them, clip after clip."""
   began, writes, first = time.monotonic(), jax.process_index() == 0, batch[0].work
+  config, compat = pipeline.components.config.sample, settings.compat
   negative = None if settings.negative_prompt is None else clean_caption(settings.negative_prompt)
 
   def bar(items, stage, loop, unit, **options):
@@ -123,38 +115,31 @@ def make_batch(
 
   def sample(loop, requests, given):
     progress = lambda items, stage: bar(items, stage, loop, "step" if stage == "denoise" else "batch")  # noqa: E731
-    return pipeline.sample_latents(requests, steps, scale, progress, given, negative)
+    return pipeline.sample_latents(requests, config.steps, config.guidance_scale, progress, given, negative)
 
   def decode(loop, latents):
     num_frames = first.requests[loop].num_frames
     with bar(None, "decode", loop, "frame", total=num_frames * len(latents)) as shown:
       return pipeline.decode(latents, num_frames, shown.update)
 
-  items = [make_item(target, settings.compat) for target in batch]
-  videos = make_videos(pipeline, items, sample, decode if writes else None, settings.compat)
-  if writes:
-    write_videos(videos, batch, [length_of(item, pipeline.codec.config) for item in items], pipeline.codec.tiles, began)
-  else:
-    for _ in videos:
-      pass
-
-
-def make_item(target: Target, compat: str | None) -> Item:
-  """The video with the frames of its references."""
-  work, size = target.work, (target.settings["height"], target.settings["width"])
-  frames = (read_reference(path, size, work.requests[0].fps, compat is not None) for path in work.files)
-  return Item(work.requests, tuple(frames), work.job)
-
-
-def write_videos(videos, batch: Sequence[Target], lengths: Sequence[int], tiles, began: float) -> None:
-  """Writes the videos of `make_videos` part by part, with so many frames each. `began`: when the batch began."""
+  items = []
+  for target in batch:
+    work, size = target.work, (target.settings["height"], target.settings["width"])
+    frames = (read_reference(path, size, work.requests[0].fps, compat is not None) for path in work.files)
+    items.append(Item(work.requests, tuple(frames), work.job))
+  videos = make_videos(pipeline, items, sample, decode if writes else None, compat)
+  if not writes:
+    collections.deque(videos, maxlen=0)
+    return
   with contextlib.ExitStack() as all_files:
     # A file that can't be written does not affect the files before it: each is closed on its own.
     files, writers = [all_files.enter_context(contextlib.ExitStack()) for _ in batch], []
-    for file, target, count in zip(files, batch, lengths):
-      made = {"num_frames": count} | ({"tiles": dataclasses.asdict(tiles)} if tiles else {})
-      fps = target.work.requests[0].fps
-      writers.append(file.enter_context(open_media(target.path, count, fps, target.settings | made)))
+    for file, item, target in zip(files, items, batch):
+      made: dict[str, Any] = {"num_frames": length_of(item, pipeline.codec.config)}
+      if pipeline.codec.tiles:
+        made["tiles"] = dataclasses.asdict(pipeline.codec.tiles)
+      opened = open_media(target.path, made["num_frames"], item.requests[0].fps, target.settings | made)
+      writers.append(file.enter_context(opened))
     for parts_of_all in videos:
       for write, parts in zip(writers, parts_of_all):
         for part in parts:

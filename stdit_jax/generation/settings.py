@@ -1,4 +1,4 @@
-"""The flags of sampling, as frozen dataclasses: how the sampler runs, and what `sample` makes."""
+"""The flags of sampling, as frozen dataclasses: the model, how its sampler runs, and what `sample` makes."""
 
 import dataclasses
 import functools
@@ -8,6 +8,7 @@ from data.command_line import flag
 from stdit_jax.generation.conditions import COMPAT
 from stdit_jax.generation.media import FRAMES, VIDEO_FORMATS
 
+_model = functools.partial(flag, group="model")
 _sampler = functools.partial(flag, group="sampler")
 _wanted = functools.partial(flag, group="what to make")
 _given = functools.partial(flag, group="given frames")
@@ -15,8 +16,26 @@ _output = functools.partial(flag, group="output")
 
 
 @dataclasses.dataclass(frozen=True)
-class SamplerSettings:
-  """How the sampler runs. None stands for the value of the configuration."""
+class ModelSettings:
+  """The flags that name a trained model and its files."""
+
+  run: str | None = _model("folder of a training run (its `output`)")
+  item: str = _model("which weights of the run (default: %(default)s)", "ema", choices=("ema", "params"))
+  step: int | None = _model("which checkpoint of the run (default: the newest)")
+  config: str | None = _model("configuration file of the model, instead of --run", metavar="FILE")
+  changes: Sequence[str] = _model("replaces one key of --config", (), "--config.KEY", metavar="VALUE")
+  weights: str | None = _model("for --config: safetensors of the denoiser with its original names")
+  text_encoder: str | None = _model("safetensors file or folder of the T5 encoder (default: that of the configuration)")
+  autoencoder: str | None = _model("safetensors of the autoencoder (default: that of the configuration)")
+  mesh: Sequence[str] | None = _model(
+    "mesh of all devices, e.g. data=-1 fsdp=4; sequence=4 splits each video (default: one device; several processes: data=-1)",
+    nargs="+", metavar="AXIS=DEVICES",
+  )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineSettings(ModelSettings):
+  """A model, and how its sampler runs. None stands for the value of the configuration."""
 
   steps: int | None = _sampler("sampler steps (default: the configuration's)")
   guidance_scale: float | None = _sampler("classifier-free guidance, 1 for none (default: the configuration's)")
@@ -45,8 +64,8 @@ class SamplerSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class SampleSettings(SamplerSettings):
-  """What `sample` makes, and where it writes. None stands for the value of the configuration."""
+class SampleSettings(PipelineSettings):
+  """A model, what `sample` makes with it, and where it writes. None stands for the value of the configuration."""
 
   prompt: Sequence[str] | None = _wanted("a prompt; may be given several times", action="append")
   prompt_file: str | None = _wanted(

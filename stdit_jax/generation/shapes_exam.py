@@ -23,7 +23,7 @@ import numpy as np
 from data import aspect_ratios, shapes, shapes_vision
 from stdit_jax.autoencoders.metrics import psnr
 from stdit_jax.generation import tasks
-from stdit_jax.generation.clips import Item, make_videos, whole_videos
+from stdit_jax.generation.clips import Item, batches, make_videos, whole_videos
 from stdit_jax.generation.pipeline import Request
 
 RESOLUTION = "64p"
@@ -56,17 +56,9 @@ def examine(
     parts: some of PARTS.
     progress: `(batches, name) -> batches`, wraps the batches of one part.
   """
-  results = {}
+  measures, results = {"text": _text, "sizes": _sizes, "two": _two, "loop": _loop}, {}
   for part in parts:
-    if part == "text":
-      for split, name in (("train", "text, seen combinations"), ("held_out", "text, held-out combinations")):
-        results[name] = _text(pipeline, exam, split, progress)
-    elif part == "sizes":
-      results |= _sizes(pipeline, exam, progress)
-    elif part in ("two", "loop"):
-      results[part] = {"two": _two, "loop": _loop}[part](pipeline, exam, progress)
-    else:
-      results[part] = _given(pipeline, exam, part, progress)
+    results |= measures.get(part, _given)(pipeline, exam, part, progress)
   return results
 
 
@@ -92,14 +84,9 @@ def _size(scene):
 
 def _make(pipeline, exam, items, name, progress):
   """The videos of `clips.Item`s, in the order of `items`, made in batches of one size."""
-  order = sorted(range(len(items)), key=lambda i: (items[i].requests[0].height, items[i].requests[0].width))
-  batches = []
-  for i in order:
-    size = lambda k: (items[k].requests[0].height, items[k].requests[0].width)  # noqa: E731
-    if not batches or len(batches[-1]) == exam.batch or size(batches[-1][0]) != size(i):
-      batches.append([])
-    batches[-1].append(i)
-  made = [None] * len(items)
+  size = lambda i: (items[i].requests[0].height, items[i].requests[0].width)  # noqa: E731
+  of_one_size = list(batches(sorted(range(len(items)), key=size), size, exam.batch))
+  made = {}
 
   def sample(loop, requests, given):
     return pipeline.sample_latents(requests, exam.steps, exam.scale, given=given)
@@ -107,13 +94,12 @@ def _make(pipeline, exam, items, name, progress):
   def decode(loop, latents):
     return pipeline.decode(latents, items[0].requests[loop].num_frames)
 
-  for batch in progress(batches, name):
+  for batch in progress(of_one_size, name):
     # Full batches: every size needs one program only.
     filled = [*batch, *[batch[-1]] * (exam.batch - len(batch))]
     parts = make_videos(pipeline, [items[i] for i in filled], sample, decode)
-    for i, video in zip(batch, whole_videos(parts)):
-      made[i] = video
-  return made
+    made |= zip(batch, whole_videos(parts))
+  return [made[i] for i in range(len(items))]
 
 
 def _item(scene, caption, number, frames, references=(), job=None):
@@ -122,38 +108,49 @@ def _item(scene, caption, number, frames, references=(), job=None):
   return Item(requests, references, job)
 
 
+def _videos(pipeline, exam, pairs, name, progress, frames=None, job=None):
+  """A video of each (scene, caption), without given frames."""
+  items = [_item(scene, caption, i, frames or exam.frames, job=job) for i, (scene, caption) in enumerate(pairs)]
+  return _make(pipeline, exam, items, name, progress)
+
+
+def _judged(videos, pairs):
+  return [shapes_vision.judge(video, scene) for video, (scene, _) in zip(videos, pairs)]
+
+
+def _means(judged, names):
+  """The share of videos that have each property."""
+  return {name: float(np.mean([one[name] for one in judged])) for name in names}
+
+
 def _shares(judged):
-  """The share of videos that have each property, and the share that has colour, shape and direction right."""
-  result = {name: float(np.mean([one[name] for one in judged])) for name in judged[0]}
-  result["color, shape, direction"] = float(np.mean([one["color"] and one["shape"] and one["direction"] for one in judged]))
-  return result
+  """The shares of all properties, and the share of videos that have colour, shape and direction right."""
+  right = [one["color"] and one["shape"] and one["direction"] for one in judged]
+  return _means(judged, judged[0]) | {"color, shape, direction": float(np.mean(right))}
 
 
-def _text(pipeline, exam, split, progress):
-  pairs = scenes_of(split, exam.count, exam.frames)
-  items = [_item(scene, caption, i, exam.frames) for i, (scene, caption) in enumerate(pairs)]
-  videos = _make(pipeline, exam, items, f"text, {split}", progress)
-  return _shares([shapes_vision.judge(video, scene) for video, (scene, _) in zip(videos, pairs)])
+def _text(pipeline, exam, part, progress):
+  results = {}
+  for split, name in (("train", "text, seen combinations"), ("held_out", "text, held-out combinations")):
+    pairs = scenes_of(split, exam.count, exam.frames)
+    results[name] = _shares(_judged(_videos(pipeline, exam, pairs, f"text, {split}", progress), pairs))
+  return results
 
 
-def _two(pipeline, exam, progress):
+def _two(pipeline, exam, part, progress):
   pairs = scenes_of("train", exam.count, exam.frames, objects=2)
-  items = [_item(scene, caption, i, exam.frames) for i, (scene, caption) in enumerate(pairs)]
-  videos = _make(pipeline, exam, items, "two", progress)
-  judged = [shapes_vision.judge(video, scene) for video, (scene, _) in zip(videos, pairs)]
-  return {name: float(np.mean([one[name] for one in judged])) for name in ("count", "color", "shape", "direction", "always")}
+  judged = _judged(_videos(pipeline, exam, pairs, part, progress), pairs)
+  return {part: _means(judged, ("count", "color", "shape", "direction", "always"))}
 
 
-def _sizes(pipeline, exam, progress):
+def _sizes(pipeline, exam, part, progress):
   results = {}
   pairs = scenes_of("sizes", exam.count, max(shapes.LENGTHS) - 1)
   for frames in (length - 1 for length in shapes.LENGTHS):
-    items = [_item(scene, caption, i, frames) for i, (scene, caption) in enumerate(pairs)]
-    videos = _make(pipeline, exam, items, f"sizes, {frames} frames", progress)
+    videos = _videos(pipeline, exam, pairs, f"sizes, {frames} frames", progress, frames)
     for height, width in aspect_ratios.SIZES[RESOLUTION].values():
-      of_size = [(v, s) for v, (s, _) in zip(videos, pairs) if v.shape[1:3] == (height, width)]
-      if of_size:
-        results[f"{height} x {width}, {frames} frames"] = _shares([shapes_vision.judge(v, s) for v, s in of_size])
+      if of_size := [(video, pair) for video, pair in zip(videos, pairs) if video.shape[1:3] == (height, width)]:
+        results[f"{height} x {width}, {frames} frames"] = _shares(_judged(*zip(*of_size)))
   return results
 
 
@@ -194,29 +191,25 @@ def _given(pipeline, exam, part, progress):
       (psnr(video[kept], true[kept]), psnr(alone, true[kept]), bool(seen and seen.smooth < step / 2), np.nanmax(error))
     )
   own, alone, smooth, error = np.array(rows, np.float64).T
-  shares = _shares(judged)
-  return {
-    "given frames, dB": float(own.mean()), "autoencoder alone, dB": float(alone.mean()), "direction": shares["direction"],
-    "color": shares["color"], "shape": shares["shape"], "always": shares["always"], "smooth": float(smooth.mean()),
+  return {part: {
+    "given frames, dB": float(own.mean()), "autoencoder alone, dB": float(alone.mean()),
+    **_means(judged, ("direction", "color", "shape", "always")), "smooth": float(smooth.mean()),
     "within 0.1 short sides of the true path": float((error < 0.1).mean()),
-  }  # fmt: skip
+  }}  # fmt: skip
 
 
-def _loop(pipeline, exam, progress):
-  pairs = scenes_of("train", exam.count, exam.frames)
-  job = tasks.make_job("loop", exam.frames, [])
-  items = [_item(scene, caption, i, exam.frames, job=job) for i, (scene, caption) in enumerate(pairs)]
-  ratios, jumps, judged = [], [], []
-  for video, (scene, _) in zip(_make(pipeline, exam, items, "loop", progress), pairs):
+def _loop(pipeline, exam, part, progress):
+  pairs, ratios, jumps = scenes_of("train", exam.count, exam.frames), [], []
+  videos = _videos(pipeline, exam, pairs, part, progress, job=tasks.make_job("loop", exam.frames, []))
+  for video in videos:
     frames = video.astype(np.float32)
-    judged.append(shapes_vision.judge(video, scene))
     neighbours = np.abs(np.diff(frames, axis=0)).mean((1, 2, 3))
     usual = max(np.median(neighbours), 1e-6)  # the median ignores a jump between the two clips
     ratios.append(np.abs(frames[-1] - frames[0]).mean() / usual)
     jumps.append(neighbours.max() / usual)
-  return {
+  return {part: {
     "last to first frame over neighbours, ratio": float(np.mean(ratios)),
     "largest neighbours over usual ones, ratio": float(np.mean(jumps)),
     "closed: at most 1.5": float(np.mean(np.array(ratios) <= 1.5)),
-    **{name: float(np.mean([one[name] for one in judged])) for name in ("color", "shape", "ground", "always")},
-  }
+    **_means(_judged(videos, pairs), ("color", "shape", "ground", "always")),
+  }}  # fmt: skip

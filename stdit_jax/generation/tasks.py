@@ -135,16 +135,9 @@ def of_strategy(rules: Sequence[Rule], files: int, loops: int, length: int, edit
 
 
 def make_job(
-  name: str,
-  frames: int,
-  file_frames: Sequence[int],
-  *,
-  loops: int = 1,
-  length: int | None = None,
-  strength: float = 0.6,
-  edit: float = 0.0,
-  group: int = 1,
-) -> Job:
+  name: str, frames: int, file_frames: Sequence[int], *, loops: int = 1, length: int | None = None, strength: float = 0.6,
+  edit: float = 0.0, group: int = 1,
+) -> Job:  # fmt: skip
   """The job of a named task.
 
   Args:
@@ -166,7 +159,10 @@ def make_job(
     first = () if name == "image" else (Rule(0, 0, 0, 0, 1),)
     return of_strategy(first, files, loops, condition_length(length, frames, group) if loops > 1 else 0, edit)
   if name == "interpolate":
-    return _interpolate(frames, files)
+    places = np.linspace(0, frames - 1, files).round().astype(int).tolist()
+    if len(set(places)) < files or files >= frames:
+      raise ValueError(f"--task interpolate: {files} images leave nothing to generate of {frames} frames. Give fewer images")
+    return Job(tuple(Rule(0, i, 0, place, 1) for i, place in enumerate(places)), 1, clips(files, 1, 0))
   if name == "edit":
     if not 0 < strength <= 1:
       raise ValueError(f"--edit-strength is {strength:g}; allowed: above 0, at most 1")
@@ -175,7 +171,13 @@ def make_job(
   length = condition_length(length, frames, group, name)
   given = [min(length, n) for n in file_frames]
   if name == "loop":
-    return _loop(frames, files, length)
+    if frames < 3:
+      raise ValueError("--num-frames is too small for --task loop: a clip needs three latent frames. Give more frames")
+    if 2 * length >= frames:
+      raise ValueError(f"--condition-frames is {length}; allowed with --task loop: 1 to {(frames - 1) // 2}")
+    first = (Rule(0, 0, 0, 0, 1),) if files else ()
+    back = (Rule(1, files, -length, 0, length), Rule(1, files, 0, -length, length))
+    return Job((*first, *back), 2, ((files, 0, None), (files + 1, length, frames - length)))
   if name == "extend-backward":
     return Job((Rule(0, 0, 0, -given[0], given[0]),), 1, ((1, 0, frames - given[0]), (0, 0, None)))
   if name == "connect":
@@ -188,20 +190,3 @@ def make_job(
     return of_strategy((), 0, loops, length, edit)
   rules = Rule(0, 0, -given[0], 0, given[0]), *go_on(1, loops, files, length, edit)
   return Job(rules, loops, ((0, 0, None), *((files + loop, length if loop else given[0], None) for loop in range(loops))))
-
-
-def _interpolate(frames, files):
-  places = np.linspace(0, frames - 1, files).round().astype(int).tolist()
-  if len(set(places)) < files or files >= frames:
-    raise ValueError(f"--task interpolate: {files} images leave nothing to generate of {frames} frames. Give fewer images")
-  return Job(tuple(Rule(0, i, 0, place, 1) for i, place in enumerate(places)), 1, clips(files, 1, 0))
-
-
-def _loop(frames, files, length):
-  if frames < 3:
-    raise ValueError("--num-frames is too small for --task loop: a clip needs three latent frames. Give more frames")
-  if 2 * length >= frames:
-    raise ValueError(f"--condition-frames is {length}; allowed with --task loop: 1 to {(frames - 1) // 2}")
-  first = (Rule(0, 0, 0, 0, 1),) if files else ()
-  back = (Rule(1, files, -length, 0, length), Rule(1, files, 0, -length, length))
-  return Job((*first, *back), 2, ((files, 0, None), (files + 1, length, frames - length)))

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,14 +13,15 @@ from jax.experimental import multihost_utils
 
 from data import aspect_ratios, paths, video
 from data.captions import append_scores, clean_caption
-from stdit_jax.autoencoders.registry import nearest_lengths
+from stdit_jax.autoencoders.registry import check_length
 from stdit_jax.generation import conditions, tasks
-from stdit_jax.generation.clips import place_loop
+from stdit_jax.generation.clips import placements_of
 from stdit_jax.generation.media import FRAMES, IMAGE_FORMATS, VIDEO_FORMATS, check_rate, settings_file
 from stdit_jax.generation.pipeline import Request
 from stdit_jax.generation.prompts import split_json, split_loops
 from stdit_jax.generation.references import count_frames, picture_size
 from stdit_jax.generation.settings import SampleSettings
+from stdit_jax.models.family import find_model
 
 MADE = ("num_frames", "tiles")  # keys of the JSON file that are results and not settings
 
@@ -32,7 +33,7 @@ class Work:
   Attributes:
     stem: of the file's name.
     requests: one per loop; job: of `tasks`.
-    files: references; file_frames, file_latents: their numbers of frames and of latent frames.
+    files: references; file_frames: their numbers of frames.
   """
 
   stem: str
@@ -40,7 +41,6 @@ class Work:
   files: tuple[str, ...]
   job: tasks.Job
   file_frames: tuple[int, ...]
-  file_latents: tuple[int, ...]
 
   @property
   def is_image(self) -> bool:
@@ -72,7 +72,7 @@ def make_work(settings: SampleSettings, prompts: Sequence[str], config, autoenco
     config: of the model; autoencoder: configuration of its autoencoder.
 
   Raises:
-    ValueError: sizes, lengths, counts, tasks or mask strategies that are not allowed.
+    ValueError: sizes, lengths, counts, tasks or mask strategies that are not allowed, or frames for a model of text alone.
   """
   if settings.task and (settings.reference or settings.mask_strategy):
     raise ValueError("give --task with its files, or --reference and --mask-strategy; not both")
@@ -81,15 +81,14 @@ def make_work(settings: SampleSettings, prompts: Sequence[str], config, autoenco
   fps = config.sample.fps if settings.fps is None else settings.fps
   if not 0.1 <= fps <= 240:
     raise ValueError(f"--fps is {fps:g}; allowed: 0.1 to 240")
-  work = []
+  works = []
   for number, prompt in enumerate(prompts):
     text, files, strategy = split_prompt(settings, prompt)
     counts = tuple(count_frames(path, fps, settings.compat is not None) for path in files)
     frames = choose_length(settings, config, files, counts, autoencoder)
     lengths, count = tuple(map(autoencoder.latent_frames, counts)), autoencoder.latent_frames(frames)
     job = make_job(settings, strategy, files, lengths, count, autoencoder.group)
-    for loop in range(job.loops):
-      place_loop(job, loop, count, lengths, settings.compat)  # raises ValueError for positions outside the clip
+    placements_of(job, counts, autoencoder, frames, settings.compat)  # raises ValueError for positions outside the clip
     height, width = choose_size(settings, config, files, autoencoder.downsampling)
     scores = settings.aesthetic_score, settings.motion_score, settings.camera_motion
     texts = [clean_caption(append_scores(piece, *scores)) for piece in split_loops(text, job.loops)]
@@ -97,20 +96,25 @@ def make_work(settings: SampleSettings, prompts: Sequence[str], config, autoenco
     name = "-".join([*words, *filter(None, [settings.task_name])]) or "prompt"
     for seed in range(settings.seed, settings.seed + settings.num_samples):
       requests = tuple(Request(piece, height, width, frames, fps, seed, loop) for loop, piece in enumerate(texts))
-      work.append(Work(f"{number:04d}-{name}-seed{seed}", requests, files, job, counts, lengths))
-  return work
+      works.append(Work(f"{number:04d}-{name}-seed{seed}", requests, files, job, counts))
+  family, _ = find_model(config.model.name, config.model.fields)
+  if any(one.job.rules for one in works) and not family.supports.frame_masks:
+    raise ValueError(
+      f"{family.name} can't be given frames: it makes videos from text alone; leave --task and --mask-strategy out"
+    )
+  return works
 
 
 def split_prompt(settings: SampleSettings, prompt: str) -> tuple[str, tuple[str, ...], str | None]:
   """(text, reference files, mask strategy). Files and strategy are those in the prompt, or else those of the flags."""
   text, own = split_json(prompt)
+  if own and settings.task:
+    raise ValueError(
+      f"prompt {prompt!r} has files or a mask strategy of its own, which does not go with --task {settings.task_name}; leave "
+      "one out"
+    )
   if settings.task:
-    task, *files = settings.task
-    if own:
-      raise ValueError(
-        f"prompt {prompt!r} has files or a mask strategy of its own, which does not go with --task {task}; leave one out"
-      )
-    return text, tuple(files), None
+    return text, tuple(settings.task[1:]), None
   files = own["reference_path"].split(";") if own.get("reference_path") else settings.reference or ()
   return text, tuple(files), own.get("mask_strategy", settings.mask_strategy)
 
@@ -123,9 +127,7 @@ def choose_length(settings: SampleSettings, config, files, counts, autoencoder) 
   if task in tasks.WHOLE_FILE and not settings.num_frames:
     frames = counts[0]
     said = f"{files[0]} has {frames} frames (--num-frames takes fewer)"
-  if not autoencoder.keeps(frames):
-    allowed = nearest_lengths(autoencoder, frames)
-    raise ValueError(f"{said}, a length that the autoencoder does not give back; nearest: {allowed}")
+  check_length(autoencoder, frames, said)
   if not settings.compat:
     tasks.check_length(task, settings.loops, frames, settings.condition_frames, autoencoder)
   return frames
@@ -180,12 +182,11 @@ def explain(works: Sequence[Work], autoencoder, compat: str | None) -> None:
   what = "frames" if alone else "latent frames"
   for one in (one for one in works if one.requests[0].seed == works[0].requests[0].seed):
     print(f"{one.stem}:")
-    for number, (path, count) in enumerate(zip(one.files, one.file_latents)):
+    for number, (path, count) in enumerate(zip(one.files, map(autoencoder.latent_frames, one.file_frames))):
       print(f"  reference {number}: {path}, {count} {what if count > 1 else what[:-1]}")
-    for loop, request in enumerate(one.requests):
-      count = autoencoder.latent_frames(request.num_frames)
-      placement = place_loop(one.job, loop, count, one.file_latents, compat)
-      latents = "" if alone else f" ({count} latent frames)"
+    placements = placements_of(one.job, one.file_frames, autoencoder, one.requests[0].num_frames, compat)
+    for loop, (request, placement) in enumerate(zip(one.requests, placements)):
+      latents = "" if alone else f" ({autoencoder.latent_frames(request.num_frames)} latent frames)"
       print(f"  loop {loop}: {request.num_frames} x {request.height} x {request.width}{latents}, {request.prompt}")
       print("\n".join(f"    {line}" for line in conditions.explain(placement, len(one.files))))
     names = [f"reference {r}" if r < len(one.files) else f"loop {r - len(one.files)}" for r, _, _ in one.job.pieces]
@@ -196,33 +197,30 @@ def explain(works: Sequence[Work], autoencoder, compat: str | None) -> None:
 # ------------------------------------------------------------------------------------------------------------------- files
 
 
-def fingerprints(files: Iterable[str]) -> dict[str, str]:
-  """{path: fingerprint} of the files that exist. Another file of the same name is another setting."""
-  return {path: paths.fingerprint(path) for path in set(files) if paths.exists(path)}
-
-
-def stored_settings(works: Sequence[Work], settings: SampleSettings, sampling, model: dict[str, Any], autoencoder):
+def stored_settings(works: Sequence[Work], settings: SampleSettings, sample, model: str, autoencoder) -> list[dict[str, Any]]:
   """For each video the settings that determine it, as plain values of JSON.
 
   Args:
-    sampling: (sampler steps, guidance scale); model: provenance of the model, with the fingerprints of its "files".
+    sample: group of the configuration; model: its weights in words; autoencoder: configuration of its autoencoder.
   """
-  marks, step = fingerprints(path for one in works for path in one.files), autoencoder.downsampling
   names = (
     "negative_prompt", "sampler", "timestep_shift", "guidance_interval", "guidance_rescale", "guidance_channels", "step_cache",
-    "compat", "autoencoder_memory",
+    "compat", "autoencoder_memory", "config", "changes", "autoencoder", "text_encoder",
   )  # fmt: skip
-  given = {name: value for name in names if (value := getattr(settings, name)) not in (None, 0)}
+  given = {name: value for name in names if (value := getattr(settings, name)) not in (None, 0, (), [])}
+  own_files = tuple(filter(None, (settings.weights, settings.autoencoder, settings.text_encoder)))
+  all_files = {*own_files, *(path for one in works for path in one.files)}
+  marks = {path: paths.fingerprint(path) for path in all_files if paths.exists(path)}  # a changed file is another setting
   stored = []
   for one in works:
-    first, prompts = one.requests[0], [request.prompt for request in one.requests]
+    first, prompts, step = one.requests[0], [request.prompt for request in one.requests], autoencoder.downsampling
     own = {
       "prompt": prompts[0] if len(set(prompts)) == 1 else prompts, "seed": first.seed,
-      "steps": sampling[0], "guidance_scale": sampling[1],
+      "steps": sample.steps, "guidance_scale": sample.guidance_scale,
       # The size that the autoencoder makes.
       "height": first.height // step * step, "width": first.width // step * step, "fps": first.fps,
-      "frames_of_clip": first.num_frames, **given, **model,
-      "files": model["files"] | {path: marks[path] for path in one.files if path in marks},
+      "frames_of_clip": first.num_frames, "model": model, **given,
+      "files": {path: marks[path] for path in (*own_files, *one.files) if path in marks},
     }  # fmt: skip
     if one.files or one.job.loops > 1:
       own |= {"references": one.files, "loops": one.job.loops, "task": settings.task_name}

@@ -177,7 +177,7 @@ def test_wrong_arguments_are_refused(weights, tmp_path, capsys):
     ((), "give --run FOLDER, --config FILE or --autoencoder FILE"),
     (("--autoencoder", weights / "plain.safetensors", *tables), "doesn't say which autoencoder it is; give --model NAME"),
     (("--autoencoder", weights / "plain.safetensors", "--model", "vae"), "unknown autoencoder 'vae'; allowed: sd-kl-f8"),
-    ((*tiny, *tables, "--picture", "a.jpg"), "--picture a.jpg: must end in .png"),
+    ((*tiny, *tables, "--picture", "a.jpg"), "--picture is a.jpg; allowed: names that end in .png"),
     ((*tiny, "--buckets", "64p:1"), "give the tables and buckets to measure on: --tables TABLE"),
     ((*tiny, *tables, "--buckets", "64p"), "--buckets 64p: write RESOLUTION:FRAMES, like 144p:17"),
     ((*tiny, *tables, "--buckets", "65p:1"), "unknown resolution '65p'"),
@@ -198,5 +198,5 @@ def test_changed_lengths_are_refused():
   model = registry.find("cogvideox-2b").build(registry.find("cogvideox-2b").get_config("cogvideox-2b"))
   exam = reconstruction.Exam(registry.make_codec(model, {}), reconstruction.Judges())
   exam.check(Bucket("144p", 17, 1.0, 1))
-  with pytest.raises(ValueError, match="144p x 12: a length that the autoencoder does not give back; nearest: 9 or 16"):
+  with pytest.raises(ValueError, match="144p x 12 has clips of 12 frames, but the autoencoder changes this length; give 9 or"):
     exam.check(Bucket("144p", 12, 1.0, 1))

@@ -120,7 +120,7 @@ def main():
   use_compilation_cache()
   keep_freed_memory()
   config, _ = loading.read_model(settings)
-  steps, scale = loading.steps_and_scale(settings, config)
+  steps, scale = config.sample.steps, config.sample.guidance_scale
   pairs = shapes_exam.scenes_of("train", settings.count, 8)
   requests = [Request(caption, 48, 80, 8, float(shapes.FPS), seed) for seed, (_, caption) in enumerate(pairs)]
   print(f"{settings.run or settings.weights}: {len(requests)} x 8 x 48 x 80, {steps} steps, guidance {scale:g}")

@@ -75,11 +75,11 @@ def test_the_end_of_a_video_is_encoded_like_the_start_of_a_clip(trained):
   pipeline = loading.load_pipeline(settings, *loading.read_model(settings))
   frames = np.random.default_rng(0).integers(0, 256, (20, 16, 24, 3), np.uint8)
   job = tasks.make_job("extend-forward", 10, [6], group=5)
-  placed = clips.place_loop(job, 0, 10, [6])
-  (known,) = clips.encode_used(pipeline, [frames], [placed], 34)
+  placements = clips.placements_of(job, [20], pipeline.codec.config, 34)
+  (known,) = clips.encode_used(pipeline, [frames], placements, 34)
   np.testing.assert_array_equal(list(known.values()), pipeline.encode(frames[-17:]))
   assert list(known) == [1, 2, 3, 4, 5]
-  (whole,) = clips.encode_used(pipeline, [frames], [placed])
+  (whole,) = clips.encode_used(pipeline, [frames], placements)
   np.testing.assert_array_equal(list(whole.values()), pipeline.encode(frames)[1:])
 
 
@@ -113,4 +113,4 @@ def test_a_length_that_does_not_round_trip_is_refused(assets, tmp_path, capsys):
   with pytest.raises(SystemExit):
     sample.main(["--config", str(config), "--weights", "w", "--prompt", "x", "--image-size", "48", "64", "--num-frames", "12"])
   error = capsys.readouterr().err
-  assert error == "error: --num-frames is 12, a length that the autoencoder does not give back; nearest: 9 or 16\n"
+  assert error == "error: --num-frames is 12, but the autoencoder changes this length; give 9 or 16\n"
