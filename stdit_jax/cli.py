@@ -8,7 +8,7 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import ml_collections
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 @contextlib.contextmanager
-def one_line_errors(kinds=(ValueError, OSError)):
+def one_line_errors(kinds: tuple[type[Exception], ...] = (ValueError, OSError)) -> Iterator[None]:
   """Prints a user's error as one line on stderr and exits with code 2. STDIT_JAX_TRACEBACK=1 shows the traceback instead.
 
   Too little memory on a device counts as a user's error as well.
@@ -143,7 +143,7 @@ def _value(text: str, default: Any) -> Any:
   return value
 
 
-def parse_mesh(entries):
+def parse_mesh(entries: Sequence[str]) -> dict[str, int]:
   """{axis: devices} of arguments AXIS=DEVICES. Raises ValueError for any other form."""
   try:
     return {axis: int(size) for axis, size in (entry.split("=") for entry in entries)}

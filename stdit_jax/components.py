@@ -9,24 +9,27 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import Mesh, PartitionSpec
 
 from data import paths
 from data.aspect_ratios import max_tokens
 from stdit_jax import fields
+from stdit_jax.autoencoders.codec import Codec
 from stdit_jax.autoencoders.registry import autoencoder_model, family_of, make_codec
 from stdit_jax.conditioning import CONDITIONERS
+from stdit_jax.config import Autoencoder, Config, Named, TextEncoder
 from stdit_jax.diffusion.iddpm import IDDPM
 from stdit_jax.diffusion.rectified_flow import RectifiedFlow
 from stdit_jax.interop import load_variables
 from stdit_jax.models import t5
 from stdit_jax.models.family import SCALARS, Family, find_model, token_grid, token_values
-from stdit_jax.parallel.shardings import ArraySpec, tree_shardings
+from stdit_jax.parallel.shardings import ArraySpec, Tree, tree_shardings, with_shardings
 
 DIFFUSIONS = {"rectified-flow": RectifiedFlow, "iddpm": IDDPM}
+REPLICATED = (("", PartitionSpec()),)  # sharding rules
 
 
-def make_diffusion(config):
+def make_diffusion(config: Named) -> RectifiedFlow | IDDPM:
   """The formulation of the group `diffusion`. Raises ValueError naming unknown names and fields."""
   return fields.replace(fields.choose(DIFFUSIONS, config.name, "diffusion.name")(), config.fields, "config: diffusion.fields")
 
@@ -41,7 +44,7 @@ class Components:
     autoencoder: the model whose latents are denoised.
   """
 
-  config: Any
+  config: Config
   family: Family
   model: nn.Module
   conditioner: Any
@@ -49,7 +52,7 @@ class Components:
   autoencoder: Any
 
   @classmethod
-  def of(cls, config):
+  def of(cls, config: Config) -> "Components":
     """The parts of a configuration. Raises ValueError for unknown names or fields, and for parts that do not fit together."""
     family, model_config = find_model(config.model.name, config.model.fields)
     parts = cls(
@@ -64,11 +67,11 @@ class Components:
     return parts
 
   @property
-  def rules(self):
+  def rules(self) -> tuple:
     """Sharding rules of all parameters."""
     return (*self.family.rules, *t5.RULES)
 
-  def init(self, key):
+  def init(self, key: jax.Array) -> tuple[Tree, Tree]:
     """(params, frozen) with the original initialisation. `frozen` does not train. Jit this function with sharded outputs."""
     denoiser_key, own_key = jax.random.split(key)
     variables = self.family.init(self.model.config, denoiser_key)
@@ -76,26 +79,22 @@ class Components:
     constants = {"denoiser": variables["constants"]} if "constants" in variables else {}
     return {"denoiser": variables["params"], **params}, constants | frozen
 
-  def weights(self, params, frozen):
+  def weights(self, params: Tree, frozen: Tree) -> tuple[Tree, Any]:
     """The results of `init` as ({"params", "constants"} of the denoiser, weights of the conditioner's encoder or None)."""
     constants = {"constants": frozen["denoiser"]} if "denoiser" in frozen else {}
     return {"params": params["denoiser"], **constants}, params.get("text_encoder", frozen.get("text_encoder"))
 
-  def token_shape(self, resolution, num_frames, token_parts=1):
-    """(T, S, P) of the tokens of a clip: S is the largest of all aspect ratios, padded to a multiple of `token_parts`."""
-    config, autoencoder = self.model.config, self.autoencoder.config
-    space = max_tokens(resolution, autoencoder.downsampling, config.patch_size[1:])
-    frames, _, _ = token_grid(config, (autoencoder.latent_frames(num_frames), 1, 1))
-    return frames, space + -space % token_parts, token_values(config)
-
-  def batch(self, bucket, rows, token_parts=1):
-    """The arrays of one training batch as a tree of `ArraySpec`.
+  def batch(self, bucket: tuple[str, int], rows: int, token_parts: int = 1) -> Tree:
+    """The arrays of one training batch as a tree of `ArraySpec`. All aspect ratios share the largest number of tokens.
 
     Args:
       bucket: (resolution, frames); rows: samples in the batch.
       token_parts: the number of tokens per frame is a multiple of it.
     """
-    tokens = ArraySpec((rows, *self.token_shape(*bucket, token_parts=token_parts)), axes=("batch", None, "tokens"))
+    config, autoencoder = self.model.config, self.autoencoder.config
+    frames, _, _ = token_grid(config, (autoencoder.latent_frames(bucket[1]), 1, 1))
+    space = max_tokens(bucket[0], autoencoder.downsampling, config.patch_size[1:])
+    tokens = ArraySpec((rows, frames, space + -space % token_parts, token_values(config)), axes=("batch", None, "tokens"))
     moments = ("latents_mean", "latents_std")[: 2 if self.config.autoencoder.sample_posterior else 1]
     return {
       **dict.fromkeys(moments, tokens),
@@ -110,7 +109,7 @@ class Components:
 # ---------------------------------------------------------------------------------------------------------------- weights
 
 
-def need_file(path, key):
+def need_file(path: str | None, key: str) -> str:
   """Returns `path`, the value of the configuration's key `key`. Raises ValueError if it does not exist."""
   module = "interop.fetch makes one of hed-vgg16" if key.startswith("autoencoder.perceptual") else "convert"
   how = f"give a safetensors file or a folder of them (python -m stdit_jax.{module})"
@@ -121,31 +120,29 @@ def need_file(path, key):
   return path
 
 
-def local_devices_mesh():
+def local_devices_mesh() -> Mesh:
   """The mesh of all devices of this process. A codec spreads its pieces over it."""
   return Mesh(np.asarray(jax.local_devices()), ("pieces",))
 
 
-def codec_of_shapes(config, mesh=None):
+def codec_of_shapes(config: Autoencoder, mesh: Mesh | None = None) -> Codec:
   """The `Codec` of the group `autoencoder` with shapes as weights, replicated over `mesh`, or on one device."""
   model = autoencoder_model(config)
-  place = NamedSharding(mesh, PartitionSpec()) if mesh else SingleDeviceSharding(jax.local_devices()[0])
-  shapes = family_of(model.config).init_shapes(model.config)
-  placed = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes)
-  return make_codec(model, placed, config.micro_batch)
+  shapes = with_shardings(family_of(model.config).init_shapes(model.config), mesh, REPLICATED)
+  return make_codec(model, shapes, config.micro_batch)
 
 
-def load_codec(config, mesh=None):
+def load_codec(config: Autoencoder, mesh: Mesh | None = None) -> Codec:
   """The `Codec` of the group `autoencoder` with its weights."""
   model = autoencoder_model(config)
   path = need_file(config.weights, "autoencoder.weights")
   shapes = family_of(model.config).init_shapes(model.config)
-  places = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), shapes) if mesh else None
+  places = tree_shardings(shapes, mesh, REPLICATED) if mesh else None
   variables = load_variables(path, family_of(model.config).layouts, shapes, config=model.config, shardings=places)
   return make_codec(model, variables, config.micro_batch)
 
 
-def load_text_encoder(config, encoder, mesh=None):
+def load_text_encoder(config: TextEncoder, encoder: t5.T5Encoder, mesh: Mesh | None = None) -> Tree:
   """Parameters of the T5 encoder of the group `text_encoder` (names of Hugging Face), sharded over a mesh if one is given."""
   path = need_file(config.weights, "text_encoder.weights")
   shapes = t5.init_shapes(encoder.config)
@@ -153,7 +150,7 @@ def load_text_encoder(config, encoder, mesh=None):
   return load_variables(path, t5.LAYOUTS, shapes, config=encoder.config, shardings=shardings)["params"]
 
 
-def load_denoiser(parts, path, mesh=None, **options):
+def load_denoiser(parts: Components, path: str, mesh: Mesh | None = None, **options: Any) -> Tree:
   """Variables of the denoiser of `parts` from a checkpoint in one of the family's layouts; `options` of `load_variables`."""
   config = parts.model.config
   shapes = options.pop("current", None) or parts.family.init_shapes(config)

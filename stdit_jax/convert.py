@@ -8,15 +8,17 @@ python -m stdit_jax.convert --check --model STDiT3-XL/2
 import argparse
 import dataclasses
 import json
+import math
 import os
 import pathlib
-import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from data import paths
 from data.command_line import OneLineParser, add_flags, flag
+from data.shards import Progress
 from stdit_jax.cli import one_line_errors
 from stdit_jax.interop import mapping, models, weights
 from stdit_jax.interop.safetensors_io import CheckpointError, open_checkpoint, refuse_pickle, write_checkpoint
@@ -94,17 +96,17 @@ def find_model(settings: Settings, metadata: dict) -> tuple[str, models.NamedMod
   return name, models.find_model(name, overrides, layouts)
 
 
-def progress(tensors, spec):
-  """Yields the tensors. For more than 1 GB, a bar on stderr shows rate and remaining time (in a log file every 30 s)."""
-  total = sum(int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize for shape, dtype in spec.values())
-  every = 2 if sys.stderr.isatty() else 30
-  with tqdm(total=total, unit="B", unit_scale=True, mininterval=every, disable=total < 1e9) as bar:
-    for name, array in tensors:
-      yield name, array
-      bar.update(array.nbytes)
+def progress(tensors: Iterable[tuple[str, np.ndarray]], spec: dict[str, tuple]) -> Iterator[tuple[str, np.ndarray]]:
+  """Yields the tensors. Prints rate and remaining time now and then."""
+  total = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in spec.values())
+  show, done = Progress("tensors", total / 1e9, "GB"), 0
+  for name, array in tensors:
+    yield name, array
+    done += array.nbytes
+    show(done / 1e9)
 
 
-def open_source(settings: Settings, model: models.NamedModel, config=None) -> weights.Source:
+def open_source(settings: Settings, model: models.NamedModel, config: Any = None) -> weights.Source:
   """The input. Prints its layout, and raises CheckpointError if it does not fit the model.
 
   `config` has the numbers that the file holds beside its weights, by default the model's own.
@@ -132,7 +134,7 @@ def convert(settings: Settings) -> None:
   print(f"{report}: {', '.join(paths.join(folder, file.name) for file in written)}")
 
 
-def convert_file(settings: Settings, place: str, options: dict):
+def convert_file(settings: Settings, place: str, options: dict[str, Any]) -> tuple[str, list[pathlib.Path]]:
   """Converts safetensors and writes them to `place`. Returns (report, written files)."""
   metadata = open_checkpoint(settings.input).metadata
   name, model = find_model(settings, metadata)
@@ -147,7 +149,7 @@ def convert_file(settings: Settings, place: str, options: dict):
   return f"wrote {len(spec)} tensors in layout {getattr(target, 'name', target)}", written
 
 
-def convert_run(settings: Settings, place: str, options: dict):
+def convert_run(settings: Settings, place: str, options: dict[str, Any]) -> tuple[str, list[pathlib.Path]]:
   """Writes weights of a training run to `place`. Returns (report, written files). The run's configuration names the models."""
   from stdit_jax.training import checkpoints  # imports orbax, which files don't need
   from stdit_jax.training.objectives import part_of
@@ -184,9 +186,8 @@ def check(settings: Settings) -> None:
   metadata = open_checkpoint(settings.input).metadata if settings.input else {}
   name, model = find_model(settings, metadata)
   layout = model.layouts[0] if settings.target in ("", "native") else model.layout(settings.target)
-  table = (
-    models.read_key_table(settings.keys) if settings.keys else (None if settings.config else models.shipped_key_table(name))
-  )
+  shipped = None if settings.config else models.shipped_key_table(name)
+  table = models.read_key_table(settings.keys) if settings.keys else shipped
   if table is not None:
     compare(weights.foreign_spec(layout, model.shapes, model.config), table, f"{name} exported as {layout}")
   elif not settings.input:
@@ -217,7 +218,7 @@ def compare(spec: dict, table: dict, what: str) -> None:
   print(f"{what}: all {len(table)} names and shapes of the key table")
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
   how = {"description": __doc__, "epilog": EPILOG, "formatter_class": argparse.RawDescriptionHelpFormatter}
   parser = OneLineParser("python -m stdit_jax.convert", allow_abbrev=False, **how)
   add_flags(parser, Settings)

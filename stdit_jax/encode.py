@@ -28,9 +28,10 @@ import json
 import shutil
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 from absl import logging
 
 from data import latents, paths
@@ -141,7 +142,7 @@ def choose_text(settings: Settings, config: Any, conditioner: Any) -> bool:
   return wanted
 
 
-def make_work(settings: Settings, choice: Choice, counter) -> Iterator[Any]:
+def make_work(settings: Settings, choice: Choice, counter: Any) -> Iterator[Any]:
   """Yields a `LatentsWork` or `TextWork` for each group of stages with the same provenance."""
   from stdit_jax.training import encoding
 
@@ -161,18 +162,16 @@ def make_work(settings: Settings, choice: Choice, counter) -> Iterator[Any]:
       yield encoding.TextWork(values, group, *common)
 
 
-def gigabytes(size):
+def gigabytes(size: float) -> str:
   return f"{size / 1e9:.3g} GB" if size >= 1e8 else f"{size / 1e6:.3g} MB"
 
 
-def estimate(works, own: Share, say):
+def estimate(works: Sequence[Any], own: Share, say: Callable[[str], None]) -> list[tuple[Any, list[int], np.ndarray]]:
   """[(work, numbers of shards, keys)] that this process has to write. `say` prints their sizes and the time that they need.
 
   Raises:
     InputError: the disk has too little space.
   """
-  import numpy as np
-
   jobs, sizes = [], []
   for work in works:
     part, missing = work.part, work.part.missing()
@@ -183,8 +182,7 @@ def estimate(works, own: Share, say):
     if numbers:
       jobs.append((work, numbers, keys))
       sizes.append(work.expected_bytes(keys))
-  if jobs and sum(sizes) > (free := shutil.disk_usage(jobs[0][0].part.folder).free):
-    folder = jobs[0][0].part.folder
+  if jobs and sum(sizes) > (free := shutil.disk_usage(folder := jobs[0][0].part.folder).free):
     raise InputError(f"{gigabytes(sum(sizes))} are to be written, and {folder} has {gigabytes(free)} left; free some space")
   for (work, numbers, keys), size in zip(jobs, sizes):
     seconds, how = work.measure(keys)
@@ -193,7 +191,7 @@ def estimate(works, own: Share, say):
   return jobs
 
 
-def write(work, numbers, keys, shows=True):
+def write(work: Any, numbers: Sequence[int], keys: np.ndarray, shows: bool = True) -> None:
   """Writes these shards with the records of these keys. After ^C or an error only complete shards exist."""
   writer, pending = latents.shard_writer(work.part, numbers, work.features), collections.deque()
   next(writer)

@@ -46,6 +46,7 @@ from stdit_jax.cli import (
   parse_settings,
   use_compilation_cache,
 )
+from stdit_jax.config import Config
 from stdit_jax.generation.settings import PipelineSettings
 from stdit_jax.generation.shapes_exam import PARTS, Exam, examine
 from stdit_jax.interop import measures
@@ -200,7 +201,7 @@ def evaluate_autoencoder(settings: Settings, folder: str) -> tuple[str, dict[str
   return described, {"buckets": found, "shift": np.ravel(exam.shift).tolist(), "scale": exam.scale.tolist()}
 
 
-def what_to_measure(settings: Settings, config) -> tuple[Sequence[str], list[list[str]]]:
+def what_to_measure(settings: Settings, config: Config | None) -> tuple[Sequence[str], list[list[str]]]:
   """(tables, [[resolution, frames]]) of the flags, or else of the configuration."""
   tables, names = settings.tables, settings.buckets
   if config and not tables:
@@ -263,7 +264,7 @@ MEASURES = {
 }
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
   settings = parse(argv)
   logging.set_verbosity(logging.ERROR)  # orbax reports what it reads
   with one_line_errors(), tempfile.TemporaryDirectory() as folder:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,10 +19,10 @@ from stdit_jax.interop import open_checkpoint, open_source
 from stdit_jax.interop.models import described
 from stdit_jax.models import step_cache, t5
 from stdit_jax.parallel.mesh import make_mesh
+from stdit_jax.parallel.shardings import with_shardings
 from stdit_jax.training import checkpoints
 from stdit_jax.training.objectives import part_of
 from stdit_jax.training.stages import make_stages
-from stdit_jax.training.state import with_shardings
 
 
 def open_config(model: ModelSettings) -> tuple[Config, int | None]:
@@ -86,7 +87,9 @@ def describe(model: ModelSettings, step: int | None) -> str:
   return f"{model.run}, step {step}, {model.item}" if model.run else str(model.weights)
 
 
-def load_pipeline(settings: PipelineSettings, config: Any, step: int | None, check=lambda pipeline: None) -> Pipeline:
+def load_pipeline(
+  settings: PipelineSettings, config: Config, step: int | None, check: Callable[[Pipeline], Any] = lambda pipeline: None
+) -> Pipeline:
   """The pipeline of the model that `read_model` returned.
 
   Args:
@@ -96,7 +99,7 @@ def load_pipeline(settings: PipelineSettings, config: Any, step: int | None, che
   mesh = make_mesh(sizes) if sizes else None
   parts = components.Components.of(config)
   encoder, model = parts.conditioner.encoder, parts.model.config
-  params, frozen = placed_shapes(jax.eval_shape(parts.init, jax.random.key(0)), mesh, parts.rules)
+  params, frozen = with_shardings(jax.eval_shape(parts.init, jax.random.key(0)), mesh, parts.rules)
   components.need_file(config.autoencoder.weights, "autoencoder.weights (--autoencoder)")
   if not settings.run:
     path = components.need_file(settings.weights, "--weights")
@@ -107,7 +110,7 @@ def load_pipeline(settings: PipelineSettings, config: Any, step: int | None, che
     components.need_file(config.text_encoder.weights, "text_encoder.weights (--text-encoder)")
   weights = parts.weights(params, frozen)
   if weights[1] is None and encoder is not None:
-    weights = weights[0], placed_shapes(t5.init_shapes(encoder.config), mesh, t5.RULES)["params"]
+    weights = weights[0], with_shardings(t5.init_shapes(encoder.config), mesh, t5.RULES)["params"]
   cache = step_cache.parse(settings.step_cache) if settings.step_cache else None
   pieces = components.local_devices_mesh() if mesh and jax.local_device_count() > 1 else None
   codec = components.codec_of_shapes(config.autoencoder, pieces)
@@ -151,11 +154,3 @@ def load_autoencoder(model: ModelSettings, name: str | None = None) -> tuple[Any
       raise ValueError(f"{own.weights} doesn't say which autoencoder it is; give --model NAME")
     own = dataclasses.replace(own, name=name or said, fields=fields)
   return components.load_codec(own), own.weights, config
-
-
-def placed_shapes(shapes, mesh, rules):
-  """Shapes with the shardings that the weights will have."""
-  if mesh:
-    return with_shardings(shapes, mesh, rules)
-  place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes)

@@ -37,7 +37,6 @@ compilations that are running.
 import concurrent.futures
 import dataclasses
 import json
-import math
 import shlex
 import sys
 import time
@@ -47,7 +46,9 @@ from typing import Any
 from data import paths
 from data.aspect_ratios import NUM_PIXELS
 from data.command_line import flag
+from data.shards import duration
 from stdit_jax.cli import check_positive, one_line_errors, parse_settings, read_config
+from stdit_jax.components import Components
 from stdit_jax.config import Config
 from stdit_jax.models.family import find_model
 from stdit_jax.parallel.topology import is_gpu, parse_topology, topology_chips
@@ -56,7 +57,6 @@ from stdit_jax.planning.budget import Key
 from stdit_jax.planning.jobs import Compiler
 from stdit_jax.planning.programs import Job, roofline
 from stdit_jax.training.checkpoints import plain
-from stdit_jax.training.metrics import duration
 from stdit_jax.training.objectives import make_objective
 from stdit_jax.training.stages import Stage, make_stages
 
@@ -148,8 +148,7 @@ def make_jobs(settings: Settings) -> tuple[list[Stage], list[Job]]:
   """(stages, a job for each bucket) of the flags."""
   config = Config.of(read_config(settings.config, settings.changes))
   stages = make_stages(config)
-  unknown = sorted(set(settings.stage or ()) - {s.name for s in stages})
-  if unknown:
+  if unknown := sorted(set(settings.stage or ()) - {s.name for s in stages}):
     raise ValueError(f"--stage {unknown[0]!r} is none of {', '.join(s.name for s in stages)}")
   stages = [s for s in stages if not settings.stage or s.name in settings.stage]
   jobs = []
@@ -236,7 +235,7 @@ def print_plan(settings: Settings, compiler: Compiler, stages: Sequence[Stage], 
   return results
 
 
-def print_budget(settings: Settings, stages: Sequence[Stage], seconds, result) -> None:
+def print_budget(settings: Settings, stages: Sequence[Stage], seconds: Mapping[tuple, float], result: dict[str, Any]) -> None:
   """Prints hours and chip-hours of the stages whose buckets all have a bound.
 
   Args:
@@ -252,16 +251,15 @@ def print_budget(settings: Settings, stages: Sequence[Stage], seconds, result) -
     hours = budget.stage_hours(stage, shares, own, update)
     counted_hours.append(hours)
     print(f"{stage.name}: {stage.steps:,} steps, {hours_text(settings, hours, chips)}; computed from {counted}")
-    objective = make_objective(stage.config)
-    if objective.counts_flops:
-      print_encoders(settings, stage, objective.components, shares, chips)
+    if make_objective(stage.config).counts_flops:
+      print_encoders(settings, stage, shares, chips)
   if len(counted_hours) == len(stages) > 1:
     print(f"together: {hours_text(settings, sum(counted_hours), chips)}")
 
 
-def print_encoders(settings: Settings, stage: Stage, parts, shares, chips: int) -> None:
+def print_encoders(settings: Settings, stage: Stage, shares: Mapping[Key, float], chips: int) -> None:
   """Prints the hours that the encoders of a stage add, if any."""
-  seconds = budget.encoder_seconds(stage, parts, shares, settings.topology, chips)
+  seconds = budget.encoder_seconds(stage, Components.of(stage.config), shares, settings.topology, chips)
   hours = {what: stage.steps * stage.config.optimizer.accumulate * each / 3600 for what, each in seconds.items()}
   if total := sum(hours.values()):
     parts = " and ".join(f"{what} {each / total:.0%}" for what, each in hours.items() if each)
@@ -339,17 +337,14 @@ def print_meshes(settings: Settings, compiler: Compiler, stages: Sequence[Stage]
     mesh = " ".join(f"{axis}={size}" for axis, size in result["mesh"].items() if size > 1)
     print(f"{describe(result, bound)}  {mesh}", flush=True)
   print("\nmeshes, best first: seconds of one step of each of these buckets, at their bounds")
-  ranked = sorted(by_mesh.items(), key=lambda item: mesh_rank(item[1]))
-  for mesh, results in ranked:
-    fits = all(result["fits"] for result, _ in results)
-    peak = max(result.get("peak", math.inf) for result, _ in results) / GIB
-    seconds = sum(bound["step"] for _, bound in results if bound)
-    text = f"{seconds:>8.2f}s  largest peak {peak:.1f} GiB" if fits else "does not fit"
+  ranked = sorted(((mesh_rank(results), mesh) for mesh, results in by_mesh.items()), key=lambda ranked: ranked[0])
+  for (misfit, seconds, peak), mesh in ranked:
+    text = "does not fit" if misfit else f"{seconds:>8.2f}s  largest peak {peak / GIB:.1f} GiB"
     print("  " + " ".join(f"--config.mesh.{axis}={size}" for axis, size in mesh) + f"  {text}")
   return [result for results in by_mesh.values() for result, _ in results]
 
 
-def mesh_rank(results) -> tuple[bool, float, float]:
+def mesh_rank(results: Sequence[tuple[dict[str, Any], dict[str, Any] | None]]) -> tuple[bool, float, float]:
   """Sort key of a mesh: meshes on which all buckets fit come first, then short times, then little memory."""
   fits = all(result["fits"] for result, _ in results)
   return not fits, sum(bound["step"] for _, bound in results if bound), max(r.get("peak", 0) for r, _ in results)

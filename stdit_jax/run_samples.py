@@ -11,6 +11,8 @@ from stdit_jax.autoencoders.registry import check_length
 from stdit_jax.components import load_codec, load_text_encoder, local_devices_mesh, need_file
 from stdit_jax.generation.media import contact_sheet, write_media
 from stdit_jax.generation.pipeline import Pipeline, Request
+from stdit_jax.parallel.shardings import Tree
+from stdit_jax.training.run import StageParts
 
 
 class Sampler:
@@ -32,7 +34,7 @@ class Sampler:
       Request(clean_caption(prompt), *size, sample.num_frames, sample.fps, sample.seed) for prompt in sample.prompts
     ]
 
-  def __call__(self, step, state, frozen):
+  def __call__(self, step: int, state: Tree, frozen: Tree) -> None:
     made, settings, mesh = self.run.parts_that_made(step), self.run.config.sample, self.run.mesh
     components, config = made.objective.components, made.stage.config
     variables, encoder = components.weights(state["ema"], frozen)
@@ -58,7 +60,7 @@ class Sampler:
     print(f"samples of step {step}: {stem}.png", flush=True)
 
 
-def check(made, num_frames):
+def check(made: StageParts, num_frames: int) -> None:
   """Raises ValueError if a stage (`StageParts`) can't be sampled with clips of so many frames."""
   if made.objective.part != "denoiser":
     raise ValueError("config: sample_every needs task='denoiser'; set sample_every=0")

@@ -14,6 +14,7 @@ import contextlib
 import functools
 import sys
 import traceback
+from collections.abc import Sequence
 from typing import Any
 
 from absl import logging
@@ -35,14 +36,7 @@ from stdit_jax.training.stages import make_stages
 from stdit_jax.training.watchdog import RESTART, StartAgain, Watchdog
 
 
-def make_parser():
-  how = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-  parser = OneLineParser("python -m stdit_jax.train", **how)
-  parser.add_argument("--config", metavar="FILE", help="file with get_config(), e.g. configs/quickstart.py")
-  return parser
-
-
-def connect(config):
+def connect(config: Config) -> Watchdog:
   """Joins the processes of a run of several. Returns the watchdog."""
   # The runtime's own heartbeat must not end the run first: it does not say which process hangs.
   patience = max(300, int(config.watchdog.slow_timeout))
@@ -50,7 +44,7 @@ def connect(config):
   return Watchdog(config.watchdog.timeout, config.watchdog.slow_timeout, *coordination())
 
 
-def run(config, watchdog):
+def run(config: Config, watchdog: Watchdog) -> None:
   """Trains. Exits with 2 and one line after a user's error, with RESTART after SIGTERM, with 130 after ^C."""
   try:
     with contextlib.ExitStack() as held:
@@ -80,8 +74,11 @@ def run(config, watchdog):
     raise SystemExit(130) from None
 
 
-def main(argv=None):
-  args = parse_with_changes(make_parser(), argv)
+def main(argv: Sequence[str] | None = None) -> None:
+  how = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+  parser = OneLineParser("python -m stdit_jax.train", **how)
+  parser.add_argument("--config", metavar="FILE", help="file with get_config(), e.g. configs/quickstart.py")
+  args = parse_with_changes(parser, argv)
   logging.set_verbosity(logging.ERROR)  # orbax reports every step of a checkpoint
   with one_line_errors():
     config = Config.of(read_config(args.config, args.changes))

@@ -6,6 +6,7 @@ program before the step ("ahead"), or before the run, so that tables name files 
 
 import functools
 import logging
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from data import latents
 from data.captions import Tokenize, clean_caption
 from stdit_jax.errors import InputError
 from stdit_jax.models import flops, t5
-from stdit_jax.parallel.shardings import ArraySpec
+from stdit_jax.parallel.shardings import ArraySpec, Layout
 
 AHEAD_ROWS = 16  # captions that the encoder works on at a time, per device; so its memory does not grow with the batch
 
@@ -26,23 +27,22 @@ log = logging.getLogger("data")  # as data/loader.py
 class TokenizeClean(Tokenize):
   """`Tokenize` that first cleans the caption as the original cleans prompts."""
 
-  def __call__(self, caption):
+  def __call__(self, caption: str) -> tuple[np.ndarray, np.ndarray]:
     return super().__call__(clean_caption(caption))
 
 
 def _tokens(tokenize, caption, label):
   """What the loader's workers call."""
-  del label
   ids, mask = tokenize(caption)
   return {"text_ids": ids, "text_mask": mask}
 
 
-def text_encoder(config):
+def text_encoder(config: Any) -> t5.T5Encoder:
   """The T5 encoder that the group `text_encoder` of a configuration names. Raises ValueError for unknown names and fields."""
   return t5.build(t5.get_config(config.name, **config.fields))
 
 
-def tokenizer(config):
+def tokenizer(config: Any) -> Callable[[str], tuple[np.ndarray, np.ndarray]]:
   """`caption -> (ids, mask)` of the group `text_encoder`. Raises ValueError if it has ids that the encoder does not know."""
   tokenize = (TokenizeClean if config.clean_captions else Tokenize)(config.tokenizer, config.max_length)
   if (ids := tokenize.vocab_size) > (known := t5.get_config(config.name, **config.fields).vocab_size):
@@ -79,23 +79,21 @@ class Captions:
         f"model_max_length={self.length}; make them equal"
       )
 
-  def init(self, key):
+  def init(self, key: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     if not self.in_step:
       return {}, {}
     own = {"text_encoder": t5.init(self.encoder.config, key)["params"]}
     return (own, {}) if self.config.train else ({}, own)
 
-  def worker(self, cached):
+  def worker(self, cached: bool) -> Callable | None:
     """Tokenizes, unless features come from disk or, `cached`, from a cache."""
     return None if self.encoder is None or cached else functools.partial(_tokens, tokenizer(self.config))
 
-  def specs(self, rows):
-    mask = ArraySpec((rows, self.length), jnp.bool_)
-    if self.in_step:
-      return {"text_ids": ArraySpec((rows, self.length), jnp.int32), "text_mask": mask}
-    return {"text": ArraySpec((rows, self.length, self.channels)), "text_mask": mask}
+  def specs(self, rows: int) -> dict[str, ArraySpec]:
+    ids, text = ArraySpec((rows, self.length), jnp.int32), ArraySpec((rows, self.length, self.channels))
+    return {**({"text_ids": ids} if self.in_step else {"text": text}), "text_mask": ArraySpec((rows, self.length), jnp.bool_)}
 
-  def collate(self, samples):
+  def collate(self, samples: Sequence[Any]) -> dict[str, np.ndarray]:
     if samples[0].cond is not None:
       return {name: np.stack([s.cond[name] for s in samples]) for name in ("text_ids", "text_mask")}
     return self._features(samples)
@@ -121,7 +119,7 @@ class Captions:
       text[i, : len(rows)], mask[i, : len(rows)] = rows, True
     return {"text": text, "text_mask": mask}
 
-  def encode(self, weights, arrays, layout=None):
+  def encode(self, weights: Any, arrays: Mapping[str, Any], layout: Layout | None = None) -> Mapping[str, Any]:
     """{"text": `[B, L, C]`, "text_mask": `[B, L]`}. `arrays` that hold features are returned as they are."""
     if "text" in arrays:
       return arrays
@@ -129,7 +127,7 @@ class Captions:
     text = encoder.apply({"params": weights}, arrays["text_ids"], arrays["text_mask"])
     return {"text": text, "text_mask": arrays["text_mask"]}
 
-  def program(self, weights):
+  def program(self, weights: Any) -> Callable[[Mapping[str, Any], Layout], Mapping[str, Any]]:
     """`(arrays, layout) -> cond` as a separate program, for captions that are encoded before the step."""
     run = encode_ahead(self.encoder, weights)
 
@@ -140,20 +138,20 @@ class Captions:
 
     return encode
 
-  def is_cached(self, folder):
+  def is_cached(self, folder: str | None) -> bool:
     """Whether the loader reads the features of captions from this folder of `data.latents`."""
     return bool(folder) and self.ahead and latents.has_text(folder)
 
-  def prompts(self, texts):
+  def prompts(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
     ids, mask = zip(*map(Tokenize(self.config.tokenizer, self.config.max_length), texts))
     return {"text_ids": np.stack(ids), "text_mask": np.stack(mask)}
 
-  def encoder_flops(self, rows):
+  def encoder_flops(self, rows: int | float) -> int | float:
     times = flops.TRAINING if self.config.train else 1
     return 0 if self.encoder is None else rows * times * flops.text(self.encoder.config, self.config.max_length)
 
 
-def encode_ahead(encoder, params):
+def encode_ahead(encoder: t5.T5Encoder, params: Any) -> Callable[[jax.Array, jax.Array, Layout], jax.Array]:
   """The text encoder as a separate program, one per layout: global `(ids, mask, layout) -> features`, float32.
 
   It works on at most AHEAD_ROWS rows of every device at a time.

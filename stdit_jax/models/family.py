@@ -28,7 +28,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
 from data.tokens import grid_size
 from stdit_jax import fields
@@ -142,7 +141,7 @@ def find_family(name: str) -> tuple[Family, str]:
   return family, size
 
 
-def find_model(name: str, overrides: Mapping | ConfigDict) -> tuple[Family, Any]:
+def find_model(name: str, overrides: Mapping[str, Any]) -> tuple[Family, Any]:
   """The family and the configuration of a named denoiser. Raises ValueError naming the allowed names or fields."""
   family, size = find_family(name)
   return family, family.get_config(size, **overrides)

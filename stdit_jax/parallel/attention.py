@@ -75,7 +75,7 @@ def attend(
   return kernel(query, key, value, lengths, mask)
 
 
-def valid_keys(key, lengths, mask):
+def valid_keys(key: Array, lengths: Array | None, mask: Array | None) -> Array | None:
   """Which keys are valid, `[batch, groups, keys]` bool, or None if all are."""
   return mask if lengths is None else jnp.arange(key.shape[2]) < lengths[..., None]
 
@@ -98,7 +98,10 @@ def _dot_product(query, key, value, lengths, mask):
   return jax.nn.dot_product_attention(*flat, mask=mask, implementation="xla").reshape(query.shape)
 
 
-def cudnn_kernel(query, key, value, lengths, mask, implementation: Literal["cudnn", "xla"] = "cudnn"):
+def cudnn_kernel(
+  query: Array, key: Array, value: Array, lengths: Array | None, mask: Array | None,
+  implementation: Literal["cudnn", "xla"] = "cudnn",
+) -> Array:  # fmt: skip
   """cuDNN's flash attention, which takes lengths: a mask would be an array of all queries by all keys to it.
 
   With a mask, valid keys move to the front, since attention does not depend on the order of keys. JAX (0.10, 0.11) refuses

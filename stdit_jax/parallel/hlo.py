@@ -5,6 +5,7 @@ The body of a loop counts as often as it runs; XLA's own cost analysis counts it
 
 import collections
 import dataclasses
+import math
 import re
 
 COLLECTIVES: tuple[str, ...] = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
@@ -43,15 +44,8 @@ def shape_bytes(text: str, main_memory: bool = False) -> int:
 
   With `main_memory`, arrays in on-chip memory (memory spaces S(1) and up) do not count.
   """
-  total = 0
-  for dtype, sides, layout in _SHAPE.findall(text):
-    if main_memory and "S(" in layout:
-      continue
-    size = _BYTES[dtype]
-    for side in filter(None, sides.split(",")):
-      size *= int(side)
-    total += size
-  return total
+  counted = ((dtype, sides) for dtype, sides, layout in _SHAPE.findall(text) if not (main_memory and "S(" in layout))
+  return sum(_BYTES[dtype] * math.prod(int(side) for side in sides.split(",") if side) for dtype, sides in counted)
 
 
 def computations(text: str) -> tuple[dict[str, list[tuple[str, str, str, str]]], str | None]:
@@ -75,7 +69,7 @@ def _trips(rest, found):
   return max((int(match[1]) for text in constants if (match := re.match(r"(\d+)\)", text))), default=1)
 
 
-def multiplicities(found, entry):
+def multiplicities(found: dict[str, list], entry: str | None) -> tuple[collections.Counter, set[str]]:
   """({computation: how often it runs}, set of the fused ones among them).
 
   Computations are the entry, the bodies of its loops, the ones it calls, and fusions with a collective inside.
@@ -199,12 +193,10 @@ def _uses(found, body, name):
   total = 0
   for user, kind, opcode, rest in body:
     for i, operand in enumerate(_operands(rest)):
-      if operand != name or opcode == "parameter":
+      if operand != name or opcode == "parameter" or (opcode == "dynamic-update-slice" and i == 0):  # that is in place
         continue
       if opcode in ("dynamic-slice", "slice"):
         total += shape_bytes(kind)
-      elif opcode == "dynamic-update-slice" and i == 0:
-        total += 0  # in place
       elif opcode in ("bitcast", "get-tuple-element"):
         total += _uses(found, body, user)
       elif opcode == "fusion" and (inner := found.get(_called(rest))):

@@ -22,8 +22,7 @@ def mesh_sizes(sizes: dict[str, int], num_devices: int, name: str = "mesh", of: 
   Raises:
     ValueError: sizes that do not make the devices, naming sizes that do.
   """
-  unknown = sorted(set(sizes) - set(AXES))
-  if unknown:
+  if unknown := sorted(set(sizes) - set(AXES)):
     raise ValueError(f"{name}: unknown axis {unknown[0]!r}; allowed: {', '.join(AXES)}")
   sizes = {axis: int(sizes.get(axis, 1)) for axis in AXES}
   free = [axis for axis, n in sizes.items() if n == -1]

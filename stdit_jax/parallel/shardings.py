@@ -7,14 +7,18 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
+
+AnyMesh = Mesh | AbstractMesh
+Tree = dict[str, Any]  # of arrays or shapes, such as parameters or a batch
 
 
 def _parts(mesh, axes):
@@ -50,23 +54,23 @@ class Layout:
       axes = {"batch": ("data", "fsdp", "sequence"), "tokens": None, "heads": "tensor"}
     return {None: None, "tensor": "tensor"} | axes
 
-  def spec(self, *names):
+  def spec(self, *names: str | None) -> P:
     """PartitionSpec of dimensions named "batch", "tokens", "heads", "tensor" or None (not split)."""
     return P(*(self.axes[name] for name in names))
 
-  def parts(self, name):
+  def parts(self, name: str | None) -> int:
     """Parts into which a dimension of this name is split."""
     return _parts(self.mesh, self.axes[name])
 
-  def sharding(self, *names):
+  def sharding(self, *names: str | None) -> NamedSharding:
     return NamedSharding(self.mesh, self.spec(*names))
 
   @property
-  def batch_parts(self):
+  def batch_parts(self) -> int:
     """Parts of a batch."""
     return self.parts("batch")
 
-  def process_parts(self):
+  def process_parts(self) -> tuple[int, ...]:
     """Numbers of the `batch_parts` that lie on this process's devices, in order."""
     sizes = [n if axis in self.axes["batch"] else 1 for axis, n in self.mesh.shape.items()]
     numbers = np.broadcast_to(np.arange(self.batch_parts).reshape(sizes), self.mesh.devices.shape)
@@ -74,12 +78,12 @@ class Layout:
     return tuple(int(n) for n in np.unique(numbers.reshape(-1)[own]))
 
   @property
-  def token_parts(self):
+  def token_parts(self) -> int:
     """Parts of tokens or frames. Their number is padded to a multiple."""
     return self.parts("tokens")
 
   @property
-  def tensor_parts(self):
+  def tensor_parts(self) -> int:
     """Parts of heads over `tensor`. Their number is padded to a multiple."""
     return self.parts("tensor")
 
@@ -93,22 +97,20 @@ class ArraySpec:
   axes: tuple[str | None, ...] = ("batch",)
 
   @property
-  def struct(self):
+  def struct(self) -> jax.ShapeDtypeStruct:
     """The same for JAX, without a sharding."""
     return jax.ShapeDtypeStruct(self.shape, self.dtype)
 
 
-def constrain(x, layout, *names):
+def constrain(x: jax.Array, layout: Layout | None, *names: str | None) -> jax.Array:
   """Asks XLA to lay `x` out as `layout.spec(*names)`. Without a layout, returns `x`.
 
   The sharding carries its mesh: a constraint by names alone vanishes silently outside `jax.set_mesh`.
   """
-  if layout is None:
-    return x
-  return jax.lax.with_sharding_constraint(x, layout.sharding(*names))
+  return x if layout is None else jax.lax.with_sharding_constraint(x, layout.sharding(*names))
 
 
-def gather_layer(params, prefix, layout, dtype, rules):
+def gather_layer(params: Any, prefix: str, layout: Layout | None, dtype: DTypeLike, rules: Sequence) -> Any:
   """The parameters of one layer as its products take them: cast to `dtype`, then whole along `fsdp`.
 
   Called inside the loop over depth. Without this function XLA gathers float32, gathers all layers before the loop, or reduces
@@ -149,7 +151,7 @@ def _gather_backward(split, _whole, _dtype, like, gradient):
 _gather.defvjp(_gather_forward, _gather_backward)
 
 
-def path_name(path):
+def path_name(path: tuple) -> str:
   """'params/spatial_blocks/mlp/fc1/kernel' of a jax key path."""
   return jax.tree_util.keystr(path, simple=True, separator="/")
 
@@ -170,7 +172,7 @@ BLOCK_RULES = (
 )
 
 
-def spec_for(name, shape, mesh, rules):
+def spec_for(name: str, shape: tuple[int, ...], mesh: AnyMesh, rules: Sequence) -> P:
   """PartitionSpec of the parameter `name` by the first rule that matches.
 
   Raises:
@@ -190,15 +192,20 @@ def spec_for(name, shape, mesh, rules):
   return spec
 
 
-def tree_shardings(tree, mesh, rules):
+def tree_shardings(tree: Any, mesh: AnyMesh, rules: Sequence) -> Any:
   """NamedSharding for every leaf of `tree` (arrays or shapes). Scalars are replicated.
 
   Paths of optimizer moments and of the average contain the parameter's own path, so one table serves the whole state.
   """
 
   def sharding(path, leaf):
-    if not leaf.shape:
-      return NamedSharding(mesh, P())
-    return NamedSharding(mesh, spec_for(path_name(path), leaf.shape, mesh, rules))
+    return NamedSharding(mesh, spec_for(path_name(path), leaf.shape, mesh, rules) if leaf.shape else P())
 
   return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def with_shardings(shapes: Any, mesh: AnyMesh | None, rules: Sequence) -> Any:
+  """ShapeDtypeStructs with the shardings of `tree_shardings`. Without a mesh they lie on the first device of this process."""
+  device = SingleDeviceSharding(jax.local_devices()[0])
+  places = tree_shardings(shapes, mesh, rules) if mesh else jax.tree.map(lambda _: device, shapes)
+  return jax.tree.map(lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, places)

@@ -2,7 +2,7 @@
 
 import functools
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -70,7 +70,9 @@ def update_seconds(resident: dict[str, int], topology: str) -> float:
   return moved / (CHIPS[parse_topology(topology)].memory_gbs * 1e9)
 
 
-def encoder_seconds(stage: Stage, parts: Components, shares, topology: str, chips: int) -> dict[str, float]:
+def encoder_seconds(
+  stage: Stage, parts: Components, shares: Mapping[Key, float], topology: str, chips: int
+) -> dict[str, float]:
   """{"videos", "captions"}: mean seconds of the encoders for a micro step, at the published peak of the chips.
 
   An encoder takes 0 seconds if its results are cached or on disk. XLA counts the FLOPs of the autoencoder, for the aspect ratio

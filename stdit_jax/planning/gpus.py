@@ -2,12 +2,13 @@
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from stdit_jax.parallel.attention import valid_keys
 
 
 @jax.custom_vjp
-def stand_in(query, key, value, lengths, mask):
+def stand_in(query: Array, key: Array, value: Array, lengths: Array | None, mask: Array | None) -> Array:
   """Reads, writes and saves as many bytes as cuDNN's flash attention. Its values mean nothing.
 
   Arguments are those of `attention.cudnn_kernel`.

@@ -18,9 +18,7 @@ def sensible_meshes(chips: int, width: int) -> list[dict[str, int]]:
   """
   divide = [d for d in range(min(4, chips), MOST_FSDP + 1) if chips % d == 0 and width % d == 0] or [1]
   fsdp = [d for d in divide if width % (d * TILE) == 0] or divide
-  return [
-    dict(zip(AXES, (chips // f // s, f, s, 1))) for f in fsdp for s in SEQUENCE if (chips // f) % s == 0
-  ]  # fmt: skip
+  return [dict(zip(AXES, (chips // f // s, f, s, 1))) for f in fsdp for s in SEQUENCE if (chips // f) % s == 0]
 
 
 def with_mesh(config: dict[str, Any], mesh: dict[str, int]) -> dict[str, Any]:

@@ -7,19 +7,21 @@ import math
 import pathlib
 import re
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 
 from data.buckets import Bucket
+from stdit_jax.config import Config
 from stdit_jax.models import flops
 from stdit_jax.parallel import hlo
 from stdit_jax.parallel.mesh import make_mesh
-from stdit_jax.parallel.shardings import tree_shardings
+from stdit_jax.parallel.shardings import AnyMesh, tree_shardings
 from stdit_jax.parallel.topology import CHIPS, compiler_version, is_gpu, parse_topology, topology_devices
 from stdit_jax.planning import gpus
 from stdit_jax.training.checkpoints import from_plain
-from stdit_jax.training.objectives import make_objective
+from stdit_jax.training.objectives import Objective, make_objective
 from stdit_jax.training.stage_data import choose_splits
 from stdit_jax.training.stages import make_stages
 from stdit_jax.training.state import make_optimizer, state_shapes
@@ -45,14 +47,14 @@ class Job:
   slices: int = 1
 
 
-def bytes_per_device(shapes, mesh, rules) -> int:
+def bytes_per_device(shapes: Any, mesh: AnyMesh, rules: Sequence) -> int:
   """Bytes of a tree on one device under the sharding rules."""
   shardings = tree_shardings(shapes, mesh, rules)
   parts = jax.tree.map(lambda s, d: math.prod(d.shard_shape(s.shape)) * s.dtype.itemsize, shapes, shardings)
   return sum(jax.tree.leaves(parts))
 
 
-def resident_bytes(config, objective, mesh) -> dict[str, int]:
+def resident_bytes(config: Config, objective: Objective, mesh: AnyMesh) -> dict[str, int]:
   """{what: bytes on one device} of the arrays that stay in memory while a program runs, with its arguments."""
   params, frozen = objective.shapes
   states = state_shapes(params, make_optimizer(config.optimizer))
@@ -62,7 +64,7 @@ def resident_bytes(config, objective, mesh) -> dict[str, int]:
   return sizes | {"frozen": frozen + objective.beside(bytes_per_device, mesh)}
 
 
-def lower(job: Job):
+def lower(job: Job) -> tuple[jax.stages.Lowered, dict[str, Any]]:
   """Lowers the gradient program of a bucket. It is the program that trains, except for cuDNN's attention on GPUs (gpus.py).
 
   Returns:
@@ -101,14 +103,14 @@ def lower(job: Job):
   return program.lower(), facts
 
 
-def text_digest(lowered, topology: str) -> str:
+def text_digest(lowered: jax.stages.Lowered, topology: str) -> str:
   """sha256 of all that a result depends on: program text, topology, compiler, and the reader of its output (hlo.py)."""
   versions = f"{topology} {jax.__version__} {importlib.metadata.version('jaxlib')} {compiler_version(topology)}"
   reader = pathlib.Path(hlo.__file__).read_text()
   return hashlib.sha256(f"{versions}\n{reader}\n{lowered.as_text()}".encode()).hexdigest()[:32]
 
 
-def compile_program(lowered) -> dict[str, Any]:
+def compile_program(lowered: jax.stages.Lowered) -> dict[str, Any]:
   """Compiles a lowered program and reads its memory and traffic.
 
   Returns:
@@ -116,7 +118,7 @@ def compile_program(lowered) -> dict[str, Any]:
   """
   started = time.monotonic()
   try:
-    compiled = lowered.compile()
+    compiled: Any = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
     text = " ".join(str(error).split())
     if "RESOURCE_EXHAUSTED" not in text:

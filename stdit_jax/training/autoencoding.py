@@ -1,22 +1,27 @@
 """The objective of autoencoders of images or videos: the losses, with their batches and weights."""
 
 import functools
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from data import plan, sources
 from data.aspect_ratios import SIZES
 from data.config import DataConfig
 from stdit_jax.autoencoders import discriminator, losses, perceptual
 from stdit_jax.autoencoders.latents import draw, to_float
 from stdit_jax.autoencoders.registry import DTYPES, autoencoder_model, check_lengths, family_of
 from stdit_jax.components import need_file
+from stdit_jax.config import Config
 from stdit_jax.diffusion.noise import Purpose, fold_in, sample_keys
 from stdit_jax.interop import load_variables, measures
-from stdit_jax.parallel.shardings import ArraySpec, tree_shardings
-from stdit_jax.training.batches import AutoencoderBatches
+from stdit_jax.parallel.shardings import ArraySpec, Layout, Tree, tree_shardings
+from stdit_jax.training.batches import AutoencoderBatches, Encoders
 from stdit_jax.training.state import init_shapes
 
 WEIGHTS = ("reconstruction", "kl", "latent", "identity", "perceptual", "adversarial")  # autoencoder.<name>_weight
@@ -44,7 +49,7 @@ class AutoencoderObjective:
   rules, resizable = RULES, ()
   shapes = functools.cached_property(init_shapes)
 
-  def __init__(self, config):
+  def __init__(self, config: Config):
     self.config = config
     own = config.autoencoder
     self.model = autoencoder_model(own)
@@ -109,9 +114,8 @@ class AutoencoderObjective:
 
   # Batches.
 
-  def batch(self, bucket, rows, token_parts=1):
+  def batch(self, bucket: tuple[str, int], rows: int, token_parts: int = 1) -> Tree:
     """The arrays of one batch as a tree of `ArraySpec`."""
-    del token_parts
     crop = self.config.autoencoder.crop
     return {
       "pixels": ArraySpec((rows, bucket[1], crop, crop, 3), jnp.uint8),
@@ -119,23 +123,22 @@ class AutoencoderObjective:
       "sample_id": ArraySpec((rows, 2), jnp.uint32),
     }
 
-  def work(self, batch):
+  def work(self, batch: Tree) -> tuple[int, float]:
     """(0, 0): there is no formula for tokens and FLOPs."""
-    del batch
     return 0, 0
 
   def data_config(self, config: DataConfig) -> DataConfig:
     """`config` unchanged: an autoencoder needs no labels."""
     return config
 
-  def open_cache(self, data, table):
+  def open_cache(self, data: DataConfig, table: sources.Table) -> NoReturn:
     """Raises ValueError: an autoencoder reads no latents."""
     raise ValueError(f"data.latents={data.latents!r} are for denoisers; an autoencoder needs videos")
 
-  def worker(self, cache):
+  def worker(self, cache: Any) -> None:
     """None: an autoencoder needs no captions."""
 
-  def check_plan(self, clips):
+  def check_plan(self, clips: plan.Plan) -> None:
     """Raises ValueError if a clip of the first epoch is smaller than the crop."""
     crop, seen = self.config.autoencoder.crop, self.config.data.parsed_buckets()
     numbers, _, ratios = clips.all_slots()
@@ -148,14 +151,13 @@ class AutoencoderObjective:
           f"{min(height, width)}, a larger resolution, or remove such files from the table"
         )
 
-  def batch_maker(self, encoders, name):
+  def batch_maker(self, encoders: Encoders, name: str) -> AutoencoderBatches:
     """`(LoadedStep, layout) -> global arrays`."""
-    del encoders, name
     return AutoencoderBatches(self.config)
 
   # Weights.
 
-  def check_files(self):
+  def check_files(self) -> None:
     """Raises ValueError if a file that the run will read does not exist, or if the run would not read a given file."""
     own, init = self.config.autoencoder, self.config.init
     if own.weights:
@@ -179,14 +181,14 @@ class AutoencoderObjective:
     own = self.config.autoencoder.perceptual
     return measures.load_perceptual(own.name, need_file(own.weights, "autoencoder.perceptual.weights"), own.sha256)
 
-  def read_frozen(self, mesh):
+  def read_frozen(self, mesh: Mesh) -> Tree:
     """{name of `from_files`: parameters} from the files of the configuration, placed on the mesh."""
     if not self.from_files:
       return {}
     trunk = {"perceptual": self._load_perceptual()}
     return jax.device_put(trunk, tree_shardings(trunk, mesh, self.rules))
 
-  def read_initial(self, params, mesh):
+  def read_initial(self, params: Tree, mesh: Mesh) -> Tree:
     """`params` of `init`, with the image autoencoder from its own file."""
     if not (path := self.config.autoencoder.image_weights):
       return params
@@ -197,25 +199,23 @@ class AutoencoderObjective:
     loaded = load_variables(path, family.layouts, shapes, config=image, shardings=shardings)
     return {**params, "autoencoder": {**params["autoencoder"], "image": loaded["params"]}}
 
-  def load_checkpoint(self, path, params, frozen, mesh):
+  def load_checkpoint(self, path: str, params: Tree, frozen: Tree, mesh: Mesh) -> tuple[Tree, Tree]:
     """(params, frozen) with the autoencoder of a checkpoint, whose latents may have another shift and scale."""
     current = {"params": params["autoencoder"]}
     shardings = tree_shardings(current, mesh, self.rules)
-    config = self.model.config
     options = {"strict": self.config.init_strict, "numbers": False, "shardings": shardings}
-    loaded = load_variables(path, self.family.layouts, current, config=config, **options)
+    loaded = load_variables(path, self.family.layouts, current, config=self.model.config, **options)
     return {**params, "autoencoder": loaded["params"]}, frozen
 
-  def beside(self, bytes_per_device, mesh):
+  def beside(self, bytes_per_device: Any, mesh: Any) -> int:
     """0: there is no encoder beside `params` and `frozen`."""
-    del bytes_per_device, mesh
     return 0
 
-  def splits(self, num_frames, devices):
+  def splits(self, num_frames: int, devices: int) -> bool:
     """Whether clips of so many frames can be split in time over so many devices."""
     return self.family.splits(self.model.config, num_frames, devices)
 
-  def init(self, key):
+  def init(self, key: jax.Array) -> tuple[Tree, Tree]:
     """(params, frozen) with the original initialisation. The perceptual trunk is zeros until `read_frozen`."""
     model_key, discriminator_key = jax.random.split(key)
     params, frozen = {"autoencoder": self.family.init(self.model, model_key)["params"]}, {}
@@ -226,7 +226,7 @@ class AutoencoderObjective:
       frozen["perceptual"] = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     return params, frozen
 
-  def loss(self, params, frozen, batch, layout=None):
+  def loss(self, params: Tree, frozen: Tree, batch: Tree, layout: Layout | None = None) -> tuple[jax.Array, Tree]:
     """A batch with pixels uint8 `[B, T, crop, crop, 3]` -> (loss per sample, its terms and further values per sample)."""
     loss, values, made = self._terms(params["autoencoder"], frozen, batch, layout)
     if not self.weights["adversarial"]:
@@ -240,11 +240,11 @@ class AutoencoderObjective:
     values["discriminator"] = discriminator.hinge_loss(score(real), score(still(fake)))
     return loss + weight * values["adversarial"] + values["discriminator"], values
 
-  def fixed_loss(self, params, frozen, batch, count, layout=None):
+  def fixed_loss(self, params: Tree, frozen: Tree, batch: Tree, count: int, layout: Layout | None = None) -> jax.Array:
     """Loss `[1, B]` without the adversarial term. There are no timesteps. The sample alone decides its crop and noise."""
     return self._terms(params["autoencoder"], frozen, batch, layout)[0][None]
 
-  def fixed_names(self, count):
+  def fixed_names(self, count: int) -> Sequence[str | None]:
     return [None]
 
   def _terms(self, params, frozen, batch, layout):

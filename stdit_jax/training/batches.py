@@ -10,22 +10,26 @@ import functools
 import hashlib
 import itertools
 import logging
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
+from data.loader import LoadedStep, Sample
 from data.tokens import patchify
 from stdit_jax.autoencoders.codec import join, micro_batches
 from stdit_jax.autoencoders.registry import autoencoder_model
-from stdit_jax.components import load_codec, load_text_encoder
+from stdit_jax.components import Components, load_codec, load_text_encoder
+from stdit_jax.config import Autoencoder
 from stdit_jax.models.family import SCALARS, token_grid
-from stdit_jax.parallel.shardings import ArraySpec
+from stdit_jax.parallel.shardings import ArraySpec, Layout, Tree
 
 log = logging.getLogger("data")  # where data/loader.py reports skipped rows
 ROWS = ArraySpec(())  # any array whose first axis is the rows
 
 
-def to_global(batch, specs, layout):
+def to_global(batch: Any, specs: Any, layout: Layout) -> Any:
   """Global arrays over the mesh from the rows of this process.
 
   Args:
@@ -47,7 +51,7 @@ def to_global(batch, specs, layout):
   return jax.tree.map(lay_out, specs, batch)
 
 
-def sample_fields(samples):
+def sample_fields(samples: Sequence[Sample]) -> dict[str, np.ndarray]:
   """The arrays that every batch has: weight and number of each sample."""
   return {
     "weight": np.asarray([s.weight for s in samples], np.float32),
@@ -62,11 +66,11 @@ class LatentCache:
     self.limit, self.bytes, self.hits, self._entries = limit, 0, 0, collections.OrderedDict()
 
   @staticmethod
-  def key(clip):
+  def key(clip: np.ndarray) -> tuple[tuple[int, ...], bytes]:
     """Key of the pixels, whatever row, window or crop they come from."""
     return clip.shape, hashlib.blake2b(np.ascontiguousarray(clip).data, digest_size=16).digest()
 
-  def get(self, key):
+  def get(self, key: Any) -> Sequence[np.ndarray] | None:
     """(mean, std) `[T, h, w, C]`, or None."""
     if key not in self._entries:
       return None
@@ -74,7 +78,7 @@ class LatentCache:
     self._entries.move_to_end(key)
     return self._entries[key]
 
-  def put(self, key, latents):
+  def put(self, key: Any, latents: Sequence[np.ndarray]) -> None:
     size = sum(part.nbytes for part in latents)
     if key in self._entries or size > self.limit:
       return
@@ -97,14 +101,14 @@ class ClipEncoder:
     self._programs = {}
     self.cache = LatentCache(config.cache_gb * 2**30)
 
-  def __call__(self, clips):
+  def __call__(self, clips: Sequence[np.ndarray]) -> list[Any]:
     """uint8 clips `[T, H, W, 3]` -> list of (mean, std), float32 NumPy `[T', h, w, C]`.
 
     In image autoencoders, frames of the same size share micro batches.
     """
     return self.start(clips)()
 
-  def start(self, clips):
+  def start(self, clips: Sequence[np.ndarray]) -> Callable[[], list[Any]]:
     """Starts to encode. Returns a function that waits for the devices and returns the latents."""
     keys = [self.cache.key(clip) if self.cache.limit else None for clip in clips]
     latents = [self.cache.get(key) for key in keys]
@@ -130,10 +134,7 @@ class ClipEncoder:
       by_size[clips[i].shape[1:3]].append(i)
     for members in by_size.values():
       batches = micro_batches(np.concatenate([clips[i] for i in members]), self._codecs[0].micro_batch)
-      yield (
-        members,
-        [part for codec, batch in zip(itertools.cycle(self._codecs), batches) for part in codec.encode_parts(batch)],
-      )
+      yield members, [p for codec, batch in zip(itertools.cycle(self._codecs), batches) for p in codec.encode_parts(batch)]
 
   def _begin_clips(self, clips, missing):
     """Yields ([number of a clip], its pieces) of an autoencoder of clips. Clips go to one device after another."""
@@ -160,7 +161,7 @@ class DenoiserBatches:
     """`components`: of the stage; `clips`: a ClipEncoder, or None for cached latents; `ahead`: of `Encoders.conditioner`."""
     self.components, self._clips, self._ahead = components, clips, ahead
 
-  def __call__(self, step, layout):
+  def __call__(self, step: LoadedStep, layout: Layout) -> Tree:
     """One global batch, as `Components.batch` describes it, from this process's `data.loader.LoadedStep`."""
     samples, config = step.samples, self.components.model.config
     if samples[0].pixels is None:
@@ -189,7 +190,7 @@ class AutoencoderBatches:
   def __init__(self, config):
     self.config, self._too_small = config, set()
 
-  def __call__(self, step, layout):
+  def __call__(self, step: LoadedStep, layout: Layout) -> Tree:
     """One global batch from this process's `data.loader.LoadedStep`."""
     samples, pixels = zip(*map(self._cropped, step.samples))
     batch = {"pixels": np.stack(pixels)} | sample_fields(samples)
@@ -221,10 +222,10 @@ class Encoders:
 
   def __init__(self, counter, mesh):
     self._counter, self._mesh = counter, mesh
-    self.clip_encoder, self._source, self._names = None, None, set()
-    self._ahead = None
+    self.clip_encoder: Any = None
+    self._source, self._names, self._ahead = None, set(), None
 
-  def clips(self, config, stage):
+  def clips(self, config: Autoencoder, stage: str) -> ClipEncoder:
     """The `ClipEncoder` of the group `autoencoder`. Its programs count under the name of the stage."""
     source = autoencoder_model(config).config, config.weights
     if source != self._source:
@@ -234,7 +235,7 @@ class Encoders:
       self.clip_encoder, self._source = ClipEncoder(load_codec(config), config, self._counter, stage), source
     return self.clip_encoder
 
-  def conditioner(self, parts):
+  def conditioner(self, parts: Components) -> Callable[[Tree, Layout], Tree]:
     """`(global arrays, layout) -> cond` of a conditioner that encodes before the step. All stages share the weights."""
     conditioner = parts.conditioner
     if self._ahead is None:

@@ -21,7 +21,7 @@ from configs import base
 from data import paths
 from stdit_jax.config import Config
 from stdit_jax.errors import InputError
-from stdit_jax.parallel.shardings import tree_shardings
+from stdit_jax.parallel.shardings import with_shardings
 from stdit_jax.training.stages import make_stages, stage_that_made
 from stdit_jax.training.watchdog import StartAgain
 
@@ -241,13 +241,10 @@ def load_weights(
   read_config(folder)
   with contextlib.closing(Checkpoints(folder)) as checkpoints:
     step = checkpoints.pick(step)
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     metadata = checkpoints._manager.item_metadata(step)
 
     def read(name):
-      tree = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), metadata[name].tree)
-      places = tree_shardings(tree, mesh, rules) if mesh else jax.tree.map(lambda _: device, tree)
-      shapes = jax.tree.map(lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), tree, places)
+      shapes = with_shardings(metadata[name].tree, mesh, rules)
       args = ocp.args.Composite(**{name: ocp.args.StandardRestore(shapes)})
       return checkpoints._manager.restore(step, args=args)[name]
 

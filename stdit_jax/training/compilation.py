@@ -7,8 +7,12 @@ the GIL and needs no context. After a restart the programs come from the persist
 import concurrent.futures
 import threading
 import time
+from collections.abc import Iterable
 
 import jax
+
+from data.buckets import Bucket
+from stdit_jax.training.step import BucketProgram
 
 _HIT = "/jax/compilation_cache/cache_hits"
 _here = threading.local()  # whether the last compilation of this thread came from the cache
@@ -31,14 +35,12 @@ class AheadOfTime:
   """
 
   def __init__(self, threads, say):
-    self._threads, self._say, self._pool = threads, say, None
+    self._say, self._pool = say, concurrent.futures.ThreadPoolExecutor(threads, "compilation")
     self._lock = threading.Lock()
     self._added, self._open, self._hits, self._seconds = 0, 0, 0, 0.0
 
-  def add(self, name, lowered):
+  def add(self, name: str, lowered: jax.stages.Lowered) -> concurrent.futures.Future:
     """Compiles a lowered program. Returns the future of the compiled program. Messages contain `name`."""
-    if self._pool is None:
-      self._pool = concurrent.futures.ThreadPoolExecutor(self._threads, "compilation")
     with self._lock:
       self._added += 1
       self._open += 1
@@ -58,10 +60,9 @@ class AheadOfTime:
       self._say(f"{done} programs are ready: {hits} from the cache, {done - hits} compiled; {total:.1f} s in all")
     return compiled
 
-  def close(self):
+  def close(self) -> None:
     """Drops the programs that do not compile yet."""
-    if self._pool is not None:
-      self._pool.shutdown(wait=False, cancel_futures=True)
+    self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 class StagePrograms:
@@ -77,7 +78,7 @@ class StagePrograms:
     self._programs, self._splits, self._compiler, self._beat, self._paused = programs, splits, compiler, beat, paused
     self._gradients, self._update = {}, None
 
-  def prepare(self, buckets):
+  def prepare(self, buckets: Iterable[Bucket]) -> None:
     """Lowers the programs of these buckets (`data.buckets.Bucket`) in their order, and starts to compile them."""
     for i, bucket in enumerate(buckets):
       self._beat(f"lowering {bucket.name}", slow=True)
@@ -92,12 +93,12 @@ class StagePrograms:
       self._gradients[bucket] = program, self._compiler.add(program.name, program.lower())
     return self._gradients[bucket]
 
-  def gradient(self, bucket, rows):
+  def gradient(self, bucket: tuple[str, int], rows: int) -> tuple[BucketProgram, jax.stages.Compiled]:
     """(`step.BucketProgram`, its executable) of a bucket. Lowers a program that `prepare` did not get."""
     program, compiled = self._lowered(bucket, rows)
     return program, self._wait(program.name, compiled)
 
-  def update(self):
+  def update(self) -> jax.stages.Compiled:
     """The executable of the update program."""
     return self._wait(f"{self._programs.name}: update", self._update)
 

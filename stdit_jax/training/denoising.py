@@ -3,19 +3,25 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from data import latents, plan, sources
 from data.config import DataConfig
 from stdit_jax.autoencoders.registry import check_lengths, family_of
 from stdit_jax.components import Components, load_denoiser, load_text_encoder, need_file
 from stdit_jax.conditioning import replace_rows
+from stdit_jax.config import Config
 from stdit_jax.diffusion.frame_masks import FrameMasks
 from stdit_jax.diffusion.noise import Purpose, element_index, fold_in, sample_keys, token_noise
 from stdit_jax.models import flops, t5
+from stdit_jax.parallel.shardings import AnyMesh, Layout, Tree
 from stdit_jax.training import latent_caches
-from stdit_jax.training.batches import DenoiserBatches
+from stdit_jax.training.batches import DenoiserBatches, Encoders
 from stdit_jax.training.state import init_shapes
 
 QUARTERS = ("t 0-25%", "t 25-50%", "t 50-75%", "t 75-100%")  # of the timesteps
@@ -32,25 +38,24 @@ class DenoiserObjective:
   counts_flops = True
   shapes = functools.cached_property(init_shapes)
 
-  def __init__(self, config):
+  def __init__(self, config: Config):
     self.config = config
     self.components = Components.of(config)
     self.model, self.diffusion = self.components.model, self.components.diffusion
-    self.frame_masks = FrameMasks.create(dict(config.mask_ratios))
+    family, self.frame_masks = self.components.family, FrameMasks.create(dict(config.mask_ratios))
     self.masked = any(n != "identity" and p > 0 for n, p in zip(self.frame_masks.names, self.frame_masks.probabilities))
-    if self.masked and not self.components.family.supports.frame_masks:
-      raise ValueError(f"config: {self.components.family.name} has no frame masks; leave mask_ratios empty")
+    if self.masked and not family.supports.frame_masks:
+      raise ValueError(f"config: {family.name} has no frame masks; leave mask_ratios empty")
     self.rules, self.from_files = self.components.rules, self.components.conditioner.from_files
-    family = self.components.family
     self.resizable = tuple(f"/{name}" for name in (*(f"{stack}/" for stack in family.stacks), *family.resizable))
 
-  def init(self, key):
+  def init(self, key: jax.Array) -> tuple[Tree, Tree]:
     """(params, frozen) with the original initialisation. Jit it with sharded outputs."""
     return self.components.init(key)
 
   # The loss.
 
-  def loss(self, params, frozen, batch, layout=None):
+  def loss(self, params: Tree, frozen: Tree, batch: Tree, layout: Layout | None = None) -> tuple[jax.Array, Tree]:
     """-> (loss per sample `[B]`, further values per sample). `layout`: of activations on the mesh."""
     keys = functools.partial(sample_keys, self.config.seed, batch["sample_id"])
     frames, sizes = batch["latents_mean"].shape[1], batch["sizes"]
@@ -63,7 +68,7 @@ class DenoiserObjective:
     loss = self._loss_of(params, frozen, batch, layout, drop)(keys(Purpose.NOISE), t, frame_mask)
     return loss, self._by_timestep(loss, t)
 
-  def fixed_loss(self, params, frozen, batch, count, layout=None):
+  def fixed_loss(self, params: Tree, frozen: Tree, batch: Tree, count: int, layout: Layout | None = None) -> jax.Array:
     """Loss `[count, B]` at `count` fixed timesteps. Each sample has its own noise at each timestep.
 
     The loss drops no caption and masks no frame.
@@ -77,7 +82,7 @@ class DenoiserObjective:
 
     return jax.lax.map(at, (jnp.arange(count), jnp.asarray(self.diffusion.fixed_timesteps(count))))
 
-  def fixed_names(self, count):
+  def fixed_names(self, count: int) -> Sequence[str | None]:
     """The quarter of the timesteps of each row of `fixed_loss`."""
     return [QUARTERS[min(3, int(4 * t / self.diffusion.num_timesteps))] for t in self.diffusion.fixed_timesteps(count)]
 
@@ -122,11 +127,11 @@ class DenoiserObjective:
 
   # Batches.
 
-  def batch(self, bucket, rows, token_parts=1):
+  def batch(self, bucket: tuple[str, int], rows: int, token_parts: int = 1) -> Tree:
     """The arrays of one batch as a tree of `ArraySpec`."""
     return self.components.batch(bucket, rows, token_parts)
 
-  def work(self, batch):
+  def work(self, batch: Tree) -> tuple[int, float]:
     """(tokens, model FLOPs) of training on one global batch of `ArraySpec`s.
 
     The tokens include padding, which is 1 to 7 % of them. The FLOPs are three forward passes of the denoiser, without encoders
@@ -135,7 +140,7 @@ class DenoiserObjective:
     rows, frames, space, _ = batch["latents_mean"].shape
     return rows * frames * space, rows * flops.TRAINING * self.components.family.flops(self.model.config, frames, space)
 
-  def splits(self, num_frames, devices):
+  def splits(self, num_frames: int, devices: int) -> bool:
     """True: tokens are padded until the devices divide them."""
     return True
 
@@ -145,18 +150,18 @@ class DenoiserObjective:
       config = dataclasses.replace(config, num_classes=classes, captions="optional")
     return config
 
-  def open_cache(self, data, table):
+  def open_cache(self, data: DataConfig, table: sources.Table) -> latents.Cache:
     """The `data.latents.Cache` that replaces videos. Raises ValueError if it was made from other values."""
     return latent_caches.open_cache(self.config, self.components.conditioner, data, table)
 
-  def worker(self, cache):
+  def worker(self, cache: latents.Cache | None) -> Callable | None:
     """The function of captions and labels for the loader's workers, or None."""
     return self.components.conditioner.worker(cached=bool(cache and cache.text))
 
-  def check_plan(self, clips):
+  def check_plan(self, clips: plan.Plan) -> None:
     """Accepts clips of every size."""
 
-  def batch_maker(self, encoders, name):
+  def batch_maker(self, encoders: Encoders, name: str) -> DenoiserBatches:
     """`(LoadedStep, layout) -> global arrays` of the stage `name`. Loads the encoders that this needs."""
     clips = encoders.clips(self.config.autoencoder, name) if self._encodes_clips else None
     ahead = encoders.conditioner(self.components) if self._encodes_ahead else None
@@ -175,7 +180,7 @@ class DenoiserObjective:
 
   # Weights.
 
-  def check_files(self):
+  def check_files(self) -> None:
     """Raises ValueError if a file that the run will read does not exist, or if a bucket does not suit the autoencoder."""
     config = self.config
     check_lengths(config, self.components.autoencoder.config)
@@ -184,11 +189,11 @@ class DenoiserObjective:
     if self._encodes_ahead or self.from_files:
       need_file(config.text_encoder.weights, "text_encoder.weights")
 
-  def read_frozen(self, mesh):
+  def read_frozen(self, mesh: Mesh) -> Tree:
     """{name of `from_files`: parameters} from the files of the configuration, sharded over the mesh."""
     return {name: self._load_encoder(mesh) for name in self.from_files}
 
-  def read_initial(self, params, mesh):
+  def read_initial(self, params: Tree, mesh: Mesh) -> Tree:
     """`params` of `init`, with the text encoder from its own file."""
     if "text_encoder" in params and self.config.text_encoder.weights:
       return {**params, "text_encoder": self._load_encoder(mesh)}
@@ -197,7 +202,7 @@ class DenoiserObjective:
   def _load_encoder(self, mesh):
     return load_text_encoder(self.config.text_encoder, self.components.conditioner.encoder, mesh)
 
-  def load_checkpoint(self, path, params, frozen, mesh):
+  def load_checkpoint(self, path: str, params: Tree, frozen: Tree, mesh: Mesh) -> tuple[Tree, Tree]:
     """(params, frozen) with the denoiser from a checkpoint in a layout of its family."""
     constants = {"constants": frozen["denoiser"]} if "denoiser" in frozen else {}
     current = {"params": params["denoiser"], **constants}
@@ -205,7 +210,7 @@ class DenoiserObjective:
     frozen = frozen | ({"denoiser": loaded["constants"]} if constants else {})
     return {**params, "denoiser": loaded["params"]}, frozen
 
-  def beside(self, bytes_per_device, mesh):
+  def beside(self, bytes_per_device: Callable[[Any, AnyMesh, Sequence], int], mesh: AnyMesh) -> int:
     """Bytes on one device of the encoders that are in neither `params` nor `frozen`.
 
     `bytes_per_device(shapes, mesh, rules)` counts the bytes of a tree.

@@ -49,7 +49,7 @@ class Source:
   plans: plan.PlanSequence
 
   @classmethod
-  def open(cls, stage, folder: str) -> "Source":
+  def open(cls, stage: Stage, folder: str) -> "Source":
     """The data of a stage. Stores tables and plans in `folder`. Raises ValueError if no row fits, or if a file is missing."""
     try:
       stage.config.data.validate()
@@ -85,29 +85,25 @@ class LatentsWork:
   def __init__(self, made_from, members: Sequence[Source], folder: str, epochs: int, shard_bytes: int, counter):
     self.source, self._counter = members[0], counter
     self._autoencoder = autoencoder_model(self.source.stage.config.autoencoder).config
-    self._bytes = np.dtype(np.float32 if made_from["dtype"] == "float32" else np.float16).itemsize
-    self._bytes *= self._autoencoder.latent_channels * (1 + made_from["log_variance"])
-    self._log_variance = made_from["log_variance"]
+    dtype, channels, self._log_variance = made_from["dtype"], self._autoencoder.latent_channels, made_from["log_variance"]
+    self._bytes = (4 if dtype == "float32" else 2) * channels * (1 + self._log_variance)
     keys = [latents.plan_keys(s.plans.plan(e), s.plans.table, s.data, e) for s in members for e in range(epochs)]
     keys = np.unique(np.concatenate(keys))
     made_for = [s.made_for(epochs) for s in members]
     self.part = latents.prepare(folder, "latents", made_from, keys, made_for, self.sizes, shard_bytes)
-    self.features = latents.features_of(
-      "latents", self._autoencoder.latent_channels, made_from["dtype"], made_from["log_variance"]
-    )
+    self.features = latents.features_of("latents", channels, dtype, self._log_variance)
     self.bad_rows: loader.BadRows | None = None
     self.away: list[int] = []
 
   def _per_clip(self, keys, function):
     """An array with `function(frames, height, width)` of each clip."""
     fields = latents.unpack(keys)
-    kinds, inverse = np.unique(
-      np.stack([fields[name] for name in ("resolution", "num_frames", "ratio")]), axis=1, return_inverse=True
-    )
+    kinds = np.stack([fields[name] for name in ("resolution", "num_frames", "ratio")])
+    kinds, inverse = np.unique(kinds, axis=1, return_inverse=True)
     values = [function(int(n), *latents.size_of(int(r), int(a))[2]) for r, n, a in kinds.T]
     return np.asarray(values)[inverse.reshape(-1)]
 
-  def sizes(self, keys):
+  def sizes(self, keys: np.ndarray) -> np.ndarray:
     """Bytes of the record of each clip."""
 
     def size(frames, height, width):
@@ -115,22 +111,22 @@ class LatentsWork:
 
     return self._per_clip(keys, size) + _RECORD_BYTES
 
-  def expected_bytes(self, keys):
+  def expected_bytes(self, keys: np.ndarray) -> int:
     """Bytes of all records."""
     return int(self.sizes(keys).sum())
 
-  def cost(self, keys):
+  def cost(self, keys: np.ndarray) -> np.ndarray:
     """Megapixels of each clip."""
     return self._per_clip(keys, lambda frames, height, width: frames * height * width / 1e6)
 
-  def count(self, keys):
+  def count(self, keys: np.ndarray) -> str:
     """The number of clips, in words."""
     fields = latents.unpack(keys)
     frames = int(fields["num_frames"].sum())
     return f"{len(keys):,} clips ({frames:,} frames) of {len(np.unique(fields['row'])):,} rows"
 
   @functools.cached_property
-  def encoder(self):
+  def encoder(self) -> batches.ClipEncoder:
     """A `ClipEncoder` without a cache: each clip is encoded once."""
     config = dataclasses.replace(self.source.stage.config.autoencoder, cache_gb=0.0)
     return batches.ClipEncoder(load_codec(config), config, self._counter, self.source.stage.name)
@@ -140,7 +136,7 @@ class LatentsWork:
     codec, devices = self.encoder._codecs[0], jax.local_device_count()
     return max(1, -(-_MICRO_BATCHES * codec.micro_batch * devices // num_frames)) if codec.single_frames else devices
 
-  def measure(self, keys):
+  def measure(self, keys: np.ndarray) -> tuple[float, str]:
     """(seconds per megapixel of the encoder alone, what was measured), for the clips whose size has most of the pixels.
 
     Raises:
@@ -160,7 +156,7 @@ class LatentsWork:
     name = f"{resolution} x {fields['num_frames']}"
     return seconds / most, f"{name} takes {seconds:.3g} s a clip on {jax.local_device_count()} device(s)"
 
-  def records(self, keys):
+  def records(self, keys: np.ndarray) -> Iterator[tuple[Any, dict[str, Any]]]:
     """Yields (key, record) of these clips in order. The caller must close it.
 
     Raises:
@@ -229,6 +225,7 @@ class TextWork:
 
   def __init__(self, made_from, members: Sequence[Source], folder: str, epochs: int, shard_bytes: int):
     self._members, self._config = members, members[0].stage.config.text_encoder
+    self._turn = _CAPTIONS * jax.local_device_count()  # captions that are encoded together
     self._decoders = [loader.RowDecoder(s.data, s.plans.table, None) for s in members]
     self._tokenize = tokenizer(self._config)
     self._channels = t5.get_config(self._config.name, **self._config.fields).d_model
@@ -257,20 +254,20 @@ class TextWork:
     number, epoch, slot_row = self._where[np.searchsorted(self._keys, key)].tolist()
     return self._decoders[number].caption(self._members[number].plans.table.row(slot_row), epoch, slot_row)
 
-  def sizes(self, keys):
+  def sizes(self, keys: np.ndarray) -> np.ndarray:
     """Upper bound of the bytes of each record. Shards have as many captions as fit with this bound."""
     return np.full(len(keys), self._config.max_length * self._bytes + _RECORD_BYTES)
 
-  def expected_bytes(self, keys):
+  def expected_bytes(self, keys: np.ndarray) -> float:
     """Bytes of all records, estimated from the tokens of some captions."""
     some = keys[:: -(-len(keys) // 256)]
     tokens = np.mean([self._tokenize(self._caption(key))[1].sum() for key in some])
     return len(keys) * (tokens * self._bytes + _RECORD_BYTES)
 
-  def cost(self, keys):
+  def cost(self, keys: np.ndarray) -> np.ndarray:
     return np.ones(len(keys))
 
-  def count(self, keys):
+  def count(self, keys: np.ndarray) -> str:
     return f"{len(keys):,} captions"
 
   @functools.cached_property
@@ -288,23 +285,21 @@ class TextWork:
 
   def _start(self, captions):
     """([number of tokens], features that the devices compute) of at most one turn of captions."""
-    size = _CAPTIONS * jax.local_device_count()
     ids, masks = zip(*map(self._tokenize, captions))
-    fill = [(0, size - len(captions)), (0, 0)]
+    fill = [(0, self._turn - len(captions)), (0, 0)]
     return [int(mask.sum()) for mask in masks], self._embed(np.pad(ids, fill), np.pad(masks, fill, constant_values=True))
 
-  def measure(self, keys):
-    captions = [self._caption(key) for key in keys[: _CAPTIONS * jax.local_device_count()]]
+  def measure(self, keys: np.ndarray) -> tuple[float, str]:
+    captions = [self._caption(key) for key in keys[: self._turn]]
     np.asarray(self._start(captions)[1])  # compiles
     began = time.monotonic()
     np.asarray(self._start(captions)[1])
-    seconds = (time.monotonic() - began) / (_CAPTIONS * jax.local_device_count())
+    seconds = (time.monotonic() - began) / self._turn
     del self._embed  # the latents need the memory first; `records` loads the encoder again
     return seconds, f"a caption takes {seconds:.3g} s on {jax.local_device_count()} device(s)"
 
-  def records(self, keys):
-    size = _CAPTIONS * jax.local_device_count()
-    turns = (keys[begin : begin + size] for begin in range(0, len(keys), size))
+  def records(self, keys: np.ndarray) -> Iterator[tuple[Any, dict[str, Any]]]:
+    turns = (keys[begin : begin + self._turn] for begin in range(0, len(keys), self._turn))
     turns = ((turn, [self._caption(key) for key in turn]) for turn in turns)
     for turn, captions, lengths, features in _one_behind((*turn, *self._start(turn[1])) for turn in turns):
       yield from self._finished(turn, captions, lengths, features)

@@ -1,14 +1,19 @@
 """The weights of step 0: the original initialisation, replaced by the files of the configuration."""
 
+from typing import Any
+
 import jax
+from jax.sharding import Mesh
 
 from stdit_jax.components import need_file
-from stdit_jax.parallel.shardings import path_name, tree_shardings
+from stdit_jax.config import Config
+from stdit_jax.parallel.shardings import Tree, tree_shardings
 from stdit_jax.training.checkpoints import is_run_folder, load_weights, stage_config
-from stdit_jax.training.objectives import part_of
+from stdit_jax.training.objectives import Objective, part_of
+from stdit_jax.training.transition import by_name
 
 
-def initial_weights(objective, config, key, mesh):
+def initial_weights(objective: Objective, config: Config, key: jax.Array, mesh: Mesh) -> tuple[Tree, Tree]:
   """(params, frozen) of step 0 over the mesh. Raises CheckpointError or ValueError for a missing, broken or foreign file."""
   params, frozen = jax.jit(objective.init, out_shardings=tree_shardings(objective.shapes, mesh, objective.rules))(key)
   frozen |= objective.read_frozen(mesh)
@@ -21,7 +26,7 @@ def initial_weights(objective, config, key, mesh):
   return objective.load_checkpoint(path, params, frozen, mesh)
 
 
-def from_run(objective, path, params, frozen, mesh):
+def from_run(objective: Objective, path: str, params: Tree, frozen: Tree, mesh: Mesh) -> tuple[Tree, Tree]:
   """(params, frozen) with the averaged weights of another run's folder. Raises ValueError for another model."""
   config, step = stage_config(path)
   if (part := part_of(config)) != objective.part:
@@ -35,12 +40,9 @@ def from_run(objective, path, params, frozen, mesh):
   return params | found, frozen | constants
 
 
-def check_same_shapes(expected, found, where):
+def check_same_shapes(expected: Any, found: Any, where: str) -> None:
   """Raises ValueError if shapes differ. It names the first parameters that differ."""
-  ours, theirs = (
-    {path_name(p): tuple(x.shape) for p, x in jax.tree_util.tree_flatten_with_path(tree)[0]} for tree in (expected, found)
-  )
-  wrong = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
-  if wrong:
+  ours, theirs = ({name: tuple(x.shape) for name, x in by_name(tree).items()} for tree in (expected, found))
+  if wrong := sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)):
     details = "; ".join(f"{n}: {theirs.get(n, 'missing')}, model has {ours.get(n, 'none')}" for n in wrong[:5])
     raise ValueError(f"{where} belongs to another model: {len(wrong)} parameters differ ({details})")

@@ -5,9 +5,13 @@
 
 import dataclasses
 import json
+from typing import Any
 
 from data import latents, paths
+from data.config import DataConfig
+from data.sources import Table
 from stdit_jax.autoencoders.registry import autoencoder_model
+from stdit_jax.config import Autoencoder, Config, TextEncoder
 from stdit_jax.models import t5
 
 
@@ -20,25 +24,23 @@ def _if_there(path):
   return {"weights": paths.fingerprint(path)} if path and paths.exists(path) else {}
 
 
-def autoencoder_identity(config):
+def autoencoder_identity(config: Autoencoder) -> dict[str, Any]:
   """What decides the latents of pixels, from the group `autoencoder` of a configuration."""
   fields = dataclasses.asdict(autoencoder_model(config).config)
   del fields["remat"]
   return {"name": config.name, "dtype": config.dtype, "fields": _plain(fields), **_if_there(config.weights)}
 
 
-def text_identity(config):
+def text_identity(config: TextEncoder) -> dict[str, Any]:
   """What decides the features of captions, from the group `text_encoder` of a configuration."""
   fields = dataclasses.asdict(t5.get_config(config.name, **config.fields))
   fields = {name: value for name, value in fields.items() if name not in ("scan", "remat")}
-  tokenizer = config.tokenizer
-  if paths.is_folder(tokenizer):
-    tokenizer = paths.fingerprint(tokenizer)
+  tokenizer = paths.fingerprint(config.tokenizer) if paths.is_folder(config.tokenizer) else config.tokenizer
   plain = {name: getattr(config, name) for name in ("name", "max_length", "clean_captions")}
   return {**plain, "tokenizer": tokenizer, "fields": _plain(fields), **_if_there(config.weights)}
 
 
-def open_cache(config, conditioner, data, table):
+def open_cache(config: Config, conditioner: Any, data: DataConfig, table: Table) -> latents.Cache:
   """The `data.latents.Cache` of a stage. Raises ValueError, which names the differences, if it has another provenance.
 
   Args:

@@ -1,22 +1,25 @@
 """The training loop, the same for every objective: stages of steps, resumable at every checkpoint."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from data.loader import LoadedStep, Loader
 from data.shards import duration
 from stdit_jax.errors import InputError
+from stdit_jax.parallel.shardings import Tree
 from stdit_jax.training.compilation import StagePrograms
 from stdit_jax.training.metrics import Averages, Metrics, Speed, speed_note, stage_note
 from stdit_jax.training.nonfinite import MicroStep, NonFinite, TooManyNonFinite
 from stdit_jax.training.preemption import Preempted, Preemption
 from stdit_jax.training.profiling import Profiler
 from stdit_jax.training.restarts import Restarts
-from stdit_jax.training.run import say
-from stdit_jax.training.validation import describe
+from stdit_jax.training.run import Run, say
+from stdit_jax.training.validation import Validation, describe
 
 
 class Feed:
@@ -27,7 +30,7 @@ class Feed:
     self.make_batch = run.batch_maker(parts)
     self.loader = parts.data.loader(taken, skip)
 
-  def next(self, step):
+  def next(self, step: int) -> tuple[LoadedStep, Tree]:
     """(LoadedStep, its arrays) for the optimizer step after `step`. Raises InputError for unreadable data."""
     self._run.beat(f"step {step + 1}: waiting for data")
     try:
@@ -46,7 +49,7 @@ class Feed:
     self.loader.close()
 
 
-def train(run, on_sample=None, restarts=None, started=None):
+def train(run: Run, on_sample: Callable | None = None, restarts: Restarts | None = None, started: tuple | None = None) -> Tree:
   """Runs all stages to the end.
 
   Args:
@@ -173,7 +176,9 @@ def train(run, on_sample=None, restarts=None, started=None):
   return state
 
 
-def validate(validation, step, params, frozen, make_batch, metrics):
+def validate(
+  validation: Validation, step: int, params: Tree, frozen: Tree, make_batch: Callable[..., Tree], metrics: Metrics
+) -> None:
   """Measures, records and prints the loss of these weights on fixed samples."""
   began = time.monotonic()
   values = validation(params, frozen, make_batch)
@@ -181,12 +186,12 @@ def validate(validation, step, params, frozen, make_batch, metrics):
   say(f"validation of step {step}: {describe(values)} in {duration(time.monotonic() - began)}")
 
 
-def notes(loader, nonfinite):
+def notes(loader: Loader, nonfinite: NonFinite) -> str:
   """Bad files and skipped steps, for the console."""
   bad = f"  {len(loader.bad_rows)} bad files" if loader.bad_rows else ""
   return bad + (f"  {nonfinite.count} non-finite steps skipped" if nonfinite.count else "")
 
 
-def largest(value):
+def largest(value: float) -> float:
   """The largest value of all processes, which all call it."""
   return float(np.max(multihost_utils.process_allgather(np.asarray(value)))) if jax.process_count() > 1 else value

@@ -15,17 +15,19 @@ The configuration of a stage makes an objective. It has
 All randomness comes from the key of the sample.
 """
 
+from stdit_jax.config import Config
 from stdit_jax.training.autoencoding import AutoencoderObjective
 from stdit_jax.training.denoising import DenoiserObjective
 
+Objective = DenoiserObjective | AutoencoderObjective
 OBJECTIVES = {"denoiser": DenoiserObjective, "autoencoder": AutoencoderObjective}
 
 
-def part_of(config):
+def part_of(config: Config) -> str:
   """What a configuration trains: "denoiser" or "autoencoder", the name of its parameters in a checkpoint."""
   return config.task
 
 
-def make_objective(config):
+def make_objective(config: Config) -> Objective:
   """The objective of a stage's configuration. Raises ValueError for parts that do not fit."""
   return OBJECTIVES[part_of(config)](config)

@@ -34,7 +34,7 @@ class Preemption:
   def _note(self, *_):
     self._told = True
 
-  def requested(self):
+  def requested(self) -> bool:
     """Whether to stop now. The answer is the same on all processes. Call it once per optimizer step."""
     if jax.process_count() == 1:
       return self._told

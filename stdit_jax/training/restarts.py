@@ -6,18 +6,22 @@ The step alone tells the stage, and the number of micro steps of the data so far
 
 import contextlib
 import json
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
 
 from data import paths
 from stdit_jax.errors import InputError
-from stdit_jax.parallel.shardings import tree_shardings
+from stdit_jax.parallel.shardings import Tree, tree_shardings, with_shardings
 from stdit_jax.training import initial, transition
 from stdit_jax.training.checkpoints import CONFIG, DamagedCheckpointError, plain
-from stdit_jax.training.run import say, warn
-from stdit_jax.training.stages import changed_keys, identity
-from stdit_jax.training.state import new_state, with_shardings
+from stdit_jax.training.nonfinite import TooManyNonFinite
+from stdit_jax.training.objectives import Objective
+from stdit_jax.training.run import Run, StageParts, say, warn
+from stdit_jax.training.stages import Stage, changed_keys, identity
+from stdit_jax.training.state import new_state
 from stdit_jax.training.watchdog import StartAgain
 
 
@@ -28,11 +32,11 @@ class Restarts:
     skip: {name of a stage: micro steps of its plan that the run skips}.
   """
 
-  def __init__(self, run):
+  def __init__(self, run: Run):
     self.run, self.checkpoints = run, run.checkpoints
     self.skip, self._went_back_to = {}, None
 
-  def start(self):
+  def start(self) -> tuple[Tree, Tree, int]:
     """(state, frozen, step) of the newest readable checkpoint, or of step 0.
 
     Raises:
@@ -137,7 +141,7 @@ class Restarts:
       parts.data.follow(position.get("sources", ()))
     return same
 
-  def save(self, step, state, frozen):
+  def save(self, step: int, state: Tree, frozen: Tree) -> None:
     """Writes a checkpoint after `step` optimizer steps."""
     self.run.beat(f"step {step}: saving", slow=True)
     parts, made = self.run.parts_of(step), self.run.parts_that_made(step)
@@ -149,7 +153,7 @@ class Restarts:
     own = {name: tree for name, tree in frozen.items() if name not in made.objective.from_files}
     self.checkpoints.save(step, state, own, position)
 
-  def go_back(self, failure):
+  def go_back(self, failure: TooManyNonFinite) -> tuple[Tree, Tree, int]:
     """(state, frozen, step) of the last checkpoint. From there the run skips the failed micro steps.
 
     Raises:
@@ -182,7 +186,7 @@ class Restarts:
     self.skip = skip
     return state, frozen, target
 
-  def enter(self, parts, state, frozen, step):
+  def enter(self, parts: StageParts, state: Tree, frozen: Tree, step: int) -> tuple[Tree, Tree]:
     """(state, frozen) for the stage at `step`.
 
     Changes the model if the stage has another one. Resets the optimizer at the start of a stage with keep_optimizer=False.
@@ -201,12 +205,12 @@ class Restarts:
     return state, frozen
 
 
-def constants(objective):
+def constants(objective: Objective) -> Tree:
   """Shapes of the part of `frozen` that a checkpoint has, such as the null caption. Every start reads the rest from files."""
   return {name: tree for name, tree in objective.shapes[1].items() if name not in objective.from_files}
 
 
-def check_place(step, stage, position):
+def check_place(step: int, stage: Stage, position: Mapping[str, Any]) -> None:
   """Raises ValueError if resuming would repeat or skip data."""
   if position["stage"] != stage.name:
     raise ValueError(

@@ -7,7 +7,8 @@ import dataclasses
 import json
 import os
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TextIO
 
 import jax
 
@@ -15,6 +16,7 @@ from data import paths
 from stdit_jax.components import need_file
 from stdit_jax.config import Config
 from stdit_jax.parallel.mesh import make_mesh
+from stdit_jax.parallel.shardings import Tree
 from stdit_jax.training import claim
 from stdit_jax.training.batches import Encoders
 from stdit_jax.training.checkpoints import CONFIG, Checkpoints, from_plain, plain
@@ -26,18 +28,18 @@ from stdit_jax.training.step import ADVERSARY, Programs, TraceCounter
 from stdit_jax.training.validation import Validation
 
 
-def say(text, file=None):
+def say(text: str, file: TextIO | None = None) -> None:
   """Prints on the first process only."""
   if jax.process_index() == 0:
     print(text, file=file, flush=True)
 
 
-def warn(text):
+def warn(text: str) -> None:
   """Prints a warning on the first process only."""
   say(f"warning: {text}", sys.stderr)
 
 
-def check_platform(wanted):
+def check_platform(wanted: str) -> None:
   """Raises ValueError if the devices are not of the platform `wanted`."""
   try:
     found = jax.default_backend()
@@ -48,7 +50,7 @@ def check_platform(wanted):
     raise ValueError(f"config: platform is {wanted!r}, but JAX finds only {found!r} devices ({jax.device_count()} of them)")
 
 
-def check_output(folder, config):
+def check_output(folder: str, config: Config) -> list[str]:
   """Keys of the configuration that changed since the run in `folder` began.
 
   Raises:
@@ -163,14 +165,14 @@ class Run:
           f"{', '.join(sorted(known))}"
         )
 
-  def parts_of(self, step):
+  def parts_of(self, step: int) -> StageParts:
     """`StageParts` of the stage of optimizer step `step`."""
     return self.parts[stage_of(self.stages, step).index]
 
-  def parts_that_made(self, step):
+  def parts_that_made(self, step: int) -> StageParts:
     """`StageParts` of the stage whose model is in a checkpoint after `step` optimizer steps."""
     return self.parts[stage_that_made(self.stages, step).index]
 
-  def batch_maker(self, parts):
+  def batch_maker(self, parts: StageParts) -> Callable[..., Tree]:
     """`(LoadedStep, layout) -> global arrays` of a stage."""
     return parts.objective.batch_maker(self.encoders, parts.stage.name)

@@ -1,15 +1,21 @@
 """The data of one stage: its plan, the check against a checkpoint, the loader of this process."""
 
 import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from jax.sharding import Mesh
 
 from data import paths, plan, sources
-from data.loader import make_loader
+from data.buckets import Bucket
+from data.loader import Loader, make_loader
 from stdit_jax.parallel.shardings import Layout
-from stdit_jax.training.stages import naming
+from stdit_jax.training.objectives import Objective
+from stdit_jax.training.stages import Stage, naming
 from stdit_jax.training.step import Split
 
 
-def choose_splits(stage, buckets, mesh, objective):
+def choose_splits(stage: Stage, buckets: Iterable[Bucket], mesh: Mesh, objective: Objective) -> dict[tuple[str, int], Split]:
   """{(resolution, frames): Split} of the buckets of a stage that have a batch size.
 
   `split_tokens` of the configuration decides. "auto" splits the tokens of a bucket over the mesh's `sequence` axis if its batch
@@ -63,7 +69,7 @@ class StageData:
     ValueError: no row fits a bucket, or a batch does not divide.
   """
 
-  def __init__(self, stage, output, mesh, objective):
+  def __init__(self, stage: Stage, output: str, mesh: Mesh, objective: Objective):
     self.stage = stage.name
     with naming(stage.name):
       stage.config.data.validate()
@@ -79,11 +85,11 @@ class StageData:
     with naming(stage.name):
       objective.check_plan(self._plans.plan(0))
 
-  def identity(self):
+  def identity(self) -> dict[str, Any]:
     """The values on which the plan depends. A checkpoint stores them."""
     return self._plans.description
 
-  def check_same(self, old, restart):
+  def check_same(self, old: dict[str, Any], restart: bool) -> bool:
     """Whether the plan is that of the checkpoint. If not, raises ValueError with the changes, unless `restart` is set."""
     changes = plan.changed_keys(old, self.identity())
     if changes and not restart:
@@ -93,7 +99,7 @@ class StageData:
       )
     return not changes
 
-  def sources(self, taken, skip=()):
+  def sources(self, taken: int, skip: Iterable[int] = ()) -> list[int]:
     """With a cache: the encoded epochs that epochs 0, 1, ... repeat, up to the epoch of the next micro step. Else [].
 
     A checkpoint stores them.
@@ -102,20 +108,19 @@ class StageData:
       return []
     return [self._plans.source(epoch) for epoch in range(self._plans.locate(plan.place(taken, skip))[0] + 1)]
 
-  def follow(self, sources):
+  def follow(self, sources: Iterable[int]) -> None:
     """Makes the epochs of a checkpoint repeat the same encoded epochs, also if `encode` added epochs since."""
     if self.cache is not None:
       self.cache.followed = dict(enumerate(sources))
 
-  def buckets_ahead(self, taken, count, skip=()):
+  def buckets_ahead(self, taken: int, count: int, skip: Iterable[int] = ()) -> list[Bucket]:
     """Buckets of the next `count` micro steps after `taken`, in the order of first use, up to the end of the epoch."""
     epoch, step = self._plans.locate(plan.place(taken, skip))
     return self._plans.plan(epoch).buckets(step, count)
 
-  def loader(self, taken, skip=(), epochs=None):
+  def loader(self, taken: int, skip: Sequence[int] = (), epochs: int | None = None) -> Loader:
     """The loader of this process after `taken` micro steps of the stage. `skip`: micro steps of the plan to skip."""
-    layouts = {bucket: split.layout for bucket, split in self.splits.items()}
-    shard = {bucket: (layout.process_parts(), layout.batch_parts) for bucket, layout in layouts.items()}
+    shard = {bucket: (split.layout.process_parts(), split.layout.batch_parts) for bucket, split in self.splits.items()}
     start = plan.place(taken, skip)
     return make_loader(
       self.config, self.folder, shard=shard, start=start, skip=skip, condition=self._condition, epochs=epochs, cache=self.cache

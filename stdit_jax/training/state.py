@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from stdit_jax.parallel.shardings import path_name, tree_shardings
+from stdit_jax.parallel.shardings import path_name
 
 
 def init_shapes(objective: Any) -> tuple[Any, Any]:
@@ -49,7 +49,6 @@ def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformat
     return optax.ScaleByAdamState(count, mu, nu)
 
   def update(updates, state, params=None):
-    del params
     count = jax.tree.map(lambda n: n + 1, state.count)
     mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, updates)
     nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g**2, state.nu, updates)
@@ -103,9 +102,3 @@ def new_state(params: Any, optimizer: optax.GradientTransformation) -> dict[str,
 def state_shapes(param_shapes: Any, optimizer: optax.GradientTransformation) -> dict[str, Any]:
   """The state as shapes without shardings. Allocates nothing."""
   return jax.eval_shape(lambda p: new_state(p, optimizer), param_shapes)
-
-
-def with_shardings(shapes: Any, mesh: jax.sharding.Mesh, rules: Sequence) -> Any:
-  """Adds a NamedSharding to every ShapeDtypeStruct. Checkpoints restore into the result."""
-  shardings = tree_shardings(shapes, mesh, rules)
-  return jax.tree.map(lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), shapes, shardings)

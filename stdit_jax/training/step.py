@@ -8,16 +8,19 @@ the loop notice a second trace.
 import collections
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from stdit_jax.parallel.shardings import Layout, constrain, tree_shardings
+from stdit_jax.parallel.shardings import Layout, Tree, constrain, tree_shardings
+from stdit_jax.training.objectives import Objective
+from stdit_jax.training.stages import Stage
 from stdit_jax.training.state import learning_rate, learning_rate_scales, make_optimizer, state_shapes
 
 ADVERSARY = "discriminator"  # name of its parameters; the norm of its own gradient clips it
@@ -37,7 +40,7 @@ class TraceCounter:
   def __init__(self):
     self.counts = collections.Counter()
 
-  def counted(self, name, function):
+  def counted(self, name: str, function: Callable) -> Callable:
     """`function`, with its calls counted under `name`. JAX calls it only to trace it."""
 
     @functools.wraps(function)
@@ -47,19 +50,20 @@ class TraceCounter:
 
     return traced
 
-  def check(self):
+  def check(self) -> None:
     """Raises RuntimeError if JAX traced a program more than once."""
-    again = {name: n for name, n in self.counts.items() if n > 1}
-    if again:
+    if again := {name: n for name, n in self.counts.items() if n > 1}:
       raise RuntimeError(f"programs were traced more than once (shapes or dtypes changed between steps): {again}")
 
 
-def new_accumulator(params):
+def new_accumulator(params: Tree) -> Tree:
   """Sum of the gradients of the micro steps so far, and the number of micro steps with a weight above 0."""
   return {"gradients": jax.tree.map(jnp.zeros_like, params), "count": jnp.zeros((), jnp.float32)}
 
 
-def accumulate_gradients(loss, split, specs, scales, params, frozen, batch, accumulator):
+def accumulate_gradients(
+  loss: Callable, split: Split, specs: Tree, scales: Tree, params: Tree, frozen: Tree, batch: Tree, accumulator: Tree
+) -> tuple[Tree, Tree]:
   """Adds the gradient of one bucket's batch to the accumulator.
 
   Args:
@@ -95,9 +99,7 @@ def accumulate_gradients(loss, split, specs, scales, params, frozen, batch, accu
       return jax.tree.map(jnp.add, carry, gradient(params, part)), None
 
     parts = jax.tree.map(take_apart, specs, batch)
-    zero = jax.tree.map(
-      lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], parts))
-    )
+    zero = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], parts)))
     (gradients, sums), _ = jax.lax.scan(add, zero, parts)
 
   weight = batch["weight"].sum()
@@ -111,7 +113,10 @@ def accumulate_gradients(loss, split, specs, scales, params, frozen, batch, accu
   return accumulator, {**{name: value * scale for name, value in sums.items()}, "weight": weight}
 
 
-def update(optimizer, scales, schedule, clip_norm, ema_decay, state, accumulator, step):
+def update(
+  optimizer: optax.GradientTransformation, scales: Tree, schedule: Callable, clip_norm: float, ema_decay: float,
+  state: Tree, accumulator: Tree, step: jax.Array,
+) -> tuple[Tree, Tree, Tree]:  # fmt: skip
   """One optimizer step from the accumulated gradients.
 
   Skips the step if no sample had weight, or if a loss or gradient is not finite. The metrics `stepped` and `nonfinite` report
@@ -130,8 +135,7 @@ def update(optimizer, scales, schedule, clip_norm, ema_decay, state, accumulator
   good = finite & (accumulator["count"] > 0)
   for names, norm in zip(apart, norms):
     clip = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-12)) if clip_norm else 1.0
-    clipped = jax.tree.map(lambda g: jnp.where(good, g * clip, 0.0), {name: gradients[name] for name in names})  # noqa: B023
-    gradients |= clipped
+    gradients |= jax.tree.map(lambda g: jnp.where(good, g * clip, 0.0), {name: gradients[name] for name in names})  # noqa: B023
 
   rate = schedule(step)
   updates, opt = optimizer.update(gradients, state["opt"], state["params"])
@@ -164,7 +168,7 @@ class BucketProgram:
   jitted: Any
   arguments: tuple
 
-  def lower(self):
+  def lower(self) -> jax.stages.Lowered:
     """The program, traced and lowered for its arguments."""
     return self.jitted.lower(*self.arguments)
 
@@ -182,7 +186,7 @@ class Programs:
     new_accumulator: `params -> accumulator`; update: `(state, accumulator, step) -> (state, accumulator, metrics)`.
   """
 
-  def __init__(self, objective, stage, mesh, counter):
+  def __init__(self, objective: Objective, stage: Stage, mesh: Mesh, counter: TraceCounter):
     self.objective, self.name, self._counter = objective, stage.name, counter
     params, frozen = objective.shapes
     config = stage.config
@@ -206,11 +210,11 @@ class Programs:
       counter.counted(f"{stage.name}: update", function), in_shardings=places, out_shardings=places, donate_argnums=(0, 1)
     )
 
-  def update_arguments(self):
+  def update_arguments(self) -> tuple:
     """The arguments of `update`, as shapes."""
     return self.shapes[0], self.shapes[2], jax.ShapeDtypeStruct((), jnp.int32)
 
-  def gradient(self, bucket, rows, split):
+  def gradient(self, bucket: tuple[str, int], rows: int, split: Split) -> BucketProgram:
     """The `BucketProgram` of a (resolution, frames) bucket with a global batch of `rows`."""
     layout, batch = split.layout, self.objective.batch(bucket, rows, split.layout.token_parts)
     function = functools.partial(accumulate_gradients, self.objective.loss, split, batch, self.scales)

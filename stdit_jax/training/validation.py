@@ -9,18 +9,24 @@ import collections
 import dataclasses
 import functools
 import math
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from data.plan import Plan
 from stdit_jax.errors import InputError
-from stdit_jax.parallel.shardings import Layout, tree_shardings
+from stdit_jax.parallel.shardings import Layout, Tree, tree_shardings
+from stdit_jax.training.compilation import AheadOfTime
+from stdit_jax.training.objectives import Objective
 from stdit_jax.training.stage_data import StageData, choose_splits
+from stdit_jax.training.stages import Stage
+from stdit_jax.training.step import TraceCounter
 
 
-def fixed_data(stage, mesh, objective):
+def fixed_data(stage: Stage, mesh: Mesh, objective: Objective) -> Stage:
   """`stage` with the data of its validation: its buckets, in batches that are no larger than its micro batches.
 
   Batches are rounded up until the mesh divides them, since it may differ from the mesh of the training.
@@ -49,7 +55,7 @@ def fixed_data(stage, mesh, objective):
   return dataclasses.replace(stage, name=f"{stage.name}: validation", config=dataclasses.replace(config, data=data))
 
 
-def first_slots(plan):
+def first_slots(plan: Plan) -> dict[int, int]:
   """{slot: row} of an epoch's plan, without slots whose row was in the same bucket before."""
   first = {}
   for step in range(plan.num_steps):
@@ -61,16 +67,13 @@ def first_slots(plan):
 class Validation:
   """The validation of one stage. Arguments and errors are those of `StageData`."""
 
-  def __init__(self, stage, output, mesh, objective):
+  def __init__(self, stage: Stage, output: str, mesh: Mesh, objective: Objective):
     self.stage, self.mesh, self.objective = fixed_data(stage, mesh, objective), mesh, objective
     self.data = StageData(self.stage, output, mesh, objective)
     self.config, self._programs = self.stage.config.validation, {}
 
-  def compile_ahead(self, compiler, counter, params, frozen):
-    """Starts to compile the programs of all buckets that have rows, for parameters of these shapes.
-
-    `compiler`: `compilation.AheadOfTime`.
-    """
+  def compile_ahead(self, compiler: AheadOfTime, counter: TraceCounter, params: Tree, frozen: Tree) -> None:
+    """Starts to compile the programs of all buckets that have rows, for parameters of these shapes."""
     for line, bucket in zip(self.data.report.buckets, self.data.config.parsed_buckets()):
       key = bucket.resolution, bucket.num_frames
       if not line["steps"] or key in self._programs:
@@ -89,7 +92,7 @@ class Validation:
   def _losses(self, layout, params, frozen, batch):
     return self.objective.fixed_loss(params, frozen, batch, self.config.timesteps, layout), batch["weight"]
 
-  def __call__(self, params, frozen, make_batch):
+  def __call__(self, params: Tree, frozen: Tree, make_batch: Callable[..., Tree]) -> dict[str, float]:
     """The losses of these weights. All processes call it together, after `compile_ahead`.
 
     Args:
@@ -139,7 +142,7 @@ class Validation:
         yield dataclasses.replace(step, samples=samples)
 
 
-def describe(values):
+def describe(values: Mapping[str, float]) -> str:
   """The values in words, as part of a line."""
   total, *rest = ((name.removeprefix("validation/"), value) for name, value in values.items())
   return f"{total[0]} {total[1]:.4g} (" + ", ".join(f"{name}: {value:.4g}" for name, value in rest) + ")"
