@@ -11,7 +11,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -96,7 +96,7 @@ def find_model(settings: Settings, metadata: dict) -> tuple[str, models.NamedMod
   return name, models.find_model(name, overrides, layouts)
 
 
-def progress(tensors: Iterable[tuple[str, np.ndarray]], spec: dict[str, tuple]) -> Iterator[tuple[str, np.ndarray]]:
+def progress(tensors: Iterable[tuple[str, np.ndarray]], spec: Mapping[str, tuple]) -> Iterator[tuple[str, np.ndarray]]:
   """Yields the tensors. Prints rate and remaining time now and then."""
   total = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in spec.values())
   show, done = Progress("tensors", total / 1e9, "GB"), 0

@@ -37,15 +37,7 @@ from absl import logging
 from data import latents, paths
 from data.command_line import flag
 from data.shards import Progress, Share, duration
-from stdit_jax.cli import (
-  check_positive,
-  connect_processes,
-  keep_freed_memory,
-  one_line_errors,
-  parse_settings,
-  read_config,
-  use_compilation_cache,
-)
+from stdit_jax import cli
 from stdit_jax.errors import InputError
 from stdit_jax.parallel.processes import coordination
 
@@ -89,14 +81,14 @@ class Choice:
 
 def parse(argv: Sequence[str] | None = None) -> Settings:
   """The settings of a command line (default: of this process)."""
-  return parse_settings(Settings, "stdit_jax.encode", __doc__, argv)
+  return cli.parse_settings(Settings, "stdit_jax.encode", __doc__, argv)
 
 
 def check(settings: Settings) -> None:
   """Raises ValueError for values that are not allowed."""
   if paths.is_remote(settings.output):
     raise ValueError(f"--output {settings.output}: ArrayRecord reads local folders only; give one, or a bucket mounted as one")
-  check_positive(settings, "epochs", "shard_mb")
+  cli.check_positive(settings, "epochs", "shard_mb")
   if settings.shard:
     Share.parse(settings.shard)
 
@@ -108,7 +100,7 @@ def choose(settings: Settings) -> Choice:
   from stdit_jax.training.objectives import part_of
   from stdit_jax.training.stages import make_stages
 
-  every = make_stages(read_config(settings.config, settings.changes))
+  every = make_stages(cli.read_config(settings.config, settings.changes))
   names = [stage.name for stage in every]
   if unknown := sorted(set(settings.stage or ()) - set(names)):
     raise ValueError(f"--stage {unknown[0]!r} is none of {', '.join(names)}")
@@ -219,13 +211,13 @@ def write(work: Any, numbers: Sequence[int], keys: np.ndarray, shows: bool = Tru
 def main(argv: Sequence[str] | None = None) -> None:
   settings = parse(argv)
   logging.set_verbosity(logging.ERROR)
-  with one_line_errors():
+  with cli.one_line_errors():
     check(settings)
     choice = choose(settings)
     paths.check_writable(settings.output, "--output")
-    connect_processes()
-    use_compilation_cache()
-    keep_freed_memory()
+    cli.connect_processes()
+    cli.use_compilation_cache()
+    cli.keep_freed_memory()
     import jax
 
     run(settings, choice, Share.parse(settings.shard) if settings.shard else Share(jax.process_index(), jax.process_count()))

@@ -35,17 +35,8 @@ from data import paths
 from data.buckets import parse_buckets
 from data.command_line import flag
 from data.config import DataConfig
-from stdit_jax import loading
+from stdit_jax import cli, loading
 from stdit_jax.autoencoders import reconstruction
-from stdit_jax.cli import (
-  check_positive,
-  connect_processes,
-  keep_freed_memory,
-  one_line_errors,
-  parse_mesh,
-  parse_settings,
-  use_compilation_cache,
-)
 from stdit_jax.config import Config
 from stdit_jax.generation.settings import PipelineSettings
 from stdit_jax.generation.shapes_exam import PARTS, Exam, examine
@@ -104,13 +95,13 @@ class Settings(PipelineSettings):
 
   def counts(self, **defaults: int) -> dict[str, int]:
     """These fields, or their defaults if not given. Raises ValueError for values below 1."""
-    check_positive(self, *defaults)
+    cli.check_positive(self, *defaults)
     return {name: default if getattr(self, name) is None else getattr(self, name) for name, default in defaults.items()}
 
 
 def parse(argv: Sequence[str] | None = None) -> Settings:
   """The settings of a command line (default: of this process)."""
-  return parse_settings(Settings, "stdit_jax.evaluate", __doc__, argv)
+  return cli.parse_settings(Settings, "stdit_jax.evaluate", __doc__, argv)
 
 
 def read_stage(settings: Settings) -> tuple[Any, int | None]:
@@ -121,7 +112,7 @@ def read_stage(settings: Settings) -> tuple[Any, int | None]:
   given = {name: getattr(settings, name) for name in ("tables", "samples_per_bucket", "timesteps")}
   changes: dict[str, Any] = {f"validation.{name}": value for name, value in given.items() if value is not None}
   if settings.mesh:
-    changes["mesh"] = parse_mesh(settings.mesh)
+    changes["mesh"] = cli.parse_mesh(settings.mesh)
   changes["data.latents"] = ""  # the cache holds the clips of the training only
   changes["stages"] = ({"name": f"of step {step}", "steps": 1},)
   config = config.replace(changes)
@@ -267,18 +258,18 @@ MEASURES = {
 def main(argv: Sequence[str] | None = None) -> None:
   settings = parse(argv)
   logging.set_verbosity(logging.ERROR)  # orbax reports what it reads
-  with one_line_errors(), tempfile.TemporaryDirectory() as folder:
+  with cli.one_line_errors(), tempfile.TemporaryDirectory() as folder:
     check_settings(settings)
-    connect_processes()
-    use_compilation_cache()
-    keep_freed_memory()
+    cli.connect_processes()
+    cli.use_compilation_cache()
+    cli.keep_freed_memory()
     described, values = MEASURES[settings.task][0](settings, folder)
   if jax.process_index():
     return
   print(f"{described}:")
   MEASURES[settings.task][1](values)
   if settings.output:
-    with one_line_errors((OSError,)):
+    with cli.one_line_errors((OSError,)):
       paths.write_text(settings.output, json.dumps({"model": described, "task": settings.task, **values}, indent=1) + "\n")
 
 

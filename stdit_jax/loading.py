@@ -120,9 +120,9 @@ def load_pipeline(
     params, frozen, _ = checkpoints.load_weights(settings.run, settings.item, step, mesh, parts.rules)
     weights = parts.weights(params, frozen)
   else:
-    weights = components.load_denoiser(parts, settings.weights, mesh), None
+    weights = components.load_denoiser(parts, str(settings.weights), mesh), None
   if reads_encoder:
-    weights = weights[0], components.load_text_encoder(config.text_encoder, encoder, mesh)
+    weights = weights[0], components.load_text_encoder(config.text_encoder, parts.conditioner.encoder, mesh)
   pipeline.set_weights(weights if mesh else jax.device_put(weights, jax.local_devices()[0]))
   fitted = {"tiles": pipeline.codec.tiles, "micro_batch": pipeline.codec.micro_batch}
   pipeline.codec = dataclasses.replace(components.load_codec(config.autoencoder, pieces), **fitted)
@@ -141,7 +141,7 @@ def load_autoencoder(model: ModelSettings, name: str | None = None) -> tuple[Any
     raise ValueError("give --run FOLDER, --config FILE or --autoencoder FILE")
   config, step = open_config(model) if model.run or model.config else (None, None)
   own = (config or Config.of(base.get_config())).autoencoder
-  if model.run and part_of(config) == "autoencoder" and not model.autoencoder:
+  if config and model.run and part_of(config) == "autoencoder" and not model.autoencoder:
     params, _, _ = checkpoints.load_weights(model.run, model.item, step)
     codec = make_codec(autoencoder_model(own), {"params": params["autoencoder"]}, own.micro_batch)
     return codec, describe(model, step), config

@@ -55,12 +55,10 @@ from stdit_jax.parallel.topology import is_gpu, parse_topology, topology_chips
 from stdit_jax.planning import budget, meshes, search
 from stdit_jax.planning.budget import Key
 from stdit_jax.planning.jobs import Compiler
-from stdit_jax.planning.programs import Job, roofline
+from stdit_jax.planning.programs import GIB, Job, roofline
 from stdit_jax.training.checkpoints import plain
 from stdit_jax.training.objectives import make_objective
 from stdit_jax.training.stages import Stage, make_stages
-
-GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,16 +27,8 @@ from collections.abc import Sequence
 import jax
 
 from data import paths
-from stdit_jax import loading
+from stdit_jax import cli, loading
 from stdit_jax.autoencoders.registry import autoencoder_model
-from stdit_jax.cli import (
-  check_positive,
-  connect_processes,
-  keep_freed_memory,
-  one_line_errors,
-  parse_settings,
-  use_compilation_cache,
-)
 from stdit_jax.errors import InputError
 from stdit_jax.generation import production, tasks, work
 from stdit_jax.generation.prompts import read_prompt_file
@@ -46,12 +38,12 @@ from stdit_jax.generation.settings import SampleSettings
 def parse(argv: Sequence[str] | None = None) -> SampleSettings:
   """The settings of a command line (default: of this process)."""
   described = str(__doc__).format(tasks=str(tasks.__doc__).partition("\n\n")[2].strip("\n"))
-  return parse_settings(SampleSettings, "stdit_jax.sample", described, argv)
+  return cli.parse_settings(SampleSettings, "stdit_jax.sample", described, argv)
 
 
 def check_numbers(settings: SampleSettings) -> None:
   """Raises ValueError for numbers outside their ranges."""
-  check_positive(settings, "num_samples", "batch_size", "steps", "loops", "autoencoder_memory")
+  cli.check_positive(settings, "num_samples", "batch_size", "steps", "loops", "autoencoder_memory")
   last_seed = settings.seed + settings.num_samples - 1
   if settings.seed < 0 or last_seed >= 2**32:
     raise ValueError(f"--seed: seeds are {settings.seed} to {last_seed}; allowed: 0 to {2**32 - 1}")
@@ -70,10 +62,10 @@ def read_prompts(settings: SampleSettings) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> None:
   settings = parse(argv)
-  with one_line_errors():
+  with cli.one_line_errors():
     check_numbers(settings)
     prompts = read_prompts(settings)
-    connect_processes()
+    cli.connect_processes()
     config, step = loading.read_model(settings)
     autoencoder = autoencoder_model(config.autoencoder).config
     works = work.make_work(settings, prompts, config, autoencoder)
@@ -81,8 +73,8 @@ def main(argv: Sequence[str] | None = None) -> None:
       return work.explain(works, autoencoder, settings.compat)
     stored = work.stored_settings(works, settings, config.sample, loading.describe(settings, step), autoencoder)
     paths.check(settings.output, "--output")
-    use_compilation_cache()
-    keep_freed_memory()
+    cli.use_compilation_cache()
+    cli.keep_freed_memory()
     targets = work.choose_targets(settings, works, stored)
     if not targets:
       return print(f"all {len(works)} files exist and are kept (--overwrite makes them again)")
@@ -91,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     paths.check_writable(os.path.dirname(targets[0].path) or ".", "--output")
     check = lambda made: production.check_memory(made, targets, settings)  # noqa: E731
     pipeline = loading.load_pipeline(settings, config, step, check)
-  with one_line_errors((OSError, InputError)):
+  with cli.one_line_errors((OSError, InputError)):
     production.produce(pipeline, targets, settings)
 
 

@@ -19,15 +19,7 @@ from typing import Any
 
 from absl import logging
 
-from stdit_jax.cli import (
-  OneLineParser,
-  connect_processes,
-  keep_freed_memory,
-  one_line_errors,
-  parse_with_changes,
-  read_config,
-  use_compilation_cache,
-)
+from stdit_jax import cli
 from stdit_jax.config import Config
 from stdit_jax.errors import InputError
 from stdit_jax.parallel.processes import coordination
@@ -40,7 +32,7 @@ def connect(config: Config) -> Watchdog:
   """Joins the processes of a run of several. Returns the watchdog."""
   # The runtime's own heartbeat must not end the run first: it does not say which process hangs.
   patience = max(300, int(config.watchdog.slow_timeout))
-  connect_processes(heartbeat_timeout=max(100, int(2 * config.watchdog.timeout)), patience=patience)
+  cli.connect_processes(heartbeat_timeout=max(100, int(2 * config.watchdog.timeout)), patience=patience)
   return Watchdog(config.watchdog.timeout, config.watchdog.slow_timeout, *coordination())
 
 
@@ -48,7 +40,7 @@ def run(config: Config, watchdog: Watchdog) -> None:
   """Trains. Exits with 2 and one line after a user's error, with RESTART after SIGTERM, with 130 after ^C."""
   try:
     with contextlib.ExitStack() as held:
-      with one_line_errors():
+      with cli.one_line_errors():
         from stdit_jax.interop import CheckpointError
         from stdit_jax.run_samples import Sampler
         from stdit_jax.training.loop import train
@@ -56,14 +48,14 @@ def run(config: Config, watchdog: Watchdog) -> None:
         from stdit_jax.training.restarts import Restarts
         from stdit_jax.training.run import Run
 
-        keep_freed_memory()
+        cli.keep_freed_memory()
         training = Run(config, watchdog.beat)
         if watchdog.index == 0:
           held.enter_context(claim(config.output, functools.partial(watchdog.leave, code=2)))
         on_sample = Sampler(training) if config.sample_every else None
         restarts = Restarts(training)
         started = restarts.start()
-      with one_line_errors((InputError, CheckpointError, OSError)):
+      with cli.one_line_errors((InputError, CheckpointError, OSError)):
         try:
           train(training, on_sample, restarts, started)
         except Preempted as stop:
@@ -76,14 +68,14 @@ def run(config: Config, watchdog: Watchdog) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
   how = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-  parser = OneLineParser("python -m stdit_jax.train", **how)
+  parser = cli.OneLineParser("python -m stdit_jax.train", **how)
   parser.add_argument("--config", metavar="FILE", help="file with get_config(), e.g. configs/quickstart.py")
-  args = parse_with_changes(parser, argv)
+  args = cli.parse_with_changes(parser, argv)
   logging.set_verbosity(logging.ERROR)  # orbax reports every step of a checkpoint
-  with one_line_errors():
-    config = Config.of(read_config(args.config, args.changes))
+  with cli.one_line_errors():
+    config = Config.of(cli.read_config(args.config, args.changes))
     make_stages(config)  # before any process waits for another
-    use_compilation_cache(config.compilation_cache or f"{config.output}/compilation_cache")
+    cli.use_compilation_cache(config.compilation_cache or f"{config.output}/compilation_cache")
     watchdog = connect(config)
   with watchdog:
     try:

@@ -151,7 +151,7 @@ class Captions:
     return 0 if self.encoder is None else rows * times * flops.text(self.encoder.config, self.config.max_length)
 
 
-def encode_ahead(encoder: t5.T5Encoder, params: Any) -> Callable[[jax.Array, jax.Array, Layout], jax.Array]:
+def encode_ahead(encoder: Any, params: Any) -> Callable[[jax.Array, jax.Array, Layout], jax.Array]:
   """The text encoder as a separate program, one per layout: global `(ids, mask, layout) -> features`, float32.
 
   It works on at most AHEAD_ROWS rows of every device at a time.

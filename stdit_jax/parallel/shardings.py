@@ -102,7 +102,7 @@ class ArraySpec:
     return jax.ShapeDtypeStruct(self.shape, self.dtype)
 
 
-def constrain(x: jax.Array, layout: Layout | None, *names: str | None) -> jax.Array:
+def constrain(x: Any, layout: Layout | None, *names: str | None) -> jax.Array:
   """Asks XLA to lay `x` out as `layout.spec(*names)`. Without a layout, returns `x`.
 
   The sharding carries its mesh: a constraint by names alone vanishes silently outside `jax.set_mesh`.

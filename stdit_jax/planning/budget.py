@@ -83,7 +83,7 @@ def encoder_seconds(
     parts: of the stage; shares: of `bucket_shares`.
   """
   config, peak = stage.config, chips * CHIPS[parse_topology(topology)].tflops * 1e12
-  rows = {(b.resolution, b.num_frames): b.batch_size for b in config.data.parsed_buckets()}
+  rows = {(b.resolution, b.num_frames): b.batch_size or 0 for b in config.data.parsed_buckets()}
   videos = captions = 0.0
   if not config.data.latents:
     videos = sum(share * rows[key] * _video_flops(parts.autoencoder, *key) for key, share in shares.items())

@@ -165,7 +165,7 @@ class DenoiserBatches:
     """One global batch, as `Components.batch` describes it, from this process's `data.loader.LoadedStep`."""
     samples, config = step.samples, self.components.model.config
     if samples[0].pixels is None:
-      latents = [(s.latents_mean, s.latents_std) for s in samples]
+      latents: Any = [(s.latents_mean, s.latents_std) for s in samples]
     else:
       latents = self._clips([s.pixels for s in samples])
     specs = self.components.batch(step.bucket, len(samples), layout.token_parts)

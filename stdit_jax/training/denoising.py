@@ -42,16 +42,13 @@ class DenoiserObjective:
     self.config = config
     self.components = Components.of(config)
     self.model, self.diffusion = self.components.model, self.components.diffusion
+    self.init, self.batch = self.components.init, self.components.batch
     family, self.frame_masks = self.components.family, FrameMasks.create(dict(config.mask_ratios))
     self.masked = any(n != "identity" and p > 0 for n, p in zip(self.frame_masks.names, self.frame_masks.probabilities))
     if self.masked and not family.supports.frame_masks:
       raise ValueError(f"config: {family.name} has no frame masks; leave mask_ratios empty")
     self.rules, self.from_files = self.components.rules, self.components.conditioner.from_files
     self.resizable = tuple(f"/{name}" for name in (*(f"{stack}/" for stack in family.stacks), *family.resizable))
-
-  def init(self, key: jax.Array) -> tuple[Tree, Tree]:
-    """(params, frozen) with the original initialisation. Jit it with sharded outputs."""
-    return self.components.init(key)
 
   # The loss.
 
@@ -126,10 +123,6 @@ class DenoiserObjective:
     return values
 
   # Batches.
-
-  def batch(self, bucket: tuple[str, int], rows: int, token_parts: int = 1) -> Tree:
-    """The arrays of one batch as a tree of `ArraySpec`."""
-    return self.components.batch(bucket, rows, token_parts)
 
   def work(self, batch: Tree) -> tuple[int, float]:
     """(tokens, model FLOPs) of training on one global batch of `ArraySpec`s.

@@ -261,7 +261,7 @@ class TextWork:
   def expected_bytes(self, keys: np.ndarray) -> float:
     """Bytes of all records, estimated from the tokens of some captions."""
     some = keys[:: -(-len(keys) // 256)]
-    tokens = np.mean([self._tokenize(self._caption(key))[1].sum() for key in some])
+    tokens = float(np.mean([self._tokenize(self._caption(key))[1].sum() for key in some]))
     return len(keys) * (tokens * self._bytes + _RECORD_BYTES)
 
   def cost(self, keys: np.ndarray) -> np.ndarray:

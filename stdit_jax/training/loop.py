@@ -155,7 +155,7 @@ def train(run: Run, on_sample: Callable | None = None, restarts: Restarts | None
         except TooManyNonFinite as error:
           failure = error.with_traceback(None)  # its frames hold the state
         if failure is not None:
-          state = frozen = accumulator = batch = None
+          del state, frozen, accumulator, batch
           state, frozen, step = restarts.go_back(failure)
           metrics.close()
           metrics = Metrics(run.config.output, step, total, active=jax.process_index() == 0)

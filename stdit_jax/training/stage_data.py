@@ -120,7 +120,7 @@ class StageData:
 
   def loader(self, taken: int, skip: Sequence[int] = (), epochs: int | None = None) -> Loader:
     """The loader of this process after `taken` micro steps of the stage. `skip`: micro steps of the plan to skip."""
-    shard = {bucket: (split.layout.process_parts(), split.layout.batch_parts) for bucket, split in self.splits.items()}
+    shard: Any = {bucket: (split.layout.process_parts(), split.layout.batch_parts) for bucket, split in self.splits.items()}
     start = plan.place(taken, skip)
     return make_loader(
       self.config, self.folder, shard=shard, start=start, skip=skip, condition=self._condition, epochs=epochs, cache=self.cache

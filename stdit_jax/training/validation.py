@@ -76,7 +76,7 @@ class Validation:
     """Starts to compile the programs of all buckets that have rows, for parameters of these shapes."""
     for line, bucket in zip(self.data.report.buckets, self.data.config.parsed_buckets()):
       key = bucket.resolution, bucket.num_frames
-      if not line["steps"] or key in self._programs:
+      if not (line["steps"] and bucket.batch_size) or key in self._programs:
         continue
       layout, name = self.data.splits[key].layout, f"{self.stage.name} {bucket.resolution} x {bucket.num_frames}"
       batch = self.objective.batch(key, bucket.batch_size, layout.token_parts)

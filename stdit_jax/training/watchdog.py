@@ -195,13 +195,10 @@ class Watchdog:
     """
 
     def aborted(_):
-      probe = f"{_PREFIX}abort/{self.index}"
-      if self._in_time(lambda: self.client.key_value_set(probe, "", allow_overwrite=True)) and not self._silent(
-        3 * self.period
-      ):
-        return  # abort() continues
-      text = self._silent(3 * self.period) or f"{self._name(0)}, which holds the reports of all, died"
-      self._end(text, RESTART, tell=False)
+      answers = self._in_time(lambda: self.client.key_value_set(f"{_PREFIX}abort/{self.index}", "", allow_overwrite=True))
+      silent = self._silent(3 * self.period)
+      if silent or not answers:  # else abort() continues
+        self._end(silent or f"{self._name(0)}, which holds the reports of all, died", RESTART, tell=False)
 
     # Python's handlers run in the main thread, which waits for the device. A C handler runs in the thread that aborts.
     self._abort_handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(aborted)
