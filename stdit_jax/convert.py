@@ -97,7 +97,7 @@ def find_model(settings: Settings, metadata: dict) -> tuple[str, models.NamedMod
 
 
 def progress(tensors: Iterable[tuple[str, np.ndarray]], spec: Mapping[str, tuple]) -> Iterator[tuple[str, np.ndarray]]:
-  """Yields the tensors. Prints rate and remaining time now and then."""
+  """Yields the tensors. `Progress` prints the rate and the time left."""
   total = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in spec.values())
   show, done = Progress("tensors", total / 1e9, "GB"), 0
   for name, array in tensors:

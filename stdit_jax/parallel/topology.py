@@ -1,5 +1,6 @@
 """Accelerators: their published peaks, and device descriptions to compile programs for them on any machine."""
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import math
@@ -67,10 +68,8 @@ def compiler_version(topology: str) -> str:
   """
   names = ("jax-cuda13-plugin", "jax-cuda12-plugin") if is_gpu(topology) else ("libtpu",)
   for name in names:
-    try:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
       return f"{name} {importlib.metadata.version(name)}"
-    except importlib.metadata.PackageNotFoundError:
-      pass
   if is_gpu(topology):
     version = importlib.metadata.version("jax")
     raise ValueError(

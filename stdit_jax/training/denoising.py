@@ -42,7 +42,7 @@ class DenoiserObjective:
     self.config = config
     self.components = Components.of(config)
     self.model, self.diffusion = self.components.model, self.components.diffusion
-    self.init, self.batch = self.components.init, self.components.batch
+    self.init, self.batch = self.components.init, self.components.batch  # with their descriptions there
     family, self.frame_masks = self.components.family, FrameMasks.create(dict(config.mask_ratios))
     self.masked = any(n != "identity" and p > 0 for n, p in zip(self.frame_masks.names, self.frame_masks.probabilities))
     if self.masked and not family.supports.frame_masks:
