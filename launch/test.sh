@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes a virtual environment with the test requirements, then runs the linter and all tests.
+# Makes a virtual environment with the test requirements, then runs the linters, the type checker and all tests.
 #   bash launch/test.sh [arguments of pytest]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -8,5 +8,6 @@ make_environment requirements-test.txt
 ruff check .
 ruff format --check .
 lint-imports
+pyright
 # Two processes run whole files, the longest first (tests/conftest.py). Half of the time one thread compiles.
 JAX_PLATFORMS=${JAX_PLATFORMS:-cpu} python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

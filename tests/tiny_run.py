@@ -109,7 +109,7 @@ def run_module(name, *arguments, **more):
   return subprocess.run(command, cwd=ROOT, env=environment(**more), capture_output=True, text=True, timeout=300)
 
 
-def start_processes(config, folder, count=2, devices=4, module="stdit_jax.train", **more):
+def start_processes(config, folder, count=2, devices=2, module="stdit_jax.train", **more):
   """Starts `count` connected processes of a module, with `devices` CPU devices each. Their logs are `folder/<i>.log`."""
   with socket.socket() as free:
     free.bind(("localhost", 0))

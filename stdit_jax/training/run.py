@@ -82,7 +82,8 @@ def check_output(folder: str, config: Config) -> list[str]:
 
 def _foreign(folder):
   """Names in a folder that no run of this project writes before its first checkpoint."""
-  data = [name for name in paths.names(paths.join(folder, "data")) if not name.startswith(("table-", "plan-", "tmp"))]
+  # A dot starts the temporary names of `paths.whole`. Older versions wrote tables to tmp*.
+  data = [n for n in paths.names(paths.join(folder, "data")) if not n.removeprefix(".").startswith(("table-", "plan-", "tmp"))]
   own = {"checkpoints", "compilation_cache", claim.NAME} | (set() if data else {"data"})
   temporary = (".config.tmp", ".running.tmp", ".writable")
   return [name for name in paths.names(folder) if name not in own and not name.startswith(temporary)]

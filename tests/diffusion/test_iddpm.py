@@ -134,12 +134,18 @@ def test_distributions(layout):
   mean, log_variance = diffusion.posterior(x0, x, t)
   check(mean, case["posterior_mean"])
   check(jnp.broadcast_to(log_variance, x.shape), case["posterior_log_variance_clipped"])
+  variance = diffusion.schedule["posterior_variance"][case["in/t"]].reshape(-1, *[1] * (x.ndim - 1))
+  check(np.broadcast_to(variance, x.shape).astype(np.float32), case["posterior_variance"])
   expected, (noise, v) = cases_of(load_golden("iddpm")[0], "p_mean_variance"), split_channels(output, 4)
   mean, log_variance = diffusion.p_mean_variance(noise, v, x, t)
   check(mean, expected["mean"])
   check(log_variance, expected["log_variance"])
   check(jnp.exp(log_variance), expected["variance"])
   check(diffusion.predict_x0(noise, x, t), expected["pred_xstart"])
+  expected = cases_of(load_golden("iddpm")[0], "p_mean_variance_clipped")
+  clipped = jnp.clip(diffusion.predict_x0(noise, x, t), -1, 1)
+  check(clipped, expected["pred_xstart"])
+  check(diffusion.posterior(clipped, x, t)[0], expected["mean"])
 
 
 def test_gradient_of_the_bound_reaches_the_variance_only():

@@ -1,4 +1,4 @@
-"""Two processes with four CPU devices each: they train like one process with eight, stop together, and end if one dies."""
+"""Two processes with two CPU devices each: they train like one process with four, stop together, and end if one dies."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ from tests.object_store import BUCKET
 from tests.tiny_run import ROOT, environment, small_autoencoder, start_processes, write_config
 
 STEPS = 10
-SETTINGS = {"data__buckets": (("64p", 1, 1.0, 8),), "data__drop_last": False, "mesh": {"data": 2, "fsdp": 4}}
+SETTINGS = {"data__buckets": (("64p", 1, 1.0, 8),), "data__drop_last": False, "mesh": {"data": 2, "fsdp": 2}}
 WATCHDOG = {"watchdog": {"timeout": 10.0, "slow_timeout": 120.0}}  # during other tests, a step has taken six seconds
 
 
@@ -69,9 +69,9 @@ def long_config(assets, folder, name, output=None, validate=True, **changes):
 
 
 def run_alone(assets, folder, name, **changes):
-  """Folder of such a run with one process."""
+  """Folder of a run of `long_config` with one process."""
   command = [sys.executable, "-m", "stdit_jax.train", "--config", str(long_config(assets, folder, name, **changes))]
-  own = environment(XLA_FLAGS=f"--xla_force_host_platform_device_count=8 {QUICK_FLAGS}", NPROC="64")
+  own = environment(XLA_FLAGS=f"--xla_force_host_platform_device_count=4 {QUICK_FLAGS}", NPROC="64")
   result = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, timeout=300)
   assert result.returncode == 0, result.stderr[-3000:]
   return folder / name / "run"
@@ -79,13 +79,13 @@ def run_alone(assets, folder, name, **changes):
 
 @pytest.fixture(scope="module")
 def one(assets, folder):
-  """Folder of such a run with one process."""
+  """Folder of a run of `long_config` with one process."""
   return run_alone(assets, folder, "one")
 
 
 @pytest.fixture(scope="module")
 def both(assets, folder):
-  """Folder of such a run with two processes."""
+  """Folder of a run of `long_config` with two processes."""
   processes = start_processes(long_config(assets, folder, "both"), folder / "both")
   codes = [p.wait(300) for p in processes]
   assert codes == [0, 0], [(folder / "both" / f"{i}.log").read_text()[-3000:] for i in (0, 1)]
