@@ -1,4 +1,5 @@
-"""Rules of the code base: one place asks for the task, only models/ and interop/ name a denoiser, functions are small."""
+"""Rules of the code base: one place asks for the task, only models/ and interop/ name a denoiser, functions are small, public
+functions are annotated."""
 
 import ast
 import pathlib
@@ -47,6 +48,24 @@ def test_functions_take_few_parameters():
     return len(names) - (names[:1] in (["self"], ["cls"]))
 
   assert not {f"{path}: {node.name}" for path, node in functions() if count(node.args) > MOST_PARAMETERS}
+
+
+def public_functions(body, in_class=False):
+  """(function, whether it is a method) of the public functions of a module or class."""
+  for node in body:
+    public = not getattr(node, "name", "_").startswith("_") or getattr(node, "name", "") == "__call__"
+    if isinstance(node, ast.ClassDef) and public:
+      yield from public_functions(node.body, in_class=True)
+    elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and public:
+      yield node, in_class and "staticmethod" not in map(ast.unparse, node.decorator_list)
+
+
+@pytest.mark.parametrize("path", PRODUCT, ids=lambda path: str(path.relative_to(ROOT)))
+def test_public_functions_are_annotated(path):
+  for node, is_method in public_functions(ast.parse(path.read_text()).body):
+    arguments = [*node.args.posonlyargs, *node.args.args][is_method:] + node.args.kwonlyargs
+    missing = [a.arg for a in arguments if a.annotation is None] + ["return"] * (node.returns is None)
+    assert not missing, f"{path}:{node.lineno}: {node.name}: {missing}"
 
 
 @pytest.mark.parametrize("path", OURS, ids=lambda path: str(path.relative_to(ROOT)))
