@@ -13,27 +13,30 @@ import dataclasses
 import functools
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float, Num
 
-from stdit_jax.autoencoders.latents import to_uint8
+from stdit_jax.autoencoders.latents import AnyArray, to_uint8
 from stdit_jax.autoencoders.tiles import Tiles, decode_in_tiles, encode_in_tiles, sizes_for, tile_sizes
+
+Parts = Iterator[Any]  # arrays or tuples of arrays, on the device
 
 
 @functools.cache
-def jitted(function):
+def jitted(function: Callable) -> jax.stages.Wrapped:
   """The jitted function of a piece. Only weights and arrays are traced."""
   static = [name for name in ("model", "num_frames", "as_uint8", "mesh") if name in inspect.signature(function).parameters]
   # Programs keep weights that they do not use as arguments, because `memory_beside` subtracts all weights.
   return jax.jit(function, static_argnames=static, keep_unused=True)
 
 
-def run_jitted(function, model, *args, **static):
+def run_jitted(function: Callable, model: nn.Module, *args, **static) -> Any:
   """Runs the function of a piece. This is the default `Codec.run`."""
   return jitted(function)(model, *args, **static)
 
@@ -82,17 +85,17 @@ class Codec:
       raise ValueError(f"micro_batch must be at least 1, not {self.micro_batch}.")
 
   @property
-  def config(self):
+  def config(self) -> Any:
     return self.model.config
 
   @functools.cached_property
-  def mesh(self):
+  def mesh(self) -> Any:
     """The mesh whose devices hold whole copies of the weights; None for weights on a single device."""
     sharding = getattr(next(iter(jax.tree.leaves(self.variables)), None), "sharding", None)
     return sharding.mesh if isinstance(sharding, NamedSharding) else None
 
   @property
-  def devices(self):
+  def devices(self) -> int:
     """Number of devices that work at the same time."""
     return self.mesh.size if self.mesh else 1
 
@@ -103,7 +106,9 @@ class Codec:
       return encode_in_tiles(dataclasses.replace(self, tiles=None).encode, frames, self.tiles, self.config.downsampling, size)
     return join(self.encode_parts(frames), self.config.latent_frames(len(frames)))
 
-  def decode(self, latents: Float[np.ndarray, "t h w C"], num_frames, done=lambda frames: None) -> Num[np.ndarray, "T H W 3"]:
+  def decode(
+    self, latents: Float[np.ndarray, "t h w C"], num_frames: int, done: Callable[[float], Any] = lambda frames: None
+  ) -> Num[np.ndarray, "T H W 3"]:
     """Normalised latents -> pixels of `num_frames` frames.
 
     Raises ValueError if a clip of this length has another number of latents, or changes its length.
@@ -126,7 +131,7 @@ class Codec:
       return decode_in_tiles(decode_tile, latents, self.tiles, self.config.downsampling, finish)
     return join(self.decode_parts(latents, num_frames), num_frames, done)
 
-  def lower(self, method, size, num_frames):
+  def lower(self, method: str, size: Sequence[int], num_frames: int) -> collections.Counter:
     """The lowered programs of a clip: {program: number of runs}.
 
     Args:
@@ -144,7 +149,7 @@ class Codec:
 
     cut, config = self.tiles and self.tiles.cut(size), self.config
     plain = dataclasses.replace(self, run=lower, place=_shape, tiles=None, as_uint8=self.as_uint8 and not cut)
-    for height, width in tile_sizes(self.tiles, size) if cut else [size]:
+    for height, width in tile_sizes(self.tiles, size) if self.tiles and cut else [size]:
       if method == "encode":
         pixels = num_frames, height * config.downsampling, width * config.downsampling, 3
         parts = plain.encode_parts(_empty(pixels, np.uint8))
@@ -154,7 +159,7 @@ class Codec:
       collections.deque(parts, maxlen=0)
     return times
 
-  def memory(self, method, size, num_frames):
+  def memory(self, method: str, size: Sequence[int], num_frames: int) -> float:
     """Bytes that `method` takes on one device beside the weights, as the compiler counts them. Arguments as `lower`.
 
     They are infinite if the compiler reports that the device has too little memory.
@@ -167,15 +172,15 @@ class Codec:
       return math.inf
     return max(memory_beside(program, self.variables) for program in programs)
 
-  def flops(self, method, size, num_frames):
+  def flops(self, method: str, size: Sequence[int], num_frames: int) -> float:
     """FLOPs of `method` as XLA counts them, without compilation. Arguments as `lower`."""
     return sum(times * program.cost_analysis()["flops"] for program, times in self.lower(method, size, num_frames).items())
 
-  def encode_parts(self, frames):
+  def encode_parts(self, frames: np.ndarray) -> Parts:
     """Yields the pieces of `encode`, (mean, std) each, on the device. It does not wait for them."""
     raise NotImplementedError
 
-  def decode_parts(self, latents, num_frames):
+  def decode_parts(self, latents: np.ndarray, num_frames: int) -> Parts:
     """Yields the pieces of `decode` on the device. It does not wait for them."""
     raise NotImplementedError
 
@@ -191,7 +196,7 @@ class Codec:
     return self.place(array, NamedSharding(self.mesh, PartitionSpec(*self.mesh.axis_names))) if self.mesh else array
 
 
-def join(parts, length, done=lambda frames: None, ahead=2):
+def join(parts: Iterable, length: int, done: Callable[[int], Any] = lambda frames: None, ahead: int = 2) -> Any:
   """Concatenates pieces, arrays or tuples of arrays, to NumPy arrays of the first `length` frames.
 
   Args:
@@ -220,37 +225,37 @@ def _is_ready(part):
   return all(x.is_ready() for x in jax.tree.leaves(part) if hasattr(x, "is_ready"))  # NumPy arrays have no such method
 
 
-def micro_batches(values, size):
+def micro_batches(values: AnyArray, size: int) -> Iterator[AnyArray]:
   """Yields pieces of `size` along the first axis. The last one repeats its last element up to `size`."""
   for start in range(0, len(values), size):
     yield filled(values[start : start + size], size)
 
 
-def filled(values, size):
+def filled(values: AnyArray, size: int) -> AnyArray:
   """`values` with its last element repeated up to `size`."""
   return np.concatenate([values, np.repeat(values[-1:], size - len(values), axis=0)]) if len(values) < size else values
 
 
-def pixels_of(pixels, as_uint8):
+def pixels_of(pixels: AnyArray, as_uint8: bool) -> AnyArray:
   """Decoded pixels in the type that a codec returns."""
   return to_uint8(pixels) if as_uint8 else pixels
 
 
-def bytes_on_device(tree):
+def bytes_on_device(tree: Any) -> int:
   """Bytes of arrays, or of shapes, on one device."""
   leaves = jax.tree.leaves(tree)
   local = lambda x: x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)  # noqa: E731
   return sum(math.prod(local(x)) * x.dtype.itemsize for x in leaves)
 
 
-def memory_beside(compiled, weights):
+def memory_beside(compiled: Any, weights: Any) -> int:
   """Bytes that a compiled program takes on one device beside its weights (arrays, or shapes with shardings)."""
   memory = compiled.memory_analysis()
   kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
   return kept + memory.temp_size_in_bytes - bytes_on_device(weights)
 
 
-def fit_tiles(codec, size, lengths, budget):
+def fit_tiles(codec: Codec, size: Sequence[int], lengths: Mapping[str, Iterable[int]], budget: float) -> tuple[Codec, dict]:
   """-> (`codec` changed until it fits into the budget, {method: bytes that it needs}).
 
   First it halves the micro batch, which changes only the speed. Then it takes the largest tiles that fit, or the smallest if
