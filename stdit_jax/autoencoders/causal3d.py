@@ -331,8 +331,7 @@ class _Causal3D(Autoencoder):
   layouts = ("cogvideox-vae", "native")
   last_layer = ("decoder", "conv_out")
 
-  def splits(self, config, num_frames, devices):
-    return splits(config, num_frames, devices)
+  splits = staticmethod(splits)
 
   def encode(self, model, params, clips, image_noise=None, layout=None):
     return *self._apply(model, params, clips, "encode", layout), None

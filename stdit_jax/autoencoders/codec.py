@@ -18,7 +18,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float, Num
 
@@ -36,16 +35,15 @@ def jitted(function: Callable) -> jax.stages.Wrapped:
   return jax.jit(function, static_argnames=static, keep_unused=True)
 
 
-def run_jitted(function: Callable, model: nn.Module, *args, **static) -> Any:
+def run_jitted(function: Callable, model: Any, *args, **static) -> Any:
   """Runs the function of a piece. This is the default `Codec.run`."""
   return jitted(function)(model, *args, **static)
 
 
 def _shape(x, sharding=None):
   """`Codec.place` for shapes instead of arrays."""
-  if isinstance(x, jax.ShapeDtypeStruct) and sharding is None:
-    return x
-  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+  placed = isinstance(x, jax.ShapeDtypeStruct) and sharding is None
+  return x if placed else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
 def _empty(shape, dtype):
@@ -106,10 +104,8 @@ class Codec:
       return encode_in_tiles(dataclasses.replace(self, tiles=None).encode, frames, self.tiles, self.config.downsampling, size)
     return join(self.encode_parts(frames), self.config.latent_frames(len(frames)))
 
-  def decode(
-    self, latents: Float[np.ndarray, "t h w C"], num_frames: int, done: Callable[[float], Any] = lambda frames: None
-  ) -> Num[np.ndarray, "T H W 3"]:
-    """Normalised latents -> pixels of `num_frames` frames.
+  def decode(self, latents: Float[np.ndarray, "t h w C"], num_frames: int, done: Callable = lambda frames: None) -> np.ndarray:
+    """Normalised latents -> pixels `[num_frames, H, W, 3]`.
 
     Raises ValueError if a clip of this length has another number of latents, or changes its length.
 

@@ -9,7 +9,6 @@ Losses: the hinge (Lim and Ye 2017), and the generator's weight of VQGAN (Esser 
 """
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -52,7 +51,7 @@ class DiscriminatorConfig:
       )
 
 
-def get_config(values: Mapping[str, Any]) -> DiscriminatorConfig:
+def get_config(values: Any) -> DiscriminatorConfig:
   """The configuration with these fields. Raises ValueError with the allowed ones."""
   return fields.replace(DiscriminatorConfig(), values, "config: autoencoder.discriminator")
 

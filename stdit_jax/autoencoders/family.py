@@ -67,8 +67,7 @@ class AutoencoderConfig:
 
 @functools.cache
 def _init_shapes(model, shape):
-  made = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(shape))
-  return {"params": made["params"]}
+  return {"params": jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(shape))["params"]}
 
 
 class Autoencoder:

@@ -8,8 +8,6 @@ import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
-from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
 from stdit_jax.autoencoders.latents import AnyArray
@@ -105,7 +103,7 @@ class Frames:
     """The sum over the devices that split the clip."""
     return x if self.axis_name is None else jax.lax.psum(x, self.axis_name)
 
-  def with_past(self, x: AnyArray, count: int) -> Array:
+  def with_past(self, x: AnyArray, count: int) -> jax.Array:
     """`x` with its `count` previous frames in front, at most the frames of a device. The first frame repeats before a clip."""
     start = jnp.concatenate([jnp.repeat(x[:, :1], count, axis=1), x], axis=1)
     if self.axis_name is None:
@@ -128,7 +126,7 @@ def splits(config: Any, num_frames: int, devices: int) -> bool:
   return all(_divides(frames, level) for level in frames.levels(config.halvings, half))
 
 
-def over_devices(model: nn.Module, mesh: Mesh, axis_name: str, method: str, batch_axes: tuple[str, ...] = ()) -> Callable:
+def over_devices(model: Any, mesh: Mesh, axis_name: str, method: str, batch_axes: tuple[str, ...] = ()) -> Callable:
   """`encode` or `decode` of clips that are split in time over a mesh axis (context parallelism).
 
   The result is a function to jit. It has the arguments and values of `model.apply(variables, x, method=method)`. Convolutions

@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax import Array
 
 from stdit_jax.autoencoders.latents import AnyArray, to_float
 from stdit_jax.autoencoders.layers import Conv3D
@@ -55,7 +54,7 @@ class Mixed(nn.Module):
   channels: tuple[int, ...]
 
   @nn.compact
-  def __call__(self, x: Array) -> Array:
+  def __call__(self, x: jax.Array) -> jax.Array:
     c = self.channels
     branches = [
       _unit("Branch_0_Conv3d_0a_1x1", x, c[0]),
@@ -70,7 +69,7 @@ class I3D(nn.Module):
   """Clips `[N, T, 224, 224, 3]` in [-1, 1], T of 9 or more (FVD: 16) -> logits `[N, 400]`, their mean over time."""
 
   @nn.compact
-  def __call__(self, x: Array) -> Array:
+  def __call__(self, x: jax.Array) -> jax.Array:
     x = _unit("Conv3d_1a_7x7", x, 64, 7, 2)
     x = _unit("Conv3d_2b_1x1", _pool(x, (1, 3, 3), (1, 2, 2)), 64)
     x = _pool(_unit("Conv3d_2c_3x3", x, 192, 3), (1, 3, 3), (1, 2, 2))

@@ -12,7 +12,6 @@ the last ReLU of each of five blocks are scaled to unit length over channels. Th
 
 import dataclasses
 import pathlib
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +61,7 @@ def _convolutions():
       channels = features
 
 
-def shapes(name: str) -> dict[str, Any]:
+def shapes(name: str) -> dict:
   """The tree of parameters of a trunk as shapes, float32. Raises ValueError for an unknown name.
 
   It is `{"trunk": {"conv1_1": {"kernel", "bias"}...}}` with kernels `[3, 3, in, out]`, and `"heads": {"block1": [64]...}` if

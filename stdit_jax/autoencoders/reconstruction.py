@@ -78,7 +78,7 @@ def choose(table: sources.Table, bucket: buckets.Bucket, count: int, interval: i
   return [(table.row(i), sizes[ratio]) for i, ratio in zip(found, ratios)]
 
 
-def read(rows: Rows, num_frames: int, interval: int) -> Iterator[np.ndarray]:
+def read(rows: Iterable[tuple], num_frames: int, interval: int) -> Iterator[np.ndarray]:
   """Yields the first frames of each row that `choose` returns, uint8 `[num_frames, *size, 3]`. It skips unreadable files."""
   for row, size in rows:
     try:

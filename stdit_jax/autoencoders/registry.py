@@ -1,6 +1,5 @@
 """Finds an autoencoder by its name, by its configuration, or by the group `autoencoder` of a run's configuration."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -35,7 +34,7 @@ def autoencoder_model(config: Any) -> Any:
   return family.build(family.get_config(config.name, **config.fields), DTYPES[config.dtype])
 
 
-def make_codec(model: Any, variables: dict, micro_batch: int = 4, run: Callable = run_jitted) -> Codec:
+def make_codec(model: Any, variables: dict, micro_batch: int = 4, run: Any = run_jitted) -> Codec:
   """The `Codec` of a model and its variables."""
   return family_of(model.config).codec(model, variables, micro_batch, run)
 

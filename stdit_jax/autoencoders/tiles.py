@@ -10,7 +10,6 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -102,7 +101,7 @@ def encode_in_tiles(encode: Callable, frames: np.ndarray, tiles: Tiles, factor: 
   return mean, np.exp(log_std)
 
 
-def decode_in_tiles(decode: Callable, latents: np.ndarray, tiles: Tiles, factor: int, finish: Any = None) -> np.ndarray:
+def decode_in_tiles(decode: Callable, latents: np.ndarray, tiles: Tiles, factor: int, finish: Callable | None) -> np.ndarray:
   """Latents `[T', h, w, C]` -> pixels. `decode` decodes a tile, and `finish` converts each finished row of tiles."""
 
   def piece(top, left):

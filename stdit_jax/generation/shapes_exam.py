@@ -177,14 +177,12 @@ def _given(pipeline, exam, part, progress):
     judged.append(shapes_vision.judge(video[made], scene))
     alone = pipeline.decode([pipeline.encode(true[kept])], len(kept))[0]
     seen = next(iter(shapes_vision.objects_of(video)), None)
-    step = np.hypot(*scene.objects[0].step)
+    smooth = bool(seen and seen.smooth < np.hypot(*scene.objects[0].step) / 2)
     (drawn,) = shapes_vision.objects_of(true)  # the measured middle of a triangle is not its true middle
     error = np.abs(seen.path - drawn.path) if seen else np.full(1, np.inf)
     if seen:
       error[np.isnan(seen.path) & ~np.isnan(drawn.path)] = np.inf
-    rows.append(
-      (psnr(video[kept], true[kept]), psnr(alone, true[kept]), bool(seen and seen.smooth < step / 2), np.nanmax(error))
-    )
+    rows.append((psnr(video[kept], true[kept]), psnr(alone, true[kept]), smooth, np.nanmax(error)))
   own, alone, smooth, error = np.array(rows, np.float64).T
   return {part: {
     "given frames, dB": float(own.mean()), "autoencoder alone, dB": float(alone.mean()),

@@ -1,7 +1,6 @@
 """STDiT of Open-Sora 1.0 (tag v1.0.0, `stdit.py`): fixed sizes, additive positions, text by cross attention."""
 
 import dataclasses
-from collections.abc import Callable
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -11,7 +10,7 @@ from stdit_jax.models import stdit_common as common
 from stdit_jax.models.family import Family, Supports
 from stdit_jax.models.layers import DTYPES, OVER_SPACE, OVER_TIME, interleaved_sin_cos, layer_norm, modulate
 from stdit_jax.models.stack import run_blocks
-from stdit_jax.models.step_cache import Reuse, compute
+from stdit_jax.models.step_cache import Call, Reuse, compute
 from stdit_jax.parallel.shardings import constrain
 
 
@@ -35,7 +34,7 @@ class Block(common.Block):
   """Attention over space, over time, to the text, then the MLP; one modulation table, no norms in attention."""
 
   @nn.compact
-  def __call__(self, x: Features, c: common.Conditions, number: ArrayLike, call: Callable = compute) -> Features:
+  def __call__(self, x: Features, c: common.Conditions, number: ArrayLike, call: Call = compute) -> Features:
     """x `[B, T, S, D]`, Conditions, number of the layer -> `[B, T, S, D]`; `call` calls the attentions."""
     x = constrain(x, self.layout, *OVER_SPACE)
     shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation_rows("modulation", 6, c.modulation, c.x_mask)

@@ -4,7 +4,6 @@ It is conditioned on size, aspect ratio, number of frames and frame rate.
 """
 
 import dataclasses
-from collections.abc import Callable
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ from stdit_jax.models import stdit_common as common
 from stdit_jax.models.family import Family, Supports
 from stdit_jax.models.layers import DTYPES, OVER_SPACE, OVER_TIME, layer_norm, modulate
 from stdit_jax.models.stack import run_blocks
-from stdit_jax.models.step_cache import Reuse, compute
+from stdit_jax.models.step_cache import Call, Reuse, compute
 from stdit_jax.parallel.shardings import constrain
 
 
@@ -43,7 +42,7 @@ class Block(common.Block):
   config: STDiT2Config
 
   @nn.compact
-  def __call__(self, x: Features, c: common.Conditions, number: ArrayLike, call: Callable = compute) -> Features:
+  def __call__(self, x: Features, c: common.Conditions, number: ArrayLike, call: Call = compute) -> Features:
     """x `[B, T, S, D]`, Conditions, number of the layer -> `[B, T, S, D]`; `call` calls the attentions."""
     cfg, layout = self.config, self.layout
     shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation_rows("modulation", 6, c.modulation, c.x_mask)

@@ -1,7 +1,6 @@
 """STDiT-3 of Open-Sora 1.2 (tag v1.2.0, `stdit3.py`): spatial and temporal blocks in turn, conditioned on the frame rate."""
 
 import dataclasses
-from collections.abc import Callable
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -11,7 +10,7 @@ from stdit_jax.models import stdit_common as common
 from stdit_jax.models.family import Family, Supports
 from stdit_jax.models.layers import DTYPES, OVER_SPACE, OVER_TIME, interleaved_sin_cos, layer_norm, modulate, torch_uniform
 from stdit_jax.models.stack import run_blocks
-from stdit_jax.models.step_cache import Reuse, compute
+from stdit_jax.models.step_cache import Call, Reuse, compute
 from stdit_jax.parallel.shardings import constrain
 
 
@@ -46,7 +45,7 @@ class Block(common.Block):
   axis: str = "space"
 
   @nn.compact
-  def __call__(self, x: Features, c: common.Conditions, number: ArrayLike, call: Callable = compute) -> Features:
+  def __call__(self, x: Features, c: common.Conditions, number: ArrayLike, call: Call = compute) -> Features:
     """x `[B, T, S, D]`, Conditions, number of the layer -> `[B, T, S, D]`; `call` calls the attentions."""
     axes, rope, out_init = (OVER_SPACE, None, None) if self.axis == "space" else (OVER_TIME, c.rope, common.zeros)
     shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation_rows("modulation", 6, c.modulation, c.x_mask)

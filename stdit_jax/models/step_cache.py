@@ -99,6 +99,9 @@ class Reuse:
   computes: dict
 
 
+Call = Callable[..., Any]  # (kind of attention, module, *inputs) -> output: `compute`, or `CachedCalls`
+
+
 def compute(kind: str, function: Callable, *inputs) -> Any:
   """`function(*inputs)`: a block calls its attention in this way if no cache is used."""
   return function(*inputs)
