@@ -340,11 +340,9 @@ class Cache:
       key = clip_keys(self.table, self.config, bucket, ratio, slot_row, row.num_frames, self.config.window(own))
       with contextlib.suppress(KeyError):
         record = self.latents.read(key)
-        mean, std = record["mean"].astype(np.float32), None
-        if "log_variance" in record:
-          std = np.exp(0.5 * record["log_variance"].astype(np.float32))
-        rate = float(record["fps"]) or None
-        return {"latents_mean": mean, "latents_std": std, "rate": rate, "error": record["error"].decode()}
+        std = np.exp(0.5 * record["log_variance"].astype(np.float32)) if "log_variance" in record else None
+        clip = {"latents_mean": record["mean"].astype(np.float32), "latents_std": std}
+        return clip | {"rate": float(record["fps"]) or None, "error": record["error"].decode()}
     raise RuntimeError(f"{row.path}: no latents of {bucket.name} in {self.latents.folder}")
 
   def caption(self, epoch: int, caption_of: Callable[[int], str]) -> tuple[str, np.ndarray]:

@@ -331,7 +331,8 @@ class _Causal3D(Autoencoder):
   layouts = ("cogvideox-vae", "native")
   last_layer = ("decoder", "conv_out")
 
-  splits = staticmethod(splits)
+  def splits(self, config, num_frames, devices):
+    return splits(config, num_frames, devices)
 
   def encode(self, model, params, clips, image_noise=None, layout=None):
     return *self._apply(model, params, clips, "encode", layout), None

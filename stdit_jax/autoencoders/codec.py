@@ -40,8 +40,8 @@ def run_jitted(function: Callable, model: Any, *args, **static) -> Any:
   return jitted(function)(model, *args, **static)
 
 
-def _shape(x, sharding=None):
-  """`Codec.place` for shapes instead of arrays."""
+def shape_of(x: Any, sharding: Any = None) -> jax.ShapeDtypeStruct:
+  """The shape of an array, or of a shape, with a sharding: `Codec.place` for shapes instead of arrays."""
   placed = isinstance(x, jax.ShapeDtypeStruct) and sharding is None
   return x if placed else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
@@ -139,12 +139,12 @@ class Codec:
     def lower(function, model, variables, *arrays, **static):
       key = function, str(jax.tree.map(lambda x: (x.shape, x.dtype), arrays)), tuple(static.items())
       if key not in lowered:
-        lowered[key] = jitted(function).lower(model, variables, *jax.tree.map(_shape, arrays), **static)
+        lowered[key] = jitted(function).lower(model, variables, *jax.tree.map(shape_of, arrays), **static)
       times[lowered[key]] += 1
       return jax.tree.map(lambda s: _empty(s.shape, s.dtype), lowered[key].out_info)
 
     cut, config = self.tiles and self.tiles.cut(size), self.config
-    plain = dataclasses.replace(self, run=lower, place=_shape, tiles=None, as_uint8=self.as_uint8 and not cut)
+    plain = dataclasses.replace(self, run=lower, place=shape_of, tiles=None, as_uint8=self.as_uint8 and not cut)
     for height, width in tile_sizes(self.tiles, size) if self.tiles and cut else [size]:
       if method == "encode":
         pixels = num_frames, height * config.downsampling, width * config.downsampling, 3

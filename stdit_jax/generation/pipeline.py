@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 
 from data.tokens import patchify, unpatchify
 from data.video import IMAGE_FPS
-from stdit_jax.autoencoders.codec import bytes_on_device, memory_beside
+from stdit_jax.autoencoders.codec import bytes_on_device, memory_beside, shape_of
 from stdit_jax.diffusion.elements import no_previous, start_edit
 from stdit_jax.diffusion.guidance import Guidance, guided
 from stdit_jax.diffusion.noise import Purpose, fold_in, sample_keys, token_noise
@@ -137,9 +137,7 @@ class Pipeline:
     arrays = {name: shape(*array.shape, dtype=array.dtype) for name, array in prompts.items()}
     encode = self._encode.lower(self.encoder_weights, arrays)
     out_info, encode = encode.out_info, encode.compile()
-    cond = jax.tree.map(
-      lambda info, place: jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=place), out_info, encode.output_shardings
-    )
+    cond = jax.tree.map(shape_of, out_info, encode.output_shardings)
     sizes = {"grid": shape(batch, 3, dtype=np.int32), **dict.fromkeys(SCALARS, shape(batch))}
     x = shape(batch, *token_shape(self.model.config, size, self.token_parts), axes=OVER_TIME)
     specs = self._cache_specs(*x.shape[:3])
