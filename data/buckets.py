@@ -121,7 +121,9 @@ def assign(
   return np.concatenate(bucket), np.concatenate(ratio), np.concatenate(reason), np.sum(refused, 0)
 
 
-def choose(frames, height, width, draws, buckets, interval):
+def choose(
+  frames: np.ndarray, height: np.ndarray, width: np.ndarray, draws: np.ndarray, buckets: Sequence[Bucket], interval: int
+) -> tuple[np.ndarray, ...]:
   """Applies the rules of `assign` to given random numbers.
 
   `draws` are uniform in [0, 1), [N, buckets, 2]. The first draw of a row in a bucket is compared with the duration probability,

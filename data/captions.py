@@ -12,6 +12,7 @@ import pathlib
 import re
 import urllib.parse
 import warnings
+from typing import Any
 
 import bs4
 import ftfy
@@ -151,7 +152,7 @@ _NEEDED = f"it needs tokenizer_config.json and one of {', '.join(_PIECES)}"
 
 
 @functools.cache
-def load_tokenizer(spec):
+def load_tokenizer(spec: str) -> Any:
   """Loads a Hugging Face tokenizer: "byt5" (bytes, needs no file) or a local folder.
 
   The function downloads nothing, and it runs no code of the folder. Raises ValueError, one line, if the folder is missing or

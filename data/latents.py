@@ -19,15 +19,16 @@ import os
 import pathlib
 import re
 import tempfile
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import numpy as np
 
 from data import aspect_ratios, paths, plan
+from data.buckets import Bucket
 from data.config import DataConfig
 from data.shards import digest
-from data.sources import Table
+from data.sources import Row, Table
 
 DTYPES = ("float32", "float16", "bfloat16")
 _VERSION = 1  # of keys and records
@@ -72,7 +73,9 @@ def size_of(resolution: int, ratio: int) -> tuple[str, str, tuple[int, int]]:
   return name, key, aspect_ratios.size(name, key)
 
 
-def clip_keys(table, config, bucket, ratio, slot_rows, rows_frames, window):
+def clip_keys(
+  table: Table, config: DataConfig, bucket: Bucket, ratio: Any, slot_rows: Any, rows_frames: Any, window: int
+) -> Any:
   """Keys of clips of one bucket. `ratio`, `slot_rows` and `rows_frames` may be arrays.
 
   Some rows, such as images, have only one place in time for a clip. All windows and copies of such a row share one key.
@@ -185,27 +188,27 @@ class Part:
     self.starts, self.made_for = np.asarray(values["starts"]), values["made_for"]
 
   @property
-  def num_shards(self):
+  def num_shards(self) -> int:
     return len(self.starts) - 1
 
   @property
-  def is_whole(self):
+  def is_whole(self) -> bool:
     return paths.exists(paths.join(self.folder, _INFO))
 
-  def shard(self, number):
+  def shard(self, number: int) -> str:
     """Path of a shard, named as TFDS does."""
     return paths.join(self.folder, f"{self.kind}-train.array_record-{number:05}-of-{self.num_shards:05}")
 
-  def missing(self):
+  def missing(self) -> list[int]:
     """Numbers of the shards that do not exist."""
     return [number for number in range(self.num_shards) if not paths.exists(self.shard(number))]
 
-  def drop(self, keys):
+  def drop(self, keys: Any) -> None:
     """Deletes the existing shards that hold these keys."""
     for number in np.unique(np.searchsorted(self.starts, self.position(np.asarray(keys, np.int64))[0], "right") - 1):
       pathlib.Path(self.shard(number)).unlink(missing_ok=True)
 
-  def position(self, keys):
+  def position(self, keys: Any) -> tuple[Any, Any]:
     """Returns (number of the record, whether the record exists) of each key."""
     at = np.searchsorted(self.keys, keys)
     return at, self.keys[np.minimum(at, len(self.keys) - 1)] == keys
@@ -214,7 +217,7 @@ class Part:
   def features(self) -> Any:
     return _tfds().features.FeatureConnector.from_config(self.folder)
 
-  def read(self, number):
+  def read(self, number: int) -> dict:
     """Reads record `number`, a dict."""
     shard = int(np.searchsorted(self.starts, number, "right")) - 1
     (record,) = _reader(self.shard(shard)).read([int(number - self.starts[shard])])
@@ -246,28 +249,28 @@ class Encoded:
   def __getstate__(self):
     return {"folder": self.folder, "made_from": self.made_from}
 
-  def part_numbers(self):
+  def part_numbers(self) -> list[int]:
     """Numbers in the names of the parts' folders. A number may be missing, since a user may delete a part."""
     return sorted(int(name[5:]) for name in paths.names(self.folder) if re.fullmatch(r"part-\d+", name))
 
   @functools.cached_property
-  def all_parts(self):
+  def all_parts(self) -> list[Part]:
     folders = [paths.join(self.folder, f"part-{i}") for i in self.part_numbers()]
     return [Part(folder) for folder in folders if paths.exists(paths.join(folder, _PART))]
 
   @functools.cached_property
-  def parts(self):
+  def parts(self) -> list[Part]:
     return [part for part in self.all_parts if part.is_whole]
 
-  def epochs(self, identity):
+  def epochs(self, identity: dict) -> int:
     """The largest number of epochs of a plan whose clips all exist, as the parts record it."""
     return max((m["epochs"] for part in self.parts for m in part.made_for if m["plan"] == identity), default=0)
 
-  def holds(self, keys):
+  def holds(self, keys: Any) -> np.ndarray:
     """Whether each key has a record, bool."""
     return np.any([np.zeros(np.shape(keys), bool), *(part.position(keys)[1] for part in self.parts)], axis=0)
 
-  def read(self, key):
+  def read(self, key: int) -> dict:
     """Reads the record of a key, a dict. Raises KeyError if the key has no record."""
     for part in self.parts:
       at, exists = part.position(key)
@@ -296,7 +299,7 @@ class Cache:
     self._changes = min(changes, key=len, default=[])
     self._captions_change = text is not None and table.captions_change(config.scores)
 
-  def source(self, epoch, plan_of):
+  def source(self, epoch: int, plan_of: Callable[[int], plan.Plan]) -> int:
     """The epoch whose plan an epoch follows: its own, or a cached epoch if the cache lacks its clips.
 
     `plan_of` returns the `Plan` of an epoch. Raises ValueError if no epoch is cached.
@@ -327,24 +330,22 @@ class Cache:
     """The epochs that may have cached a row of an epoch: the epoch, the epoch that it repeats, then all others."""
     return filter(self._has_key, dict.fromkeys([epoch, epoch % (self.epochs or self._rounds or 1), *range(self._rounds)]))
 
-  def other_captions(self, epoch):
+  def other_captions(self, epoch: int) -> bool:
     """Whether rows of an epoch may keep the caption of an earlier epoch, since the cache may lack the epoch's captions."""
     return epoch >= self.epochs and self._captions_change
 
-  def clip(self, epoch, slot_row, row, bucket, ratio):
+  def clip(self, epoch: int, slot_row: int, row: Row, bucket: Bucket, ratio: int) -> dict[str, Any]:
     """Reads {latents_mean, latents_std, rate, error} of a row in a bucket. `latents_std` is None if only means were stored."""
     for own in self._epochs_like(epoch):
       key = clip_keys(self.table, self.config, bucket, ratio, slot_row, row.num_frames, self.config.window(own))
       with contextlib.suppress(KeyError):
         record = self.latents.read(key)
-        mean, std = record["mean"].astype(np.float32), None
-        if "log_variance" in record:
-          std = np.exp(0.5 * record["log_variance"].astype(np.float32))
-        rate = float(record["fps"]) or None
-        return {"latents_mean": mean, "latents_std": std, "rate": rate, "error": record["error"].decode()}
+        std = np.exp(0.5 * record["log_variance"].astype(np.float32)) if "log_variance" in record else None
+        clip = {"latents_mean": record["mean"].astype(np.float32), "latents_std": std}
+        return clip | {"rate": float(record["fps"]) or None, "error": record["error"].decode()}
     raise RuntimeError(f"{row.path}: no latents of {bucket.name} in {self.latents.folder}")
 
-  def caption(self, epoch, caption_of):
+  def caption(self, epoch: int, caption_of: Callable[[int], str]) -> tuple[str, np.ndarray]:
     """Reads (caption, embedding `[L, C]` float32). `caption_of` returns the row's caption in an epoch."""
     for own in self._epochs_like(epoch):
       caption = caption_of(own)
@@ -356,7 +357,9 @@ class Cache:
 # -------------------------------------------------------------------------------------------------------------- writing
 
 
-def prepare(folder, kind, made_from, keys, made_for, size_of_records, shard_bytes):
+def prepare(
+  folder: str, kind: str, made_from: dict, keys: np.ndarray, made_for: list[dict], size_of_records: Callable, shard_bytes: int
+) -> Part | None:
   """Finds or makes the `Part` whose shards are missing, so that a folder holds all of `keys`. None if no key is missing.
 
   Args:
@@ -417,7 +420,7 @@ def _add_plans(part, made_for):
     paths.write_text(paths.join(part.folder, _PART), json.dumps(values))
 
 
-def features_of(kind, channels, dtype, log_variance=True):
+def features_of(kind: str, channels: int, dtype: Any, log_variance: bool = True) -> Any:
   """TFDS features of records. They store floats as bytes, since a protobuf has no float16 and rounds float64."""
   features = _tfds().features
 
@@ -432,7 +435,7 @@ def features_of(kind, channels, dtype, log_variance=True):
   return features.FeaturesDict({**values, **numbers, **texts, "fps": floats(dtype=np.float64)})
 
 
-def shard_writer(part: Part, numbers: Sequence[int], features) -> Generator[None, tuple[int, dict]]:
+def shard_writer(part: Part, numbers: Sequence[int], features: Any) -> Generator[None, tuple[int, dict]]:
   """A generator that writes the shards `numbers`, in order. `send` it (key, record) of each key after a first `next`.
 
   A shard appears when it is complete. `close` drops an incomplete one. Raises OSError if the disk is full or fails.

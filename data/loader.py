@@ -89,16 +89,9 @@ class LoadedStep:
 
 
 def make_loader(
-  config: DataConfig,
-  folder: str,
-  *,
-  shard: Shard | dict[tuple[str, int], Shard] = (0, 1),
-  start: int = 0,
-  skip: Iterable[int] = (),
-  condition: Condition | None = None,
-  epochs: int | None = None,
-  cache: latents.Cache | None = None,
-) -> "Loader":
+  config: DataConfig, folder: str, *, shard: Shard | dict[tuple[str, int], Shard] = (0, 1), start: int = 0,
+  skip: Iterable[int] = (), condition: Condition | None = None, epochs: int | None = None, cache: latents.Cache | None = None,
+) -> "Loader":  # fmt: skip
   """Makes the loader, an iterator of `LoadedStep`.
 
   Args:
@@ -253,7 +246,7 @@ class BadRows:
     self.found: dict[str, str] = {}
     self._limit = math.ceil(limit * rows) if isinstance(limit, float) else limit
 
-  def add(self, path, error):
+  def add(self, path: str, error: str) -> None:
     """Adds a file whose decoding ended with `error` ("" = no error). Raises ValueError above the limit."""
     if not error or path in self.found:
       return
@@ -365,7 +358,7 @@ class RowDecoder:
   def __init__(self, config, table, condition, cache=None):
     self.config, self.table, self.condition, self.cache = config, table, condition, cache
 
-  def __call__(self, element):
+  def __call__(self, element: tuple) -> dict:
     if not element:
       return {"end": np.zeros(1)}
     epoch, slot, slot_row, key, bucket = element
@@ -454,7 +447,7 @@ class ClipDecoder(RowDecoder):
   `fps` is the file's own frame rate, 0 if unknown. `away` is True if the file was not found.
   """
 
-  def __call__(self, key):
+  def __call__(self, key: int) -> dict:
     clip = latents.unpack(int(key))
     row, num_frames = self.table.row(clip["row"]), clip["num_frames"]
     _, _, size = latents.size_of(clip["resolution"], clip["ratio"])

@@ -46,9 +46,7 @@ def digest(description: dict) -> str:
 def place(count: int, skip: Iterable[int]) -> int:
   """The next global micro step after `count` steps, if the training skips the steps in `skip`."""
   for position in sorted(skip):
-    if position > count:
-      break
-    count += 1
+    count += position <= count
   return count
 
 
@@ -322,8 +320,7 @@ class PlanSequence:
     """Global number of the epoch's first step."""
     with self.lock:
       while len(self._starts) <= epoch:
-        done = len(self._starts) - 1
-        self._starts.append(self._starts[-1] + self.report(done).steps)
+        self._starts.append(self._starts[-1] + self.report(len(self._starts) - 1).steps)
       return self._starts[epoch]
 
   def locate(self, step: int) -> tuple[int, int]:

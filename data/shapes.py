@@ -62,7 +62,7 @@ class Object:
   size: float = SIZE
 
   @property
-  def step(self):
+  def step(self) -> tuple[float, float]:
     """Motion of the object per frame, (x, y)."""
     x, y = DIRECTIONS[self.direction]
     length = SPEEDS[self.speed] / np.hypot(x, y)

@@ -6,6 +6,7 @@ python -m data.shapes_tokenizer data/moving_shapes/tokenizer
 import argparse
 import pathlib
 import string
+from typing import Any
 
 from data import shapes
 
@@ -13,7 +14,7 @@ SPECIAL = ("<pad>", "</s>", "<unk>")  # ids 0, 1, 2, as T5's
 VOCABULARY, CAPTIONS = 320, 4000
 
 
-def train():
+def train() -> Any:
   """A `transformers.PreTrainedTokenizerFast` that lower-cases captions and ends each with </s>."""
   import tokenizers
   import transformers
@@ -33,7 +34,7 @@ def train():
   return transformers.PreTrainedTokenizerFast(tokenizer_object=made, **names)
 
 
-def main():
+def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("folder", type=pathlib.Path)
   tokenizer, folder = train(), parser.parse_args().folder

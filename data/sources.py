@@ -135,7 +135,7 @@ class Table:
     return int(self._bases[-1])
 
   @property
-  def num_rows(self):
+  def num_rows(self) -> int:
     return sum(f.num_rows for f in self._files)
 
   def captions_change(self, scores: Iterable[str]) -> bool:

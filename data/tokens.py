@@ -6,16 +6,19 @@ order. `patchify` pads latents with zeros at the end of each axis (bottom, right
 1.2 do (`PatchEmbed3D`).
 """
 
+from collections.abc import Iterable, Sequence
+from typing import Any
+
 import einops
 import numpy as np
 
 
-def grid_size(latent_size, patch_size=(1, 2, 2)):
+def grid_size(latent_size: Iterable[int], patch_size: Sequence[int] = (1, 2, 2)) -> tuple[int, ...]:
   """Size of the token grid (T, rows, columns) for latents of size (time, height, width)."""
   return tuple(-(-n // p) for n, p in zip(latent_size, patch_size, strict=True))
 
 
-def patchify(latents, patch_size=(1, 2, 2)):
+def patchify(latents: Any, patch_size: Sequence[int] = (1, 2, 2)) -> Any:
   """Turns latents `[..., T, H, W, C]` into tokens `[..., T', rows * columns, pt * ph * pw * C]`."""
   *batch, t, h, w, _ = latents.shape
   pt, ph, pw = patch_size
@@ -27,7 +30,7 @@ def patchify(latents, patch_size=(1, 2, 2)):
   return einops.rearrange(latents, "... (t pt) (h ph) (w pw) c -> ... t (h w) (pt ph pw c)", pt=pt, ph=ph, pw=pw)
 
 
-def unpatchify(tokens, latent_size, patch_size=(1, 2, 2)):
+def unpatchify(tokens: Any, latent_size: Sequence[int], patch_size: Sequence[int] = (1, 2, 2)) -> Any:
   """Turns tokens `[..., T', S, pt * ph * pw * C]` into latents `[..., T, H, W, C]`. S may contain padding at its end."""
   pt, ph, pw = patch_size
   t_grid, rows, columns = grid_size(latent_size, patch_size)

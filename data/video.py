@@ -142,13 +142,9 @@ def read_clip(path: str, start: int, num_frames: int, frame_interval: int = 1, *
 
 
 def read_frames(
-  path: str,
-  indices: Sequence[int] | np.ndarray | None = None,
-  *,
-  size: tuple[int, int] | None = None,
-  resize: str = "area",
+  path: str, indices: Sequence[int] | np.ndarray | None = None, *, size: tuple[int, int] | None = None, resize: str = "area",
   crop: tuple[int, int, int, int] | None = None,
-) -> np.ndarray:
+) -> np.ndarray:  # fmt: skip
   """Reads frames by number. Resizes them to cover `size` and crops the centre.
 
   Args:

@@ -15,6 +15,7 @@ Only lengths of 8k and 8k + 1 frames stay as they are. A clip of 4k + 1 frames w
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from stdit_jax.autoencoders.codec import Codec, pixels_of
+from stdit_jax.autoencoders.codec import Codec, Parts, pixels_of
 from stdit_jax.autoencoders.family import Autoencoder, AutoencoderConfig
 from stdit_jax.autoencoders.frames import Frames, chunk_sizes, double, half, over_devices, splits
 from stdit_jax.autoencoders.latents import AnyArray, Moments, denormalise, normalised_posterior, posterior, to_float
@@ -67,25 +68,25 @@ class Causal3DConfig(AutoencoderConfig):
     self.check_latents()
 
   @property
-  def halvings(self):
+  def halvings(self) -> int:
     """Number of halvings of time: one in each of the first levels."""
     return self.temporal_compression_ratio.bit_length() - 1
 
-  def latent_frames(self, num_frames):
+  def latent_frames(self, num_frames: int) -> int:
     for _ in range(self.halvings):
       num_frames = half(num_frames)
     return num_frames
 
-  def pixel_frames(self, latent_frames):
+  def pixel_frames(self, latent_frames: int) -> int:
     """Frames that so many latent frames are decoded to."""
     for _ in range(self.halvings):
       latent_frames = double(latent_frames)
     return latent_frames
 
-  def keeps(self, num_frames):
+  def keeps(self, num_frames: int) -> bool:
     return self.pixel_frames(self.latent_frames(num_frames)) == num_frames
 
-  def frame_starts(self, num_frames):
+  def frame_starts(self, num_frames: int) -> np.ndarray:
     frames = [[i] for i in range(num_frames)]
     for _ in range(self.halvings):
       first = len(frames) % 2
@@ -113,7 +114,7 @@ class CausalConv(nn.Module):
   dtype: jnp.dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, x, frames):
+  def __call__(self, x: AnyArray, frames: Frames) -> Array:
     if past := self.size - 1:
       if self.has_variable("past", "frames"):
         x = jnp.concatenate([self.get_variable("past", "frames"), x], axis=1)
@@ -133,7 +134,7 @@ class SpatialNorm(nn.Module):
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, x, z, frames):
+  def __call__(self, x: Array, z: AnyArray, frames: Frames) -> Array:
     first = int(frames.first and x.shape[1] > 1)  # a single first frame has the first latent
     for axis in (2, 3):
       z = jnp.repeat(z, x.shape[axis] // z.shape[axis], axis)
@@ -152,7 +153,7 @@ class ResnetBlock(nn.Module):
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, x, frames, z=None):
+  def __call__(self, x: Array, frames: Frames, z: AnyArray | None = None) -> Array:
     def norm(name, h):
       if z is None:
         return GroupNorm(self.config.norm_num_groups, self.dtype, name=name)(h, frames)
@@ -173,7 +174,7 @@ class Sampler(nn.Module):
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, x, frames):
+  def __call__(self, x: Array, frames: Frames) -> tuple[Array, Frames]:
     first = int(frames.first)
     if self.time and self.up:
       x, frames = jnp.concatenate([x[:, :first], jnp.repeat(x[:, first:], 2, axis=1)], axis=1), frames.scaled(double)
@@ -198,7 +199,7 @@ class Level(nn.Module):
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, x, frames, z=None):
+  def __call__(self, x: Array, frames: Frames, z: AnyArray | None = None) -> tuple[Array, Frames]:
     block = block_of(ResnetBlock, self.config.remat, static=(2,))
     for i in range(self.layers):
       x = block(self.config, self.features, self.dtype, name=f"resnets_{i}")(x, frames, z)
@@ -212,7 +213,7 @@ class Encoder(nn.Module):
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, x, frames):
+  def __call__(self, x: AnyArray, frames: Frames) -> Array:
     c, last = self.config, len(self.config.block_out_channels) - 1
     x = CausalConv(c.block_out_channels[0], dtype=self.dtype, name="conv_in")(x, frames)
     for i, features in enumerate(c.block_out_channels):
@@ -229,7 +230,7 @@ class Decoder(nn.Module):
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, z, frames):
+  def __call__(self, z: AnyArray, frames: Frames) -> Array:
     c, last = self.config, len(self.config.block_out_channels) - 1
     x = CausalConv(c.block_out_channels[-1], dtype=self.dtype, name="conv_in")(z, frames)
     x, frames = Level(c, c.block_out_channels[-1], 2, "", False, self.dtype, name="mid_block")(x, frames, z)
@@ -247,34 +248,34 @@ class Causal3D(nn.Module):
   config: Causal3DConfig
   dtype: jnp.dtype = jnp.float32
 
-  def setup(self):
+  def setup(self) -> None:
     self.encoder = Encoder(self.config, self.dtype)
     self.decoder = Decoder(self.config, self.dtype)
 
-  def encode(self, x: Float[AnyArray, "N T H W 3"], frames=None) -> Moments:
+  def encode(self, x: Float[AnyArray, "N T H W 3"], frames: Frames | None = None) -> Moments:
     """Clips in [-1, 1] -> raw posterior (mean, logvar), float32. `frames`: `Frames` of `x`; None: `x` is the whole clip."""
     return posterior(self.encoder(x, frames or self.frames(x, self.config.encode_chunk)))
 
-  def decode(self, z: Float[AnyArray, "N t h w C"], frames=None) -> Float[Array, "N T H W 3"]:
+  def decode(self, z: Float[AnyArray, "N t h w C"], frames: Frames | None = None) -> Float[Array, "N T H W 3"]:
     """Raw latents -> pixels, float32, about [-1, 1], not clipped. `frames`: `Frames` of the latents, as for `encode`."""
     return self.decoder(z, frames or self.frames(z, self.config.decode_chunk)).astype(jnp.float32)
 
-  def frames(self, x, chunk):
+  def frames(self, x: AnyArray, chunk: int) -> Frames:
     return Frames(x.shape[1], chunk_sizes(x.shape[1], chunk) if self.config.statistics == "chunks" else None)
 
-  def __call__(self, x):
+  def __call__(self, x: AnyArray) -> tuple[Array, Array, Array]:
     """-> (reconstruction from the mean, mean, logvar)."""
     mean, logvar = self.encode(x)
     return self.decode(mean), mean, logvar
 
 
-def encode_causal(model, variables, past, frames):
+def encode_causal(model: nn.Module, variables: dict, past: Any, frames: AnyArray) -> tuple[Moments, Any]:
   """Frames `[T, H, W, 3]` of a chunk and the past that the previous chunk left, or None -> normalised (mean, std), past."""
   moments, past = _apply_chunk(model, variables, past, to_float(frames), "encode")
   return normalised_posterior(model.config, *moments), past
 
 
-def decode_causal(model, variables, past, latents, *, as_uint8):
+def decode_causal(model: nn.Module, variables: dict, past: Any, latents: AnyArray, *, as_uint8: bool) -> tuple[AnyArray, Any]:
   """Normalised latents `[T', h, w, C]` of a chunk and the past, or None -> pixels, past."""
   pixels, past = _apply_chunk(model, variables, past, denormalise(model.config, latents), "decode")
   return pixels_of(pixels, as_uint8), past
@@ -286,13 +287,13 @@ def _apply_chunk(model, variables, past, x, method):
   return jax.tree.map(lambda part: part[0], y), state["past"]
 
 
-def encode_split(model, variables, frames, *, mesh):
+def encode_split(model: nn.Module, variables: dict, frames: AnyArray, *, mesh: Mesh) -> tuple[Array, ...]:
   """Frames `[T, H, W, 3]` of a clip that is split in time over the last axis of a mesh -> normalised (mean, std)."""
   moments = over_devices(model, mesh, mesh.axis_names[-1], "encode")(variables, to_float(frames)[None])
   return tuple(m[0] for m in normalised_posterior(model.config, *moments))
 
 
-def decode_split(model, variables, latents, *, mesh, as_uint8):
+def decode_split(model: nn.Module, variables: dict, latents: AnyArray, *, mesh: Mesh, as_uint8: bool) -> AnyArray:
   """Normalised latents `[T', h, w, C]` of a clip that is split in time over the last axis of a mesh -> pixels."""
   latents = denormalise(model.config, latents)[None]
   return pixels_of(over_devices(model, mesh, mesh.axis_names[-1], "decode")(variables, latents)[0], as_uint8)
@@ -306,10 +307,10 @@ class CausalCodec(Codec):
 
   uses_micro_batch = False
 
-  def encode_parts(self, frames):
+  def encode_parts(self, frames: np.ndarray) -> Parts:
     return self._parts((encode_split, encode_causal), frames, len(frames), self.config.encode_chunk)
 
-  def decode_parts(self, latents, num_frames):
+  def decode_parts(self, latents: np.ndarray, num_frames: int) -> Parts:
     return self._parts((decode_split, decode_causal), latents, num_frames, self.config.decode_chunk, as_uint8=self.as_uint8)
 
   def _parts(self, functions, values, num_frames, chunk, **static):

@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,28 +21,29 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float, Num
 
-from stdit_jax.autoencoders.latents import to_uint8
+from stdit_jax.autoencoders.latents import AnyArray, to_uint8
 from stdit_jax.autoencoders.tiles import Tiles, decode_in_tiles, encode_in_tiles, sizes_for, tile_sizes
+
+Parts = Iterator[Any]  # arrays or tuples of arrays, on the device
 
 
 @functools.cache
-def jitted(function):
+def jitted(function: Callable) -> jax.stages.Wrapped:
   """The jitted function of a piece. Only weights and arrays are traced."""
   static = [name for name in ("model", "num_frames", "as_uint8", "mesh") if name in inspect.signature(function).parameters]
   # Programs keep weights that they do not use as arguments, because `memory_beside` subtracts all weights.
   return jax.jit(function, static_argnames=static, keep_unused=True)
 
 
-def run_jitted(function, model, *args, **static):
+def run_jitted(function: Callable, model: Any, *args, **static) -> Any:
   """Runs the function of a piece. This is the default `Codec.run`."""
   return jitted(function)(model, *args, **static)
 
 
-def _shape(x, sharding=None):
-  """`Codec.place` for shapes instead of arrays."""
-  if isinstance(x, jax.ShapeDtypeStruct) and sharding is None:
-    return x
-  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+def shape_of(x: Any, sharding: Any = None) -> jax.ShapeDtypeStruct:
+  """The shape of an array, or of a shape, with a sharding: `Codec.place` for shapes instead of arrays."""
+  placed = isinstance(x, jax.ShapeDtypeStruct) and sharding is None
+  return x if placed else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
 def _empty(shape, dtype):
@@ -82,17 +83,17 @@ class Codec:
       raise ValueError(f"micro_batch must be at least 1, not {self.micro_batch}.")
 
   @property
-  def config(self):
+  def config(self) -> Any:
     return self.model.config
 
   @functools.cached_property
-  def mesh(self):
+  def mesh(self) -> Any:
     """The mesh whose devices hold whole copies of the weights; None for weights on a single device."""
     sharding = getattr(next(iter(jax.tree.leaves(self.variables)), None), "sharding", None)
     return sharding.mesh if isinstance(sharding, NamedSharding) else None
 
   @property
-  def devices(self):
+  def devices(self) -> int:
     """Number of devices that work at the same time."""
     return self.mesh.size if self.mesh else 1
 
@@ -103,8 +104,8 @@ class Codec:
       return encode_in_tiles(dataclasses.replace(self, tiles=None).encode, frames, self.tiles, self.config.downsampling, size)
     return join(self.encode_parts(frames), self.config.latent_frames(len(frames)))
 
-  def decode(self, latents: Float[np.ndarray, "t h w C"], num_frames, done=lambda frames: None) -> Num[np.ndarray, "T H W 3"]:
-    """Normalised latents -> pixels of `num_frames` frames.
+  def decode(self, latents: Float[np.ndarray, "t h w C"], num_frames: int, done: Callable = lambda frames: None) -> np.ndarray:
+    """Normalised latents -> pixels `[num_frames, H, W, 3]`.
 
     Raises ValueError if a clip of this length has another number of latents, or changes its length.
 
@@ -126,7 +127,7 @@ class Codec:
       return decode_in_tiles(decode_tile, latents, self.tiles, self.config.downsampling, finish)
     return join(self.decode_parts(latents, num_frames), num_frames, done)
 
-  def lower(self, method, size, num_frames):
+  def lower(self, method: str, size: Sequence[int], num_frames: int) -> collections.Counter:
     """The lowered programs of a clip: {program: number of runs}.
 
     Args:
@@ -138,13 +139,13 @@ class Codec:
     def lower(function, model, variables, *arrays, **static):
       key = function, str(jax.tree.map(lambda x: (x.shape, x.dtype), arrays)), tuple(static.items())
       if key not in lowered:
-        lowered[key] = jitted(function).lower(model, variables, *jax.tree.map(_shape, arrays), **static)
+        lowered[key] = jitted(function).lower(model, variables, *jax.tree.map(shape_of, arrays), **static)
       times[lowered[key]] += 1
       return jax.tree.map(lambda s: _empty(s.shape, s.dtype), lowered[key].out_info)
 
     cut, config = self.tiles and self.tiles.cut(size), self.config
-    plain = dataclasses.replace(self, run=lower, place=_shape, tiles=None, as_uint8=self.as_uint8 and not cut)
-    for height, width in tile_sizes(self.tiles, size) if cut else [size]:
+    plain = dataclasses.replace(self, run=lower, place=shape_of, tiles=None, as_uint8=self.as_uint8 and not cut)
+    for height, width in tile_sizes(self.tiles, size) if self.tiles and cut else [size]:
       if method == "encode":
         pixels = num_frames, height * config.downsampling, width * config.downsampling, 3
         parts = plain.encode_parts(_empty(pixels, np.uint8))
@@ -154,7 +155,7 @@ class Codec:
       collections.deque(parts, maxlen=0)
     return times
 
-  def memory(self, method, size, num_frames):
+  def memory(self, method: str, size: Sequence[int], num_frames: int) -> float:
     """Bytes that `method` takes on one device beside the weights, as the compiler counts them. Arguments as `lower`.
 
     They are infinite if the compiler reports that the device has too little memory.
@@ -167,15 +168,15 @@ class Codec:
       return math.inf
     return max(memory_beside(program, self.variables) for program in programs)
 
-  def flops(self, method, size, num_frames):
+  def flops(self, method: str, size: Sequence[int], num_frames: int) -> float:
     """FLOPs of `method` as XLA counts them, without compilation. Arguments as `lower`."""
     return sum(times * program.cost_analysis()["flops"] for program, times in self.lower(method, size, num_frames).items())
 
-  def encode_parts(self, frames):
+  def encode_parts(self, frames: np.ndarray) -> Parts:
     """Yields the pieces of `encode`, (mean, std) each, on the device. It does not wait for them."""
     raise NotImplementedError
 
-  def decode_parts(self, latents, num_frames):
+  def decode_parts(self, latents: np.ndarray, num_frames: int) -> Parts:
     """Yields the pieces of `decode` on the device. It does not wait for them."""
     raise NotImplementedError
 
@@ -191,7 +192,7 @@ class Codec:
     return self.place(array, NamedSharding(self.mesh, PartitionSpec(*self.mesh.axis_names))) if self.mesh else array
 
 
-def join(parts, length, done=lambda frames: None, ahead=2):
+def join(parts: Iterable, length: int, done: Callable[[int], Any] = lambda frames: None, ahead: int = 2) -> Any:
   """Concatenates pieces, arrays or tuples of arrays, to NumPy arrays of the first `length` frames.
 
   Args:
@@ -220,37 +221,37 @@ def _is_ready(part):
   return all(x.is_ready() for x in jax.tree.leaves(part) if hasattr(x, "is_ready"))  # NumPy arrays have no such method
 
 
-def micro_batches(values, size):
+def micro_batches(values: AnyArray, size: int) -> Iterator[AnyArray]:
   """Yields pieces of `size` along the first axis. The last one repeats its last element up to `size`."""
   for start in range(0, len(values), size):
     yield filled(values[start : start + size], size)
 
 
-def filled(values, size):
+def filled(values: AnyArray, size: int) -> AnyArray:
   """`values` with its last element repeated up to `size`."""
   return np.concatenate([values, np.repeat(values[-1:], size - len(values), axis=0)]) if len(values) < size else values
 
 
-def pixels_of(pixels, as_uint8):
+def pixels_of(pixels: AnyArray, as_uint8: bool) -> AnyArray:
   """Decoded pixels in the type that a codec returns."""
   return to_uint8(pixels) if as_uint8 else pixels
 
 
-def bytes_on_device(tree):
+def bytes_on_device(tree: Any) -> int:
   """Bytes of arrays, or of shapes, on one device."""
   leaves = jax.tree.leaves(tree)
   local = lambda x: x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)  # noqa: E731
   return sum(math.prod(local(x)) * x.dtype.itemsize for x in leaves)
 
 
-def memory_beside(compiled, weights):
+def memory_beside(compiled: Any, weights: Any) -> int:
   """Bytes that a compiled program takes on one device beside its weights (arrays, or shapes with shardings)."""
   memory = compiled.memory_analysis()
   kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
   return kept + memory.temp_size_in_bytes - bytes_on_device(weights)
 
 
-def fit_tiles(codec, size, lengths, budget):
+def fit_tiles(codec: Codec, size: Sequence[int], lengths: Mapping[str, Iterable[int]], budget: float) -> tuple[Codec, dict]:
   """-> (`codec` changed until it fits into the budget, {method: bytes that it needs}).
 
   First it halves the micro batch, which changes only the speed. Then it takes the largest tiles that fit, or the smallest if

@@ -51,7 +51,7 @@ class DiscriminatorConfig:
       )
 
 
-def get_config(values):
+def get_config(values: Any) -> DiscriminatorConfig:
   """The configuration with these fields. Raises ValueError with the allowed ones."""
   return fields.replace(DiscriminatorConfig(), values, "config: autoencoder.discriminator")
 
@@ -83,7 +83,7 @@ class Discriminator(nn.Module):
     return conv("conv_out", x, 1, 1)[..., 0].astype(jnp.float32)
 
 
-def init(model, key):
+def init(model: Discriminator, key: Array) -> dict:
   """Fresh parameters: kernels N(0, 0.02), biases 0, norms 1 and 0 (pix2pix)."""
   shapes = jax.eval_shape(model.init, key, jnp.zeros((1, 1, 16, 16, 3)))["params"]
   leaves: dict[Any, Any] = flatten_dict(shapes)
@@ -101,17 +101,17 @@ def _mean(x):
   return x.mean(tuple(range(1, x.ndim)))
 
 
-def hinge_loss(real, fake):
+def hinge_loss(real: Any, fake: Any) -> Array:
   """Loss of the discriminator per sample `[N]`, from its scores of real and decoded clips."""
   return 0.5 * (_mean(nn.relu(1 - real)) + _mean(nn.relu(1 + fake)))
 
 
-def generator_loss(fake):
+def generator_loss(fake: Any) -> Array:
   """Loss of the autoencoder per sample `[N]`."""
   return -_mean(fake)
 
 
-def adaptive_weight(reconstruction_gradient, adversarial_gradient):
+def adaptive_weight(reconstruction_gradient: Any, adversarial_gradient: Any) -> Array:
   """The weight that makes the gradients of both terms equally long: |g_rec| / (|g_adv| + 1e-4), at most 10,000.
 
   The arguments are trees, the gradients of the terms with respect to the decoder's last layer.

@@ -1,13 +1,16 @@
 """The interface of an autoencoder. Each file of this folder with a TABLE defines one, and registry.py lists them."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from stdit_jax import fields
 from stdit_jax.autoencoders.layers import init_like_torch
+from stdit_jax.parallel.shardings import Layout
 
 
 class AutoencoderConfig:
@@ -30,42 +33,41 @@ class AutoencoderConfig:
   in_channels = 3
   group = 1
 
-  def require(self, holds, text):
+  def require(self, holds: bool, text: str) -> None:
     """Raises ValueError with the text unless the condition holds."""
     if not holds:
       raise ValueError(f"{type(self).__name__}: {text}")
 
-  def check_latents(self):
+  def check_latents(self) -> None:
     """Raises ValueError unless `shift` and `scale` are numbers for the latents."""
     for name in ("shift", "scale"):
       value, count = getattr(self, name), self.latent_channels
       fits = isinstance(value, (int, float)) or len(value) == count
       self.require(fits, f"{name} needs one number or {count} (latent_channels), not {value}.")
 
-  def check_groups(self):
+  def check_groups(self) -> None:
     """Raises ValueError unless group norms divide the channels of each level."""
     for channels in self.block_out_channels:
       text = f"block_out_channels {self.block_out_channels} must be multiples of norm_num_groups={self.norm_num_groups}"
       self.require(self.norm_num_groups > 0 and channels % self.norm_num_groups == 0, f"{text}; {channels} is not.")
 
   @property
-  def downsampling(self):
+  def downsampling(self) -> int:
     """Pixels per latent along a side: 8 for four levels."""
     return 2 ** (len(self.block_out_channels) - 1)
 
-  def latent_size(self, height, width):
+  def latent_size(self, height: int, width: int) -> tuple[int, int]:
     """(height, width) of the latents of frames of this size in pixels."""
     return height // self.downsampling, width // self.downsampling
 
-  def keeps(self, num_frames):
+  def keeps(self, num_frames: int) -> bool:
     """Whether a decoded clip has as many frames as the encoded one."""
     return True
 
 
 @functools.cache
 def _init_shapes(model, shape):
-  made = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(shape))
-  return {"params": made["params"]}
+  return {"params": jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(shape))["params"]}
 
 
 class Autoencoder:
@@ -89,34 +91,36 @@ class Autoencoder:
   last_layer: tuple[str, ...]
   image_autoencoder: "Autoencoder | None" = None
 
-  def get_config(self, name, **overrides):
+  def get_config(self, name: str, **overrides) -> Any:
     """The named configuration with some fields replaced. Raises ValueError with the allowed names or fields."""
     return fields.replace(fields.choose(self.table, name, self.kind), overrides, f"{self.kind} {name}")
 
-  def build(self, config, dtype=jnp.float32):
+  def build(self, config: Any, dtype: DTypeLike = jnp.float32) -> Any:
     """The model of a configuration. `dtype` is that of the convolutions. Parameters, norms and results are float32."""
     return self.model(config, dtype)
 
-  def init_shapes(self, config):
+  def init_shapes(self, config: Any) -> dict:
     """The tree of `init` as shapes, without allocation. All callers share the tree: do not change it."""
     return _init_shapes(self.model(config), self.example_shape(config))
 
-  def init(self, model, key):
+  def init(self, model: Any, key: Array) -> dict:
     """Fresh variables {"params": ...} with the original initialisation."""
     return init_like_torch(self.init_shapes(model.config), key)
 
-  def example_shape(self, config):
+  def example_shape(self, config: Any) -> tuple[int, ...]:
     """Shape of a small input of the model: a clip of one frame."""
     side = 2 * config.downsampling
     return 1, 1, side, side, config.in_channels
 
-  def splits(self, config, num_frames, devices):
+  def splits(self, config: Any, num_frames: int, devices: int) -> bool:
     """Whether a clip can be split in time over so many devices."""
     return False
 
   # Training calls the functions below with batches of whole clips. `layout` is a `parallel.shardings.Layout` or None.
 
-  def encode(self, model, params, clips: Float[Array, "B T H W 3"], image_noise=None, layout=None):
+  def encode(
+    self, model: Any, params: dict, clips: Float[Array, "B T H W 3"], image_noise: Any = None, layout: Layout | None = None
+  ) -> tuple[Array, Array, Array | None]:
     """-> (mean, logvar, image latents); the raw posterior `[B, T', h, w, C]`.
 
     The image latents `[B, T, h, w, C]` are those of `image_autoencoder`, drawn with `image_noise` or else means. They are
@@ -124,10 +128,10 @@ class Autoencoder:
     """
     raise NotImplementedError
 
-  def frame_latents(self, model, params, latents: Float[Array, "B t h w C"], num_frames):
+  def frame_latents(self, model: Any, params: dict, latents: Float[Array, "B t h w C"], num_frames: int) -> Array:
     """Raw latents -> what `decode` takes: image latents `[B, T, h, w, C]`, or the latents if there is no image autoencoder."""
     return latents
 
-  def decode(self, model, params, frame_latents: Float[Array, "B t h w C"], layout=None) -> Float[Array, "B T H W 3"]:
-    """-> pixels, about [-1, 1], not clipped."""
+  def decode(self, model: Any, params: dict, frame_latents: Float[Array, "B t h w C"], layout: Layout | None = None) -> Array:
+    """-> pixels `[B, T, H, W, 3]`, about [-1, 1], not clipped."""
     raise NotImplementedError

@@ -1,31 +1,35 @@
 """Frames of a clip in chunks and on devices, for autoencoders that are causal in time."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
+
+from stdit_jax.autoencoders.latents import AnyArray
 
 
-def half(frames):
+def half(frames: int) -> int:
   """Frames after time was halved. The first of an odd number is not paired."""
   return frames // 2 + frames % 2
 
 
-def double(frames):
+def double(frames: int) -> int:
   """Frames after time was doubled. The first of an odd number is not repeated."""
   return 2 * frames - frames % 2
 
 
-def chunk_sizes(frames, chunk):
+def chunk_sizes(frames: int, chunk: int) -> tuple[int, ...]:
   """Frames of the chunks of a clip. The first chunk also takes the remainder (diffusers, `_encode` and `_decode`)."""
   count = max(frames // chunk, 1)
   return frames - (count - 1) * chunk, *[chunk] * (count - 1)
 
 
-def in_chunks(function, x, num_frames, chunk, length):
+def in_chunks(function: Callable, x: AnyArray, num_frames: int, chunk: int, length: int) -> Any:
   """`function(part of x, frames)` of all whole chunks as one batch, and of the shorter last one, joined in time.
 
   A chunk has `chunk` frames of the clip, which are `length` elements of `x` `[N, T, h, w, C]`.
@@ -62,28 +66,28 @@ class Frames:
   devices: int = 1
 
   @property
-  def first(self):
+  def first(self) -> bool:
     """Whether the first frame stays alone when time is halved or doubled."""
     return self.count % 2 == 1
 
   @property
-  def local(self):
+  def local(self) -> int:
     """Frames of the array of one device."""
     return (self.count - self.first) // self.devices + self.first
 
-  def scaled(self, change):
+  def scaled(self, change: Callable[[int], int]) -> "Frames":
     """After `change`, which is `half` or `double`."""
     chunks = None if self.chunks is None else tuple(map(change, self.chunks))
     return dataclasses.replace(self, count=change(self.count), chunks=chunks)
 
-  def levels(self, halvings, change):
+  def levels(self, halvings: int, change: Callable[[int], int]) -> "list[Frames]":
     """The frames of each level of a network that halves or doubles time so often."""
-    result = [self]
+    result: list[Frames] = [self]
     for _ in range(halvings):
       result.append(result[-1].scaled(change))
     return result
 
-  def membership(self):
+  def membership(self) -> tuple[AnyArray, AnyArray]:
     """-> (`[T, chunks]`, 1 if a frame of the array belongs to a chunk; `[T]`, 1 if the frame counts on this device)."""
     chunks = self.chunks or (self.count,)
     belongs, own = np.repeat(np.eye(len(chunks), dtype=np.float32), chunks, axis=0), np.ones(self.local, np.float32)
@@ -95,11 +99,11 @@ class Frames:
       return here, own
     return jnp.concatenate([belongs[:1], here]), jnp.where((jnp.arange(self.local) == 0) & (device > 0), 0.0, own)
 
-  def sum(self, x):
+  def sum(self, x: AnyArray) -> AnyArray:
     """The sum over the devices that split the clip."""
     return x if self.axis_name is None else jax.lax.psum(x, self.axis_name)
 
-  def with_past(self, x, count):
+  def with_past(self, x: AnyArray, count: int) -> jax.Array:
     """`x` with its `count` previous frames in front, at most the frames of a device. The first frame repeats before a clip."""
     start = jnp.concatenate([jnp.repeat(x[:, :1], count, axis=1), x], axis=1)
     if self.axis_name is None:
@@ -116,13 +120,13 @@ def _divides(frames, level):
   return rest % level.devices == 0 and rest >= 2 * level.devices and level.first == frames.first
 
 
-def splits(config, num_frames, devices):
+def splits(config: Any, num_frames: int, devices: int) -> bool:
   """Whether a clip can be split in time over so many devices."""
   frames = Frames(num_frames, devices=devices)
   return all(_divides(frames, level) for level in frames.levels(config.halvings, half))
 
 
-def over_devices(model, mesh, axis_name, method, batch_axes=()):
+def over_devices(model: Any, mesh: Mesh, axis_name: str, method: str, batch_axes: tuple[str, ...] = ()) -> Callable:
   """`encode` or `decode` of clips that are split in time over a mesh axis (context parallelism).
 
   The result is a function to jit. It has the arguments and values of `model.apply(variables, x, method=method)`. Convolutions

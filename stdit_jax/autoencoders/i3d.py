@@ -10,11 +10,13 @@ The Frechet video distance (Unterthiner et al. 2018) compares the logits of two 
 bilinearly to 224 x 224 from any shape (`metrics.frechet_distance`).
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from stdit_jax.autoencoders.latents import to_float
+from stdit_jax.autoencoders.latents import AnyArray, to_float
 from stdit_jax.autoencoders.layers import Conv3D
 
 FRAMES, SIDE, CLASSES = 16, 224, 400
@@ -52,7 +54,7 @@ class Mixed(nn.Module):
   channels: tuple[int, ...]
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: jax.Array) -> jax.Array:
     c = self.channels
     branches = [
       _unit("Branch_0_Conv3d_0a_1x1", x, c[0]),
@@ -67,7 +69,7 @@ class I3D(nn.Module):
   """Clips `[N, T, 224, 224, 3]` in [-1, 1], T of 9 or more (FVD: 16) -> logits `[N, 400]`, their mean over time."""
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: jax.Array) -> jax.Array:
     x = _unit("Conv3d_1a_7x7", x, 64, 7, 2)
     x = _unit("Conv3d_2b_1x1", _pool(x, (1, 3, 3), (1, 2, 2)), 64)
     x = _pool(_unit("Conv3d_2c_3x3", x, 192, 3), (1, 3, 3), (1, 2, 2))
@@ -79,13 +81,13 @@ class I3D(nn.Module):
     return _conv("Logits_Conv3d_0c_1x1", x, CLASSES).mean((1, 2, 3))
 
 
-def init_shapes():
+def init_shapes() -> Any:
   """The tree of variables as shapes: nothing is allocated."""
   return jax.eval_shape(I3D().init, jax.random.key(0), jnp.zeros((1, FRAMES, SIDE, SIDE, 3)))
 
 
 @jax.jit
-def features(variables, clips):
+def features(variables: Any, clips: AnyArray) -> Any:
   """Clips `[N, 16, H, W, 3]` (uint8, or float in [-1, 1]) -> what the Frechet video distance compares, float32 `[N, 400]`."""
   size = (*clips.shape[:2], SIDE, SIDE, 3)
   # The original resizes without antialiasing, which matters to frames larger than 224 x 224.

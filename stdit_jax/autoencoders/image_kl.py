@@ -24,6 +24,7 @@ ours ends in `_<number>`, so the rule inverts: `_<number>` at the end of a word 
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from stdit_jax.autoencoders.codec import Codec, micro_batches, pixels_of
+from stdit_jax.autoencoders.codec import Codec, Parts, micro_batches, pixels_of
 from stdit_jax.autoencoders.family import Autoencoder, AutoencoderConfig
 from stdit_jax.autoencoders.latents import AnyArray, Moments, denormalise, normalised_posterior, posterior, to_float
 from stdit_jax.autoencoders.layers import GroupNorm, block_of
@@ -63,10 +64,10 @@ class ImageKLConfig(AutoencoderConfig):
     self.check_groups()
     self.check_latents()
 
-  def latent_frames(self, num_frames):
+  def latent_frames(self, num_frames: int) -> int:
     return num_frames
 
-  def frame_starts(self, num_frames):
+  def frame_starts(self, num_frames: int) -> np.ndarray:
     return np.arange(num_frames + 1)
 
 
@@ -82,7 +83,7 @@ TABLE = {
 # ---------------------------------------------------------------------------------------------------------------- layers
 
 
-def _conv(name, x, features, size=3, stride=1, dtype=None):
+def _conv(name, x, features, size=3, stride=1, dtype=None) -> Array:
   """Convolution of [N,H,W,C]. With stride 2 the padding is asymmetric, one row below and one column to the right."""
   before, after = (0, 1) if stride == 2 else (size // 2, size // 2)
   return nn.Conv(features, (size, size), stride, ((before, after), (before, after)), dtype=dtype, name=name)(x)
@@ -96,7 +97,7 @@ class ResnetBlock(nn.Module):
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: Array) -> Array:
     h = nn.silu(GroupNorm(self.groups, self.dtype, name="norm1")(x))
     h = _conv("conv1", h, self.features, dtype=self.dtype)
     h = nn.silu(GroupNorm(self.groups, self.dtype, name="norm2")(h))
@@ -113,7 +114,7 @@ class Attention(nn.Module):
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: Array) -> Array:
     n, height, width, channels = x.shape
 
     dense = functools.partial(nn.Dense, channels, dtype=self.dtype)
@@ -129,7 +130,7 @@ class MidBlock(nn.Module):
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: Array) -> Array:
     groups, block = self.config.norm_num_groups, block_of(ResnetBlock, self.config.remat)
     x = block(x.shape[-1], groups, self.dtype, name="resnets_0")(x)
     if self.config.mid_block_add_attention:
@@ -144,7 +145,7 @@ class Sampler(nn.Module):
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: Array) -> Array:
     if self.stride == 1:
       x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
     return _conv("conv", x, x.shape[-1], stride=self.stride, dtype=self.dtype)
@@ -160,7 +161,7 @@ class Level(nn.Module):
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: Array) -> Array:
     block, groups = block_of(ResnetBlock, self.config.remat), self.config.norm_num_groups
     for i in range(self.layers):
       x = block(self.features, groups, self.dtype, name=f"resnets_{i}")(x)
@@ -174,7 +175,7 @@ class Encoder(nn.Module):
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: AnyArray) -> Array:
     c, levels = self.config, len(self.config.block_out_channels)
     x = _conv("conv_in", x, c.block_out_channels[0], dtype=self.dtype)
     for i, features in enumerate(c.block_out_channels):
@@ -190,7 +191,7 @@ class Decoder(nn.Module):
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, z):
+  def __call__(self, z: AnyArray) -> Array:
     c, levels = self.config, len(self.config.block_out_channels)
     x = _conv("conv_in", z, c.block_out_channels[-1], dtype=self.dtype)
     x = MidBlock(c, self.dtype, name="mid_block")(x)
@@ -213,7 +214,7 @@ class ImageKL(nn.Module):
   config: ImageKLConfig
   dtype: jnp.dtype = jnp.float32
 
-  def setup(self):
+  def setup(self) -> None:
     self.encoder = Encoder(self.config, self.dtype)
     self.decoder = Decoder(self.config, self.dtype)
     latent = self.config.latent_channels
@@ -243,18 +244,18 @@ class ImageKL(nn.Module):
       z = self.post_quant_conv(z)
     return self.decoder(z).astype(jnp.float32)
 
-  def __call__(self, x):
+  def __call__(self, x: AnyArray) -> tuple[Array, Array, Array]:
     """-> (reconstruction from the mean, mean, logvar)."""
     mean, logvar = self.encode(x)
     return self.decode(mean), mean, logvar
 
 
-def encode_frames(model, variables, frames):
+def encode_frames(model: Any, variables: dict, frames: AnyArray) -> Moments:
   """Frames `[N, H, W, 3]` -> normalised (mean, std) `[N, h, w, C]`."""
   return normalised_posterior(model.config, *model.apply(variables, to_float(frames), method="encode"))
 
 
-def decode_frames(model, variables, latents, *, as_uint8):
+def decode_frames(model: Any, variables: dict, latents: AnyArray, *, as_uint8: bool) -> AnyArray:
   """Normalised latents `[N, h, w, C]` -> pixels `[N, 8h, 8w, 3]`."""
   return pixels_of(model.apply(variables, denormalise(model.config, latents), method="decode"), as_uint8)
 
@@ -264,11 +265,11 @@ class ImageKLCodec(Codec):
 
   single_frames = True
 
-  def encode_parts(self, frames):
+  def encode_parts(self, frames: np.ndarray) -> Parts:
     for part in micro_batches(frames, self._frames_at_a_time(len(frames))):
       yield self._call(encode_frames, self._spread(part))
 
-  def decode_parts(self, latents, num_frames):
+  def decode_parts(self, latents: np.ndarray, num_frames: int) -> Parts:
     for part in micro_batches(latents, self._frames_at_a_time(num_frames)):
       yield self._call(decode_frames, self._spread(part), as_uint8=self.as_uint8)
 

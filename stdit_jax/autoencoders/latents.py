@@ -3,6 +3,8 @@
 Autoencoders work on raw latents z. Denoisers work on normalised latents, (z - shift) * scaling_factor / scale.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Num, UInt8
@@ -22,17 +24,17 @@ def to_uint8(pixels: Float[AnyArray, "..."]) -> UInt8[AnyArray, "..."]:
   return xp.round((xp.clip(pixels, -1.0, 1.0) + 1.0) * 127.5).astype(np.uint8)
 
 
-def normalise(config, z: Float[AnyArray, "... C"]) -> Float[Array, "... C"]:
+def normalise(config: Any, z: Float[AnyArray, "... C"]) -> Float[Array, "... C"]:
   """Raw latents -> normalised latents."""
   return (z - jnp.asarray(config.shift)) * (config.scaling_factor / jnp.asarray(config.scale))
 
 
-def denormalise(config, z: Float[AnyArray, "... C"]) -> Float[Array, "... C"]:
+def denormalise(config: Any, z: Float[AnyArray, "... C"]) -> Float[Array, "... C"]:
   """Normalised latents -> raw latents."""
   return z * (jnp.asarray(config.scale) / config.scaling_factor) + jnp.asarray(config.shift)
 
 
-def normalised_posterior(config, mean, logvar) -> Moments:
+def normalised_posterior(config: Any, mean: AnyArray, logvar: AnyArray) -> Moments:
   """Raw mean and log-variance -> normalised mean and standard deviation."""
   return normalise(config, mean), jnp.exp(0.5 * logvar) * (config.scaling_factor / jnp.asarray(config.scale))
 
@@ -43,6 +45,6 @@ def posterior(moments: Float[AnyArray, "*n h w moments"]) -> Moments:
   return mean, jnp.clip(logvar, -30.0, 20.0)
 
 
-def draw(mean, logvar, noise=None):
+def draw(mean: Array, logvar: Array, noise: Array | None = None) -> Array:
   """mean + std * noise; the mean without noise."""
   return mean if noise is None else mean + jnp.exp(0.5 * logvar) * noise

@@ -1,6 +1,7 @@
 """Layers that several autoencoders share, over images `[N, H, W, C]` and clips `[N, T, H, W, C]`."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -8,8 +9,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from stdit_jax.autoencoders.frames import Frames
 
-def block_of(cls, remat, static=()):
+
+def block_of(cls: type, remat: bool, static: tuple[int, ...] = ()) -> type:
   """The class of a block, or the same block recomputed in the backward pass.
 
   Args:
@@ -18,7 +21,9 @@ def block_of(cls, remat, static=()):
   return nn.remat(cls, static_argnums=static) if remat else cls
 
 
-def conv3d(x, kernel, strides, padding, *_, **__):
+def conv3d(
+  x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: str | Sequence[tuple[int, int]], *_, **__
+) -> jax.Array:
   """Convolution of clips `[N, T, H, W, C]` in time and space, for `nn.Conv`, without dilation and groups.
 
   On CPUs it is a sum of convolutions of frames, one for each place of the kernel in time. XLA's convolution in three dimensions
@@ -93,7 +98,7 @@ class GroupNorm(nn.Module):
   eps: float = 1e-6
 
   @nn.compact
-  def __call__(self, x, frames=None):
+  def __call__(self, x: jax.Array, frames: Frames | None = None) -> jax.Array:
     """`frames`: `frames.Frames` of a clip that is split over a mesh, or whose chunks have separate statistics."""
     channels = x.shape[-1]
     scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
@@ -116,7 +121,7 @@ class GroupNorm(nn.Module):
     return (x * (jax.lax.rsqrt(group_mean(x * x) + self.eps) * scale) + bias).astype(self.dtype)
 
 
-def init_like_torch(shapes, key):
+def init_like_torch(shapes: Any, key: jax.Array) -> dict:
   """Fresh variables of these shapes: kernels and biases U(+-1/sqrt(fan in)), as PyTorch's default; norms 1 and 0.
 
   All values come from one draw. One key per tensor would take XLA on CPUs a quarter of a minute to compile.

@@ -14,7 +14,7 @@ KINDS = ("l1", "l2")
 
 
 def reconstruction_error(
-  prediction: Float[AnyArray, " N *shape"], target: Float[AnyArray, " N *shape"], kind="l1"
+  prediction: Float[AnyArray, " N *shape"], target: Float[AnyArray, " N *shape"], kind: str = "l1"
 ) -> Float[Array, " N"]:
   """Mean absolute ("l1") or squared ("l2") error per sample."""
   if kind not in KINDS:

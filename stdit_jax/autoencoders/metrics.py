@@ -1,5 +1,7 @@
 """Distances between two videos in pixels, and between two sets of videos in features."""
 
+from collections.abc import Sequence
+
 import dm_pix
 import jax
 import numpy as np
@@ -35,7 +37,7 @@ def flicker(a: Clip, b: Clip) -> float:
   return float(np.abs(np.diff(a.astype(np.int16), axis=0) - np.diff(b.astype(np.int16), axis=0)).mean())
 
 
-def frechet_distance(a, b) -> float:
+def frechet_distance(a: Sequence | np.ndarray, b: Sequence | np.ndarray) -> float:
   """Squared Frechet distance of two sets of features `[N, D]`, in float64. Raises ValueError for fewer than two features.
 
   It is the distance of the Gaussians with the same means and covariances, |m - n|^2 + tr(S + T - 2 (S T)^(1/2)) (Dowson &

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from stdit_jax import fields
+from stdit_jax.autoencoders.latents import AnyArray
 
 BLOCKS = ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512))  # convolutions 3 x 3 and their channels; a pool between two
 # Numbers of the convolutions in torchvision's `features`, among ReLUs and pools.
@@ -60,7 +61,7 @@ def _convolutions():
       channels = features
 
 
-def shapes(name):
+def shapes(name: str) -> dict:
   """The tree of parameters of a trunk as shapes, float32. Raises ValueError for an unknown name.
 
   It is `{"trunk": {"conv1_1": {"kernel", "bias"}...}}` with kernels `[3, 3, in, out]`, and `"heads": {"block1": [64]...}` if
@@ -75,7 +76,7 @@ def shapes(name):
   return {"trunk": trunk} | ({"heads": heads} if fields.choose(TABLE, name, "trunk").heads else {})
 
 
-def distance(name, params, a, b):
+def distance(name: str, params: dict, a: AnyArray, b: AnyArray) -> jax.Array:
   """The perceptual distance of images `[N, H, W, 3]` in [-1, 1] -> float32 `[N]`, 0 for equal images.
 
   Gradients are finite, also for equal images. Raises ValueError for other shapes or for sides below 16.

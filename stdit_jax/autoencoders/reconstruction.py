@@ -6,6 +6,8 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,8 +25,10 @@ HEAD = 26  # pixels of the two title lines in the picture
 FEWEST_CLIPS = 16  # of 16 frames each, for a Frechet video distance. Papers use 2048; fewer clips give larger distances
 MEDIA = video.IMAGE_EXTENSIONS + video.VIDEO_EXTENSIONS
 
+Rows = list[tuple[sources.Row, tuple[int, int]]]  # with the (height, width) in which each row is read
 
-def open_rows(tables, rows, folder):
+
+def open_rows(tables: Sequence[str], rows: Iterable[Sequence], folder: str) -> tuple[sources.Table, Sequence]:
   """-> (`sources.Table`, buckets).
 
   Args:
@@ -59,7 +63,7 @@ def _listed(source, number, folder):
   return table
 
 
-def choose(table, bucket, count, interval):
+def choose(table: sources.Table, bucket: buckets.Bucket, count: int, interval: int) -> Rows:
   """[(row, (height, width) of the bucket's nearest aspect ratio)] of at most `count` rows, spread over the table.
 
   Only rows that are large and long enough are chosen.
@@ -74,7 +78,7 @@ def choose(table, bucket, count, interval):
   return [(table.row(i), sizes[ratio]) for i, ratio in zip(found, ratios)]
 
 
-def read(rows, num_frames, interval):
+def read(rows: Iterable[tuple], num_frames: int, interval: int) -> Iterator[np.ndarray]:
   """Yields the first frames of each row that `choose` returns, uint8 `[num_frames, *size, 3]`. It skips unreadable files."""
   for row, size in rows:
     try:
@@ -110,21 +114,21 @@ class Exam:
     self._warm, self._count, self._sum, self._squares = set(), 0, 0.0, 0.0
 
   @property
-  def shift(self):
+  def shift(self) -> Any:
     """Mean of the raw latents per channel."""
     return self._sum / self._count
 
   @property
-  def scale(self):
+  def scale(self) -> Any:
     """The `scale` with which the latents that a denoiser sees have unit variance."""
     deviation = np.sqrt(np.maximum(self._squares / self._count - self.shift**2, 0))
     return deviation * self.codec.config.scaling_factor
 
-  def check(self, bucket):
+  def check(self, bucket: buckets.Bucket) -> None:
     """Raises ValueError for a length that the autoencoder changes."""
     check_length(self.codec.config, bucket.num_frames, f"bucket {bucket.name} has clips of {bucket.num_frames} frames")
 
-  def __call__(self, clips, show=0):
+  def __call__(self, clips: Iterable[np.ndarray], show: int = 0) -> tuple[dict[str, Any], tuple | None]:
     """Clips uint8 `[T, H, W, 3]` of one length -> {measure: value or None}, (original, reconstruction) of one clip.
 
     `show`: number of this clip; of the last clip if there are fewer.
@@ -184,7 +188,7 @@ class Exam:
     return [[np.asarray(i3d.features(self.judges.i3d, x))[0] for x in pair] for pair in both]
 
 
-def picture(shown):
+def picture(shown: Iterable[tuple[str, np.ndarray, np.ndarray]]) -> Image.Image:
   """[(name, original, reconstruction)] -> a picture with up to three frames of each clip in rows, and the error beside them."""
   parts = []
   for name, original, decoded in shown:

@@ -1,16 +1,19 @@
 """Finds an autoencoder by its name, by its configuration, or by the group `autoencoder` of a run's configuration."""
 
+from typing import Any
+
 import jax.numpy as jnp
 
 from data.buckets import parse_buckets
 from stdit_jax.autoencoders import causal3d, image_kl, temporal
-from stdit_jax.autoencoders.codec import run_jitted
+from stdit_jax.autoencoders.codec import Codec, run_jitted
+from stdit_jax.autoencoders.family import Autoencoder
 
 AUTOENCODERS = (image_kl.FAMILY, temporal.FAMILY, causal3d.FAMILY)
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
-def find(name):
+def find(name: str) -> Autoencoder:
   """The `Autoencoder` that has a size of this name. Raises ValueError with all names."""
   names = {name: family for family in AUTOENCODERS for name in family.table}
   if name not in names:
@@ -18,12 +21,12 @@ def find(name):
   return names[name]
 
 
-def family_of(config):
+def family_of(config: Any) -> Autoencoder:
   """The `Autoencoder` with this class of configurations."""
   return next(family for family in AUTOENCODERS if isinstance(config, family.config))
 
 
-def autoencoder_model(config):
+def autoencoder_model(config: Any) -> Any:
   """The model of the group `autoencoder` of a configuration. Raises ValueError for an unknown name, field or dtype."""
   if config.dtype not in DTYPES:
     raise ValueError(f"config: autoencoder.dtype is {config.dtype!r}; allowed: {', '.join(DTYPES)}")
@@ -31,12 +34,12 @@ def autoencoder_model(config):
   return family.build(family.get_config(config.name, **config.fields), DTYPES[config.dtype])
 
 
-def make_codec(model, variables, micro_batch=4, run=run_jitted):
+def make_codec(model: Any, variables: dict, micro_batch: int = 4, run: Any = run_jitted) -> Codec:
   """The `Codec` of a model and its variables."""
   return family_of(model.config).codec(model, variables, micro_batch, run)
 
 
-def check_length(config, num_frames, what):
+def check_length(config: Any, num_frames: int, what: str) -> None:
   """Raises ValueError if the autoencoder changes the length of a clip. `what`: the first words of the message."""
   if not config.keeps(num_frames):
     near = [n for n in range(1, 2 * num_frames + 20) if config.keeps(n)]
@@ -45,7 +48,7 @@ def check_length(config, num_frames, what):
     raise ValueError(f"{what}, but the autoencoder changes this length; give {allowed}")
 
 
-def check_lengths(config, autoencoder):
+def check_lengths(config: Any, autoencoder: Any) -> None:
   """Raises ValueError if the autoencoder changes the length of the clips of a bucket.
 
   Args:

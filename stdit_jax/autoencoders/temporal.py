@@ -12,6 +12,7 @@ SDXL's. The original trained in this space.
 
 import dataclasses
 import functools
+from typing import Any
 
 import einops
 import jax
@@ -21,7 +22,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from stdit_jax.autoencoders import image_kl
-from stdit_jax.autoencoders.codec import Codec, filled, join, micro_batches, pixels_of
+from stdit_jax.autoencoders.codec import Codec, Parts, filled, join, micro_batches, pixels_of
 from stdit_jax.autoencoders.family import Autoencoder, AutoencoderConfig
 from stdit_jax.autoencoders.frames import in_chunks
 from stdit_jax.autoencoders.latents import AnyArray, Moments, denormalise, draw, normalised_posterior, posterior, to_float
@@ -72,28 +73,28 @@ class TemporalConfig(AutoencoderConfig):
     self.check_latents()
 
   @property
-  def image_config(self):
+  def image_config(self) -> image_kl.ImageKLConfig:
     return image_kl.get_config(self.image, remat=self.remat)
 
   @property
-  def downsampling(self):
+  def downsampling(self) -> int:
     return self.image_config.downsampling
 
   @property
-  def factor(self):
+  def factor(self) -> int:
     """Frames per latent frame."""
     return 2 ** sum(self.temporal_downsample)
 
-  def latent_frames(self, num_frames):
+  def latent_frames(self, num_frames: int) -> int:
     chunks, rest = divmod(num_frames, self.chunk) if self.chunk else (0, num_frames)
     return chunks * -(-self.chunk // self.factor) + -(-rest // self.factor)
 
   @property
-  def group(self):
+  def group(self) -> int:
     """Latent frames of a chunk."""
     return self.latent_frames(self.chunk) if self.chunk else 1
 
-  def frame_starts(self, num_frames):
+  def frame_starts(self, num_frames: int) -> np.ndarray:
     size, starts = self.chunk or num_frames, []
     for begin in range(0, num_frames, size):
       end = min(begin + size, num_frames)
@@ -121,7 +122,7 @@ class CausalConv(nn.Module):
   dtype: jnp.dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: AnyArray) -> Array:
     side = self.size // 2
     padding = ((self.size - self.stride if self.size > 1 else 0, 0), (side, side), (side, side))
     size, strides = (self.size,) * 3, (self.stride, 1, 1)
@@ -136,7 +137,7 @@ class ResBlock(nn.Module):
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: Array) -> Array:
     norm = functools.partial(GroupNorm, self.groups, self.dtype, 1e-5)
     conv = functools.partial(CausalConv, self.features, bias=False, dtype=self.dtype)
     h = conv(name="conv1")(nn.silu(norm(name="norm1")(x)))
@@ -151,7 +152,7 @@ class Encoder(nn.Module):
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: Array) -> Array:
     c, block = self.config, block_of(ResBlock, self.config.remat)
     x = CausalConv(c.filters, bias=False, dtype=self.dtype, name="conv_in")(x)
     for level, multiplier in enumerate(c.channel_multipliers):
@@ -170,7 +171,7 @@ class Decoder(nn.Module):
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, z):
+  def __call__(self, z: Array) -> Array:
     c, levels, block = self.config, list(enumerate(self.config.channel_multipliers)), block_of(ResBlock, self.config.remat)
     x = CausalConv(c.filters * c.channel_multipliers[-1], dtype=self.dtype, name="conv1")(z)
     for i in range(c.num_res_blocks):
@@ -191,7 +192,7 @@ class Temporal(nn.Module):
   config: TemporalConfig
   dtype: jnp.dtype = jnp.float32
 
-  def setup(self):
+  def setup(self) -> None:
     self.encoder, self.decoder = Encoder(self.config, self.dtype), Decoder(self.config, self.dtype)
     self.quant_conv = CausalConv(2 * self.config.latent_channels, 1, dtype=self.dtype)
     self.post_quant_conv = CausalConv(self.config.latent_channels, 1, dtype=self.dtype)
@@ -208,7 +209,7 @@ class Temporal(nn.Module):
       mean += self.shortcut_encoder(groups)
     return mean, logvar
 
-  def decode(self, z: Float[AnyArray, "N t h w C"], num_frames) -> Float[Array, "N T h w C"]:
+  def decode(self, z: Float[AnyArray, "N t h w C"], num_frames: int) -> Float[Array, "N T h w C"]:
     """Latents of one chunk -> its `num_frames` image latents, float32."""
     x = self.decoder(self.post_quant_conv(z)).astype(jnp.float32)
     if self.config.shortcut:
@@ -222,15 +223,15 @@ class VideoAutoencoder(nn.Module):
   config: TemporalConfig
   dtype: jnp.dtype = jnp.float32
 
-  def setup(self):
+  def setup(self) -> None:
     self.image = image_kl.ImageKL(self.config.image_config, self.dtype)
     self.temporal = Temporal(self.config, self.dtype)
 
-  def encode(self, x: Float[AnyArray, "N T H W 3"], image_noise=None) -> Moments:
+  def encode(self, x: Float[AnyArray, "N T H W 3"], image_noise: Array | None = None) -> Moments:
     """Clips in [-1, 1] -> raw posterior (mean, logvar), float32. Image latents are drawn with `image_noise`, or are means."""
     return self.encode_latents(self.image_latents(x, image_noise))
 
-  def image_latents(self, x: Float[AnyArray, "N T H W 3"], noise=None) -> Float[Array, "N T h w C"]:
+  def image_latents(self, x: Float[AnyArray, "N T H W 3"], noise: Array | None = None) -> Float[Array, "N T h w C"]:
     """Clips -> image latents, scaled as the temporal autoencoder takes them."""
     moments = self.image.encode(x.reshape(-1, *x.shape[2:]))
     mean, logvar = (m.reshape(*x.shape[:2], *m.shape[1:]) for m in moments)
@@ -241,12 +242,12 @@ class VideoAutoencoder(nn.Module):
     chunk = self.config.chunk or x.shape[1]
     return in_chunks(lambda part, _: self.temporal.encode(part), x, x.shape[1], chunk, chunk)
 
-  def decode_latents(self, z: Float[AnyArray, "N t h w C"], num_frames) -> Float[Array, "N T h w C"]:
+  def decode_latents(self, z: Float[AnyArray, "N t h w C"], num_frames: int) -> Float[Array, "N T h w C"]:
     """Latents -> `num_frames` image latents, chunk by chunk."""
     chunk = self.config.chunk or num_frames
     return in_chunks(self.temporal.decode, z, num_frames, chunk, self.config.latent_frames(chunk))
 
-  def decode(self, z: Float[AnyArray, "N t h w C"], num_frames) -> Float[Array, "N T H W 3"]:
+  def decode(self, z: Float[AnyArray, "N t h w C"], num_frames: int) -> Float[Array, "N T H W 3"]:
     """Raw latents -> `num_frames` frames of pixels, float32, about [-1, 1], not clipped."""
     return self.pixels(self.decode_latents(z, num_frames))
 
@@ -254,28 +255,28 @@ class VideoAutoencoder(nn.Module):
     pixels = self.image.decode(x.reshape(-1, *x.shape[2:]) / self.config.image_config.scaling_factor)
     return pixels.reshape(*x.shape[:2], *pixels.shape[1:])
 
-  def __call__(self, x):
+  def __call__(self, x: AnyArray) -> tuple[Array, Array, Array]:
     """-> (reconstruction from the mean, mean, logvar)."""
     mean, logvar = self.encode(x)
     return self.decode(mean, x.shape[1]), mean, logvar
 
 
-def image_latents(model, variables, frames):
+def image_latents(model: Any, variables: dict, frames: AnyArray) -> Array:
   """Frames `[N, H, W, 3]` -> image latents `[N, h, w, C]`, means (the original draws them): a clip always has the same ones."""
   return model.apply(variables, to_float(frames)[None], method="image_latents")[0]
 
 
-def encode_chunks(model, variables, latents):
+def encode_chunks(model: Any, variables: dict, latents: AnyArray) -> Moments:
   """Image latents `[N, T, h, w, C]` of chunks -> normalised (mean, std) `[N, T', h, w, C]`."""
   return normalised_posterior(model.config, *model.apply(variables, latents, method="encode_latents"))
 
 
-def decode_chunks(model, variables, latents, *, num_frames):
+def decode_chunks(model: Any, variables: dict, latents: AnyArray, *, num_frames: int) -> Array:
   """Normalised latents `[N, T', h, w, C]` of chunks -> their image latents `[N, num_frames, h, w, C]`."""
   return model.apply(variables, denormalise(model.config, latents), num_frames, method="decode_latents")
 
 
-def decode_image_latents(model, variables, latents, *, as_uint8):
+def decode_image_latents(model: Any, variables: dict, latents: AnyArray, *, as_uint8: bool) -> AnyArray:
   """Image latents `[N, h, w, C]` -> pixels `[N, 8h, 8w, 3]`."""
   return pixels_of(model.apply(variables, latents[None], method="pixels")[0], as_uint8)
 
@@ -283,7 +284,7 @@ def decode_image_latents(model, variables, latents, *, as_uint8):
 class TemporalCodec(Codec):
   """Pieces are micro batches of frames for the image autoencoder, and chunks for the temporal one, one per device."""
 
-  def encode_parts(self, frames):
+  def encode_parts(self, frames: np.ndarray) -> Parts:
     size = self._frames_at_a_time(len(frames))
     for start, count, number in self._chunks(len(frames)):
       chunk = frames[start : start + count * number]
@@ -298,7 +299,7 @@ class TemporalCodec(Codec):
       moments = self._call(encode_chunks, self._spread(filled(latents, self.devices)))
       yield tuple(m[:number].reshape(-1, *m.shape[2:]) for m in moments)
 
-  def decode_parts(self, latents, num_frames):
+  def decode_parts(self, latents: np.ndarray, num_frames: int) -> Parts:
     size, call = self._frames_at_a_time(num_frames), functools.partial(self._call, decode_image_latents, as_uint8=self.as_uint8)
     for start, count, number in self._chunks(num_frames):
       begin, length = self.config.latent_frames(start), self.config.latent_frames(count)

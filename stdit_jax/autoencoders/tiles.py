@@ -9,6 +9,7 @@ tile, so tiles change the values a little, and larger tiles change them less.
 import dataclasses
 import itertools
 import math
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -31,40 +32,40 @@ class Tiles:
       raise ValueError(f"tiles of {self.height} x {self.width} latents are too small")
 
   @property
-  def steps(self):
+  def steps(self) -> tuple[int, int]:
     """Latents from the start of a tile to the next start, vertically and horizontally."""
     return int(self.height * (1 - self.overlap[0])), int(self.width * (1 - self.overlap[1]))
 
-  def cut(self, size):
+  def cut(self, size: Sequence[int]) -> bool:
     """Whether latents of this (height, width) are larger than a tile."""
     return size[0] > self.height or size[1] > self.width
 
-  def count(self, size):
+  def count(self, size: Sequence[int]) -> int:
     """Number of tiles of latents of this (height, width)."""
     return sum(map(len, self.places(size)))
 
-  def places(self, size):
+  def places(self, size: Sequence[int]) -> list[list[tuple[int, int]]]:
     """[[(top, left) in latents]], row after row, for latents of this (height, width)."""
     rows, columns = self.starts(size)
     return [[(top, left) for left in columns] for top in rows]
 
-  def starts(self, size):
+  def starts(self, size: Sequence[int]) -> list[range]:
     """Positions at which the rows and the columns of tiles start."""
     return [range(0, side, step) for side, step in zip(size, self.steps)]
 
-  def repeats(self, size):
+  def repeats(self, size: Sequence[int]) -> bool:
     """Whether a tile starts where another one already reaches the border."""
     sides = zip(self.starts(size), (self.height, self.width), size)
     return any(len(starts) > 1 and starts[-2] + tile >= side for starts, tile, side in sides)
 
 
-def tile_sizes(tiles, size):
+def tile_sizes(tiles: Tiles, size: Sequence[int]) -> list[tuple[int, int]]:
   """The distinct (height, width) of the tiles of latents of this size. The last tile of a row or column may be smaller."""
   places = itertools.chain(*tiles.places(size))
   return sorted({(min(tiles.height, size[0] - top), min(tiles.width, size[1] - left)) for top, left in places}, reverse=True)
 
 
-def sizes_for(size, smallest=8):
+def sizes_for(size: Sequence[int], smallest: int = 8) -> Iterator[Tiles]:
   """Yields tiles for latents of this (height, width), from large to small; each step cuts the longer side of a tile.
 
   No tile lies within another one. diffusers has such tiles at the border, where they only add other statistics. A side that is
@@ -79,11 +80,11 @@ def sizes_for(size, smallest=8):
     sides = [min(pair) for pair in zip(tile, size)]
     if min(sides) < smallest:
       return
-    if not (tiles := Tiles(*tile)).repeats(size):
+    if not (tiles := Tiles(tile[0], tile[1])).repeats(size):
       yield tiles
 
 
-def encode_in_tiles(encode, frames, tiles, factor, size):
+def encode_in_tiles(encode: Callable, frames: np.ndarray, tiles: Tiles, factor: int, size: Sequence[int]) -> tuple:
   """Frames `[T, H, W, 3]` -> (mean, std) of latents of this (height, width). Means and log-deviations are blended.
 
   Args:
@@ -100,7 +101,7 @@ def encode_in_tiles(encode, frames, tiles, factor, size):
   return mean, np.exp(log_std)
 
 
-def decode_in_tiles(decode, latents, tiles, factor, finish=None):
+def decode_in_tiles(decode: Callable, latents: np.ndarray, tiles: Tiles, factor: int, finish: Callable | None) -> np.ndarray:
   """Latents `[T', h, w, C]` -> pixels. `decode` decodes a tile, and `finish` converts each finished row of tiles."""
 
   def piece(top, left):

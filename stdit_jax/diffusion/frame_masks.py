@@ -47,14 +47,12 @@ class FrameMasks:
     """
     ratios = {name: float(ratio) for name, ratio in ratios.items()}
     old = bool(ratios) and all(name in NAMES_1_1 for name in ratios)
-    unknown = [name for name in ratios if name not in (NAMES_1_1 if old else NAMES_1_2)]
-    if unknown:
+    if unknown := [name for name in ratios if name not in (NAMES_1_1 if old else NAMES_1_2)]:
       raise ValueError(
         f"mask_ratios: unknown name {', '.join(unknown)}; allowed: {', '.join(NAMES_1_2)} (Open-Sora 1.2),"
         f" or only names of 1.1: {', '.join(NAMES_1_1)}"
       )
-    wrong = [f"{name} = {ratio:g}" for name, ratio in ratios.items() if not 0 <= ratio <= 1]
-    if wrong:
+    if wrong := [f"{name} = {ratio:g}" for name, ratio in ratios.items() if not 0 <= ratio <= 1]:
       raise ValueError(f"mask_ratios: {', '.join(wrong)} is no probability; allowed: 0 to 1")
     total = math.fsum(ratios.values())
     if total > 1 + 1e-6:

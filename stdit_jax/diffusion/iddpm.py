@@ -16,6 +16,7 @@ Two errors of the original are corrected; `compat="open-sora-1.1"` restores them
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -164,11 +165,8 @@ class IDDPM:
     """Entries `index` `[B]` of a table (float32), broadcastable against `like`."""
     return expand(jnp.asarray(self.schedule[name], jnp.float32)[index], like)
 
-  def sample_timesteps(
-    self, keys: Key[Array, " B"], height=None, width=None, num_frames=None, latent_frames=None
-  ) -> Int32[Array, " B"]:
+  def sample_timesteps(self, keys: Key[Array, " B"], *sizes: Any, **named_sizes: Any) -> Int32[Array, " B"]:
     """Training indices, uniform, from one random key per sample. The sizes are not used."""
-    del height, width, num_frames, latent_frames
     return jax.vmap(lambda key: jax.random.randint(key, (), 0, self.num_steps))(keys)
 
   def fixed_timesteps(self, count: int) -> Int32[np.ndarray, " count"]:
@@ -215,7 +213,10 @@ class IDDPM:
     mean, _ = self.posterior(self.predict_x0(noise, x, index), x, index)
     return mean, log_variance
 
-  def loss_terms(self, denoise, x0, noise, index, *, num_channels, frame_mask=None, valid=None) -> dict:
+  def loss_terms(
+    self, denoise: Denoise, x0: Latents, noise: Latents, index: PerSample, *, num_channels: int,
+    frame_mask: FrameMask | None = None, valid: Valid | None = None,
+  ) -> dict:  # fmt: skip
     """Terms of the loss per sample: "mse", with a learned variance "vb" (bits), and "loss", their sum. Arguments as `loss`."""
     x_t = self.add_noise(x0, noise, index)
     if frame_mask is not None:
@@ -255,26 +256,25 @@ class IDDPM:
     """Timesteps that the model sees: the original ones."""
     return jnp.asarray(self.timestep_map, jnp.float32)[index]
 
-  def for_sampling(self, num_steps):
+  def for_sampling(self, num_steps: int | str) -> "IDDPM":
     """The schedule respaced to `num_steps` (an int, or another respacing)."""
     if isinstance(num_steps, int) and num_steps > self.num_timesteps:
       raise ValueError(f"{num_steps} sampler steps; iddpm allows at most its {self.num_timesteps} timesteps")
     return dataclasses.replace(self, respacing=num_steps)
 
-  def sampling_timesteps(self, num_steps, height, width=None, num_frames=None, latent_frames=None):
+  def sampling_timesteps(self, num_steps: int, height: Any, *sizes: Any, **named_sizes: Any) -> np.ndarray:
     """Schedule indices `[num_steps + 1, B]` int32 (NumPy), from noise down to a last row of -1. `height` sets B."""
-    del width, num_frames, latent_frames
     if num_steps != self.num_steps:
       raise ValueError(f"iddpm: schedule has {self.num_steps} steps, not {num_steps}: respace it with for_sampling first")
     return np.repeat(np.arange(num_steps - 1, -2, -1, dtype=np.int32)[:, None], np.shape(height)[0], axis=1)
 
   @property
-  def stochastic(self):
+  def stochastic(self) -> bool:
     """Whether `step` needs noise."""
     return self.sampler == "ancestral"
 
   @property
-  def multistep(self):
+  def multistep(self) -> bool:
     """Whether `step` needs the previous prediction (`elements.no_previous` before the first step)."""
     return self.sampler == "dpm++"
 
@@ -294,7 +294,6 @@ class IDDPM:
       t_next: not used. All formulations take it.
       noises: `step` if the sampler is `stochastic` (unused at index 0), `frames` with `state.edit`.
     """
-    del t_next
     x, edit, previous = state
     index, before, x_mask, active = per_sample(t, x), x, None, None
     if self.stochastic and noises.step is None:
@@ -320,17 +319,17 @@ class IDDPM:
       sample = jnp.where(expand(active, x), sample, before)
     return StepState(zero_invalid(sample, valid), edit, previous)
 
-  def ancestral(self, predicted, v, x, index, noise):
+  def ancestral(self, predicted: Latents, v: Latents | None, x: Latents, index: PerSample, noise: Latents) -> Latents:
     """A draw of x_{t-1} ~ p(x_{t-1} | x_t) at `index` `[B]`."""
     mean, log_variance = self.p_mean_variance(predicted, v, x, index)
     return mean + jnp.where(expand(index > 0, x), jnp.exp(0.5 * log_variance), 0) * noise
 
-  def ddim(self, predicted, x, index):
+  def ddim(self, predicted: Latents, x: Latents, index: PerSample) -> Latents:
     """One DDIM step without noise (Song et al. 2020, eq. 12 with sigma = 0)."""
     x0, previous = self.predict_x0(predicted, x, index), self._at("alphas_cumprod_prev", index, x)
     return x0 * jnp.sqrt(previous) + jnp.sqrt(1 - previous) * predicted
 
-  def dpm(self, predicted, x, index, previous, active=None):
+  def dpm(self, predicted: Latents, x: Latents, index: PerSample, previous: Any, active: FrameMask | None = None) -> tuple:
     """One step of DPM-Solver++ 2M (arXiv 2211.01095, algorithm 2) from `index` to the next lower one; the last is first order.
 
     Returns (sample, previous prediction for the next step).

@@ -160,17 +160,19 @@ class RectifiedFlow:
     error = prediction_of(output, x0, num_channels) - (x0 - noise)
     return masked_mean(jnp.square(error), frame_mask, valid)
 
-  def model_timesteps(self, t):
+  def model_timesteps(self, t: ArrayLike) -> ArrayLike:
     """Timesteps that the model sees: the same."""
     return t
 
-  def for_sampling(self, num_steps):
+  def for_sampling(self, num_steps: int) -> "RectifiedFlow":
     """The formulation to sample with: the same (IDDPM respaces its schedule)."""
     if num_steps < 1:
       raise ValueError(f"sampling needs at least one step, got {num_steps}")
     return self
 
-  def sampling_timesteps(self, num_steps, height, width=None, num_frames=None, latent_frames=None):
+  def sampling_timesteps(
+    self, num_steps: int, height: Any, width: Any = None, num_frames: Any = None, latent_frames: Any = None
+  ) -> np.ndarray:
     """Timesteps `[num_steps + 1, B]` float32 (NumPy, on the host), from noise down to a last row of zeros.
 
     Step i goes from row i to row i + 1. Arguments as in `sample_timesteps`; `height` sets B.
@@ -191,7 +193,7 @@ class RectifiedFlow:
     return np.concatenate([np.asarray(t, np.float32), np.zeros((1, batch), np.float32)])
 
   @property
-  def multistep(self):
+  def multistep(self) -> bool:
     """Whether `step` needs the previous prediction (`elements.no_previous` before the first step)."""
     return self.sampler == "adams-bashforth"
 

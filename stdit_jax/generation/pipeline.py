@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import chex
@@ -12,7 +13,7 @@ from jax.experimental import multihost_utils
 
 from data.tokens import patchify, unpatchify
 from data.video import IMAGE_FPS
-from stdit_jax.autoencoders.codec import bytes_on_device, memory_beside
+from stdit_jax.autoencoders.codec import bytes_on_device, memory_beside, shape_of
 from stdit_jax.diffusion.elements import no_previous, start_edit
 from stdit_jax.diffusion.guidance import Guidance, guided
 from stdit_jax.diffusion.noise import Purpose, fold_in, sample_keys, token_noise
@@ -54,7 +55,7 @@ class Sampling(NamedTuple):
 
   diffusion: Any
   guidance: Guidance
-  latent_size: tuple[int, int, int]
+  latent_size: tuple[int, ...]
 
 
 class Pipeline:
@@ -98,7 +99,7 @@ class Pipeline:
       places = StepState(tokens, rows, (tokens, rows, rows) if self.diffusion.multistep else None), cached
     self._step = jax.jit(self._sampler_step, static_argnames="how", out_shardings=places, donate_argnames=("state", "cached"))
 
-  def set_weights(self, weights):
+  def set_weights(self, weights: tuple[Any, Any]) -> None:
     """Replaces the weights by other weights of the same models. Nothing is compiled again."""
     (self.variables, self.encoder_weights), self._encoded = weights, {}
 
@@ -109,7 +110,10 @@ class Pipeline:
     rows = [batch, batch] if self.guidance.sequential else [2 * batch]
     return tuple(self.model.cache_specs(self.cache, n, frames, space) for n in rows)
 
-  def needed_memory(self, request, batch, steps=30, guidance_scale=7.0, *, given=False, encoded=(), negative=False):
+  def needed_memory(
+    self, request: Request, batch: int, steps: int = 30, guidance_scale: float = 7.0, *, given: bool = False,
+    encoded: Iterable[int] = (), negative: bool = False,
+  ) -> dict[str, float]:  # fmt: skip
     """Bytes on one device for `batch` requests like this one, as the compiler counts them.
 
     The weights may be shapes (ShapeDtypeStruct with shardings). The programs are compiled before anything is allocated. The
@@ -133,9 +137,7 @@ class Pipeline:
     arrays = {name: shape(*array.shape, dtype=array.dtype) for name, array in prompts.items()}
     encode = self._encode.lower(self.encoder_weights, arrays)
     out_info, encode = encode.out_info, encode.compile()
-    cond = jax.tree.map(
-      lambda info, place: jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=place), out_info, encode.output_shardings
-    )
+    cond = jax.tree.map(shape_of, out_info, encode.output_shardings)
     sizes = {"grid": shape(batch, 3, dtype=np.int32), **dict.fromkeys(SCALARS, shape(batch))}
     x = shape(batch, *token_shape(self.model.config, size, self.token_parts), axes=OVER_TIME)
     specs = self._cache_specs(*x.shape[:3])
@@ -162,12 +164,12 @@ class Pipeline:
     sequential = self.guidance.sequential or (scale == 1 and self.cache is None)
     return dataclasses.replace(self.guidance, scale=float(scale), sequential=sequential)
 
-  def latent_size(self, request):
+  def latent_size(self, request: Request) -> tuple[int, ...]:
     """(T, H, W) of the latents of a request."""
     config = self.codec.config
     return (config.latent_frames(request.num_frames), *config.latent_size(request.height, request.width))
 
-  def cond(self, prompts):
+  def cond(self, prompts: Sequence[str]) -> Any:
     """The model's `cond` of prompts. It is cached for the last batches: their other clips and seeds have the same prompts."""
     key = tuple(prompts)
     if key not in self._encoded:
@@ -177,14 +179,14 @@ class Pipeline:
       self._encoded[key] = jax.block_until_ready(self._encode(self.encoder_weights, arrays))
     return self._encoded[key]
 
-  def encode(self, frames):
+  def encode(self, frames: np.ndarray) -> np.ndarray:
     """Frames uint8 `[T, 8h, 8w, 3]` -> normalised latents, NumPy `[T', h, w, C]`.
 
     They are means (the originals draw a sample), so the same frames always have the same latents.
     """
     return self.codec.encode(frames)[0]
 
-  def decode(self, latents, num_frames, done=lambda frames: None):
+  def decode(self, latents: Iterable[np.ndarray], num_frames: int, done: Callable = lambda frames: None) -> list[np.ndarray]:
     """Latents of `sample_latents` -> list of videos, uint8 `[num_frames, 8h, 8w, 3]`.
 
     `done` is called with the number of frames that each piece finishes.
@@ -203,8 +205,9 @@ class Pipeline:
     return self.layout.sharding(*axes) if self.layout else jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
   def sample_latents(
-    self, requests, steps=30, guidance_scale=7.0, progress=lambda items, stage: items, given=None, negative_prompt=None
-  ):
+    self, requests: Sequence[Request], steps: int = 30, guidance_scale: float = 7.0,
+    progress: Callable = lambda items, stage: items, given: Sequence | None = None, negative_prompt: str | None = None,
+  ) -> np.ndarray:  # fmt: skip
     """Normalised latents, NumPy `[B, T, h, w, C]`, the same on all processes.
 
     Args:
@@ -219,8 +222,8 @@ class Pipeline:
     """
     count = len(requests)
     filled = -count % self.batch_parts
-    requests = [*requests, *requests[-1:] * filled]
-    given = [*given, *given[-1:] * filled] if given and any(given) else None
+    requests = [*requests, *[requests[-1]] * filled]
+    given = [*given, *[given[-1]] * filled] if given and any(given) else None
     first, batch = requests[0], len(requests)
     if any(dataclasses.replace(r, prompt=first.prompt, seed=first.seed) != first for r in requests):
       raise ValueError("requests of one batch must have the same size, frames and fps; sample them in several batches")
@@ -325,7 +328,7 @@ class Pipeline:
     return result
 
 
-def image_valid(latent_size, patch_size, channels, token_parts=1):
+def image_valid(latent_size: Sequence[int], patch_size: Sequence[int], channels: int, token_parts: int = 1) -> np.ndarray:
   """bool `[T, S, P]`: True for the elements of tokens that are latents of this size.
 
   The others are padding: at an odd border, or tokens up to a multiple of `token_parts`.
@@ -334,14 +337,14 @@ def image_valid(latent_size, patch_size, channels, token_parts=1):
   return np.pad(valid, ((0, 0), (0, -valid.shape[1] % token_parts), (0, 0)))
 
 
-def token_shape(config, latent_size, token_parts=1):
+def token_shape(config: Any, latent_size: Sequence[int], token_parts: int = 1) -> tuple[int, int, int]:
   """(T, S, P) of the tokens of latents of one size. S is padded to a multiple of `token_parts`."""
   frames, rows, columns = token_grid(config, latent_size)
   return frames, -(-rows * columns // token_parts) * token_parts, token_values(config)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3))
-def latent_noise(config, keys, size, token_parts=1):
+def latent_noise(config: Any, keys: jax.Array, size: tuple[int, ...], token_parts: int = 1) -> jax.Array:
   """Standard normal tokens `[B, T, S, P]` for latents of one size, from one key per sample.
 
   S is padded to a multiple of `token_parts`.

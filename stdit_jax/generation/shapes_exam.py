@@ -157,22 +157,17 @@ def _sizes(pipeline, exam, part, progress):
 def _given(pipeline, exam, part, progress):
   """Measures a task with given frames: their quality, and whether the motion is smooth and as in the caption."""
   pairs, items, known = scenes_of("train", exam.count, exam.frames), [], []
-  length, last = tasks.condition_length(None, exam.frames), exam.frames - 1
+  length = tasks.condition_length(None, exam.frames)
+  ends = [*range(length), *range(exam.frames - length, exam.frames)]
   for i, (scene, caption) in enumerate(pairs):
     true = shapes.draw(scene, range(exam.frames), _size(scene))
-    if part == "animate":
-      references, kept, made = (true[:1],), [0], slice(0, None)
-      job = tasks.make_job("animate", exam.frames, [1])
-    elif part == "extend":
-      references, kept, made = (true[:length],), [*range(length)], slice(length - 1, None)
-      job = tasks.make_job("extend-forward", exam.frames, [length])
-    elif part == "interpolate":
-      references, kept, made = (true[:1], true[-1:]), [0, last], slice(0, None)
-      job = tasks.make_job("interpolate", exam.frames, [1, 1])
-    else:
-      references, made = (true[:length], true[-length:]), slice(length - 1, exam.frames - length + 1)
-      kept = [*range(length), *range(exam.frames - length, exam.frames)]
-      job = tasks.make_job("connect", exam.frames, [length, length])
+    task, references, kept, made = {
+      "animate": ("animate", (true[:1],), [0], slice(0, None)),
+      "extend": ("extend-forward", (true[:length],), ends[:length], slice(length - 1, None)),
+      "interpolate": ("interpolate", (true[:1], true[-1:]), [0, exam.frames - 1], slice(0, None)),
+      "connect": ("connect", (true[:length], true[-length:]), ends, slice(length - 1, exam.frames - length + 1)),
+    }[part]
+    job = tasks.make_job(task, exam.frames, [*map(len, references)])
     job = dataclasses.replace(job, pieces=((len(references), 0, None),))  # the clip alone, without the files
     items.append(_item(scene, caption, i, exam.frames, references, job))
     known.append((true, kept))
@@ -182,14 +177,12 @@ def _given(pipeline, exam, part, progress):
     judged.append(shapes_vision.judge(video[made], scene))
     alone = pipeline.decode([pipeline.encode(true[kept])], len(kept))[0]
     seen = next(iter(shapes_vision.objects_of(video)), None)
-    step = np.hypot(*scene.objects[0].step)
+    smooth = bool(seen and seen.smooth < np.hypot(*scene.objects[0].step) / 2)
     (drawn,) = shapes_vision.objects_of(true)  # the measured middle of a triangle is not its true middle
     error = np.abs(seen.path - drawn.path) if seen else np.full(1, np.inf)
     if seen:
       error[np.isnan(seen.path) & ~np.isnan(drawn.path)] = np.inf
-    rows.append(
-      (psnr(video[kept], true[kept]), psnr(alone, true[kept]), bool(seen and seen.smooth < step / 2), np.nanmax(error))
-    )
+    rows.append((psnr(video[kept], true[kept]), psnr(alone, true[kept]), smooth, np.nanmax(error)))
   own, alone, smooth, error = np.array(rows, np.float64).T
   return {part: {
     "given frames, dB": float(own.mean()), "autoencoder alone, dB": float(alone.mean()),

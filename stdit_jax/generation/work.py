@@ -65,7 +65,7 @@ class Target:
 # ------------------------------------------------------------------------------------------------------------------ videos
 
 
-def make_work(settings: SampleSettings, prompts: Sequence[str], config, autoencoder) -> list[Work]:
+def make_work(settings: SampleSettings, prompts: Sequence[str], config: Any, autoencoder: Any) -> list[Work]:
   """The videos of the prompts. Checks everything, and reads no weights.
 
   Args:
@@ -119,7 +119,7 @@ def split_prompt(settings: SampleSettings, prompt: str) -> tuple[str, tuple[str,
   return text, tuple(files), own.get("mask_strategy", settings.mask_strategy)
 
 
-def choose_length(settings: SampleSettings, config, files, counts, autoencoder) -> int:
+def choose_length(settings: SampleSettings, config: Any, files: Sequence[str], counts: Sequence[int], autoencoder: Any) -> int:
   """Frames of a clip. Raises ValueError for a length that the autoencoder does not keep, or that the task can't use."""
   task = settings.task_name
   frames = 1 if task in tasks.ONE_FRAME else aspect_ratios.get_num_frames(settings.num_frames or config.sample.num_frames)
@@ -133,7 +133,9 @@ def choose_length(settings: SampleSettings, config, files, counts, autoencoder) 
   return frames
 
 
-def make_job(settings: SampleSettings, strategy: str | None, files, lengths, count: int, group: int) -> tasks.Job:
+def make_job(
+  settings: SampleSettings, strategy: str | None, files: Sequence[str], lengths: Sequence[int], count: int, group: int
+) -> tasks.Job:
   """The job of the task or of the mask strategy.
 
   Args:
@@ -151,7 +153,7 @@ def make_job(settings: SampleSettings, strategy: str | None, files, lengths, cou
   return tasks.of_strategy(rules, len(files), loops, carried, edit)
 
 
-def check_rules(rules, files, loops: int) -> None:
+def check_rules(rules: Sequence[conditions.Rule], files: Sequence[str], loops: int) -> None:
   """Raises ValueError for files or rules without effect. The original code ignores them."""
   if files and not rules:
     raise ValueError(f"{files[0]} is given, but nothing says where; give --mask-strategy, or --task, e.g. --task animate FILE")
@@ -160,7 +162,7 @@ def check_rules(rules, files, loops: int) -> None:
       raise ValueError(f"{conditions.describe(rule)} is of loop {rule.loop}, and there are {loops}, numbered from 0 (--loops)")
 
 
-def choose_size(settings: SampleSettings, config, files, downsampling: int) -> tuple[int, int]:
+def choose_size(settings: SampleSettings, config: Any, files: Sequence[str], downsampling: int) -> tuple[int, int]:
   """(height, width) of the videos, by the flags or the configuration. By default the first file gives the aspect ratio."""
   if settings.image_size:
     height, width = settings.image_size
@@ -176,7 +178,7 @@ def choose_size(settings: SampleSettings, config, files, downsampling: int) -> t
   return aspect_ratios.size(resolution, ratio)
 
 
-def explain(works: Sequence[Work], autoencoder, compat: str | None) -> None:
+def explain(works: Sequence[Work], autoencoder: Any, compat: str | None) -> None:
   """Prints where each latent frame of each loop comes from, for the first seed of each prompt."""
   alone = autoencoder.latent_frames(100) == 100
   what = "frames" if alone else "latent frames"
@@ -197,7 +199,7 @@ def explain(works: Sequence[Work], autoencoder, compat: str | None) -> None:
 # ------------------------------------------------------------------------------------------------------------------- files
 
 
-def stored_settings(works: Sequence[Work], settings: SampleSettings, sample, model: str, autoencoder) -> list[dict[str, Any]]:
+def stored_settings(works: Sequence[Work], settings: SampleSettings, sample: Any, model: str, autoencoder: Any) -> list[dict]:
   """For each video the settings that determine it, as plain values of JSON.
 
   Args:

@@ -13,16 +13,6 @@ from stdit_jax.interop.weights import (
 )
 
 __all__ = [
-  "LAYOUTS",
-  "CheckpointError",
-  "CheckpointLayout",
-  "Report",
-  "export_tensors",
-  "foreign_spec",
-  "load_variables",
-  "model_metadata",
-  "open_checkpoint",
-  "open_source",
-  "save_variables",
-  "write_checkpoint",
-]
+  "LAYOUTS", "CheckpointError", "CheckpointLayout", "Report", "export_tensors", "foreign_spec", "load_variables",
+  "model_metadata", "open_checkpoint", "open_source", "save_variables", "write_checkpoint",
+]  # fmt: skip

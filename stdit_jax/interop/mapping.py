@@ -273,12 +273,8 @@ class Report:
     mis_shaped = [
       f"{line}: {list(found)}, needed {list(needed)}" for (found, needed), names in shapes.items() for line in collapse(names)
     ]
-    for title, names in (
-      ("missing", collapse(self.missing)),
-      ("unexpected", collapse(self.unexpected)),
-      ("mis-shaped", mis_shaped),
-      ("adapted", self.adapted),
-    ):
+    differences = {"missing": collapse(self.missing), "unexpected": collapse(self.unexpected), "mis-shaped": mis_shaped}
+    for title, names in {**differences, "adapted": self.adapted}.items():
       lines += [f"{title}:", *(f"  {name}" for name in names)] if names else []
     return "\n".join(lines)
 

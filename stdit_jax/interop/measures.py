@@ -11,7 +11,7 @@ from stdit_jax.interop.safetensors_io import CheckpointError, open_checkpoint
 from stdit_jax.interop.weights import load_variables
 
 
-def load_perceptual(name: str, path, sha256: str = "") -> dict:
+def load_perceptual(name: str, path: paths.Path, sha256: str = "") -> dict:
   """The parameters of the trunk `name`, NumPy float32, as `perceptual.shapes` describes them.
 
   Other tensors of the file, like a classifier, are skipped.
@@ -44,12 +44,12 @@ def load_perceptual(name: str, path, sha256: str = "") -> dict:
   return {"trunk": trunk, "heads": {k: heads.read(f"lin{i}.model.1.weight").reshape(-1) for i, k in enumerate(shapes["heads"])}}
 
 
-def check_sha256(path, sha256: str) -> None:
+def check_sha256(path: paths.Path, sha256: str) -> None:
   """Raises CheckpointError unless the file has this SHA-256 (hexadecimal)."""
   if (found := hashlib.sha256(paths.read_bytes(path)).hexdigest()) != sha256.lower():
     raise CheckpointError(f"{path} has the SHA-256 {found}, not {sha256}. Give the file of this SHA-256, or change the SHA-256")
 
 
-def load_i3d(path) -> dict:
+def load_i3d(path: paths.Path) -> dict:
   """The variables of I3D from the safetensors file that `interop.fetch` writes; CheckpointError for any other file."""
   return load_variables(path, "native", i3d.init_shapes())

@@ -3,9 +3,10 @@
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+from data.paths import Path
 from stdit_jax.autoencoders.registry import AUTOENCODERS
 from stdit_jax.interop.mapping import CheckpointLayout
 from stdit_jax.interop.weights import LAYOUTS
@@ -23,7 +24,7 @@ KEY_TABLES = {
 }
 
 
-def described(metadata: dict, path) -> tuple[str | None, dict]:
+def described(metadata: dict, path: Path) -> tuple[str | None, dict]:
   """(name, fields) of the model that the metadata of one of our files describes. (None, {}) if they describe none.
 
   Raises:
@@ -89,7 +90,7 @@ def known_names() -> list[str]:
   return [name for table in tables for name in table]
 
 
-def find_model(name: str, overrides: Mapping, layouts=(), part: str | None = None) -> NamedModel:
+def find_model(name: str, overrides: Mapping, layouts: Collection[str] = (), part: str | None = None) -> NamedModel:
   """A named model with fields of its configuration replaced.
 
   Args:
@@ -111,7 +112,7 @@ def find_model(name: str, overrides: Mapping, layouts=(), part: str | None = Non
   return found[0]
 
 
-def read_key_table(path) -> dict[str, tuple[int, ...]]:
+def read_key_table(path: Path) -> dict[str, tuple[int, ...]]:
   """{name: shape} of a key table: JSON with the names and shapes under `tensors`, or at the top."""
   try:
     table = json.loads(pathlib.Path(path).read_text())

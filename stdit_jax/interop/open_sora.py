@@ -82,18 +82,11 @@ def _computed(config):
   """The two position tables of STDiT 1.0 checkpoints. Our models compute positions."""
   if not hasattr(config, "input_size"):
     return {}
-  return {
-    "pos_embed": functools.partial(_spatial_table, config),
-    "pos_embed_temporal": functools.partial(_temporal_table, config),
-  }
+  tables = {"pos_embed": _spatial_table, "pos_embed_temporal": _temporal_table}
+  return {name: functools.partial(table, config) for name, table in tables.items()}
 
 
 OPEN_SORA = CheckpointLayout(
-  "open-sora",
-  ROWS,
-  stacks=STACKS,
-  prefixes=("module.", ""),
-  sizes=_sizes,
-  computed=_computed,
+  "open-sora", ROWS, stacks=STACKS, prefixes=("module.", ""), sizes=_sizes, computed=_computed,
   droppable=("pos_embed", "pos_embed_temporal"),  # Open-Sora's own loader drops them before a non-strict load
-)
+)  # fmt: skip

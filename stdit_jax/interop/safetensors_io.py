@@ -69,7 +69,7 @@ class TensorInfo:
   stop: int
 
 
-def refuse_pickle(path) -> None:
+def refuse_pickle(path: paths.Path) -> None:
   """Raises CheckpointError if `path` is named like a pickle; the message has the lines of Python that convert it."""
   name = os.path.basename(str(path))
   stem, ending = os.path.splitext(name)
@@ -175,7 +175,7 @@ def count_non_finite(array: np.ndarray) -> int:
   return sum(int(np.count_nonzero((bits[i : i + piece] & mask) == mask)) for i in range(0, bits.size, piece))
 
 
-def open_checkpoint(path) -> Checkpoint:
+def open_checkpoint(path: paths.Path) -> Checkpoint:
   """Opens a `.safetensors` file, a `*.safetensors.index.json`, or a folder that holds one of either.
 
   Raises CheckpointError: the path is missing, a pickle, or a folder of several candidates; any file is broken.
@@ -274,14 +274,9 @@ def _prepare_output(folder: pathlib.Path, stem: str, total: int, overwrite: bool
 
 
 def write_checkpoint(
-  path,
-  spec: Spec,
-  tensors: Iterable[tuple[str, np.ndarray]],
-  *,
-  metadata: Mapping[str, str] | None = None,
-  max_shard_bytes: int | None = None,
-  overwrite: bool = False,
-) -> list[pathlib.Path]:
+  path: paths.Path, spec: Spec, tensors: Iterable[tuple[str, np.ndarray]], *, metadata: Mapping[str, str] | None = None,
+  max_shard_bytes: int | None = None, overwrite: bool = False,
+) -> list[pathlib.Path]:  # fmt: skip
   """Writes tensors, in any order, one at a time, into one file or into shards with an index.
 
   Args:
@@ -294,8 +289,8 @@ def write_checkpoint(
   Raises:
     CheckpointError: an output exists and `overwrite` is off, tensors differ from `spec`, or the disk refuses.
   """
-  path = pathlib.Path(path)
-  folder, stem = (path.parent, path.stem) if path.suffix == ".safetensors" else (path, "model")
+  place = pathlib.Path(path)
+  folder, stem = (place.parent, place.stem) if place.suffix == ".safetensors" else (place, "model")
   shards, total = _split(spec, max_shard_bytes), sum(_bytes(*entry) for entry in spec.values())
   targets = [folder / f"{stem}.safetensors"]
   if len(shards) > 1:

@@ -11,21 +11,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import DTypeLike
 
-from stdit_jax.interop import mapping
+from data import paths
+from stdit_jax.interop import mapping, safetensors_io
 from stdit_jax.interop.causal3d import COGVIDEOX_VAE
 from stdit_jax.interop.image_kl import DIFFUSERS, LDM
 from stdit_jax.interop.mapping import CheckpointLayout, Entry, Report
 from stdit_jax.interop.open_sora import OPEN_SORA, STACKS
-from stdit_jax.interop.safetensors_io import (
-  DTYPES,
-  Checkpoint,
-  CheckpointError,
-  Spec,
-  count_non_finite,
-  open_checkpoint,
-  write_checkpoint,
-)
+from stdit_jax.interop.safetensors_io import Checkpoint, CheckpointError, Spec, open_checkpoint, write_checkpoint
 from stdit_jax.interop.t5 import T5, T5_V1_0
 from stdit_jax.interop.temporal import OPEN_SORA_VAE
 
@@ -45,13 +39,13 @@ def get_layout(layout: LayoutLike) -> CheckpointLayout:
   return LAYOUTS[layout]
 
 
-def cast(name: str, array: np.ndarray, dtype) -> np.ndarray:
+def cast(name: str, array: np.ndarray, dtype: DTypeLike | None) -> np.ndarray:
   """Floats in another float type, other types unchanged. Raises CheckpointError if finite values become infinite."""
   if dtype is None or array.dtype == np.dtype(dtype) or not jnp.issubdtype(array.dtype, jnp.floating):
     return array
   with np.errstate(over="ignore", invalid="ignore"):
     result = array.astype(dtype)
-  if result.dtype == np.float16 and count_non_finite(result) > count_non_finite(array):
+  if result.dtype == np.float16 and safetensors_io.count_non_finite(result) > safetensors_io.count_non_finite(array):
     raise CheckpointError(f"tensor {name!r} has values beyond the range of {np.dtype(dtype).name}; choose bfloat16 or float32")
   return result
 
@@ -149,7 +143,7 @@ class Source:
 
 
 def open_source(
-  path, layouts: LayoutLike | Sequence[LayoutLike], tree: Any, config: Any = None, allow_non_finite: bool = False
+  path: paths.Path, layouts: LayoutLike | Sequence[LayoutLike], tree: Any, config: Any = None, allow_non_finite: bool = False
 ) -> Source:
   """The checkpoint through a layout. Of several layouts the one that fits best is chosen."""
   several = (layouts,) if isinstance(layouts, LayoutLike) else layouts
@@ -163,16 +157,9 @@ def _of_config(layout: CheckpointLayout, config: Any) -> tuple[dict, dict]:
 
 
 def load_variables(
-  path,
-  layout: LayoutLike | Sequence[LayoutLike],
-  target: Any,
-  *,
-  config: Any = None,
-  strict: bool = True,
-  numbers: bool = True,
-  shardings: Any = None,
-  log: Callable[[str], None] = print,
-) -> Any:
+  path: paths.Path, layout: LayoutLike | Sequence[LayoutLike], target: Any, *, config: Any = None, strict: bool = True,
+  numbers: bool = True, shardings: Any = None, log: Callable[[str], None] = print,
+) -> Any:  # fmt: skip
   """Loads a checkpoint into a tree of device arrays; each parameter is stacked and sharded as it is read.
 
   Host memory beyond the result: this process's part of one stacked parameter, and one tensor of the file.
@@ -319,12 +306,14 @@ def _float_dtype(stored, dtype) -> np.dtype:
   return np.dtype(dtype if dtype is not None and jnp.issubdtype(stored, jnp.floating) else stored)
 
 
-def save_variables(path, layout: LayoutLike, variables: Any, *, config: Any = None, dtype=None, **options: Any) -> list[Path]:
+def save_variables(
+  path: paths.Path, layout: LayoutLike, variables: Any, *, config: Any = None, dtype: DTypeLike | None = None, **options: Any
+) -> list[Path]:
   """Streams variables into safetensors. `write_checkpoint` describes path, `options`, the result and errors."""
   return write_checkpoint(path, *_export(layout, variables, config, dtype), **options)
 
 
-def conversion(source: Source, layout: LayoutLike, tree: Any, dtype=None, config: Any = None) -> Contents:
+def conversion(source: Source, layout: LayoutLike, tree: Any, dtype: DTypeLike | None = None, config: Any = None) -> Contents:
   """The contents of a file in another layout. Each tensor is converted alone.
 
   Args:
@@ -336,7 +325,7 @@ def conversion(source: Source, layout: LayoutLike, tree: Any, dtype=None, config
     return entries[entry.path, entry.layer]
 
   def stored(entry):
-    return DTYPES[infos[source.prefix + source.name_of(origin(entry))].dtype]
+    return safetensors_io.DTYPES[infos[source.prefix + source.name_of(origin(entry))].dtype]
 
   def read(entry):
     return mapping.to_ours(origin(entry), source.read(origin(entry)))

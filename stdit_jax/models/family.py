@@ -90,8 +90,8 @@ class Family:
     ones = jnp.ones((rows,), jnp.float32)
     cond = {name: jnp.zeros(s.shape, s.dtype) for name, s in self.cond(config, rows).items()}
     grid = jnp.tile(jnp.asarray((frames, side, side), jnp.int32), (rows, 1))
-    values = math.prod(config.patch_size) * config.in_channels
-    return jnp.zeros((rows, frames, side * side, values)), ones, cond, {"grid": grid, **dict.fromkeys(SCALARS, ones)}
+    tokens = jnp.zeros((rows, frames, side * side, token_values(config)))
+    return tokens, ones, cond, {"grid": grid, **dict.fromkeys(SCALARS, ones)}
 
   def init(self, config: Any, key: jax.Array) -> Any:
     """Variables {"params": ..., "constants": ... if the family has any} with the original initialisation."""

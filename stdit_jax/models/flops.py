@@ -1,24 +1,26 @@
 """Model FLOPs by formula. They count the matrix products of the models, two FLOPs per multiply-add."""
 
+from typing import Any
+
 TRAINING = 3  # products of a training step for each product of the forward pass: this one, and two for gradients
 
 
-def self_attention(config, tokens, span):
+def self_attention(config: Any, tokens: int, span: int) -> int:
   """FLOPs of queries, keys, values and output of `tokens` tokens, and of their attention to `span` tokens each."""
   width = config.hidden_size
   return 8 * tokens * width**2 + 4 * tokens * span * width
 
 
-def cross_attention(config, tokens, text):
+def cross_attention(config: Any, tokens: int, text: int) -> int:
   width = config.hidden_size
   return 4 * tokens * width**2 + 4 * text * width**2 + 4 * tokens * text * width
 
 
-def mlp(config, tokens):
+def mlp(config: Any, tokens: int) -> int:
   return 4 * tokens * config.hidden_size * int(config.hidden_size * config.mlp_ratio)
 
 
-def text(config, tokens):
+def text(config: Any, tokens: int) -> int:
   """FLOPs of a T5 encoder (`t5.T5Config`) for one caption of this number of tokens, with padding."""
   inner = config.num_heads * config.d_kv
   mlp_kernels = 3 if config.feed_forward_proj == "gated-gelu" else 2

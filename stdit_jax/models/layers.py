@@ -5,6 +5,7 @@ Norms, softmax, rotations and sinusoids run in float32, all else in `dtype`. Par
 
 import functools
 import math
+from collections.abc import Callable
 
 import einops
 import flax.linen as nn
@@ -26,13 +27,13 @@ COMPUTE_DTYPES = ("float32", "bfloat16")  # for training; float16 would need a s
 OVER_SPACE, OVER_TIME = ("batch", "tokens", None, None), ("batch", None, "tokens", None)
 
 
-def xavier_uniform(fan_in, fan_out):
+def xavier_uniform(fan_in: int, fan_out: int) -> Callable:
   """Uniform in +-sqrt(6 / (fan_in + fan_out)) for any shape: a fused kernel with heads is one matrix in the original."""
   bound = math.sqrt(6.0 / (fan_in + fan_out))
   return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
-def torch_uniform(fan_in):
+def torch_uniform(fan_in: int) -> Callable:
   """Uniform in +-1/sqrt(fan_in): PyTorch's default for the weight (kaiming with a = sqrt(5)) and bias of a layer."""
   bound = 1.0 / math.sqrt(fan_in)
   return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
@@ -64,7 +65,7 @@ class Linear(nn.Module):
   tensor: int | None = None
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: ArrayLike) -> Array:
     inputs = self.inputs or x.shape[-1:]
     kernel_init = self.kernel_init or xavier_uniform(math.prod(inputs), math.prod(self.features))
     kernel = self.param("kernel", kernel_init, (*inputs, *self.features)).astype(self.dtype)
@@ -105,7 +106,7 @@ class Mlp(nn.Module):
   tensor: bool = False  # split the hidden side over `tensor`
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: ArrayLike) -> Array:
     linear = functools.partial(Linear, dtype=self.dtype, layout=self.layout, axes=self.axes)
     into, out = (1, 0) if self.tensor else (None, None)
     x = linear((self.hidden,), kernel_init=self.fc1_init, tensor=into, name="fc1")(x)
@@ -132,7 +133,7 @@ class RMSNorm(nn.Module):
   eps: float = 1e-6
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: ArrayLike) -> Array:
     scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
@@ -152,7 +153,7 @@ def sinusoid(values: Num[ArrayLike, "*lead"], dim: int = 256) -> Float[Array, "*
   return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-def even_frequencies(dim):
+def even_frequencies(dim: int) -> np.ndarray:
   """`[dim / 2]` frequencies 10000^(-2k / dim)."""
   exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
   return np.float32(1) / (MAX_PERIOD ** exponents.astype(np.float64)).astype(np.float32)

@@ -6,12 +6,14 @@ denoisers: gathering of sharded parameters, cached outputs of earlier sampling s
 
 import functools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from stdit_jax.arrays import ArrayLike
 from stdit_jax.models import step_cache
 from stdit_jax.models.layers import DTYPES, OVER_TIME
 from stdit_jax.parallel.shardings import constrain, gather_layer
@@ -38,7 +40,7 @@ def remat(layer: Callable, policy: str, scan: bool) -> Callable:
   return jax.checkpoint(named if policy == "offload" else layer, policy=REMAT_POLICIES[policy], prevent_cse=not scan)
 
 
-def run_layers(layer: Callable, x: jax.Array, stacked, scan: bool, policy: str) -> tuple:
+def run_layers(layer: Callable, x: jax.Array, stacked: Any, scan: bool, policy: str) -> tuple:
   """`x` through equal layers, `layer(x, parameters) -> (x, output)`.
 
   Args:
@@ -71,7 +73,14 @@ def stacked_params(module: nn.Module, blocks: Mapping[str, nn.Module], depth: in
   return {name: module.param(name, init(block)) for name, block in blocks.items()}
 
 
-def run_blocks(module: nn.Module, blocks: Mapping[str, nn.Module], rules: tuple, x, conditions, reuse=None) -> tuple:
+def run_blocks(
+  module: nn.Module,
+  blocks: Mapping[str, nn.Module],
+  rules: tuple,
+  x: ArrayLike,
+  conditions: Any,
+  reuse: step_cache.Reuse | None = None,
+) -> tuple:
   """Tokens `[B, T, S, D]` through the layers of a denoiser.
 
   Args:

@@ -5,12 +5,12 @@ import dataclasses
 import flax.linen as nn
 import jax.numpy as jnp
 
-from stdit_jax.arrays import Cond, Features, FrameMask, PerSample, Sizes, Tokens, Valid
+from stdit_jax.arrays import ArrayLike, Cond, Features, FrameMask, PerSample, Sizes, Tokens, Valid
 from stdit_jax.models import stdit_common as common
 from stdit_jax.models.family import Family, Supports
 from stdit_jax.models.layers import DTYPES, OVER_SPACE, OVER_TIME, interleaved_sin_cos, layer_norm, modulate
 from stdit_jax.models.stack import run_blocks
-from stdit_jax.models.step_cache import Reuse, compute
+from stdit_jax.models.step_cache import Call, Reuse, compute
 from stdit_jax.parallel.shardings import constrain
 
 
@@ -34,7 +34,7 @@ class Block(common.Block):
   """Attention over space, over time, to the text, then the MLP; one modulation table, no norms in attention."""
 
   @nn.compact
-  def __call__(self, x: Features, c: common.Conditions, number, call=compute) -> Features:
+  def __call__(self, x: Features, c: common.Conditions, number: ArrayLike, call: Call = compute) -> Features:
     """x `[B, T, S, D]`, Conditions, number of the layer -> `[B, T, S, D]`; `call` calls the attentions."""
     x = constrain(x, self.layout, *OVER_SPACE)
     shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation_rows("modulation", 6, c.modulation, c.x_mask)
@@ -60,7 +60,7 @@ class STDiT1(common.STDiT):
   def __call__(
     self, tokens: Tokens, t: PerSample, cond: Cond, sizes: Sizes, *,
     x_mask: FrameMask | None = None, valid: Valid | None = None, reuse: Reuse | None = None,
-  ):  # fmt: skip
+  ) -> Features | tuple:  # fmt: skip
     cfg, layout, dtype = self.config, self.layout, DTYPES[self.config.dtype]
     if x_mask is not None:
       raise ValueError("STDiT (1.0) has no frame masks: x_mask must be None; STDiT2 and STDiT3 have them")

@@ -8,12 +8,12 @@ import dataclasses
 import flax.linen as nn
 import jax.numpy as jnp
 
-from stdit_jax.arrays import Cond, Features, FrameMask, PerSample, Sizes, Tokens, Valid
+from stdit_jax.arrays import ArrayLike, Cond, Embedding, Features, FrameMask, PerSample, Sizes, Tokens, Valid
 from stdit_jax.models import stdit_common as common
 from stdit_jax.models.family import Family, Supports
 from stdit_jax.models.layers import DTYPES, OVER_SPACE, OVER_TIME, layer_norm, modulate
 from stdit_jax.models.stack import run_blocks
-from stdit_jax.models.step_cache import Reuse, compute
+from stdit_jax.models.step_cache import Call, Reuse, compute
 from stdit_jax.parallel.shardings import constrain
 
 
@@ -42,7 +42,7 @@ class Block(common.Block):
   config: STDiT2Config
 
   @nn.compact
-  def __call__(self, x: Features, c: common.Conditions, number, call=compute) -> Features:
+  def __call__(self, x: Features, c: common.Conditions, number: ArrayLike, call: Call = compute) -> Features:
     """x `[B, T, S, D]`, Conditions, number of the layer -> `[B, T, S, D]`; `call` calls the attentions."""
     cfg, layout = self.config, self.layout
     shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation_rows("modulation", 6, c.modulation, c.x_mask)
@@ -72,7 +72,7 @@ class STDiT2(common.STDiT):
   def __call__(
     self, tokens: Tokens, t: PerSample, cond: Cond, sizes: Sizes, *,
     x_mask: FrameMask | None = None, valid: Valid | None = None, reuse: Reuse | None = None,
-  ):  # fmt: skip
+  ) -> Features | tuple:  # fmt: skip
     cfg, layout, dtype = self.config, self.layout, DTYPES[self.config.dtype]
     frames = tokens.shape[1]
     tokens, token_valid, x_mask = self.pad_frames(tokens, valid, x_mask)  # [B, T, S, P]
@@ -104,7 +104,7 @@ class STDiT2(common.STDiT):
     x = common.FinalLayer(cfg, layout, common.zeros, name="final_layer")(x, noised, clean, x_mask)  # [B, T, S, P_out]
     return self.finish(x, frames, cached, reuse)
 
-  def embed_sizes(self, sizes):
+  def embed_sizes(self, sizes: Sizes) -> tuple[Embedding, Embedding]:
     """-> embeddings `[B, D]`: of height, width and aspect ratio for the spatial branch, of frames and fps for the temporal."""
     height, width, third = sizes["height"], sizes["width"], self.config.hidden_size // 3
     aspect_ratio = sizes.get("aspect_ratio", height / width)

@@ -5,12 +5,12 @@ import dataclasses
 import flax.linen as nn
 import jax.numpy as jnp
 
-from stdit_jax.arrays import Cond, Features, FrameMask, PerSample, Sizes, Tokens, Valid
+from stdit_jax.arrays import ArrayLike, Cond, Features, FrameMask, PerSample, Sizes, Tokens, Valid
 from stdit_jax.models import stdit_common as common
 from stdit_jax.models.family import Family, Supports
 from stdit_jax.models.layers import DTYPES, OVER_SPACE, OVER_TIME, interleaved_sin_cos, layer_norm, modulate, torch_uniform
 from stdit_jax.models.stack import run_blocks
-from stdit_jax.models.step_cache import Reuse, compute
+from stdit_jax.models.step_cache import Call, Reuse, compute
 from stdit_jax.parallel.shardings import constrain
 
 
@@ -31,7 +31,7 @@ class STDiT3Config(common.STDiTConfig):
   frame_positions: bool = False
 
   @property
-  def kinds(self):
+  def kinds(self) -> dict[str, dict]:
     spatial = {"spatial_blocks": {"space": OVER_SPACE, "cross": OVER_SPACE}}
     return spatial | ({"temporal_blocks": {"time": OVER_TIME, "cross": OVER_TIME}} if self.temporal_blocks else {})
 
@@ -45,7 +45,7 @@ class Block(common.Block):
   axis: str = "space"
 
   @nn.compact
-  def __call__(self, x: Features, c: common.Conditions, number, call=compute) -> Features:
+  def __call__(self, x: Features, c: common.Conditions, number: ArrayLike, call: Call = compute) -> Features:
     """x `[B, T, S, D]`, Conditions, number of the layer -> `[B, T, S, D]`; `call` calls the attentions."""
     axes, rope, out_init = (OVER_SPACE, None, None) if self.axis == "space" else (OVER_TIME, c.rope, common.zeros)
     shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation_rows("modulation", 6, c.modulation, c.x_mask)
@@ -66,7 +66,7 @@ class STDiT3(common.STDiT):
   def __call__(
     self, tokens: Tokens, t: PerSample, cond: Cond, sizes: Sizes, *,
     x_mask: FrameMask | None = None, valid: Valid | None = None, reuse: Reuse | None = None,
-  ):  # fmt: skip
+  ) -> Features | tuple:  # fmt: skip
     cfg, layout, dtype = self.config, self.layout, DTYPES[self.config.dtype]
     frames = tokens.shape[1]
     tokens, token_valid, x_mask = self.pad_frames(tokens, valid, x_mask)  # [B, T, S, P]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -12,23 +13,8 @@ from jaxtyping import Array, Float, Integer
 
 from stdit_jax import fields
 from stdit_jax.arrays import ArrayLike, Cond, Embedding, Features, FrameMask, PerSample, Sizes, Tokens, Valid
-from stdit_jax.models import flops, step_cache
-from stdit_jax.models.layers import (
-  COMPUTE_DTYPES,
-  DTYPES,
-  OVER_SPACE,
-  OVER_TIME,
-  CrossAttention,
-  Linear,
-  Mlp,
-  SelfAttention,
-  interleaved_sin_cos,
-  layer_norm,
-  modulate,
-  rope_frequencies,
-  sinusoid,
-  torch_uniform,
-)
+from stdit_jax.models import flops, layers, step_cache
+from stdit_jax.models.layers import DTYPES, OVER_SPACE, OVER_TIME, Linear, Mlp, interleaved_sin_cos, layer_norm, modulate
 from stdit_jax.models.stack import REMAT_POLICIES
 from stdit_jax.parallel.attention import IMPLEMENTATIONS
 from stdit_jax.parallel.shardings import BLOCK_RULES, Layout, constrain
@@ -36,6 +22,7 @@ from stdit_jax.parallel.shardings import BLOCK_RULES, Layout, constrain
 COMPAT = (None, "open-sora")
 zeros = nn.initializers.zeros
 small = nn.initializers.normal(0.02)
+Init = Callable | None  # an initializer, None: that of the layer
 
 RULES = (
   *BLOCK_RULES,
@@ -45,7 +32,7 @@ RULES = (
   (r"(patch_embed|_embed/fc[12]|_modulation)/bias$", P()),
   (r"patch_embed/kernel$", P()),
   (r"final_layer/(modulation|linear/kernel|linear/bias)$", P()),
-  (r"(null_caption|rope_frequencies)$", P()),
+  (r"(null_caption|layers.rope_frequencies)$", P()),
 )
 
 
@@ -86,25 +73,27 @@ class STDiTConfig:
         raise ValueError(f"{name}: hidden_size {self.hidden_size} does not divide by {why}")
     if self.head_dim % 2:
       raise ValueError(f"{name}: hidden_size / num_heads is {self.head_dim}, but rotary embedding needs an even number")
-    fields.check_choices(self, name, dtype=COMPUTE_DTYPES, remat=REMAT_POLICIES, attention=IMPLEMENTATIONS, compat=COMPAT)
+    fields.check_choices(
+      self, name, dtype=layers.COMPUTE_DTYPES, remat=REMAT_POLICIES, attention=IMPLEMENTATIONS, compat=COMPAT
+    )
     if self.patch_size[0] != 1:
       raise ValueError(f"{name}: patch_size {self.patch_size}: patches of one latent frame only, as in all released models")
 
   @property
-  def head_dim(self):
+  def head_dim(self) -> int:
     return self.hidden_size // self.num_heads
 
   @property
-  def patch_positions(self):
+  def patch_positions(self) -> int:
     return math.prod(self.patch_size)
 
   @property
-  def patch_values(self):
+  def patch_values(self) -> int:
     """P: values of one input token."""
     return self.patch_positions * self.in_channels
 
   @property
-  def out_channels(self):
+  def out_channels(self) -> int:
     return self.in_channels * (2 if self.pred_sigma else 1)
 
   @property
@@ -135,17 +124,19 @@ class Block(nn.Module):
   config: STDiTConfig
   layout: Layout | None = None
 
-  def self_attention(self, axis, name="attention", **options):
+  def self_attention(self, axis: str, name: str = "attention", **options) -> layers.SelfAttention:
     cfg = self.config
-    return SelfAttention(
+    return layers.SelfAttention(
       cfg.num_heads, axis, implementation=cfg.attention, dtype=DTYPES[cfg.dtype], layout=self.layout, name=name, **options
     )
 
-  def cross_attention(self, axes=OVER_TIME, out_init=zeros):
+  def cross_attention(self, axes: tuple = OVER_TIME, out_init: Init = zeros) -> layers.CrossAttention:
     cfg = self.config
-    return CrossAttention(cfg.num_heads, out_init, cfg.attention, DTYPES[cfg.dtype], self.layout, axes, name="cross_attention")
+    return layers.CrossAttention(
+      cfg.num_heads, out_init, cfg.attention, DTYPES[cfg.dtype], self.layout, axes, name="cross_attention"
+    )
 
-  def block_mlp(self, axes=OVER_TIME, out_init=None):
+  def block_mlp(self, axes: tuple = OVER_TIME, out_init: Init = None) -> Mlp:
     """The MLP, its hidden side split over `tensor`."""
     width = self.config.hidden_size
     return Mlp(
@@ -209,22 +200,22 @@ class STDiT(nn.Module):
     self.sow("intermediates", "pos_emb", positions)
     return positions
 
-  def embed_patches(self, tokens: Tokens, init=None) -> Features:
+  def embed_patches(self, tokens: Tokens, init: Init = None) -> Features:
     """`[B, T, S, P] -> [B, T, S, D]`: the originals' Conv3d, whose bias has PyTorch's default initialisation."""
     cfg = self.config
     linear = Linear(
-      (cfg.hidden_size,), kernel_init=init, bias_init=torch_uniform(cfg.patch_values), dtype=DTYPES[cfg.dtype],
+      (cfg.hidden_size,), kernel_init=init, bias_init=layers.torch_uniform(cfg.patch_values), dtype=DTYPES[cfg.dtype],
       layout=self.layout, axes=OVER_TIME[:3], name="patch_embed",
     )  # fmt: skip
     return linear(tokens)
 
-  def scalar_embedder(self, name, features=None, fc1_init=None, fc2_init=None):
-    """-> `[B] -> [B, features]`: an MLP over the sinusoid of a timestep, frame rate, length or size."""
+  def scalar_embedder(self, name: str, features: int | None = None, fc1_init: Init = None, fc2_init: Init = None) -> Callable:
+    """-> `[B] -> [B, features]`: an MLP over the layers.sinusoid of a timestep, frame rate, length or size."""
     features = features or self.config.hidden_size
     mlp = Mlp(features, features, "silu", fc1_init, fc2_init, DTYPES[self.config.dtype], self.layout, name=name)
-    return lambda values: mlp(sinusoid(values))
+    return lambda values: mlp(layers.sinusoid(values))
 
-  def embed_caption(self, text: Float[ArrayLike, "B L C"], init=None) -> Float[Array, "B L D"]:
+  def embed_caption(self, text: Float[ArrayLike, "B L C"], init: Init = None) -> Float[Array, "B L D"]:
     """Text features `[B, L, C] -> [B, L, D]`.
 
     Creates the constant `null_caption` `[L, C]`, too. `null` puts it in the place of dropped captions. It never trains.
@@ -240,15 +231,15 @@ class STDiT(nn.Module):
 
   def rope(self) -> Float[ArrayLike, " half"]:
     """The constant rotary frequencies `[head_dim / 2]`."""
-    return self.variable("constants", "rope_frequencies", rope_frequencies, self.config.head_dim).value
+    return self.variable("constants", "rope_frequencies", layers.rope_frequencies, self.config.head_dim).value
 
-  def modulation_vectors(self, name, rows, embeddings, init=None) -> list:
+  def modulation_vectors(self, name: str, rows: int, embeddings: Sequence, init: Init = None) -> list:
     """SiLU, then a linear layer to `rows * D`, for the noised and (None without x_mask) the clean embedding `[B, D]`."""
     cfg = self.config
     linear = Linear((rows * cfg.hidden_size,), kernel_init=init, dtype=DTYPES[cfg.dtype], layout=self.layout, name=name)
     return [None if e is None else linear(nn.silu(e)) for e in embeddings]
 
-  def finish(self, x, frames, cached, reuse):
+  def finish(self, x: ArrayLike, frames: int, cached: Any, reuse: step_cache.Reuse | None) -> Array | tuple:
     """The model's result: float32, without padding frames; with `reuse` also the cached outputs, where they belong."""
     padded = x.shape[:3]
     x = constrain(x.astype(jnp.float32)[:, :frames], self.layout, *OVER_TIME)
@@ -257,7 +248,7 @@ class STDiT(nn.Module):
     specs = self.cache_specs(reuse.cache, *padded)
     return x, jax.tree.map(lambda spec, array: constrain(array, self.layout, *spec.axes), specs, cached)
 
-  def cache_specs(self, cache, batch, frames, space):
+  def cache_specs(self, cache: step_cache.Cache, batch: int, frames: int, space: int) -> dict:
     """The arrays that calls on `[batch, frames, space]` tokens cache for the next call (`step_cache.cache_specs`)."""
     cfg = self.config
     frames += -frames % (1 if self.layout is None else self.layout.token_parts)
@@ -297,7 +288,7 @@ class FinalLayer(nn.Module):
   kernel_init: nn.initializers.Initializer | None = None
 
   @nn.compact
-  def __call__(self, x: Features, noised: Embedding, clean: Embedding | None = None, x_mask: FrameMask | None = None):
+  def __call__(self, x: Features, noised: Embedding, clean: Embedding | None = None, x_mask: FrameMask | None = None) -> Array:
     """x `[B, T, S, D]`, noised and clean embeddings `[B, D]` (clean: None without x_mask) -> `[B, T, S, P_out]`."""
     cfg = self.config
     table = modulation_table(self, "modulation", 2).astype(x.dtype)
@@ -314,7 +305,7 @@ class FinalLayer(nn.Module):
     return linear(out)
 
 
-def cond(config, rows: int) -> dict:
+def cond(config: Any, rows: int) -> dict:
   """`Family.cond`: text features and which of them are valid."""
   length = rows, config.model_max_length
   return {
@@ -323,14 +314,14 @@ def cond(config, rows: int) -> dict:
   }
 
 
-def null(config, constants: dict, cond: Cond) -> dict:
+def null(config: Any, constants: dict, cond: Cond) -> dict:
   """`Family.null`: the null caption, cut to the length of the text; its mask is that of the caption, as in the originals."""
   text = cond["text"]
   null_text = constants["null_caption"][: text.shape[1]].astype(text.dtype)
   return {**cond, "text": jnp.broadcast_to(null_text, text.shape)}
 
 
-def forward_flops(config, frames: int, space: int) -> int:
+def forward_flops(config: Any, frames: int, space: int) -> int:
   """`Family.flops`: FLOPs of a forward pass over one sample of `frames * space` tokens."""
   width, tokens, text = config.hidden_size, frames * space, config.model_max_length
   rest = flops.cross_attention(config, tokens, text) + flops.mlp(config, tokens)

@@ -13,11 +13,14 @@ Cached outputs are an argument and a result of the model (`reuse`). On a mesh th
 
 import dataclasses
 import re
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from stdit_jax.arrays import ArrayLike
 from stdit_jax.parallel.shardings import ArraySpec
 
 
@@ -39,7 +42,7 @@ class PyramidBroadcast:
     if min(self.space, self.time, self.cross) < 1:
       raise ValueError(f"pyramid broadcast: an output serves at least 1 step, not {self.space}, {self.time}, {self.cross}")
 
-  def computes(self, step, t):
+  def computes(self, step: int, t: ArrayLike) -> dict:
     """{kind of attention: whether it is computed} in sampler step number `step`, at timestep `t`."""
     inside = self.interval[0] < t < self.interval[1]
     return {kind: step == 0 or not inside or step % getattr(self, kind) == 0 for kind in ("space", "time", "cross")}
@@ -60,13 +63,15 @@ class ResidualCache:
     if not 0 <= self.threshold < 1:
       raise ValueError(f"residual cache: threshold is {self.threshold:g}; allowed: from 0, below 1")
 
-  def computes(self, step, t):
+  def computes(self, step: int, t: ArrayLike) -> dict:
     """{}: the step itself decides."""
-    del step, t
     return {}
 
 
-def parse(text):
+Cache = PyramidBroadcast | ResidualCache
+
+
+def parse(text: str) -> Cache:
   """'pyramid', 'pyramid:2,4,6', 'residual' or 'residual:0.1' -> the cache; ValueError for anything else."""
   if match := re.fullmatch(r"pyramid(?::(\d+),(\d+),(\d+))?", text):
     return PyramidBroadcast(int(match[1]), int(match[2]), int(match[3])) if match[1] else PyramidBroadcast()
@@ -89,14 +94,16 @@ class Reuse:
     computes: {kind of attention: bool scalar}, from `computes` of the cache.
   """
 
-  cache: PyramidBroadcast | ResidualCache = dataclasses.field(metadata={"static": True})
+  cache: Cache = dataclasses.field(metadata={"static": True})
   cached: dict
   computes: dict
 
 
-def compute(kind, function, *inputs):
+Call = Callable[..., Any]  # (kind of attention, module, *inputs) -> output: `compute`, or `CachedCalls`
+
+
+def compute(kind: str, function: Callable, *inputs) -> Any:
   """`function(*inputs)`: a block calls its attention in this way if no cache is used."""
-  del kind
   return function(*inputs)
 
 
@@ -114,7 +121,7 @@ class CachedCalls:
   def __init__(self, cached, computes):
     self._cached, self._computes, self.outputs = cached, computes, {}
 
-  def __call__(self, kind, function, *inputs):
+  def __call__(self, kind: str, function: Any, *inputs) -> Any:
     before = self._cached[kind]
     self.outputs[kind] = nn.cond(
       self._computes[kind], lambda module, *inputs: module(*inputs), lambda module, *inputs: before, function, *inputs
@@ -122,7 +129,7 @@ class CachedCalls:
     return self.outputs[kind]
 
 
-def cache_specs(cache, shape, dtype, blocks, depth, axes):
+def cache_specs(cache: Cache, shape: tuple, dtype: Any, blocks: Mapping, depth: int, axes: tuple) -> dict:
   """The arrays that a call of a model caches for the next call, as a tree of `ArraySpec`.
 
   Args:
@@ -140,7 +147,7 @@ def cache_specs(cache, shape, dtype, blocks, depth, axes):
   }
 
 
-def residual_layers(layers, x, first_layer, cached, threshold):
+def residual_layers(layers: Callable, x: ArrayLike, first_layer: Callable, cached: Mapping, threshold: float) -> tuple:
   """`x` through the first layer, and through the others unless the residual of the first is near the cached one.
 
   Args:

@@ -89,7 +89,7 @@ class RMSNorm(nn.Module):
   config: T5Config
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: ArrayLike) -> Array:
     dtype = DTYPES[self.config.dtype]
     scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), DTYPES[self.config.param_dtype])
     x = x.astype(jnp.float32)
@@ -107,7 +107,7 @@ class Linear(nn.Module):
   layout: Layout | None = None
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: ArrayLike) -> Array:
     init = nn.initializers.normal(self.std)
     kernel = self.param("kernel", init, self.shape, DTYPES[self.config.param_dtype])
     y = jnp.einsum(self.equation, x, kernel.astype(DTYPES[self.config.dtype]))
@@ -121,7 +121,7 @@ class Attention(nn.Module):
   layout: Layout | None = None
 
   @nn.compact
-  def __call__(self, x, bias, mask):
+  def __call__(self, x: ArrayLike, bias: ArrayLike, mask: ArrayLike | None) -> Array:
     c = self.config
     heads, into, out = (c.d_model, c.num_heads, c.d_kv), "bld,dhk->blhk", "blhk,hkd->bld"
     query = Linear(c, into, heads, (c.d_model * c.d_kv) ** -0.5, self.layout, name="query")(x)
@@ -142,7 +142,7 @@ class Mlp(nn.Module):
   layout: Layout | None = None
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: ArrayLike) -> Array:
     c, shape = self.config, (self.config.d_model, self.config.d_ff)
     h = Linear(c, "bld,df->blf", shape, c.d_model**-0.5, self.layout, name="up")(x)
     if c.feed_forward_proj == "relu":
@@ -159,7 +159,7 @@ class Block(nn.Module):
   layout: Layout | None = None
 
   @nn.compact
-  def __call__(self, x, bias, mask):
+  def __call__(self, x: ArrayLike, bias: ArrayLike, mask: ArrayLike | None) -> Array:
     x = x + Attention(self.config, self.layout, name="attention")(RMSNorm(self.config, name="attention_norm")(x), bias, mask)
     return x + Mlp(self.config, self.layout, name="mlp")(RMSNorm(self.config, name="mlp_norm")(x))
 
