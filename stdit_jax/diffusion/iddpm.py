@@ -165,7 +165,7 @@ class IDDPM:
     """Entries `index` `[B]` of a table (float32), broadcastable against `like`."""
     return expand(jnp.asarray(self.schedule[name], jnp.float32)[index], like)
 
-  def sample_timesteps(self, keys: Key[Array, " B"], *sizes: Any, **named_sizes: Any) -> Int32[Array, " B"]:
+  def sample_timesteps(self, keys: Key[Array, " B"], *sizes: Any) -> Int32[Array, " B"]:
     """Training indices, uniform, from one random key per sample. The sizes are not used."""
     return jax.vmap(lambda key: jax.random.randint(key, (), 0, self.num_steps))(keys)
 
@@ -262,7 +262,7 @@ class IDDPM:
       raise ValueError(f"{num_steps} sampler steps; iddpm allows at most its {self.num_timesteps} timesteps")
     return dataclasses.replace(self, respacing=num_steps)
 
-  def sampling_timesteps(self, num_steps: int, height: Any, *sizes: Any, **named_sizes: Any) -> np.ndarray:
+  def sampling_timesteps(self, num_steps: int, height: Any, *sizes: Any) -> np.ndarray:
     """Schedule indices `[num_steps + 1, B]` int32 (NumPy), from noise down to a last row of -1. `height` sets B."""
     if num_steps != self.num_steps:
       raise ValueError(f"iddpm: schedule has {self.num_steps} steps, not {num_steps}: respace it with for_sampling first")

@@ -230,9 +230,7 @@ class Pipeline:
     if given and not self.components.family.supports.frame_masks:
       raise ValueError(f"{self.components.family.name} can't be given frames: it makes videos from text alone; leave them out")
     size, config = self.latent_size(first), self.model.config
-    prompts = [[r.prompt for r in requests]]
-    if negative_prompt is not None:
-      prompts.append([negative_prompt] * batch)
+    prompts = [[r.prompt for r in requests], *([] if negative_prompt is None else [[negative_prompt] * batch])]
     conds = [self.cond(of_batch) for of_batch in progress(prompts, "text")]
     fps = IMAGE_FPS if first.num_frames == 1 else first.fps * self._told_fps
     numbers = {"height": first.height, "width": first.width, "num_frames": first.num_frames, "fps": fps}
