@@ -32,7 +32,7 @@ RULES = (
   (r"(patch_embed|_embed/fc[12]|_modulation)/bias$", P()),
   (r"patch_embed/kernel$", P()),
   (r"final_layer/(modulation|linear/kernel|linear/bias)$", P()),
-  (r"(null_caption|layers.rope_frequencies)$", P()),
+  (r"(null_caption|rope_frequencies)$", P()),
 )
 
 
