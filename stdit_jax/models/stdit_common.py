@@ -210,7 +210,7 @@ class STDiT(nn.Module):
     return linear(tokens)
 
   def scalar_embedder(self, name: str, features: int | None = None, fc1_init: Init = None, fc2_init: Init = None) -> Callable:
-    """-> `[B] -> [B, features]`: an MLP over the layers.sinusoid of a timestep, frame rate, length or size."""
+    """-> `[B] -> [B, features]`: an MLP over the sinusoid of a timestep, frame rate, length or size."""
     features = features or self.config.hidden_size
     mlp = Mlp(features, features, "silu", fc1_init, fc2_init, DTYPES[self.config.dtype], self.layout, name=name)
     return lambda values: mlp(layers.sinusoid(values))
