@@ -58,7 +58,7 @@ def test_a_change_keeps_all_other_values():
   ("changes", "words"),
   [
     ({"seed.x": 1}, "seed is {'x': 1}; it must be a whole number"),
-    ({"optimizer.b.c": 1}, "unknown key 'optimizer.b'; did you mean optimizer.b1?"),
+    ({"optimizer.schedul.c": 1}, "unknown key 'optimizer.schedul'; did you mean optimizer.schedule?"),
     ({"data.num_classes": 10}, "unknown key 'data.num_classes'"),
     ({"data.read_ahead": "x"}, "data.read_ahead is 'x'; it must be a whole number or None"),
     ({"optimizer.scales": (("(", 2.0),)}, "allowed: (regular expression, factor above 0) pairs"),

@@ -1,5 +1,6 @@
 """The share of each bucket, and the cost of a stage."""
 
+import dataclasses
 import math
 
 import jax
@@ -62,8 +63,7 @@ def test_encoder_cost_grows_with_rows_frames_and_pixels():
   assert clip == pytest.approx(3 * chunk)
   assert chunk < 17 * image
   assert budget._video_flops(model, "256", 1) == pytest.approx(image * 256**2 / 192**2, rel=0.05)  # attention grows faster
-  config.autoencoder.update(name="sd-kl-f8")
-  alone = autoencoder_model(config.autoencoder)
+  alone = autoencoder_model(dataclasses.replace(config.autoencoder, name="sd-kl-f8"))
   assert budget._video_flops(alone, "144p", 5) == pytest.approx(5 * budget._video_flops(alone, "144p", 1))
   assert both["videos"] == pytest.approx((0.5 * 8 * image + 0.5 * 2 * clip) / (8 * 197e12))
 

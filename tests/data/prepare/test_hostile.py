@@ -72,8 +72,8 @@ def hostile(tmp_path_factory):
   add("noise.webm", np.random.default_rng(0).bytes(50_000), "not a video")
   add("picture.mp4", png(8, 8, 8), "not a video")
   add("video.png", content, "no image")
-  add("huge.png", png(100_000, 100_000), "too large|pictures of")
-  add("bomb.png", png(12_000, 12_000, 12_000), "too large|pictures of")
+  add("huge.png", png(100_000, 100_000), "too large|frames of")
+  add("bomb.png", png(12_000, 12_000, 12_000), "too large|frames of")
   # The size in the sample entry of an mp4: the decoder knows better, but nobody may believe it before.
   at = content.index(b"avc1") + 28
   add("enormous.mp4", content[:at] + struct.pack(">HH", 65535, 65535) + content[at + 4 :], "65535 x 65535|.*")
