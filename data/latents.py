@@ -283,7 +283,7 @@ class Cache:
   """The latents that a training reads instead of videos, and the embeddings that it reads instead of captions. Picklable.
 
   Attributes:
-    latents, text: the `Encoded` of clips, and that of captions or None.
+    latents, text: the `Encoded` of the clips, and of the captions or None.
     epochs: number of first epochs of this plan that are cached completely.
     followed: {epoch: the epoch whose plan it follows} of a resumed training. The training keeps these sources, even if `encode`
       has cached more epochs since.

@@ -384,7 +384,7 @@ def _frame_range(start, end, frames):
   """Returns arrays: first frame, number of frames, and whether the range does not fit num_frames."""
   with np.errstate(invalid="ignore"):
     begin = np.where(np.isnan(start), 0, start)
-    # `num_frames` of a row with a range is that of the file or that of the range.
+    # If a row has a range, its `num_frames` may count the file or the range.
     counts_range = ~np.isnan(end) & (frames == end - begin)
     stop = np.where(np.isnan(end), frames, end)
     outside = (begin < 0) | (begin != np.floor(begin)) | (stop <= begin) | (stop != np.floor(stop))

@@ -96,7 +96,7 @@ class Autoencoder:
     return fields.replace(fields.choose(self.table, name, self.kind), overrides, f"{self.kind} {name}")
 
   def build(self, config: Any, dtype: DTypeLike = jnp.float32) -> Any:
-    """The model of a configuration. `dtype` is that of the convolutions. Parameters, norms and results are float32."""
+    """The model of a configuration. The convolutions compute in `dtype`. Parameters, norms and results are float32."""
     return self.model(config, dtype)
 
   def init_shapes(self, config: Any) -> dict:

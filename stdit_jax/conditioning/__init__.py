@@ -30,7 +30,7 @@ CONDITIONERS: dict[str, Callable] = {"captions": Captions, "labels": Labels}
 
 
 def replace_rows(cond: dict, null: dict, drop: jax.Array) -> dict:
-  """`cond` whose rows are those of `null` where `drop` `[B]` is True."""
+  """`cond` with the rows of `null` where `drop` `[B]` is True."""
 
   def choose(own, other):
     return jnp.where(drop.reshape(-1, *[1] * (own.ndim - 1)), other, own)

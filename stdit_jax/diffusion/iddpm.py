@@ -95,7 +95,7 @@ def schedule_tables(betas: Table) -> dict[str, Table]:
   cumulative = np.cumprod(alphas.astype(np.float64)).astype(dtype)
   previous = np.concatenate([np.ones(1, dtype), cumulative[:-1]])
   variance = betas * (1 - previous) / (1 - cumulative)
-  # The first posterior variance is 0; its logarithm is replaced by the next one's (with a single step: by that of beta).
+  # The first posterior variance is 0. The next variance replaces it in the logarithm, or beta if there is a single step.
   log_variance = np.log(np.append(variance[1:2] if len(betas) > 1 else betas[:1], variance[1:]))
   return {
     "betas": betas,

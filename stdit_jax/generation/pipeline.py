@@ -69,7 +69,7 @@ class Pipeline:
     weights: (variables of the denoiser, weights of the conditioner's encoder or None), as `Components.weights` returns them.
     codec: the autoencoder with its weights (`autoencoders.codec`).
     guidance: `diffusion.guidance.Guidance`. Its scale comes with the requests.
-    mesh: holds all parameters but those of the autoencoder. None: one device holds them.
+    mesh: shards the parameters of the denoiser and the text encoder. None: one device holds them.
     cache: of `models.step_cache`. None: every step computes everything.
 
   Attributes:
@@ -83,7 +83,7 @@ class Pipeline:
     self.model, self.diffusion = components.model.clone(layout=layout), components.diffusion
     if cache is not None and not components.family.supports.step_cache:
       raise ValueError(f"--step-cache: {components.family.name} has none; leave it out")
-    # Open-Sora 1.1 trains on every third frame, but tells the model the frame rate of the file, three times that of the clip.
+    # Open-Sora 1.1 trains on every third frame, but tells the model the file's frame rate, which is three times as high.
     data = components.config.data
     self._told_fps = data.frame_interval if data.fps_rule == "1.1" else 1
     channels = self.model.config.in_channels

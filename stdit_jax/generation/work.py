@@ -106,7 +106,7 @@ def make_work(settings: SampleSettings, prompts: Sequence[str], config: Any, aut
 
 
 def split_prompt(settings: SampleSettings, prompt: str) -> tuple[str, tuple[str, ...], str | None]:
-  """(text, reference files, mask strategy). Files and strategy are those in the prompt, or else those of the flags."""
+  """(text, reference files, mask strategy). The prompt may give files and strategy. Otherwise the flags give them."""
   text, own = split_json(prompt)
   if own and settings.task:
     raise ValueError(

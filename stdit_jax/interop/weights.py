@@ -317,7 +317,7 @@ def conversion(source: Source, layout: LayoutLike, tree: Any, dtype: DTypeLike |
   """The contents of a file in another layout. Each tensor is converted alone.
 
   Args:
-    config: config of the written model, whose shapes equal those of the source. None: the config of the source.
+    config: config of the written model. It must have the shapes of the source. None: the config of the source.
   """
   infos, entries = source.checkpoint.tensors, {(entry.path, entry.layer): entry for entry in source.entries}
 

@@ -230,7 +230,7 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
   """Attention of all tokens of a sample to its valid text tokens: no norm, no gate (PixArt; Open-Sora 1.0-1.2).
 
-  Attributes: layout: of activations on the mesh; axes: those of the tokens, OVER_SPACE or OVER_TIME.
+  Attributes: layout: of activations on the mesh; axes: how the tokens are split, OVER_SPACE or OVER_TIME.
   """
 
   num_heads: int

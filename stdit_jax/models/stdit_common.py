@@ -22,7 +22,7 @@ from stdit_jax.parallel.shardings import BLOCK_RULES, Layout, constrain
 COMPAT = (None, "open-sora")
 zeros = nn.initializers.zeros
 small = nn.initializers.normal(0.02)
-Init = Callable | None  # an initializer, None: that of the layer
+Init = Callable | None  # None: the layer's own initializer
 
 RULES = (
   *BLOCK_RULES,
@@ -38,7 +38,7 @@ RULES = (
 
 @dataclasses.dataclass(frozen=True)
 class STDiTConfig:
-  """The fields of all three models. Sizes are those of the originals' constructors.
+  """The fields of all three models. The sizes have the meaning of the originals' constructor arguments.
 
   Attributes:
     input_sq_size: side in pixels at which the spatial position embedding has unit scale (STDiT-2 and 3).
@@ -147,7 +147,7 @@ class Block(nn.Module):
   def modulation_rows(self, name: str, rows: int, vectors: list, x_mask: FrameMask | None) -> list[Array]:
     """Shift, scale and gate rows `[B, T or 1, 1, D]`: a learned table plus the modulation `vectors` of `Conditions`.
 
-    As the originals' `t_mask_select`: clean frames take the modulation of timestep 0, others that of their timestep.
+    Clean frames take the modulation of timestep 0, as in the originals' `t_mask_select`.
     """
     table = modulation_table(self, name, rows)  # [rows, D]
 
@@ -315,7 +315,7 @@ def cond(config: Any, rows: int) -> dict:
 
 
 def null(config: Any, constants: dict, cond: Cond) -> dict:
-  """`Family.null`: the null caption, cut to the length of the text; its mask is that of the caption, as in the originals."""
+  """`Family.null`: the null caption, cut to the length of the text. It keeps the caption's mask, as in the originals."""
   text = cond["text"]
   null_text = constants["null_caption"][: text.shape[1]].astype(text.dtype)
   return {**cond, "text": jnp.broadcast_to(null_text, text.shape)}

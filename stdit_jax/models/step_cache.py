@@ -26,7 +26,7 @@ from stdit_jax.parallel.shardings import ArraySpec
 
 @dataclasses.dataclass(frozen=True)
 class PyramidBroadcast:
-  """Several steps share one output of an attention. The defaults are those of VideoSys for Open-Sora 1.2.
+  """Several steps share one output of an attention. The defaults come from VideoSys for Open-Sora 1.2.
 
   Attributes:
     space, time, cross: number of steps that share one output of this attention, with the step that computes it.
@@ -133,7 +133,7 @@ def cache_specs(cache: Cache, shape: tuple, dtype: Any, blocks: Mapping, depth: 
   """The arrays that a call of a model caches for the next call, as a tree of `ArraySpec`.
 
   Args:
-    shape, dtype, axes: those of the tokens `[B, T, S, D]` between layers.
+    shape, dtype, axes: of the tokens `[B, T, S, D]` between layers.
     blocks: {name of a block of a layer: {kind of attention: axes of its output}}.
   """
   if isinstance(cache, ResidualCache):

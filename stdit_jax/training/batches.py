@@ -92,7 +92,7 @@ class ClipEncoder:
   """Encodes clips to normalised posterior means and deviations on all local devices. Each shape of a piece has one program."""
 
   def __init__(self, codec, config, counter, name):
-    """`codec`: of `autoencoders.codec`; `config`: the group `autoencoder`; `name`: of the stage, under which programs count."""
+    """`codec`: an `autoencoders.codec.Codec`; `config`: the group `autoencoder`; `name`: the stage that the counter names."""
     self.config, self._counter, self._name = codec.config, counter, name
     self._codecs = [
       dataclasses.replace(codec, variables=jax.device_put(codec.variables, device), run=self._run)
@@ -158,7 +158,7 @@ class DenoiserBatches:
   """Makes the denoiser's batches: latents as tokens, their sizes, and conditions."""
 
   def __init__(self, components, clips, ahead=None):
-    """`components`: of the stage; `clips`: a ClipEncoder, or None for cached latents; `ahead`: of `Encoders.conditioner`."""
+    """`components`: of the stage; `clips`: a ClipEncoder, None for cached latents; `ahead`: from `Encoders.conditioner`."""
     self.components, self._clips, self._ahead = components, clips, ahead
 
   def __call__(self, step: LoadedStep, layout: Layout) -> Tree:

@@ -130,7 +130,7 @@ class Restarts:
     return state, frozen | made.objective.read_frozen(self.run.mesh)
 
   def _check_data(self, step, parts, position):
-    """Whether the data of the stage continues that of the checkpoint. Raises ValueError if it must and does not."""
+    """Whether the stage continues the data of the checkpoint. Raises ValueError if it must and does not."""
     restart = self.run.config.restart_data
     # A new stage after the end of a run begins with its own data.
     if step == parts.stage.start and position["stage"] != parts.stage.name:

@@ -90,7 +90,7 @@ class StageData:
     return self._plans.description
 
   def check_same(self, old: dict[str, Any], restart: bool) -> bool:
-    """Whether the plan is that of the checkpoint. If not, raises ValueError with the changes, unless `restart` is set."""
+    """Whether the checkpoint was made with this plan. If not, raises ValueError with the changes, unless `restart` is set."""
     changes = plan.changed_keys(old, self.identity())
     if changes and not restart:
       raise ValueError(

@@ -1,4 +1,4 @@
-"""Turns the state of one stage's model into that of the next. Arrays of equal shape stay, new arrays are initialised."""
+"""Turns the state of one model into one of the next stage's model. Arrays of equal shape stay, new arrays are initialised."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -62,7 +62,7 @@ def resize(array: Array, fresh: Array, repeat: bool) -> Array:
 def change_model(
   objective: Any, optimizer: Any, mesh: jax.sharding.Mesh, key: Any, state: Mapping[str, Any], frozen: Any
 ) -> tuple[dict[str, Any], Any]:
-  """Turns the (state, frozen) of another model into those of the model of `objective`.
+  """Turns the (state, frozen) of another model into a (state, frozen) of the model of `objective`.
 
   Parameters of equal name and shape stay, with their averages and moments. A new parameter gets its original initialisation
   from `key`, an average that starts at this value, and fresh moments. A resized parameter gets fresh moments as well.

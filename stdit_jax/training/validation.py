@@ -65,7 +65,7 @@ def first_slots(plan: Plan) -> dict[int, int]:
 
 
 class Validation:
-  """The validation of one stage. Arguments and errors are those of `StageData`."""
+  """The validation of one stage. It has the arguments and errors of `StageData`."""
 
   def __init__(self, stage: Stage, output: str, mesh: Mesh, objective: Objective):
     self.stage, self.mesh, self.objective = fixed_data(stage, mesh, objective), mesh, objective
