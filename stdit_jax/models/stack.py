@@ -70,7 +70,11 @@ def stacked_params(module: nn.Module, blocks: Mapping[str, nn.Module], depth: in
   def init(block):
     return lambda key: jax.vmap(lambda k: block.init(k, *inputs)["params"])(jax.random.split(key, depth))
 
-  return {name: module.param(name, init(block)) for name, block in blocks.items()}
+  def parameters(name, block):
+    # For parameters that exist, `param` would trace a whole block to compare shapes. Each part of the block compares its own.
+    return module.get_variable("params", name) if module.has_variable("params", name) else module.param(name, init(block))
+
+  return {name: parameters(name, block) for name, block in blocks.items()}
 
 
 def run_blocks(
