@@ -1,4 +1,4 @@
-"""The hours of a recipe, from the bound of each bucket and how often the bucket occurs."""
+"""The hours of a recipe, from the shortest possible step of each bucket (its bound) and the frequency of the bucket."""
 
 import functools
 import tempfile
@@ -76,8 +76,8 @@ def encoder_seconds(
   """{"videos", "captions"}: mean seconds of the encoders for a micro step, at the published peak of the chips.
 
   An encoder takes 0 seconds if its results are cached or on disk. XLA counts the FLOPs of the autoencoder, for the aspect ratio
-  that is closest to square. The FLOPs of T5 are computed by formula. With `text_encoder.where="step"` the bound of the bucket
-  already contains the memory traffic of T5, but not its FLOPs.
+  that is closest to square. The FLOPs of T5 are computed by formula. If T5 runs in the step
+  (`text_encoder.where="step"`), the bound of the bucket has the memory traffic of T5, but not its FLOPs.
 
   Args:
     parts: of the stage; shares: of `bucket_shares`.

@@ -1,8 +1,8 @@
 """Compiles jobs, each in a process of its own, and caches the results.
 
-A process of its own bounds the memory, and several run at a time. The cache has two levels. A job with the same configuration
-and code is not even lowered. A program with the same text is lowered, which takes seconds, and not compiled, which takes
-minutes.
+A process of its own bounds the memory, and several run at a time. The cache has two levels. The first finds the result of a job
+with the same configuration and code. The second finds the result of a program with the same text. For this the job is lowered,
+which takes seconds. To compile it would take minutes.
 """
 
 import dataclasses

@@ -5,7 +5,7 @@ from typing import Any
 
 from stdit_jax.parallel.mesh import AXES
 
-TILE = 16  # rows of a bfloat16 tile. XLA scatters gradients of whole tiles, and sums others everywhere (parallel/shardings.py)
+TILE = 16  # rows of a bfloat16 tile. XLA scatters a gradient only in whole tiles (parallel/shardings.py)
 MOST_FSDP = 64
 SEQUENCE = (1, 2, 4, 8, 16)
 

@@ -104,7 +104,7 @@ def lower(job: Job) -> tuple[jax.stages.Lowered, dict[str, Any]]:
 
 
 def text_digest(lowered: jax.stages.Lowered, topology: str) -> str:
-  """sha256 of all that a result depends on: program text, topology, compiler, and the reader of its output (hlo.py)."""
+  """sha256 of program text, topology, compiler, and the reader of its output (hlo.py). They decide the result."""
   versions = f"{topology} {jax.__version__} {importlib.metadata.version('jaxlib')} {compiler_version(topology)}"
   reader = pathlib.Path(hlo.__file__).read_text()
   return hashlib.sha256(f"{versions}\n{reader}\n{lowered.as_text()}".encode()).hexdigest()[:32]
@@ -154,8 +154,8 @@ def roofline(result: dict[str, Any], topology: str, slice_gbits: float) -> dict[
   """Seconds of a step at the published peaks, and the model-FLOP utilisation at this bound.
 
   compute: FLOPs of products, with the recomputed ones. memory: `hlo.memory_bytes`. links: bytes that a device sends, all-reduce
-  twice. slices: bytes that it sends to other slices, at `slice_gbits` Gbit/s per chip. These are assumed to overlap, so the
-  longest bounds the step.
+  twice. slices: bytes that it sends to other slices, at `slice_gbits` Gbit/s per chip. The four times are assumed to
+  overlap, so the longest bounds the step.
   """
   chip = CHIPS[parse_topology(topology)]
   moved = result["collectives"]

@@ -1,8 +1,8 @@
 """Searches the largest batch of a bucket that fits, and the batch with which all buckets take equal time.
 
 Open-Sora searches batch sizes on the hardware (v1.2, scripts/misc/search_bs.py). Here the compiler tells the memory. Memory
-grows by a fixed amount per sample. A formula estimates the first batch. Each compilation improves the estimate, until one
-confirms it.
+grows by a fixed amount per sample. A formula estimates the first batch. Each compilation improves the estimate, until a
+compilation confirms it.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ FILL = 0.85  # share of the memory beside the state that the first batch takes
 # time (compiled for v5p at 1080p: 69 samples in 89.9 GiB, 96 in 95.4), and the compilations take long.
 FULL = 0.88
 LEAST = 0.7  # least share of the memory beside the state that grows with the batch (compiled for v5p: 84 to 100 %)
-WORTH = 1.05  # a larger batch is tried if it is predicted to be larger by this factor
+WORTH = 1.05  # the search ends if the predicted largest batch is below this multiple of the largest batch so far
 # Arrays of activations that a layer saves for the backward pass, by remat policy, and arrays that the running layer needs.
 # Counted for STDiT3-XL/2 on v5p, where the 26 buckets of stage 1 need 160 to 245 kB per token. They only set the first batch.
 LEFT = {"none": 40, "dots": 12, "full": 1, "offload": 0}
@@ -49,7 +49,7 @@ def axis_sizes(config: dict[str, Any], chips: int, slices: int) -> dict[str, int
 
 
 def batch_units(config: dict[str, Any], chips: int, slices: int) -> tuple[int, int]:
-  """Samples of the whole mesh with one sample per device, and with one sample per `sequence` axis."""
+  """Parts of a batch on the whole mesh: (without split tokens, with tokens split over `sequence`)."""
   sizes = axis_sizes(config, chips, slices)
   split = sizes["data"] * sizes["fsdp"]
   return split * sizes["sequence"], split
@@ -97,8 +97,8 @@ def most_growth(result: dict[str, Any], n: int) -> float:
 def predict(results: dict[int, dict[str, Any]], limit: float) -> int:
   """Samples per device that fill `limit` bytes, by a line through the two largest batches that fit.
 
-  With one result the growth is unknown, and the line uses `most_growth`. The line also uses `most_growth` if the larger batch
-  needs less memory, because XLA recomputes activations.
+  With one result the growth is unknown. If XLA recomputes activations, the larger batch may need less memory. In both cases
+  the line uses `most_growth`.
   """
   fits = sorted(n for n, result in results.items() if result["fits"])
   high = fits[-1]

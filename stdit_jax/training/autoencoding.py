@@ -41,7 +41,7 @@ class AutoencoderObjective:
     perceptual: mean `perceptual.distance` of the frames;
     adversarial: the discriminator's score, times `discriminator.adaptive_weight` if `adaptive`. The loss of the discriminator
       is added. Each network gets the gradient of its own terms, and both step at the same time.
-  The loss decodes `autoencoder.pixel_frames` frames, and none if no term needs pixels. A stage adds a term with a weight.
+  The loss decodes `autoencoder.pixel_frames` frames, and none if no term needs pixels. A later stage may add a term.
   """
 
   part = "autoencoder"
@@ -77,7 +77,7 @@ class AutoencoderObjective:
         f"config: all weights of the autoencoder's loss are 0. Set one of autoencoder.<name>_weight: {', '.join(WEIGHTS)}"
       )
     if limit := self.config.max_tokens_per_device:
-      # Micro batches would change the result: each would weight the adversary by its own gradients (`_adaptive_weight`).
+      # Micro batches would change the result: `_adaptive_weight` takes the gradients of one micro batch, not of the batch.
       raise ValueError(
         f"config: max_tokens_per_device is {limit}, but autoencoders train on pixels, and their batches are not split. Set it "
         "to 0. To save memory, give smaller batches in data.buckets and a larger optimizer.accumulate"
@@ -133,7 +133,7 @@ class AutoencoderObjective:
 
   def open_cache(self, data: DataConfig, table: sources.Table) -> NoReturn:
     """Raises ValueError: an autoencoder reads no latents."""
-    raise ValueError(f"data.latents={data.latents!r} are for denoisers; an autoencoder needs videos")
+    raise ValueError(f"data.latents={data.latents!r} is for denoisers. An autoencoder needs videos; set data.latents=''")
 
   def worker(self, cache: Any) -> None:
     """None: an autoencoder needs no captions."""
@@ -200,7 +200,7 @@ class AutoencoderObjective:
     return {**params, "autoencoder": {**params["autoencoder"], "image": loaded["params"]}}
 
   def load_checkpoint(self, path: str, params: Tree, frozen: Tree, mesh: Mesh) -> tuple[Tree, Tree]:
-    """(params, frozen) with the autoencoder of a checkpoint, whose latents may have another shift and scale."""
+    """(params, frozen) with the autoencoder of a checkpoint. Its shift and scale of latents may differ from the model's."""
     current = {"params": params["autoencoder"]}
     shardings = tree_shardings(current, mesh, self.rules)
     options = {"strict": self.config.init_strict, "numbers": False, "shardings": shardings}
@@ -321,8 +321,8 @@ class AutoencoderObjective:
 
     if layout is None or not layout.split_tokens:
       return distance(params, *clips)
-    # Each device takes its own frames of each clip. A sharding constraint cannot express this: if frames are folded into the
-    # batch, the frames of a device are no range of rows.
+    # Each device takes its own frames of each clip. After frames are folded into the batch, these frames are no range of rows,
+    # so a sharding constraint cannot express this.
     frames = clips[0].shape[1]
     padded = (jnp.pad(clip, ((0, 0), (0, -frames % layout.token_parts), *[(0, 0)] * 3)) for clip in clips)
     spec = layout.spec("batch", "tokens")

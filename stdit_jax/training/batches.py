@@ -89,7 +89,7 @@ class LatentCache:
 
 
 class ClipEncoder:
-  """Encodes clips to normalised posterior means and deviations on all local devices. Each shape of a piece has one program."""
+  """Encodes clips to normalised posterior means and deviations on all local devices. `codec.py` cuts clips into pieces."""
 
   def __init__(self, codec, config, counter, name):
     """`codec`: an `autoencoders.codec.Codec`; `config`: the group `autoencoder`; `name`: the stage that the counter names."""
@@ -199,8 +199,8 @@ class AutoencoderBatches:
   def _cropped(self, s):
     """(sample, its pixels). A clip that is too small gets weight 0.
 
-    The start of a run refuses such a clip in the first epoch (`check_plan`). In a later epoch an error would end the run again
-    after every restart.
+    `check_plan` refuses such a clip in the first epoch, when the run starts. In a later epoch an error would end the run after
+    days, and again after every restart.
     """
     crop, (height, width) = self.config.autoencoder.crop, s.pixels.shape[1:3]
     if min(height, width) < crop:
@@ -214,7 +214,7 @@ class AutoencoderBatches:
 
 
 class Encoders:
-  """The frozen encoders that make batches. A stage loads those that the previous stage did not use.
+  """The frozen encoders of the stages. Stages with the same encoder share its weights.
 
   Attributes:
     clip_encoder: the loaded ClipEncoder, or None.
@@ -229,7 +229,7 @@ class Encoders:
     """The `ClipEncoder` of the group `autoencoder`. Its programs count under the name of the stage."""
     source = autoencoder_model(config).config, config.weights
     if source != self._source:
-      while stage in self._names:  # the run went back to a stage with another autoencoder, so these are new programs
+      while stage in self._names:  # the run came back to this stage: the counter needs a new name for new programs
         stage += " again"
       self._names.add(stage)
       self.clip_encoder, self._source = ClipEncoder(load_codec(config), config, self._counter, stage), source

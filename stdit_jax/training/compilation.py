@@ -31,7 +31,7 @@ class AheadOfTime:
 
   Args:
     threads: number of programs that compile at the same time.
-    say: prints one line about each program, and one about all.
+    say: prints a line when a program is ready, and a line when all programs are ready.
   """
 
   def __init__(self, threads, say):
@@ -61,7 +61,7 @@ class AheadOfTime:
     return compiled
 
   def close(self) -> None:
-    """Drops the programs that do not compile yet."""
+    """Drops the programs that wait to be compiled."""
     self._pool.shutdown(wait=False, cancel_futures=True)
 
 
@@ -71,7 +71,7 @@ class StagePrograms:
   Args:
     programs: `step.Programs`; splits: of `StageData`; compiler: AheadOfTime.
     beat: of the watchdog.
-    paused: context manager. The time of steps does not include the time inside.
+    paused: context manager (`Speed.paused`). The wait for a program runs inside, so it does not count as time of steps.
   """
 
   def __init__(self, programs, splits, compiler, beat, paused):
@@ -94,7 +94,7 @@ class StagePrograms:
     return self._gradients[bucket]
 
   def gradient(self, bucket: tuple[str, int], rows: int) -> tuple[BucketProgram, jax.stages.Compiled]:
-    """(`step.BucketProgram`, its executable) of a bucket. Lowers a program that `prepare` did not get."""
+    """(`step.BucketProgram`, its executable) of a bucket. Lowers the program if `prepare` did not."""
     program, compiled = self._lowered(bucket, rows)
     return program, self._wait(program.name, compiled)
 

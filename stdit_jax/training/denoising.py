@@ -42,7 +42,7 @@ class DenoiserObjective:
     self.config = config
     self.components = Components.of(config)
     self.model, self.diffusion = self.components.model, self.components.diffusion
-    self.init, self.batch = self.components.init, self.components.batch  # with their descriptions there
+    self.init, self.batch = self.components.init, self.components.batch  # components.py describes both
     family, self.frame_masks = self.components.family, FrameMasks.create(dict(config.mask_ratios))
     self.masked = any(n != "identity" and p > 0 for n, p in zip(self.frame_masks.names, self.frame_masks.probabilities))
     if self.masked and not family.supports.frame_masks:
@@ -134,7 +134,7 @@ class DenoiserObjective:
     return rows * frames * space, rows * flops.TRAINING * self.components.family.flops(self.model.config, frames, space)
 
   def splits(self, num_frames: int, devices: int) -> bool:
-    """True: tokens are padded until the devices divide them."""
+    """True: padding makes the tokens of any clip divisible by the devices."""
     return True
 
   def data_config(self, config: DataConfig) -> DataConfig:
@@ -144,7 +144,7 @@ class DenoiserObjective:
     return config
 
   def open_cache(self, data: DataConfig, table: sources.Table) -> latents.Cache:
-    """The `data.latents.Cache` that replaces videos. Raises ValueError if it was made from other values."""
+    """The `data.latents.Cache` that replaces videos. Raises ValueError if the cache has another provenance than the stage."""
     return latent_caches.open_cache(self.config, self.components.conditioner, data, table)
 
   def worker(self, cache: latents.Cache | None) -> Callable | None:
@@ -155,7 +155,7 @@ class DenoiserObjective:
     """Accepts clips of every size."""
 
   def batch_maker(self, encoders: Encoders, name: str) -> DenoiserBatches:
-    """`(LoadedStep, layout) -> global arrays` of the stage `name`. Loads the encoders that this needs."""
+    """`(LoadedStep, layout) -> global arrays` of the stage `name`. Loads the encoders of these batches."""
     clips = encoders.clips(self.config.autoencoder, name) if self._encodes_clips else None
     ahead = encoders.conditioner(self.components) if self._encodes_ahead else None
     return DenoiserBatches(self.components, clips, ahead)

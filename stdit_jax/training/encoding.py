@@ -29,14 +29,14 @@ from stdit_jax.training.latent_caches import autoencoder_identity, text_identity
 from stdit_jax.training.objectives import make_objective
 from stdit_jax.training.stages import Stage
 
-_MICRO_BATCHES = 8  # per device and turn. A half empty last micro batch costs little among so many
+_MICRO_BATCHES = 8  # per device and turn. The last one may be half empty, which costs little among eight
 _CAPTIONS = 8  # per device and turn
 _AHEAD_BYTES = 2 << 30  # most bytes of decoded clips that wait for the encoder
 _RECORD_BYTES = 400  # approximate size of a record without its arrays
 
 
 def _one_behind(started: Iterator[Any]) -> Iterator[Any]:
-  """The items of an iterator, one item late. The devices then have the next turn while the host waits for this one."""
+  """The items of an iterator, one item late. So the devices compute the next item while the host waits for this item."""
   return (previous for previous, _ in itertools.pairwise(itertools.chain(started, [None])))
 
 
@@ -59,7 +59,7 @@ class Source:
       raise ValueError(f"config: stage {stage.name!r}: {error}") from None
 
   def made_for(self, epochs: int) -> dict[str, Any]:
-    """What the records are written for: the stage, and the plans of its first epochs."""
+    """A description of the stage and of the plans of its first epochs. The records are written for them."""
     identity = latents.plan_identity(self.data, self.plans.table)
     return {"stage": self.stage.name, "epochs": epochs, "plan": identity}
 
@@ -160,8 +160,8 @@ class LatentsWork:
     """Yields (key, record) of these clips in order. The caller must close it.
 
     Raises:
-      InputError: too many files can't be decoded. `away` then has the keys of the clips whose files do not exist. Their
-        disk may come back.
+      InputError: too many files can't be decoded. `away` then has the keys of the clips without a file. The caller drops
+        their records, since the disk may come back.
     """
     data, table = self.source.data, self.source.plans.table
     self.bad_rows = loader.BadRows(data.max_bad_rows, len(np.unique(latents.unpack(keys)["row"])))
@@ -255,7 +255,7 @@ class TextWork:
     return self._decoders[number].caption(self._members[number].plans.table.row(slot_row), epoch, slot_row)
 
   def sizes(self, keys: np.ndarray) -> np.ndarray:
-    """Upper bound of the bytes of each record. Shards have as many captions as fit with this bound."""
+    """Upper bound of the bytes of each record. It decides the number of captions of a shard."""
     return np.full(len(keys), self._config.max_length * self._bytes + _RECORD_BYTES)
 
   def expected_bytes(self, keys: np.ndarray) -> float:

@@ -20,19 +20,19 @@ def _plain(values):
 
 
 def _if_there(path):
-  """{"weights": fingerprint}, {} without a file: a training from a cache does not need the weights."""
+  """{"weights": fingerprint of the file}, or {} without a file. A training from a cache does not need the file."""
   return {"weights": paths.fingerprint(path)} if path and paths.exists(path) else {}
 
 
 def autoencoder_identity(config: Autoencoder) -> dict[str, Any]:
-  """What decides the latents of pixels, from the group `autoencoder` of a configuration."""
+  """The values of the group `autoencoder` that decide the latents of pixels."""
   fields = dataclasses.asdict(autoencoder_model(config).config)
   del fields["remat"]
   return {"name": config.name, "dtype": config.dtype, "fields": _plain(fields), **_if_there(config.weights)}
 
 
 def text_identity(config: TextEncoder) -> dict[str, Any]:
-  """What decides the features of captions, from the group `text_encoder` of a configuration."""
+  """The values of the group `text_encoder` that decide the features of captions."""
   fields = dataclasses.asdict(t5.get_config(config.name, **config.fields))
   fields = {name: value for name, value in fields.items() if name not in ("scan", "remat")}
   tokenizer = paths.fingerprint(config.tokenizer) if paths.is_folder(config.tokenizer) else config.tokenizer
@@ -41,7 +41,7 @@ def text_identity(config: TextEncoder) -> dict[str, Any]:
 
 
 def open_cache(config: Config, conditioner: Any, data: DataConfig, table: Table) -> latents.Cache:
-  """The `data.latents.Cache` of a stage. Raises ValueError, which names the differences, if it has another provenance.
+  """The `data.latents.Cache` of a stage. Raises ValueError with the differences if the cache has another provenance.
 
   Args:
     config: of the stage; conditioner: of its denoiser.

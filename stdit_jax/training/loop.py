@@ -55,14 +55,14 @@ def train(run: Run, on_sample: Callable | None = None, restarts: Restarts | None
   Args:
     run: `run.Run`.
     on_sample: `(step, state, frozen)`, called every `sample_every` steps and at the end.
-    restarts, started: a `Restarts` of the run and what its `start` returned; made and called here otherwise.
+    restarts, started: a `Restarts` of the run, and the result of its `start`. Without them, `train` makes its own.
 
   Returns:
     the final state.
 
   Raises:
     Preempted: the process received SIGTERM, and everything is saved.
-    InputError: the disk is full, too many files can't be decoded, or steps are not finite again after going back.
+    InputError: the disk is full, too many files can't be decoded, or steps fail again after `Restarts.go_back`.
   """
   beat, total = run.beat, run.total_steps
   restarts = restarts or Restarts(run)

@@ -23,14 +23,14 @@ from stdit_jax.parallel.topology import peak_tflops
 MAX_DATA_SHARE = 0.02  # of the step time; above it the console gives advice
 UPLOAD_SECONDS = 60.0  # between uploads to a bucket, which stores whole files only
 _USUAL = {"nonfinite": 0, "stepped": 1}  # values that the console does not show
-SHARE = "/share"  # ending of the share of samples that count for the value of the same name
+SHARE = "/share"  # "NAME/share" is the share of the samples that have a value NAME
 
 
 class Averages:
   """Means over the steps since the last line. Values stay on the device until `take`, so that no step waits.
 
-  Non-finite values are skipped, like their steps in the update program. `nonfinite` is their share. If only a share of the
-  samples counts for a value, `add` takes two entries: NAME, which is zero for the other samples, and NAME/share.
+  `take` skips non-finite values, since the update program skips their steps. A value that only some samples have needs two
+  entries: NAME, the mean with zeros for the other samples, and NAME/share, the share of the samples that have the value.
   """
 
   def __init__(self):
@@ -192,7 +192,7 @@ class Metrics:
       self.flush()
 
   def flush(self) -> None:
-    """Writes all values to the output folder. Called before a checkpoint, whose run resumes after these values."""
+    """Writes all values to the output folder. Called before a checkpoint, so that a resumed run has the earlier values."""
     if not self._active:
       return
     self._file.flush()

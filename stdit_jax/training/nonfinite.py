@@ -1,7 +1,7 @@
 """Counts optimizer steps with a non-finite loss or gradient. Too many in a row raise `TooManyNonFinite`.
 
-The update program itself skips such a step (`step.update`). So the check may be late: it looks at a step after the next one was
-dispatched, and the device never waits for the host.
+The update program itself skips such a step (`step.update`). So the check may be late. The host checks a step after it has
+dispatched the following step, and the device never waits for the host.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ class TooManyNonFinite(Exception):  # noqa: N818 - the run goes back to a checkp
   def positions(self) -> list[int]:
     """Plan positions of the micro steps with a non-finite loss.
 
-    If all losses of an optimizer step are finite, its gradient was not. Then all of its micro steps count as failed.
+    If all losses of an optimizer step are finite, a gradient is not. Then all micro steps of this step count as failed.
     """
     found = set()
     for _, micro_steps in self.steps:
@@ -74,7 +74,7 @@ class NonFinite:
     self._last = step, nonfinite, micro_steps
 
   def settle(self) -> int:
-    """Checks the last step, which waits for the device. Returns the number of non-finite steps in a row up to it.
+    """Waits for the device and checks the last step. Returns the number of non-finite steps in a row up to this step.
 
     Raises:
       TooManyNonFinite: this number reaches the limit.

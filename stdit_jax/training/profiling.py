@@ -44,10 +44,7 @@ class Profiler:
       self._running = True
 
   def after(self, step: int, result: Any = None) -> str:
-    """Ends the trace if `step`, which was dispatched, is the last of the window. Returns a note for the console.
-
-    Waits for `result` at the end of the window.
-    """
+    """Ends the trace after the last step of the window, when `result` is ready. Returns a note for the console, or ""."""
     if not self._running or step < self._last:
       return ""
     jax.block_until_ready(result)

@@ -44,13 +44,13 @@ class Restarts:
         checkpoint that does not exist.
     """
     self.run.beat("starting", slow=True)
-    # The first process may have waited for another run to release the folder: this reads what that run saved.
+    # The first process may have waited until another run released the folder. `reload` finds the checkpoints of that run.
     if jax.process_count() > 1:
       multihost_utils.sync_global_devices("the folder is ours")
     self.checkpoints.reload()
     found, wanted = self.checkpoints.steps(), self.run.config.resume
     if wanted.isdigit() and self._went_back(found, wanted):
-      say(f"the run went back to step {wanted} before, and now resumes. To go back again, move newer checkpoints away")
+      say(f"the run already went back to step {wanted} and resumes. To go back again, move the newer checkpoints away")
       wanted = "auto"
     if wanted == "required" and not found:
       raise ValueError(f"config: resume='required', but {self.run.config.output} has no checkpoint")
@@ -103,8 +103,8 @@ class Restarts:
 
     Raises:
       DamagedCheckpointError: the checkpoint can't be read.
-      StartAgain: the same in a run of several processes, since others may not see the damage. The next start skips this
-        checkpoint.
+      StartAgain: the same in a run of several processes, since other processes may be able to read it. The next start skips
+        this checkpoint.
       ValueError: as `start`.
     """
     parts, made = self.run.parts_of(step), self.run.parts_that_made(step)
@@ -130,9 +130,9 @@ class Restarts:
     return state, frozen | made.objective.read_frozen(self.run.mesh)
 
   def _check_data(self, step, parts, position):
-    """Whether the stage continues the data of the checkpoint. Raises ValueError if it must and does not."""
+    """Whether the stage continues the data of the checkpoint. If not, raises ValueError, unless `restart_data` is set."""
     restart = self.run.config.restart_data
-    # A new stage after the end of a run begins with its own data.
+    # The checkpoint ends the previous stage, and this stage was added later. It begins with its own data.
     if step == parts.stage.start and position["stage"] != parts.stage.name:
       return True
     same = parts.data.check_same(position["data"], restart)
@@ -189,7 +189,7 @@ class Restarts:
   def enter(self, parts: StageParts, state: Tree, frozen: Tree, step: int) -> tuple[Tree, Tree]:
     """(state, frozen) for the stage at `step`.
 
-    Changes the model if the stage has another one. Resets the optimizer at the start of a stage with keep_optimizer=False.
+    Changes the model if the stage has another model. Resets the optimizer at the start of a stage with keep_optimizer=False.
     """
     objective, optimizer = parts.objective, parts.programs.optimizer
     before, own = transition.by_name(state["params"], frozen), transition.by_name(*objective.shapes)
@@ -206,7 +206,7 @@ class Restarts:
 
 
 def constants(objective: Objective) -> Tree:
-  """Shapes of the part of `frozen` that a checkpoint has, such as the null caption. Every start reads the rest from files."""
+  """Shapes of the arrays of `frozen` in a checkpoint, such as the null caption. Every start reads the others from files."""
   return {name: tree for name, tree in objective.shapes[1].items() if name not in objective.from_files}
 
 

@@ -1,6 +1,6 @@
 """`Run`: devices, mesh, and the objective, programs and data of each stage, all checked.
 
-Making it compiles nothing, and writes at most indices and plans of the data to the output folder.
+`Run(config)` compiles nothing. It writes at most indices and plans of the data to the output folder.
 """
 
 import dataclasses
@@ -60,7 +60,7 @@ def check_output(folder: str, config: Config) -> list[str]:
   try:
     if not paths.exists(path) and (others := _foreign(folder)):
       raise ValueError(
-        f"config: output={folder!r} holds {', '.join(others[:3])} and no {CONFIG}: it is no run of ours; give another folder"
+        f"config: output={folder!r} holds {', '.join(others[:3])} and no {CONFIG}, so no training made it; give another folder"
       )
     paths.check_writable(folder, "config: output")
     if not paths.exists(path):
@@ -75,13 +75,13 @@ def check_output(folder: str, config: Config) -> list[str]:
     for key in changed_keys(before[name], now[name]):
       raise ValueError(
         f"config: output={folder!r} belongs to another run: {key} differs in stage {name!r}; give another output folder, "
-        "or the config of that run (a stage that has not begun may change under another name)"
+        "or the config of that run. To change a stage that has not begun, rename it"
       )
   return [key for key in changed_keys(old, plain(config)) if key not in ("resume", "restart_data", "compilation_cache")]
 
 
 def _foreign(folder):
-  """Names in a folder that no run of this project writes before its first checkpoint."""
+  """Names of files in `folder` that a run without a checkpoint cannot have written."""
   # A dot starts the temporary names of `paths.whole`. Older versions wrote tables to tmp*.
   data = [n for n in paths.names(paths.join(folder, "data")) if not n.removeprefix(".").startswith(("table-", "plan-", "tmp"))]
   own = {"checkpoints", "compilation_cache", claim.NAME} | (set() if data else {"data"})
@@ -108,7 +108,7 @@ class Run:
 
   Args:
     config: of the run, as `Config.of` takes it.
-    beat: called with the next activity, and whether it may take long (`watchdog.Watchdog.beat`).
+    beat: `(activity, slow)`, called when the run begins an activity (`watchdog.Watchdog.beat`).
 
   Attributes:
     config, mesh; stages: list of `Stage`; total_steps: of all stages; parts: list of `StageParts`, one per stage.
@@ -171,7 +171,7 @@ class Run:
     return self.parts[stage_of(self.stages, step).index]
 
   def parts_that_made(self, step: int) -> StageParts:
-    """`StageParts` of the stage whose model is in a checkpoint after `step` optimizer steps."""
+    """`StageParts` of the stage that made the checkpoint after `step` optimizer steps."""
     return self.parts[stage_that_made(self.stages, step).index]
 
   def batch_maker(self, parts: StageParts) -> Callable[..., Tree]:

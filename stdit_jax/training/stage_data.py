@@ -100,16 +100,16 @@ class StageData:
     return not changes
 
   def sources(self, taken: int, skip: Iterable[int] = ()) -> list[int]:
-    """With a cache: the encoded epochs that epochs 0, 1, ... repeat, up to the epoch of the next micro step. Else [].
+    """[encoded epoch that training epoch 0 reads, that epoch 1 reads, ...], up to the current epoch. [] without a cache.
 
-    A checkpoint stores them.
+    A checkpoint stores this list. Training epochs after the last encoded epoch read the encoded epochs again.
     """
     if self.cache is None:
       return []
     return [self._plans.source(epoch) for epoch in range(self._plans.locate(plan.place(taken, skip))[0] + 1)]
 
   def follow(self, sources: Iterable[int]) -> None:
-    """Makes the epochs of a checkpoint repeat the same encoded epochs, also if `encode` added epochs since."""
+    """Keeps the result of `sources` from a checkpoint, even if `encode` has added epochs since then."""
     if self.cache is not None:
       self.cache.followed = dict(enumerate(sources))
 

@@ -41,7 +41,7 @@ def learning_rate(config: Any, start: int, steps: int) -> Callable:
 def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
   """Adam (arXiv 1412.6980, algorithm 1) without its learning rate, like `optax.scale_by_adam`.
 
-  Every parameter has its own step count. So the bias correction of a parameter from a later stage starts with that stage.
+  Every parameter has its own step count. So a parameter that a later stage adds starts with the full bias correction.
   """
 
   def init(params):

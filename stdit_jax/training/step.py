@@ -57,7 +57,7 @@ class TraceCounter:
 
 
 def new_accumulator(params: Tree) -> Tree:
-  """Sum of the gradients of the micro steps so far, and the number of micro steps with a weight above 0."""
+  """An empty accumulator. It sums gradients, and counts micro steps with a weight above 0."""
   return {"gradients": jax.tree.map(jnp.zeros_like, params), "count": jnp.zeros((), jnp.float32)}
 
 
@@ -68,7 +68,7 @@ def accumulate_gradients(
 
   Args:
     loss: `(params, frozen, batch, layout) -> (loss per sample [b], dict of values per sample)`.
-    split: of the batch. All micro batches use the total weight of the batch, so the split changes no value.
+    split: `Split` of the batch. All micro batches use the total weight of the batch, so the split changes no value.
     specs: tree of `ArraySpec` like `batch`.
     scales: tree of learning rate scales like `params`. A parameter with scale 0.0 gets the gradient zero, without computing it.
     batch: tree of arrays, whose first axis is the global batch. `weight` is 0 for rows that could not be decoded.
@@ -103,7 +103,7 @@ def accumulate_gradients(
     (gradients, sums), _ = jax.lax.scan(add, zero, parts)
 
   weight = batch["weight"].sum()
-  # The count carries a non-finite loss to `update`, also if its gradient is finite.
+  # A non-finite loss may have a finite gradient. So the count becomes NaN as well, and `update` skips the step.
   one = jnp.where(jnp.isfinite(sums["loss"]), (weight > 0).astype(jnp.float32), jnp.nan)
   scale = jnp.where(weight > 0, 1.0 / jnp.where(weight > 0, weight, 1.0), 0.0)
   accumulator = {
@@ -198,8 +198,8 @@ class Programs:
     self.state_shardings = tree_shardings(shapes, mesh, objective.rules)
     self._frozen = tree_shardings(frozen, mesh, objective.rules)
     self._accumulator = {"gradients": self.state_shardings["params"], "count": self._replicated}
-    # The TPU's compiler prefers to compute products of gathered kernels in a loop over pieces ("windowed einsum"). This option
-    # keeps them whole, since the gradients of a layer would cross the interconnect twice.
+    # The TPU's compiler prefers to compute products of gathered kernels in a loop over pieces ("windowed einsum"). Then the
+    # gradients of a layer cross the interconnect twice. This option keeps the products whole.
     tpu = mesh.devices.flat[0].platform == "tpu"
     self._options = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"} if tpu else None
     self.new_accumulator = jax.jit(new_accumulator, out_shardings=self._accumulator)

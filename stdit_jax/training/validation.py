@@ -1,8 +1,8 @@
 """The loss on fixed samples at fixed timesteps, comparable over steps, stages and runs.
 
-It follows Open-Sora 1.2's `eval_loss`: each bucket on rows that fit it, whatever its probabilities, at even timesteps inside
-(0, 1000) without the timestep transform. Row and timestep decide the noise, and rows that only fill a batch have weight 0. So
-the value does not depend on batch, mesh or processes. On the same batch, mesh and processes it is equal bit for bit.
+It follows Open-Sora 1.2's `eval_loss`. Each bucket gets rows that fit it, whatever its probabilities. The timesteps are even
+inside (0, 1000), without the timestep transform. Row and timestep decide the noise. Rows that only fill a batch have weight 0.
+So the loss does not depend on batch, mesh or processes, except for rounding.
 """
 
 import collections
@@ -27,7 +27,7 @@ from stdit_jax.training.step import TraceCounter
 
 
 def fixed_data(stage: Stage, mesh: Mesh, objective: Objective) -> Stage:
-  """`stage` with the data of its validation: its buckets, in batches that are no larger than its micro batches.
+  """`stage` with the tables of its validation, and with batches that are no larger than the micro batches of `stage`.
 
   Batches are rounded up until the mesh divides them, since it may differ from the mesh of the training.
   """
@@ -56,7 +56,7 @@ def fixed_data(stage: Stage, mesh: Mesh, objective: Objective) -> Stage:
 
 
 def first_slots(plan: Plan) -> dict[int, int]:
-  """{slot: row} of an epoch's plan, without slots whose row was in the same bucket before."""
+  """{slot: row} of an epoch's plan. A row that fills several slots of a bucket counts in the first slot only."""
   first = {}
   for step in range(plan.num_steps):
     for slot, row in zip(range(*plan.slots(step)), plan.rows(step)):
@@ -126,7 +126,7 @@ class Validation:
     return {f"validation/{key}": float(sums[key][0] / sums[key][1]) for key in keys}
 
   def _steps(self):
-    """Yields `LoadedStep`s whose samples have their row as number. Repeated rows have weight 0."""
+    """Yields `LoadedStep`s. The `sample_id` of a sample is its row. Repeated rows have weight 0."""
     with self.data.loader(0, epochs=1) as loader:
       plan = loader.plans.plan(0)
       rows = first_slots(plan)
