@@ -46,7 +46,7 @@ class AutoencoderObjective:
 
   part = "autoencoder"
   counts_flops = False
-  rules, resizable = RULES, ()
+  rules, resizable, encoders = RULES, (), ()
   shapes = functools.cached_property(init_shapes)
 
   def __init__(self, config: Config):
@@ -206,10 +206,6 @@ class AutoencoderObjective:
     options = {"strict": self.config.init_strict, "numbers": False, "shardings": shardings}
     loaded = load_variables(path, self.family.layouts, current, config=self.model.config, **options)
     return {**params, "autoencoder": loaded["params"]}, frozen
-
-  def beside(self, bytes_per_device: Any, mesh: Any) -> int:
-    """0: there is no encoder beside `params` and `frozen`."""
-    return 0
 
   def splits(self, num_frames: int, devices: int) -> bool:
     """Whether clips of so many frames can be split in time over so many devices."""

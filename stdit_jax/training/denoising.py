@@ -2,9 +2,7 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +11,13 @@ from jax.sharding import Mesh
 from data import latents, plan, sources
 from data.config import DataConfig
 from stdit_jax.autoencoders.registry import check_lengths, family_of
-from stdit_jax.components import Components, load_denoiser, load_text_encoder, need_file
+from stdit_jax.components import REPLICATED, Components, load_denoiser, load_text_encoder, need_file
 from stdit_jax.conditioning import replace_rows
 from stdit_jax.config import Config
 from stdit_jax.diffusion.frame_masks import FrameMasks
 from stdit_jax.diffusion.noise import Purpose, element_index, fold_in, sample_keys, token_noise
 from stdit_jax.models import flops, t5
-from stdit_jax.parallel.shardings import AnyMesh, Layout, Tree
+from stdit_jax.parallel.shardings import Layout, Tree
 from stdit_jax.training import latent_caches
 from stdit_jax.training.batches import DenoiserBatches, Encoders
 from stdit_jax.training.state import init_shapes
@@ -203,14 +201,9 @@ class DenoiserObjective:
     frozen = frozen | ({"denoiser": loaded["constants"]} if constants else {})
     return {**params, "denoiser": loaded["params"]}, frozen
 
-  def beside(self, bytes_per_device: Callable[[Any, AnyMesh, Sequence], int], mesh: AnyMesh) -> int:
-    """Bytes on one device of the encoders that are in neither `params` nor `frozen`.
-
-    `bytes_per_device(shapes, mesh, rules)` counts the bytes of a tree.
-    """
-    autoencoder = self.components.autoencoder.config
-    shapes = family_of(autoencoder).init_shapes(autoencoder)
-    total = sum(math.prod(s.shape) * s.dtype.itemsize for s in jax.tree.leaves(shapes))
-    if self.components.conditioner.ahead:
-      total += bytes_per_device(t5.init_shapes(self.components.conditioner.encoder.config), mesh, t5.RULES)
-    return total
+  @property
+  def encoders(self) -> Sequence[tuple[Tree, Sequence]]:
+    """(shapes, sharding rules) of each encoder that is in neither `params` nor `frozen`."""
+    autoencoder, conditioner = self.components.autoencoder.config, self.components.conditioner
+    text = [(t5.init_shapes(conditioner.encoder.config), t5.RULES)] if conditioner.ahead else []
+    return [(family_of(autoencoder).init_shapes(autoencoder), REPLICATED), *text]

@@ -13,7 +13,7 @@ The configuration of a stage makes an objective. It has
   batch, work, data_config, worker, open_cache, check_plan, batch_maker            its data
   splits               whether the mesh may split the tokens of clips of this length
   check_files, read_frozen, read_initial, load_checkpoint                          its weights
-  beside               bytes of the encoders outside of `params` and `frozen`
+  encoders             (shapes, sharding rules) of each encoder that is in neither `params` nor `frozen`
 
 All randomness comes from the key of the sample.
 """
