@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import jax
 
 from data.buckets import Bucket
-from stdit_jax.training.step import BucketProgram
+from stdit_jax.training.step import Program
 
 _HIT = "/jax/compilation_cache/cache_hits"
 _here = threading.local()  # whether the last compilation of this thread came from the cache
@@ -36,13 +36,11 @@ class AheadOfTime:
 
   def __init__(self, threads, say):
     self._say, self._pool = say, concurrent.futures.ThreadPoolExecutor(threads, "compilation")
-    self._lock = threading.Lock()
-    self._added, self._open, self._hits, self._seconds = 0, 0, 0, 0.0
+    self._lock, self._open, self._done = threading.Lock(), 0, []  # _done: [(from the cache, seconds)]
 
   def add(self, name: str, lowered: jax.stages.Lowered) -> concurrent.futures.Future:
     """Compiles a lowered program. Returns the future of the compiled program. Messages contain `name`."""
     with self._lock:
-      self._added += 1
       self._open += 1
     return self._pool.submit(self._compile, name, lowered)
 
@@ -50,14 +48,13 @@ class AheadOfTime:
     _here.hit, began = False, time.monotonic()
     compiled = lowered.compile()
     seconds = time.monotonic() - began
+    self._say(f"{name}: {'from the compilation cache' if _here.hit else 'compiled'} in {seconds:.1f} s")
     with self._lock:
       self._open -= 1
-      self._hits += _here.hit
-      self._seconds += seconds
-      done, hits, total, left = self._added - self._open, self._hits, self._seconds, self._open
-    self._say(f"{name}: {'from the compilation cache' if _here.hit else 'compiled'} in {seconds:.1f} s")
-    if not left:
-      self._say(f"{done} programs are ready: {hits} from the cache, {done - hits} compiled; {total:.1f} s in all")
+      self._done.append((_here.hit, seconds))
+      if not self._open:
+        done, (hits, total) = len(self._done), map(sum, zip(*self._done))
+        self._say(f"{done} programs are ready: {hits} from the cache, {done - hits} compiled; {total:.1f} s in all")
     return compiled
 
   def close(self) -> None:
@@ -76,35 +73,32 @@ class StagePrograms:
 
   def __init__(self, programs, splits, compiler, beat, paused):
     self._programs, self._splits, self._compiler, self._beat, self._paused = programs, splits, compiler, beat, paused
-    self._gradients, self._update = {}, None
+    self._lowered = {}  # {bucket, or None for the update: (Program, future)}
 
   def prepare(self, buckets: Iterable[Bucket]) -> None:
-    """Lowers the programs of these buckets (`data.buckets.Bucket`) in their order, and starts to compile them."""
-    for i, bucket in enumerate(buckets):
-      self._beat(f"lowering {bucket.name}", slow=True)
-      self._lowered((bucket.resolution, bucket.num_frames), bucket.batch_size)
-      if i == 0 and self._update is None:
-        lowered = self._programs.update.lower(*self._programs.update_arguments())
-        self._update = self._compiler.add(f"{self._programs.name}: update", lowered)
+    """Lowers the programs of these buckets in their order, the update after the first, and starts to compile them."""
+    for bucket in buckets:
+      self._lower((bucket.resolution, bucket.num_frames), bucket.batch_size)
+      self._lower()
 
-  def _lowered(self, bucket, rows):
-    if bucket not in self._gradients:
-      program = self._programs.gradient(bucket, rows, self._splits[bucket])
-      self._gradients[bucket] = program, self._compiler.add(program.name, program.lower())
-    return self._gradients[bucket]
+  def _lower(self, bucket=None, rows=0):
+    if bucket not in self._lowered:
+      program = self._programs.gradient(bucket, rows, self._splits[bucket]) if bucket else self._programs.update
+      self._beat(f"lowering {program.name}", slow=True)
+      self._lowered[bucket] = program, self._compiler.add(program.name, program.lower())
+    return self._lowered[bucket]
 
-  def gradient(self, bucket: tuple[str, int], rows: int) -> tuple[BucketProgram, jax.stages.Compiled]:
-    """(`step.BucketProgram`, its executable) of a bucket. Lowers the program if `prepare` did not."""
-    program, compiled = self._lowered(bucket, rows)
-    return program, self._wait(program.name, compiled)
+  def gradient(self, bucket: tuple[str, int], rows: int) -> tuple[Program, jax.stages.Compiled]:
+    """(`step.Program`, its executable) of a bucket. Lowers the program if `prepare` did not."""
+    return self._finished(*self._lower(bucket, rows))
 
   def update(self) -> jax.stages.Compiled:
     """The executable of the update program."""
-    return self._wait(f"{self._programs.name}: update", self._update)
+    return self._finished(*self._lower())[1]
 
-  def _wait(self, name, compiled):
-    if compiled.done():
-      return compiled.result()
-    self._beat(f"waiting for the program {name}", slow=True)
-    with self._paused():
-      return compiled.result()
+  def _finished(self, program, compiled):
+    if not compiled.done():
+      self._beat(f"waiting for the program {program.name}", slow=True)
+      with self._paused():
+        concurrent.futures.wait([compiled])
+    return program, compiled.result()

@@ -3,22 +3,22 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from data import latents, plan, sources
+from data import latents, paths, plan, sources
 from data.config import DataConfig
-from stdit_jax.autoencoders.registry import check_lengths, family_of
+from stdit_jax.autoencoders.registry import autoencoder_model, check_lengths, family_of
 from stdit_jax.components import REPLICATED, Components, load_denoiser, load_text_encoder, need_file
 from stdit_jax.conditioning import replace_rows
-from stdit_jax.config import Config
+from stdit_jax.config import Autoencoder, Config, TextEncoder
 from stdit_jax.diffusion.frame_masks import FrameMasks
 from stdit_jax.diffusion.noise import Purpose, element_index, fold_in, sample_keys, token_noise
 from stdit_jax.models import flops, t5
 from stdit_jax.parallel.shardings import Layout, Tree
-from stdit_jax.training import latent_caches
 from stdit_jax.training.batches import DenoiserBatches, Encoders
 from stdit_jax.training.state import init_shapes
 
@@ -142,8 +142,15 @@ class DenoiserObjective:
     return config
 
   def open_cache(self, data: DataConfig, table: sources.Table) -> latents.Cache:
-    """The `data.latents.Cache` that replaces videos. Raises ValueError if the cache has another provenance than the stage."""
-    return latent_caches.open_cache(self.config, self.components.conditioner, data, table)
+    """The cache that replaces videos. Raises ValueError with the differences if it has another provenance than the stage."""
+    wanted = {**latents.made_from_clips(data, table), "autoencoder": autoencoder_identity(self.config.autoencoder)}
+    if self.config.autoencoder.sample_posterior:
+      wanted["log_variance"] = True
+    found, text = latents.find(data.latents, "latents", wanted), None
+    if self.components.conditioner.is_cached(data.latents):
+      wanted = {**latents.made_from_captions(data, table), "text_encoder": text_identity(self.config.text_encoder)}
+      text = latents.find(data.latents, "text", wanted)
+    return latents.Cache(found, text, table, data)
 
   def worker(self, cache: latents.Cache | None) -> Callable | None:
     """The function of captions and labels for the loader's workers, or None."""
@@ -207,3 +214,24 @@ class DenoiserObjective:
     autoencoder, conditioner = self.components.autoencoder.config, self.components.conditioner
     text = [(t5.init_shapes(conditioner.encoder.config), t5.RULES)] if conditioner.ahead else []
     return [(family_of(autoencoder).init_shapes(autoencoder), REPLICATED), *text]
+
+
+def autoencoder_identity(config: Autoencoder) -> dict[str, Any]:
+  """The values of the group `autoencoder` that decide the latents of pixels: the provenance of cached latents."""
+  fields = dataclasses.asdict(autoencoder_model(config).config)
+  del fields["remat"]
+  return {"name": config.name, "dtype": config.dtype, "fields": fields, **_fingerprint(config.weights)}
+
+
+def text_identity(config: TextEncoder) -> dict[str, Any]:
+  """The values of the group `text_encoder` that decide the features of captions."""
+  fields = dataclasses.asdict(t5.get_config(config.name, **config.fields))
+  fields = {name: value for name, value in fields.items() if name not in ("scan", "remat")}
+  tokenizer = paths.fingerprint(config.tokenizer) if paths.is_folder(config.tokenizer) else config.tokenizer
+  own = {name: getattr(config, name) for name in ("name", "max_length", "clean_captions")}
+  return {**own, "tokenizer": tokenizer, "fields": fields, **_fingerprint(config.weights)}
+
+
+def _fingerprint(path):
+  """{"weights": fingerprint of the file}, or {} without a file. A training from a cache does not need the file."""
+  return {"weights": paths.fingerprint(path)} if path and paths.exists(path) else {}

@@ -1,6 +1,6 @@
 """The work of `encode`: latents and text embeddings for the first epochs of the stages.
 
-`data/latents.py` has their keys, shards and readers. `latent_caches.py` has their provenance.
+`data/latents.py` has their keys, shards and readers. `denoising.py` has their provenance.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from stdit_jax.models import t5
 from stdit_jax.parallel.mesh import make_mesh
 from stdit_jax.parallel.shardings import Layout
 from stdit_jax.training import batches
-from stdit_jax.training.latent_caches import autoencoder_identity, text_identity
+from stdit_jax.training.denoising import autoencoder_identity, text_identity
 from stdit_jax.training.objectives import make_objective
 from stdit_jax.training.stages import Stage
 

@@ -5,20 +5,22 @@ The step alone tells the stage, and the number of micro steps of the data so far
 """
 
 import contextlib
+import functools
 import json
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from data import paths
 from stdit_jax.errors import InputError
 from stdit_jax.parallel.shardings import Tree, tree_shardings, with_shardings
-from stdit_jax.training import initial, transition
-from stdit_jax.training.checkpoints import CONFIG, DamagedCheckpointError, plain
+from stdit_jax.training import transition
+from stdit_jax.training.checkpoints import CONFIG, DamagedCheckpointError, is_run_folder, load_weights, plain, stage_config
 from stdit_jax.training.nonfinite import TooManyNonFinite
-from stdit_jax.training.objectives import Objective
+from stdit_jax.training.objectives import Objective, part_of
 from stdit_jax.training.run import Run, StageParts, say, warn
 from stdit_jax.training.stages import Stage, changed_keys, identity
 from stdit_jax.training.state import new_state
@@ -58,9 +60,7 @@ class Restarts:
       raise ValueError(f"config: resume={wanted!r}, but {self.run.config.output} has only checkpoints {found}")
     for key in self.run.changed if found else ():
       say(f"config: {key} has changed since this run began")
-    for step in reversed(found):
-      if wanted.isdigit() and step != int(wanted):
-        continue
+    for step in [int(wanted)] if wanted.isdigit() else reversed(found):
       if restored := self._try(step):
         if newer := [s for s in found if s > step]:
           folder = self.checkpoints.set_aside(newer)  # else the run could not save these steps again
@@ -92,11 +92,15 @@ class Restarts:
     return False
 
   def _initial(self):
-    """(state, frozen) of step 0."""
-    parts, key = self.run.parts[0], jax.random.key(self.run.config.seed)
-    params, frozen = initial.initial_weights(parts.objective, parts.stage.config, key, self.run.mesh)
-    place = jax.jit(lambda p: new_state(p, parts.programs.optimizer), out_shardings=parts.programs.state_shardings)
-    return place(params), frozen
+    """(state, frozen) of step 0: the original initialisation, replaced by the files of the configuration."""
+    parts, mesh, path = self.run.parts[0], self.run.mesh, self.run.config.init
+    objective, programs, key = parts.objective, parts.programs, jax.random.key(self.run.config.seed)
+    params, frozen = jax.jit(objective.init, out_shardings=tree_shardings(objective.shapes, mesh, objective.rules))(key)
+    params, frozen = objective.read_initial(params, mesh), frozen | objective.read_frozen(mesh)
+    if path:
+      load = functools.partial(from_run, objective) if is_run_folder(path) else objective.load_checkpoint
+      params, frozen = load(path, params, frozen, mesh)
+    return jax.jit(lambda p: new_state(p, programs.optimizer), out_shardings=programs.state_shardings)(params), frozen
 
   def _restore(self, step):
     """(state, frozen) of a checkpoint. Sets `skip`.
@@ -117,8 +121,8 @@ class Restarts:
           f"({', '.join(other)}); give the stages the steps that they had"
         )
       same = self._check_data(step, parts, position)
-      shapes = made.programs.shapes[0], constants(made.objective)
-      places = (with_shardings(tree, self.run.mesh, made.objective.rules) for tree in shapes)
+      constants = {n: tree for n, tree in made.objective.shapes[1].items() if n not in made.objective.from_files}
+      places = (with_shardings(tree, self.run.mesh, made.objective.rules) for tree in (made.programs.shapes[0], constants))
       state, frozen = self.checkpoints.restore(step, *places)
     except DamagedCheckpointError as error:
       if jax.process_count() == 1:
@@ -205,9 +209,18 @@ class Restarts:
     return state, frozen
 
 
-def constants(objective: Objective) -> Tree:
-  """Shapes of the arrays of `frozen` in a checkpoint, such as the null caption. Every start reads the others from files."""
-  return {name: tree for name, tree in objective.shapes[1].items() if name not in objective.from_files}
+def from_run(objective: Objective, path: str, params: Tree, frozen: Tree, mesh: Mesh) -> tuple[Tree, Tree]:
+  """(params, frozen) with the averaged weights of another run's folder. Raises ValueError for another model."""
+  config, step = stage_config(path)
+  if (part := part_of(config)) != (own := objective.part):
+    raise ValueError(f"config: init={path!r} is a run that trains the {part}; this run trains the {own}; give another init")
+  loaded, constants, _ = load_weights(path, step=step, mesh=mesh, rules=objective.rules)
+  new = tuple(tree | {n: found[n] for n in tree if n in found} for tree, found in ((params, loaded), (frozen, constants)))
+  ours, theirs = ({name: tuple(x.shape) for name, x in transition.by_name(*trees).items()} for trees in ((params, frozen), new))
+  if wrong := sorted({name for name, _ in ours.items() ^ theirs.items()}):
+    details = "; ".join(f"{n}: {theirs.get(n, 'missing')}, model has {ours.get(n, 'none')}" for n in wrong[:5])
+    raise ValueError(f"{path} belongs to another model: {len(wrong)} parameters differ ({details})")
+  return new
 
 
 def check_place(step: int, stage: Stage, position: Mapping[str, Any]) -> None:

@@ -148,25 +148,19 @@ def update(
 
 
 @dataclasses.dataclass(frozen=True)
-class BucketProgram:
-  """The gradient program of one (resolution, frames) bucket.
+class Program:
+  """A program that is not compiled yet.
 
   Attributes:
-    name: for messages; bucket: (resolution, frames).
-    split: layout and micro batches of the batch.
-    batch: the arrays of the batch, a tree of `ArraySpec`.
-    work: (tokens, model FLOPs) of the batch.
-    jitted: `(params, frozen, batch, accumulator) -> (accumulator, metrics)`. It donates the accumulator.
-    arguments: of `jitted`, as shapes.
+    jitted: the function; arguments: of the function, as shapes.
+    batch, work: of a gradient program: the batch as a tree of `ArraySpec`, and its (tokens, model FLOPs).
   """
 
   name: str
-  bucket: tuple[str, int]
-  split: Split
-  batch: dict
-  work: tuple[int, float]
   jitted: Any
   arguments: tuple
+  batch: Any = None
+  work: tuple[int, float] = (0, 0.0)
 
   def lower(self) -> jax.stages.Lowered:
     """The program, traced and lowered for its arguments."""
@@ -183,7 +177,8 @@ class Programs:
   Attributes:
     optimizer: of the stage; scales: of the learning rate, a tree like the parameters.
     shapes: (state, frozen, accumulator); state_shardings: of the state.
-    new_accumulator: `params -> accumulator`; update: `(state, accumulator, step) -> (state, accumulator, metrics)`.
+    new_accumulator: `params -> accumulator`.
+    update: the `Program` `(state, accumulator, step) -> (state, accumulator, metrics)`.
   """
 
   def __init__(self, objective: Objective, stage: Stage, mesh: Mesh, counter: TraceCounter):
@@ -205,17 +200,12 @@ class Programs:
     self.new_accumulator = jax.jit(new_accumulator, out_shardings=self._accumulator)
     schedule = learning_rate(config.optimizer, stage.start, stage.steps)
     function = functools.partial(update, self.optimizer, self.scales, schedule, config.optimizer.clip_norm, config.ema_decay)
-    places = self.state_shardings, self._accumulator, self._replicated
-    self.update = jax.jit(
-      counter.counted(f"{stage.name}: update", function), in_shardings=places, out_shardings=places, donate_argnums=(0, 1)
-    )
+    places, name = (self.state_shardings, self._accumulator, self._replicated), f"{stage.name}: update"
+    jitted = jax.jit(counter.counted(name, function), in_shardings=places, out_shardings=places, donate_argnums=(0, 1))
+    self.update = Program(name, jitted, (self.shapes[0], self.shapes[2], jax.ShapeDtypeStruct((), jnp.int32)))
 
-  def update_arguments(self) -> tuple:
-    """The arguments of `update`, as shapes."""
-    return self.shapes[0], self.shapes[2], jax.ShapeDtypeStruct((), jnp.int32)
-
-  def gradient(self, bucket: tuple[str, int], rows: int, split: Split) -> BucketProgram:
-    """The `BucketProgram` of a (resolution, frames) bucket with a global batch of `rows`."""
+  def gradient(self, bucket: tuple[str, int], rows: int, split: Split) -> Program:
+    """`(params, frozen, batch, accumulator) -> (accumulator, metrics)` of a (resolution, frames) bucket, for `rows` samples."""
     layout, batch = split.layout, self.objective.batch(bucket, rows, split.layout.token_parts)
     function = functools.partial(accumulate_gradients, self.objective.loss, split, batch, self.scales)
     places = jax.tree.map(lambda spec: layout.sharding(*spec.axes), batch)
@@ -228,4 +218,4 @@ class Programs:
       donate_argnums=(3,),
     )
     arguments = self.shapes[0]["params"], self.shapes[1], jax.tree.map(lambda spec: spec.struct, batch), self.shapes[2]
-    return BucketProgram(name, bucket, split, batch, self.objective.work(batch), jitted, arguments)
+    return Program(name, jitted, arguments, batch, self.objective.work(batch))

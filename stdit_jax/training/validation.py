@@ -9,7 +9,7 @@ import collections
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -140,9 +140,3 @@ class Validation:
           for s in step.samples
         ]
         yield dataclasses.replace(step, samples=samples)
-
-
-def describe(values: Mapping[str, float]) -> str:
-  """The values in words, as part of a line."""
-  total, *rest = ((name.removeprefix("validation/"), value) for name, value in values.items())
-  return f"{total[0]} {total[1]:.4g} (" + ", ".join(f"{name}: {value:.4g}" for name, value in rest) + ")"
