@@ -151,7 +151,7 @@ class Restarts:
     parts, made = self.run.parts_of(step), self.run.parts_that_made(step)
     stage = parts.stage
     taken = (step - stage.start) * stage.config.optimizer.accumulate
-    position = {"step": step, "stage": stage.name, "data": parts.data.identity(), "skip": self.skip}
+    position = {"step": step, "stage": stage.name, "data": parts.data.identity, "skip": self.skip}
     position["sources"] = parts.data.sources(taken, self.skip.get(stage.name, ()))
     position["config"] = plain(made.stage.config)  # a reader needs the model of this step; config.json may have another
     own = {name: tree for name, tree in frozen.items() if name not in made.objective.from_files}

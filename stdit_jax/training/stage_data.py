@@ -63,6 +63,7 @@ class StageData:
     config: its `DataConfig`.
     cache: the `data.latents.Cache` that replaces videos, or None.
     report: buckets of the rows in the first epoch. It prints as a table.
+    identity: the values on which the plan depends. A checkpoint stores them.
     splits: {(resolution, frames): Split}.
 
   Raises:
@@ -79,19 +80,15 @@ class StageData:
       table = sources.open_table(self.config, self.folder)
       self.cache = objective.open_cache(self.config, table) if self.config.latents else None
       self._plans = plan.PlanSequence(table, self.config, self.folder, self.cache)
-      self.report = self._plans.report(0)
+      self.report, self.identity = self._plans.report(0), self._plans.description
     self._condition = objective.worker(self.cache)
     self.splits = choose_splits(stage, self.config.parsed_buckets(), mesh, objective)
     with naming(stage.name):
       objective.check_plan(self._plans.plan(0))
 
-  def identity(self) -> dict[str, Any]:
-    """The values on which the plan depends. A checkpoint stores them."""
-    return self._plans.description
-
   def check_same(self, old: dict[str, Any], restart: bool) -> bool:
     """Whether the checkpoint was made with this plan. If not, raises ValueError with the changes, unless `restart` is set."""
-    changes = plan.changed_keys(old, self.identity())
+    changes = plan.changed_keys(old, self.identity)
     if changes and not restart:
       raise ValueError(
         f"config: the data of stage {self.stage!r} is not that of the checkpoint ({'; '.join(changes)}); restore it, or "

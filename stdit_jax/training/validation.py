@@ -16,7 +16,6 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from data.plan import Plan
 from stdit_jax.errors import InputError
 from stdit_jax.parallel.shardings import Layout, Tree, tree_shardings
 from stdit_jax.training.compilation import AheadOfTime
@@ -53,15 +52,6 @@ def fixed_data(stage: Stage, mesh: Mesh, objective: Objective) -> Stage:
     latents="",  # a cache holds the clips of the training
   )  # fmt: skip
   return dataclasses.replace(stage, name=f"{stage.name}: validation", config=dataclasses.replace(config, data=data))
-
-
-def first_slots(plan: Plan) -> dict[int, int]:
-  """{slot: row} of an epoch's plan. A row that fills several slots of a bucket counts in the first slot only."""
-  first = {}
-  for step in range(plan.num_steps):
-    for slot, row in zip(range(*plan.slots(step)), plan.rows(step)):
-      first.setdefault((plan.bucket_index(step), int(row)), slot)
-  return {slot: row for (_, row), slot in first.items()}
 
 
 class Validation:
@@ -126,10 +116,13 @@ class Validation:
     return {f"validation/{key}": float(sums[key][0] / sums[key][1]) for key in keys}
 
   def _steps(self):
-    """Yields `LoadedStep`s. The `sample_id` of a sample is its row. Repeated rows have weight 0."""
+    """Yields `LoadedStep`s. The `sample_id` of a sample is its row. A row counts in its first slot of a bucket only."""
     with self.data.loader(0, epochs=1) as loader:
-      plan = loader.plans.plan(0)
-      rows = first_slots(plan)
+      plan, first = loader.plans.plan(0), {}
+      for number in range(plan.num_steps):
+        for slot, row in zip(range(*plan.slots(number)), plan.rows(number)):
+          first.setdefault((plan.bucket_index(number), int(row)), slot)
+      rows = {slot: row for (_, row), slot in first.items()}
       for _ in range(plan.num_steps):
         try:
           step = next(loader)
