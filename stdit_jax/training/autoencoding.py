@@ -57,18 +57,13 @@ class AutoencoderObjective:
     self.weights = {name: getattr(own, f"{name}_weight") for name in WEIGHTS}
     self.discriminator = discriminator.Discriminator(discriminator.get_config(own.discriminator), DTYPES[own.dtype])
     self.from_files = ("perceptual",) if self.weights["perceptual"] else ()
-    self._check_numbers(own)
+    self._check(own)
     self._check_image_autoencoder(own)
     check_lengths(config, self.model.config)
-    self._check_adversary(own)
-    if self.weights["perceptual"]:
-      perceptual.shapes(own.perceptual.name)
-      if own.crop < perceptual.SMALLEST:
-        raise ValueError(
-          f"config: autoencoder.crop is {own.crop}; the perceptual distance needs sides of at least {perceptual.SMALLEST}"
-        )
+    if self.weights["adversarial"]:
+      self._check_adversary(own)
 
-  def _check_numbers(self, own):
+  def _check(self, own):
     factor = self.model.config.downsampling
     if own.crop % factor or own.crop < factor:
       raise ValueError(f"config: autoencoder.crop is {own.crop}; allowed: multiples of {factor}")
@@ -82,6 +77,10 @@ class AutoencoderObjective:
         f"config: max_tokens_per_device is {limit}, but autoencoders train on pixels, and their batches are not split. Set it "
         "to 0. To save memory, give smaller batches in data.buckets and a larger optimizer.accumulate"
       )
+    if self.weights["perceptual"]:
+      perceptual.shapes(own.perceptual.name)  # raises ValueError for an unknown name
+      if own.crop < (least := perceptual.SMALLEST):
+        raise ValueError(f"config: autoencoder.crop is {own.crop}; the perceptual distance needs sides of at least {least}")
 
   def _check_image_autoencoder(self, own):
     if self.family.image_autoencoder:
@@ -98,8 +97,6 @@ class AutoencoderObjective:
         raise ValueError(f"config: autoencoder.{key} is {value!r}, but {own.name!r} {why}. Set it to {type(value)()!r}")
 
   def _check_adversary(self, own):
-    if not self.weights["adversarial"]:
-      return
     if own.adaptive and not (self.weights["reconstruction"] or self.weights["perceptual"]):
       raise ValueError(
         "config: autoencoder.adaptive scales the adversarial term by the gradients of reconstruction and perceptual distance. "
@@ -117,11 +114,8 @@ class AutoencoderObjective:
   def batch(self, bucket: tuple[str, int], rows: int, token_parts: int = 1) -> Tree:
     """The arrays of one batch as a tree of `ArraySpec`."""
     crop = self.config.autoencoder.crop
-    return {
-      "pixels": ArraySpec((rows, bucket[1], crop, crop, 3), jnp.uint8),
-      "weight": ArraySpec((rows,)),
-      "sample_id": ArraySpec((rows, 2), jnp.uint32),
-    }
+    pixels = ArraySpec((rows, bucket[1], crop, crop, 3), jnp.uint8)
+    return {"pixels": pixels, "weight": ArraySpec((rows,)), "sample_id": ArraySpec((rows, 2), jnp.uint32)}
 
   def work(self, batch: Tree) -> tuple[int, float]:
     """(0, 0): there is no formula for tokens and FLOPs."""
@@ -193,17 +187,15 @@ class AutoencoderObjective:
     if not (path := self.config.autoencoder.image_weights):
       return params
     image = self.model.config.image_config
-    family = family_of(image)
-    shapes = family.init_shapes(image)
+    shapes = family_of(image).init_shapes(image)
     shardings = tree_shardings(shapes, mesh, self.rules)
-    loaded = load_variables(path, family.layouts, shapes, config=image, shardings=shardings)
+    loaded = load_variables(path, family_of(image).layouts, shapes, config=image, shardings=shardings)
     return {**params, "autoencoder": {**params["autoencoder"], "image": loaded["params"]}}
 
   def load_checkpoint(self, path: str, params: Tree, frozen: Tree, mesh: Mesh) -> tuple[Tree, Tree]:
     """(params, frozen) with the autoencoder of a checkpoint. Its shift and scale of latents may differ from the model's."""
     current = {"params": params["autoencoder"]}
-    shardings = tree_shardings(current, mesh, self.rules)
-    options = {"strict": self.config.init_strict, "numbers": False, "shardings": shardings}
+    options = {"strict": self.config.init_strict, "numbers": False, "shardings": tree_shardings(current, mesh, self.rules)}
     loaded = load_variables(path, self.family.layouts, current, config=self.model.config, **options)
     return {**params, "autoencoder": loaded["params"]}, frozen
 

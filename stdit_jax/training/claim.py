@@ -73,8 +73,7 @@ def _wait_until_free(path, period):
   """Returns when the counter in the note at `path` has stopped. Raises ValueError if its process still counts."""
   found = _read(path)
   if found and found["machine"] == _machine():
-    began = _began(found["process"])
-    if began is not None and began == found["began"]:
+    if found["began"] is not None and _began(found["process"]) == found["began"]:
       raise ValueError(_refusal(path, found))
     return
   start = changed = time.monotonic()
@@ -124,8 +123,5 @@ def _name(found):
 
 
 def _refusal(path, found):
-  folder = os.path.dirname(path)
-  return (
-    f"config: output={folder!r}: {_name(found)} is training in this folder, as its {NAME} says. Stop that training, or give "
-    "another folder"
-  )
+  training = f"{_name(found)} is training in this folder, as its {NAME} says"
+  return f"config: output={os.path.dirname(path)!r}: {training}. Stop that training, or give another folder"

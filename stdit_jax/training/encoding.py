@@ -27,7 +27,7 @@ from stdit_jax.parallel.shardings import Layout
 from stdit_jax.training import batches
 from stdit_jax.training.denoising import autoencoder_identity, text_identity
 from stdit_jax.training.objectives import make_objective
-from stdit_jax.training.stages import Stage
+from stdit_jax.training.stages import Stage, naming
 
 _MICRO_BATCHES = 8  # per device and turn. The last one may be half empty, which costs little among eight
 _CAPTIONS = 8  # per device and turn
@@ -51,12 +51,10 @@ class Source:
   @classmethod
   def open(cls, stage: Stage, folder: str) -> "Source":
     """The data of a stage. Stores tables and plans in `folder`. Raises ValueError if no row fits, or if a file is missing."""
-    try:
+    with naming(stage.name):
       stage.config.data.validate()
       data = dataclasses.replace(make_objective(stage.config).data_config(stage.config.data), latents="")
       return cls(stage, data, plan.PlanSequence(sources.open_table(data, folder), data, folder))
-    except ValueError as error:
-      raise ValueError(f"config: stage {stage.name!r}: {error}") from None
 
   def made_for(self, epochs: int) -> dict[str, Any]:
     """A description of the stage and of the plans of its first epochs. The records are written for them."""
@@ -177,21 +175,18 @@ class LatentsWork:
   def _turns(self, clips, bad_rows):
     """Yields the clips that are encoded together, [(key, clip)]: clips of one size that follow each other."""
     turn = []
-    while True:
-      try:
-        key, clip = next(clips)
+    try:
+      for key, clip in clips:
         if clip["away"]:
           self.away.append(key)
         bad_rows.add(clip["path"], clip["error"])
-      except StopIteration:
-        break
-      except (ValueError, RuntimeError) as error:
-        raise InputError(str(error)) from error
-      shape = clip["pixels"].shape
-      if turn and (shape != turn[0][1]["pixels"].shape or len(turn) == self._turn(shape[0])):
-        yield turn
-        turn = []
-      turn.append((key, clip))
+        shape = clip["pixels"].shape
+        if turn and (shape != turn[0][1]["pixels"].shape or len(turn) == self._turn(shape[0])):
+          yield turn
+          turn = []
+        turn.append((key, clip))
+    except (ValueError, RuntimeError) as error:
+      raise InputError(str(error)) from error
     if turn:
       yield turn
 
@@ -299,12 +294,12 @@ class TextWork:
     return seconds, f"a caption takes {seconds:.3g} s on {jax.local_device_count()} device(s)"
 
   def records(self, keys: np.ndarray) -> Iterator[tuple[Any, dict[str, Any]]]:
-    turns = (keys[begin : begin + self._turn] for begin in range(0, len(keys), self._turn))
-    turns = ((turn, [self._caption(key) for key in turn]) for turn in turns)
-    for turn, captions, lengths, features in _one_behind((*turn, *self._start(turn[1])) for turn in turns):
-      yield from self._finished(turn, captions, lengths, features)
+    def start(turn):
+      captions = [self._caption(key) for key in turn]
+      return turn, captions, *self._start(captions)
 
-  def _finished(self, turn, captions, lengths, features):
-    # The valid tokens come first, the padding last.
-    for key, caption, length, values in zip(turn, captions, lengths, np.asarray(features)):
-      yield key, {"caption": caption, "embedding": values[:length].astype(self.features["embedding"].np_dtype)}
+    turns = (start(keys[begin : begin + self._turn]) for begin in range(0, len(keys), self._turn))
+    for turn, captions, lengths, features in _one_behind(turns):
+      # The valid tokens come first, the padding last.
+      for key, caption, length, values in zip(turn, captions, lengths, np.asarray(features)):
+        yield key, {"caption": caption, "embedding": values[:length].astype(self.features["embedding"].np_dtype)}

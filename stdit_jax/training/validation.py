@@ -8,6 +8,7 @@ So the loss does not depend on batch, mesh or processes, except for rounding.
 import collections
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable
 
@@ -123,13 +124,12 @@ class Validation:
         for slot, row in zip(range(*plan.slots(number)), plan.rows(number)):
           first.setdefault((plan.bucket_index(number), int(row)), slot)
       rows = {slot: row for (_, row), slot in first.items()}
-      for _ in range(plan.num_steps):
-        try:
-          step = next(loader)
-        except (ValueError, RuntimeError) as error:
-          raise InputError(f"validation: {error}") from error
-        samples = [
-          dataclasses.replace(s, sample_id=(0, rows.get(s.sample_id[1], 0)), weight=s.weight * (s.sample_id[1] in rows))
-          for s in step.samples
-        ]
-        yield dataclasses.replace(step, samples=samples)
+      try:
+        for step in itertools.islice(loader, plan.num_steps):
+          samples = [
+            dataclasses.replace(s, sample_id=(0, rows.get(s.sample_id[1], 0)), weight=s.weight * (s.sample_id[1] in rows))
+            for s in step.samples
+          ]
+          yield dataclasses.replace(step, samples=samples)
+      except (ValueError, RuntimeError) as error:
+        raise InputError(f"validation: {error}") from error
