@@ -175,7 +175,6 @@ def fragment(stages: Sequence[Stage], found: dict[tuple, Found], equal: dict[tup
   """The text of a config fragment in Python.
 
   Args:
-    stages: of the configuration.
     found: {(stage, resolution, frames): answer} of the buckets that fit; equal: their batches of equal time.
     command: the command that made it.
   """

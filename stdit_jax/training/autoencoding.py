@@ -258,10 +258,7 @@ class AutoencoderObjective:
     return loss, values, made
 
   def _encode(self, params, frames, batch, layout):
-    """-> {"mean", "logvar", "latents"} `[B, T', h, w, C]` and "image_latents" `[B, T, h, w, C]` or None.
-
-    The latents are samples of the posteriors with `sample_posterior`, else means.
-    """
+    """-> {"mean", "logvar", "latents"} `[B, T', h, w, C]` and "image_latents" `[B, T, h, w, C]` or None."""
     image_noise = self._noise(batch, 1, frames.shape[1]) if self.family.image_autoencoder else None
     mean, logvar, image_latents = self.family.encode(self.model, params, frames, image_noise, layout)
     latents = draw(mean, logvar, self._noise(batch, 0, mean.shape[1]))

@@ -193,10 +193,9 @@ class AutoencoderBatches:
     return to_global(batch, dict.fromkeys(batch, ROWS), layout)
 
   def _cropped(self, s):
-    """(sample, its pixels). A clip that is too small gets weight 0.
+    """(sample, its pixels). A clip that is too small gets weight 0, since an error would end a run after days.
 
-    `check_plan` refuses such a clip in the first epoch, when the run starts. In a later epoch an error would end the run after
-    days, and again after every restart.
+    `check_plan` refuses such a clip in the first epoch, when the run starts.
     """
     crop, (height, width) = self.config.autoencoder.crop, s.pixels.shape[1:3]
     if min(height, width) < crop:
@@ -210,15 +209,11 @@ class AutoencoderBatches:
 
 
 class Encoders:
-  """The frozen encoders of the stages. Stages with the same encoder share its weights.
-
-  Attributes:
-    clip_encoder: the loaded ClipEncoder, or None.
-  """
+  """The frozen encoders of the stages. Stages with the same encoder share its weights."""
 
   def __init__(self, counter, mesh):
     self._counter, self._mesh = counter, mesh
-    self.clip_encoder: Any = None
+    self.clip_encoder: Any = None  # a ClipEncoder
     self._source, self._names, self._ahead = None, set(), None
 
   def clips(self, config: Autoencoder, stage: str) -> ClipEncoder:

@@ -210,11 +210,7 @@ def read_config(folder: Any) -> Config:
 
 
 def stage_config(folder: Any, step: int | None = None) -> tuple[Config, int]:
-  """(configuration of the stage that made a checkpoint, step of the checkpoint). `step` None: the latest.
-
-  Raises:
-    ValueError: `folder` is no run folder, or has no such checkpoint.
-  """
+  """(configuration of the stage that made a checkpoint, its step; default: the latest). Raises ValueError if it is missing."""
   stages = make_stages(read_config(folder))
   with contextlib.closing(Checkpoints(folder)) as checkpoints:
     step = checkpoints.pick(step)

@@ -7,12 +7,12 @@ the GIL and needs no context. After a restart the programs come from the persist
 import concurrent.futures
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 
 from data.buckets import Bucket
-from stdit_jax.training.step import Program
+from stdit_jax.training.step import Program, Programs
 
 _HIT = "/jax/compilation_cache/cache_hits"
 _here = threading.local()  # whether the last compilation of this thread came from the cache
@@ -63,15 +63,9 @@ class AheadOfTime:
 
 
 class StagePrograms:
-  """The compiled programs of one stage.
+  """The compiled programs of one stage. Waits for a program inside `paused`, so that the wait is no time of steps."""
 
-  Args:
-    programs: `step.Programs`; splits: of `StageData`; compiler: AheadOfTime.
-    beat: of the watchdog.
-    paused: context manager (`Speed.paused`). The wait for a program runs inside, so it does not count as time of steps.
-  """
-
-  def __init__(self, programs, splits, compiler, beat, paused):
+  def __init__(self, programs: Programs, splits: Mapping, compiler: AheadOfTime, beat: Callable, paused: Callable):
     self._programs, self._splits, self._compiler, self._beat, self._paused = programs, splits, compiler, beat, paused
     self._lowered = {}  # {bucket, or None for the update: (Program, future)}
 

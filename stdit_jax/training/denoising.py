@@ -26,11 +26,7 @@ QUARTERS = ("t 0-25%", "t 25-50%", "t 50-75%", "t 75-100%")  # of the timesteps
 
 
 class DenoiserObjective:
-  """Trains a denoiser, with or without its text encoder. training/objectives.py describes the methods.
-
-  Attributes:
-    components: of the stage.
-  """
+  """Trains a denoiser, with or without its text encoder. training/objectives.py describes the methods."""
 
   part = "denoiser"
   counts_flops = True

@@ -137,8 +137,7 @@ class LatentsWork:
   def measure(self, keys: np.ndarray) -> tuple[float, str]:
     """(seconds per megapixel of the encoder alone, what was measured), for the clips whose size has most of the pixels.
 
-    Raises:
-      ValueError: no file of a sample of the rows exists.
+    Raises ValueError if no file of a sample of the rows exists.
     """
     loader.check_files(self.source.plans.table, latents.unpack(keys[:: -(-len(keys) // 64)])["row"].tolist())
     values, counts = np.unique(self.cost(keys), return_counts=True)

@@ -22,15 +22,11 @@ from stdit_jax.training.validation import Validation
 
 
 def train(run: Run, on_sample: Callable | None = None, restarts: Restarts | None = None, started: tuple | None = None) -> Tree:
-  """Runs all stages to the end.
+  """Runs all stages to the end. Returns the final state.
 
   Args:
-    run: `run.Run`.
     on_sample: `(step, state, frozen)`, called every `sample_every` steps and at the end.
     restarts, started: a `Restarts` of the run, and the result of its `start`. Without them, `train` makes its own.
-
-  Returns:
-    the final state.
 
   Raises:
     Preempted: the process received SIGTERM, and everything is saved.
@@ -80,7 +76,7 @@ def train(run: Run, on_sample: Callable | None = None, restarts: Restarts | None
           validation.compile_ahead(run.compiler, run.counter, parts.programs.shapes[0]["ema"], parts.programs.shapes[1])
         accumulator = parts.programs.new_accumulator(state["params"])
         averages, nonfinite, save_due, failure = Averages(), NonFinite(config.max_nonfinite), False, None
-        make_batch = run.batch_maker(parts)
+        make_batch = parts.objective.batch_maker(run.encoders, stage.name)
         try:
           with parts.data.loader(taken, skip) as loader:
             began = time.monotonic()

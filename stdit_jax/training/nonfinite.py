@@ -25,10 +25,6 @@ class MicroStep:
   loss: Any
   paths: list[str]
 
-  def failed(self) -> bool:
-    """Whether the loss is not finite. Waits for the device."""
-    return not math.isfinite(float(self.loss))
-
   def __str__(self):
     names = ", ".join(sorted(set(self.paths))[:3]) + (", ..." if len(set(self.paths)) > 3 else "")
     return f"plan position {self.position} ({self.bucket[0]} x {self.bucket[1]}): loss {float(self.loss):g}, {names}"
@@ -48,8 +44,8 @@ class TooManyNonFinite(Exception):  # noqa: N818 - the run goes back to a checkp
     """
     found = set()
     for _, micro_steps in self.steps:
-      failed = [m for m in micro_steps if m.failed()] or micro_steps
-      found |= {m.position for m in failed}
+      failed = [m for m in micro_steps if not math.isfinite(float(m.loss))]
+      found |= {m.position for m in failed or micro_steps}
     return sorted(found)
 
   def report(self) -> str:
@@ -59,14 +55,10 @@ class TooManyNonFinite(Exception):  # noqa: N818 - the run goes back to a checkp
 
 
 class NonFinite:
-  """Checks the steps of one stage, one step late, with the same result on every process.
-
-  Attributes:
-    limit: non-finite steps in a row that raise TooManyNonFinite; count: skipped steps so far.
-  """
+  """Checks the steps of one stage, one step late, with the same result on every process. `count`: skipped steps so far."""
 
   def __init__(self, limit: int):
-    self.limit, self.count, self._row, self._last = limit, 0, [], None
+    self.limit, self.count, self._row, self._last = limit, 0, [], None  # `limit` steps in a row raise TooManyNonFinite
 
   def after(self, step: int, nonfinite: Any, micro_steps: list[MicroStep]) -> None:
     """Checks the previous optimizer step, after step `step` was dispatched. Raises TooManyNonFinite."""
@@ -74,11 +66,7 @@ class NonFinite:
     self._last = step, nonfinite, micro_steps
 
   def settle(self) -> int:
-    """Waits for the device and checks the last step. Returns the number of non-finite steps in a row up to this step.
-
-    Raises:
-      TooManyNonFinite: this number reaches the limit.
-    """
+    """Waits for the device and checks the last step. Returns the number of non-finite steps in a row up to this step."""
     if self._last is not None:
       step, nonfinite, micro_steps = self._last
       self._last = None

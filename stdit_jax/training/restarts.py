@@ -61,29 +61,25 @@ class Restarts:
     for key in self.run.changed if found else ():
       say(f"config: {key} has changed since this run began")
     for step in [int(wanted)] if wanted.isdigit() else reversed(found):
-      if restored := self._try(step):
-        if newer := [s for s in found if s > step]:
-          folder = self.checkpoints.set_aside(newer)  # else the run could not save these steps again
-          warn(f"newer checkpoints, of steps {', '.join(map(str, newer))}, were moved to {folder}")
-        say(f"resumed from step {step} of {self.run.config.output}")
-        return *restored, step
+      if self.checkpoints.is_marked(step):
+        warn(f"a process could not read checkpoint {step}; trying an older one")
+        continue
+      try:
+        state, frozen = self._restore(step)
+      except DamagedCheckpointError as error:
+        warn(f"{error}; trying an older one")
+        continue
+      if newer := [s for s in found if s > step]:
+        folder = self.checkpoints.set_aside(newer)  # else the run could not save these steps again
+        warn(f"newer checkpoints, of steps {', '.join(map(str, newer))}, were moved to {folder}")
+      say(f"resumed from step {step} of {self.run.config.output}")
+      return state, frozen, step
     if found:
       raise ValueError(f"no checkpoint in {self.checkpoints.folder} can be read; move them away to start anew")
     state, frozen = self._initial()
     if jax.process_index() == 0:
       paths.write_text(paths.join(self.run.config.output, CONFIG), json.dumps(plain(self.run.config), indent=1))
     return state, frozen, 0
-
-  def _try(self, step):
-    """(state, frozen) of a checkpoint, None if it is damaged."""
-    if self.checkpoints.is_marked(step):
-      warn(f"a process could not read checkpoint {step}; trying an older one")
-      return None
-    try:
-      return self._restore(step)
-    except DamagedCheckpointError as error:
-      warn(f"{error}; trying an older one")
-      return None
 
   def _went_back(self, steps, wanted):
     """Whether the run already went back to `wanted` and has newer checkpoints. A supervisor repeats the same command."""
@@ -103,13 +99,9 @@ class Restarts:
     return jax.jit(lambda p: new_state(p, programs.optimizer), out_shardings=programs.state_shardings)(params), frozen
 
   def _restore(self, step):
-    """(state, frozen) of a checkpoint. Sets `skip`.
+    """(state, frozen) of a checkpoint. Sets `skip`. Raises ValueError as `start`, and DamagedCheckpointError.
 
-    Raises:
-      DamagedCheckpointError: the checkpoint can't be read.
-      StartAgain: the same in a run of several processes, since other processes may be able to read it. The next start skips
-        this checkpoint.
-      ValueError: as `start`.
+    In a run of several processes, others may not see the damage. Then StartAgain is raised, and the next start skips this step.
     """
     parts, made = self.run.parts_of(step), self.run.parts_that_made(step)
     try:
@@ -160,8 +152,7 @@ class Restarts:
   def go_back(self, failure: TooManyNonFinite) -> tuple[Tree, Tree, int]:
     """(state, frozen, step) of the last checkpoint. From there the run skips the failed micro steps.
 
-    Raises:
-      InputError: the run went back to this checkpoint before.
+    Raises InputError if the run already went back to this checkpoint.
     """
     self.run.beat("going back to the last checkpoint", slow=True)
     self.checkpoints.wait()

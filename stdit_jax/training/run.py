@@ -7,7 +7,6 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable
 from typing import Any, TextIO
 
 import jax
@@ -16,7 +15,6 @@ from data import paths
 from stdit_jax.components import need_file
 from stdit_jax.config import Config
 from stdit_jax.parallel.mesh import make_mesh
-from stdit_jax.parallel.shardings import Tree
 from stdit_jax.training import claim
 from stdit_jax.training.batches import Encoders
 from stdit_jax.training.checkpoints import CONFIG, Checkpoints, from_plain, plain
@@ -89,18 +87,15 @@ def _foreign(folder):
   return [name for name in paths.names(folder) if name not in own and not name.startswith(temporary)]
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class StageParts:
-  """The parts of one stage.
-
-  Attributes: stage; objective: of the stage; programs: `step.Programs`; data: `StageData`; validation: `Validation`, or None.
-  """
+  """The parts of one stage."""
 
   stage: Stage
   objective: Any
   programs: Programs
   data: StageData
-  validation: Validation | None = None
+  validation: Validation | None
 
 
 class Run:
@@ -130,14 +125,13 @@ class Run:
       need_file(config.init, "init")
     made = [self._programs(stage) for stage in self.stages]
     self.changed = check_output(config.output, config)
-    self.parts = [
-      StageParts(stage, objective, programs, StageData(stage, config.output, self.mesh, objective))
-      for stage, (objective, programs) in zip(self.stages, made)
-    ]
+    self.parts = []
+    for stage, (objective, programs) in zip(self.stages, made):
+      sources = stage, config.output, self.mesh, objective
+      data = StageData(*sources)
+      validation = Validation(*sources) if stage.config.validation.every else None
+      self.parts.append(StageParts(stage, objective, programs, data, validation))
     self._check_split()
-    for parts in self.parts:
-      if parts.stage.config.validation.every:
-        parts.validation = Validation(parts.stage, config.output, self.mesh, parts.objective)
     self.checkpoints = Checkpoints(config.output, config.keep_checkpoints)
     self.compiler = AheadOfTime(config.compile_threads, say)
     self.encoders = Encoders(self.counter, self.mesh)
@@ -173,7 +167,3 @@ class Run:
   def parts_that_made(self, step: int) -> StageParts:
     """`StageParts` of the stage that made the checkpoint after `step` optimizer steps."""
     return self.parts[stage_that_made(self.stages, step).index]
-
-  def batch_maker(self, parts: StageParts) -> Callable[..., Tree]:
-    """`(LoadedStep, layout) -> global arrays` of a stage."""
-    return parts.objective.batch_maker(self.encoders, parts.stage.name)

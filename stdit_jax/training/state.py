@@ -17,13 +17,10 @@ def init_shapes(objective: Any) -> tuple[Any, Any]:
 
 
 def learning_rate(config: Any, start: int, steps: int) -> Callable:
-  """The learning rate of a stage as a function of the run's optimizer step. The stage has `steps` steps from `start`.
+  """The learning rate of a stage (group `optimizer`) as a function of the run's optimizer step, from `start` for `steps` steps.
 
   The warm-up is linear as in Open-Sora 1.2: lr * (k + 1) / (W + 1) for k < W, with k counted from the start of the stage. Then
   the rate is constant or follows a cosine, which is 0 at the end of the stage.
-
-  Args:
-    config: the group `optimizer`.
   """
   peak, warmup = config.learning_rate, config.warmup_steps
 

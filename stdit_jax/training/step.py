@@ -170,10 +170,6 @@ class Program:
 class Programs:
   """The programs of one stage. They donate state and accumulator, which stay on their devices.
 
-  Args:
-    objective: of the stage; stage: `stages.Stage`; mesh: the device mesh.
-    counter: TraceCounter.
-
   Attributes:
     optimizer: of the stage; scales: of the learning rate, a tree like the parameters.
     shapes: (state, frozen, accumulator); state_shardings: of the state.

@@ -189,10 +189,7 @@ class Watchdog:
     os._exit(code)
 
   def _catch_abort(self):
-    """Turns the runtime's abort after the death of process 0 into a message and our exit code.
-
-    An abort for any other reason stays an abort.
-    """
+    """Turns the runtime's abort after the death of process 0 into a message and our exit code. Other aborts stay aborts."""
 
     def aborted(_):
       answers = self._in_time(lambda: self.client.key_value_set(f"{_PREFIX}abort/{self.index}", "", allow_overwrite=True))
