@@ -73,9 +73,9 @@ class StagePrograms:
     """Lowers the programs of these buckets in their order, the update after the first, and starts to compile them."""
     for bucket in buckets:
       self._lower((bucket.resolution, bucket.num_frames), bucket.batch_size)
-      self._lower()
+      self._lower(None, 0)
 
-  def _lower(self, bucket=None, rows=0):
+  def _lower(self, bucket, rows):
     if bucket not in self._lowered:
       program = self._programs.gradient(bucket, rows, self._splits[bucket]) if bucket else self._programs.update
       self._beat(f"lowering {program.name}", slow=True)
@@ -88,7 +88,7 @@ class StagePrograms:
 
   def update(self) -> jax.stages.Compiled:
     """The executable of the update program."""
-    return self._finished(*self._lower())[1]
+    return self._finished(*self._lower(None, 0))[1]
 
   def _finished(self, program, compiled):
     if not compiled.done():

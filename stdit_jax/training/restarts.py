@@ -206,7 +206,7 @@ def from_run(objective: Objective, path: str, params: Tree, frozen: Tree, mesh: 
   if (part := part_of(config)) != (own := objective.part):
     raise ValueError(f"config: init={path!r} is a run that trains the {part}; this run trains the {own}; give another init")
   loaded, constants, _ = load_weights(path, step=step, mesh=mesh, rules=objective.rules)
-  new = tuple(tree | {n: found[n] for n in tree if n in found} for tree, found in ((params, loaded), (frozen, constants)))
+  new = params | {n: loaded[n] for n in params if n in loaded}, frozen | {n: constants[n] for n in frozen if n in constants}
   ours, theirs = ({name: tuple(x.shape) for name, x in transition.by_name(*trees).items()} for trees in ((params, frozen), new))
   if wrong := sorted({name for name, _ in ours.items() ^ theirs.items()}):
     details = "; ".join(f"{n}: {theirs.get(n, 'missing')}, model has {ours.get(n, 'none')}" for n in wrong[:5])
