@@ -61,7 +61,7 @@ class DamagedCheckpointError(ValueError):
 
 class _Manager(ocp.CheckpointManager):
   def reached_preemption(self, step):
-    """Always False: only signals.py asks the runtime. Orbax would ask with other numbers, which the runtime refuses."""
+    """Always False: signals.py asks the runtime, with a count of its own. Orbax would ask with the step of a checkpoint."""
     return False
 
 

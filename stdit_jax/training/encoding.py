@@ -103,11 +103,9 @@ class LatentsWork:
 
   def sizes(self, keys: np.ndarray) -> np.ndarray:
     """Bytes of the record of each clip."""
-
-    def size(frames, height, width):
-      return self._autoencoder.latent_frames(frames) * math.prod(self._autoencoder.latent_size(height, width)) * self._bytes
-
-    return self._per_clip(keys, size) + _RECORD_BYTES
+    config, each = self._autoencoder, self._bytes
+    sizes = self._per_clip(keys, lambda t, *size: config.latent_frames(t) * math.prod(config.latent_size(*size)) * each)
+    return sizes + _RECORD_BYTES
 
   def expected_bytes(self, keys: np.ndarray) -> int:
     """Bytes of all records."""
@@ -140,10 +138,9 @@ class LatentsWork:
     Raises ValueError if no file of a sample of the rows exists.
     """
     loader.check_files(self.source.plans.table, latents.unpack(keys[:: -(-len(keys) // 64)])["row"].tolist())
-    values, counts = np.unique(self.cost(keys), return_counts=True)
-    most = values[(values * counts).argmax()]
-    key = keys[np.argmax(self.cost(keys) == most)]
-    fields = latents.unpack(key)
+    costs, first, counts = np.unique(self.cost(keys), return_index=True, return_counts=True)
+    most = (costs * counts).argmax()
+    fields = latents.unpack(keys[first[most]])
     resolution, _, size = latents.size_of(fields["resolution"], fields["ratio"])
     clips = [np.zeros((fields["num_frames"], *size, 3), np.uint8)] * self._turn(fields["num_frames"])
     self.encoder(clips)  # compiles
@@ -151,7 +148,7 @@ class LatentsWork:
     self.encoder(clips)
     seconds = (time.monotonic() - began) / len(clips)
     name = f"{resolution} x {fields['num_frames']}"
-    return seconds / most, f"{name} takes {seconds:.3g} s a clip on {jax.local_device_count()} device(s)"
+    return seconds / costs[most], f"{name} takes {seconds:.3g} s a clip on {jax.local_device_count()} device(s)"
 
   def records(self, keys: np.ndarray) -> Iterator[tuple[Any, dict[str, Any]]]:
     """Yields (key, record) of these clips in order. The caller must close it.
