@@ -52,10 +52,9 @@ from stdit_jax.components import Components
 from stdit_jax.config import Config
 from stdit_jax.models.family import find_model
 from stdit_jax.parallel.topology import is_gpu, parse_topology, topology_chips
-from stdit_jax.planning import budget, meshes, search
+from stdit_jax.planning import budget, search
 from stdit_jax.planning.budget import Key
-from stdit_jax.planning.jobs import Compiler
-from stdit_jax.planning.programs import GIB, Job, roofline
+from stdit_jax.planning.programs import GIB, Compiler, Job, roofline
 from stdit_jax.training.checkpoints import plain
 from stdit_jax.training.objectives import make_objective
 from stdit_jax.training.stages import Stage, make_stages
@@ -323,10 +322,11 @@ def print_meshes(settings: Settings, compiler: Compiler, stages: Sequence[Stage]
     wanted = {(stage.name, bucket) for stage in stages for bucket in probe_buckets(stage)}
     jobs = [job for job in jobs if (job.stage, job.bucket) in wanted]
   tries = []
-  for mesh in meshes.sensible_meshes(topology_chips(settings.topology), width):
+  for mesh in search.sensible_meshes(topology_chips(settings.topology), width):
     for job in jobs:
-      rows = meshes.nearest_batch(job.bucket[2], settings.chips)
-      tries.append(dataclasses.replace(job, config=meshes.with_mesh(job.config, mesh), bucket=(*job.bucket[:2], rows)))
+      rows = search.nearest_batch(job.bucket[2], settings.chips)
+      config = {**job.config, "mesh": {**job.config["mesh"], **mesh}}
+      tries.append(dataclasses.replace(job, config=config, bucket=(*job.bucket[:2], rows)))
   print_header()
   by_mesh = {}
   for result in in_order(settings, compiler, tries):

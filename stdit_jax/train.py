@@ -44,9 +44,9 @@ def run(config: Config, watchdog: Watchdog) -> None:
         from stdit_jax.interop import CheckpointError
         from stdit_jax.run_samples import Sampler
         from stdit_jax.training.loop import train
-        from stdit_jax.training.preemption import Preempted
         from stdit_jax.training.restarts import Restarts
         from stdit_jax.training.run import Run
+        from stdit_jax.training.signals import Preempted
 
         cli.keep_freed_memory()
         training = Run(config, watchdog.beat)

@@ -28,5 +28,5 @@ class Run(run.Run):
   def maker(self, stage=0):
     """The function `LoadedStep -> arrays` of a stage, as the loop has it."""
     parts = self.parts[stage]
-    make = self.batch_maker(parts)
+    make = parts.objective.batch_maker(self.encoders, parts.stage.name)
     return lambda loaded: make(loaded, parts.data.splits[loaded.bucket].layout)

@@ -1,4 +1,4 @@
-"""The hours of a recipe, from the bound of each bucket and how often the bucket occurs."""
+"""The hours of a recipe, from the shortest possible step of each bucket (its bound) and the frequency of the bucket."""
 
 import functools
 import tempfile
@@ -26,12 +26,9 @@ def assumed_rows(buckets: Sequence[Bucket]) -> tuple[np.ndarray, np.ndarray, np.
   All rows are large enough for every resolution. One in ten is an image. The lengths of the clips are spread evenly, from the
   shortest bucket to twice the longest.
   """
-  lengths = sorted({b.num_frames for b in buckets if b.num_frames > 1})
-  rng = np.random.default_rng(0)
-  if not lengths:
-    frames = np.ones(ASSUMED_ROWS, np.int64)
-  else:
-    frames = rng.integers(lengths[0] + 1, 2 * lengths[-1], ASSUMED_ROWS)
+  lengths, frames = sorted({b.num_frames for b in buckets if b.num_frames > 1}), np.ones(ASSUMED_ROWS, np.int64)
+  if lengths:
+    frames = np.random.default_rng(0).integers(lengths[0] + 1, 2 * lengths[-1], ASSUMED_ROWS)
     frames[: ASSUMED_ROWS // 10] = 1
   side = np.full(ASSUMED_ROWS, 8192)
   return frames, side, side
@@ -54,9 +51,7 @@ def bucket_shares(stage: Stage) -> tuple[dict[Key, float], str]:
     bucket, *_ = bucket_rules.assign(*assumed_rows(buckets), (config.seed, 0, 0), buckets, 1)
     rows = np.bincount(bucket[bucket >= 0], minlength=len(buckets))
     steps = {(b.resolution, b.num_frames): n / b.batch_size for b, n in zip(buckets, rows) if b.batch_size}
-    counted = (
-      "assumed rows, as no table is given: large enough for every resolution, a tenth images, clips of all lengths alike"
-    )
+    counted = "assumed rows, without a table: large enough for every resolution, a tenth images, clips of all lengths alike"
   total = sum(steps.values())
   return {key: n / total for key, n in steps.items() if n}, counted
 
@@ -76,8 +71,8 @@ def encoder_seconds(
   """{"videos", "captions"}: mean seconds of the encoders for a micro step, at the published peak of the chips.
 
   An encoder takes 0 seconds if its results are cached or on disk. XLA counts the FLOPs of the autoencoder, for the aspect ratio
-  that is closest to square. The FLOPs of T5 are computed by formula. With `text_encoder.where="step"` the bound of the bucket
-  already contains the memory traffic of T5, but not its FLOPs.
+  that is closest to square. The FLOPs of T5 are computed by formula. If T5 runs in the step
+  (`text_encoder.where="step"`), the bound of the bucket has the memory traffic of T5, but not its FLOPs.
 
   Args:
     parts: of the stage; shares: of `bucket_shares`.

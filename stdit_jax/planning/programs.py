@@ -1,33 +1,46 @@
-"""Time and memory of one training program on an accelerator, from the real compiler and without the accelerator."""
+"""Time and memory of training programs on an accelerator, from the real compiler and without the accelerator.
+
+Each program is compiled in a process of its own, which bounds the memory. Several run at a time. A cache of results has two
+levels. The first finds the result of a job with the same configuration and code. The second finds the result of a program with
+the same text. For this the job is lowered, which takes seconds. To compile it would take minutes.
+"""
 
 import dataclasses
 import hashlib
 import importlib.metadata
+import json
 import math
+import os
 import pathlib
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax import Array
 
+from data import paths
 from data.buckets import Bucket
 from stdit_jax.config import Config
 from stdit_jax.models import flops
 from stdit_jax.parallel import hlo
+from stdit_jax.parallel.attention import valid_keys
 from stdit_jax.parallel.mesh import make_mesh
 from stdit_jax.parallel.shardings import AnyMesh, tree_shardings
-from stdit_jax.parallel.topology import CHIPS, compiler_version, is_gpu, parse_topology, topology_devices
-from stdit_jax.planning import gpus
+from stdit_jax.parallel.topology import CHIPS, TPU_ENVIRONMENT, compiler_version, is_gpu, parse_topology, topology_devices
 from stdit_jax.training.checkpoints import from_plain
 from stdit_jax.training.objectives import Objective, make_objective
 from stdit_jax.training.stage_data import choose_splits
-from stdit_jax.training.stages import make_stages
+from stdit_jax.training.stages import Stage, make_stages
 from stdit_jax.training.state import make_optimizer, state_shapes
 from stdit_jax.training.step import Programs, TraceCounter
 
 GIB = 2**30
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,10 +59,69 @@ class Job:
   topology: str
   slices: int = 1
 
+  def objective(self) -> tuple[Stage, Objective]:
+    """The job's stage and its objective. Raises ValueError for a configuration that is not allowed."""
+    stage = next(s for s in make_stages(from_plain(self.config)) if s.name == self.stage)
+    return stage, make_objective(stage.config)
+
+
+class Compiler:
+  """Compiles jobs and caches their results in a folder."""
+
+  def __init__(self, cache: str | pathlib.Path, topology: str):
+    self.cache = pathlib.Path(cache).expanduser()
+    self.cache.mkdir(parents=True, exist_ok=True)
+    code = hashlib.sha256(compiler_version(topology).encode())
+    for path in sorted([*ROOT.glob("stdit_jax/**/*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("configs/*.py")]):
+      code.update(path.read_bytes())
+    self._code = code.hexdigest()
+
+  def __call__(self, job: Job) -> dict[str, Any]:
+    """The result of `work` in another process. Raises ValueError with the message of that process."""
+    values = json.dumps(dataclasses.asdict(job), sort_keys=True)
+    path = self.cache / f"job-{hashlib.sha256((self._code + values).encode()).hexdigest()[:32]}.json"
+    if path.exists():
+      return json.loads(path.read_text())
+    command = [sys.executable, "-m", "stdit_jax.planning.programs", str(self.cache)]
+    python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, **TPU_ENVIRONMENT, "PYTHONPATH": python_path}
+    done = subprocess.run(command, input=values, capture_output=True, text=True, env=environment)
+    if done.returncode:
+      lines = [line for line in done.stderr.splitlines() if line.strip()]
+      raise ValueError(lines[-1].removeprefix("error: ") if lines else f"the compiling process ended with {done.returncode}")
+    result = json.loads(done.stdout.splitlines()[-1])
+    paths.write_text(path, json.dumps(result))
+    return result
+
+
+def work(values: dict[str, Any], cache: str) -> dict[str, Any]:
+  """Lowers the job, and compiles it if the cache has no program of the same text. Runs in the compiling process.
+
+  Returns:
+    the facts of `lower` and `compile_program`, whether the program "fits", and its "peak" of memory.
+  """
+  job = Job(**values)
+  lowered, facts = lower(job)
+  versions = f"{job.topology} {jax.__version__} {importlib.metadata.version('jaxlib')} {compiler_version(job.topology)}"
+  text = f"{versions}\n{pathlib.Path(hlo.__file__).read_text()}\n{lowered.as_text()}"  # hlo.py reads what the compiler returns
+  path = pathlib.Path(cache) / f"program-{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
+  if path.exists():
+    compiled = json.loads(path.read_text())
+  else:
+    compiled = compile_program(lowered)
+    paths.write_text(path, json.dumps(compiled))
+  if "oom" in compiled:
+    return facts | compiled | {"fits": False}
+  peak = compiled["own_peak"] + facts["beside"]
+  return facts | compiled | {"peak": peak, "fits": peak <= facts["limit"]}
+
 
 def bytes_per_device(shapes: Any, mesh: AnyMesh, rules: Sequence) -> int:
   """Bytes of a tree on one device under the sharding rules."""
-  shardings = tree_shardings(shapes, mesh, rules)
+  return _bytes(shapes, tree_shardings(shapes, mesh, rules))
+
+
+def _bytes(shapes, shardings):
   parts = jax.tree.map(lambda s, d: math.prod(d.shard_shape(s.shape)) * s.dtype.itemsize, shapes, shardings)
   return sum(jax.tree.leaves(parts))
 
@@ -61,11 +133,11 @@ def resident_bytes(config: Config, objective: Objective, mesh: AnyMesh) -> dict[
   sizes = {"parameters": states["params"], "average": states["ema"], "optimizer": states["opt"], "gradients": states["params"]}
   sizes = {name: bytes_per_device(tree, mesh, objective.rules) for name, tree in sizes.items()}
   frozen = bytes_per_device(frozen, mesh, objective.rules)
-  return sizes | {"frozen": frozen + objective.beside(bytes_per_device, mesh)}
+  return sizes | {"frozen": frozen + sum(bytes_per_device(shapes, mesh, rules) for shapes, rules in objective.encoders)}
 
 
 def lower(job: Job) -> tuple[jax.stages.Lowered, dict[str, Any]]:
-  """Lowers the gradient program of a bucket. It is the program that trains, except for cuDNN's attention on GPUs (gpus.py).
+  """Lowers the gradient program of a bucket. It is the program that trains, except for attention on GPUs (`stand_in`).
 
   Returns:
     (lowered program, facts that are known before it is compiled: a dict of plain values)
@@ -73,19 +145,15 @@ def lower(job: Job) -> tuple[jax.stages.Lowered, dict[str, Any]]:
   Raises:
     ValueError: a configuration, mesh or batch that is not allowed.
   """
-  stage = next(s for s in make_stages(from_plain(job.config)) if s.name == job.stage)
-  config, (resolution, frames, rows) = stage.config, job.bucket
-  mesh = make_mesh(config.mesh, topology_devices(job.topology, job.slices), config.slices)
-  objective = make_objective(config)
+  (stage, objective), (resolution, frames, rows) = job.objective(), job.bucket
+  mesh = make_mesh(stage.config.mesh, topology_devices(job.topology, job.slices), stage.config.slices)
   split = choose_splits(stage, [Bucket(resolution, frames, 1.0, rows)], mesh, objective)[resolution, frames]
   if is_gpu(job.topology):
-    split = dataclasses.replace(split, layout=dataclasses.replace(split.layout, cudnn=gpus.stand_in))
+    split = dataclasses.replace(split, layout=dataclasses.replace(split.layout, cudnn=stand_in))
   program = Programs(objective, stage, mesh, TraceCounter()).gradient((resolution, frames), rows, split)
-  layout, parts, resident = split.layout, split.micro_batches, resident_bytes(config, objective, mesh)
+  layout, parts, resident = split.layout, split.micro_batches, resident_bytes(stage.config, objective, mesh)
   # The host prepares the next batch during the step. It may be of the same bucket.
-  resident["next batch"] = sum(
-    math.prod(layout.sharding(*s.axes).shard_shape(s.shape)) * s.struct.dtype.itemsize for s in jax.tree.leaves(program.batch)
-  )
+  resident["next batch"] = _bytes(program.arguments[2], jax.tree.map(lambda s: layout.sharding(*s.axes), program.batch))
   # The program's peak includes parameters, gradients and frozen arrays. All else stays beside it.
   own = resident["parameters"] + resident["gradients"] + bytes_per_device(objective.shapes[1], mesh, objective.rules)
   facts = {
@@ -101,13 +169,6 @@ def lower(job: Job) -> tuple[jax.stages.Lowered, dict[str, Any]]:
     hardware = model_flops * (flops.TRAINING + again) / flops.TRAINING
     facts |= {"tokens": tokens // rows, "model_flops": model_flops, "hardware_flops": hardware}
   return program.lower(), facts
-
-
-def text_digest(lowered: jax.stages.Lowered, topology: str) -> str:
-  """sha256 of all that a result depends on: program text, topology, compiler, and the reader of its output (hlo.py)."""
-  versions = f"{topology} {jax.__version__} {importlib.metadata.version('jaxlib')} {compiler_version(topology)}"
-  reader = pathlib.Path(hlo.__file__).read_text()
-  return hashlib.sha256(f"{versions}\n{reader}\n{lowered.as_text()}".encode()).hexdigest()[:32]
 
 
 def compile_program(lowered: jax.stages.Lowered) -> dict[str, Any]:
@@ -141,31 +202,59 @@ def compile_program(lowered: jax.stages.Lowered) -> dict[str, Any]:
   }
 
 
-def combine(facts: dict[str, Any], compiled: dict[str, Any]) -> dict[str, Any]:
-  """The facts of `lower` and of `compile_program` as one dict, with "peak" and "fits"."""
-  result = facts | compiled
-  if "oom" in result:
-    return result | {"fits": False}
-  result["peak"] = result["own_peak"] + result["beside"]
-  return result | {"fits": result["peak"] <= result["limit"]}
-
-
 def roofline(result: dict[str, Any], topology: str, slice_gbits: float) -> dict[str, Any]:
   """Seconds of a step at the published peaks, and the model-FLOP utilisation at this bound.
 
   compute: FLOPs of products, with the recomputed ones. memory: `hlo.memory_bytes`. links: bytes that a device sends, all-reduce
-  twice. slices: bytes that it sends to other slices, at `slice_gbits` Gbit/s per chip. These are assumed to overlap, so the
-  longest bounds the step.
+  twice. slices: bytes that it sends to other slices, at `slice_gbits` Gbit/s per chip. The longest of the four bounds the step,
+  as if they overlapped.
   """
-  chip = CHIPS[parse_topology(topology)]
-  moved = result["collectives"]
-  wire = sum(moved.values()) + moved["all-reduce"]
+  chip, moved = CHIPS[parse_topology(topology)], result["collectives"]
   seconds = {
     "compute": result["hardware_flops"] / result["chips"] / (chip.tflops * 1e12),
     "memory": result["memory_traffic"] / (chip.memory_gbs * 1e9),
-    "links": wire * 8 / (chip.interconnect_gbits * 1e9),
+    "links": (sum(moved.values()) + moved["all-reduce"]) * 8 / (chip.interconnect_gbits * 1e9),
     "slices": result["between_slices"] * 8 / (slice_gbits * 1e9),
   }
   bound = max(seconds, key=lambda what: seconds[what])
   utilisation = result["model_flops"] / result["chips"] / (chip.tflops * 1e12) / seconds[bound]
   return seconds | {"bound": bound, "step": seconds[bound], "utilisation": utilisation}
+
+
+@jax.custom_vjp
+def stand_in(query: Array, key: Array, value: Array, lengths: Array | None, mask: Array | None) -> Array:
+  """Takes the place of `attention.cudnn_kernel` in programs for GPUs, so that they compile without cuDNN.
+
+  It reads, writes and saves as many bytes as cuDNN's flash attention. Its values mean nothing.
+  """
+  return _forward(query, key, value, lengths, mask)[0]
+
+
+def _masked(x, lengths, mask):
+  valid = valid_keys(x, lengths, mask)
+  return x if valid is None else jnp.where(valid[..., None, None], x, 0)
+
+
+def _forward(query, key, value, lengths, mask):
+  y = query + _masked(key + value, lengths, mask).mean(2, keepdims=True)
+  log_sum = y.astype(jnp.float32).sum(-1)  # one number per query and head, saved for the backward pass
+  return y, (query, key, value, lengths, mask, y, log_sum)
+
+
+def _backward(saved, dy):
+  query, key, value, lengths, mask, y, log_sum = saved
+  # cuDNN's backward kernel sums the gradient of the queries in float32.
+  d_query = jax.lax.optimization_barrier((dy * y).astype(jnp.float32) * log_sum[..., None] + query)
+  d_context = dy.mean(2, keepdims=True)
+  d_key = _masked(d_context * value, lengths, mask)
+  return d_query.astype(query.dtype), d_key, d_key * key, None, None
+
+
+stand_in.defvjp(_forward, _backward)
+
+
+if __name__ == "__main__":
+  from stdit_jax.cli import one_line_errors
+
+  with one_line_errors():
+    print(json.dumps(work(json.load(sys.stdin), sys.argv[1])))

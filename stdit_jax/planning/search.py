@@ -1,8 +1,8 @@
-"""Searches the largest batch of a bucket that fits, and the batch with which all buckets take equal time.
+"""Searches the largest batch of a bucket that fits, the batch with which all buckets take equal time, and the mesh.
 
 Open-Sora searches batch sizes on the hardware (v1.2, scripts/misc/search_bs.py). Here the compiler tells the memory. Memory
-grows by a fixed amount per sample. A formula estimates the first batch. Each compilation improves the estimate, until one
-confirms it.
+grows by a fixed amount per sample. A formula estimates the first batch. Each compilation improves the estimate, until a
+compilation confirms it.
 """
 
 import dataclasses
@@ -17,9 +17,7 @@ from jax.sharding import AbstractMesh
 from stdit_jax.parallel.mesh import AXES, mesh_sizes
 from stdit_jax.parallel.topology import CHIPS, parse_topology
 from stdit_jax.planning.programs import Job, resident_bytes, roofline
-from stdit_jax.training.checkpoints import from_plain
-from stdit_jax.training.objectives import make_objective
-from stdit_jax.training.stages import Stage, make_stages
+from stdit_jax.training.stages import Stage
 
 ATTEMPTS = 6  # most compilations per bucket
 FILL = 0.85  # share of the memory beside the state that the first batch takes
@@ -27,7 +25,7 @@ FILL = 0.85  # share of the memory beside the state that the first batch takes
 # time (compiled for v5p at 1080p: 69 samples in 89.9 GiB, 96 in 95.4), and the compilations take long.
 FULL = 0.88
 LEAST = 0.7  # least share of the memory beside the state that grows with the batch (compiled for v5p: 84 to 100 %)
-WORTH = 1.05  # a larger batch is tried if it is predicted to be larger by this factor
+WORTH = 1.05  # the search ends if the predicted largest batch is below this multiple of the largest batch so far
 # Arrays of activations that a layer saves for the backward pass, by remat policy, and arrays that the running layer needs.
 # Counted for STDiT3-XL/2 on v5p, where the 26 buckets of stage 1 need 160 to 245 kB per token. They only set the first batch.
 LEFT = {"none": 40, "dots": 12, "full": 1, "offload": 0}
@@ -49,7 +47,7 @@ def axis_sizes(config: dict[str, Any], chips: int, slices: int) -> dict[str, int
 
 
 def batch_units(config: dict[str, Any], chips: int, slices: int) -> tuple[int, int]:
-  """Samples of the whole mesh with one sample per device, and with one sample per `sequence` axis."""
+  """Parts of a batch on the whole mesh: (without split tokens, with tokens split over `sequence`)."""
   sizes = axis_sizes(config, chips, slices)
   split = sizes["data"] * sizes["fsdp"]
   return split * sizes["sequence"], split
@@ -68,9 +66,14 @@ class Found:
   results: dict[int, dict[str, Any]]
 
   @property
+  def fits(self) -> list[int]:
+    """Samples per device of the compiled batches that fit, ascending."""
+    return sorted(n for n, result in self.results.items() if result["fits"])
+
+  @property
   def largest(self) -> int:
     """Samples per device of the largest compiled batch that fits. 0 if none fits."""
-    return max((n for n, result in self.results.items() if result["fits"]), default=0)
+    return max(self.fits, default=0)
 
   @property
   def result(self) -> dict[str, Any]:
@@ -79,8 +82,7 @@ class Found:
 
   def seconds(self, topology: str, slice_gbits: float) -> tuple[float, float]:
     """(a, b): a step with n samples per device takes a + b * n seconds at its bound."""
-    fits = sorted(n for n, result in self.results.items() if result["fits"])
-    low, high = ((n, roofline(self.results[n], topology, slice_gbits)["step"]) for n in (fits[0], fits[-1]))
+    low, high = ((n, roofline(self.results[n], topology, slice_gbits)["step"]) for n in (self.fits[0], self.largest))
     slope = (high[1] - low[1]) / (high[0] - low[0]) if high[0] > low[0] else low[1] / low[0]
     return low[1] - slope * low[0], slope
 
@@ -94,18 +96,17 @@ def most_growth(result: dict[str, Any], n: int) -> float:
   return (result["peak"] - sum(size for name, size in result["resident"].items() if name != "next batch")) / n
 
 
-def predict(results: dict[int, dict[str, Any]], limit: float) -> int:
-  """Samples per device that fill `limit` bytes, by a line through the two largest batches that fit.
+def predict(found: Found) -> int:
+  """Samples per device that fill the memory, by a line through the two largest batches that fit.
 
-  With one result the growth is unknown, and the line uses `most_growth`. The line also uses `most_growth` if the larger batch
-  needs less memory, because XLA recomputes activations.
+  With one result the growth is unknown. If XLA recomputes activations, the larger batch may need less memory. In both cases
+  the line uses `most_growth`.
   """
-  fits = sorted(n for n, result in results.items() if result["fits"])
-  high = fits[-1]
-  growth = (results[high]["peak"] - results[fits[-2]]["peak"]) / (high - fits[-2]) if len(fits) > 1 else 0
+  (low, high), result = [0, *found.fits][-2:], found.result
+  growth = (result["peak"] - found.results[low]["peak"]) / (high - low) if low else 0
   if growth <= 0:
-    growth = most_growth(results[high], high)
-  return high + math.floor((limit - results[high]["peak"]) / growth)
+    growth = most_growth(result, high)
+  return high + math.floor((result["limit"] - result["peak"]) / growth)
 
 
 def largest_batch(measure: Callable[[int], dict[str, Any]], first: int = 1) -> Found:
@@ -115,34 +116,31 @@ def largest_batch(measure: Callable[[int], dict[str, Any]], first: int = 1) -> F
     measure: compiles a batch of so many samples per device, and returns the result of `Compiler`.
     first: samples of the first compilation, enough to make the growth visible.
   """
-  results, n = {}, first
-  while n and len(results) < ATTEMPTS:
-    results[n] = measure(n)
-    n = next_batch(results)
-  return Found(results)
+  found, n = Found({}), first
+  while n and len(found.results) < ATTEMPTS:
+    found.results[n] = measure(n)
+    n = next_batch(found)
+  return found
 
 
-def next_batch(results: dict[int, dict[str, Any]]) -> int | None:
+def next_batch(found: Found) -> int | None:
   """Samples per device to try next. None ends the search: not one sample fits, or the largest batch fills the memory."""
-  fits = [n for n, result in results.items() if result["fits"]]
-  failed = [n for n, result in results.items() if not result["fits"]]
-  if not fits:
+  failed, high, result = found.results.keys() - set(found.fits), found.largest, found.result
+  if not high:
     return min(failed) // 2 or None
-  high = max(fits)
-  if results[high]["peak"] > FULL * results[high]["limit"]:
+  if result["peak"] > FULL * result["limit"]:
     return None
-  n = round_down(predict(results, results[high]["limit"]))
+  n = round_down(predict(found))
   if failed and n >= (least := min(failed)):  # the line is wrong there: try 5 % less, then 20 %, then half
     n = max(high, round_down(int(least * (1 - min(0.5, 0.05 * 4 ** (len(failed) - 1))))))
-  if len(results) == 1 and n <= high:  # only the largest growth is known: one more sample may fit
-    n = high + (results[high]["peak"] + LEAST * most_growth(results[high], high) <= results[high]["limit"])
-  return n if n > high * WORTH and n not in results else None
+  if len(found.results) == 1 and n <= high:  # only the largest growth is known: one more sample may fit
+    n = high + (result["peak"] + LEAST * most_growth(result, high) <= result["limit"])
+  return n if n > high * WORTH and n not in found.results else None
 
 
 def first_batch(job: Job, chips: int) -> int:
   """Samples per device, at least 1, whose activations take about `FILL` of the memory beside the state."""
-  stage = next(s for s in make_stages(from_plain(job.config)) if s.name == job.stage)
-  objective = make_objective(stage.config)
+  stage, objective = job.objective()
   tokens, _ = objective.work(objective.batch(job.bucket[:2], 1))
   if not tokens:  # autoencoders have no formula
     return 1
@@ -177,7 +175,6 @@ def fragment(stages: Sequence[Stage], found: dict[tuple, Found], equal: dict[tup
   """The text of a config fragment in Python.
 
   Args:
-    stages: of the configuration.
     found: {(stage, resolution, frames): answer} of the buckets that fit; equal: their batches of equal time.
     command: the command that made it.
   """
@@ -206,3 +203,26 @@ def fragment(stages: Sequence[Stage], found: dict[tuple, Found], equal: dict[tup
       lines += ['    "max_tokens_per_device": 0,', f'    "split_tokens": {",".join(split) or "never"!r},', "  },"]
     lines.append("}")
   return "\n".join(lines).replace("'", '"') + "\n"
+
+
+# ----------------------------------------------------------------------------------------------------------------- meshes
+
+TILE = 16  # rows of a bfloat16 tile. XLA scatters a gradient only in whole tiles (parallel/shardings.py)
+MOST_FSDP = 64
+SEQUENCE = (1, 2, 4, 8, 16)
+
+
+def sensible_meshes(chips: int, width: int) -> list[dict[str, int]]:
+  """Meshes of `chips` devices that are worth a compilation: [{axis: size}].
+
+  `fsdp` is 4 to 64 and divides `width`, into whole tiles if possible. `sequence` is a power of two up to 16, and `data` is the
+  rest. `tensor` stays 1: it moves activations in each block, which costs more than it saves for these widths.
+  """
+  divide = [d for d in range(min(4, chips), MOST_FSDP + 1) if chips % d == 0 and width % d == 0] or [1]
+  fsdp = [d for d in divide if width % (d * TILE) == 0] or divide
+  return [dict(zip(AXES, (chips // f // s, f, s, 1))) for f in fsdp for s in SEQUENCE if (chips // f) % s == 0]
+
+
+def nearest_batch(rows: int, chips: int) -> int:
+  """The smallest batch of at least `rows` samples that every mesh of `chips` devices can split."""
+  return math.ceil(rows / chips) * chips

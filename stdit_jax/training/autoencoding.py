@@ -41,12 +41,12 @@ class AutoencoderObjective:
     perceptual: mean `perceptual.distance` of the frames;
     adversarial: the discriminator's score, times `discriminator.adaptive_weight` if `adaptive`. The loss of the discriminator
       is added. Each network gets the gradient of its own terms, and both step at the same time.
-  The loss decodes `autoencoder.pixel_frames` frames, and none if no term needs pixels. A stage adds a term with a weight.
+  The loss decodes `autoencoder.pixel_frames` frames, and none if no term needs pixels. A later stage may add a term.
   """
 
   part = "autoencoder"
   counts_flops = False
-  rules, resizable = RULES, ()
+  rules, resizable, encoders = RULES, (), ()
   shapes = functools.cached_property(init_shapes)
 
   def __init__(self, config: Config):
@@ -57,18 +57,13 @@ class AutoencoderObjective:
     self.weights = {name: getattr(own, f"{name}_weight") for name in WEIGHTS}
     self.discriminator = discriminator.Discriminator(discriminator.get_config(own.discriminator), DTYPES[own.dtype])
     self.from_files = ("perceptual",) if self.weights["perceptual"] else ()
-    self._check_numbers(own)
+    self._check(own)
     self._check_image_autoencoder(own)
     check_lengths(config, self.model.config)
-    self._check_adversary(own)
-    if self.weights["perceptual"]:
-      perceptual.shapes(own.perceptual.name)
-      if own.crop < perceptual.SMALLEST:
-        raise ValueError(
-          f"config: autoencoder.crop is {own.crop}; the perceptual distance needs sides of at least {perceptual.SMALLEST}"
-        )
+    if self.weights["adversarial"]:
+      self._check_adversary(own)
 
-  def _check_numbers(self, own):
+  def _check(self, own):
     factor = self.model.config.downsampling
     if own.crop % factor or own.crop < factor:
       raise ValueError(f"config: autoencoder.crop is {own.crop}; allowed: multiples of {factor}")
@@ -77,11 +72,15 @@ class AutoencoderObjective:
         f"config: all weights of the autoencoder's loss are 0. Set one of autoencoder.<name>_weight: {', '.join(WEIGHTS)}"
       )
     if limit := self.config.max_tokens_per_device:
-      # Micro batches would change the result: each would weight the adversary by its own gradients (`_adaptive_weight`).
+      # Micro batches would change the result: `_adaptive_weight` takes the gradients of one micro batch, not of the batch.
       raise ValueError(
         f"config: max_tokens_per_device is {limit}, but autoencoders train on pixels, and their batches are not split. Set it "
         "to 0. To save memory, give smaller batches in data.buckets and a larger optimizer.accumulate"
       )
+    if self.weights["perceptual"]:
+      perceptual.shapes(own.perceptual.name)  # raises ValueError for an unknown name
+      if own.crop < (least := perceptual.SMALLEST):
+        raise ValueError(f"config: autoencoder.crop is {own.crop}; the perceptual distance needs sides of at least {least}")
 
   def _check_image_autoencoder(self, own):
     if self.family.image_autoencoder:
@@ -98,8 +97,6 @@ class AutoencoderObjective:
         raise ValueError(f"config: autoencoder.{key} is {value!r}, but {own.name!r} {why}. Set it to {type(value)()!r}")
 
   def _check_adversary(self, own):
-    if not self.weights["adversarial"]:
-      return
     if own.adaptive and not (self.weights["reconstruction"] or self.weights["perceptual"]):
       raise ValueError(
         "config: autoencoder.adaptive scales the adversarial term by the gradients of reconstruction and perceptual distance. "
@@ -117,11 +114,8 @@ class AutoencoderObjective:
   def batch(self, bucket: tuple[str, int], rows: int, token_parts: int = 1) -> Tree:
     """The arrays of one batch as a tree of `ArraySpec`."""
     crop = self.config.autoencoder.crop
-    return {
-      "pixels": ArraySpec((rows, bucket[1], crop, crop, 3), jnp.uint8),
-      "weight": ArraySpec((rows,)),
-      "sample_id": ArraySpec((rows, 2), jnp.uint32),
-    }
+    pixels = ArraySpec((rows, bucket[1], crop, crop, 3), jnp.uint8)
+    return {"pixels": pixels, "weight": ArraySpec((rows,)), "sample_id": ArraySpec((rows, 2), jnp.uint32)}
 
   def work(self, batch: Tree) -> tuple[int, float]:
     """(0, 0): there is no formula for tokens and FLOPs."""
@@ -133,7 +127,7 @@ class AutoencoderObjective:
 
   def open_cache(self, data: DataConfig, table: sources.Table) -> NoReturn:
     """Raises ValueError: an autoencoder reads no latents."""
-    raise ValueError(f"data.latents={data.latents!r} are for denoisers; an autoencoder needs videos")
+    raise ValueError(f"data.latents={data.latents!r} is for denoisers. An autoencoder needs videos; set data.latents=''")
 
   def worker(self, cache: Any) -> None:
     """None: an autoencoder needs no captions."""
@@ -193,23 +187,17 @@ class AutoencoderObjective:
     if not (path := self.config.autoencoder.image_weights):
       return params
     image = self.model.config.image_config
-    family = family_of(image)
-    shapes = family.init_shapes(image)
+    shapes = family_of(image).init_shapes(image)
     shardings = tree_shardings(shapes, mesh, self.rules)
-    loaded = load_variables(path, family.layouts, shapes, config=image, shardings=shardings)
+    loaded = load_variables(path, family_of(image).layouts, shapes, config=image, shardings=shardings)
     return {**params, "autoencoder": {**params["autoencoder"], "image": loaded["params"]}}
 
   def load_checkpoint(self, path: str, params: Tree, frozen: Tree, mesh: Mesh) -> tuple[Tree, Tree]:
-    """(params, frozen) with the autoencoder of a checkpoint, whose latents may have another shift and scale."""
+    """(params, frozen) with the autoencoder of a checkpoint. Its shift and scale of latents may differ from the model's."""
     current = {"params": params["autoencoder"]}
-    shardings = tree_shardings(current, mesh, self.rules)
-    options = {"strict": self.config.init_strict, "numbers": False, "shardings": shardings}
+    options = {"strict": self.config.init_strict, "numbers": False, "shardings": tree_shardings(current, mesh, self.rules)}
     loaded = load_variables(path, self.family.layouts, current, config=self.model.config, **options)
     return {**params, "autoencoder": loaded["params"]}, frozen
-
-  def beside(self, bytes_per_device: Any, mesh: Any) -> int:
-    """0: there is no encoder beside `params` and `frozen`."""
-    return 0
 
   def splits(self, num_frames: int, devices: int) -> bool:
     """Whether clips of so many frames can be split in time over so many devices."""
@@ -270,10 +258,7 @@ class AutoencoderObjective:
     return loss, values, made
 
   def _encode(self, params, frames, batch, layout):
-    """-> {"mean", "logvar", "latents"} `[B, T', h, w, C]` and "image_latents" `[B, T, h, w, C]` or None.
-
-    The latents are samples of the posteriors with `sample_posterior`, else means.
-    """
+    """-> {"mean", "logvar", "latents"} `[B, T', h, w, C]` and "image_latents" `[B, T, h, w, C]` or None."""
     image_noise = self._noise(batch, 1, frames.shape[1]) if self.family.image_autoencoder else None
     mean, logvar, image_latents = self.family.encode(self.model, params, frames, image_noise, layout)
     latents = draw(mean, logvar, self._noise(batch, 0, mean.shape[1]))
@@ -321,8 +306,8 @@ class AutoencoderObjective:
 
     if layout is None or not layout.split_tokens:
       return distance(params, *clips)
-    # Each device takes its own frames of each clip. A sharding constraint cannot express this: if frames are folded into the
-    # batch, the frames of a device are no range of rows.
+    # Each device takes its own frames of each clip. After frames are folded into the batch, these frames are no range of rows,
+    # so a sharding constraint cannot express this.
     frames = clips[0].shape[1]
     padded = (jnp.pad(clip, ((0, 0), (0, -frames % layout.token_parts), *[(0, 0)] * 3)) for clip in clips)
     spec = layout.spec("batch", "tokens")

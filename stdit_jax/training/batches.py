@@ -60,7 +60,7 @@ def sample_fields(samples: Sequence[Sample]) -> dict[str, np.ndarray]:
 
 
 class LatentCache:
-  """Caches latents of clips by their pixels, up to `limit` bytes. Drops the least recently used latents first."""
+  """Caches the latents of clips, up to `limit` bytes. Drops the least recently used latents first."""
 
   def __init__(self, limit):
     self.limit, self.bytes, self.hits, self._entries = limit, 0, 0, collections.OrderedDict()
@@ -72,11 +72,10 @@ class LatentCache:
 
   def get(self, key: Any) -> Sequence[np.ndarray] | None:
     """(mean, std) `[T, h, w, C]`, or None."""
-    if key not in self._entries:
-      return None
-    self.hits += 1
-    self._entries.move_to_end(key)
-    return self._entries[key]
+    if key in self._entries:
+      self.hits += 1
+      self._entries.move_to_end(key)
+    return self._entries.get(key)
 
   def put(self, key: Any, latents: Sequence[np.ndarray]) -> None:
     size = sum(part.nbytes for part in latents)
@@ -89,7 +88,7 @@ class LatentCache:
 
 
 class ClipEncoder:
-  """Encodes clips to normalised posterior means and deviations on all local devices. Each shape of a piece has one program."""
+  """Encodes clips to normalised posterior means and deviations on all local devices. `codec.py` cuts clips into pieces."""
 
   def __init__(self, codec, config, counter, name):
     """`codec`: an `autoencoders.codec.Codec`; `config`: the group `autoencoder`; `name`: the stage that the counter names."""
@@ -154,34 +153,31 @@ class ClipEncoder:
     return self._programs[key](variables, *arrays)
 
 
-class DenoiserBatches:
-  """Makes the denoiser's batches: latents as tokens, their sizes, and conditions."""
+def denoiser_batch(
+  components: Components, clips: ClipEncoder | None, ahead: Callable | None, step: LoadedStep, layout: Layout
+) -> Tree:
+  """One global batch, as `Components.batch` describes it, from the rows of this process.
 
-  def __init__(self, components, clips, ahead=None):
-    """`components`: of the stage; `clips`: a ClipEncoder, None for cached latents; `ahead`: from `Encoders.conditioner`."""
-    self.components, self._clips, self._ahead = components, clips, ahead
-
-  def __call__(self, step: LoadedStep, layout: Layout) -> Tree:
-    """One global batch, as `Components.batch` describes it, from this process's `data.loader.LoadedStep`."""
-    samples, config = step.samples, self.components.model.config
-    if samples[0].pixels is None:
-      latents: Any = [(s.latents_mean, s.latents_std) for s in samples]
-    else:
-      latents = self._clips([s.pixels for s in samples])
-    specs = self.components.batch(step.bucket, len(samples), layout.token_parts)
-    moments = {name: np.zeros(spec.shape, spec.dtype) for name, spec in specs.items() if name.startswith("latents_")}
-    for i, of_sample in enumerate(latents):
-      for array, values in zip(moments.values(), of_sample):
-        tokens = patchify(values, config.patch_size)
-        array[i, :, : tokens.shape[1]] = tokens
-    sizes = np.asarray([mean.shape[:3] for mean, _ in latents], np.int32)
-    grids = np.asarray([token_grid(config, size) for size in sizes], np.int32)
-    scalars = {name: np.asarray([getattr(s, name) for s in samples], np.float32) for name in SCALARS}
-    arrays = self.components.conditioner.collate(samples)
-    cond = to_global(arrays, dict.fromkeys(arrays, ROWS), layout)
-    batch = {**moments, "latent_size": sizes, "sizes": {"grid": grids, **scalars}, **sample_fields(samples)}
-    specs.pop("cond")
-    return to_global(batch, specs, layout) | {"cond": self._ahead(cond, layout) if self._ahead else cond}
+  Args:
+    clips: for rows without cached latents; ahead: of `Encoders.conditioner`, or None.
+  """
+  samples, config = step.samples, components.model.config
+  pixels: list[Any] = [s.pixels for s in samples]
+  latents: Any = clips(pixels) if clips and pixels[0] is not None else [(s.latents_mean, s.latents_std) for s in samples]
+  specs = components.batch(step.bucket, len(samples), layout.token_parts)
+  moments = {name: np.zeros(spec.shape, spec.dtype) for name, spec in specs.items() if name.startswith("latents_")}
+  for i, of_sample in enumerate(latents):
+    for array, values in zip(moments.values(), of_sample):
+      tokens = patchify(values, config.patch_size)
+      array[i, :, : tokens.shape[1]] = tokens
+  sizes = np.asarray([mean.shape[:3] for mean, _ in latents], np.int32)
+  grids = np.asarray([token_grid(config, size) for size in sizes], np.int32)
+  scalars = {name: np.asarray([getattr(s, name) for s in samples], np.float32) for name in SCALARS}
+  arrays = components.conditioner.collate(samples)
+  cond = to_global(arrays, dict.fromkeys(arrays, ROWS), layout)
+  batch = {**moments, "latent_size": sizes, "sizes": {"grid": grids, **scalars}, **sample_fields(samples)}
+  specs.pop("cond")
+  return to_global(batch, specs, layout) | {"cond": ahead(cond, layout) if ahead else cond}
 
 
 class AutoencoderBatches:
@@ -197,10 +193,9 @@ class AutoencoderBatches:
     return to_global(batch, dict.fromkeys(batch, ROWS), layout)
 
   def _cropped(self, s):
-    """(sample, its pixels). A clip that is too small gets weight 0.
+    """(sample, its pixels). A clip that is too small gets weight 0, since an error would end a run after days.
 
-    The start of a run refuses such a clip in the first epoch (`check_plan`). In a later epoch an error would end the run again
-    after every restart.
+    `check_plan` refuses such a clip in the first epoch, when the run starts.
     """
     crop, (height, width) = self.config.autoencoder.crop, s.pixels.shape[1:3]
     if min(height, width) < crop:
@@ -214,22 +209,18 @@ class AutoencoderBatches:
 
 
 class Encoders:
-  """The frozen encoders that make batches. A stage loads those that the previous stage did not use.
-
-  Attributes:
-    clip_encoder: the loaded ClipEncoder, or None.
-  """
+  """The frozen encoders of the stages. Stages with the same encoder share its weights."""
 
   def __init__(self, counter, mesh):
     self._counter, self._mesh = counter, mesh
-    self.clip_encoder: Any = None
+    self.clip_encoder: Any = None  # a ClipEncoder
     self._source, self._names, self._ahead = None, set(), None
 
   def clips(self, config: Autoencoder, stage: str) -> ClipEncoder:
     """The `ClipEncoder` of the group `autoencoder`. Its programs count under the name of the stage."""
     source = autoencoder_model(config).config, config.weights
     if source != self._source:
-      while stage in self._names:  # the run went back to a stage with another autoencoder, so these are new programs
+      while stage in self._names:  # the run came back to this stage: the counter needs a new name for new programs
         stage += " again"
       self._names.add(stage)
       self.clip_encoder, self._source = ClipEncoder(load_codec(config), config, self._counter, stage), source

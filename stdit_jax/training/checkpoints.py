@@ -28,7 +28,7 @@ from stdit_jax.training.watchdog import StartAgain
 CONFIG = "config.json"
 # Errors of tensorstore that do not mean a damaged checkpoint.
 _NOT_ITS_FAULT = "PERMISSION_DENIED|UNAUTHENTICATED|RESOURCE_EXHAUSTED|UNAVAILABLE|DEADLINE_EXCEEDED"
-# Errors of tensorstore and `paths.errors` that may not occur in a later attempt.
+# Errors of tensorstore and `paths.errors` after which another attempt may succeed.
 _PASSES = "RESOURCE_EXHAUSTED|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|INTERNAL|the bucket gives no answer"
 
 
@@ -61,7 +61,7 @@ class DamagedCheckpointError(ValueError):
 
 class _Manager(ocp.CheckpointManager):
   def reached_preemption(self, step):
-    """Always False. Orbax would ask with the checkpoint's step, but the loop asks with a count that all processes share."""
+    """Always False: signals.py asks the runtime, with a count of its own. Orbax would ask with the step of a checkpoint."""
     return False
 
 
@@ -77,7 +77,7 @@ class Checkpoints:
     self._output = paths.absolute(output)
     self.folder = paths.join(self._output, "checkpoints")
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True, create=True)
-    # Without handlers by name, a new process can read the shapes of an item only on the devices that wrote it.
+    # Handlers by name let a new process read the shapes of an item on other devices than those that wrote the item.
     handlers: dict[str, Any] = {name: ocp.StandardCheckpointHandler() for name in ("params", "ema", "opt", "constants")}
     handlers["position"] = ocp.JsonCheckpointHandler()
     self._manager = _Manager(self.folder, options=options, item_handlers=handlers)
@@ -107,7 +107,7 @@ class Checkpoints:
     if self.latest() == step:
       return
     if jax.process_index() == 0 and self.is_marked(step):
-      paths.remove(self._mark(step))  # the mark of an earlier checkpoint, which no longer exists
+      paths.remove(self._mark(step))  # an earlier checkpoint of this step had the mark
     items = {**state, **({"constants": constants} if constants else {})}
     arrays = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
     with self._writing():
@@ -210,11 +210,7 @@ def read_config(folder: Any) -> Config:
 
 
 def stage_config(folder: Any, step: int | None = None) -> tuple[Config, int]:
-  """(configuration of the stage that made a checkpoint, step of the checkpoint). `step` None: the latest.
-
-  Raises:
-    ValueError: `folder` is no run folder, or has no such checkpoint.
-  """
+  """(configuration of the stage that made a checkpoint, its step; default: the latest). Raises ValueError if it is missing."""
   stages = make_stages(read_config(folder))
   with contextlib.closing(Checkpoints(folder)) as checkpoints:
     step = checkpoints.pick(step)

@@ -5,8 +5,8 @@ seconds. A second training finds this note. On the same machine it asks the syst
 machine or container it watches the counter for a while.
 
 A killed training stops counting, so it does not block the next one. Clocks of two machines are never compared. The note works
-on any disk and in a bucket. If two trainings start at the same moment, one of them exits at its next count. So does a training
-that slept until another one took the folder.
+on any disk and in a bucket. If two trainings start at the same moment, one of them exits at its next count. A training
+also exits if it slept, and another training took the folder.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ PATIENCE = 6  # periods to wait before a live holder is refused
 def claim(folder: str, taken: Callable, period: float = PERIOD) -> Iterator[None]:
   """Holds a run folder for this process while the block runs.
 
-  If the holder is on another machine, `claim` waits for its end, up to PATIENCE periods. This process may be its replacement.
+  If the holder is on another machine, `claim` waits up to PATIENCE periods until the holder ends. This process may replace it.
 
   Args:
     folder: of the run, on a disk or in a bucket.
@@ -73,8 +73,7 @@ def _wait_until_free(path, period):
   """Returns when the counter in the note at `path` has stopped. Raises ValueError if its process still counts."""
   found = _read(path)
   if found and found["machine"] == _machine():
-    began = _began(found["process"])
-    if began is not None and began == found["began"]:
+    if found["began"] is not None and _began(found["process"]) == found["began"]:
       raise ValueError(_refusal(path, found))
     return
   start = changed = time.monotonic()
@@ -101,7 +100,7 @@ def _read(path):
 def _machine():
   """The boot and the container of this process. Processes with the same value see each other's process ids.
 
-  A random text where the system tells neither, so that no other process has this value.
+  If the system does not tell them, the value is random, so that no other process has the same value.
   """
   try:
     start = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -124,8 +123,5 @@ def _name(found):
 
 
 def _refusal(path, found):
-  folder = os.path.dirname(path)
-  return (
-    f"config: output={folder!r}: {_name(found)} is training in this folder, as its {NAME} says. Stop that training, or give "
-    "another folder"
-  )
+  training = f"{_name(found)} is training in this folder, as its {NAME} says"
+  return f"config: output={os.path.dirname(path)!r}: {training}. Stop that training, or give another folder"

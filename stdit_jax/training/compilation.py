@@ -7,12 +7,12 @@ the GIL and needs no context. After a restart the programs come from the persist
 import concurrent.futures
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 
 from data.buckets import Bucket
-from stdit_jax.training.step import BucketProgram
+from stdit_jax.training.step import Program, Programs
 
 _HIT = "/jax/compilation_cache/cache_hits"
 _here = threading.local()  # whether the last compilation of this thread came from the cache
@@ -31,18 +31,16 @@ class AheadOfTime:
 
   Args:
     threads: number of programs that compile at the same time.
-    say: prints one line about each program, and one about all.
+    say: prints a line when a program is ready, and a line when all programs are ready.
   """
 
   def __init__(self, threads, say):
     self._say, self._pool = say, concurrent.futures.ThreadPoolExecutor(threads, "compilation")
-    self._lock = threading.Lock()
-    self._added, self._open, self._hits, self._seconds = 0, 0, 0, 0.0
+    self._lock, self._open, self._done = threading.Lock(), 0, []  # _done: [(from the cache, seconds)]
 
   def add(self, name: str, lowered: jax.stages.Lowered) -> concurrent.futures.Future:
     """Compiles a lowered program. Returns the future of the compiled program. Messages contain `name`."""
     with self._lock:
-      self._added += 1
       self._open += 1
     return self._pool.submit(self._compile, name, lowered)
 
@@ -50,61 +48,51 @@ class AheadOfTime:
     _here.hit, began = False, time.monotonic()
     compiled = lowered.compile()
     seconds = time.monotonic() - began
+    self._say(f"{name}: {'from the compilation cache' if _here.hit else 'compiled'} in {seconds:.1f} s")
     with self._lock:
       self._open -= 1
-      self._hits += _here.hit
-      self._seconds += seconds
-      done, hits, total, left = self._added - self._open, self._hits, self._seconds, self._open
-    self._say(f"{name}: {'from the compilation cache' if _here.hit else 'compiled'} in {seconds:.1f} s")
-    if not left:
-      self._say(f"{done} programs are ready: {hits} from the cache, {done - hits} compiled; {total:.1f} s in all")
+      self._done.append((_here.hit, seconds))
+      if not self._open:
+        done, (hits, total) = len(self._done), map(sum, zip(*self._done))
+        self._say(f"{done} programs are ready: {hits} from the cache, {done - hits} compiled; {total:.1f} s in all")
     return compiled
 
   def close(self) -> None:
-    """Drops the programs that do not compile yet."""
+    """Drops the programs that wait to be compiled."""
     self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 class StagePrograms:
-  """The compiled programs of one stage.
+  """The compiled programs of one stage. Waits for a program inside `paused`, so that the wait is no time of steps."""
 
-  Args:
-    programs: `step.Programs`; splits: of `StageData`; compiler: AheadOfTime.
-    beat: of the watchdog.
-    paused: context manager. The time of steps does not include the time inside.
-  """
-
-  def __init__(self, programs, splits, compiler, beat, paused):
+  def __init__(self, programs: Programs, splits: Mapping, compiler: AheadOfTime, beat: Callable, paused: Callable):
     self._programs, self._splits, self._compiler, self._beat, self._paused = programs, splits, compiler, beat, paused
-    self._gradients, self._update = {}, None
+    self._lowered = {}  # {bucket, or None for the update: (Program, future)}
 
   def prepare(self, buckets: Iterable[Bucket]) -> None:
-    """Lowers the programs of these buckets (`data.buckets.Bucket`) in their order, and starts to compile them."""
-    for i, bucket in enumerate(buckets):
-      self._beat(f"lowering {bucket.name}", slow=True)
-      self._lowered((bucket.resolution, bucket.num_frames), bucket.batch_size)
-      if i == 0 and self._update is None:
-        lowered = self._programs.update.lower(*self._programs.update_arguments())
-        self._update = self._compiler.add(f"{self._programs.name}: update", lowered)
+    """Lowers the programs of these buckets in their order, the update after the first, and starts to compile them."""
+    for bucket in buckets:
+      self._lower((bucket.resolution, bucket.num_frames), bucket.batch_size)
+      self._lower(None, 0)
 
-  def _lowered(self, bucket, rows):
-    if bucket not in self._gradients:
-      program = self._programs.gradient(bucket, rows, self._splits[bucket])
-      self._gradients[bucket] = program, self._compiler.add(program.name, program.lower())
-    return self._gradients[bucket]
+  def _lower(self, bucket, rows):
+    if bucket not in self._lowered:
+      program = self._programs.gradient(bucket, rows, self._splits[bucket]) if bucket else self._programs.update
+      self._beat(f"lowering {program.name}", slow=True)
+      self._lowered[bucket] = program, self._compiler.add(program.name, program.lower())
+    return self._lowered[bucket]
 
-  def gradient(self, bucket: tuple[str, int], rows: int) -> tuple[BucketProgram, jax.stages.Compiled]:
-    """(`step.BucketProgram`, its executable) of a bucket. Lowers a program that `prepare` did not get."""
-    program, compiled = self._lowered(bucket, rows)
-    return program, self._wait(program.name, compiled)
+  def gradient(self, bucket: tuple[str, int], rows: int) -> tuple[Program, jax.stages.Compiled]:
+    """(`step.Program`, its executable) of a bucket. Lowers the program if `prepare` did not."""
+    return self._finished(*self._lower(bucket, rows))
 
   def update(self) -> jax.stages.Compiled:
     """The executable of the update program."""
-    return self._wait(f"{self._programs.name}: update", self._update)
+    return self._finished(*self._lower(None, 0))[1]
 
-  def _wait(self, name, compiled):
-    if compiled.done():
-      return compiled.result()
-    self._beat(f"waiting for the program {name}", slow=True)
-    with self._paused():
-      return compiled.result()
+  def _finished(self, program, compiled):
+    if not compiled.done():
+      self._beat(f"waiting for the program {program.name}", slow=True)
+      with self._paused():
+        concurrent.futures.wait([compiled])
+    return program, compiled.result()

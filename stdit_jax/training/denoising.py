@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,29 +9,24 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from data import latents, plan, sources
+from data import latents, paths, plan, sources
 from data.config import DataConfig
-from stdit_jax.autoencoders.registry import check_lengths, family_of
-from stdit_jax.components import Components, load_denoiser, load_text_encoder, need_file
+from stdit_jax.autoencoders.registry import autoencoder_model, check_lengths, family_of
+from stdit_jax.components import REPLICATED, Components, load_denoiser, load_text_encoder, need_file
 from stdit_jax.conditioning import replace_rows
-from stdit_jax.config import Config
+from stdit_jax.config import Autoencoder, Config, TextEncoder
 from stdit_jax.diffusion.frame_masks import FrameMasks
 from stdit_jax.diffusion.noise import Purpose, element_index, fold_in, sample_keys, token_noise
 from stdit_jax.models import flops, t5
-from stdit_jax.parallel.shardings import AnyMesh, Layout, Tree
-from stdit_jax.training import latent_caches
-from stdit_jax.training.batches import DenoiserBatches, Encoders
+from stdit_jax.parallel.shardings import Layout, Tree
+from stdit_jax.training.batches import Encoders, denoiser_batch
 from stdit_jax.training.state import init_shapes
 
 QUARTERS = ("t 0-25%", "t 25-50%", "t 50-75%", "t 75-100%")  # of the timesteps
 
 
 class DenoiserObjective:
-  """Trains a denoiser, with or without its text encoder. training/objectives.py describes the methods.
-
-  Attributes:
-    components: of the stage.
-  """
+  """Trains a denoiser, with or without its text encoder. training/objectives.py describes the methods."""
 
   part = "denoiser"
   counts_flops = True
@@ -42,7 +36,7 @@ class DenoiserObjective:
     self.config = config
     self.components = Components.of(config)
     self.model, self.diffusion = self.components.model, self.components.diffusion
-    self.init, self.batch = self.components.init, self.components.batch  # with their descriptions there
+    self.init, self.batch = self.components.init, self.components.batch  # components.py describes both
     family, self.frame_masks = self.components.family, FrameMasks.create(dict(config.mask_ratios))
     self.masked = any(n != "identity" and p > 0 for n, p in zip(self.frame_masks.names, self.frame_masks.probabilities))
     if self.masked and not family.supports.frame_masks:
@@ -134,7 +128,7 @@ class DenoiserObjective:
     return rows * frames * space, rows * flops.TRAINING * self.components.family.flops(self.model.config, frames, space)
 
   def splits(self, num_frames: int, devices: int) -> bool:
-    """True: tokens are padded until the devices divide them."""
+    """True: padding makes the tokens of any clip divisible by the devices."""
     return True
 
   def data_config(self, config: DataConfig) -> DataConfig:
@@ -144,8 +138,15 @@ class DenoiserObjective:
     return config
 
   def open_cache(self, data: DataConfig, table: sources.Table) -> latents.Cache:
-    """The `data.latents.Cache` that replaces videos. Raises ValueError if it was made from other values."""
-    return latent_caches.open_cache(self.config, self.components.conditioner, data, table)
+    """The cache that replaces videos. Raises ValueError with the differences if it has another provenance than the stage."""
+    wanted = {**latents.made_from_clips(data, table), "autoencoder": autoencoder_identity(self.config.autoencoder)}
+    if self.config.autoencoder.sample_posterior:
+      wanted["log_variance"] = True
+    found, text = latents.find(data.latents, "latents", wanted), None
+    if self.components.conditioner.is_cached(data.latents):
+      wanted = {**latents.made_from_captions(data, table), "text_encoder": text_identity(self.config.text_encoder)}
+      text = latents.find(data.latents, "text", wanted)
+    return latents.Cache(found, text, table, data)
 
   def worker(self, cache: latents.Cache | None) -> Callable | None:
     """The function of captions and labels for the loader's workers, or None."""
@@ -154,11 +155,11 @@ class DenoiserObjective:
   def check_plan(self, clips: plan.Plan) -> None:
     """Accepts clips of every size."""
 
-  def batch_maker(self, encoders: Encoders, name: str) -> DenoiserBatches:
-    """`(LoadedStep, layout) -> global arrays` of the stage `name`. Loads the encoders that this needs."""
+  def batch_maker(self, encoders: Encoders, name: str) -> Callable[..., Tree]:
+    """`(LoadedStep, layout) -> global arrays` of the stage `name`. Loads the encoders of these batches."""
     clips = encoders.clips(self.config.autoencoder, name) if self._encodes_clips else None
     ahead = encoders.conditioner(self.components) if self._encodes_ahead else None
-    return DenoiserBatches(self.components, clips, ahead)
+    return functools.partial(denoiser_batch, self.components, clips, ahead)
 
   # A cache has no rows of the validation, so validation needs the encoders.
 
@@ -203,14 +204,30 @@ class DenoiserObjective:
     frozen = frozen | ({"denoiser": loaded["constants"]} if constants else {})
     return {**params, "denoiser": loaded["params"]}, frozen
 
-  def beside(self, bytes_per_device: Callable[[Any, AnyMesh, Sequence], int], mesh: AnyMesh) -> int:
-    """Bytes on one device of the encoders that are in neither `params` nor `frozen`.
+  @property
+  def encoders(self) -> Sequence[tuple[Tree, Sequence]]:
+    """(shapes, sharding rules) of each encoder that is in neither `params` nor `frozen`."""
+    autoencoder, conditioner = self.components.autoencoder.config, self.components.conditioner
+    text = [(t5.init_shapes(conditioner.encoder.config), t5.RULES)] if conditioner.ahead else []
+    return [(family_of(autoencoder).init_shapes(autoencoder), REPLICATED), *text]
 
-    `bytes_per_device(shapes, mesh, rules)` counts the bytes of a tree.
-    """
-    autoencoder = self.components.autoencoder.config
-    shapes = family_of(autoencoder).init_shapes(autoencoder)
-    total = sum(math.prod(s.shape) * s.dtype.itemsize for s in jax.tree.leaves(shapes))
-    if self.components.conditioner.ahead:
-      total += bytes_per_device(t5.init_shapes(self.components.conditioner.encoder.config), mesh, t5.RULES)
-    return total
+
+def autoencoder_identity(config: Autoencoder) -> dict[str, Any]:
+  """The values of the group `autoencoder` that decide the latents of pixels: the provenance of cached latents."""
+  fields = dataclasses.asdict(autoencoder_model(config).config)
+  del fields["remat"]
+  return {"name": config.name, "dtype": config.dtype, "fields": fields, **_fingerprint(config.weights)}
+
+
+def text_identity(config: TextEncoder) -> dict[str, Any]:
+  """The values of the group `text_encoder` that decide the features of captions."""
+  fields = dataclasses.asdict(t5.get_config(config.name, **config.fields))
+  fields = {name: value for name, value in fields.items() if name not in ("scan", "remat")}
+  tokenizer = paths.fingerprint(config.tokenizer) if paths.is_folder(config.tokenizer) else config.tokenizer
+  own = {name: getattr(config, name) for name in ("name", "max_length", "clean_captions")}
+  return {**own, "tokenizer": tokenizer, "fields": fields, **_fingerprint(config.weights)}
+
+
+def _fingerprint(path):
+  """{"weights": fingerprint of the file}, or {} without a file. A training from a cache does not need the file."""
+  return {"weights": paths.fingerprint(path)} if path and paths.exists(path) else {}

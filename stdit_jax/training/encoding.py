@@ -1,6 +1,6 @@
 """The work of `encode`: latents and text embeddings for the first epochs of the stages.
 
-`data/latents.py` has their keys, shards and readers. `latent_caches.py` has their provenance.
+`data/latents.py` has their keys, shards and readers. `denoising.py` has their provenance.
 """
 
 import contextlib
@@ -25,18 +25,18 @@ from stdit_jax.models import t5
 from stdit_jax.parallel.mesh import make_mesh
 from stdit_jax.parallel.shardings import Layout
 from stdit_jax.training import batches
-from stdit_jax.training.latent_caches import autoencoder_identity, text_identity
+from stdit_jax.training.denoising import autoencoder_identity, text_identity
 from stdit_jax.training.objectives import make_objective
-from stdit_jax.training.stages import Stage
+from stdit_jax.training.stages import Stage, naming
 
-_MICRO_BATCHES = 8  # per device and turn. A half empty last micro batch costs little among so many
+_MICRO_BATCHES = 8  # per device and turn. The last one may be half empty, which costs little among eight
 _CAPTIONS = 8  # per device and turn
 _AHEAD_BYTES = 2 << 30  # most bytes of decoded clips that wait for the encoder
 _RECORD_BYTES = 400  # approximate size of a record without its arrays
 
 
 def _one_behind(started: Iterator[Any]) -> Iterator[Any]:
-  """The items of an iterator, one item late. The devices then have the next turn while the host waits for this one."""
+  """The items of an iterator, one item late. So the devices compute the next item while the host waits for this item."""
   return (previous for previous, _ in itertools.pairwise(itertools.chain(started, [None])))
 
 
@@ -51,15 +51,13 @@ class Source:
   @classmethod
   def open(cls, stage: Stage, folder: str) -> "Source":
     """The data of a stage. Stores tables and plans in `folder`. Raises ValueError if no row fits, or if a file is missing."""
-    try:
+    with naming(stage.name):
       stage.config.data.validate()
       data = dataclasses.replace(make_objective(stage.config).data_config(stage.config.data), latents="")
       return cls(stage, data, plan.PlanSequence(sources.open_table(data, folder), data, folder))
-    except ValueError as error:
-      raise ValueError(f"config: stage {stage.name!r}: {error}") from None
 
   def made_for(self, epochs: int) -> dict[str, Any]:
-    """What the records are written for: the stage, and the plans of its first epochs."""
+    """A description of the stage and of the plans of its first epochs. The records are written for them."""
     identity = latents.plan_identity(self.data, self.plans.table)
     return {"stage": self.stage.name, "epochs": epochs, "plan": identity}
 
@@ -105,11 +103,9 @@ class LatentsWork:
 
   def sizes(self, keys: np.ndarray) -> np.ndarray:
     """Bytes of the record of each clip."""
-
-    def size(frames, height, width):
-      return self._autoencoder.latent_frames(frames) * math.prod(self._autoencoder.latent_size(height, width)) * self._bytes
-
-    return self._per_clip(keys, size) + _RECORD_BYTES
+    config, each = self._autoencoder, self._bytes
+    sizes = self._per_clip(keys, lambda t, *size: config.latent_frames(t) * math.prod(config.latent_size(*size)) * each)
+    return sizes + _RECORD_BYTES
 
   def expected_bytes(self, keys: np.ndarray) -> int:
     """Bytes of all records."""
@@ -139,14 +135,12 @@ class LatentsWork:
   def measure(self, keys: np.ndarray) -> tuple[float, str]:
     """(seconds per megapixel of the encoder alone, what was measured), for the clips whose size has most of the pixels.
 
-    Raises:
-      ValueError: no file of a sample of the rows exists.
+    Raises ValueError if no file of a sample of the rows exists.
     """
     loader.check_files(self.source.plans.table, latents.unpack(keys[:: -(-len(keys) // 64)])["row"].tolist())
-    values, counts = np.unique(self.cost(keys), return_counts=True)
-    most = values[(values * counts).argmax()]
-    key = keys[np.argmax(self.cost(keys) == most)]
-    fields = latents.unpack(key)
+    costs, first, counts = np.unique(self.cost(keys), return_index=True, return_counts=True)
+    most = (costs * counts).argmax()
+    fields = latents.unpack(keys[first[most]])
     resolution, _, size = latents.size_of(fields["resolution"], fields["ratio"])
     clips = [np.zeros((fields["num_frames"], *size, 3), np.uint8)] * self._turn(fields["num_frames"])
     self.encoder(clips)  # compiles
@@ -154,14 +148,14 @@ class LatentsWork:
     self.encoder(clips)
     seconds = (time.monotonic() - began) / len(clips)
     name = f"{resolution} x {fields['num_frames']}"
-    return seconds / most, f"{name} takes {seconds:.3g} s a clip on {jax.local_device_count()} device(s)"
+    return seconds / costs[most], f"{name} takes {seconds:.3g} s a clip on {jax.local_device_count()} device(s)"
 
   def records(self, keys: np.ndarray) -> Iterator[tuple[Any, dict[str, Any]]]:
     """Yields (key, record) of these clips in order. The caller must close it.
 
     Raises:
-      InputError: too many files can't be decoded. `away` then has the keys of the clips whose files do not exist. Their
-        disk may come back.
+      InputError: too many files can't be decoded. `away` then has the keys of the clips without a file. The caller drops
+        their records, since the disk may come back.
     """
     data, table = self.source.data, self.source.plans.table
     self.bad_rows = loader.BadRows(data.max_bad_rows, len(np.unique(latents.unpack(keys)["row"])))
@@ -177,21 +171,18 @@ class LatentsWork:
   def _turns(self, clips, bad_rows):
     """Yields the clips that are encoded together, [(key, clip)]: clips of one size that follow each other."""
     turn = []
-    while True:
-      try:
-        key, clip = next(clips)
+    try:
+      for key, clip in clips:
         if clip["away"]:
           self.away.append(key)
         bad_rows.add(clip["path"], clip["error"])
-      except StopIteration:
-        break
-      except (ValueError, RuntimeError) as error:
-        raise InputError(str(error)) from error
-      shape = clip["pixels"].shape
-      if turn and (shape != turn[0][1]["pixels"].shape or len(turn) == self._turn(shape[0])):
-        yield turn
-        turn = []
-      turn.append((key, clip))
+        shape = clip["pixels"].shape
+        if turn and (shape != turn[0][1]["pixels"].shape or len(turn) == self._turn(shape[0])):
+          yield turn
+          turn = []
+        turn.append((key, clip))
+    except (ValueError, RuntimeError) as error:
+      raise InputError(str(error)) from error
     if turn:
       yield turn
 
@@ -255,7 +246,7 @@ class TextWork:
     return self._decoders[number].caption(self._members[number].plans.table.row(slot_row), epoch, slot_row)
 
   def sizes(self, keys: np.ndarray) -> np.ndarray:
-    """Upper bound of the bytes of each record. Shards have as many captions as fit with this bound."""
+    """Upper bound of the bytes of each record. It decides the number of captions of a shard."""
     return np.full(len(keys), self._config.max_length * self._bytes + _RECORD_BYTES)
 
   def expected_bytes(self, keys: np.ndarray) -> float:
@@ -299,12 +290,12 @@ class TextWork:
     return seconds, f"a caption takes {seconds:.3g} s on {jax.local_device_count()} device(s)"
 
   def records(self, keys: np.ndarray) -> Iterator[tuple[Any, dict[str, Any]]]:
-    turns = (keys[begin : begin + self._turn] for begin in range(0, len(keys), self._turn))
-    turns = ((turn, [self._caption(key) for key in turn]) for turn in turns)
-    for turn, captions, lengths, features in _one_behind((*turn, *self._start(turn[1])) for turn in turns):
-      yield from self._finished(turn, captions, lengths, features)
+    def start(turn):
+      captions = [self._caption(key) for key in turn]
+      return turn, captions, *self._start(captions)
 
-  def _finished(self, turn, captions, lengths, features):
-    # The valid tokens come first, the padding last.
-    for key, caption, length, values in zip(turn, captions, lengths, np.asarray(features)):
-      yield key, {"caption": caption, "embedding": values[:length].astype(self.features["embedding"].np_dtype)}
+    turns = (start(keys[begin : begin + self._turn]) for begin in range(0, len(keys), self._turn))
+    for turn, captions, lengths, features in _one_behind(turns):
+      # The valid tokens come first, the padding last.
+      for key, caption, length, values in zip(turn, captions, lengths, np.asarray(features)):
+        yield key, {"caption": caption, "embedding": values[:length].astype(self.features["embedding"].np_dtype)}

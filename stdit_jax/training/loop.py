@@ -8,61 +8,29 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from data.loader import LoadedStep, Loader
+from data.loader import Loader
 from data.shards import duration
 from stdit_jax.errors import InputError
 from stdit_jax.parallel.shardings import Tree
 from stdit_jax.training.compilation import StagePrograms
 from stdit_jax.training.metrics import Averages, Metrics, Speed, speed_note, stage_note
 from stdit_jax.training.nonfinite import MicroStep, NonFinite, TooManyNonFinite
-from stdit_jax.training.preemption import Preempted, Preemption
-from stdit_jax.training.profiling import Profiler
 from stdit_jax.training.restarts import Restarts
 from stdit_jax.training.run import Run, say
-from stdit_jax.training.validation import Validation, describe
-
-
-class Feed:
-  """The batches of one stage after `taken` micro steps: encoded rows of the loader, as global arrays."""
-
-  def __init__(self, run, parts, speed, taken, skip):
-    self._run, self._splits, self._speed = run, parts.data.splits, speed
-    self.make_batch = run.batch_maker(parts)
-    self.loader = parts.data.loader(taken, skip)
-
-  def next(self, step: int) -> tuple[LoadedStep, Tree]:
-    """(LoadedStep, its arrays) for the optimizer step after `step`. Raises InputError for unreadable data."""
-    self._run.beat(f"step {step + 1}: waiting for data")
-    try:
-      with self._speed.waiting_for_data():
-        loaded = next(self.loader)
-    except (ValueError, RuntimeError) as error:  # too many bad files, or a disk that fails
-      raise InputError(str(error)) from error
-    name = f"{loaded.bucket[0]} x {loaded.bucket[1]}"
-    self._run.beat(f"step {step + 1}: making a batch of {name}", slow=True)  # may compile
-    return loaded, self.make_batch(loaded, self._splits[loaded.bucket].layout)
-
-  def __enter__(self):
-    return self
-
-  def __exit__(self, *_):
-    self.loader.close()
+from stdit_jax.training.signals import Preempted, Preemption, Profiler
+from stdit_jax.training.validation import Validation
 
 
 def train(run: Run, on_sample: Callable | None = None, restarts: Restarts | None = None, started: tuple | None = None) -> Tree:
-  """Runs all stages to the end.
+  """Runs all stages to the end. Returns the final state.
 
   Args:
-    run: `run.Run`.
     on_sample: `(step, state, frozen)`, called every `sample_every` steps and at the end.
-    restarts, started: a `Restarts` of the run and what its `start` returned; made and called here otherwise.
-
-  Returns:
-    the final state.
+    restarts, started: a `Restarts` of the run, and the result of its `start`. Without them, `train` makes its own.
 
   Raises:
     Preempted: the process received SIGTERM, and everything is saved.
-    InputError: the disk is full, too many files can't be decoded, or steps are not finite again after going back.
+    InputError: the disk is full, too many files can't be decoded, or steps fail again after `Restarts.go_back`.
   """
   beat, total = run.beat, run.total_steps
   restarts = restarts or Restarts(run)
@@ -70,6 +38,16 @@ def train(run: Run, on_sample: Callable | None = None, restarts: Restarts | None
   metrics = Metrics(run.config.output, step, total, active=jax.process_index() == 0)
   speed, profiler = Speed(list(run.mesh.devices.flat)), Profiler(run.config.output, run.config.profile_steps)
   compiled = [StagePrograms(p.programs, p.data.splits, run.compiler, beat, speed.paused) for p in run.parts]
+
+  def next_batch():
+    beat(f"step {step + 1}: waiting for data")
+    try:
+      with speed.waiting_for_data():
+        loaded = next(loader)
+    except (ValueError, RuntimeError) as error:  # too many bad files, or a disk that fails
+      raise InputError(str(error)) from error
+    beat(f"step {step + 1}: making a batch of {loaded.bucket[0]} x {loaded.bucket[1]}", slow=True)  # may compile
+    return loaded, make_batch(loaded, parts.data.splits[loaded.bucket].layout)
 
   def save():
     metrics.flush()
@@ -98,10 +76,11 @@ def train(run: Run, on_sample: Callable | None = None, restarts: Restarts | None
           validation.compile_ahead(run.compiler, run.counter, parts.programs.shapes[0]["ema"], parts.programs.shapes[1])
         accumulator = parts.programs.new_accumulator(state["params"])
         averages, nonfinite, save_due, failure = Averages(), NonFinite(config.max_nonfinite), False, None
+        make_batch = parts.objective.batch_maker(run.encoders, stage.name)
         try:
-          with Feed(run, parts, speed, taken, skip) as feed:
+          with parts.data.loader(taken, skip) as loader:
             began = time.monotonic()
-            batch: Any = feed.next(step)
+            batch: Any = next_batch()
             say(f"stage {stage.name!r}: the first batch is ready after {duration(time.monotonic() - began)}")
             # The time of steps does not include the start of the workers.
             speed.start_stage()
@@ -121,7 +100,7 @@ def train(run: Run, on_sample: Callable | None = None, restarts: Restarts | None
                 micro_steps.append(MicroStep(loaded.step, loaded.bucket, values["loss"], [s.path for s in loaded.samples]))
                 # The device works on this micro step while the host prepares the next one.
                 last = micro == accumulate - 1 and step + 1 == end
-                batch = None if last else feed.next(step)
+                batch = None if last else next_batch()
               update = programs.update()
               beat(f"step {step + 1}: update", slow=step == entered)
               state, accumulator, values = update(state, accumulator, np.int32(step))
@@ -135,11 +114,11 @@ def train(run: Run, on_sample: Callable | None = None, restarts: Restarts | None
               if step % config.log_every == 0 or step == end:
                 nonfinite.settle()
                 values, rates = averages.take(), speed.take()  # waits for the device
-                metrics.write(step, values | rates, speed_note(rates) + notes(feed.loader, nonfinite))
+                metrics.write(step, values | rates, speed_note(rates) + notes(loader, nonfinite))
               if validation and (step % config.validation.every == 0 or step == end):
                 beat(f"step {step}: validating", slow=True)
                 with speed.paused():
-                  validate(validation, step, state["ema"], frozen, feed.make_batch, metrics)
+                  validate(validation, step, state["ema"], frozen, make_batch, metrics)
               # The checkpoint waits for a finite step, so that the run never goes back to broken parameters.
               save_due = save_due or step % config.checkpoint_every == 0
               if save_due and not nonfinite.settle():
@@ -176,14 +155,13 @@ def train(run: Run, on_sample: Callable | None = None, restarts: Restarts | None
   return state
 
 
-def validate(
-  validation: Validation, step: int, params: Tree, frozen: Tree, make_batch: Callable[..., Tree], metrics: Metrics
-) -> None:
+def validate(validation: Validation, step: int, params: Tree, frozen: Tree, make_batch: Callable, metrics: Metrics) -> None:
   """Measures, records and prints the loss of these weights on fixed samples."""
   began = time.monotonic()
   values = validation(params, frozen, make_batch)
   metrics.record(step, {name: value for name, value in values.items() if np.isfinite(value)})
-  say(f"validation of step {step}: {describe(values)} in {duration(time.monotonic() - began)}")
+  text = ", ".join(f"{name.removeprefix('validation/')}: {value:.4g}" for name, value in values.items())
+  say(f"validation of step {step} in {duration(time.monotonic() - began)}: {text}")
 
 
 def notes(loader: Loader, nonfinite: NonFinite) -> str:

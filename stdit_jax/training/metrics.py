@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import functools
 import json
 import math
 import os
@@ -9,7 +10,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,14 +24,14 @@ from stdit_jax.parallel.topology import peak_tflops
 MAX_DATA_SHARE = 0.02  # of the step time; above it the console gives advice
 UPLOAD_SECONDS = 60.0  # between uploads to a bucket, which stores whole files only
 _USUAL = {"nonfinite": 0, "stepped": 1}  # values that the console does not show
-SHARE = "/share"  # ending of the share of samples that count for the value of the same name
+SHARE = "/share"  # "NAME/share" is the share of the samples that have a value NAME
 
 
 class Averages:
   """Means over the steps since the last line. Values stay on the device until `take`, so that no step waits.
 
-  Non-finite values are skipped, like their steps in the update program. `nonfinite` is their share. If only a share of the
-  samples counts for a value, `add` takes two entries: NAME, which is zero for the other samples, and NAME/share.
+  `take` skips non-finite values, since the update program skips their steps. A value that only some samples have needs two
+  entries: NAME, the mean with zeros for the other samples, and NAME/share, the share of the samples that have the value.
   """
 
   def __init__(self):
@@ -74,43 +75,41 @@ class Speed:
     self._start()
 
   def _start(self):
-    self._began, self._paused, self._data, self._tokens, self._flops, self._steps = time.monotonic(), 0.0, 0.0, 0, 0, 0
+    self._began, self._sums = time.monotonic(), collections.defaultdict(float)
 
   def micro_step(self, work: tuple[float, float]) -> None:
     """Counts the (tokens, FLOPs) of a micro step."""
-    self._tokens, self._flops = self._tokens + work[0], self._flops + work[1]
+    self._sums["tokens"] += work[0]
+    self._sums["flops"] += work[1]
 
   def step(self) -> None:
-    self._steps += 1
+    self._sums["steps"] += 1
 
   @contextlib.contextmanager
-  def waiting_for_data(self) -> Iterator[None]:
+  def _timed(self, what):
     began = time.monotonic()
     yield
-    self._data += time.monotonic() - began
+    self._sums[what] += time.monotonic() - began
 
-  @contextlib.contextmanager
-  def paused(self) -> Iterator[None]:
-    began = time.monotonic()
-    yield
-    self._paused += time.monotonic() - began
+  waiting_for_data = functools.partialmethod(_timed, "data")
+  paused = functools.partialmethod(_timed, "paused")
 
   def take(self) -> dict[str, float]:
     """Returns {"speed/...": value} since the last call."""
-    seconds = max(time.monotonic() - self._began - self._paused, 1e-9)
-    values = {"step_seconds": seconds / max(self._steps, 1), "data_seconds": self._data / max(self._steps, 1)}
-    values["data_share"] = self._data / seconds
-    if self._tokens:
-      values["tokens_per_second"] = self._tokens / seconds
-    if self._flops:
-      values["tflops_per_device"] = self._flops / seconds / self._devices / 1e12
+    sums, steps = self._sums, max(self._sums["steps"], 1)
+    seconds = max(time.monotonic() - self._began - sums["paused"], 1e-9)
+    values = {"step_seconds": seconds / steps, "data_seconds": sums["data"] / steps, "data_share": sums["data"] / seconds}
+    if sums["tokens"]:
+      values["tokens_per_second"] = sums["tokens"] / seconds
+    if sums["flops"]:
+      values["tflops_per_device"] = sums["flops"] / seconds / self._devices / 1e12
       if self._peak:
         values["mfu"] = values["tflops_per_device"] / self._peak
     memory = jax.local_devices()[0].memory_stats() or {}
     for key, name in (("bytes_in_use", "hbm_gib"), ("peak_bytes_in_use", "hbm_peak_gib")):
       if key in memory:
         values[name] = memory[key] / 2**30
-    self._stage += self._steps, seconds, self._data
+    self._stage += sums["steps"], seconds, sums["data"]
     self._start()
     return {f"speed/{name}": value for name, value in values.items()}
 
@@ -138,26 +137,24 @@ def speed_note(values: Mapping[str, float]) -> str:
 
 
 class Metrics:
-  """Writes the measurements of the loop. Only the first process writes.
+  """Writes the measurements of the loop, on the first process only (`active`).
 
   A bucket cannot append to a file. So the files of a run in a bucket grow in a local folder, and `flush` uploads them whole.
   """
 
   def __init__(self, output: str, first_step: int, total_steps: int, active: bool = True):
-    self._active, self._total = active, total_steps
+    self._active, self._total, self._output = active, total_steps, output
     self.start_stage(first_step)
-    if not active:
-      return
-    self._output, self._folder, self._uploaded = output, output, time.monotonic()
-    if paths.is_remote(output):
-      self._folder = tempfile.mkdtemp(prefix="stdit_jax-")
-    path = os.path.join(self._folder, "metrics.jsonl")
-    if paths.exists(old := paths.join(output, "metrics.jsonl")):
+    self._remote, self._uploaded = active and paths.is_remote(output), time.monotonic()
+    self._folder = tempfile.mkdtemp(prefix="stdit_jax-") if self._remote else output
+    path = os.path.join(self._folder, "metrics.jsonl") if active else os.devnull
+    if active and paths.exists(old := paths.join(output, "metrics.jsonl")):
       # The run repeats the steps after its checkpoint: drop their lines.
       lines = paths.read_text(old).splitlines()
       paths.write_text(path, "".join(f"{line}\n" for line in lines if _step(line) <= first_step))
     self._file = open(path, "a")  # noqa: SIM115 - open as long as the run
-    self._board = SummaryWriter(os.path.join(self._folder, "tensorboard"), purge_step=first_step or None)
+    folder = os.path.join(self._folder, "tensorboard")
+    self._board = SummaryWriter(folder, purge_step=first_step or None, write_to_disk=active)
 
   def start_stage(self, step: int) -> None:
     """Starts a stage after step `step`. The time left is estimated from the steps of this stage alone."""
@@ -169,8 +166,6 @@ class Metrics:
 
     The time left assumes the mean rate of this stage for all remaining steps, also for those of later stages.
     """
-    if not self._active:
-      return
     now = time.monotonic()
     rate = (step - self._last_step) / max(now - self._last_time, 1e-9)
     mean_rate = (step - self._first_step) / max(now - self._start, 1e-9)
@@ -178,29 +173,26 @@ class Metrics:
     left = duration((self._total - step) / mean_rate) if mean_rate else "?"
     self.record(step, values)
     shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if "/" not in name and _USUAL.get(name) != value)
-    print(f"step {step}/{self._total}  {shown}  {rate:.2f} steps/s  {left} left{note}", flush=True)
+    if self._active:
+      print(f"step {step}/{self._total}  {shown}  {rate:.2f} steps/s  {left} left{note}", flush=True)
 
   def record(self, step: int, values: Mapping[str, float]) -> None:
     """Records scalars at optimizer step `step` without printing."""
-    if not self._active:
-      return
     self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
     self._file.flush()
     for name, value in values.items():
       self._board.add_scalar(name.replace(" ", "_"), value, step)
-    if paths.is_remote(self._output) and time.monotonic() - self._uploaded > UPLOAD_SECONDS:
+    if self._remote and time.monotonic() - self._uploaded > UPLOAD_SECONDS:
       self.flush()
 
   def flush(self) -> None:
-    """Writes all values to the output folder. Called before a checkpoint, whose run resumes after these values."""
-    if not self._active:
-      return
+    """Writes all values to the output folder. Called before a checkpoint, so that a resumed run has the earlier values."""
     self._file.flush()
     self._board.flush()
     self._upload()
 
   def _upload(self):
-    if not paths.is_remote(self._output):
+    if not self._remote:
       return
     self._uploaded = time.monotonic()
     try:
@@ -209,12 +201,10 @@ class Metrics:
       print(f"warning: metrics could not be written to {self._output}: {error.strerror}", file=sys.stderr, flush=True)
 
   def close(self) -> None:
-    if not self._active:
-      return
     self._file.close()
     self._board.close()
     self._upload()
-    if paths.is_remote(self._output):
+    if self._remote:
       shutil.rmtree(self._folder)
 
 

@@ -1,7 +1,7 @@
 """Counts optimizer steps with a non-finite loss or gradient. Too many in a row raise `TooManyNonFinite`.
 
-The update program itself skips such a step (`step.update`). So the check may be late: it looks at a step after the next one was
-dispatched, and the device never waits for the host.
+The update program itself skips such a step (`step.update`). So the check may be late. The host checks a step after it has
+dispatched the following step, and the device never waits for the host.
 """
 
 import dataclasses
@@ -25,10 +25,6 @@ class MicroStep:
   loss: Any
   paths: list[str]
 
-  def failed(self) -> bool:
-    """Whether the loss is not finite. Waits for the device."""
-    return not math.isfinite(float(self.loss))
-
   def __str__(self):
     names = ", ".join(sorted(set(self.paths))[:3]) + (", ..." if len(set(self.paths)) > 3 else "")
     return f"plan position {self.position} ({self.bucket[0]} x {self.bucket[1]}): loss {float(self.loss):g}, {names}"
@@ -44,12 +40,12 @@ class TooManyNonFinite(Exception):  # noqa: N818 - the run goes back to a checkp
   def positions(self) -> list[int]:
     """Plan positions of the micro steps with a non-finite loss.
 
-    If all losses of an optimizer step are finite, its gradient was not. Then all of its micro steps count as failed.
+    If all losses of an optimizer step are finite, a gradient is not. Then all micro steps of this step count as failed.
     """
     found = set()
     for _, micro_steps in self.steps:
-      failed = [m for m in micro_steps if m.failed()] or micro_steps
-      found |= {m.position for m in failed}
+      failed = [m for m in micro_steps if not math.isfinite(float(m.loss))]
+      found |= {m.position for m in failed or micro_steps}
     return sorted(found)
 
   def report(self) -> str:
@@ -59,14 +55,10 @@ class TooManyNonFinite(Exception):  # noqa: N818 - the run goes back to a checkp
 
 
 class NonFinite:
-  """Checks the steps of one stage, one step late, with the same result on every process.
-
-  Attributes:
-    limit: non-finite steps in a row that raise TooManyNonFinite; count: skipped steps so far.
-  """
+  """Checks the steps of one stage, one step late, with the same result on every process. `count`: skipped steps so far."""
 
   def __init__(self, limit: int):
-    self.limit, self.count, self._row, self._last = limit, 0, [], None
+    self.limit, self.count, self._row, self._last = limit, 0, [], None  # `limit` steps in a row raise TooManyNonFinite
 
   def after(self, step: int, nonfinite: Any, micro_steps: list[MicroStep]) -> None:
     """Checks the previous optimizer step, after step `step` was dispatched. Raises TooManyNonFinite."""
@@ -74,11 +66,7 @@ class NonFinite:
     self._last = step, nonfinite, micro_steps
 
   def settle(self) -> int:
-    """Checks the last step, which waits for the device. Returns the number of non-finite steps in a row up to it.
-
-    Raises:
-      TooManyNonFinite: this number reaches the limit.
-    """
+    """Waits for the device and checks the last step. Returns the number of non-finite steps in a row up to this step."""
     if self._last is not None:
       step, nonfinite, micro_steps = self._last
       self._last = None

@@ -4,13 +4,16 @@ The configuration of a stage makes an objective. It has
 
   part                 what it trains, the name of its parameters in a checkpoint
   rules                sharding rules of its parameters
-  resizable            beginnings of names of arrays whose leading axis a later stage may change (transition.py)
-  from_files           names in `frozen` that every start reads from files, and that no checkpoint has
+  resizable            parts of array names. A later stage may change the first axis of these arrays (transition.py)
+  from_files           names in `frozen`. Every start reads these weights from files. Checkpoints do not have them
   counts_flops         whether `work` counts FLOPs
-  shapes, init(key)    (params, frozen): parameters that train, with averages and checkpoints; and constants
-  loss, fixed_loss, fixed_names                  the loss per sample of a batch in training, and in validation
-  batch, work, splits, data_config, worker, open_cache, check_plan, batch_maker    its data
-  check_files, read_frozen, read_initial, load_checkpoint, beside                  its weights
+  shapes, init(key)    (params, frozen). `params` train, and have averages. `frozen` are constants
+  loss                 the loss per sample of a batch in training
+  fixed_loss           the losses of a batch in validation, one row per timestep; fixed_names: the names of these rows
+  batch, work, data_config, worker, open_cache, check_plan, batch_maker            its data
+  splits               whether the mesh may split the tokens of clips of this length
+  check_files, read_frozen, read_initial, load_checkpoint                          its weights
+  encoders             (shapes, sharding rules) of each encoder that is in neither `params` nor `frozen`
 
 All randomness comes from the key of the sample.
 """

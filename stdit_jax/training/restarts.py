@@ -5,20 +5,22 @@ The step alone tells the stage, and the number of micro steps of the data so far
 """
 
 import contextlib
+import functools
 import json
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from data import paths
 from stdit_jax.errors import InputError
 from stdit_jax.parallel.shardings import Tree, tree_shardings, with_shardings
-from stdit_jax.training import initial, transition
-from stdit_jax.training.checkpoints import CONFIG, DamagedCheckpointError, plain
+from stdit_jax.training import transition
+from stdit_jax.training.checkpoints import CONFIG, DamagedCheckpointError, is_run_folder, load_weights, plain, stage_config
 from stdit_jax.training.nonfinite import TooManyNonFinite
-from stdit_jax.training.objectives import Objective
+from stdit_jax.training.objectives import Objective, part_of
 from stdit_jax.training.run import Run, StageParts, say, warn
 from stdit_jax.training.stages import Stage, changed_keys, identity
 from stdit_jax.training.state import new_state
@@ -44,13 +46,13 @@ class Restarts:
         checkpoint that does not exist.
     """
     self.run.beat("starting", slow=True)
-    # The first process may have waited for another run to release the folder: this reads what that run saved.
+    # The first process may have waited until another run released the folder. `reload` finds the checkpoints of that run.
     if jax.process_count() > 1:
       multihost_utils.sync_global_devices("the folder is ours")
     self.checkpoints.reload()
     found, wanted = self.checkpoints.steps(), self.run.config.resume
     if wanted.isdigit() and self._went_back(found, wanted):
-      say(f"the run went back to step {wanted} before, and now resumes. To go back again, move newer checkpoints away")
+      say(f"the run already went back to step {wanted} and resumes. To go back again, move the newer checkpoints away")
       wanted = "auto"
     if wanted == "required" and not found:
       raise ValueError(f"config: resume='required', but {self.run.config.output} has no checkpoint")
@@ -58,32 +60,26 @@ class Restarts:
       raise ValueError(f"config: resume={wanted!r}, but {self.run.config.output} has only checkpoints {found}")
     for key in self.run.changed if found else ():
       say(f"config: {key} has changed since this run began")
-    for step in reversed(found):
-      if wanted.isdigit() and step != int(wanted):
+    for step in [int(wanted)] if wanted.isdigit() else reversed(found):
+      if self.checkpoints.is_marked(step):
+        warn(f"a process could not read checkpoint {step}; trying an older one")
         continue
-      if restored := self._try(step):
-        if newer := [s for s in found if s > step]:
-          folder = self.checkpoints.set_aside(newer)  # else the run could not save these steps again
-          warn(f"newer checkpoints, of steps {', '.join(map(str, newer))}, were moved to {folder}")
-        say(f"resumed from step {step} of {self.run.config.output}")
-        return *restored, step
+      try:
+        state, frozen = self._restore(step)
+      except DamagedCheckpointError as error:
+        warn(f"{error}; trying an older one")
+        continue
+      if newer := [s for s in found if s > step]:
+        folder = self.checkpoints.set_aside(newer)  # else the run could not save these steps again
+        warn(f"newer checkpoints, of steps {', '.join(map(str, newer))}, were moved to {folder}")
+      say(f"resumed from step {step} of {self.run.config.output}")
+      return state, frozen, step
     if found:
       raise ValueError(f"no checkpoint in {self.checkpoints.folder} can be read; move them away to start anew")
     state, frozen = self._initial()
     if jax.process_index() == 0:
       paths.write_text(paths.join(self.run.config.output, CONFIG), json.dumps(plain(self.run.config), indent=1))
     return state, frozen, 0
-
-  def _try(self, step):
-    """(state, frozen) of a checkpoint, None if it is damaged."""
-    if self.checkpoints.is_marked(step):
-      warn(f"a process could not read checkpoint {step}; trying an older one")
-      return None
-    try:
-      return self._restore(step)
-    except DamagedCheckpointError as error:
-      warn(f"{error}; trying an older one")
-      return None
 
   def _went_back(self, steps, wanted):
     """Whether the run already went back to `wanted` and has newer checkpoints. A supervisor repeats the same command."""
@@ -92,20 +88,20 @@ class Restarts:
     return False
 
   def _initial(self):
-    """(state, frozen) of step 0."""
-    parts, key = self.run.parts[0], jax.random.key(self.run.config.seed)
-    params, frozen = initial.initial_weights(parts.objective, parts.stage.config, key, self.run.mesh)
-    place = jax.jit(lambda p: new_state(p, parts.programs.optimizer), out_shardings=parts.programs.state_shardings)
-    return place(params), frozen
+    """(state, frozen) of step 0: the original initialisation, replaced by the files of the configuration."""
+    parts, mesh, path = self.run.parts[0], self.run.mesh, self.run.config.init
+    objective, programs, key = parts.objective, parts.programs, jax.random.key(self.run.config.seed)
+    params, frozen = jax.jit(objective.init, out_shardings=tree_shardings(objective.shapes, mesh, objective.rules))(key)
+    params, frozen = objective.read_initial(params, mesh), frozen | objective.read_frozen(mesh)
+    if path:
+      load = functools.partial(from_run, objective) if is_run_folder(path) else objective.load_checkpoint
+      params, frozen = load(path, params, frozen, mesh)
+    return jax.jit(lambda p: new_state(p, programs.optimizer), out_shardings=programs.state_shardings)(params), frozen
 
   def _restore(self, step):
-    """(state, frozen) of a checkpoint. Sets `skip`.
+    """(state, frozen) of a checkpoint. Sets `skip`. Raises ValueError as `start`, and DamagedCheckpointError.
 
-    Raises:
-      DamagedCheckpointError: the checkpoint can't be read.
-      StartAgain: the same in a run of several processes, since others may not see the damage. The next start skips this
-        checkpoint.
-      ValueError: as `start`.
+    In a run of several processes, others may not see the damage. Then StartAgain is raised, and the next start skips this step.
     """
     parts, made = self.run.parts_of(step), self.run.parts_that_made(step)
     try:
@@ -117,8 +113,8 @@ class Restarts:
           f"({', '.join(other)}); give the stages the steps that they had"
         )
       same = self._check_data(step, parts, position)
-      shapes = made.programs.shapes[0], constants(made.objective)
-      places = (with_shardings(tree, self.run.mesh, made.objective.rules) for tree in shapes)
+      constants = {n: tree for n, tree in made.objective.shapes[1].items() if n not in made.objective.from_files}
+      places = (with_shardings(tree, self.run.mesh, made.objective.rules) for tree in (made.programs.shapes[0], constants))
       state, frozen = self.checkpoints.restore(step, *places)
     except DamagedCheckpointError as error:
       if jax.process_count() == 1:
@@ -130,9 +126,9 @@ class Restarts:
     return state, frozen | made.objective.read_frozen(self.run.mesh)
 
   def _check_data(self, step, parts, position):
-    """Whether the stage continues the data of the checkpoint. Raises ValueError if it must and does not."""
+    """Whether the stage continues the data of the checkpoint. If not, raises ValueError, unless `restart_data` is set."""
     restart = self.run.config.restart_data
-    # A new stage after the end of a run begins with its own data.
+    # The checkpoint ends the previous stage, and this stage was added later. It begins with its own data.
     if step == parts.stage.start and position["stage"] != parts.stage.name:
       return True
     same = parts.data.check_same(position["data"], restart)
@@ -147,7 +143,7 @@ class Restarts:
     parts, made = self.run.parts_of(step), self.run.parts_that_made(step)
     stage = parts.stage
     taken = (step - stage.start) * stage.config.optimizer.accumulate
-    position = {"step": step, "stage": stage.name, "data": parts.data.identity(), "skip": self.skip}
+    position = {"step": step, "stage": stage.name, "data": parts.data.identity, "skip": self.skip}
     position["sources"] = parts.data.sources(taken, self.skip.get(stage.name, ()))
     position["config"] = plain(made.stage.config)  # a reader needs the model of this step; config.json may have another
     own = {name: tree for name, tree in frozen.items() if name not in made.objective.from_files}
@@ -156,8 +152,7 @@ class Restarts:
   def go_back(self, failure: TooManyNonFinite) -> tuple[Tree, Tree, int]:
     """(state, frozen, step) of the last checkpoint. From there the run skips the failed micro steps.
 
-    Raises:
-      InputError: the run went back to this checkpoint before.
+    Raises InputError if the run already went back to this checkpoint.
     """
     self.run.beat("going back to the last checkpoint", slow=True)
     self.checkpoints.wait()
@@ -189,7 +184,7 @@ class Restarts:
   def enter(self, parts: StageParts, state: Tree, frozen: Tree, step: int) -> tuple[Tree, Tree]:
     """(state, frozen) for the stage at `step`.
 
-    Changes the model if the stage has another one. Resets the optimizer at the start of a stage with keep_optimizer=False.
+    Changes the model if the stage has another model. Resets the optimizer at the start of a stage with keep_optimizer=False.
     """
     objective, optimizer = parts.objective, parts.programs.optimizer
     before, own = transition.by_name(state["params"], frozen), transition.by_name(*objective.shapes)
@@ -205,9 +200,18 @@ class Restarts:
     return state, frozen
 
 
-def constants(objective: Objective) -> Tree:
-  """Shapes of the part of `frozen` that a checkpoint has, such as the null caption. Every start reads the rest from files."""
-  return {name: tree for name, tree in objective.shapes[1].items() if name not in objective.from_files}
+def from_run(objective: Objective, path: str, params: Tree, frozen: Tree, mesh: Mesh) -> tuple[Tree, Tree]:
+  """(params, frozen) with the averaged weights of another run's folder. Raises ValueError for another model."""
+  config, step = stage_config(path)
+  if (part := part_of(config)) != (own := objective.part):
+    raise ValueError(f"config: init={path!r} is a run that trains the {part}; this run trains the {own}; give another init")
+  loaded, constants, _ = load_weights(path, step=step, mesh=mesh, rules=objective.rules)
+  new = params | {n: loaded[n] for n in params if n in loaded}, frozen | {n: constants[n] for n in frozen if n in constants}
+  ours, theirs = ({name: tuple(x.shape) for name, x in transition.by_name(*trees).items()} for trees in ((params, frozen), new))
+  if wrong := sorted({name for name, _ in ours.items() ^ theirs.items()}):
+    details = "; ".join(f"{n}: {theirs.get(n, 'missing')}, model has {ours.get(n, 'none')}" for n in wrong[:5])
+    raise ValueError(f"{path} belongs to another model: {len(wrong)} parameters differ ({details})")
+  return new
 
 
 def check_place(step: int, stage: Stage, position: Mapping[str, Any]) -> None:

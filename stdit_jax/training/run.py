@@ -1,13 +1,12 @@
 """`Run`: devices, mesh, and the objective, programs and data of each stage, all checked.
 
-Making it compiles nothing, and writes at most indices and plans of the data to the output folder.
+`Run(config)` compiles nothing. It writes at most indices and plans of the data to the output folder.
 """
 
 import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable
 from typing import Any, TextIO
 
 import jax
@@ -16,7 +15,6 @@ from data import paths
 from stdit_jax.components import need_file
 from stdit_jax.config import Config
 from stdit_jax.parallel.mesh import make_mesh
-from stdit_jax.parallel.shardings import Tree
 from stdit_jax.training import claim
 from stdit_jax.training.batches import Encoders
 from stdit_jax.training.checkpoints import CONFIG, Checkpoints, from_plain, plain
@@ -60,7 +58,7 @@ def check_output(folder: str, config: Config) -> list[str]:
   try:
     if not paths.exists(path) and (others := _foreign(folder)):
       raise ValueError(
-        f"config: output={folder!r} holds {', '.join(others[:3])} and no {CONFIG}: it is no run of ours; give another folder"
+        f"config: output={folder!r} holds {', '.join(others[:3])} and no {CONFIG}, so no training made it; give another folder"
       )
     paths.check_writable(folder, "config: output")
     if not paths.exists(path):
@@ -75,13 +73,13 @@ def check_output(folder: str, config: Config) -> list[str]:
     for key in changed_keys(before[name], now[name]):
       raise ValueError(
         f"config: output={folder!r} belongs to another run: {key} differs in stage {name!r}; give another output folder, "
-        "or the config of that run (a stage that has not begun may change under another name)"
+        "or the config of that run. To change a stage that has not begun, rename it"
       )
   return [key for key in changed_keys(old, plain(config)) if key not in ("resume", "restart_data", "compilation_cache")]
 
 
 def _foreign(folder):
-  """Names in a folder that no run of this project writes before its first checkpoint."""
+  """Names of files in `folder` that a run without a checkpoint cannot have written."""
   # A dot starts the temporary names of `paths.whole`. Older versions wrote tables to tmp*.
   data = [n for n in paths.names(paths.join(folder, "data")) if not n.removeprefix(".").startswith(("table-", "plan-", "tmp"))]
   own = {"checkpoints", "compilation_cache", claim.NAME} | (set() if data else {"data"})
@@ -89,18 +87,15 @@ def _foreign(folder):
   return [name for name in paths.names(folder) if name not in own and not name.startswith(temporary)]
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class StageParts:
-  """The parts of one stage.
-
-  Attributes: stage; objective: of the stage; programs: `step.Programs`; data: `StageData`; validation: `Validation`, or None.
-  """
+  """The parts of one stage."""
 
   stage: Stage
   objective: Any
   programs: Programs
   data: StageData
-  validation: Validation | None = None
+  validation: Validation | None
 
 
 class Run:
@@ -108,7 +103,7 @@ class Run:
 
   Args:
     config: of the run, as `Config.of` takes it.
-    beat: called with the next activity, and whether it may take long (`watchdog.Watchdog.beat`).
+    beat: `(activity, slow)`, called when the run begins an activity (`watchdog.Watchdog.beat`).
 
   Attributes:
     config, mesh; stages: list of `Stage`; total_steps: of all stages; parts: list of `StageParts`, one per stage.
@@ -130,14 +125,13 @@ class Run:
       need_file(config.init, "init")
     made = [self._programs(stage) for stage in self.stages]
     self.changed = check_output(config.output, config)
-    self.parts = [
-      StageParts(stage, objective, programs, StageData(stage, config.output, self.mesh, objective))
-      for stage, (objective, programs) in zip(self.stages, made)
-    ]
+    self.parts = []
+    for stage, (objective, programs) in zip(self.stages, made):
+      sources = stage, config.output, self.mesh, objective
+      data = StageData(*sources)
+      validation = Validation(*sources) if stage.config.validation.every else None
+      self.parts.append(StageParts(stage, objective, programs, data, validation))
     self._check_split()
-    for parts in self.parts:
-      if parts.stage.config.validation.every:
-        parts.validation = Validation(parts.stage, config.output, self.mesh, parts.objective)
     self.checkpoints = Checkpoints(config.output, config.keep_checkpoints)
     self.compiler = AheadOfTime(config.compile_threads, say)
     self.encoders = Encoders(self.counter, self.mesh)
@@ -171,9 +165,5 @@ class Run:
     return self.parts[stage_of(self.stages, step).index]
 
   def parts_that_made(self, step: int) -> StageParts:
-    """`StageParts` of the stage whose model is in a checkpoint after `step` optimizer steps."""
+    """`StageParts` of the stage that made the checkpoint after `step` optimizer steps."""
     return self.parts[stage_that_made(self.stages, step).index]
-
-  def batch_maker(self, parts: StageParts) -> Callable[..., Tree]:
-    """`(LoadedStep, layout) -> global arrays` of a stage."""
-    return parts.objective.batch_maker(self.encoders, parts.stage.name)

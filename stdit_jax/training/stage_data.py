@@ -63,6 +63,7 @@ class StageData:
     config: its `DataConfig`.
     cache: the `data.latents.Cache` that replaces videos, or None.
     report: buckets of the rows in the first epoch. It prints as a table.
+    identity: the values on which the plan depends. A checkpoint stores them.
     splits: {(resolution, frames): Split}.
 
   Raises:
@@ -79,19 +80,15 @@ class StageData:
       table = sources.open_table(self.config, self.folder)
       self.cache = objective.open_cache(self.config, table) if self.config.latents else None
       self._plans = plan.PlanSequence(table, self.config, self.folder, self.cache)
-      self.report = self._plans.report(0)
+      self.report, self.identity = self._plans.report(0), self._plans.description
     self._condition = objective.worker(self.cache)
     self.splits = choose_splits(stage, self.config.parsed_buckets(), mesh, objective)
     with naming(stage.name):
       objective.check_plan(self._plans.plan(0))
 
-  def identity(self) -> dict[str, Any]:
-    """The values on which the plan depends. A checkpoint stores them."""
-    return self._plans.description
-
   def check_same(self, old: dict[str, Any], restart: bool) -> bool:
     """Whether the checkpoint was made with this plan. If not, raises ValueError with the changes, unless `restart` is set."""
-    changes = plan.changed_keys(old, self.identity())
+    changes = plan.changed_keys(old, self.identity)
     if changes and not restart:
       raise ValueError(
         f"config: the data of stage {self.stage!r} is not that of the checkpoint ({'; '.join(changes)}); restore it, or "
@@ -100,16 +97,16 @@ class StageData:
     return not changes
 
   def sources(self, taken: int, skip: Iterable[int] = ()) -> list[int]:
-    """With a cache: the encoded epochs that epochs 0, 1, ... repeat, up to the epoch of the next micro step. Else [].
+    """[encoded epoch that training epoch 0 reads, that epoch 1 reads, ...], up to the current epoch. [] without a cache.
 
-    A checkpoint stores them.
+    A checkpoint stores this list. Training epochs after the last encoded epoch read the encoded epochs again.
     """
     if self.cache is None:
       return []
     return [self._plans.source(epoch) for epoch in range(self._plans.locate(plan.place(taken, skip))[0] + 1)]
 
   def follow(self, sources: Iterable[int]) -> None:
-    """Makes the epochs of a checkpoint repeat the same encoded epochs, also if `encode` added epochs since."""
+    """Keeps the result of `sources` from a checkpoint, even if `encode` has added epochs since then."""
     if self.cache is not None:
       self.cache.followed = dict(enumerate(sources))
 

@@ -73,12 +73,12 @@ def make_stages(config: Any) -> list[Stage]:
 
 
 def stage_of(stages: Sequence[Stage], step: int) -> Stage:
-  """The stage of optimizer step `step`. After the end of the run, its last stage."""
+  """The stage of optimizer step `step` (0 = the first). A step after the end of the run belongs to the last stage."""
   return next((stage for stage in stages if step < stage.start + stage.steps), stages[-1])
 
 
 def stage_that_made(stages: Sequence[Stage], step: int) -> Stage:
-  """The stage whose model is in a checkpoint after `step` optimizer steps: the stage of the last of these steps."""
+  """The stage that made the checkpoint after `step` optimizer steps. It is the stage of the last of these steps."""
   return stage_of(stages, max(step - 1, 0))
 
 

@@ -17,13 +17,10 @@ def init_shapes(objective: Any) -> tuple[Any, Any]:
 
 
 def learning_rate(config: Any, start: int, steps: int) -> Callable:
-  """The learning rate of a stage as a function of the run's optimizer step. The stage has `steps` steps from `start`.
+  """The learning rate of a stage (group `optimizer`) as a function of the run's optimizer step, from `start` for `steps` steps.
 
   The warm-up is linear as in Open-Sora 1.2: lr * (k + 1) / (W + 1) for k < W, with k counted from the start of the stage. Then
   the rate is constant or follows a cosine, which is 0 at the end of the stage.
-
-  Args:
-    config: the group `optimizer`.
   """
   peak, warmup = config.learning_rate, config.warmup_steps
 
@@ -41,7 +38,7 @@ def learning_rate(config: Any, start: int, steps: int) -> Callable:
 def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
   """Adam (arXiv 1412.6980, algorithm 1) without its learning rate, like `optax.scale_by_adam`.
 
-  Every parameter has its own step count. So the bias correction of a parameter from a later stage starts with that stage.
+  Every parameter has its own step count. So a parameter that a later stage adds starts with the full bias correction.
   """
 
   def init(params):

@@ -57,7 +57,7 @@ class TraceCounter:
 
 
 def new_accumulator(params: Tree) -> Tree:
-  """Sum of the gradients of the micro steps so far, and the number of micro steps with a weight above 0."""
+  """An empty accumulator. It sums gradients, and counts micro steps with a weight above 0."""
   return {"gradients": jax.tree.map(jnp.zeros_like, params), "count": jnp.zeros((), jnp.float32)}
 
 
@@ -68,7 +68,7 @@ def accumulate_gradients(
 
   Args:
     loss: `(params, frozen, batch, layout) -> (loss per sample [b], dict of values per sample)`.
-    split: of the batch. All micro batches use the total weight of the batch, so the split changes no value.
+    split: `Split` of the batch. All micro batches use the total weight of the batch, so the split changes no value.
     specs: tree of `ArraySpec` like `batch`.
     scales: tree of learning rate scales like `params`. A parameter with scale 0.0 gets the gradient zero, without computing it.
     batch: tree of arrays, whose first axis is the global batch. `weight` is 0 for rows that could not be decoded.
@@ -103,7 +103,7 @@ def accumulate_gradients(
     (gradients, sums), _ = jax.lax.scan(add, zero, parts)
 
   weight = batch["weight"].sum()
-  # The count carries a non-finite loss to `update`, also if its gradient is finite.
+  # A non-finite loss may have a finite gradient. So the count becomes NaN as well, and `update` skips the step.
   one = jnp.where(jnp.isfinite(sums["loss"]), (weight > 0).astype(jnp.float32), jnp.nan)
   scale = jnp.where(weight > 0, 1.0 / jnp.where(weight > 0, weight, 1.0), 0.0)
   accumulator = {
@@ -148,25 +148,19 @@ def update(
 
 
 @dataclasses.dataclass(frozen=True)
-class BucketProgram:
-  """The gradient program of one (resolution, frames) bucket.
+class Program:
+  """A program that is not compiled yet.
 
   Attributes:
-    name: for messages; bucket: (resolution, frames).
-    split: layout and micro batches of the batch.
-    batch: the arrays of the batch, a tree of `ArraySpec`.
-    work: (tokens, model FLOPs) of the batch.
-    jitted: `(params, frozen, batch, accumulator) -> (accumulator, metrics)`. It donates the accumulator.
-    arguments: of `jitted`, as shapes.
+    jitted: the function; arguments: of the function, as shapes.
+    batch, work: of a gradient program: the batch as a tree of `ArraySpec`, and its (tokens, model FLOPs).
   """
 
   name: str
-  bucket: tuple[str, int]
-  split: Split
-  batch: dict
-  work: tuple[int, float]
   jitted: Any
   arguments: tuple
+  batch: Any = None
+  work: tuple[int, float] = (0, 0.0)
 
   def lower(self) -> jax.stages.Lowered:
     """The program, traced and lowered for its arguments."""
@@ -176,14 +170,11 @@ class BucketProgram:
 class Programs:
   """The programs of one stage. They donate state and accumulator, which stay on their devices.
 
-  Args:
-    objective: of the stage; stage: `stages.Stage`; mesh: the device mesh.
-    counter: TraceCounter.
-
   Attributes:
     optimizer: of the stage; scales: of the learning rate, a tree like the parameters.
     shapes: (state, frozen, accumulator); state_shardings: of the state.
-    new_accumulator: `params -> accumulator`; update: `(state, accumulator, step) -> (state, accumulator, metrics)`.
+    new_accumulator: `params -> accumulator`.
+    update: the `Program` `(state, accumulator, step) -> (state, accumulator, metrics)`.
   """
 
   def __init__(self, objective: Objective, stage: Stage, mesh: Mesh, counter: TraceCounter):
@@ -198,24 +189,19 @@ class Programs:
     self.state_shardings = tree_shardings(shapes, mesh, objective.rules)
     self._frozen = tree_shardings(frozen, mesh, objective.rules)
     self._accumulator = {"gradients": self.state_shardings["params"], "count": self._replicated}
-    # The TPU's compiler prefers to compute products of gathered kernels in a loop over pieces ("windowed einsum"). This option
-    # keeps them whole, since the gradients of a layer would cross the interconnect twice.
+    # The TPU's compiler prefers to compute products of gathered kernels in a loop over pieces ("windowed einsum"). Then the
+    # gradients of a layer cross the interconnect twice. This option keeps the products whole.
     tpu = mesh.devices.flat[0].platform == "tpu"
     self._options = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"} if tpu else None
     self.new_accumulator = jax.jit(new_accumulator, out_shardings=self._accumulator)
     schedule = learning_rate(config.optimizer, stage.start, stage.steps)
     function = functools.partial(update, self.optimizer, self.scales, schedule, config.optimizer.clip_norm, config.ema_decay)
-    places = self.state_shardings, self._accumulator, self._replicated
-    self.update = jax.jit(
-      counter.counted(f"{stage.name}: update", function), in_shardings=places, out_shardings=places, donate_argnums=(0, 1)
-    )
+    places, name = (self.state_shardings, self._accumulator, self._replicated), f"{stage.name}: update"
+    jitted = jax.jit(counter.counted(name, function), in_shardings=places, out_shardings=places, donate_argnums=(0, 1))
+    self.update = Program(name, jitted, (self.shapes[0], self.shapes[2], jax.ShapeDtypeStruct((), jnp.int32)))
 
-  def update_arguments(self) -> tuple:
-    """The arguments of `update`, as shapes."""
-    return self.shapes[0], self.shapes[2], jax.ShapeDtypeStruct((), jnp.int32)
-
-  def gradient(self, bucket: tuple[str, int], rows: int, split: Split) -> BucketProgram:
-    """The `BucketProgram` of a (resolution, frames) bucket with a global batch of `rows`."""
+  def gradient(self, bucket: tuple[str, int], rows: int, split: Split) -> Program:
+    """`(params, frozen, batch, accumulator) -> (accumulator, metrics)` of a (resolution, frames) bucket, for `rows` samples."""
     layout, batch = split.layout, self.objective.batch(bucket, rows, split.layout.token_parts)
     function = functools.partial(accumulate_gradients, self.objective.loss, split, batch, self.scales)
     places = jax.tree.map(lambda spec: layout.sharding(*spec.axes), batch)
@@ -228,4 +214,4 @@ class Programs:
       donate_argnums=(3,),
     )
     arguments = self.shapes[0]["params"], self.shapes[1], jax.tree.map(lambda spec: spec.struct, batch), self.shapes[2]
-    return BucketProgram(name, bucket, split, batch, self.objective.work(batch), jitted, arguments)
+    return Program(name, jitted, arguments, batch, self.objective.work(batch))

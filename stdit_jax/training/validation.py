@@ -1,22 +1,22 @@
 """The loss on fixed samples at fixed timesteps, comparable over steps, stages and runs.
 
-It follows Open-Sora 1.2's `eval_loss`: each bucket on rows that fit it, whatever its probabilities, at even timesteps inside
-(0, 1000) without the timestep transform. Row and timestep decide the noise, and rows that only fill a batch have weight 0. So
-the value does not depend on batch, mesh or processes. On the same batch, mesh and processes it is equal bit for bit.
+It follows Open-Sora 1.2's `eval_loss`. Each bucket gets rows that fit it, whatever its probabilities. The timesteps are even
+inside (0, 1000), without the timestep transform. Row and timestep decide the noise. Rows that only fill a batch have weight 0.
+So the loss does not depend on batch, mesh or processes, except for rounding.
 """
 
 import collections
 import dataclasses
 import functools
+import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from data.plan import Plan
 from stdit_jax.errors import InputError
 from stdit_jax.parallel.shardings import Layout, Tree, tree_shardings
 from stdit_jax.training.compilation import AheadOfTime
@@ -27,7 +27,7 @@ from stdit_jax.training.step import TraceCounter
 
 
 def fixed_data(stage: Stage, mesh: Mesh, objective: Objective) -> Stage:
-  """`stage` with the data of its validation: its buckets, in batches that are no larger than its micro batches.
+  """`stage` with the tables of its validation, and with batches that are no larger than the micro batches of `stage`.
 
   Batches are rounded up until the mesh divides them, since it may differ from the mesh of the training.
   """
@@ -53,15 +53,6 @@ def fixed_data(stage: Stage, mesh: Mesh, objective: Objective) -> Stage:
     latents="",  # a cache holds the clips of the training
   )  # fmt: skip
   return dataclasses.replace(stage, name=f"{stage.name}: validation", config=dataclasses.replace(config, data=data))
-
-
-def first_slots(plan: Plan) -> dict[int, int]:
-  """{slot: row} of an epoch's plan, without slots whose row was in the same bucket before."""
-  first = {}
-  for step in range(plan.num_steps):
-    for slot, row in zip(range(*plan.slots(step)), plan.rows(step)):
-      first.setdefault((plan.bucket_index(step), int(row)), slot)
-  return {slot: row for (_, row), slot in first.items()}
 
 
 class Validation:
@@ -126,23 +117,19 @@ class Validation:
     return {f"validation/{key}": float(sums[key][0] / sums[key][1]) for key in keys}
 
   def _steps(self):
-    """Yields `LoadedStep`s whose samples have their row as number. Repeated rows have weight 0."""
+    """Yields `LoadedStep`s. The `sample_id` of a sample is its row. A row counts in its first slot of a bucket only."""
     with self.data.loader(0, epochs=1) as loader:
-      plan = loader.plans.plan(0)
-      rows = first_slots(plan)
-      for _ in range(plan.num_steps):
-        try:
-          step = next(loader)
-        except (ValueError, RuntimeError) as error:
-          raise InputError(f"validation: {error}") from error
-        samples = [
-          dataclasses.replace(s, sample_id=(0, rows.get(s.sample_id[1], 0)), weight=s.weight * (s.sample_id[1] in rows))
-          for s in step.samples
-        ]
-        yield dataclasses.replace(step, samples=samples)
-
-
-def describe(values: Mapping[str, float]) -> str:
-  """The values in words, as part of a line."""
-  total, *rest = ((name.removeprefix("validation/"), value) for name, value in values.items())
-  return f"{total[0]} {total[1]:.4g} (" + ", ".join(f"{name}: {value:.4g}" for name, value in rest) + ")"
+      plan, first = loader.plans.plan(0), {}
+      for number in range(plan.num_steps):
+        for slot, row in zip(range(*plan.slots(number)), plan.rows(number)):
+          first.setdefault((plan.bucket_index(number), int(row)), slot)
+      rows = {slot: row for (_, row), slot in first.items()}
+      try:
+        for step in itertools.islice(loader, plan.num_steps):
+          samples = [
+            dataclasses.replace(s, sample_id=(0, rows.get(s.sample_id[1], 0)), weight=s.weight * (s.sample_id[1] in rows))
+            for s in step.samples
+          ]
+          yield dataclasses.replace(step, samples=samples)
+      except (ValueError, RuntimeError) as error:
+        raise InputError(f"validation: {error}") from error

@@ -78,7 +78,7 @@ class Watchdog:
     self._end(f"{self._name(self.index)} ended with an error: {reason}", code, dump=False)
 
   def connection_lost(self) -> None:
-    """Ends this process after a failed collective, as soon as it is clear which process died.
+    """Called after a failed collective. Ends this process with a message if another process stops its reports.
 
     Returns if all processes still report, or if nothing is watched.
     """
@@ -158,7 +158,7 @@ class Watchdog:
       if index != self.index and not report.get("done") and time.monotonic() - when > allowed:
         what = f"; it was last at: {report['what']}" if report else ""
         lines.append(f"{self._name(index)} has sent no report for {time.monotonic() - when:.0f} s{what}")
-    # Process 0 holds the store. If the store does not answer, process 0 is the one to name, not those without reports.
+    # Process 0 holds the store. Without an answer of the store no report arrives, so the message names process 0 alone.
     if self.index and time.monotonic() - self._answered > seconds:
       return f"{self._name(0)}, which holds the reports of all, has not answered for {time.monotonic() - self._answered:.0f} s"
     return "; ".join(lines)
@@ -189,10 +189,7 @@ class Watchdog:
     os._exit(code)
 
   def _catch_abort(self):
-    """Turns the runtime's abort after the death of process 0 into a message and our exit code.
-
-    An abort for any other reason stays an abort.
-    """
+    """Turns the runtime's abort after the death of process 0 into a message and our exit code. Other aborts stay aborts."""
 
     def aborted(_):
       answers = self._in_time(lambda: self.client.key_value_set(f"{_PREFIX}abort/{self.index}", "", allow_overwrite=True))

@@ -77,7 +77,7 @@ def measure(stage, mesh, bucket, repeats, compiled):
   program = programs.gradient((resolution, frames), rows, split)
   key = bucket, config.model.fields["attention"]
   if key not in compiled:
-    lowered = program.lower(), programs.update.lower(*programs.update_arguments())
+    lowered = program.lower(), programs.update.lower()
     compiled[key] = [one.compile() for one in lowered]
   gradient, update = compiled[key]
 

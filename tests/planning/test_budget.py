@@ -8,7 +8,7 @@ import pytest
 
 from stdit_jax.components import Components
 from stdit_jax.models import t5
-from stdit_jax.planning import budget, meshes
+from stdit_jax.planning import budget, search
 from stdit_jax.training.autoencoding import autoencoder_model
 from stdit_jax.training.stages import make_stages
 from tests.planning.test_plan import SMALL
@@ -69,10 +69,10 @@ def test_encoder_cost_grows_with_rows_frames_and_pixels():
 
 
 def test_proposed_meshes_use_all_chips_and_whole_tiles():
-  found = meshes.sensible_meshes(256, 1152)
+  found = search.sensible_meshes(256, 1152)
   assert {"data": 32, "fsdp": 8, "sequence": 1, "tensor": 1} in found
   assert {"data": 2, "fsdp": 8, "sequence": 16, "tensor": 1} in found
   assert all(m["data"] * m["fsdp"] * m["sequence"] == 256 for m in found)
   assert {m["fsdp"] for m in found} == {4, 8}  # 1152 rows are 72 tiles
-  assert {m["fsdp"] for m in meshes.sensible_meshes(256, 1872)} == {4, 8, 16}  # STDiT3-3B/2: equal parts without whole tiles
-  assert meshes.nearest_batch(100, 256) == 256
+  assert {m["fsdp"] for m in search.sensible_meshes(256, 1872)} == {4, 8, 16}  # STDiT3-3B/2: equal parts without whole tiles
+  assert search.nearest_batch(100, 256) == 256

@@ -9,7 +9,7 @@ import pytest
 from stdit_jax.parallel.attention import attend
 from stdit_jax.parallel.mesh import make_mesh
 from stdit_jax.parallel.shardings import Layout
-from stdit_jax.planning.gpus import stand_in
+from stdit_jax.planning.programs import stand_in
 
 
 def both_ways(kernel, query, key, value, lengths=None, mask=None):

@@ -130,7 +130,7 @@ def test_foreign_output_folders_are_refused(assets, tmp_path):
   foreign = tmp_path / "foreign"
   foreign.mkdir()
   (foreign / "thesis.tex").write_text("words")
-  with pytest.raises(ValueError, match=r"holds thesis.tex and no config.json: it is no run of ours; give another folder"):
+  with pytest.raises(ValueError, match=r"holds thesis.tex and no config.json, so no training made it; give another folder"):
     Run(tiny_config(assets, foreign))
   assert [p.name for p in foreign.iterdir()] == ["thesis.tex"]
   other = tmp_path / "other"

@@ -321,7 +321,7 @@ WRONG = [
   ({"data__latents": "/no/folder"}, "data.latents='/no/folder' has no latents; python -m stdit_jax.encode writes them"),
   ({"data__latents": "gs://bucket/x"}, "data.latents = 'gs://bucket/x' is no folder of this machine"),
   ({"data__buckets": (("144p", 2, 1.0, 2),)}, r"lacks clips that the plan of epoch 0 asks for \(buckets: 144p x 4"),
-  ({"task": "autoencoder", "autoencoder__weights": ""}, "are for denoisers; an autoencoder needs videos"),
+  ({"task": "autoencoder", "autoencoder__weights": ""}, "is for denoisers. An autoencoder needs videos"),
 ]
 
 

@@ -259,7 +259,7 @@ def test_a_run_goes_back_to_a_step_only_once(assets, left_alone, capfd):
   first.checkpoints.wait()
   _, _, step = second.start()
   assert step == 16
-  assert "the run went back to step 15 before" in capfd.readouterr().out
+  assert "the run already went back to step 15" in capfd.readouterr().out
 
 
 def test_a_finished_run_does_not_change(assets, left_alone):

@@ -67,7 +67,7 @@ def test_the_loss_of_a_zero_model(validated):
   """The target is latents minus noise. So the loss of a zero output is the mean square of the latents plus 1."""
   run, state, frozen = validated
   silent = jax.tree_util.tree_map_with_path(lambda p, x: 0 * x if "final_layer/linear" in path_name(p) else x, state["ema"])
-  make_batch, squares = run.batch_maker(run.parts[0]), {1: [], 4: []}
+  make_batch, squares = run.parts[0].objective.batch_maker(run.encoders, "tiny"), {1: [], 4: []}
   values = run.parts[0].validation(silent, frozen, make_batch)
   for step in run.parts[0].validation._steps():
     for mean, std in run.encoders.clip_encoder([s.pixels for s in step.samples if s.weight]):
@@ -86,7 +86,7 @@ def test_other_batches_change_only_rounding(assets, validated, tmp_path):
   validation = other.parts[0].validation
   assert validation.data.report.steps == 4
   validation.compile_ahead(other.compiler, other.counter, other.parts[0].programs.shapes[0]["ema"], frozen)
-  values = validation(state["ema"], frozen, other.batch_maker(other.parts[0]))
+  values = validation(state["ema"], frozen, other.parts[0].objective.batch_maker(other.encoders, "tiny"))
   first = lines_of(run)[0][4]
   assert values.keys() == first.keys()
   for name, value in values.items():
