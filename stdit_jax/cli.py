@@ -25,7 +25,7 @@ T = TypeVar("T")
 def one_line_errors(kinds: tuple[type[Exception], ...] = (ValueError, OSError)) -> Iterator[None]:
   """Prints a user's error as one line on stderr and exits with code 2. STDIT_JAX_TRACEBACK=1 shows the traceback instead.
 
-  Too little memory on a device counts as a user's error as well.
+  A device that runs out of memory also counts as a user's error.
   """
   try:
     yield
@@ -124,7 +124,7 @@ _BOOLEANS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0"
 
 
 def _value(text: str, default: Any) -> Any:
-  """The value that a text of the command line stands for, of the type of `default`. Raises ValueError if there is none."""
+  """Parses a text of the command line as a value of the type of `default`. Raises ValueError if that fails."""
   kind = type(default)
   if kind in (str, float):
     return kind(text)
@@ -196,7 +196,7 @@ def _place() -> dict[str, Any] | None:
       f"STDIT_JAX_PROCESS_ID={process} of STDIT_JAX_NUM_PROCESSES={number}: processes are numbered 0, 1, ..., number - 1"
     )
   place = {"coordinator_address": coordinator, "num_processes": int(number), "process_id": int(process)}
-  # Under Slurm, JAX's detection would give the process one device only.
+  # Under Slurm, JAX's cluster detection would hide all devices but one from the process.
   return place | {"cluster_detection_method": "deactivate"}
 
 
@@ -219,8 +219,8 @@ def use_compilation_cache(folder: str | None = None) -> None:
 def keep_freed_memory() -> None:
   """On a CPU, lets the C library keep freed memory. Call it before the first use of a device.
 
-  XLA's CPU client allocates its work space in every execution, and glibc returns blocks of that size to the kernel when they
-  are freed. Every step would then touch hundreds of thousands of new pages. Asynchronous dispatch is off because glibc maps
+  XLA's CPU client allocates its work space in every execution. When XLA frees such a large block, glibc returns it to the
+  kernel, so every step would touch hundreds of thousands of new pages. Asynchronous dispatch is off because glibc maps
   large blocks for any thread but the main thread. Measured with tests/benchmarks/denoiser.py (a training step): 4.8 s and
   433 000 page faults without these settings, 4.3 s and no page faults with them.
   """

@@ -1,4 +1,4 @@
-"""The parts of a denoiser's configuration: denoiser, conditioner, diffusion and autoencoder, with their shapes and weights.
+"""The parts that a denoiser's configuration names: denoiser, conditioner, diffusion, autoencoder; their shapes and weights.
 
 Training, sampling, encoding, converting and planning begin here.
 """
@@ -72,7 +72,7 @@ class Components:
     return (*self.family.rules, *t5.RULES)
 
   def init(self, key: jax.Array) -> tuple[Tree, Tree]:
-    """(params, frozen) with the original initialisation. `frozen` does not train. Jit this function with sharded outputs."""
+    """(params, frozen) with the original initialisation. Only `params` train. Callers jit it with sharded outputs."""
     denoiser_key, own_key = jax.random.split(key)
     variables = self.family.init(self.model.config, denoiser_key)
     params, frozen = self.conditioner.init(own_key)
@@ -80,7 +80,7 @@ class Components:
     return {"denoiser": variables["params"], **params}, constants | frozen
 
   def weights(self, params: Tree, frozen: Tree) -> tuple[Tree, Any]:
-    """The results of `init` as ({"params", "constants"} of the denoiser, weights of the conditioner's encoder or None)."""
+    """(variables of the denoiser, weights of the conditioner's encoder or None) from the results of `init`."""
     constants = {"constants": frozen["denoiser"]} if "denoiser" in frozen else {}
     return {"params": params["denoiser"], **constants}, params.get("text_encoder", frozen.get("text_encoder"))
 
@@ -110,7 +110,7 @@ class Components:
 
 
 def need_file(path: str | None, key: str) -> str:
-  """Returns `path`, the value of the configuration's key `key`. Raises ValueError if it does not exist."""
+  """Returns `path` itself, the value of the key `key`. Raises ValueError if it is empty or no such file exists."""
   module = "interop.fetch makes one of hed-vgg16" if key.startswith("autoencoder.perceptual") else "convert"
   how = f"give a safetensors file or a folder of them (python -m stdit_jax.{module})"
   if not path:

@@ -1,6 +1,6 @@
 """The configuration of a run or a stage as frozen dataclasses, checked once.
 
-configs/base.py has the meaning and the default of each key. The classes here have the type of each key, and its allowed values.
+configs/base.py explains each key and gives its default. The classes here give its type and its allowed values.
 """
 
 import dataclasses
@@ -15,14 +15,14 @@ from data import paths
 from data.config import DataConfig, plain
 from stdit_jax.fields import KINDS, is_of_type
 
-Fields = dict[str, Any]  # of a dataclass that checks them when it is made
+Fields = dict[str, Any]  # the dataclass that takes these fields checks them
 
 _AXES = ("data", "fsdp", "sequence", "tensor")
 _NO_KEYS = ("rows_per_bucket", "num_classes")  # fields of DataConfig that the program sets
 
 
 class Rule(NamedTuple):
-  """What a value must fulfil beside its type, also in words."""
+  """A condition on a value, and the allowed values in words."""
 
   allowed: str
   holds: Callable[[Any], Any]
@@ -222,7 +222,7 @@ class Config:
       group, *names = values, *key.split(".")
       for name in names[:-1]:
         if not isinstance(group.get(name), dict):
-          group[name] = {}  # an error, which `of` reports
+          group[name] = {}  # `of` reports the unknown key
         group = group[name]
       group[names[-1]] = value
     return Config.of(values)

@@ -109,7 +109,7 @@ def progress(tensors: Iterable[tuple[str, np.ndarray]], spec: Mapping[str, tuple
 def open_source(settings: Settings, model: models.NamedModel, config: Any = None) -> weights.Source:
   """The input. Prints its layout, and raises CheckpointError if it does not fit the model.
 
-  `config` has the numbers that the file holds beside its weights, by default the model's own.
+  `config`: configuration with the file's shift and scale (default: the model's).
   """
   layouts = model.layouts if settings.source == "auto" else model.layout(settings.source)
   source = weights.open_source(settings.input, layouts, model.shapes, config or model.config, settings.allow_non_finite)
@@ -129,7 +129,7 @@ def convert(settings: Settings) -> None:
   folder, name = os.path.split(settings.output) if settings.output.endswith(".safetensors") else (settings.output, "")
   if paths.is_remote(folder) and not settings.overwrite and paths.exists(settings.output):
     raise ValueError(f"{settings.output} exists; --overwrite replaces it")
-  with paths.local_folder(folder) as local:  # of a bucket a temporary one, whose files go there when all are made
+  with paths.local_folder(folder) as local:  # for a bucket: a temporary folder, uploaded at the end
     report, written = (convert_run if is_run else convert_file)(settings, paths.join(local, name), options)
   print(f"{report}: {', '.join(paths.join(folder, file.name) for file in written)}")
 
@@ -138,8 +138,7 @@ def convert_file(settings: Settings, place: str, options: dict[str, Any]) -> tup
   """Converts safetensors and writes them to `place`. Returns (report, written files)."""
   metadata = open_checkpoint(settings.input).metadata
   name, model = find_model(settings, metadata)
-  # The file's numbers beside the weights (shift, scale, ...) belong to the model that its metadata names. --config may change
-  # these numbers for the output.
+  # Shift, scale, ... of the input are those of the model in its metadata. --config may change these numbers for the output.
   said, own = models.described(metadata, settings.input)
   source = open_source(settings, model, models.find_model(said, own).config if said and not settings.model else None)
   target = model.layout(settings.target or "native") if settings.target or source.layout.name != "native" else model.layouts[0]

@@ -72,7 +72,7 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-  """What the command encodes: the data of `stages`, `text` (captions) or not, and latents with `log_variance` or without."""
+  """What the command encodes: the data of `stages`, captions if `text`, and the variance of latents if `log_variance`."""
 
   stages: Sequence[Any]
   text: bool
@@ -114,7 +114,7 @@ def choose(settings: Settings) -> Choice:
     check_lengths(stage.config, own.autoencoder.config)
   if text:
     need_file(stages[0].config.text_encoder.weights, "text_encoder.weights")
-  # All stages decide this together, so that another --stage does not encode the latents again.
+  # All stages decide about the variance together, so that another --stage does not encode the latents again.
   return Choice(stages, text, any(stage.config.autoencoder.sample_posterior for stage in every))
 
 
@@ -159,7 +159,7 @@ def gigabytes(size: float) -> str:
 
 
 def estimate(works: Sequence[Any], own: Share, say: Callable[[str], None]) -> list[tuple[Any, list[int], np.ndarray]]:
-  """[(work, numbers of shards, keys)] that this process has to write. `say` prints their sizes and the time that they need.
+  """[(work, numbers of its shards, keys of their records)] for this process. `say` prints their sizes and the writing time.
 
   Raises:
     InputError: the disk has too little space.
@@ -201,7 +201,7 @@ def write(work: Any, numbers: Sequence[int], keys: np.ndarray, shows: bool = Tru
         future.result()
     except InputError:  # too many files can't be read
       pool.shutdown()
-      work.part.drop(work.away)  # a disk that is away may come back
+      work.part.drop(work.away)  # the next call tries the clips again whose files did not exist
       raise
     finally:
       pool.shutdown(cancel_futures=True)

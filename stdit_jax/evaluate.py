@@ -94,7 +94,7 @@ class Settings(PipelineSettings):
   picture: str | None = _autoencoder("writes original, reconstruction and error of one clip per bucket", metavar="FILE.png")
 
   def counts(self, **defaults: int) -> dict[str, int]:
-    """These fields, or their defaults if not given. Raises ValueError for values below 1."""
+    """{name: value of the flag, or `defaults[name]` if the flag is not given}. Raises ValueError for values below 1."""
     cli.check_positive(self, *defaults)
     return {name: default if getattr(self, name) is None else getattr(self, name) for name, default in defaults.items()}
 

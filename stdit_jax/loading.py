@@ -60,7 +60,7 @@ def read_model(settings: PipelineSettings) -> tuple[Config, int | None]:
 
 
 def sampler_changes(trained: str, settings: PipelineSettings) -> dict[str, Any]:
-  """What the flags give for keys of `diffusion` and `sample`. Raises ValueError for a flag that diffusion `trained` lacks."""
+  """The keys of `diffusion` and `sample` that flags replace. Raises ValueError for a flag that diffusion `trained` lacks."""
   own = {"open-sora-1.1": "iddpm", "open-sora-1.2": "rectified-flow", None: trained}[settings.compat]
   if trained != own:
     raise ValueError(f"--compat {settings.compat} is of {own}; the model was trained with {trained}. Leave it out")
@@ -132,8 +132,8 @@ def load_pipeline(
 def load_autoencoder(model: ModelSettings, name: str | None = None) -> tuple[Any, str, Any]:
   """(codec, description of its weights, configuration or None) of an autoencoder.
 
-  A run that trains an autoencoder gives it. Any other run, or a configuration, gives the autoencoder that it uses.
-  --autoencoder replaces their weights. --autoencoder alone is the model `name`, or the model that the file names.
+  --run gives the autoencoder that the run trains, or else the one that it uses, as --config does. --autoencoder replaces the
+  weights. Given alone, its model is `name`, or the one that the file names.
   """
   if name and (model.run or model.config):
     raise ValueError(f"--model {name} goes with --autoencoder alone; a --run or --config names its model. Leave --model out")

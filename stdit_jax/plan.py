@@ -6,18 +6,18 @@
 
 For each bucket of each stage the command compiles the program that trains with the compiler of the TPU. That needs libtpu (pip
 install libtpu, best in an environment of its own). With --platform gpu --gpu h100:8 it compiles with XLA for GPUs (pip install
-jax-cuda12-plugin). There, operations of the same shapes and memory stand in for cuDNN's attention, which only compiles where
-cuDNN is installed. All figures are computed, none is measured on a device:
+jax-cuda12-plugin). cuDNN's attention only compiles where cuDNN is installed, so operations of the same shapes and memory
+replace it. All figures are computed, none is measured on a device:
 
   batch        samples of the whole mesh. each: samples per device and micro batch; "s": tokens are split over `sequence`
   tokens       of one sample, with padding
-  GiB          peak memory per chip, and the limit of the compiler. The peak is that of the program (memory_analysis), and all
-               that stays beside it: average, optimizer, encoders, next batch (by their shardings)
+  GiB          peak memory per chip, and the limit of the compiler. The peak is the memory of the program (memory_analysis),
+               and of average, optimizer, encoders and next batch (by their shardings)
   TFLOP        matrix products of the model for all samples, by formula (stdit_jax/models/flops.py): three forward passes
   GB moved     by collectives, per device and step. Read from the compiled program, with the iterations of its loops
   compute      seconds: FLOPs, with the forward pass that remat repeats, at the chip's published peak
   memory       seconds: bytes that instructions read and write, an upper estimate
-  links        seconds: bytes that a device sends, all-reduce twice. On GPUs NVLink, also between hosts
+  links        seconds: bytes that a device sends (all-reduce sends its bytes twice). On GPUs NVLink, also between hosts
   bound, MFU   the longest of these and of the traffic between slices (--slice-gbits), as if they all overlapped, and the
                model-FLOP utilisation at this bound. The published peaks are in stdit_jax/parallel/topology.py
   hours        of a stage: its steps times the mean bound of its buckets, weighted by how often each occurs in the first epoch
@@ -26,9 +26,9 @@ cuDNN is installed. All figures are computed, none is measured on a device:
                restarts are not included
 
 A search compiles a bucket one to six times and fits a line to the memory. The last compilation confirms the prediction. The
-search ends when a batch takes 88 % of the memory, or when the next batch would be less than 5 % larger. It starts with BATCH if
---bucket gives one. "equal" is the batch whose step takes --step-seconds. The default is the longest step of all buckets with
-one sample per device.
+search ends when a batch takes 88 % of the memory, or when the next batch would be less than 5 % larger. --bucket may give the
+first BATCH to try. The column "equal" is the batch whose step takes --step-seconds (default: the longest step of all buckets
+with one sample per device).
 
 The command stores results in --cache, and reuses them while program, topology and compiler are the same. ^C loses only the
 compilations that are running.

@@ -16,9 +16,9 @@ from stdit_jax.training.run import StageParts
 
 
 class Sampler:
-  """The loop calls it with (step, state, frozen), on all processes. The first process decodes and writes.
+  """The loop calls a sampler with (step, state, frozen), on all processes. The first process decodes and writes.
 
-  It builds its programs once per stage. Raises ValueError if a stage can't be sampled.
+  A sampler builds its programs once per stage. Raises ValueError if a stage can't be sampled.
   """
 
   def __init__(self, run):
@@ -44,7 +44,7 @@ class Sampler:
       pieces = local_devices_mesh() if jax.local_device_count() > 1 else None
       self.pipeline = Pipeline(components, (variables, encoder), load_codec(config.autoencoder, pieces), mesh=mesh)
       self.stage = made
-    # An encoder that runs before the step is in no state.
+    # The state holds no encoder that runs before the step.
     self.pipeline.set_weights((variables, self.pipeline.encoder_weights if encoder is None else encoder))
     latents = self.pipeline.sample_latents(self.requests, settings.steps, settings.guidance_scale)
     if jax.process_index():

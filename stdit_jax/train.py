@@ -30,7 +30,7 @@ from stdit_jax.training.watchdog import RESTART, StartAgain, Watchdog
 
 def connect(config: Config) -> Watchdog:
   """Joins the processes of a run of several. Returns the watchdog."""
-  # The runtime's own heartbeat must not end the run first: it does not say which process hangs.
+  # The watchdog must act before JAX's heartbeat, which does not say which process hangs.
   patience = max(300, int(config.watchdog.slow_timeout))
   cli.connect_processes(heartbeat_timeout=max(100, int(2 * config.watchdog.timeout)), patience=patience)
   return Watchdog(config.watchdog.timeout, config.watchdog.slow_timeout, *coordination())

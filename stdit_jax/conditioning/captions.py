@@ -1,7 +1,7 @@
 """Captions through a T5 encoder: text features and which of them are valid.
 
 `text_encoder.where` of the configuration says where captions become features: in the training step ("step"), in a separate
-program before the step ("ahead"), or before the run, so that tables name files of features ("disk").
+program before the step ("ahead"), or before the run ("disk": the tables name files of features).
 """
 
 import functools
@@ -86,7 +86,7 @@ class Captions:
     return (own, {}) if self.config.train else ({}, own)
 
   def worker(self, cached: bool) -> Callable | None:
-    """Tokenizes, unless features come from disk or, `cached`, from a cache."""
+    """A tokenizer, or None if features come from disk or from a cache (`cached`)."""
     return None if self.encoder is None or cached else functools.partial(_tokens, tokenizer(self.config))
 
   def specs(self, rows: int) -> dict[str, ArraySpec]:
@@ -167,7 +167,7 @@ def encode_ahead(encoder: Any, params: Any) -> Callable[[jax.Array, jax.Array, L
       each = max(n for n in range(1, AHEAD_ROWS + 1) if own % n == 0)
       if each == own:
         return apply((ids, mask))
-      # The rows of a device are contiguous: [parts * pieces * each, ...] -> a piece of every device at a time.
+      # A device holds contiguous rows: [parts * pieces * each, ...] becomes pieces of [parts * each, ...].
       split = lambda x: x.reshape(parts, own // each, each, *x.shape[1:]).swapaxes(0, 1)  # noqa: E731
       merge = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
       piece = lambda rows: apply(tuple(map(merge, rows))).reshape(parts, each, *ids.shape[1:], -1)  # noqa: E731

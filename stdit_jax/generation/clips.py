@@ -44,8 +44,8 @@ def placements_of(
 def given_frames(placement: Placement, latents: Sequence) -> Given | None:
   """Turns a placement into the argument `given` of `Pipeline.sample_latents`: (edit ratio, latents, mask) or None.
 
-  The mask is True for the frames that start from a reference. `latents`: for every reference, its latents `[h, w, C]` by the
-  number of the latent frame.
+  The mask is True for the frames that start from a reference. `latents`: for each reference {latent frame: `[h, w, C]`}, or
+  an array `[T, h, w, C]`.
   """
   taken = placement.reference != NOISE
   if not taken.any():
@@ -60,14 +60,14 @@ def frames_to_encode(
 ) -> tuple[np.ndarray, dict[int, int]]:
   """Chooses the frames of one reference that must be encoded for `placements`.
 
-  An image autoencoder encodes only the frames in use. A video autoencoder encodes the whole reference, with one exception:
-  the last latent frames of a reference begin a clip. These latents must cover as many frames each as those of the clip. So the
-  last frames of the reference are encoded as a clip of their own.
+  An image autoencoder encodes only the frames in use. A video autoencoder encodes the whole reference, unless the clip begins
+  with the last latent frames of the reference. Then the last frames of the reference are encoded as a clip of their own: the
+  first latent frames of a clip may cover fewer frames than the last ones.
 
   Args:
     number: of the reference; frames: of the reference.
     config: of the autoencoder.
-    num_frames: frames of a clip. None switches the exception off, as in the original code.
+    num_frames: frames of a clip. With None the whole reference is always encoded, as in the original code.
 
   Returns:
     (frame numbers, {latent frame in use: its index among the encoded latents}). Both are empty if nothing is used.
@@ -119,8 +119,8 @@ def make_videos(
     sample: `(loop, requests, given) -> latents`, a call of `Pipeline.sample_latents`.
     decode: `(loop, latents) -> videos`, a call of `Pipeline.decode`. None for a process that writes no files: it takes part in
       sampling and yields no parts.
-    compat: one of `conditions.COMPAT`. With None a clip continues from the latents of the previous clip. Otherwise it continues
-      from the encoded pixels of the previous clip, as in the original code.
+    compat: one of `conditions.COMPAT`. A clip continues from the latents of the previous clip, or with `compat`, as in the
+      original code, from its encoded pixels.
   """
   frames, loops, config = [list(item.references) for item in items], range(items[0].job.loops), pipeline.codec.config
   num_frames = items[0].requests[0].num_frames
@@ -140,7 +140,7 @@ def make_videos(
 
 
 def take_finished(seen: list, pieces: list, config: Any) -> list[Frames]:
-  """Removes from `pieces` the leading ones whose reference or clip exists, and returns their frames.
+  """Removes the first pieces whose references or clips `seen` holds from `pieces` (`Job.pieces`), and returns their frames.
 
   Releases the entries of `seen` that no remaining piece needs.
   """
@@ -167,6 +167,6 @@ def length_of(item: Item, config: Any) -> int:
 
 
 def cut(num_frames: int, config: Any, first: int, stop: int | None) -> tuple[int, int]:
-  """The range of frames that the latent frames `first` to `stop` of a clip cover, its end excluded. `stop` None: to the end."""
+  """(first frame, frame after the last) of latent frames `first` to `stop` of a clip. `stop` None: to the end."""
   starts = config.frame_starts(num_frames)
   return int(starts[first]), int(starts[len(starts) - 1 if stop is None else stop])

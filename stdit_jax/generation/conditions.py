@@ -7,9 +7,8 @@ A strategy is a text of tuples joined by ";". Each tuple has up to six numbers j
 In that loop of a long video the frames of the reference replace frames of the clip. Negative positions count from the end. A
 later tuple overrides an earlier one. All frames are latent frames.
 
-The edit ratio says how far the frames may change. 0 keeps them, 1 generates them from noise. In between, the frames wait until
-the sampler reaches that noise level. Then they get noise of that level and are denoised with the rest (SDEdit,
-arXiv 2108.01073).
+The edit ratio says how far the frames may change. 0 keeps them, 1 generates them from noise. Any other ratio is a noise level.
+When the sampler reaches this level, the frames get noise and are denoised with the rest (SDEdit, arXiv 2108.01073).
 
 By default a position outside the clip or the reference is an error, a length is cut to what fits, and frames with edit ratio 1
 are generated from noise. `compat` restores the behaviour of the original code:
@@ -130,7 +129,7 @@ def place(
       first, start = nearest_group(first, total), nearest_group(start, num_frames)
     if compat != "open-sora-1.1":
       length = min(length, num_frames - start, total - first)
-    # Python's slices, also with negative numbers: the original code slices tensors in this way.
+    # Negative numbers count from the end, as in the tensor slices of the original code.
     try:
       frame[start : start + length] = np.arange(total)[first : first + length]
     except ValueError:
@@ -152,7 +151,7 @@ def describe(rule: Rule) -> str:
 
 
 def explain(placement: Placement, files: int) -> list[str]:
-  """Describes the source of each frame of a clip, one line per range. References from number `files` on are earlier clips."""
+  """Describes the source of each frame of a clip, one line per range. `files`: number of references that are files."""
   lines, begin = [], 0
   steps = [np.diff(part) for part in (placement.ratio, placement.reference, placement.frame)]
   follows = (steps[0] == 0) & (steps[1] == 0) & ((steps[2] == 1) | (placement.reference[1:] == NOISE))

@@ -34,7 +34,7 @@ def check_rate(kind: str, fps: float) -> None:
 
 
 def settings_file(path: Any) -> str:
-  """Path of the JSON file with the settings of a video or image. Files that differ only in their ending share it."""
+  """Path of the JSON file with the settings of a video or image. `a.mp4` and `a.png` share one JSON file."""
   return f"{os.path.splitext(str(path))[0]}.json"
 
 
@@ -48,7 +48,7 @@ def write_media(path: Any, frames: Any, fps: float, settings: dict) -> None:
 def open_media(path: Any, num_frames: int, fps: float, settings: dict) -> Iterator[Callable]:
   """Yields a function that writes frames of one file, uint8 `[T, H, W, 3]`, in one or several parts.
 
-  The file exists as soon as the block ends, together with the JSON file of its `settings`. If the block raises, no file exists.
+  When the block ends, the file and the JSON file of `settings` exist. If the block raises, no file exists.
 
   The ending of `path` chooses the format: mp4 is H.264 (crf 17), gif and webp loop for ever, png has one frame. A path without
   an ending is a folder with one png per frame; its settings are in the JSON file only. Parts of mp4 files and of folders are

@@ -28,7 +28,7 @@ CACHED_PROMPTS = 4  # batches whose conditions are cached
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """One video to make. One seed makes one noise in any batch and on any mesh.
+  """One video to make. Its noise depends on seed, loop and size only, not on the batch or the mesh.
 
   Attributes:
     height, width: in pixels.
@@ -68,7 +68,7 @@ class Pipeline:
     components: `Components`: the models and the diffusion that were trained.
     weights: (variables of the denoiser, weights of the conditioner's encoder or None), as `Components.weights` returns them.
     codec: the autoencoder with its weights (`autoencoders.codec`).
-    guidance: `diffusion.guidance.Guidance`. Its scale comes with the requests.
+    guidance: `diffusion.guidance.Guidance`. `sample_latents` replaces its scale.
     mesh: shards the parameters of the denoiser and the text encoder. None: one device holds them.
     cache: of `models.step_cache`. None: every step computes everything.
 
@@ -116,16 +116,16 @@ class Pipeline:
   ) -> dict[str, float]:  # fmt: skip
     """Bytes on one device for `batch` requests like this one, as the compiler counts them.
 
-    The weights may be shapes (ShapeDtypeStruct with shardings). The programs are compiled before anything is allocated. The
-    compilation cache returns them when they run.
+    The weights may be shapes (ShapeDtypeStruct with shardings): nothing is allocated. `sample_latents` finds the compiled
+    programs in the compilation cache.
 
     Args:
       given: whether some frames are given; encoded: lengths of the clips that are encoded to give frames.
       negative: whether there is a negative prompt.
 
     Returns:
-      {"weights", "text", "encode" if a clip is encoded, "denoise", "decode"}. The weights and one of the others are in memory
-      at the same time.
+      {"weights", "text", "encode" if a clip is encoded, "denoise", "decode"}. The peak is the weights and the largest other
+      value.
     """
     size, diffusion = self.latent_size(request), self.diffusion.for_sampling(steps)
     batch += -batch % self.batch_parts
@@ -170,7 +170,7 @@ class Pipeline:
     return (config.latent_frames(request.num_frames), *config.latent_size(request.height, request.width))
 
   def cond(self, prompts: Sequence[str]) -> Any:
-    """The model's `cond` of prompts. It is cached for the last batches: their other clips and seeds have the same prompts."""
+    """The model's `cond` of prompts. A cache serves the other clips and seeds of the same prompts."""
     key = tuple(prompts)
     if key not in self._encoded:
       while len(self._encoded) >= CACHED_PROMPTS:
@@ -201,7 +201,7 @@ class Pipeline:
     return jax.make_array_from_callback(values.shape, self._sharding(axes), lambda index: values[index])
 
   def _sharding(self, axes) -> Any:
-    """The sharding of an array. Without a mesh it names the first device, as the results of programs do."""
+    """The sharding of an array. Without a mesh it is the first device, to equal the sharding of program outputs."""
     return self.layout.sharding(*axes) if self.layout else jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
   def sample_latents(
@@ -241,7 +241,7 @@ class Pipeline:
     diffusion = self.diffusion.for_sampling(steps)
     sides = (np.full((batch,), n, np.float32) for n in (first.height, first.width, first.num_frames, size[0]))
     timesteps = diffusion.sampling_timesteps(steps, *sides)
-    # The seed of a request is used as the slot of a training sample: a batch may hold several seeds.
+    # `sample_keys` takes one seed for all samples, so the seeds of the requests take the place of the sample numbers.
     seeds = np.asarray([(r.loop, r.seed) for r in requests], np.uint32)
 
     def noise_of(keys):
@@ -265,7 +265,7 @@ class Pipeline:
     return unpatchify(multihost_utils.process_allgather(state.x, tiled=True)[:count], size, config.patch_size)
 
   def _computes(self, diffusion, step, t):
-    """`Reuse.computes` of a step at timesteps `t` `[B]`, which are equal because all sizes of a batch are."""
+    """`Reuse.computes` of a step at timesteps `t` `[B]`. They are equal: all requests of a batch have one size."""
     if self.cache is None:
       return {}
     return {kind: np.bool_(value) for kind, value in self.cache.computes(step, diffusion.model_timesteps(t[0])).items()}
@@ -296,7 +296,7 @@ class Pipeline:
     # Elements past an odd border are no latents. They stay zero, as in the original's padding (`PatchEmbed3D`).
     inside = image_valid(latent_size, config.patch_size, config.in_channels, self.token_parts)
     valid = jnp.broadcast_to(inside, state.x.shape)
-    # For the model, tokens that only fill up to the number of devices are padding.
+    # The model treats tokens as padding if they only fill the number up to a multiple of the devices.
     shown = None if inside.any(-1).all() else valid
     before, cached = cached, list(cached)
 

@@ -29,12 +29,12 @@ GIB = 2**30
 
 
 def check_memory(pipeline: Pipeline, targets: Sequence[Target], settings: SampleSettings) -> None:
-  """Prints the memory that each device will need. Lets the autoencoder run in tiles if it needs too much.
+  """Prints the memory that each device will need. Switches the autoencoder to tiles if the memory is too small for it.
 
   Compiles the programs of the largest video, and allocates nothing. The weights of the pipeline may be shapes.
 
   Raises:
-    ValueError: the device has less memory.
+    ValueError: a device has too little free memory.
   """
   sample, shows, works = pipeline.components.config.sample, jax.process_index() == 0, [target.work for target in targets]
   pipeline.diffusion.for_sampling(sample.steps)  # raises ValueError for numbers of steps that the sampler can't take
@@ -60,7 +60,7 @@ def check_memory(pipeline: Pipeline, targets: Sequence[Target], settings: Sample
       print(f"{what} in tiles of {' x '.join(map(str, sides))} pixels, to need less memory", flush=True)
   total = weights + max(needed.values())
   parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in needed.items())
-  text = f"memory of each device: {total / GIB:.2f} GiB (weights {weights / GIB:.2f}, and one at a time {parts})"
+  text = f"memory of each device: {total / GIB:.2f} GiB (weights {weights / GIB:.2f}, and the largest of {parts})"
   if free is not None and total > free:
     raise ValueError(
       f"{text}, but only {free / GIB:.2f} GiB are free: lower --batch-size, --num-frames or the size, use --guidance-in-turn, "
@@ -132,7 +132,7 @@ def make_batch(pipeline: Pipeline, batch: Sequence[Target], label: str, settings
     collections.deque(videos, maxlen=0)
     return
   with contextlib.ExitStack() as all_files:
-    # A file that can't be written does not affect the files before it: each is closed on its own.
+    # Each file is closed on its own: an error while one file is closed leaves the earlier files of the batch complete.
     files, writers = [all_files.enter_context(contextlib.ExitStack()) for _ in batch], []
     for file, item, target in zip(files, items, batch):
       made: dict[str, Any] = {"num_frames": length_of(item, pipeline.codec.config)}

@@ -30,7 +30,7 @@ def split_json(prompt: str) -> tuple[str, dict[str, str]]:
     if key not in JSON_KEYS:
       raise ValueError(f"prompt {prompt!r}: {key!r} is none of {', '.join(JSON_KEYS)}")
     if not isinstance(value, str):
-      raise ValueError(f"prompt {prompt!r}: {key!r} must be text, of several files joined by ';'")
+      raise ValueError(f"prompt {prompt!r}: {key!r} must be text; join several files by ';'")
   return text, values
 
 

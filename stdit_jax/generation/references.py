@@ -1,4 +1,4 @@
-"""Reads the images and videos that a request gives, in the size and frame rate of its clip."""
+"""Reads the images and videos of --task and --reference, in the size and frame rate of the clip."""
 
 from typing import Any
 

@@ -54,13 +54,15 @@ class PipelineSettings(ModelSettings):
   )
   step_cache: str | None = _sampler(
     "caches outputs of earlier steps (models/step_cache.py). Sampling is faster, and the result differs a little. pyramid "
-    "reuses attention; pyramid:2,4,6 sets for how many steps, over space, over time and to text. residual:0.1 is faster with "
-    "larger numbers", metavar="NAME",
+    "reuses attention; pyramid:2,4,6 reuses it for 2 steps over space, 4 over time and 6 to text. residual:0.1 skips steps "
+    "whose input changes by less than 0.1", metavar="NAME",
   )  # fmt: skip
   guidance_channels: int | None = _sampler(
     "guide only the first N latent channels (default: all; Open-Sora 1.1: 3)", metavar="N"
   )
-  compat: str | None = _sampler("do what the original does where this project corrects it (README)", choices=COMPAT[1:])
+  compat: str | None = _sampler(
+    "repeat what the original code does where this project corrects it (README)", choices=COMPAT[1:]
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +97,7 @@ class SampleSettings(PipelineSettings):
   edit_strength: float = _given("noise level for --task edit, above 0, at most 1 (default: %(default)s)", 0.6)
   explain: bool = _given("print where each frame comes from, and make nothing", False)
 
-  batch_size: int | None = _output("videos per batch (default: 1, or the number of parts in which the mesh splits a batch)")
+  batch_size: int | None = _output("videos per batch (default: one per part of the mesh that holds whole videos)")
   autoencoder_memory: float | None = _output(
     "memory of each device for encoding and decoding, which run in tiles if they need more (autoencoders/tiles.py; default: "
     "the free memory)", metavar="GIB",

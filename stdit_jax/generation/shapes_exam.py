@@ -1,7 +1,7 @@
 """Measures what a model of moving shapes (`data.shapes`) has learned, in the pixels of the videos that it makes.
 
 text          one object of the caption, with combinations from training and with held-out combinations
-sizes         every aspect ratio with every length; one combination does not occur in training
+sizes         every aspect ratio with every length; one of these pairs does not occur in training
 two           two objects: their number, colours, shapes and directions
 animate       the first frame is given
 extend        the first frames are given

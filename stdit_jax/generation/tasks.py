@@ -57,16 +57,16 @@ def check_files(task: str, count: int) -> None:
 
 
 def check_length(task: str | None, loops: int, num_frames: int, wanted: int | None, autoencoder: Any) -> None:
-  """Checks that the last latent frames of a clip can be the first ones of another clip, or the other way round.
+  """Checks that the last latent frames of a clip cover the same numbers of frames as its first ones.
 
-  Both must cover the same numbers of frames. With an autoencoder that works in chunks (Open-Sora 1.2's) only whole chunks do.
-  With CogVideoX's autoencoder only clips do whose first frame does not have a latent frame of its own.
+  Otherwise they cannot be the first latent frames of another clip. An autoencoder that works in chunks (Open-Sora 1.2's) needs
+  whole chunks. CogVideoX's autoencoder needs clips whose first frame has no latent frame of its own.
 
   Args:
     task: None without a task; wanted: --condition-frames, None for the default; autoencoder: its configuration.
 
   Raises:
-    ValueError: they do not. The message names lengths that work.
+    ValueError: the numbers differ. The message names lengths that work.
   """
   if task not in ("extend-backward", "connect", "loop") and not (loops > 1 and task in (None, *GOES_ON)):
     return
@@ -99,8 +99,8 @@ def default_length(frames: int, group: int = 1, name: str | None = None) -> int:
   """Default number of given latent frames in a clip of `frames` latent frames.
 
   The number is 4 as in Open-Sora 1.1, but at most a quarter of the clip, the largest share in training (`frame_masks`). It is
-  rounded up to whole groups of the autoencoder, as in Open-Sora 1.2 (groups of 5). A loop gets half as many, since both of its
-  ends are given and the way back must fit between them.
+  rounded up to whole groups of the autoencoder, as in Open-Sora 1.2 (groups of 5). --task loop gets half as many, since both
+  ends of its second clip are given.
   """
   return -(-max(1, min(4, frames // (8 if name == "loop" else 4))) // group) * group
 

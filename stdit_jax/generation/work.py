@@ -72,7 +72,7 @@ def make_work(settings: SampleSettings, prompts: Sequence[str], config: Any, aut
     config: of the model; autoencoder: configuration of its autoencoder.
 
   Raises:
-    ValueError: sizes, lengths, counts, tasks or mask strategies that are not allowed, or frames for a model of text alone.
+    ValueError: a size, length, count, task or mask strategy is not allowed, or the model takes no frames.
   """
   if settings.task and (settings.reference or settings.mask_strategy):
     raise ValueError("give --task with its files, or --reference and --mask-strategy; not both")
@@ -120,7 +120,7 @@ def split_prompt(settings: SampleSettings, prompt: str) -> tuple[str, tuple[str,
 
 
 def choose_length(settings: SampleSettings, config: Any, files: Sequence[str], counts: Sequence[int], autoencoder: Any) -> int:
-  """Frames of a clip. Raises ValueError for a length that the autoencoder does not keep, or that the task can't use."""
+  """Frames of a clip. Raises ValueError for a length that the autoencoder or the task can't use."""
   task = settings.task_name
   frames = 1 if task in tasks.ONE_FRAME else aspect_ratios.get_num_frames(settings.num_frames or config.sample.num_frames)
   said = f"--num-frames is {frames}"
@@ -154,12 +154,12 @@ def make_job(
 
 
 def check_rules(rules: Sequence[conditions.Rule], files: Sequence[str], loops: int) -> None:
-  """Raises ValueError for files or rules without effect. The original code ignores them."""
+  """Raises ValueError for files or rules without effect. The original code ignores such files and rules."""
   if files and not rules:
-    raise ValueError(f"{files[0]} is given, but nothing says where; give --mask-strategy, or --task, e.g. --task animate FILE")
+    raise ValueError(f"{files[0]} is given without its place in the clip; give --mask-strategy, or --task animate FILE")
   for rule in rules:
     if rule.loop >= loops:
-      raise ValueError(f"{conditions.describe(rule)} is of loop {rule.loop}, and there are {loops}, numbered from 0 (--loops)")
+      raise ValueError(f"{conditions.describe(rule)}: loop {rule.loop} does not exist; give 0 to {loops - 1}, or more --loops")
 
 
 def choose_size(settings: SampleSettings, config: Any, files: Sequence[str], downsampling: int) -> tuple[int, int]:
@@ -212,14 +212,15 @@ def stored_settings(works: Sequence[Work], settings: SampleSettings, sample: Any
   given = {name: value for name in names if (value := getattr(settings, name)) not in (None, 0, (), [])}
   own_files = tuple(filter(None, (settings.weights, settings.autoencoder, settings.text_encoder)))
   all_files = {*own_files, *(path for one in works for path in one.files)}
-  marks = {path: paths.fingerprint(path) for path in all_files if paths.exists(path)}  # a changed file is another setting
+  # A file with new content counts as another setting.
+  marks = {path: paths.fingerprint(path) for path in all_files if paths.exists(path)}
   stored = []
   for one in works:
     first, prompts, step = one.requests[0], [request.prompt for request in one.requests], autoencoder.downsampling
     own = {
       "prompt": prompts[0] if len(set(prompts)) == 1 else prompts, "seed": first.seed,
       "steps": sample.steps, "guidance_scale": sample.guidance_scale,
-      # The size that the autoencoder makes.
+      # The autoencoder rounds sizes down.
       "height": first.height // step * step, "width": first.width // step * step, "fps": first.fps,
       "frames_of_clip": first.num_frames, "model": model, **given,
       "files": {path: marks[path] for path in (*own_files, *one.files) if path in marks},
@@ -232,9 +233,9 @@ def stored_settings(works: Sequence[Work], settings: SampleSettings, sample: Any
 
 
 def choose_targets(settings: SampleSettings, works: Sequence[Work], stored: Sequence[dict[str, Any]]) -> list[Target]:
-  """The files that are missing. All processes see the files of the first process.
+  """The files that must still be made, as the first process finds them.
 
-  A file with other settings keeps its name, and the new file gets -2, -3, ... With --overwrite all files count as missing.
+  A file with other settings keeps its name, and the new file gets -2, -3, ... With --overwrite all files are made.
 
   Raises:
     ValueError: --output is one file, and the videos do not fit into it, or it exists with other settings.
