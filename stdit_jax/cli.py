@@ -103,10 +103,8 @@ def _change(config: ml_collections.ConfigDict, argument: str) -> None:
     if key not in group:
       near = difflib.get_close_matches(key, group, 1)
       hint = f"did you mean {'.'.join((*keys[:i], near[0]))!r}?" if near else "configs/base.py has all keys."
-      raise ValueError(
-        f"{argument}: there is no key {'.'.join(keys[: i + 1])!r}; {hint} A key of model.fields or other `fields` can only be "
-        "changed if the file sets it"
-      )
+      hint += " --config changes a key of model.fields or other `fields` only if the file sets it"
+      raise ValueError(f"{argument}: there is no key {'.'.join(keys[: i + 1])!r}; {hint}")
     parent, group = group, group[key]
   if not equals:
     if not isinstance(group, bool):
@@ -192,9 +190,7 @@ def _place() -> dict[str, Any] | None:
   if not re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^\s:]+):[0-9]+", coordinator):
     raise ValueError(f"STDIT_JAX_COORDINATOR={coordinator} is not like HOST:PORT")
   if not (number.isdecimal() and process.isdecimal() and int(process) < int(number)):
-    raise ValueError(
-      f"STDIT_JAX_PROCESS_ID={process} of STDIT_JAX_NUM_PROCESSES={number}: processes are numbered 0, 1, ..., number - 1"
-    )
+    raise ValueError(f"STDIT_JAX_PROCESS_ID={process}: processes are numbered 0, 1, ... below STDIT_JAX_NUM_PROCESSES={number}")
   place = {"coordinator_address": coordinator, "num_processes": int(number), "process_id": int(process)}
   # Under Slurm, JAX's cluster detection would hide all devices but one from the process.
   return place | {"cluster_detection_method": "deactivate"}

@@ -80,10 +80,7 @@ class TextEncoder(Named):
 
   def __post_init__(self):
     if self.train and self.where != "step":
-      raise ValueError(
-        f"config: text_encoder.train needs text_encoder.where='step', but it is {self.where!r}: precomputed embeddings can't "
-        "train. Change one of the two"
-      )
+      raise ValueError(f"config: text_encoder.train needs text_encoder.where='step', not {self.where!r}; change one of the two")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -59,9 +59,7 @@ class Settings:
   model: str = flag("named model, like STDiT3-XL/2 (default: the model that the input names)", "", metavar="NAME")
   config: str = flag("fields that differ from the named model: a JSON object, or a file with one", "", metavar="JSON")
   dtype: str = flag("type of all floating-point tensors in the output (default: unchanged)", "", choices=tuple(DTYPES))
-  max_shard_size: int | None = flag(
-    "split larger outputs into files with an index, like 5GB", type=size_in_bytes, metavar="SIZE"
-  )
+  max_shard_size: int | None = flag("split larger outputs into several files, like 5GB", type=size_in_bytes, metavar="SIZE")
   overwrite: bool = flag("replace existing output files", False)
   item: str = flag("which weights of a training run (default: ema)", "ema", choices=("ema", "params"))
   part: str = flag("which model of a training run (default: the model that it trains)", "", choices=tuple(RUN_PARTS))
@@ -190,10 +188,8 @@ def check(settings: Settings) -> None:
   if table is not None:
     compare(weights.foreign_spec(layout, model.shapes, model.config), table, f"{name} exported as {layout}")
   elif not settings.input:
-    raise ValueError(
-      f"this package has no key table for {name}{' with --config' if settings.config else ''}; "
-      "give a table by --keys, or a file by --input"
-    )
+    own = f"{name} with --config" if settings.config else name
+    raise ValueError(f"this package has no key table for {own}; give a table by --keys, or a file by --input")
   if not settings.input:
     return
   source = open_source(settings, model)

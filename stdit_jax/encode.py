@@ -51,9 +51,7 @@ class Settings:
   """The flags of one call."""
 
   config: str = flag("training configuration: file with get_config()", required=True, metavar="FILE")
-  changes: Sequence[str] = flag(
-    "replaces one key of it, as for train: --config.data.workers=8", (), "--config.KEY", metavar="VALUE"
-  )
+  changes: Sequence[str] = flag("replaces one key, as in --config.data.workers=8", (), "--config.KEY", metavar="VALUE")
   output: str = flag("folder for the shards, on a disk that all processes share", required=True, metavar="FOLDER")
   epochs: int = flag("encode the first epochs of each stage's data", required=True)
   stage: Sequence[str] | None = flag("only this stage; may be given several times (default: all)", action="append")
@@ -124,13 +122,9 @@ def choose_text(settings: Settings, config: Any, conditioner: Any) -> bool:
   if settings.text and conditioner.name != "captions":
     raise ValueError(f"--text: the denoiser {config.model.name} takes {conditioner.name}, which need no encoding; leave it out")
   if settings.text and config.text_encoder.train:
-    raise ValueError(
-      "--text: text_encoder.train is set, and a text encoder that trains gives other embeddings in each step; leave --text out"
-    )
+    raise ValueError("--text: text_encoder.train is set, so embeddings change in each step; leave --text out")
   if wanted and config.text_encoder.where == "disk":
-    raise ValueError(
-      "--text: text_encoder.where is 'disk', so the training reads embeddings from the files of its table; leave --text out"
-    )
+    raise ValueError("--text: text_encoder.where is 'disk': the table names files of embeddings; leave --text out")
   return wanted
 
 

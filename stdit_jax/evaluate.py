@@ -78,19 +78,13 @@ class Settings(PipelineSettings):
   batch_size: int = _shapes("videos per batch (default: %(default)s)", 20)
 
   model: str | None = _autoencoder("for --autoencoder alone, if the file does not name it: sd-kl-f8...", metavar="NAME")
-  buckets: Sequence[str] | None = _autoencoder(
-    "like 144p:1 240p:17 (default: the buckets of the configuration)", nargs="+", metavar="RESOLUTION:FRAMES"
-  )
+  buckets: Sequence[str] | None = _autoencoder("default: the configuration's", nargs="+", metavar="RESOLUTION:FRAMES")
   frame_interval: int | None = _autoencoder("use every N-th frame (default: the configuration's, or 1)", metavar="N")
-  repeat: int = _autoencoder(
-    "baseline for an image autoencoder: reconstruct every N-th frame, and repeat it for the frames near it", 1, metavar="N"
-  )
+  repeat: int = _autoencoder("baseline: an image autoencoder makes every N-th frame, which is repeated", 1, metavar="N")
   perceptual: Sequence[str] | None = _autoencoder(
     "perceptual distance by vgg16-lpips or hed-vgg16 (autoencoders/perceptual.py)", nargs=2, metavar=("TRUNK", "FILE")
   )
-  i3d: str | None = _autoencoder(
-    "Frechet video distance with this file of stdit_jax.interop.fetch, for 16 x 16 pixels and 16 frames or more", metavar="FILE"
-  )
+  i3d: str | None = _autoencoder("I3D of stdit_jax.interop.fetch: Frechet video distance, from 16 frames on", metavar="FILE")
   picture: str | None = _autoencoder("writes original, reconstruction and error of one clip per bucket", metavar="FILE.png")
 
   def counts(self, **defaults: int) -> dict[str, int]:
@@ -200,9 +194,7 @@ def what_to_measure(settings: Settings, config: Config | None) -> tuple[Sequence
   if config and not names:
     names = [f"{bucket.resolution}:{bucket.num_frames}" for bucket in parse_buckets(config.data.buckets)]
   if not tables or not names:
-    raise ValueError(
-      "give the tables and buckets to measure on: --tables TABLE ... --buckets RESOLUTION:FRAMES ..., like 144p:17"
-    )
+    raise ValueError("give the tables and buckets to measure on: --tables TABLE ... --buckets 144p:17 ...")
   if wrong := [name for name in names if name.count(":") != 1]:
     raise ValueError(f"--buckets {wrong[0]}: write RESOLUTION:FRAMES, like 144p:17")
   return tables, [name.split(":") for name in names]
@@ -249,10 +241,9 @@ def print_parts(values: dict[str, dict[str, float]]) -> None:
 
 # {task: (what measures, what prints its values)}
 MEASURES = {
-  "loss": (evaluate_loss, print_losses),
-  "shapes": (evaluate_shapes, print_parts),
+  "loss": (evaluate_loss, print_losses), "shapes": (evaluate_shapes, print_parts),
   "autoencoder": (evaluate_autoencoder, print_buckets),
-}
+}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> None:

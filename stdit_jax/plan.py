@@ -66,9 +66,7 @@ class Settings:
   """The flags of one call."""
 
   config: str = flag("file with get_config()", required=True, metavar="FILE")
-  changes: Sequence[str] = flag(
-    "replaces one key of it, as for train: --config.mesh.fsdp=4", (), "--config.KEY", metavar="VALUE"
-  )
+  changes: Sequence[str] = flag("replaces one key, as in --config.mesh.fsdp=4", (), "--config.KEY", metavar="VALUE")
   topology: str = flag("of TPUs: KIND:AxB or KIND:AxBxC, e.g. v5e:16x16, v5p:4x8x8, v6e:16x16", "")
   platform: str = flag("kind of accelerator (default: %(default)s)", "tpu", choices=("tpu", "gpu"))
   gpu: str = flag("with --platform gpu, instead of --topology: h100:8, h200:64, a100:16", "", metavar="KIND:COUNT")
@@ -106,9 +104,7 @@ def parse_bucket(text: str, known: Mapping[Key, int]) -> tuple[str, int, int]:
   """(resolution, frames, batch) of a text like '480p:51' or '480p:51:256'. `known`: batches, as of `stage_buckets`."""
   parts = text.split(":")
   if len(parts) not in (2, 3) or not all(p.isdigit() and int(p) for p in parts[1:]):
-    raise ValueError(
-      f"--bucket {text!r} is not RESOLUTION:FRAMES or RESOLUTION:FRAMES:BATCH; write it like 480p:51 or 480p:51:256"
-    )
+    raise ValueError(f"--bucket {text!r} is not RESOLUTION:FRAMES[:BATCH]; write it like 480p:51 or 480p:51:256")
   key = parts[0], int(parts[1])
   if len(parts) == 2 and key not in known:
     names = ", ".join(f"{resolution}:{frames}" for resolution, frames in known)

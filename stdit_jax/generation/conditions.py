@@ -76,10 +76,7 @@ def parse_mask_strategy(text: str | None) -> tuple[Rule, ...]:
         "[,FRAMES[,EDIT RATIO]]]]]. Give whole numbers, and an edit ratio from 0 to 1"
       ) from None
     if rule.loop < 0 or rule.reference < 0 or rule.length < 0 or not 0 <= rule.edit <= 1:
-      raise ValueError(
-        f"mask strategy {text!r}: {part.strip()!r} has a value out of range. Give loop, reference and frames of at least 0, "
-        "the edit ratio 0 to 1"
-      )
+      raise ValueError(f"mask strategy {text!r}: {part.strip()!r}: allowed are whole numbers from 0, edit ratios from 0 to 1")
     rules.append(rule)
   return tuple(rules)
 

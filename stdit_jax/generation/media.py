@@ -28,9 +28,7 @@ BT_709, LIMITED_RANGE = 1, 1  # FFmpeg: AVCOL_SPC_BT709, AVCOL_PRI_BT709 and AVC
 def check_rate(kind: str, fps: float) -> None:
   """Raises ValueError if a gif cannot show `fps` frames per second. Players show shorter frame times as 100 ms."""
   if kind == "gif" and fps > MAX_GIF_FPS:
-    raise ValueError(
-      f"--fps is {fps:g}; a gif shows at most {MAX_GIF_FPS} frames per second. Lower --fps or give another --format"
-    )
+    raise ValueError(f"--fps is {fps:g}; a gif shows at most {MAX_GIF_FPS} frames per second. Lower --fps or change --format")
 
 
 def settings_file(path: Any) -> str:

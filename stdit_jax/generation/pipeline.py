@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import chex
 import jax
@@ -19,7 +19,7 @@ from stdit_jax.diffusion.guidance import Guidance, guided
 from stdit_jax.diffusion.noise import Purpose, fold_in, sample_keys, token_noise
 from stdit_jax.diffusion.types import Noises, StepState
 from stdit_jax.models import step_cache
-from stdit_jax.models.family import SCALARS, token_grid, token_values
+from stdit_jax.models.family import SCALARS, token_grid
 from stdit_jax.models.layers import OVER_TIME
 from stdit_jax.parallel.shardings import Layout
 
@@ -43,19 +43,6 @@ class Request:
   fps: float = 24.0
   seed: int = 0
   loop: int = 0
-
-
-class Sampling(NamedTuple):
-  """Static arguments of a sampler step. They are the same in all steps of a batch, so one program serves all steps.
-
-  Attributes:
-    diffusion: the formulation, for a number of steps.
-    latent_size: (T, H, W) of the latents.
-  """
-
-  diffusion: Any
-  guidance: Guidance
-  latent_size: tuple[int, ...]
 
 
 class Pipeline:
@@ -120,8 +107,7 @@ class Pipeline:
     programs in the compilation cache.
 
     Args:
-      given: whether some frames are given; encoded: lengths of the clips that are encoded to give frames.
-      negative: whether there is a negative prompt.
+      given, negative: whether there are given frames, and a negative prompt; encoded: lengths of the clips to encode.
 
     Returns:
       {"weights", "text", "encode" if a clip is encoded, "denoise", "decode"}. The peak is the weights and the largest other
@@ -135,11 +121,10 @@ class Pipeline:
 
     prompts = self.components.conditioner.prompts([request.prompt] * batch)
     arrays = {name: shape(*array.shape, dtype=array.dtype) for name, array in prompts.items()}
-    encode = self._encode.lower(self.encoder_weights, arrays)
-    out_info, encode = encode.out_info, encode.compile()
-    cond = jax.tree.map(shape_of, out_info, encode.output_shardings)
+    encode = self._encode.lower(self.encoder_weights, arrays).compile()
+    cond = jax.tree.map(shape_of, encode.out_info, encode.output_shardings)
     sizes = {"grid": shape(batch, 3, dtype=np.int32), **dict.fromkeys(SCALARS, shape(batch))}
-    x = shape(batch, *token_shape(self.model.config, size, self.token_parts), axes=OVER_TIME)
+    x = shape(batch, *image_valid(self.model.config, size, self.token_parts).shape, axes=OVER_TIME)
     specs = self._cache_specs(*x.shape[:3])
     cached = jax.tree.map(lambda spec: shape(*spec.shape, dtype=spec.dtype, axes=spec.axes), specs)
     sides = [np.ones((batch,), np.float32)] * 4
@@ -149,7 +134,7 @@ class Pipeline:
     step = self._step.lower(
       self.variables, StepState(x, masks if given else None, previous), cached, self._computes(diffusion, 0, t),
       ((cond, cond if negative else None), sizes), (t, t), Noises(x if diffusion.stochastic else None, x if given else None),
-      how=Sampling(diffusion, self._guidance_of(guidance_scale), size),
+      how=(diffusion, self._guidance_of(guidance_scale), size),
     ).compile()  # fmt: skip
     return {
       "weights": bytes_on_device((self.variables, self.encoder_weights, self.codec.variables)),
@@ -187,10 +172,7 @@ class Pipeline:
     return self.codec.encode(frames)[0]
 
   def decode(self, latents: Iterable[np.ndarray], num_frames: int, done: Callable = lambda frames: None) -> list[np.ndarray]:
-    """Latents of `sample_latents` -> list of videos, uint8 `[num_frames, 8h, 8w, 3]`.
-
-    `done` is called with the number of frames that each piece finishes.
-    """
+    """Latents of `sample_latents` -> videos, uint8 `[num_frames, 8h, 8w, 3]`. `done(n)` is called after each `n` frames."""
     return [self.codec.decode(z, num_frames, done) for z in latents]
 
   def _place(self, values, axes=("batch",)) -> Any:
@@ -256,7 +238,7 @@ class Pipeline:
     previous = (self._place(value, OVER_TIME), self._place(gap), self._place(took_part)) if diffusion.multistep else None
     specs = self._cache_specs(*x.shape[:3])
     cached = jax.tree.map(lambda spec: self._place(np.zeros(spec.shape, spec.dtype), spec.axes), specs)
-    state, how = StepState(x, edit, previous), Sampling(diffusion, self._guidance_of(guidance_scale), size)
+    state, how = StepState(x, edit, previous), (diffusion, self._guidance_of(guidance_scale), size)
     for i in progress(range(steps), "denoise"):
       noises = Noises(noise_of(fold_in(step_keys, i)) if diffusion.stochastic else None, frame_noise)
       computes, times = self._computes(diffusion, i, timesteps[i]), (timesteps[i], timesteps[i + 1])
@@ -287,6 +269,7 @@ class Pipeline:
       cached, computes: of the step cache (`_cache_specs`, `_computes`).
       conditions: ((cond of the prompts, cond of the negative prompts or None), sizes).
       times: timesteps `[B]` from and to.
+      how: (diffusion for a number of steps, guidance, (T, H, W) of the latents). Equal in all steps, which share one program.
     """
     diffusion, guidance, latent_size = how
     config, family = self.model.config, self.components.family
@@ -294,7 +277,7 @@ class Pipeline:
     if other is None:
       other = family.null(config, variables.get("constants", {}), cond)
     # Elements past an odd border are no latents. They stay zero, as in the original's padding (`PatchEmbed3D`).
-    inside = image_valid(latent_size, config.patch_size, config.in_channels, self.token_parts)
+    inside = image_valid(config, latent_size, self.token_parts)
     valid = jnp.broadcast_to(inside, state.x.shape)
     # The model treats tokens as padding if they only fill the number up to a multiple of the devices.
     shown = None if inside.any(-1).all() else valid
@@ -326,27 +309,18 @@ class Pipeline:
     return result
 
 
-def image_valid(latent_size: Sequence[int], patch_size: Sequence[int], channels: int, token_parts: int = 1) -> np.ndarray:
+def image_valid(config: Any, latent_size: Sequence[int], token_parts: int = 1) -> np.ndarray:
   """bool `[T, S, P]`: True for the elements of tokens that are latents of this size.
 
-  The others are padding: at an odd border, or tokens up to a multiple of `token_parts`.
+  The others are padding: at an odd border, or tokens up to a multiple of `token_parts`. `config`: of the denoiser.
   """
-  valid = patchify(np.ones((*latent_size, channels), bool), patch_size)
+  valid = patchify(np.ones((*latent_size, config.in_channels), bool), config.patch_size)
   return np.pad(valid, ((0, 0), (0, -valid.shape[1] % token_parts), (0, 0)))
-
-
-def token_shape(config: Any, latent_size: Sequence[int], token_parts: int = 1) -> tuple[int, int, int]:
-  """(T, S, P) of the tokens of latents of one size. S is padded to a multiple of `token_parts`."""
-  frames, rows, columns = token_grid(config, latent_size)
-  return frames, -(-rows * columns // token_parts) * token_parts, token_values(config)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3))
 def latent_noise(config: Any, keys: jax.Array, size: tuple[int, ...], token_parts: int = 1) -> jax.Array:
-  """Standard normal tokens `[B, T, S, P]` for latents of one size, from one key per sample.
-
-  S is padded to a multiple of `token_parts`.
-  """
+  """Standard normal tokens `[B, T, S, P]` (`image_valid`) for latents of one size, from one key per sample."""
   latent_size, grid = (jnp.tile(jnp.asarray(n, jnp.int32), (keys.shape[0], 1)) for n in (size, token_grid(config, size)))
-  shape = token_shape(config, size, token_parts)
+  shape = image_valid(config, size, token_parts).shape
   return token_noise(keys, latent_size, shape, grid, config.patch_size, config.in_channels)

@@ -45,9 +45,7 @@ def read_reference(path: Any, size: tuple[int, int], fps: float, every_frame: bo
   """
   numbers = _numbers(path, fps, every_frame)
   if len(numbers) * size[0] * size[1] * 3 > MAX_BYTES:
-    raise InputError(
-      f"{path}: {len(numbers)} frames of {size[0]} x {size[1]} take more than {MAX_BYTES >> 30} GiB; cut the video"
-    )
+    raise InputError(f"{path}: {len(numbers)} frames of {size[0]} x {size[1]} exceed {MAX_BYTES >> 30} GiB; cut the video")
   try:
     return video.read_frames(path, numbers, size=size)
   except video.BadVideo as error:

@@ -86,7 +86,7 @@ def check_length(task: str | None, loops: int, num_frames: int, wanted: int | No
   if joins(num_frames, None):
     lengths = [str(n) for n in range(1, autoencoder.latent_frames(num_frames)) if joins(num_frames, n)]
     raise ValueError(
-      f"--condition-frames is {wanted}, which is no whole chunk of latent frames; allowed for {what}: {', '.join(lengths)}"
+      f"--condition-frames is {wanted}, no whole chunk of latent frames; allowed for {what}: {', '.join(lengths)}"
     )
   near = sorted(filter(lambda n: joins(n, None), range(1, 2 * num_frames + 100)), key=lambda n: abs(n - num_frames))[:2]
   raise ValueError(

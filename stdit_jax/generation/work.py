@@ -99,9 +99,7 @@ def make_work(settings: SampleSettings, prompts: Sequence[str], config: Any, aut
       works.append(Work(f"{number:04d}-{name}-seed{seed}", requests, files, job, counts))
   family, _ = find_model(config.model.name, config.model.fields)
   if any(one.job.rules for one in works) and not family.supports.frame_masks:
-    raise ValueError(
-      f"{family.name} can't be given frames: it makes videos from text alone; leave --task and --mask-strategy out"
-    )
+    raise ValueError(f"{family.name} can't be given frames, only text; leave --task and --mask-strategy out")
   return works
 
 
@@ -109,10 +107,7 @@ def split_prompt(settings: SampleSettings, prompt: str) -> tuple[str, tuple[str,
   """(text, reference files, mask strategy). The prompt may give files and strategy. Otherwise the flags give them."""
   text, own = split_json(prompt)
   if own and settings.task:
-    raise ValueError(
-      f"prompt {prompt!r} has files or a mask strategy of its own, which does not go with --task {settings.task_name}; leave "
-      "one out"
-    )
+    raise ValueError(f"prompt {prompt!r} has own files or an own mask strategy; remove these, or leave --task out")
   if settings.task:
     return text, tuple(settings.task[1:]), None
   files = own["reference_path"].split(";") if own.get("reference_path") else settings.reference or ()

@@ -69,7 +69,7 @@ def test_noise_bits_depend_on_the_seed_alone(pipeline):
   three = np.asarray(latent_noise(config, keys((5, 6, 7)), size))
   assert three[1].tobytes() == np.asarray(latent_noise(config, keys((6,)), size))[0].tobytes()
   # 9 x 7 latents fill 5 x 4 patches of 2 x 2; the rest of the patches is zero.
-  inside = pipelines.image_valid(size, config.patch_size, 4)
+  inside = pipelines.image_valid(config, size)
   assert not three[:, ~inside].any()
   assert three[:, inside].all()
 
