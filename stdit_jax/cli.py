@@ -41,6 +41,16 @@ def one_line_errors(kinds: tuple[type[Exception], ...] = (ValueError, OSError)) 
     raise SystemExit(2) from None
 
 
+@contextlib.contextmanager
+def interruptible(what: str) -> Iterator[None]:
+  """After ^C prints `what` and exits with code 130."""
+  try:
+    yield
+  except KeyboardInterrupt:
+    print(f"interrupted; {what}", file=sys.stderr)
+    raise SystemExit(130) from None
+
+
 def parse_with_changes(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
   """The arguments of a parser. `changes` holds the arguments that change a configuration, for `read_config`.
 
@@ -73,6 +83,14 @@ def check_positive(settings: Any, *names: str) -> None:
     if value is not None and not value > 0:
       allowed = "at least 1" if isinstance(value, int) else "above 0"
       raise ValueError(f"--{name.replace('_', '-')} is {value:g}; allowed: {allowed}")
+
+
+def choose_stages(stages: Sequence[Any], names: Sequence[str] | None) -> list[Any]:
+  """The stages with these names, by default all. Raises ValueError for an unknown name."""
+  known = [stage.name for stage in stages]
+  if unknown := sorted(set(names or ()) - set(known)):
+    raise ValueError(f"--stage {unknown[0]!r} is none of {', '.join(known)}")
+  return [stage for stage in stages if not names or stage.name in names]
 
 
 def read_config(path: str | None, changes: Iterable[str] = ()) -> ml_collections.ConfigDict:

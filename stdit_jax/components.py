@@ -120,9 +120,9 @@ def need_file(path: str | None, key: str) -> str:
   return path
 
 
-def local_devices_mesh() -> Mesh:
-  """The mesh of all devices of this process. A codec spreads its pieces over it."""
-  return Mesh(np.asarray(jax.local_devices()), ("pieces",))
+def local_devices_mesh() -> Mesh | None:
+  """The mesh of all devices of this process, over which a codec spreads its pieces. None for one device."""
+  return Mesh(np.asarray(jax.local_devices()), ("pieces",)) if jax.local_device_count() > 1 else None
 
 
 def codec_of_shapes(config: Autoencoder, mesh: Mesh | None = None) -> Codec:

@@ -99,10 +99,7 @@ def choose(settings: Settings) -> Choice:
   from stdit_jax.training.stages import make_stages
 
   every = make_stages(cli.read_config(settings.config, settings.changes))
-  names = [stage.name for stage in every]
-  if unknown := sorted(set(settings.stage or ()) - set(names)):
-    raise ValueError(f"--stage {unknown[0]!r} is none of {', '.join(names)}")
-  stages = [stage for stage in every if not settings.stage or stage.name in settings.stage]
+  stages = cli.choose_stages(every, settings.stage)
   if (part := part_of(stages[0].config)) != "denoiser":
     raise ValueError(f"config: task={part!r}: encode precomputes the data of denoisers only; set task='denoiser'")
   parts = [Components.of(stage.config) for stage in stages]
@@ -251,8 +248,5 @@ if __name__ == "__main__":
     raise SystemExit(_STOPPED)
 
   signal.signal(signal.SIGTERM, stop)
-  try:
+  with cli.interruptible("the same command continues"):
     main()
-  except KeyboardInterrupt:
-    print("interrupted; the same command continues", file=sys.stderr)
-    raise SystemExit(130) from None

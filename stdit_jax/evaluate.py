@@ -93,11 +93,6 @@ class Settings(PipelineSettings):
     return {name: default if getattr(self, name) is None else getattr(self, name) for name, default in defaults.items()}
 
 
-def parse(argv: Sequence[str] | None = None) -> Settings:
-  """The settings of a command line (default: of this process)."""
-  return cli.parse_settings(Settings, "stdit_jax.evaluate", __doc__, argv)
-
-
 def read_stage(settings: Settings) -> tuple[Any, int | None]:
   """(stage that wrote the checkpoint, step of the checkpoint). The flags replace keys of the stage."""
   if not settings.run:
@@ -138,11 +133,7 @@ def evaluate_shapes(settings: Settings, folder: str) -> tuple[str, dict[str, dic
   config, step = loading.read_model(settings)
   pipeline, described = loading.load_pipeline(settings, config, step), loading.describe(settings, step)
   steps, scale = config.sample.steps, config.sample.guidance_scale
-  writes = jax.process_index() == 0
-
-  def progress(batches, name):
-    return tqdm(batches, name, unit="batch", leave=False, disable=None if writes else True)
-
+  progress = functools.partial(tqdm, unit="batch", leave=False, disable=True if jax.process_index() else None)
   exam = Exam(steps, scale, counts["count"], batch=counts["batch_size"])
   how = f"{counts['count']} scenes of each part, {config.diffusion.fields.get('sampler', 'euler')}, {steps} steps, "
   how += f"guidance scale {scale:g}" + (f", step cache {settings.step_cache}" if settings.step_cache else "")
@@ -247,7 +238,7 @@ MEASURES = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-  settings = parse(argv)
+  settings = cli.parse_settings(Settings, "stdit_jax.evaluate", __doc__, argv)
   logging.set_verbosity(logging.ERROR)  # orbax reports what it reads
   with cli.one_line_errors(), tempfile.TemporaryDirectory() as folder:
     check_settings(settings)

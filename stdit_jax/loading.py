@@ -112,13 +112,12 @@ def load_pipeline(
   if weights[1] is None and encoder is not None:
     weights = weights[0], with_shardings(t5.init_shapes(encoder.config), mesh, t5.RULES)["params"]
   cache = step_cache.parse(settings.step_cache) if settings.step_cache else None
-  pieces = components.local_devices_mesh() if mesh and jax.local_device_count() > 1 else None
+  pieces = components.local_devices_mesh() if mesh else None
   codec = components.codec_of_shapes(config.autoencoder, pieces)
   pipeline = Pipeline(parts, weights, codec, guidance_of(settings), mesh, cache)
   check(pipeline)
   if settings.run:
-    params, frozen, _ = checkpoints.load_weights(settings.run, settings.item, step, mesh, parts.rules)
-    weights = parts.weights(params, frozen)
+    weights = parts.weights(*checkpoints.load_weights(settings.run, settings.item, step, mesh, parts.rules)[:2])
   else:
     weights = components.load_denoiser(parts, str(settings.weights), mesh), None
   if reads_encoder:

@@ -47,7 +47,7 @@ from data import paths
 from data.aspect_ratios import NUM_PIXELS
 from data.command_line import flag
 from data.shards import duration
-from stdit_jax.cli import check_positive, one_line_errors, parse_settings, read_config
+from stdit_jax.cli import check_positive, choose_stages, interruptible, one_line_errors, parse_settings, read_config
 from stdit_jax.components import Components
 from stdit_jax.config import Config
 from stdit_jax.models.family import find_model
@@ -94,12 +94,6 @@ class Settings:
     return topology_chips(self.topology) * self.slices
 
 
-def parse(argv: Sequence[str] | None = None) -> Settings:
-  """The settings of a command line (default: of this process)."""
-  settings = parse_settings(Settings, "stdit_jax.plan", __doc__, argv)
-  return dataclasses.replace(settings, argv=tuple(sys.argv[1:] if argv is None else argv))
-
-
 def parse_bucket(text: str, known: Mapping[Key, int]) -> tuple[str, int, int]:
   """(resolution, frames, batch) of a text like '480p:51' or '480p:51:256'. `known`: batches, as of `stage_buckets`."""
   parts = text.split(":")
@@ -141,11 +135,7 @@ def choose_topology(settings: Settings) -> str:
 def make_jobs(settings: Settings) -> tuple[list[Stage], list[Job]]:
   """(stages, a job for each bucket) of the flags."""
   config = Config.of(read_config(settings.config, settings.changes))
-  stages = make_stages(config)
-  if unknown := sorted(set(settings.stage or ()) - {s.name for s in stages}):
-    raise ValueError(f"--stage {unknown[0]!r} is none of {', '.join(s.name for s in stages)}")
-  stages = [s for s in stages if not settings.stage or s.name in settings.stage]
-  jobs = []
+  stages, jobs = choose_stages(make_stages(config), settings.stage), []
   for stage in stages:
     known = stage_buckets(stage)
     for bucket in [parse_bucket(text, known) for text in settings.bucket or ()] or [(*key, known[key]) for key in known]:
@@ -345,9 +335,10 @@ def mesh_rank(results: Sequence[tuple[dict[str, Any], dict[str, Any] | None]]) -
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-  settings = parse(argv)
+  settings = parse_settings(Settings, "stdit_jax.plan", __doc__, argv)
   with one_line_errors():
-    settings = dataclasses.replace(settings, topology=choose_topology(settings))
+    given = tuple(sys.argv[1:] if argv is None else argv)
+    settings = dataclasses.replace(settings, topology=choose_topology(settings), argv=given)
     check_settings(settings)
     stages, jobs = make_jobs(settings)
     if settings.search_batch_size and not all(make_objective(stage.config).counts_flops for stage in stages):
@@ -361,8 +352,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-  try:
+  with interruptible("compiled results are kept, and the same command continues"):
     main()
-  except KeyboardInterrupt:
-    print("interrupted; compiled results are kept, and the same command continues", file=sys.stderr)
-    raise SystemExit(130) from None

@@ -30,9 +30,8 @@ class Sampler:
     self.run, self.stage = run, None
     self.pipeline: Any = None  # of the stage
     size = aspect_ratios.size(sample.resolution, sample.aspect_ratio)
-    self.requests = [
-      Request(clean_caption(prompt), *size, sample.num_frames, sample.fps, sample.seed) for prompt in sample.prompts
-    ]
+    how = *size, sample.num_frames, sample.fps, sample.seed
+    self.requests = [Request(clean_caption(prompt), *how) for prompt in sample.prompts]
 
   def __call__(self, step: int, state: Tree, frozen: Tree) -> None:
     made, settings, mesh = self.run.parts_that_made(step), self.run.config.sample, self.run.mesh
@@ -41,8 +40,8 @@ class Sampler:
     if made is not self.stage:
       if components.conditioner.ahead:
         encoder = load_text_encoder(components.conditioner.config, components.conditioner.encoder, mesh)
-      pieces = local_devices_mesh() if jax.local_device_count() > 1 else None
-      self.pipeline = Pipeline(components, (variables, encoder), load_codec(config.autoencoder, pieces), mesh=mesh)
+      codec = load_codec(config.autoencoder, local_devices_mesh())
+      self.pipeline = Pipeline(components, (variables, encoder), codec, mesh=mesh)
       self.stage = made
     # The state holds no encoder that runs before the step.
     self.pipeline.set_weights((variables, self.pipeline.encoder_weights if encoder is None else encoder))

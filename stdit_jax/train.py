@@ -38,32 +38,28 @@ def connect(config: Config) -> Watchdog:
 
 def run(config: Config, watchdog: Watchdog) -> None:
   """Trains. Exits with 2 and one line after a user's error, with RESTART after SIGTERM, with 130 after ^C."""
-  try:
-    with contextlib.ExitStack() as held:
-      with cli.one_line_errors():
-        from stdit_jax.interop import CheckpointError
-        from stdit_jax.run_samples import Sampler
-        from stdit_jax.training.loop import train
-        from stdit_jax.training.preemption import Preempted
-        from stdit_jax.training.restarts import Restarts
-        from stdit_jax.training.run import Run
+  with cli.interruptible("the same command resumes from the newest checkpoint"), contextlib.ExitStack() as held:
+    with cli.one_line_errors():
+      from stdit_jax.interop import CheckpointError
+      from stdit_jax.run_samples import Sampler
+      from stdit_jax.training.loop import train
+      from stdit_jax.training.preemption import Preempted
+      from stdit_jax.training.restarts import Restarts
+      from stdit_jax.training.run import Run
 
-        cli.keep_freed_memory()
-        training = Run(config, watchdog.beat)
-        if watchdog.index == 0:
-          held.enter_context(claim(config.output, functools.partial(watchdog.leave, code=2)))
-        on_sample = Sampler(training) if config.sample_every else None
-        restarts = Restarts(training)
-        started = restarts.start()
-      with cli.one_line_errors((InputError, CheckpointError, OSError)):
-        try:
-          train(training, on_sample, restarts, started)
-        except Preempted as stop:
-          print(stop, file=sys.stderr)
-          raise SystemExit(RESTART) from None
-  except KeyboardInterrupt:
-    print("interrupted; the same command resumes from the newest checkpoint", file=sys.stderr)
-    raise SystemExit(130) from None
+      cli.keep_freed_memory()
+      training = Run(config, watchdog.beat)
+      if watchdog.index == 0:
+        held.enter_context(claim(config.output, functools.partial(watchdog.leave, code=2)))
+      on_sample = Sampler(training) if config.sample_every else None
+      restarts = Restarts(training)
+      started = restarts.start()
+    with cli.one_line_errors((InputError, CheckpointError, OSError)):
+      try:
+        train(training, on_sample, restarts, started)
+      except Preempted as stop:
+        print(stop, file=sys.stderr)
+        raise SystemExit(RESTART) from None
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -63,14 +63,12 @@ def parse_mask_strategy(text: str | None) -> tuple[Rule, ...]:
     ValueError: a tuple of the strategy cannot be parsed or has a value out of range.
   """
   rules = []
-  for part in (text or "").split(";") if (text or "").strip() else ():
-    numbers, kinds = part.split(","), (*[int] * 5, float)
+  for part in text.split(";") if text and text.strip() else ():
+    numbers = part.split(",")
     try:
-      if len(numbers) > len(kinds):
-        raise ValueError
-      values: list[Any] = [kind(number) for kind, number in zip(kinds, numbers)]
+      values: list[Any] = [*map(int, numbers[:5]), *map(float, numbers[5:])]
       rule = Rule(*values)
-    except ValueError:
+    except (ValueError, TypeError):
       raise ValueError(
         f"mask strategy {text!r}: {part.strip()!r} is not LOOP[,REFERENCE[,FRAME OF THE REFERENCE[,FRAME OF THE CLIP"
         "[,FRAMES[,EDIT RATIO]]]]]. Give whole numbers, and an edit ratio from 0 to 1"
@@ -154,14 +152,12 @@ def explain(placement: Placement, files: int) -> list[str]:
   follows = (steps[0] == 0) & (steps[1] == 0) & ((steps[2] == 1) | (placement.reference[1:] == NOISE))
   for end in [*(np.flatnonzero(~follows) + 1), len(placement.ratio)]:
     ratio, reference, first = placement.ratio[begin], placement.reference[begin], placement.frame[begin]
-    of = f"{begin}" if end == begin + 1 else f"{begin}-{end - 1}"
-    if reference == NOISE:
-      what = "generated from noise"
-    else:
-      its = f"{first}" if end == begin + 1 else f"{first}-{first + end - begin - 1}"
-      of_what = f"reference {reference}" if reference < files else f"clip of loop {reference - files}"
-      what = f"{of_what}, {'frame' if end == begin + 1 else 'frames'} {its}"
-      what += ": kept" if ratio == 0 else f": denoised from noise level {ratio:g}"
-    lines.append(f"{'frame' if end == begin + 1 else 'frames'} {of:>7}  {what}")
+    more = end - begin - 1
+    own, its = (f"{n}-{n + more}" if more else f"{n}" for n in (begin, first))
+    what, word = "generated from noise", "frames" if more else "frame"
+    if reference != NOISE:
+      source = f"reference {reference}" if reference < files else f"clip of loop {reference - files}"
+      what = f"{source}, {word} {its}: " + ("kept" if ratio == 0 else f"denoised from noise level {ratio:g}")
+    lines.append(f"{word} {own:>7}  {what}")
     begin = end
   return lines

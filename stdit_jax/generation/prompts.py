@@ -78,13 +78,11 @@ def read_prompt_file(path: Any) -> list[str]:
         raise ValueError(f"--prompt-file {path}: line {number} is no JSON ({error.msg}); give one object per line") from None
   else:
     return [line.strip() for line in text.split("\n") if line.strip()]
-  return [_prompt_of(row, f"--prompt-file {path}: row {number}") for number, row in enumerate(rows, 1)]
-
-
-def _prompt_of(row, where):
-  """The prompt of a row, followed by the JSON object of its files and its strategy."""
-  prompt = (row.get("prompt") or row.get("text")) if isinstance(row, dict) else None
-  if not isinstance(prompt, str) or not prompt.strip():
-    raise ValueError(f"{where} has no text under `prompt` (or `text`); every row needs one")
-  more = {key: row[key] for key in JSON_KEYS if row.get(key)}
-  return prompt.strip() + (json.dumps(more) if more else "")
+  prompts = []
+  for number, row in enumerate(rows, 1):
+    prompt = (row.get("prompt") or row.get("text")) if isinstance(row, dict) else None
+    if not isinstance(prompt, str) or not prompt.strip():
+      raise ValueError(f"--prompt-file {path}: row {number} has no text under `prompt` (or `text`); every row needs one")
+    more = {key: row[key] for key in JSON_KEYS if row.get(key)}
+    prompts.append(prompt.strip() + (json.dumps(more) if more else ""))
+  return prompts

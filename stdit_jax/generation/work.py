@@ -1,6 +1,7 @@
 """Plans the videos that `sample` makes: their clips and given frames, their files, and the settings stored beside each file."""
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -19,7 +20,7 @@ from stdit_jax.generation.clips import placements_of
 from stdit_jax.generation.media import FRAMES, IMAGE_FORMATS, VIDEO_FORMATS, check_rate, settings_file
 from stdit_jax.generation.pipeline import Request
 from stdit_jax.generation.prompts import split_json, split_loops
-from stdit_jax.generation.references import count_frames, picture_size
+from stdit_jax.generation.references import frame_numbers, probe
 from stdit_jax.generation.settings import SampleSettings
 from stdit_jax.models.family import find_model
 
@@ -34,6 +35,7 @@ class Work:
     stem: of the file's name.
     requests: one per loop; job: of `tasks`.
     files: references; file_frames: their numbers of frames.
+    settings: stored in the file and in the JSON file beside it (`with_settings`); path: of the file (`choose_targets`).
   """
 
   stem: str
@@ -41,25 +43,12 @@ class Work:
   files: tuple[str, ...]
   job: tasks.Job
   file_frames: tuple[int, ...]
+  settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+  path: str = ""
 
   @property
   def is_image(self) -> bool:
     return self.requests[0].num_frames == 1 and len(self.job.pieces) == 1
-
-  @property
-  def size(self) -> tuple[int, ...]:
-    """Videos of equal size can be made together."""
-    first = self.requests[0]
-    return first.height, first.width, first.num_frames, self.job.loops
-
-
-@dataclasses.dataclass(frozen=True)
-class Target:
-  """A file to write. `settings` are stored in the file and in the JSON file beside it."""
-
-  work: Work
-  path: str
-  settings: dict[str, Any]
 
 
 # ------------------------------------------------------------------------------------------------------------------ videos
@@ -84,7 +73,7 @@ def make_work(settings: SampleSettings, prompts: Sequence[str], config: Any, aut
   works = []
   for number, prompt in enumerate(prompts):
     text, files, strategy = split_prompt(settings, prompt)
-    counts = tuple(count_frames(path, fps, settings.compat is not None) for path in files)
+    counts = tuple(frame_numbers(path, fps, settings.compat is not None).size for path in files)
     frames = choose_length(settings, config, files, counts, autoencoder)
     lengths, count = tuple(map(autoencoder.latent_frames, counts)), autoencoder.latent_frames(frames)
     job = make_job(settings, strategy, files, lengths, count, autoencoder.group)
@@ -142,34 +131,28 @@ def make_job(
     options = {"loops": loops, "length": length, "strength": settings.edit_strength, "edit": edit, "group": group}
     return tasks.make_job(settings.task[0], count, lengths, **options)
   rules = conditions.parse_mask_strategy(strategy)
-  if not settings.compat:
-    check_rules(rules, files, loops)
+  if files and not rules and not settings.compat:  # the original code ignores files and rules without effect
+    raise ValueError(f"{files[0]} is given without its place in the clip; give --mask-strategy, or --task animate FILE")
+  if (late := [rule for rule in rules if rule.loop >= loops]) and not settings.compat:
+    rule = conditions.describe(late[0])
+    raise ValueError(f"{rule}: loop {late[0].loop} does not exist; give 0 to {loops - 1}, or more --loops")
   carried = tasks.condition_length(length, count, group) if loops > 1 else 0
   return tasks.of_strategy(rules, len(files), loops, carried, edit)
-
-
-def check_rules(rules: Sequence[conditions.Rule], files: Sequence[str], loops: int) -> None:
-  """Raises ValueError for files or rules without effect. The original code ignores such files and rules."""
-  if files and not rules:
-    raise ValueError(f"{files[0]} is given without its place in the clip; give --mask-strategy, or --task animate FILE")
-  for rule in rules:
-    if rule.loop >= loops:
-      raise ValueError(f"{conditions.describe(rule)}: loop {rule.loop} does not exist; give 0 to {loops - 1}, or more --loops")
 
 
 def choose_size(settings: SampleSettings, config: Any, files: Sequence[str], downsampling: int) -> tuple[int, int]:
   """(height, width) of the videos, by the flags or the configuration. By default the first file gives the aspect ratio."""
   if settings.image_size:
-    height, width = settings.image_size
-    for name, side in (("H", height), ("W", width)):
+    for name, side in zip("HW", settings.image_size):
       if side < downsampling or side % downsampling:
         near = max(downsampling, round(side / downsampling) * downsampling)
         raise ValueError(f"--image-size: {name} is {side}; it must be a multiple of {downsampling}, e.g. {near}")
-    return height, width
+    return settings.image_size[0], settings.image_size[1]
   resolution = settings.resolution or config.sample.resolution
   ratio = settings.aspect_ratio or config.sample.aspect_ratio
   if files and not settings.aspect_ratio:
-    ratio = aspect_ratios.closest_ratio(*picture_size(files[0]), resolution)
+    picture = probe(files[0])
+    ratio = aspect_ratios.closest_ratio(picture.height, picture.width, resolution)
   return aspect_ratios.size(resolution, ratio)
 
 
@@ -194,8 +177,8 @@ def explain(works: Sequence[Work], autoencoder: Any, compat: str | None) -> None
 # ------------------------------------------------------------------------------------------------------------------- files
 
 
-def stored_settings(works: Sequence[Work], settings: SampleSettings, sample: Any, model: str, autoencoder: Any) -> list[dict]:
-  """For each video the settings that determine it, as plain values of JSON.
+def with_settings(works: Sequence[Work], settings: SampleSettings, sample: Any, model: str, autoencoder: Any) -> list[Work]:
+  """The videos with the settings that determine them, as plain values of JSON.
 
   Args:
     sample: group of the configuration; model: its weights in words; autoencoder: configuration of its autoencoder.
@@ -223,12 +206,12 @@ def stored_settings(works: Sequence[Work], settings: SampleSettings, sample: Any
     if one.files or one.job.loops > 1:
       own |= {"references": one.files, "loops": one.job.loops, "task": settings.task_name}
       own |= {"rules": [dataclasses.astuple(rule) for rule in one.job.rules], "pieces": one.job.pieces}
-    stored.append(json.loads(json.dumps(own)))
+    stored.append(dataclasses.replace(one, settings=json.loads(json.dumps(own))))
   return stored
 
 
-def choose_targets(settings: SampleSettings, works: Sequence[Work], stored: Sequence[dict[str, Any]]) -> list[Target]:
-  """The files that must still be made, as the first process finds them.
+def choose_targets(settings: SampleSettings, works: Sequence[Work]) -> list[Work]:
+  """The videos that must still be made, with their paths, as the first process finds them.
 
   A file with other settings keeps its name, and the new file gets -2, -3, ... With --overwrite all files are made.
 
@@ -237,23 +220,23 @@ def choose_targets(settings: SampleSettings, works: Sequence[Work], stored: Sequ
   """
   ending = one_file(settings.output, works)
   files, missing, taken = [], [], False
-  for one, own in zip(works, stored):
+  for one in works:
     kind = "png" if one.is_image else "" if settings.format == FRAMES else settings.format
     stem = os.path.splitext(settings.output)[0] if ending else paths.join(settings.output, one.stem)
     check_rate(ending or kind, one.requests[0].fps)
     path, number = settings.output if ending else f"{stem}.{kind}".rstrip("."), 1
-    while not settings.overwrite and made_with(path) not in (None, own):
+    while not settings.overwrite and made_with(path) not in (None, one.settings):
       if taken := bool(ending):
         break
       number += 1
       path = f"{stem}-{number}.{kind}".rstrip(".")
-    files.append(path)
+    files.append(dataclasses.replace(one, path=path))
     missing.append(settings.overwrite or not paths.exists(path))
   if jax.process_count() > 1:  # other processes may see other files
     taken, *missing = multihost_utils.broadcast_one_to_all(np.asarray([taken, *missing]))
   if taken:
     raise ValueError(f"--output {settings.output} exists, and was made with other settings; --overwrite replaces it")
-  return [Target(*target) for target, make in zip(zip(works, files, stored), missing) if make]
+  return list(itertools.compress(files, missing))
 
 
 def one_file(output: str, works: Sequence[Work]) -> str:

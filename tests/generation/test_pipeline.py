@@ -325,7 +325,7 @@ def test_another_file_with_the_same_name_changes_the_settings(assets, trained, t
   for name in ("0.png", "0.png", "1.png"):
     shutil.copy(assets / name, image)
     works = work.make_work(settings, ["x"], config, autoencoder)
-    found += work.stored_settings(works, settings, config.sample, "a model", autoencoder)
+    found += [one.settings for one in work.with_settings(works, settings, config.sample, "a model", autoencoder)]
   assert found[0] == found[1] != found[2]
 
 
