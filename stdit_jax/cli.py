@@ -4,6 +4,7 @@ import argparse
 import ast
 import contextlib
 import ctypes
+import dataclasses
 import difflib
 import os
 import re
@@ -14,8 +15,7 @@ from typing import Any, TypeVar
 import ml_collections
 
 from data import paths
-from data.command_line import OneLineParser as OneLineParser
-from data.command_line import load_config, make_parser
+from data.command_line import flag, load_config, make_parser
 from stdit_jax.fields import KINDS, is_of_type
 
 T = TypeVar("T")
@@ -68,6 +68,14 @@ def parse_with_changes(parser: argparse.ArgumentParser, argv: Sequence[str] | No
   args = parser.parse_args(own)
   args.changes = changes
   return args
+
+
+@dataclasses.dataclass(frozen=True)
+class ConfigSettings:
+  """The flags that name a training configuration, for `read_config`."""
+
+  config: str | None = flag("training configuration: file with get_config(), e.g. configs/quickstart.py", metavar="FILE")
+  changes: Sequence[str] = flag("replaces one key, as in --config.data.workers=8", (), "--config.KEY", metavar="VALUE")
 
 
 def parse_settings(kind: type[T], module: str, description: str | None, argv: Sequence[str] | None = None) -> T:

@@ -17,7 +17,7 @@ from stdit_jax import fields
 from stdit_jax.autoencoders.codec import Codec
 from stdit_jax.autoencoders.registry import autoencoder_model, family_of, make_codec
 from stdit_jax.conditioning import CONDITIONERS
-from stdit_jax.config import Autoencoder, Config, Named, TextEncoder
+from stdit_jax.config import Autoencoder, Config, TextEncoder
 from stdit_jax.diffusion.iddpm import IDDPM
 from stdit_jax.diffusion.rectified_flow import RectifiedFlow
 from stdit_jax.interop import load_variables
@@ -27,11 +27,6 @@ from stdit_jax.parallel.shardings import ArraySpec, Tree, tree_shardings, with_s
 
 DIFFUSIONS = {"rectified-flow": RectifiedFlow, "iddpm": IDDPM}
 REPLICATED = (("", PartitionSpec()),)  # sharding rules
-
-
-def make_diffusion(config: Named) -> RectifiedFlow | IDDPM:
-  """The formulation of the group `diffusion`. Raises ValueError naming unknown names and fields."""
-  return fields.replace(fields.choose(DIFFUSIONS, config.name, "diffusion.name")(), config.fields, "config: diffusion.fields")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,10 +50,11 @@ class Components:
   def of(cls, config: Config) -> "Components":
     """The parts of a configuration. Raises ValueError for unknown names or fields, and for parts that do not fit together."""
     family, model_config = find_model(config.model.name, config.model.fields)
-    parts = cls(
-      config, family, family.build(model_config, None), CONDITIONERS[family.condition](config, family, model_config),
-      make_diffusion(config.diffusion), autoencoder_model(config.autoencoder),
-    )  # fmt: skip
+    conditioner = CONDITIONERS[family.condition](config, family, model_config)
+    default = fields.choose(DIFFUSIONS, config.diffusion.name, "diffusion.name")()
+    diffusion = fields.replace(default, config.diffusion.fields, "config: diffusion.fields")
+    autoencoder = autoencoder_model(config.autoencoder)
+    parts = cls(config, family, family.build(model_config, None), conditioner, diffusion, autoencoder)
     if (latent := parts.autoencoder.config.latent_channels) != (taken := model_config.in_channels):
       raise ValueError(
         f"config: the autoencoder's latents have {latent} channels, but the denoiser takes {taken} (in_channels); choose "

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from data import paths
-from data.command_line import OneLineParser, add_flags, flag
+from data.command_line import flag, make_parser
 from data.shards import Progress
 from stdit_jax.cli import one_line_errors
 from stdit_jax.interop import mapping, models, weights
@@ -165,12 +165,8 @@ def convert_run(settings: Settings, place: str, options: dict[str, Any]) -> tupl
   if "constants" in model.shapes:
     variables["constants"] = constants[part]
   needed, found = ({path: tuple(leaf.shape) for path, leaf in mapping.flatten(t).items()} for t in (model.shapes, variables))
-  if wrong := sorted(path for path in found | needed if found.get(path) != needed.get(path)):
-    path = wrong[0]
-    raise CheckpointError(
-      f"{settings.input}: holds another model than {name}: {len(wrong)} parameters differ, "
-      f"{path} is {found.get(path, 'missing')}, needed {needed.get(path, 'nothing')}"
-    )
+  if not (report := compare(found, needed)).clean:
+    raise CheckpointError(f"{settings.input}: holds another model than {name}: {report}")
   target = model.layout(settings.target) if settings.target else model.layouts[0]
   options |= {"dtype": DTYPES.get(settings.dtype), "metadata": weights.model_metadata(name, model.config)}
   written = weights.save_variables(place, target, variables, config=model.config, **options)
@@ -186,7 +182,10 @@ def check(settings: Settings) -> None:
   shipped = None if settings.config else models.shipped_key_table(name)
   table = models.read_key_table(settings.keys) if settings.keys else shipped
   if table is not None:
-    compare(weights.foreign_spec(layout, model.shapes, model.config), table, f"{name} exported as {layout}")
+    report = compare(weights.foreign_spec(layout, model.shapes, model.config), table)
+    if not report.clean:
+      raise CheckpointError(f"{name} exported as {layout} differs from the key table: {report}")
+    print(f"{name} exported as {layout}: all {len(table)} names and shapes of the key table")
   elif not settings.input:
     own = f"{name} with --config" if settings.config else name
     raise ValueError(f"this package has no key table for {own}; give a table by --keys, or a file by --input")
@@ -202,21 +201,14 @@ def check(settings: Settings) -> None:
   print(f"{len(spec)} tensors imported and exported: bit-exact")
 
 
-def compare(spec: dict, table: dict, what: str) -> None:
-  """Prints that names and shapes agree with the key table. Raises CheckpointError if they do not."""
-  report = mapping.Report(len(table))
-  report.missing = sorted(set(table) - set(spec))
-  report.unexpected = sorted(set(spec) - set(table))
-  report.mis_shaped = {n: (spec[n], table[n]) for n in table if n in spec and spec[n] != table[n]}
-  if not report.clean:
-    raise CheckpointError(f"{what} differs from the key table: {report}")
-  print(f"{what}: all {len(table)} names and shapes of the key table")
+def compare(found: dict, needed: dict) -> mapping.Report:
+  """The differences of two tables {name: shape}."""
+  mis_shaped = {name: (found[name], shape) for name, shape in needed.items() if found.get(name, shape) != shape}
+  return mapping.Report(len(needed), sorted(needed.keys() - found), sorted(found.keys() - needed), mis_shaped)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-  how = {"description": __doc__, "epilog": EPILOG, "formatter_class": argparse.RawDescriptionHelpFormatter}
-  parser = OneLineParser("python -m stdit_jax.convert", allow_abbrev=False, **how)
-  add_flags(parser, Settings)
+  parser = make_parser(Settings, "python -m stdit_jax.convert", __doc__, epilog=EPILOG, allow_abbrev=False)
   settings = Settings(**vars(parser.parse_args(argv)))
   if not settings.check and not (settings.input and settings.output):
     parser.error("give --input and --output, or --check")

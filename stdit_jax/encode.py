@@ -47,11 +47,9 @@ _STOPPED = 75  # exit code as of train: start the command again
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(cli.ConfigSettings):
   """The flags of one call."""
 
-  config: str = flag("training configuration: file with get_config()", required=True, metavar="FILE")
-  changes: Sequence[str] = flag("replaces one key, as in --config.data.workers=8", (), "--config.KEY", metavar="VALUE")
   output: str = flag("folder for the shards, on a disk that all processes share", required=True, metavar="FOLDER")
   epochs: int = flag("encode the first epochs of each stage's data", required=True)
   stage: Sequence[str] | None = flag("only this stage; may be given several times (default: all)", action="append")
@@ -68,13 +66,8 @@ class Settings:
   shard: str | None = flag("this process is number I of N, counted from 0 (default: JAX numbers the processes)", metavar="I/N")
 
 
-@dataclasses.dataclass(frozen=True)
-class Choice:
-  """What the command encodes: the data of `stages`, captions if `text`, and the variance of latents if `log_variance`."""
-
-  stages: Sequence[Any]
-  text: bool
-  log_variance: bool
+# The stages to encode, whether captions are encoded, and whether latents have their variance.
+Choice = tuple[Sequence[Any], bool, bool]
 
 
 def parse(argv: Sequence[str] | None = None) -> Settings:
@@ -110,7 +103,7 @@ def choose(settings: Settings) -> Choice:
   if text:
     need_file(stages[0].config.text_encoder.weights, "text_encoder.weights")
   # All stages decide about the variance together, so that another --stage does not encode the latents again.
-  return Choice(stages, text, any(stage.config.autoencoder.sample_posterior for stage in every))
+  return stages, text, any(stage.config.autoencoder.sample_posterior for stage in every)
 
 
 def choose_text(settings: Settings, config: Any, conditioner: Any) -> bool:
@@ -129,7 +122,8 @@ def make_work(settings: Settings, choice: Choice, counter: Any) -> Iterator[Any]
   """Yields a `LatentsWork` or `TextWork` for each group of stages with the same provenance."""
   from stdit_jax.training import encoding
 
-  members = [encoding.Source.open(stage, paths.join(settings.output, "data")) for stage in choice.stages]
+  stages, text, log_variance = choice
+  members = [encoding.Source.open(stage, paths.join(settings.output, "data")) for stage in stages]
   common = (settings.output, settings.epochs, int(settings.shard_mb * 2**20))
 
   def groups(made_from):
@@ -138,9 +132,9 @@ def make_work(settings: Settings, choice: Choice, counter: Any) -> Iterator[Any]
       found[json.dumps(made_from(member))].append(member)
     return [(json.loads(values), group) for values, group in found.items()]
 
-  for values, group in groups(lambda m: encoding.LatentsWork.made_from(m, settings.dtype, choice.log_variance)):
+  for values, group in groups(lambda m: encoding.LatentsWork.made_from(m, settings.dtype, log_variance)):
     yield encoding.LatentsWork(values, group, *common, counter)
-  if choice.text:
+  if text:
     for values, group in groups(lambda m: encoding.TextWork.made_from(m, settings.dtype)):
       yield encoding.TextWork(values, group, *common)
 
@@ -221,7 +215,7 @@ def run(settings: Settings, choice: Choice, own: Share) -> None:
 
   shows = bool(settings.shard) or own.index == 0
   say = functools.partial(print, flush=True) if shows else lambda text: None
-  check_platform(choice.stages[0].config.platform)
+  check_platform(choice[0][0].config.platform)
   counter = TraceCounter()
   works = [work for work in make_work(settings, choice, counter) if work.part is not None]
   for work, numbers, keys in estimate(works, own, say):

@@ -18,6 +18,7 @@ The flags of the sampler are for --task shapes. The command writes nothing into 
 the same command (`cli.connect_processes`).
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -119,12 +120,9 @@ def evaluate_loss(settings: Settings, folder: str) -> tuple[str, dict[str, float
   frozen |= objective.read_frozen(mesh)
   validation = Validation(stage, folder, mesh, objective)
   make_batch = objective.batch_maker(Encoders(counter, mesh), stage.name)
-  compiler = AheadOfTime(config.compile_threads, say)
-  try:
+  with contextlib.closing(AheadOfTime(config.compile_threads, say)) as compiler:
     validation.compile_ahead(compiler, counter, *objective.shapes)
     return loading.describe(settings, step), validation(params, frozen, make_batch)
-  finally:
-    compiler.close()
 
 
 def evaluate_shapes(settings: Settings, folder: str) -> tuple[str, dict[str, dict[str, float]]]:

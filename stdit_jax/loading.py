@@ -73,13 +73,9 @@ def sampler_changes(trained: str, settings: PipelineSettings) -> dict[str, Any]:
 
 def guidance_of(settings: PipelineSettings) -> Guidance:
   """The guidance of the flags. Raises ValueError for values that are not allowed."""
-  interval, channels = settings.guidance_interval, settings.guidance_channels
-  return Guidance(
-    channels=3 if channels is None and settings.compat == "open-sora-1.1" else channels,
-    interval=(interval[0], interval[1]) if interval else None,
-    rescale=settings.guidance_rescale,
-    sequential=settings.guidance_in_turn,
-  )
+  channels = 3 if settings.guidance_channels is None and settings.compat == "open-sora-1.1" else settings.guidance_channels
+  interval = (pair[0], pair[1]) if (pair := settings.guidance_interval) else None
+  return Guidance(channels=channels, interval=interval, rescale=settings.guidance_rescale, sequential=settings.guidance_in_turn)
 
 
 def describe(model: ModelSettings, step: int | None) -> str:

@@ -47,7 +47,7 @@ from data import paths
 from data.aspect_ratios import NUM_PIXELS
 from data.command_line import flag
 from data.shards import duration
-from stdit_jax.cli import check_positive, choose_stages, interruptible, one_line_errors, parse_settings, read_config
+from stdit_jax import cli
 from stdit_jax.components import Components
 from stdit_jax.config import Config
 from stdit_jax.models.family import find_model
@@ -62,11 +62,9 @@ from stdit_jax.training.stages import Stage, make_stages
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(cli.ConfigSettings):
   """The flags of one call."""
 
-  config: str = flag("file with get_config()", required=True, metavar="FILE")
-  changes: Sequence[str] = flag("replaces one key, as in --config.mesh.fsdp=4", (), "--config.KEY", metavar="VALUE")
   topology: str = flag("of TPUs: KIND:AxB or KIND:AxBxC, e.g. v5e:16x16, v5p:4x8x8, v6e:16x16", "")
   platform: str = flag("kind of accelerator (default: %(default)s)", "tpu", choices=("tpu", "gpu"))
   gpu: str = flag("with --platform gpu, instead of --topology: h100:8, h200:64, a100:16", "", metavar="KIND:COUNT")
@@ -112,7 +110,7 @@ def check_settings(settings: Settings) -> None:
     raise ValueError("--search-batch-size and --suggest-mesh exclude each other; leave one out")
   if settings.write_buckets and not settings.search_batch_size:
     raise ValueError("--write-buckets needs --search-batch-size, which finds the batches; give both")
-  check_positive(settings, "slices", "slice_gbits", "jobs", "step_seconds")
+  cli.check_positive(settings, "slices", "slice_gbits", "jobs", "step_seconds")
   if not 0 < settings.fraction <= 1:
     raise ValueError(f"--fraction is {settings.fraction}; allowed: above 0, at most 1")
 
@@ -134,8 +132,8 @@ def choose_topology(settings: Settings) -> str:
 
 def make_jobs(settings: Settings) -> tuple[list[Stage], list[Job]]:
   """(stages, a job for each bucket) of the flags."""
-  config = Config.of(read_config(settings.config, settings.changes))
-  stages, jobs = choose_stages(make_stages(config), settings.stage), []
+  config = Config.of(cli.read_config(settings.config, settings.changes))
+  stages, jobs = cli.choose_stages(make_stages(config), settings.stage), []
   for stage in stages:
     known = stage_buckets(stage)
     for bucket in [parse_bucket(text, known) for text in settings.bucket or ()] or [(*key, known[key]) for key in known]:
@@ -335,8 +333,8 @@ def mesh_rank(results: Sequence[tuple[dict[str, Any], dict[str, Any] | None]]) -
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-  settings = parse_settings(Settings, "stdit_jax.plan", __doc__, argv)
-  with one_line_errors():
+  settings = cli.parse_settings(Settings, "stdit_jax.plan", __doc__, argv)
+  with cli.one_line_errors():
     given = tuple(sys.argv[1:] if argv is None else argv)
     settings = dataclasses.replace(settings, topology=choose_topology(settings), argv=given)
     check_settings(settings)
@@ -352,5 +350,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-  with interruptible("compiled results are kept, and the same command continues"):
+  with cli.interruptible("compiled results are kept, and the same command continues"):
     main()
