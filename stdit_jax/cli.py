@@ -104,8 +104,7 @@ def choose_stages(stages: Sequence[Any], names: Sequence[str] | None) -> list[An
 def read_config(path: str | None, changes: Iterable[str] = ()) -> ml_collections.ConfigDict:
   """The configuration of a file, with the changes of the command line. No key can be added afterwards.
 
-  Raises:
-    ValueError: an error in the file or in a change. The message is one line.
+  Raises ValueError, with a message of one line, for an error in the file or in a change.
   """
   if not path:
     raise ValueError("give a configuration: --config configs/quickstart.py")
@@ -119,7 +118,6 @@ def read_config(path: str | None, changes: Iterable[str] = ()) -> ml_collections
 
 
 def _change(config: ml_collections.ConfigDict, argument: str) -> None:
-  """Sets one key of the configuration."""
   flag, equals, text = argument.partition("=")
   keys = flag.partition(".")[2].split(".")
   group: Any = config
@@ -148,7 +146,7 @@ _BOOLEANS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0"
 
 
 def _value(text: str, default: Any) -> Any:
-  """Parses a text of the command line as a value of the type of `default`. Raises ValueError if that fails."""
+  """Parses a text of the command line as a value of the type of `default`."""
   kind = type(default)
   if kind in (str, float):
     return kind(text)
@@ -176,11 +174,11 @@ def parse_mesh(entries: Sequence[str]) -> dict[str, int]:
 
 
 def connect_processes(heartbeat_timeout: int = 100, patience: int = 300) -> None:
-  """Joins the processes of a run on several hosts. Call it before the first use of a device. The scripts in launch/ set the
-  environment variables.
+  """Joins the processes of a run on several hosts. Call it before the first use of a device.
 
   STDIT_JAX_DISTRIBUTED=1: JAX itself finds the other processes (Cloud TPU, GKE, Slurm, Open MPI). Elsewhere
-  STDIT_JAX_COORDINATOR (HOST:PORT of process 0), STDIT_JAX_NUM_PROCESSES and STDIT_JAX_PROCESS_ID describe the processes.
+  STDIT_JAX_COORDINATOR (HOST:PORT of process 0), STDIT_JAX_NUM_PROCESSES and STDIT_JAX_PROCESS_ID describe the processes. The
+  scripts in launch/ set them.
 
   Args:
     heartbeat_timeout: seconds of silence after which the runtime counts a process as lost and aborts the others.

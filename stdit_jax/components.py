@@ -1,7 +1,4 @@
-"""The parts that a denoiser's configuration names: denoiser, conditioner, diffusion, autoencoder; their shapes and weights.
-
-Training, sampling, encoding, converting and planning begin here.
-"""
+"""The parts that a denoiser's configuration names: denoiser, conditioner, diffusion, autoencoder; their shapes and weights."""
 
 import dataclasses
 from typing import Any
@@ -31,20 +28,14 @@ REPLICATED = (("", PartitionSpec()),)  # sharding rules
 
 @dataclasses.dataclass(frozen=True)
 class Components:
-  """The parts of a stage's configuration, checked against each other.
+  """The parts of a stage's configuration, checked against each other."""
 
-  Attributes:
-    config: of the stage.
-    family, model: of the denoiser; conditioner: one of `conditioning`; diffusion: the formulation.
-    autoencoder: the model whose latents are denoised.
-  """
-
-  config: Config
-  family: Family
-  model: nn.Module
-  conditioner: Any
-  diffusion: Any
-  autoencoder: Any
+  config: Config  # of the stage
+  family: Family  # of the denoiser
+  model: nn.Module  # the denoiser
+  conditioner: Any  # one of `conditioning`
+  diffusion: Any  # the formulation
+  autoencoder: Any  # the model whose latents are denoised
 
   @classmethod
   def of(cls, config: Config) -> "Components":
@@ -81,11 +72,9 @@ class Components:
     return {"params": params["denoiser"], **constants}, params.get("text_encoder", frozen.get("text_encoder"))
 
   def batch(self, bucket: tuple[str, int], rows: int, token_parts: int = 1) -> Tree:
-    """The arrays of one training batch as a tree of `ArraySpec`. All aspect ratios share the largest number of tokens.
+    """The arrays of one training batch of a bucket (resolution, frames) as a tree of `ArraySpec`.
 
-    Args:
-      bucket: (resolution, frames); rows: samples in the batch.
-      token_parts: the number of tokens per frame is a multiple of it.
+    All aspect ratios share the largest number of tokens, padded to a multiple of `token_parts`.
     """
     config, autoencoder = self.model.config, self.autoencoder.config
     frames, _, _ = token_grid(config, (autoencoder.latent_frames(bucket[1]), 1, 1))

@@ -194,8 +194,7 @@ class Config:
   def of(cls, values: Any) -> "Config":
     """From a ConfigDict or a nested dict. A `Config` is returned as it is.
 
-    Raises:
-      ValueError: the first key that is unknown or missing, or whose value has a wrong type or is not allowed.
+    Raises ValueError for the first key that is unknown or missing, or whose value has a wrong type or is not allowed.
     """
     return values if isinstance(values, cls) else _group(cls, plain(values))
 
@@ -220,7 +219,7 @@ class Config:
 
 
 def _group(kind: Any, values: Mapping[str, Any], prefix: str = "") -> Any:
-  """The dataclass `kind` from the values of its keys, which start with `prefix`."""
+  """The dataclass `kind` from the values of its keys. Messages put `prefix` before the keys."""
   kinds = {name: value for name, value in typing.get_type_hints(kind, include_extras=True).items() if name not in _NO_KEYS}
   if not isinstance(values, Mapping):
     raise ValueError(f"config: {prefix[:-1]} must be a group of keys ({', '.join(kinds)}), not {values!r}")

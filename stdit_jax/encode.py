@@ -146,8 +146,7 @@ def gigabytes(size: float) -> str:
 def estimate(works: Sequence[Any], own: Share, say: Callable[[str], None]) -> list[tuple[Any, list[int], np.ndarray]]:
   """[(work, numbers of its shards, keys of their records)] for this process. `say` prints their sizes and the writing time.
 
-  Raises:
-    InputError: the disk has too little space.
+  Raises InputError if the disk has too little space.
   """
   jobs, sizes = [], []
   for work in works:

@@ -37,8 +37,7 @@ def open_config(model: ModelSettings) -> tuple[Config, int | None]:
 def read_model(settings: PipelineSettings) -> tuple[Config, int | None]:
   """(configuration, step of the checkpoint or None). The flags replace keys of the configuration. Reads no weights.
 
-  Raises:
-    ValueError: flags that exclude each other, or that this model does not have.
+  Raises ValueError for flags that exclude each other, or that this model does not have.
   """
   config, step = open_config(settings)
   if settings.run and (settings.weights or settings.changes):
@@ -86,11 +85,7 @@ def describe(model: ModelSettings, step: int | None) -> str:
 def load_pipeline(
   settings: PipelineSettings, config: Config, step: int | None, check: Callable[[Pipeline], Any] = lambda pipeline: None
 ) -> Pipeline:
-  """The pipeline of the model that `read_model` returned.
-
-  Args:
-    check: called with the pipeline while its weights are shapes only, before anything is allocated.
-  """
+  """The pipeline of the model of `read_model`. `check` gets it while its weights are shapes, before anything is allocated."""
   sizes = parse_mesh(settings.mesh) if settings.mesh else {"data": -1} if jax.process_count() > 1 else None
   mesh = make_mesh(sizes) if sizes else None
   parts = components.Components.of(config)

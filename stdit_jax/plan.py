@@ -88,7 +88,6 @@ class Settings(cli.ConfigSettings):
 
   @property
   def chips(self) -> int:
-    """Chips of all slices."""
     return topology_chips(self.topology) * self.slices
 
 
@@ -218,11 +217,7 @@ def print_plan(settings: Settings, compiler: Compiler, stages: Sequence[Stage], 
 
 
 def print_budget(settings: Settings, stages: Sequence[Stage], seconds: Mapping[tuple, float], result: dict[str, Any]) -> None:
-  """Prints hours and chip-hours of the stages whose buckets all have a bound.
-
-  Args:
-    seconds: {(stage, resolution, frames): seconds of a micro step}; result: of any bucket.
-  """
+  """Prints the hours of the stages whose buckets all have a bound. `seconds`: {(stage, *bucket): seconds of a micro step}."""
   counted_hours, chips = [], result["chips"]
   update = budget.update_seconds(result["resident"], settings.topology)
   for stage in stages:
@@ -263,7 +258,6 @@ def print_search(settings: Settings, compiler: Compiler, stages: Sequence[Stage]
   given = {tuple(text.split(":")[:2]) for text in settings.bucket or () if text.count(":") == 2}
 
   def find(job):
-    """The search of a bucket. It starts with the batch of --bucket."""
     resolution, frames, rows = job.bucket
     return search.search_bucket(compiler, job, settings.chips, rows if (resolution, str(frames)) in given else None)
 

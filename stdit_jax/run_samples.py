@@ -16,10 +16,7 @@ from stdit_jax.training.run import StageParts
 
 
 class Sampler:
-  """The loop calls a sampler with (step, state, frozen), on all processes. The first process decodes and writes.
-
-  A sampler builds its programs once per stage. Raises ValueError if a stage can't be sampled.
-  """
+  """The loop calls it on all processes. The first process decodes and writes. Raises ValueError if a stage can't be sampled."""
 
   def __init__(self, run):
     sample = run.config.sample

@@ -32,7 +32,6 @@ class TokenizeClean(Tokenize):
 
 
 def _tokens(tokenize, caption, label):
-  """What the loader's workers call."""
   ids, mask = tokenize(caption)
   return {"text_ids": ids, "text_mask": mask}
 
@@ -51,22 +50,16 @@ def tokenizer(config: Any) -> Callable[[str], tuple[np.ndarray, np.ndarray]]:
 
 
 class Captions:
-  """The conditioner of captions (conditioning/__init__.py).
-
-  Attributes:
-    config: the group `text_encoder` of the configuration.
-    encoder: the T5 encoder, None if features come from disk.
-    length, channels: of the features `[length, channels]` of a caption.
-  """
+  """The conditioner of captions (conditioning/__init__.py)."""
 
   name, num_classes = "captions", None
 
   def __init__(self, config, family, model_config):
     self.config = config.text_encoder
-    _, self.length, self.channels = family.cond(model_config, 1)["text"].shape
+    _, self.length, self.channels = family.cond(model_config, 1)["text"].shape  # of the features of a caption
     self.in_step, self.ahead = (self.config.where == where for where in ("step", "ahead"))
     self.from_files = ("text_encoder",) if self.in_step and not self.config.train else ()
-    self.encoder: Any = None if self.config.where == "disk" else text_encoder(self.config)
+    self.encoder: Any = None if self.config.where == "disk" else text_encoder(self.config)  # None: features come from disk
     self._cut = False  # whether features were longer than `length`
     if self.encoder is not None and self.encoder.config.d_model != self.channels:
       raise ValueError(

@@ -44,24 +44,15 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Placement:
-  """The sources of the latent frames of one clip.
+  """The sources of the latent frames of one clip."""
 
-  Attributes:
-    ratio: edit ratios; 1 = generate.
-    reference, frame: number of the reference and of its frame; NOISE for a frame without a reference.
-  """
-
-  ratio: Float[np.ndarray, " T"]
-  reference: Int[np.ndarray, " T"]
-  frame: Int[np.ndarray, " T"]
+  ratio: Float[np.ndarray, " T"]  # edit ratio
+  reference: Int[np.ndarray, " T"]  # number of the reference, or NOISE
+  frame: Int[np.ndarray, " T"]  # number of the frame in the reference
 
 
 def parse_mask_strategy(text: str | None) -> tuple[Rule, ...]:
-  """Parses a mask strategy. "" and None give no rules.
-
-  Raises:
-    ValueError: a tuple of the strategy cannot be parsed or has a value out of range.
-  """
+  """Parses a mask strategy. "" and None give no rules. Raises ValueError for a tuple that is not allowed."""
   rules = []
   for part in text.split(";") if text and text.strip() else ():
     numbers = part.split(",")
@@ -92,15 +83,9 @@ def nearest_group(value: int, total: int) -> int:
 def place(
   rules: Sequence[Rule], loop: int, num_frames: int, reference_frames: Sequence[int], compat: str | None = None
 ) -> Placement:
-  """Applies the rules of one loop to a clip.
+  """Applies the rules of one loop to a clip of `num_frames` latent frames. `reference_frames`: latent frames of each reference.
 
-  Args:
-    rules: from `parse_mask_strategy`.
-    num_frames: latent frames of the clip; reference_frames: latent frames of each reference.
-    compat: one of COMPAT.
-
-  Raises:
-    ValueError: a reference does not exist, or frames lie outside the reference or the clip.
+  Raises ValueError if a reference does not exist, or if frames lie outside the reference or the clip.
   """
   ratio = np.ones(num_frames, np.float32)
   reference, frame = np.full(num_frames, NOISE), np.full(num_frames, NOISE)

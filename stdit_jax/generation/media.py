@@ -52,8 +52,7 @@ def open_media(path: Any, num_frames: int, fps: float, settings: dict) -> Iterat
   an ending is a folder with one png per frame; its settings are in the JSON file only. Parts of mp4 files and of folders are
   written at once, gif and webp wait for the last part.
 
-  Raises:
-    ValueError: the ending is unknown, a png gets several frames, or the number of frames is not `num_frames`.
+  Raises ValueError if the ending is unknown, a png gets several frames, or the number of frames is not `num_frames`.
   """
   kind = os.path.splitext(str(path))[1][1:].lower()
   if kind and kind not in VIDEO_FORMATS + IMAGE_FORMATS:

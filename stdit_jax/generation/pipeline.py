@@ -28,21 +28,15 @@ CACHED_PROMPTS = 4  # batches whose conditions are cached
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """One video to make. Its noise depends on seed, loop and size only, not on the batch or the mesh.
-
-  Attributes:
-    height, width: in pixels.
-    num_frames: 1 = image; fps: of the video.
-    seed: 0 to 2^32 - 1; loop: number of the clip in a video of several clips. Each clip has its own noise.
-  """
+  """One clip to make. Its noise depends on seed, loop and size only, not on the batch or the mesh."""
 
   prompt: str
-  height: int
+  height: int  # in pixels
   width: int
-  num_frames: int
+  num_frames: int  # 1 = image
   fps: float = 24.0
-  seed: int = 0
-  loop: int = 0
+  seed: int = 0  # 0 to 2^32 - 1
+  loop: int = 0  # number of the clip in a video of several clips
 
 
 class Pipeline:
@@ -53,14 +47,11 @@ class Pipeline:
 
   Args:
     components: `Components`: the models and the diffusion that were trained.
-    weights: (variables of the denoiser, weights of the conditioner's encoder or None), as `Components.weights` returns them.
+    weights: as `Components.weights` returns them.
     codec: the autoencoder with its weights (`autoencoders.codec`).
     guidance: `diffusion.guidance.Guidance`. `sample_latents` replaces its scale.
     mesh: shards the parameters of the denoiser and the text encoder. None: one device holds them.
     cache: of `models.step_cache`. None: every step computes everything.
-
-  Attributes:
-    batch_parts: the pipeline fills a batch up to a multiple of this number.
   """
 
   def __init__(self, components, weights, codec, guidance=None, mesh=None, cache=None):
@@ -87,7 +78,7 @@ class Pipeline:
     self._step = jax.jit(self._sampler_step, static_argnames="how", out_shardings=places, donate_argnames=("state", "cached"))
 
   def set_weights(self, weights: tuple[Any, Any]) -> None:
-    """Replaces the weights by other weights of the same models. Nothing is compiled again."""
+    """Replaces the weights by others of the same models. Nothing is compiled again."""
     (self.variables, self.encoder_weights), self._encoded = weights, {}
 
   def _cache_specs(self, batch, frames, space):
@@ -165,10 +156,7 @@ class Pipeline:
     return self._encoded[key]
 
   def encode(self, frames: np.ndarray) -> np.ndarray:
-    """Frames uint8 `[T, 8h, 8w, 3]` -> normalised latents, NumPy `[T', h, w, C]`.
-
-    They are means (the originals draw a sample), so the same frames always have the same latents.
-    """
+    """Frames uint8 `[T, 8h, 8w, 3]` -> normalised latents `[T', h, w, C]`: means (the originals draw a sample)."""
     return self.codec.encode(frames)[0]
 
   def decode(self, latents: Iterable[np.ndarray], num_frames: int, done: Callable = lambda frames: None) -> list[np.ndarray]:
@@ -193,14 +181,12 @@ class Pipeline:
     """Normalised latents, NumPy `[B, T, h, w, C]`, the same on all processes.
 
     Args:
-      progress: `(items, stage) -> items`, wraps the items of a stage, for example in a tqdm bar: batches of captions in "text",
-        sampler steps in "denoise".
+      progress: `(items, stage) -> items`, wraps the items of the stages "text" and "denoise", for example in a tqdm bar.
       given: per request None, or its given latent frames: (edit ratio `[T]`, 1 = generate, 0 = keep (`conditions.Placement`);
         latents `[T, h, w, C]`; bool `[T]`, True for frames that start from these latents and not from noise).
       negative_prompt: text that guidance leads away from, instead of the null caption.
 
-    Raises:
-      ValueError: the requests differ in size, frames or fps, or the model can't be given frames.
+    Raises ValueError if the requests differ in size, frames or fps, or if the model can't be given frames.
     """
     count = len(requests)
     filled = -count % self.batch_parts

@@ -31,10 +31,7 @@ GIB = 2**30
 def check_memory(pipeline: Pipeline, works: Sequence[Work], settings: SampleSettings) -> None:
   """Prints the memory that each device will need. Switches the autoencoder to tiles if the memory is too small for it.
 
-  Compiles the programs of the largest video, and allocates nothing. The weights of the pipeline may be shapes.
-
-  Raises:
-    ValueError: a device has too little free memory.
+  Compiles the programs of the largest video, and allocates nothing. Raises ValueError if a device has too little free memory.
   """
   sample, shows = pipeline.components.config.sample, jax.process_index() == 0
   pipeline.diffusion.for_sampling(sample.steps)  # raises ValueError for numbers of steps that the sampler can't take
@@ -86,10 +83,7 @@ def free_memory() -> int | None:
 
 
 def produce(pipeline: Pipeline, works: Sequence[Work], settings: SampleSettings) -> None:
-  """Makes and writes the files, batch after batch. After an interruption all finished files exist.
-
-  All processes compute. The first process decodes and writes.
-  """
+  """Makes the files, batch after batch. All processes compute, the first one writes. An interruption keeps finished files."""
   if jax.process_index() == 0:
     request, sample = works[0].requests[0], pipeline.components.config.sample
     size = f"{request.num_frames} x {request.height} x {request.width}"

@@ -14,10 +14,7 @@ JSON_KEYS = ("reference_path", "mask_strategy")
 def split_json(prompt: str) -> tuple[str, dict[str, str]]:
   """Splits a prompt into its text and the JSON object behind the text, as Open-Sora 1.2 does (`extract_json_from_prompts`).
 
-  Example: `a wave.{"reference_path": "a.png;b.mp4", "mask_strategy": "0"}`. The object may have the keys of JSON_KEYS.
-
-  Raises:
-    ValueError: the text from the first "{" on is not such an object.
+  Example: `a wave.{"reference_path": "a.png;b.mp4", "mask_strategy": "0"}`. Raises ValueError for other keys or no JSON.
   """
   text, brace, rest = prompt.partition("{")
   if not brace:
@@ -37,11 +34,8 @@ def split_json(prompt: str) -> tuple[str, dict[str, str]]:
 def split_loops(prompt: str, loops: int) -> list[str]:
   """The prompt of every loop, in the syntax of Open-Sora 1.1 and 1.2.
 
-  `|0|text|2|other` means "text" in loops 0 and 1, and "other" from loop 2 on. Spaces stay. Without |0| at its beginning a
-  prompt holds for all loops.
-
-  Raises:
-    ValueError: the numbers of the loops do not ascend.
+  `|0|text|2|other` means "text" in loops 0 and 1, and "other" from loop 2 on. Without |0| at its beginning a prompt holds for
+  all loops. Raises ValueError if the numbers of the loops do not ascend.
   """
   if not prompt.startswith("|0|"):
     return [prompt] * loops
@@ -56,11 +50,7 @@ def read_prompt_file(path: Any) -> list[str]:
   """Prompts of a text file (one per line), of a table (.csv) or of JSON lines (.jsonl).
 
   A table has a column `prompt` or `text`. Its optional columns `reference_path` and `mask_strategy` become a JSON object behind
-  the prompt, which `split_json` reads. JSON lines have keys of the same names.
-
-  Raises:
-    ValueError: the file is not UTF-8 text, has no such column, or has a line that is no JSON object.
-    OSError: the file can't be read.
+  the prompt, which `split_json` reads. JSON lines have keys of the same names. Raises ValueError if the file has another form.
   """
   try:
     text = paths.read_text(path).removeprefix("\ufeff")  # Excel's byte order mark

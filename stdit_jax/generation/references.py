@@ -36,8 +36,7 @@ def read_reference(path: Any, size: tuple[int, int], fps: float, every_frame: bo
     fps: frame rate of the clip. Frames are read at this rate, so the motion of a video keeps its speed.
     every_frame: read all frames at whatever rate, as the original code does.
 
-  Raises:
-    InputError: the file can't be used or is too long.
+  Raises InputError if the file can't be used or is too long.
   """
   numbers = frame_numbers(path, fps, every_frame)
   if len(numbers) * size[0] * size[1] * 3 > MAX_BYTES:

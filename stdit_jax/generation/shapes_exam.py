@@ -33,18 +33,13 @@ PARTS = ("text", "sizes", "two", "animate", "extend", "interpolate", "connect", 
 
 @dataclasses.dataclass(frozen=True)
 class Exam:
-  """Settings of the evaluation.
-
-  Attributes:
-    steps, scale: sampling steps and guidance scale.
-    count: scenes of each part; frames: of a clip; batch: videos made together.
-  """
+  """Settings of the evaluation."""
 
   steps: int
-  scale: float
-  count: int = 200
-  frames: int = 8
-  batch: int = 20
+  scale: float  # of guidance
+  count: int = 200  # scenes of each part
+  frames: int = 8  # of a clip
+  batch: int = 20  # videos made together
 
 
 def examine(
@@ -52,9 +47,7 @@ def examine(
 ) -> dict[str, dict[str, float]]:
   """Returns {part: {measure: value}}. Values are shares from 0 to 1, unless the name ends with "dB" or "ratio".
 
-  Args:
-    parts: some of PARTS.
-    progress: `(batches, name) -> batches`, wraps the batches of one part.
+  `progress(batches, name)` wraps the batches of one part.
   """
   measures, results = {"text": _text, "sizes": _sizes, "two": _two, "loop": _loop}, {}
   for part in parts:
@@ -109,7 +102,6 @@ def _item(scene, caption, number, frames, references=(), job=None):
 
 
 def _videos(pipeline, exam, pairs, name, progress, frames=None, job=None):
-  """A video of each (scene, caption), without given frames."""
   items = [_item(scene, caption, i, frames or exam.frames, job=job) for i, (scene, caption) in enumerate(pairs)]
   return _make(pipeline, exam, items, name, progress)
 
@@ -119,7 +111,6 @@ def _judged(videos, pairs):
 
 
 def _means(judged, names):
-  """The share of videos that have each property."""
   return {name: float(np.mean([one[name] for one in judged])) for name in names}
 
 
@@ -155,7 +146,6 @@ def _sizes(pipeline, exam, part, progress):
 
 
 def _given(pipeline, exam, part, progress):
-  """Measures a task with given frames: their quality, and whether the motion is smooth and as in the caption."""
   pairs, items, known = scenes_of("train", exam.count, exam.frames), [], []
   length = tasks.condition_length(None, exam.frames)
   ends = [*range(length), *range(exam.frames - length, exam.frames)]

@@ -33,16 +33,11 @@ GOES_ON = ("animate", "extend-forward", "endless")  # tasks that --loops makes l
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """The recipe of one video. References are numbered: first the files, then the clip of each loop.
+  """The recipe of one video. References are numbered: first the files, then the clip of each loop."""
 
-  Attributes:
-    rules: of all loops.
-    loops: number of clips, made one after the other.
-    pieces: (reference, first latent frame, latent frame after the last; None = to the end), joined in order to the video.
-  """
-
-  rules: tuple[Rule, ...]
-  loops: int
+  rules: tuple[Rule, ...]  # of all loops
+  loops: int  # number of clips, made one after the other
+  # (reference, first latent frame, latent frame after the last; None = to the end), joined in order to the video
   pieces: tuple[tuple[int, int, int | None], ...]
 
 
@@ -57,16 +52,13 @@ def check_files(task: str, count: int) -> None:
 
 
 def check_length(task: str | None, loops: int, num_frames: int, wanted: int | None, autoencoder: Any) -> None:
-  """Checks that the last latent frames of a clip cover the same numbers of frames as its first ones.
+  """Raises ValueError unless the last latent frames of a clip cover the same numbers of frames as its first ones.
 
   Otherwise they cannot be the first latent frames of another clip. An autoencoder that works in chunks (Open-Sora 1.2's) needs
   whole chunks. CogVideoX's autoencoder needs clips whose first frame has no latent frame of its own.
 
   Args:
     task: None without a task; wanted: --condition-frames, None for the default; autoencoder: its configuration.
-
-  Raises:
-    ValueError: the numbers differ. The message names lengths that work.
   """
   if task not in ("extend-backward", "connect", "loop") and not (loops > 1 and task in (None, *GOES_ON)):
     return
@@ -106,11 +98,7 @@ def default_length(frames: int, group: int = 1, name: str | None = None) -> int:
 
 
 def condition_length(wanted: int | None, frames: int, group: int = 1, task: str | None = None) -> int:
-  """Number of given latent frames in a clip of `frames` latent frames: `wanted`, or the default for None.
-
-  Raises:
-    ValueError: no frame is left to generate.
-  """
+  """Number of given latent frames in a clip of `frames`: `wanted`, or the default. Raises ValueError if all are given."""
   length = default_length(frames, group, task) if wanted is None else wanted
   if wanted is None and length >= frames:
     raise ValueError(f"--num-frames is too small: {length} of the clip's {frames} latent frames are given. Give more frames")
@@ -146,8 +134,7 @@ def make_job(
     strength: noise level of `edit`, above 0 and at most 1; edit: edit ratio of frames from the previous clip.
     group: latent frames that the autoencoder makes together.
 
-  Raises:
-    ValueError: the task is unknown, takes another number of files, or leaves no frame to generate.
+  Raises ValueError if the task is unknown, takes another number of files, or leaves no frame to generate.
   """
   check_files(name, len(file_frames))
   if loops > 1 and name not in GOES_ON:

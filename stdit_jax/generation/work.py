@@ -29,22 +29,15 @@ MADE = ("num_frames", "tiles")  # keys of the JSON file that are results and not
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-  """One video or image to make.
+  """One video or image to make."""
 
-  Attributes:
-    stem: of the file's name.
-    requests: one per loop; job: of `tasks`.
-    files: references; file_frames: their numbers of frames.
-    settings: stored in the file and in the JSON file beside it (`with_settings`); path: of the file (`choose_targets`).
-  """
-
-  stem: str
-  requests: tuple[Request, ...]
-  files: tuple[str, ...]
+  stem: str  # of the file's name
+  requests: tuple[Request, ...]  # one per loop
+  files: tuple[str, ...]  # references
   job: tasks.Job
-  file_frames: tuple[int, ...]
-  settings: dict[str, Any] = dataclasses.field(default_factory=dict)
-  path: str = ""
+  file_frames: tuple[int, ...]  # number of frames of each file
+  settings: dict[str, Any] = dataclasses.field(default_factory=dict)  # for the file and the JSON file beside it
+  path: str = ""  # of the file (`choose_targets`)
 
   @property
   def is_image(self) -> bool:
@@ -55,13 +48,9 @@ class Work:
 
 
 def make_work(settings: SampleSettings, prompts: Sequence[str], config: Any, autoencoder: Any) -> list[Work]:
-  """The videos of the prompts. Checks everything, and reads no weights.
+  """The videos of the prompts. Checks everything, and reads no weights. `autoencoder`: its configuration.
 
-  Args:
-    config: of the model; autoencoder: configuration of its autoencoder.
-
-  Raises:
-    ValueError: a size, length, count, task or mask strategy is not allowed, or the model takes no frames.
+  Raises ValueError if a size, length, count, task or mask strategy is not allowed, or if the model takes no frames.
   """
   if settings.task and (settings.reference or settings.mask_strategy):
     raise ValueError("give --task with its files, or --reference and --mask-strategy; not both")
@@ -120,12 +109,7 @@ def choose_length(settings: SampleSettings, config: Any, files: Sequence[str], c
 def make_job(
   settings: SampleSettings, strategy: str | None, files: Sequence[str], lengths: Sequence[int], count: int, group: int
 ) -> tasks.Job:
-  """The job of the task or of the mask strategy.
-
-  Args:
-    lengths: latent frames of the files; count: latent frames of a clip.
-    group: latent frames that the autoencoder makes together.
-  """
+  """The job of the task or of the mask strategy. `lengths`, `count`: latent frames of the files, and of a clip."""
   loops, length, edit = settings.loops, settings.condition_frames, settings.condition_edit
   if settings.task:
     options = {"loops": loops, "length": length, "strength": settings.edit_strength, "edit": edit, "group": group}
@@ -178,11 +162,7 @@ def explain(works: Sequence[Work], autoencoder: Any, compat: str | None) -> None
 
 
 def with_settings(works: Sequence[Work], settings: SampleSettings, sample: Any, model: str, autoencoder: Any) -> list[Work]:
-  """The videos with the settings that determine them, as plain values of JSON.
-
-  Args:
-    sample: group of the configuration; model: its weights in words; autoencoder: configuration of its autoencoder.
-  """
+  """The videos with the settings that determine them, as plain values of JSON. `model`: its weights in words."""
   names = (
     "negative_prompt", "sampler", "timestep_shift", "guidance_interval", "guidance_rescale", "guidance_channels", "step_cache",
     "compat", "autoencoder_memory", "config", "changes", "autoencoder", "text_encoder",
@@ -213,10 +193,8 @@ def with_settings(works: Sequence[Work], settings: SampleSettings, sample: Any, 
 def choose_targets(settings: SampleSettings, works: Sequence[Work]) -> list[Work]:
   """The videos that must still be made, with their paths, as the first process finds them.
 
-  A file with other settings keeps its name, and the new file gets -2, -3, ... With --overwrite all files are made.
-
-  Raises:
-    ValueError: --output is one file, and the videos do not fit into it, or it exists with other settings.
+  A file with other settings keeps its name, and the new file gets -2, -3, ... With --overwrite all files are made. Raises
+  ValueError if --output is one file, and the videos do not fit into it, or it exists with other settings.
   """
   ending = one_file(settings.output, works)
   files, missing, taken = [], [], False

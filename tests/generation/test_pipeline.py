@@ -554,7 +554,7 @@ def test_explain_writes_no_file(assets, trained, tmp_path, capsys):
   (["--condition-edit", "2"], "--condition-edit is 2; allowed: 0 to 1"),
   (["--compat", "open-sora-1.1"], "is of iddpm; the model was trained with rectified-flow"),
   (["--prompt", 'x {"a": 1}'], "'a' is none of reference_path, mask_strategy"),
-  (["--prompt", 'x {"reference_path": ["a.png"]}'], "'reference_path' must be text, of several files joined by ';'"),
+  (["--prompt", 'x {"reference_path": ["a.png"]}'], "'reference_path' must be text; join several files by ';'"),
 ])  # fmt: skip
 def test_bad_tasks_are_one_line(assets, trained, tmp_path, capsys, arguments, words):
   fixed = ["--run", str(trained), *SIZE, "--prompt", "x", "--output", str(tmp_path / "out")]
