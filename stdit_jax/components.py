@@ -47,10 +47,7 @@ class Components:
     autoencoder = autoencoder_model(config.autoencoder)
     parts = cls(config, family, family.build(model_config, None), conditioner, diffusion, autoencoder)
     if (latent := parts.autoencoder.config.latent_channels) != (taken := model_config.in_channels):
-      raise ValueError(
-        f"config: the autoencoder's latents have {latent} channels, but the denoiser takes {taken} (in_channels); choose "
-        "another autoencoder, or set model.fields.in_channels"
-      )
+      raise ValueError(f"config: the autoencoder has {latent} channels, but model.fields.in_channels={taken}; make them equal")
     return parts
 
   @property

@@ -54,13 +54,11 @@ class Settings(cli.ConfigSettings):
   epochs: int = flag("encode the first epochs of each stage's data", required=True)
   stage: Sequence[str] | None = flag("only this stage; may be given several times (default: all)", action="append")
   dtype: str = flag(
-    "type of the stored values. With float32 (default) the losses equal those from videos. float16 needs half the space, and "
-    "rounds by up to 0.05 %%. bfloat16 needs as much space as float16 and rounds eight times as much, but holds values above "
-    "65504", "float32", choices=latents.DTYPES,
+    "type of the stored values. With float32 (default) the losses equal those from videos. float16 takes half the space and "
+    "rounds by up to 0.05 %%, bfloat16 eight times as much, but holds values above 65504", "float32", choices=latents.DTYPES,
   )  # fmt: skip
   text: bool | None = flag(
-    "encode captions as well (default: if text_encoder.where is 'ahead', because the training then reads their embeddings)",
-    action=argparse.BooleanOptionalAction,
+    "encode captions as well (default: if text_encoder.where is 'ahead')", action=argparse.BooleanOptionalAction
   )
   shard_mb: float = flag("approximate size of a shard (default: %(default)s)", 256.0)
   shard: str | None = flag("this process is number I of N, counted from 0 (default: JAX numbers the processes)", metavar="I/N")

@@ -68,9 +68,8 @@ class Settings(PipelineSettings):
   output: str | None = flag("file that gets the result as JSON")
 
   tables: Sequence[str] | None = _loss(
-    "metadata tables to measure on (default: validation.tables of the run). For --task autoencoder also folders or files of "
-    "videos and images (default: the tables of the configuration)", nargs="+",
-  )  # fmt: skip
+    "default: validation.tables of the run. --task autoencoder also takes folders or files of videos and images", nargs="+"
+  )
   samples_per_bucket: int | None = _loss("rows per bucket (default: the run's)")
   timesteps: int | None = _loss("number of timesteps, evenly spaced (default: the run's)")
 
@@ -88,11 +87,6 @@ class Settings(PipelineSettings):
   i3d: str | None = _autoencoder("I3D of stdit_jax.interop.fetch: Frechet video distance, from 16 frames on", metavar="FILE")
   picture: str | None = _autoencoder("writes original, reconstruction and error of one clip per bucket", metavar="FILE.png")
 
-  def counts(self, **defaults: int) -> dict[str, int]:
-    """{name: value of the flag, or `defaults[name]` if the flag is not given}. Raises ValueError for values below 1."""
-    cli.check_positive(self, *defaults)
-    return {name: default if getattr(self, name) is None else getattr(self, name) for name, default in defaults.items()}
-
 
 def read_stage(settings: Settings) -> tuple[Any, int | None]:
   """(stage that wrote the checkpoint, step of the checkpoint). The flags replace keys of the stage."""
@@ -103,8 +97,8 @@ def read_stage(settings: Settings) -> tuple[Any, int | None]:
   changes: dict[str, Any] = {f"validation.{name}": value for name, value in given.items() if value is not None}
   if settings.mesh:
     changes["mesh"] = cli.parse_mesh(settings.mesh)
-  changes["data.latents"] = ""  # the cache holds the clips of the training only
-  changes["stages"] = ({"name": f"of step {step}", "steps": 1},)
+  # A cache of latents holds the clips of the training only.
+  changes |= {"data.latents": "", "stages": ({"name": f"of step {step}", "steps": 1},)}
   config = config.replace(changes)
   if not config.validation.tables:
     raise ValueError(f"{settings.run} has no validation.tables; give the tables to measure the loss on: --tables TABLE ...")
@@ -127,13 +121,12 @@ def evaluate_loss(settings: Settings, folder: str) -> tuple[str, dict[str, float
 
 def evaluate_shapes(settings: Settings, folder: str) -> tuple[str, dict[str, dict[str, float]]]:
   """(description of the weights, {part: {measure: value}})."""
-  counts = settings.counts(count=200, batch_size=20)
   config, step = loading.read_model(settings)
   pipeline, described = loading.load_pipeline(settings, config, step), loading.describe(settings, step)
   steps, scale = config.sample.steps, config.sample.guidance_scale
   progress = functools.partial(tqdm, unit="batch", leave=False, disable=True if jax.process_index() else None)
-  exam = Exam(steps, scale, counts["count"], batch=counts["batch_size"])
-  how = f"{counts['count']} scenes of each part, {config.diffusion.fields.get('sampler', 'euler')}, {steps} steps, "
+  exam = Exam(steps, scale, settings.count or 200, batch=settings.batch_size)
+  how = f"{exam.count} scenes of each part, {config.diffusion.fields.get('sampler', 'euler')}, {steps} steps, "
   how += f"guidance scale {scale:g}" + (f", step cache {settings.step_cache}" if settings.step_cache else "")
   how += f", timestep shift {settings.timestep_shift:g}" if settings.timestep_shift else ""
   return f"{described}, {how}", examine(pipeline, exam, settings.parts, progress)
@@ -141,11 +134,10 @@ def evaluate_shapes(settings: Settings, folder: str) -> tuple[str, dict[str, dic
 
 def evaluate_autoencoder(settings: Settings, folder: str) -> tuple[str, dict[str, Any]]:
   """(description of the weights, {"buckets": {name: {measure: value}}, "shift": [...], "scale": [...]})."""
-  counts = settings.counts(count=16, repeat=1)
   if settings.picture and not settings.picture.endswith(".png"):
     raise ValueError(f"--picture is {settings.picture}; allowed: names that end in .png")
   codec, described, config = loading.load_autoencoder(settings, settings.model)
-  interval = settings.counts(frame_interval=config.data.frame_interval if config else 1)["frame_interval"]
+  interval = settings.frame_interval or (config.data.frame_interval if config else 1)
   if interval > 1:
     described = f"{described}, one of {interval} frames"
   if settings.repeat > 1:
@@ -153,16 +145,14 @@ def evaluate_autoencoder(settings: Settings, folder: str) -> tuple[str, dict[str
       raise ValueError("--repeat is a baseline for image autoencoders, and this model encodes videos; leave --repeat out")
     described += f", each frame replaced by the nearest of every {settings.repeat} frames"
   table, buckets = reconstruction.open_rows(*what_to_measure(settings, config), folder)
-  judges = reconstruction.Judges(
-    settings.perceptual[0] if settings.perceptual else "",
-    measures.load_perceptual(*settings.perceptual) if settings.perceptual else None,
-    measures.load_i3d(settings.i3d) if settings.i3d else None,
-  )
+  trunk, file = settings.perceptual or ("", "")
+  perceptual = measures.load_perceptual(trunk, file) if trunk else None
+  judges = reconstruction.Judges(trunk, perceptual, measures.load_i3d(settings.i3d) if settings.i3d else None)
   exam, found, shown = reconstruction.Exam(codec, judges, settings.repeat), {}, []
   for bucket in buckets:
     exam.check(bucket)
   for bucket in reversed(buckets):  # from few pixels and frames to many
-    chosen = reconstruction.choose(table, bucket, counts["count"], interval)
+    chosen = reconstruction.choose(table, bucket, settings.count or 16, interval)
     rows = tqdm(chosen, bucket.name, unit="clip", leave=False, disable=None)
     clips = reconstruction.read(rows, bucket.num_frames, interval)
     found[bucket.name], seen = exam(clips, show=(len(chosen) - 1) // 2)  # the first clips of a film are often black
@@ -191,6 +181,7 @@ def what_to_measure(settings: Settings, config: Config | None) -> tuple[Sequence
 
 def check_settings(settings: Settings) -> None:
   """Raises ValueError for flags that the task does not use, and for outputs that can't be written."""
+  cli.check_positive(settings, "count", "batch_size", "repeat", "frame_interval")
   if settings.changes and not settings.config:
     raise ValueError(f"{settings.changes[0]}: changes need --config FILE; a --run is measured as it was trained")
   unused = {

@@ -83,7 +83,7 @@ def describe(model: ModelSettings, step: int | None) -> str:
 
 
 def load_pipeline(
-  settings: PipelineSettings, config: Config, step: int | None, check: Callable[[Pipeline], Any] = lambda pipeline: None
+  settings: PipelineSettings, config: Config, step: int | None, check: Callable = lambda made: None
 ) -> Pipeline:
   """The pipeline of the model of `read_model`. `check` gets it while its weights are shapes, before anything is allocated."""
   sizes = parse_mesh(settings.mesh) if settings.mesh else {"data": -1} if jax.process_count() > 1 else None

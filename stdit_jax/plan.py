@@ -72,9 +72,8 @@ class Settings(cli.ConfigSettings):
   slice_gbits: float = flag("Gbit/s between slices, per chip (default: %(default)s)", 25.0)
   stage: Sequence[str] | None = flag("only this stage; may be given several times", action="append")
   bucket: Sequence[str] | None = flag(
-    "only this bucket of the stage, or another bucket with its batch; may be given several times", action="append",
-    metavar="RESOLUTION:FRAMES[:BATCH]",
-  )  # fmt: skip
+    "only this bucket, or another one with its batch; may be repeated", action="append", metavar="RESOLUTION:FRAMES[:BATCH]"
+  )
   search_batch_size: bool = flag("find the largest batch of each bucket that fits", False)
   suggest_mesh: bool = flag("try the sensible meshes and rank them", False)
   step_seconds: float | None = flag("for a search: seconds of a step of each bucket at its bound")
@@ -244,11 +243,8 @@ def print_encoders(settings: Settings, stage: Stage, shares: Mapping[Key, float]
 
 
 def hours_text(settings: Settings, hours: float, chips: int) -> str:
-  likely = hours / settings.fraction
-  return (
-    f"{hours:,.1f} h at the bound ({hours * chips:,.0f} chip-hours), {likely:,.1f} h at {settings.fraction:.0%} of it "
-    f"({likely * chips:,.0f} chip-hours)"
-  )
+  text = lambda hours, where: f"{hours:,.1f} h at {where} ({hours * chips:,.0f} chip-hours)"  # noqa: E731
+  return f"{text(hours, 'the bound')}, {text(hours / settings.fraction, f'{settings.fraction:.0%} of it')}"
 
 
 def print_search(settings: Settings, compiler: Compiler, stages: Sequence[Stage], jobs: Sequence[Job]) -> list[dict[str, Any]]:
@@ -313,8 +309,8 @@ def print_meshes(settings: Settings, compiler: Compiler, stages: Sequence[Stage]
     mesh = " ".join(f"{axis}={size}" for axis, size in result["mesh"].items() if size > 1)
     print(f"{describe(result, bound)}  {mesh}", flush=True)
   print("\nmeshes, best first: seconds of one step of each of these buckets, at their bounds")
-  ranked = sorted(((mesh_rank(results), mesh) for mesh, results in by_mesh.items()), key=lambda ranked: ranked[0])
-  for (misfit, seconds, peak), mesh in ranked:
+  for mesh, results in sorted(by_mesh.items(), key=lambda found: mesh_rank(found[1])):
+    misfit, seconds, peak = mesh_rank(results)
     text = "does not fit" if misfit else f"{seconds:>8.2f}s  largest peak {peak / GIB:.1f} GiB"
     print("  " + " ".join(f"--config.mesh.{axis}={size}" for axis, size in mesh) + f"  {text}")
   return [result for results in by_mesh.values() for result, _ in results]

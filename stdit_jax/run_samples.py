@@ -26,8 +26,7 @@ class Sampler:
       check(parts, sample.num_frames)
     self.run, self.stage = run, None
     self.pipeline: Any = None  # of the stage
-    size = aspect_ratios.size(sample.resolution, sample.aspect_ratio)
-    how = *size, sample.num_frames, sample.fps, sample.seed
+    how = *aspect_ratios.size(sample.resolution, sample.aspect_ratio), sample.num_frames, sample.fps, sample.seed
     self.requests = [Request(clean_caption(prompt), *how) for prompt in sample.prompts]
 
   def __call__(self, step: int, state: Tree, frozen: Tree) -> None:

@@ -61,11 +61,9 @@ class Captions:
     self.from_files = ("text_encoder",) if self.in_step and not self.config.train else ()
     self.encoder: Any = None if self.config.where == "disk" else text_encoder(self.config)  # None: features come from disk
     self._cut = False  # whether features were longer than `length`
-    if self.encoder is not None and self.encoder.config.d_model != self.channels:
-      raise ValueError(
-        f"config: text encoder {self.config.name!r} gives {self.encoder.config.d_model} features, but the denoiser takes "
-        f"caption_channels={self.channels}; set model.fields.caption_channels={self.encoder.config.d_model}"
-      )
+    self._taken = f"the denoiser takes caption_channels={self.channels}; set model.fields.caption_channels"
+    if self.encoder is not None and (made := self.encoder.config.d_model) != self.channels:
+      raise ValueError(f"config: text encoder {self.config.name!r} gives {made} features, but {self._taken}={made}")
     if self.config.max_length != self.length:
       raise ValueError(
         f"config: text_encoder.max_length is {self.config.max_length}, but the denoiser's null caption has "
@@ -101,10 +99,7 @@ class Captions:
           raise InputError(f"{s.path}: the table has no text_features for this row; text_encoder.where='disk' needs the column")
         continue
       if s.text_features.shape[1] != self.channels:
-        raise InputError(
-          f"{s.path}: its text_features have {s.text_features.shape[1]} channels, but the denoiser takes "
-          f"caption_channels={self.channels}; set model.fields.caption_channels"
-        )
+        raise InputError(f"{s.path}: its text_features have {s.text_features.shape[1]} channels, but {self._taken}")
       if (tokens := len(s.text_features)) > self.length and not self._cut:
         self._cut = True
         log.warning("cut text_features of %d tokens to text_encoder.max_length=%d, first of %s", tokens, self.length, s.path)

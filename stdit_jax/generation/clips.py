@@ -24,11 +24,9 @@ class Item:
   job: Job
 
 
-def placements_of(
-  job: Job, file_frames: Iterable[int], config: Any, num_frames: int, compat: str | None = None
-) -> list[Placement]:
-  """The placement of each loop of a job. `file_frames`: frames of each file."""
-  files, clip = [config.latent_frames(frames) for frames in file_frames], config.latent_frames(num_frames)
+def placements_of(job: Job, lengths: Iterable[int], config: Any, num_frames: int, compat: str | None = None) -> list[Placement]:
+  """The placement of each loop of a job. `lengths`: frames of each file."""
+  files, clip = [config.latent_frames(frames) for frames in lengths], config.latent_frames(num_frames)
   return [place(job.rules, loop, clip, [*files, *[clip] * loop], compat) for loop in range(job.loops)]
 
 

@@ -59,13 +59,13 @@ def parse_mask_strategy(text: str | None) -> tuple[Rule, ...]:
     try:
       values: list[Any] = [*map(int, numbers[:5]), *map(float, numbers[5:])]
       rule = Rule(*values)
+      if min(rule.loop, rule.reference, rule.length) < 0 or not 0 <= rule.edit <= 1:
+        raise ValueError
     except (ValueError, TypeError):
       raise ValueError(
         f"mask strategy {text!r}: {part.strip()!r} is not LOOP[,REFERENCE[,FRAME OF THE REFERENCE[,FRAME OF THE CLIP"
-        "[,FRAMES[,EDIT RATIO]]]]]. Give whole numbers, and an edit ratio from 0 to 1"
+        "[,FRAMES[,EDIT RATIO]]]]]. Give whole numbers, negative ones only for frame positions, and an edit ratio from 0 to 1"
       ) from None
-    if rule.loop < 0 or rule.reference < 0 or rule.length < 0 or not 0 <= rule.edit <= 1:
-      raise ValueError(f"mask strategy {text!r}: {part.strip()!r}: allowed are whole numbers from 0, edit ratios from 0 to 1")
     rules.append(rule)
   return tuple(rules)
 
@@ -80,10 +80,8 @@ def nearest_group(value: int, total: int) -> int:
   return (count + up) * GROUP
 
 
-def place(
-  rules: Sequence[Rule], loop: int, num_frames: int, reference_frames: Sequence[int], compat: str | None = None
-) -> Placement:
-  """Applies the rules of one loop to a clip of `num_frames` latent frames. `reference_frames`: latent frames of each reference.
+def place(rules: Sequence[Rule], loop: int, num_frames: int, lengths: Sequence[int], compat: str | None = None) -> Placement:
+  """Applies the rules of one loop to a clip of `num_frames` latent frames. `lengths`: latent frames of each reference.
 
   Raises ValueError if a reference does not exist, or if frames lie outside the reference or the clip.
   """
@@ -92,12 +90,9 @@ def place(
   for rule in rules:
     if rule.loop != loop:
       continue
-    if rule.reference >= len(reference_frames):
-      raise ValueError(
-        f"{describe(rule)}: reference {rule.reference} does not exist; there are {len(reference_frames)} references, numbered "
-        "from 0. Give another number or one more file"
-      )
-    total = reference_frames[rule.reference]
+    if rule.reference >= len(lengths):
+      raise ValueError(f"{describe(rule)}: there are {len(lengths)} references, numbered from 0; give another number")
+    total = lengths[rule.reference]
     first = rule.reference_start + total * (rule.reference_start < 0)
     start = rule.start + num_frames * (rule.start < 0)
     length = rule.length
@@ -113,10 +108,10 @@ def place(
     try:
       frame[start : start + length] = np.arange(total)[first : first + length]
     except ValueError:
-      raise ValueError(
-        f"{describe(rule)}: {length} frames from frame {first} do not fit. Reference {rule.reference} has {total} frames, the "
-        f"clip has {num_frames - start} of {num_frames} from frame {start}. Give fewer frames"
-      ) from None
+      fit = (
+        f"reference {rule.reference} has {total - first} frames from frame {first}, the clip {num_frames - start} from {start}"
+      )
+      raise ValueError(f"{describe(rule)}: {length} frames do not fit: {fit}. Give fewer frames") from None
     reference[start : start + length] = rule.reference
     ratio[start : start + length] = rule.edit
   if compat is None:

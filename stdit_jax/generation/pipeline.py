@@ -70,11 +70,9 @@ class Pipeline:
     self.set_weights(weights)
     self._encode = jax.jit(lambda weights, arrays: components.conditioner.encode(weights, arrays, layout))
     # The results of a step have the shardings of its arguments. Otherwise the second step would be another program.
-    places = None
-    if layout:
-      tokens, rows = self._sharding(OVER_TIME), self._sharding(("batch",))
-      cached = jax.tree.map(lambda spec: self._sharding(spec.axes), self._cache_specs(1, 1, 1))
-      places = StepState(tokens, rows, (tokens, rows, rows) if self.diffusion.multistep else None), cached
+    tokens, rows = self._sharding(OVER_TIME), self._sharding(("batch",))
+    cached = jax.tree.map(lambda spec: self._sharding(spec.axes), self._cache_specs(1, 1, 1))
+    places = StepState(tokens, rows, (tokens, rows, rows) if self.diffusion.multistep else None), cached
     self._step = jax.jit(self._sampler_step, static_argnames="how", out_shardings=places, donate_argnames=("state", "cached"))
 
   def set_weights(self, weights: tuple[Any, Any]) -> None:
@@ -118,8 +116,7 @@ class Pipeline:
     x = shape(batch, *image_valid(self.model.config, size, self.token_parts).shape, axes=OVER_TIME)
     specs = self._cache_specs(*x.shape[:3])
     cached = jax.tree.map(lambda spec: shape(*spec.shape, dtype=spec.dtype, axes=spec.axes), specs)
-    sides = [np.ones((batch,), np.float32)] * 4
-    t = diffusion.sampling_timesteps(steps, *sides)[0]
+    t = diffusion.sampling_timesteps(steps, *[np.ones((batch,), np.float32)] * 4)[0]
     masks = shape(*x.shape[:2]), shape(*x.shape[:2], dtype=bool)
     previous = (x, shape(batch), masks[1]) if diffusion.multistep else None
     step = self._step.lower(

@@ -58,10 +58,8 @@ def check_memory(pipeline: Pipeline, works: Sequence[Work], settings: SampleSett
   parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in needed.items())
   text = f"memory of each device: {total / GIB:.2f} GiB (weights {weights / GIB:.2f}, and the largest of {parts})"
   if free is not None and total > free:
-    raise ValueError(
-      f"{text}, but only {free / GIB:.2f} GiB are free: lower --batch-size, --num-frames or the size, use --guidance-in-turn, "
-      "or more devices with --mesh"
-    )
+    how = "lower --batch-size, --num-frames or the size, use --guidance-in-turn, or more devices with --mesh"
+    raise ValueError(f"{text}, but only {free / GIB:.2f} GiB are free: {how}")
   if shows:
     print(text + ("" if free is None else f" of {free / GIB:.2f} GiB free"), flush=True)
 

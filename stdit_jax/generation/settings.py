@@ -59,8 +59,7 @@ class SampleSettings(PipelineSettings):
 
   prompt: Sequence[str] | None = _wanted("a prompt; may be given several times", action="append")
   prompt_file: str | None = _wanted(
-    "file of prompts. A text file has one prompt per line. A .csv or .jsonl file has them in the column or key `prompt` (or "
-    "`text`), and may have `reference_path` and `mask_strategy`"
+    "one prompt per line; .csv and .jsonl: `prompt` (or `text`), and if wanted `reference_path` and `mask_strategy`"
   )
   num_samples: int = _wanted("videos per prompt, with seeds SEED, SEED + 1, ... (default: %(default)s)", 1)
   seed: int = _wanted("one seed makes one noise, in any batch (default: %(default)s)", 0)
@@ -85,14 +84,12 @@ class SampleSettings(PipelineSettings):
 
   batch_size: int | None = _output("videos per batch (default: one per part of the mesh that holds whole videos)")
   autoencoder_memory: float | None = _output(
-    "memory of each device for encoding and decoding, which run in tiles if they need more (autoencoders/tiles.py; default: "
-    "the free memory)", metavar="GIB",
-  )  # fmt: skip
+    "encode and decode in tiles if they need more memory of a device (default: the free memory)", metavar="GIB"
+  )
   output: str = _output("folder for the files, or one .mp4, .gif, .webp, .png (default: %(default)s)", "samples")
   format: str = _output(
-    "format of videos; `frames` is a folder of png files. Images are png files (default: %(default)s)", "mp4",
-    choices=(*VIDEO_FORMATS, FRAMES),
-  )  # fmt: skip
+    "of videos (default: mp4); frames: a folder of png. Images are png", "mp4", choices=(*VIDEO_FORMATS, FRAMES)
+  )
   overwrite: bool = _output("replace existing files", False)
 
   @property

@@ -15,6 +15,7 @@ their neighbours. It is smooth if every step differs from the mean step by less 
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -60,15 +61,10 @@ def scenes_of(split: str, count: int, frames: int, objects: int = 1) -> list[tup
 
   Captions use the four wordings in turn. Only the split "sizes" contains the size that training shows in short clips only.
   """
-  found, number = [], 0
-  while len(found) < count:
-    scene = shapes.scene(f"{shapes.SCHEME}{split}/{SEED}/{number}")
-    number += 1
-    if (scene.height, scene.width) == shapes.NOT_LONG and split != "sizes":
-      continue
-    if len(scene.objects) == objects and scene.frames > frames:
-      found.append((scene, shapes.captions(scene)[len(found) % 4]))
-  return found
+  scenes = (shapes.scene(f"{shapes.SCHEME}{split}/{SEED}/{number}") for number in itertools.count())
+  sized = (one for one in scenes if split == "sizes" or (one.height, one.width) != shapes.NOT_LONG)
+  found = (one for one in sized if len(one.objects) == objects and one.frames > frames)
+  return [(scene, shapes.captions(scene)[i % 4]) for i, scene in enumerate(itertools.islice(found, count))]
 
 
 def _size(scene):

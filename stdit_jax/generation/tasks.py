@@ -63,16 +63,13 @@ def check_length(task: str | None, loops: int, num_frames: int, wanted: int | No
   if task not in ("extend-backward", "connect", "loop") and not (loops > 1 and task in (None, *GOES_ON)):
     return
 
-  def held(frames):
-    return np.diff(autoencoder.frame_starts(frames))
-
   def joins(frames, wanted):
-    count, of_each = autoencoder.latent_frames(frames), held(frames)
+    count, of_each = autoencoder.latent_frames(frames), np.diff(autoencoder.frame_starts(frames))
     length = default_length(count, autoencoder.group, task) if wanted is None else wanted
     given = length * (2 if task in ("connect", "loop") else 1)
     return autoencoder.keeps(frames) and length >= 1 and given < count and (of_each[:length] == of_each[-length:]).all()
 
-  if len(set(held(num_frames))) == 1 or joins(num_frames, wanted):
+  if len(set(np.diff(autoencoder.frame_starts(num_frames)))) == 1 or joins(num_frames, wanted):
     return
   what = f"--task {task}" if task and task not in GOES_ON else "--loops"
   if joins(num_frames, None):
