@@ -82,9 +82,7 @@ def describe(model: ModelSettings, step: int | None) -> str:
   return f"{model.run}, step {step}, {model.item}" if model.run else str(model.weights)
 
 
-def load_pipeline(
-  settings: PipelineSettings, config: Config, step: int | None, check: Callable = lambda made: None
-) -> Pipeline:
+def load_pipeline(settings: PipelineSettings, config: Config, step: int | None, check: Callable = lambda _: None) -> Pipeline:
   """The pipeline of the model of `read_model`. `check` gets it while its weights are shapes, before anything is allocated."""
   sizes = parse_mesh(settings.mesh) if settings.mesh else {"data": -1} if jax.process_count() > 1 else None
   mesh = make_mesh(sizes) if sizes else None
@@ -112,7 +110,7 @@ def load_pipeline(
   else:
     weights = components.load_denoiser(parts, str(settings.weights), mesh), None
   if reads_encoder:
-    weights = weights[0], components.load_text_encoder(config.text_encoder, parts.conditioner.encoder, mesh)
+    weights = weights[0], components.load_text_encoder(config.text_encoder, encoder, mesh)
   pipeline.set_weights(weights if mesh else jax.device_put(weights, jax.local_devices()[0]))
   fitted = {"tiles": pipeline.codec.tiles, "micro_batch": pipeline.codec.micro_batch}
   pipeline.codec = dataclasses.replace(components.load_codec(config.autoencoder, pieces), **fitted)

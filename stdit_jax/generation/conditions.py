@@ -91,7 +91,7 @@ def place(rules: Sequence[Rule], loop: int, num_frames: int, lengths: Sequence[i
     if rule.loop != loop:
       continue
     if rule.reference >= len(lengths):
-      raise ValueError(f"{describe(rule)}: there are {len(lengths)} references, numbered from 0; give another number")
+      raise ValueError(f"{describe(rule)}: there are {len(lengths)} references, from 0; give another number or more files")
     total = lengths[rule.reference]
     first = rule.reference_start + total * (rule.reference_start < 0)
     start = rule.start + num_frames * (rule.start < 0)
@@ -109,7 +109,7 @@ def place(rules: Sequence[Rule], loop: int, num_frames: int, lengths: Sequence[i
       frame[start : start + length] = np.arange(total)[first : first + length]
     except ValueError:
       fit = (
-        f"reference {rule.reference} has {total - first} frames from frame {first}, the clip {num_frames - start} from {start}"
+        f"reference {rule.reference} has {total - first} from frame {first} on, the clip {num_frames - start} from {start} on"
       )
       raise ValueError(f"{describe(rule)}: {length} frames do not fit: {fit}. Give fewer frames") from None
     reference[start : start + length] = rule.reference
