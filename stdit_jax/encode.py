@@ -42,8 +42,6 @@ from stdit_jax.errors import InputError
 from stdit_jax.parallel.processes import coordination
 
 _PENDING = 64  # records that wait for the writer
-_FOREVER = 1 << 30  # milliseconds
-_STOPPED = 75  # exit code as of train: start the command again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,7 +220,7 @@ def run(settings: Settings, choice: Choice, own: Share) -> None:
   bad = sum(len(work.bad_rows.found) for work in works if work.bad_rows)
   client, _, _ = coordination()
   if client:
-    client.wait_at_barrier("encoded", _FOREVER)  # the first process that exits would end the others
+    client.wait_at_barrier("encoded", 1 << 30)  # milliseconds; the first process that exits would end the others
   parts = ", ".join(work.part.folder for work in works if latents.finish(work.part, work.features))
   left = sum(len(work.part.missing()) for work in works)
   note = f", {bad} files could not be decoded" if bad else ""
@@ -236,7 +234,7 @@ if __name__ == "__main__":
 
   def stop(*_):
     print("stopped; the same command continues", file=sys.stderr)
-    raise SystemExit(_STOPPED)
+    raise SystemExit(75)  # as of train: start the command again
 
   signal.signal(signal.SIGTERM, stop)
   with cli.interruptible("the same command continues"):

@@ -123,11 +123,10 @@ def evaluate_shapes(settings: Settings, folder: str) -> tuple[str, dict[str, dic
   """(description of the weights, {part: {measure: value}})."""
   config, step = loading.read_model(settings)
   pipeline, described = loading.load_pipeline(settings, config, step), loading.describe(settings, step)
-  steps, scale = config.sample.steps, config.sample.guidance_scale
   progress = functools.partial(tqdm, unit="batch", leave=False, disable=True if jax.process_index() else None)
-  exam = Exam(steps, scale, settings.count or 200, batch=settings.batch_size)
-  how = f"{exam.count} scenes of each part, {config.diffusion.fields.get('sampler', 'euler')}, {steps} steps, "
-  how += f"guidance scale {scale:g}" + (f", step cache {settings.step_cache}" if settings.step_cache else "")
+  exam = Exam(config.sample.steps, config.sample.guidance_scale, settings.count or 200, batch=settings.batch_size)
+  how = f"{exam.count} scenes of each part, {config.diffusion.fields.get('sampler', 'euler')}, {exam.steps} steps, "
+  how += f"guidance scale {exam.scale:g}" + (f", step cache {settings.step_cache}" if settings.step_cache else "")
   how += f", timestep shift {settings.timestep_shift:g}" if settings.timestep_shift else ""
   return f"{described}, {how}", examine(pipeline, exam, settings.parts, progress)
 
