@@ -110,7 +110,7 @@ def load_pipeline(settings: PipelineSettings, config: Config, step: int | None, 
   else:
     weights = components.load_denoiser(parts, str(settings.weights), mesh), None
   if reads_encoder:
-    weights = weights[0], components.load_text_encoder(config.text_encoder, encoder, mesh)
+    weights = weights[0], components.load_text_encoder(config.text_encoder, parts.conditioner.encoder, mesh)
   pipeline.set_weights(weights if mesh else jax.device_put(weights, jax.local_devices()[0]))
   fitted = {"tiles": pipeline.codec.tiles, "micro_batch": pipeline.codec.micro_batch}
   pipeline.codec = dataclasses.replace(components.load_codec(config.autoencoder, pieces), **fitted)

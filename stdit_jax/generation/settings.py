@@ -46,8 +46,8 @@ class PipelineSettings(ModelSettings):
   guidance_in_turn: bool = _sampler("prompt and null caption one after the other, which needs less memory", False)
   step_cache: str | None = _sampler(
     "caches outputs of earlier steps (models/step_cache.py). Sampling is faster, and the result differs a little. pyramid "
-    "reuses attention; pyramid:2,4,6 reuses it for 2 steps over space, 4 over time and 6 to text. residual:0.1 skips steps "
-    "whose input changes by less than 0.1", metavar="NAME",
+    "reuses attention; pyramid:2,4,6 reuses it for 2 steps over space, 4 over time and 6 to text. residual:0.1 skips "
+    "layers while the first layer changes by less than 10 %%", metavar="NAME",
   )  # fmt: skip
   guidance_channels: int | None = _sampler("guide the first N latent channels (default: all; Open-Sora 1.1: 3)", metavar="N")
   compat: str | None = _sampler("do what the original does where this project corrects it (README)", choices=COMPAT[1:])
