@@ -108,9 +108,7 @@ def place(rules: Sequence[Rule], loop: int, num_frames: int, lengths: Sequence[i
     try:
       frame[start : start + length] = np.arange(total)[first : first + length]
     except ValueError:
-      fit = (
-        f"reference {rule.reference} has {total - first} from frame {first} on, the clip {num_frames - start} from {start} on"
-      )
+      fit = f"reference {rule.reference} has {total - first} from {first} on, the clip {num_frames - start} from {start} on"
       raise ValueError(f"{describe(rule)}: {length} frames do not fit: {fit}. Give fewer frames") from None
     reference[start : start + length] = rule.reference
     ratio[start : start + length] = rule.edit
