@@ -4,6 +4,7 @@ import argparse
 import ast
 import contextlib
 import ctypes
+import dataclasses
 import difflib
 import os
 import re
@@ -14,8 +15,7 @@ from typing import Any, TypeVar
 import ml_collections
 
 from data import paths
-from data.command_line import OneLineParser as OneLineParser
-from data.command_line import load_config, make_parser
+from data.command_line import flag, load_config, make_parser
 from stdit_jax.fields import KINDS, is_of_type
 
 T = TypeVar("T")
@@ -25,7 +25,7 @@ T = TypeVar("T")
 def one_line_errors(kinds: tuple[type[Exception], ...] = (ValueError, OSError)) -> Iterator[None]:
   """Prints a user's error as one line on stderr and exits with code 2. STDIT_JAX_TRACEBACK=1 shows the traceback instead.
 
-  Too little memory on a device counts as a user's error as well.
+  A device that runs out of memory also counts as a user's error.
   """
   try:
     yield
@@ -39,6 +39,16 @@ def one_line_errors(kinds: tuple[type[Exception], ...] = (ValueError, OSError)) 
       text = f"a device has too little memory: {said}. Use fewer frames or pixels, or more devices"
     print(f"error: {text}", file=sys.stderr)
     raise SystemExit(2) from None
+
+
+@contextlib.contextmanager
+def interruptible(what: str) -> Iterator[None]:
+  """After ^C prints `what` and exits with code 130."""
+  try:
+    yield
+  except KeyboardInterrupt:
+    print(f"interrupted; {what}", file=sys.stderr)
+    raise SystemExit(130) from None
 
 
 def parse_with_changes(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
@@ -60,6 +70,14 @@ def parse_with_changes(parser: argparse.ArgumentParser, argv: Sequence[str] | No
   return args
 
 
+@dataclasses.dataclass(frozen=True)
+class ConfigSettings:
+  """The flags that name a training configuration, for `read_config`."""
+
+  config: str | None = flag("training configuration: file with get_config(), e.g. configs/quickstart.py", metavar="FILE")
+  changes: Sequence[str] = flag("replaces one key, as in --config.data.workers=8", (), "--config.KEY", metavar="VALUE")
+
+
 def parse_settings(kind: type[T], module: str, description: str | None, argv: Sequence[str] | None = None) -> T:
   """The settings of a command line: a dataclass of flags with a field `changes`. `module`: what `python -m` runs."""
   parser = make_parser(kind, f"python -m {module}", description, allow_abbrev=False)
@@ -75,11 +93,18 @@ def check_positive(settings: Any, *names: str) -> None:
       raise ValueError(f"--{name.replace('_', '-')} is {value:g}; allowed: {allowed}")
 
 
+def choose_stages(stages: Sequence[Any], names: Sequence[str] | None) -> list[Any]:
+  """The stages with these names, by default all. Raises ValueError for an unknown name."""
+  known = [stage.name for stage in stages]
+  if unknown := sorted(set(names or ()) - set(known)):
+    raise ValueError(f"--stage {unknown[0]!r} is none of {', '.join(known)}")
+  return [stage for stage in stages if not names or stage.name in names]
+
+
 def read_config(path: str | None, changes: Iterable[str] = ()) -> ml_collections.ConfigDict:
   """The configuration of a file, with the changes of the command line. No key can be added afterwards.
 
-  Raises:
-    ValueError: an error in the file or in a change. The message is one line.
+  Raises ValueError, with a message of one line, for an error in the file or in a change.
   """
   if not path:
     raise ValueError("give a configuration: --config configs/quickstart.py")
@@ -93,7 +118,6 @@ def read_config(path: str | None, changes: Iterable[str] = ()) -> ml_collections
 
 
 def _change(config: ml_collections.ConfigDict, argument: str) -> None:
-  """Sets one key of the configuration."""
   flag, equals, text = argument.partition("=")
   keys = flag.partition(".")[2].split(".")
   group: Any = config
@@ -103,10 +127,8 @@ def _change(config: ml_collections.ConfigDict, argument: str) -> None:
     if key not in group:
       near = difflib.get_close_matches(key, group, 1)
       hint = f"did you mean {'.'.join((*keys[:i], near[0]))!r}?" if near else "configs/base.py has all keys."
-      raise ValueError(
-        f"{argument}: there is no key {'.'.join(keys[: i + 1])!r}; {hint} A key of model.fields or other `fields` can only be "
-        "changed if the file sets it"
-      )
+      hint += " --config changes a key of model.fields or other `fields` only if the file sets it"
+      raise ValueError(f"{argument}: there is no key {'.'.join(keys[: i + 1])!r}; {hint}")
     parent, group = group, group[key]
   if not equals:
     if not isinstance(group, bool):
@@ -124,7 +146,7 @@ _BOOLEANS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0"
 
 
 def _value(text: str, default: Any) -> Any:
-  """The value that a text of the command line stands for, of the type of `default`. Raises ValueError if there is none."""
+  """Parses a text of the command line as a value of the type of `default`."""
   kind = type(default)
   if kind in (str, float):
     return kind(text)
@@ -152,11 +174,11 @@ def parse_mesh(entries: Sequence[str]) -> dict[str, int]:
 
 
 def connect_processes(heartbeat_timeout: int = 100, patience: int = 300) -> None:
-  """Joins the processes of a run on several hosts. Call it before the first use of a device. The scripts in launch/ set the
-  environment variables.
+  """Joins the processes of a run on several hosts. Call it before the first use of a device.
 
   STDIT_JAX_DISTRIBUTED=1: JAX itself finds the other processes (Cloud TPU, GKE, Slurm, Open MPI). Elsewhere
-  STDIT_JAX_COORDINATOR (HOST:PORT of process 0), STDIT_JAX_NUM_PROCESSES and STDIT_JAX_PROCESS_ID describe the processes.
+  STDIT_JAX_COORDINATOR (HOST:PORT of process 0), STDIT_JAX_NUM_PROCESSES and STDIT_JAX_PROCESS_ID describe the processes. The
+  scripts in launch/ set them.
 
   Args:
     heartbeat_timeout: seconds of silence after which the runtime counts a process as lost and aborts the others.
@@ -192,11 +214,9 @@ def _place() -> dict[str, Any] | None:
   if not re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^\s:]+):[0-9]+", coordinator):
     raise ValueError(f"STDIT_JAX_COORDINATOR={coordinator} is not like HOST:PORT")
   if not (number.isdecimal() and process.isdecimal() and int(process) < int(number)):
-    raise ValueError(
-      f"STDIT_JAX_PROCESS_ID={process} of STDIT_JAX_NUM_PROCESSES={number}: processes are numbered 0, 1, ..., number - 1"
-    )
+    raise ValueError(f"STDIT_JAX_PROCESS_ID={process}: processes are numbered 0, 1, ... below STDIT_JAX_NUM_PROCESSES={number}")
   place = {"coordinator_address": coordinator, "num_processes": int(number), "process_id": int(process)}
-  # Under Slurm, JAX's detection would give the process one device only.
+  # Under Slurm, JAX's cluster detection would hide all devices but one from the process.
   return place | {"cluster_detection_method": "deactivate"}
 
 
@@ -219,8 +239,8 @@ def use_compilation_cache(folder: str | None = None) -> None:
 def keep_freed_memory() -> None:
   """On a CPU, lets the C library keep freed memory. Call it before the first use of a device.
 
-  XLA's CPU client allocates its work space in every execution, and glibc returns blocks of that size to the kernel when they
-  are freed. Every step would then touch hundreds of thousands of new pages. Asynchronous dispatch is off because glibc maps
+  XLA's CPU client allocates its work space in every execution. When XLA frees such a large block, glibc returns it to the
+  kernel, so every step would touch hundreds of thousands of new pages. Asynchronous dispatch is off because glibc maps
   large blocks for any thread but the main thread. Measured with tests/benchmarks/denoiser.py (a training step): 4.8 s and
   433 000 page faults without these settings, 4.3 s and no page faults with them.
   """

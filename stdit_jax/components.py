@@ -1,7 +1,4 @@
-"""The parts of a denoiser's configuration: denoiser, conditioner, diffusion and autoencoder, with their shapes and weights.
-
-Training, sampling, encoding, converting and planning begin here.
-"""
+"""The parts that a denoiser's configuration names: denoiser, conditioner, diffusion, autoencoder; their shapes and weights."""
 
 import dataclasses
 from typing import Any
@@ -17,7 +14,7 @@ from stdit_jax import fields
 from stdit_jax.autoencoders.codec import Codec
 from stdit_jax.autoencoders.registry import autoencoder_model, family_of, make_codec
 from stdit_jax.conditioning import CONDITIONERS
-from stdit_jax.config import Autoencoder, Config, Named, TextEncoder
+from stdit_jax.config import Autoencoder, Config, TextEncoder
 from stdit_jax.diffusion.iddpm import IDDPM
 from stdit_jax.diffusion.rectified_flow import RectifiedFlow
 from stdit_jax.interop import load_variables
@@ -29,41 +26,28 @@ DIFFUSIONS = {"rectified-flow": RectifiedFlow, "iddpm": IDDPM}
 REPLICATED = (("", PartitionSpec()),)  # sharding rules
 
 
-def make_diffusion(config: Named) -> RectifiedFlow | IDDPM:
-  """The formulation of the group `diffusion`. Raises ValueError naming unknown names and fields."""
-  return fields.replace(fields.choose(DIFFUSIONS, config.name, "diffusion.name")(), config.fields, "config: diffusion.fields")
-
-
 @dataclasses.dataclass(frozen=True)
 class Components:
-  """The parts of a stage's configuration, checked against each other.
+  """The parts of a stage's configuration, checked against each other."""
 
-  Attributes:
-    config: of the stage.
-    family, model: of the denoiser; conditioner: one of `conditioning`; diffusion: the formulation.
-    autoencoder: the model whose latents are denoised.
-  """
-
-  config: Config
-  family: Family
-  model: nn.Module
-  conditioner: Any
-  diffusion: Any
-  autoencoder: Any
+  config: Config  # of the stage
+  family: Family  # of the denoiser
+  model: nn.Module  # the denoiser
+  conditioner: Any  # one of `conditioning`
+  diffusion: Any  # the formulation
+  autoencoder: Any  # the model whose latents are denoised
 
   @classmethod
   def of(cls, config: Config) -> "Components":
     """The parts of a configuration. Raises ValueError for unknown names or fields, and for parts that do not fit together."""
     family, model_config = find_model(config.model.name, config.model.fields)
-    parts = cls(
-      config, family, family.build(model_config, None), CONDITIONERS[family.condition](config, family, model_config),
-      make_diffusion(config.diffusion), autoencoder_model(config.autoencoder),
-    )  # fmt: skip
+    conditioner = CONDITIONERS[family.condition](config, family, model_config)
+    default = fields.choose(DIFFUSIONS, config.diffusion.name, "diffusion.name")()
+    diffusion = fields.replace(default, config.diffusion.fields, "config: diffusion.fields")
+    autoencoder = autoencoder_model(config.autoencoder)
+    parts = cls(config, family, family.build(model_config, None), conditioner, diffusion, autoencoder)
     if (latent := parts.autoencoder.config.latent_channels) != (taken := model_config.in_channels):
-      raise ValueError(
-        f"config: the autoencoder's latents have {latent} channels, but the denoiser takes {taken} (in_channels); choose "
-        "another autoencoder, or set model.fields.in_channels"
-      )
+      raise ValueError(f"config: the autoencoder has {latent} channels, but model.fields.in_channels={taken}; make them equal")
     return parts
 
   @property
@@ -72,7 +56,7 @@ class Components:
     return (*self.family.rules, *t5.RULES)
 
   def init(self, key: jax.Array) -> tuple[Tree, Tree]:
-    """(params, frozen) with the original initialisation. `frozen` does not train. Jit this function with sharded outputs."""
+    """(params, frozen) with the original initialisation. Only `params` train. Callers jit it with sharded outputs."""
     denoiser_key, own_key = jax.random.split(key)
     variables = self.family.init(self.model.config, denoiser_key)
     params, frozen = self.conditioner.init(own_key)
@@ -80,16 +64,14 @@ class Components:
     return {"denoiser": variables["params"], **params}, constants | frozen
 
   def weights(self, params: Tree, frozen: Tree) -> tuple[Tree, Any]:
-    """The results of `init` as ({"params", "constants"} of the denoiser, weights of the conditioner's encoder or None)."""
+    """(variables of the denoiser, weights of the conditioner's encoder or None) from the results of `init`."""
     constants = {"constants": frozen["denoiser"]} if "denoiser" in frozen else {}
     return {"params": params["denoiser"], **constants}, params.get("text_encoder", frozen.get("text_encoder"))
 
   def batch(self, bucket: tuple[str, int], rows: int, token_parts: int = 1) -> Tree:
-    """The arrays of one training batch as a tree of `ArraySpec`. All aspect ratios share the largest number of tokens.
+    """The arrays of one training batch of a bucket (resolution, frames) as a tree of `ArraySpec`.
 
-    Args:
-      bucket: (resolution, frames); rows: samples in the batch.
-      token_parts: the number of tokens per frame is a multiple of it.
+    All aspect ratios share the largest number of tokens, padded to a multiple of `token_parts`.
     """
     config, autoencoder = self.model.config, self.autoencoder.config
     frames, _, _ = token_grid(config, (autoencoder.latent_frames(bucket[1]), 1, 1))
@@ -110,7 +92,7 @@ class Components:
 
 
 def need_file(path: str | None, key: str) -> str:
-  """Returns `path`, the value of the configuration's key `key`. Raises ValueError if it does not exist."""
+  """Returns `path` itself, the value of the key `key`. Raises ValueError if it is empty or no such file exists."""
   module = "interop.fetch makes one of hed-vgg16" if key.startswith("autoencoder.perceptual") else "convert"
   how = f"give a safetensors file or a folder of them (python -m stdit_jax.{module})"
   if not path:
@@ -120,9 +102,9 @@ def need_file(path: str | None, key: str) -> str:
   return path
 
 
-def local_devices_mesh() -> Mesh:
-  """The mesh of all devices of this process. A codec spreads its pieces over it."""
-  return Mesh(np.asarray(jax.local_devices()), ("pieces",))
+def local_devices_mesh() -> Mesh | None:
+  """The mesh of all devices of this process, over which a codec spreads its pieces. None for one device."""
+  return Mesh(np.asarray(jax.local_devices()), ("pieces",)) if jax.local_device_count() > 1 else None
 
 
 def codec_of_shapes(config: Autoencoder, mesh: Mesh | None = None) -> Codec:

@@ -1,6 +1,6 @@
 """The configuration of a run or a stage as frozen dataclasses, checked once.
 
-configs/base.py has the meaning and the default of each key. The classes here have the type of each key, and its allowed values.
+configs/base.py explains each key and gives its default. The classes here give its type and its allowed values.
 """
 
 import dataclasses
@@ -8,24 +8,17 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal, NamedTuple
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from data import paths
 from data.config import DataConfig, plain
 from stdit_jax.fields import KINDS, is_of_type
 
-Fields = dict[str, Any]  # of a dataclass that checks them when it is made
+Fields = dict[str, Any]  # the dataclass that takes these fields checks them
 
 _AXES = ("data", "fsdp", "sequence", "tensor")
 _NO_KEYS = ("rows_per_bucket", "num_classes")  # fields of DataConfig that the program sets
-
-
-class Rule(NamedTuple):
-  """What a value must fulfil beside its type, also in words."""
-
-  allowed: str
-  holds: Callable[[Any], Any]
 
 
 def _compiles(pattern):
@@ -47,18 +40,19 @@ def _are_steps(steps):
   return not steps or (len(steps) == 2 and all(type(n) is int for n in steps) and 1 <= steps[0] <= steps[1])
 
 
-Mesh = Annotated[dict[str, int], Rule(f"whole numbers for the axes {', '.join(_AXES)}; an axis without a key has 1", _is_mesh)]
-Whole = Annotated[int, Rule("a whole number of at least 0", lambda n: n >= 0)]
-Count = Annotated[int, Rule("a whole number of at least 1", lambda n: n >= 1)]
-Seed = Annotated[int, Rule("a whole number of at least 0, at most 4294967295", lambda n: 0 <= n < 2**32)]
-Amount = Annotated[float, Rule("a number of at least 0", lambda x: x >= 0)]
-Share = Annotated[float, Rule("a number of at least 0, at most 1", lambda x: 0 <= x <= 1)]
-Pattern = Annotated[str, Rule("a regular expression", _compiles)]
-Scales = Annotated[tuple, Rule("(regular expression, factor above 0) pairs", lambda pairs: all(map(_is_scale, pairs)))]
-Steps = Annotated[tuple, Rule("(), or (first, last) optimizer steps from 1 on", _are_steps)]
+# The types of keys: (the allowed values in words, a function that tells whether a value is allowed).
+Mesh = Annotated[dict[str, int], (f"whole numbers for the axes {', '.join(_AXES)}; an axis without a key has 1", _is_mesh)]
+Whole = Annotated[int, ("a whole number of at least 0", lambda n: n >= 0)]
+Count = Annotated[int, ("a whole number of at least 1", lambda n: n >= 1)]
+Seed = Annotated[int, ("a whole number of at least 0, at most 4294967295", lambda n: 0 <= n < 2**32)]
+Amount = Annotated[float, ("a number of at least 0", lambda x: x >= 0)]
+Share = Annotated[float, ("a number of at least 0, at most 1", lambda x: 0 <= x <= 1)]
+Pattern = Annotated[str, ("a regular expression", _compiles)]
+Scales = Annotated[tuple, ("(regular expression, factor above 0) pairs", lambda pairs: all(map(_is_scale, pairs)))]
+Steps = Annotated[tuple, ("(), or (first, last) optimizer steps from 1 on", _are_steps)]
 _BUCKETS = re.compile(r"auto|never|always|\w+:\d+(,\w+:\d+)*")
-Split = Annotated[str, Rule("'auto', 'never', 'always', or buckets: '480p:204,720p:51'", _BUCKETS.fullmatch)]
-Resume = Annotated[str, Rule("'auto', 'required', or a step such as '1200'", re.compile(r"auto|required|\d+").fullmatch)]
+Split = Annotated[str, ("'auto', 'never', 'always', or buckets: '480p:204,720p:51'", _BUCKETS.fullmatch)]
+Resume = Annotated[str, ("'auto', 'required', or a step such as '1200'", re.compile(r"auto|required|\d+").fullmatch)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,10 +74,7 @@ class TextEncoder(Named):
 
   def __post_init__(self):
     if self.train and self.where != "step":
-      raise ValueError(
-        f"config: text_encoder.train needs text_encoder.where='step', but it is {self.where!r}: precomputed embeddings can't "
-        "train. Change one of the two"
-      )
+      raise ValueError(f"config: text_encoder.train needs text_encoder.where='step', not {self.where!r}; change one of the two")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,8 +194,7 @@ class Config:
   def of(cls, values: Any) -> "Config":
     """From a ConfigDict or a nested dict. A `Config` is returned as it is.
 
-    Raises:
-      ValueError: the first key that is unknown or missing, or whose value has a wrong type or is not allowed.
+    Raises ValueError for the first key that is unknown or missing, or whose value has a wrong type or is not allowed.
     """
     return values if isinstance(values, cls) else _group(cls, plain(values))
 
@@ -222,14 +212,14 @@ class Config:
       group, *names = values, *key.split(".")
       for name in names[:-1]:
         if not isinstance(group.get(name), dict):
-          group[name] = {}  # an error, which `of` reports
+          group[name] = {}  # `of` reports the unknown key
         group = group[name]
       group[names[-1]] = value
     return Config.of(values)
 
 
 def _group(kind: Any, values: Mapping[str, Any], prefix: str = "") -> Any:
-  """The dataclass `kind` from the values of its keys, which start with `prefix`."""
+  """The dataclass `kind` from the values of its keys. Messages put `prefix` before the keys."""
   kinds = {name: value for name, value in typing.get_type_hints(kind, include_extras=True).items() if name not in _NO_KEYS}
   if not isinstance(values, Mapping):
     raise ValueError(f"config: {prefix[:-1]} must be a group of keys ({', '.join(kinds)}), not {values!r}")
@@ -251,12 +241,12 @@ def _checked(key: str, value: Any, annotation: Any) -> Any:
     return _group(kind, value, f"{key}.")
   if typing.get_origin(kind) is Literal:
     choices = typing.get_args(kind)
-    kind, rules = str, [Rule(", ".join(map(repr, choices)), choices.__contains__)]
+    kind, rules = str, [(", ".join(map(repr, choices)), choices.__contains__)]
   if not is_of_type(value, kind):
     members = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     allowed = " or ".join(KINDS[typing.get_origin(member) or member] for member in members)
     raise ValueError(f"config: {key} is {value!r}; it must be {allowed}")
-  for rule in rules:
-    if not rule.holds(value):
-      raise ValueError(f"config: {key} is {value!r}; allowed: {rule.allowed}")
+  for allowed, holds in rules:
+    if not holds(value):
+      raise ValueError(f"config: {key} is {value!r}; allowed: {allowed}")
   return value

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from data import paths
-from data.command_line import OneLineParser, add_flags, flag
+from data.command_line import flag, make_parser
 from data.shards import Progress
 from stdit_jax.cli import one_line_errors
 from stdit_jax.interop import mapping, models, weights
@@ -59,9 +59,7 @@ class Settings:
   model: str = flag("named model, like STDiT3-XL/2 (default: the model that the input names)", "", metavar="NAME")
   config: str = flag("fields that differ from the named model: a JSON object, or a file with one", "", metavar="JSON")
   dtype: str = flag("type of all floating-point tensors in the output (default: unchanged)", "", choices=tuple(DTYPES))
-  max_shard_size: int | None = flag(
-    "split larger outputs into files with an index, like 5GB", type=size_in_bytes, metavar="SIZE"
-  )
+  max_shard_size: int | None = flag("split larger outputs into several files, like 5GB", type=size_in_bytes, metavar="SIZE")
   overwrite: bool = flag("replace existing output files", False)
   item: str = flag("which weights of a training run (default: ema)", "ema", choices=("ema", "params"))
   part: str = flag("which model of a training run (default: the model that it trains)", "", choices=tuple(RUN_PARTS))
@@ -109,7 +107,7 @@ def progress(tensors: Iterable[tuple[str, np.ndarray]], spec: Mapping[str, tuple
 def open_source(settings: Settings, model: models.NamedModel, config: Any = None) -> weights.Source:
   """The input. Prints its layout, and raises CheckpointError if it does not fit the model.
 
-  `config` has the numbers that the file holds beside its weights, by default the model's own.
+  `config`: configuration with the file's shift and scale (default: the model's).
   """
   layouts = model.layouts if settings.source == "auto" else model.layout(settings.source)
   source = weights.open_source(settings.input, layouts, model.shapes, config or model.config, settings.allow_non_finite)
@@ -129,7 +127,7 @@ def convert(settings: Settings) -> None:
   folder, name = os.path.split(settings.output) if settings.output.endswith(".safetensors") else (settings.output, "")
   if paths.is_remote(folder) and not settings.overwrite and paths.exists(settings.output):
     raise ValueError(f"{settings.output} exists; --overwrite replaces it")
-  with paths.local_folder(folder) as local:  # of a bucket a temporary one, whose files go there when all are made
+  with paths.local_folder(folder) as local:  # for a bucket: a temporary folder, uploaded at the end
     report, written = (convert_run if is_run else convert_file)(settings, paths.join(local, name), options)
   print(f"{report}: {', '.join(paths.join(folder, file.name) for file in written)}")
 
@@ -138,8 +136,7 @@ def convert_file(settings: Settings, place: str, options: dict[str, Any]) -> tup
   """Converts safetensors and writes them to `place`. Returns (report, written files)."""
   metadata = open_checkpoint(settings.input).metadata
   name, model = find_model(settings, metadata)
-  # The file's numbers beside the weights (shift, scale, ...) belong to the model that its metadata names. --config may change
-  # these numbers for the output.
+  # Shift, scale, ... of the input are those of the model in its metadata. --config may change these numbers for the output.
   said, own = models.described(metadata, settings.input)
   source = open_source(settings, model, models.find_model(said, own).config if said and not settings.model else None)
   target = model.layout(settings.target or "native") if settings.target or source.layout.name != "native" else model.layouts[0]
@@ -168,12 +165,8 @@ def convert_run(settings: Settings, place: str, options: dict[str, Any]) -> tupl
   if "constants" in model.shapes:
     variables["constants"] = constants[part]
   needed, found = ({path: tuple(leaf.shape) for path, leaf in mapping.flatten(t).items()} for t in (model.shapes, variables))
-  if wrong := sorted(path for path in found | needed if found.get(path) != needed.get(path)):
-    path = wrong[0]
-    raise CheckpointError(
-      f"{settings.input}: holds another model than {name}: {len(wrong)} parameters differ, "
-      f"{path} is {found.get(path, 'missing')}, needed {needed.get(path, 'nothing')}"
-    )
+  if not (report := compare(found, needed)).clean:
+    raise CheckpointError(f"{settings.input}: holds another model than {name}: {report}")
   target = model.layout(settings.target) if settings.target else model.layouts[0]
   options |= {"dtype": DTYPES.get(settings.dtype), "metadata": weights.model_metadata(name, model.config)}
   written = weights.save_variables(place, target, variables, config=model.config, **options)
@@ -189,12 +182,13 @@ def check(settings: Settings) -> None:
   shipped = None if settings.config else models.shipped_key_table(name)
   table = models.read_key_table(settings.keys) if settings.keys else shipped
   if table is not None:
-    compare(weights.foreign_spec(layout, model.shapes, model.config), table, f"{name} exported as {layout}")
+    report = compare(weights.foreign_spec(layout, model.shapes, model.config), table)
+    if not report.clean:
+      raise CheckpointError(f"{name} exported as {layout} differs from the key table: {report}")
+    print(f"{name} exported as {layout}: all {len(table)} names and shapes of the key table")
   elif not settings.input:
-    raise ValueError(
-      f"this package has no key table for {name}{' with --config' if settings.config else ''}; "
-      "give a table by --keys, or a file by --input"
-    )
+    own = f"{name} with --config" if settings.config else name
+    raise ValueError(f"this package has no key table for {own}; give a table by --keys, or a file by --input")
   if not settings.input:
     return
   source = open_source(settings, model)
@@ -207,21 +201,14 @@ def check(settings: Settings) -> None:
   print(f"{len(spec)} tensors imported and exported: bit-exact")
 
 
-def compare(spec: dict, table: dict, what: str) -> None:
-  """Prints that names and shapes agree with the key table. Raises CheckpointError if they do not."""
-  report = mapping.Report(len(table))
-  report.missing = sorted(set(table) - set(spec))
-  report.unexpected = sorted(set(spec) - set(table))
-  report.mis_shaped = {n: (spec[n], table[n]) for n in table if n in spec and spec[n] != table[n]}
-  if not report.clean:
-    raise CheckpointError(f"{what} differs from the key table: {report}")
-  print(f"{what}: all {len(table)} names and shapes of the key table")
+def compare(found: dict, needed: dict) -> mapping.Report:
+  """The differences of two tables {name: shape}."""
+  mis_shaped = {name: (found[name], shape) for name, shape in needed.items() if found.get(name, shape) != shape}
+  return mapping.Report(len(needed), sorted(needed.keys() - found), sorted(found.keys() - needed), mis_shaped)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-  how = {"description": __doc__, "epilog": EPILOG, "formatter_class": argparse.RawDescriptionHelpFormatter}
-  parser = OneLineParser("python -m stdit_jax.convert", allow_abbrev=False, **how)
-  add_flags(parser, Settings)
+  parser = make_parser(Settings, "python -m stdit_jax.convert", __doc__, epilog=EPILOG, allow_abbrev=False)
   settings = Settings(**vars(parser.parse_args(argv)))
   if not settings.check and not (settings.input and settings.output):
     parser.error("give --input and --output, or --check")

@@ -42,41 +42,28 @@ from stdit_jax.errors import InputError
 from stdit_jax.parallel.processes import coordination
 
 _PENDING = 64  # records that wait for the writer
-_FOREVER = 1 << 30  # milliseconds
-_STOPPED = 75  # exit code as of train: start the command again
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(cli.ConfigSettings):
   """The flags of one call."""
 
-  config: str = flag("training configuration: file with get_config()", required=True, metavar="FILE")
-  changes: Sequence[str] = flag(
-    "replaces one key of it, as for train: --config.data.workers=8", (), "--config.KEY", metavar="VALUE"
-  )
   output: str = flag("folder for the shards, on a disk that all processes share", required=True, metavar="FOLDER")
   epochs: int = flag("encode the first epochs of each stage's data", required=True)
   stage: Sequence[str] | None = flag("only this stage; may be given several times (default: all)", action="append")
   dtype: str = flag(
-    "type of the stored values. With float32 (default) the losses equal those from videos. float16 needs half the space, and "
-    "rounds by up to 0.05 %%. bfloat16 needs as much space as float16 and rounds eight times as much, but holds values above "
-    "65504", "float32", choices=latents.DTYPES,
+    "type of the stored values. With float32 (default) the losses equal those from videos. float16 takes half the space and "
+    "rounds by up to 0.05 %%, bfloat16 eight times as much, but holds values above 65504", "float32", choices=latents.DTYPES,
   )  # fmt: skip
   text: bool | None = flag(
-    "encode captions as well (default: if text_encoder.where is 'ahead', because the training then reads their embeddings)",
-    action=argparse.BooleanOptionalAction,
+    "encode captions as well (default: if text_encoder.where is 'ahead')", action=argparse.BooleanOptionalAction
   )
   shard_mb: float = flag("approximate size of a shard (default: %(default)s)", 256.0)
   shard: str | None = flag("this process is number I of N, counted from 0 (default: JAX numbers the processes)", metavar="I/N")
 
 
-@dataclasses.dataclass(frozen=True)
-class Choice:
-  """What the command encodes: the data of `stages`, `text` (captions) or not, and latents with `log_variance` or without."""
-
-  stages: Sequence[Any]
-  text: bool
-  log_variance: bool
+# The stages to encode, whether captions are encoded, and whether latents have their variance.
+Choice = tuple[Sequence[Any], bool, bool]
 
 
 def parse(argv: Sequence[str] | None = None) -> Settings:
@@ -101,10 +88,7 @@ def choose(settings: Settings) -> Choice:
   from stdit_jax.training.stages import make_stages
 
   every = make_stages(cli.read_config(settings.config, settings.changes))
-  names = [stage.name for stage in every]
-  if unknown := sorted(set(settings.stage or ()) - set(names)):
-    raise ValueError(f"--stage {unknown[0]!r} is none of {', '.join(names)}")
-  stages = [stage for stage in every if not settings.stage or stage.name in settings.stage]
+  stages = cli.choose_stages(every, settings.stage)
   if (part := part_of(stages[0].config)) != "denoiser":
     raise ValueError(f"config: task={part!r}: encode precomputes the data of denoisers only; set task='denoiser'")
   parts = [Components.of(stage.config) for stage in stages]
@@ -114,8 +98,8 @@ def choose(settings: Settings) -> Choice:
     check_lengths(stage.config, own.autoencoder.config)
   if text:
     need_file(stages[0].config.text_encoder.weights, "text_encoder.weights")
-  # All stages decide this together, so that another --stage does not encode the latents again.
-  return Choice(stages, text, any(stage.config.autoencoder.sample_posterior for stage in every))
+  # All stages decide about the variance together, so that another --stage does not encode the latents again.
+  return stages, text, any(stage.config.autoencoder.sample_posterior for stage in every)
 
 
 def choose_text(settings: Settings, config: Any, conditioner: Any) -> bool:
@@ -124,13 +108,9 @@ def choose_text(settings: Settings, config: Any, conditioner: Any) -> bool:
   if settings.text and conditioner.name != "captions":
     raise ValueError(f"--text: the denoiser {config.model.name} takes {conditioner.name}, which need no encoding; leave it out")
   if settings.text and config.text_encoder.train:
-    raise ValueError(
-      "--text: text_encoder.train is set, and a text encoder that trains gives other embeddings in each step; leave --text out"
-    )
+    raise ValueError("--text: text_encoder.train is set, so embeddings change in each step; leave --text out")
   if wanted and config.text_encoder.where == "disk":
-    raise ValueError(
-      "--text: text_encoder.where is 'disk', so the training reads embeddings from the files of its table; leave --text out"
-    )
+    raise ValueError("--text: text_encoder.where is 'disk': the table names files of embeddings; leave --text out")
   return wanted
 
 
@@ -138,7 +118,8 @@ def make_work(settings: Settings, choice: Choice, counter: Any) -> Iterator[Any]
   """Yields a `LatentsWork` or `TextWork` for each group of stages with the same provenance."""
   from stdit_jax.training import encoding
 
-  members = [encoding.Source.open(stage, paths.join(settings.output, "data")) for stage in choice.stages]
+  stages, text, log_variance = choice
+  members = [encoding.Source.open(stage, paths.join(settings.output, "data")) for stage in stages]
   common = (settings.output, settings.epochs, int(settings.shard_mb * 2**20))
 
   def groups(made_from):
@@ -147,9 +128,9 @@ def make_work(settings: Settings, choice: Choice, counter: Any) -> Iterator[Any]
       found[json.dumps(made_from(member))].append(member)
     return [(json.loads(values), group) for values, group in found.items()]
 
-  for values, group in groups(lambda m: encoding.LatentsWork.made_from(m, settings.dtype, choice.log_variance)):
+  for values, group in groups(lambda m: encoding.LatentsWork.made_from(m, settings.dtype, log_variance)):
     yield encoding.LatentsWork(values, group, *common, counter)
-  if choice.text:
+  if text:
     for values, group in groups(lambda m: encoding.TextWork.made_from(m, settings.dtype)):
       yield encoding.TextWork(values, group, *common)
 
@@ -159,10 +140,9 @@ def gigabytes(size: float) -> str:
 
 
 def estimate(works: Sequence[Any], own: Share, say: Callable[[str], None]) -> list[tuple[Any, list[int], np.ndarray]]:
-  """[(work, numbers of shards, keys)] that this process has to write. `say` prints their sizes and the time that they need.
+  """[(work, numbers of its shards, keys of their records)] for this process. `say` prints their sizes and the writing time.
 
-  Raises:
-    InputError: the disk has too little space.
+  Raises InputError if the disk has too little space.
   """
   jobs, sizes = [], []
   for work in works:
@@ -201,7 +181,7 @@ def write(work: Any, numbers: Sequence[int], keys: np.ndarray, shows: bool = Tru
         future.result()
     except InputError:  # too many files can't be read
       pool.shutdown()
-      work.part.drop(work.away)  # a disk that is away may come back
+      work.part.drop(work.away)  # the next call tries the clips again whose files did not exist
       raise
     finally:
       pool.shutdown(cancel_futures=True)
@@ -230,7 +210,7 @@ def run(settings: Settings, choice: Choice, own: Share) -> None:
 
   shows = bool(settings.shard) or own.index == 0
   say = functools.partial(print, flush=True) if shows else lambda text: None
-  check_platform(choice.stages[0].config.platform)
+  check_platform(choice[0][0].config.platform)
   counter = TraceCounter()
   works = [work for work in make_work(settings, choice, counter) if work.part is not None]
   for work, numbers, keys in estimate(works, own, say):
@@ -240,7 +220,7 @@ def run(settings: Settings, choice: Choice, own: Share) -> None:
   bad = sum(len(work.bad_rows.found) for work in works if work.bad_rows)
   client, _, _ = coordination()
   if client:
-    client.wait_at_barrier("encoded", _FOREVER)  # the first process that exits would end the others
+    client.wait_at_barrier("encoded", 1 << 30)  # milliseconds; the first process that exits would end the others
   parts = ", ".join(work.part.folder for work in works if latents.finish(work.part, work.features))
   left = sum(len(work.part.missing()) for work in works)
   note = f", {bad} files could not be decoded" if bad else ""
@@ -254,11 +234,8 @@ if __name__ == "__main__":
 
   def stop(*_):
     print("stopped; the same command continues", file=sys.stderr)
-    raise SystemExit(_STOPPED)
+    raise SystemExit(75)  # as of train: start the command again
 
   signal.signal(signal.SIGTERM, stop)
-  try:
+  with cli.interruptible("the same command continues"):
     main()
-  except KeyboardInterrupt:
-    print("interrupted; the same command continues", file=sys.stderr)
-    raise SystemExit(130) from None

@@ -18,6 +18,7 @@ The flags of the sampler are for --task shapes. The command writes nothing into 
 the same command (`cli.connect_processes`).
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -67,9 +68,8 @@ class Settings(PipelineSettings):
   output: str | None = flag("file that gets the result as JSON")
 
   tables: Sequence[str] | None = _loss(
-    "metadata tables to measure on (default: validation.tables of the run). For --task autoencoder also folders or files of "
-    "videos and images (default: the tables of the configuration)", nargs="+",
-  )  # fmt: skip
+    "default: validation.tables of the run. --task autoencoder also takes folders or files of videos and images", nargs="+"
+  )
   samples_per_bucket: int | None = _loss("rows per bucket (default: the run's)")
   timesteps: int | None = _loss("number of timesteps, evenly spaced (default: the run's)")
 
@@ -78,30 +78,14 @@ class Settings(PipelineSettings):
   batch_size: int = _shapes("videos per batch (default: %(default)s)", 20)
 
   model: str | None = _autoencoder("for --autoencoder alone, if the file does not name it: sd-kl-f8...", metavar="NAME")
-  buckets: Sequence[str] | None = _autoencoder(
-    "like 144p:1 240p:17 (default: the buckets of the configuration)", nargs="+", metavar="RESOLUTION:FRAMES"
-  )
+  buckets: Sequence[str] | None = _autoencoder("default: the configuration's", nargs="+", metavar="RESOLUTION:FRAMES")
   frame_interval: int | None = _autoencoder("use every N-th frame (default: the configuration's, or 1)", metavar="N")
-  repeat: int = _autoencoder(
-    "baseline for an image autoencoder: reconstruct every N-th frame, and repeat it for the frames near it", 1, metavar="N"
-  )
+  repeat: int = _autoencoder("baseline: an image autoencoder makes every N-th frame, which is repeated", 1, metavar="N")
   perceptual: Sequence[str] | None = _autoencoder(
     "perceptual distance by vgg16-lpips or hed-vgg16 (autoencoders/perceptual.py)", nargs=2, metavar=("TRUNK", "FILE")
   )
-  i3d: str | None = _autoencoder(
-    "Frechet video distance with this file of stdit_jax.interop.fetch, for 16 x 16 pixels and 16 frames or more", metavar="FILE"
-  )
+  i3d: str | None = _autoencoder("I3D of stdit_jax.interop.fetch: Frechet video distance, from 16 frames on", metavar="FILE")
   picture: str | None = _autoencoder("writes original, reconstruction and error of one clip per bucket", metavar="FILE.png")
-
-  def counts(self, **defaults: int) -> dict[str, int]:
-    """These fields, or their defaults if not given. Raises ValueError for values below 1."""
-    cli.check_positive(self, *defaults)
-    return {name: default if getattr(self, name) is None else getattr(self, name) for name, default in defaults.items()}
-
-
-def parse(argv: Sequence[str] | None = None) -> Settings:
-  """The settings of a command line (default: of this process)."""
-  return cli.parse_settings(Settings, "stdit_jax.evaluate", __doc__, argv)
 
 
 def read_stage(settings: Settings) -> tuple[Any, int | None]:
@@ -113,8 +97,8 @@ def read_stage(settings: Settings) -> tuple[Any, int | None]:
   changes: dict[str, Any] = {f"validation.{name}": value for name, value in given.items() if value is not None}
   if settings.mesh:
     changes["mesh"] = cli.parse_mesh(settings.mesh)
-  changes["data.latents"] = ""  # the cache holds the clips of the training only
-  changes["stages"] = ({"name": f"of step {step}", "steps": 1},)
+  # A cache of latents holds the clips of the training only.
+  changes |= {"data.latents": "", "stages": ({"name": f"of step {step}", "steps": 1},)}
   config = config.replace(changes)
   if not config.validation.tables:
     raise ValueError(f"{settings.run} has no validation.tables; give the tables to measure the loss on: --tables TABLE ...")
@@ -130,39 +114,29 @@ def evaluate_loss(settings: Settings, folder: str) -> tuple[str, dict[str, float
   frozen |= objective.read_frozen(mesh)
   validation = Validation(stage, folder, mesh, objective)
   make_batch = objective.batch_maker(Encoders(counter, mesh), stage.name)
-  compiler = AheadOfTime(config.compile_threads, say)
-  try:
+  with contextlib.closing(AheadOfTime(config.compile_threads, say)) as compiler:
     validation.compile_ahead(compiler, counter, *objective.shapes)
     return loading.describe(settings, step), validation(params, frozen, make_batch)
-  finally:
-    compiler.close()
 
 
 def evaluate_shapes(settings: Settings, folder: str) -> tuple[str, dict[str, dict[str, float]]]:
   """(description of the weights, {part: {measure: value}})."""
-  counts = settings.counts(count=200, batch_size=20)
   config, step = loading.read_model(settings)
   pipeline, described = loading.load_pipeline(settings, config, step), loading.describe(settings, step)
-  steps, scale = config.sample.steps, config.sample.guidance_scale
-  writes = jax.process_index() == 0
-
-  def progress(batches, name):
-    return tqdm(batches, name, unit="batch", leave=False, disable=None if writes else True)
-
-  exam = Exam(steps, scale, counts["count"], batch=counts["batch_size"])
-  how = f"{counts['count']} scenes of each part, {config.diffusion.fields.get('sampler', 'euler')}, {steps} steps, "
-  how += f"guidance scale {scale:g}" + (f", step cache {settings.step_cache}" if settings.step_cache else "")
+  progress = functools.partial(tqdm, unit="batch", leave=False, disable=True if jax.process_index() else None)
+  exam = Exam(config.sample.steps, config.sample.guidance_scale, settings.count or 200, batch=settings.batch_size)
+  how = f"{exam.count} scenes of each part, {config.diffusion.fields.get('sampler', 'euler')}, {exam.steps} steps, "
+  how += f"guidance scale {exam.scale:g}" + (f", step cache {settings.step_cache}" if settings.step_cache else "")
   how += f", timestep shift {settings.timestep_shift:g}" if settings.timestep_shift else ""
   return f"{described}, {how}", examine(pipeline, exam, settings.parts, progress)
 
 
 def evaluate_autoencoder(settings: Settings, folder: str) -> tuple[str, dict[str, Any]]:
   """(description of the weights, {"buckets": {name: {measure: value}}, "shift": [...], "scale": [...]})."""
-  counts = settings.counts(count=16, repeat=1)
   if settings.picture and not settings.picture.endswith(".png"):
     raise ValueError(f"--picture is {settings.picture}; allowed: names that end in .png")
   codec, described, config = loading.load_autoencoder(settings, settings.model)
-  interval = settings.counts(frame_interval=config.data.frame_interval if config else 1)["frame_interval"]
+  interval = settings.frame_interval or (config.data.frame_interval if config else 1)
   if interval > 1:
     described = f"{described}, one of {interval} frames"
   if settings.repeat > 1:
@@ -170,16 +144,14 @@ def evaluate_autoencoder(settings: Settings, folder: str) -> tuple[str, dict[str
       raise ValueError("--repeat is a baseline for image autoencoders, and this model encodes videos; leave --repeat out")
     described += f", each frame replaced by the nearest of every {settings.repeat} frames"
   table, buckets = reconstruction.open_rows(*what_to_measure(settings, config), folder)
-  judges = reconstruction.Judges(
-    settings.perceptual[0] if settings.perceptual else "",
-    measures.load_perceptual(*settings.perceptual) if settings.perceptual else None,
-    measures.load_i3d(settings.i3d) if settings.i3d else None,
-  )
+  trunk, file = settings.perceptual or ("", "")
+  perceptual = measures.load_perceptual(trunk, file) if trunk else None
+  judges = reconstruction.Judges(trunk, perceptual, measures.load_i3d(settings.i3d) if settings.i3d else None)
   exam, found, shown = reconstruction.Exam(codec, judges, settings.repeat), {}, []
   for bucket in buckets:
     exam.check(bucket)
   for bucket in reversed(buckets):  # from few pixels and frames to many
-    chosen = reconstruction.choose(table, bucket, counts["count"], interval)
+    chosen = reconstruction.choose(table, bucket, settings.count or 16, interval)
     rows = tqdm(chosen, bucket.name, unit="clip", leave=False, disable=None)
     clips = reconstruction.read(rows, bucket.num_frames, interval)
     found[bucket.name], seen = exam(clips, show=(len(chosen) - 1) // 2)  # the first clips of a film are often black
@@ -200,9 +172,7 @@ def what_to_measure(settings: Settings, config: Config | None) -> tuple[Sequence
   if config and not names:
     names = [f"{bucket.resolution}:{bucket.num_frames}" for bucket in parse_buckets(config.data.buckets)]
   if not tables or not names:
-    raise ValueError(
-      "give the tables and buckets to measure on: --tables TABLE ... --buckets RESOLUTION:FRAMES ..., like 144p:17"
-    )
+    raise ValueError("give the tables and buckets to measure on: --tables TABLE ... --buckets 144p:17 ...")
   if wrong := [name for name in names if name.count(":") != 1]:
     raise ValueError(f"--buckets {wrong[0]}: write RESOLUTION:FRAMES, like 144p:17")
   return tables, [name.split(":") for name in names]
@@ -210,6 +180,7 @@ def what_to_measure(settings: Settings, config: Config | None) -> tuple[Sequence
 
 def check_settings(settings: Settings) -> None:
   """Raises ValueError for flags that the task does not use, and for outputs that can't be written."""
+  cli.check_positive(settings, "count", "batch_size", "repeat", "frame_interval")
   if settings.changes and not settings.config:
     raise ValueError(f"{settings.changes[0]}: changes need --config FILE; a --run is measured as it was trained")
   unused = {
@@ -249,14 +220,13 @@ def print_parts(values: dict[str, dict[str, float]]) -> None:
 
 # {task: (what measures, what prints its values)}
 MEASURES = {
-  "loss": (evaluate_loss, print_losses),
-  "shapes": (evaluate_shapes, print_parts),
+  "loss": (evaluate_loss, print_losses), "shapes": (evaluate_shapes, print_parts),
   "autoencoder": (evaluate_autoencoder, print_buckets),
-}
+}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-  settings = parse(argv)
+  settings = cli.parse_settings(Settings, "stdit_jax.evaluate", __doc__, argv)
   logging.set_verbosity(logging.ERROR)  # orbax reports what it reads
   with cli.one_line_errors(), tempfile.TemporaryDirectory() as folder:
     check_settings(settings)

@@ -25,9 +25,7 @@ def is_of_type(value: Any, annotation: Any) -> bool:
 def replace(config: Any, overrides: Mapping[str, Any], what: str) -> Any:
   """A dataclass with some fields replaced. Lists become tuples.
 
-  Raises:
-    ValueError: a field is unknown, has another type, or the dataclass refuses it. `what` begins the message in the first two
-      cases.
+  Raises ValueError if a field is unknown or has another type (the message begins with `what`), or if the dataclass refuses it.
   """
   fields = {field.name: field for field in dataclasses.fields(config)}
   for key, value in overrides.items():

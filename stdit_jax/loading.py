@@ -37,8 +37,7 @@ def open_config(model: ModelSettings) -> tuple[Config, int | None]:
 def read_model(settings: PipelineSettings) -> tuple[Config, int | None]:
   """(configuration, step of the checkpoint or None). The flags replace keys of the configuration. Reads no weights.
 
-  Raises:
-    ValueError: flags that exclude each other, or that this model does not have.
+  Raises ValueError for flags that exclude each other, or that this model does not have.
   """
   config, step = open_config(settings)
   if settings.run and (settings.weights or settings.changes):
@@ -60,7 +59,7 @@ def read_model(settings: PipelineSettings) -> tuple[Config, int | None]:
 
 
 def sampler_changes(trained: str, settings: PipelineSettings) -> dict[str, Any]:
-  """What the flags give for keys of `diffusion` and `sample`. Raises ValueError for a flag that diffusion `trained` lacks."""
+  """The keys of `diffusion` and `sample` that flags replace. Raises ValueError for a flag that diffusion `trained` lacks."""
   own = {"open-sora-1.1": "iddpm", "open-sora-1.2": "rectified-flow", None: trained}[settings.compat]
   if trained != own:
     raise ValueError(f"--compat {settings.compat} is of {own}; the model was trained with {trained}. Leave it out")
@@ -73,13 +72,9 @@ def sampler_changes(trained: str, settings: PipelineSettings) -> dict[str, Any]:
 
 def guidance_of(settings: PipelineSettings) -> Guidance:
   """The guidance of the flags. Raises ValueError for values that are not allowed."""
-  interval, channels = settings.guidance_interval, settings.guidance_channels
-  return Guidance(
-    channels=3 if channels is None and settings.compat == "open-sora-1.1" else channels,
-    interval=(interval[0], interval[1]) if interval else None,
-    rescale=settings.guidance_rescale,
-    sequential=settings.guidance_in_turn,
-  )
+  channels = 3 if settings.guidance_channels is None and settings.compat == "open-sora-1.1" else settings.guidance_channels
+  interval = (pair[0], pair[1]) if (pair := settings.guidance_interval) else None
+  return Guidance(channels=channels, interval=interval, rescale=settings.guidance_rescale, sequential=settings.guidance_in_turn)
 
 
 def describe(model: ModelSettings, step: int | None) -> str:
@@ -87,14 +82,8 @@ def describe(model: ModelSettings, step: int | None) -> str:
   return f"{model.run}, step {step}, {model.item}" if model.run else str(model.weights)
 
 
-def load_pipeline(
-  settings: PipelineSettings, config: Config, step: int | None, check: Callable[[Pipeline], Any] = lambda pipeline: None
-) -> Pipeline:
-  """The pipeline of the model that `read_model` returned.
-
-  Args:
-    check: called with the pipeline while its weights are shapes only, before anything is allocated.
-  """
+def load_pipeline(settings: PipelineSettings, config: Config, step: int | None, check: Callable = lambda _: None) -> Pipeline:
+  """The pipeline of the model of `read_model`. `check` gets it while its weights are shapes, before anything is allocated."""
   sizes = parse_mesh(settings.mesh) if settings.mesh else {"data": -1} if jax.process_count() > 1 else None
   mesh = make_mesh(sizes) if sizes else None
   parts = components.Components.of(config)
@@ -112,13 +101,12 @@ def load_pipeline(
   if weights[1] is None and encoder is not None:
     weights = weights[0], with_shardings(t5.init_shapes(encoder.config), mesh, t5.RULES)["params"]
   cache = step_cache.parse(settings.step_cache) if settings.step_cache else None
-  pieces = components.local_devices_mesh() if mesh and jax.local_device_count() > 1 else None
+  pieces = components.local_devices_mesh() if mesh else None
   codec = components.codec_of_shapes(config.autoencoder, pieces)
   pipeline = Pipeline(parts, weights, codec, guidance_of(settings), mesh, cache)
   check(pipeline)
   if settings.run:
-    params, frozen, _ = checkpoints.load_weights(settings.run, settings.item, step, mesh, parts.rules)
-    weights = parts.weights(params, frozen)
+    weights = parts.weights(*checkpoints.load_weights(settings.run, settings.item, step, mesh, parts.rules)[:2])
   else:
     weights = components.load_denoiser(parts, str(settings.weights), mesh), None
   if reads_encoder:
@@ -132,8 +120,8 @@ def load_pipeline(
 def load_autoencoder(model: ModelSettings, name: str | None = None) -> tuple[Any, str, Any]:
   """(codec, description of its weights, configuration or None) of an autoencoder.
 
-  A run that trains an autoencoder gives it. Any other run, or a configuration, gives the autoencoder that it uses.
-  --autoencoder replaces their weights. --autoencoder alone is the model `name`, or the model that the file names.
+  --run gives the autoencoder that the run trains, or else the one that it uses, as --config does. --autoencoder replaces the
+  weights. Given alone, its model is `name`, or the one that the file names.
   """
   if name and (model.run or model.config):
     raise ValueError(f"--model {name} goes with --autoencoder alone; a --run or --config names its model. Leave --model out")

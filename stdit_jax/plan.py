@@ -6,18 +6,18 @@
 
 For each bucket of each stage the command compiles the program that trains with the compiler of the TPU. That needs libtpu (pip
 install libtpu, best in an environment of its own). With --platform gpu --gpu h100:8 it compiles with XLA for GPUs (pip install
-jax-cuda12-plugin). There, operations of the same shapes and memory stand in for cuDNN's attention, which only compiles where
-cuDNN is installed. All figures are computed, none is measured on a device:
+jax-cuda12-plugin). cuDNN's attention only compiles where cuDNN is installed, so operations of the same shapes and memory
+replace it. All figures are computed, none is measured on a device:
 
   batch        samples of the whole mesh. each: samples per device and micro batch; "s": tokens are split over `sequence`
   tokens       of one sample, with padding
-  GiB          peak memory per chip, and the limit of the compiler. The peak is that of the program (memory_analysis), and all
-               that stays beside it: average, optimizer, encoders, next batch (by their shardings)
+  GiB          peak memory per chip, and the limit of the compiler. The peak is the memory of the program (memory_analysis),
+               and of average, optimizer, encoders and next batch (by their shardings)
   TFLOP        matrix products of the model for all samples, by formula (stdit_jax/models/flops.py): three forward passes
   GB moved     by collectives, per device and step. Read from the compiled program, with the iterations of its loops
   compute      seconds: FLOPs, with the forward pass that remat repeats, at the chip's published peak
   memory       seconds: bytes that instructions read and write, an upper estimate
-  links        seconds: bytes that a device sends, all-reduce twice. On GPUs NVLink, also between hosts
+  links        seconds: bytes that a device sends (all-reduce sends its bytes twice). On GPUs NVLink, also between hosts
   bound, MFU   the longest of these and of the traffic between slices (--slice-gbits), as if they all overlapped, and the
                model-FLOP utilisation at this bound. The published peaks are in stdit_jax/parallel/topology.py
   hours        of a stage: its steps times the mean bound of its buckets, weighted by how often each occurs in the first epoch
@@ -26,9 +26,9 @@ cuDNN is installed. All figures are computed, none is measured on a device:
                restarts are not included
 
 A search compiles a bucket one to six times and fits a line to the memory. The last compilation confirms the prediction. The
-search ends when a batch takes 88 % of the memory, or when the next batch would be less than 5 % larger. It starts with BATCH if
---bucket gives one. "equal" is the batch whose step takes --step-seconds. The default is the longest step of all buckets with
-one sample per device.
+search ends when a batch takes 88 % of the memory, or when the next batch would be less than 5 % larger. --bucket may give the
+first BATCH to try. The column "equal" is the batch whose step takes --step-seconds (default: the longest step of all buckets
+with one sample per device).
 
 The command stores results in --cache, and reuses them while program, topology and compiler are the same. ^C loses only the
 compilations that are running.
@@ -47,7 +47,7 @@ from data import paths
 from data.aspect_ratios import NUM_PIXELS
 from data.command_line import flag
 from data.shards import duration
-from stdit_jax.cli import check_positive, one_line_errors, parse_settings, read_config
+from stdit_jax import cli
 from stdit_jax.components import Components
 from stdit_jax.config import Config
 from stdit_jax.models.family import find_model
@@ -61,13 +61,9 @@ from stdit_jax.training.stages import Stage, make_stages
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(cli.ConfigSettings):
   """The flags of one call."""
 
-  config: str = flag("file with get_config()", required=True, metavar="FILE")
-  changes: Sequence[str] = flag(
-    "replaces one key of it, as for train: --config.mesh.fsdp=4", (), "--config.KEY", metavar="VALUE"
-  )
   topology: str = flag("of TPUs: KIND:AxB or KIND:AxBxC, e.g. v5e:16x16, v5p:4x8x8, v6e:16x16", "")
   platform: str = flag("kind of accelerator (default: %(default)s)", "tpu", choices=("tpu", "gpu"))
   gpu: str = flag("with --platform gpu, instead of --topology: h100:8, h200:64, a100:16", "", metavar="KIND:COUNT")
@@ -75,9 +71,8 @@ class Settings:
   slice_gbits: float = flag("Gbit/s between slices, per chip (default: %(default)s)", 25.0)
   stage: Sequence[str] | None = flag("only this stage; may be given several times", action="append")
   bucket: Sequence[str] | None = flag(
-    "only this bucket of the stage, or another bucket with its batch; may be given several times", action="append",
-    metavar="RESOLUTION:FRAMES[:BATCH]",
-  )  # fmt: skip
+    "only this bucket, or another one with its batch; may be repeated", action="append", metavar="RESOLUTION:FRAMES[:BATCH]"
+  )
   search_batch_size: bool = flag("find the largest batch of each bucket that fits", False)
   suggest_mesh: bool = flag("try the sensible meshes and rank them", False)
   step_seconds: float | None = flag("for a search: seconds of a step of each bucket at its bound")
@@ -91,23 +86,14 @@ class Settings:
 
   @property
   def chips(self) -> int:
-    """Chips of all slices."""
     return topology_chips(self.topology) * self.slices
-
-
-def parse(argv: Sequence[str] | None = None) -> Settings:
-  """The settings of a command line (default: of this process)."""
-  settings = parse_settings(Settings, "stdit_jax.plan", __doc__, argv)
-  return dataclasses.replace(settings, argv=tuple(sys.argv[1:] if argv is None else argv))
 
 
 def parse_bucket(text: str, known: Mapping[Key, int]) -> tuple[str, int, int]:
   """(resolution, frames, batch) of a text like '480p:51' or '480p:51:256'. `known`: batches, as of `stage_buckets`."""
   parts = text.split(":")
   if len(parts) not in (2, 3) or not all(p.isdigit() and int(p) for p in parts[1:]):
-    raise ValueError(
-      f"--bucket {text!r} is not RESOLUTION:FRAMES or RESOLUTION:FRAMES:BATCH; write it like 480p:51 or 480p:51:256"
-    )
+    raise ValueError(f"--bucket {text!r} is not RESOLUTION:FRAMES[:BATCH]; write it like 480p:51 or 480p:51:256")
   key = parts[0], int(parts[1])
   if len(parts) == 2 and key not in known:
     names = ", ".join(f"{resolution}:{frames}" for resolution, frames in known)
@@ -121,7 +107,7 @@ def check_settings(settings: Settings) -> None:
     raise ValueError("--search-batch-size and --suggest-mesh exclude each other; leave one out")
   if settings.write_buckets and not settings.search_batch_size:
     raise ValueError("--write-buckets needs --search-batch-size, which finds the batches; give both")
-  check_positive(settings, "slices", "slice_gbits", "jobs", "step_seconds")
+  cli.check_positive(settings, "slices", "slice_gbits", "jobs", "step_seconds")
   if not 0 < settings.fraction <= 1:
     raise ValueError(f"--fraction is {settings.fraction}; allowed: above 0, at most 1")
 
@@ -143,12 +129,8 @@ def choose_topology(settings: Settings) -> str:
 
 def make_jobs(settings: Settings) -> tuple[list[Stage], list[Job]]:
   """(stages, a job for each bucket) of the flags."""
-  config = Config.of(read_config(settings.config, settings.changes))
-  stages = make_stages(config)
-  if unknown := sorted(set(settings.stage or ()) - {s.name for s in stages}):
-    raise ValueError(f"--stage {unknown[0]!r} is none of {', '.join(s.name for s in stages)}")
-  stages = [s for s in stages if not settings.stage or s.name in settings.stage]
-  jobs = []
+  config = Config.of(cli.read_config(settings.config, settings.changes))
+  stages, jobs = cli.choose_stages(make_stages(config), settings.stage), []
   for stage in stages:
     known = stage_buckets(stage)
     for bucket in [parse_bucket(text, known) for text in settings.bucket or ()] or [(*key, known[key]) for key in known]:
@@ -233,11 +215,7 @@ def print_plan(settings: Settings, compiler: Compiler, stages: Sequence[Stage], 
 
 
 def print_budget(settings: Settings, stages: Sequence[Stage], seconds: Mapping[tuple, float], result: dict[str, Any]) -> None:
-  """Prints hours and chip-hours of the stages whose buckets all have a bound.
-
-  Args:
-    seconds: {(stage, resolution, frames): seconds of a micro step}; result: of any bucket.
-  """
+  """Prints the hours of the stages whose buckets all have a bound. `seconds`: {(stage, *bucket): seconds of a micro step}."""
   counted_hours, chips = [], result["chips"]
   update = budget.update_seconds(result["resident"], settings.topology)
   for stage in stages:
@@ -264,11 +242,8 @@ def print_encoders(settings: Settings, stage: Stage, shares: Mapping[Key, float]
 
 
 def hours_text(settings: Settings, hours: float, chips: int) -> str:
-  likely = hours / settings.fraction
-  return (
-    f"{hours:,.1f} h at the bound ({hours * chips:,.0f} chip-hours), {likely:,.1f} h at {settings.fraction:.0%} of it "
-    f"({likely * chips:,.0f} chip-hours)"
-  )
+  text = lambda hours, where: f"{hours:,.1f} h at {where} ({hours * chips:,.0f} chip-hours)"  # noqa: E731
+  return f"{text(hours, 'the bound')}, {text(hours / settings.fraction, f'{settings.fraction:.0%} of it')}"
 
 
 def print_search(settings: Settings, compiler: Compiler, stages: Sequence[Stage], jobs: Sequence[Job]) -> list[dict[str, Any]]:
@@ -278,7 +253,6 @@ def print_search(settings: Settings, compiler: Compiler, stages: Sequence[Stage]
   given = {tuple(text.split(":")[:2]) for text in settings.bucket or () if text.count(":") == 2}
 
   def find(job):
-    """The search of a bucket. It starts with the batch of --bucket."""
     resolution, frames, rows = job.bucket
     return search.search_bucket(compiler, job, settings.chips, rows if (resolution, str(frames)) in given else None)
 
@@ -335,8 +309,8 @@ def print_meshes(settings: Settings, compiler: Compiler, stages: Sequence[Stage]
     mesh = " ".join(f"{axis}={size}" for axis, size in result["mesh"].items() if size > 1)
     print(f"{describe(result, bound)}  {mesh}", flush=True)
   print("\nmeshes, best first: seconds of one step of each of these buckets, at their bounds")
-  ranked = sorted(((mesh_rank(results), mesh) for mesh, results in by_mesh.items()), key=lambda ranked: ranked[0])
-  for (misfit, seconds, peak), mesh in ranked:
+  for mesh, results in sorted(by_mesh.items(), key=lambda found: mesh_rank(found[1])):
+    misfit, seconds, peak = mesh_rank(results)
     text = "does not fit" if misfit else f"{seconds:>8.2f}s  largest peak {peak / GIB:.1f} GiB"
     print("  " + " ".join(f"--config.mesh.{axis}={size}" for axis, size in mesh) + f"  {text}")
   return [result for results in by_mesh.values() for result, _ in results]
@@ -349,9 +323,10 @@ def mesh_rank(results: Sequence[tuple[dict[str, Any], dict[str, Any] | None]]) -
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-  settings = parse(argv)
-  with one_line_errors():
-    settings = dataclasses.replace(settings, topology=choose_topology(settings))
+  settings = cli.parse_settings(Settings, "stdit_jax.plan", __doc__, argv)
+  with cli.one_line_errors():
+    given = tuple(sys.argv[1:] if argv is None else argv)
+    settings = dataclasses.replace(settings, topology=choose_topology(settings), argv=given)
     check_settings(settings)
     stages, jobs = make_jobs(settings)
     if settings.search_batch_size and not all(make_objective(stage.config).counts_flops for stage in stages):
@@ -365,8 +340,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-  try:
+  with cli.interruptible("compiled results are kept, and the same command continues"):
     main()
-  except KeyboardInterrupt:
-    print("interrupted; compiled results are kept, and the same command continues", file=sys.stderr)
-    raise SystemExit(130) from None

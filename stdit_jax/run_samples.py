@@ -16,10 +16,7 @@ from stdit_jax.training.run import StageParts
 
 
 class Sampler:
-  """The loop calls it with (step, state, frozen), on all processes. The first process decodes and writes.
-
-  It builds its programs once per stage. Raises ValueError if a stage can't be sampled.
-  """
+  """The loop calls it on all processes. The first process decodes and writes. Raises ValueError if a stage can't be sampled."""
 
   def __init__(self, run):
     sample = run.config.sample
@@ -29,10 +26,8 @@ class Sampler:
       check(parts, sample.num_frames)
     self.run, self.stage = run, None
     self.pipeline: Any = None  # of the stage
-    size = aspect_ratios.size(sample.resolution, sample.aspect_ratio)
-    self.requests = [
-      Request(clean_caption(prompt), *size, sample.num_frames, sample.fps, sample.seed) for prompt in sample.prompts
-    ]
+    how = *aspect_ratios.size(sample.resolution, sample.aspect_ratio), sample.num_frames, sample.fps, sample.seed
+    self.requests = [Request(clean_caption(prompt), *how) for prompt in sample.prompts]
 
   def __call__(self, step: int, state: Tree, frozen: Tree) -> None:
     made, settings, mesh = self.run.parts_that_made(step), self.run.config.sample, self.run.mesh
@@ -41,10 +36,10 @@ class Sampler:
     if made is not self.stage:
       if components.conditioner.ahead:
         encoder = load_text_encoder(components.conditioner.config, components.conditioner.encoder, mesh)
-      pieces = local_devices_mesh() if jax.local_device_count() > 1 else None
-      self.pipeline = Pipeline(components, (variables, encoder), load_codec(config.autoencoder, pieces), mesh=mesh)
+      codec = load_codec(config.autoencoder, local_devices_mesh())
+      self.pipeline = Pipeline(components, (variables, encoder), codec, mesh=mesh)
       self.stage = made
-    # An encoder that runs before the step is in no state.
+    # The state holds no encoder that runs before the step.
     self.pipeline.set_weights((variables, self.pipeline.encoder_weights if encoder is None else encoder))
     latents = self.pipeline.sample_latents(self.requests, settings.steps, settings.guidance_scale)
     if jax.process_index():

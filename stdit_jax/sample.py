@@ -71,11 +71,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     works = work.make_work(settings, prompts, config, autoencoder)
     if settings.explain:
       return work.explain(works, autoencoder, settings.compat)
-    stored = work.stored_settings(works, settings, config.sample, loading.describe(settings, step), autoencoder)
+    works = work.with_settings(works, settings, config.sample, loading.describe(settings, step), autoencoder)
     paths.check(settings.output, "--output")
     cli.use_compilation_cache()
     cli.keep_freed_memory()
-    targets = work.choose_targets(settings, works, stored)
+    targets = work.choose_targets(settings, works)
     if not targets:
       return print(f"all {len(works)} files exist and are kept (--overwrite makes them again)")
     if len(targets) < len(works) and jax.process_index() == 0:
@@ -89,8 +89,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # deletes unfinished files
-  try:
+  with cli.interruptible("finished files are kept"):
     main()
-  except KeyboardInterrupt:
-    print("interrupted; finished files are kept", file=sys.stderr)
-    raise SystemExit(130) from None

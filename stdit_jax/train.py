@@ -9,7 +9,6 @@ Exit codes: 0 finished; 2 an error, which the message explains; 75 stopped by SI
 does not answer: start the command again; 130 interrupted.
 """
 
-import argparse
 import contextlib
 import functools
 import sys
@@ -28,55 +27,43 @@ from stdit_jax.training.stages import make_stages
 from stdit_jax.training.watchdog import RESTART, StartAgain, Watchdog
 
 
-def connect(config: Config) -> Watchdog:
-  """Joins the processes of a run of several. Returns the watchdog."""
-  # The runtime's own heartbeat must not end the run first: it does not say which process hangs.
-  patience = max(300, int(config.watchdog.slow_timeout))
-  cli.connect_processes(heartbeat_timeout=max(100, int(2 * config.watchdog.timeout)), patience=patience)
-  return Watchdog(config.watchdog.timeout, config.watchdog.slow_timeout, *coordination())
-
-
 def run(config: Config, watchdog: Watchdog) -> None:
   """Trains. Exits with 2 and one line after a user's error, with RESTART after SIGTERM, with 130 after ^C."""
-  try:
-    with contextlib.ExitStack() as held:
-      with cli.one_line_errors():
-        from stdit_jax.interop import CheckpointError
-        from stdit_jax.run_samples import Sampler
-        from stdit_jax.training.loop import train
-        from stdit_jax.training.restarts import Restarts
-        from stdit_jax.training.run import Run
-        from stdit_jax.training.signals import Preempted
+  with cli.interruptible("the same command resumes from the newest checkpoint"), contextlib.ExitStack() as held:
+    with cli.one_line_errors():
+      from stdit_jax.interop import CheckpointError
+      from stdit_jax.run_samples import Sampler
+      from stdit_jax.training.loop import train
+      from stdit_jax.training.restarts import Restarts
+      from stdit_jax.training.run import Run
+      from stdit_jax.training.signals import Preempted
 
-        cli.keep_freed_memory()
-        training = Run(config, watchdog.beat)
-        if watchdog.index == 0:
-          held.enter_context(claim(config.output, functools.partial(watchdog.leave, code=2)))
-        on_sample = Sampler(training) if config.sample_every else None
-        restarts = Restarts(training)
-        started = restarts.start()
-      with cli.one_line_errors((InputError, CheckpointError, OSError)):
-        try:
-          train(training, on_sample, restarts, started)
-        except Preempted as stop:
-          print(stop, file=sys.stderr)
-          raise SystemExit(RESTART) from None
-  except KeyboardInterrupt:
-    print("interrupted; the same command resumes from the newest checkpoint", file=sys.stderr)
-    raise SystemExit(130) from None
+      cli.keep_freed_memory()
+      training = Run(config, watchdog.beat)
+      if watchdog.index == 0:
+        held.enter_context(claim(config.output, functools.partial(watchdog.leave, code=2)))
+      on_sample = Sampler(training) if config.sample_every else None
+      restarts = Restarts(training)
+      started = restarts.start()
+    with cli.one_line_errors((InputError, CheckpointError, OSError)):
+      try:
+        train(training, on_sample, restarts, started)
+      except Preempted as stop:
+        print(stop, file=sys.stderr)
+        raise SystemExit(RESTART) from None
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-  how = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-  parser = cli.OneLineParser("python -m stdit_jax.train", **how)
-  parser.add_argument("--config", metavar="FILE", help="file with get_config(), e.g. configs/quickstart.py")
-  args = cli.parse_with_changes(parser, argv)
+  settings = cli.parse_settings(cli.ConfigSettings, "stdit_jax.train", __doc__, argv)
   logging.set_verbosity(logging.ERROR)  # orbax reports every step of a checkpoint
   with cli.one_line_errors():
-    config = Config.of(cli.read_config(args.config, args.changes))
+    config = Config.of(cli.read_config(settings.config, settings.changes))
     make_stages(config)  # before any process waits for another
     cli.use_compilation_cache(config.compilation_cache or f"{config.output}/compilation_cache")
-    watchdog = connect(config)
+    timeout, slow_timeout = config.watchdog.timeout, config.watchdog.slow_timeout
+    # The watchdog must act before JAX's heartbeat, which does not say which process hangs.
+    cli.connect_processes(max(100, int(2 * timeout)), patience=max(300, int(slow_timeout)))
+    watchdog = Watchdog(timeout, slow_timeout, *coordination())
   with watchdog:
     try:
       run(config, watchdog)

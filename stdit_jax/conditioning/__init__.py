@@ -1,15 +1,15 @@
 """Conditioners turn a row of a table, or a prompt, into the model's `cond`: its inputs beside the noisy latents.
 
-`CONDITIONERS[name](config, family, model_config)` makes one, with the configuration of a stage. A conditioner has
+`CONDITIONERS[name](config, family, model_config)` makes a conditioner for the configuration of a stage. A conditioner has
 
   name                of the conditioner
   num_classes         classes of the `label` column, None where rows have none
   encoder             its encoder of captions, None if there is none
   init(key)           (params, frozen): its parameters that train, and those that do not; {} for none
-  from_files          names of `frozen` that every start reads from files; checkpoints do not hold them
-  worker(cached)      picklable `(caption, label) -> {name: array}` for the loader's processes, or None
+  from_files          names in `frozen` (see `init`) that every start reads from files; checkpoints do not hold them
+  worker(cached)      picklable `(caption, label) -> {name: array}` for the loader's processes, or None if a cache holds it
   specs(rows)         {name: ArraySpec}: what a batch holds
-  collate(samples)    the arrays of `specs` from `data.loader.Sample`s, or those from which `ahead` makes them
+  collate(samples)    the arrays of `specs` from `data.loader.Sample`s; if `ahead`, the inputs of `program`
   ahead               whether its encoder runs in a separate program before the training step
   program(weights)    that program: `(arrays, layout) -> cond`; only if `ahead`
   is_cached(folder)   whether a folder of cached latents also holds the outputs of its encoder

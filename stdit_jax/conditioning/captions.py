@@ -1,7 +1,7 @@
 """Captions through a T5 encoder: text features and which of them are valid.
 
 `text_encoder.where` of the configuration says where captions become features: in the training step ("step"), in a separate
-program before the step ("ahead"), or before the run, so that tables name files of features ("disk").
+program before the step ("ahead"), or before the run ("disk": the tables name files of features).
 """
 
 import functools
@@ -32,7 +32,6 @@ class TokenizeClean(Tokenize):
 
 
 def _tokens(tokenize, caption, label):
-  """What the loader's workers call."""
   ids, mask = tokenize(caption)
   return {"text_ids": ids, "text_mask": mask}
 
@@ -51,28 +50,20 @@ def tokenizer(config: Any) -> Callable[[str], tuple[np.ndarray, np.ndarray]]:
 
 
 class Captions:
-  """The conditioner of captions (conditioning/__init__.py).
-
-  Attributes:
-    config: the group `text_encoder` of the configuration.
-    encoder: the T5 encoder, None if features come from disk.
-    length, channels: of the features `[length, channels]` of a caption.
-  """
+  """The conditioner of captions (conditioning/__init__.py)."""
 
   name, num_classes = "captions", None
 
   def __init__(self, config, family, model_config):
     self.config = config.text_encoder
-    _, self.length, self.channels = family.cond(model_config, 1)["text"].shape
+    _, self.length, self.channels = family.cond(model_config, 1)["text"].shape  # of the features of a caption
     self.in_step, self.ahead = (self.config.where == where for where in ("step", "ahead"))
     self.from_files = ("text_encoder",) if self.in_step and not self.config.train else ()
-    self.encoder: Any = None if self.config.where == "disk" else text_encoder(self.config)
+    self.encoder: Any = None if self.config.where == "disk" else text_encoder(self.config)  # None: features come from disk
     self._cut = False  # whether features were longer than `length`
-    if self.encoder is not None and self.encoder.config.d_model != self.channels:
-      raise ValueError(
-        f"config: text encoder {self.config.name!r} gives {self.encoder.config.d_model} features, but the denoiser takes "
-        f"caption_channels={self.channels}; set model.fields.caption_channels={self.encoder.config.d_model}"
-      )
+    self._taken = f"the denoiser takes caption_channels={self.channels}; set model.fields.caption_channels"
+    if self.encoder is not None and (made := self.encoder.config.d_model) != self.channels:
+      raise ValueError(f"config: text encoder {self.config.name!r} gives {made} features, but {self._taken}={made}")
     if self.config.max_length != self.length:
       raise ValueError(
         f"config: text_encoder.max_length is {self.config.max_length}, but the denoiser's null caption has "
@@ -86,7 +77,7 @@ class Captions:
     return (own, {}) if self.config.train else ({}, own)
 
   def worker(self, cached: bool) -> Callable | None:
-    """Tokenizes, unless features come from disk or, `cached`, from a cache."""
+    """A tokenizer, or None if features come from disk or from a cache (`cached`)."""
     return None if self.encoder is None or cached else functools.partial(_tokens, tokenizer(self.config))
 
   def specs(self, rows: int) -> dict[str, ArraySpec]:
@@ -108,10 +99,7 @@ class Captions:
           raise InputError(f"{s.path}: the table has no text_features for this row; text_encoder.where='disk' needs the column")
         continue
       if s.text_features.shape[1] != self.channels:
-        raise InputError(
-          f"{s.path}: its text_features have {s.text_features.shape[1]} channels, but the denoiser takes "
-          f"caption_channels={self.channels}; set model.fields.caption_channels"
-        )
+        raise InputError(f"{s.path}: its text_features have {s.text_features.shape[1]} channels, but {self._taken}")
       if (tokens := len(s.text_features)) > self.length and not self._cut:
         self._cut = True
         log.warning("cut text_features of %d tokens to text_encoder.max_length=%d, first of %s", tokens, self.length, s.path)
@@ -167,7 +155,7 @@ def encode_ahead(encoder: Any, params: Any) -> Callable[[jax.Array, jax.Array, L
       each = max(n for n in range(1, AHEAD_ROWS + 1) if own % n == 0)
       if each == own:
         return apply((ids, mask))
-      # The rows of a device are contiguous: [parts * pieces * each, ...] -> a piece of every device at a time.
+      # A device holds contiguous rows: [parts * pieces * each, ...] becomes pieces of [parts * each, ...].
       split = lambda x: x.reshape(parts, own // each, each, *x.shape[1:]).swapaxes(0, 1)  # noqa: E731
       merge = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
       piece = lambda rows: apply(tuple(map(merge, rows))).reshape(parts, each, *ids.shape[1:], -1)  # noqa: E731

@@ -1,7 +1,4 @@
-"""Makes the videos of jobs (`tasks.Job`), one clip per loop. A clip may start from frames of files and of earlier clips.
-
-`make_videos` yields the finished parts after each clip. So a video of many clips needs the memory of two clips.
-"""
+"""Makes the videos of jobs (`tasks.Job`), one clip per loop. A clip may start from frames of files and of earlier clips."""
 
 import dataclasses
 import itertools
@@ -20,32 +17,23 @@ Given = tuple[Float[np.ndarray, " T"], Float[np.ndarray, "T h w C"], Bool[np.nda
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Item:
-  """One video to make.
+  """One video to make."""
 
-  Attributes:
-    requests: one `pipeline.Request` per loop, all of one size.
-    references: the frames of the job's files, uint8 `[T, H, W, 3]`, of the same size.
-    job: the job, from `tasks`.
-  """
-
-  requests: tuple
-  references: tuple
+  requests: tuple  # one `pipeline.Request` per loop, all of one size
+  references: tuple  # the frames of the job's files, uint8 `[T, H, W, 3]`, of the same size
   job: Job
 
 
-def placements_of(
-  job: Job, file_frames: Iterable[int], config: Any, num_frames: int, compat: str | None = None
-) -> list[Placement]:
-  """The placement of each loop of a job. `file_frames`: frames of each file; `num_frames`: frames of a clip."""
-  files, clip = [config.latent_frames(frames) for frames in file_frames], config.latent_frames(num_frames)
+def placements_of(job: Job, lengths: Iterable[int], config: Any, num_frames: int, compat: str | None = None) -> list[Placement]:
+  """The placement of each loop of a job. `lengths`: frames of each file."""
+  files, clip = [config.latent_frames(frames) for frames in lengths], config.latent_frames(num_frames)
   return [place(job.rules, loop, clip, [*files, *[clip] * loop], compat) for loop in range(job.loops)]
 
 
 def given_frames(placement: Placement, latents: Sequence) -> Given | None:
   """Turns a placement into the argument `given` of `Pipeline.sample_latents`: (edit ratio, latents, mask) or None.
 
-  The mask is True for the frames that start from a reference. `latents`: for every reference, its latents `[h, w, C]` by the
-  number of the latent frame.
+  `latents`: for each reference {latent frame: `[h, w, C]`}, or an array `[T, h, w, C]`.
   """
   taken = placement.reference != NOISE
   if not taken.any():
@@ -58,19 +46,12 @@ def given_frames(placement: Placement, latents: Sequence) -> Given | None:
 def frames_to_encode(
   number: int, frames: int, placements: Sequence[Placement], config: Any, num_frames: int | None = None
 ) -> tuple[np.ndarray, dict[int, int]]:
-  """Chooses the frames of one reference that must be encoded for `placements`.
+  """Chooses the frames of reference `number` to encode: (frame numbers, {latent frame in use: index of its latents}).
 
-  An image autoencoder encodes only the frames in use. A video autoencoder encodes the whole reference, with one exception:
-  the last latent frames of a reference begin a clip. These latents must cover as many frames each as those of the clip. So the
-  last frames of the reference are encoded as a clip of their own.
-
-  Args:
-    number: of the reference; frames: of the reference.
-    config: of the autoencoder.
-    num_frames: frames of a clip. None switches the exception off, as in the original code.
-
-  Returns:
-    (frame numbers, {latent frame in use: its index among the encoded latents}). Both are empty if nothing is used.
+  An image autoencoder encodes only the frames in use. A video autoencoder encodes the whole reference, unless the clip begins
+  with the last latent frames of the reference. Then the last frames of the reference are encoded as a clip of their own: the
+  first latent frames of a clip may cover fewer frames than the last ones. With `num_frames` (of a clip) None the whole
+  reference is always encoded, as in the original code.
   """
   places = {(slot, int(t)) for p in placements for slot, (r, t) in enumerate(zip(p.reference, p.frame)) if r == number}
   used, count = sorted({t for _, t in places}), config.latent_frames(frames)
@@ -114,13 +95,13 @@ def make_videos(
 ) -> Iterator[list[list[Frames]]]:
   """Makes the videos of items together. Yields, after each clip, the list of finished parts of every video.
 
+  So a video of many clips needs the memory of two clips.
+
   Args:
     items: of one size and with the same number of loops.
     sample: `(loop, requests, given) -> latents`, a call of `Pipeline.sample_latents`.
-    decode: `(loop, latents) -> videos`, a call of `Pipeline.decode`. None for a process that writes no files: it takes part in
-      sampling and yields no parts.
-    compat: one of `conditions.COMPAT`. With None a clip continues from the latents of the previous clip. Otherwise it continues
-      from the encoded pixels of the previous clip, as in the original code.
+    decode: `(loop, latents) -> videos`, a call of `Pipeline.decode`. None for a process that writes no files.
+    compat: with any of `conditions.COMPAT` a clip continues from the encoded pixels of the previous clip, not from its latents.
   """
   frames, loops, config = [list(item.references) for item in items], range(items[0].job.loops), pipeline.codec.config
   num_frames = items[0].requests[0].num_frames
@@ -140,7 +121,7 @@ def make_videos(
 
 
 def take_finished(seen: list, pieces: list, config: Any) -> list[Frames]:
-  """Removes from `pieces` the leading ones whose reference or clip exists, and returns their frames.
+  """Removes the first pieces whose references or clips `seen` holds from `pieces` (`Job.pieces`), and returns their frames.
 
   Releases the entries of `seen` that no remaining piece needs.
   """
@@ -167,6 +148,6 @@ def length_of(item: Item, config: Any) -> int:
 
 
 def cut(num_frames: int, config: Any, first: int, stop: int | None) -> tuple[int, int]:
-  """The range of frames that the latent frames `first` to `stop` of a clip cover, its end excluded. `stop` None: to the end."""
+  """(first frame, frame after the last) of latent frames `first` to `stop` of a clip. `stop` None: to the end."""
   starts = config.frame_starts(num_frames)
   return int(starts[first]), int(starts[len(starts) - 1 if stop is None else stop])

@@ -7,9 +7,8 @@ A strategy is a text of tuples joined by ";". Each tuple has up to six numbers j
 In that loop of a long video the frames of the reference replace frames of the clip. Negative positions count from the end. A
 later tuple overrides an earlier one. All frames are latent frames.
 
-The edit ratio says how far the frames may change. 0 keeps them, 1 generates them from noise. In between, the frames wait until
-the sampler reaches that noise level. Then they get noise of that level and are denoised with the rest (SDEdit,
-arXiv 2108.01073).
+The edit ratio says how far the frames may change. 0 keeps them, 1 generates them from noise. Any other ratio is a noise level.
+When the sampler reaches this level, the frames get noise and are denoised with the rest (SDEdit, arXiv 2108.01073).
 
 By default a position outside the clip or the reference is an error, a length is cut to what fits, and frames with edit ratio 1
 are generated from noise. `compat` restores the behaviour of the original code:
@@ -45,42 +44,28 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Placement:
-  """The sources of the latent frames of one clip.
+  """The sources of the latent frames of one clip."""
 
-  Attributes:
-    ratio: edit ratios; 1 = generate.
-    reference, frame: number of the reference and of its frame; NOISE for a frame without a reference.
-  """
-
-  ratio: Float[np.ndarray, " T"]
-  reference: Int[np.ndarray, " T"]
-  frame: Int[np.ndarray, " T"]
+  ratio: Float[np.ndarray, " T"]  # edit ratio
+  reference: Int[np.ndarray, " T"]  # number of the reference, or NOISE
+  frame: Int[np.ndarray, " T"]  # number of the frame in the reference
 
 
 def parse_mask_strategy(text: str | None) -> tuple[Rule, ...]:
-  """Parses a mask strategy. "" and None give no rules.
-
-  Raises:
-    ValueError: a tuple of the strategy cannot be parsed or has a value out of range.
-  """
+  """Parses a mask strategy. "" and None give no rules. Raises ValueError for a tuple that is not allowed."""
   rules = []
-  for part in (text or "").split(";") if (text or "").strip() else ():
-    numbers, kinds = part.split(","), (*[int] * 5, float)
+  for part in text.split(";") if text and text.strip() else ():
+    numbers = part.split(",")
     try:
-      if len(numbers) > len(kinds):
-        raise ValueError
-      values: list[Any] = [kind(number) for kind, number in zip(kinds, numbers)]
+      values: list[Any] = [*map(int, numbers[:5]), *map(float, numbers[5:])]
       rule = Rule(*values)
-    except ValueError:
+      if min(rule.loop, rule.reference, rule.length) < 0 or not 0 <= rule.edit <= 1:
+        raise ValueError
+    except (ValueError, TypeError):
       raise ValueError(
         f"mask strategy {text!r}: {part.strip()!r} is not LOOP[,REFERENCE[,FRAME OF THE REFERENCE[,FRAME OF THE CLIP"
-        "[,FRAMES[,EDIT RATIO]]]]]. Give whole numbers, and an edit ratio from 0 to 1"
+        "[,FRAMES[,EDIT RATIO]]]]]. Give whole numbers, negative ones only for frame positions, and an edit ratio from 0 to 1"
       ) from None
-    if rule.loop < 0 or rule.reference < 0 or rule.length < 0 or not 0 <= rule.edit <= 1:
-      raise ValueError(
-        f"mask strategy {text!r}: {part.strip()!r} has a value out of range. Give loop, reference and frames of at least 0, "
-        "the edit ratio 0 to 1"
-      )
     rules.append(rule)
   return tuple(rules)
 
@@ -95,30 +80,19 @@ def nearest_group(value: int, total: int) -> int:
   return (count + up) * GROUP
 
 
-def place(
-  rules: Sequence[Rule], loop: int, num_frames: int, reference_frames: Sequence[int], compat: str | None = None
-) -> Placement:
-  """Applies the rules of one loop to a clip.
+def place(rules: Sequence[Rule], loop: int, num_frames: int, lengths: Sequence[int], compat: str | None = None) -> Placement:
+  """Applies the rules of one loop to a clip of `num_frames` latent frames. `lengths`: latent frames of each reference.
 
-  Args:
-    rules: from `parse_mask_strategy`.
-    num_frames: latent frames of the clip; reference_frames: latent frames of each reference.
-    compat: one of COMPAT.
-
-  Raises:
-    ValueError: a reference does not exist, or frames lie outside the reference or the clip.
+  Raises ValueError if a reference does not exist, or if frames lie outside the reference or the clip.
   """
   ratio = np.ones(num_frames, np.float32)
   reference, frame = np.full(num_frames, NOISE), np.full(num_frames, NOISE)
   for rule in rules:
     if rule.loop != loop:
       continue
-    if rule.reference >= len(reference_frames):
-      raise ValueError(
-        f"{describe(rule)}: reference {rule.reference} does not exist; there are {len(reference_frames)} references, numbered "
-        "from 0. Give another number or one more file"
-      )
-    total = reference_frames[rule.reference]
+    if rule.reference >= len(lengths):
+      raise ValueError(f"{describe(rule)}: there are {len(lengths)} references, from 0; give another number or more files")
+    total = lengths[rule.reference]
     first = rule.reference_start + total * (rule.reference_start < 0)
     start = rule.start + num_frames * (rule.start < 0)
     length = rule.length
@@ -130,14 +104,12 @@ def place(
       first, start = nearest_group(first, total), nearest_group(start, num_frames)
     if compat != "open-sora-1.1":
       length = min(length, num_frames - start, total - first)
-    # Python's slices, also with negative numbers: the original code slices tensors in this way.
+    # Negative numbers count from the end, as in the tensor slices of the original code.
     try:
       frame[start : start + length] = np.arange(total)[first : first + length]
     except ValueError:
-      raise ValueError(
-        f"{describe(rule)}: {length} frames from frame {first} do not fit. Reference {rule.reference} has {total} frames, the "
-        f"clip has {num_frames - start} of {num_frames} from frame {start}. Give fewer frames"
-      ) from None
+      fit = f"reference {rule.reference} has {total - first} from {first} on, the clip {num_frames - start} from {start} on"
+      raise ValueError(f"{describe(rule)}: {length} frames do not fit: {fit}. Give fewer frames") from None
     reference[start : start + length] = rule.reference
     ratio[start : start + length] = rule.edit
   if compat is None:
@@ -152,20 +124,18 @@ def describe(rule: Rule) -> str:
 
 
 def explain(placement: Placement, files: int) -> list[str]:
-  """Describes the source of each frame of a clip, one line per range. References from number `files` on are earlier clips."""
+  """Describes the source of each frame of a clip, one line per range. `files`: number of references that are files."""
   lines, begin = [], 0
   steps = [np.diff(part) for part in (placement.ratio, placement.reference, placement.frame)]
   follows = (steps[0] == 0) & (steps[1] == 0) & ((steps[2] == 1) | (placement.reference[1:] == NOISE))
   for end in [*(np.flatnonzero(~follows) + 1), len(placement.ratio)]:
     ratio, reference, first = placement.ratio[begin], placement.reference[begin], placement.frame[begin]
-    of = f"{begin}" if end == begin + 1 else f"{begin}-{end - 1}"
-    if reference == NOISE:
-      what = "generated from noise"
-    else:
-      its = f"{first}" if end == begin + 1 else f"{first}-{first + end - begin - 1}"
-      of_what = f"reference {reference}" if reference < files else f"clip of loop {reference - files}"
-      what = f"{of_what}, {'frame' if end == begin + 1 else 'frames'} {its}"
-      what += ": kept" if ratio == 0 else f": denoised from noise level {ratio:g}"
-    lines.append(f"{'frame' if end == begin + 1 else 'frames'} {of:>7}  {what}")
+    more = end - begin - 1
+    own, its = (f"{n}-{n + more}" if more else f"{n}" for n in (begin, first))
+    what, word = "generated from noise", "frames" if more else "frame"
+    if reference != NOISE:
+      source = f"reference {reference}" if reference < files else f"clip of loop {reference - files}"
+      what = f"{source}, {word} {its}: " + ("kept" if ratio == 0 else f"denoised from noise level {ratio:g}")
+    lines.append(f"{word} {own:>7}  {what}")
     begin = end
   return lines

@@ -28,13 +28,11 @@ BT_709, LIMITED_RANGE = 1, 1  # FFmpeg: AVCOL_SPC_BT709, AVCOL_PRI_BT709 and AVC
 def check_rate(kind: str, fps: float) -> None:
   """Raises ValueError if a gif cannot show `fps` frames per second. Players show shorter frame times as 100 ms."""
   if kind == "gif" and fps > MAX_GIF_FPS:
-    raise ValueError(
-      f"--fps is {fps:g}; a gif shows at most {MAX_GIF_FPS} frames per second. Lower --fps or give another --format"
-    )
+    raise ValueError(f"--fps is {fps:g}; a gif shows at most {MAX_GIF_FPS} frames per second. Lower --fps or change --format")
 
 
 def settings_file(path: Any) -> str:
-  """Path of the JSON file with the settings of a video or image. Files that differ only in their ending share it."""
+  """Path of the JSON file with the settings of a video or image. `a.mp4` and `a.png` share one JSON file."""
   return f"{os.path.splitext(str(path))[0]}.json"
 
 
@@ -48,14 +46,13 @@ def write_media(path: Any, frames: Any, fps: float, settings: dict) -> None:
 def open_media(path: Any, num_frames: int, fps: float, settings: dict) -> Iterator[Callable]:
   """Yields a function that writes frames of one file, uint8 `[T, H, W, 3]`, in one or several parts.
 
-  The file exists as soon as the block ends, together with the JSON file of its `settings`. If the block raises, no file exists.
+  When the block ends, the file and the JSON file of `settings` exist. If the block raises, no file exists.
 
   The ending of `path` chooses the format: mp4 is H.264 (crf 17), gif and webp loop for ever, png has one frame. A path without
   an ending is a folder with one png per frame; its settings are in the JSON file only. Parts of mp4 files and of folders are
   written at once, gif and webp wait for the last part.
 
-  Raises:
-    ValueError: the ending is unknown, a png gets several frames, or the number of frames is not `num_frames`.
+  Raises ValueError if the ending is unknown, a png gets several frames, or the number of frames is not `num_frames`.
   """
   kind = os.path.splitext(str(path))[1][1:].lower()
   if kind and kind not in VIDEO_FORMATS + IMAGE_FORMATS:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import chex
 import jax
@@ -19,7 +19,7 @@ from stdit_jax.diffusion.guidance import Guidance, guided
 from stdit_jax.diffusion.noise import Purpose, fold_in, sample_keys, token_noise
 from stdit_jax.diffusion.types import Noises, StepState
 from stdit_jax.models import step_cache
-from stdit_jax.models.family import SCALARS, token_grid, token_values
+from stdit_jax.models.family import SCALARS, token_grid
 from stdit_jax.models.layers import OVER_TIME
 from stdit_jax.parallel.shardings import Layout
 
@@ -28,34 +28,15 @@ CACHED_PROMPTS = 4  # batches whose conditions are cached
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """One video to make. One seed makes one noise in any batch and on any mesh.
-
-  Attributes:
-    height, width: in pixels.
-    num_frames: 1 = image; fps: of the video.
-    seed: 0 to 2^32 - 1; loop: number of the clip in a video of several clips. Each clip has its own noise.
-  """
+  """One clip to make. Its noise depends on seed, loop and size only, not on the batch or the mesh."""
 
   prompt: str
-  height: int
+  height: int  # in pixels
   width: int
-  num_frames: int
+  num_frames: int  # 1 = image
   fps: float = 24.0
-  seed: int = 0
-  loop: int = 0
-
-
-class Sampling(NamedTuple):
-  """Static arguments of a sampler step. They are the same in all steps of a batch, so one program serves all steps.
-
-  Attributes:
-    diffusion: the formulation, for a number of steps.
-    latent_size: (T, H, W) of the latents.
-  """
-
-  diffusion: Any
-  guidance: Guidance
-  latent_size: tuple[int, ...]
+  seed: int = 0  # 0 to 2^32 - 1
+  loop: int = 0  # number of the clip in a video of several clips
 
 
 class Pipeline:
@@ -66,14 +47,11 @@ class Pipeline:
 
   Args:
     components: `Components`: the models and the diffusion that were trained.
-    weights: (variables of the denoiser, weights of the conditioner's encoder or None), as `Components.weights` returns them.
+    weights: as `Components.weights` returns them.
     codec: the autoencoder with its weights (`autoencoders.codec`).
-    guidance: `diffusion.guidance.Guidance`. Its scale comes with the requests.
+    guidance: `diffusion.guidance.Guidance`. `sample_latents` replaces its scale.
     mesh: shards the parameters of the denoiser and the text encoder. None: one device holds them.
     cache: of `models.step_cache`. None: every step computes everything.
-
-  Attributes:
-    batch_parts: the pipeline fills a batch up to a multiple of this number.
   """
 
   def __init__(self, components, weights, codec, guidance=None, mesh=None, cache=None):
@@ -92,15 +70,13 @@ class Pipeline:
     self.set_weights(weights)
     self._encode = jax.jit(lambda weights, arrays: components.conditioner.encode(weights, arrays, layout))
     # The results of a step have the shardings of its arguments. Otherwise the second step would be another program.
-    places = None
-    if layout:
-      tokens, rows = self._sharding(OVER_TIME), self._sharding(("batch",))
-      cached = jax.tree.map(lambda spec: self._sharding(spec.axes), self._cache_specs(1, 1, 1))
-      places = StepState(tokens, rows, (tokens, rows, rows) if self.diffusion.multistep else None), cached
+    tokens, rows = self._sharding(OVER_TIME), self._sharding(("batch",))
+    cached = jax.tree.map(lambda spec: self._sharding(spec.axes), self._cache_specs(1, 1, 1))
+    places = StepState(tokens, rows, (tokens, rows, rows) if self.diffusion.multistep else None), cached
     self._step = jax.jit(self._sampler_step, static_argnames="how", out_shardings=places, donate_argnames=("state", "cached"))
 
   def set_weights(self, weights: tuple[Any, Any]) -> None:
-    """Replaces the weights by other weights of the same models. Nothing is compiled again."""
+    """Replaces the weights by others of the same models. Nothing is compiled again."""
     (self.variables, self.encoder_weights), self._encoded = weights, {}
 
   def _cache_specs(self, batch, frames, space):
@@ -116,16 +92,15 @@ class Pipeline:
   ) -> dict[str, float]:  # fmt: skip
     """Bytes on one device for `batch` requests like this one, as the compiler counts them.
 
-    The weights may be shapes (ShapeDtypeStruct with shardings). The programs are compiled before anything is allocated. The
-    compilation cache returns them when they run.
+    The weights may be shapes (ShapeDtypeStruct with shardings): nothing is allocated. `sample_latents` finds the compiled
+    programs in the compilation cache.
 
     Args:
-      given: whether some frames are given; encoded: lengths of the clips that are encoded to give frames.
-      negative: whether there is a negative prompt.
+      given, negative: whether there are given frames, and a negative prompt; encoded: lengths of the clips to encode.
 
     Returns:
-      {"weights", "text", "encode" if a clip is encoded, "denoise", "decode"}. The weights and one of the others are in memory
-      at the same time.
+      {"weights", "text", "encode" if a clip is encoded, "denoise", "decode"}. The peak is the weights and the largest other
+      value.
     """
     size, diffusion = self.latent_size(request), self.diffusion.for_sampling(steps)
     batch += -batch % self.batch_parts
@@ -135,21 +110,19 @@ class Pipeline:
 
     prompts = self.components.conditioner.prompts([request.prompt] * batch)
     arrays = {name: shape(*array.shape, dtype=array.dtype) for name, array in prompts.items()}
-    encode = self._encode.lower(self.encoder_weights, arrays)
-    out_info, encode = encode.out_info, encode.compile()
-    cond = jax.tree.map(shape_of, out_info, encode.output_shardings)
+    encode = self._encode.lower(self.encoder_weights, arrays).compile()
+    cond = jax.tree.map(shape_of, encode.out_info, encode.output_shardings)
     sizes = {"grid": shape(batch, 3, dtype=np.int32), **dict.fromkeys(SCALARS, shape(batch))}
-    x = shape(batch, *token_shape(self.model.config, size, self.token_parts), axes=OVER_TIME)
+    x = shape(batch, *image_valid(self.model.config, size, self.token_parts).shape, axes=OVER_TIME)
     specs = self._cache_specs(*x.shape[:3])
     cached = jax.tree.map(lambda spec: shape(*spec.shape, dtype=spec.dtype, axes=spec.axes), specs)
-    sides = [np.ones((batch,), np.float32)] * 4
-    t = diffusion.sampling_timesteps(steps, *sides)[0]
+    t = diffusion.sampling_timesteps(steps, *[np.ones((batch,), np.float32)] * 4)[0]
     masks = shape(*x.shape[:2]), shape(*x.shape[:2], dtype=bool)
     previous = (x, shape(batch), masks[1]) if diffusion.multistep else None
     step = self._step.lower(
       self.variables, StepState(x, masks if given else None, previous), cached, self._computes(diffusion, 0, t),
       ((cond, cond if negative else None), sizes), (t, t), Noises(x if diffusion.stochastic else None, x if given else None),
-      how=Sampling(diffusion, self._guidance_of(guidance_scale), size),
+      how=(diffusion, self._guidance_of(guidance_scale), size),
     ).compile()  # fmt: skip
     return {
       "weights": bytes_on_device((self.variables, self.encoder_weights, self.codec.variables)),
@@ -170,7 +143,7 @@ class Pipeline:
     return (config.latent_frames(request.num_frames), *config.latent_size(request.height, request.width))
 
   def cond(self, prompts: Sequence[str]) -> Any:
-    """The model's `cond` of prompts. It is cached for the last batches: their other clips and seeds have the same prompts."""
+    """The model's `cond` of prompts. A cache serves the other clips and seeds of the same prompts."""
     key = tuple(prompts)
     if key not in self._encoded:
       while len(self._encoded) >= CACHED_PROMPTS:
@@ -180,17 +153,11 @@ class Pipeline:
     return self._encoded[key]
 
   def encode(self, frames: np.ndarray) -> np.ndarray:
-    """Frames uint8 `[T, 8h, 8w, 3]` -> normalised latents, NumPy `[T', h, w, C]`.
-
-    They are means (the originals draw a sample), so the same frames always have the same latents.
-    """
+    """Frames uint8 `[T, 8h, 8w, 3]` -> normalised latents `[T', h, w, C]`: means (the originals draw a sample)."""
     return self.codec.encode(frames)[0]
 
   def decode(self, latents: Iterable[np.ndarray], num_frames: int, done: Callable = lambda frames: None) -> list[np.ndarray]:
-    """Latents of `sample_latents` -> list of videos, uint8 `[num_frames, 8h, 8w, 3]`.
-
-    `done` is called with the number of frames that each piece finishes.
-    """
+    """Latents of `sample_latents` -> videos, uint8 `[num_frames, 8h, 8w, 3]`. `done(n)` is called after each `n` frames."""
     return [self.codec.decode(z, num_frames, done) for z in latents]
 
   def _place(self, values, axes=("batch",)) -> Any:
@@ -201,7 +168,7 @@ class Pipeline:
     return jax.make_array_from_callback(values.shape, self._sharding(axes), lambda index: values[index])
 
   def _sharding(self, axes) -> Any:
-    """The sharding of an array. Without a mesh it names the first device, as the results of programs do."""
+    """The sharding of an array. Without a mesh it is the first device, to equal the sharding of program outputs."""
     return self.layout.sharding(*axes) if self.layout else jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
   def sample_latents(
@@ -211,14 +178,12 @@ class Pipeline:
     """Normalised latents, NumPy `[B, T, h, w, C]`, the same on all processes.
 
     Args:
-      progress: `(items, stage) -> items`, wraps the items of a stage, for example in a tqdm bar: batches of captions in "text",
-        sampler steps in "denoise".
+      progress: `(items, stage) -> items`, wraps the items of the stages "text" and "denoise", for example in a tqdm bar.
       given: per request None, or its given latent frames: (edit ratio `[T]`, 1 = generate, 0 = keep (`conditions.Placement`);
         latents `[T, h, w, C]`; bool `[T]`, True for frames that start from these latents and not from noise).
       negative_prompt: text that guidance leads away from, instead of the null caption.
 
-    Raises:
-      ValueError: the requests differ in size, frames or fps, or the model can't be given frames.
+    Raises ValueError if the requests differ in size, frames or fps, or if the model can't be given frames.
     """
     count = len(requests)
     filled = -count % self.batch_parts
@@ -241,7 +206,7 @@ class Pipeline:
     diffusion = self.diffusion.for_sampling(steps)
     sides = (np.full((batch,), n, np.float32) for n in (first.height, first.width, first.num_frames, size[0]))
     timesteps = diffusion.sampling_timesteps(steps, *sides)
-    # The seed of a request is used as the slot of a training sample: a batch may hold several seeds.
+    # `sample_keys` takes one seed for all samples, so the seeds of the requests take the place of the sample numbers.
     seeds = np.asarray([(r.loop, r.seed) for r in requests], np.uint32)
 
     def noise_of(keys):
@@ -256,7 +221,7 @@ class Pipeline:
     previous = (self._place(value, OVER_TIME), self._place(gap), self._place(took_part)) if diffusion.multistep else None
     specs = self._cache_specs(*x.shape[:3])
     cached = jax.tree.map(lambda spec: self._place(np.zeros(spec.shape, spec.dtype), spec.axes), specs)
-    state, how = StepState(x, edit, previous), Sampling(diffusion, self._guidance_of(guidance_scale), size)
+    state, how = StepState(x, edit, previous), (diffusion, self._guidance_of(guidance_scale), size)
     for i in progress(range(steps), "denoise"):
       noises = Noises(noise_of(fold_in(step_keys, i)) if diffusion.stochastic else None, frame_noise)
       computes, times = self._computes(diffusion, i, timesteps[i]), (timesteps[i], timesteps[i + 1])
@@ -265,7 +230,7 @@ class Pipeline:
     return unpatchify(multihost_utils.process_allgather(state.x, tiled=True)[:count], size, config.patch_size)
 
   def _computes(self, diffusion, step, t):
-    """`Reuse.computes` of a step at timesteps `t` `[B]`, which are equal because all sizes of a batch are."""
+    """`Reuse.computes` of a step at timesteps `t` `[B]`. They are equal: all requests of a batch have one size."""
     if self.cache is None:
       return {}
     return {kind: np.bool_(value) for kind, value in self.cache.computes(step, diffusion.model_timesteps(t[0])).items()}
@@ -287,6 +252,7 @@ class Pipeline:
       cached, computes: of the step cache (`_cache_specs`, `_computes`).
       conditions: ((cond of the prompts, cond of the negative prompts or None), sizes).
       times: timesteps `[B]` from and to.
+      how: (diffusion for a number of steps, guidance, (T, H, W) of the latents). Equal in all steps, which share one program.
     """
     diffusion, guidance, latent_size = how
     config, family = self.model.config, self.components.family
@@ -294,9 +260,9 @@ class Pipeline:
     if other is None:
       other = family.null(config, variables.get("constants", {}), cond)
     # Elements past an odd border are no latents. They stay zero, as in the original's padding (`PatchEmbed3D`).
-    inside = image_valid(latent_size, config.patch_size, config.in_channels, self.token_parts)
+    inside = image_valid(config, latent_size, self.token_parts)
     valid = jnp.broadcast_to(inside, state.x.shape)
-    # For the model, tokens that only fill up to the number of devices are padding.
+    # The model treats tokens as padding if they only fill the number up to a multiple of the devices.
     shown = None if inside.any(-1).all() else valid
     before, cached = cached, list(cached)
 
@@ -326,27 +292,18 @@ class Pipeline:
     return result
 
 
-def image_valid(latent_size: Sequence[int], patch_size: Sequence[int], channels: int, token_parts: int = 1) -> np.ndarray:
+def image_valid(config: Any, latent_size: Sequence[int], token_parts: int = 1) -> np.ndarray:
   """bool `[T, S, P]`: True for the elements of tokens that are latents of this size.
 
-  The others are padding: at an odd border, or tokens up to a multiple of `token_parts`.
+  The others are padding: at an odd border, or tokens up to a multiple of `token_parts`. `config`: of the denoiser.
   """
-  valid = patchify(np.ones((*latent_size, channels), bool), patch_size)
+  valid = patchify(np.ones((*latent_size, config.in_channels), bool), config.patch_size)
   return np.pad(valid, ((0, 0), (0, -valid.shape[1] % token_parts), (0, 0)))
-
-
-def token_shape(config: Any, latent_size: Sequence[int], token_parts: int = 1) -> tuple[int, int, int]:
-  """(T, S, P) of the tokens of latents of one size. S is padded to a multiple of `token_parts`."""
-  frames, rows, columns = token_grid(config, latent_size)
-  return frames, -(-rows * columns // token_parts) * token_parts, token_values(config)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3))
 def latent_noise(config: Any, keys: jax.Array, size: tuple[int, ...], token_parts: int = 1) -> jax.Array:
-  """Standard normal tokens `[B, T, S, P]` for latents of one size, from one key per sample.
-
-  S is padded to a multiple of `token_parts`.
-  """
+  """Standard normal tokens `[B, T, S, P]` (`image_valid`) for latents of one size, from one key per sample."""
   latent_size, grid = (jnp.tile(jnp.asarray(n, jnp.int32), (keys.shape[0], 1)) for n in (size, token_grid(config, size)))
-  shape = token_shape(config, size, token_parts)
+  shape = image_valid(config, size, token_parts).shape
   return token_noise(keys, latent_size, shape, grid, config.patch_size, config.in_channels)

@@ -20,7 +20,7 @@ from stdit_jax.generation.media import open_media
 from stdit_jax.generation.pipeline import Pipeline
 from stdit_jax.generation.references import read_reference
 from stdit_jax.generation.settings import SampleSettings
-from stdit_jax.generation.work import Target
+from stdit_jax.generation.work import Work
 
 GIB = 2**30
 
@@ -28,21 +28,17 @@ GIB = 2**30
 # ------------------------------------------------------------------------------------------------------------------ memory
 
 
-def check_memory(pipeline: Pipeline, targets: Sequence[Target], settings: SampleSettings) -> None:
-  """Prints the memory that each device will need. Lets the autoencoder run in tiles if it needs too much.
+def check_memory(pipeline: Pipeline, works: Sequence[Work], settings: SampleSettings) -> None:
+  """Prints the memory that each device will need. Switches the autoencoder to tiles if the memory is too small for it.
 
-  Compiles the programs of the largest video, and allocates nothing. The weights of the pipeline may be shapes.
-
-  Raises:
-    ValueError: the device has less memory.
+  Compiles the programs of the largest video, and allocates nothing. Raises ValueError if a device has too little free memory.
   """
-  sample, shows, works = pipeline.components.config.sample, jax.process_index() == 0, [target.work for target in targets]
+  sample, shows = pipeline.components.config.sample, jax.process_index() == 0
   pipeline.diffusion.for_sampling(sample.steps)  # raises ValueError for numbers of steps that the sampler can't take
   request = max((one.requests[0] for one in works), key=lambda r: r.height * r.width * r.num_frames)
   batch, config = min(settings.batch_size or pipeline.batch_parts, len(works)), pipeline.codec.config
-  encoded = set().union(
-    *(encoded_lengths(one.job, one.file_frames, config, request.num_frames, settings.compat) for one in works)
-  )
+  of_each = (encoded_lengths(one.job, one.file_frames, config, request.num_frames, settings.compat) for one in works)
+  encoded = set().union(*of_each)
   if shows:
     print(f"compiling for {batch} x {request.num_frames} x {request.height} x {request.width} ...", file=sys.stderr, flush=True)
   options = {"given": any(one.job.rules for one in works), "encoded": encoded, "negative": settings.negative_prompt is not None}
@@ -60,12 +56,10 @@ def check_memory(pipeline: Pipeline, targets: Sequence[Target], settings: Sample
       print(f"{what} in tiles of {' x '.join(map(str, sides))} pixels, to need less memory", flush=True)
   total = weights + max(needed.values())
   parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in needed.items())
-  text = f"memory of each device: {total / GIB:.2f} GiB (weights {weights / GIB:.2f}, and one at a time {parts})"
+  text = f"memory of each device: {total / GIB:.2f} GiB (weights {weights / GIB:.2f}, and the largest of {parts})"
   if free is not None and total > free:
-    raise ValueError(
-      f"{text}, but only {free / GIB:.2f} GiB are free: lower --batch-size, --num-frames or the size, use --guidance-in-turn, "
-      "or more devices with --mesh"
-    )
+    how = "lower --batch-size, --num-frames or the size, use --guidance-in-turn, or more devices with --mesh"
+    raise ValueError(f"{text}, but only {free / GIB:.2f} GiB are free: {how}")
   if shows:
     print(text + ("" if free is None else f" of {free / GIB:.2f} GiB free"), flush=True)
 
@@ -86,26 +80,24 @@ def free_memory() -> int | None:
 # ------------------------------------------------------------------------------------------------------------------ videos
 
 
-def produce(pipeline: Pipeline, targets: Sequence[Target], settings: SampleSettings) -> None:
-  """Makes and writes the files, batch after batch. After an interruption all finished files exist.
-
-  All processes compute. The first process decodes and writes.
-  """
+def produce(pipeline: Pipeline, works: Sequence[Work], settings: SampleSettings) -> None:
+  """Makes the files, batch after batch. All processes compute, the first one writes. An interruption keeps finished files."""
   if jax.process_index() == 0:
-    request, sample = targets[0].work.requests[0], pipeline.components.config.sample
+    request, sample = works[0].requests[0], pipeline.components.config.sample
     size = f"{request.num_frames} x {request.height} x {request.width}"
-    print(f"{targets[0].settings['model']}: {size}, {sample.steps} steps, guidance {sample.guidance_scale:g}")
+    print(f"{works[0].settings['model']}: {size}, {sample.steps} steps, guidance {sample.guidance_scale:g}")
   done = 0
-  for batch in batches(targets, lambda target: target.work.size, settings.batch_size or pipeline.batch_parts):
+  sizes = lambda one: [(r.height, r.width, r.num_frames) for r in one.requests]  # noqa: E731
+  for batch in batches(works, sizes, settings.batch_size or pipeline.batch_parts):
     first, done = done + 1, done + len(batch)
-    make_batch(pipeline, batch, f"{first}-{done}/{len(targets)}" if first < done else f"{done}/{len(targets)}", settings)
+    make_batch(pipeline, batch, f"{first}-{done}/{len(works)}" if first < done else f"{done}/{len(works)}", settings)
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices("samples are written")
 
 
-def make_batch(pipeline: Pipeline, batch: Sequence[Target], label: str, settings: SampleSettings) -> None:
+def make_batch(pipeline: Pipeline, batch: Sequence[Work], label: str, settings: SampleSettings) -> None:
   """Makes the videos of a batch together. The first process writes them, clip after clip."""
-  began, writes, first = time.monotonic(), jax.process_index() == 0, batch[0].work
+  began, writes, first = time.monotonic(), jax.process_index() == 0, batch[0]
   config, compat = pipeline.components.config.sample, settings.compat
   negative = None if settings.negative_prompt is None else clean_caption(settings.negative_prompt)
 
@@ -123,27 +115,26 @@ def make_batch(pipeline: Pipeline, batch: Sequence[Target], label: str, settings
       return pipeline.decode(latents, num_frames, shown.update)
 
   items = []
-  for target in batch:
-    work, size = target.work, (target.settings["height"], target.settings["width"])
-    frames = (read_reference(path, size, work.requests[0].fps, compat is not None) for path in work.files)
-    items.append(Item(work.requests, tuple(frames), work.job))
+  for one in batch:
+    size, fps = (one.settings["height"], one.settings["width"]), one.requests[0].fps
+    items.append(Item(one.requests, tuple(read_reference(path, size, fps, compat is not None) for path in one.files), one.job))
   videos = make_videos(pipeline, items, sample, decode if writes else None, compat)
   if not writes:
     collections.deque(videos, maxlen=0)
     return
   with contextlib.ExitStack() as all_files:
-    # A file that can't be written does not affect the files before it: each is closed on its own.
+    # Each file is closed on its own: an error while one file is closed leaves the earlier files of the batch complete.
     files, writers = [all_files.enter_context(contextlib.ExitStack()) for _ in batch], []
-    for file, item, target in zip(files, items, batch):
+    for file, item, one in zip(files, items, batch):
       made: dict[str, Any] = {"num_frames": length_of(item, pipeline.codec.config)}
       if pipeline.codec.tiles:
         made["tiles"] = dataclasses.asdict(pipeline.codec.tiles)
-      opened = open_media(target.path, made["num_frames"], item.requests[0].fps, target.settings | made)
+      opened = open_media(one.path, made["num_frames"], one.requests[0].fps, one.settings | made)
       writers.append(file.enter_context(opened))
     for parts_of_all in videos:
       for write, parts in zip(writers, parts_of_all):
         for part in parts:
           write(part)
-    for file, target in zip(files, batch):
+    for file, one in zip(files, batch):
       file.close()
-      print(f"{target.path}  ({time.monotonic() - began:.1f} s)  {target.work.requests[0].prompt}", flush=True)
+      print(f"{one.path}  ({time.monotonic() - began:.1f} s)  {one.requests[0].prompt}", flush=True)

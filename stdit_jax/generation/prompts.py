@@ -14,10 +14,7 @@ JSON_KEYS = ("reference_path", "mask_strategy")
 def split_json(prompt: str) -> tuple[str, dict[str, str]]:
   """Splits a prompt into its text and the JSON object behind the text, as Open-Sora 1.2 does (`extract_json_from_prompts`).
 
-  Example: `a wave.{"reference_path": "a.png;b.mp4", "mask_strategy": "0"}`. The object may have the keys of JSON_KEYS.
-
-  Raises:
-    ValueError: the text from the first "{" on is not such an object.
+  Example: `a wave.{"reference_path": "a.png;b.mp4", "mask_strategy": "0"}`. Raises ValueError for other keys or no JSON.
   """
   text, brace, rest = prompt.partition("{")
   if not brace:
@@ -30,18 +27,15 @@ def split_json(prompt: str) -> tuple[str, dict[str, str]]:
     if key not in JSON_KEYS:
       raise ValueError(f"prompt {prompt!r}: {key!r} is none of {', '.join(JSON_KEYS)}")
     if not isinstance(value, str):
-      raise ValueError(f"prompt {prompt!r}: {key!r} must be text, of several files joined by ';'")
+      raise ValueError(f"prompt {prompt!r}: {key!r} must be text; join several files by ';'")
   return text, values
 
 
 def split_loops(prompt: str, loops: int) -> list[str]:
   """The prompt of every loop, in the syntax of Open-Sora 1.1 and 1.2.
 
-  `|0|text|2|other` means "text" in loops 0 and 1, and "other" from loop 2 on. Spaces stay. Without |0| at its beginning a
-  prompt holds for all loops.
-
-  Raises:
-    ValueError: the numbers of the loops do not ascend.
+  `|0|text|2|other` means "text" in loops 0 and 1, and "other" from loop 2 on. Without |0| at its beginning a prompt holds for
+  all loops. Raises ValueError if the numbers of the loops do not ascend.
   """
   if not prompt.startswith("|0|"):
     return [prompt] * loops
@@ -56,11 +50,7 @@ def read_prompt_file(path: Any) -> list[str]:
   """Prompts of a text file (one per line), of a table (.csv) or of JSON lines (.jsonl).
 
   A table has a column `prompt` or `text`. Its optional columns `reference_path` and `mask_strategy` become a JSON object behind
-  the prompt, which `split_json` reads. JSON lines have keys of the same names.
-
-  Raises:
-    ValueError: the file is not UTF-8 text, has no such column, or has a line that is no JSON object.
-    OSError: the file can't be read.
+  the prompt, which `split_json` reads. JSON lines have keys of the same names. Raises ValueError if the file has another form.
   """
   try:
     text = paths.read_text(path).removeprefix("\ufeff")  # Excel's byte order mark
@@ -78,13 +68,11 @@ def read_prompt_file(path: Any) -> list[str]:
         raise ValueError(f"--prompt-file {path}: line {number} is no JSON ({error.msg}); give one object per line") from None
   else:
     return [line.strip() for line in text.split("\n") if line.strip()]
-  return [_prompt_of(row, f"--prompt-file {path}: row {number}") for number, row in enumerate(rows, 1)]
-
-
-def _prompt_of(row, where):
-  """The prompt of a row, followed by the JSON object of its files and its strategy."""
-  prompt = (row.get("prompt") or row.get("text")) if isinstance(row, dict) else None
-  if not isinstance(prompt, str) or not prompt.strip():
-    raise ValueError(f"{where} has no text under `prompt` (or `text`); every row needs one")
-  more = {key: row[key] for key in JSON_KEYS if row.get(key)}
-  return prompt.strip() + (json.dumps(more) if more else "")
+  prompts = []
+  for number, row in enumerate(rows, 1):
+    prompt = (row.get("prompt") or row.get("text")) if isinstance(row, dict) else None
+    if not isinstance(prompt, str) or not prompt.strip():
+      raise ValueError(f"--prompt-file {path}: row {number} has no text under `prompt` (or `text`); every row needs one")
+    more = {key: row[key] for key in JSON_KEYS if row.get(key)}
+    prompts.append(prompt.strip() + (json.dumps(more) if more else ""))
+  return prompts

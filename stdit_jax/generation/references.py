@@ -1,9 +1,9 @@
-"""Reads the images and videos that a request gives, in the size and frame rate of its clip."""
+"""Reads the images and videos of --task and --reference, in the size and frame rate of the clip."""
 
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
 
 from data import video
 from stdit_jax.errors import InputError
@@ -11,21 +11,17 @@ from stdit_jax.errors import InputError
 MAX_BYTES = 8 << 30
 
 
-def count_frames(path: Any, fps: float, every_frame: bool = False) -> int:
-  """Number of frames that `read_reference` returns for a file. Raises ValueError if the file can't be used."""
-  return _numbers(path, fps, every_frame).size
-
-
-def _numbers(path, fps, every_frame):
-  """Numbers of the frames that `read_reference` reads."""
-  info = _probe(path)
+def frame_numbers(path: Any, fps: float, every_frame: bool = False) -> Int[np.ndarray, " T"]:
+  """Numbers of the frames that `read_reference` reads. Raises ValueError if the file can't be used."""
+  info = probe(path)
   if every_frame or video.is_image(path):
     return np.arange(info.num_frames)
   count = max(1, round(info.num_frames * fps / info.fps))
   return np.minimum((np.arange(count) * info.fps / fps + 0.5).astype(np.int64), info.num_frames - 1)
 
 
-def _probe(path):
+def probe(path: Any) -> video.VideoInfo:
+  """`data.video.probe`. Raises ValueError if the file can't be used."""
   try:
     return video.probe(path)
   except video.BadVideo as error:
@@ -40,21 +36,12 @@ def read_reference(path: Any, size: tuple[int, int], fps: float, every_frame: bo
     fps: frame rate of the clip. Frames are read at this rate, so the motion of a video keeps its speed.
     every_frame: read all frames at whatever rate, as the original code does.
 
-  Raises:
-    InputError: the file can't be used or is too long.
+  Raises InputError if the file can't be used or is too long.
   """
-  numbers = _numbers(path, fps, every_frame)
+  numbers = frame_numbers(path, fps, every_frame)
   if len(numbers) * size[0] * size[1] * 3 > MAX_BYTES:
-    raise InputError(
-      f"{path}: {len(numbers)} frames of {size[0]} x {size[1]} take more than {MAX_BYTES >> 30} GiB; cut the video"
-    )
+    raise InputError(f"{path}: {len(numbers)} frames of {size[0]} x {size[1]} exceed {MAX_BYTES >> 30} GiB; cut the video")
   try:
     return video.read_frames(path, numbers, size=size)
   except video.BadVideo as error:
     raise InputError(f"{path} can't be used: {error}") from None
-
-
-def picture_size(path: Any) -> tuple[int, int]:
-  """(height, width) of an image or video as displayed. Raises ValueError if the file can't be used."""
-  info = _probe(path)
-  return info.height, info.width

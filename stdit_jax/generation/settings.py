@@ -39,27 +39,17 @@ class PipelineSettings(ModelSettings):
 
   steps: int | None = _sampler("sampler steps (default: the configuration's)")
   guidance_scale: float | None = _sampler("classifier-free guidance, 1 for none (default: the configuration's)")
-  sampler: str | None = _sampler(
-    "for rectified flow: euler (default) or adams-bashforth. For iddpm: ancestral (default), ddim, dpm++"
-  )
-  timestep_shift: float | None = _sampler(
-    "for rectified flow: values above 1 move the timesteps towards noise, e.g. 3 for few steps (default: 1)", metavar="A"
-  )
-  guidance_interval: Sequence[float] | None = _sampler(
-    "timesteps with guidance (default: all)", nargs=2, metavar=("LOW", "HIGH")
-  )
+  sampler: str | None = _sampler("rectified flow: euler (default), adams-bashforth; iddpm: ancestral (default), ddim, dpm++")
+  timestep_shift: float | None = _sampler("rectified flow: above 1 moves timesteps towards noise (default: 1)", metavar="A")
+  guidance_interval: Sequence[float] | None = _sampler("guided timesteps (default: all)", nargs=2, metavar=("LOW", "HIGH"))
   guidance_rescale: float = _sampler("0 to 1: lowers the contrast at large guidance scales (default: %(default)s)", 0.0)
-  guidance_in_turn: bool = _sampler(
-    "sequential guidance: computes prompt and null caption one after the other, which needs less memory", False
-  )
+  guidance_in_turn: bool = _sampler("prompt and null caption one after the other, which needs less memory", False)
   step_cache: str | None = _sampler(
     "caches outputs of earlier steps (models/step_cache.py). Sampling is faster, and the result differs a little. pyramid "
-    "reuses attention; pyramid:2,4,6 sets for how many steps, over space, over time and to text. residual:0.1 is faster with "
-    "larger numbers", metavar="NAME",
+    "reuses attention; pyramid:2,4,6 reuses it for 2 steps over space, 4 over time and 6 to text. residual:0.1 skips "
+    "layers while the first layer changes by less than 10 %%", metavar="NAME",
   )  # fmt: skip
-  guidance_channels: int | None = _sampler(
-    "guide only the first N latent channels (default: all; Open-Sora 1.1: 3)", metavar="N"
-  )
+  guidance_channels: int | None = _sampler("guide the first N latent channels (default: all; Open-Sora 1.1: 3)", metavar="N")
   compat: str | None = _sampler("do what the original does where this project corrects it (README)", choices=COMPAT[1:])
 
 
@@ -69,8 +59,7 @@ class SampleSettings(PipelineSettings):
 
   prompt: Sequence[str] | None = _wanted("a prompt; may be given several times", action="append")
   prompt_file: str | None = _wanted(
-    "file of prompts. A text file has one prompt per line. A .csv or .jsonl file has them in the column or key `prompt` (or "
-    "`text`), and may have `reference_path` and `mask_strategy`"
+    "one prompt per line; .csv and .jsonl: `prompt` (or `text`), and if wanted `reference_path` and `mask_strategy`"
   )
   num_samples: int = _wanted("videos per prompt, with seeds SEED, SEED + 1, ... (default: %(default)s)", 1)
   seed: int = _wanted("one seed makes one noise, in any batch (default: %(default)s)", 0)
@@ -88,23 +77,19 @@ class SampleSettings(PipelineSettings):
   reference: Sequence[str] | None = _given("image or video for --mask-strategy", action="append", metavar="FILE")
   mask_strategy: str | None = _given("of Open-Sora: LOOP,REFERENCE,ITS FRAME,FRAME,FRAMES,EDIT RATIO;...", metavar="TEXT")
   loops: int = _given("clips; each continues from the last frames of the previous clip (default: %(default)s)", 1)
-  condition_frames: int | None = _given(
-    "latent frames that a clip takes from a video or from the previous clip (default: up to 4)"
-  )
+  condition_frames: int | None = _given("latent frames given from a video or the previous clip (default: up to 4)")
   condition_edit: float = _given("edit ratio of the frames from the previous clip (default: %(default)s)", 0.0)
   edit_strength: float = _given("noise level for --task edit, above 0, at most 1 (default: %(default)s)", 0.6)
   explain: bool = _given("print where each frame comes from, and make nothing", False)
 
-  batch_size: int | None = _output("videos per batch (default: 1, or the number of parts in which the mesh splits a batch)")
+  batch_size: int | None = _output("videos per batch (default: one per part of the mesh that holds whole videos)")
   autoencoder_memory: float | None = _output(
-    "memory of each device for encoding and decoding, which run in tiles if they need more (autoencoders/tiles.py; default: "
-    "the free memory)", metavar="GIB",
-  )  # fmt: skip
+    "encode and decode in tiles if they need more memory of a device (default: the free memory)", metavar="GIB"
+  )
   output: str = _output("folder for the files, or one .mp4, .gif, .webp, .png (default: %(default)s)", "samples")
   format: str = _output(
-    "format of videos; `frames` is a folder of png files. Images are png files (default: %(default)s)", "mp4",
-    choices=(*VIDEO_FORMATS, FRAMES),
-  )  # fmt: skip
+    "of videos (default: mp4); frames: a folder of png. Images are png", "mp4", choices=(*VIDEO_FORMATS, FRAMES)
+  )
   overwrite: bool = _output("replace existing files", False)
 
   @property

@@ -1,7 +1,7 @@
 """Measures what a model of moving shapes (`data.shapes`) has learned, in the pixels of the videos that it makes.
 
 text          one object of the caption, with combinations from training and with held-out combinations
-sizes         every aspect ratio with every length; one combination does not occur in training
+sizes         every aspect ratio with every length; one of these pairs does not occur in training
 two           two objects: their number, colours, shapes and directions
 animate       the first frame is given
 extend        the first frames are given
@@ -15,6 +15,7 @@ their neighbours. It is smooth if every step differs from the mean step by less 
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,18 +34,13 @@ PARTS = ("text", "sizes", "two", "animate", "extend", "interpolate", "connect", 
 
 @dataclasses.dataclass(frozen=True)
 class Exam:
-  """Settings of the evaluation.
-
-  Attributes:
-    steps, scale: sampling steps and guidance scale.
-    count: scenes of each part; frames: of a clip; batch: videos made together.
-  """
+  """Settings of the evaluation."""
 
   steps: int
-  scale: float
-  count: int = 200
-  frames: int = 8
-  batch: int = 20
+  scale: float  # of guidance
+  count: int = 200  # scenes of each part
+  frames: int = 8  # of a clip
+  batch: int = 20  # videos made together
 
 
 def examine(
@@ -52,9 +48,7 @@ def examine(
 ) -> dict[str, dict[str, float]]:
   """Returns {part: {measure: value}}. Values are shares from 0 to 1, unless the name ends with "dB" or "ratio".
 
-  Args:
-    parts: some of PARTS.
-    progress: `(batches, name) -> batches`, wraps the batches of one part.
+  `progress(batches, name)` wraps the batches of one part.
   """
   measures, results = {"text": _text, "sizes": _sizes, "two": _two, "loop": _loop}, {}
   for part in parts:
@@ -67,15 +61,10 @@ def scenes_of(split: str, count: int, frames: int, objects: int = 1) -> list[tup
 
   Captions use the four wordings in turn. Only the split "sizes" contains the size that training shows in short clips only.
   """
-  found, number = [], 0
-  while len(found) < count:
-    scene = shapes.scene(f"{shapes.SCHEME}{split}/{SEED}/{number}")
-    number += 1
-    if (scene.height, scene.width) == shapes.NOT_LONG and split != "sizes":
-      continue
-    if len(scene.objects) == objects and scene.frames > frames:
-      found.append((scene, shapes.captions(scene)[len(found) % 4]))
-  return found
+  scenes = (shapes.scene(f"{shapes.SCHEME}{split}/{SEED}/{number}") for number in itertools.count())
+  sized = (one for one in scenes if split == "sizes" or (one.height, one.width) != shapes.NOT_LONG)
+  found = (one for one in sized if len(one.objects) == objects and one.frames > frames)
+  return [(scene, shapes.captions(scene)[i % 4]) for i, scene in enumerate(itertools.islice(found, count))]
 
 
 def _size(scene):
@@ -109,7 +98,6 @@ def _item(scene, caption, number, frames, references=(), job=None):
 
 
 def _videos(pipeline, exam, pairs, name, progress, frames=None, job=None):
-  """A video of each (scene, caption), without given frames."""
   items = [_item(scene, caption, i, frames or exam.frames, job=job) for i, (scene, caption) in enumerate(pairs)]
   return _make(pipeline, exam, items, name, progress)
 
@@ -119,7 +107,6 @@ def _judged(videos, pairs):
 
 
 def _means(judged, names):
-  """The share of videos that have each property."""
   return {name: float(np.mean([one[name] for one in judged])) for name in names}
 
 
@@ -155,7 +142,6 @@ def _sizes(pipeline, exam, part, progress):
 
 
 def _given(pipeline, exam, part, progress):
-  """Measures a task with given frames: their quality, and whether the motion is smooth and as in the caption."""
   pairs, items, known = scenes_of("train", exam.count, exam.frames), [], []
   length = tasks.condition_length(None, exam.frames)
   ends = [*range(length), *range(exam.frames - length, exam.frames)]

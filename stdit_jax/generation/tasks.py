@@ -33,16 +33,11 @@ GOES_ON = ("animate", "extend-forward", "endless")  # tasks that --loops makes l
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """The recipe of one video. References are numbered: first the files, then the clip of each loop.
+  """The recipe of one video. References are numbered: first the files, then the clip of each loop."""
 
-  Attributes:
-    rules: of all loops.
-    loops: number of clips, made one after the other.
-    pieces: (reference, first latent frame, latent frame after the last; None = to the end), joined in order to the video.
-  """
-
-  rules: tuple[Rule, ...]
-  loops: int
+  rules: tuple[Rule, ...]  # of all loops
+  loops: int  # number of clips, made one after the other
+  # (reference, first latent frame, latent frame after the last; None = to the end), joined in order to the video
   pieces: tuple[tuple[int, int, int | None], ...]
 
 
@@ -57,36 +52,30 @@ def check_files(task: str, count: int) -> None:
 
 
 def check_length(task: str | None, loops: int, num_frames: int, wanted: int | None, autoencoder: Any) -> None:
-  """Checks that the last latent frames of a clip can be the first ones of another clip, or the other way round.
+  """Raises ValueError unless the last latent frames of a clip cover the same numbers of frames as its first ones.
 
-  Both must cover the same numbers of frames. With an autoencoder that works in chunks (Open-Sora 1.2's) only whole chunks do.
-  With CogVideoX's autoencoder only clips do whose first frame does not have a latent frame of its own.
+  Otherwise they cannot be the first latent frames of another clip. An autoencoder that works in chunks (Open-Sora 1.2's) needs
+  whole chunks. CogVideoX's autoencoder needs clips whose first frame has no latent frame of its own.
 
   Args:
     task: None without a task; wanted: --condition-frames, None for the default; autoencoder: its configuration.
-
-  Raises:
-    ValueError: they do not. The message names lengths that work.
   """
   if task not in ("extend-backward", "connect", "loop") and not (loops > 1 and task in (None, *GOES_ON)):
     return
 
-  def held(frames):
-    return np.diff(autoencoder.frame_starts(frames))
-
   def joins(frames, wanted):
-    count, of_each = autoencoder.latent_frames(frames), held(frames)
+    count, of_each = autoencoder.latent_frames(frames), np.diff(autoencoder.frame_starts(frames))
     length = default_length(count, autoencoder.group, task) if wanted is None else wanted
     given = length * (2 if task in ("connect", "loop") else 1)
     return autoencoder.keeps(frames) and length >= 1 and given < count and (of_each[:length] == of_each[-length:]).all()
 
-  if len(set(held(num_frames))) == 1 or joins(num_frames, wanted):
+  if len(set(np.diff(autoencoder.frame_starts(num_frames)))) == 1 or joins(num_frames, wanted):
     return
   what = f"--task {task}" if task and task not in GOES_ON else "--loops"
   if joins(num_frames, None):
     lengths = [str(n) for n in range(1, autoencoder.latent_frames(num_frames)) if joins(num_frames, n)]
     raise ValueError(
-      f"--condition-frames is {wanted}, which is no whole chunk of latent frames; allowed for {what}: {', '.join(lengths)}"
+      f"--condition-frames is {wanted}, no whole chunk of latent frames; allowed for {what}: {', '.join(lengths)}"
     )
   near = sorted(filter(lambda n: joins(n, None), range(1, 2 * num_frames + 100)), key=lambda n: abs(n - num_frames))[:2]
   raise ValueError(
@@ -99,18 +88,14 @@ def default_length(frames: int, group: int = 1, name: str | None = None) -> int:
   """Default number of given latent frames in a clip of `frames` latent frames.
 
   The number is 4 as in Open-Sora 1.1, but at most a quarter of the clip, the largest share in training (`frame_masks`). It is
-  rounded up to whole groups of the autoencoder, as in Open-Sora 1.2 (groups of 5). A loop gets half as many, since both of its
-  ends are given and the way back must fit between them.
+  rounded up to whole groups of the autoencoder, as in Open-Sora 1.2 (groups of 5). --task loop gets half as many, since both
+  ends of its second clip are given.
   """
   return -(-max(1, min(4, frames // (8 if name == "loop" else 4))) // group) * group
 
 
 def condition_length(wanted: int | None, frames: int, group: int = 1, task: str | None = None) -> int:
-  """Number of given latent frames in a clip of `frames` latent frames: `wanted`, or the default for None.
-
-  Raises:
-    ValueError: no frame is left to generate.
-  """
+  """Number of given latent frames in a clip of `frames`: `wanted`, or the default. Raises ValueError if all are given."""
   length = default_length(frames, group, task) if wanted is None else wanted
   if wanted is None and length >= frames:
     raise ValueError(f"--num-frames is too small: {length} of the clip's {frames} latent frames are given. Give more frames")
@@ -146,8 +131,7 @@ def make_job(
     strength: noise level of `edit`, above 0 and at most 1; edit: edit ratio of frames from the previous clip.
     group: latent frames that the autoencoder makes together.
 
-  Raises:
-    ValueError: the task is unknown, takes another number of files, or leaves no frame to generate.
+  Raises ValueError if the task is unknown, takes another number of files, or leaves no frame to generate.
   """
   check_files(name, len(file_frames))
   if loops > 1 and name not in GOES_ON:

@@ -1,6 +1,7 @@
 """Plans the videos that `sample` makes: their clips and given frames, their files, and the settings stored beside each file."""
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -19,7 +20,7 @@ from stdit_jax.generation.clips import placements_of
 from stdit_jax.generation.media import FRAMES, IMAGE_FORMATS, VIDEO_FORMATS, check_rate, settings_file
 from stdit_jax.generation.pipeline import Request
 from stdit_jax.generation.prompts import split_json, split_loops
-from stdit_jax.generation.references import count_frames, picture_size
+from stdit_jax.generation.references import frame_numbers, probe
 from stdit_jax.generation.settings import SampleSettings
 from stdit_jax.models.family import find_model
 
@@ -28,51 +29,28 @@ MADE = ("num_frames", "tiles")  # keys of the JSON file that are results and not
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-  """One video or image to make.
+  """One video or image to make."""
 
-  Attributes:
-    stem: of the file's name.
-    requests: one per loop; job: of `tasks`.
-    files: references; file_frames: their numbers of frames.
-  """
-
-  stem: str
-  requests: tuple[Request, ...]
-  files: tuple[str, ...]
+  stem: str  # of the file's name
+  requests: tuple[Request, ...]  # one per loop
+  files: tuple[str, ...]  # references
   job: tasks.Job
-  file_frames: tuple[int, ...]
+  file_frames: tuple[int, ...]  # number of frames of each file
+  settings: dict[str, Any] = dataclasses.field(default_factory=dict)  # for the file and the JSON file beside it
+  path: str = ""  # of the file (`choose_targets`)
 
   @property
   def is_image(self) -> bool:
     return self.requests[0].num_frames == 1 and len(self.job.pieces) == 1
-
-  @property
-  def size(self) -> tuple[int, ...]:
-    """Videos of equal size can be made together."""
-    first = self.requests[0]
-    return first.height, first.width, first.num_frames, self.job.loops
-
-
-@dataclasses.dataclass(frozen=True)
-class Target:
-  """A file to write. `settings` are stored in the file and in the JSON file beside it."""
-
-  work: Work
-  path: str
-  settings: dict[str, Any]
 
 
 # ------------------------------------------------------------------------------------------------------------------ videos
 
 
 def make_work(settings: SampleSettings, prompts: Sequence[str], config: Any, autoencoder: Any) -> list[Work]:
-  """The videos of the prompts. Checks everything, and reads no weights.
+  """The videos of the prompts. Checks everything, and reads no weights. `autoencoder`: its configuration.
 
-  Args:
-    config: of the model; autoencoder: configuration of its autoencoder.
-
-  Raises:
-    ValueError: sizes, lengths, counts, tasks or mask strategies that are not allowed, or frames for a model of text alone.
+  Raises ValueError if a size, length, count, task or mask strategy is not allowed, or if the model takes no frames.
   """
   if settings.task and (settings.reference or settings.mask_strategy):
     raise ValueError("give --task with its files, or --reference and --mask-strategy; not both")
@@ -84,7 +62,7 @@ def make_work(settings: SampleSettings, prompts: Sequence[str], config: Any, aut
   works = []
   for number, prompt in enumerate(prompts):
     text, files, strategy = split_prompt(settings, prompt)
-    counts = tuple(count_frames(path, fps, settings.compat is not None) for path in files)
+    counts = tuple(frame_numbers(path, fps, settings.compat is not None).size for path in files)
     frames = choose_length(settings, config, files, counts, autoencoder)
     lengths, count = tuple(map(autoencoder.latent_frames, counts)), autoencoder.latent_frames(frames)
     job = make_job(settings, strategy, files, lengths, count, autoencoder.group)
@@ -99,9 +77,7 @@ def make_work(settings: SampleSettings, prompts: Sequence[str], config: Any, aut
       works.append(Work(f"{number:04d}-{name}-seed{seed}", requests, files, job, counts))
   family, _ = find_model(config.model.name, config.model.fields)
   if any(one.job.rules for one in works) and not family.supports.frame_masks:
-    raise ValueError(
-      f"{family.name} can't be given frames: it makes videos from text alone; leave --task and --mask-strategy out"
-    )
+    raise ValueError(f"{family.name} can't be given frames, only text; leave --task and --mask-strategy out")
   return works
 
 
@@ -109,10 +85,7 @@ def split_prompt(settings: SampleSettings, prompt: str) -> tuple[str, tuple[str,
   """(text, reference files, mask strategy). The prompt may give files and strategy. Otherwise the flags give them."""
   text, own = split_json(prompt)
   if own and settings.task:
-    raise ValueError(
-      f"prompt {prompt!r} has files or a mask strategy of its own, which does not go with --task {settings.task_name}; leave "
-      "one out"
-    )
+    raise ValueError(f"prompt {prompt!r} has own files or an own mask strategy; remove these, or leave --task out")
   if settings.task:
     return text, tuple(settings.task[1:]), None
   files = own["reference_path"].split(";") if own.get("reference_path") else settings.reference or ()
@@ -120,7 +93,7 @@ def split_prompt(settings: SampleSettings, prompt: str) -> tuple[str, tuple[str,
 
 
 def choose_length(settings: SampleSettings, config: Any, files: Sequence[str], counts: Sequence[int], autoencoder: Any) -> int:
-  """Frames of a clip. Raises ValueError for a length that the autoencoder does not keep, or that the task can't use."""
+  """Frames of a clip. Raises ValueError for a length that the autoencoder or the task can't use."""
   task = settings.task_name
   frames = 1 if task in tasks.ONE_FRAME else aspect_ratios.get_num_frames(settings.num_frames or config.sample.num_frames)
   said = f"--num-frames is {frames}"
@@ -136,45 +109,34 @@ def choose_length(settings: SampleSettings, config: Any, files: Sequence[str], c
 def make_job(
   settings: SampleSettings, strategy: str | None, files: Sequence[str], lengths: Sequence[int], count: int, group: int
 ) -> tasks.Job:
-  """The job of the task or of the mask strategy.
-
-  Args:
-    lengths: latent frames of the files; count: latent frames of a clip.
-    group: latent frames that the autoencoder makes together.
-  """
+  """The job of the task or of the mask strategy. `lengths`, `count`: latent frames of the files, and of a clip."""
   loops, length, edit = settings.loops, settings.condition_frames, settings.condition_edit
   if settings.task:
     options = {"loops": loops, "length": length, "strength": settings.edit_strength, "edit": edit, "group": group}
     return tasks.make_job(settings.task[0], count, lengths, **options)
   rules = conditions.parse_mask_strategy(strategy)
-  if not settings.compat:
-    check_rules(rules, files, loops)
+  if files and not rules and not settings.compat:  # the original code ignores files and rules without effect
+    raise ValueError(f"{files[0]} is given without its place in the clip; give --mask-strategy, or --task animate FILE")
+  if (late := [rule for rule in rules if rule.loop >= loops]) and not settings.compat:
+    rule = conditions.describe(late[0])
+    raise ValueError(f"{rule}: loop {late[0].loop} does not exist; give 0 to {loops - 1}, or more --loops")
   carried = tasks.condition_length(length, count, group) if loops > 1 else 0
   return tasks.of_strategy(rules, len(files), loops, carried, edit)
-
-
-def check_rules(rules: Sequence[conditions.Rule], files: Sequence[str], loops: int) -> None:
-  """Raises ValueError for files or rules without effect. The original code ignores them."""
-  if files and not rules:
-    raise ValueError(f"{files[0]} is given, but nothing says where; give --mask-strategy, or --task, e.g. --task animate FILE")
-  for rule in rules:
-    if rule.loop >= loops:
-      raise ValueError(f"{conditions.describe(rule)} is of loop {rule.loop}, and there are {loops}, numbered from 0 (--loops)")
 
 
 def choose_size(settings: SampleSettings, config: Any, files: Sequence[str], downsampling: int) -> tuple[int, int]:
   """(height, width) of the videos, by the flags or the configuration. By default the first file gives the aspect ratio."""
   if settings.image_size:
-    height, width = settings.image_size
-    for name, side in (("H", height), ("W", width)):
+    for name, side in zip("HW", settings.image_size):
       if side < downsampling or side % downsampling:
         near = max(downsampling, round(side / downsampling) * downsampling)
         raise ValueError(f"--image-size: {name} is {side}; it must be a multiple of {downsampling}, e.g. {near}")
-    return height, width
+    return settings.image_size[0], settings.image_size[1]
   resolution = settings.resolution or config.sample.resolution
   ratio = settings.aspect_ratio or config.sample.aspect_ratio
   if files and not settings.aspect_ratio:
-    ratio = aspect_ratios.closest_ratio(*picture_size(files[0]), resolution)
+    picture = probe(files[0])
+    ratio = aspect_ratios.closest_ratio(picture.height, picture.width, resolution)
   return aspect_ratios.size(resolution, ratio)
 
 
@@ -199,12 +161,8 @@ def explain(works: Sequence[Work], autoencoder: Any, compat: str | None) -> None
 # ------------------------------------------------------------------------------------------------------------------- files
 
 
-def stored_settings(works: Sequence[Work], settings: SampleSettings, sample: Any, model: str, autoencoder: Any) -> list[dict]:
-  """For each video the settings that determine it, as plain values of JSON.
-
-  Args:
-    sample: group of the configuration; model: its weights in words; autoencoder: configuration of its autoencoder.
-  """
+def with_settings(works: Sequence[Work], settings: SampleSettings, sample: Any, model: str, autoencoder: Any) -> list[Work]:
+  """The videos with the settings that determine them, as plain values of JSON. `model`: its weights in words."""
   names = (
     "negative_prompt", "sampler", "timestep_shift", "guidance_interval", "guidance_rescale", "guidance_channels", "step_cache",
     "compat", "autoencoder_memory", "config", "changes", "autoencoder", "text_encoder",
@@ -212,14 +170,15 @@ def stored_settings(works: Sequence[Work], settings: SampleSettings, sample: Any
   given = {name: value for name in names if (value := getattr(settings, name)) not in (None, 0, (), [])}
   own_files = tuple(filter(None, (settings.weights, settings.autoencoder, settings.text_encoder)))
   all_files = {*own_files, *(path for one in works for path in one.files)}
-  marks = {path: paths.fingerprint(path) for path in all_files if paths.exists(path)}  # a changed file is another setting
+  # A file with new content counts as another setting.
+  marks = {path: paths.fingerprint(path) for path in all_files if paths.exists(path)}
   stored = []
   for one in works:
     first, prompts, step = one.requests[0], [request.prompt for request in one.requests], autoencoder.downsampling
     own = {
       "prompt": prompts[0] if len(set(prompts)) == 1 else prompts, "seed": first.seed,
       "steps": sample.steps, "guidance_scale": sample.guidance_scale,
-      # The size that the autoencoder makes.
+      # The autoencoder rounds sizes down.
       "height": first.height // step * step, "width": first.width // step * step, "fps": first.fps,
       "frames_of_clip": first.num_frames, "model": model, **given,
       "files": {path: marks[path] for path in (*own_files, *one.files) if path in marks},
@@ -227,37 +186,35 @@ def stored_settings(works: Sequence[Work], settings: SampleSettings, sample: Any
     if one.files or one.job.loops > 1:
       own |= {"references": one.files, "loops": one.job.loops, "task": settings.task_name}
       own |= {"rules": [dataclasses.astuple(rule) for rule in one.job.rules], "pieces": one.job.pieces}
-    stored.append(json.loads(json.dumps(own)))
+    stored.append(dataclasses.replace(one, settings=json.loads(json.dumps(own))))
   return stored
 
 
-def choose_targets(settings: SampleSettings, works: Sequence[Work], stored: Sequence[dict[str, Any]]) -> list[Target]:
-  """The files that are missing. All processes see the files of the first process.
+def choose_targets(settings: SampleSettings, works: Sequence[Work]) -> list[Work]:
+  """The videos that must still be made, with their paths, as the first process finds them.
 
-  A file with other settings keeps its name, and the new file gets -2, -3, ... With --overwrite all files count as missing.
-
-  Raises:
-    ValueError: --output is one file, and the videos do not fit into it, or it exists with other settings.
+  A file with other settings keeps its name, and the new file gets -2, -3, ... With --overwrite all files are made. Raises
+  ValueError if --output is one file, and the videos do not fit into it, or it exists with other settings.
   """
   ending = one_file(settings.output, works)
   files, missing, taken = [], [], False
-  for one, own in zip(works, stored):
+  for one in works:
     kind = "png" if one.is_image else "" if settings.format == FRAMES else settings.format
     stem = os.path.splitext(settings.output)[0] if ending else paths.join(settings.output, one.stem)
     check_rate(ending or kind, one.requests[0].fps)
     path, number = settings.output if ending else f"{stem}.{kind}".rstrip("."), 1
-    while not settings.overwrite and made_with(path) not in (None, own):
+    while not settings.overwrite and made_with(path) not in (None, one.settings):
       if taken := bool(ending):
         break
       number += 1
       path = f"{stem}-{number}.{kind}".rstrip(".")
-    files.append(path)
+    files.append(dataclasses.replace(one, path=path))
     missing.append(settings.overwrite or not paths.exists(path))
   if jax.process_count() > 1:  # other processes may see other files
     taken, *missing = multihost_utils.broadcast_one_to_all(np.asarray([taken, *missing]))
   if taken:
     raise ValueError(f"--output {settings.output} exists, and was made with other settings; --overwrite replaces it")
-  return [Target(*target) for target, make in zip(zip(works, files, stored), missing) if make]
+  return list(itertools.compress(files, missing))
 
 
 def one_file(output: str, works: Sequence[Work]) -> str:

@@ -26,8 +26,9 @@ from typing import Any
 import numpy as np
 
 from data import paths
+from data.command_line import OneLineParser
 from stdit_jax.autoencoders import i3d, perceptual
-from stdit_jax.cli import OneLineParser, one_line_errors
+from stdit_jax.cli import one_line_errors
 from stdit_jax.interop import mapping
 from stdit_jax.interop.safetensors_io import write_checkpoint
 

@@ -70,11 +70,11 @@ def test_default_placements_do_not_move_positions():
     ("0,2", "there are 2 references"),
     ("0,0,-10,0,2", "reference 0 has 6 frames, -6 to 5"),
     ("0,0,0,8", "the clip has 8 frames"),
-    ("0,0,0,0,1,1.5", "the edit ratio 0 to 1"),
+    ("0,0,0,0,1,1.5", "an edit ratio from 0 to 1"),
     ("0,,1", "'0,,1' is not LOOP"),
     ("0,0,0,0,1,0,0", "is not LOOP"),
     ("0;", "'' is not LOOP"),
-    ("0,0,0,0,-1", "at least 0"),
+    ("0,0,0,0,-1", "negative ones only for frame positions"),
   ],
 )
 def test_wrong_strategies_are_refused(strategy, words):

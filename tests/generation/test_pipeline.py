@@ -69,7 +69,7 @@ def test_noise_bits_depend_on_the_seed_alone(pipeline):
   three = np.asarray(latent_noise(config, keys((5, 6, 7)), size))
   assert three[1].tobytes() == np.asarray(latent_noise(config, keys((6,)), size))[0].tobytes()
   # 9 x 7 latents fill 5 x 4 patches of 2 x 2; the rest of the patches is zero.
-  inside = pipelines.image_valid(size, config.patch_size, 4)
+  inside = pipelines.image_valid(config, size)
   assert not three[:, ~inside].any()
   assert three[:, inside].all()
 
@@ -325,7 +325,7 @@ def test_another_file_with_the_same_name_changes_the_settings(assets, trained, t
   for name in ("0.png", "0.png", "1.png"):
     shutil.copy(assets / name, image)
     works = work.make_work(settings, ["x"], config, autoencoder)
-    found += work.stored_settings(works, settings, config.sample, "a model", autoencoder)
+    found += [one.settings for one in work.with_settings(works, settings, config.sample, "a model", autoencoder)]
   assert found[0] == found[1] != found[2]
 
 
@@ -539,8 +539,8 @@ def test_explain_writes_no_file(assets, trained, tmp_path, capsys):
   (["--task", "image", "--reference", "x.png"], "not both"),
   (["--mask-strategy", "0"], "there are 0 references"),
   (["--mask-strategy", "0;x"], "'x' is not LOOP"),
-  (["--reference", "ASSETS/0.png"], "0.png is given, but nothing says where; give --mask-strategy, or --task"),
-  (["--reference", "ASSETS/0.png", "--mask-strategy", "1,0"], "is of loop 1, and there are 1, numbered from 0 (--loops)"),
+  (["--reference", "ASSETS/0.png"], "0.png is given without its place in the clip; give --mask-strategy, or --task"),
+  (["--reference", "ASSETS/0.png", "--mask-strategy", "1,0"], ": loop 1 does not exist; give 0 to 0, or more --loops"),
   (["--task", "animate", "ASSETS/0.png", "--num-frames", "1"], "--num-frames is too small for --task animate"),
   (["--task", "endless", "--loops", "3", "--num-frames", "1"], "--num-frames is too small: 1 of the clip's 1 latent frames"),
   (["--guidance-scale", "nan"], "--guidance-scale is nan; give a number"),
@@ -554,7 +554,7 @@ def test_explain_writes_no_file(assets, trained, tmp_path, capsys):
   (["--condition-edit", "2"], "--condition-edit is 2; allowed: 0 to 1"),
   (["--compat", "open-sora-1.1"], "is of iddpm; the model was trained with rectified-flow"),
   (["--prompt", 'x {"a": 1}'], "'a' is none of reference_path, mask_strategy"),
-  (["--prompt", 'x {"reference_path": ["a.png"]}'], "'reference_path' must be text, of several files joined by ';'"),
+  (["--prompt", 'x {"reference_path": ["a.png"]}'], "'reference_path' must be text; join several files by ';'"),
 ])  # fmt: skip
 def test_bad_tasks_are_one_line(assets, trained, tmp_path, capsys, arguments, words):
   fixed = ["--run", str(trained), *SIZE, "--prompt", "x", "--output", str(tmp_path / "out")]

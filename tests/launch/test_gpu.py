@@ -59,7 +59,7 @@ def test_gpu_sh_trains_and_restarts(stand_ins, options, variables):
     (("1", "10.0.0.1:1234", "2", ""), "STDIT_JAX_PROCESS_ID must be set too"),
     (("", "10.0.0.1", "2", "0"), "STDIT_JAX_COORDINATOR=10.0.0.1 is not like HOST:PORT"),
     (("", "::1:1234", "2", "0"), "is not like HOST:PORT"),
-    (("", "[::1]:1234", "2", "2"), "STDIT_JAX_PROCESS_ID=2 of STDIT_JAX_NUM_PROCESSES=2"),
+    (("", "[::1]:1234", "2", "2"), "STDIT_JAX_PROCESS_ID=2: processes are numbered 0, 1"),
     (("", "a:1", "two", "0"), "processes are numbered 0, 1"),
     (("", "a:1", "2", "-1"), "processes are numbered 0, 1"),
   ],

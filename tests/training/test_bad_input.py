@@ -52,7 +52,7 @@ WRONG = [
   ({"model__fields__dtype": "float8"}, "dtype is 'float8'; allowed: float32, bfloat16"),
   ({"model__fields__caption_channels": 32}, "gives 64 features, but the denoiser takes caption_channels=32; set"),
   ({"model__fields__model_max_length": 9}, "text_encoder.max_length is 16, but the denoiser's null caption has model_max"),
-  ({"model__fields__in_channels": 8}, "the autoencoder's latents have 4 channels, but the denoiser takes 8"),
+  ({"model__fields__in_channels": 8}, "the autoencoder has 4 channels, but model.fields.in_channels=8"),
   ({"text_encoder__name": "xxxl"}, "unknown text encoder 'xxxl'; allowed: small"),
   ({"text_encoder__where": "here"}, "text_encoder.where is 'here'; allowed: 'step', 'ahead', 'disk'"),
   ({"text_encoder__where": "ahead"}, "text_encoder.train needs text_encoder.where='step'"),

@@ -342,7 +342,7 @@ def test_wrong_arguments_are_refused(assets, table, config, tmp_path, capsys):
     (["--epochs", 1, "--stage", "second"], "--stage 'second' is none of tiny"),
     (["--epochs", 1, "--config.data.tabels=x"], "there is no key 'data.tabels'"),
     (["--epochs", 1, "--config.autoencoder.name=tiny-causal3d"], "frames for 'tiny-causal3d', but the autoencoder changes"),
-    (["--epochs", 1, "--config.text_encoder.where=step", "--config.text_encoder.train=True", "--text"], "a text encoder that"),
+    (["--epochs", 1, "--config.text_encoder.where=step", "--config.text_encoder.train=True", "--text"], "so embeddings"),
   ):
     with pytest.raises(SystemExit) as stop:
       encode.main(["--config", str(config), "--output", str(tmp_path), *map(str, arguments)])

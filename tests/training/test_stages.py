@@ -220,7 +220,7 @@ RECIPES = {
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda module: module.__name__)
 def test_recipes_of_open_sora_have_their_settings(recipe):
   path = pathlib.Path(recipe.__file__)
-  settings = plan.parse(["--config", str(path), "--topology", "v5e:8x8"])
+  settings = plan.Settings(config=str(path), topology="v5e:8x8")
   jobs = [job.stage for job in plan.make_jobs(settings)[1]]
   written = plain(recipe.get_config())
   assert plain(from_plain(written)) == written  # the form in checkpoints and in `plan`
