@@ -11,7 +11,7 @@ The original encodes 8 frames at a time and decodes 2 latents at a time. Convolu
 norms take their statistics over one chunk. The chunks therefore change the result, and `statistics` chooses between them and
 the whole clip. Whether a clip then runs whole, chunk by chunk or over several devices changes no number.
 
-Only lengths of 8k and 8k + 1 frames stay as they are. A clip of 4k + 1 frames with an even number of latents becomes longer.
+Decoding restores only lengths of 8k and 8k + 1 frames. A clip of 8k + 5 frames, for instance, becomes three frames longer.
 """
 
 import dataclasses
@@ -78,7 +78,7 @@ class Causal3DConfig(AutoencoderConfig):
     return num_frames
 
   def pixel_frames(self, latent_frames: int) -> int:
-    """Frames that so many latent frames are decoded to."""
+    """Frames of the clip that the decoder makes of so many latent frames."""
     for _ in range(self.halvings):
       latent_frames = double(latent_frames)
     return latent_frames

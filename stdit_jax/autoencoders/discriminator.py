@@ -23,9 +23,9 @@ from stdit_jax.autoencoders.layers import Conv3D, GroupNorm
 from stdit_jax.parallel.shardings import Layout, constrain
 
 _MOST = 8  # largest number of features, relative to the first layer
-# Mesh axes of clips and activations. If clips are split in time, the discriminator splits height instead: 8k + 1 frames do not
-# divide evenly, but the sides of a crop do while each device has a row after the last layer. XLA exchanges the rows that
-# convolutions need. Decoded clips, split in time, need one all-to-all of pixels, which is small beside the activations.
+# Mesh axes of clips and activations. The autoencoder splits clips in time, the discriminator splits their height: devices can
+# share the rows of a crop evenly, but not 8k + 1 frames. Each device needs a row after the last layer. XLA exchanges the rows
+# that convolutions need. Decoded clips need one all-to-all of pixels, which is small beside the activations.
 _AXES = ("batch", None, "tokens")
 
 

@@ -53,7 +53,7 @@ def _frame_by_frame(x, kernel, strides, padding):
   return functools.reduce(jnp.add, parts).astype(dtype).reshape(*frames.shape[:2], *parts[0].shape[1:])
 
 
-# The gradient chooses again. The derivative of a choice would store the residuals of both branches.
+# The backward pass chooses the convolution again: the derivative of a choice would store the residuals of both branches.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _conv3d(x, kernel, *how):
   return _by_platform(lambda conv: lambda *args: conv(*args, *how), x, kernel)

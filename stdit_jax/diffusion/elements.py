@@ -15,7 +15,7 @@ def expand(values: Shaped[ArrayLike, "*lead"], like: Shaped[ArrayLike, "..."]) -
 
 
 def zero_invalid(x: Latents, valid: Valid | None) -> Latents:
-  """`x` with zeros, the padding of the original, where it is not valid. None = valid everywhere."""
+  """Sets invalid elements of `x` to zero, as the original pads. None = all elements are valid."""
   return x if valid is None else jnp.where(valid, x, jnp.zeros((), x.dtype))
 
 
@@ -86,7 +86,7 @@ def no_previous(x: Latents) -> Previous:
 def second_order(
   value: Latents, size: Float[Array, " B"], previous: Previous, active: FrameMask | None = None
 ) -> tuple[Latents, Previous]:
-  """Extrapolates a prediction to the middle of a step of `size` by the previous prediction.
+  """Extrapolates a prediction to the middle of a step of `size`, along the line through the previous prediction.
 
   value + size / (2 previous size) (value - previous value): Adams-Bashforth 2, or DPM-Solver++ 2M in log-SNR. The prediction
   is not changed if a size is infinite, nor in frames that did not take part in the previous step.

@@ -9,7 +9,7 @@ Two properties of the original stay, because released weights were trained with 
   * Tables are computed in float32, which shifts some entries near t = 0 by up to 6e-4. `tables="float64"` computes exact ones.
   * In masked training, clean frames are q_sample at index 0 (noise of standard deviation 0.01), not the clean latents.
 Two errors of the original are corrected; `compat="open-sora-1.1"` restores them:
-  * The original adds noise to frames with edit ratio 0, and denoises them, on the last step.
+  * On the last step, the original adds noise to frames with edit ratio 0 and denoises them.
   * In the step that adds noise to a frame, the original shows this frame as clean. It uses the prediction for this frame,
     although the loss excludes clean frames.
 """
@@ -49,8 +49,8 @@ def _cosine(s):
 def space_timesteps(num_timesteps: int, respacing: str | int | None) -> list[int]:
   """Original timesteps, sorted, that a respaced schedule uses.
 
-  `respacing` is a number of steps (int or "100"), or several with commas between (steps in each of as many equal sections), or
-  "ddim50" (the constant integer stride of exactly 50 steps). None or "" = all.
+  `respacing` is a number of steps (50 or "50"). "10,15,20" divides the timesteps into three equal sections with so many steps.
+  "ddim50" takes 50 steps with a constant integer stride. None or "" = all timesteps.
 
   Raises:
     ValueError: more steps than timesteps, no such stride, or a text of another form.
@@ -207,7 +207,7 @@ class IDDPM:
     if v is not None:
       fraction = (v + 1) / 2
       log_variance = fraction * high + (1 - fraction) * low
-    else:  # the upper bound begins with the posterior variance, too, as in the original
+    else:  # at index 0, "fixed-large" takes the posterior variance, as in the original
       fixed = low if self.variance == "fixed-small" else jnp.where(expand(index == 0, x), low, high)
       log_variance = jnp.broadcast_to(fixed, x.shape)
     mean, _ = self.posterior(self.predict_x0(noise, x, index), x, index)
@@ -247,7 +247,7 @@ class IDDPM:
       t: schedule indices (`sample_timesteps`).
       num_channels: latent channels.
       frame_mask: True = frame to generate.
-      valid: elsewhere the model sees zeros.
+      valid: the model sees zeros in place of invalid elements.
     """
     terms = self.loss_terms(denoise, x0, noise, t, num_channels=num_channels, frame_mask=frame_mask, valid=valid)
     return terms["loss"]

@@ -58,7 +58,7 @@ def _namespace(*arrays) -> Any:
 
 
 def _floats(values) -> Any:
-  """As an array: floats of up to 32 bits as they are, all other numbers as float32."""
+  """Converts numbers to an array of float32. Arrays of 16-bit floats stay as they are."""
   array = values if isinstance(values, jax.Array) else np.asarray(values)
   return array if jnp.issubdtype(array.dtype, jnp.floating) and array.dtype != np.float64 else array.astype(np.float32)
 
@@ -74,7 +74,7 @@ class RectifiedFlow:
     use_timestep_transform: apply `timestep_transform`, with `transform_scale`.
     sampler: "euler" (the original's) or "adams-bashforth" (second order, also one evaluation a step).
     sampling_shift: moves the sampler's timesteps towards noise, after the transform: a t / (1 + (a - 1) t) for t from 0 to 1
-      (Esser et al. 2024, arXiv 2403.03206, eq. 23). 1 is no shift. With few steps, the first ones make most of the error.
+      (Esser et al. 2024, arXiv 2403.03206, eq. 23). 1 is no shift. Of few steps, the first steps cause most of the error.
     compat: None, or "open-sora-1.2" for the original's errors (see the module).
   """
 
@@ -151,7 +151,7 @@ class RectifiedFlow:
       t: in [0, num_timesteps].
       num_channels: latent channels.
       frame_mask: True = frame to generate. The model sees the other frames exactly clean; they have no loss.
-      valid: elsewhere the model sees zeros.
+      valid: the model sees zeros in place of invalid elements.
     """
     x_t = self.add_noise(x0, noise, t)
     if frame_mask is not None:

@@ -1,6 +1,6 @@
 """The state of a sampler, which every formulation takes and returns, and the models that it calls.
 
-The named tuples are pytrees, of shapes or shardings, too.
+The leaves of the named tuples are arrays, shapes or shardings.
 """
 
 from collections.abc import Callable

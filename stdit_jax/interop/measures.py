@@ -17,7 +17,7 @@ def load_perceptual(name: str, path: paths.Path, sha256: str = "") -> dict:
   Other tensors of the file, like a classifier, are skipped.
 
   Raises:
-    ValueError: the file has another SHA-256 than the given one, holds another trunk, or lacks tensors.
+    ValueError: the file has another SHA-256, holds another trunk, or lacks tensors.
   """
   shapes: dict[str, Any] = perceptual.shapes(name)
   if sha256:

@@ -95,7 +95,7 @@ def find_model(name: str, overrides: Mapping, layouts: Collection[str] = (), par
 
   Args:
     layouts: names of layouts that the model must have.
-    part: of a training run. Like `layouts`, it decides if models share a name.
+    part: as in `NamedModel`. `layouts` and `part` choose between models that share a name.
 
   Raises:
     ValueError: an unknown name, layout or field. The message names the allowed ones.

@@ -64,7 +64,7 @@ class Family:
     flops: `(config, frames, space) -> FLOPs` of one forward pass over one sample of `frames * space` tokens.
     layouts: checkpoint layouts of its files, the usual one first: names of `interop.LAYOUTS`, or objects.
     stacks: parameters whose leading axis is the depth.
-    resizable: constants whose leading axis may change between stages. A longer one repeats the last row.
+    resizable: constants whose first axis may have another length in the next stage. A longer axis repeats the last row.
     supports: see `Supports`.
   """
 

@@ -23,7 +23,7 @@ MAX_PERIOD = 10000.0
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 COMPUTE_DTYPES = ("float32", "bfloat16")  # for training; float16 would need a scaled loss
-# Axes of tokens `[B, T, S, D]` during attention over space, and over time. The mesh may split the axis without attention.
+# Axes of tokens `[B, T, S, D]` during attention over space, and over time. The mesh may split the other one of the two axes.
 OVER_SPACE, OVER_TIME = ("batch", "tokens", None, None), ("batch", None, "tokens", None)
 
 
@@ -45,14 +45,14 @@ class Linear(nn.Module):
   The kernel is `[*inputs, *features]`. Heads are separate axes, so that they can be sharded. The default initialisation is
   Xavier uniform over the whole fused matrix with a zero bias, as `_basic_init` in Open-Sora 1.0-1.2.
 
-  The layer pins its input and output to one layout, and so their gradients. The gradient of the kernel sums over tokens. XLA's
+  The layer pins its input, its output and their gradients to one layout. The gradient of the kernel sums over tokens. XLA's
   partitioner (jax 0.10.2) drops a part of that sum when one factor is split over frames and the other one over positions.
 
   Attributes:
     inputs: sizes of the axes that the product sums over; by default the last axis of the input.
-    layout: of activations on the mesh; axes: names (of `Layout.axes`) of the leading dimensions, by default None.
-    tensor: the axis of the kernel that is split over `tensor`. Zeros pad heads that do not divide. The output then has more
-      heads than `features` says, and the input may have more than `inputs` says.
+    axes: names (of `Layout.axes`) of the first dimensions of the input. The mesh does not split the dimensions after them.
+    tensor: the axis of the kernel that the mesh axis `tensor` splits. Zeros pad heads up to a multiple of its size. The output
+      then has more heads than `features`, and the next layer accepts more heads than its `inputs`.
   """
 
   features: tuple[int, ...]
@@ -140,8 +140,8 @@ class RMSNorm(nn.Module):
     return y.astype(x.dtype) * scale.astype(x.dtype)
 
 
-# The host computes frequencies in the originals' order of float32 roundings and with exactly rounded functions. An error in
-# the last digit of a frequency, times a timestep of 1000, is an error of 1e-5 in the embedding.
+# NumPy computes frequencies on the host, since its functions round correctly. Operations have the order of the originals. An
+# error in the last digit of a frequency, times a timestep of 1000, is an error of 1e-5 in the embedding.
 
 
 def sinusoid(values: Num[ArrayLike, "*lead"], dim: int = 256) -> Float[Array, "*lead dim"]:

@@ -65,7 +65,7 @@ def run_layers(layer: Callable, x: jax.Array, stacked: Any, scan: bool, policy: 
 
 
 def stacked_params(module: nn.Module, blocks: Mapping[str, nn.Module], depth: int, *inputs) -> dict:
-  """Parameters `[depth, ...]` of every block of a layer, as parameters of `module`. `inputs` are inputs of a block."""
+  """Declares the parameters `[depth, ...]` of each block of a layer in `module`. `inputs` are example inputs of a block."""
 
   def init(block):
     return lambda key: jax.vmap(lambda k: block.init(k, *inputs)["params"])(jax.random.split(key, depth))

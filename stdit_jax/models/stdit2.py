@@ -22,8 +22,8 @@ class STDiT2Config(common.STDiTConfig):
   """Open-Sora 1.1.
 
   Attributes:
-    qk_norm_legacy: rotate, then norm, as 1.1 trained it; False is STDiT-2 as built by 1.2's code.
-    fps_condition: False leaves out the embedding of the frame rate, as 1.1 began.
+    qk_norm_legacy: rotate before the norm, as 1.1 was trained. With False, norm first, as the code of 1.2 builds STDiT-2.
+    fps_condition: embed the frame rate. The first stages of 1.1 lack this embedding.
   """
 
   model_max_length: int = 200

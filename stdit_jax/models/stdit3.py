@@ -16,14 +16,14 @@ from stdit_jax.parallel.shardings import constrain
 
 @dataclasses.dataclass(frozen=True)
 class STDiT3Config(common.STDiTConfig):
-  """Open-Sora 1.2, whose adaptation began as PixArt.
+  """Open-Sora 1.2, which starts from the weights of PixArt.
 
   Attributes:
-    fps_condition: False leaves out the embedding of the frame rate, as the adaptation began.
+    fps_condition: embed the frame rate. PixArt has no such embedding.
     temporal_blocks: False leaves out attention over time: frames of a clip then know nothing of each other.
     frame_positions: adds a sinusoid of the frame's number to the tokens, as Open-Sora 1.0's blocks do. The original has none.
-      Rotary positions tell how far frames are apart, not which one is the first, so that from noise alone no frame can know
-      whether something that moves to the right is still left or already right.
+      Rotary positions tell how far frames are apart, but not which frame is the first. From noise alone, no frame can then know
+      how far a movement has come.
   """
 
   fps_condition: bool = True

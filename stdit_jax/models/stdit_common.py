@@ -1,4 +1,4 @@
-"""What the three STDiTs share: configuration, embeddings, modulation, the final layer, and most of their records."""
+"""What the three STDiTs share: configuration, embeddings, modulation, the final layer, and fields of `family.Family`."""
 
 import dataclasses
 import math
@@ -42,7 +42,7 @@ class STDiTConfig:
 
   Attributes:
     input_sq_size: side in pixels at which the spatial position embedding has unit scale (STDiT-2 and 3).
-    pred_sigma: predict C more channels (the variance of IDDPM; rectified flow ignores them).
+    pred_sigma: the model also predicts one variance per channel, for IDDPM. Rectified flow ignores the variances.
     scan: run the blocks as one `lax.scan`. False unrolls them: a profile then has one name per block, and CPUs are faster.
     remat: the activations of a block that the backward pass stores, one of REMAT_POLICIES.
     compat: "open-sora" scales positions by the size of the *first* sample of the batch, as the originals do. By default
@@ -105,7 +105,7 @@ class STDiTConfig:
 class Conditions(NamedTuple):
   """The inputs of every block beside the tokens.
 
-  A modulation is a pair: of noised frames `[B, rows * D]`, and of clean frames (timestep 0) or None without x_mask.
+  A modulation is a pair of vectors `[B, rows * D]`: one for noised frames, one for clean frames (None without x_mask).
   """
 
   text: jax.Array  # [B, L, D]
@@ -234,13 +234,13 @@ class STDiT(nn.Module):
     return self.variable("constants", "rope_frequencies", layers.rope_frequencies, self.config.head_dim).value
 
   def modulation_vectors(self, name: str, rows: int, embeddings: Sequence, init: Init = None) -> list:
-    """SiLU, then a linear layer to `rows * D`, for the noised and (None without x_mask) the clean embedding `[B, D]`."""
+    """SiLU, then a linear layer: `[B, D] -> [B, rows * D]` for each embedding, the noised and the clean one or None."""
     cfg = self.config
     linear = Linear((rows * cfg.hidden_size,), kernel_init=init, dtype=DTYPES[cfg.dtype], layout=self.layout, name=name)
     return [None if e is None else linear(nn.silu(e)) for e in embeddings]
 
   def finish(self, x: ArrayLike, frames: int, cached: Any, reuse: step_cache.Reuse | None) -> Array | tuple:
-    """The model's result: float32, without padding frames; with `reuse` also the cached outputs, where they belong."""
+    """The result of the model, float32 without padding frames. With `reuse` also the cached outputs, in their layout."""
     padded = x.shape[:3]
     x = constrain(x.astype(jnp.float32)[:, :frames], self.layout, *OVER_TIME)
     if reuse is None:
@@ -268,7 +268,8 @@ def embed_positions(
     width: D.
     grid: `[B, 3]` token grid (T, rows, columns) of every sample.
     num_tokens: S.
-    scale: `[B]`; 1.0 keeps the plain index (with `base=False`, STDiT 1.0: index / space_scale).
+    scale: `[B]`.
+    base: False leaves out the factor base / side: STDiT 1.0.
   """
   rows, columns = (grid[:, i, None].astype(jnp.float32) for i in (1, 2))
   index = jnp.arange(num_tokens, dtype=jnp.int32)

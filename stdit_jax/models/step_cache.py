@@ -29,7 +29,7 @@ class PyramidBroadcast:
   """Several steps share one output of an attention. The defaults come from VideoSys for Open-Sora 1.2.
 
   Attributes:
-    space, time, cross: number of steps that share one output of this attention, with the step that computes it.
+    space, time, cross: number of steps that share one output of this kind of attention. The first of them computes it.
     interval: the timesteps between which steps reuse outputs.
   """
 

@@ -49,8 +49,8 @@ class T5Config:
     feed_forward_proj: "gated-gelu" (v1.1) or "relu" (v1.0).
     dtype: of the computation; norms, softmax and position bias are float32.
     param_dtype: of the parameters; bfloat16 halves the memory of a frozen XXL.
-    relative_bias_std: standard deviation of the initial position biases. None: d_model ** -0.5, as in the original. With a
-      larger value every head initially attends to other distances. So an untrained encoder tells words apart, not only letters.
+    relative_bias_std: standard deviation of the initial position biases. None: d_model ** -0.5, as in the original. A larger
+      value makes each head initially attend to other distances than the next one, so an untrained encoder can tell words apart.
     scan: run the blocks as one `lax.scan`. False unrolls them for debugging, with the same values.
     remat: the activations of a block that the backward pass stores, one of REMAT_POLICIES.
   """
@@ -185,8 +185,8 @@ def relative_bias(
 ) -> Float[Array, "heads {length} {length}"]:
   """The float32 bias (head, query, key) of a table of position biases.
 
-  Every distance has one value, which fills a diagonal by repeating and reshaping. A gather of length^2 rows would have a
-  scatter as its gradient, which is slow on accelerators.
+  Each distance has one value on a whole diagonal, so the function repeats and reshapes the values. A gather of length^2 rows
+  would have a scatter as its gradient, and scatters are slow on accelerators.
   """
   num_buckets, heads = table.shape
   buckets = relative_buckets(jnp.arange(1 - length, length), num_buckets, max_distance)
@@ -211,7 +211,7 @@ class T5Encoder(nn.Module):
     """Encodes token ids (L >= 1). Features are in the compute dtype.
 
     `mask` is bool or 0/1; None: all tokens are valid. Invalid tokens do not influence valid ones, and their own rows have no
-    meaning. An id outside the vocabulary reads NaN, which shows in the loss.
+    meaning. An id outside the vocabulary gives NaN, so the loss shows the error.
     """
     c, dtype, param_dtype = self.config, DTYPES[self.config.dtype], DTYPES[self.config.param_dtype]
     embedding = self.param("token_embedding", nn.initializers.normal(1.0), (c.vocab_size, c.d_model), param_dtype)

@@ -15,7 +15,7 @@ _BYTES = {
 }  # fmt: skip
 _SHAPE = re.compile(r"\b(" + "|".join(_BYTES) + r")\[([\d,]*)\](\{[^}]*\})?")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
-# Instructions that move nothing, or whose parts count elsewhere.
+# Instructions that move nothing, or that run computations which count by themselves.
 _FREE = {
   "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
   "partition-id", "replica-id", "opt-barrier", "iota",
@@ -28,7 +28,7 @@ class Collective:
 
   Attributes:
     kind: one of COLLECTIVES.
-    bytes: of its result, for a reduce-scatter of its operand.
+    bytes: size of the result. For a reduce-scatter: size of the operand.
     times: how often it runs.
     in_loop: whether it is in the body of a loop.
   """
@@ -70,9 +70,9 @@ def _trips(rest, found):
 
 
 def multiplicities(found: dict[str, list], entry: str | None) -> tuple[collections.Counter, set[str]]:
-  """({computation: how often it runs}, set of the fused ones among them).
+  """({computation: how often it runs}, set of the computations that are fusions).
 
-  Computations are the entry, the bodies of its loops, the ones it calls, and fusions with a collective inside.
+  The computations are the entry, the bodies of its loops, the ones it calls, and fusions with a collective inside.
   """
   times, fused = collections.Counter(), set()
 
@@ -110,7 +110,7 @@ def _kind(opcode):
 
 
 def collectives(text: str) -> list[Collective]:
-  """All collectives within a slice, of a module's text."""
+  """The collectives of a module that stay within a slice. `text` is its HLO."""
   found, entry = computations(text)
   result, seen = [], set()
   for name, times in multiplicities(found, entry)[0].items():
@@ -151,8 +151,8 @@ def slice_bytes(text: str) -> int:
 def memory_bytes(text: str) -> int:
   """Bytes of main memory that all instructions read and write, if each reads its operands and writes its result once.
 
-  An array in on-chip memory counts when it is copied there. A fusion that takes a slice of an operand reads the slice only, as
-  each layer of a scan does with stacked parameters. A fusion that updates a slice in place writes the slice only.
+  An array in on-chip memory counts once, for the copy from main memory. A fusion that takes a slice of an operand reads only the
+  slice, as each layer of a scan does with stacked parameters. A fusion that updates a slice in place writes the slice only.
   """
   found, entry = computations(text)
   times, fused = multiplicities(found, entry)
