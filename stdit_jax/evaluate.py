@@ -36,11 +36,11 @@ from data.buckets import parse_buckets
 from data.command_line import flag
 from data.config import DataConfig
 from stdit_jax import cli, loading
-from stdit_jax.autoencoders import reconstruction
+from stdit_jax.autoencoders import i3d, reconstruction
 from stdit_jax.config import Config
 from stdit_jax.generation.settings import PipelineSettings
 from stdit_jax.generation.shapes_exam import PARTS, Exam, examine
-from stdit_jax.interop import measures
+from stdit_jax.interop import load_variables, measures
 from stdit_jax.parallel.mesh import make_mesh
 from stdit_jax.training.batches import Encoders
 from stdit_jax.training.checkpoints import load_weights
@@ -173,7 +173,7 @@ def evaluate_autoencoder(settings: Settings, folder: str) -> tuple[str, dict[str
   judges = reconstruction.Judges(
     settings.perceptual[0] if settings.perceptual else "",
     measures.load_perceptual(*settings.perceptual) if settings.perceptual else None,
-    measures.load_i3d(settings.i3d) if settings.i3d else None,
+    load_variables(settings.i3d, "native", i3d.init_shapes()) if settings.i3d else None,
   )
   exam, found, shown = reconstruction.Exam(codec, judges, settings.repeat), {}, []
   for bucket in buckets:

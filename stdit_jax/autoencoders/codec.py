@@ -117,7 +117,7 @@ class Codec:
     if self.tiles and self.tiles.cut(latents.shape[1:3]):
       whole = dataclasses.replace(self, tiles=None, as_uint8=False)
       finish = to_uint8 if self.as_uint8 else None
-      share = num_frames / self.tiles.count(latents.shape[1:3])
+      share = num_frames / sum(map(len, self.tiles.places(latents.shape[1:3])))
 
       def decode_tile(z):
         pixels = whole.decode(z, num_frames)

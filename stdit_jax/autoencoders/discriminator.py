@@ -31,17 +31,11 @@ _AXES = ("batch", None, "tokens")
 
 @dataclasses.dataclass(frozen=True)
 class DiscriminatorConfig:
-  """Sizes.
+  """Sizes."""
 
-  Attributes:
-    features: channels after the first layer.
-    layers: number of layers that halve the sides.
-    groups: of the norms.
-  """
-
-  features: int = 64
-  layers: int = 3
-  groups: int = 8
+  features: int = 64  # channels after the first layer
+  layers: int = 3  # number of layers that halve the sides
+  groups: int = 8  # of the norms
 
   def __post_init__(self):
     if min(self.features, self.layers, self.groups) < 1 or 2 * self.features % self.groups:

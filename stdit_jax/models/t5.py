@@ -32,7 +32,7 @@ from jaxtyping import Array, Float, Int, Key, Shaped
 
 from stdit_jax import fields
 from stdit_jax.arrays import ArrayLike
-from stdit_jax.models.layers import DTYPES
+from stdit_jax.models.layers import DTYPES, RMSNorm
 from stdit_jax.models.stack import REMAT_POLICIES, run_layers, stacked_params
 from stdit_jax.parallel.shardings import BLOCK_RULES, Layout, constrain, gather_layer
 
@@ -51,8 +51,7 @@ class T5Config:
     param_dtype: of the parameters; bfloat16 halves the memory of a frozen XXL.
     relative_bias_std: standard deviation of the initial position biases. None: d_model ** -0.5, as in the original. A larger
       value makes each head initially attend to other distances than the next one, so an untrained encoder can tell words apart.
-    scan: run the blocks as one `lax.scan`. False unrolls them for debugging, with the same values.
-    remat: the activations of a block that the backward pass stores, one of REMAT_POLICIES.
+    scan, remat: as in `stack.run_layers`.
   """
 
   d_model: int = 4096
@@ -81,20 +80,6 @@ class T5Config:
         f"T5Config: relative_attention_num_buckets is {buckets}, relative_attention_max_distance {distance}; buckets must be a "
         "multiple of 4, at least 4, and the distance more than a quarter of the buckets"
       )
-
-
-class RMSNorm(nn.Module):
-  """`x / rms(x) * scale`. The norm is float32, the scale is applied in the compute dtype (`T5LayerNorm`)."""
-
-  config: T5Config
-
-  @nn.compact
-  def __call__(self, x: ArrayLike) -> Array:
-    dtype = DTYPES[self.config.dtype]
-    scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), DTYPES[self.config.param_dtype])
-    x = x.astype(jnp.float32)
-    x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.config.layer_norm_epsilon)
-    return x.astype(dtype) * scale.astype(dtype)
 
 
 class Linear(nn.Module):
@@ -160,8 +145,10 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, x: ArrayLike, bias: ArrayLike, mask: ArrayLike | None) -> Array:
-    x = x + Attention(self.config, self.layout, name="attention")(RMSNorm(self.config, name="attention_norm")(x), bias, mask)
-    return x + Mlp(self.config, self.layout, name="mlp")(RMSNorm(self.config, name="mlp_norm")(x))
+    c = self.config
+    norm = functools.partial(RMSNorm, c.layer_norm_epsilon, DTYPES[c.param_dtype])
+    x = x + Attention(c, self.layout, name="attention")(norm(name="attention_norm")(x), bias, mask)
+    return x + Mlp(c, self.layout, name="mlp")(norm(name="mlp_norm")(x))
 
 
 def relative_buckets(distance: Int[ArrayLike, "*shape"], num_buckets: int, max_distance: int) -> Int[Array, "*shape"]:
@@ -221,19 +208,16 @@ class T5Encoder(nn.Module):
 
     x = constrain(jnp.take(embedding, ids, axis=0, mode="fill").astype(dtype), self.layout, "batch", None, None)
     bias = relative_bias(table, ids.shape[1], c.relative_attention_max_distance)
-    x = self.run_blocks(x, bias, None if mask is None else jnp.asarray(mask, bool))
-    return RMSNorm(c, name="final_norm")(x)
-
-  def run_blocks(self, x: Float[ArrayLike, "B L D"], bias: Float[ArrayLike, "heads L L"], mask: Any) -> Float[Array, "B L D"]:
-    """Runs the layers, whose parameters are stacked in depth, as one `lax.scan` or unrolled, with remat by name."""
-    c, block = self.config, Block(self.config, self.layout, parent=None)
+    mask = None if mask is None else jnp.asarray(mask, bool)
+    block = Block(c, self.layout, parent=None)
     stacked = stacked_params(self, {"blocks": block}, c.num_layers, x, bias, mask)["blocks"]
 
     def layer(x, params):
-      params = gather_layer(params, "blocks", self.layout, DTYPES[c.dtype], RULES)
+      params = gather_layer(params, "blocks", self.layout, dtype, RULES)
       return constrain(block.apply({"params": params}, x, bias, mask), self.layout, "batch", None, None), None
 
-    return run_layers(layer, x, stacked, c.scan, c.remat)[0]
+    x, _ = run_layers(layer, x, stacked, c.scan, c.remat)
+    return RMSNorm(c.layer_norm_epsilon, param_dtype, name="final_norm")(x)
 
 
 TABLE = {
@@ -254,9 +238,7 @@ def get_config(name: str, **overrides: Any) -> T5Config:
   return fields.replace(fields.choose(TABLE, name, "text encoder"), overrides, f"text encoder {name}")
 
 
-def build(config: T5Config, layout: Layout | None = None) -> T5Encoder:
-  """The encoder of a configuration."""
-  return T5Encoder(config, layout)
+build = T5Encoder  # `(config, layout) -> nn.Module`, as in `family.Family`
 
 
 def init(config: T5Config, key: Key[Array, ""]) -> Any:

@@ -82,11 +82,6 @@ class Layout:
     """Parts of tokens or frames. Their number is padded to a multiple."""
     return self.parts("tokens")
 
-  @property
-  def tensor_parts(self) -> int:
-    """Parts of heads over `tensor`. Their number is padded to a multiple."""
-    return self.parts("tensor")
-
 
 @dataclasses.dataclass(frozen=True)
 class ArraySpec:
