@@ -51,7 +51,7 @@ class T5Config:
     param_dtype: of the parameters; bfloat16 halves the memory of a frozen XXL.
     relative_bias_std: standard deviation of the initial position biases. None: d_model ** -0.5, as in the original. A larger
       value makes each head initially attend to other distances than the next one, so an untrained encoder can tell words apart.
-    scan, remat: as in `stack.run_layers`.
+    scan, remat: `scan` and `policy` of `stack.run_layers`.
   """
 
   d_model: int = 4096
