@@ -93,7 +93,7 @@ def guided(
     else:
       conditional, unconditional = (branch(x, t, x_mask) for branch in denoise)
     now = scale if interval is None else jnp.where((interval[0] <= t) & (t <= interval[1]), scale, 1.0)
-    now = expand(now, conditional) if jnp.ndim(now) else now
+    now = expand(jnp.asarray(now), conditional) if jnp.ndim(now) else now
     y = unconditional + now * (conditional - unconditional)
     channels = y.shape[-1] // positions  # of the output, variances included
     if count < channels:
