@@ -37,11 +37,11 @@ from data.buckets import parse_buckets
 from data.command_line import flag
 from data.config import DataConfig
 from stdit_jax import cli, loading
-from stdit_jax.autoencoders import reconstruction
+from stdit_jax.autoencoders import i3d, reconstruction
 from stdit_jax.config import Config
 from stdit_jax.generation.settings import PipelineSettings
 from stdit_jax.generation.shapes_exam import PARTS, Exam, examine
-from stdit_jax.interop import measures
+from stdit_jax.interop import load_variables, measures
 from stdit_jax.parallel.mesh import make_mesh
 from stdit_jax.training.batches import Encoders
 from stdit_jax.training.checkpoints import load_weights
@@ -146,7 +146,8 @@ def evaluate_autoencoder(settings: Settings, folder: str) -> tuple[str, dict[str
   table, buckets = reconstruction.open_rows(*what_to_measure(settings, config), folder)
   trunk, file = settings.perceptual or ("", "")
   perceptual = measures.load_perceptual(trunk, file) if trunk else None
-  judges = reconstruction.Judges(trunk, perceptual, measures.load_i3d(settings.i3d) if settings.i3d else None)
+  i3d_weights = load_variables(settings.i3d, "native", i3d.init_shapes()) if settings.i3d else None
+  judges = reconstruction.Judges(trunk, perceptual, i3d_weights)
   exam, found, shown = reconstruction.Exam(codec, judges, settings.repeat), {}, []
   for bucket in buckets:
     exam.check(bucket)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import safe_open
 
-from stdit_jax.models.layers import rope_frequencies
+from stdit_jax.models.layers import even_frequencies
 from tests import denoisers
 
 REFERENCE = pathlib.Path(__file__).parent / "reference" / "open_sora"
@@ -61,7 +61,7 @@ def random_variables(config, seed=0):
   draw = lambda s: jnp.asarray(rng.standard_normal(s.shape, np.float32) * (0.2 if len(s.shape) < 3 else 0.1))  # noqa: E731
   constants = {"null_caption": draw(shapes["constants"]["null_caption"])}
   if "rope_frequencies" in shapes["constants"]:
-    constants["rope_frequencies"] = rope_frequencies(config.head_dim)
+    constants["rope_frequencies"] = jnp.asarray(even_frequencies(config.head_dim))
   return {"params": jax.tree.map(draw, shapes["params"]), "constants": constants}
 
 

@@ -11,7 +11,7 @@ The original encodes 8 frames at a time and decodes 2 latents at a time. Convolu
 norms take their statistics over one chunk. The chunks therefore change the result, and `statistics` chooses between them and
 the whole clip. Whether a clip then runs whole, chunk by chunk or over several devices changes no number.
 
-Only lengths of 8k and 8k + 1 frames stay as they are. A clip of 4k + 1 frames with an even number of latents becomes longer.
+Decoding restores only lengths of 8k and 8k + 1 frames. A clip of 8k + 5 frames, for instance, becomes three frames longer.
 """
 
 import dataclasses
@@ -73,25 +73,18 @@ class Causal3DConfig(AutoencoderConfig):
     return self.temporal_compression_ratio.bit_length() - 1
 
   def latent_frames(self, num_frames: int) -> int:
-    for _ in range(self.halvings):
-      num_frames = half(num_frames)
-    return num_frames
+    return -(-num_frames // self.temporal_compression_ratio)
 
   def pixel_frames(self, latent_frames: int) -> int:
-    """Frames that so many latent frames are decoded to."""
-    for _ in range(self.halvings):
-      latent_frames = double(latent_frames)
-    return latent_frames
+    """Frames of the clip that the decoder makes of so many latent frames. The first of an odd number is one frame."""
+    return latent_frames * self.temporal_compression_ratio - latent_frames % 2 * (self.temporal_compression_ratio - 1)
 
   def keeps(self, num_frames: int) -> bool:
     return self.pixel_frames(self.latent_frames(num_frames)) == num_frames
 
   def frame_starts(self, num_frames: int) -> np.ndarray:
-    frames = [[i] for i in range(num_frames)]
-    for _ in range(self.halvings):
-      first = len(frames) % 2
-      frames = frames[:first] + [frames[i] + frames[i + 1] for i in range(first, len(frames), 2)]
-    return np.asarray([*(group[0] for group in frames), num_frames])
+    ends = num_frames - self.temporal_compression_ratio * np.arange(self.latent_frames(num_frames), -1, -1)
+    return np.maximum(ends, 0)  # only the first latent frame may have fewer frames than the ratio
 
 
 TABLE = {

@@ -1,7 +1,7 @@
 """Runs any autoencoder over clips, piece by piece: clips to normalised latents and back.
 
-A piece is what an autoencoder computes independently: a micro batch of frames, a chunk, or a chunk with the state of the
-previous one. Memory therefore does not grow with the length of a clip. Pieces of one shape share one compiled program.
+A piece is what one call of a program computes: a micro batch of frames, or a chunk, perhaps with the state of the previous
+chunk. Memory therefore does not grow with the length of a clip. Pieces of one shape share one compiled program.
 Cutting into pieces changes no value.
 
 If the weights lie whole on all devices of a one-dimensional mesh, every device works: on a piece each, or on a part of a clip
@@ -41,7 +41,7 @@ def run_jitted(function: Callable, model: Any, *args, **static) -> Any:
 
 
 def shape_of(x: Any, sharding: Any = None) -> jax.ShapeDtypeStruct:
-  """The shape of an array, or of a shape, with a sharding: `Codec.place` for shapes instead of arrays."""
+  """A ShapeDtypeStruct like `x`, with the sharding. It takes the part of `Codec.place` if shapes run instead of arrays."""
   placed = isinstance(x, jax.ShapeDtypeStruct) and sharding is None
   return x if placed else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
@@ -117,7 +117,7 @@ class Codec:
     if self.tiles and self.tiles.cut(latents.shape[1:3]):
       whole = dataclasses.replace(self, tiles=None, as_uint8=False)
       finish = to_uint8 if self.as_uint8 else None
-      share = num_frames / self.tiles.count(latents.shape[1:3])
+      share = num_frames / sum(map(len, self.tiles.places(latents.shape[1:3])))
 
       def decode_tile(z):
         pixels = whole.decode(z, num_frames)
@@ -184,7 +184,7 @@ class Codec:
     return self.run(function, self.model, self.variables, *arrays, **static)
 
   def _frames_at_a_time(self, num_frames):
-    """Frames of a piece over all devices. It is one number for the whole clip, and a short clip leaves no device idle."""
+    """Frames of a piece over all devices: one number for all pieces of a clip. No device is idle in a short clip."""
     return min(self.micro_batch, -(-num_frames // self.devices)) * self.devices
 
   def _spread(self, array):

@@ -23,25 +23,19 @@ from stdit_jax.autoencoders.layers import Conv3D, GroupNorm
 from stdit_jax.parallel.shardings import Layout, constrain
 
 _MOST = 8  # largest number of features, relative to the first layer
-# Mesh axes of clips and activations. If clips are split in time, the discriminator splits height instead: 8k + 1 frames do not
-# divide evenly, but the sides of a crop do while each device has a row after the last layer. XLA exchanges the rows that
-# convolutions need. Decoded clips, split in time, need one all-to-all of pixels, which is small beside the activations.
+# Mesh axes of clips and activations. The autoencoder splits clips in time, the discriminator splits their height: devices can
+# share the rows of a crop evenly, but not 8k + 1 frames. Each device needs a row after the last layer. XLA exchanges the rows
+# that convolutions need. Decoded clips need one all-to-all of pixels, which is small beside the activations.
 _AXES = ("batch", None, "tokens")
 
 
 @dataclasses.dataclass(frozen=True)
 class DiscriminatorConfig:
-  """Sizes.
+  """Sizes."""
 
-  Attributes:
-    features: channels after the first layer.
-    layers: number of layers that halve the sides.
-    groups: of the norms.
-  """
-
-  features: int = 64
-  layers: int = 3
-  groups: int = 8
+  features: int = 64  # channels after the first layer
+  layers: int = 3  # number of layers that halve the sides
+  groups: int = 8  # of the norms
 
   def __post_init__(self):
     if min(self.features, self.layers, self.groups) < 1 or 2 * self.features % self.groups:

@@ -24,7 +24,7 @@ class AutoencoderConfig:
     scaling_factor, shift, scale: latents.py. `shift` and `scale` are one number or one per latent channel.
     in_channels: channels of a frame.
     remat: whether the backward pass stores only the output of a block and recomputes the rest.
-    group: latent frames after which positions in time repeat. Any group covers frames as the first one of a clip does.
+    group: latent frames of a chunk that is encoded independently. After so many, frames are again covered as at the start.
   """
 
   latent_channels: int

@@ -1,6 +1,7 @@
 """Frames of a clip in chunks and on devices, for autoencoders that are causal in time."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -49,9 +50,9 @@ def in_chunks(function: Callable, x: AnyArray, num_frames: int, chunk: int, leng
 class Frames:
   """The place of an array's frames `[N, T, ...]` in their clip, for autoencoders that pair frames (CogVideoX's).
 
-  A clip may be split over a mesh (inside `shard_map`). Every device then has the same number of frames. With an odd number of
-  frames, every array has a place for the first frame, but only device 0 holds it there. The other devices hold the previous
-  frame there, or any other values.
+  A clip may be split over a mesh (inside `shard_map`). Every device then has the same number of frames. If the clip has an odd
+  number of frames, the array of every device has an extra place in front. Device 0 holds the first frame there. The other
+  devices hold the frame before their own frames there, or values without meaning.
 
   Attributes:
     count: frames of the whole clip.
@@ -82,13 +83,10 @@ class Frames:
 
   def levels(self, halvings: int, change: Callable[[int], int]) -> "list[Frames]":
     """The frames of each level of a network that halves or doubles time so often."""
-    result: list[Frames] = [self]
-    for _ in range(halvings):
-      result.append(result[-1].scaled(change))
-    return result
+    return list(itertools.accumulate([change] * halvings, Frames.scaled, initial=self))
 
   def membership(self) -> tuple[AnyArray, AnyArray]:
-    """-> (`[T, chunks]`, 1 if a frame of the array belongs to a chunk; `[T]`, 1 if the frame counts on this device)."""
+    """-> (`[T, chunks]`, 1 if the frame belongs to the chunk; `[T]`, 0 for a frame in front that another device holds)."""
     chunks = self.chunks or (self.count,)
     belongs, own = np.repeat(np.eye(len(chunks), dtype=np.float32), chunks, axis=0), np.ones(self.local, np.float32)
     if self.axis_name is None:
@@ -115,7 +113,7 @@ class Frames:
 
 
 def _divides(frames, level):
-  """Whether a level can be split like the clip: beside a single first frame, each device gets equally many, at least two."""
+  """Whether the devices can split a level like the clip: equal numbers of frames, at least two, beside a single first one."""
   rest = level.count - level.first
   return rest % level.devices == 0 and rest >= 2 * level.devices and level.first == frames.first
 

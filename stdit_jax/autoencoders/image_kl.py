@@ -8,18 +8,8 @@ levels, one attention in the middle, a Gaussian posterior of 4 channels at an ei
 Sides that are no multiple of 8 are floored level by level, as in PyTorch's strided convolutions: 240 x 426 pixels are 30 x 53
 latents, which are decoded to 240 x 424 pixels.
 
-Parameter names follow diffusers by one rule. From a diffusers name to ours:
-
-  1. Split at the dots, and join a number to the word before it: `down_blocks.0` -> `down_blocks_0`, `to_out.0` -> `to_out_0`.
-  2. The last word: `bias` stays. `weight` is `scale` if it is 1-D (norms), `kernel` otherwise.
-  3. Transpose 4-D kernels [out,in,kh,kw] -> [kh,kw,in,out] (2,3,1,0), and 2-D kernels [out,in] -> [in,out].
-
-`encoder.mid_block.attentions.0.to_out.0.weight` is `params/encoder/mid_block/attentions_0/to_out_0/kernel`. No other name of
-ours ends in `_<number>`, so the rule inverts: `_<number>` at the end of a word -> `.<number>`. diffusers before 0.18 wrote
-`query, key, value, proj_attn` for `to_q, to_k, to_v, to_out.0`. The original LDM files hold the four as 1 x 1 convolutions
-[out,in,1,1].
-
-`ImageKL` works on raw latents, `ImageKLCodec` on normalised ones (latents.py).
+Parameter names follow diffusers (interop/image_kl.py). `ImageKL` works on raw latents, `ImageKLCodec` on normalised ones
+(latents.py).
 """
 
 import dataclasses

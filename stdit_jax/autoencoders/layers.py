@@ -53,7 +53,7 @@ def _frame_by_frame(x, kernel, strides, padding):
   return functools.reduce(jnp.add, parts).astype(dtype).reshape(*frames.shape[:2], *parts[0].shape[1:])
 
 
-# The gradient chooses again. The derivative of a choice would store the residuals of both branches.
+# The backward pass chooses the convolution again: the derivative of a choice would store the residuals of both branches.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _conv3d(x, kernel, *how):
   return _by_platform(lambda conv: lambda *args: conv(*args, *how), x, kernel)
@@ -71,15 +71,8 @@ def _conv3d_backward(*args):
 _conv3d.defvjp(_conv3d_forward, _conv3d_backward)
 
 
-IMPLEMENTATIONS = {"frames": _frame_by_frame, "whole": _whole}
-# The convolution that `conv3d` traces: a name of IMPLEMENTATIONS, or "auto" for the faster one on the platform of the program.
-implementation = "auto"
-
-
 def _by_platform(make, *args):
-  """`make(conv)(*args)` with the convolution that `implementation` names."""
-  if implementation != "auto":
-    return make(IMPLEMENTATIONS[implementation])(*args)
+  """`make(conv)(*args)` with the faster convolution on the platform of the program."""
   return jax.lax.platform_dependent(*args, cpu=make(_frame_by_frame), default=make(_whole))
 
 

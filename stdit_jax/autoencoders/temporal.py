@@ -91,7 +91,6 @@ class TemporalConfig(AutoencoderConfig):
 
   @property
   def group(self) -> int:
-    """Latent frames of a chunk."""
     return self.latent_frames(self.chunk) if self.chunk else 1
 
   def frame_starts(self, num_frames: int) -> np.ndarray:

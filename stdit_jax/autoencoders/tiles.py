@@ -1,9 +1,9 @@
 """Large frames in tiles that overlap and are blended, so that memory does not grow with the size of the frames.
 
 This is the tiling of diffusers 0.42 (`AutoencoderKLCogVideoX.tiled_encode`, `tiled_decode`). A tile starts every (1 - overlap)
-of its side. In an overlap the weight moves linearly from the upper or left tile to the other one. Tiles are blended with the
-one above first, then with the one on the left, which are already blended. Statistics of norms and attention are computed per
-tile, so tiles change the values a little, and larger tiles change them less.
+of its side. In an overlap the weight moves linearly from the upper or left tile to the other one. A tile is blended with the
+tile above first, then with the tile on the left. Both of these were blended before. Statistics of norms and attention are
+computed per tile, so tiles change the values a little, and larger tiles change them less.
 """
 
 import dataclasses
@@ -16,16 +16,11 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-  """Sizes of tiles.
-
-  Attributes:
-    height, width: of a tile, in latents.
-    overlap: share of the height and of the width of a tile that the next tile overlaps.
-  """
+  """Sizes of tiles, in latents."""
 
   height: int
   width: int
-  overlap: tuple[float, float] = (1 / 6, 1 / 5)
+  overlap: tuple[float, float] = (1 / 6, 1 / 5)  # share of the height and of the width of a tile that the next tile overlaps
 
   def __post_init__(self):
     if min(self.height, self.width, *self.steps) < 1:
@@ -39,10 +34,6 @@ class Tiles:
   def cut(self, size: Sequence[int]) -> bool:
     """Whether latents of this (height, width) are larger than a tile."""
     return size[0] > self.height or size[1] > self.width
-
-  def count(self, size: Sequence[int]) -> int:
-    """Number of tiles of latents of this (height, width)."""
-    return sum(map(len, self.places(size)))
 
   def places(self, size: Sequence[int]) -> list[list[tuple[int, int]]]:
     """[[(top, left) in latents]], row after row, for latents of this (height, width)."""
@@ -68,8 +59,8 @@ def tile_sizes(tiles: Tiles, size: Sequence[int]) -> list[tuple[int, int]]:
 def sizes_for(size: Sequence[int], smallest: int = 8) -> Iterator[Tiles]:
   """Yields tiles for latents of this (height, width), from large to small; each step cuts the longer side of a tile.
 
-  No tile lies within another one. diffusers has such tiles at the border, where they only add other statistics. A side that is
-  not cut therefore has a tile that is longer than the side.
+  No tile lies within another one. diffusers has such tiles at the border, where they only add other statistics. To avoid them,
+  a tile is longer than a side that is not cut.
   """
   parts, sides = [1, 1], list(size)
   overlap = Tiles(2, 2).overlap

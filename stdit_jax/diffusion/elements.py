@@ -1,11 +1,35 @@
-"""Operations on the elements of latents that all formulations share. Arrays are tokens or latents (stdit_jax/arrays.py)."""
+"""What all formulations share: the state of a sampler, and operations on tokens or latents (stdit_jax/arrays.py)."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
 from stdit_jax.arrays import ArrayLike, FrameMask, Latents, PerSample, Time, Valid
-from stdit_jax.diffusion.types import Edit, Previous
+
+Denoise = Callable[..., Array]  # a model: (x_t, t, x_mask or None) -> output
+Edit = tuple[Float[Array, "B T"], FrameMask]  # (ratio, frames that carry noise already)
+Previous = tuple[Latents, Float[Array, " B"], FrameMask]  # of the previous step: prediction, size, frames that took part
+
+
+class StepState(NamedTuple):
+  """What a sampler carries from step to step: arrays, or their shapes or shardings."""
+
+  x: Any  # present latents (`Latents`)
+  edit: Any = None  # state of `start_edit` (`Edit`), None if no frames are given
+  previous: Any = None  # a `Previous`, `no_previous` before the first step of a multistep sampler, None for others
+
+
+class Noises(NamedTuple):
+  """Standard normal noise of a step: `step` for stochastic samplers, `frames` for frames that become active."""
+
+  step: Any = None
+  frames: Any = None
+
+
+NO_NOISES = Noises()
 
 
 def expand(values: Shaped[ArrayLike, "*lead"], like: Shaped[ArrayLike, "..."]) -> Shaped[Array, "..."]:
@@ -15,7 +39,7 @@ def expand(values: Shaped[ArrayLike, "*lead"], like: Shaped[ArrayLike, "..."]) -
 
 
 def zero_invalid(x: Latents, valid: Valid | None) -> Latents:
-  """`x` with zeros, the padding of the original, where it is not valid. None = valid everywhere."""
+  """Sets invalid elements of `x` to zero, as the original pads. None = all elements are valid."""
   return x if valid is None else jnp.where(valid, x, jnp.zeros((), x.dtype))
 
 
@@ -86,7 +110,7 @@ def no_previous(x: Latents) -> Previous:
 def second_order(
   value: Latents, size: Float[Array, " B"], previous: Previous, active: FrameMask | None = None
 ) -> tuple[Latents, Previous]:
-  """Extrapolates a prediction to the middle of a step of `size` by the previous prediction.
+  """Extrapolates a prediction to the middle of a step of `size`, along the line through the previous prediction.
 
   value + size / (2 previous size) (value - previous value): Adams-Bashforth 2, or DPM-Solver++ 2M in log-SNR. The prediction
   is not changed if a size is infinite, nor in frames that did not take part in the previous step.

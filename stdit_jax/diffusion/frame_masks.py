@@ -33,7 +33,7 @@ NAMES_1_2 = ("identity", "random", "intepolate", *_SHARED)
 
 @dataclasses.dataclass(frozen=True)
 class FrameMasks:
-  """Draws frame masks, made by `create`. `names`: strategies as Open-Sora 1.2 names them; `probabilities` sum to 1."""
+  """A distribution of frame masks; `create` makes one. `names` are those of Open-Sora 1.2, `probabilities` sum to 1."""
 
   names: tuple[str, ...]
   probabilities: tuple[float, ...]

@@ -13,8 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
 from stdit_jax.arrays import ArrayLike, Latents, Valid
-from stdit_jax.diffusion.elements import expand
-from stdit_jax.diffusion.types import Denoise
+from stdit_jax.diffusion.elements import Denoise, expand
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,20 +40,6 @@ class Guidance:
       raise ValueError(f"guidance: rescale is {self.rescale}; allowed: 0 to 1")
     if self.interval is not None and not self.interval[0] <= self.interval[1]:
       raise ValueError(f"guidance: interval is {self.interval}; the first timestep must not be above the second")
-
-
-def combine(
-  conditional: Latents, unconditional: Latents, scale: float | Float[ArrayLike, " B"], *, positions: int, guided_channels: int
-) -> Latents:
-  """Guided output, where P = positions * channels: `positions` of a patch per token (1 for latents)."""
-  features = conditional.shape[-1]
-  channels = features // positions
-  scale = expand(jnp.asarray(scale), conditional) if jnp.ndim(scale) else scale
-  mixed = unconditional + scale * (conditional - unconditional)
-  if guided_channels >= channels:
-    return mixed
-  first = jnp.arange(features) % channels < guided_channels
-  return jnp.where(first, mixed, conditional)
 
 
 def rescaled(
@@ -88,8 +73,7 @@ def guided(
     denoise: a callable that takes a doubled batch, conditional rows first (it holds the doubled conditions). Or a pair
       (conditional, unconditional) of callables, which run one after the other. Both compute the same numbers.
     scale: with 1 (a number), a pair runs the conditional branch alone.
-    num_channels: latent channels.
-    guided_channels: guided ones of them, from the first; None = all.
+    num_channels: latent channels, of which the first `guided_channels` are guided; None = all.
     interval, rescale: as in `Guidance`; `valid` is for `rescale`.
 
   Raises:
@@ -109,7 +93,11 @@ def guided(
     else:
       conditional, unconditional = (branch(x, t, x_mask) for branch in denoise)
     now = scale if interval is None else jnp.where((interval[0] <= t) & (t <= interval[1]), scale, 1.0)
-    y = combine(conditional, unconditional, now, positions=positions, guided_channels=count)
+    now = expand(jnp.asarray(now), conditional) if jnp.ndim(now) else now
+    y = unconditional + now * (conditional - unconditional)
+    channels = y.shape[-1] // positions  # of the output, variances included
+    if count < channels:
+      y = jnp.where(jnp.arange(y.shape[-1]) % channels < count, y, conditional)
     if not rescale:
       return y
     return rescaled(y, conditional, rescale, positions=positions, channels=num_channels, valid=valid)

@@ -9,13 +9,14 @@ Two properties of the original stay, because released weights were trained with 
   * Tables are computed in float32, which shifts some entries near t = 0 by up to 6e-4. `tables="float64"` computes exact ones.
   * In masked training, clean frames are q_sample at index 0 (noise of standard deviation 0.01), not the clean latents.
 Two errors of the original are corrected; `compat="open-sora-1.1"` restores them:
-  * The original adds noise to frames with edit ratio 0, and denoises them, on the last step.
+  * On the last step, the original adds noise to frames with edit ratio 0 and denoises them.
   * In the step that adds noise to a frame, the original shows this frame as clean. It uses the prediction for this frame,
     although the loss excludes clean frames.
 """
 
 import dataclasses
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -26,8 +27,7 @@ from jaxtyping import Array, Float, Int32, Integer, Key
 from stdit_jax import fields
 from stdit_jax.arrays import ArrayLike, FrameMask, Latents, PerSample, Time, Valid
 from stdit_jax.diffusion import elements
-from stdit_jax.diffusion.elements import expand, masked_mean, per_sample, zero_invalid
-from stdit_jax.diffusion.types import NO_NOISES, Denoise, Noises, StepState
+from stdit_jax.diffusion.elements import NO_NOISES, Denoise, Noises, StepState, expand, masked_mean, per_sample, zero_invalid
 
 Table = Float[np.ndarray, " n"]
 
@@ -49,8 +49,8 @@ def _cosine(s):
 def space_timesteps(num_timesteps: int, respacing: str | int | None) -> list[int]:
   """Original timesteps, sorted, that a respaced schedule uses.
 
-  `respacing` is a number of steps (int or "100"), or several with commas between (steps in each of as many equal sections), or
-  "ddim50" (the constant integer stride of exactly 50 steps). None or "" = all.
+  `respacing` is a number of steps (50 or "50"). "10,15,20" divides the timesteps into three equal sections with so many steps.
+  "ddim50" takes 50 steps with a constant integer stride. None or "" = all timesteps.
 
   Raises:
     ValueError: more steps than timesteps, no such stride, or a text of another form.
@@ -77,40 +77,10 @@ def space_timesteps(num_timesteps: int, respacing: str | int | None) -> list[int
     if length < count:
       raise ValueError(f"timestep respacing {respacing!r}: {count} steps in a section of {length} timesteps")
     stride = (length - 1) / (count - 1) if count > 1 else 1
-    position = 0.0  # sums and rounds (half to even) as the original: the lists depend on it
-    for _ in range(count):
-      steps.add(start + round(position))
-      position += stride
+    # Sums and rounds (half to even) as the original: the lists depend on it.
+    steps.update(start + round(position) for position in itertools.accumulate([stride] * (count - 1), initial=0.0))
     start += length
   return sorted(steps)
-
-
-def schedule_tables(betas: Table) -> dict[str, Table]:
-  """Tables that follow from the betas, in their precision, by the original's names.
-
-  The cumulative product is accumulated in float64 and rounded, as PyTorch does for float32.
-  """
-  dtype = betas.dtype
-  alphas = 1 - betas
-  cumulative = np.cumprod(alphas.astype(np.float64)).astype(dtype)
-  previous = np.concatenate([np.ones(1, dtype), cumulative[:-1]])
-  variance = betas * (1 - previous) / (1 - cumulative)
-  # The first posterior variance is 0. The next variance replaces it in the logarithm, or beta if there is a single step.
-  log_variance = np.log(np.append(variance[1:2] if len(betas) > 1 else betas[:1], variance[1:]))
-  return {
-    "betas": betas,
-    "alphas_cumprod": cumulative,
-    "alphas_cumprod_prev": previous,
-    "sqrt_alphas_cumprod": np.sqrt(cumulative),
-    "sqrt_one_minus_alphas_cumprod": np.sqrt(1 - cumulative),
-    "log_one_minus_alphas_cumprod": np.log(1 - cumulative),
-    "sqrt_recip_alphas_cumprod": np.sqrt(1 / cumulative),
-    "sqrt_recipm1_alphas_cumprod": np.sqrt(1 / cumulative - 1),
-    "posterior_variance": variance,
-    "posterior_log_variance_clipped": log_variance,
-    "posterior_mean_coef1": betas * np.sqrt(previous) / (1 - cumulative),
-    "posterior_mean_coef2": (1 - previous) * np.sqrt(alphas) / (1 - cumulative),
-  }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,11 +125,31 @@ class IDDPM:
 
   @functools.cached_property
   def schedule(self) -> dict[str, Table]:
-    """Tables in the precision of `tables`."""
+    """Tables by the original's names, in the precision of `tables`."""
     betas = SCHEDULES[self.betas](self.num_timesteps)
-    kept = np.cumprod(1 - betas)[self.timestep_map]
-    respaced = betas if self.num_steps == self.num_timesteps else 1 - kept / np.concatenate([[1.0], kept[:-1]])
-    return schedule_tables(respaced.astype(self.tables))
+    if self.num_steps != self.num_timesteps:
+      kept = np.cumprod(1 - betas)[self.timestep_map]
+      betas = 1 - kept / np.concatenate([[1.0], kept[:-1]])
+    betas = betas.astype(self.tables)
+    alphas = 1 - betas
+    cumulative = np.cumprod(alphas.astype(np.float64)).astype(self.tables)  # as PyTorch does for float32
+    previous = np.concatenate([np.ones(1, self.tables), cumulative[:-1]])
+    variance = betas * (1 - previous) / (1 - cumulative)
+    return {
+      "betas": betas,
+      "alphas_cumprod": cumulative,
+      "alphas_cumprod_prev": previous,
+      "sqrt_alphas_cumprod": np.sqrt(cumulative),
+      "sqrt_one_minus_alphas_cumprod": np.sqrt(1 - cumulative),
+      "log_one_minus_alphas_cumprod": np.log(1 - cumulative),
+      "sqrt_recip_alphas_cumprod": np.sqrt(1 / cumulative),
+      "sqrt_recipm1_alphas_cumprod": np.sqrt(1 / cumulative - 1),
+      "posterior_variance": variance,
+      # The first variance is 0. The next variance replaces it in the logarithm, or beta if there is a single step.
+      "posterior_log_variance_clipped": np.log(np.append(variance[1:2] if len(betas) > 1 else betas[:1], variance[1:])),
+      "posterior_mean_coef1": betas * np.sqrt(previous) / (1 - cumulative),
+      "posterior_mean_coef2": (1 - previous) * np.sqrt(alphas) / (1 - cumulative),
+    }
 
   def _at(self, name, index, like):
     """Entries `index` `[B]` of a table (float32), broadcastable against `like`."""
@@ -207,7 +197,7 @@ class IDDPM:
     if v is not None:
       fraction = (v + 1) / 2
       log_variance = fraction * high + (1 - fraction) * low
-    else:  # the upper bound begins with the posterior variance, too, as in the original
+    else:  # at index 0, "fixed-large" takes the posterior variance, as in the original
       fixed = low if self.variance == "fixed-small" else jnp.where(expand(index == 0, x), low, high)
       log_variance = jnp.broadcast_to(fixed, x.shape)
     mean, _ = self.posterior(self.predict_x0(noise, x, index), x, index)
@@ -241,13 +231,7 @@ class IDDPM:
   ) -> Float[Array, " B"]:  # fmt: skip
     """Loss per sample over the valid elements of the frames to generate.
 
-    Args:
-      denoise: `(x_t, t, x_mask) -> output`.
-      x0, noise: clean latents and standard normal noise.
-      t: schedule indices (`sample_timesteps`).
-      num_channels: latent channels.
-      frame_mask: True = frame to generate.
-      valid: elsewhere the model sees zeros.
+    `noise` is standard normal, `t` are schedule indices. The model sees zeros in place of invalid elements.
     """
     terms = self.loss_terms(denoise, x0, noise, t, num_channels=num_channels, frame_mask=frame_mask, valid=valid)
     return terms["loss"]
@@ -289,7 +273,6 @@ class IDDPM:
     the step generates the frame.
 
     Args:
-      denoise: `(x, t, x_mask) -> output`, guidance included.
       state: what the previous step returned. Invalid elements of `x` become zeros.
       t_next: not used. All formulations take it.
       noises: `step` if the sampler is `stochastic` (unused at index 0), `frames` with `state.edit`.
@@ -340,8 +323,7 @@ class IDDPM:
     size = 0.5 * (jnp.log(after) - jnp.log1p(-after) - jnp.log(before) + jnp.log1p(-before))  # in log(signal / noise)
     x0, previous = elements.second_order(x0, size, previous, active)
     noise = jnp.sqrt((1 - after) / (1 - before))
-    sample = expand(noise, x) * x + expand(jnp.sqrt(after) - jnp.sqrt(before) * noise, x) * x0
-    return sample, previous
+    return expand(noise, x) * x + expand(jnp.sqrt(after) - jnp.sqrt(before) * noise, x) * x0, previous
 
 
 def _normal_kl(mean1, log_variance1, mean2, log_variance2):
@@ -351,12 +333,9 @@ def _normal_kl(mean1, log_variance1, mean2, log_variance2):
 
 
 def _discretized_log_likelihood(x, mean, log_scale):
-  """Log likelihood of 8-bit data scaled to [-1, 1] under a normal distribution, elementwise, nats.
+  """Log likelihood of 8-bit data scaled to [-1, 1] under a normal distribution, elementwise, nats."""
 
-  The tanh approximation of the normal distribution function and the clamp at 1e-12 are the original's.
-  """
-
-  def cdf(z):
+  def cdf(z):  # the tanh approximation and the clamp at 1e-12 are the original's
     return 0.5 * (1 + _tanh(np.float32(np.sqrt(2 / np.pi)) * (z + 0.044715 * z**3)))
 
   def log(p):

@@ -106,7 +106,7 @@ def token_noise(
       f"allowed: {int(np.prod(patch_size)) * channels}. Check patch_size and channels."
     )
   index, valid = element_index(latent_size, grid, token_shape, patch_size)
-  # JAX hashes a position to the two words of `fold_in(key, position)`; the bits of that element are their exclusive or
+  # JAX hashes a position to the two words of `fold_in(key, position)`. The bits of that element are the XOR of both words
   # (jax_threefry_partitionable, the default). `jax.random.normal` at the padded shape would need a gather of every element.
   words = jax.vmap(lambda key, positions: jax.random.key_data(jax.vmap(jax.random.fold_in, (None, 0))(key, positions)))
   words = words(keys, index.reshape(len(index), -1)).reshape(*index.shape, 2)

@@ -21,8 +21,8 @@ from jaxtyping import Array, Float, Key, Num
 
 from stdit_jax import fields
 from stdit_jax.arrays import ArrayLike, FrameMask, Latents, PerSample, Time, Valid
-from stdit_jax.diffusion.elements import expand, masked_mean, per_sample, prediction_of, second_order, zero_invalid
-from stdit_jax.diffusion.types import NO_NOISES, Denoise, Noises, StepState
+from stdit_jax.diffusion import elements
+from stdit_jax.diffusion.elements import NO_NOISES, Denoise, Noises, StepState, expand, masked_mean, per_sample, zero_invalid
 
 SAMPLERS = ("euler", "adams-bashforth")
 SAMPLE_METHODS = ("uniform", "logit-normal")
@@ -58,7 +58,7 @@ def _namespace(*arrays) -> Any:
 
 
 def _floats(values) -> Any:
-  """As an array: floats of up to 32 bits as they are, all other numbers as float32."""
+  """Converts numbers to an array of float32. Arrays of 16-bit floats stay as they are."""
   array = values if isinstance(values, jax.Array) else np.asarray(values)
   return array if jnp.issubdtype(array.dtype, jnp.floating) and array.dtype != np.float64 else array.astype(np.float32)
 
@@ -74,7 +74,7 @@ class RectifiedFlow:
     use_timestep_transform: apply `timestep_transform`, with `transform_scale`.
     sampler: "euler" (the original's) or "adams-bashforth" (second order, also one evaluation a step).
     sampling_shift: moves the sampler's timesteps towards noise, after the transform: a t / (1 + (a - 1) t) for t from 0 to 1
-      (Esser et al. 2024, arXiv 2403.03206, eq. 23). 1 is no shift. With few steps, the first ones make most of the error.
+      (Esser et al. 2024, arXiv 2403.03206, eq. 23). 1 is no shift. Of few steps, the first steps cause most of the error.
     compat: None, or "open-sora-1.2" for the original's errors (see the module).
   """
 
@@ -125,12 +125,10 @@ class RectifiedFlow:
     if not self.use_timestep_transform:
       return t
     height, width, num_frames, latent_frames = conditions
-    frames = num_frames if self.compat else latent_frames
+    frames, needed = (num_frames, "num_frames") if self.compat else (latent_frames, "latent_frames")
     if height is None or width is None or frames is None:
-      needed = "num_frames" if self.compat else "latent_frames"
       raise ValueError(f"rectified flow: the timestep transform needs height, width and {needed} of every sample")
-    frames = _floats(frames)
-    frames = compat_latent_frames(frames) if self.compat else frames
+    frames = compat_latent_frames(_floats(frames)) if self.compat else _floats(frames)
     t = timestep_transform(t, _floats(height), _floats(width), frames, scale=scale, num_timesteps=self.num_timesteps)
     return t if self.compat else _namespace(t).clip(t, 0, self.num_timesteps)
 
@@ -145,19 +143,14 @@ class RectifiedFlow:
   ) -> Float[Array, " B"]:  # fmt: skip
     """Loss per sample: squared error of the velocity over the valid elements of the frames to generate.
 
-    Args:
-      denoise: `(x_t, t, x_mask) -> output`.
-      x0, noise: clean latents and standard normal noise.
-      t: in [0, num_timesteps].
-      num_channels: latent channels.
-      frame_mask: True = frame to generate. The model sees the other frames exactly clean; they have no loss.
-      valid: elsewhere the model sees zeros.
+    `noise` is standard normal, `t` in [0, num_timesteps]. The model sees the other frames exactly clean, and zeros in place of
+    invalid elements.
     """
     x_t = self.add_noise(x0, noise, t)
     if frame_mask is not None:
       x_t = jnp.where(expand(frame_mask, x0), x_t, x0)
     output = denoise(zero_invalid(x_t, valid), t, frame_mask)
-    error = prediction_of(output, x0, num_channels) - (x0 - noise)
+    error = elements.prediction_of(output, x0, num_channels) - (x0 - noise)
     return masked_mean(jnp.square(error), frame_mask, valid)
 
   def model_timesteps(self, t: ArrayLike) -> ArrayLike:
@@ -204,11 +197,7 @@ class RectifiedFlow:
     """One step from `t` to `t_next` (`[B]` or scalars), to be jitted with the loop outside.
 
     Frame masks: a frame is active when ratio * num_timesteps >= t. It gets `noises.frames` once, when it becomes active, unless
-    its ratio is 1. The model sees inactive frames as clean (x_mask False); the step restores them.
-
-    Args:
-      denoise: `(x, t, x_mask) -> output`, guidance included.
-      state: what the previous step returned. Invalid elements of `x` become zeros.
+    its ratio is 1. The model sees inactive frames as clean (x_mask False); the step restores them. Padding becomes zero.
     """
     x, edit, previous = state
     t, before, active = per_sample(t, x), x, None
@@ -220,10 +209,10 @@ class RectifiedFlow:
       x = jnp.where(expand(active & ~added, x), self.add_noise(x, noises.frames, t), x)
       edit = (ratio, active)
     x = zero_invalid(x, valid)
-    velocity = prediction_of(denoise(x, t, active), x, num_channels)
+    velocity = elements.prediction_of(denoise(x, t, active), x, num_channels)
     size = (t - per_sample(t_next, x)) / self.num_timesteps
     if self.multistep:
-      velocity, previous = second_order(velocity, size, previous, active)
+      velocity, previous = elements.second_order(velocity, size, previous, active)
     x = x + velocity * expand(size, x)
     if active is not None:
       x = jnp.where(expand(active, x), x, before)

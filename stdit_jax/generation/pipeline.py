@@ -14,10 +14,9 @@ from jax.experimental import multihost_utils
 from data.tokens import patchify, unpatchify
 from data.video import IMAGE_FPS
 from stdit_jax.autoencoders.codec import bytes_on_device, memory_beside, shape_of
-from stdit_jax.diffusion.elements import no_previous, start_edit
+from stdit_jax.diffusion.elements import Noises, StepState, no_previous, start_edit
 from stdit_jax.diffusion.guidance import Guidance, guided
 from stdit_jax.diffusion.noise import Purpose, fold_in, sample_keys, token_noise
-from stdit_jax.diffusion.types import Noises, StepState
 from stdit_jax.models import step_cache
 from stdit_jax.models.family import SCALARS, token_grid
 from stdit_jax.models.layers import OVER_TIME

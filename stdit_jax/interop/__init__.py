@@ -1,18 +1,10 @@
 """Reads and writes foreign checkpoints: PyTorch safetensors, with names and layouts as data."""
 
-from stdit_jax.interop.mapping import CheckpointLayout, Report
+from stdit_jax.interop.mapping import CheckpointLayout
 from stdit_jax.interop.safetensors_io import CheckpointError, open_checkpoint, write_checkpoint
-from stdit_jax.interop.weights import (
-  LAYOUTS,
-  export_tensors,
-  foreign_spec,
-  load_variables,
-  model_metadata,
-  open_source,
-  save_variables,
-)
+from stdit_jax.interop.weights import export_tensors, foreign_spec, load_variables, model_metadata, open_source, save_variables
 
 __all__ = [
-  "LAYOUTS", "CheckpointError", "CheckpointLayout", "Report", "export_tensors", "foreign_spec", "load_variables",
-  "model_metadata", "open_checkpoint", "open_source", "save_variables", "write_checkpoint",
+  "CheckpointError", "CheckpointLayout", "export_tensors", "foreign_spec", "load_variables", "model_metadata",
+  "open_checkpoint", "open_source", "save_variables", "write_checkpoint",
 ]  # fmt: skip

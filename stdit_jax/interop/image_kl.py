@@ -7,7 +7,7 @@ value and proj_attn.
 
 from stdit_jax.interop.mapping import CheckpointLayout, same_path
 
-# diffusers (the name written first), original, kind.
+# Columns: name in diffusers, name in the original, kind.
 _RESNET = (
   ("norm1", "norm1", "norm"),
   ("conv1", "conv1", "conv"),
@@ -44,7 +44,7 @@ def _rows(column, attention_kind):
   """The rows of one layout, from column 0 (diffusers) or 1 (original) of the tables above."""
   rows = [(tuple(f"{at}.{name}" for at, name in zip(place, leaf)), leaf[2]) for place in _RESNET_AT for leaf in _RESNET]
   rows += [(row[:2], row[2]) for row in _REST]
-  table = [(same_path(names[0]), names[column], kind) for names, kind in rows]
+  table: list[tuple[str, tuple[str, ...], str]] = [(same_path(names[0]), (names[column],), kind) for names, kind in rows]
   for names in _ATTENTION:
     several = tuple(f"{_ATTENTION_AT[column]}.{name}" for name in names[column])
     table.append((same_path(f"{_ATTENTION_AT[0]}.{names[0][0]}"), several, attention_kind))

@@ -57,8 +57,8 @@ class CheckpointLayout:
     prefixes: prefixes of the names in a file, tried in this order. Names with another prefix belong to another model.
     ignored: regular expressions of names that a file may have and that are not read.
     sizes: config -> lengths of axes that one of our axes combines (the sides of a patch).
-    computed: config -> {name: function that makes the array}, for buffers that we do not store.
-    droppable: computed buffers that no check needs: they are skipped without a config and by a non-strict load.
+    computed: config -> {name: array}, buffers that we do not store.
+    droppable: computed buffers that may be skipped. A load skips them if it has no config, or is not strict.
   """
 
   name: str
@@ -67,7 +67,7 @@ class CheckpointLayout:
   prefixes: tuple[str, ...] = ("",)
   ignored: tuple[str, ...] = ()
   sizes: Callable[..., dict[str, int]] = lambda config: {}
-  computed: Callable[..., dict[str, Callable]] = lambda config: {}
+  computed: Callable[..., dict[str, np.ndarray]] = lambda config: {}
   droppable: tuple[str, ...] = ()
 
   @functools.cached_property
@@ -91,20 +91,14 @@ def same_path(name: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-  """One tensor of a file and its place in our tree.
+  """One tensor of a file and its place in our tree."""
 
-  Attributes:
-    path: our parameter. layer: index into its first axis, None if it is not stacked.
-    names: names of the tensor in the file. axes: key of AXES.
-    shape, dtype: of our parameter, without the depth.
-  """
-
-  path: str
-  layer: int | None
-  names: tuple[str, ...]
-  axes: str
-  shape: tuple[int, ...]
-  dtype: np.dtype
+  path: str  # our parameter
+  layer: int | None  # index into its first axis, None if it is not stacked
+  names: tuple[str, ...]  # in the file
+  axes: str  # key of AXES
+  shape: tuple[int, ...]  # of our parameter, without the depth
+  dtype: np.dtype  # of our parameter
 
 
 def flatten(tree: Any) -> dict[str, Any]:
@@ -244,20 +238,13 @@ def collapse(names: Iterable[str]) -> list[str]:
 
 @dataclasses.dataclass
 class Report:
-  """The differences between a file and a model.
+  """The differences between a file and a model."""
 
-  Attributes:
-    expected: number of tensors of the model.
-    missing, unexpected: names that only the model or only the file has.
-    mis_shaped: {name: (shape in the file, shape of the model)}.
-    adapted: changes that a non-strict load made, one line each.
-  """
-
-  expected: int
-  missing: list[str] = dataclasses.field(default_factory=list)
-  unexpected: list[str] = dataclasses.field(default_factory=list)
-  mis_shaped: dict[str, tuple] = dataclasses.field(default_factory=dict)
-  adapted: list[str] = dataclasses.field(default_factory=list)
+  expected: int  # number of tensors of the model
+  missing: list[str] = dataclasses.field(default_factory=list)  # names that only the model has
+  unexpected: list[str] = dataclasses.field(default_factory=list)  # names that only the file has
+  mis_shaped: dict[str, tuple] = dataclasses.field(default_factory=dict)  # {name: (shape in the file, shape of the model)}
+  adapted: list[str] = dataclasses.field(default_factory=list)  # changes that a non-strict load made, one line each
 
   @property
   def clean(self) -> bool:
@@ -277,9 +264,3 @@ class Report:
     for title, names in {**differences, "adapted": self.adapted}.items():
       lines += [f"{title}:", *(f"  {name}" for name in names)] if names else []
     return "\n".join(lines)
-
-
-def find_prefix(layout: CheckpointLayout, entries: list[Entry], names: Mapping | set) -> str:
-  """The first prefix of the layout with which any wanted name is in the file."""
-  wanted = [name for entry in entries for name in entry.names]
-  return next((p for p in layout.prefixes if any(p + name in names for name in wanted)), layout.prefixes[-1])

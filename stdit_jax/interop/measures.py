@@ -1,4 +1,4 @@
-"""Reads the networks that measure reconstructions from safetensors: VGG16 for perceptual distances, I3D for FVD."""
+"""Reads VGG16, the network for perceptual distances, from safetensors."""
 
 import hashlib
 from typing import Any
@@ -6,9 +6,8 @@ from typing import Any
 import numpy as np
 
 from data import paths
-from stdit_jax.autoencoders import i3d, perceptual
+from stdit_jax.autoencoders import perceptual
 from stdit_jax.interop.safetensors_io import CheckpointError, open_checkpoint
-from stdit_jax.interop.weights import load_variables
 
 
 def load_perceptual(name: str, path: paths.Path, sha256: str = "") -> dict:
@@ -17,11 +16,11 @@ def load_perceptual(name: str, path: paths.Path, sha256: str = "") -> dict:
   Other tensors of the file, like a classifier, are skipped.
 
   Raises:
-    ValueError: the file has another SHA-256 than the given one, holds another trunk, or lacks tensors.
+    ValueError: the file has another SHA-256, holds another trunk, or lacks tensors.
   """
   shapes: dict[str, Any] = perceptual.shapes(name)
-  if sha256:
-    check_sha256(path, sha256)
+  if sha256 and (found := hashlib.sha256(paths.read_bytes(path)).hexdigest()) != sha256.lower():
+    raise CheckpointError(f"{path} has the SHA-256 {found}, not {sha256}. Give the file of this SHA-256, or change the SHA-256")
   file = open_checkpoint(path)
   if file.metadata.get("trunk", name) != name:
     raise ValueError(f"{path} holds the trunk {file.metadata['trunk']!r}, not {name!r}")
@@ -42,14 +41,3 @@ def load_perceptual(name: str, path: paths.Path, sha256: str = "") -> dict:
     return {"trunk": trunk}
   heads = open_checkpoint(perceptual.HEADS)
   return {"trunk": trunk, "heads": {k: heads.read(f"lin{i}.model.1.weight").reshape(-1) for i, k in enumerate(shapes["heads"])}}
-
-
-def check_sha256(path: paths.Path, sha256: str) -> None:
-  """Raises CheckpointError unless the file has this SHA-256 (hexadecimal)."""
-  if (found := hashlib.sha256(paths.read_bytes(path)).hexdigest()) != sha256.lower():
-    raise CheckpointError(f"{path} has the SHA-256 {found}, not {sha256}. Give the file of this SHA-256, or change the SHA-256")
-
-
-def load_i3d(path: paths.Path) -> dict:
-  """The variables of I3D from the safetensors file that `interop.fetch` writes; CheckpointError for any other file."""
-  return load_variables(path, "native", i3d.init_shapes())

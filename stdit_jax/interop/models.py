@@ -1,5 +1,6 @@
 """Named models, the layouts of their files, and the key tables of published sizes in this package."""
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -32,29 +33,20 @@ def described(metadata: dict, path: Path) -> tuple[str | None, dict]:
   """
   if not {"model", "config"} <= set(metadata):
     return None, {}
-  try:
-    found = json.loads(metadata["config"])
-    if isinstance(found, dict):
+  with contextlib.suppress(ValueError):
+    if isinstance(found := json.loads(metadata["config"]), dict):
       return metadata["model"], found
-  except ValueError:
-    pass
   raise ValueError(f"{path}: its own description of the model's config is damaged; give --model")
 
 
 @dataclasses.dataclass(frozen=True)
 class NamedModel:
-  """A named model, as conversion needs it.
+  """A named model, as conversion needs it."""
 
-  Attributes:
-    part: its part of a training run, "denoiser", "text_encoder" or "autoencoder".
-    init_shapes: config -> tree of shapes.
-    layouts: layouts of its files, the usual one first.
-  """
-
-  part: str
+  part: str  # of a training run: "denoiser", "text_encoder" or "autoencoder"
   config: Any
-  init_shapes: Callable[[Any], dict]
-  layouts: tuple
+  init_shapes: Callable[[Any], dict]  # config -> tree of shapes
+  layouts: tuple  # of its files, the usual one first
 
   @property
   def layout_names(self) -> list[str]:
@@ -84,18 +76,12 @@ def _named(name: str, overrides: Mapping) -> list[NamedModel]:
   return found
 
 
-def known_names() -> list[str]:
-  """The names of all models of this package."""
-  tables = [family.sizes for family in families()] + [family.table for family in AUTOENCODERS] + [t5.TABLE]
-  return [name for table in tables for name in table]
-
-
 def find_model(name: str, overrides: Mapping, layouts: Collection[str] = (), part: str | None = None) -> NamedModel:
   """A named model with fields of its configuration replaced.
 
   Args:
     layouts: names of layouts that the model must have.
-    part: of a training run. Like `layouts`, it decides if models share a name.
+    part: as in `NamedModel`. `layouts` and `part` choose between models that share a name.
 
   Raises:
     ValueError: an unknown name, layout or field. The message names the allowed ones.
@@ -108,7 +94,8 @@ def find_model(name: str, overrides: Mapping, layouts: Collection[str] = (), par
   if len(found) != 1:
     what = "no model" if not found else "more than one model"
     which = f" with layout {' and '.join(layouts)}" if layouts else ""
-    raise ValueError(f"{what}{which} is called {name!r}; known: {', '.join(known_names())}")
+    tables = [family.sizes for family in families()] + [family.table for family in AUTOENCODERS] + [t5.TABLE]
+    raise ValueError(f"{what}{which} is called {name!r}; known: {', '.join(name for table in tables for name in table)}")
   return found[0]
 
 

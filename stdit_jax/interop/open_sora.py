@@ -3,8 +3,6 @@
 PyTorch layouts: Linear [out, in]; the patch embedding is a Conv3d [D, C, t, y, x].
 """
 
-import functools
-
 import numpy as np
 
 from stdit_jax.interop.mapping import CheckpointLayout
@@ -53,40 +51,25 @@ ROWS = (
 )
 
 
-def _sizes(config):
-  t, y, x = config.patch_size
-  return {"t": t, "y": y, "x": x}
-
-
 def _sin_cos(positions, features):
   """[n] positions -> [n, features]: sines, then cosines, of frequencies 10000^(-2k / features), in float64."""
   angles = np.outer(positions, 1.0 / 10000 ** (np.arange(features // 2) / (features / 2)))
   return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
 
 
-def _spatial_table(config):
-  """[1, S, D] of STDiT 1.0: columns in the first half of the features, rows in the second."""
-  rows, columns = (config.input_size[i] // config.patch_size[i] for i in (1, 2))
-  row, column = np.meshgrid(np.arange(rows) / config.space_scale, np.arange(columns) / config.space_scale, indexing="ij")
-  halves = [_sin_cos(side.ravel(), config.hidden_size // 2) for side in (column, row)]
-  return np.concatenate(halves, axis=1).astype(np.float32)[None]
-
-
-def _temporal_table(config):
-  """[1, T, D] of STDiT 1.0."""
-  frames = np.arange(config.input_size[0] // config.patch_size[0]) / config.time_scale
-  return _sin_cos(frames, config.hidden_size).astype(np.float32)[None]
-
-
 def _computed(config):
   """The two position tables of STDiT 1.0 checkpoints. Our models compute positions."""
   if not hasattr(config, "input_size"):
     return {}
-  tables = {"pos_embed": _spatial_table, "pos_embed_temporal": _temporal_table}
-  return {name: functools.partial(table, config) for name, table in tables.items()}
+  frames, rows, columns = (np.arange(size // patch) for size, patch in zip(config.input_size, config.patch_size))
+  row, column = np.meshgrid(rows / config.space_scale, columns / config.space_scale, indexing="ij")
+  spatial = np.concatenate([_sin_cos(side.ravel(), config.hidden_size // 2) for side in (column, row)], axis=1)  # [S, D]
+  temporal = _sin_cos(frames / config.time_scale, config.hidden_size)  # [T, D]
+  return {"pos_embed": spatial.astype(np.float32)[None], "pos_embed_temporal": temporal.astype(np.float32)[None]}
 
 
 OPEN_SORA = CheckpointLayout(
-  "open-sora", ROWS, stacks=STACKS, prefixes=("module.", ""), sizes=_sizes, computed=_computed,
+  "open-sora", ROWS, stacks=STACKS, prefixes=("module.", ""), sizes=lambda config: dict(zip("tyx", config.patch_size)),
+  computed=_computed,
   droppable=("pos_embed", "pos_embed_temporal"),  # Open-Sora's own loader drops them before a non-strict load
 )  # fmt: skip

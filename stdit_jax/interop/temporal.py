@@ -23,26 +23,20 @@ _TEMPORAL = (
 )
 
 
-def _in(prefix, names):
-  """Foreign names, one or several, with a prefix."""
-  return prefix + names if isinstance(names, str) else tuple(prefix + name for name in names)
-
-
 def _computed(config):
   """The buffers with which the original normalises its latents."""
-  numbers = {"shift": config.shift, "scale": config.scale}
 
-  def make(values):
-    return lambda: np.broadcast_to(np.asarray(values, np.float32), (config.latent_channels,)).reshape(1, -1, 1, 1, 1)
+  def buffer(values):
+    return np.broadcast_to(np.asarray(values, np.float32), (config.latent_channels,)).reshape(1, -1, 1, 1, 1)
 
-  return {name: make(values) for name, values in numbers.items()}
+  return {"shift": buffer(config.shift), "scale": buffer(config.scale)}
 
 
 OPEN_SORA_VAE = CheckpointLayout(
   "open-sora-vae",
   (
     *(
-      (ours.replace("params/", "params/image/", 1), _in("spatial_vae.module.", theirs), kind)
+      (ours.replace("params/", "params/image/", 1), tuple(f"spatial_vae.module.{name}" for name in theirs), kind)
       for ours, theirs, kind in DIFFUSERS.rows
     ),
     *((f"params/temporal/{same_path(name)}", f"temporal_vae.{name}", kind) for name, kind in _TEMPORAL),

@@ -1,7 +1,9 @@
 """Reads weights straight into device arrays and writes them as safetensors, one tensor at a time."""
 
+import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +16,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from data import paths
+from stdit_jax import fields
 from stdit_jax.interop import mapping, safetensors_io
 from stdit_jax.interop.causal3d import COGVIDEOX_VAE
 from stdit_jax.interop.image_kl import DIFFUSERS, LDM
@@ -32,11 +35,7 @@ Contents = tuple[Spec, Iterator[tuple[str, np.ndarray]]]  # of a file: what `wri
 
 def get_layout(layout: LayoutLike) -> CheckpointLayout:
   """A layout by its name; a layout object is returned as it is. Raises ValueError for an unknown name."""
-  if isinstance(layout, CheckpointLayout):
-    return layout
-  if layout not in LAYOUTS:
-    raise ValueError(f"unknown layout {layout!r}; allowed: {', '.join(LAYOUTS)}")
-  return LAYOUTS[layout]
+  return layout if isinstance(layout, CheckpointLayout) else fields.choose(LAYOUTS, layout, "layout")
 
 
 def cast(name: str, array: np.ndarray, dtype: DTypeLike | None) -> np.ndarray:
@@ -56,12 +55,12 @@ class Source:
   def __init__(self, path, layout: CheckpointLayout, tree: Any, config: Any = None, allow_non_finite: bool = False):
     self.checkpoint: Checkpoint = open_checkpoint(path)
     self.layout, self.config, self.allow_non_finite = layout, config, allow_non_finite
-    self.sizes, computed = _of_config(layout, config)
+    self.sizes, self.buffers = _of_config(layout, config)
     self.entries = mapping.plan(layout, tree)
     infos = self.checkpoint.tensors
-    self.prefix = mapping.find_prefix(layout, self.entries, infos)
+    wanted = [name for entry in self.entries for name in entry.names]
+    self.prefix = next((p for p in layout.prefixes if any(p + name in infos for name in wanted)), layout.prefixes[-1])
     self.shapes = {n.removeprefix(self.prefix): i.shape for n, i in infos.items() if n.startswith(self.prefix)}
-    self.buffers = {name: make() for name, make in computed.items()}
     self.report = self._compare()
 
   def name_of(self, entry: Entry) -> str:
@@ -86,16 +85,13 @@ class Source:
 
   def _needed(self, entry: Entry, shape: tuple[int, ...]) -> tuple[int, ...] | None:
     """None if a tensor of this shape fits, otherwise the shape that would."""
-    try:
+    with contextlib.suppress(CheckpointError):
       needed = mapping.foreign_shape(entry, self.sizes)
       return None if needed == shape else needed
-    except CheckpointError:  # only a config tells the sides of a patch; without one the sides of the file may fit
-      pass
-    try:
+    with contextlib.suppress(CheckpointError):  # only a config tells the sides of a patch; without one, the file's may fit
       mapping.to_ours(entry, np.broadcast_to(np.uint8(0), shape))
       return None
-    except CheckpointError:
-      return entry.shape
+    return entry.shape
 
   def read(self, entry: Entry) -> np.ndarray:
     """The foreign tensor of an entry. Raises CheckpointError if the file has it under two names with other values."""
@@ -125,16 +121,10 @@ class Source:
     nothing = len(report.missing) + len(report.mis_shaped) == report.expected
     if nothing or (strict and (report.missing or report.mis_shaped or (unexpected and report.unexpected))):
       raise CheckpointError(f"{path} (layout {self.layout.name}) doesn't fit the model: {report}")
-    if strict and numbers:
-      self._check_computed()
-
-  def _check_computed(self) -> None:
-    for name, buffer in self.buffers.items():
-      if name not in self.shapes:
-        continue
+    for name in [name for name in self.buffers if strict and numbers and name in self.shapes]:
       stored = self.checkpoint.read(self.prefix + name, self.allow_non_finite).astype(np.float32)
       # 1e-2: a file may store a table in bfloat16. Another scale changes the table by far more.
-      if np.abs(stored - buffer).max() > 1e-2:
+      if np.abs(stored - self.buffers[name]).max() > 1e-2:
         values = f" ({', '.join(f'{x:.4g}' for x in stored.flat)})" if stored.size <= 16 else ""
         raise CheckpointError(
           f"{self.checkpoint.path}: {name!r} was made with other numbers{values} than the config's. Give the model the same "
@@ -184,13 +174,10 @@ def load_variables(
   source.check(strict, numbers=numbers)
   if not source.report.clean or source.report.adapted:
     log(f"{path}: {source.report}")
-  groups = {}
-  for entry in source.entries:
-    groups.setdefault(entry.path, []).append(entry)
+  groups = [list(entries) for _, entries in itertools.groupby(source.entries, lambda entry: entry.path)]
   leaves, treedef = jax.tree.flatten(target)
   placed = treedef.flatten_up_to(shardings) if shardings is not None else [getattr(leaf, "sharding", None) for leaf in leaves]
-  result = [_load_leaf(source, leaf, groups[name], s) for name, leaf, s in zip(mapping.flatten(target), leaves, placed)]
-  return treedef.unflatten(result)
+  return treedef.unflatten(_load_leaf(source, *each) for each in zip(leaves, groups, placed, strict=True))
 
 
 def _adapt(source: Source) -> None:
@@ -290,14 +277,14 @@ def _contents(
   sizes, computed = _of_config(layout, config)
   entries = mapping.plan(layout, tree)
   spec = {e.names[0]: (mapping.foreign_shape(e, sizes), _float_dtype(stored(e), dtype)) for e in entries}
-  spec |= {name: (make().shape, _float_dtype(computed_dtype, dtype)) for name, make in computed.items()}
+  spec |= {name: (array.shape, _float_dtype(computed_dtype, dtype)) for name, array in computed.items()}
 
   def tensors():
     for entry in entries:
       name, array = entry.names[0], mapping.contiguous(mapping.to_foreign(entry, read(entry), sizes))
       yield name, cast(name, array, spec[name][1])
-    for name, make in computed.items():
-      yield name, cast(name, make(), spec[name][1])
+    for name, array in computed.items():
+      yield name, cast(name, array, spec[name][1])
 
   return spec, tensors()
 

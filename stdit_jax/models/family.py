@@ -38,15 +38,10 @@ SCALARS = ("height", "width", "num_frames", "fps")
 
 @dataclasses.dataclass(frozen=True)
 class Supports:
-  """Abilities of a family beyond denoising.
+  """Abilities of a family beyond denoising."""
 
-  Attributes:
-    frame_masks: the model takes `x_mask` (image to video, extension, masks in training).
-    step_cache: the model takes `reuse` and has `cache_specs` (models/step_cache.py).
-  """
-
-  frame_masks: bool = False
-  step_cache: bool = False
+  frame_masks: bool = False  # the model takes `x_mask` (image to video, extension, masks in training)
+  step_cache: bool = False  # the model takes `reuse` and has `cache_specs` (models/step_cache.py)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,9 +57,9 @@ class Family:
     null: `(config, constants, cond) -> cond`, the unconditional branch; `constants` is the model's collection of that name.
     rules: sharding rules of the parameters (`parallel.shardings.spec_for`).
     flops: `(config, frames, space) -> FLOPs` of one forward pass over one sample of `frames * space` tokens.
-    layouts: checkpoint layouts of its files, the usual one first: names of `interop.LAYOUTS`, or objects.
+    layouts: checkpoint layouts of its files, the usual one first: names (`interop.weights.LAYOUTS`) or objects.
     stacks: parameters whose leading axis is the depth.
-    resizable: constants whose leading axis may change between stages. A longer one repeats the last row.
+    resizable: constants whose first axis may have another length in the next stage. A longer axis repeats the last row.
     supports: see `Supports`.
   """
 
@@ -126,12 +121,10 @@ def find_family(name: str) -> tuple[Family, str]:
   """
   module, colon, size = name.partition(":")
   if not colon:
-    known = families()
-    for family in known:
-      if name in family.sizes:
-        return family, name
-    sizes = ", ".join(size for family in known for size in family.sizes)
-    raise ValueError(f"unknown denoiser {name!r}; allowed: {sizes}, or MODULE:SIZE of a module of yours")
+    known = {size: family for family in families() for size in family.sizes}
+    if name in known:
+      return known[name], name
+    raise ValueError(f"unknown denoiser {name!r}; allowed: {', '.join(known)}, or MODULE:SIZE of a module of yours")
   try:
     family = importlib.import_module(module).FAMILY
   except (ImportError, AttributeError) as error:

@@ -2,11 +2,11 @@
 
 from typing import Any
 
-TRAINING = 3  # products of a training step for each product of the forward pass: this one, and two for gradients
+TRAINING = 3  # one matrix product of the forward pass needs two more for its gradients
 
 
 def self_attention(config: Any, tokens: int, span: int) -> int:
-  """FLOPs of queries, keys, values and output of `tokens` tokens, and of their attention to `span` tokens each."""
+  """FLOPs of self attention: four projections of `tokens` tokens, each of which attends to `span` tokens."""
   width = config.hidden_size
   return 8 * tokens * width**2 + 4 * tokens * span * width
 

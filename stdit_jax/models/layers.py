@@ -23,36 +23,34 @@ MAX_PERIOD = 10000.0
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 COMPUTE_DTYPES = ("float32", "bfloat16")  # for training; float16 would need a scaled loss
-# Axes of tokens `[B, T, S, D]` during attention over space, and over time. The mesh may split the axis without attention.
+# Axes of tokens `[B, T, S, D]` during attention over space, and over time. The mesh may split the other one of the two axes.
 OVER_SPACE, OVER_TIME = ("batch", "tokens", None, None), ("batch", None, "tokens", None)
 
 
-def xavier_uniform(fan_in: int, fan_out: int) -> Callable:
-  """Uniform in +-sqrt(6 / (fan_in + fan_out)) for any shape: a fused kernel with heads is one matrix in the original."""
-  bound = math.sqrt(6.0 / (fan_in + fan_out))
+def uniform(bound: float) -> Callable:
+  """An initializer, uniform in +-bound for any shape."""
   return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 def torch_uniform(fan_in: int) -> Callable:
-  """Uniform in +-1/sqrt(fan_in): PyTorch's default for the weight (kaiming with a = sqrt(5)) and bias of a layer."""
-  bound = 1.0 / math.sqrt(fan_in)
-  return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+  """PyTorch's default for the weight (kaiming with a = sqrt(5)) and bias of a layer."""
+  return uniform(1.0 / math.sqrt(fan_in))
 
 
 class Linear(nn.Module):
   """`[..., *inputs] -> [..., *features]`, a matrix product.
 
   The kernel is `[*inputs, *features]`. Heads are separate axes, so that they can be sharded. The default initialisation is
-  Xavier uniform over the whole fused matrix with a zero bias, as `_basic_init` in Open-Sora 1.0-1.2.
+  Xavier uniform, over the fused matrix as in the original, with a zero bias (`_basic_init` in Open-Sora 1.0-1.2).
 
-  The layer pins its input and output to one layout, and so their gradients. The gradient of the kernel sums over tokens. XLA's
+  The layer pins its input, its output and their gradients to one layout. The gradient of the kernel sums over tokens. XLA's
   partitioner (jax 0.10.2) drops a part of that sum when one factor is split over frames and the other one over positions.
 
   Attributes:
     inputs: sizes of the axes that the product sums over; by default the last axis of the input.
-    layout: of activations on the mesh; axes: names (of `Layout.axes`) of the leading dimensions, by default None.
-    tensor: the axis of the kernel that is split over `tensor`. Zeros pad heads that do not divide. The output then has more
-      heads than `features` says, and the input may have more than `inputs` says.
+    axes: names (of `Layout.axes`) of the first dimensions of the input. The mesh does not split the dimensions after them.
+    tensor: the axis of the kernel that the mesh axis `tensor` splits. Zeros pad heads up to a multiple of its size. The output
+      then has more heads than `features`, and the next layer accepts more heads than its `inputs`.
   """
 
   features: tuple[int, ...]
@@ -67,27 +65,28 @@ class Linear(nn.Module):
   @nn.compact
   def __call__(self, x: ArrayLike) -> Array:
     inputs = self.inputs or x.shape[-1:]
-    kernel_init = self.kernel_init or xavier_uniform(math.prod(inputs), math.prod(self.features))
+    kernel_init = self.kernel_init or uniform(math.sqrt(6.0 / (math.prod(inputs) + math.prod(self.features))))
     kernel = self.param("kernel", kernel_init, (*inputs, *self.features)).astype(self.dtype)
     bias = self.param("bias", self.bias_init, self.features).astype(self.dtype)
     lead, x = x.shape[: -len(inputs)], x.astype(self.dtype)
     places = ["tensor" if axis == self.tensor else None for axis in range(kernel.ndim)]
     names = [*self.axes, None, None, None][: len(lead)]
     x = constrain(x, self.layout, *names, *places[: len(inputs)])
-    if self.layout is None or self.layout.tensor_parts == 1:
+    parts = 1 if self.layout is None else self.layout.parts("tensor")
+    if parts == 1:
       # One plain matrix product. With separate axes for heads, every step would transpose the kernel and its gradient.
       y = x.reshape(*lead, math.prod(inputs)) @ kernel.reshape(math.prod(inputs), math.prod(self.features))
       y = y.reshape(*lead, *self.features) + bias
     else:
       if self.tensor is not None:
-        kernel = _pad(kernel, self.tensor, self.layout.tensor_parts)
+        kernel = pad(kernel, self.tensor, parts)
         if self.tensor >= len(inputs):
-          bias = _pad(bias, self.tensor - len(inputs), self.layout.tensor_parts)
+          bias = pad(bias, self.tensor - len(inputs), parts)
       y = jnp.tensordot(x, kernel, len(inputs)) + bias
     return constrain(y, self.layout, *names, *places[len(inputs) :])
 
 
-def _pad(x, axis, parts):
+def pad(x: Array, axis: int, parts: int) -> Array:
   """Pads an axis with zeros to a multiple of `parts`."""
   return jnp.pad(x, [(0, -x.shape[i] % parts if i == axis else 0) for i in range(x.ndim)])
 
@@ -128,20 +127,21 @@ def modulate(x: Float[Array, "*lead D"], shift: Array, scale: Array) -> Float[Ar
 
 
 class RMSNorm(nn.Module):
-  """Root-mean-square norm over the last axis: float32 inside, back to the input dtype *before* the weight (as Llama)."""
+  """Root-mean-square norm over the last axis: float32 inside, back to the input dtype *before* the weight (as Llama, T5)."""
 
   eps: float = 1e-6
+  param_dtype: DTypeLike = jnp.float32
 
   @nn.compact
   def __call__(self, x: ArrayLike) -> Array:
-    scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+    scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
     return y.astype(x.dtype) * scale.astype(x.dtype)
 
 
-# The host computes frequencies in the originals' order of float32 roundings and with exactly rounded functions. An error in
-# the last digit of a frequency, times a timestep of 1000, is an error of 1e-5 in the embedding.
+# NumPy computes frequencies on the host, since its functions round correctly. Operations have the order of the originals. An
+# error in the last digit of a frequency, times a timestep of 1000, is an error of 1e-5 in the embedding.
 
 
 def sinusoid(values: Num[ArrayLike, "*lead"], dim: int = 256) -> Float[Array, "*lead dim"]:
@@ -154,7 +154,7 @@ def sinusoid(values: Num[ArrayLike, "*lead"], dim: int = 256) -> Float[Array, "*
 
 
 def even_frequencies(dim: int) -> np.ndarray:
-  """`[dim / 2]` frequencies 10000^(-2k / dim)."""
+  """`[dim / 2]` frequencies 10000^(-2k / dim): `rope.freqs` of Open-Sora 1.1 and 1.2 (RoFormer, section 3.2.2)."""
   exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
   return np.float32(1) / (MAX_PERIOD ** exponents.astype(np.float64)).astype(np.float32)
 
@@ -163,11 +163,6 @@ def interleaved_sin_cos(positions: Num[ArrayLike, "*lead"], dim: int) -> Float[A
   """`[...] -> [..., dim]` float32: [sin, cos] with `dim / 2` frequencies 10000^(-2k / dim) (Open-Sora)."""
   angles = positions.astype(jnp.float32)[..., None] * even_frequencies(dim)
   return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
-
-
-def rope_frequencies(head_dim: int) -> Float[Array, " half"]:
-  """`[head_dim / 2]` frequencies 10000^(-2j / head_dim) (RoFormer, section 3.2.2; `rope.freqs` of Open-Sora 1.1 and 1.2)."""
-  return jnp.asarray(even_frequencies(head_dim))
 
 
 def apply_rope(
@@ -192,7 +187,6 @@ class SelfAttention(nn.Module):
     axis: "space" (within each frame) or "time" (at each position).
     qk_norm: RMS norm of queries and keys over the head dimension.
     rope_first: rotate before the norm (Open-Sora 1.1, `qk_norm_legacy`) instead of after it (1.2).
-    layout: of activations on the mesh. It may split the other axis.
   """
 
   num_heads: int
@@ -206,7 +200,6 @@ class SelfAttention(nn.Module):
 
   @nn.compact
   def __call__(self, x: Features, token_valid: TokenValid | None = None, rope: Float[Array, " half"] | None = None) -> Features:
-    """x `[B, T, S, D]`, token_valid `[B, T, S]` bool or None, rope: frequencies `[head_dim / 2]` or None -> `[B, T, S, D]`."""
     features = x.shape[-1]
     heads = (self.num_heads, features // self.num_heads)
     axes = (OVER_SPACE if self.axis == "space" else OVER_TIME)[:3]
@@ -228,21 +221,17 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-  """Attention of all tokens of a sample to its valid text tokens: no norm, no gate (PixArt; Open-Sora 1.0-1.2).
-
-  Attributes: layout: of activations on the mesh; axes: how the tokens are split, OVER_SPACE or OVER_TIME.
-  """
+  """Attention of all tokens of a sample to its valid text tokens: no norm, no gate (PixArt; Open-Sora 1.0-1.2)."""
 
   num_heads: int
   out_init: nn.initializers.Initializer | None = None
   implementation: str = "auto"
   dtype: DTypeLike = jnp.float32
   layout: Layout | None = None
-  axes: tuple[str | None, ...] = OVER_SPACE
+  axes: tuple[str | None, ...] = OVER_SPACE  # or OVER_TIME: how the mesh splits the tokens
 
   @nn.compact
   def __call__(self, x: Features, text: Float[ArrayLike, "B L D"], text_mask: Bool[ArrayLike, "B L"] | None) -> Features:
-    """x `[B, T, S, D]`, text `[B, L, D]`, text_mask `[B, L]` bool -> `[B, T, S, D]`."""
     _, t, s, features = x.shape
     heads = (self.num_heads, features // self.num_heads)
     linear = functools.partial(Linear, dtype=self.dtype, layout=self.layout)

@@ -65,7 +65,7 @@ def run_layers(layer: Callable, x: jax.Array, stacked: Any, scan: bool, policy: 
 
 
 def stacked_params(module: nn.Module, blocks: Mapping[str, nn.Module], depth: int, *inputs) -> dict:
-  """Parameters `[depth, ...]` of every block of a layer, as parameters of `module`. `inputs` are inputs of a block."""
+  """Declares the parameters `[depth, ...]` of each block of a layer in `module`. `inputs` are example inputs of a block."""
 
   def init(block):
     return lambda key: jax.vmap(lambda k: block.init(k, *inputs)["params"])(jax.random.split(key, depth))
@@ -97,6 +97,7 @@ def run_blocks(
     (x, cached outputs for the next sampling step or None)
   """
   config, layout = module.config, module.layout
+  x = constrain(x, layout, *OVER_TIME)
   layers = stacked_params(module, blocks, config.depth, x, conditions, 0), jnp.arange(config.depth)
   capturing = module.is_mutable_collection("intermediates") and not module.is_initializing()
   pyramid = reuse if reuse is not None and isinstance(reuse.cache, step_cache.PyramidBroadcast) else None

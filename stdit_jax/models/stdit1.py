@@ -19,7 +19,7 @@ class STDiT1Config(common.STDiTConfig):
   """Open-Sora 1.0.
 
   Attributes:
-    input_size: (T, H, W) of the latents, which only the fixed position tables of a written checkpoint need.
+    input_size: (T, H, W) of the latents. Only exports read it, for the fixed position tables of the original.
     space_scale: 0.5 for 256 pixels, 1.0 for 512.
   """
 
@@ -35,7 +35,6 @@ class Block(common.Block):
 
   @nn.compact
   def __call__(self, x: Features, c: common.Conditions, number: ArrayLike, call: Call = compute) -> Features:
-    """x `[B, T, S, D]`, Conditions, number of the layer -> `[B, T, S, D]`; `call` calls the attentions."""
     x = constrain(x, self.layout, *OVER_SPACE)
     shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation_rows("modulation", 6, c.modulation, c.x_mask)
 
@@ -70,8 +69,7 @@ class STDiT1(common.STDiT):
     # embed
     scale = jnp.full((len(tokens),), cfg.space_scale, jnp.float32)
     positions = common.embed_positions(cfg.hidden_size, sizes["grid"], tokens.shape[2], scale, base=False)  # [B, S, D]
-    x = self.embed_patches(tokens)  # [B, T, S, D]
-    x = x + positions.astype(dtype)[:, None]
+    x = self.embed_patches(tokens) + positions.astype(dtype)[:, None]  # [B, T, S, D]
     self.sow("intermediates", "tokens_in", x)
     noised = self.scalar_embedder("timestep_embed", None, common.small, common.small)(t)  # [B, D]
     modulation = self.modulation_vectors("timestep_modulation", 6, (noised, None), common.small)  # [B, 6D]
@@ -82,7 +80,7 @@ class STDiT1(common.STDiT):
     )
 
     blocks = {"blocks": Block(cfg, layout, parent=None)}
-    x, cached = run_blocks(self, blocks, common.RULES, constrain(x, layout, *OVER_TIME), conditions, reuse)  # [B, T, S, D]
+    x, cached = run_blocks(self, blocks, common.RULES, x, conditions, reuse)  # [B, T, S, D]
 
     x = common.FinalLayer(cfg, layout, common.zeros, name="final_layer")(x, noised)  # [B, T, S, P_out]
     return self.finish(x, frames, cached, reuse)

@@ -22,8 +22,8 @@ class STDiT2Config(common.STDiTConfig):
   """Open-Sora 1.1.
 
   Attributes:
-    qk_norm_legacy: rotate, then norm, as 1.1 trained it; False is STDiT-2 as built by 1.2's code.
-    fps_condition: False leaves out the embedding of the frame rate, as 1.1 began.
+    qk_norm_legacy: rotate before the norm, as 1.1 was trained. With False, norm first, as the code of 1.2 builds STDiT-2.
+    fps_condition: embed the frame rate. The first stages of 1.1 lack this embedding.
   """
 
   model_max_length: int = 200
@@ -43,7 +43,6 @@ class Block(common.Block):
 
   @nn.compact
   def __call__(self, x: Features, c: common.Conditions, number: ArrayLike, call: Call = compute) -> Features:
-    """x `[B, T, S, D]`, Conditions, number of the layer -> `[B, T, S, D]`; `call` calls the attentions."""
     cfg, layout = self.config, self.layout
     shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation_rows("modulation", 6, c.modulation, c.x_mask)
     shift_t, scale_t, gate_t = self.modulation_rows("temporal_modulation", 3, c.temporal, c.x_mask)
@@ -79,8 +78,7 @@ class STDiT2(common.STDiT):
 
     # embed
     positions = self.scaled_positions(sizes, tokens.shape[2])  # [B, S, D]
-    x = self.embed_patches(tokens)  # [B, T, S, D]
-    x = x + positions.astype(dtype)[:, None]
+    x = self.embed_patches(tokens) + positions.astype(dtype)[:, None]  # [B, T, S, D]
     self.sow("intermediates", "tokens_in", x)
     size, length = self.embed_sizes(sizes)  # [B, D] each
     embed_t = self.scalar_embedder("timestep_embed", None, common.small, common.small)
@@ -97,7 +95,7 @@ class STDiT2(common.STDiT):
     )  # fmt: skip
 
     blocks = {"blocks": Block(cfg, layout, parent=None)}
-    x, cached = run_blocks(self, blocks, common.RULES, constrain(x, layout, *OVER_TIME), conditions, reuse)  # [B, T, S, D]
+    x, cached = run_blocks(self, blocks, common.RULES, x, conditions, reuse)  # [B, T, S, D]
 
     # as Open-Sora 1.1: in the final layer noised frames see the plain timestep, clean frames timestep 0 plus the size.
     clean = None if clean is None else clean + size

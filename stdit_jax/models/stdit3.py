@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from stdit_jax.arrays import ArrayLike, Cond, Features, FrameMask, PerSample, Sizes, Tokens, Valid
 from stdit_jax.models import stdit_common as common
-from stdit_jax.models.family import Family, Supports
+from stdit_jax.models.family import Family, Supports, token_values
 from stdit_jax.models.layers import DTYPES, OVER_SPACE, OVER_TIME, interleaved_sin_cos, layer_norm, modulate, torch_uniform
 from stdit_jax.models.stack import run_blocks
 from stdit_jax.models.step_cache import Call, Reuse, compute
@@ -16,14 +16,14 @@ from stdit_jax.parallel.shardings import constrain
 
 @dataclasses.dataclass(frozen=True)
 class STDiT3Config(common.STDiTConfig):
-  """Open-Sora 1.2, whose adaptation began as PixArt.
+  """Open-Sora 1.2, which starts from the weights of PixArt.
 
   Attributes:
-    fps_condition: False leaves out the embedding of the frame rate, as the adaptation began.
+    fps_condition: embed the frame rate. PixArt has no such embedding.
     temporal_blocks: False leaves out attention over time: frames of a clip then know nothing of each other.
     frame_positions: adds a sinusoid of the frame's number to the tokens, as Open-Sora 1.0's blocks do. The original has none.
-      Rotary positions tell how far frames are apart, not which one is the first, so that from noise alone no frame can know
-      whether something that moves to the right is still left or already right.
+      Rotary positions tell how far frames are apart, but not which frame is the first. From noise alone, no frame can then know
+      how far a movement has come.
   """
 
   fps_condition: bool = True
@@ -46,7 +46,6 @@ class Block(common.Block):
 
   @nn.compact
   def __call__(self, x: Features, c: common.Conditions, number: ArrayLike, call: Call = compute) -> Features:
-    """x `[B, T, S, D]`, Conditions, number of the layer -> `[B, T, S, D]`; `call` calls the attentions."""
     axes, rope, out_init = (OVER_SPACE, None, None) if self.axis == "space" else (OVER_TIME, c.rope, common.zeros)
     shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation_rows("modulation", 6, c.modulation, c.x_mask)
 
@@ -73,8 +72,7 @@ class STDiT3(common.STDiT):
 
     # embed
     positions = self.scaled_positions(sizes, tokens.shape[2])  # [B, S, D]
-    x = self.embed_patches(tokens, torch_uniform(cfg.patch_values))  # [B, T, S, D]
-    x = x + positions.astype(dtype)[:, None]
+    x = self.embed_patches(tokens, torch_uniform(token_values(cfg))) + positions.astype(dtype)[:, None]  # [B, T, S, D]
     if cfg.frame_positions:
       x = x + interleaved_sin_cos(jnp.arange(tokens.shape[1], dtype=jnp.float32), cfg.hidden_size).astype(dtype)[:, None]
     self.sow("intermediates", "tokens_in", x)
@@ -89,7 +87,7 @@ class STDiT3(common.STDiT):
     )  # fmt: skip
 
     blocks = {name: Block(cfg, layout, axis, parent=None) for name, (axis, _) in cfg.kinds.items()}
-    x, cached = run_blocks(self, blocks, common.RULES, constrain(x, layout, *OVER_TIME), conditions, reuse)  # [B, T, S, D]
+    x, cached = run_blocks(self, blocks, common.RULES, x, conditions, reuse)  # [B, T, S, D]
 
     x = common.FinalLayer(cfg, layout, name="final_layer")(x, noised, clean, x_mask)  # [B, T, S, P_out]
     return self.finish(x, frames, cached, reuse)

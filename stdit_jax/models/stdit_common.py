@@ -1,4 +1,4 @@
-"""What the three STDiTs share: configuration, embeddings, modulation, the final layer, and most of their records."""
+"""What the three STDiTs share: configuration, embeddings, modulation, the final layer, and fields of `family.Family`."""
 
 import dataclasses
 import math
@@ -14,10 +14,11 @@ from jaxtyping import Array, Float, Integer
 from stdit_jax import fields
 from stdit_jax.arrays import ArrayLike, Cond, Embedding, Features, FrameMask, PerSample, Sizes, Tokens, Valid
 from stdit_jax.models import flops, layers, step_cache
+from stdit_jax.models.family import token_values
 from stdit_jax.models.layers import DTYPES, OVER_SPACE, OVER_TIME, Linear, Mlp, interleaved_sin_cos, layer_norm, modulate
 from stdit_jax.models.stack import REMAT_POLICIES
 from stdit_jax.parallel.attention import IMPLEMENTATIONS
-from stdit_jax.parallel.shardings import BLOCK_RULES, Layout, constrain
+from stdit_jax.parallel.shardings import BLOCK_RULES, ArraySpec, Layout, constrain
 
 COMPAT = (None, "open-sora")
 zeros = nn.initializers.zeros
@@ -42,9 +43,8 @@ class STDiTConfig:
 
   Attributes:
     input_sq_size: side in pixels at which the spatial position embedding has unit scale (STDiT-2 and 3).
-    pred_sigma: predict C more channels (the variance of IDDPM; rectified flow ignores them).
-    scan: run the blocks as one `lax.scan`. False unrolls them: a profile then has one name per block, and CPUs are faster.
-    remat: the activations of a block that the backward pass stores, one of REMAT_POLICIES.
+    pred_sigma: the model also predicts one variance per channel, for IDDPM. Rectified flow ignores the variances.
+    scan, remat: `scan` and `policy` of `stack.run_layers`. Without `scan`, a profile has one name per block.
     compat: "open-sora" scales positions by the size of the *first* sample of the batch, as the originals do. By default
       every sample has its own scale.
   """
@@ -88,11 +88,6 @@ class STDiTConfig:
     return math.prod(self.patch_size)
 
   @property
-  def patch_values(self) -> int:
-    """P: values of one input token."""
-    return self.patch_positions * self.in_channels
-
-  @property
   def out_channels(self) -> int:
     return self.in_channels * (2 if self.pred_sigma else 1)
 
@@ -105,7 +100,7 @@ class STDiTConfig:
 class Conditions(NamedTuple):
   """The inputs of every block beside the tokens.
 
-  A modulation is a pair: of noised frames `[B, rows * D]`, and of clean frames (timestep 0) or None without x_mask.
+  A modulation is a pair of vectors `[B, rows * D]`: one for noised frames, one for clean frames (None without x_mask).
   """
 
   text: jax.Array  # [B, L, D]
@@ -118,31 +113,33 @@ class Conditions(NamedTuple):
   time_embedding: Any = None  # [T, D] (STDiT 1.0)
 
 
-class Block(nn.Module):
-  """Parts of the blocks of all models."""
+class Part(nn.Module):
+  """A denoiser or a part of it. `how` holds the dtype and the layout of its layers."""
 
   config: STDiTConfig
   layout: Layout | None = None
 
+  @property
+  def how(self) -> dict[str, Any]:
+    return {"dtype": DTYPES[self.config.dtype], "layout": self.layout}
+
+
+class Block(Part):
+  """Parts of the blocks of all models, `(tokens, Conditions, number of the layer, call for attention) -> tokens`."""
+
   def self_attention(self, axis: str, name: str = "attention", **options) -> layers.SelfAttention:
     cfg = self.config
-    return layers.SelfAttention(
-      cfg.num_heads, axis, implementation=cfg.attention, dtype=DTYPES[cfg.dtype], layout=self.layout, name=name, **options
-    )
+    return layers.SelfAttention(cfg.num_heads, axis, implementation=cfg.attention, name=name, **self.how, **options)
 
   def cross_attention(self, axes: tuple = OVER_TIME, out_init: Init = zeros) -> layers.CrossAttention:
     cfg = self.config
-    return layers.CrossAttention(
-      cfg.num_heads, out_init, cfg.attention, DTYPES[cfg.dtype], self.layout, axes, name="cross_attention"
-    )
+    return layers.CrossAttention(cfg.num_heads, out_init, cfg.attention, axes=axes, name="cross_attention", **self.how)
 
   def block_mlp(self, axes: tuple = OVER_TIME, out_init: Init = None) -> Mlp:
     """The MLP, its hidden side split over `tensor`."""
     width = self.config.hidden_size
-    return Mlp(
-      int(width * self.config.mlp_ratio), width, fc2_init=out_init, dtype=DTYPES[self.config.dtype], layout=self.layout,
-      axes=axes[:3], tensor=True, name="mlp",
-    )  # fmt: skip
+    hidden = int(width * self.config.mlp_ratio)
+    return Mlp(hidden, width, fc2_init=out_init, axes=axes[:3], tensor=True, name="mlp", **self.how)
 
   def modulation_rows(self, name: str, rows: int, vectors: list, x_mask: FrameMask | None) -> list[Array]:
     """Shift, scale and gate rows `[B, T or 1, 1, D]`: a learned table plus the modulation `vectors` of `Conditions`.
@@ -165,11 +162,8 @@ def modulation_table(module: nn.Module, name: str, rows: int) -> Float[ArrayLike
   return module.param(name, nn.initializers.normal(width**-0.5), (rows, width))
 
 
-class STDiT(nn.Module):
+class STDiT(Part):
   """Parts of all models; every model has its own `__call__`."""
-
-  config: STDiTConfig
-  layout: Layout | None = None
 
   def pad_frames(self, tokens: Tokens, valid: Valid | None, x_mask: FrameMask | None) -> tuple:
     """Zeroes padding, and adds frames of padding if the layout splits tokens and the frames do not divide.
@@ -182,12 +176,9 @@ class STDiT(nn.Module):
     parts = 1 if self.layout is None else self.layout.token_parts
     if tokens.shape[2] % parts:
       raise ValueError(f"{tokens.shape[2]} tokens per frame do not divide by the {parts} devices of mesh axis 'sequence'")
-    if extra := -tokens.shape[1] % parts:
-      if token_valid is None:
-        token_valid = jnp.ones(tokens.shape[:3], bool)
-      tokens, token_valid, x_mask = jax.tree.map(
-        lambda x: jnp.pad(x, [(0, extra if axis == 1 else 0) for axis in range(x.ndim)]), (tokens, token_valid, x_mask)
-      )
+    if tokens.shape[1] % parts:
+      token_valid = jnp.ones(tokens.shape[:3], bool) if token_valid is None else token_valid
+      tokens, token_valid, x_mask = jax.tree.map(lambda x: layers.pad(x, 1, parts), (tokens, token_valid, x_mask))
     return constrain(tokens, self.layout, *OVER_TIME), token_valid, x_mask
 
   def scaled_positions(self, sizes: Sizes, num_tokens: int) -> Float[Array, "B S D"]:
@@ -202,17 +193,13 @@ class STDiT(nn.Module):
 
   def embed_patches(self, tokens: Tokens, init: Init = None) -> Features:
     """`[B, T, S, P] -> [B, T, S, D]`: the originals' Conv3d, whose bias has PyTorch's default initialisation."""
-    cfg = self.config
-    linear = Linear(
-      (cfg.hidden_size,), kernel_init=init, bias_init=layers.torch_uniform(cfg.patch_values), dtype=DTYPES[cfg.dtype],
-      layout=self.layout, axes=OVER_TIME[:3], name="patch_embed",
-    )  # fmt: skip
-    return linear(tokens)
+    width, bias_init = self.config.hidden_size, layers.torch_uniform(token_values(self.config))
+    return Linear((width,), None, init, bias_init, axes=OVER_TIME[:3], name="patch_embed", **self.how)(tokens)
 
   def scalar_embedder(self, name: str, features: int | None = None, fc1_init: Init = None, fc2_init: Init = None) -> Callable:
     """-> `[B] -> [B, features]`: an MLP over the sinusoid of a timestep, frame rate, length or size."""
     features = features or self.config.hidden_size
-    mlp = Mlp(features, features, "silu", fc1_init, fc2_init, DTYPES[self.config.dtype], self.layout, name=name)
+    mlp = Mlp(features, features, "silu", fc1_init, fc2_init, name=name, **self.how)
     return lambda values: mlp(layers.sinusoid(values))
 
   def embed_caption(self, text: Float[ArrayLike, "B L C"], init: Init = None) -> Float[Array, "B L D"]:
@@ -223,24 +210,19 @@ class STDiT(nn.Module):
     cfg = self.config
     shape = (cfg.model_max_length, cfg.caption_channels)
     self.variable("constants", "null_caption", lambda: nn.initializers.normal(shape[1] ** -0.5)(self.make_rng("params"), shape))
-    mlp = Mlp(
-      cfg.hidden_size, cfg.hidden_size, fc1_init=init, fc2_init=init, dtype=DTYPES[cfg.dtype], layout=self.layout,
-      name="caption_embed",
-    )  # fmt: skip
-    return mlp(text)
+    return Mlp(cfg.hidden_size, cfg.hidden_size, fc1_init=init, fc2_init=init, name="caption_embed", **self.how)(text)
 
   def rope(self) -> Float[ArrayLike, " half"]:
-    """The constant rotary frequencies `[head_dim / 2]`."""
-    return self.variable("constants", "rope_frequencies", layers.rope_frequencies, self.config.head_dim).value
+    frequencies = layers.even_frequencies(self.config.head_dim)
+    return self.variable("constants", "rope_frequencies", jnp.asarray, frequencies).value
 
   def modulation_vectors(self, name: str, rows: int, embeddings: Sequence, init: Init = None) -> list:
-    """SiLU, then a linear layer to `rows * D`, for the noised and (None without x_mask) the clean embedding `[B, D]`."""
-    cfg = self.config
-    linear = Linear((rows * cfg.hidden_size,), kernel_init=init, dtype=DTYPES[cfg.dtype], layout=self.layout, name=name)
+    """SiLU, then a linear layer: `[B, D] -> [B, rows * D]` for each embedding, the noised and the clean one or None."""
+    linear = Linear((rows * self.config.hidden_size,), kernel_init=init, name=name, **self.how)
     return [None if e is None else linear(nn.silu(e)) for e in embeddings]
 
   def finish(self, x: ArrayLike, frames: int, cached: Any, reuse: step_cache.Reuse | None) -> Array | tuple:
-    """The model's result: float32, without padding frames; with `reuse` also the cached outputs, where they belong."""
+    """The result of the model, float32 without padding frames. With `reuse` also the cached outputs, in their layout."""
     padded = x.shape[:3]
     x = constrain(x.astype(jnp.float32)[:, :frames], self.layout, *OVER_TIME)
     if reuse is None:
@@ -249,11 +231,15 @@ class STDiT(nn.Module):
     return x, jax.tree.map(lambda spec, array: constrain(array, self.layout, *spec.axes), specs, cached)
 
   def cache_specs(self, cache: step_cache.Cache, batch: int, frames: int, space: int) -> dict:
-    """The arrays that calls on `[batch, frames, space]` tokens cache for the next call (`step_cache.cache_specs`)."""
-    cfg = self.config
+    """The arrays that calls on `[batch, frames, space]` tokens cache for the next call, as a tree of `ArraySpec`."""
+    cfg, dtype = self.config, DTYPES[self.config.dtype]
     frames += -frames % (1 if self.layout is None else self.layout.token_parts)
     shape = batch, frames, space, cfg.hidden_size
-    return step_cache.cache_specs(cache, shape, DTYPES[cfg.dtype], cfg.kinds, cfg.depth, OVER_TIME)
+    if isinstance(cache, step_cache.ResidualCache):
+      arrays = {"first": ArraySpec(shape, jnp.float32, OVER_TIME), "others": ArraySpec(shape, dtype, OVER_TIME)}
+      return arrays | {"computed": ArraySpec((), jnp.int32, ())}
+    spec = lambda axes: ArraySpec((cfg.depth, *shape), dtype, (None, *axes))  # noqa: E731
+    return {name: {kind: spec(axes) for kind, axes in kinds.items()} for name, kinds in cfg.kinds.items()}
 
 
 def embed_positions(
@@ -263,12 +249,7 @@ def embed_positions(
 
   Open-Sora 1.1 and 1.2, `PositionEmbedding2D`: index / scale * base / side with base = round(sqrt(rows * columns)) (half to
   even), so that every grid spans about the same range. Nothing reads the embedding of tokens past the sample's own grid.
-
-  Args:
-    width: D.
-    grid: `[B, 3]` token grid (T, rows, columns) of every sample.
-    num_tokens: S.
-    scale: `[B]`; 1.0 keeps the plain index (with `base=False`, STDiT 1.0: index / space_scale).
+  `base=False` leaves out the factor base / side (STDiT 1.0). `grid` is the token grid (T, rows, columns) of every sample.
   """
   rows, columns = (grid[:, i, None].astype(jnp.float32) for i in (1, 2))
   index = jnp.arange(num_tokens, dtype=jnp.int32)
@@ -280,17 +261,13 @@ def embed_positions(
   return jnp.concatenate([interleaved_sin_cos(side, width // 2) for side in (column, row)], axis=-1)
 
 
-class FinalLayer(nn.Module):
+class FinalLayer(Part):
   """Norm, modulation from a 2-row table plus the timestep embedding, linear to `patch positions * out channels`."""
 
-  config: STDiTConfig
-  layout: Layout | None = None
   kernel_init: nn.initializers.Initializer | None = None
 
   @nn.compact
   def __call__(self, x: Features, noised: Embedding, clean: Embedding | None = None, x_mask: FrameMask | None = None) -> Array:
-    """x `[B, T, S, D]`, noised and clean embeddings `[B, D]` (clean: None without x_mask) -> `[B, T, S, P_out]`."""
-    cfg = self.config
     table = modulation_table(self, "modulation", 2).astype(x.dtype)
     out = modulate(layer_norm(x), *(table[i] + noised[:, None, None] for i in (0, 1)))
     if x_mask is not None and clean is not None:
@@ -298,11 +275,8 @@ class FinalLayer(nn.Module):
       # twice. Neither loss nor sampler reads these frames; parity of masked outputs needs it.
       twice = modulate(layer_norm(out), *(table[i] + clean[:, None, None] for i in (0, 1)))
       out = jnp.where(x_mask[:, :, None, None], out, twice)
-    linear = Linear(
-      (cfg.patch_positions * cfg.out_channels,), kernel_init=self.kernel_init, dtype=DTYPES[cfg.dtype], layout=self.layout,
-      axes=OVER_TIME[:3], name="linear",
-    )  # fmt: skip
-    return linear(out)
+    features = (self.config.patch_positions * self.config.out_channels,)
+    return Linear(features, kernel_init=self.kernel_init, axes=OVER_TIME[:3], name="linear", **self.how)(out)
 
 
 def cond(config: Any, rows: int) -> dict:
@@ -327,7 +301,7 @@ def forward_flops(config: Any, frames: int, space: int) -> int:
   rest = flops.cross_attention(config, tokens, text) + flops.mlp(config, tokens)
   own = {kind: flops.self_attention(config, tokens, span) for kind, span in (("space", space), ("time", frames))}
   layer = sum(rest + sum(own.get(kind, 0) for kind in kinds) for kinds in config.kinds.values())
-  patches = 2 * tokens * width * (config.patch_values + config.patch_positions * config.out_channels)
+  patches = 2 * tokens * width * (token_values(config) + config.patch_positions * config.out_channels)
   caption = 2 * text * (config.caption_channels + width) * width
   embeddings = 2 * 2 * (256 + width) * width + 12 * width**2  # timestep and fps, modulation
   return config.depth * layer + patches + caption + embeddings

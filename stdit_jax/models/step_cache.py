@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 
 from stdit_jax.arrays import ArrayLike
-from stdit_jax.parallel.shardings import ArraySpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +28,7 @@ class PyramidBroadcast:
   """Several steps share one output of an attention. The defaults come from VideoSys for Open-Sora 1.2.
 
   Attributes:
-    space, time, cross: number of steps that share one output of this attention, with the step that computes it.
+    space, time, cross: number of steps that share one output of this kind of attention. The first of them computes it.
     interval: the timesteps between which steps reuse outputs.
   """
 
@@ -90,7 +89,7 @@ class Reuse:
 
   Attributes:
     cache: PyramidBroadcast or ResidualCache.
-    cached: the arrays of `cache_specs`, zeros before the first step.
+    cached: the arrays of the model's `cache_specs`, zeros before the first step.
     computes: {kind of attention: bool scalar}, from `computes` of the cache.
   """
 
@@ -107,56 +106,24 @@ def compute(kind: str, function: Callable, *inputs) -> Any:
   return function(*inputs)
 
 
+@dataclasses.dataclass
 class CachedCalls:
-  """Takes the place of `compute` if outputs of attention are cached.
+  """Takes the place of `compute` if outputs of attention are cached."""
 
-  Args:
-    cached: {kind: output} of this block.
-    computes: as in `Reuse`.
-
-  Attributes:
-    outputs: {kind: output} after the calls.
-  """
-
-  def __init__(self, cached, computes):
-    self._cached, self._computes, self.outputs = cached, computes, {}
+  cached: dict  # {kind: output} of this block
+  computes: dict  # as in `Reuse`
+  outputs: dict = dataclasses.field(default_factory=dict)  # {kind: output} after the calls
 
   def __call__(self, kind: str, function: Any, *inputs) -> Any:
-    before = self._cached[kind]
-    self.outputs[kind] = nn.cond(
-      self._computes[kind], lambda module, *inputs: module(*inputs), lambda module, *inputs: before, function, *inputs
-    )
+    run, reuse = lambda module, *inputs: module(*inputs), lambda module, *inputs: self.cached[kind]
+    self.outputs[kind] = nn.cond(self.computes[kind], run, reuse, function, *inputs)
     return self.outputs[kind]
-
-
-def cache_specs(cache: Cache, shape: tuple, dtype: Any, blocks: Mapping, depth: int, axes: tuple) -> dict:
-  """The arrays that a call of a model caches for the next call, as a tree of `ArraySpec`.
-
-  Args:
-    shape, dtype, axes: of the tokens `[B, T, S, D]` between layers.
-    blocks: {name of a block of a layer: {kind of attention: axes of its output}}.
-  """
-  if isinstance(cache, ResidualCache):
-    return {
-      "first": ArraySpec(shape, jnp.float32, axes), "others": ArraySpec(shape, dtype, axes),
-      "computed": ArraySpec((), jnp.int32, ()),
-    }  # fmt: skip
-  return {
-    name: {kind: ArraySpec((depth, *shape), dtype, (None, *axes)) for kind, axes in kinds.items()}
-    for name, kinds in blocks.items()
-  }
 
 
 def residual_layers(layers: Callable, x: ArrayLike, first_layer: Callable, cached: Mapping, threshold: float) -> tuple:
   """`x` through the first layer, and through the others unless the residual of the first is near the cached one.
-
-  Args:
-    first_layer, layers: `[B, T, S, D] -> [B, T, S, D]`.
-    cached: residuals of the last full step, {"first": of the first layer, "others": of the others}, and "computed", the number
-      of full steps.
-
-  Returns:
-    (x, cached for the next step)
+  `cached` has the residuals of the last full step, "first" of the first layer and "others" of the others, and "computed", the
+  number of full steps. Returns (x, cached for the next step).
   """
   y = first_layer(x)
   added = (y - x).astype(jnp.float32)

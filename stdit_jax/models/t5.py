@@ -32,7 +32,7 @@ from jaxtyping import Array, Float, Int, Key, Shaped
 
 from stdit_jax import fields
 from stdit_jax.arrays import ArrayLike
-from stdit_jax.models.layers import DTYPES
+from stdit_jax.models.layers import DTYPES, RMSNorm
 from stdit_jax.models.stack import REMAT_POLICIES, run_layers, stacked_params
 from stdit_jax.parallel.shardings import BLOCK_RULES, Layout, constrain, gather_layer
 
@@ -49,10 +49,9 @@ class T5Config:
     feed_forward_proj: "gated-gelu" (v1.1) or "relu" (v1.0).
     dtype: of the computation; norms, softmax and position bias are float32.
     param_dtype: of the parameters; bfloat16 halves the memory of a frozen XXL.
-    relative_bias_std: standard deviation of the initial position biases. None: d_model ** -0.5, as in the original. With a
-      larger value every head initially attends to other distances. So an untrained encoder tells words apart, not only letters.
-    scan: run the blocks as one `lax.scan`. False unrolls them for debugging, with the same values.
-    remat: the activations of a block that the backward pass stores, one of REMAT_POLICIES.
+    relative_bias_std: standard deviation of the initial position biases. None: d_model ** -0.5, as in the original. A larger
+      value makes each head initially attend to other distances than the next one, so an untrained encoder can tell words apart.
+    scan, remat: `scan` and `policy` of `stack.run_layers`.
   """
 
   d_model: int = 4096
@@ -81,20 +80,6 @@ class T5Config:
         f"T5Config: relative_attention_num_buckets is {buckets}, relative_attention_max_distance {distance}; buckets must be a "
         "multiple of 4, at least 4, and the distance more than a quarter of the buckets"
       )
-
-
-class RMSNorm(nn.Module):
-  """`x / rms(x) * scale`. The norm is float32, the scale is applied in the compute dtype (`T5LayerNorm`)."""
-
-  config: T5Config
-
-  @nn.compact
-  def __call__(self, x: ArrayLike) -> Array:
-    dtype = DTYPES[self.config.dtype]
-    scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), DTYPES[self.config.param_dtype])
-    x = x.astype(jnp.float32)
-    x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.config.layer_norm_epsilon)
-    return x.astype(dtype) * scale.astype(dtype)
 
 
 class Linear(nn.Module):
@@ -160,8 +145,10 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, x: ArrayLike, bias: ArrayLike, mask: ArrayLike | None) -> Array:
-    x = x + Attention(self.config, self.layout, name="attention")(RMSNorm(self.config, name="attention_norm")(x), bias, mask)
-    return x + Mlp(self.config, self.layout, name="mlp")(RMSNorm(self.config, name="mlp_norm")(x))
+    c = self.config
+    norm = functools.partial(RMSNorm, c.layer_norm_epsilon, DTYPES[c.param_dtype])
+    x = x + Attention(c, self.layout, name="attention")(norm(name="attention_norm")(x), bias, mask)
+    return x + Mlp(c, self.layout, name="mlp")(norm(name="mlp_norm")(x))
 
 
 def relative_buckets(distance: Int[ArrayLike, "*shape"], num_buckets: int, max_distance: int) -> Int[Array, "*shape"]:
@@ -185,8 +172,8 @@ def relative_bias(
 ) -> Float[Array, "heads {length} {length}"]:
   """The float32 bias (head, query, key) of a table of position biases.
 
-  Every distance has one value, which fills a diagonal by repeating and reshaping. A gather of length^2 rows would have a
-  scatter as its gradient, which is slow on accelerators.
+  Each distance has one value on a whole diagonal, so the function repeats and reshapes the values. A gather of length^2 rows
+  would have a scatter as its gradient, and scatters are slow on accelerators.
   """
   num_buckets, heads = table.shape
   buckets = relative_buckets(jnp.arange(1 - length, length), num_buckets, max_distance)
@@ -211,7 +198,7 @@ class T5Encoder(nn.Module):
     """Encodes token ids (L >= 1). Features are in the compute dtype.
 
     `mask` is bool or 0/1; None: all tokens are valid. Invalid tokens do not influence valid ones, and their own rows have no
-    meaning. An id outside the vocabulary reads NaN, which shows in the loss.
+    meaning. An id outside the vocabulary gives NaN, so the loss shows the error.
     """
     c, dtype, param_dtype = self.config, DTYPES[self.config.dtype], DTYPES[self.config.param_dtype]
     embedding = self.param("token_embedding", nn.initializers.normal(1.0), (c.vocab_size, c.d_model), param_dtype)
@@ -221,19 +208,16 @@ class T5Encoder(nn.Module):
 
     x = constrain(jnp.take(embedding, ids, axis=0, mode="fill").astype(dtype), self.layout, "batch", None, None)
     bias = relative_bias(table, ids.shape[1], c.relative_attention_max_distance)
-    x = self.run_blocks(x, bias, None if mask is None else jnp.asarray(mask, bool))
-    return RMSNorm(c, name="final_norm")(x)
-
-  def run_blocks(self, x: Float[ArrayLike, "B L D"], bias: Float[ArrayLike, "heads L L"], mask: Any) -> Float[Array, "B L D"]:
-    """Runs the layers, whose parameters are stacked in depth, as one `lax.scan` or unrolled, with remat by name."""
-    c, block = self.config, Block(self.config, self.layout, parent=None)
+    mask = None if mask is None else jnp.asarray(mask, bool)
+    block = Block(c, self.layout, parent=None)
     stacked = stacked_params(self, {"blocks": block}, c.num_layers, x, bias, mask)["blocks"]
 
     def layer(x, params):
-      params = gather_layer(params, "blocks", self.layout, DTYPES[c.dtype], RULES)
+      params = gather_layer(params, "blocks", self.layout, dtype, RULES)
       return constrain(block.apply({"params": params}, x, bias, mask), self.layout, "batch", None, None), None
 
-    return run_layers(layer, x, stacked, c.scan, c.remat)[0]
+    x, _ = run_layers(layer, x, stacked, c.scan, c.remat)
+    return RMSNorm(c.layer_norm_epsilon, param_dtype, name="final_norm")(x)
 
 
 TABLE = {
@@ -254,9 +238,7 @@ def get_config(name: str, **overrides: Any) -> T5Config:
   return fields.replace(fields.choose(TABLE, name, "text encoder"), overrides, f"text encoder {name}")
 
 
-def build(config: T5Config, layout: Layout | None = None) -> T5Encoder:
-  """The encoder of a configuration."""
-  return T5Encoder(config, layout)
+build = T5Encoder  # `(config, layout) -> nn.Module`, as in `family.Family`
 
 
 def init(config: T5Config, key: Key[Array, ""]) -> Any:

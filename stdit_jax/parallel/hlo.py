@@ -15,7 +15,7 @@ _BYTES = {
 }  # fmt: skip
 _SHAPE = re.compile(r"\b(" + "|".join(_BYTES) + r")\[([\d,]*)\](\{[^}]*\})?")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
-# Instructions that move nothing, or whose parts count elsewhere.
+# Instructions that move nothing, or that run computations which count by themselves.
 _FREE = {
   "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
   "partition-id", "replica-id", "opt-barrier", "iota",
@@ -24,19 +24,12 @@ _FREE = {
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-  """One collective.
+  """One collective."""
 
-  Attributes:
-    kind: one of COLLECTIVES.
-    bytes: of its result, for a reduce-scatter of its operand.
-    times: how often it runs.
-    in_loop: whether it is in the body of a loop.
-  """
-
-  kind: str
-  bytes: int
-  times: int
-  in_loop: bool
+  kind: str  # one of COLLECTIVES
+  bytes: int  # size of the result. For a reduce-scatter: size of the operand
+  times: int  # how often it runs
+  in_loop: bool  # whether it is in the body of a loop
 
 
 def shape_bytes(text: str, main_memory: bool = False) -> int:
@@ -70,9 +63,9 @@ def _trips(rest, found):
 
 
 def multiplicities(found: dict[str, list], entry: str | None) -> tuple[collections.Counter, set[str]]:
-  """({computation: how often it runs}, set of the fused ones among them).
+  """({computation: how often it runs}, set of the computations that are fusions).
 
-  Computations are the entry, the bodies of its loops, the ones it calls, and fusions with a collective inside.
+  The computations are the entry, the bodies of its loops, the ones it calls, and fusions with a collective inside.
   """
   times, fused = collections.Counter(), set()
 
@@ -109,27 +102,33 @@ def _kind(opcode):
   return opcode if opcode in COLLECTIVES else None
 
 
-def collectives(text: str) -> list[Collective]:
-  """All collectives within a slice, of a module's text."""
+def _instructions(text):
+  """Yields (computation, how often it runs, its {instruction: result type}, result type, opcode, rest) of each instruction."""
   found, entry = computations(text)
-  result, seen = [], set()
   for name, times in multiplicities(found, entry)[0].items():
-    sizes = {instruction: kind for instruction, kind, _, _ in found[name]}
+    types = {instruction: kind for instruction, kind, _, _ in found[name]}
     for _, kind, opcode, rest in found[name]:
-      if not (base := _kind(opcode)):
+      yield name, times, types, kind, opcode, rest
+
+
+def collectives(text: str) -> list[Collective]:
+  """The collectives of a module that stay within a slice. `text` is its HLO."""
+  result, seen = [], set()
+  for name, times, types, kind, opcode, rest in _instructions(text):
+    if not (base := _kind(opcode)):
+      continue
+    # A collective that overlaps with computation appears in several fusions: its start, its wait and its end.
+    channel = re.search(r"channel_id=(\d+)", rest)
+    if base == "all-gather" and channel:
+      if channel[1] in seen:
         continue
-      # A collective that overlaps with computation appears in several fusions: its start, its wait and its end.
-      channel = re.search(r"channel_id=(\d+)", rest)
-      if base == "all-gather" and channel:
-        if channel[1] in seen:
-          continue
-        seen.add(channel[1])
-      moved = sum(shape_bytes(sizes[o]) for o in _operands(rest) if o in sizes)
-      if base == "all-gather":  # the result; a start returns operand and result
-        moved = shape_bytes(kind) - (moved if opcode.endswith("-start") else 0)
-      if name.startswith("all-reduce-scatter"):  # the TPU compiler's name of it
-        base = "reduce-scatter"
-      result.append(Collective(base, moved, times, times > 1))
+      seen.add(channel[1])
+    moved = sum(shape_bytes(types[o]) for o in _operands(rest) if o in types)
+    if base == "all-gather":  # the result; a start returns operand and result
+      moved = shape_bytes(kind) - (moved if opcode.endswith("-start") else 0)
+    if name.startswith("all-reduce-scatter"):  # the TPU compiler's name of it
+      base = "reduce-scatter"
+    result.append(Collective(base, moved, times, times > 1))
   return result
 
 
@@ -138,21 +137,18 @@ def slice_bytes(text: str) -> int:
 
   The TPU compiler reduces within a slice first. Hosts then exchange the rest by instructions of their own (`megascale`).
   """
-  found, entry = computations(text)
-  total = 0
-  for name, times in multiplicities(found, entry)[0].items():
-    sizes = {instruction: kind for instruction, kind, _, _ in found[name]}
-    for _, _, opcode, rest in found[name]:
-      if opcode == "send" and "_xla_megascale_transfer_type" in rest:
-        total += times * shape_bytes(sizes[_operands(rest)[0]])
-  return total
+  return sum(
+    times * shape_bytes(types[_operands(rest)[0]])
+    for _, times, types, _, opcode, rest in _instructions(text)
+    if opcode == "send" and "_xla_megascale_transfer_type" in rest
+  )
 
 
 def memory_bytes(text: str) -> int:
   """Bytes of main memory that all instructions read and write, if each reads its operands and writes its result once.
 
-  An array in on-chip memory counts when it is copied there. A fusion that takes a slice of an operand reads the slice only, as
-  each layer of a scan does with stacked parameters. A fusion that updates a slice in place writes the slice only.
+  An array in on-chip memory counts once, for the copy from main memory. A fusion that takes a slice of an operand reads only
+  the slice, as each layer of a scan does with stacked parameters. A fusion that updates a slice in place writes the slice only.
   """
   found, entry = computations(text)
   times, fused = multiplicities(found, entry)

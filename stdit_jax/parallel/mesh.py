@@ -40,11 +40,6 @@ def mesh_sizes(sizes: dict[str, int], num_devices: int, name: str = "mesh", of: 
   return sizes
 
 
-def count_slices(devices: list) -> int:
-  """TPU slices among `devices`: groups that only the data-centre network joins. 1 on other platforms."""
-  return len({d.slice_index for d in devices}) if devices[0].platform == "tpu" and hasattr(devices[0], "slice_index") else 1
-
-
 def make_mesh(sizes: dict[str, int], devices: list | None = None, slices: dict[str, int] | None = None) -> Mesh:
   """Mesh over all devices. Axes are Auto: XLA propagates shardings, and `constrain` pins the important ones.
 
@@ -57,7 +52,8 @@ def make_mesh(sizes: dict[str, int], devices: list | None = None, slices: dict[s
     ValueError: sizes that do not make the devices, naming sizes that do.
   """
   devices = jax.devices() if devices is None else devices
-  num_slices = count_slices(devices)
+  # Only the data-centre network joins the slices of TPUs.
+  num_slices = len({getattr(d, "slice_index", 0) for d in devices}) if devices[0].platform == "tpu" else 1
   over = mesh_sizes(slices or {"data": -1}, num_slices, "slices", "slices")
   within = mesh_sizes(sizes, len(devices) // num_slices)
   shape = tuple(within.values())

@@ -38,7 +38,7 @@ class Layout:
   Attributes:
     mesh: of `mesh.make_mesh`.
     split_tokens: the `sequence` axis splits tokens (long clips); False: it is more batch (short clips).
-    cudnn: takes the place of `attention.cudnn_kernel`, for programs that are compiled where cuDNN is not installed.
+    cudnn: a function to call instead of `attention.cudnn_kernel`, to compile programs on a machine without cuDNN.
   """
 
   mesh: Mesh
@@ -71,7 +71,7 @@ class Layout:
     return self.parts("batch")
 
   def process_parts(self) -> tuple[int, ...]:
-    """Numbers of the `batch_parts` that lie on this process's devices, in order."""
+    """Indices, 0 to `batch_parts` - 1, of the parts of a batch that lie on devices of this process."""
     sizes = [n if axis in self.axes["batch"] else 1 for axis, n in self.mesh.shape.items()]
     numbers = np.broadcast_to(np.arange(self.batch_parts).reshape(sizes), self.mesh.devices.shape)
     own = [d.process_index == jax.process_index() for d in self.mesh.devices.flat]
@@ -81,11 +81,6 @@ class Layout:
   def token_parts(self) -> int:
     """Parts of tokens or frames. Their number is padded to a multiple."""
     return self.parts("tokens")
-
-  @property
-  def tensor_parts(self) -> int:
-    """Parts of heads over `tensor`. Their number is padded to a multiple."""
-    return self.parts("tensor")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +106,7 @@ def constrain(x: Any, layout: Layout | None, *names: str | None) -> jax.Array:
 
 
 def gather_layer(params: Any, prefix: str, layout: Layout | None, dtype: DTypeLike, rules: Sequence) -> Any:
-  """The parameters of one layer as its products take them: cast to `dtype`, then whole along `fsdp`.
+  """Casts the parameters of one layer to `dtype`, then gathers them over `fsdp`, for the matrix products of the layer.
 
   Called inside the loop over depth. Without this function XLA gathers float32, gathers all layers before the loop, or reduces
   gradients over all devices before it splits them.
@@ -158,10 +153,10 @@ def path_name(path: tuple) -> str:
 
 # A rule: regular expression searched in the path, mesh axes of the dimensions from the first, and perhaps the mesh axes to take
 # if those do not divide. Every model file has its rules; these are for blocks as in layers.py and t5.py.
-# Stacked blocks carry the depth in front. Every large matrix is split over `fsdp` along one of its feature sides, which are
-# multiples of 16 in all published sizes: along rows, not columns, since a TPU scatters a bfloat16 gradient only in whole tiles
-# of 16 rows or 128 columns, and otherwise sums it everywhere, at twice the bytes (width 1152: fsdp=8 makes whole tiles, 16 does
-# not). Heads that do not divide are padded where they are computed (`layers.Linear`), and stored split along the feature side.
+# Stacked blocks carry the depth in front. `fsdp` splits every large matrix along the rows, the feature side of its input, which
+# is a multiple of 16 in all published sizes. A TPU scatters a bfloat16 gradient only in whole tiles of 16 rows or 128 columns.
+# Otherwise it sums the gradient on all devices, at twice the bytes. Width 1152 makes whole tiles with fsdp=8, but not with 16.
+# If `tensor` does not divide the heads, `layers.Linear` pads the heads, and their parameters are split along the features.
 BLOCK_RULES = (
   (r"blocks/.*(qkv|key_value)/kernel$", P(None, "fsdp", None, "tensor"), P(None, ("fsdp", "tensor"))),
   (r"blocks/.*(query|key|value)/kernel$", P(None, "fsdp", "tensor"), P(None, ("fsdp", "tensor"))),

@@ -10,21 +10,13 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """Published peaks of one accelerator.
+  """Published peaks of one accelerator."""
 
-  Attributes:
-    device_kind: JAX's name of it.
-    tflops: bfloat16 TFLOP/s, dense.
-    memory_gbs: GB/s of its memory.
-    interconnect_gbits: Gbit/s of all links together (GPUs: of NVLink, in one direction).
-    memory_gib: memory that a program may use: the limit of libtpu 0.0.52 for TPUs, nine tenths of the memory of GPUs
-      (XLA_PYTHON_CLIENT_MEM_FRACTION=.9).
-  """
-
-  device_kind: str
-  tflops: float
-  memory_gbs: float
-  interconnect_gbits: float
+  device_kind: str  # JAX's name of it
+  tflops: float  # bfloat16 TFLOP/s, dense
+  memory_gbs: float  # GB/s of its memory
+  interconnect_gbits: float  # Gbit/s of all links together (GPUs: of NVLink, in one direction)
+  # Memory that a program may use. TPUs: the limit of libtpu 0.0.52. GPUs: 0.9 of all (XLA_PYTHON_CLIENT_MEM_FRACTION=.9).
   memory_gib: float
 
 

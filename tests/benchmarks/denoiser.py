@@ -25,9 +25,9 @@ import torch
 from diffusers import LatteTransformer3DModel
 
 from stdit_jax.cli import keep_freed_memory
+from stdit_jax.diffusion.elements import StepState
 from stdit_jax.diffusion.guidance import guided
 from stdit_jax.diffusion.rectified_flow import RectifiedFlow
-from stdit_jax.diffusion.types import StepState
 from stdit_jax.models.stack import REMAT_POLICIES
 from stdit_jax.models.stdit3 import FAMILY, STDiT3Config
 

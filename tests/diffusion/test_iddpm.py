@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 
 from stdit_jax.diffusion import elements
-from stdit_jax.diffusion.elements import split_channels
+from stdit_jax.diffusion.elements import Noises, StepState, split_channels
 from stdit_jax.diffusion.guidance import guided
 from stdit_jax.diffusion.iddpm import IDDPM, space_timesteps
-from stdit_jax.diffusion.types import Noises, StepState
 from tests.diffusion.common import FAST_COMPILE, cases_of, from_tokens, keys_of, loop_inputs, recording, to_tokens, validity
 from tests.helpers import load_golden, load_golden_model, load_json, relative_error
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from stdit_jax.diffusion import elements, rectified_flow
+from stdit_jax.diffusion.elements import Noises, StepState
 from stdit_jax.diffusion.guidance import guided
 from stdit_jax.diffusion.rectified_flow import RectifiedFlow, compat_latent_frames, timestep_transform
-from stdit_jax.diffusion.types import Noises, StepState
 from stdit_jax.interop import weights
 from tests.diffusion.common import FAST_COMPILE, cases_of, from_tokens, keys_of, loop_inputs, recording, to_tokens, validity
 from tests.helpers import load_golden, load_golden_model, load_json, relative_error
