@@ -4,11 +4,10 @@ The rules are those of Open-Sora 1.2 (`Bucket.get_bucket_id`), which contain tho
 
 * A row tries the resolutions from most to fewest pixels. It skips a resolution if height * width < 0.8 * (pixels of the
   resolution).
-* Within a resolution the row takes the longest length f with num_frames > f * frame_interval. If the length has a duration
-  probability, it counts only if a first random draw is not above this probability. Images (num_frames 1) fit only buckets of 1
-  frame.
-* The row stays if a second draw is below the keep probability. Otherwise it tries the next smaller resolution, not a shorter
-  length.
+* Within a resolution the row takes the longest length f with num_frames > f * frame_interval. The row skips a length with a
+  duration probability if a first random draw is above this probability. Images (num_frames 1) fit only buckets of 1 frame.
+* The row enters the bucket if a second draw is below the keep probability. Otherwise the row tries the next smaller
+  resolution, not a shorter length.
 """
 
 import dataclasses
@@ -32,8 +31,8 @@ class Bucket:
 
   Attributes:
     keep_prob: probability that a fitting row stays.
-    batch_size: global number of samples per micro step. None is allowed only if keep_prob is 0. Such a bucket sends all clips
-      that are long enough for it to smaller resolutions.
+    batch_size: global number of samples per micro step. None is allowed only if keep_prob is 0. Such a bucket takes no
+      clip: its clips go to smaller resolutions.
     duration_prob: probability that this length counts at all; None = 1.
   """
 
@@ -109,7 +108,7 @@ def assign(
     bucket int16 [N]: index into `buckets`, -1 = none.
     ratio int8 [N]: index into the resolution's aspect ratios, -1 = none.
     reason int8 [N]: FITS, or the reason why the row has no bucket (TOO_SMALL, TOO_SHORT, NOT_KEPT).
-    refused int64 [len(buckets)]: number of rows that fit a bucket, but its keep probability sent them on.
+    refused int64 [len(buckets)]: number of rows that fit a bucket and that its keep probability refused.
   """
   rng = np.random.default_rng(seed)
   parts = []

@@ -1,8 +1,7 @@
 """The loader: decoded samples of this process, step by step, in the order of the plan.
 
-grain decodes rows in advance, in worker processes. The loader groups the rows into steps. Its whole state is one number, the
-next global micro step. This number does not depend on the number of processes: each step's rows are split into n equal parts,
-and part i belongs to process i of n.
+grain decodes rows in advance, in worker processes. The loader groups the rows into steps. Its whole state is the next
+global micro step. This state is the same for any number of processes: n processes split each step's rows into n equal parts.
 """
 
 import bisect
@@ -97,8 +96,8 @@ def make_loader(
   Args:
     config: settings of the data.
     folder: folder for tables and plans. Processes may share it.
-    shard: the rows of every batch that this process reads: (parts, number of parts). `parts` is one number, or several numbers
-      in order. A dict {(resolution, frames): (parts, number of parts)} splits each bucket in its own way.
+    shard: the share of every batch that this process reads: (parts, n). The batch is split into n parts. `parts` is the
+      number of one part, or several in order. A dict {(resolution, frames): (parts, n)} splits each bucket in its own way.
     start: the first global micro step.
     skip: global micro steps to skip.
     condition: makes `Sample.cond` from caption and label. Workers call it for every row, also for rows that they cannot decode.
@@ -140,7 +139,7 @@ def _shares(parsed, shard):
 
 
 def check_files(table: sources.Table, slot_rows: Iterable[int]) -> None:
-  """Raises ValueError if none of these rows' files exists. The table may be of another machine, or a disk may be missing."""
+  """Raises ValueError if none of these rows' files exists, as for the table of another machine or a missing disk."""
   found = {table.row(slot_row).path for slot_row in slot_rows}
   if not any(video.is_address(p) or video.is_drawn(p) or paths.exists(p) for p in found):
     raise ValueError(
@@ -300,14 +299,14 @@ class RowSource:
     shares: (parts, number of parts) of every bucket.
     rows_per_step: number of rows of a step that the process reads, for every bucket.
     epoch: the epoch of element 0.
-    first: number of element 0 among the process's rows of this epoch.
+    first: number of rows of this epoch that come before element 0.
     epochs: the source ends after this many epochs. None = never.
   """
 
   def __init__(self, sequence, shares, rows_per_step, epoch, first, epochs):
     self.plans, self.shares, self.rows_per_step, self.epoch, self.epochs = sequence, shares, rows_per_step, epoch, epochs
     self._starts = [-first]  # first element of each epoch, from `epoch` on
-    self._ends = -1, np.zeros(0, np.int64)  # (epoch, number of elements up to the end of each of its steps), read last
+    self._ends = -1, np.zeros(0, np.int64)  # (epoch, `Plan.ends` of its steps), cached
 
   def __len__(self):
     return _ENDLESS

@@ -1,7 +1,7 @@
 """Files on a disk or in a bucket of Google Cloud Storage (gs://BUCKET/NAME): the few operations that this project needs.
 
 A bucket has neither folders nor renames: an object appears, complete, when its upload ends. So this module writes a file to the
-local disk, then uploads it. (A failed writer of fsspec's own files would leave a partial object.) On a disk the module renames
+local disk, then uploads it. (A failed write through `fsspec.open` would leave a partial object.) On a disk the module renames
 the file instead. Errors of a bucket become OSError, like errors of a disk. gcsfs finds the credentials: the machine's on Google
 Cloud, elsewhere those of `gcloud auth application-default login`. STORAGE_EMULATOR_HOST names an emulator.
 """
@@ -246,7 +246,7 @@ def whole(path: Path) -> Iterator[str]:
 def remove_leftovers(folder: Path, finished: Collection[str]) -> None:
   """Deletes what killed processes left of the files with the names `finished`. No other process may write these files."""
   for name in names(folder):
-    # `whole` puts its mark before the ending, older versions put the process id and ".tmp" behind it.
+    # `whole` puts .tmpPID-RANDOM before the ending. Older versions put .PID.tmp behind the ending.
     found = re.fullmatch(r"\.(.+?)(?:\.tmp\d+-[0-9a-f]{8}(\.[^.]*)?|\.\d+\.tmp)", name)
     if found and found[1] + (found[2] or "") in finished:
       remove(join(folder, name))
@@ -272,7 +272,7 @@ def remove(path: Path) -> None:
 
 
 def move(folder: Path, place: Path) -> None:
-  """Renames a folder. In a bucket, it completes the copy before it deletes the first object."""
+  """Renames a folder. In a bucket, all objects are copied before the first one is deleted."""
   if not is_remote(folder):
     os.makedirs(os.path.dirname(place), exist_ok=True)
     os.rename(folder, place)

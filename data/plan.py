@@ -44,7 +44,7 @@ def digest(description: dict) -> str:
 
 
 def place(count: int, skip: Iterable[int]) -> int:
-  """The next global micro step after `count` steps, if the training skips the steps in `skip`."""
+  """The next global micro step of a training that has done `count` steps and skips the steps in `skip`."""
   for position in sorted(skip):
     count += position <= count
   return count
@@ -77,7 +77,7 @@ class BucketReport:
   Attributes:
     rows: number of rows of all tables.
     buckets: a dict for each bucket with the keys name, rows, batch_size, steps, refused and incomplete. Refused rows fit the
-      bucket, but its keep probability sent them on. Incomplete is the number of rows that the plan drops because they fill no
+      bucket, but the keep probability refused them. Incomplete is the number of rows that the plan drops because they fill no
       batch. A negative number of incomplete rows means that the plan repeats rows to fill a batch. The table prints a dropped
       row as -1, a repeated row as +1.
     dropped: {reason: number of rows}.
@@ -119,7 +119,7 @@ def build_epoch(table: sources.Table, config: DataConfig, epoch: int) -> tuple[n
   members, reason, refused = _members(sizes, config, epoch)
   lines, steps, slots = [], [], []
   for i, (b, (rows, ratio)) in enumerate(zip(parsed, members)):
-    # The seed of a fixed set leaves the bucket's number out: the other buckets must not change the set.
+    # The seed of a fixed set does not depend on i: other buckets must not change the set.
     rng = np.random.default_rng([config.seed, epoch, 0 if config.rows_per_bucket else i, 1])
     order = rng.permutation(len(rows))[: config.rows_per_bucket]
     size = b.batch_size or 1  # a bucket without a batch size has no rows
@@ -197,7 +197,7 @@ def _nothing_fits(report, parsed, epoch, frames, height, width):
   if largest < least:
     text += f"; {smallest.resolution} needs {least:,} pixels, the largest row has {largest:,}"
   if 1 < longest <= shortest:
-    text += f"; the shortest bucket has {shortest} frames, the longest row {longest} (it needs more than the bucket)"
+    text += f"; the shortest bucket has {shortest} frames, the longest row {longest} (a row needs more frames than its bucket)"
   if "incomplete batch" in report.dropped:
     text += "; lower batch_size (or reference_devices) or set drop_last=False"
   return text
@@ -273,7 +273,7 @@ class PlanSequence:
     return os.path.join(self.folder, f"epoch-{epoch:04d}{suffix}")
 
   def source(self, epoch: int) -> int:
-    """The epoch whose plan an epoch follows: its own, or a cached epoch if the cache lacks its clips."""
+    """The source of an epoch: the epoch itself, or a cached epoch whose plan it repeats since clips are missing."""
     if self.cache is None:
       return epoch
     with self.lock:

@@ -4,8 +4,8 @@ A scene has one or two objects (shape, colour, direction, speed) on a gray backg
 of its address, `shapes://SPLIT/SEED/NUMBER`. `shapes://SPLIT/SEED/ROWS` is the table of the first ROWS scenes. A configuration
 names this table in `data.tables` like a file. `data.shapes_vision` measures what a video of a trained model shows.
 
-Splits: "train" lacks some combinations of shape, colour and direction, and long clips in one of its aspect ratios. "held_out"
-has only the missing combinations. "sizes" is "train" with the missing long clips.
+Splits: "train" lacks some combinations of shape, colour and direction. It also lacks long clips of one size. "held_out" has
+only the missing combinations. "sizes" is "train" with the missing long clips.
 
 Positions are in short sides of the frame, from its centre: x to the right, y down.
 """
@@ -198,7 +198,7 @@ def draw(one: Scene, indices: Sequence[int] | np.ndarray, size: tuple[int, int] 
 
 
 def rows(address: str) -> dict[str, list]:
-  """The table of an address, as columns. It has a row for each scene, then a row for the first frame of each scene, an image.
+  """The table of an address, as columns. A row for each scene, then an image row for the first frame of each scene.
 
   First frames show the direction: an object that moves to the right starts on the left. Random frames do not show the
   direction. Models that were trained with random frames ignored the direction for a thousand steps.

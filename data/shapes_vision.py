@@ -18,7 +18,7 @@ class Seen:
   Attributes:
     shape, color, direction, speed: words of `data.shapes`, or "" if none fits.
     path: float [T, 2], the object's centre relative to the frame's centre, in short sides. NaN in frames without the object.
-    smooth: largest difference of a step from the mean step, in short sides.
+    smooth: largest difference of a step from the mean step, in short sides. 0 is the smoothest motion.
   """
 
   shape: str

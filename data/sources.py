@@ -3,7 +3,7 @@
 Needed columns, as in Open-Sora: `path`, `text`, `num_frames`, `height`, `width`. Optional columns:
 
   fps, aes, flow, cmotion   as in Open-Sora
-  start, end                the clip is the frames [start, end) of a file; num_frames is the file's or the clip's number
+  start, end                the clip is the frames [start, end) of a file; num_frames counts those of the file or of the clip
   crop                      "x,y,width,height" or a list, in pixels of the displayed frame
   text_2, text_3...         more captions; `text` may also be a list
   text_features             a safetensors file with the caption's embedding `y` [L, C]
@@ -139,7 +139,7 @@ class Table:
     return sum(f.num_rows for f in self._files)
 
   def captions_change(self, scores: Iterable[str]) -> bool:
-    """Whether a row's caption may differ between epochs: some row has several captions, or one of these scores."""
+    """Whether a row's caption may differ between epochs: some row has several captions, or a score that captions show."""
     return any(
       (pc.max(pc.list_value_length(f["text"])).as_py() or 0) > 1 or any(f[s].null_count < f.num_rows for s in scores)
       for f in self._files
@@ -165,7 +165,7 @@ class Table:
     return part, int(slot_row - self._bases[part]) % self._files[part].num_rows
 
   def first_copies(self, slot_rows: np.ndarray) -> np.ndarray:
-    """The slot row of the first copy of the same row, for each of these slot rows (an array or a number)."""
+    """For each slot row (an array or a number): the slot row of the same row's first copy."""
     part = np.searchsorted(self._bases, slot_rows, "right") - 1
     rows = np.array([f.num_rows for f in self._files])[part]
     return self._bases[part] + (slot_rows - self._bases[part]) % rows

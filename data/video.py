@@ -42,8 +42,8 @@ RETRY_DELAYS = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds between the attempts
 # Without the two flags, frames that are converted but not scaled are about one level (of 255) too dark.
 _SCALER = Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 
-# The containers that FFmpeg may open. Its other formats hold no video, or name further files and addresses (playlists) that
-# FFmpeg would open.
+# The containers that FFmpeg may open. FFmpeg's other formats hold no video, or are playlists: FFmpeg would open the
+# files and addresses in them.
 _FORMATS = "mov,matroska,webm,avi,mpeg,mpegvideo,mpegts,m4v,ogg,gif,flv,asf,mxf,dv,h264,hevc,ivf,nut,rm,yuv4mpegpipe"
 _IN_MEMORY = 32 << 20  # bytes; a smaller file in a bucket is downloaded as a whole, once
 _BLOCK = 4 << 20  # bytes per request for a larger file
@@ -317,8 +317,8 @@ def _decode_range(path, times, begin, wanted, fit):
     if begin:
       container.seek(int(times[begin]), stream=stream)
     stop = None if times is None else times[last]
-    # Before the first wanted frame the decoder skips frames that no other frame refers to. The packets of codecs with hidden or
-    # layered frames do not tell these frames.
+    # Before the first wanted frame the decoder skips frames that no other frame refers to. In codecs with hidden or
+    # layered frames, packets do not show which frames these are.
     skips = stream.codec_context.name in ("h264", "mpeg4", "mpeg2video")
     first = None if times is None or not skips else times[min(wanted)]
     count = 0

@@ -1,7 +1,7 @@
 """The step `caption`: captions from an endpoint, from existing texts, or from a model on this machine.
 
 A captioner is a class that takes the step as its argument. It has `make(rows, pictures) -> list of texts`, or
-`one(row, pictures) -> text`, which many threads call. `pictures` are JPEG files. The class may have methods
+`one(row, pictures) -> text`. Many threads call `one`. `pictures` are JPEG files. The class may have methods
 `say_estimate(rows)` and `close()`, and an attribute `pictures` (a `Pictures`). Without that attribute no frames are decoded.
 `BACKENDS` lists the captioners of this project; others have an import path "module:Class".
 """
@@ -59,10 +59,10 @@ class Caption(Step):
     (calls, 0: no limit), concurrency (simultaneous calls), max_tokens, temperature, prices (per million tokens in and out),
     cache (SQLite file of answers; "": in the user's cache folder). On a cluster all machines must reach url. Each machine has
     its own cache, concurrency and per_minute.
-  Existing: the step takes the row's first text of these; a row without any keeps its text. timeline: column of records
-    (start in seconds, text, focus); the clip that begins at start gets text and focus. column: column with the text. sidecar:
-    ending of a text file beside the video; on disks the next run reads a changed file again. name: whether to use the words of
-    the file name.
+  Existing: the step takes the first text that a row has, in this order. A row without any keeps its text. timeline: column of
+    records (start in seconds, text, focus); the clip that begins at start gets text and focus. column: column with the text.
+    sidecar: ending of a text file beside the video; on disks the next run reads a changed file again. name: whether to use the
+    words of the file name.
   Local: model (folder of an image-text-to-text model of transformers with its processor), batch (clips at a time).
   """
 

@@ -1,9 +1,9 @@
 """A run: a chain of steps over a table in shards, on one machine or several.
 
-Each shard stores a key, a digest of everything that it depends on. A run keeps a shard if it has the expected key and no rows
-to retry, and makes all others. So the same command resumes a killed run. The key covers the settings, the rows, and the size
-and modification time of sources (`Collect`) and of files beside them (`states_beside`). It does not cover weights, tokenizers
-and endpoints under the same name. To repeat a step with such a change, delete the step's folder.
+Each shard stores a key: a digest of everything that decides the shard. A run keeps a shard if it has the expected key and no
+rows to retry, and makes all others. So the same command resumes a killed run. The key covers the settings, the rows, and the
+size and modification time of sources (`Collect`) and of files beside them (`states_beside`). It covers only the names of
+weights, tokenizers and endpoints. If such a file changes under its name, delete the step's folder to repeat the step.
 """
 
 from __future__ import annotations
@@ -139,8 +139,9 @@ class Chain:
   def _list(self, name: str) -> None:
     """Lists the files, or takes the list of another machine.
 
-    All machines of a run need one list, although files may appear meanwhile. So a machine takes a finished list unless it
-    has used that list in an earlier run. Machines that start at the same moment all list, and `_missing` finds differences.
+    All machines of a run need one list, although files may appear meanwhile. So a machine takes a finished
+    list, but makes a new one if its earlier run used that list. Several machines may list at the same moment; `_missing` then
+    finds differences.
     """
     source = self.steps[name]
     assert isinstance(source, Source)
@@ -193,7 +194,7 @@ class Chain:
 
   def _beside(self, step: Step, source: str, mark: str) -> list:
     """`states_beside`, read once per run: the next run notices later changes."""
-    key = step.beside, mark  # two steps may have shards with one mark if the second step changes nothing
+    key = step.beside, mark  # a step that changes nothing repeats the identity of its shard
     if key not in self._states:
       self._states[key] = states_beside(step, source)
     return self._states[key]
@@ -261,8 +262,8 @@ class Chain:
   def _missing(self, name: str) -> int:
     """Number of missing or outdated shards of a step.
 
-    Raises `_Outdated` if this machine, one of several, lacks a shard of its own. It has finished this step already, and no
-    other machine makes the shard.
+    Raises `_Outdated` if this machine, one of several, lacks a shard of its own. This machine has finished
+    the step already, and no other machine makes the shard.
     """
     missing = set(self.parts(self._source)) - set(self._identities(name))
     if self.share.count > 1 and (mine := sum(map(self._is_mine, missing))):
@@ -289,7 +290,7 @@ class Chain:
     say(f"{name}: {old['said']}")
 
   def _written(self, name: str, before: str) -> tuple[str, dict[str, Any], bool]:
-    """Of a step that ends the chain: (its expected key, record of its last result or {}, whether that result is up to date)."""
+    """Returns, for a step that writes: (expected key, record of the last result or {}, whether that result is up to date)."""
     record = self._path(name, "done.json")
     old = json.loads(paths.read_text(record)) if paths.exists(record) else {}
     key = digest([self.steps[name].recipe(), self._identities(before)])
@@ -309,7 +310,7 @@ class Chain:
     return text + _told_failures(step, counts.errors, counts.retry, self.tables(name) if counts.done == counts.shards else [])
 
   def counts(self, name: str, of: Collection[str] | None = None) -> Counts:
-    """State of a step, counted over the shards `of`. None: over the shards that the present settings made."""
+    """State of a step over the shards in `of`, or (None) over the shards that the present settings made."""
     step, before, wanted = self.steps[name], self._before(name), self.parts(self._source)
     # Another machine may have to make the shard of the previous step again.
     present = {*wanted} & {*self.parts(name)} & {*self.parts(before)}
@@ -341,7 +342,7 @@ class Chain:
   def status(self) -> str:
     """A table of the steps: finished, failed and remaining work, and the time left at the speed so far.
 
-    "again" counts outdated shards. A step that gathers facts counts all of its shards until the table before is up to date.
+    "again" counts outdated shards. All shards of a step that gathers facts are outdated until the previous step is finished.
     """
     lines = [f"{'step':<16} {'shards':>11} {'rows':>12} {'failed':>8} {'to retry':>8} {'again':>8} {'left':>8}"]
     before, whole = "", True

@@ -40,7 +40,7 @@ class Settings:
 
 
 def stages(values: dict[str, Any], table: str) -> dict[str, data_config.DataConfig]:
-  """{stage: data settings} of a training config, with `table` as their table. Of stages with equal settings only the first."""
+  """{stage: data settings} of a training config, with `table` as their table. Skips repeated settings."""
   if not isinstance(values.get("data"), dict):
     raise ValueError("--config: no `data` in this file, so it is no training config. Give one such as configs/film.py")
   found: dict[str, data_config.DataConfig] = {}

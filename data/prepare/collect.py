@@ -36,12 +36,12 @@ _HASH_AT = (0.25, 0.5, 0.75)  # places of the hashed frames, as shares of the vi
 class Collect(Source):
   """Lists files. Shards keep their files from run to run, and new files make new shards. A deleted file stays listed.
 
-  If a file's size or modification time changes, all steps make its shard again. For files that a table names, only the time
-  counts, and only on disks: in a bucket each file would cost a request.
+  If a file's size or modification time changes, all steps make its shard again. For the files of a table, only the time counts.
+  For such files in a bucket not even the time counts, since each file would cost a request.
 
   sources: folders (searched recursively), patterns ("clips/**/*.mp4") and tables (.parquet, .csv, .jsonl), local or gs://. A
     table needs a column `path`, relative to the table's folder, and keeps its other columns. If the output lies below a
-    source, files in the folders of the run's steps are skipped. Files in `cut.clips_folder` are not.
+    source, files in the folders of the run's steps are skipped. Files in `cut.clips_folder` are listed.
   kinds: which files to list from folders and patterns: "video", "image".
   rows_per_shard: rows of a shard. A killed run loses the work on one shard.
   forget: whether rows leave the table when they are no longer listed. An unmounted disk then empties the table.
@@ -101,7 +101,7 @@ class Collect(Source):
     old = old.with_columns(pl.lit(None, found.schema[k]).alias(k) for k in key if k not in old.columns)
     was = pl.col("changed") if "changed" in old.columns else pl.lit(None, pl.Int64)  # older versions have no such column
     rows = old.select("_part", "_row", *key, was.alias("_was")).join(found, on=key, how="inner", nulls_equal=True)
-    rows = rows.with_columns(pl.coalesce("changed", "_was").alias("changed")).drop("_was")  # a file of a table may be missing
+    rows = rows.with_columns(pl.coalesce("changed", "_was").alias("changed")).drop("_was")  # None: the file is missing
     if not self.forget:  # a deleted file keeps its row and fails in the step that reads it
       rows = pl.concat([rows, old.join(found, on=key, how="anti", nulls_equal=True)], how="diagonal_relaxed")
     # The order of the first run: another order would look like a change.

@@ -152,7 +152,7 @@ def _samples(table: pl.LazyFrame) -> Iterator[tuple[str, str, dict[str, Any]]]:
 
 
 def _key(name: str) -> str:
-  """Name of a sample: the row's id, or a name made from an id that could lead out of a folder."""
+  """Name of a sample: the row's id if it is a plain word, or else a safe name made from it."""
   if re.fullmatch(r"[\w-]+", name):
     return name
   plain = re.sub(r"\W+", "_", os.path.splitext(os.path.basename(name))[0])

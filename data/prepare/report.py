@@ -96,9 +96,10 @@ class Report(Step):
 
 
 def build(step: Report, tables: list[str], context: Context) -> str:
-  """The page as HTML. It takes each column from the first table, filter by filter, in which the column has values.
+  """The page as HTML. It takes each column from the earliest table in which the column has values.
 
-  So it shows the scores of all scored rows and the captions of all captioned rows.
+  The tables are those before each filter, then the last one. So it shows the scores of all scored rows and the captions of all
+  captioned rows.
   """
   import jinja2
 
@@ -157,8 +158,8 @@ def number(value: float | int | None) -> str:
 def measure(table: pl.LazyFrame, name: str) -> dict[str, Any] | None:
   """Histogram and thresholds of a column, None if it has no values.
 
-  The bins lie between the 0.1 and 99.9 percentiles, and the outer bins also hold the values beyond. Each threshold removes
-  about one of the shares `_THRESHOLDS` of the values. It comes with the share of all rows that it removes.
+  The bins lie between the 0.1 and 99.9 percentiles, and the outer bins also hold the values beyond. Each share in
+  `_THRESHOLDS` gives a threshold that removes about this share of the values. The exact share is counted.
   """
   column = pl.col(name).cast(pl.Float64)
   column = pl.when(column.is_finite()).then(column)
@@ -176,7 +177,7 @@ def measure(table: pl.LazyFrame, name: str) -> dict[str, Any] | None:
   heights = [found.get(i, 0) for i in range(_BINS)]
   title, better = MEASURES.get(name, (name.replace("_", " "), None))
   side = better is not False  # thresholds remove low values, or high ones if low values are good
-  # If many rows have one value, a threshold there stands for several shares. So the removed rows are counted.
+  # If many rows have one value, one threshold stands for several shares. So the removed rows are counted.
   values = list(dict.fromkeys(facts[f"q{q if side else round(1 - q, 3)}"] for q in _THRESHOLDS))
   kept = table.select((column >= v if side else column <= v).sum().alias(str(i)) for i, v in enumerate(values))
   rows = facts["count"] + facts["missing"]

@@ -39,7 +39,8 @@ class Scenes(RowStep):
   min_scene_frames: least number of frames between two cuts, by default as in PySceneDetect's library (its command: 0.6 s).
   min_seconds: shorter scenes are dropped. Open-Sora's function drops scenes below 2 s, its command drops none.
   max_seconds: longer scenes are split; 0: never.
-  long: "split" makes equal parts of at most max_seconds. If equal parts are shorter than min_seconds, it drops the scene's end.
+  long: "split" makes equal parts of at most max_seconds. If equal parts are shorter than min_seconds, the parts get
+    max_seconds and the scene's end is dropped.
     "first" keeps only the first max_seconds, as Open-Sora does.
   cuts_at: column with a list of further cuts in seconds. A cut within 0.25 s of a detected one is the same cut.
   """

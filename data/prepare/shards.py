@@ -1,8 +1,8 @@
 """Shards of tables: the parquet files of a step, one for each shard of the previous step. The metadata hold the provenance.
 
 * `key`: digest of the step, its settings, the identity of the input shard and the facts gathered over the whole table.
-* `identity`: the key of the next step covers it. It is the key of this step, or a digest of the key and the failed rows, or,
-  if the step gathers facts, a digest of all rows.
+* `identity`: the part of the next step's keys that stands for this shard. It is the shard's own key. With rows to retry it is a
+  digest of the key and these rows. If the step gathers facts, it is a digest of all rows.
 
 A failed row keeps its place, with the reason in `error`, and later steps pass it on unchanged. `retry` is true if the reason is
 temporary (no answer, no file).

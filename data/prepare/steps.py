@@ -60,7 +60,7 @@ class Step:
 
   @property
   def beside(self) -> str:
-    """The step also reads a file beside the file of each row. This is its ending, such as ".txt"; "": no such file."""
+    """Ending, such as ".txt", of a file that the step reads beside the file of each row. "": no such file."""
     return ""
 
   @property

@@ -41,7 +41,7 @@ class Limits:
 
   seconds: time for a small file.
   bytes_per_second: the time grows by a second for this many bytes on disk.
-  memory_gb: address space beyond that of an idle worker.
+  memory_gb: address space that a worker may add for its items.
   max_pixels: pixels of an image or frame. A file that declares more is refused before decoding.
   """
 
