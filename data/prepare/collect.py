@@ -21,7 +21,7 @@ from data import paths, sources, video
 from data.prepare import decode
 from data.prepare.messages import say, shown
 from data.prepare.shards import FAILED, part_name, part_number, parts, polars_line, read_meta, scan, write_shard
-from data.prepare.steps import Context, RowStep, Source, at_least, state_of
+from data.prepare.steps import Context, RowStep, Source, at_least
 
 _KINDS = {"video": video.VIDEO_EXTENSIONS, "image": video.IMAGE_EXTENSIONS}
 LISTED = {"path": pl.String, "bytes": pl.Int64, "changed": pl.Int64, **FAILED}
@@ -160,7 +160,7 @@ def _is_pattern(source: str) -> bool:
 def _matching(pattern: str, unread: Callable[[str], None]) -> Iterator[tuple[str, tuple | None]]:
   """Yields (file, its `paths.stat` or None if it was deleted) for the files that match a pattern."""
   if not paths.is_remote(pattern):
-    return ((p, state_of(p)) for p in sorted(glob.iglob(pattern, recursive=True)) if os.path.isfile(p))
+    return ((p, paths.state_of(p)) for p in sorted(glob.iglob(pattern, recursive=True)) if os.path.isfile(p))
   folder = pattern[: min(pattern.find(c) for c in "*?[" if c in pattern)].rpartition("/")[0]
   return (found for found in paths.states_below(folder, unread) if fnmatch.fnmatchcase(found[0], pattern.replace("**/", "*")))
 
@@ -197,12 +197,8 @@ def _table(source: str) -> pl.DataFrame:
   table = _plain_crops(table)
   missing = pl.when(pl.col("path").is_null()).then(pl.lit("collect: no path"))
   table = table.with_columns(resolved, missing.alias("error"), pl.lit(False).alias("retry"))
-  return table.with_columns(changed=pl.col("path").map_elements(_changed, return_dtype=pl.Int64))
-
-
-def _changed(path: str) -> int | None:
-  """Modification time of a local file in ns."""
-  return _file_row(path, state_of(path)).get("changed") if "://" not in path else None
+  changed = pl.col("path").map_elements(lambda p: None if "://" in p else (paths.state_of(p) or (0, None))[1], pl.Int64)
+  return table.with_columns(changed=changed)
 
 
 # ----------------------------------------------------------------------------------------------------------------- probe

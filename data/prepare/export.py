@@ -66,7 +66,6 @@ class Export(Step):
       raise ValueError(f"export.columns has {', '.join(unknown)}; the table has {', '.join(names)}")
     if not row_count(table):
       raise ValueError(f"export: no row without an error is left{_last(context.history)}")
-    paths.make_folder(folder)
     files, said = [], []
     splits = _splits(table) if "split" in names else {"": table}
     for split, part in splits.items():
@@ -218,13 +217,15 @@ def write_tfds(splits: dict[str, pl.LazyFrame], folder: str) -> None:
         scalars = {k: kind(values.get(k) or 0) for k, kind in numbers.items()}
         yield key, {"id": key, "video": paths.read_bytes(file), "text": values.get("text") or "", **scalars}
 
-  with tempfile.TemporaryDirectory(dir=folder if not paths.is_remote(folder) else None, prefix=".tfds-") as place:
+  remote, target = paths.is_remote(folder), paths.join(folder, TFDS)
+  if not remote:
+    os.makedirs(folder, exist_ok=True)
+  with tempfile.TemporaryDirectory(dir=None if remote else folder, prefix=".tfds-") as place:
     builder = Clips(data_dir=place, file_format="array_record")
     builder.download_and_prepare()
-    target = paths.join(folder, TFDS)
-    if paths.is_remote(folder):
+    if remote:
       paths.upload(builder.data_dir, target)
     else:
-      if paths.exists(target):
+      if os.path.exists(target):
         shutil.rmtree(target)
       paths.move(str(builder.data_dir), target)

@@ -195,7 +195,7 @@ def beside(path: str, ending: str) -> str:
 
 
 def states_beside(step: Step, source: str) -> list[tuple | None]:
-  """`state_of` each file that a step reads beside the files of a table's rows.
+  """`paths.state_of` each file that a step reads beside the files of a table's rows.
 
   Files in a bucket are skipped, because each one would cost a request.
   """
@@ -206,15 +206,7 @@ def states_beside(step: Step, source: str) -> list[tuple | None]:
   if not names:
     return []  # `run_shard` reports the missing column
   files = table.select(pl.coalesce(names).unique(maintain_order=True)).collect().to_series()
-  return [state_of(beside(file, step.beside)) for file in files.drop_nulls() if not paths.is_remote(file)]
-
-
-def state_of(path: str) -> tuple | None:
-  """`paths.stat` of a file, None if it can't be read."""
-  try:
-    return paths.stat(path)
-  except OSError:
-    return None
+  return [paths.state_of(beside(file, step.beside)) for file in files.drop_nulls() if not paths.is_remote(file)]
 
 
 def sizes_of(rows: list[dict[str, Any]]) -> list[int | None]:
@@ -223,7 +215,7 @@ def sizes_of(rows: list[dict[str, Any]]) -> list[int | None]:
   unknown = [i for i, size in enumerate(sizes) if size is None]
   if unknown:
     with futures.ThreadPoolExecutor(_STAT_THREADS) as threads:  # in a bucket each one is a request
-      found = threads.map(state_of, [str(rows[i]["path"]) for i in unknown])
+      found = threads.map(paths.state_of, [str(rows[i]["path"]) for i in unknown])
     for i, state in zip(unknown, found):
       sizes[i] = state and state[0]
   return sizes
