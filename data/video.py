@@ -169,7 +169,7 @@ def read_frames(
     wanted = np.zeros(1, np.int64) if indices is None else np.asarray(indices, np.int64)
     if wanted.any():
       raise BadVideo("an image has one frame only")
-    image = _fit_image(_cut(_read_image(path), crop), size, resize)
+    image = _fit_image(cut_out(_read_image(path), crop), size, resize)
     return np.repeat(image[None], len(wanted), 0)
   index = None if is_drawn(path) else _index(path)
   total = index.num_frames if index else shapes.scene(path).frames
@@ -358,10 +358,11 @@ def _read_image(path):
   return retry(_translated, read, path)
 
 
-def _cut(image, crop):
+def cut_out(image: np.ndarray, crop: Sequence[int] | None) -> np.ndarray:
+  """The part (x, y, width, height) of an image [H, W, 3]. Raises BadVideo if the part leaves the image."""
   if crop is None:
     return image
-  x, y, w, h = (int(v) for v in crop)
+  x, y, w, h = map(int, crop)
   if x < 0 or y < 0 or w < 1 or h < 1 or x + w > image.shape[1] or y + h > image.shape[0]:
     raise BadVideo(f"crop x={x} y={y} width={w} height={h} leaves the frame of {image.shape[1]} x {image.shape[0]}")
   return image[y : y + h, x : x + w]
@@ -384,7 +385,7 @@ def _fit_frame(frame, size, resize, crop):
   """Turns a decoded frame into uint8 [H, W, 3]: rotates it, cuts `crop`, resizes it to cover `size`, crops the centre."""
   turns = frame.rotation // 90 % 4  # counter-clockwise
   if resize == "original" or size is None or crop is not None:
-    image = _cut(np.rot90(_to_rgb(frame) if resize == "area" else frame.to_ndarray(format="rgb24"), turns), crop)
+    image = cut_out(np.rot90(_to_rgb(frame) if resize == "area" else frame.to_ndarray(format="rgb24"), turns), crop)
     if size is None:
       return np.ascontiguousarray(image)
     return resize_crop_bilinear(image, size) if resize == "original" else _area(image, size)
@@ -440,6 +441,11 @@ def resize_crop_bilinear(image: np.ndarray, size: tuple[int, int]) -> np.ndarray
   rows = [image[y].astype(np.float32) for y in (y0, y1)]
   top, bottom = (r[:, x0] * (1 - wx) + r[:, x1] * wx for r in rows)
   return np.rint(top * (1 - wy) + bottom * wy).astype(np.uint8)
+
+
+def frame_times(path: str) -> np.ndarray | None:
+  """Sorted time stamps of all frames of a video, int64. None if frames have no time stamps, or equal ones."""
+  return _index(path).times
 
 
 def frame_rate(path: str) -> float:
