@@ -55,7 +55,7 @@ class Cache:
       raise ValueError(f"caption: {reason}: make room there, or give another file with caption.cache") from None
 
   def get(self, key: str) -> str | None:
-    """The answer to a question, None if there is none."""
+    """The answer to a question, or None."""
     with self._lock, self._errors():
       row = self._file.execute("SELECT answer FROM answers WHERE key = ?", (key,)).fetchone()
     return row and row[0]
@@ -129,8 +129,7 @@ class Endpoint:
     body = {"model": self._step.model, "messages": [{"role": "user", "content": content}],
             "max_tokens": self._step.max_tokens, "temperature": self._step.temperature}  # fmt: skip
     key = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-    cached = self._cache.get(key)
-    if cached is not None:
+    if (cached := self._cache.get(key)) is not None:
       with contextlib.suppress(ValueError):
         answer = self._check(cached)
         self._count(cached=1)

@@ -127,7 +127,7 @@ def scan_all(files: list[str]) -> pl.LazyFrame:
 
 
 def write_shard(path: str, table: pl.LazyFrame, meta: dict[str, Any]) -> None:
-  """Writes a table, with metadata if it is parquet, under a temporary name and renames it."""
+  """Writes a table, with metadata if it is parquet."""
   try:
     with paths.whole(path) as temporary:
       if path.endswith(".csv"):

@@ -25,7 +25,7 @@ _FRAME_BYTES = 5000  # least bytes per frame for time limits: a day of a still c
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-  """Base of all steps. A subclass has fields as settings and `transform`, or `write` if it ends a chain."""
+  """Base of all steps. A subclass has `transform`, or `write` if it ends a chain."""
 
   title: ClassVar[str]  # name in configs
   version: ClassVar[int] = 1  # increased when the same settings give another result
@@ -110,7 +110,8 @@ class RowStep(Step):
     frame = table.collect()
     rows = [{**dict.fromkeys(FAILED), **row} for row in frame.iter_rows(named=True)]
     groups = list(self.groups([row for row in rows if row["error"] is None]))
-    done = context.map(functools.partial(_rows_of, self, context.bare()), groups)
+    bare = Context(context.folder, context.part, limits=context.limits)  # picklable
+    done = context.map(functools.partial(_rows_of, self, bare), groups)
     results = itertools.chain.from_iterable(
       [found] * len(group) if isinstance(found, Failure) else found for group, found in zip(groups, done)
     )
@@ -150,12 +151,8 @@ class Context:
   history: tuple = ()
   unselected: tuple[list[str], ...] = ()
 
-  def bare(self) -> Context:
-    """The context for worker processes."""
-    return Context(self.folder, self.part, limits=self.limits)
-
   def map(self, function: Callable, groups: list) -> list[Any]:
-    """`Pool.map` over groups of rows, with progress. The size of a group's file decides its time limit."""
+    """`Pool.map` over groups of rows. The size of a group's file decides its time limit."""
     frames = (sum(r.get("num_frames") or 0 for r in group) for group in groups)
     files = sizes_of([group[0] for group in groups])
     sizes = [max(size or 0, _FRAME_BYTES * count) for size, count in zip(files, frames)]
@@ -211,39 +208,35 @@ def states_beside(step: Step, source: str) -> list[tuple | None]:
 
 def sizes_of(rows: list[dict[str, Any]]) -> list[int | None]:
   """Bytes of each row's file, for time limits: from the column `bytes`, or else from the file system."""
-  sizes = [row.get("bytes") for row in rows]
-  unknown = [i for i, size in enumerate(sizes) if size is None]
-  if unknown:
-    with futures.ThreadPoolExecutor(_STAT_THREADS) as threads:  # in a bucket each one is a request
-      found = threads.map(paths.state_of, [str(rows[i]["path"]) for i in unknown])
-    for i, state in zip(unknown, found):
-      sizes[i] = state and state[0]
-  return sizes
+
+  def size_of(row: dict[str, Any]) -> int | None:
+    return (paths.state_of(str(row["path"])) or (None,))[0] if row.get("bytes") is None else row["bytes"]
+
+  with futures.ThreadPoolExecutor(_STAT_THREADS) as threads:  # in a bucket each unknown size is a request
+    return list(threads.map(size_of, rows))
 
 
 def run_shard(step: Step, source: str, target: str, key: str, context: Context) -> dict[str, Any]:
-  """Makes one shard -> its metadata. Raises ValueError for a table that the step can't take."""
+  """Makes one shard. Returns its metadata. Raises ValueError for a table that the step can't take."""
   begin = time.monotonic()
   table = with_failures(scan(source))
-  missing = [name for name in step.needs if name not in table.collect_schema().names()]
-  if missing:
+  if missing := [name for name in step.needs if name not in table.collect_schema().names()]:
     raise ValueError(f"{step.title} needs the column {' and '.join(missing)}, which {source} doesn't have")
   mark, retry = key, 0
   try:
     result = step.transform(table, context)
     if step.fails:
       passing = pl.col("retry") & failed_in(step.title)
-      result = result.collect()
-      failed = result.with_row_index("_i").filter(passing)["_i"].to_list()
+      result = result.collect().lazy()
+      failed = result.with_row_index("_i").filter(passing).collect()["_i"].to_list()
       # An earlier step with the same title has failures of its own.
       retry = len(failed) - row_count(table.filter(passing))
       mark = digest([key, failed]) if retry else key
-      result = result.lazy()
     if step.gathers:
       mark = content(result)  # a new row changes the facts, so all keys, but few of the shards' rows
   except pl.exceptions.PolarsError as error:
     raise ValueError(f"{step.title}: {polars_line(error)}") from None
-  meta = {"key": key, "identity": mark, "retry": retry, "recipe": step.recipe(), "counts": context.counts}
-  meta["seconds"] = round(time.monotonic() - begin, 3)
+  seconds = round(time.monotonic() - begin, 3)
+  meta = {"key": key, "identity": mark, "retry": retry, "recipe": step.recipe(), "counts": context.counts, "seconds": seconds}
   write_shard(target, result, meta)
   return meta
