@@ -35,21 +35,14 @@ def check_resolution(resolution: Any) -> str:
   return name
 
 
-def num_pixels(resolution: str) -> int:
-  """Nominal number of pixels of a resolution name."""
-  return NUM_PIXELS[check_resolution(resolution)]
-
-
 def size(resolution: str, key: str) -> tuple[int, int]:
   """(height, width) of an aspect-ratio key ("0.56") or name ("9:16", height:width) of a resolution."""
   sizes = SIZES[check_resolution(resolution)]
   found = RATIO_NAMES.get(key, key)
   if found not in sizes:
-    names = [n for n, k in RATIO_NAMES.items() if k in sizes]
-    raise ValueError(
-      f"{resolution} has no aspect ratio {key!r}; its keys (height / width) are {', '.join(sizes)}"
-      + (f", its names {', '.join(names)}" if names else "")
-    )
+    names = ", ".join(n for n, k in RATIO_NAMES.items() if k in sizes)
+    keys = f"its keys (height / width) are {', '.join(sizes)}" + (f", its names {names}" if names else "")
+    raise ValueError(f"{resolution} has no aspect ratio {key!r}; {keys}")
   return sizes[found]
 
 

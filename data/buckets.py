@@ -114,8 +114,7 @@ def assign(
   parts = []
   for begin in range(0, len(num_frames), _CHUNK):
     sizes = [np.asarray(a[begin : begin + _CHUNK], np.int64) for a in (num_frames, height, width)]
-    draws = rng.random((len(sizes[0]), len(buckets), 2), np.float32)
-    parts.append(choose(*sizes, draws=draws, buckets=buckets, interval=interval))
+    parts.append(choose(*sizes, rng.random((len(sizes[0]), len(buckets), 2), np.float32), buckets, interval))
   bucket, ratio, reason, refused = zip(*parts)
   return np.concatenate(bucket), np.concatenate(ratio), np.concatenate(reason), np.sum(refused, 0)
 
@@ -123,10 +122,9 @@ def assign(
 def choose(
   frames: np.ndarray, height: np.ndarray, width: np.ndarray, draws: np.ndarray, buckets: Sequence[Bucket], interval: int
 ) -> tuple[np.ndarray, ...]:
-  """Applies the rules of `assign` to given random numbers.
+  """Applies the rules of `assign` to `draws`, random numbers in [0, 1), [N, buckets, 2].
 
-  `draws` are uniform in [0, 1), [N, buckets, 2]. The first draw of a row in a bucket is compared with the duration probability,
-  the second with the keep probability.
+  A row's first draw in a bucket is compared with the duration probability, the second with the keep probability.
   """
   n = len(frames)
   pixels, image = height * width, frames == 1

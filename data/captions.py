@@ -99,9 +99,9 @@ def clean_once(text: str) -> str:
   return _apply(_AFTER_REPAIR, basic_clean(text)).strip()
 
 
-def clean_caption(text: str, clean: bool = True) -> str:
-  """Cleans a prompt with two passes of `clean_once`. clean=False only lower-cases and strips it."""
-  return clean_once(clean_once(text)) if clean else text.lower().strip()
+def clean_caption(text: str) -> str:
+  """Cleans a prompt with two passes of `clean_once`."""
+  return clean_once(clean_once(text))
 
 
 # ---------------------------------------------------------------------------------------------------------------- scores

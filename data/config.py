@@ -102,9 +102,8 @@ class DataConfig:
       if getattr(self, key) not in allowed:
         raise ValueError(f"data.{key} = {getattr(self, key)!r} is none of {', '.join(map(repr, allowed))}")
     if not isinstance(self.latents, str) or paths.is_remote(self.latents):
-      raise ValueError(
-        f"data.latents = {self.latents!r} is no folder of this machine. ArrayRecord reads local files only: copy the folder."
-      )
+      reason = "is no folder of this machine. ArrayRecord reads local files only: copy the folder."
+      raise ValueError(f"data.latents = {self.latents!r} {reason}")
     for score in self.scores:
       if score not in SCORES:
         raise ValueError(f"data.scores has {score!r}, which is none of {', '.join(SCORES)}")

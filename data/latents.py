@@ -158,7 +158,6 @@ def find(folder: str, kind: str, wanted: dict) -> "Encoded":
 
 
 def _sets(folder, kind):
-  """The `Encoded` of a kind, all provenances."""
   places = [paths.join(folder, name) for name in paths.names(folder) if name.startswith(f"{kind}-")]
   return [Encoded(place) for place in places if paths.exists(paths.join(place, _MADE_FROM))]
 
@@ -327,7 +326,7 @@ class Cache:
     return not self.config.window(epoch) >> _BITS["window"]
 
   def _epochs_like(self, epoch):
-    """The epochs that may have cached a row of an epoch: the epoch, the epoch that it repeats, then all others."""
+    """The epochs whose records may serve an epoch, best first: itself, the epoch that it repeats, then all others."""
     return filter(self._has_key, dict.fromkeys([epoch, epoch % (self.epochs or self._rounds or 1), *range(self._rounds)]))
 
   def other_captions(self, epoch: int) -> bool:
@@ -363,7 +362,6 @@ def prepare(
   """Finds the unfinished `Part` of a folder, or begins one for the missing `keys`. None if no key is missing.
 
   Args:
-    folder: the folder of all sets.
     kind: "latents" or "text".
     made_from: provenance of the records.
     keys: sorted int64.
@@ -382,10 +380,13 @@ def prepare(
         raise ValueError(f"{part.folder} is unfinished. Finish it with {made}, or remove it.")
       return part
   if not len(wanted):
-    if same.parts:
-      _add_plans(same.parts[-1], made_for)
+    for part in same.parts[-1:]:
+      if new := [m for m in made_for if m not in part.made_for]:  # the part holds the clips of these plans, too
+        values = {"starts": part.starts.tolist(), "made_for": part.made_for + new}
+        paths.write_text(paths.join(part.folder, _PART), json.dumps(values))
     return None
-  starts = _starts(size_of_records(wanted), shard_bytes)
+  shard_of = (np.cumsum(size_of_records(wanted)) - 1) // shard_bytes
+  starts = [*np.flatnonzero(np.diff(shard_of, prepend=-1)).tolist(), len(wanted)]
   part = paths.join(same.folder, f"part-{max(same.part_numbers(), default=-1) + 1}")
   with paths.whole(paths.join(part, _KEYS)) as temporary:
     np.save(temporary, wanted)
@@ -404,20 +405,6 @@ def _set_with(folder, kind, made_from):
   place = paths.join(folder, f"{kind}-{digest(made_from)[:12]}")
   paths.write_text(paths.join(place, _MADE_FROM), json.dumps(made_from, indent=1))
   return Encoded(place)
-
-
-def _starts(sizes, shard_bytes):
-  """First record of every shard, then the number of records."""
-  ends = np.cumsum(sizes)
-  shard = (ends - 1) // shard_bytes
-  return [*np.flatnonzero(np.diff(shard, prepend=-1)).tolist(), len(sizes)]
-
-
-def _add_plans(part, made_for):
-  """Records that a part holds the clips of further plans."""
-  if new := [m for m in made_for if m not in part.made_for]:
-    values = {"starts": part.starts.tolist(), "made_for": part.made_for + new}
-    paths.write_text(paths.join(part.folder, _PART), json.dumps(values))
 
 
 def features_of(kind: str, channels: int, dtype: Any, log_variance: bool = True) -> Any:

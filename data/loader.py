@@ -7,7 +7,6 @@ global micro step. This state is the same for any number of processes: n process
 import bisect
 import contextlib
 import dataclasses
-import functools
 import logging
 import math
 import multiprocessing
@@ -70,21 +69,13 @@ class Sample:
 
 @dataclasses.dataclass
 class LoadedStep:
-  """One micro step.
+  """One micro step."""
 
-  Attributes:
-    bucket: (resolution, frames).
-    step: global number of the micro step.
-    epoch: the epoch that contains the step.
-    batch_size: global batch size.
-    samples: this process's samples.
-  """
-
-  bucket: tuple[str, int]
-  step: int
+  bucket: tuple[str, int]  # resolution, frames
+  step: int  # global number of the micro step
   epoch: int
-  batch_size: int
-  samples: list[Sample]
+  batch_size: int  # global
+  samples: list[Sample]  # of this process
 
 
 def make_loader(
@@ -158,12 +149,10 @@ class Loader(contextlib.AbstractContextManager["Loader"], Iterator[LoadedStep]):
 
   def __init__(self, sequence, shares, start, skip, condition, epochs):
     self.plans, self.state, self.skip, self.epochs = sequence, start, frozenset(skip), epochs
-    self._reported = set()  # kinds of gaps, each logged once
+    self._reported = {""}  # kinds of gaps, each logged once
     config, table = sequence.config, sequence.table
     # Rows of a step that this process reads, for every bucket.
-    self.rows_per_step = [
-      (b.batch_size or 0) // count * len(parts) for b, (parts, count) in zip(config.parsed_buckets(), shares)
-    ]
+    self.rows_per_step = [(b.batch_size or 0) // n * len(parts) for b, (parts, n) in zip(config.parsed_buckets(), shares)]
     report = sequence.report(0)
     usable = report.rows - sum(n for reason, n in report.dropped.items() if reason in sources.PROBLEMS)
     self._limit = BadRows(config.max_bad_rows, min(usable, table.num_rows))
@@ -190,8 +179,7 @@ class Loader(contextlib.AbstractContextManager["Loader"], Iterator[LoadedStep]):
       self._prepare(epoch + 1)
     if self.plans.cache:
       self._report_gaps(self.plans.cache, epoch)
-    bucket = current.bucket(index)
-    samples = []
+    bucket, samples = current.bucket(index), []
     for _ in range(self.rows_per_step[current.bucket_index(index)]):
       element = next(self._rows)
       sample = Sample(**{"pixels": None, **element, "sample_id": tuple(element["sample_id"].tolist())})
@@ -199,20 +187,17 @@ class Loader(contextlib.AbstractContextManager["Loader"], Iterator[LoadedStep]):
       assert (sample.sample_id[0], sample.num_frames) == (epoch, bucket.num_frames), (sample.sample_id, epoch, index)
       self._limit.add(sample.path, sample.error)
       samples.append(sample)
-    loaded = LoadedStep((bucket.resolution, bucket.num_frames), self.state, epoch, bucket.batch_size, samples)
     self.state += 1
-    return loaded
+    return LoadedStep((bucket.resolution, bucket.num_frames), self.state - 1, epoch, bucket.batch_size, samples)
 
   def _report_gaps(self, cache, epoch):
     """Logs once that an epoch repeats an earlier epoch, and once that rows keep the captions of an earlier epoch."""
     folder, source = os.path.dirname(cache.latents.folder), self.plans.source(epoch)
     if source != epoch:
       kind, text = "clips", f"epoch {epoch} repeats epoch {source}: {folder} lacks its own clips"
-    elif cache.other_captions(epoch):
-      kind = "captions"
-      text = f"epoch {epoch}: {folder} may lack captions of this epoch; rows then keep the caption of an earlier epoch"
     else:
-      return
+      kind = "captions" if cache.other_captions(epoch) else ""
+      text = f"epoch {epoch}: {folder} may lack captions of this epoch; rows then keep the caption of an earlier epoch"
     if kind not in self._reported:
       self._reported.add(kind)
       log.warning(text)
@@ -295,7 +280,6 @@ class RowSource:
   """The rows that one process reads, in the order of the plan. Element i is an argument of `RowDecoder`. Picklable.
 
   Args:
-    sequence: the `plan.PlanSequence`.
     shares: (parts, number of parts) of every bucket.
     rows_per_step: number of rows of a step that the process reads, for every bucket.
     epoch: the epoch of element 0.
@@ -306,15 +290,15 @@ class RowSource:
   def __init__(self, sequence, shares, rows_per_step, epoch, first, epochs):
     self.plans, self.shares, self.rows_per_step, self.epoch, self.epochs = sequence, shares, rows_per_step, epoch, epochs
     self._starts = [-first]  # first element of each epoch, from `epoch` on
-    self._ends = -1, np.zeros(0, np.int64)  # (epoch, `Plan.ends` of its steps), cached
+    self._ends = {}  # {epoch: `Plan.ends` of its steps}, of the epoch that was read last
 
   def __len__(self):
     return _ENDLESS
 
   def _ends_of(self, epoch):
-    if self._ends[0] != epoch:
-      self._ends = epoch, self.plans.plan(epoch).ends(self.rows_per_step)
-    return self._ends[1]
+    if epoch not in self._ends:
+      self._ends = {epoch: self.plans.plan(epoch).ends(self.rows_per_step)}
+    return self._ends[epoch]
 
   def __getitem__(self, element):
     with self.plans.lock:
@@ -392,11 +376,9 @@ class RowDecoder:
     epoch, _, slot_row, key, bucket = element
     clip = cache.clip(epoch, slot_row, row, bucket, list(aspect_ratios.SIZES[bucket.resolution]).index(key))
     fields |= {name: clip[name] for name in ("latents_mean", "latents_std") if clip[name] is not None}
+    fields["caption"] = self.caption(row, epoch, slot_row)
     if cache.text:
-      caption_of = functools.partial(self.caption, row, slot_row=slot_row)
-      fields["caption"], fields["text_features"] = cache.caption(epoch, caption_of)
-    else:
-      fields["caption"] = self.caption(row, epoch, slot_row)
+      fields["caption"], fields["text_features"] = cache.caption(epoch, lambda own: self.caption(row, own, slot_row))
     if clip["rate"]:
       fields["fps"] = self._fps(clip["rate"], bucket.num_frames)
     if clip["error"]:

@@ -12,7 +12,6 @@ epoch's plan. All random numbers follow from (seed, epoch). So one number, the n
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import threading
@@ -23,6 +22,7 @@ import numpy as np
 from data import aspect_ratios, buckets, paths, sources
 from data.buckets import Bucket
 from data.config import DataConfig
+from data.shards import digest
 
 _VERSION = 2  # of the plan files and of the algorithm: part of the digest
 _RATIOS = 64  # a slot's value is slot row * _RATIOS + index of the aspect ratio
@@ -36,11 +36,6 @@ def describe(config: DataConfig, table: sources.Table) -> dict:
   plain = {k: getattr(config, k) for k in ("seed", "frame_interval", "drop_last", "captions", "max_caption_length")}
   given = {k: getattr(config, k) for k in ("rows_per_bucket", "num_classes") if getattr(config, k) is not None}
   return {"version": _VERSION, "tables": tables, "buckets": parsed, **plain, **given}
-
-
-def digest(description: dict) -> str:
-  """sha256 of a description."""
-  return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
 
 
 def place(count: int, skip: Iterable[int]) -> int:
@@ -128,10 +123,7 @@ def build_epoch(table: sources.Table, config: DataConfig, epoch: int) -> tuple[n
     steps.append(np.full(count, i))
     lines.append({"name": b.name, "rows": len(order), "batch_size": b.batch_size, "steps": count,
                   "refused": int(refused[i]), "incomplete": len(order) - count * size})  # fmt: skip
-  dropped = {
-    buckets.REASONS[code]: int(((reason == code) & ~unusable).sum())
-    for code in (buckets.TOO_SMALL, buckets.TOO_SHORT, buckets.NOT_KEPT)
-  }
+  dropped = {text: int(((reason == code) & ~unusable).sum()) for code, text in enumerate(buckets.REASONS) if code}
   dropped["left out this epoch (table weight)"] = int(left_out.sum())
   for code in np.unique(problem[problem > 0]):
     dropped[sources.PROBLEMS[code]] = int(((problem == code) & ~left_out).sum())
@@ -146,10 +138,7 @@ def build_epoch(table: sources.Table, config: DataConfig, epoch: int) -> tuple[n
 def _members(sizes, config, epoch):
   """Finds the rows of every bucket. `sizes`: (num_frames, height, width) of all rows.
 
-  Returns:
-    For each bucket (rows, index of the aspect ratio of each row).
-    The reason [N] why a row has no bucket, or 0.
-    The number of refused rows of each bucket.
+  Returns [(rows, index of the aspect ratio of each row)] of the buckets, and `reason` and `refused` as `buckets.assign`.
   """
   parsed, seed = config.parsed_buckets(), (config.seed, epoch, 0)
 
@@ -168,15 +157,9 @@ def _members(sizes, config, epoch):
 
 
 def _shuffled(steps, slots, sizes, rng):
-  """Shuffles the steps of an epoch, and lays the plan out as one array.
+  """Shuffles the steps of an epoch, given the bucket of each step, the slots of all steps and the batch size of each bucket.
 
-  Args:
-    steps: bucket of each step.
-    slots: the slots of all steps.
-    sizes: batch size of each bucket.
-
-  Returns:
-    [number of steps, number of slots, bucket of each step, first slot of each step and the end, slots in step order].
+  Returns one array: number of steps, number of slots, bucket of each step, first slot of each step and the end, slots.
   """
   order = rng.permutation(len(steps))
   begins = (np.cumsum(sizes[steps]) - sizes[steps])[order]
@@ -188,7 +171,6 @@ def _shuffled(steps, slots, sizes, rng):
 
 
 def _nothing_fits(report, parsed, epoch, frames, height, width):
-  """The error message of an epoch without a step."""
   text = f"epoch {epoch} has no step: {report.rows:,} rows, {report.losses() or 'none fits a bucket'}"
   smallest = min(parsed, key=lambda b: aspect_ratios.NUM_PIXELS[b.resolution])
   least = int(np.ceil(buckets.PIXEL_TOLERANCE * aspect_ratios.NUM_PIXELS[smallest.resolution]))
@@ -261,8 +243,7 @@ class PlanSequence:
   def __init__(self, table, config, folder, cache=None):
     self.table, self.config, self.cache = table, config, cache
     self.description = describe(config, table)
-    self.digest = digest(self.description)
-    self.folder = os.path.join(folder, f"plan-{self.digest[:16]}")
+    self.folder = os.path.join(folder, f"plan-{digest(self.description)[:16]}")
     self.lock = threading.RLock()
     self._plans, self._starts, self._threads, self._sources = {}, [0], {}, {}
 
@@ -273,7 +254,7 @@ class PlanSequence:
     return os.path.join(self.folder, f"epoch-{epoch:04d}{suffix}")
 
   def source(self, epoch: int) -> int:
-    """The source of an epoch: the epoch itself, or a cached epoch whose plan it repeats since clips are missing."""
+    """The epoch whose plan an epoch follows, see `latents.Cache.source`."""
     if self.cache is None:
       return epoch
     with self.lock:
@@ -310,10 +291,15 @@ class PlanSequence:
     return BucketReport(**json.loads(paths.read_text(path)))
 
   def prepare(self, epoch: int) -> None:
-    """Starts to build an epoch's plan in the background. `plan` raises the errors of the build."""
+    """Starts to build an epoch's plan in the background. `plan` builds again, and raises the error, if this fails."""
+
+    def build():
+      with contextlib.suppress(Exception):
+        self._build(epoch)
+
     with self.lock:
       if epoch not in self._plans and epoch not in self._threads and not os.path.exists(self._path(epoch, ".npy")):
-        self._threads[epoch] = threading.Thread(target=self._build_quietly, args=(epoch,), daemon=True)
+        self._threads[epoch] = threading.Thread(target=build, daemon=True)
         self._threads[epoch].start()
 
   def first_step(self, epoch: int) -> int:
@@ -329,10 +315,6 @@ class PlanSequence:
     while self.first_step(epoch + 1) <= step:
       epoch += 1
     return epoch, step - self.first_step(epoch)
-
-  def _build_quietly(self, epoch):
-    with contextlib.suppress(Exception):  # `plan` builds again, in a thread that can report the error
-      self._build(epoch)
 
   def _build(self, epoch):
     data, report = build_epoch(self.table, self.config, epoch)

@@ -13,7 +13,7 @@ import io
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import TypeVar, cast
+from typing import NamedTuple, TypeVar, cast
 
 import av
 import numpy as np
@@ -53,11 +53,11 @@ T = TypeVar("T")
 
 
 class BadVideo(Exception):  # noqa: N818 - the fault is the file's, not the program's
-  """Reports that a file is unusable, with one reason: missing, empty, no video, cut short..."""
+  """A file is unusable, for one reason: missing, empty, no video, cut short..."""
 
 
 class Away(BadVideo):
-  """Reports that a file does not exist or may not be read. Its disk may return."""
+  """A file does not exist or may not be read. Its disk may return."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +70,7 @@ class VideoInfo:
   fps: float
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Index:
+class _Index(NamedTuple):
   num_frames: int
   fps: float
   times: np.ndarray | None  # sorted time stamps of all frames; None = the reader counts frames, since some have no time stamp
@@ -241,10 +240,7 @@ _bucket_content = functools.lru_cache(4)(paths.read_bytes)
 
 
 def open_stream(path: str) -> tuple[InputContainer, VideoStream]:
-  """Opens (container, its video stream). One thread decodes the stream.
-
-  Raises `BadVideo` or OSError, and FFmpegError for damaged files.
-  """
+  """Opens (container, its video stream). Raises `BadVideo` or OSError, and FFmpegError for damaged files."""
   container = av.open(_readable(path), "r", metadata_errors="replace", options={"format_whitelist": _FORMATS})
   for stream in container.streams.video:
     if not stream.disposition & Disposition.attached_pic:
@@ -269,28 +265,20 @@ def _build_index(path):
   """Reads the time stamps of all frames from the packets, without decoding."""
   container, stream = open_stream(path)
   with container:
-    times, packets = [], 0
-    for packet in container.demux(stream):
-      if packet.size:
-        packets += 1
-        if not packet.is_discard:
-          times.append(packet.pts)
+    packets = [(packet.pts, packet.is_discard) for packet in container.demux(stream) if packet.size]
+    times = [pts for pts, discarded in packets if not discarded]
     fps = float(stream.average_rate or stream.guessed_rate or DEFAULT_FPS)
     cut_short = ""
-    if container.format.name.startswith("mov") and packets < stream.frames:
-      cut_short = f"cut short: {packets} of {stream.frames} frames exist"
+    if container.format.name.startswith("mov") and len(packets) < stream.frames:
+      cut_short = f"cut short: {len(packets)} of {stream.frames} frames exist"
   if not times:
     raise BadVideo("has no frames" + (f" ({cut_short})" if cut_short else ""))
   if None in times or len(set(times)) < len(times):
-    times = _decoded_times(path)
-  return _Index(len(times), fps, None if None in times else np.sort(np.array(times, np.int64)), cut_short)
-
-
-def _decoded_times(path):
-  container, stream = open_stream(path)
-  with container:
-    times = [frame.pts for frame in container.decode(stream)]
-  return times if len(set(times)) == len(times) else [None] * len(times)
+    container, stream = open_stream(path)
+    with container:
+      times = [frame.pts for frame in container.decode(stream)]
+  usable = None not in times and len(set(times)) == len(times)
+  return _Index(len(times), fps, np.sort(np.array(times, np.int64)) if usable else None, cut_short)
 
 
 def _read_run(path, times, wanted, fit):
