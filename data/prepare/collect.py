@@ -70,18 +70,16 @@ class Collect(Source):
       if source.endswith(sources.FORMATS):
         sources.check_table(source)
       elif not _is_pattern(source) and not paths.is_folder(source):
-        raise ValueError(
-          f"collect.sources: {source!r} is no folder, pattern or table ({', '.join(sources.FORMATS)}) that exists"
-        )
+        kinds = f"folder, pattern or table ({', '.join(sources.FORMATS)})"
+        raise ValueError(f"collect.sources: {source!r} is no {kinds} that exists")
 
   def list(self, folder: str, own: Sequence[str] = ()) -> None:
     self.reach()
-    found = pl.concat([self._listed(source, own) for source in self.sources], how="diagonal_relaxed")
-    key = [name for name in _KEY if name in found.columns]
-    listed = found.height
-    found = found.unique(key, keep="first", maintain_order=True)
-    if found.height < listed:
-      say(f"collect: {listed - found.height:,} rows are skipped: the same {', '.join(key)} as an earlier row")
+    listed = pl.concat([self._listed(source, own) for source in self.sources], how="diagonal_relaxed")
+    key = [name for name in _KEY if name in listed.columns]
+    found = listed.unique(key, keep="first", maintain_order=True)
+    if repeated := listed.height - found.height:
+      say(f"collect: {repeated:,} rows are skipped: the same {', '.join(key)} as an earlier row")
     names = parts(folder)
     for i in range(0, len(names), _TOGETHER):
       found = self._refresh(folder, names[i : i + _TOGETHER], found)
@@ -144,7 +142,7 @@ class Collect(Source):
     return found
 
   def _endings(self) -> tuple[str, ...]:
-    return tuple(ending for kind in self.kinds for ending in _KINDS[kind])
+    return tuple(itertools.chain.from_iterable(_KINDS[kind] for kind in self.kinds))
 
 
 @functools.lru_cache(1000)

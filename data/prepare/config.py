@@ -45,9 +45,8 @@ _OWN = ("output", "steps", "workers", "limits", "patience")
 def unknown(what: str, name: object, known: Iterable[str]) -> ValueError:
   """The error for an unknown name. It names the closest known name, or all of them."""
   near = difflib.get_close_matches(str(name), known, 1)
-  return ValueError(
-    f"there is no {what} {name!r}" + (f", did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}")
-  )
+  hint = f", did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+  return ValueError(f"there is no {what} {name!r}{hint}")
 
 
 def import_class(path: str, where: str) -> type:
@@ -125,7 +124,6 @@ def chain(values: Mapping[str, Any], *, workers: int = 0, shard: tuple[int, int]
 
 
 def _steps(values: Mapping[str, Any], names: Iterable[str]) -> dict[str, Step]:
-  """{name: step} of a config, with the source first."""
   steps: dict[str, Step] = {}
   for name in names:
     if name in steps:
@@ -138,7 +136,6 @@ def _steps(values: Mapping[str, Any], names: Iterable[str]) -> dict[str, Step]:
 
 
 def _settings(values: Mapping[str, Any], key: str) -> dict[str, Any]:
-  """Settings of a step, or `limits`, in a config."""
   found = values.get(key) or {}
   if not isinstance(found, Mapping):
     raise ValueError(f"{key} = {found!r} is no dict of settings")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -108,10 +109,15 @@ def build(step: Report, tables: list[str], context: Context) -> str:
   fine = [stage.filter(pl.col("error").is_null()) for stage in stages]
   numbers = (name for table in fine for name, kind in table.collect_schema().items() if kind.is_numeric())
   names = [name for name in dict.fromkeys((*MEASURES, *numbers)) if name not in _NO_MEASURES]
-  measured = [found for name in names if (found := _measured(fine, name))]
+  measured = []
+  for name in names:
+    with_values = ((found, table) for table in _having(fine, name) if (found := measure(table, name)))
+    measured += itertools.islice(with_values, 1)
   sheets = [_sheet(rows, m, pool) for m, rows in measured if m["name"] not in _NO_SHEETS] if pool else []
   if unselected:
     _add_captions(sheets, fine[-1])
+  seconds = [table.select(pl.col("duration").cast(pl.Float64).sum()) for table in _having(fine[-1:], "duration")]
+  hours = seconds[0].collect(engine="streaming").item() / 3600 if seconds else None
   environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
   environment.filters |= {"number": number, "seconds": lambda s: f"{s:,.0f} s"}
   return environment.from_string(Path(__file__).with_name("report.html").read_text()).render(
@@ -120,16 +126,12 @@ def build(step: Report, tables: list[str], context: Context) -> str:
     failed=sum(row_count(s.filter(pl.col("error").is_not_null() & ~failed_in("duplicates"))) for s in stages),
     kept=row_count(fine[-1]) if unselected else None, history=context.history, measures=[m for m, _ in measured],
     failures=_failures(stages), classes=_classes(fine), words=_words(fine), sheets=[s for s in sheets if s["rows"]],
-    hours=_hours(fine[-1]), buckets=_buckets(tables, training) if training else [], training=training,
+    hours=hours, buckets=_buckets(tables, training) if training else [], training=training,
   )  # fmt: skip
 
 
-def _measured(stages: list[pl.LazyFrame], name: str) -> tuple[dict[str, Any], pl.LazyFrame] | None:
-  """(`measure`, table) of the first table in which the column has values, None without one."""
-  for table in stages:
-    if name in table.collect_schema() and (found := measure(table, name)):
-      return found, table
-  return None
+def _having(stages: list[pl.LazyFrame], name: str) -> list[pl.LazyFrame]:
+  return [table for table in stages if name in table.collect_schema()]
 
 
 def _add_captions(sheets: list[dict[str, Any]], kept: pl.LazyFrame) -> None:
@@ -204,12 +206,10 @@ def _failures(stages: list[pl.LazyFrame]) -> list[dict[str, Any]]:
 
 def _classes(stages: list[pl.LazyFrame]) -> list[tuple[str, list[dict]]]:
   """(title, values with counts) of text columns, each in the first table that has it."""
-  titles = {"cmotion": "camera motion", "codec": "codec", "split": "split"}
   found = []
-  for name, title in titles.items():
-    having = [table for table in stages if name in table.collect_schema()]
-    if having:
-      counted = having[0].group_by(pl.col(name).cast(pl.String).fill_null("-").alias("value")).len()
+  for name, title in (("cmotion", "camera motion"), ("codec", "codec"), ("split", "split")):
+    for table in _having(stages, name)[:1]:
+      counted = table.group_by(pl.col(name).cast(pl.String).fill_null("-").alias("value")).len()
       ordered = counted.sort("len", "value", descending=[True, False]).head(20)
       found.append((title, ordered.collect(engine="streaming").to_dicts()))
   return found
@@ -223,12 +223,6 @@ def _words(stages: list[pl.LazyFrame]) -> list[dict[str, Any]]:
   words = having[-1].select(word=pl.col("text").str.to_lowercase().str.extract_all(r"\p{L}{4,}").list.unique())
   counted = words.explode("word").drop_nulls().group_by("word").len()
   return counted.sort("len", "word", descending=[True, False]).head(_WORDS).collect(engine="streaming").to_dicts()
-
-
-def _hours(table: pl.LazyFrame) -> float | None:
-  if "duration" not in table.collect_schema():
-    return None
-  return table.select(pl.col("duration").cast(pl.Float64).sum() / 3600).collect(engine="streaming").item()
 
 
 def _sheet(table: pl.LazyFrame, found: dict[str, Any], pool: Pool) -> dict[str, Any]:

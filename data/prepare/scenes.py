@@ -82,9 +82,8 @@ class Scenes(RowStep):
     if is_image(row["path"]):
       return [[{"source_id": row.get("id")}]]
     begin, rate = row.get("start") or 0, row["fps"]
-    whole = [(begin, begin + row["num_frames"])]
     if self.detector == "none" or row.get("start") is not None:
-      found = whole
+      found = [(begin, begin + row["num_frames"])]
     else:
       found = self.detect(row["path"], progress=lambda n: report(n / row["num_frames"]))
     if self.cuts_at:
@@ -137,8 +136,7 @@ class Scenes(RowStep):
     count = math.ceil((end - start) / most)
     if (end - start) // count < self.min_seconds * rate:  # fewer parts, of the full length; the rest is dropped
       count, end = count - 1, start + (count - 1) * most
-    edges = np.linspace(start, end, count + 1).astype(int).tolist()
-    return list(itertools.pairwise(edges))
+    return list(itertools.pairwise(np.linspace(start, end, count + 1).astype(int).tolist()))
 
 
 def add_cuts(found: list[tuple[int, int]], wanted: Sequence[float], rate: float) -> list[tuple[int, int]]:
