@@ -29,18 +29,15 @@ _CHUNK = 1 << 16  # rows per pass; bounds the memory of the draws and does not c
 class Bucket:
   """One row of a bucket table: clips of `num_frames` frames (1 = images) at a resolution name.
 
-  Attributes:
-    keep_prob: probability that a fitting row stays.
-    batch_size: global number of samples per micro step. None is allowed only if keep_prob is 0. Such a bucket takes no
-      clip: its clips go to smaller resolutions.
-    duration_prob: probability that this length counts at all; None = 1.
+  `batch_size`, the global number of samples per micro step, may be None if keep_prob is 0. Such a bucket takes no clip: its
+  clips go to smaller resolutions.
   """
 
   resolution: str
   num_frames: int
-  keep_prob: float
+  keep_prob: float  # probability that a fitting row stays
   batch_size: int | None
-  duration_prob: float | None = None
+  duration_prob: float | None = None  # probability that this length counts at all; None = 1
 
   @property
   def name(self) -> str:

@@ -47,7 +47,6 @@ def parse(settings: type[T], program: str, arguments: list[str], about: str | No
 
 
 def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
-  """Adds the flags of a settings class to a parser."""
   groups: dict[str, Any] = {"": parser}
   kinds = typing.get_type_hints(settings)
   for field in dataclasses.fields(settings):

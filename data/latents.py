@@ -217,7 +217,6 @@ class Part:
     return _tfds().features.FeatureConnector.from_config(self.folder)
 
   def read(self, number: int) -> dict:
-    """Reads record `number`, a dict."""
     shard = int(np.searchsorted(self.starts, number, "right")) - 1
     (record,) = _reader(self.shard(shard)).read([int(number - self.starts[shard])])
     return self.features.deserialize_example_np(record)

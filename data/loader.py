@@ -32,39 +32,24 @@ Condition = Callable[[str, int | None], dict[str, np.ndarray]]
 
 @dataclasses.dataclass
 class Sample:
-  """One decoded row.
+  """One decoded row. If the row cannot be decoded, the weight is 0, `error` is the reason and all pixels are 0."""
 
-  Attributes:
-    pixels: uint8 [T, H, W, 3]. None if the loader reads latents.
-    num_frames, height, width: sizes of the pixels.
-    fps: the frame rate that the model is told.
-    weight, error: 1.0 and "". If the row cannot be decoded, the weight is 0, `error` is the reason and all pixels are 0.
-    sample_id: (epoch, slot in the epoch's plan).
-    row: number of the row in its table.
-    path: the row's file.
-    label: the row's class, or None.
-    cond: {name: array}, the result of `condition` for caption and label, or None.
-    text_features: float [L, C], or None.
-    latents_mean, latents_std: normalised latents from a cache, float32 [T', h, w, C]. `latents_std` is None if the cache has
-      only means.
-  """
-
-  pixels: np.ndarray | None
+  pixels: np.ndarray | None  # uint8 [T, H, W, 3]; None if the loader reads latents
   caption: str
   num_frames: int
   height: int
   width: int
-  fps: float
+  fps: float  # the frame rate that the model is told
   weight: float
-  sample_id: tuple[int, int]
-  row: int
+  sample_id: tuple[int, int]  # epoch, slot in the epoch's plan
+  row: int  # number of the row in its table
   path: str
   error: str = ""
-  label: int | None = None
-  cond: dict[str, np.ndarray] | None = None
-  text_features: np.ndarray | None = None
-  latents_mean: np.ndarray | None = None
-  latents_std: np.ndarray | None = None
+  label: int | None = None  # the row's class
+  cond: dict[str, np.ndarray] | None = None  # the result of `condition` for caption and label
+  text_features: np.ndarray | None = None  # float [L, C]
+  latents_mean: np.ndarray | None = None  # normalised latents from a cache, float32 [T', h, w, C]
+  latents_std: np.ndarray | None = None  # the same shape; None if the cache has only means
 
 
 @dataclasses.dataclass
@@ -417,7 +402,6 @@ class RowDecoder:
 
 
 def _lasting(row, error):
-  """The error of a file that several attempts could not read."""
   reason = f"reading failed again and again: {error.strerror or error}"
   return RuntimeError(f"{row.path}: {reason}. Check the disk or the bucket, then start again.")
 

@@ -69,20 +69,15 @@ def changed_keys(old: dict, new: dict) -> list[str]:
 class BucketReport:
   """Numbers of an epoch's rows: how many each bucket has, and how many the plan drops. `str(report)` is a table.
 
-  Attributes:
-    rows: number of rows of all tables.
-    buckets: a dict for each bucket with the keys name, rows, batch_size, steps, refused and incomplete. Refused rows fit the
-      bucket, but the keep probability refused them. Incomplete is the number of rows that the plan drops because they fill no
-      batch. A negative number of incomplete rows means that the plan repeats rows to fill a batch. The table prints a dropped
-      row as -1, a repeated row as +1.
-    dropped: {reason: number of rows}.
-    examples: {reason: the first row that is unusable for this reason, as text}.
+  `buckets` has a dict for each bucket with the keys name, rows, batch_size, steps, refused (rows that fit, but the keep
+  probability refused them) and incomplete (rows that the plan drops because they fill no batch; negative if it repeats rows to
+  fill a batch). The table prints a dropped row as -1, a repeated row as +1.
   """
 
-  rows: int
+  rows: int  # of all tables
   buckets: Sequence[dict]
-  dropped: dict[str, int]
-  examples: dict[str, str]
+  dropped: dict[str, int]  # {reason: number of rows}
+  examples: dict[str, str]  # {reason: the first row that is unusable for this reason, as text}
 
   @property
   def steps(self) -> int:
@@ -283,7 +278,6 @@ class PlanSequence:
       return self._plans[epoch]
 
   def report(self, epoch: int = 0) -> BucketReport:
-    """The report of the plan that an epoch follows."""
     epoch = self.source(epoch)
     path = self._path(epoch, ".json")
     if not os.path.exists(path):

@@ -46,20 +46,14 @@ _SAMPLES = 3  # per pixel and axis, for smooth edges
 
 @dataclasses.dataclass(frozen=True)
 class Object:
-  """An object of a scene.
-
-  Attributes:
-    shape, color, direction, speed: words of the tables above.
-    start: (x, y) of the centre in frame 0.
-    size: half a side.
-  """
+  """An object of a scene, in words of the tables above."""
 
   shape: str
   color: str
   direction: str
   speed: str
-  start: tuple[float, float]
-  size: float = SIZE
+  start: tuple[float, float]  # (x, y) of the centre in frame 0
+  size: float = SIZE  # half a side
 
   @property
   def step(self) -> tuple[float, float]:
@@ -71,19 +65,12 @@ class Object:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-  """The contents of a video.
-
-  Attributes:
-    ground: the background, a word of GROUNDS.
-    striped: whether the background has stripes.
-    height, width: size in pixels.
-    frames: number of frames.
-  """
+  """The contents of a video."""
 
   objects: tuple[Object, ...]
-  ground: str
-  striped: bool
-  height: int
+  ground: str  # the background, a word of GROUNDS
+  striped: bool  # whether the background has stripes
+  height: int  # in pixels
   width: int
   frames: int
 
@@ -143,7 +130,6 @@ def _apart(a, b, frames):
 
 
 def captions(one: Scene) -> list[str]:
-  """Several captions of a scene."""
   ground = f"{'striped ' if one.striped else ''}{one.ground}"
   thing = [f"{o.color} {o.shape}" for o in one.objects]
   moves = [f"{o.speed} {o.direction}" for o in one.objects]

@@ -50,8 +50,6 @@ class RunSettings:
 
 @dataclasses.dataclass(frozen=True)
 class StepSettings:
-  """Flags of one step alone."""
-
   input: str = flag("a table (.parquet, .csv, .jsonl) or a folder of parquet shards", None, "input")
   output: str = flag("table or folder to write", None, "-o", "--output", required=True)
   workers: int = flag(_WORKERS, 0)

@@ -310,8 +310,6 @@ def usable(text: str) -> str:
 
 
 class EndpointCaptioner:
-  """Asks an endpoint for the caption of a clip."""
-
   def __init__(self, step: Caption):
     from data.prepare.endpoint import Endpoint
 

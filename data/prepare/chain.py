@@ -280,7 +280,6 @@ class Chain:
     return key, old, old.get("key") == key and all(paths.exists(f) for f in old["files"])
 
   def _summary(self, name: str) -> str:
-    """Lines about a finished step, with its first failures."""
     counts, step = self.counts(name), self.steps[name]
     text = f"{name}: {counts.rows:,} rows" + (f" of {counts.rows_in:,}" if counts.rows_in != counts.rows else "")
     text += f", {duration(counts.seconds)} of work" if counts.seconds >= 1 else ""
@@ -345,7 +344,6 @@ class Chain:
 
 
 def _is_current(meta: dict[str, Any] | None, key: str) -> bool:
-  """Whether a shard has the expected key and no rows to retry."""
   return bool(meta) and meta.get("key") == key and not meta["retry"]
 
 
@@ -376,7 +374,6 @@ def _failed(table: str, title: str) -> tuple[int, int]:
 
 
 def _told_failures(step: Step, errors: int, retry: int, tables: list[str]) -> str:
-  """Text about failed rows: their number, how many the next run repeats, and the first ones."""
   if not errors:
     return ""
   text = f", {errors:,} failed" + (f", {retry:,} of them are tried again by the next run" * bool(retry))

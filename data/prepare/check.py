@@ -28,8 +28,6 @@ _TOGETHER = 10_000  # rows that are in memory as Python objects
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """Flags of the command."""
-
   table: str = flag("training table (.parquet, .csv, .jsonl)", None, "table")
   config: str = flag("training config, such as configs/film.py", required=True)
   stage: str = flag("one stage of the config (default: all stages with different data)", "")
@@ -85,7 +83,6 @@ def broken_rows(settings: DataConfig, folder: str, *, sample: int, pool: Pool) -
 
 
 def main(arguments: list[str]) -> int:
-  """The command; returns its exit code."""
   settings = parse(Settings, "python -m data.prepare check", arguments, __doc__)
   broken, empty = {}, False  # {row: (path, reason)}
   sources.check_table(settings.table)

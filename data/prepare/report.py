@@ -271,8 +271,6 @@ def _buckets(tables: list[str], training: str) -> list[dict[str, Any]]:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """Flags of the command."""
-
   input: str = flag("a table, or a folder of parquet shards", None, "input")
   output: str = flag("file to write (default: %(default)s)", "report.html", "-o", "--output")
   config: str = flag("training config whose buckets the report shows", "")
@@ -281,7 +279,6 @@ class Settings:
 
 
 def main(arguments: list[str]) -> int:
-  """The command; returns its exit code."""
   settings = parse(Settings, "python -m data.prepare report", arguments, __doc__)
   tables = tables_in(settings.input) if paths.is_folder(settings.input) else [settings.input]
   if not tables or not all(paths.exists(t) for t in tables):

@@ -32,12 +32,10 @@ FAILED = {"error": pl.String, "retry": pl.Boolean}  # columns of every table of 
 
 
 def part_name(number: int) -> str:
-  """File name of a shard."""
   return f"part-{number:05}.parquet"
 
 
 def part_number(name: str) -> int:
-  """Number of a shard, from its file name."""
   return int(name.removeprefix("part-").removesuffix(".parquet"))
 
 
@@ -144,7 +142,6 @@ def polars_line(error: Exception) -> str:
 
 
 def row_count(table: pl.LazyFrame) -> int:
-  """Number of rows."""
   return table.select(pl.len()).collect(engine="streaming").item()
 
 

@@ -129,27 +129,18 @@ def _rows_of(step: RowStep, context: Context, group: list[dict[str, Any]], repor
 
 @dataclasses.dataclass
 class Context:
-  """What a step may use besides its shard.
+  """What a step may use besides its shard. `history` and `unselected` are for `write`."""
 
-  folder: the step's own folder, for files that it makes beside the table.
-  part: file name of the shard.
-  facts: the result of `gather`.
-  limits: limits of one file.
-  pool, progress: None in a worker process.
-  counts: what `transform` counted; `Step.tell` gets the sums over all shards.
-  history: for `write`: (step, rows in, rows out, failed rows, seconds of work, text of `Step.tell`) of each earlier step.
-  unselected: for `write`: the input shards of each earlier step that `selects`, in order.
-  """
-
-  folder: str
-  part: str
-  facts: Any = None
+  folder: str  # the step's own folder, for files that it makes beside the table
+  part: str  # file name of the shard
+  facts: Any = None  # the result of `gather`
   limits: Limits = DEFAULT_LIMITS
-  pool: Pool | None = None
-  progress: Callable[[float], None] | None = None
-  counts: dict[str, int] = dataclasses.field(default_factory=dict)
+  pool: Pool | None = None  # None in a worker process
+  progress: Callable[[float], None] | None = None  # None in a worker process
+  counts: dict[str, int] = dataclasses.field(default_factory=dict)  # of `transform`; `Step.tell` gets the sums over all shards
+  # Of each earlier step: name, rows in, rows out, failed rows, seconds of work, text of `Step.tell`.
   history: tuple = ()
-  unselected: tuple[list[str], ...] = ()
+  unselected: tuple[list[str], ...] = ()  # the input shards of each earlier step that `selects`, in order
 
   def map(self, function: Callable, groups: list) -> list[Any]:
     """`Pool.map` over groups of rows. The size of a group's file decides its time limit."""

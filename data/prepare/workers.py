@@ -38,21 +38,14 @@ class Passing(Exception):  # noqa: N818 - the name says which kind of failure it
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-  """Limits of one file.
+  """Limits of one file."""
 
-  seconds: time for a small file.
-  bytes_per_second: the time grows by a second for this many bytes on disk.
-  memory_gb: address space that a worker may add for its items.
-  max_pixels: pixels of an image or frame. A file that declares more is refused before decoding.
-  """
-
-  seconds: float = 120.0
-  bytes_per_second: float = 100e3
-  memory_gb: float = 4.0
-  max_pixels: int = 8192 * 8192
+  seconds: float = 120.0  # time for a small file
+  bytes_per_second: float = 100e3  # the time grows by a second for this many bytes on disk
+  memory_gb: float = 4.0  # address space that a worker may add for its items
+  max_pixels: int = 8192 * 8192  # of an image or frame; a file that declares more is refused before decoding
 
   def check(self) -> None:
-    """Raises ValueError for a value that is not allowed."""
     if self.seconds <= 0 or self.bytes_per_second <= 0 or self.memory_gb <= 0 or self.max_pixels < 1:
       raise ValueError("seconds, bytes_per_second, memory_gb and max_pixels must be more than 0")
 
