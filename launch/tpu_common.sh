@@ -134,16 +134,12 @@ look() {
     return
   fi
   errors=$(mktemp)
-  if state=$(run "${query[@]}" 2> "$errors"); then
-    rm "$errors"
-  elif grep -qi 'not.found' "$errors"; then # a missing permission or network must not look like a missing machine
-    rm "$errors"
+  if ! state=$(run "${query[@]}" 2> "$errors"); then
+    # A missing permission or network must not look like a missing machine.
+    grep -qi 'not.found' "$errors" || { cat "$errors" >&2 && rm "$errors" && return 1; }
     state=ABSENT
-  else
-    cat "$errors" >&2
-    rm "$errors"
-    return 1
   fi
+  rm "$errors"
   if [ -n "$queued" ] && [ "$state" = ACTIVE ]; then look_at_nodes; fi
 }
 
@@ -152,9 +148,7 @@ look_at_nodes() {
   local suffix='' node
   [ -z "$multislice" ] || suffix='-[0-9]+'
   for node in $(run "${vm[@]}" list "${place[@]}" "--filter=name~\"(^|/)$name$suffix\$\"" "--format=value(state)"); do
-    case $node in
-      PREEMPTED | TERMINATED) state=$node ;;
-    esac
+    [[ $node != PREEMPTED && $node != TERMINATED ]] || state=$node
   done
 }
 
@@ -321,10 +315,7 @@ main() {
   for argument; do
     case $argument in
       --) break ;;
-      -h | --help)
-        show_options
-        exit 0
-        ;;
+      -h | --help) show_options && exit 0 ;;
     esac
   done
   [ $# -gt 0 ] || fail "give a command; see --help"
@@ -343,10 +334,7 @@ main() {
         *) echo "$name exists already: $state" ;;
       esac
       ;;
-    run)
-      check_train
-      start
-      ;;
+    run) check_train && start ;;
     logs) follow ;;
     status)
       look

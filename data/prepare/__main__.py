@@ -24,9 +24,9 @@ import polars as pl
 from data.command_line import flag, make_parser
 from data.prepare import config as configs
 from data.prepare.chain import run_alone
+from data.prepare.collect import Collect
 from data.prepare.messages import one_line, shown
 from data.prepare.shards import polars_line
-from data.prepare.steps import Source
 from data.prepare.workers import CORES
 from data.shards import Share
 
@@ -107,7 +107,7 @@ def _alone(title: str, arguments: list[str]) -> int:
   defaults = "".join(f"\n  --{field.name}={getattr(cls(), field.name)!r}" for field in dataclasses.fields(cls))
   parser = make_parser(StepSettings, f"{_PROGRAM} {title}", cls.__doc__, epilog=f"settings and their defaults:{defaults}")
   settings, rest = parser.parse_known_args(arguments)
-  if issubclass(cls, Source):
+  if issubclass(cls, Collect):
     raise ValueError(f"{title} begins a chain: use it in a config; `table FOLDER -o TABLE` lists the files of a folder")
   step = configs.create(cls, dict(configs.assignments(rest, "--")), title)
   print(run_alone(title, step, settings.input, settings.output, workers=settings.workers or CORES))

@@ -20,8 +20,9 @@ import polars as pl
 
 from data import paths, plan
 from data.prepare import shards
+from data.prepare.collect import Collect
 from data.prepare.messages import say, shown
-from data.prepare.steps import Context, Job, Made, Source, Step, run_shard, states_beside
+from data.prepare.steps import Context, Job, Made, Step, run_shard, states_beside
 from data.prepare.workers import DEFAULT_LIMITS, Limits, Pool
 from data.shards import Progress, Share, digest, duration
 
@@ -132,7 +133,7 @@ class Chain:
     finds differences.
     """
     source = self.steps[name]
-    assert isinstance(source, Source)
+    assert isinstance(source, Collect)
     if self.share.count == 1:
       return source.list(self._path(name), self._made())
     record, mine = (self._path(name, file) for file in ("listed.json", f"listed-{self.share.index}.json"))
@@ -163,7 +164,7 @@ class Chain:
 
   def _identities(self, name: str) -> dict[str, str]:
     """{shard: identity} of the shards of a step that are up to date with all earlier steps."""
-    if isinstance(self.steps[name], Source):
+    if isinstance(self.steps[name], Collect):
       return {part: shards.identity(self._path(name, part)) for part in self.parts(name)}
     keys = self._keys(name).items()
     return {part: meta["identity"] for part, key in keys if (meta := self._meta(name, part)).get("key") == key}
@@ -291,7 +292,7 @@ class Chain:
     step, before, wanted = self.steps[name], self._before(name), self.parts(self._source)
     if of is None:
       recipe = step.recipe()
-      of = [p for p in self.parts(name) if isinstance(step, Source) or self._meta(name, p).get("recipe") == recipe]
+      of = [p for p in self.parts(name) if isinstance(step, Collect) or self._meta(name, p).get("recipe") == recipe]
     # Another machine may have to make the shard of the previous step again.
     present = {*wanted} & {*of} & {*self.parts(name)} & {*self.parts(before)}
     rows = errors = retry = rows_in = 0
@@ -309,7 +310,7 @@ class Chain:
   def _current(self, name: str) -> list[str]:
     """Shards of a step that the next run keeps if no file is new and no failed row succeeds."""
     step = self.steps[name]
-    if isinstance(step, Source):
+    if isinstance(step, Collect):
       return [part for part in self.parts(name) if self._meta(name, part).get("recipe") == step.recipe()]
     return [part for part in self._identities(name) if step.complete(shards.scan(self._path(name, part)))]
 

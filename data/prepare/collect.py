@@ -21,7 +21,7 @@ from data import paths, sources, video
 from data.prepare import decode
 from data.prepare.messages import say, shown
 from data.prepare.shards import FAILED, part_name, part_number, parts, polars_line, read_meta, scan, write_shard
-from data.prepare.steps import Context, RowStep, Source, at_least
+from data.prepare.steps import Context, RowStep, Step, at_least
 
 _KINDS = {"video": video.VIDEO_EXTENSIONS, "image": video.IMAGE_EXTENSIONS}
 LISTED = {"path": pl.String, "bytes": pl.Int64, "changed": pl.Int64, **FAILED}
@@ -33,7 +33,7 @@ _HASH_AT = (0.25, 0.5, 0.75)  # places of the hashed frames, as shares of the vi
 
 
 @dataclasses.dataclass(frozen=True)
-class Collect(Source):
+class Collect(Step):
   """Lists files. Shards keep their files from run to run, and new files make new shards. A deleted file stays listed.
 
   If a file's size or modification time changes, all steps make its shard again. For the files of a table, only the time counts.
@@ -65,6 +65,7 @@ class Collect(Source):
     at_least(self, 1, "rows_per_shard")
 
   def reach(self) -> None:
+    """Raises ValueError if this machine can't see one of the sources."""
     for source in self.sources:
       paths.check(source, "collect.sources")
       if source.endswith(sources.FORMATS):
@@ -74,6 +75,7 @@ class Collect(Source):
         raise ValueError(f"collect.sources: {source!r} is no {kinds} that exists")
 
   def list(self, folder: str, own: Sequence[str] = ()) -> None:
+    """Writes folder/part-00000.parquet, ... if they change. It skips files in the run's folders `own`."""
     self.reach()
     listed = pl.concat([self._listed(source, own) for source in self.sources], how="diagonal_relaxed")
     key = [name for name in _KEY if name in listed.columns]

@@ -19,7 +19,8 @@ from data import paths
 from data.command_line import load_config
 from data.config import plain
 from data.prepare.chain import Chain
-from data.prepare.steps import Source, Step
+from data.prepare.collect import Collect
+from data.prepare.steps import Step
 from data.prepare.workers import CORES, Limits
 
 STEPS = {
@@ -130,7 +131,7 @@ def _steps(values: Mapping[str, Any], names: Iterable[str]) -> dict[str, Step]:
       raise ValueError(f"steps has {name!r} twice: give the second one a name and config.NAME = dict(step={name!r}, ...)")
     settings = _settings(values, name)
     steps[name] = create(step_class(settings.pop("step", name)), settings, name)
-  if [i for i, step in enumerate(steps.values()) if isinstance(step, Source)] != [0]:
+  if [i for i, step in enumerate(steps.values()) if isinstance(step, Collect)] != [0]:
     raise ValueError(f"steps has to begin with collect, and to have it only once; it is {tuple(steps)}")
   return steps
 

@@ -59,19 +59,22 @@ class Export(Step):
 
   def write(self, tables: list[str], context: Context) -> tuple[str, list[str]]:
     folder = paths.absolute(self.folder or os.path.dirname(context.folder))
-    table = scan_all(tables)
-    table = table.filter(pl.col("error").is_null())
+    table = scan_all(tables).filter(pl.col("error").is_null())
     names = table.collect_schema().names()
     if unknown := [c for c in self.columns if c not in names]:
       raise ValueError(f"export.columns has {', '.join(unknown)}; the table has {', '.join(names)}")
     if not row_count(table):
-      raise ValueError(f"export: no row without an error is left{_last(context.history)}")
+      last = next((name for name, rows_in, rows, *_ in context.history if rows_in and not rows), "")
+      why = f": {last} removed the last one, look at its settings" if last else ""
+      raise ValueError(f"export: no row without an error is left{why}")
     files, said = [], []
     splits = _splits(table) if "split" in names else {"": table}
     for split, part in splits.items():
       if "table" in self.formats:
-        name = f"{split}{os.path.splitext(self.name)[1]}" if split else self.name
-        files.append(self._table(part, paths.join(folder, name), names, context))
+        files.append(paths.join(folder, f"{split}{os.path.splitext(self.name)[1]}" if split else self.name))
+        self._claim(files[-1], context)
+        chosen = relative_to(part, os.path.dirname(files[-1])).select(self.columns or known_columns(names))
+        write_shard(files[-1], chosen, {"key": "", "identity": "", "retry": 0})
         said.append(f"{height(files[-1]):,} rows in {files[-1]}")
       if "webdataset" in self.formats:
         made = write_webdataset(part, paths.join(folder, "webdataset"), split or "train", self.samples)
@@ -93,18 +96,6 @@ class Export(Step):
       raise ValueError(f"{target} exists and was not written by this program: choose another export.folder or export.name")
     if target not in mine:  # recorded first, in case the export is killed
       paths.write_text(record, json.dumps({"key": "", "said": "", "files": [*mine, target]}))
-
-  def _table(self, table: pl.LazyFrame, target: str, names: list[str], context: Context) -> str:
-    self._claim(target, context)
-    kept = self.columns or known_columns(names)
-    write_shard(target, relative_to(table, os.path.dirname(target)).select(kept), {"key": "", "identity": "", "retry": 0})
-    return target
-
-
-def _last(history: tuple) -> str:
-  """Names the step that removed the last row."""
-  gone = next((name for name, rows_in, rows, *_ in history if rows_in and not rows), "")
-  return f": {gone} removed the last one, look at its settings" if gone else ""
 
 
 def known_columns(names: list[str]) -> list[str]:

@@ -8,7 +8,7 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from typing import Any, ClassVar, NamedTuple
 
@@ -77,18 +77,6 @@ class Step:
     """What decides the step's result, JSON-able."""
     settings = {k: v for k, v in dataclasses.asdict(self).items() if k not in self.silent}
     return {"step": self.title, "version": self.version, "settings": json.loads(json.dumps(settings, default=str))}
-
-
-@dataclasses.dataclass(frozen=True)
-class Source(Step):
-  """The first step: lists files as shards of a table. Shards keep their rows, and new rows make new shards."""
-
-  def reach(self) -> None:
-    """Raises ValueError if this machine can't see one of the sources."""
-
-  def list(self, folder: str, own: Sequence[str] = ()) -> None:
-    """Writes folder/part-00000.parquet, ... if they change. It skips files in the run's folders `own`."""
-    raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -165,16 +165,13 @@ class _Worker:
     self.pipe.close()
 
 
-class Pool:
+class Pool(contextlib.AbstractContextManager["Pool"]):
   """`count` worker processes under `limits`, as a context manager. The first `map` starts them."""
 
   def __init__(self, count: int, limits: Limits = DEFAULT_LIMITS):
     self.count, self.limits = max(1, count), limits
     self._context = multiprocessing.get_context("spawn")  # threads of decoders do not survive a fork
     self._workers: list[_Worker] = []
-
-  def __enter__(self) -> Pool:
-    return self
 
   def __exit__(self, *_: object) -> None:
     for worker in self._workers:
