@@ -111,7 +111,8 @@ def assign(
   parts = []
   for begin in range(0, len(num_frames), _CHUNK):
     sizes = [np.asarray(a[begin : begin + _CHUNK], np.int64) for a in (num_frames, height, width)]
-    parts.append(choose(*sizes, rng.random((len(sizes[0]), len(buckets), 2), np.float32), buckets, interval))
+    draws = rng.random((len(sizes[0]), len(buckets), 2), np.float32)
+    parts.append(choose(*sizes, draws=draws, buckets=buckets, interval=interval))
   bucket, ratio, reason, refused = zip(*parts)
   return np.concatenate(bucket), np.concatenate(ratio), np.concatenate(reason), np.sum(refused, 0)
 

@@ -166,10 +166,10 @@ class Chain:
     """{shard: identity} of the shards of a step that are up to date with all earlier steps."""
     if isinstance(self.steps[name], Collect):
       return {part: shards.identity(self._path(name, part)) for part in self.parts(name)}
-    keys = self._keys(name).items()
+    keys = self._expected_keys(name).items()
     return {part: meta["identity"] for part, key in keys if (meta := self._meta(name, part)).get("key") == key}
 
-  def _keys(self, name: str) -> dict[str, str]:
+  def _expected_keys(self, name: str) -> dict[str, str]:
     """{shard: key that a current shard of this step has}, for the shards that are current in the previous step."""
     step, before = self.steps[name], self._before(name)
     sources = self._identities(before)
@@ -203,7 +203,7 @@ class Chain:
     if step.gathers:
       self._wait(before)
     todo = {
-      part: key for part, key in self._keys(name).items()
+      part: key for part, key in self._expected_keys(name).items()
       if self._is_mine(part)
       and not (_is_current(self._meta(name, part), key) and step.complete(shards.scan(self._path(name, part))))
     }  # fmt: skip

@@ -78,7 +78,7 @@ def _side(path: str) -> int:
 
 
 def _blank(path: str, wanted: Any) -> np.ndarray:
-  """The smallest valid input: one black image, one text of two tokens, or its mask."""
+  """A small value for an input that does not matter: one black image, one text of two tokens, or its mask."""
   if wanted.name == "pixel_values":
     return np.zeros((1, 3, _side(path), _side(path)), np.float32)
   length = wanted.shape[-1]

@@ -207,7 +207,7 @@ class Pool(contextlib.AbstractContextManager["Pool"]):
         for worker in self._workers:
           if worker.index is None and waiting:
             index = waiting.popleft()
-            seconds = self.limits.seconds + ((sizes and sizes[index]) or 0) / self.limits.bytes_per_second
+            seconds = self.limits.seconds + ((sizes[index] if sizes else None) or 0) / self.limits.bytes_per_second
             try:
               worker.give(function, index, items[index], seconds)
             except (BrokenPipeError, ConnectionResetError):  # the worker died while idle
