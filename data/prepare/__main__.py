@@ -5,6 +5,7 @@
   python -m data.prepare table  FOLDER -o table.csv                only the columns that training needs
   python -m data.prepare check  TABLE --config configs/film.py     reads every clip as training does
   python -m data.prepare report TABLE -o report.html               histograms and contact sheets of any table
+  python -m data.prepare film   --output FOLDER                    the data of the quick start, see data/prepare/film.py
   python -m data.prepare STEP INPUT -o OUTPUT [--KEY=VALUE ...]    one step alone, on a table or a folder of shards
 
 `run --shard 0/2` on one machine and `run --shard 1/2` on another share the work through a common folder.
@@ -30,7 +31,7 @@ from data.prepare.shards import polars_line
 from data.prepare.workers import CORES
 from data.shards import Share
 
-MODULES = ("table", "check", "report")  # commands that are a module with `main`
+MODULES = ("table", "check", "report", "film")  # commands that are a module with `main`
 _PROGRAM = "python -m data.prepare"
 _WORKERS = "processes on this machine (default: the config's number, or all cores)"
 

@@ -273,15 +273,7 @@ class Settings:
   processes: int = flag("processes, at least 1 (default: %(default)s)", min(2, CORES))
 
 
-def main(arguments: list[str] | None = None) -> int:
-  try:
-    return _main(sys.argv[1:] if arguments is None else arguments)
-  except (ValueError, OSError) as error:
-    print(f"error: {str(error) or type(error).__name__}", file=sys.stderr)
-    return 1
-
-
-def _main(arguments: list[str]) -> int:
+def main(arguments: list[str]) -> int:
   settings = parse(Settings, "python -m data.prepare.film", arguments, __doc__)
   if settings.short_side < 16 or settings.processes < 1:
     raise ValueError("--short-side must be at least 16 and --processes at least 1")
@@ -301,4 +293,6 @@ def _main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  from data.prepare.__main__ import main as run
+
+  sys.exit(run(["film", *sys.argv[1:]]))
