@@ -149,7 +149,8 @@ class Caption(Step):
         part = todo[begin : begin + _TOGETHER]
         for row, result in zip(part, self._captions(captioner, part, context, begin)):
           result = result.columns(self.title) if isinstance(result, Failure) else result
-          row |= result if isinstance(result, dict) else {} if result is None else {self.into: result}
+          if result is not None:
+            row |= result if isinstance(result, dict) else {self.into: result}
     finally:
       if hasattr(captioner, "close"):
         captioner.close()

@@ -155,7 +155,7 @@ def folder_captions(folder: Path) -> dict[str, list[Caption]]:
 
 
 def captions_of(video: Path, folder: Path, table: dict[str, list[Caption]]) -> list[Caption]:
-  """Captions of one of the user's videos, from the table or the file name. None if the step `caption` reads VIDEO.txt."""
+  """Captions of one of the user's videos, from the table or the file name. [] if the step `caption` reads VIDEO.txt."""
   if video.with_suffix(".txt").exists():
     return []
   for name in (video.relative_to(folder).as_posix(), video.name):
