@@ -25,9 +25,9 @@ from data.prepare.messages import say, shown
 from data.prepare.steps import Context, Job, Made, Step, run_shard, states_beside
 from data.prepare.workers import DEFAULT_LIMITS, Limits, Pool
 from data.shards import Progress, Share, digest, duration
+from data.sources import FORMATS
 
 _POLL = 2.0  # seconds between looks at the shards of other machines
-_TABLES = (".parquet", ".csv", ".jsonl")
 
 
 class Counts(NamedTuple):
@@ -387,21 +387,16 @@ def _told_failures(step: Step, errors: int, retry: int, tables: list[str]) -> st
 
 def run_alone(name: str, step: Step, source: str, target: str, *, workers: int) -> str:
   """Runs one step on a table file, or on each unfinished shard in a folder. Returns the text to print."""
-  folder = paths.is_folder(source)
-  pairs = [(a, paths.join(target, os.path.basename(a))) for a in shards.tables_in(source)] if folder else [(source, target)]
-  if not pairs:
-    raise ValueError(f"{source} has no .parquet files: give a table or a folder of parquet shards")
-  tables, made = zip(*pairs)
-  if wrong := [a for a in tables if not (paths.exists(a) and a.endswith(_TABLES))]:
-    raise ValueError(f"{wrong[0]} is no existing table: give a file that ends in {', '.join(_TABLES)}, or a folder of shards")
+  tables = shards.tables_in(source)
+  made = [target] if tables == [source] else [paths.join(target, os.path.basename(table)) for table in tables]
   with Pool(workers) as pool:
     if step.writes:
-      if target.endswith(_TABLES):
+      if target.endswith(FORMATS):
         raise ValueError(f"-o {target}: {name} may write several files: give a folder")
-      return step.write(list(tables), Context(paths.join(paths.absolute(target), name), "", pool=pool))[0]
-    facts = step.gather(shards.scan_all(list(tables))) if step.gathers else None
+      return step.write(tables, Context(paths.join(paths.absolute(target), name), "", pool=pool))[0]
+    facts = step.gather(shards.scan_all(tables)) if step.gathers else None
     jobs, metas = [], []
-    for a, b in pairs:
+    for a, b in zip(tables, made):
       key = digest([step.recipe(), shards.identity(a), _plain(facts), *states_beside(step, a)])
       old = _old_output(a, b)
       if _is_current(old, key):
@@ -412,10 +407,10 @@ def run_alone(name: str, step: Step, source: str, target: str, *, workers: int) 
   counted = collections.Counter()
   for meta in metas:
     counted.update(meta["counts"])
-  errors = sum(_failed(b, step.title)[1] - _failed(a, step.title)[1] for a, b in pairs) if step.fails else 0
+  errors = sum(_failed(b, step.title)[1] - _failed(a, step.title)[1] for a, b in zip(tables, made)) if step.fails else 0
   text = f"{name}: {sum(map(shards.height, made)):,} rows of {sum(map(shards.height, tables)):,}: {target}"
   text += f"\n{told}" if (told := step.tell(dict(counted))) else ""
-  return text + _told_failures(step, errors, sum(meta["retry"] for meta in metas), list(made))
+  return text + _told_failures(step, errors, sum(meta["retry"] for meta in metas), made)
 
 
 def _old_output(source: str, target: str) -> dict[str, Any] | None:

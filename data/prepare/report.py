@@ -280,9 +280,7 @@ class Settings:
 
 def main(arguments: list[str]) -> int:
   settings = parse(Settings, "python -m data.prepare report", arguments, __doc__)
-  tables = tables_in(settings.input) if paths.is_folder(settings.input) else [settings.input]
-  if not tables or not all(paths.exists(t) for t in tables):
-    raise ValueError(f"{settings.input} is no table and no folder of parquet shards")
+  tables = tables_in(settings.input)
   refuse_overwriting(settings.output, [*tables, settings.config])
   step = Report(training=settings.config, sheets=not settings.no_sheets)
   step.check()

@@ -25,6 +25,7 @@ from polars import selectors
 
 from data import paths
 from data.shards import digest
+from data.sources import FORMATS
 
 _META = "stdit_jax.prepare"
 _TEXTS = ("path", "text", "id", "source_id", "video", "crop", "hash", "picture_hash", "text_features", "error")
@@ -102,9 +103,15 @@ def failed_in(title: str) -> pl.Expr:
   return pl.col("error").str.starts_with(f"{title}:").fill_null(False)
 
 
-def tables_in(folder: str) -> list[str]:
-  """Parquet files of a folder, without temporary files of killed writes (`paths.whole`)."""
-  return [paths.join(folder, n) for n in paths.names(folder) if n.endswith(".parquet") and not n.startswith(".")]
+def tables_in(source: str) -> list[str]:
+  """The table itself, or the parquet files of a folder, without temporary files of killed writes. Raises ValueError if none."""
+  if paths.is_folder(source):
+    found = [paths.join(source, n) for n in paths.names(source) if n.endswith(".parquet") and not n.startswith(".")]
+  else:
+    found = [source] if source.endswith(FORMATS) and paths.exists(source) else []
+  if not found:
+    raise ValueError(f"{source} is no table ({', '.join(FORMATS)}) and no folder of parquet shards")
+  return found
 
 
 def refuse_overwriting(target: str, read: Iterable[str]) -> None:
