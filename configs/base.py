@@ -30,8 +30,8 @@ def get_config():
   config.init_strict = True  # False: load the parameters that fit and report the others
   # "auto": the newest readable checkpoint of `output`. Without a checkpoint the run starts at step 0.
   # "required": like "auto", but no checkpoint is an error.
-  # "1200": the checkpoint of step 1200. The run moves newer checkpoints to `<output>/set-aside`. The same command, given again,
-  # resumes from the newest checkpoint.
+  # "1200": the checkpoint of step 1200. The run moves newer checkpoints to `<output>/set-aside`. If the same command runs
+  # again, it resumes from its own newest checkpoint.
   config.resume = "auto"
   config.restart_data = False  # True: start a new data order if table, buckets or model changed since the checkpoint
 

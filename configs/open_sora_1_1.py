@@ -60,6 +60,6 @@ def get_config():
     stage("stage1b", 40_000, original["stage1"], **norm),
     stage("stage1c", 17_000, original["stage1"]),
     stage("stage2", 22_000, original["stage2"]),
-    stage("stage3", 4_000, original["stage3"], keep_optimizer=True),  # the report says this of no other stage
+    stage("stage3", 4_000, original["stage3"], keep_optimizer=True),  # according to the report, in this stage alone
   )
   return config

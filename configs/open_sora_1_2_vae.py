@@ -11,7 +11,7 @@ Time: 380,000, 260,000 and 540,000 optimizer steps. Published: 8 GPUs, 24 in the
       --config.autoencoder.image_weights=sdxl_vae.safetensors --config.autoencoder.perceptual.weights=vgg16.safetensors
 
 Stages and steps are those of scripts/train_vae.py and configs/vae/train. As in the original, the model encodes whole clips
-(`chunk=0`). A denoiser names this autoencoder without `chunk=0`, so that it encodes chunks of 17 frames.
+(`chunk=0`). A denoiser's configuration omits `chunk=0`: its autoencoder encodes chunks of 17 frames.
 
 Differences from the original:
 * The original sums over pixels. This recipe takes means. Adam ignores the factor. Clipping at norm 1 always changes the

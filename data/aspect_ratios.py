@@ -15,10 +15,10 @@ import numpy.typing as npt
 
 _TABLE = json.loads((pathlib.Path(__file__).parent / "tables" / "aspect_ratios.json").read_text())
 
-# {name: {key: (height, width)}}, in the order of Open-Sora's tables. Of two equally close ratios the first one wins.
+# {name: {key: (height, width)}}, in the order of Open-Sora's tables. The first of two equally close ratios wins.
 SIZES = {n: {k: tuple(hw) for k, hw in r["sizes"].items()} for n, r in _TABLE["resolutions"].items()}
 NUM_PIXELS = {n: r["num_pixels"] for n, r in _TABLE["resolutions"].items()}
-# 64p is for models that train on a laptop. All sides are multiples of 8, so the keys are the nearest ratios.
+# 64p is for models that train on a laptop. A key is the ratio of its two sides, which are multiples of 8.
 SIZES["64p"] = {"0.56": (48, 80), "0.75": (56, 72), "1.00": (64, 64), "1.33": (72, 56), "1.78": (80, 48)}
 NUM_PIXELS["64p"] = 64 * 64
 RATIO_NAMES: dict[str, str] = _TABLE["ratio_names"]
@@ -35,26 +35,19 @@ def check_resolution(resolution: Any) -> str:
   return name
 
 
-def num_pixels(resolution: str) -> int:
-  """Nominal number of pixels of a resolution name."""
-  return NUM_PIXELS[check_resolution(resolution)]
-
-
 def size(resolution: str, key: str) -> tuple[int, int]:
   """(height, width) of an aspect-ratio key ("0.56") or name ("9:16", height:width) of a resolution."""
   sizes = SIZES[check_resolution(resolution)]
   found = RATIO_NAMES.get(key, key)
   if found not in sizes:
-    names = [n for n, k in RATIO_NAMES.items() if k in sizes]
-    raise ValueError(
-      f"{resolution} has no aspect ratio {key!r}; its keys (height / width) are {', '.join(sizes)}"
-      + (f", its names {', '.join(names)}" if names else "")
-    )
+    names = ", ".join(n for n, k in RATIO_NAMES.items() if k in sizes)
+    keys = f"its keys (height / width) are {', '.join(sizes)}" + (f", its names {names}" if names else "")
+    raise ValueError(f"{resolution} has no aspect ratio {key!r}; {keys}")
   return sizes[found]
 
 
 def closest_ratio(height: int, width: int, resolution: str) -> str:
-  """Key of the ratio nearest to height / width: argmin |float(key) - height / width|. Of equal distances the first key wins."""
+  """Key of the ratio nearest to height / width: argmin |float(key) - height / width|. The first of equally near keys wins."""
   return list(SIZES[check_resolution(resolution)])[int(closest_ratios(height, width, resolution))]
 
 

@@ -4,11 +4,10 @@ The rules are those of Open-Sora 1.2 (`Bucket.get_bucket_id`), which contain tho
 
 * A row tries the resolutions from most to fewest pixels. It skips a resolution if height * width < 0.8 * (pixels of the
   resolution).
-* Within a resolution the row takes the longest length f with num_frames > f * frame_interval. If the length has a duration
-  probability, it counts only if a first random draw is not above this probability. Images (num_frames 1) fit only buckets of 1
-  frame.
-* The row stays if a second draw is below the keep probability. Otherwise it tries the next smaller resolution, not a shorter
-  length.
+* Within a resolution the row takes the longest length f with num_frames > f * frame_interval. The row skips a length with a
+  duration probability if a first random draw is above this probability. Images (num_frames 1) fit only buckets of 1 frame.
+* The row enters the bucket if a second draw is below the keep probability. Otherwise the row tries the next smaller
+  resolution, not a shorter length.
 """
 
 import dataclasses
@@ -30,18 +29,15 @@ _CHUNK = 1 << 16  # rows per pass; bounds the memory of the draws and does not c
 class Bucket:
   """One row of a bucket table: clips of `num_frames` frames (1 = images) at a resolution name.
 
-  Attributes:
-    keep_prob: probability that a fitting row stays.
-    batch_size: global number of samples per micro step. None is allowed only if keep_prob is 0. Such a bucket sends all clips
-      that are long enough for it to smaller resolutions.
-    duration_prob: probability that this length counts at all; None = 1.
+  `batch_size`, the global number of samples per micro step, may be None if keep_prob is 0. Such a bucket takes no clip: its
+  clips go to smaller resolutions.
   """
 
   resolution: str
   num_frames: int
-  keep_prob: float
+  keep_prob: float  # probability that a fitting row stays
   batch_size: int | None
-  duration_prob: float | None = None
+  duration_prob: float | None = None  # probability that this length counts at all; None = 1
 
   @property
   def name(self) -> str:
@@ -109,7 +105,7 @@ def assign(
     bucket int16 [N]: index into `buckets`, -1 = none.
     ratio int8 [N]: index into the resolution's aspect ratios, -1 = none.
     reason int8 [N]: FITS, or the reason why the row has no bucket (TOO_SMALL, TOO_SHORT, NOT_KEPT).
-    refused int64 [len(buckets)]: number of rows that fit a bucket, but its keep probability sent them on.
+    refused int64 [len(buckets)]: number of rows that fit a bucket and that its keep probability refused.
   """
   rng = np.random.default_rng(seed)
   parts = []
@@ -124,10 +120,9 @@ def assign(
 def choose(
   frames: np.ndarray, height: np.ndarray, width: np.ndarray, draws: np.ndarray, buckets: Sequence[Bucket], interval: int
 ) -> tuple[np.ndarray, ...]:
-  """Applies the rules of `assign` to given random numbers.
+  """Applies the rules of `assign` to `draws`, random numbers in [0, 1), [N, buckets, 2].
 
-  `draws` are uniform in [0, 1), [N, buckets, 2]. The first draw of a row in a bucket is compared with the duration probability,
-  the second with the keep probability.
+  A row's first draw in a bucket is compared with the duration probability, the second with the keep probability.
   """
   n = len(frames)
   pixels, image = height * width, frames == 1

@@ -1,8 +1,8 @@
 """Captions: cleaning, score suffixes, tokens.
 
 `clean_caption` repeats the cleaning of Open-Sora 1.1 and 1.2 (`text_preprocessing`, from DeepFloyd IF and PixArt), pattern by
-pattern. At inference every prompt is cleaned twice. The training does not clean captions, as in Open-Sora, whose data tool can
-clean the table before the training.
+pattern. At inference every prompt is cleaned twice. As in Open-Sora, the training does not clean captions. The step `clean` of
+`data.prepare` can clean the table before.
 """
 
 import functools
@@ -32,7 +32,7 @@ def _rules(*rows):
 # (pattern, replacement), in order. The order matters: cleaning is not idempotent.
 _BEFORE_HTML = _rules(
   ("<person>", "person"),
-  (rf"\b(?:https?:(?:\/{{1,3}}|[a-zA-Z0-9%])|{_HOST})", ""),  # removes only the scheme of an address, but a whole bare host
+  (rf"\b(?:https?:(?:\/{{1,3}}|[a-zA-Z0-9%])|{_HOST})", ""),  # the scheme of an address, or a bare host
   (rf"\b(?:www:(?:\/{{1,3}}|[a-zA-Z0-9%])|{_HOST})", ""),
 )
 _AFTER_HTML = _rules(
@@ -99,9 +99,9 @@ def clean_once(text: str) -> str:
   return _apply(_AFTER_REPAIR, basic_clean(text)).strip()
 
 
-def clean_caption(text: str, clean: bool = True) -> str:
-  """Cleans a prompt with two passes of `clean_once`. clean=False only lower-cases and strips it."""
-  return clean_once(clean_once(text)) if clean else text.lower().strip()
+def clean_caption(text: str) -> str:
+  """Cleans a prompt with two passes of `clean_once`."""
+  return clean_once(clean_once(text))
 
 
 # ---------------------------------------------------------------------------------------------------------------- scores
@@ -131,7 +131,7 @@ def add_scores(text: str, scores: dict, rng: np.random.Generator, drop_probabili
 
 
 def append_scores(prompt: str, aes: float | None = None, flow: float | None = None, camera_motion: str | None = None) -> str:
-  """Appends the wished scores to a prompt, unless the prompt names them already (Open-Sora 1.2, `append_score_to_prompts`).
+  """Appends scores to a prompt, except those that the prompt names already (Open-Sora 1.2, `append_score_to_prompts`).
 
   aes: 4.5 to 6.5. flow: 0 to 100, more is more motion. camera_motion: "pan left", "zoom in", ... Clean the prompt afterwards.
   """

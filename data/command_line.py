@@ -26,7 +26,7 @@ def flag(help: str, default: Any = None, *names: str, group: str = "", **options
   """A field of a settings class that is a flag.
 
   Args:
-    names: names of the flag (default: --FIELD). The name FIELD, without dashes, makes it a positional argument.
+    names: names of the flag (default: --FIELD). A name without dashes makes the flag a positional argument.
     group: title under which --help lists the flag.
     options: further arguments of `ArgumentParser.add_argument`. The type of the flag is the type of the field.
   """
@@ -42,12 +42,11 @@ def make_parser(settings: type, program: str, about: str | None, **options: Any)
 
 
 def parse(settings: type[T], program: str, arguments: list[str], about: str | None) -> T:
-  """The settings that the arguments of a command give. An error ends the program with one line on stderr."""
+  """Parses the arguments of a command into its settings. An error ends the program with one line on stderr."""
   return settings(**vars(make_parser(settings, program, about).parse_args(arguments)))
 
 
 def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
-  """Adds the flags of a settings class to a parser."""
   groups: dict[str, Any] = {"": parser}
   kinds = typing.get_type_hints(settings)
   for field in dataclasses.fields(settings):

@@ -18,7 +18,8 @@ _LEAST = {"seed": 0, "workers": 0, "windows_per_row": 0, "reference_devices": 1,
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-  """Settings of the training data. The first group decides the plan: a run refuses changes of it (`plan.changed_keys`).
+  """Settings of the training data. The first group decides the plan. A run refuses changes of this group
+  (`plan.changed_keys`).
 
   Attributes:
     tables: metadata tables (.parquet, .csv, .jsonl): a path, or a tuple of paths and of (path, weight) pairs. With weight 3
@@ -33,8 +34,8 @@ class DataConfig:
     captions: "required" skips rows without a caption. "optional" gives such rows an empty caption (autoencoders, labels).
     max_caption_length: the loader skips rows with longer captions (characters). The tokenizer cuts captions at far fewer
       characters.
-    rows_per_bucket: a number makes a fixed set for measurements: at most this number of the rows that fit each bucket. The
-      set does not depend on the probabilities and on the other buckets. A row may be in several buckets.
+    rows_per_bucket: a number chooses a fixed set for measurements, with at most this number of rows per bucket. The set does
+      not depend on the probabilities and on the other buckets. A row may be in several buckets.
 
     windows_per_row: number of clips (places in time) of a row. The epochs repeat these clips, so that a cache can hold their
       latents. 0 = a new place in every epoch, as in Open-Sora.
@@ -101,9 +102,8 @@ class DataConfig:
       if getattr(self, key) not in allowed:
         raise ValueError(f"data.{key} = {getattr(self, key)!r} is none of {', '.join(map(repr, allowed))}")
     if not isinstance(self.latents, str) or paths.is_remote(self.latents):
-      raise ValueError(
-        f"data.latents = {self.latents!r} is no folder of this machine. ArrayRecord reads local files only: copy the folder."
-      )
+      reason = "is no folder of this machine. ArrayRecord reads local files only: copy the folder."
+      raise ValueError(f"data.latents = {self.latents!r} {reason}")
     for score in self.scores:
       if score not in SCORES:
         raise ValueError(f"data.scores has {score!r}, which is none of {', '.join(SCORES)}")
@@ -114,7 +114,7 @@ class DataConfig:
       raise ValueError(f"data.max_bad_rows = {bad!r} is neither a number of rows nor a share (a float) from 0.0 to 1.0")
 
   def window(self, epoch: int) -> int:
-    """Number of the clips' place in time in an epoch."""
+    """The window (place in time) that an epoch reads of every row, as a number."""
     return epoch % self.windows_per_row if self.windows_per_row else epoch
 
   def table_weights(self) -> list[tuple[str, float]]:

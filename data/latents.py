@@ -37,8 +37,8 @@ _RESOLUTIONS = list(aspect_ratios.SIZES)
 # Fields of a clip's key, highest bits first. Sorted keys put clips of one size together, so that one batch encodes them.
 _BITS = {"resolution": 5, "num_frames": 12, "ratio": 6, "row": 29, "window": 11}
 _DESCRIPTIONS = {
-  "latents": "Latents of clips: mean and, if stored, log-variance of the autoencoder's last posterior, both of normalised "
-  "latents, [time, height, width, channels]. `fps` is the file's own frame rate, 0 if unknown. If a row cannot be decoded, "
+  "latents": "Latents of clips: mean and, if stored, log-variance of the last posterior of the autoencoder, both normalised, "
+  "[time, height, width, channels]. `fps` is the file's own frame rate, 0 if unknown. If a row cannot be decoded, "
   "`error` is the reason, and the latents are those of a black clip.",
   "text": "Embeddings of captions by the text encoder, [valid tokens, channels].",
 }
@@ -107,7 +107,7 @@ def caption_key(caption: str) -> int:
 
 
 def made_from_clips(config: DataConfig, table: Table) -> dict:
-  """The provenance of clips: everything, except their keys, that decides their pixels."""
+  """The provenance of clips: everything that decides the pixels of a key."""
   return {**_made_from(config, table, "seed", "frame_interval", "resize"), "resolutions": _RESOLUTIONS}
 
 
@@ -158,7 +158,6 @@ def find(folder: str, kind: str, wanted: dict) -> "Encoded":
 
 
 def _sets(folder, kind):
-  """The `Encoded` of a kind, all provenances."""
   places = [paths.join(folder, name) for name in paths.names(folder) if name.startswith(f"{kind}-")]
   return [Encoded(place) for place in places if paths.exists(paths.join(place, _MADE_FROM))]
 
@@ -218,7 +217,6 @@ class Part:
     return _tfds().features.FeatureConnector.from_config(self.folder)
 
   def read(self, number: int) -> dict:
-    """Reads record `number`, a dict."""
     shard = int(np.searchsorted(self.starts, number, "right")) - 1
     (record,) = _reader(self.shard(shard)).read([int(number - self.starts[shard])])
     return self.features.deserialize_example_np(record)
@@ -263,7 +261,7 @@ class Encoded:
     return [part for part in self.all_parts if part.is_whole]
 
   def epochs(self, identity: dict) -> int:
-    """The largest number of epochs of a plan whose clips all exist, as the parts record it."""
+    """The number of epochs of a plan that the parts hold completely, as the parts record it."""
     return max((m["epochs"] for part in self.parts for m in part.made_for if m["plan"] == identity), default=0)
 
   def holds(self, keys: Any) -> np.ndarray:
@@ -285,8 +283,8 @@ class Cache:
   Attributes:
     latents, text: the `Encoded` of the clips, and of the captions or None.
     epochs: number of first epochs of this plan that are cached completely.
-    followed: {epoch: the epoch whose plan it follows} of a resumed training. The training keeps these sources, even if `encode`
-      has cached more epochs since.
+    followed: {epoch: source} of a resumed training. The training keeps these sources, even if `encode` has cached more epochs
+      since.
   """
 
   def __init__(self, latents, text, table, config):
@@ -300,7 +298,7 @@ class Cache:
     self._captions_change = text is not None and table.captions_change(config.scores)
 
   def source(self, epoch: int, plan_of: Callable[[int], plan.Plan]) -> int:
-    """The epoch whose plan an epoch follows: its own, or a cached epoch if the cache lacks its clips.
+    """The source of an epoch: the epoch itself, or a cached epoch whose plan it repeats since clips are missing.
 
     `plan_of` returns the `Plan` of an epoch. Raises ValueError if no epoch is cached.
     """
@@ -327,11 +325,11 @@ class Cache:
     return not self.config.window(epoch) >> _BITS["window"]
 
   def _epochs_like(self, epoch):
-    """The epochs that may have cached a row of an epoch: the epoch, the epoch that it repeats, then all others."""
+    """The epochs whose records may serve an epoch, best first: itself, the epoch that it repeats, then all others."""
     return filter(self._has_key, dict.fromkeys([epoch, epoch % (self.epochs or self._rounds or 1), *range(self._rounds)]))
 
   def other_captions(self, epoch: int) -> bool:
-    """Whether rows of an epoch may keep the caption of an earlier epoch, since the cache may lack the epoch's captions."""
+    """Whether the cache may lack captions of an epoch. Rows then keep the caption of an earlier epoch."""
     return epoch >= self.epochs and self._captions_change
 
   def clip(self, epoch: int, slot_row: int, row: Row, bucket: Bucket, ratio: int) -> dict[str, Any]:
@@ -360,10 +358,9 @@ class Cache:
 def prepare(
   folder: str, kind: str, made_from: dict, keys: np.ndarray, made_for: list[dict], size_of_records: Callable, shard_bytes: int
 ) -> Part | None:
-  """Finds or makes the `Part` whose shards are missing, so that a folder holds all of `keys`. None if no key is missing.
+  """Finds the unfinished `Part` of a folder, or begins one for the missing `keys`. None if no key is missing.
 
   Args:
-    folder: the folder of all sets.
     kind: "latents" or "text".
     made_from: provenance of the records.
     keys: sorted int64.
@@ -379,13 +376,16 @@ def prepare(
     if not part.is_whole:
       if not np.array_equal(part.keys, wanted):
         made = ", ".join(f"--stage {m['stage']} --epochs {m['epochs']}" for m in part.made_for)
-        raise ValueError(f"{part.folder} is unfinished and was begun with {made}: finish it so, or remove it")
+        raise ValueError(f"{part.folder} is unfinished. Finish it with {made}, or remove it.")
       return part
   if not len(wanted):
-    if same.parts:
-      _add_plans(same.parts[-1], made_for)
+    for part in same.parts[-1:]:
+      if new := [m for m in made_for if m not in part.made_for]:  # the part holds the clips of these plans, too
+        values = {"starts": part.starts.tolist(), "made_for": part.made_for + new}
+        paths.write_text(paths.join(part.folder, _PART), json.dumps(values))
     return None
-  starts = _starts(size_of_records(wanted), shard_bytes)
+  shard_of = (np.cumsum(size_of_records(wanted)) - 1) // shard_bytes
+  starts = [*np.flatnonzero(np.diff(shard_of, prepend=-1)).tolist(), len(wanted)]
   part = paths.join(same.folder, f"part-{max(same.part_numbers(), default=-1) + 1}")
   with paths.whole(paths.join(part, _KEYS)) as temporary:
     np.save(temporary, wanted)
@@ -400,24 +400,10 @@ def _set_with(folder, kind, made_from):
     if not changed:
       return found
     if all(c.startswith(("dtype:", "log_variance:")) for c in changed):
-      raise ValueError(f"--output {folder} has {kind} of other values ({'; '.join(changed)}); give another folder")
+      raise ValueError(f"--output {folder} has {kind} with other settings ({'; '.join(changed)}); give another folder")
   place = paths.join(folder, f"{kind}-{digest(made_from)[:12]}")
   paths.write_text(paths.join(place, _MADE_FROM), json.dumps(made_from, indent=1))
   return Encoded(place)
-
-
-def _starts(sizes, shard_bytes):
-  """First record of every shard, then the number of records."""
-  ends = np.cumsum(sizes)
-  shard = (ends - 1) // shard_bytes
-  return [*np.flatnonzero(np.diff(shard, prepend=-1)).tolist(), len(sizes)]
-
-
-def _add_plans(part, made_for):
-  """Records that a part holds the clips of further plans."""
-  if new := [m for m in made_for if m not in part.made_for]:
-    values = {"starts": part.starts.tolist(), "made_for": part.made_for + new}
-    paths.write_text(paths.join(part.folder, _PART), json.dumps(values))
 
 
 def features_of(kind: str, channels: int, dtype: Any, log_variance: bool = True) -> Any:
@@ -436,9 +422,9 @@ def features_of(kind: str, channels: int, dtype: Any, log_variance: bool = True)
 
 
 def shard_writer(part: Part, numbers: Sequence[int], features: Any) -> Generator[None, tuple[int, dict]]:
-  """A generator that writes the shards `numbers`, in order. `send` it (key, record) of each key after a first `next`.
+  """A generator that writes the shards `numbers`, in order. Call `next` once, then `send((key, record))` for each key.
 
-  A shard appears when it is complete. `close` drops an incomplete one. Raises OSError if the disk is full or fails.
+  A shard appears when it is complete. `close` drops an incomplete shard. Raises OSError if the disk is full or fails.
   """
   from array_record.python.array_record_module import ArrayRecordWriter
 

@@ -1,14 +1,12 @@
 """The loader: decoded samples of this process, step by step, in the order of the plan.
 
-grain decodes rows in advance, in worker processes. The loader groups the rows into steps. Its whole state is one number, the
-next global micro step. This number does not depend on the number of processes: each step's rows are split into n equal parts,
-and part i belongs to process i of n.
+grain decodes rows in advance, in worker processes. The loader groups the rows into steps. Its whole state is the next
+global micro step. This state is the same for any number of processes: n processes split each step's rows into n equal parts.
 """
 
 import bisect
 import contextlib
 import dataclasses
-import functools
 import logging
 import math
 import multiprocessing
@@ -34,58 +32,35 @@ Condition = Callable[[str, int | None], dict[str, np.ndarray]]
 
 @dataclasses.dataclass
 class Sample:
-  """One decoded row.
+  """One decoded row. If the row cannot be decoded, the weight is 0, `error` is the reason and all pixels are 0."""
 
-  Attributes:
-    pixels: uint8 [T, H, W, 3]. None if the loader reads latents.
-    num_frames, height, width: sizes of the pixels.
-    fps: the frame rate that the model is told.
-    weight, error: 1.0 and "". If the row cannot be decoded, the weight is 0, `error` is the reason and all pixels are 0.
-    sample_id: (epoch, slot in the epoch's plan).
-    row: number of the row in its table.
-    path: the row's file.
-    label: the row's class, or None.
-    cond: {name: array}, the result of `condition` for caption and label, or None.
-    text_features: float [L, C], or None.
-    latents_mean, latents_std: normalised latents from a cache, float32 [T', h, w, C]. `latents_std` is None if the cache has
-      only means.
-  """
-
-  pixels: np.ndarray | None
+  pixels: np.ndarray | None  # uint8 [T, H, W, 3]; None if the loader reads latents
   caption: str
   num_frames: int
   height: int
   width: int
-  fps: float
+  fps: float  # the frame rate that the model is told
   weight: float
-  sample_id: tuple[int, int]
-  row: int
+  sample_id: tuple[int, int]  # epoch, slot in the epoch's plan
+  row: int  # number of the row in its table
   path: str
   error: str = ""
-  label: int | None = None
-  cond: dict[str, np.ndarray] | None = None
-  text_features: np.ndarray | None = None
-  latents_mean: np.ndarray | None = None
-  latents_std: np.ndarray | None = None
+  label: int | None = None  # the row's class
+  cond: dict[str, np.ndarray] | None = None  # the result of `condition` for caption and label
+  text_features: np.ndarray | None = None  # float [L, C]
+  latents_mean: np.ndarray | None = None  # normalised latents from a cache, float32 [T', h, w, C]
+  latents_std: np.ndarray | None = None  # the same shape; None if the cache has only means
 
 
 @dataclasses.dataclass
 class LoadedStep:
-  """One micro step.
+  """One micro step."""
 
-  Attributes:
-    bucket: (resolution, frames).
-    step: global number of the micro step.
-    epoch: the epoch that contains the step.
-    batch_size: global batch size.
-    samples: this process's samples.
-  """
-
-  bucket: tuple[str, int]
-  step: int
+  bucket: tuple[str, int]  # resolution, frames
+  step: int  # global number of the micro step
   epoch: int
-  batch_size: int
-  samples: list[Sample]
+  batch_size: int  # global
+  samples: list[Sample]  # of this process
 
 
 def make_loader(
@@ -97,8 +72,8 @@ def make_loader(
   Args:
     config: settings of the data.
     folder: folder for tables and plans. Processes may share it.
-    shard: the rows of every batch that this process reads: (parts, number of parts). `parts` is one number, or several numbers
-      in order. A dict {(resolution, frames): (parts, number of parts)} splits each bucket in its own way.
+    shard: the share of every batch that this process reads: (parts, n). The batch is split into n parts. `parts` is the
+      number of one part, or several in order. A dict {(resolution, frames): (parts, n)} splits each bucket in its own way.
     start: the first global micro step.
     skip: global micro steps to skip.
     condition: makes `Sample.cond` from caption and label. Workers call it for every row, also for rows that they cannot decode.
@@ -140,7 +115,7 @@ def _shares(parsed, shard):
 
 
 def check_files(table: sources.Table, slot_rows: Iterable[int]) -> None:
-  """Raises ValueError if none of these rows' files exists. The table may be of another machine, or a disk may be missing."""
+  """Raises ValueError if none of these rows' files exists, as for the table of another machine or a missing disk."""
   found = {table.row(slot_row).path for slot_row in slot_rows}
   if not any(video.is_address(p) or video.is_drawn(p) or paths.exists(p) for p in found):
     raise ValueError(
@@ -159,12 +134,10 @@ class Loader(contextlib.AbstractContextManager["Loader"], Iterator[LoadedStep]):
 
   def __init__(self, sequence, shares, start, skip, condition, epochs):
     self.plans, self.state, self.skip, self.epochs = sequence, start, frozenset(skip), epochs
-    self._reported = set()  # kinds of gaps, each logged once
+    self._reported = {""}  # kinds of gaps, each logged once
     config, table = sequence.config, sequence.table
     # Rows of a step that this process reads, for every bucket.
-    self.rows_per_step = [
-      (b.batch_size or 0) // count * len(parts) for b, (parts, count) in zip(config.parsed_buckets(), shares)
-    ]
+    self.rows_per_step = [(b.batch_size or 0) // n * len(parts) for b, (parts, n) in zip(config.parsed_buckets(), shares)]
     report = sequence.report(0)
     usable = report.rows - sum(n for reason, n in report.dropped.items() if reason in sources.PROBLEMS)
     self._limit = BadRows(config.max_bad_rows, min(usable, table.num_rows))
@@ -191,8 +164,7 @@ class Loader(contextlib.AbstractContextManager["Loader"], Iterator[LoadedStep]):
       self._prepare(epoch + 1)
     if self.plans.cache:
       self._report_gaps(self.plans.cache, epoch)
-    bucket = current.bucket(index)
-    samples = []
+    bucket, samples = current.bucket(index), []
     for _ in range(self.rows_per_step[current.bucket_index(index)]):
       element = next(self._rows)
       sample = Sample(**{"pixels": None, **element, "sample_id": tuple(element["sample_id"].tolist())})
@@ -200,20 +172,17 @@ class Loader(contextlib.AbstractContextManager["Loader"], Iterator[LoadedStep]):
       assert (sample.sample_id[0], sample.num_frames) == (epoch, bucket.num_frames), (sample.sample_id, epoch, index)
       self._limit.add(sample.path, sample.error)
       samples.append(sample)
-    loaded = LoadedStep((bucket.resolution, bucket.num_frames), self.state, epoch, bucket.batch_size, samples)
     self.state += 1
-    return loaded
+    return LoadedStep((bucket.resolution, bucket.num_frames), self.state - 1, epoch, bucket.batch_size, samples)
 
   def _report_gaps(self, cache, epoch):
     """Logs once that an epoch repeats an earlier epoch, and once that rows keep the captions of an earlier epoch."""
     folder, source = os.path.dirname(cache.latents.folder), self.plans.source(epoch)
     if source != epoch:
       kind, text = "clips", f"epoch {epoch} repeats epoch {source}: {folder} lacks its own clips"
-    elif cache.other_captions(epoch):
-      kind = "captions"
-      text = f"epoch {epoch}: {folder} may lack captions of this epoch; rows then keep the caption of an earlier epoch"
     else:
-      return
+      kind = "captions" if cache.other_captions(epoch) else ""
+      text = f"epoch {epoch}: {folder} may lack captions of this epoch; rows then keep the caption of an earlier epoch"
     if kind not in self._reported:
       self._reported.add(kind)
       log.warning(text)
@@ -296,26 +265,25 @@ class RowSource:
   """The rows that one process reads, in the order of the plan. Element i is an argument of `RowDecoder`. Picklable.
 
   Args:
-    sequence: the `plan.PlanSequence`.
     shares: (parts, number of parts) of every bucket.
     rows_per_step: number of rows of a step that the process reads, for every bucket.
     epoch: the epoch of element 0.
-    first: number of element 0 among the process's rows of this epoch.
+    first: number of rows of this epoch that come before element 0.
     epochs: the source ends after this many epochs. None = never.
   """
 
   def __init__(self, sequence, shares, rows_per_step, epoch, first, epochs):
     self.plans, self.shares, self.rows_per_step, self.epoch, self.epochs = sequence, shares, rows_per_step, epoch, epochs
     self._starts = [-first]  # first element of each epoch, from `epoch` on
-    self._ends = -1, np.zeros(0, np.int64)  # (epoch, number of elements up to the end of each of its steps), read last
+    self._ends = {}  # {epoch: `Plan.ends` of its steps}, of the epoch that was read last
 
   def __len__(self):
     return _ENDLESS
 
   def _ends_of(self, epoch):
-    if self._ends[0] != epoch:
-      self._ends = epoch, self.plans.plan(epoch).ends(self.rows_per_step)
-    return self._ends[1]
+    if epoch not in self._ends:
+      self._ends = {epoch: self.plans.plan(epoch).ends(self.rows_per_step)}
+    return self._ends[epoch]
 
   def __getitem__(self, element):
     with self.plans.lock:
@@ -393,11 +361,9 @@ class RowDecoder:
     epoch, _, slot_row, key, bucket = element
     clip = cache.clip(epoch, slot_row, row, bucket, list(aspect_ratios.SIZES[bucket.resolution]).index(key))
     fields |= {name: clip[name] for name in ("latents_mean", "latents_std") if clip[name] is not None}
+    fields["caption"] = self.caption(row, epoch, slot_row)
     if cache.text:
-      caption_of = functools.partial(self.caption, row, slot_row=slot_row)
-      fields["caption"], fields["text_features"] = cache.caption(epoch, caption_of)
-    else:
-      fields["caption"] = self.caption(row, epoch, slot_row)
+      fields["caption"], fields["text_features"] = cache.caption(epoch, lambda own: self.caption(row, own, slot_row))
     if clip["rate"]:
       fields["fps"] = self._fps(clip["rate"], bucket.num_frames)
     if clip["error"]:
@@ -436,7 +402,6 @@ class RowDecoder:
 
 
 def _lasting(row, error):
-  """The error of a file that several attempts could not read."""
   reason = f"reading failed again and again: {error.strerror or error}"
   return RuntimeError(f"{row.path}: {reason}. Check the disk or the bucket, then start again.")
 

@@ -1,7 +1,7 @@
 """Files on a disk or in a bucket of Google Cloud Storage (gs://BUCKET/NAME): the few operations that this project needs.
 
 A bucket has neither folders nor renames: an object appears, complete, when its upload ends. So this module writes a file to the
-local disk, then uploads it. (A failed writer of fsspec's own files would leave a partial object.) On a disk the module renames
+local disk, then uploads it. (A failed write through `fsspec.open` would leave a partial object.) On a disk the module renames
 the file instead. Errors of a bucket become OSError, like errors of a disk. gcsfs finds the credentials: the machine's on Google
 Cloud, elsewhere those of `gcloud auth application-default login`. STORAGE_EMULATOR_HOST names an emulator.
 """
@@ -91,16 +91,23 @@ def errors(path: Path) -> Iterator[None]:
 
 def stat(path: Path) -> tuple[int, int | str | None]:
   """Returns (bytes, a version that changes with the contents) of a file. Raises FileNotFoundError or IsADirectoryError."""
-  if not is_remote(path):
-    found = os.stat(path)
-    folder, size, version = os.path.isdir(path), found.st_size, found.st_mtime_ns
-  else:
+  if is_remote(path):
     with errors(path):
       found = _bucket().info(path)
     folder, size, version = found["type"] == "directory", found["size"], found.get("generation")
+  else:
+    found = os.stat(path)
+    folder, size, version = os.path.isdir(path), found.st_size, found.st_mtime_ns
   if folder:
     raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
   return size, version
+
+
+def state_of(path: Path) -> tuple[int, int | str | None] | None:
+  """`stat` of a file, None if the file cannot be read."""
+  with contextlib.suppress(OSError):
+    return stat(path)
+  return None
 
 
 def exists(path: Path) -> bool:
@@ -133,27 +140,16 @@ def names(folder: Path) -> list[str]:
     return []
 
 
-def files_below(folder: Path, unread: Callable[[str], Any] = lambda folder: None) -> Iterator[str]:
-  """Yields the sorted paths of all files below a folder. It does not follow links to folders.
-
-  The function calls `unread` with each folder that it may not read.
-  """
-  return (path for path, _ in _below(folder, unread))
+def files_below(folder: Path) -> Iterator[str]:
+  """Yields the sorted paths of all files below a folder."""
+  return (path for path, _ in states_below(folder))
 
 
 def states_below(folder: Path, unread: Callable[[str], Any] = lambda folder: None) -> Iterator[tuple[str, tuple | None]]:
-  """Yields (path, result of `stat`) of the files of `files_below`. One request lists a bucket.
+  """Yields (path, `state_of` the file) of all files below a folder, sorted. One request lists a bucket.
 
-  The result is None if another process deleted the file.
+  The function does not follow links to folders. It calls `unread` with each folder that it may not read.
   """
-  for path, state in _below(folder, unread):
-    if state is None:
-      with contextlib.suppress(OSError):
-        state = stat(path)
-    yield path, state
-
-
-def _below(folder, unread):
   if is_remote(folder):
     with errors(folder):
       found = _bucket().find(folder, detail=True)
@@ -169,9 +165,9 @@ def _below(folder, unread):
     return
   for entry in entries:
     if entry.is_dir(follow_symlinks=False):
-      yield from _below(entry.path, unread)
+      yield from states_below(entry.path, unread)
     elif entry.is_file():
-      yield entry.path, None
+      yield entry.path, state_of(entry.path)
 
 
 def open_file(path: Path) -> IO[bytes]:
@@ -246,7 +242,7 @@ def whole(path: Path) -> Iterator[str]:
 def remove_leftovers(folder: Path, finished: Collection[str]) -> None:
   """Deletes what killed processes left of the files with the names `finished`. No other process may write these files."""
   for name in names(folder):
-    # `whole` puts its mark before the ending, older versions put the process id and ".tmp" behind it.
+    # `whole` puts .tmpPID-RANDOM before the ending. Older versions put .PID.tmp behind the ending.
     found = re.fullmatch(r"\.(.+?)(?:\.tmp\d+-[0-9a-f]{8}(\.[^.]*)?|\.\d+\.tmp)", name)
     if found and found[1] + (found[2] or "") in finished:
       remove(join(folder, name))
@@ -255,12 +251,6 @@ def remove_leftovers(folder: Path, finished: Collection[str]) -> None:
 def write_text(path: Path, text: str) -> None:
   with whole(path) as temporary:
     pathlib.Path(temporary).write_text(text, encoding="utf-8")
-
-
-def make_folder(path: Path) -> None:
-  """Makes a folder on a disk. Buckets have no folders."""
-  if not is_remote(path):
-    os.makedirs(path, exist_ok=True)
 
 
 def remove(path: Path) -> None:
@@ -272,7 +262,7 @@ def remove(path: Path) -> None:
 
 
 def move(folder: Path, place: Path) -> None:
-  """Renames a folder. In a bucket, it completes the copy before it deletes the first object."""
+  """Renames a folder. In a bucket, all objects are copied before the first one is deleted."""
   if not is_remote(folder):
     os.makedirs(os.path.dirname(place), exist_ok=True)
     os.rename(folder, place)

@@ -12,7 +12,6 @@ epoch's plan. All random numbers follow from (seed, epoch). So one number, the n
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import threading
@@ -23,6 +22,7 @@ import numpy as np
 from data import aspect_ratios, buckets, paths, sources
 from data.buckets import Bucket
 from data.config import DataConfig
+from data.shards import digest
 
 _VERSION = 2  # of the plan files and of the algorithm: part of the digest
 _RATIOS = 64  # a slot's value is slot row * _RATIOS + index of the aspect ratio
@@ -38,13 +38,8 @@ def describe(config: DataConfig, table: sources.Table) -> dict:
   return {"version": _VERSION, "tables": tables, "buckets": parsed, **plain, **given}
 
 
-def digest(description: dict) -> str:
-  """sha256 of a description."""
-  return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
-
-
 def place(count: int, skip: Iterable[int]) -> int:
-  """The next global micro step after `count` steps, if the training skips the steps in `skip`."""
+  """The next global micro step of a training that has done `count` steps and skips the steps in `skip`."""
   for position in sorted(skip):
     count += position <= count
   return count
@@ -74,20 +69,15 @@ def changed_keys(old: dict, new: dict) -> list[str]:
 class BucketReport:
   """Numbers of an epoch's rows: how many each bucket has, and how many the plan drops. `str(report)` is a table.
 
-  Attributes:
-    rows: number of rows of all tables.
-    buckets: a dict for each bucket with the keys name, rows, batch_size, steps, refused and incomplete. Refused rows fit the
-      bucket, but its keep probability sent them on. Incomplete is the number of rows that the plan drops because they fill no
-      batch. A negative number of incomplete rows means that the plan repeats rows to fill a batch. The table prints a dropped
-      row as -1, a repeated row as +1.
-    dropped: {reason: number of rows}.
-    examples: {reason: the first row that is unusable for this reason, as text}.
+  `buckets` has a dict for each bucket with the keys name, rows, batch_size, steps, refused (rows that fit, but the keep
+  probability refused them) and incomplete (rows that the plan drops because they fill no batch; negative if it repeats rows to
+  fill a batch). The table prints a dropped row as -1, a repeated row as +1.
   """
 
-  rows: int
+  rows: int  # of all tables
   buckets: Sequence[dict]
-  dropped: dict[str, int]
-  examples: dict[str, str]
+  dropped: dict[str, int]  # {reason: number of rows}
+  examples: dict[str, str]  # {reason: the first row that is unusable for this reason, as text}
 
   @property
   def steps(self) -> int:
@@ -119,7 +109,7 @@ def build_epoch(table: sources.Table, config: DataConfig, epoch: int) -> tuple[n
   members, reason, refused = _members(sizes, config, epoch)
   lines, steps, slots = [], [], []
   for i, (b, (rows, ratio)) in enumerate(zip(parsed, members)):
-    # The seed of a fixed set leaves the bucket's number out: the other buckets must not change the set.
+    # The seed of a fixed set does not depend on i: other buckets must not change the set.
     rng = np.random.default_rng([config.seed, epoch, 0 if config.rows_per_bucket else i, 1])
     order = rng.permutation(len(rows))[: config.rows_per_bucket]
     size = b.batch_size or 1  # a bucket without a batch size has no rows
@@ -128,10 +118,7 @@ def build_epoch(table: sources.Table, config: DataConfig, epoch: int) -> tuple[n
     steps.append(np.full(count, i))
     lines.append({"name": b.name, "rows": len(order), "batch_size": b.batch_size, "steps": count,
                   "refused": int(refused[i]), "incomplete": len(order) - count * size})  # fmt: skip
-  dropped = {
-    buckets.REASONS[code]: int(((reason == code) & ~unusable).sum())
-    for code in (buckets.TOO_SMALL, buckets.TOO_SHORT, buckets.NOT_KEPT)
-  }
+  dropped = {text: int(((reason == code) & ~unusable).sum()) for code, text in enumerate(buckets.REASONS) if code}
   dropped["left out this epoch (table weight)"] = int(left_out.sum())
   for code in np.unique(problem[problem > 0]):
     dropped[sources.PROBLEMS[code]] = int(((problem == code) & ~left_out).sum())
@@ -146,10 +133,7 @@ def build_epoch(table: sources.Table, config: DataConfig, epoch: int) -> tuple[n
 def _members(sizes, config, epoch):
   """Finds the rows of every bucket. `sizes`: (num_frames, height, width) of all rows.
 
-  Returns:
-    For each bucket (rows, index of the aspect ratio of each row).
-    The reason [N] why a row has no bucket, or 0.
-    The number of refused rows of each bucket.
+  Returns [(rows, index of the aspect ratio of each row)] of the buckets, and `reason` and `refused` as `buckets.assign`.
   """
   parsed, seed = config.parsed_buckets(), (config.seed, epoch, 0)
 
@@ -168,15 +152,9 @@ def _members(sizes, config, epoch):
 
 
 def _shuffled(steps, slots, sizes, rng):
-  """Shuffles the steps of an epoch, and lays the plan out as one array.
+  """Shuffles the steps of an epoch, given the bucket of each step, the slots of all steps and the batch size of each bucket.
 
-  Args:
-    steps: bucket of each step.
-    slots: the slots of all steps.
-    sizes: batch size of each bucket.
-
-  Returns:
-    [number of steps, number of slots, bucket of each step, first slot of each step and the end, slots in step order].
+  Returns one array: number of steps, number of slots, bucket of each step, first slot of each step and the end, slots.
   """
   order = rng.permutation(len(steps))
   begins = (np.cumsum(sizes[steps]) - sizes[steps])[order]
@@ -188,7 +166,6 @@ def _shuffled(steps, slots, sizes, rng):
 
 
 def _nothing_fits(report, parsed, epoch, frames, height, width):
-  """The error message of an epoch without a step."""
   text = f"epoch {epoch} has no step: {report.rows:,} rows, {report.losses() or 'none fits a bucket'}"
   smallest = min(parsed, key=lambda b: aspect_ratios.NUM_PIXELS[b.resolution])
   least = int(np.ceil(buckets.PIXEL_TOLERANCE * aspect_ratios.NUM_PIXELS[smallest.resolution]))
@@ -197,7 +174,7 @@ def _nothing_fits(report, parsed, epoch, frames, height, width):
   if largest < least:
     text += f"; {smallest.resolution} needs {least:,} pixels, the largest row has {largest:,}"
   if 1 < longest <= shortest:
-    text += f"; the shortest bucket has {shortest} frames, the longest row {longest} (it needs more than the bucket)"
+    text += f"; the shortest bucket has {shortest} frames, the longest row {longest} (a row needs more frames than its bucket)"
   if "incomplete batch" in report.dropped:
     text += "; lower batch_size (or reference_devices) or set drop_last=False"
   return text
@@ -261,8 +238,7 @@ class PlanSequence:
   def __init__(self, table, config, folder, cache=None):
     self.table, self.config, self.cache = table, config, cache
     self.description = describe(config, table)
-    self.digest = digest(self.description)
-    self.folder = os.path.join(folder, f"plan-{self.digest[:16]}")
+    self.folder = os.path.join(folder, f"plan-{digest(self.description)[:16]}")
     self.lock = threading.RLock()
     self._plans, self._starts, self._threads, self._sources = {}, [0], {}, {}
 
@@ -273,7 +249,7 @@ class PlanSequence:
     return os.path.join(self.folder, f"epoch-{epoch:04d}{suffix}")
 
   def source(self, epoch: int) -> int:
-    """The epoch whose plan an epoch follows: its own, or a cached epoch if the cache lacks its clips."""
+    """The epoch whose plan an epoch follows, see `latents.Cache.source`."""
     if self.cache is None:
       return epoch
     with self.lock:
@@ -302,7 +278,6 @@ class PlanSequence:
       return self._plans[epoch]
 
   def report(self, epoch: int = 0) -> BucketReport:
-    """The report of the plan that an epoch follows."""
     epoch = self.source(epoch)
     path = self._path(epoch, ".json")
     if not os.path.exists(path):
@@ -310,10 +285,15 @@ class PlanSequence:
     return BucketReport(**json.loads(paths.read_text(path)))
 
   def prepare(self, epoch: int) -> None:
-    """Starts to build an epoch's plan in the background. `plan` raises the errors of the build."""
+    """Starts to build an epoch's plan in the background. `plan` builds again, and raises the error, if this fails."""
+
+    def build():
+      with contextlib.suppress(Exception):
+        self._build(epoch)
+
     with self.lock:
       if epoch not in self._plans and epoch not in self._threads and not os.path.exists(self._path(epoch, ".npy")):
-        self._threads[epoch] = threading.Thread(target=self._build_quietly, args=(epoch,), daemon=True)
+        self._threads[epoch] = threading.Thread(target=build, daemon=True)
         self._threads[epoch].start()
 
   def first_step(self, epoch: int) -> int:
@@ -329,10 +309,6 @@ class PlanSequence:
     while self.first_step(epoch + 1) <= step:
       epoch += 1
     return epoch, step - self.first_step(epoch)
-
-  def _build_quietly(self, epoch):
-    with contextlib.suppress(Exception):  # `plan` builds again, in a thread that can report the error
-      self._build(epoch)
 
   def _build(self, epoch):
     data, report = build_epoch(self.table, self.config, epoch)

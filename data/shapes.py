@@ -4,8 +4,8 @@ A scene has one or two objects (shape, colour, direction, speed) on a gray backg
 of its address, `shapes://SPLIT/SEED/NUMBER`. `shapes://SPLIT/SEED/ROWS` is the table of the first ROWS scenes. A configuration
 names this table in `data.tables` like a file. `data.shapes_vision` measures what a video of a trained model shows.
 
-Splits: "train" lacks some combinations of shape, colour and direction, and long clips in one of its aspect ratios. "held_out"
-has only the missing combinations. "sizes" is "train" with the missing long clips.
+Splits: "train" lacks some combinations of shape, colour and direction. It also lacks long clips of one size. "held_out" has
+only the missing combinations. "sizes" is "train" with the missing long clips.
 
 Positions are in short sides of the frame, from its centre: x to the right, y down.
 """
@@ -46,20 +46,14 @@ _SAMPLES = 3  # per pixel and axis, for smooth edges
 
 @dataclasses.dataclass(frozen=True)
 class Object:
-  """An object of a scene.
-
-  Attributes:
-    shape, color, direction, speed: words of the tables above.
-    start: (x, y) of the centre in frame 0.
-    size: half a side.
-  """
+  """An object of a scene, in words of the tables above."""
 
   shape: str
   color: str
   direction: str
   speed: str
-  start: tuple[float, float]
-  size: float = SIZE
+  start: tuple[float, float]  # (x, y) of the centre in frame 0
+  size: float = SIZE  # half a side
 
   @property
   def step(self) -> tuple[float, float]:
@@ -71,19 +65,12 @@ class Object:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-  """The contents of a video.
-
-  Attributes:
-    ground: the background, a word of GROUNDS.
-    striped: whether the background has stripes.
-    height, width: size in pixels.
-    frames: number of frames.
-  """
+  """The contents of a video."""
 
   objects: tuple[Object, ...]
-  ground: str
-  striped: bool
-  height: int
+  ground: str  # the background, a word of GROUNDS
+  striped: bool  # whether the background has stripes
+  height: int  # in pixels
   width: int
   frames: int
 
@@ -143,7 +130,6 @@ def _apart(a, b, frames):
 
 
 def captions(one: Scene) -> list[str]:
-  """Several captions of a scene."""
   ground = f"{'striped ' if one.striped else ''}{one.ground}"
   thing = [f"{o.color} {o.shape}" for o in one.objects]
   moves = [f"{o.speed} {o.direction}" for o in one.objects]
@@ -198,7 +184,7 @@ def draw(one: Scene, indices: Sequence[int] | np.ndarray, size: tuple[int, int] 
 
 
 def rows(address: str) -> dict[str, list]:
-  """The table of an address, as columns. It has a row for each scene, then a row for the first frame of each scene, an image.
+  """The table of an address, as columns. A row for each scene, then an image row for the first frame of each scene.
 
   First frames show the direction: an object that moves to the right starts on the left. Random frames do not show the
   direction. Models that were trained with random frames ignored the direction for a thousand steps.

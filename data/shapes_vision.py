@@ -13,20 +13,14 @@ LEAST = 0.5  # smallest area of an object, in squares of half its side: a quarte
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-  """The measured properties of one object.
-
-  Attributes:
-    shape, color, direction, speed: words of `data.shapes`, or "" if none fits.
-    path: float [T, 2], the object's centre relative to the frame's centre, in short sides. NaN in frames without the object.
-    smooth: largest difference of a step from the mean step, in short sides.
-  """
+  """The measured properties of one object, in words of `data.shapes`, or "" if no word fits."""
 
   shape: str
   color: str
   direction: str
   speed: str
-  path: np.ndarray
-  smooth: float
+  path: np.ndarray  # float [T, 2], centre relative to the frame's centre, in short sides; NaN in frames without the object
+  smooth: float  # largest difference of a step from the mean step, in short sides; 0 is the smoothest motion
 
 
 def objects_of(frames: np.ndarray, size: float = shapes.SMALL) -> list[Seen]:

@@ -3,7 +3,7 @@
 Needed columns, as in Open-Sora: `path`, `text`, `num_frames`, `height`, `width`. Optional columns:
 
   fps, aes, flow, cmotion   as in Open-Sora
-  start, end                the clip is the frames [start, end) of a file; num_frames is the file's or the clip's number
+  start, end                the clip is the frames [start, end) of a file; num_frames counts those of the file or of the clip
   crop                      "x,y,width,height" or a list, in pixels of the displayed frame
   text_2, text_3...         more captions; `text` may also be a list
   text_features             a safetensors file with the caption's embedding `y` [L, C]
@@ -13,7 +13,6 @@ Tables and their files may lie in gs://, or be drawn (`data.shapes`). Relative p
 contains unusable rows, too, with the reason, so that rows keep their numbers.
 """
 
-import contextlib
 import csv
 import dataclasses
 import functools
@@ -139,7 +138,7 @@ class Table:
     return sum(f.num_rows for f in self._files)
 
   def captions_change(self, scores: Iterable[str]) -> bool:
-    """Whether a row's caption may differ between epochs: some row has several captions, or one of these scores."""
+    """Whether a row's caption may differ between epochs: some row has several captions, or a score that captions show."""
     return any(
       (pc.max(pc.list_value_length(f["text"])).as_py() or 0) > 1 or any(f[s].null_count < f.num_rows for s in scores)
       for f in self._files
@@ -165,7 +164,7 @@ class Table:
     return part, int(slot_row - self._bases[part]) % self._files[part].num_rows
 
   def first_copies(self, slot_rows: np.ndarray) -> np.ndarray:
-    """The slot row of the first copy of the same row, for each of these slot rows (an array or a number)."""
+    """For each slot row (an array or a number): the slot row of the same row's first copy."""
     part = np.searchsorted(self._bases, slot_rows, "right") - 1
     rows = np.array([f.num_rows for f in self._files])[part]
     return self._bases[part] + (slot_rows - self._bases[part]) % rows
@@ -240,36 +239,27 @@ def _build(source, arrow, config):
 
 
 def read_table(source: str, needed: Sequence[str] = NEEDED) -> Iterator[pa.RecordBatch]:
-  """Yields batches of rows of a parquet, csv or jsonl table, or of shapes. Cells of csv tables are bytes.
-
-  Raises ValueError if a needed column is missing.
-  """
+  """Yields batches of rows of a table. Cells of csv tables are bytes. Raises ValueError if a needed column is missing."""
   if video.is_drawn(source):
     yield from pa.table(shapes.rows(source)).to_batches(_BATCH)
     return
   with paths.local_copy(source) as copy:
-    yield from _read_table(source, copy, needed)
-
-
-def _read_table(source, copy, needed):
-  suffix = pathlib.Path(source).suffix
-  if suffix == ".parquet":
-    file = pa_parquet.ParquetFile(copy)
-    _check_columns(source, file.schema_arrow.names, needed)
-    yield from file.iter_batches(_BATCH)
-  elif suffix == ".csv":
-    with open(copy, encoding="utf-8-sig", errors="replace", newline="") as f:
-      names = next(csv.reader(f), [])
-    _check_columns(source, names, needed)
-    parse = pa_csv.ParseOptions(newlines_in_values=True)
-    # The cells are read as bytes, since one odd cell must not change the guessed type of its column.
-    convert = pa_csv.ConvertOptions(column_types={n: pa.binary() for n in names}, strings_can_be_null=False)
-    blocks = pa_csv.ReadOptions(block_size=_BLOCK)
-    yield from pa_csv.open_csv(copy, blocks, parse, convert)
-  else:
-    table = pa_json.read_json(copy, pa_json.ReadOptions(block_size=_BLOCK))
-    _check_columns(source, table.column_names, needed)
-    yield from table.to_batches(_BATCH)
+    if source.endswith(".parquet"):
+      file = pa_parquet.ParquetFile(copy)
+      _check_columns(source, file.schema_arrow.names, needed)
+      yield from file.iter_batches(_BATCH)
+    elif source.endswith(".csv"):
+      with open(copy, encoding="utf-8-sig", errors="replace", newline="") as f:
+        names = next(csv.reader(f), [])
+      _check_columns(source, names, needed)
+      parse = pa_csv.ParseOptions(newlines_in_values=True)
+      # The cells are read as bytes, since one odd cell must not change the guessed type of its column.
+      convert = pa_csv.ConvertOptions(column_types=dict.fromkeys(names, pa.binary()), strings_can_be_null=False)
+      yield from pa_csv.open_csv(copy, pa_csv.ReadOptions(block_size=_BLOCK), parse, convert)
+    else:
+      table = pa_json.read_json(copy, pa_json.ReadOptions(block_size=_BLOCK))
+      _check_columns(source, table.column_names, needed)
+      yield from table.to_batches(_BATCH)
 
 
 def _check_columns(source, names, needed):
@@ -290,7 +280,9 @@ def _normalised(batch, config):
   def mark(rows, code):
     problem[rows & (problem == 0)] = code
 
-  path, cmotion, text_features = (_strings(columns.get(k, missing)) for k in ("path", "cmotion", "text_features"))
+  path, cmotion, text_features = (
+    _without_blanks(_decoded(columns.get(k, missing))) for k in ("path", "cmotion", "text_features")
+  )
   mark(np.asarray(path.is_null()), _NO_PATH)
   frames, height, width, start, end, fps, aes, flow, label = (
     _numbers(columns.get(k, missing)) for k in (*PROBED, "start", "end", "fps", "aes", "flow", "label")
@@ -331,19 +323,14 @@ def _numbers(column):
   try:
     return _without_blanks(column.cast(pa.string())).cast(pa.float64()).to_numpy(zero_copy_only=False)
   except pa.ArrowInvalid:  # some cell has no number
-    return np.array([_number(v) for v in column.to_pylist()])
+    return np.array([_converted(float, v, math.nan) for v in column.to_pylist()])
 
 
-def _number(value):
+def _converted(function, value, default):
   try:
-    return float(value)
-  except (TypeError, ValueError):
-    return math.nan
-
-
-def _strings(column):
-  """Converts a column to text. Cells that are empty or not UTF-8 become null."""
-  return _without_blanks(_decoded(column))
+    return function(value)
+  except (TypeError, ValueError, AttributeError):
+    return default
 
 
 def _without_blanks(text):
@@ -357,12 +344,7 @@ def _decoded(column):
     text.validate(full=True)
     return text
   except pa.ArrowInvalid:
-    return pa.array([_decoded_cell(v) for v in column.cast(pa.binary()).to_pylist()], pa.string())
-
-
-def _decoded_cell(value):
-  with contextlib.suppress(UnicodeDecodeError):
-    return value and value.decode()
+    return pa.array([_converted(bytes.decode, v, None) for v in column.cast(pa.binary()).to_pylist()], pa.string())
 
 
 def range_of(row: dict, info: video.VideoInfo) -> tuple[int, int]:
@@ -399,13 +381,13 @@ def _crops(column, height, width):
   crops: list[list[int] | None] = [None] * len(column)
   height, width, wrong = height.copy(), width.copy(), np.zeros(len(column), bool)
   for i, value in enumerate(column.to_pylist()):
-    if isinstance(value, (bytes, str)):
-      text = value if isinstance(value, str) else value.decode(errors="replace")
-      value = re.split(r"[,;\s]+", text.strip("[]() \t")) if text.strip() else None
+    value = value.decode(errors="replace") if isinstance(value, bytes) else value
+    if isinstance(value, str):
+      value = re.split(r"[,;\s]+", value.strip("[]() \t")) if value.strip() else None
     if not value:
       continue
     try:
-      x, y, w, h = (int(v) for v in value)
+      x, y, w, h = map(int, value)
     except (TypeError, ValueError):
       wrong[i] = True
       continue

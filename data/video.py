@@ -13,7 +13,7 @@ import io
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import TypeVar, cast
+from typing import NamedTuple, TypeVar, cast
 
 import av
 import numpy as np
@@ -42,8 +42,8 @@ RETRY_DELAYS = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds between the attempts
 # Without the two flags, frames that are converted but not scaled are about one level (of 255) too dark.
 _SCALER = Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 
-# The containers that FFmpeg may open. Its other formats hold no video, or name further files and addresses (playlists) that
-# FFmpeg would open.
+# The containers that FFmpeg may open. FFmpeg's other formats hold no video, or are playlists: FFmpeg would open the
+# files and addresses in them.
 _FORMATS = "mov,matroska,webm,avi,mpeg,mpegvideo,mpegts,m4v,ogg,gif,flv,asf,mxf,dv,h264,hevc,ivf,nut,rm,yuv4mpegpipe"
 _IN_MEMORY = 32 << 20  # bytes; a smaller file in a bucket is downloaded as a whole, once
 _BLOCK = 4 << 20  # bytes per request for a larger file
@@ -53,11 +53,11 @@ T = TypeVar("T")
 
 
 class BadVideo(Exception):  # noqa: N818 - the fault is the file's, not the program's
-  """Reports that a file is unusable, with one reason: missing, empty, no video, cut short..."""
+  """A file is unusable, for one reason: missing, empty, no video, cut short..."""
 
 
 class Away(BadVideo):
-  """Reports that a file does not exist or may not be read. Its disk may return."""
+  """A file does not exist or may not be read. Its disk may return."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +70,7 @@ class VideoInfo:
   fps: float
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Index:
+class _Index(NamedTuple):
   num_frames: int
   fps: float
   times: np.ndarray | None  # sorted time stamps of all frames; None = the reader counts frames, since some have no time stamp
@@ -169,7 +168,7 @@ def read_frames(
     wanted = np.zeros(1, np.int64) if indices is None else np.asarray(indices, np.int64)
     if wanted.any():
       raise BadVideo("an image has one frame only")
-    image = _fit_image(_cut(_read_image(path), crop), size, resize)
+    image = _fit_image(cut_out(_read_image(path), crop), size, resize)
     return np.repeat(image[None], len(wanted), 0)
   index = None if is_drawn(path) else _index(path)
   total = index.num_frames if index else shapes.scene(path).frames
@@ -241,10 +240,7 @@ _bucket_content = functools.lru_cache(4)(paths.read_bytes)
 
 
 def open_stream(path: str) -> tuple[InputContainer, VideoStream]:
-  """Opens (container, its video stream). One thread decodes the stream.
-
-  Raises `BadVideo` or OSError, and FFmpegError for damaged files.
-  """
+  """Opens (container, its video stream). Raises `BadVideo` or OSError, and FFmpegError for damaged files."""
   container = av.open(_readable(path), "r", metadata_errors="replace", options={"format_whitelist": _FORMATS})
   for stream in container.streams.video:
     if not stream.disposition & Disposition.attached_pic:
@@ -269,28 +265,20 @@ def _build_index(path):
   """Reads the time stamps of all frames from the packets, without decoding."""
   container, stream = open_stream(path)
   with container:
-    times, packets = [], 0
-    for packet in container.demux(stream):
-      if packet.size:
-        packets += 1
-        if not packet.is_discard:
-          times.append(packet.pts)
+    packets = [(packet.pts, packet.is_discard) for packet in container.demux(stream) if packet.size]
+    times = [pts for pts, discarded in packets if not discarded]
     fps = float(stream.average_rate or stream.guessed_rate or DEFAULT_FPS)
     cut_short = ""
-    if container.format.name.startswith("mov") and packets < stream.frames:
-      cut_short = f"cut short: {packets} of {stream.frames} frames exist"
+    if container.format.name.startswith("mov") and len(packets) < stream.frames:
+      cut_short = f"cut short: {len(packets)} of {stream.frames} frames exist"
   if not times:
     raise BadVideo("has no frames" + (f" ({cut_short})" if cut_short else ""))
   if None in times or len(set(times)) < len(times):
-    times = _decoded_times(path)
-  return _Index(len(times), fps, None if None in times else np.sort(np.array(times, np.int64)), cut_short)
-
-
-def _decoded_times(path):
-  container, stream = open_stream(path)
-  with container:
-    times = [frame.pts for frame in container.decode(stream)]
-  return times if len(set(times)) == len(times) else [None] * len(times)
+    container, stream = open_stream(path)
+    with container:
+      times = [frame.pts for frame in container.decode(stream)]
+  usable = None not in times and len(set(times)) == len(times)
+  return _Index(len(times), fps, np.sort(np.array(times, np.int64)) if usable else None, cut_short)
 
 
 def _read_run(path, times, wanted, fit):
@@ -317,8 +305,8 @@ def _decode_range(path, times, begin, wanted, fit):
     if begin:
       container.seek(int(times[begin]), stream=stream)
     stop = None if times is None else times[last]
-    # Before the first wanted frame the decoder skips frames that no other frame refers to. The packets of codecs with hidden or
-    # layered frames do not tell these frames.
+    # Before the first wanted frame the decoder skips frames that no other frame refers to. In codecs with hidden or
+    # layered frames, packets do not show which frames these are.
     skips = stream.codec_context.name in ("h264", "mpeg4", "mpeg2video")
     first = None if times is None or not skips else times[min(wanted)]
     count = 0
@@ -358,10 +346,11 @@ def _read_image(path):
   return retry(_translated, read, path)
 
 
-def _cut(image, crop):
+def cut_out(image: np.ndarray, crop: Sequence[int] | None) -> np.ndarray:
+  """The part (x, y, width, height) of an image [H, W, 3]. Raises BadVideo if the part leaves the image."""
   if crop is None:
     return image
-  x, y, w, h = (int(v) for v in crop)
+  x, y, w, h = map(int, crop)
   if x < 0 or y < 0 or w < 1 or h < 1 or x + w > image.shape[1] or y + h > image.shape[0]:
     raise BadVideo(f"crop x={x} y={y} width={w} height={h} leaves the frame of {image.shape[1]} x {image.shape[0]}")
   return image[y : y + h, x : x + w]
@@ -384,7 +373,7 @@ def _fit_frame(frame, size, resize, crop):
   """Turns a decoded frame into uint8 [H, W, 3]: rotates it, cuts `crop`, resizes it to cover `size`, crops the centre."""
   turns = frame.rotation // 90 % 4  # counter-clockwise
   if resize == "original" or size is None or crop is not None:
-    image = _cut(np.rot90(_to_rgb(frame) if resize == "area" else frame.to_ndarray(format="rgb24"), turns), crop)
+    image = cut_out(np.rot90(_to_rgb(frame) if resize == "area" else frame.to_ndarray(format="rgb24"), turns), crop)
     if size is None:
       return np.ascontiguousarray(image)
     return resize_crop_bilinear(image, size) if resize == "original" else _area(image, size)
@@ -440,6 +429,11 @@ def resize_crop_bilinear(image: np.ndarray, size: tuple[int, int]) -> np.ndarray
   rows = [image[y].astype(np.float32) for y in (y0, y1)]
   top, bottom = (r[:, x0] * (1 - wx) + r[:, x1] * wx for r in rows)
   return np.rint(top * (1 - wy) + bottom * wy).astype(np.uint8)
+
+
+def frame_times(path: str) -> np.ndarray | None:
+  """Sorted time stamps of all frames of a video, int64. None if frames have no time stamps, or equal ones."""
+  return _index(path).times
 
 
 def frame_rate(path: str) -> float:

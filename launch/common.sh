@@ -39,6 +39,21 @@ parse_options() {
   done
 }
 
+# Checks the --name of a machine or run, which --help describes.
+check_name() {
+  [ -n "$1" ] || fail "--name is required; see --help"
+  [[ $1 =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ ]] || fail "--name $1: small letters, digits and -, a letter first"
+}
+
+check_train() {
+  [ ${#train[@]} -gt 0 ] || fail "give the arguments of the training: -- --config configs/film.py --config.output=gs://BUCKET/..."
+}
+
+# Prints the number of chips of a topology such as 4x4.
+chips_of() {
+  echo $((${1//x/ * }))
+}
+
 # Adds --env NAME=VALUE to `environment`.
 add_environment() {
   needs_value "$@"

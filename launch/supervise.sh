@@ -4,8 +4,8 @@
 #   bash launch/supervise.sh python -m stdit_jax.train --config configs/film.py
 #
 # Exit code 75 (EX_TEMPFAIL) asks for a new start: the program saved after a preemption, or lost another process. Codes of 128
-# and above ask for one too: a signal ended the program. It ran out of memory, or JAX's runtime aborted (134) because another
-# process ended; the other processes start again and wait for this one. All other codes end the supervision: 0 is success,
+# and above ask for one too: a signal ended the program. Examples: no memory was left, or JAX's runtime aborted (134) because
+# another process ended; the other processes start again and wait for this one. All other codes end the supervision: 0 is success,
 # 2 an error of the user.
 # The supervisor passes SIGTERM and SIGINT on as SIGTERM, so that the program can save. It then returns 143.
 #

@@ -71,8 +71,7 @@ parse() {
   name='' zone='' project='' reach='' accelerator='' topology='' runtime='' tier='' slices='' worker=0 poll=60 delete_at_end=''
   queued=$multislice create_flags=() environment=(STDIT_JAX_DISTRIBUTED=1)
   parse_options "$@"
-  [ -n "$name" ] || fail "--name is required; see --help"
-  [[ $name =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ ]] || fail "--name $name: small letters, digits and -, a letter first"
+  check_name "$name"
   [ -n "$zone" ] || fail "--zone is required; see --help"
   [[ $worker =~ ^([0-9]+|all)$ ]] || fail "--worker $worker is neither a number nor all"
   [[ $poll =~ ^[0-9]+$ ]] || fail "--poll $poll is no number of seconds"
@@ -88,7 +87,7 @@ parse() {
 
 # Sets `shape`, the flags for the type of the machine, and the default of `runtime`.
 check_shape() {
-  local generation chips=1 side
+  local generation
   [ -z "$accelerator" ] || [ -z "$topology" ] || fail "--accelerator-type and --topology exclude each other"
   if [ -n "$accelerator" ]; then
     generation=${accelerator%%-*}
@@ -100,10 +99,7 @@ check_shape() {
     # On v5e and v6e the number of chips gives the shape. On v4 and v5p it does not.
     case $generation in
       v4 | v5p) shape=("--type=$generation" "--topology=${topology#*:}") ;;
-      *)
-        for side in $(tr x ' ' <<< "${topology#*:}"); do chips=$((chips * side)); done
-        shape=("--accelerator-type=${generation/v5e/v5litepod}-$chips")
-        ;;
+      *) shape=("--accelerator-type=${generation/v5e/v5litepod}-$(chips_of "${topology#*:}")") ;;
     esac
   else
     fail "give --accelerator-type or --topology; see --help"
@@ -123,10 +119,6 @@ check_shape() {
   fi
 }
 
-check_train() {
-  [ ${#train[@]} -gt 0 ] || fail "give the arguments of the training: -- --config configs/film.py --config.output=gs://BUCKET/..."
-}
-
 note() {
   echo "$(date -u +%FT%TZ) $*"
 }
@@ -134,28 +126,20 @@ note() {
 # Sets `state` to Google's word for the state of the machine, or to ABSENT if the machine does not exist. Fails if Google does
 # not answer. In a dry run the machine does not exist.
 look() {
-  local errors query
-  if [ -n "$queued" ]; then
-    query=("${queue[@]}" describe "$name" "${place[@]}" "--format=value(state.state)")
-  else
-    query=("${vm[@]}" describe "$name" "${place[@]}" "--format=value(state)")
-  fi
+  local errors query=("${vm[@]}" describe "$name" "${place[@]}" "--format=value(state)")
+  [ -z "$queued" ] || query=("${queue[@]}" describe "$name" "${place[@]}" "--format=value(state.state)")
   if [ -n "$dry_run" ]; then
     run "${query[@]}"
     state=ABSENT
     return
   fi
   errors=$(mktemp)
-  if state=$(run "${query[@]}" 2> "$errors"); then
-    rm "$errors"
-  elif grep -qi 'not.found' "$errors"; then # a missing permission or network must not look like a missing machine
-    rm "$errors"
+  if ! state=$(run "${query[@]}" 2> "$errors"); then
+    # A missing permission or network must not look like a missing machine.
+    grep -qi 'not.found' "$errors" || { cat "$errors" >&2 && rm "$errors" && return 1; }
     state=ABSENT
-  else
-    cat "$errors" >&2
-    rm "$errors"
-    return 1
   fi
+  rm "$errors"
   if [ -n "$queued" ] && [ "$state" = ACTIVE ]; then look_at_nodes; fi
 }
 
@@ -164,24 +148,15 @@ look_at_nodes() {
   local suffix='' node
   [ -z "$multislice" ] || suffix='-[0-9]+'
   for node in $(run "${vm[@]}" list "${place[@]}" "--filter=name~\"(^|/)$name$suffix\$\"" "--format=value(state)"); do
-    case $node in
-      PREEMPTED | TERMINATED) state=$node ;;
-    esac
+    [[ $node != PREEMPTED && $node != TERMINATED ]] || state=$node
   done
 }
 
 create_machine() {
-  local command
-  if [ -z "$queued" ]; then
-    command=("${vm[@]}" create "$name" "${place[@]}" "${shape[@]}" "--version=$runtime")
-  else
-    command=("${queue[@]}" create "$name" "${place[@]}" "${shape[@]}" "--runtime-version=$runtime")
-    if [ -n "$multislice" ]; then
-      command+=("--node-count=$slices" "--node-prefix=$name")
-    else
-      command+=("--node-id=$name")
-    fi
-  fi
+  local command=("${vm[@]}" create "$name" "${place[@]}" "${shape[@]}" "--version=$runtime") nodes=("--node-id=$name")
+  [ -z "$multislice" ] || nodes=("--node-count=$slices" "--node-prefix=$name")
+  [ -z "$queued" ] ||
+    command=("${queue[@]}" create "$name" "${place[@]}" "${shape[@]}" "--runtime-version=$runtime" "${nodes[@]}")
   [ -z "$tier" ] || command+=("$tier")
   run "${command[@]}" ${create_flags[@]+"${create_flags[@]}"}
 }
@@ -340,10 +315,7 @@ main() {
   for argument; do
     case $argument in
       --) break ;;
-      -h | --help)
-        show_options
-        exit 0
-        ;;
+      -h | --help) show_options && exit 0 ;;
     esac
   done
   [ $# -gt 0 ] || fail "give a command; see --help"
@@ -362,10 +334,7 @@ main() {
         *) echo "$name exists already: $state" ;;
       esac
       ;;
-    run)
-      check_train
-      start
-      ;;
+    run) check_train && start ;;
     logs) follow ;;
     status)
       look

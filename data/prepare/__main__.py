@@ -5,6 +5,7 @@
   python -m data.prepare table  FOLDER -o table.csv                only the columns that training needs
   python -m data.prepare check  TABLE --config configs/film.py     reads every clip as training does
   python -m data.prepare report TABLE -o report.html               histograms and contact sheets of any table
+  python -m data.prepare film   --output FOLDER                    the data of the quick start, see data/prepare/film.py
   python -m data.prepare STEP INPUT -o OUTPUT [--KEY=VALUE ...]    one step alone, on a table or a folder of shards
 
 `run --shard 0/2` on one machine and `run --shard 1/2` on another share the work through a common folder.
@@ -24,13 +25,13 @@ import polars as pl
 from data.command_line import flag, make_parser
 from data.prepare import config as configs
 from data.prepare.chain import run_alone
+from data.prepare.collect import Collect
 from data.prepare.messages import one_line, shown
 from data.prepare.shards import polars_line
-from data.prepare.steps import Source
 from data.prepare.workers import CORES
 from data.shards import Share
 
-MODULES = ("table", "check", "report")  # commands that are a module with `main`
+MODULES = ("table", "check", "report", "film")  # commands that are a module with `main`
 _PROGRAM = "python -m data.prepare"
 _WORKERS = "processes on this machine (default: the config's number, or all cores)"
 
@@ -50,8 +51,6 @@ class RunSettings:
 
 @dataclasses.dataclass(frozen=True)
 class StepSettings:
-  """Flags of one step alone."""
-
   input: str = flag("a table (.parquet, .csv, .jsonl) or a folder of parquet shards", None, "input")
   output: str = flag("table or folder to write", None, "-o", "--output", required=True)
   workers: int = flag(_WORKERS, 0)
@@ -109,7 +108,7 @@ def _alone(title: str, arguments: list[str]) -> int:
   defaults = "".join(f"\n  --{field.name}={getattr(cls(), field.name)!r}" for field in dataclasses.fields(cls))
   parser = make_parser(StepSettings, f"{_PROGRAM} {title}", cls.__doc__, epilog=f"settings and their defaults:{defaults}")
   settings, rest = parser.parse_known_args(arguments)
-  if issubclass(cls, Source):
+  if issubclass(cls, Collect):
     raise ValueError(f"{title} begins a chain: use it in a config; `table FOLDER -o TABLE` lists the files of a folder")
   step = configs.create(cls, dict(configs.assignments(rest, "--")), title)
   print(run_alone(title, step, settings.input, settings.output, workers=settings.workers or CORES))

@@ -1,7 +1,7 @@
 """The step `caption`: captions from an endpoint, from existing texts, or from a model on this machine.
 
 A captioner is a class that takes the step as its argument. It has `make(rows, pictures) -> list of texts`, or
-`one(row, pictures) -> text`, which many threads call. `pictures` are JPEG files. The class may have methods
+`one(row, pictures) -> text`. Many threads call `one`. `pictures` are JPEG files. The class may have methods
 `say_estimate(rows)` and `close()`, and an attribute `pictures` (a `Pictures`). Without that attribute no frames are decoded.
 `BACKENDS` lists the captioners of this project; others have an import path "module:Class".
 """
@@ -18,6 +18,7 @@ from collections.abc import Callable
 from concurrent import futures
 from typing import Any, ClassVar
 
+import einops
 import numpy as np
 import polars as pl
 from PIL import Image
@@ -32,6 +33,7 @@ from data.prepare.shards import FAILED
 from data.prepare.steps import Context, Step, at_least, beside, sizes_of
 from data.prepare.workers import Failure, Passing, failure_of
 
+_NEAR = 0.25  # largest distance in seconds between the starts of a caption and its clip
 _LARGEST_SIDECAR = 100_000  # bytes
 _TOGETHER = 1000  # rows whose images may be in memory
 _MOST_FRAMES = 16  # frames that a chain describes one by one
@@ -59,10 +61,10 @@ class Caption(Step):
     (calls, 0: no limit), concurrency (simultaneous calls), max_tokens, temperature, prices (per million tokens in and out),
     cache (SQLite file of answers; "": in the user's cache folder). On a cluster all machines must reach url. Each machine has
     its own cache, concurrency and per_minute.
-  Existing: the step takes the row's first text of these; a row without any keeps its text. timeline: column of records
-    (start in seconds, text, focus); the clip that begins at start gets text and focus. column: column with the text. sidecar:
-    ending of a text file beside the video; on disks the next run reads a changed file again. name: whether to use the words of
-    the file name.
+  Existing: the step takes the first text that a row has, in this order. A row without any keeps its text. timeline: column of
+    records (start in seconds, text, focus); the clip that begins at start gets text and focus. column: column with the text.
+    sidecar: ending of a text file beside the video; on disks the next run reads a changed file again. name: whether to use the
+    words of the file name.
   Local: model (folder of an image-text-to-text model of transformers with its processor), batch (clips at a time).
   """
 
@@ -139,16 +141,15 @@ class Caption(Step):
     frame = table.collect()
     rows = [{self.into: None, "focus": None, **dict.fromkeys(FAILED), **row} for row in frame.iter_rows(named=True)]
     todo = [row for row in rows if row["error"] is None and not (self.only_missing and row[self.into])]
-    captioner = make_captioner(self)
+    captioner = _captioner_class(self.backend)(self)
     try:
       if todo and hasattr(captioner, "say_estimate"):
         captioner.say_estimate(todo)
       for begin in range(0, len(todo), _TOGETHER):
         part = todo[begin : begin + _TOGETHER]
         for row, result in zip(part, self._captions(captioner, part, context, begin)):
-          if isinstance(result, Failure):
-            row |= result.columns(self.title)
-          elif result is not None:
+          result = result.columns(self.title) if isinstance(result, Failure) else result
+          if result is not None:
             row |= result if isinstance(result, dict) else {self.into: result}
     finally:
       if hasattr(captioner, "close"):
@@ -170,11 +171,11 @@ class Caption(Step):
 
     assert context.pool is not None
     decode = functools.partial(context.pool.map, functools.partial(_pictures, captioner.pictures), rows, sizes=sizes_of(rows))
-    how = self._ask if hasattr(captioner, "one") else self._make
+    how = self._in_threads if hasattr(captioner, "one") else self._in_batches
     how(captioner, rows, decode, finish)
     return results
 
-  def _ask(self, captioner: Any, rows: list[dict], decode: Callable, finish: Callable[[int, Any], None]) -> None:
+  def _in_threads(self, captioner: Any, rows: list[dict], decode: Callable, finish: Callable[[int, Any], None]) -> None:
     """Captions rows one by one in threads, while worker processes decode the next ones."""
     asked: dict[futures.Future, int] = {}
     fatal: list[BaseException] = []  # an error that every question would raise; further questions may cost money
@@ -203,12 +204,9 @@ class Caption(Step):
         threads.shutdown(wait=False, cancel_futures=True)
         raise
 
-  def _make(self, captioner: Any, rows: list[dict], decode: Callable, finish: Callable[[int, Any], None]) -> None:
+  def _in_batches(self, captioner: Any, rows: list[dict], decode: Callable, finish: Callable[[int, Any], None]) -> None:
     """Decodes all rows, then captions them in batches."""
-    shown = decode()
-    for i, found in enumerate(shown):
-      if isinstance(found, Failure):
-        finish(i, found)
+    shown = decode(finished=lambda i, found: finish(i, found) if isinstance(found, Failure) else None)
     todo = [i for i, found in enumerate(shown) if not isinstance(found, Failure)]
     for part in (todo[begin : begin + self.batch] for begin in range(0, len(todo), self.batch)):
       found = _guarded(captioner.make, [rows[i] for i in part], [shown[i] for i in part])
@@ -222,11 +220,6 @@ def _guarded(function: Callable, *arguments: Any) -> Any:
     return function(*arguments)
   except (Passing, video.BadVideo, OSError) as error:
     return failure_of(error)
-
-
-def make_captioner(step: Caption) -> Any:
-  """The step's backend."""
-  return _captioner_class(step.backend)(step)
 
 
 def _captioner_class(backend: str) -> type:
@@ -282,9 +275,8 @@ def _pictures(how: Pictures, row: dict, report: Callable) -> list[bytes]:
 def as_grid(images: list[np.ndarray]) -> np.ndarray:
   """Images [H, W, 3], row by row in the most square grid. Empty places are black."""
   columns = math.ceil(math.sqrt(len(images)))
-  rows = math.ceil(len(images) / columns)
-  images = [*images, *[np.zeros_like(images[0])] * (rows * columns - len(images))]
-  return np.concatenate([np.concatenate(row, 1) for row in (images[r * columns : (r + 1) * columns] for r in range(rows))])
+  places = [*images, *[np.zeros_like(images[0])] * (-len(images) % columns)]
+  return einops.rearrange(places, "(r c) h w rgb -> (r h) (c w) rgb", c=columns)
 
 
 def as_jpeg(image: np.ndarray) -> bytes:
@@ -319,8 +311,6 @@ def usable(text: str) -> str:
 
 
 class EndpointCaptioner:
-  """Asks an endpoint for the caption of a clip."""
-
   def __init__(self, step: Caption):
     from data.prepare.endpoint import Endpoint
 
@@ -331,15 +321,13 @@ class EndpointCaptioner:
     """Prints what was asked, and closes the connection and the cache."""
     usage = self._endpoint.usage
     if usage["calls"] or usage["cached"]:
-      say(
-        f"caption: {usage['calls']:,} calls, {usage['cached']:,} answers from the cache, {usage['retries']:,} repeated, "
-        f"{usage['prompt_tokens']:,} tokens in, {usage['completion_tokens']:,} out"
-        + self._cost(", cost {:.4g}", usage["prompt_tokens"], usage["completion_tokens"])
-      )
+      tokens = usage["prompt_tokens"], usage["completion_tokens"]
+      counts = f"{usage['calls']:,} calls, {usage['cached']:,} answers from the cache, {usage['retries']:,} repeated"
+      say(f"caption: {counts}, {tokens[0]:,} tokens in, {tokens[1]:,} out{self._cost(', cost {:.4g}', *tokens)}")
     self._endpoint.close()
 
   def _cost(self, text: str, tokens_in: int, tokens_out: int) -> str:
-    """`text` with the price of so many tokens, "" without prices."""
+    """`text` with the price of these tokens. "" if the user gave no prices."""
     prices = self.step.prices
     return text.format((tokens_in * prices[0] + tokens_out * prices[1]) / 1e6) if any(prices) else ""
 
@@ -358,11 +346,11 @@ class EndpointCaptioner:
 
   def one(self, row: dict, pictures: list[bytes]) -> str:
     """The caption of a clip. Raises BadVideo if the endpoint refuses it, Passing if it does not answer."""
+    ask = self._endpoint.ask
     if not self.step.chain:
-      return self._endpoint.ask(question(self.step, self.pictures, row), pictures)
+      return ask(question(self.step, self.pictures, row), pictures)
     single = len(pictures) - len(self.pictures.single(row))
     what = prompts.what(len(self.pictures.places(row["num_frames"])), self.step.grid)
-    ask = self._endpoint.ask
     short = ask(prompts.fill(prompts.PROMPTS["short"], what=what), pictures[:single])
     described = [ask(prompts.PROMPTS["frame"], [frame]) for frame in pictures[single:]]
     listed = "\n".join(f"{i}. {text}" for i, text in enumerate(described, 1))
@@ -375,35 +363,28 @@ def question(step: Caption, pictures: Pictures, row: dict) -> str:
   return prompts.fill(prompts.PROMPTS.get(step.prompt, step.prompt), what=what, text=row.get("text") or "")
 
 
+@dataclasses.dataclass(frozen=True)
 class ExistingCaptioner:
   """Takes existing texts: from a timeline, a column, a file beside the video, or the file's name."""
 
-  _NEAR = 0.25  # largest distance in seconds between the starts of a caption and its clip
-
-  def __init__(self, step: Caption):
-    self.step = step
+  step: Caption
 
   def one(self, row: dict, pictures: list[bytes]) -> str | dict[str, Any] | None:
     """The text of a row, a dict of columns, or None. Raises BadVideo for a text file that can't be used."""
-    step = self.step
-    if step.timeline and row.get(step.timeline):
-      return self._on_timeline(row)
-    if step.column and row.get(step.column):
-      return str(row[step.column]).strip() or None
-    source = row.get("video") or row["path"]
+    step, source = self.step, row.get("video") or row["path"]
+    if entries := row.get(step.timeline):
+      begin, rate = row.get("start") or 0, row["fps"]
+      nearest = min(entries, key=lambda c: abs(c["start"] * rate - begin))
+      near = abs(nearest["start"] * rate - begin) <= _NEAR * rate
+      return {step.into: nearest["text"], "focus": nearest.get("focus")} if near else None
+    if text := row.get(step.column):
+      return str(text).strip() or None
     if step.sidecar and paths.exists(file := beside(source, step.sidecar)):
-      return sidecar_text(file)
+      return _sidecar_text(file)
     return words_of_name(source) or None if step.name else None
 
-  def _on_timeline(self, row: dict) -> dict[str, Any] | None:
-    begin, rate = row.get("start") or 0, row["fps"]
-    nearest = min(row[self.step.timeline], key=lambda c: abs(c["start"] * rate - begin))
-    if abs(nearest["start"] * rate - begin) > self._NEAR * rate:
-      return None
-    return {self.step.into: nearest["text"], "focus": nearest.get("focus")}
 
-
-def sidecar_text(file: str) -> str:
+def _sidecar_text(file: str) -> str:
   """The caption in a file beside a video. Raises BadVideo if the file is empty, too large or not UTF-8."""
   name, (size, _) = f"its caption file {os.path.basename(file)}", paths.stat(file)
   if size > _LARGEST_SIDECAR:

@@ -1,53 +1,46 @@
 """A run: a chain of steps over a table in shards, on one machine or several.
 
-Each shard stores a key, a digest of everything that it depends on. A run keeps a shard if it has the expected key and no rows
-to retry, and makes all others. So the same command resumes a killed run. The key covers the settings, the rows, and the size
-and modification time of sources (`Collect`) and of files beside them (`states_beside`). It does not cover weights, tokenizers
-and endpoints under the same name. To repeat a step with such a change, delete the step's folder.
+Each shard stores a key: a digest of everything that decides the shard. A run keeps a shard if it has the expected key and no
+rows to retry, and makes all others. So the same command resumes a killed run. The key covers the settings, the rows, and the
+size and modification time of sources (`Collect`) and of files beside them (`states_beside`). It covers only the names of
+weights, tokenizers and endpoints. If such a file changes under its name, delete the step's folder to repeat the step.
 """
 
 from __future__ import annotations
 
 import collections
-import dataclasses
 import json
 import os
 import time
 import uuid
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Any, NamedTuple
 
 import polars as pl
 
 from data import paths, plan
 from data.prepare import shards
+from data.prepare.collect import Collect
 from data.prepare.messages import say, shown
-from data.prepare.steps import Context, Job, Made, Source, Step, run_shard, states_beside
+from data.prepare.steps import Context, Job, Made, Step, run_shard, states_beside
 from data.prepare.workers import DEFAULT_LIMITS, Limits, Pool
 from data.shards import Progress, Share, digest, duration
+from data.sources import FORMATS
 
 _POLL = 2.0  # seconds between looks at the shards of other machines
-_TABLES = (".parquet", ".csv", ".jsonl")
 
 
-@dataclasses.dataclass(frozen=True)
-class Counts:
-  """State of a step.
+class Counts(NamedTuple):
+  """State of a step."""
 
-  Attributes:
-    shards: expected shards; done: finished ones.
-    rows_in: rows before the step; rows: rows after it. errors: failed rows. retry: failed rows that the next run repeats.
-    seconds: of work. counted: sums of `Context.counts`.
-  """
-
-  shards: int
-  done: int
+  shards: int  # that are expected
+  done: int  # finished shards
   rows_in: int
   rows: int
-  errors: int
-  retry: int
-  seconds: float
-  counted: dict[str, int]
+  errors: int  # failed rows
+  retry: int  # failed rows that the next run repeats
+  seconds: float  # of work
+  counted: dict[str, int]  # sums of `Context.counts`
 
 
 class _Outdated(Exception):  # noqa: N818 - it restarts the chain
@@ -61,7 +54,6 @@ class Chain:
     output: folder of the run, local or gs://. Shards are OUTPUT/STEP/part-00000.parquet, ...
     steps: {name: step}. The first one is the source; steps with `write` end the chain.
     workers: processes on this machine.
-    limits: limits of one file.
     shard: the `Share` of this machine, as (index, count).
     patience: the run ends with an error if it waits for other machines and they finish no shard for this many seconds.
 
@@ -88,18 +80,14 @@ class Chain:
     self._facts: dict[str, tuple] = {}
     self._states: dict[tuple[str, str], list] = {}
 
-  def folder(self, name: str) -> str:
-    """Folder of a step."""
-    return paths.join(self.output, name)
-
   def parts(self, name: str) -> list[str]:
     """File names of the shards of a step."""
-    return shards.parts(self.folder(name))
+    return shards.parts(self._path(name))
 
   def tables(self, name: str) -> list[str]:
     """Shards of a step. Raises ValueError if one is missing."""
-    wanted, present = self.parts(self._source), set(self.parts(name))
-    if missing := len(set(wanted) - present):
+    wanted = self.parts(self._source)
+    if missing := len(set(wanted) - set(self.parts(name))):
       raise ValueError(f"step {name} has not made {missing} of {len(wanted)} shards: run the pipeline to its end first")
     return [self._path(name, part) for part in wanted]
 
@@ -118,8 +106,9 @@ class Chain:
     """All shards of a step as one lazy table."""
     return shards.scan_all(self.tables(name))
 
-  def _path(self, name: str, part: str) -> str:
-    return paths.join(self.folder(name), part)
+  def _path(self, name: str, *file: str) -> str:
+    """The folder of a step, or a file in it."""
+    return paths.join(self.output, name, *file)
 
   def _make(self, until: str | None) -> None:
     """Runs the steps after the source. Raises `_Outdated`."""
@@ -139,28 +128,29 @@ class Chain:
   def _list(self, name: str) -> None:
     """Lists the files, or takes the list of another machine.
 
-    All machines of a run need one list, although files may appear meanwhile. So a machine takes a finished list unless it
-    has used that list in an earlier run. Machines that start at the same moment all list, and `_missing` finds differences.
+    All machines of a run need one list, although files may appear meanwhile. So a machine takes a finished
+    list, but makes a new one if its earlier run used that list. Several machines may list at the same moment; `_missing` then
+    finds differences.
     """
     source = self.steps[name]
-    assert isinstance(source, Source)
+    assert isinstance(source, Collect)
     if self.share.count == 1:
-      return source.list(self.folder(name), self._own())
+      return source.list(self._path(name), self._made())
     record, mine = (self._path(name, file) for file in ("listed.json", f"listed-{self.share.index}.json"))
     listed, used = (json.loads(paths.read_text(file)) if paths.exists(file) else {} for file in (record, mine))
     if listed.get("recipe") == source.recipe() and listed["list"] != used.get("list"):
       source.reach()
       say(f"{name}: using the file list of another machine")
     else:
-      source.list(self.folder(name), self._own())
+      source.list(self._path(name), self._made())
       listed = {"list": uuid.uuid4().hex, "recipe": source.recipe()}
       paths.write_text(record, json.dumps(listed))
     paths.write_text(mine, json.dumps({"list": listed["list"]}))
 
-  def _own(self) -> list[str]:
+  def _made(self) -> list[str]:
     """Folders in the output that a step of this config or of an earlier config made."""
-    folders = ((name, self.folder(name)) for name in paths.names(self.output))
-    return [folder for name, folder in folders if name in self.steps or (paths.is_folder(folder) and shards.parts(folder))]
+    folders = [name for name in paths.names(self.output) if name in self.steps or paths.is_folder(self._path(name))]
+    return [self._path(name) for name in folders if name in self.steps or self.parts(name)]
 
   def _meta(self, name: str, part: str) -> dict[str, Any]:
     """Metadata of a shard, {} if there are none. This machine's shards are read once: no other machine writes them."""
@@ -174,38 +164,32 @@ class Chain:
 
   def _identities(self, name: str) -> dict[str, str]:
     """{shard: identity} of the shards of a step that are up to date with all earlier steps."""
-    if isinstance(self.steps[name], Source):
+    if isinstance(self.steps[name], Collect):
       return {part: shards.identity(self._path(name, part)) for part in self.parts(name)}
-    metas = ((self._meta(name, part), part, key) for part, key in self._keys(name).items())
-    return {part: meta["identity"] for meta, part, key in metas if meta.get("key") == key}
+    keys = self._expected_keys(name).items()
+    return {part: meta["identity"] for part, key in keys if (meta := self._meta(name, part)).get("key") == key}
 
-  def _keys(self, name: str) -> dict[str, str]:
-    """{shard: expected key} for each shard that is up to date in the previous step."""
+  def _expected_keys(self, name: str) -> dict[str, str]:
+    """{shard: key that a current shard of this step has}, for the shards that are current in the previous step."""
     step, before = self.steps[name], self._before(name)
     sources = self._identities(before)
     if not sources or (step.gathers and len(sources) < len(self.parts(self._source))):
       return {}  # the facts are not known yet
-    facts = self._gathered(name, sources)[1] if step.gathers else None
-    return {
-      part: digest([step.recipe(), mark, facts, *self._beside(step, self._path(before, part), mark)])
-      for part, mark in sources.items()
-    }
-
-  def _beside(self, step: Step, source: str, mark: str) -> list:
-    """`states_beside`, read once per run: the next run notices later changes."""
-    key = step.beside, mark  # two steps may have shards with one mark if the second step changes nothing
-    if key not in self._states:
-      self._states[key] = states_beside(step, source)
-    return self._states[key]
-
-  def _before(self, name: str) -> str:
-    names = list(self.steps)
-    return names[max(0, names.index(name) - 1)]
+    facts, keys = self._gathered(name, sources)[1] if step.gathers else None, {}
+    for part, mark in sources.items():
+      place = step.beside, mark  # a step that changes nothing repeats the identity of its shard
+      if place not in self._states:  # read once per run: the next run notices later changes
+        self._states[place] = states_beside(step, self._path(before, part))
+      keys[part] = digest([step.recipe(), mark, facts, *self._states[place]])
+    return keys
 
   def _through(self, last: str) -> list[str]:
     """Names of the steps up to `last`."""
     names = list(self.steps)
     return names[: names.index(last) + 1]
+
+  def _before(self, name: str) -> str:
+    return self._through(name)[-2:][0]
 
   def _gathered(self, name: str, sources: dict[str, str]) -> tuple[Any, str]:
     """(facts that a step gathers from the whole table, their digest)."""
@@ -219,7 +203,7 @@ class Chain:
     if step.gathers:
       self._wait(before)
     todo = {
-      part: key for part, key in self._keys(name).items()
+      part: key for part, key in self._expected_keys(name).items()
       if self._is_mine(part)
       and not (_is_current(self._meta(name, part), key) and step.complete(shards.scan(self._path(name, part))))
     }  # fmt: skip
@@ -228,7 +212,7 @@ class Chain:
     self._tell_changes(name, step, todo)
     facts = self._gathered(name, self._identities(before))[0] if step.gathers else None
     jobs = [
-      Job(step, self._path(before, part), self._path(name, part), key, Context(self.folder(name), part, facts, self.limits))
+      Job(step, self._path(before, part), self._path(name, part), key, Context(self._path(name), part, facts, self.limits))
       for part, key in todo.items()
     ]
     # A step whose rows can fail reads files or sends requests: only such a step is worth the cluster.
@@ -261,8 +245,8 @@ class Chain:
   def _missing(self, name: str) -> int:
     """Number of missing or outdated shards of a step.
 
-    Raises `_Outdated` if this machine, one of several, lacks a shard of its own. It has finished this step already, and no
-    other machine makes the shard.
+    Raises `_Outdated` if this machine, one of several, lacks a shard of its own. This machine has finished
+    the step already, and no other machine makes the shard.
     """
     missing = set(self.parts(self._source)) - set(self._identities(name))
     if self.share.count > 1 and (mine := sum(map(self._is_mine, missing))):
@@ -275,9 +259,10 @@ class Chain:
     self._wait(before)
     key, old, done = self._written(name, before)
     if not done:
-      context = Context(self.folder(name), "", limits=self.limits, pool=self._pool)
-      context.history = self._history(before)
-      context.unselected = tuple(self.tables(self._before(n)) for n in self._through(before) if self.steps[n].selects)
+      context = Context(self._path(name), "", limits=self.limits, pool=self._pool)
+      counted = [(n, self.counts(n)) for n in self._through(before)]
+      context.history = tuple((n, c.rows_in, c.rows, c.errors, c.seconds, self.steps[n].tell(c.counted)) for n, c in counted)
+      context.unselected = tuple(self.tables(self._before(n)) for n, _ in counted if self.steps[n].selects)
       said, files = step.write(self.tables(before), context)
       # Readers would mix old archives with new ones. A table with another name stays.
       folders = {os.path.dirname(file) for file in files}
@@ -289,41 +274,32 @@ class Chain:
     say(f"{name}: {old['said']}")
 
   def _written(self, name: str, before: str) -> tuple[str, dict[str, Any], bool]:
-    """Of a step that ends the chain: (its expected key, record of its last result or {}, whether that result is up to date)."""
+    """Returns, for a step that writes: (expected key, record of the last result or {}, whether that result is up to date)."""
     record = self._path(name, "done.json")
     old = json.loads(paths.read_text(record)) if paths.exists(record) else {}
     key = digest([self.steps[name].recipe(), self._identities(before)])
     return key, old, old.get("key") == key and all(paths.exists(f) for f in old["files"])
 
-  def _history(self, last: str) -> tuple:
-    counted = [(name, self.counts(name)) for name in self._through(last)]
-    return tuple((n, c.rows_in, c.rows, c.errors, c.seconds, self.steps[n].tell(c.counted)) for n, c in counted)
-
   def _summary(self, name: str) -> str:
-    """Lines about a finished step, with its first failures."""
     counts, step = self.counts(name), self.steps[name]
     text = f"{name}: {counts.rows:,} rows" + (f" of {counts.rows_in:,}" if counts.rows_in != counts.rows else "")
     text += f", {duration(counts.seconds)} of work" if counts.seconds >= 1 else ""
-    if told := step.tell(counts.counted):
-      text += f"\n{told}"
+    text += f"\n{told}" if (told := step.tell(counts.counted)) else ""
     return text + _told_failures(step, counts.errors, counts.retry, self.tables(name) if counts.done == counts.shards else [])
 
   def counts(self, name: str, of: Collection[str] | None = None) -> Counts:
-    """State of a step, counted over the shards `of`. None: over the shards that the present settings made."""
+    """State of a step over the shards in `of`, or (None) over the shards that the present settings made."""
     step, before, wanted = self.steps[name], self._before(name), self.parts(self._source)
-    # Another machine may have to make the shard of the previous step again.
-    present = {*wanted} & {*self.parts(name)} & {*self.parts(before)}
-    if of is not None:
-      present &= {*of}
-    elif not isinstance(step, Source):
+    if of is None:
       recipe = step.recipe()
-      present = {part for part in present if self._meta(name, part).get("recipe") == recipe}
+      of = [p for p in self.parts(name) if isinstance(step, Collect) or self._meta(name, p).get("recipe") == recipe]
+    # Another machine may have to make the shard of the previous step again.
+    present = {*wanted} & {*of} & {*self.parts(name)} & {*self.parts(before)}
     rows = errors = retry = rows_in = 0
     seconds, counted = 0.0, collections.Counter()
     for part in sorted(present):
       meta = self._meta(name, part)
-      retry += meta.get("retry", 0)
-      seconds += meta.get("seconds", 0.0)
+      retry, seconds = retry + meta.get("retry", 0), seconds + meta.get("seconds", 0.0)
       counted.update(meta.get("counts", {}))
       rows_now, failed_now = _failed(self._path(name, part), step.title)
       rows_before, failed_before = _failed(self._path(before, part), step.title)
@@ -334,14 +310,14 @@ class Chain:
   def _current(self, name: str) -> list[str]:
     """Shards of a step that the next run keeps if no file is new and no failed row succeeds."""
     step = self.steps[name]
-    if isinstance(step, Source):
+    if isinstance(step, Collect):
       return [part for part in self.parts(name) if self._meta(name, part).get("recipe") == step.recipe()]
     return [part for part in self._identities(name) if step.complete(shards.scan(self._path(name, part)))]
 
   def status(self) -> str:
     """A table of the steps: finished, failed and remaining work, and the time left at the speed so far.
 
-    "again" counts outdated shards. A step that gathers facts counts all of its shards until the table before is up to date.
+    "again" counts outdated shards. All shards of a step that gathers facts are outdated until the previous step is finished.
     """
     lines = [f"{'step':<16} {'shards':>11} {'rows':>12} {'failed':>8} {'to retry':>8} {'again':>8} {'left':>8}"]
     before, whole = "", True
@@ -369,12 +345,11 @@ class Chain:
 
 
 def _is_current(meta: dict[str, Any] | None, key: str) -> bool:
-  """Whether a shard has the expected key and no rows to retry."""
   return bool(meta) and meta.get("key") == key and not meta["retry"]
 
 
 def _run_jobs(name: str, jobs: list[Job], pool: Pool, elsewhere: Made | None = None) -> Made:
-  """Makes shards, on a cluster if `elsewhere` yields them, and prints progress. Yields (part, metadata) of each."""
+  """Makes shards, or takes them from `elsewhere` (a cluster), and prints progress."""
   sizes = {job.context.part: shards.height(job.source) for job in jobs}
   progress, done = Progress(name, sum(sizes.values()), jobs[0].step.unit if jobs else ""), 0
 
@@ -390,7 +365,6 @@ def _run_jobs(name: str, jobs: list[Job], pool: Pool, elsewhere: Made | None = N
 
 
 def _plain(facts: Any) -> Any:
-  """Facts that a step gathered, JSON-able."""
   return facts.write_csv() if isinstance(facts, pl.DataFrame) else facts
 
 
@@ -401,7 +375,6 @@ def _failed(table: str, title: str) -> tuple[int, int]:
 
 
 def _told_failures(step: Step, errors: int, retry: int, tables: list[str]) -> str:
-  """Text about failed rows: their number, how many the next run repeats, and the first ones. "" if none failed."""
   if not errors:
     return ""
   text = f", {errors:,} failed" + (f", {retry:,} of them are tried again by the next run" * bool(retry))
@@ -413,25 +386,17 @@ def _told_failures(step: Step, errors: int, retry: int, tables: list[str]) -> st
 
 
 def run_alone(name: str, step: Step, source: str, target: str, *, workers: int) -> str:
-  """Runs one step on a table file, or on each shard in a folder, and writes a file or a folder of shards.
-
-  It skips finished shards. Returns the text to print.
-  """
-  folder = paths.is_folder(source)
-  pairs = [(a, paths.join(target, os.path.basename(a))) for a in shards.tables_in(source)] if folder else [(source, target)]
-  if not pairs:
-    raise ValueError(f"{source} has no .parquet files: give a table or a folder of parquet shards")
-  tables = [a for a, _ in pairs]
-  if wrong := [a for a in tables if not (paths.exists(a) and a.endswith(_TABLES))]:
-    raise ValueError(f"{wrong[0]} is no existing table: give a file that ends in {', '.join(_TABLES)}, or a folder of shards")
+  """Runs one step on a table file, or on each unfinished shard in a folder. Returns the text to print."""
+  tables = shards.tables_in(source)
+  made = [target] if tables == [source] else [paths.join(target, os.path.basename(table)) for table in tables]
   with Pool(workers) as pool:
     if step.writes:
-      if target.endswith(_TABLES):
+      if target.endswith(FORMATS):
         raise ValueError(f"-o {target}: {name} may write several files: give a folder")
       return step.write(tables, Context(paths.join(paths.absolute(target), name), "", pool=pool))[0]
     facts = step.gather(shards.scan_all(tables)) if step.gathers else None
     jobs, metas = [], []
-    for a, b in pairs:
+    for a, b in zip(tables, made):
       key = digest([step.recipe(), shards.identity(a), _plain(facts), *states_beside(step, a)])
       old = _old_output(a, b)
       if _is_current(old, key):
@@ -442,8 +407,7 @@ def run_alone(name: str, step: Step, source: str, target: str, *, workers: int) 
   counted = collections.Counter()
   for meta in metas:
     counted.update(meta["counts"])
-  made = [b for _, b in pairs]
-  errors = sum(_failed(b, step.title)[1] - _failed(a, step.title)[1] for a, b in pairs) if step.fails else 0
+  errors = sum(_failed(b, step.title)[1] - _failed(a, step.title)[1] for a, b in zip(tables, made)) if step.fails else 0
   text = f"{name}: {sum(map(shards.height, made)):,} rows of {sum(map(shards.height, tables)):,}: {target}"
   text += f"\n{told}" if (told := step.tell(dict(counted))) else ""
   return text + _told_failures(step, errors, sum(meta["retry"] for meta in metas), made)

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from data import config as data_config
 from data import loader, paths, plan, sources
 from data.command_line import flag, parse
+from data.config import DataConfig
 from data.prepare import config as configs
 from data.prepare.messages import shown
 from data.prepare.shards import refuse_overwriting
@@ -28,8 +28,6 @@ _TOGETHER = 10_000  # rows that are in memory as Python objects
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """Flags of the command."""
-
   table: str = flag("training table (.parquet, .csv, .jsonl)", None, "table")
   config: str = flag("training config, such as configs/film.py", required=True)
   stage: str = flag("one stage of the config (default: all stages with different data)", "")
@@ -39,28 +37,22 @@ class Settings:
   workers: int = flag("processes (default: all cores)", CORES)
 
 
-def stages(values: dict[str, Any], table: str) -> dict[str, data_config.DataConfig]:
-  """{stage: data settings} of a training config, with `table` as their table. Of stages with equal settings only the first."""
+def stages(values: dict[str, Any], table: str) -> dict[str, DataConfig]:
+  """{stage: data settings} of a training config, with `table` as their table. Skips repeated settings."""
   if not isinstance(values.get("data"), dict):
     raise ValueError("--config: no `data` in this file, so it is no training config. Give one such as configs/film.py")
-  found: dict[str, data_config.DataConfig] = {}
+  found: dict[str, DataConfig] = {}
   for i, stage in enumerate(values.get("stages") or ({},)):
     own = {k.removeprefix("data."): v for k, v in stage.items() if k.startswith("data.")}
-    settings = data_config.DataConfig.create({**values["data"], **own, "tables": (table,)})
+    settings = DataConfig.create({**values["data"], **own, "tables": (table,)})
     if settings not in found.values():
       found[stage.get("name", f"stage {i + 1}")] = settings
   return found
 
 
-def preview(settings: data_config.DataConfig, folder: str) -> plan.BucketReport:
+def preview(settings: DataConfig, folder: str) -> plan.BucketReport:
   """Rows per bucket, steps of the first epoch, dropped rows with the reasons. Raises ValueError if no row fits."""
   return plan.PlanSequence(sources.open_table(settings, folder), settings, folder).report(0)
-
-
-def _all_rows(settings: data_config.DataConfig) -> data_config.DataConfig:
-  """The settings without probabilities: another epoch may read a row that one epoch skips."""
-  buckets = [(b.resolution, b.num_frames, 1.0, 1) for b in settings.parsed_buckets()]
-  return dataclasses.replace(settings, buckets=tuple(buckets), reference_devices=1, drop_last=False)
 
 
 def _read(decoder: loader.RowDecoder, element: tuple, report: Any) -> str:
@@ -68,11 +60,11 @@ def _read(decoder: loader.RowDecoder, element: tuple, report: Any) -> str:
   return str(decoder(element).get("error") or "")
 
 
-def broken_rows(
-  settings: data_config.DataConfig, folder: str, *, sample: int, pool: Pool
-) -> tuple[list[tuple[int, str, str]], int]:
+def broken_rows(settings: DataConfig, folder: str, *, sample: int, pool: Pool) -> tuple[list[tuple[int, str, str]], int]:
   """Reads all clips that fit a bucket, or `sample` of them, in worker processes -> ([(row, path, reason)], clips read)."""
-  settings = _all_rows(settings)
+  # Without probabilities: another epoch may read a row that one epoch skips.
+  buckets = tuple((b.resolution, b.num_frames, 1.0, 1) for b in settings.parsed_buckets())
+  settings = dataclasses.replace(settings, buckets=buckets, reference_devices=1, drop_last=False)
   table = sources.open_table(settings, folder)
   epoch = plan.PlanSequence(table, settings, folder).plan(0)
   slots = np.arange(epoch.num_slots)
@@ -91,10 +83,8 @@ def broken_rows(
 
 
 def main(arguments: list[str]) -> int:
-  """The command; returns its exit code."""
   settings = parse(Settings, "python -m data.prepare check", arguments, __doc__)
-  broken: dict[int, tuple[str, str]] = {}
-  empty = False
+  broken, empty = {}, False  # {row: (path, reason)}
   sources.check_table(settings.table)
   refuse_overwriting(settings.bad or "", [settings.table, settings.config])
   found = stages(configs.load(settings.config), settings.table)

@@ -1,4 +1,4 @@
-"""The step `clean`: removes openings of language models, cleans text as Open-Sora does, counts words and tokens."""
+"""The step `clean`: removes the openings that language models write, cleans text as Open-Sora does, counts words and tokens."""
 
 from __future__ import annotations
 

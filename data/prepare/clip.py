@@ -73,13 +73,12 @@ def _input(path: str, name: str) -> Any:
 
 
 def _side(path: str) -> int:
-  """Pixels of a side of a model's images."""
   side = _input(path, "pixel_values").shape[-1]
   return side if isinstance(side, int) else 224
 
 
 def _blank(path: str, wanted: Any) -> np.ndarray:
-  """The smallest valid input: one black image, one text of two tokens, or its mask."""
+  """A small value for an input that does not matter: one black image, one text of two tokens, or its mask."""
   if wanted.name == "pixel_values":
     return np.zeros((1, 3, _side(path), _side(path)), np.float32)
   length = wanted.shape[-1]

@@ -28,12 +28,8 @@ def connect(address: str) -> Callable[[list[Job], int], Made]:
     raise ValueError("--ray needs `pip install -c constraints.txt ray`") from None
   try:
     # Ray's log would also print files of other programs, such as libtpu's.
-    ray.init(
-      address=None if address == "local" else address,
-      log_to_driver=False,
-      logging_level=logging.ERROR,
-      ignore_reinit_error=True,
-    )
+    where = None if address == "local" else address
+    ray.init(where, log_to_driver=False, logging_level=logging.ERROR, ignore_reinit_error=True)
   except ConnectionError as error:
     raise ValueError(f"--ray {address}: {one_line(error)[:200]}") from None
 

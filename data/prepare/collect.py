@@ -21,7 +21,7 @@ from data import paths, sources, video
 from data.prepare import decode
 from data.prepare.messages import say, shown
 from data.prepare.shards import FAILED, part_name, part_number, parts, polars_line, read_meta, scan, write_shard
-from data.prepare.steps import Context, RowStep, Source, at_least, state_of
+from data.prepare.steps import Context, RowStep, Step, at_least
 
 _KINDS = {"video": video.VIDEO_EXTENSIONS, "image": video.IMAGE_EXTENSIONS}
 LISTED = {"path": pl.String, "bytes": pl.Int64, "changed": pl.Int64, **FAILED}
@@ -33,15 +33,15 @@ _HASH_AT = (0.25, 0.5, 0.75)  # places of the hashed frames, as shares of the vi
 
 
 @dataclasses.dataclass(frozen=True)
-class Collect(Source):
+class Collect(Step):
   """Lists files. Shards keep their files from run to run, and new files make new shards. A deleted file stays listed.
 
-  If a file's size or modification time changes, all steps make its shard again. For files that a table names, only the time
-  counts, and only on disks: in a bucket each file would cost a request.
+  If a file's size or modification time changes, all steps make its shard again. For the files of a table, only the time counts.
+  For such files in a bucket not even the time counts, since each file would cost a request.
 
   sources: folders (searched recursively), patterns ("clips/**/*.mp4") and tables (.parquet, .csv, .jsonl), local or gs://. A
     table needs a column `path`, relative to the table's folder, and keeps its other columns. If the output lies below a
-    source, files in the folders of the run's steps are skipped. Files in `cut.clips_folder` are not.
+    source, files in the folders of the run's steps are skipped. Files in `cut.clips_folder` are listed.
   kinds: which files to list from folders and patterns: "video", "image".
   rows_per_shard: rows of a shard. A killed run loses the work on one shard.
   forget: whether rows leave the table when they are no longer listed. An unmounted disk then empties the table.
@@ -65,23 +65,23 @@ class Collect(Source):
     at_least(self, 1, "rows_per_shard")
 
   def reach(self) -> None:
+    """Raises ValueError if this machine can't see one of the sources."""
     for source in self.sources:
       paths.check(source, "collect.sources")
       if source.endswith(sources.FORMATS):
         sources.check_table(source)
       elif not _is_pattern(source) and not paths.is_folder(source):
-        raise ValueError(
-          f"collect.sources: {source!r} is no folder, pattern or table ({', '.join(sources.FORMATS)}) that exists"
-        )
+        kinds = f"folder, pattern or table ({', '.join(sources.FORMATS)})"
+        raise ValueError(f"collect.sources: {source!r} is no {kinds} that exists")
 
   def list(self, folder: str, own: Sequence[str] = ()) -> None:
+    """Writes folder/part-00000.parquet, ... if they change. It skips files in the run's folders `own`."""
     self.reach()
-    found = pl.concat([self._listed(source, own) for source in self.sources], how="diagonal_relaxed")
-    key = [name for name in _KEY if name in found.columns]
-    listed = found.height
-    found = found.unique(key, keep="first", maintain_order=True)
-    if found.height < listed:
-      say(f"collect: {listed - found.height:,} rows are skipped: the same {', '.join(key)} as an earlier row")
+    listed = pl.concat([self._listed(source, own) for source in self.sources], how="diagonal_relaxed")
+    key = [name for name in _KEY if name in listed.columns]
+    found = listed.unique(key, keep="first", maintain_order=True)
+    if repeated := listed.height - found.height:
+      say(f"collect: {repeated:,} rows are skipped: the same {', '.join(key)} as an earlier row")
     names = parts(folder)
     for i in range(0, len(names), _TOGETHER):
       found = self._refresh(folder, names[i : i + _TOGETHER], found)
@@ -101,7 +101,7 @@ class Collect(Source):
     old = old.with_columns(pl.lit(None, found.schema[k]).alias(k) for k in key if k not in old.columns)
     was = pl.col("changed") if "changed" in old.columns else pl.lit(None, pl.Int64)  # older versions have no such column
     rows = old.select("_part", "_row", *key, was.alias("_was")).join(found, on=key, how="inner", nulls_equal=True)
-    rows = rows.with_columns(pl.coalesce("changed", "_was").alias("changed")).drop("_was")  # a file of a table may be missing
+    rows = rows.with_columns(pl.coalesce("changed", "_was").alias("changed")).drop("_was")  # None: the file is missing
     if not self.forget:  # a deleted file keeps its row and fails in the step that reads it
       rows = pl.concat([rows, old.join(found, on=key, how="anti", nulls_equal=True)], how="diagonal_relaxed")
     # The order of the first run: another order would look like a change.
@@ -144,7 +144,7 @@ class Collect(Source):
     return found
 
   def _endings(self) -> tuple[str, ...]:
-    return tuple(ending for kind in self.kinds for ending in _KINDS[kind])
+    return tuple(itertools.chain.from_iterable(_KINDS[kind] for kind in self.kinds))
 
 
 @functools.lru_cache(1000)
@@ -160,7 +160,7 @@ def _is_pattern(source: str) -> bool:
 def _matching(pattern: str, unread: Callable[[str], None]) -> Iterator[tuple[str, tuple | None]]:
   """Yields (file, its `paths.stat` or None if it was deleted) for the files that match a pattern."""
   if not paths.is_remote(pattern):
-    return ((p, state_of(p)) for p in sorted(glob.iglob(pattern, recursive=True)) if os.path.isfile(p))
+    return ((p, paths.state_of(p)) for p in sorted(glob.iglob(pattern, recursive=True)) if os.path.isfile(p))
   folder = pattern[: min(pattern.find(c) for c in "*?[" if c in pattern)].rpartition("/")[0]
   return (found for found in paths.states_below(folder, unread) if fnmatch.fnmatchcase(found[0], pattern.replace("**/", "*")))
 
@@ -197,12 +197,8 @@ def _table(source: str) -> pl.DataFrame:
   table = _plain_crops(table)
   missing = pl.when(pl.col("path").is_null()).then(pl.lit("collect: no path"))
   table = table.with_columns(resolved, missing.alias("error"), pl.lit(False).alias("retry"))
-  return table.with_columns(changed=pl.col("path").map_elements(_changed, return_dtype=pl.Int64))
-
-
-def _changed(path: str) -> int | None:
-  """Modification time of a local file in ns."""
-  return _file_row(path, state_of(path)).get("changed") if "://" not in path else None
+  changed = pl.col("path").map_elements(lambda p: None if "://" in p else (paths.state_of(p) or (0, None))[1], pl.Int64)
+  return table.with_columns(changed=changed)
 
 
 # ----------------------------------------------------------------------------------------------------------------- probe
@@ -262,7 +258,6 @@ def clip_id(source: str, start: int | None, end: int | None) -> str:
 
 
 def sha256_of(path: paths.Path) -> str:
-  """SHA-256 of a file, hexadecimal."""
   sha = hashlib.sha256()
   with paths.errors(path), paths.open_file(path) as f:
     while block := f.read(1 << 22):  # a file in a bucket has no `readinto` for `hashlib.file_digest`

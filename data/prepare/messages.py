@@ -4,7 +4,6 @@ from __future__ import annotations
 
 
 def say(text: str) -> None:
-  """Prints a line at once."""
   print(text, flush=True)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -96,9 +97,10 @@ class Report(Step):
 
 
 def build(step: Report, tables: list[str], context: Context) -> str:
-  """The page as HTML. It takes each column from the first table, filter by filter, in which the column has values.
+  """The page as HTML. It takes each column from the earliest table in which the column has values.
 
-  So it shows the scores of all scored rows and the captions of all captioned rows.
+  The tables are those before each filter, then the last one. So it shows the scores of all scored rows and the captions of all
+  captioned rows.
   """
   import jinja2
 
@@ -107,10 +109,15 @@ def build(step: Report, tables: list[str], context: Context) -> str:
   fine = [stage.filter(pl.col("error").is_null()) for stage in stages]
   numbers = (name for table in fine for name, kind in table.collect_schema().items() if kind.is_numeric())
   names = [name for name in dict.fromkeys((*MEASURES, *numbers)) if name not in _NO_MEASURES]
-  measured = [found for name in names if (found := _measured(fine, name))]
+  measured = []
+  for name in names:
+    with_values = ((found, table) for table in _having(fine, name) if (found := measure(table, name)))
+    measured += itertools.islice(with_values, 1)
   sheets = [_sheet(rows, m, pool) for m, rows in measured if m["name"] not in _NO_SHEETS] if pool else []
   if unselected:
     _add_captions(sheets, fine[-1])
+  seconds = [table.select(pl.col("duration").cast(pl.Float64).sum()) for table in _having(fine[-1:], "duration")]
+  hours = seconds[0].collect(engine="streaming").item() / 3600 if seconds else None
   environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
   environment.filters |= {"number": number, "seconds": lambda s: f"{s:,.0f} s"}
   return environment.from_string(Path(__file__).with_name("report.html").read_text()).render(
@@ -119,16 +126,12 @@ def build(step: Report, tables: list[str], context: Context) -> str:
     failed=sum(row_count(s.filter(pl.col("error").is_not_null() & ~failed_in("duplicates"))) for s in stages),
     kept=row_count(fine[-1]) if unselected else None, history=context.history, measures=[m for m, _ in measured],
     failures=_failures(stages), classes=_classes(fine), words=_words(fine), sheets=[s for s in sheets if s["rows"]],
-    hours=_hours(fine[-1]), buckets=_buckets(tables, training) if training else [], training=training,
+    hours=hours, buckets=_buckets(tables, training) if training else [], training=training,
   )  # fmt: skip
 
 
-def _measured(stages: list[pl.LazyFrame], name: str) -> tuple[dict[str, Any], pl.LazyFrame] | None:
-  """(`measure`, table) of the first table in which the column has values, None without one."""
-  for table in stages:
-    if name in table.collect_schema() and (found := measure(table, name)):
-      return found, table
-  return None
+def _having(stages: list[pl.LazyFrame], name: str) -> list[pl.LazyFrame]:
+  return [table for table in stages if name in table.collect_schema()]
 
 
 def _add_captions(sheets: list[dict[str, Any]], kept: pl.LazyFrame) -> None:
@@ -157,8 +160,8 @@ def number(value: float | int | None) -> str:
 def measure(table: pl.LazyFrame, name: str) -> dict[str, Any] | None:
   """Histogram and thresholds of a column, None if it has no values.
 
-  The bins lie between the 0.1 and 99.9 percentiles, and the outer bins also hold the values beyond. Each threshold removes
-  about one of the shares `_THRESHOLDS` of the values. It comes with the share of all rows that it removes.
+  The bins lie between the 0.1 and 99.9 percentiles, and the outer bins also hold the values beyond. Each share in
+  `_THRESHOLDS` gives a threshold that removes about this share of the values. The exact share is counted.
   """
   column = pl.col(name).cast(pl.Float64)
   column = pl.when(column.is_finite()).then(column)
@@ -176,7 +179,7 @@ def measure(table: pl.LazyFrame, name: str) -> dict[str, Any] | None:
   heights = [found.get(i, 0) for i in range(_BINS)]
   title, better = MEASURES.get(name, (name.replace("_", " "), None))
   side = better is not False  # thresholds remove low values, or high ones if low values are good
-  # If many rows have one value, a threshold there stands for several shares. So the removed rows are counted.
+  # If many rows have one value, one threshold stands for several shares. So the removed rows are counted.
   values = list(dict.fromkeys(facts[f"q{q if side else round(1 - q, 3)}"] for q in _THRESHOLDS))
   kept = table.select((column >= v if side else column <= v).sum().alias(str(i)) for i, v in enumerate(values))
   rows = facts["count"] + facts["missing"]
@@ -203,12 +206,10 @@ def _failures(stages: list[pl.LazyFrame]) -> list[dict[str, Any]]:
 
 def _classes(stages: list[pl.LazyFrame]) -> list[tuple[str, list[dict]]]:
   """(title, values with counts) of text columns, each in the first table that has it."""
-  titles = {"cmotion": "camera motion", "codec": "codec", "split": "split"}
   found = []
-  for name, title in titles.items():
-    having = [table for table in stages if name in table.collect_schema()]
-    if having:
-      counted = having[0].group_by(pl.col(name).cast(pl.String).fill_null("-").alias("value")).len()
+  for name, title in (("cmotion", "camera motion"), ("codec", "codec"), ("split", "split")):
+    for table in _having(stages, name)[:1]:
+      counted = table.group_by(pl.col(name).cast(pl.String).fill_null("-").alias("value")).len()
       ordered = counted.sort("len", "value", descending=[True, False]).head(20)
       found.append((title, ordered.collect(engine="streaming").to_dicts()))
   return found
@@ -222,12 +223,6 @@ def _words(stages: list[pl.LazyFrame]) -> list[dict[str, Any]]:
   words = having[-1].select(word=pl.col("text").str.to_lowercase().str.extract_all(r"\p{L}{4,}").list.unique())
   counted = words.explode("word").drop_nulls().group_by("word").len()
   return counted.sort("len", "word", descending=[True, False]).head(_WORDS).collect(engine="streaming").to_dicts()
-
-
-def _hours(table: pl.LazyFrame) -> float | None:
-  if "duration" not in table.collect_schema():
-    return None
-  return table.select(pl.col("duration").cast(pl.Float64).sum() / 3600).collect(engine="streaming").item()
 
 
 def _sheet(table: pl.LazyFrame, found: dict[str, Any], pool: Pool) -> dict[str, Any]:
@@ -276,8 +271,6 @@ def _buckets(tables: list[str], training: str) -> list[dict[str, Any]]:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """Flags of the command."""
-
   input: str = flag("a table, or a folder of parquet shards", None, "input")
   output: str = flag("file to write (default: %(default)s)", "report.html", "-o", "--output")
   config: str = flag("training config whose buckets the report shows", "")
@@ -286,11 +279,8 @@ class Settings:
 
 
 def main(arguments: list[str]) -> int:
-  """The command; returns its exit code."""
   settings = parse(Settings, "python -m data.prepare report", arguments, __doc__)
-  tables = tables_in(settings.input) if paths.is_folder(settings.input) else [settings.input]
-  if not tables or not all(paths.exists(t) for t in tables):
-    raise ValueError(f"{settings.input} is no table and no folder of parquet shards")
+  tables = tables_in(settings.input)
   refuse_overwriting(settings.output, [*tables, settings.config])
   step = Report(training=settings.config, sheets=not settings.no_sheets)
   step.check()

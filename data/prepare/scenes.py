@@ -39,7 +39,8 @@ class Scenes(RowStep):
   min_scene_frames: least number of frames between two cuts, by default as in PySceneDetect's library (its command: 0.6 s).
   min_seconds: shorter scenes are dropped. Open-Sora's function drops scenes below 2 s, its command drops none.
   max_seconds: longer scenes are split; 0: never.
-  long: "split" makes equal parts of at most max_seconds. If equal parts are shorter than min_seconds, it drops the scene's end.
+  long: "split" makes equal parts of at most max_seconds. If equal parts are shorter than min_seconds, the parts get
+    max_seconds and the scene's end is dropped.
     "first" keeps only the first max_seconds, as Open-Sora does.
   cuts_at: column with a list of further cuts in seconds. A cut within 0.25 s of a detected one is the same cut.
   """
@@ -81,9 +82,8 @@ class Scenes(RowStep):
     if is_image(row["path"]):
       return [[{"source_id": row.get("id")}]]
     begin, rate = row.get("start") or 0, row["fps"]
-    whole = [(begin, begin + row["num_frames"])]
     if self.detector == "none" or row.get("start") is not None:
-      found = whole
+      found = [(begin, begin + row["num_frames"])]
     else:
       found = self.detect(row["path"], progress=lambda n: report(n / row["num_frames"]))
     if self.cuts_at:
@@ -136,8 +136,7 @@ class Scenes(RowStep):
     count = math.ceil((end - start) / most)
     if (end - start) // count < self.min_seconds * rate:  # fewer parts, of the full length; the rest is dropped
       count, end = count - 1, start + (count - 1) * most
-    edges = np.linspace(start, end, count + 1).astype(int).tolist()
-    return list(itertools.pairwise(edges))
+    return list(itertools.pairwise(np.linspace(start, end, count + 1).astype(int).tolist()))
 
 
 def add_cuts(found: list[tuple[int, int]], wanted: Sequence[float], rate: float) -> list[tuple[int, int]]:

@@ -25,7 +25,7 @@ _SEVERAL = {"Agg", "Over", "Len", "Window", "Rolling", "Quantile", "Rank", "RowI
 def expression(text: str, where: str) -> pl.Expr:
   """A condition in SQL ("flow >= 0.5 and fps <= 60") as a polars expression.
 
-  Raises ValueError for an error in the SQL, and for an expression over several rows, which would see the rows of one shard.
+  Raises ValueError for an error in the SQL, and for an expression over several rows: it would see the rows of one shard only.
   """
   try:
     found = pl.sql_expr(text)
@@ -82,7 +82,7 @@ class Filter(Step):
   """Keeps the rows without an `error` that meet all conditions, and counts the rows that each condition removes.
 
   where: SQL expressions over the columns, as a tuple or {name: expression}. A missing value makes a condition unknown, which
-    removes the row. "fps <= 60 or fps is null" keeps it, as Open-Sora's --fpsmax does and its other filters don't.
+    removes the row. "fps <= 60 or fps is null" keeps such a row, like Open-Sora's --fpsmax.
   """
 
   title: ClassVar[str] = "filter"

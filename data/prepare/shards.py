@@ -1,8 +1,8 @@
 """Shards of tables: the parquet files of a step, one for each shard of the previous step. The metadata hold the provenance.
 
 * `key`: digest of the step, its settings, the identity of the input shard and the facts gathered over the whole table.
-* `identity`: the key of the next step covers it. It is the key of this step, or a digest of the key and the failed rows, or,
-  if the step gathers facts, a digest of all rows.
+* `identity`: the part of the next step's keys that stands for this shard. It is the shard's own key. With rows to retry it is a
+  digest of the key and these rows. If the step gathers facts, it is a digest of all rows.
 
 A failed row keeps its place, with the reason in `error`, and later steps pass it on unchanged. `retry` is true if the reason is
 temporary (no answer, no file).
@@ -25,6 +25,7 @@ from polars import selectors
 
 from data import paths
 from data.shards import digest
+from data.sources import FORMATS
 
 _META = "stdit_jax.prepare"
 _TEXTS = ("path", "text", "id", "source_id", "video", "crop", "hash", "picture_hash", "text_features", "error")
@@ -32,12 +33,10 @@ FAILED = {"error": pl.String, "retry": pl.Boolean}  # columns of every table of 
 
 
 def part_name(number: int) -> str:
-  """File name of a shard."""
   return f"part-{number:05}.parquet"
 
 
 def part_number(name: str) -> int:
-  """Number of a shard, from its file name."""
   return int(name.removeprefix("part-").removesuffix(".parquet"))
 
 
@@ -104,9 +103,15 @@ def failed_in(title: str) -> pl.Expr:
   return pl.col("error").str.starts_with(f"{title}:").fill_null(False)
 
 
-def tables_in(folder: str) -> list[str]:
-  """Parquet files of a folder, without temporary files of killed writes (`paths.whole`)."""
-  return [paths.join(folder, n) for n in paths.names(folder) if n.endswith(".parquet") and not n.startswith(".")]
+def tables_in(source: str) -> list[str]:
+  """The table itself, or the parquet files of a folder, without temporary files of killed writes. Raises ValueError if none."""
+  if paths.is_folder(source):
+    found = [paths.join(source, n) for n in paths.names(source) if n.endswith(".parquet") and not n.startswith(".")]
+  else:
+    found = [source] if source.endswith(FORMATS) and paths.exists(source) else []
+  if not found:
+    raise ValueError(f"{source} is no table ({', '.join(FORMATS)}) and no folder of parquet shards")
+  return found
 
 
 def refuse_overwriting(target: str, read: Iterable[str]) -> None:
@@ -127,7 +132,7 @@ def scan_all(files: list[str]) -> pl.LazyFrame:
 
 
 def write_shard(path: str, table: pl.LazyFrame, meta: dict[str, Any]) -> None:
-  """Writes a table, with metadata if it is parquet, under a temporary name and renames it."""
+  """Writes a table, with metadata if it is parquet."""
   try:
     with paths.whole(path) as temporary:
       if path.endswith(".csv"):
@@ -144,7 +149,6 @@ def polars_line(error: Exception) -> str:
 
 
 def row_count(table: pl.LazyFrame) -> int:
-  """Number of rows."""
   return table.select(pl.len()).collect(engine="streaming").item()
 
 

@@ -8,7 +8,7 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from typing import Any, ClassVar, NamedTuple
 
@@ -25,7 +25,7 @@ _FRAME_BYTES = 5000  # least bytes per frame for time limits: a day of a still c
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-  """Base of all steps. A subclass has fields as settings and `transform`, or `write` if it ends a chain."""
+  """Base of all steps. A subclass has `transform`, or `write` if it ends a chain."""
 
   title: ClassVar[str]  # name in configs
   version: ClassVar[int] = 1  # increased when the same settings give another result
@@ -60,7 +60,7 @@ class Step:
 
   @property
   def beside(self) -> str:
-    """The step also reads a file beside the file of each row. This is its ending, such as ".txt"; "": no such file."""
+    """Ending, such as ".txt", of a file that the step reads beside the file of each row. "": no such file."""
     return ""
 
   @property
@@ -77,18 +77,6 @@ class Step:
     """What decides the step's result, JSON-able."""
     settings = {k: v for k, v in dataclasses.asdict(self).items() if k not in self.silent}
     return {"step": self.title, "version": self.version, "settings": json.loads(json.dumps(settings, default=str))}
-
-
-@dataclasses.dataclass(frozen=True)
-class Source(Step):
-  """The first step: lists files as shards of a table. Shards keep their rows, and new rows make new shards."""
-
-  def reach(self) -> None:
-    """Raises ValueError if this machine can't see one of the sources."""
-
-  def list(self, folder: str, own: Sequence[str] = ()) -> None:
-    """Writes folder/part-00000.parquet, ... if they change. It skips files in the run's folders `own`."""
-    raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +98,8 @@ class RowStep(Step):
     frame = table.collect()
     rows = [{**dict.fromkeys(FAILED), **row} for row in frame.iter_rows(named=True)]
     groups = list(self.groups([row for row in rows if row["error"] is None]))
-    done = context.map(functools.partial(_rows_of, self, context.bare()), groups)
+    bare = Context(context.folder, context.part, limits=context.limits)  # picklable
+    done = context.map(functools.partial(_rows_of, self, bare), groups)
     results = itertools.chain.from_iterable(
       [found] * len(group) if isinstance(found, Failure) else found for group, found in zip(groups, done)
     )
@@ -128,34 +117,21 @@ def _rows_of(step: RowStep, context: Context, group: list[dict[str, Any]], repor
 
 @dataclasses.dataclass
 class Context:
-  """What a step may use besides its shard.
+  """What a step may use besides its shard. `history` and `unselected` are for `write`."""
 
-  folder: the step's own folder, for files that it makes beside the table.
-  part: file name of the shard.
-  facts: the result of `gather`.
-  limits: limits of one file.
-  pool, progress: None in a worker process.
-  counts: what `transform` counted; `Step.tell` gets the sums over all shards.
-  history: for `write`: (step, rows in, rows out, failed rows, seconds of work, text of `Step.tell`) of each earlier step.
-  unselected: for `write`: the input shards of each earlier step that `selects`, in order.
-  """
-
-  folder: str
-  part: str
-  facts: Any = None
+  folder: str  # the step's own folder, for files that it makes beside the table
+  part: str  # file name of the shard
+  facts: Any = None  # the result of `gather`
   limits: Limits = DEFAULT_LIMITS
-  pool: Pool | None = None
-  progress: Callable[[float], None] | None = None
-  counts: dict[str, int] = dataclasses.field(default_factory=dict)
+  pool: Pool | None = None  # None in a worker process
+  progress: Callable[[float], None] | None = None  # None in a worker process
+  counts: dict[str, int] = dataclasses.field(default_factory=dict)  # of `transform`; `Step.tell` gets the sums over all shards
+  # Of each earlier step: name, rows in, rows out, failed rows, seconds of work, text of `Step.tell`.
   history: tuple = ()
-  unselected: tuple[list[str], ...] = ()
-
-  def bare(self) -> Context:
-    """The context for worker processes."""
-    return Context(self.folder, self.part, limits=self.limits)
+  unselected: tuple[list[str], ...] = ()  # the input shards of each earlier step that `selects`, in order
 
   def map(self, function: Callable, groups: list) -> list[Any]:
-    """`Pool.map` over groups of rows, with progress. The size of a group's file decides its time limit."""
+    """`Pool.map` over groups of rows. The size of a group's file decides its time limit."""
     frames = (sum(r.get("num_frames") or 0 for r in group) for group in groups)
     files = sizes_of([group[0] for group in groups])
     sizes = [max(size or 0, _FRAME_BYTES * count) for size, count in zip(files, frames)]
@@ -195,7 +171,7 @@ def beside(path: str, ending: str) -> str:
 
 
 def states_beside(step: Step, source: str) -> list[tuple | None]:
-  """`state_of` each file that a step reads beside the files of a table's rows.
+  """`paths.state_of` each file that a step reads beside the files of a table's rows.
 
   Files in a bucket are skipped, because each one would cost a request.
   """
@@ -206,52 +182,40 @@ def states_beside(step: Step, source: str) -> list[tuple | None]:
   if not names:
     return []  # `run_shard` reports the missing column
   files = table.select(pl.coalesce(names).unique(maintain_order=True)).collect().to_series()
-  return [state_of(beside(file, step.beside)) for file in files.drop_nulls() if not paths.is_remote(file)]
-
-
-def state_of(path: str) -> tuple | None:
-  """`paths.stat` of a file, None if it can't be read."""
-  try:
-    return paths.stat(path)
-  except OSError:
-    return None
+  return [paths.state_of(beside(file, step.beside)) for file in files.drop_nulls() if not paths.is_remote(file)]
 
 
 def sizes_of(rows: list[dict[str, Any]]) -> list[int | None]:
   """Bytes of each row's file, for time limits: from the column `bytes`, or else from the file system."""
-  sizes = [row.get("bytes") for row in rows]
-  unknown = [i for i, size in enumerate(sizes) if size is None]
-  if unknown:
-    with futures.ThreadPoolExecutor(_STAT_THREADS) as threads:  # in a bucket each one is a request
-      found = threads.map(state_of, [str(rows[i]["path"]) for i in unknown])
-    for i, state in zip(unknown, found):
-      sizes[i] = state and state[0]
-  return sizes
+
+  def size_of(row: dict[str, Any]) -> int | None:
+    return (paths.state_of(str(row["path"])) or (None,))[0] if row.get("bytes") is None else row["bytes"]
+
+  with futures.ThreadPoolExecutor(_STAT_THREADS) as threads:  # in a bucket each unknown size is a request
+    return list(threads.map(size_of, rows))
 
 
 def run_shard(step: Step, source: str, target: str, key: str, context: Context) -> dict[str, Any]:
-  """Makes one shard -> its metadata. Raises ValueError for a table that the step can't take."""
+  """Makes one shard. Returns its metadata. Raises ValueError for a table that the step can't take."""
   begin = time.monotonic()
   table = with_failures(scan(source))
-  missing = [name for name in step.needs if name not in table.collect_schema().names()]
-  if missing:
+  if missing := [name for name in step.needs if name not in table.collect_schema().names()]:
     raise ValueError(f"{step.title} needs the column {' and '.join(missing)}, which {source} doesn't have")
   mark, retry = key, 0
   try:
     result = step.transform(table, context)
     if step.fails:
       passing = pl.col("retry") & failed_in(step.title)
-      result = result.collect()
-      failed = result.with_row_index("_i").filter(passing)["_i"].to_list()
+      result = result.collect().lazy()
+      failed = result.with_row_index("_i").filter(passing).collect()["_i"].to_list()
       # An earlier step with the same title has failures of its own.
       retry = len(failed) - row_count(table.filter(passing))
       mark = digest([key, failed]) if retry else key
-      result = result.lazy()
     if step.gathers:
       mark = content(result)  # a new row changes the facts, so all keys, but few of the shards' rows
   except pl.exceptions.PolarsError as error:
     raise ValueError(f"{step.title}: {polars_line(error)}") from None
-  meta = {"key": key, "identity": mark, "retry": retry, "recipe": step.recipe(), "counts": context.counts}
-  meta["seconds"] = round(time.monotonic() - begin, 3)
+  seconds = round(time.monotonic() - begin, 3)
+  meta = {"key": key, "identity": mark, "retry": retry, "recipe": step.recipe(), "counts": context.counts, "seconds": seconds}
   write_shard(target, result, meta)
   return meta

@@ -29,8 +29,6 @@ _PROBED = ("num_frames", "height", "width", "fps")
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """Flags of the command."""
-
   source: str = flag("a folder, a pattern, or a table (.csv, .parquet, .jsonl) with a column `path`", None, "source")
   output: str = flag("table to write (.csv or .parquet)", None, "-o", "--output", required=True)
   decode: bool = flag("decode every frame (slow; finds damage in the middle of files)", False)
@@ -38,7 +36,6 @@ class Settings:
 
 
 def main(arguments: list[str]) -> int:
-  """The command; returns its exit code."""
   settings = parse(Settings, "python -m data.prepare table", arguments, __doc__)
   target = paths.absolute(settings.output)
   if not target.endswith((".csv", ".parquet")):

@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import dataclasses
 import errno
+import itertools
 import multiprocessing
 import os
 import resource
@@ -37,27 +38,16 @@ class Passing(Exception):  # noqa: N818 - the name says which kind of failure it
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-  """Limits of one file.
+  """Limits of one file."""
 
-  seconds: time for a small file.
-  bytes_per_second: the time grows by a second for this many bytes on disk.
-  memory_gb: address space beyond that of an idle worker.
-  max_pixels: pixels of an image or frame. A file that declares more is refused before decoding.
-  """
-
-  seconds: float = 120.0
-  bytes_per_second: float = 100e3
-  memory_gb: float = 4.0
-  max_pixels: int = 8192 * 8192
+  seconds: float = 120.0  # time for a small file
+  bytes_per_second: float = 100e3  # the time grows by a second for this many bytes on disk
+  memory_gb: float = 4.0  # address space that a worker may add for its items
+  max_pixels: int = 8192 * 8192  # of an image or frame; a file that declares more is refused before decoding
 
   def check(self) -> None:
-    """Raises ValueError for a value that is not allowed."""
     if self.seconds <= 0 or self.bytes_per_second <= 0 or self.memory_gb <= 0 or self.max_pixels < 1:
       raise ValueError("seconds, bytes_per_second, memory_gb and max_pixels must be more than 0")
-
-  def time_of(self, size: int | None) -> float:
-    """Seconds for a file of `size` bytes."""
-    return self.seconds + (size or 0) / self.bytes_per_second
 
 
 DEFAULT_LIMITS = Limits()
@@ -107,7 +97,6 @@ def failure_of(error: Exception) -> Failure:
 
 
 def _work(pipe: connection.Connection, limits: Limits) -> None:
-  """A worker process."""
   signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
   with contextlib.suppress(OSError, AttributeError):
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: the worker dies with its parent
@@ -117,13 +106,11 @@ def _work(pipe: connection.Connection, limits: Limits) -> None:
 
 
 def _serve(pipe: connection.Connection, limits: Limits) -> None:
-  limited = False
-  while True:
+  for number in itertools.count():
     function, item = pipe.recv()
     pipe.send(("began", None))
-    if not limited:
+    if not number:
       _limit_memory(limits)  # after unpickling the first item, which imported its modules
-      limited = True
     try:
       result = call(function, item, lambda share: pipe.send(("at", share)))
     except OSError as error:
@@ -146,10 +133,8 @@ def _limit_memory(limits: Limits) -> None:
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
   """In this block, libraries of new processes use one thread each: the pool's processes are the parallelism."""
-  before = dict(os.environ)
-  os.environ.update(
-    dict.fromkeys(("POLARS_MAX_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OPENCV_FOR_THREADS_NUM"), "1")
-  )
+  before, names = dict(os.environ), ("POLARS_MAX_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OPENCV_FOR_THREADS_NUM")
+  os.environ.update(dict.fromkeys(names, "1"))
   try:
     yield
   finally:
@@ -180,16 +165,13 @@ class _Worker:
     self.pipe.close()
 
 
-class Pool:
+class Pool(contextlib.AbstractContextManager["Pool"]):
   """`count` worker processes under `limits`, as a context manager. The first `map` starts them."""
 
   def __init__(self, count: int, limits: Limits = DEFAULT_LIMITS):
     self.count, self.limits = max(1, count), limits
     self._context = multiprocessing.get_context("spawn")  # threads of decoders do not survive a fork
     self._workers: list[_Worker] = []
-
-  def __enter__(self) -> Pool:
-    return self
 
   def __exit__(self, *_: object) -> None:
     for worker in self._workers:
@@ -225,12 +207,11 @@ class Pool:
         for worker in self._workers:
           if worker.index is None and waiting:
             index = waiting.popleft()
-            seconds = self.limits.time_of(sizes[index] if sizes else None)
+            seconds = self.limits.seconds + ((sizes[index] if sizes else None) or 0) / self.limits.bytes_per_second
             try:
               worker.give(function, index, items[index], seconds)
             except (BrokenPipeError, ConnectionResetError):  # the worker died while idle
               waiting.appendleft(index)
-              worker.index = None
               self._replace(worker)
               break
         for worker in self._events():

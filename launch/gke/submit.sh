@@ -54,9 +54,9 @@ option() {
 }
 
 render() {
-  local number hosts all=1 side accelerator
+  local number hosts all accelerator
   [ -n "$image" ] || fail "--image is required; see --help"
-  [ ${#train[@]} -gt 0 ] || fail "give the arguments of the training: -- --config configs/film.py --config.output=gs://BUCKET/..."
+  check_train
   [ -z "$spot" ] || [ -z "$reservation" ] || fail "--spot and --reservation exclude each other"
   for number in "--slices $slices" "--max-restarts $restarts" "--grace-seconds $grace" ${chips:+"--chips-per-host $chips"}; do
     [[ ${number#* } =~ ^[1-9][0-9]*$ ]] || fail "$number is no positive number"
@@ -69,7 +69,7 @@ render() {
   esac
   [ -n "${accelerator:-}" ] && [[ $topology =~ :[1-9][0-9]*(x[1-9][0-9]*)+$ ]] ||
     fail "--topology '$topology' is not like v5e:16x16, v6e:16x16, v5p:4x8x8 or v4:4x4x8"
-  for side in $(tr x ' ' <<< "${topology#*:}"); do all=$((all * side)); done
+  all=$(chips_of "${topology#*:}")
   chips=${chips:-$((all < 4 ? all : 4))}
   hosts=$((all / chips))
   [ $((hosts * chips)) -eq "$all" ] || fail "--topology $topology has $all chips, not a multiple of $chips per host"
@@ -148,8 +148,7 @@ case $verb in
   *) fail "unknown command $verb; known: build, render, apply, status, logs, delete" ;;
 esac
 if [ "$verb" != build ]; then
-  [ -n "$name" ] || fail "--name is required; see --help"
-  [[ $name =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ ]] || fail "--name $name: small letters, digits and -, a letter first"
+  check_name "$name"
 fi
 case $verb in
   delete) run "${kubectl[@]}" delete jobset "$name" --ignore-not-found ;;

@@ -70,7 +70,7 @@ def choose(table: sources.Table, bucket: buckets.Bucket, count: int, interval: i
   """
   height, width = (table.column(side).astype(np.int64) for side in ("height", "width"))
   fits = (table.column("problem") == 0) & (table.column("num_frames") > (bucket.num_frames - 1) * interval)
-  fits &= height * width >= buckets.PIXEL_TOLERANCE * aspect_ratios.num_pixels(bucket.resolution)
+  fits &= height * width >= buckets.PIXEL_TOLERANCE * aspect_ratios.NUM_PIXELS[bucket.resolution]
   found = np.nonzero(fits)[0]
   found = found[np.unique(np.linspace(0, len(found) - 1, min(count, len(found))).round().astype(int))]
   sizes = list(aspect_ratios.SIZES[bucket.resolution].values())

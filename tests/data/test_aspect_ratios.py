@@ -21,7 +21,7 @@ def load(name):
 def test_tables_and_closest_ratio(name):
   golden = load(name)
   for resolution, table in golden["tables"].items():
-    assert ar.num_pixels(resolution) == table["num_pixels"]
+    assert ar.NUM_PIXELS[resolution] == table["num_pixels"]
     assert list(ar.SIZES[resolution].items()) == [(k, tuple(v)) for k, v in table["sizes"].items()]
   for row in golden["get_closest_ratio"]:
     assert ar.closest_ratio(row["height"], row["width"], row["resolution"]) == row["ratio"]
@@ -62,7 +62,7 @@ def test_max_tokens():
 @pytest.mark.parametrize(
   ("call", "message"),
   [
-    (lambda: ar.num_pixels("241p"), "unknown resolution '241p' .did you mean '240p'"),
+    (lambda: ar.check_resolution("241p"), "unknown resolution '241p' .did you mean '240p'"),
     (lambda: ar.size("240p", "7:9"), "no aspect ratio '7:9'"),
     (lambda: ar.get_num_frames("3s"), "no clip length"),
     (lambda: ar.get_num_frames(0), "no clip length"),

@@ -23,7 +23,6 @@ def test_cleaning_matches_the_original():
     assert captions.clean_once(text) == row["clean_once"]
     assert captions.clean_caption(text) == row["output"]
     assert captions.basic_clean(text) == row["basic_clean"]
-    assert captions.clean_caption(text, clean=False) == row["no_preprocessing"]
 
 
 def test_prompt_scores_match_the_original():

@@ -7,6 +7,7 @@ import pytest
 
 from data import buckets, plan, sources
 from data.config import DataConfig
+from data.shards import digest
 from tests.data import files
 
 BUCKETS = (("144p", 17, (0.8, 0.5), 3), ("144p", 9, 1.0, 4), ("240p", 9, 0.5, 2), ("144p", 1, 1.0, 5))
@@ -112,7 +113,7 @@ def test_changed_keys(tmp_path, table_path):
   assert plan.changed_keys(old, json.loads(json.dumps(old))) == []
   new = sequence_of(tmp_path, table_path, seed=7, frame_interval=2).description
   assert plan.changed_keys(old, new) == ["frame_interval: 1 -> 2", "seed: 42 -> 7"]
-  assert plan.digest(old) != plan.digest(new)
+  assert digest(old) != digest(new)
   assert "num_classes" not in old  # runs without classes keep their identity
   labelled = files.write_csv(tmp_path / "labels.csv", [{**BASE, "label": 1}])
   two, three = (sequence_of(tmp_path, labelled, num_classes=n).description for n in (2, 3))

@@ -179,7 +179,7 @@ def test_interrupted_and_shared_encoding_writes_the_same_shards(config, folder, 
   for name in (f".{left.name}.1.tmp", f".{stem}.tmp1-0123abcd.{ending}"):  # of an older version, and of this one
     (tmp_path / left.parent / name).write_text("what a kill leaves")
   monkeypatch.undo()
-  with pytest.raises(ValueError, match=r"part-0 is unfinished and was begun with --stage tiny --epochs 2: finish it so, or"):
+  with pytest.raises(ValueError, match=r"part-0 is unfinished. Finish it with --stage tiny --epochs 2, or"):
     run(config, tmp_path, "--epochs", 1, "--no-text")
   for share in ((1, 2), (0, 2)):
     assert not (part / "dataset_info.json").exists()
@@ -226,7 +226,7 @@ def test_epochs_repeat_until_more_are_encoded(assets, table, tmp_path, caplog):
   cache = make_objective(stage.config).open_cache(stage.config.data, source.plans.table)
   assert cache.epochs == 0
   assert [cache.source(epoch, source.plans.plan) for epoch in (0, 1, 2, 5, 2048)] == [0, 1, 0, 1, 0]
-  with pytest.raises(ValueError, match=r"has latents of other values .*dtype.*; give another folder"):
+  with pytest.raises(ValueError, match=r"has latents with other settings .*dtype.*; give another folder"):
     run(config, tmp_path / "out", "--epochs", 2)
 
 

@@ -357,7 +357,7 @@ def test_local_model_of_transformers(clips, tmp_path):
   step = configs.create(
     caption.Caption, dict(backend="local", model=str(tmp_path / "blip"), frames=1, side=32, max_tokens=6), "caption"
   )
-  captioner = caption.make_captioner(step)
+  captioner = caption_local.LocalCaptioner(step)
   pictures = [caption._pictures(captioner.pictures, row, None) for row in pl.read_parquet(clips).head(3).to_dicts()]
   found = captioner.make([{"num_frames": 10}] * 3, pictures)
   opened = [Image.open(io.BytesIO(p[0])) for p in pictures]
@@ -366,7 +366,7 @@ def test_local_model_of_transformers(clips, tmp_path):
   for text, one in zip(found, tokenizer.batch_decode(wanted, skip_special_tokens=True)):
     assert text == caption_local._checked(one)
   with pytest.raises(ValueError, match="is no folder"):
-    caption.make_captioner(configs.create(caption.Caption, dict(backend="local", model="/nowhere"), "caption"))
+    configs.create(caption.Caption, dict(backend="local", model="/nowhere"), "caption")
 
 
 # ------------------------------------------------------------------------------------------------------------------ answers

@@ -428,7 +428,7 @@ def test_a_folder_in_a_bucket_costs_one_request(tmp_path, store, monkeypatch):
   for name in ("a", "b"):
     paths.write_text(f"gs://clips/listed/{name}.mp4", name)
   step = collect.Collect(sources=("gs://clips/listed",))
-  monkeypatch.setattr(collect, "state_of", None)  # nor for each file
+  monkeypatch.setattr(paths, "state_of", None)  # nor for each file
   step.list(str(tmp_path / "out"))
   found = pl.read_parquet(tmp_path / "out" / "part-00000.parquet")
   assert found.select("path", "bytes").rows() == [("gs://clips/listed/a.mp4", 1), ("gs://clips/listed/b.mp4", 1)]

@@ -13,7 +13,7 @@ from PIL import Image
 
 from data import video
 from data.prepare import __main__ as main
-from data.prepare import caption, cut, decode, scenes
+from data.prepare import caption, cut, scenes
 from tests.data.files import number_of as numbered
 from tests.data.files import write_video as numbered_video
 from tests.data.prepare.videos import number_of, two_scenes, write_video
@@ -148,7 +148,7 @@ def test_two_frames_of_one_time_are_two_frames(tmp_path):
   times[10] = times[9] + 1  # in 2400th of a second: the same of the milliseconds that Matroska counts
   path = numbered_video(tmp_path / "a.mkv", 24, rate=240, times=times)
   assert video.probe(path).num_frames == 24
-  assert decode.frame_times(path) is None
+  assert video.frame_times(str(path)) is None
   info = cut_clip(path, 14, 24, tmp_path / "b.mp4", trim_dark=False, max_fps=0.0)
   assert info.num_frames == 10
   numbers = [numbered(f) for f in video.read_frames(tmp_path / "b.mp4")]

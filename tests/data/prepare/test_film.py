@@ -9,6 +9,7 @@ import zipfile
 import pytest
 
 from data import video
+from data.prepare import __main__ as main
 from data.prepare import film
 from tests.data.prepare.videos import two_scenes, write_video
 
@@ -92,7 +93,7 @@ def test_a_folder_of_an_older_version(tmp_path, capsys):
   command = ["--clips", str(tmp_path), "--output", str(tmp_path / "out"), "--processes", "1"]
   (tmp_path / "out").mkdir()
   (tmp_path / "out" / "table.csv").write_text("path\n")
-  assert film.main(command) == 1
+  assert main.main(["film", *command]) == 2
   assert "was not written by this program" in capsys.readouterr().err
   (tmp_path / "out" / "scenes.json").write_text("{}")
   assert film.main(command) == 0
@@ -139,13 +140,13 @@ def sdist_of(tmp_path, content, member=film.MEMBER):
 def test_hashes_are_checked(tmp_path, capsys, monkeypatch):
   sdist = sdist_of(tmp_path, b"no film")
   command = ["--output", str(tmp_path / "out"), "--sdist", str(sdist)]
-  assert film.main(command) == 1
+  assert main.main(["film", *command]) == 2
   error = capsys.readouterr().err
   assert error.startswith("error: source distribution")
   assert "sha256" in error
   assert error.count("\n") == 1
   monkeypatch.setattr(film, "SDIST_SHA256", film.sha256_of(sdist))
-  assert film.main(command) == 1
+  assert main.main(["film", *command]) == 2
   assert capsys.readouterr().err.startswith("error: film ")
   assert list((tmp_path / "out" / "film").iterdir()) == []
 
