@@ -144,6 +144,11 @@ def frozen_text(assets, where):
   }
 
 
+def text_from_disk(assets):
+  """Changes of a config: no text encoder, since features of the captions come from files. Such a run starts sooner."""
+  return {"data__tables": f"{assets}/features.csv", "text_encoder__where": "disk", "text_encoder__train": False}
+
+
 def small_autoencoder():
   """Changes of a config: a small image autoencoder trains, without text and without precomputed latents.
 

@@ -15,7 +15,7 @@ from PIL import Image
 from stdit_jax.training.checkpoints import Checkpoints
 from tests import QUICK_FLAGS
 from tests.object_store import BUCKET
-from tests.tiny_run import ROOT, environment, small_autoencoder, start_processes, write_config
+from tests.tiny_run import ROOT, environment, frozen_text, small_autoencoder, start_processes, text_from_disk, write_config
 
 STEPS = 10
 SETTINGS = {"data__buckets": (("64p", 1, 1.0, 8),), "data__drop_last": False, "mesh": {"data": 2, "fsdp": 2}}
@@ -59,77 +59,60 @@ def folder(tmp_path_factory):
   return tmp_path_factory.mktemp("processes")
 
 
-def long_config(assets, folder, name, output=None, validate=True, **changes):
-  """Configuration file of a run of STEPS steps in `folder/name/run`, by default with a validation at its end."""
+def long_config(assets, folder, name, output):
+  """Configuration file of a run of STEPS steps with a checkpoint every four steps and a validation at its end."""
   (folder / name).mkdir()
-  settings = {**SETTINGS, "stages": ({"name": "same", "steps": STEPS},), "checkpoint_every": STEPS}
-  every = STEPS if validate else 0
-  settings["validation"] = {"tables": (str(assets / "table.csv"),), "every": every, "samples_per_bucket": 5, "timesteps": 3}
-  return write_config(folder / name / "config.py", assets, output or folder / name / "run", **{**settings, **changes})
-
-
-def run_alone(assets, folder, name, **changes):
-  """Folder of a run of `long_config` with one process."""
-  command = [sys.executable, "-m", "stdit_jax.train", "--config", str(long_config(assets, folder, name, **changes))]
-  own = environment(XLA_FLAGS=f"--xla_force_host_platform_device_count=4 {QUICK_FLAGS}", NPROC="64")
-  result = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, timeout=300)
-  assert result.returncode == 0, result.stderr[-3000:]
-  return folder / name / "run"
+  settings = {**SETTINGS, **text_from_disk(assets), "stages": ({"name": "same", "steps": STEPS},), "checkpoint_every": 4}
+  validation = {"tables": (str(assets / "features.csv"),), "every": STEPS, "samples_per_bucket": 5, "timesteps": 3}
+  return write_config(folder / name / "config.py", assets, output, **settings, validation=validation)
 
 
 @pytest.fixture(scope="module")
 def one(assets, folder):
   """Folder of a run of `long_config` with one process."""
-  return run_alone(assets, folder, "one")
+  config = long_config(assets, folder, "one", folder / "one" / "run")
+  command = [sys.executable, "-m", "stdit_jax.train", "--config", str(config)]
+  own = environment(XLA_FLAGS=f"--xla_force_host_platform_device_count=4 {QUICK_FLAGS}", NPROC="64")
+  result = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, timeout=300)
+  assert result.returncode == 0, result.stderr[-3000:]
+  return folder / "one" / "run"
 
 
 @pytest.fixture(scope="module")
-def both(assets, folder):
-  """Folder of a run of `long_config` with two processes."""
-  processes = start_processes(long_config(assets, folder, "both"), folder / "both")
-  codes = [p.wait(300) for p in processes]
-  assert codes == [0, 0], [(folder / "both" / f"{i}.log").read_text()[-3000:] for i in (0, 1)]
-  return folder / "both" / "run"
-
-
-def test_two_processes_have_the_losses_of_one(one, both):
-  losses = [[line.get("loss", line.get("validation/loss")) for line in lines(output)] for output in (one, both)]
-  assert len(losses[0]) == STEPS + 1
-  np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
-
-
-def test_both_processes_restart_when_one_finds_a_damaged_checkpoint(folder, both):
-  """The file that the second process wrote is cut. Perhaps only this process notices, while the first one waits for it."""
-  own = [p for p in (both / "checkpoints" / str(STEPS) / "params").rglob("*") if p.is_file() and "process_1" in str(p)]
-  largest = max(own, key=lambda p: p.stat().st_size)
-  largest.write_bytes(largest.read_bytes()[:100])
-  processes = start_processes(folder / "both" / "config.py", folder / "both")
-  codes = [p.wait(120) for p in processes]
-  texts = [(folder / "both" / f"{i}.log").read_text() for i in (0, 1)]
-  assert codes == [75, 75], [text[-3000:] for text in texts]
-  assert any("is damaged" in text for text in texts)
-  assert Checkpoints(both).is_marked(STEPS)  # test_resume.py tests the next start
-
-
-def test_two_processes_killed_and_resumed_in_a_bucket(assets, folder, store):
-  settings = {**small_autoencoder(), **SETTINGS, "validate": False}
-  expected = lines(run_alone(assets, folder, "undisturbed", **settings))
-  config = long_config(assets, folder, "there", output=f"gs://{BUCKET}/there", checkpoint_every=4, **settings)
-  processes = start_processes(config, folder / "there")
+def both(assets, folder, store):
+  """Configuration file of a run of two processes with its output in a bucket. They were killed and started again."""
+  config = long_config(assets, folder, "both", f"gs://{BUCKET}/both")
+  processes = start_processes(config, folder / "both")
   try:
-    wait_for(lambda: "there/checkpoints/4/commit_success.txt" in store.objects, processes, folder / "there")
+    wait_for(lambda: "both/checkpoints/4/commit_success.txt" in store.objects, processes, folder / "both")
   finally:
     for process in processes:
       process.kill()
       process.wait()
-  codes = [p.wait(300) for p in start_processes(config, folder / "there")]
-  texts = [(folder / "there" / f"{i}.log").read_text() for i in (0, 1)]
+  codes = [p.wait(300) for p in start_processes(config, folder / "both")]
+  texts = [(folder / "both" / f"{i}.log").read_text() for i in (0, 1)]
   assert codes == [0, 0], [text[-3000:] for text in texts]
   assert re.search(r"resumed from step (4|8) ", texts[0]), texts[0][-3000:]
-  store.copy_out("there", folder / "there" / "run")
-  losses = [[line["loss"] for line in run] for run in (expected, lines(folder / "there" / "run"))]
-  assert len(losses[1]) == STEPS
+  return config
+
+
+def test_two_processes_killed_and_resumed_in_a_bucket_have_the_losses_of_one(one, both, store, tmp_path):
+  store.copy_out("both", tmp_path / "run")
+  losses = [[line.get("loss", line.get("validation/loss")) for line in lines(output)] for output in (one, tmp_path / "run")]
+  assert len(losses[0]) == STEPS + 1
   np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+
+
+def test_both_processes_restart_when_one_finds_a_damaged_checkpoint(both, store):
+  """The file that the second process wrote is cut. Perhaps only this process notices, while the first one waits for it."""
+  own = [name for name in store.names(f"both/checkpoints/{STEPS}/params/") if "process_1" in name]
+  largest = max(own, key=lambda name: len(store.read(name)))
+  store.write(largest, store.read(largest)[:100])
+  codes = [p.wait(120) for p in start_processes(both, both.parent)]
+  texts = [(both.parent / f"{i}.log").read_text() for i in (0, 1)]
+  assert codes == [75, 75], [text[-3000:] for text in texts]
+  assert any("is damaged" in text for text in texts)
+  assert Checkpoints(f"gs://{BUCKET}/both").is_marked(STEPS)  # test_resume.py tests the next start
 
 
 def test_two_processes_sample_the_frames_of_one(assets, folder, one):
@@ -137,7 +120,14 @@ def test_two_processes_sample_the_frames_of_one(assets, folder, one):
   latents, sheets = [], []
   for name, count, mesh in (("sampled", 1, {"data": 2, "fsdp": 4}), ("sampled-by-two", 2, {"sequence": 8})):
     (folder / name).mkdir()
-    settings = {**SETTINGS, "mesh": mesh, "init": str(one), "sample__resolution": "64p", "sample__aspect_ratio": "3:4"}
+    settings = {
+      **SETTINGS,
+      **frozen_text(assets, "ahead"),
+      "mesh": mesh,
+      "init": str(one),
+      "sample__resolution": "64p",
+      "sample__aspect_ratio": "3:4",
+    }
     settings["sample__prompts"] = ("one", "a picture", "columns")
     settings["diffusion"] = {"name": "rectified-flow", "fields": {"sampler": "adams-bashforth"}}
     config = write_config(folder / name / "config.py", assets, folder / name / "run", **settings)

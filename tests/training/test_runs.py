@@ -18,7 +18,7 @@ from stdit_jax.run_samples import Sampler
 from stdit_jax.training.checkpoints import load_weights
 from stdit_jax.training.metrics import Averages, Metrics, Speed, stage_note
 from tests.runs import Run
-from tests.tiny_run import tiny_config
+from tests.tiny_run import text_from_disk, tiny_config
 
 ONE_STEP = {"stages": ({"name": "one", "steps": 1},), "data__buckets": (("64p", 1, 1.0, 2),)}
 
@@ -143,6 +143,7 @@ def test_bfloat16_compute_over_float32_state(first, assets, tmp_path):
 def test_cached_latents_change_nothing(assets, tmp_path):
   states = []
   clips = {"data__buckets": (("64p", 4, 1.0, 2),), "data__windows_per_row": 1}  # six clips, in three steps per epoch
+  clips |= text_from_disk(assets)
   for gigabytes in (0.0, 3.2e-5, 1.0):  # the cache holds no clip, four clips, all clips
     steps = {"stages": ({"name": "epochs", "steps": 9},), "checkpoint_every": 9}
     run = Run(tiny_config(assets, tmp_path / str(gigabytes), autoencoder__cache_gb=gigabytes, **clips, **steps))

@@ -12,15 +12,15 @@ from stdit_jax import evaluate
 from stdit_jax.parallel.shardings import path_name
 from tests import QUICK_FLAGS
 from tests.runs import Run
-from tests.tiny_run import run_module, tiny_config
+from tests.tiny_run import run_module, text_from_disk, tiny_config
 
 BUCKETS = (("144p", 1, 1.0, 2), ("144p", 4, 1.0, 2))  # many latents, so the mean square of their noise is near 1
 
 
 def settings(assets, **changes):
   """Validation on five of the six rows of each bucket, after every second step."""
-  validation = {"tables": (str(assets / "table.csv"),), "every": 2, "samples_per_bucket": 5, "timesteps": 5}
-  return {"data__buckets": BUCKETS, "validation": validation | changes, "checkpoint_every": 2}
+  validation = {"tables": (str(assets / "features.csv"),), "every": 2, "samples_per_bucket": 5, "timesteps": 5}
+  return {"data__buckets": BUCKETS, "validation": validation | changes, "checkpoint_every": 2, **text_from_disk(assets)}
 
 
 def lines_of(run):
@@ -44,7 +44,7 @@ def validated(assets, tmp_path_factory):
 
 def test_validation_does_not_change_training(assets, validated, tmp_path):
   run, state, _ = validated
-  plain = Run(tiny_config(assets, tmp_path / "plain", data__buckets=BUCKETS, checkpoint_every=2))
+  plain = Run(tiny_config(assets, tmp_path / "plain", data__buckets=BUCKETS, checkpoint_every=2, **text_from_disk(assets)))
   jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, plain.train()), state)
   assert lines_of(run)[1] == lines_of(plain)[1]
   own = {f"tiny: validation 144p x {frames}": 1 for frames in (1, 4)}
