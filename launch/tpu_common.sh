@@ -136,7 +136,7 @@ look() {
   errors=$(mktemp)
   if ! state=$(run "${query[@]}" 2> "$errors"); then
     # A missing permission or network must not look like a missing machine.
-    grep -qi 'not.found' "$errors" || { cat "$errors" >&2 && rm "$errors" && return 1; }
+    grep -qi 'not.found' "$errors" || { cat "$errors" >&2; rm "$errors"; return 1; }
     state=ABSENT
   fi
   rm "$errors"

@@ -68,7 +68,7 @@ class Settings(PipelineSettings):
   output: str | None = flag("file that gets the result as JSON")
 
   tables: Sequence[str] | None = _loss(
-    "default: validation.tables of the run. --task autoencoder also takes folders or files of videos and images", nargs="+"
+    "tables (default: validation.tables; --task autoencoder: or else data.tables, also folders or files of clips)", nargs="+"
   )
   samples_per_bucket: int | None = _loss("rows per bucket (default: the run's)")
   timesteps: int | None = _loss("number of timesteps, evenly spaced (default: the run's)")
@@ -78,13 +78,17 @@ class Settings(PipelineSettings):
   batch_size: int = _shapes("videos per batch (default: %(default)s)", 20)
 
   model: str | None = _autoencoder("for --autoencoder alone, if the file does not name it: sd-kl-f8...", metavar="NAME")
-  buckets: Sequence[str] | None = _autoencoder("default: the configuration's", nargs="+", metavar="RESOLUTION:FRAMES")
+  buckets: Sequence[str] | None = _autoencoder(
+    "like 144p:17 (default: the configuration's)", nargs="+", metavar="RESOLUTION:FRAMES"
+  )
   frame_interval: int | None = _autoencoder("use every N-th frame (default: the configuration's, or 1)", metavar="N")
   repeat: int = _autoencoder("baseline: an image autoencoder makes every N-th frame, which is repeated", 1, metavar="N")
   perceptual: Sequence[str] | None = _autoencoder(
     "perceptual distance by vgg16-lpips or hed-vgg16 (autoencoders/perceptual.py)", nargs=2, metavar=("TRUNK", "FILE")
   )
-  i3d: str | None = _autoencoder("I3D of stdit_jax.interop.fetch: Frechet video distance, from 16 frames on", metavar="FILE")
+  i3d: str | None = _autoencoder(
+    "I3D of interop.fetch: Frechet video distance, from 16 frames of 16 x 16 pixels on", metavar="FILE"
+  )
   picture: str | None = _autoencoder("writes original, reconstruction and error of one clip per bucket", metavar="FILE.png")
 
 

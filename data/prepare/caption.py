@@ -372,12 +372,12 @@ class ExistingCaptioner:
   def one(self, row: dict, pictures: list[bytes]) -> str | dict[str, Any] | None:
     """The text of a row, a dict of columns, or None. Raises BadVideo for a text file that can't be used."""
     step, source = self.step, row.get("video") or row["path"]
-    if entries := row.get(step.timeline):
+    if step.timeline and (entries := row.get(step.timeline)):
       begin, rate = row.get("start") or 0, row["fps"]
       nearest = min(entries, key=lambda c: abs(c["start"] * rate - begin))
       near = abs(nearest["start"] * rate - begin) <= _NEAR * rate
       return {step.into: nearest["text"], "focus": nearest.get("focus")} if near else None
-    if text := row.get(step.column):
+    if step.column and (text := row.get(step.column)):
       return str(text).strip() or None
     if step.sidecar and paths.exists(file := beside(source, step.sidecar)):
       return _sidecar_text(file)

@@ -188,8 +188,9 @@ def listing(videos: Videos, path: Path) -> None:
   rows = []
   for file, captions in videos.values():
     whole = next((c.text for c in captions[:1] if c.start is None), None)
-    timed = [] if whole else [dataclasses.asdict(c) for c in captions]
-    rows.append({"path": str(file.resolve()), "note": whole, "timeline": timed, "cuts": [c["start"] for c in timed]})
+    timed = None if whole or not captions else [dataclasses.asdict(c) for c in captions]
+    cuts = timed and [c["start"] for c in timed]
+    rows.append({"path": os.path.abspath(file), "note": whole, "timeline": timed, "cuts": cuts})
   entry = pl.List(pl.Struct({"start": pl.Float64, "text": pl.String, "focus": pl.Float64}))
   schema = {"path": pl.String, "note": pl.String, "timeline": entry, "cuts": pl.List(pl.Float64)}
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -234,7 +235,7 @@ def hold_out(table: Path) -> None:
 
 
 def _outcome(made: Chain, videos: Videos) -> tuple[int, int, dict[str, str]]:
-  names = {str(file.resolve()): name for name, (file, _) in videos.items()}
+  names = {os.path.abspath(file): name for name, (file, _) in videos.items()}
   source = pl.coalesce("video", "path").alias("path")
   rows = made.scan("crops").select(source, "crop", "num_frames").collect()
   failed = pl.concat([made.scan("caption").select("path", "error"), made.scan("cut").select(source, "error")])

@@ -318,7 +318,7 @@ def test_existing_captions(tmp_path):
 def test_captions_of_a_list_are_kept(tmp_path):
   """By the config of this project, and if there is no other caption."""
   write_video(tmp_path / "v.mp4", two_scenes(5, 0))
-  (tmp_path / "list.csv").write_text("path,text\nv.mp4,A caption of mine.\n")
+  (tmp_path / "list.csv").write_text(",path,text\n1,v.mp4,A caption of mine.\n")  # pandas writes its index without a name
   local = dict(configs.load(str(REPOSITORY / "configs" / "data" / "local.py"))["caption"])
   for name, settings in (("a", local), ("b", dict(backend="existing", sidecar=".txt"))):
     values = dict(
