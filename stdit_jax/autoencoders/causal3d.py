@@ -1,15 +1,15 @@
 """CogVideoX's 3D causal autoencoder: four frames of 8 x 8 pixels are one latent of 16 channels.
 
 CogVideoX (Yang et al. 2024, arXiv 2408.06072, section 2.1), as `diffusers.AutoencoderKLCogVideoX` 0.42. Convolutions see only
-the past, and the first frame repeats before the clip. Time is halved by means of pairs and doubled by repetition. The first of
-an odd number of frames stays alone in both, so an image is a clip of one frame. Latents scale and shift the norms of the
-decoder.
+the past, and the first frame repeats before the clip. Averaging pairs of frames halves time, and repeating frames doubles it.
+The first of an odd number of frames stays alone in both, so an image is a clip of one frame. Latents scale and shift the norms
+of the decoder.
 
     clip [N,T,H,W,3] in [-1,1] --Encoder--> moments --> mean, logvar [N,T',H/8,W/8,16] --draw--> z --Decoder--> [N,T,H,W,3]
 
 The original encodes 8 frames at a time and decodes 2 latents at a time. Convolutions carry their past from chunk to chunk, but
 norms take their statistics over one chunk. The chunks therefore change the result, and `statistics` chooses between them and
-the whole clip. Whether a clip then runs whole, chunk by chunk or over several devices changes no number.
+the whole clip. For either choice, whole clips, chunks and several devices give the same numbers.
 
 Decoding restores only lengths of 8k and 8k + 1 frames. A clip of 8k + 5 frames, for instance, becomes three frames longer.
 """
@@ -39,7 +39,8 @@ class Causal3DConfig(AutoencoderConfig):
 
   Attributes:
     statistics: of the norms, "chunks" as the original, or "clip": over the whole clip.
-    encode_chunk, decode_chunk: frames, and latents, of a chunk; multiples of what the strides in time pair.
+    encode_chunk: frames per chunk, a multiple of `temporal_compression_ratio`.
+    decode_chunk: latent frames per chunk, an even number (any number for ratio 1).
   """
 
   block_out_channels: tuple[int, ...] = (128, 256, 256, 512)
@@ -76,7 +77,7 @@ class Causal3DConfig(AutoencoderConfig):
     return -(-num_frames // self.temporal_compression_ratio)
 
   def pixel_frames(self, latent_frames: int) -> int:
-    """Frames of the clip that the decoder makes of so many latent frames. The first of an odd number is one frame."""
+    """Frames that the decoder makes of `latent_frames`. If their number is odd, the first becomes one frame."""
     return latent_frames * self.temporal_compression_ratio - latent_frames % 2 * (self.temporal_compression_ratio - 1)
 
   def keeps(self, num_frames: int) -> bool:
@@ -160,7 +161,7 @@ class ResnetBlock(nn.Module):
 
 
 class Sampler(nn.Module):
-  """Halves time (means of pairs) and space (a convolution of each frame), or doubles both by repetition (before it)."""
+  """Halves time (means of pairs) and space (strided convolution), or doubles both by repetition, then a convolution."""
 
   up: bool
   time: bool
@@ -293,9 +294,10 @@ def decode_split(model: nn.Module, variables: dict, latents: AnyArray, *, mesh: 
 
 
 class CausalCodec(Codec):
-  """Pieces are chunks, or whole clips on several devices and with statistics over the clip: then memory grows with the length.
+  """A piece is a chunk. With statistics over the clip, or if several devices split the clip, it is the whole clip.
 
-  A clip is split over the largest divisor of the device count that its frames allow. The remaining devices repeat the work.
+  Memory then grows with its length. A clip is split over the largest divisor of the device count that its frames allow. The
+  remaining devices repeat the work.
   """
 
   uses_micro_batch = False

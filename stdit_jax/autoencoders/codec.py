@@ -4,8 +4,8 @@ A piece is what one call of a program computes: a micro batch of frames, or a ch
 chunk. Memory therefore does not grow with the length of a clip. Pieces of one shape share one compiled program.
 Cutting into pieces changes no value.
 
-If the weights lie whole on all devices of a one-dimensional mesh, every device works: on a piece each, or on a part of a clip
-that is one piece (`frames.over_devices`). This changes no value either. Tiles do change values (tiles.py).
+If the weights lie whole on all devices of a one-dimensional mesh, all devices work. Each device takes one piece, or, if the
+piece is a whole clip, one part of the clip (`frames.over_devices`). This changes no value either. Tiles do (tiles.py).
 """
 
 import collections
@@ -31,7 +31,7 @@ Parts = Iterator[Any]  # arrays or tuples of arrays, on the device
 def jitted(function: Callable) -> jax.stages.Wrapped:
   """The jitted function of a piece. Only weights and arrays are traced."""
   static = [name for name in ("model", "num_frames", "as_uint8", "mesh") if name in inspect.signature(function).parameters]
-  # Programs keep weights that they do not use as arguments, because `memory_beside` subtracts all weights.
+  # Unused weights stay arguments of the program, because `memory_beside` subtracts all weights.
   return jax.jit(function, static_argnames=static, keep_unused=True)
 
 
@@ -41,7 +41,7 @@ def run_jitted(function: Callable, model: Any, *args, **static) -> Any:
 
 
 def shape_of(x: Any, sharding: Any = None) -> jax.ShapeDtypeStruct:
-  """A ShapeDtypeStruct like `x`, with the sharding. It takes the part of `Codec.place` if shapes run instead of arrays."""
+  """A ShapeDtypeStruct like `x`, with the sharding. `Codec.lower` uses it as `place`, since `lower` passes shapes."""
   placed = isinstance(x, jax.ShapeDtypeStruct) and sharding is None
   return x if placed else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
@@ -62,7 +62,7 @@ class Codec:
     run: `(function, model, variables, *arrays, **static) -> arrays`, which runs the function of a piece.
     place: `(array, sharding) -> array`, which lays an array out over devices.
     tiles: how larger frames are cut; None: they are not cut.
-    as_uint8: whether decoded pixels are uint8 or else float32, about [-1, 1], not clipped.
+    as_uint8: True: decoded pixels are uint8. False: they are float32, about [-1, 1], not clipped.
     single_frames: whether each frame is encoded independently.
     uses_micro_batch: whether `micro_batch` matters.
   """
@@ -107,13 +107,15 @@ class Codec:
   def decode(self, latents: Float[np.ndarray, "t h w C"], num_frames: int, done: Callable = lambda frames: None) -> np.ndarray:
     """Normalised latents -> pixels `[num_frames, H, W, 3]`.
 
-    Raises ValueError if a clip of this length has another number of latents, or changes its length.
+    Raises ValueError if the number of latents does not fit `num_frames`, or if the autoencoder changes a clip of this length.
 
     Args:
       done: called with the number of frames that each piece finishes. A tile counts as its share of all frames.
     """
     if not self.config.keeps(num_frames) or self.config.latent_frames(num_frames) != len(latents):
-      raise ValueError(f"{len(latents)} latent frames are not those of a clip of {num_frames} frames")
+      raise ValueError(
+        f"{len(latents)} latent frames do not decode to {num_frames} frames; give the latents of a length that is kept"
+      )
     if self.tiles and self.tiles.cut(latents.shape[1:3]):
       whole = dataclasses.replace(self, tiles=None, as_uint8=False)
       finish = to_uint8 if self.as_uint8 else None
@@ -184,7 +186,7 @@ class Codec:
     return self.run(function, self.model, self.variables, *arrays, **static)
 
   def _frames_at_a_time(self, num_frames):
-    """Frames of a piece over all devices: one number for all pieces of a clip. No device is idle in a short clip."""
+    """Frames of one piece, summed over devices, equal for all pieces of a clip. All devices also work on a short clip."""
     return min(self.micro_batch, -(-num_frames // self.devices)) * self.devices
 
   def _spread(self, array):

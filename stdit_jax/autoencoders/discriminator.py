@@ -5,7 +5,7 @@ video autoencoders: strided convolutions of 4 x 4 pixels, leaky ReLUs of slope 0
 eight. Convolutions see 3 frames and halve time; an image is a clip of one frame. Group normalisation replaces batch
 normalisation, so there is no state and no value depends on the rest of the batch.
 
-Losses: the hinge (Lim and Ye 2017), and the generator's weight of VQGAN (Esser et al. 2021, arXiv 2012.09841, equation 7).
+Losses: hinge loss (Lim and Ye 2017). VQGAN's weight (Esser et al. 2021, arXiv 2012.09841, eq. 7) scales the generator's loss.
 """
 
 import dataclasses

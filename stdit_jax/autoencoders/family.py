@@ -21,10 +21,10 @@ class AutoencoderConfig:
 
   Attributes:
     latent_channels: channels C of the latents.
-    scaling_factor, shift, scale: latents.py. `shift` and `scale` are one number or one per latent channel.
+    scaling_factor, shift, scale: normalisation (latents.py). `shift` and `scale` are one number or one per latent channel.
     in_channels: channels of a frame.
     remat: whether the backward pass stores only the output of a block and recomputes the rest.
-    group: latent frames of a chunk that is encoded independently. After so many, frames are again covered as at the start.
+    group: latent frames of one independently encoded chunk, the period of `frame_starts`. 1 without such chunks.
   """
 
   latent_channels: int
@@ -79,7 +79,7 @@ class Autoencoder:
     config, model, codec: classes of its configurations, linen modules and `codec.Codec`.
     layouts: names of the layouts of its files (interop), the usual one first.
     last_layer: path in the parameters to the decoder's last layer. Its gradients weight the adversarial term.
-    image_autoencoder: the `Autoencoder` in its parameters under "image", or None. The other layers then work on its latents.
+    image_autoencoder: the image `Autoencoder` (parameters "image"), or None. It runs first; other layers take its latents.
   """
 
   kind: str

@@ -31,7 +31,7 @@ def chunk_sizes(frames: int, chunk: int) -> tuple[int, ...]:
 
 
 def in_chunks(function: Callable, x: AnyArray, num_frames: int, chunk: int, length: int) -> Any:
-  """`function(part of x, frames)` of all whole chunks as one batch, and of the shorter last one, joined in time.
+  """Applies `function(part of x, frames)` to all full chunks as one batch, then to the shorter last chunk. Joins the results.
 
   A chunk has `chunk` frames of the clip, which are `length` elements of `x` `[N, T, h, w, C]`.
   """
@@ -51,8 +51,8 @@ class Frames:
   """The place of an array's frames `[N, T, ...]` in their clip, for autoencoders that pair frames (CogVideoX's).
 
   A clip may be split over a mesh (inside `shard_map`). Every device then has the same number of frames. If the clip has an odd
-  number of frames, the array of every device has an extra place in front. Device 0 holds the first frame there. The other
-  devices hold the frame before their own frames there, or values without meaning.
+  number of frames, the array of every device has an extra place in front. Device 0 holds the first frame there. On the other
+  devices this place holds no frame of their own, and no result depends on it.
 
   Attributes:
     count: frames of the whole clip.
@@ -77,12 +77,12 @@ class Frames:
     return (self.count - self.first) // self.devices + self.first
 
   def scaled(self, change: Callable[[int], int]) -> "Frames":
-    """After `change`, which is `half` or `double`."""
+    """The frames after time was halved or doubled (`change` is `half` or `double`)."""
     chunks = None if self.chunks is None else tuple(map(change, self.chunks))
     return dataclasses.replace(self, count=change(self.count), chunks=chunks)
 
   def levels(self, halvings: int, change: Callable[[int], int]) -> "list[Frames]":
-    """The frames of each level of a network that halves or doubles time so often."""
+    """The `Frames` of each level of a network that applies `change` `halvings` times."""
     return list(itertools.accumulate([change] * halvings, Frames.scaled, initial=self))
 
   def membership(self) -> tuple[AnyArray, AnyArray]:
@@ -102,7 +102,7 @@ class Frames:
     return x if self.axis_name is None else jax.lax.psum(x, self.axis_name)
 
   def with_past(self, x: AnyArray, count: int) -> jax.Array:
-    """`x` with its `count` previous frames in front, at most the frames of a device. The first frame repeats before a clip."""
+    """`x` with the `count` previous frames in front (at most a device's own). Copies of the first frame precede a clip."""
     start = jnp.concatenate([jnp.repeat(x[:, :1], count, axis=1), x], axis=1)
     if self.axis_name is None:
       return start
@@ -113,7 +113,7 @@ class Frames:
 
 
 def _divides(frames, level):
-  """Whether the devices can split a level like the clip: equal numbers of frames, at least two, beside a single first one."""
+  """Whether each device gets equally many frames of a level, at least two. A single first frame does not count."""
   rest = level.count - level.first
   return rest % level.devices == 0 and rest >= 2 * level.devices and level.first == frames.first
 

@@ -61,7 +61,7 @@ class ImageKLConfig(AutoencoderConfig):
     return np.arange(num_frames + 1)
 
 
-# Open-Sora multiplies the SDXL latents of 1.2 by 0.18215 as well (SDXL's own factor is 0.13025), and trained in that space.
+# Open-Sora 1.2 loads SDXL's weights but scales with 0.18215, so it needs "sd-kl-f8". "sdxl-kl-f8" has SDXL's own factor.
 TABLE = {
   "sd-kl-f8": ImageKLConfig(),
   "sdxl-kl-f8": ImageKLConfig(scaling_factor=0.13025),

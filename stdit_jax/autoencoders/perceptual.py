@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from stdit_jax import fields
 from stdit_jax.autoencoders.latents import AnyArray
 
-BLOCKS = ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512))  # convolutions 3 x 3 and their channels; a pool between two
+BLOCKS = ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512))  # (number of 3 x 3 convolutions, channels); pools between
 # Numbers of the convolutions in torchvision's `features`, among ReLUs and pools.
 NUMBERS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
 SMALLEST = 16  # pixels of a side: the four pools leave one
@@ -28,7 +28,7 @@ HEADS = pathlib.Path(__file__).with_name("lpips_vgg16.safetensors")
 
 @dataclasses.dataclass(frozen=True)
 class Trunk:
-  """A trunk. Its input is `(x - shift) / scale` of pixels x in [-1, 1], per channel R, G, B."""
+  """Settings of a feature network (trunk). Its input is `(x - shift) / scale` of pixels x in [-1, 1], per channel R, G, B."""
 
   shift: tuple[float, ...]
   scale: tuple[float, ...]

@@ -131,7 +131,7 @@ class Exam:
   def __call__(self, clips: Iterable[np.ndarray], show: int = 0) -> tuple[dict[str, Any], tuple | None]:
     """Clips uint8 `[T, H, W, 3]` of one length -> {measure: value or None}, (original, reconstruction) of one clip.
 
-    `show`: number of this clip; of the last clip if there are fewer.
+    `show`: index of the clip whose frames are returned; the last clip if there are fewer.
     """
     clip_values, features, shown, sizes = [], [], None, np.zeros(2)
     seconds, frames = np.zeros(2), 0

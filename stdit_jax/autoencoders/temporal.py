@@ -42,8 +42,8 @@ class TemporalConfig(AutoencoderConfig):
     temporal_downsample: whether time is halved after each level but the last.
     chunk: frames that are encoded together, 0: the whole clip.
     shortcut: adds two linear maps beside the network, from the frames of a latent to its mean and back. They start as the
-      average and its repetition, so that the network learns the residual (DC-AE, Chen et al. 2024, section 3.2, there without
-      weights). The original has no shortcut and cannot load the weights.
+      average and its repetition, so that the network learns the residual (DC-AE, Chen et al. 2024, section 3.2; DC-AE's
+      shortcut has no parameters). The original has no shortcut, so it cannot load weights trained with one.
   """
 
   image: str = "sd-kl-f8"
@@ -65,7 +65,7 @@ class TemporalConfig(AutoencoderConfig):
     text = f"temporal_downsample needs {halvings} values, one less than channel_multipliers"
     self.require(len(self.temporal_downsample) == halvings, text)
     for multiplier in self.channel_multipliers:
-      text = f"{self.filters} filters times {multiplier} do not divide by num_groups={self.num_groups}"
+      text = f"channels (filters={self.filters} times {multiplier}) must be a multiple of num_groups={self.num_groups}"
       self.require(self.num_groups > 0 and self.filters * multiplier % self.num_groups == 0, text)
     text = f"latent_channels is {self.latent_channels}; those of the image autoencoder {self.image!r} are {channels}"
     self.require(self.latent_channels == channels, text)
@@ -217,7 +217,7 @@ class Temporal(nn.Module):
 
 
 class VideoAutoencoder(nn.Module):
-  """The two together: `model.apply(variables, clip, method="encode")`, `method="decode"`, or both in one call."""
+  """Image and temporal autoencoder: `model.apply(variables, clip, method="encode")`, `method="decode"`, or both in one call."""
 
   config: TemporalConfig
   dtype: jnp.dtype = jnp.float32
@@ -261,7 +261,7 @@ class VideoAutoencoder(nn.Module):
 
 
 def image_latents(model: Any, variables: dict, frames: AnyArray) -> Array:
-  """Frames `[N, H, W, 3]` -> image latents `[N, h, w, C]`, means (the original draws them): a clip always has the same ones."""
+  """Frames `[N, H, W, 3]` -> image latents `[N, h, w, C]`. They are means, always the same; the original draws samples."""
   return model.apply(variables, to_float(frames)[None], method="image_latents")[0]
 
 
@@ -323,7 +323,7 @@ class _Temporal(Autoencoder):
   image_autoencoder = image_kl.FAMILY
 
   def init(self, model, key):
-    """Beside a shortcut, the last layers of the network start at zero."""
+    """If the model has a shortcut, the last layers of encoder and decoder start at zero."""
     variables = super().init(model, key)
     if model.config.shortcut:
       own, same = variables["params"]["temporal"], jnp.eye(model.config.latent_channels)

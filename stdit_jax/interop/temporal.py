@@ -5,7 +5,7 @@ import numpy as np
 from stdit_jax.interop.image_kl import DIFFUSERS
 from stdit_jax.interop.mapping import CheckpointLayout, same_path
 
-# Name in the temporal autoencoder, kind. Our hierarchy is theirs.
+# (name in the original's temporal autoencoder, kind). Our modules are nested as in the original.
 _BLOCK = (("norm1", "norm"), ("norm2", "norm"), ("conv1.conv", "conv3d"), ("conv2.conv", "conv3d"), ("conv3.conv", "conv3d"))
 _TEMPORAL = (
   *(

@@ -39,7 +39,7 @@ def get_layout(layout: LayoutLike) -> CheckpointLayout:
 
 
 def cast(name: str, array: np.ndarray, dtype: DTypeLike | None) -> np.ndarray:
-  """Floats in another float type, other types unchanged. Raises CheckpointError if finite values become infinite."""
+  """Floats in another float type, other types unchanged. Raises CheckpointError if float16 makes finite values infinite."""
   if dtype is None or array.dtype == np.dtype(dtype) or not jnp.issubdtype(array.dtype, jnp.floating):
     return array
   with np.errstate(over="ignore", invalid="ignore"):
@@ -84,7 +84,7 @@ class Source:
     return report
 
   def _needed(self, entry: Entry, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    """None if a tensor of this shape fits, otherwise the shape that would."""
+    """None if a tensor of this shape fits, otherwise the shape that the file needs. Without a config it may be our shape."""
     with contextlib.suppress(CheckpointError):
       needed = mapping.foreign_shape(entry, self.sizes)
       return None if needed == shape else needed
@@ -108,15 +108,16 @@ class Source:
     Args:
       strict: every tensor must fit. Otherwise one is enough.
       unexpected: with `strict`, refuse tensors that the model does not have.
-      numbers: with `strict`, computed buffers of the file must equal those of the config.
+      numbers: with `strict`, computed buffers in the file must equal the buffers computed from the config.
     Raises:
       CheckpointError: the file does not fit; the message is the whole report.
     """
     report, path = self.report, self.checkpoint.path
     if len(report.missing) == report.expected:
       raise CheckpointError(
-        f"{path} is no file of this model (layout {self.layout.name}): it has none of its {report.expected} "
-        f"tensors, the first of which is {report.missing[0]!r}, but {len(self.shapes)} like {next(iter(self.shapes), 'none')!r}"
+        f"{path} does not fit this model (layout {self.layout.name}). The model needs {report.expected} tensors such as "
+        f"{report.missing[0]!r}; the file has {len(self.shapes)} such as {next(iter(self.shapes), 'none')!r}. "
+        "Give another layout or model."
       )
     nothing = len(report.missing) + len(report.mis_shaped) == report.expected
     if nothing or (strict and (report.missing or report.mis_shaped or (unexpected and report.unexpected))):
@@ -127,7 +128,7 @@ class Source:
       if np.abs(stored - self.buffers[name]).max() > 1e-2:
         values = f" ({', '.join(f'{x:.4g}' for x in stored.flat)})" if stored.size <= 16 else ""
         raise CheckpointError(
-          f"{self.checkpoint.path}: {name!r} was made with other numbers{values} than the config's. Give the model the same "
+          f"{self.checkpoint.path}: {name!r}{values} differs from the buffer that the config gives. Give the model the same "
           f"numbers (fields.{name} of a configuration, --config of python -m stdit_jax.convert)."
         )
 
@@ -135,7 +136,7 @@ class Source:
 def open_source(
   path: paths.Path, layouts: LayoutLike | Sequence[LayoutLike], tree: Any, config: Any = None, allow_non_finite: bool = False
 ) -> Source:
-  """The checkpoint through a layout. Of several layouts the one that fits best is chosen."""
+  """Opens a checkpoint with a layout. Of several layouts, chooses the one with the fewest differences."""
   several = (layouts,) if isinstance(layouts, LayoutLike) else layouts
   sources = [Source(path, get_layout(layout), tree, config, allow_non_finite) for layout in several]
   return min(sources, key=lambda s: len(s.report.missing) + len(s.report.mis_shaped) + 1e-6 * len(s.report.unexpected))
@@ -157,8 +158,8 @@ def load_variables(
   Args:
     path: file, index or folder.
     layout: the layout of the file, or several of which the best one is chosen.
-    target: tree of jax.ShapeDtypeStruct (our stacked shapes), or of initialised arrays. A non-strict load keeps initial
-      arrays that the file has no tensor for.
+    target: tree of jax.ShapeDtypeStruct (our stacked shapes), or of initialised arrays. A non-strict load keeps the initial
+      array of each parameter that the file lacks.
     config: the config of the model. It tells the sides of a patch and the values of computed buffers.
     strict: raise unless names and shapes agree exactly. A non-strict load loads what fits, like Open-Sora's `ckpt_utils`:
       it repeats the last row of a null caption that is too short, cuts one that is too long, skips the layout's
@@ -270,8 +271,8 @@ def _contents(
   """The tensors of a file.
 
   Args:
-    dtype: of all floating-point tensors, None for `stored`.
-    stored, read: entry -> dtype; entry -> array in our layout.
+    dtype: of all floating-point tensors; None: each has its `stored` dtype.
+    stored, read: functions of an entry that return its dtype, and its array in our layout.
     computed_dtype: of the computed buffers if `dtype` is None.
   """
   sizes, computed = _of_config(layout, config)

@@ -59,7 +59,7 @@ class Family:
     flops: `(config, frames, space) -> FLOPs` of one forward pass over one sample of `frames * space` tokens.
     layouts: checkpoint layouts of its files, the usual one first: names (`interop.weights.LAYOUTS`) or objects.
     stacks: parameters whose leading axis is the depth.
-    resizable: constants whose first axis may have another length in the next stage. A longer axis repeats the last row.
+    resizable: constants whose first axis may change between training stages. If it grows, the last row repeats.
     supports: see `Supports`.
   """
 

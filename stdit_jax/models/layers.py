@@ -23,7 +23,7 @@ MAX_PERIOD = 10000.0
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 COMPUTE_DTYPES = ("float32", "bfloat16")  # for training; float16 would need a scaled loss
-# Axes of tokens `[B, T, S, D]` during attention over space, and over time. The mesh may split the other one of the two axes.
+# Axes of tokens `[B, T, S, D]` in attention over space, and over time. The mesh may split "tokens", the axis without attention.
 OVER_SPACE, OVER_TIME = ("batch", "tokens", None, None), ("batch", None, "tokens", None)
 
 
@@ -48,7 +48,7 @@ class Linear(nn.Module):
 
   Attributes:
     inputs: sizes of the axes that the product sums over; by default the last axis of the input.
-    axes: names (of `Layout.axes`) of the first dimensions of the input. The mesh does not split the dimensions after them.
+    axes: names (of `Layout.axes`) of the first dimensions of the input. The mesh splits later ones only if `tensor` says so.
     tensor: the axis of the kernel that the mesh axis `tensor` splits. Zeros pad heads up to a multiple of its size. The output
       then has more heads than `features`, and the next layer accepts more heads than its `inputs`.
   """
@@ -170,7 +170,7 @@ def apply_rope(
 ) -> Float[Array, "*lead time heads head_dim"]:
   """Rotates adjacent pairs of channels of `x [..., time, heads, head_dim]` by time * frequency, in float32.
 
-  The interleaved layout of rotary_embedding_torch 0.5: pair j is channels (2j, 2j + 1).
+  Pair j is channels (2j, 2j + 1), the interleaved layout of rotary_embedding_torch 0.5.
   """
   time, _, head_dim = x.shape[-3:]
   angles = jnp.arange(time, dtype=jnp.float32)[:, None] * frequencies.astype(jnp.float32)

@@ -65,7 +65,7 @@ def run_layers(layer: Callable, x: jax.Array, stacked: Any, scan: bool, policy: 
 
 
 def stacked_params(module: nn.Module, blocks: Mapping[str, nn.Module], depth: int, *inputs) -> dict:
-  """Declares the parameters `[depth, ...]` of each block of a layer in `module`. `inputs` are example inputs of a block."""
+  """The parameters `[depth, ...]` of `blocks`, declared in `module` if they do not exist. `inputs` are examples for a block."""
 
   def init(block):
     return lambda key: jax.vmap(lambda k: block.init(k, *inputs)["params"])(jax.random.split(key, depth))
@@ -88,7 +88,7 @@ def run_blocks(
   """Tokens `[B, T, S, D]` through the layers of a denoiser.
 
   Args:
-    module: the denoiser, with `config` and `layout`; inside its compact method.
+    module: the denoiser; it has `config` and `layout`. Its compact method must make the call.
     blocks: {name of its parameters: block}, the blocks of one layer in order, called as `block(x, conditions, layer number)`.
     rules: sharding rules of the parameters.
     reuse: `step_cache.Reuse`, or None.

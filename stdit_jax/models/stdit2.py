@@ -33,7 +33,7 @@ class STDiT2Config(common.STDiTConfig):
   def __post_init__(self):
     super().__post_init__()
     if self.hidden_size % 3:
-      raise ValueError(f"STDiT2Config: hidden_size {self.hidden_size} does not divide by 3 (size and aspect embedders)")
+      raise ValueError(f"STDiT2Config: hidden_size is {self.hidden_size}; allowed: multiples of 3 (size and aspect embedders)")
 
 
 class Block(common.Block):
@@ -62,7 +62,7 @@ class Block(common.Block):
 class STDiT2(common.STDiT):
   """The denoiser; inputs and output as models/family.py says.
 
-  `sizes` may have `aspect_ratio` `[B]`, by default height / width (1.1 trained with width / height).
+  `sizes` may have `aspect_ratio` `[B]`. The default is height / width, as 1.1 samples; 1.1 trained with width / height.
   """
 
   config: STDiT2Config
@@ -103,7 +103,7 @@ class STDiT2(common.STDiT):
     return self.finish(x, frames, cached, reuse)
 
   def embed_sizes(self, sizes: Sizes) -> tuple[Embedding, Embedding]:
-    """-> embeddings `[B, D]`: of height, width and aspect ratio for the spatial branch, of frames and fps for the temporal."""
+    """Two embeddings `[B, D]`: size and aspect ratio for the spatial branch, frames and fps for the temporal branch."""
     height, width, third = sizes["height"], sizes["width"], self.config.hidden_size // 3
     aspect_ratio = sizes.get("aspect_ratio", height / width)
     embed_size, embed_aspect = self.scalar_embedder("size_embed", third), self.scalar_embedder("aspect_embed", third)

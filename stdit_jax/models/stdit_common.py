@@ -1,4 +1,4 @@
-"""What the three STDiTs share: configuration, embeddings, modulation, the final layer, and fields of `family.Family`."""
+"""Parts that the three STDiTs share: configuration, embeddings, modulation, final layer, values of some `Family` fields."""
 
 import dataclasses
 import math
@@ -68,16 +68,16 @@ class STDiTConfig:
 
   def __post_init__(self):
     name = type(self).__name__
-    for divisor, why in ((self.num_heads, "num_heads"), (4, "4 (position embedding)")):
+    for divisor, why in ((self.num_heads, f"num_heads={self.num_heads}"), (4, "4 (position embedding)")):
       if self.hidden_size % divisor:
-        raise ValueError(f"{name}: hidden_size {self.hidden_size} does not divide by {why}")
+        raise ValueError(f"{name}: hidden_size is {self.hidden_size}; allowed: multiples of {why}")
     if self.head_dim % 2:
       raise ValueError(f"{name}: hidden_size / num_heads is {self.head_dim}, but rotary embedding needs an even number")
     fields.check_choices(
       self, name, dtype=layers.COMPUTE_DTYPES, remat=REMAT_POLICIES, attention=IMPLEMENTATIONS, compat=COMPAT
     )
     if self.patch_size[0] != 1:
-      raise ValueError(f"{name}: patch_size {self.patch_size}: patches of one latent frame only, as in all released models")
+      raise ValueError(f"{name}: patch_size is {self.patch_size}; the first number must be 1, as in all released models")
 
   @property
   def head_dim(self) -> int:
@@ -93,7 +93,7 @@ class STDiTConfig:
 
   @property
   def kinds(self) -> dict[str, dict]:
-    """{name of a block of a layer: {kind of attention: how its output lies on a mesh}}."""
+    """{parameter name of a block: {kind of attention: axes of its output}}, for the blocks of one layer."""
     return {"blocks": {"space": OVER_SPACE, "time": OVER_TIME, "cross": OVER_TIME}}
 
 
@@ -114,7 +114,7 @@ class Conditions(NamedTuple):
 
 
 class Part(nn.Module):
-  """A denoiser or a part of it. `how` holds the dtype and the layout of its layers."""
+  """A denoiser or a part of it. `how` holds the keyword arguments (dtype, layout) that all of its layers take."""
 
   config: STDiTConfig
   layout: Layout | None = None
@@ -125,7 +125,7 @@ class Part(nn.Module):
 
 
 class Block(Part):
-  """Parts of the blocks of all models, `(tokens, Conditions, number of the layer, call for attention) -> tokens`."""
+  """Base class of all blocks, `(tokens, Conditions, layer number, call) -> tokens`. `call` runs or reuses an attention."""
 
   def self_attention(self, axis: str, name: str = "attention", **options) -> layers.SelfAttention:
     cfg = self.config
@@ -166,16 +166,16 @@ class STDiT(Part):
   """Parts of all models; every model has its own `__call__`."""
 
   def pad_frames(self, tokens: Tokens, valid: Valid | None, x_mask: FrameMask | None) -> tuple:
-    """Zeroes padding, and adds frames of padding if the layout splits tokens and the frames do not divide.
+    """Zeroes padding. If the layout splits tokens, pads frames to a multiple of the number of devices that split them.
 
-    Returns (tokens, token_valid `[B, T, S]` or None, x_mask). Raises ValueError if the tokens of a frame do not divide.
+    Returns (tokens, token_valid `[B, T, S]` or None, x_mask). Raises ValueError if the tokens of a frame are no such multiple.
     """
     token_valid = None
     if valid is not None:
       tokens, token_valid = jnp.where(valid, tokens, 0), valid.any(-1)
     parts = 1 if self.layout is None else self.layout.token_parts
     if tokens.shape[2] % parts:
-      raise ValueError(f"{tokens.shape[2]} tokens per frame do not divide by the {parts} devices of mesh axis 'sequence'")
+      raise ValueError(f"{tokens.shape[2]} tokens per frame; mesh axis 'sequence' allows multiples of its {parts} devices")
     if tokens.shape[1] % parts:
       token_valid = jnp.ones(tokens.shape[:3], bool) if token_valid is None else token_valid
       tokens, token_valid, x_mask = jax.tree.map(lambda x: layers.pad(x, 1, parts), (tokens, token_valid, x_mask))
@@ -217,7 +217,7 @@ class STDiT(Part):
     return self.variable("constants", "rope_frequencies", jnp.asarray, frequencies).value
 
   def modulation_vectors(self, name: str, rows: int, embeddings: Sequence, init: Init = None) -> list:
-    """SiLU, then a linear layer: `[B, D] -> [B, rows * D]` for each embedding, the noised and the clean one or None."""
+    """SiLU and a linear layer, `[B, D] -> [B, rows * D]`, of (noised, clean) embeddings. The clean one may be None."""
     linear = Linear((rows * self.config.hidden_size,), kernel_init=init, name=name, **self.how)
     return [None if e is None else linear(nn.silu(e)) for e in embeddings]
 
@@ -231,7 +231,7 @@ class STDiT(Part):
     return x, jax.tree.map(lambda spec, array: constrain(array, self.layout, *spec.axes), specs, cached)
 
   def cache_specs(self, cache: step_cache.Cache, batch: int, frames: int, space: int) -> dict:
-    """The arrays that calls on `[batch, frames, space]` tokens cache for the next call, as a tree of `ArraySpec`."""
+    """Specs (`ArraySpec`) of the cache arrays for model calls on tokens `[batch, frames, space, P]`."""
     cfg, dtype = self.config, DTYPES[self.config.dtype]
     frames += -frames % (1 if self.layout is None else self.layout.token_parts)
     shape = batch, frames, space, cfg.hidden_size
@@ -247,8 +247,8 @@ def embed_positions(
 ) -> Float[Array, "B S D"]:
   """Embedding of the row and the column of every token: the first half of the channels encodes the column, the second the row.
 
-  Open-Sora 1.1 and 1.2, `PositionEmbedding2D`: index / scale * base / side with base = round(sqrt(rows * columns)) (half to
-  even), so that every grid spans about the same range. Nothing reads the embedding of tokens past the sample's own grid.
+  Positions are index / scale * base / side, with base = round(sqrt(rows * columns)), half to even (`PositionEmbedding2D` of
+  Open-Sora). Every grid then spans about the same range. Nothing reads the embedding of tokens past the sample's own grid.
   `base=False` leaves out the factor base / side (STDiT 1.0). `grid` is the token grid (T, rows, columns) of every sample.
   """
   rows, columns = (grid[:, i, None].astype(jnp.float32) for i in (1, 2))
@@ -272,7 +272,7 @@ class FinalLayer(Part):
     out = modulate(layer_norm(x), *(table[i] + noised[:, None, None] for i in (0, 1)))
     if x_mask is not None and clean is not None:
       # as Open-Sora 1.1 and 1.2: the clean branch starts from the already modulated tensor, so norm and modulation act
-      # twice. Neither loss nor sampler reads these frames; parity of masked outputs needs it.
+      # twice. Loss and sampler ignore clean frames. Only the comparison with the original's masked outputs needs this step.
       twice = modulate(layer_norm(out), *(table[i] + clean[:, None, None] for i in (0, 1)))
       out = jnp.where(x_mask[:, :, None, None], out, twice)
     features = (self.config.patch_positions * self.config.out_channels,)
@@ -289,7 +289,7 @@ def cond(config: Any, rows: int) -> dict:
 
 
 def null(config: Any, constants: dict, cond: Cond) -> dict:
-  """`Family.null`: the null caption, cut to the length of the text. It keeps the caption's mask, as in the originals."""
+  """`Family.null`: the null caption, cut to the length of the text. The mask stays the caption's, as in the originals."""
   text = cond["text"]
   null_text = constants["null_caption"][: text.shape[1]].astype(text.dtype)
   return {**cond, "text": jnp.broadcast_to(null_text, text.shape)}

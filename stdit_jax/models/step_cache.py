@@ -52,8 +52,8 @@ class ResidualCache:
   """A step skips all layers but the first if the residual of the first layer changed little since the last full step.
 
   Attributes:
-    threshold: the step skips the other layers if the change is smaller: the mean absolute change of the residual, relative to
-      its mean absolute value. The sample that changed most decides for its batch.
+    threshold: limit of the mean absolute change of the residual, relative to its mean absolute value. Below the limit, the
+      step skips the other layers. The sample that changed most decides for its batch.
   """
 
   threshold: float = 0.1
@@ -102,7 +102,7 @@ Call = Callable[..., Any]  # (kind of attention, module, *inputs) -> output: `co
 
 
 def compute(kind: str, function: Callable, *inputs) -> Any:
-  """`function(*inputs)`: a block calls its attention in this way if no cache is used."""
+  """`function(*inputs)`: the `call` of a block by default, without a cache of attention outputs."""
   return function(*inputs)
 
 
@@ -121,9 +121,10 @@ class CachedCalls:
 
 
 def residual_layers(layers: Callable, x: ArrayLike, first_layer: Callable, cached: Mapping, threshold: float) -> tuple:
-  """`x` through the first layer, and through the others unless the residual of the first is near the cached one.
-  `cached` has the residuals of the last full step, "first" of the first layer and "others" of the others, and "computed", the
-  number of full steps. Returns (x, cached for the next step).
+  """Runs the first layer. Runs the others only if the first layer's residual changed by `threshold` or more.
+
+  `cached` holds the last full step's residuals, "first" (first layer) and "others" (all other layers), and "computed" (number
+  of full steps). Returns (x, cached for the next step).
   """
   y = first_layer(x)
   added = (y - x).astype(jnp.float32)

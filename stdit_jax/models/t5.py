@@ -154,7 +154,7 @@ class Block(nn.Module):
 def relative_buckets(distance: Int[ArrayLike, "*shape"], num_buckets: int, max_distance: int) -> Int[Array, "*shape"]:
   """The bucket of every distance (key position - query position).
 
-  Half of the buckets are for keys behind the query. In each direction the first half of the buckets holds one distance each: 0,
+  Half of the buckets are for keys after the query. In each direction the first half of the buckets holds one distance each: 0,
   1, 2, ... The sizes of the others grow by a constant factor up to `max_distance`. Larger distances share the last bucket.
   """
   half = num_buckets // 2
@@ -172,15 +172,15 @@ def relative_bias(
 ) -> Float[Array, "heads {length} {length}"]:
   """The float32 bias (head, query, key) of a table of position biases.
 
-  Each distance has one value on a whole diagonal, so the function repeats and reshapes the values. A gather of length^2 rows
-  would have a scatter as its gradient, and scatters are slow on accelerators.
+  All positions of a diagonal share one value per head, so the function repeats and reshapes the values. A gather of length^2
+  rows would have a scatter as its gradient, and scatters are slow on accelerators.
   """
   num_buckets, heads = table.shape
   buckets = relative_buckets(jnp.arange(1 - length, length), num_buckets, max_distance)
   values = jnp.einsum(
     "nb,bh->hn", jax.nn.one_hot(buckets, num_buckets), table.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
   )
-  # Rows of 2L values, read with a period of 2L - 1, shift row q by q to the right.
+  # Repeats 2L values and cuts the result into rows of 2L - 1. Each row then starts one value earlier than the previous row.
   rows = jnp.tile(jnp.pad(values, ((0, 0), (0, 1))), (1, length))[:, : length * (2 * length - 1)]
   return rows.reshape(heads, length, 2 * length - 1)[:, :, length - 1 :]
 

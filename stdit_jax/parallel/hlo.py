@@ -1,4 +1,4 @@
-"""Bytes that a compiled program moves by each kind of collective and by memory, read from its text (HLO).
+"""Counts bytes from the text (HLO) of a compiled program: sent by each kind of collective, read and written in memory.
 
 The body of a loop counts as often as it runs; XLA's own cost analysis counts it once. Sizes are those of one device.
 """
@@ -42,7 +42,7 @@ def shape_bytes(text: str, main_memory: bool = False) -> int:
 
 
 def computations(text: str) -> tuple[dict[str, list[tuple[str, str, str, str]]], str | None]:
-  """({name: [(instruction, result type, opcode, rest of the line)]} of a module, name of its entry)"""
+  """Computations of HLO text: ({computation: [(instruction, result type, opcode, rest of the line)]}, name of the entry)."""
   found, entry, current = {}, None, None
   for line in text.splitlines():
     header = re.match(r"^(ENTRY )?%?([\w.\-]+) .*\{\s*$", line) if not line.startswith(" ") else None
@@ -112,7 +112,7 @@ def _instructions(text):
 
 
 def collectives(text: str) -> list[Collective]:
-  """The collectives of a module that stay within a slice. `text` is its HLO."""
+  """The collectives in HLO text. Traffic between TPU slices is not among them (`slice_bytes`)."""
   result, seen = [], set()
   for name, times, types, kind, opcode, rest in _instructions(text):
     if not (base := _kind(opcode)):
@@ -189,7 +189,7 @@ def _uses(found, body, name):
   total = 0
   for user, kind, opcode, rest in body:
     for i, operand in enumerate(_operands(rest)):
-      if operand != name or opcode == "parameter" or (opcode == "dynamic-update-slice" and i == 0):  # that is in place
+      if operand != name or opcode == "parameter" or (opcode == "dynamic-update-slice" and i == 0):  # in place: not read
         continue
       if opcode in ("dynamic-slice", "slice"):
         total += shape_bytes(kind)

@@ -1,4 +1,4 @@
-"""The device mesh. Four axes, within a slice and over slices:
+"""The device mesh. It has four axes. Each may run within a TPU slice, over several slices, or both.
 
 data      batch
 fsdp      batch; splits parameters, their average and the optimizer state
@@ -20,7 +20,7 @@ def mesh_sizes(sizes: dict[str, int], num_devices: int, name: str = "mesh", of: 
   """Sizes of all axes, with one size of -1 completed so that the product is `num_devices`.
 
   Raises:
-    ValueError: sizes that do not make the devices, naming sizes that do.
+    ValueError: the product of the sizes is not the number of devices. The message names sizes that work.
   """
   if unknown := sorted(set(sizes) - set(AXES)):
     raise ValueError(f"{name}: unknown axis {unknown[0]!r}; allowed: {', '.join(AXES)}")
@@ -49,10 +49,10 @@ def make_mesh(sizes: dict[str, int], devices: list | None = None, slices: dict[s
     slices: {axis: slices along it}, by default all along `data`.
 
   Raises:
-    ValueError: sizes that do not make the devices, naming sizes that do.
+    ValueError: the product of the sizes is not the number of devices. The message names sizes that work.
   """
   devices = jax.devices() if devices is None else devices
-  # Only the data-centre network joins the slices of TPUs.
+  # TPU slices communicate only over the slow data-centre network, so the mesh must know the slice of each device.
   num_slices = len({getattr(d, "slice_index", 0) for d in devices}) if devices[0].platform == "tpu" else 1
   over = mesh_sizes(slices or {"data": -1}, num_slices, "slices", "slices")
   within = mesh_sizes(sizes, len(devices) // num_slices)

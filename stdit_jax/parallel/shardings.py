@@ -28,7 +28,7 @@ def _parts(mesh, axes):
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """How one program lays activations over the mesh. Parameters lie the same in all programs.
+  """How one program lays activations over the mesh. All programs have the same parameter shardings.
 
   With `split_tokens`, each device computes whole attentions, and XLA moves tokens between devices by all-to-all:
 
@@ -37,7 +37,7 @@ class Layout:
 
   Attributes:
     mesh: of `mesh.make_mesh`.
-    split_tokens: the `sequence` axis splits tokens (long clips); False: it is more batch (short clips).
+    split_tokens: True: the `sequence` axis splits tokens (long clips). False: it also splits the batch (short clips).
     cudnn: a function to call instead of `attention.cudnn_kernel`, to compile programs on a machine without cuDNN.
   """
 
@@ -79,7 +79,7 @@ class Layout:
 
   @property
   def token_parts(self) -> int:
-    """Parts of tokens or frames. Their number is padded to a multiple."""
+    """Number of parts into which tokens or frames are split. Both are padded to a multiple of it."""
     return self.parts("tokens")
 
 
@@ -93,7 +93,7 @@ class ArraySpec:
 
   @property
   def struct(self) -> jax.ShapeDtypeStruct:
-    """The same for JAX, without a sharding."""
+    """Shape and dtype as a ShapeDtypeStruct, without a sharding."""
     return jax.ShapeDtypeStruct(self.shape, self.dtype)
 
 
@@ -151,8 +151,8 @@ def path_name(path: tuple) -> str:
   return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-# A rule: regular expression searched in the path, mesh axes of the dimensions from the first, and perhaps the mesh axes to take
-# if those do not divide. Every model file has its rules; these are for blocks as in layers.py and t5.py.
+# A rule is a pattern for the path, a PartitionSpec, and optionally a second one for shapes that the first does not divide.
+# Every model file has its rules; these are for blocks as in layers.py and t5.py.
 # Stacked blocks carry the depth in front. `fsdp` splits every large matrix along the rows, the feature side of its input, which
 # is a multiple of 16 in all published sizes. A TPU scatters a bfloat16 gradient only in whole tiles of 16 rows or 128 columns.
 # Otherwise it sums the gradient on all devices, at twice the bytes. Width 1152 makes whole tiles with fsdp=8, but not with 16.

@@ -180,7 +180,7 @@ def test_latent_frames_cover_the_clip(name):
 
 def test_decode_refuses_changed_lengths():
   model = causal3d.build(CONFIGS["CogVideoX"])
-  with pytest.raises(ValueError, match="3 latent frames are not those of a clip of 12 frames"):
+  with pytest.raises(ValueError, match="3 latent frames do not decode to 12 frames"):
     make_codec(model, {}).decode(np.zeros((3, 2, 2, 4), np.float32), 12)
 
 

@@ -74,7 +74,7 @@ def test_config_replaces_shift_and_scale_of_a_video_autoencoder(tmp_path, capsys
   assert run(capsys, "--check", "--input", second)[0] == 0
   code, _, error = run(capsys, "--check", "--input", second, "--config", json.dumps({"shift": 0.0}))
   assert code == 2
-  assert "'shift' was made with other numbers (1, 2, 3, 4.5) than the config's" in error
+  assert "'shift' (1, 2, 3, 4.5) differs from the buffer that the config gives" in error
   code, _, error = run(capsys, "--input", second, "--output", tmp_path / "x.safetensors", "--config", '{"filters": 16}')
   assert code == 2
   assert "doesn't fit the model" in error

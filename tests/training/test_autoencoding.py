@@ -343,7 +343,7 @@ def test_weights_load_from_every_layout_with_another_shift(assets, tmp_path, lay
   own = base.get_config().autoencoder
   own.update(name="tiny-temporal", weights=path)
   if layout == "open-sora-vae":  # ours has no place for them
-    with pytest.raises(CheckpointError, match=r"'shift' was made with other numbers \(1, 2, 3, 4\) than .*fields\.shift"):
+    with pytest.raises(CheckpointError, match=r"'shift' \(1, 2, 3, 4\) differs from .*fields\.shift"):
       load_codec(own)
   own.fields = {"shift": (1.0, 2.0, 3.0, 4.0)}
   jax.tree.map(np.testing.assert_array_equal, load_codec(own).variables, variables)
