@@ -13,7 +13,7 @@ if TYPE_CHECKING:
   from jax import Array as ArrayLike
 
   Cond = Mapping[str, Any]
-else:  # functions also accept NumPy arrays and Python scalars, models also a text mask of None
+else:  # functions also accept NumPy arrays and Python scalars. Models also accept None as the text mask
   from jax.typing import ArrayLike
 
   Cond = Mapping[str, Shaped[ArrayLike, "B ..."] | None]

@@ -1,4 +1,4 @@
-"""What the entry points share: configuration files, one line per error, processes, compiled programs, memory."""
+"""Shared by the entry points: reads configurations, prints errors as one line, connects processes, sets caches and malloc."""
 
 import argparse
 import ast
@@ -30,7 +30,7 @@ def one_line_errors(kinds: tuple[type[Exception], ...] = (ValueError, OSError)) 
   try:
     yield
   except (*kinds, RuntimeError) as error:
-    memory = isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)  # of JAX
+    memory = isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)  # how JAX reports it
     if os.environ.get("STDIT_JAX_TRACEBACK") or not (memory or isinstance(error, kinds)):
       raise
     text = " ".join(str(error).split()) if not isinstance(error, ValueError) else str(error)
@@ -127,7 +127,7 @@ def _change(config: ml_collections.ConfigDict, argument: str) -> None:
     if key not in group:
       near = difflib.get_close_matches(key, group, 1)
       hint = f"did you mean {'.'.join((*keys[:i], near[0]))!r}?" if near else "configs/base.py has all keys."
-      hint += " --config changes a key of model.fields or other `fields` only if the file sets it"
+      hint += " --config.KEY=VALUE replaces an entry of `fields` only if the file sets this entry"
       raise ValueError(f"{argument}: there is no key {'.'.join(keys[: i + 1])!r}; {hint}")
     parent, group = group, group[key]
   if not equals:
@@ -153,7 +153,7 @@ def _value(text: str, default: Any) -> Any:
   try:
     value = _BOOLEANS[text.lower()] if kind is bool else ast.literal_eval(text)
   except (KeyError, ValueError, SyntaxError):
-    if kind in (tuple, list) and set(text) & set(", "):  # not one text, but a tuple with a typing error
+    if kind in (tuple, list) and set(text) & set(", "):  # a tuple with a typo, not one string
       raise ValueError(text) from None
     value = text
   if kind is ml_collections.ConfigDict and isinstance(value, dict):
@@ -239,9 +239,9 @@ def use_compilation_cache(folder: str | None = None) -> None:
 def keep_freed_memory() -> None:
   """On a CPU, lets the C library keep freed memory. Call it before the first use of a device.
 
-  XLA's CPU client allocates its work space in every execution. When XLA frees such a large block, glibc returns it to the
-  kernel, so every step would touch hundreds of thousands of new pages. Asynchronous dispatch is off because glibc maps
-  large blocks for any thread but the main thread. Measured with tests/benchmarks/denoiser.py (a training step): 4.8 s and
+  XLA's CPU client allocates its work space in every execution. glibc returns a freed large block to the kernel, so every step
+  would touch hundreds of thousands of new pages. In other threads than the main thread glibc always maps large blocks. So
+  this function also turns asynchronous dispatch off. Measured with tests/benchmarks/denoiser.py (a training step): 4.8 s and
   433 000 page faults without these settings, 4.3 s and no page faults with them.
   """
   import jax

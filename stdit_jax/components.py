@@ -92,8 +92,8 @@ class Components:
 
 
 def need_file(path: str | None, key: str) -> str:
-  """Returns `path` itself, the value of the key `key`. Raises ValueError if it is empty or no such file exists."""
-  module = "interop.fetch makes one of hed-vgg16" if key.startswith("autoencoder.perceptual") else "convert"
+  """Returns `path`. Raises ValueError, which names the key `key`, if `path` is empty or does not exist."""
+  module = "interop.fetch hed-vgg16" if key.startswith("autoencoder.perceptual") else "convert"
   how = f"give a safetensors file or a folder of them (python -m stdit_jax.{module})"
   if not path:
     raise ValueError(f"config: {key} is empty; {how}")
@@ -108,7 +108,7 @@ def local_devices_mesh() -> Mesh | None:
 
 
 def codec_of_shapes(config: Autoencoder, mesh: Mesh | None = None) -> Codec:
-  """The `Codec` of the group `autoencoder` with shapes as weights, replicated over `mesh`, or on one device."""
+  """The `Codec` of the group `autoencoder` with shapes as weights, to estimate memory. Replicated over `mesh` if given."""
   model = autoencoder_model(config)
   shapes = with_shardings(family_of(model.config).init_shapes(model.config), mesh, REPLICATED)
   return make_codec(model, shapes, config.micro_batch)

@@ -57,7 +57,7 @@ Resume = Annotated[str, ("'auto', 'required', or a step such as '1200'", re.comp
 
 @dataclasses.dataclass(frozen=True)
 class Named:
-  """A part that is chosen by name, and the fields that differ from the named one."""
+  """A part chosen by name, and the fields that replace the defaults of this name."""
 
   name: str
   fields: Fields

@@ -35,7 +35,7 @@ EPILOG = """layouts:
   cogvideox-vae  AutoencoderKLCogVideoX of diffusers
   t5             T5EncoderModel of Hugging Face (v1.1; t5-v1.0 is the older model)
   native         our own names, one tensor per layer
---check without --input compares the model's names and shapes with the key table of the real size. With --input it reports
+--check without --input compares names and shapes of the model with the original's key table. With --input it reports
 how the file differs from the model. It also proves that import and export reproduce the file bit for bit.
 The command never opens pickles (.pt, .pth, .bin, .ckpt). For a pickle it prints the Python lines that convert it."""
 
@@ -55,7 +55,7 @@ class Settings:
   input: str = flag("safetensors file, its index, a folder with one of them, or a training run", "", metavar="PATH")
   output: str = flag("NAME.safetensors, or a folder", "", metavar="PATH")
   source: str = flag("layout of the input (default: detected)", "auto", "--from", metavar="LAYOUT")
-  target: str = flag("layout of the output (default: native; the original's for native input)", "", "--to", metavar="LAYOUT")
+  target: str = flag("layout of the output (default: native; for native input the original one)", "", "--to", metavar="LAYOUT")
   model: str = flag("named model, like STDiT3-XL/2 (default: the model that the input names)", "", metavar="NAME")
   config: str = flag("fields that differ from the named model: a JSON object, or a file with one", "", metavar="JSON")
   dtype: str = flag("type of all floating-point tensors in the output (default: unchanged)", "", choices=tuple(DTYPES))
@@ -136,7 +136,7 @@ def convert_file(settings: Settings, place: str, options: dict[str, Any]) -> tup
   """Converts safetensors and writes them to `place`. Returns (report, written files)."""
   metadata = open_checkpoint(settings.input).metadata
   name, model = find_model(settings, metadata)
-  # Shift, scale, ... of the input are those of the model in its metadata. --config may change these numbers for the output.
+  # The input's metadata gives the shift and scale of its latents. --config may set others for the output.
   said, own = models.described(metadata, settings.input)
   source = open_source(settings, model, models.find_model(said, own).config if said and not settings.model else None)
   target = model.layout(settings.target or "native") if settings.target or source.layout.name != "native" else model.layouts[0]

@@ -10,8 +10,8 @@ one, and prints a warning.
 Stop the command at any time. The same command continues with the missing shards, on any number of processes and devices. A
 shard is complete or does not exist. A later command with more epochs or another stage adds what is missing.
 
-Several processes share the work and write into one folder. They are connected (`cli.connect_processes`), or --shard numbers
-them. A row that can't be decoded is written with the reason, and training masks it out. Each `part-*` in the output is a TFDS
+Several processes share the work and write into one folder. Connect them as for training, or number them with --shard I/N.
+A row that can't be decoded is written with the reason, and training masks it out. Each `part-*` in the output is a TFDS
 data set that can be read without TensorFlow:
 tfds.builder_from_directory(PART).as_data_source("train").
 
@@ -52,8 +52,8 @@ class Settings(cli.ConfigSettings):
   epochs: int = flag("encode the first epochs of each stage's data", required=True)
   stage: Sequence[str] | None = flag("only this stage; may be given several times (default: all)", action="append")
   dtype: str = flag(
-    "type of the stored values. With float32 (default) the losses equal those from videos. float16 takes half the space and "
-    "rounds by up to 0.05 %%, bfloat16 eight times as much, but holds values above 65504", "float32", choices=latents.DTYPES,
+    "type of the stored values. With float32 (default) the losses equal those from videos. The others take half the space. "
+    "float16 rounds by up to 0.05 %%, bfloat16 by 0.4 %%, but it holds values above 65504", "float32", choices=latents.DTYPES,
   )  # fmt: skip
   text: bool | None = flag(
     "encode captions as well (default: if text_encoder.where is 'ahead')", action=argparse.BooleanOptionalAction
@@ -98,7 +98,7 @@ def choose(settings: Settings) -> Choice:
     check_lengths(stage.config, own.autoencoder.config)
   if text:
     need_file(stages[0].config.text_encoder.weights, "text_encoder.weights")
-  # All stages decide about the variance together, so that another --stage does not encode the latents again.
+  # If any stage samples the posterior, all latents get their variance. A later call with another --stage then reuses them.
   return stages, text, any(stage.config.autoencoder.sample_posterior for stage in every)
 
 
@@ -181,7 +181,7 @@ def write(work: Any, numbers: Sequence[int], keys: np.ndarray, shows: bool = Tru
         future.result()
     except InputError:  # too many files can't be read
       pool.shutdown()
-      work.part.drop(work.away)  # the next call tries the clips again whose files did not exist
+      work.part.drop(work.away)  # the next call retries the clips whose files did not exist
       raise
     finally:
       pool.shutdown(cancel_futures=True)
@@ -220,7 +220,7 @@ def run(settings: Settings, choice: Choice, own: Share) -> None:
   bad = sum(len(work.bad_rows.found) for work in works if work.bad_rows)
   client, _, _ = coordination()
   if client:
-    client.wait_at_barrier("encoded", 1 << 30)  # milliseconds; the first process that exits would end the others
+    client.wait_at_barrier("encoded", 1 << 30)  # milliseconds; without this the first process to exit ends the others
   parts = ", ".join(work.part.folder for work in works if latents.finish(work.part, work.features))
   left = sum(len(work.part.missing()) for work in works)
   note = f", {bad} files could not be decoded" if bad else ""
@@ -234,7 +234,7 @@ if __name__ == "__main__":
 
   def stop(*_):
     print("stopped; the same command continues", file=sys.stderr)
-    raise SystemExit(75)  # as of train: start the command again
+    raise SystemExit(75)  # as for train: start the command again
 
   signal.signal(signal.SIGTERM, stop)
   with cli.interruptible("the same command continues"):

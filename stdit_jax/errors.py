@@ -2,4 +2,4 @@
 
 
 class InputError(ValueError):
-  """A user's error that only shows during a run, where a plain ValueError may also be ours."""
+  """A user's error that shows only during a run. There a plain ValueError may be a bug, and keeps its traceback."""

@@ -25,7 +25,7 @@ def is_of_type(value: Any, annotation: Any) -> bool:
 def replace(config: Any, overrides: Mapping[str, Any], what: str) -> Any:
   """A dataclass with some fields replaced. Lists become tuples.
 
-  Raises ValueError if a field is unknown or has another type (the message begins with `what`), or if the dataclass refuses it.
+  Raises ValueError if a field is unknown or has another type (the message begins with `what`), or if `__post_init__` raises it.
   """
   fields = {field.name: field for field in dataclasses.fields(config)}
   for key, value in overrides.items():

@@ -26,7 +26,7 @@ from stdit_jax.training.stages import make_stages
 
 
 def open_config(model: ModelSettings) -> tuple[Config, int | None]:
-  """(configuration, step of the checkpoint or None) of --run or --config. Raises ValueError if not one of them is given."""
+  """(configuration, step of the checkpoint or None) of --run or --config. Raises ValueError unless exactly one is given."""
   if bool(model.run) == bool(model.config):
     raise ValueError("give either --run FOLDER (a training run) or --config FILE with the files of the weights")
   if model.run:
@@ -42,7 +42,7 @@ def read_model(settings: PipelineSettings) -> tuple[Config, int | None]:
   config, step = open_config(settings)
   if settings.run and (settings.weights or settings.changes):
     what = settings.changes[0] if settings.changes else "--weights"
-    raise ValueError(f"{what} goes with --config FILE; a --run has its own. Leave it out")
+    raise ValueError(f"{what} needs --config FILE; a --run has its own weights and configuration. Leave {what} out")
   if (part := part_of(config)) != "denoiser":
     raise ValueError(f"{settings.run or settings.config} trains an {part}; sampling needs a denoiser; give another")
   given: dict[str, Any] = {"autoencoder.weights": settings.autoencoder, "text_encoder.weights": settings.text_encoder}
@@ -59,12 +59,12 @@ def read_model(settings: PipelineSettings) -> tuple[Config, int | None]:
 
 
 def sampler_changes(trained: str, settings: PipelineSettings) -> dict[str, Any]:
-  """The keys of `diffusion` and `sample` that flags replace. Raises ValueError for a flag that diffusion `trained` lacks."""
+  """The keys of `diffusion` and `sample` that flags replace. Raises ValueError for flags that the diffusion `trained` lacks."""
   own = {"open-sora-1.1": "iddpm", "open-sora-1.2": "rectified-flow", None: trained}[settings.compat]
   if trained != own:
-    raise ValueError(f"--compat {settings.compat} is of {own}; the model was trained with {trained}. Leave it out")
+    raise ValueError(f"--compat {settings.compat} is for {own}; the model was trained with {trained}. Leave it out")
   if settings.timestep_shift is not None and trained != "rectified-flow":
-    raise ValueError(f"--timestep-shift is of rectified-flow; the model was trained with {trained}. Leave it out")
+    raise ValueError(f"--timestep-shift is for rectified-flow; the model was trained with {trained}. Leave it out")
   fields = {"compat": settings.compat, "sampler": settings.sampler, "sampling_shift": settings.timestep_shift}
   sample = {"sample.steps": settings.steps, "sample.guidance_scale": settings.guidance_scale}
   return {f"diffusion.fields.{name}": value for name, value in fields.items()} | sample
@@ -83,7 +83,10 @@ def describe(model: ModelSettings, step: int | None) -> str:
 
 
 def load_pipeline(settings: PipelineSettings, config: Config, step: int | None, check: Callable = lambda _: None) -> Pipeline:
-  """The pipeline of the model of `read_model`. `check` gets it while its weights are shapes, before anything is allocated."""
+  """The pipeline of the model of `read_model`.
+
+  Calls `check(pipeline)` while all weights are shapes, before any array is allocated. `check` may set tiles of the codec.
+  """
   sizes = parse_mesh(settings.mesh) if settings.mesh else {"data": -1} if jax.process_count() > 1 else None
   mesh = make_mesh(sizes) if sizes else None
   parts = components.Components.of(config)
@@ -120,8 +123,8 @@ def load_pipeline(settings: PipelineSettings, config: Config, step: int | None, 
 def load_autoencoder(model: ModelSettings, name: str | None = None) -> tuple[Any, str, Any]:
   """(codec, description of its weights, configuration or None) of an autoencoder.
 
-  --run gives the autoencoder that the run trains, or else the one that it uses, as --config does. --autoencoder replaces the
-  weights. Given alone, its model is `name`, or the one that the file names.
+  --run selects the autoencoder that the run trains, or the one that its denoiser uses. --config selects the one that it names.
+  --autoencoder replaces the weights. If only --autoencoder is given, `name` or the file's metadata names the model.
   """
   if name and (model.run or model.config):
     raise ValueError(f"--model {name} goes with --autoencoder alone; a --run or --config names its model. Leave --model out")

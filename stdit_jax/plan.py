@@ -4,22 +4,22 @@
   python -m stdit_jax.plan ... --search-batch-size --write-buckets found.py     the largest batch of each bucket
   python -m stdit_jax.plan ... --suggest-mesh                                   meshes, best first
 
-For each bucket of each stage the command compiles the program that trains with the compiler of the TPU. That needs libtpu (pip
+The command compiles the training program of every bucket of every stage with the TPU's compiler. That needs libtpu (pip
 install libtpu, best in an environment of its own). With --platform gpu --gpu h100:8 it compiles with XLA for GPUs (pip install
 jax-cuda12-plugin). cuDNN's attention only compiles where cuDNN is installed, so operations of the same shapes and memory
 replace it. All figures are computed, none is measured on a device:
 
   batch        samples of the whole mesh. each: samples per device and micro batch; "s": tokens are split over `sequence`
   tokens       of one sample, with padding
-  GiB          peak memory per chip, and the limit of the compiler. The peak is the memory of the program (memory_analysis),
-               and of average, optimizer, encoders and next batch (by their shardings)
+  GiB          peak memory per chip, and the limit of the compiler. The peak is the program's memory (memory_analysis),
+               plus each device's part of average, optimizer, encoders and next batch
   TFLOP        matrix products of the model for all samples, by formula (stdit_jax/models/flops.py): three forward passes
   GB moved     by collectives, per device and step. Read from the compiled program, with the iterations of its loops
   compute      seconds: FLOPs, with the forward pass that remat repeats, at the chip's published peak
   memory       seconds: bytes that instructions read and write, an upper estimate
-  links        seconds: bytes that a device sends (all-reduce sends its bytes twice). On GPUs NVLink, also between hosts
-  bound, MFU   the longest of these and of the traffic between slices (--slice-gbits), as if they all overlapped, and the
-               model-FLOP utilisation at this bound. The published peaks are in stdit_jax/parallel/topology.py
+  links        seconds: bytes that a device sends (all-reduce sends its bytes twice). GPUs: NVLink speed, even between hosts
+  bound, MFU   bound: the longest of these times and of the traffic between slices (--slice-gbits), as if all overlapped.
+               MFU: model-FLOP utilisation at the bound. The published peaks are in stdit_jax/parallel/topology.py
   hours        of a stage: its steps times the mean bound of its buckets, weighted by how often each occurs in the first epoch
                of the tables, or of assumed rows. Updates read and write the whole state once. A second line adds the encoders
                of videos and captions, if these are not cached: their FLOPs at the chips' peak. Checkpoints, samples and
@@ -27,8 +27,8 @@ replace it. All figures are computed, none is measured on a device:
 
 A search compiles a bucket one to six times and fits a line to the memory. The last compilation confirms the prediction. The
 search ends when a batch takes 88 % of the memory, or when the next batch would be less than 5 % larger. --bucket may give the
-first BATCH to try. The column "equal" is the batch whose step takes --step-seconds (default: the longest step of all buckets
-with one sample per device).
+first BATCH to try. The column "equal" is the batch whose step takes --step-seconds (default: the time of one sample
+per device in the slowest bucket).
 
 The command stores results in --cache, and reuses them while program, topology and compiler are the same. ^C loses only the
 compilations that are running.
@@ -75,9 +75,9 @@ class Settings(cli.ConfigSettings):
   )
   search_batch_size: bool = flag("find the largest batch of each bucket that fits", False)
   suggest_mesh: bool = flag("try the sensible meshes and rank them", False)
-  step_seconds: float | None = flag("for a search: seconds of a step of each bucket at its bound")
+  step_seconds: float | None = flag("for a search: seconds that a step of every bucket should take at its bound")
   write_buckets: str = flag("for a search: write the batches as a config fragment", "", metavar="FILE.py")
-  fraction: float = flag("share of the bound for the likely hours (default: %(default)s)", 0.5)
+  fraction: float = flag("also print the hours at this fraction of the bound's speed (default: %(default)s)", 0.5)
   jobs: int = flag("compilations at a time, with about 2 GB each (default: %(default)s)", 1)
   output: str = flag("write all results as JSON", "", metavar="FILE")
   cache: str = flag("folder of earlier results (default: %(default)s)", "~/.cache/stdit_jax/plan")
@@ -199,7 +199,7 @@ def bound_of(settings: Settings, result: dict[str, Any]) -> dict[str, Any] | Non
 
 
 def print_plan(settings: Settings, compiler: Compiler, stages: Sequence[Stage], jobs: Sequence[Job]) -> list[dict[str, Any]]:
-  """Prints a line per bucket, the memory beside the program, and the hours of the stages. Returns all results."""
+  """Prints a line per bucket, the bytes per chip besides activations, and the hours of the stages. Returns all results."""
   print_header()
   results, seconds = [], {}
   for result in in_order(settings, compiler, jobs):
@@ -208,7 +208,7 @@ def print_plan(settings: Settings, compiler: Compiler, stages: Sequence[Stage], 
     if bound:
       seconds[result["stage"], result["resolution"], result["frames"]] = bound["step"]
     print(describe(result, bound), flush=True)
-  print("per chip, beside activations: " + ", ".join(f"{k} {size / GIB:.2f} GiB" for k, size in results[0]["resident"].items()))
+  print("per chip besides activations: " + ", ".join(f"{k} {size / GIB:.2f} GiB" for k, size in results[0]["resident"].items()))
   print(f"mesh: {results[0]['mesh']}; {sum(r['fits'] for r in results)} of {len(results)} buckets fit")
   print_budget(settings, stages, seconds, results[0])
   return results
@@ -243,7 +243,7 @@ def print_encoders(settings: Settings, stage: Stage, shares: Mapping[Key, float]
 
 def hours_text(settings: Settings, hours: float, chips: int) -> str:
   text = lambda hours, where: f"{hours:,.1f} h at {where} ({hours * chips:,.0f} chip-hours)"  # noqa: E731
-  return f"{text(hours, 'the bound')}, {text(hours / settings.fraction, f'{settings.fraction:.0%} of it')}"
+  return f"{text(hours, 'the bound')}, {text(hours / settings.fraction, f'{settings.fraction:.0%} of that speed')}"
 
 
 def print_search(settings: Settings, compiler: Compiler, stages: Sequence[Stage], jobs: Sequence[Job]) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Sample videos while training: the averaged weights, the prompts of `config.sample`, files in `<output>/samples`."""
+"""Makes sample videos during training, with the averaged weights and the prompts of `config.sample`, in `<output>/samples`."""
 
 import dataclasses
 from typing import Any
@@ -16,7 +16,7 @@ from stdit_jax.training.run import StageParts
 
 
 class Sampler:
-  """The loop calls it on all processes. The first process decodes and writes. Raises ValueError if a stage can't be sampled."""
+  """The loop calls a `Sampler` on all processes; the first one decodes and writes. ValueError if a stage can't be sampled."""
 
   def __init__(self, run):
     sample = run.config.sample
@@ -39,7 +39,7 @@ class Sampler:
       codec = load_codec(config.autoencoder, local_devices_mesh())
       self.pipeline = Pipeline(components, (variables, encoder), codec, mesh=mesh)
       self.stage = made
-    # The state holds no encoder that runs before the step.
+    # If the text encoder runs before the step, the state does not hold it, and the pipeline keeps its encoder.
     self.pipeline.set_weights((variables, self.pipeline.encoder_weights if encoder is None else encoder))
     latents = self.pipeline.sample_latents(self.requests, settings.steps, settings.guidance_scale)
     if jax.process_index():

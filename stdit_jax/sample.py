@@ -88,6 +88,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-  signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # deletes unfinished files
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # exiting the `with` blocks deletes unfinished files
   with cli.interruptible("finished files are kept"):
     main()

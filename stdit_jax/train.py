@@ -5,8 +5,8 @@
 configs/base.py has every key of a configuration; --config.KEY=VALUE replaces one. Stop the training at any time: the same
 command resumes from the newest checkpoint in `output`. On a pod every host runs the same command (see launch/).
 
-Exit codes: 0 finished; 2 an error, which the message explains; 75 stopped by SIGTERM, a process hangs or ended, or the bucket
-does not answer: start the command again; 130 interrupted.
+Exit codes: 0 finished; 2 an error, which the message explains; 130 interrupted; 75 stopped by SIGTERM, a process hangs or
+ended, or the storage bucket does not answer: start the command again.
 """
 
 import contextlib
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   logging.set_verbosity(logging.ERROR)  # orbax reports every step of a checkpoint
   with cli.one_line_errors():
     config = Config.of(cli.read_config(settings.config, settings.changes))
-    make_stages(config)  # before any process waits for another
+    make_stages(config)  # finds errors before any process waits for another
     cli.use_compilation_cache(config.compilation_cache or f"{config.output}/compilation_cache")
     timeout, slow_timeout = config.watchdog.timeout, config.watchdog.slow_timeout
     # The watchdog must act before JAX's heartbeat, which does not say which process hangs.
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
       run(config, watchdog)
     except BaseException as error:
-      preempted = isinstance(error, SystemExit) and error.code == RESTART  # on all processes
+      preempted = isinstance(error, SystemExit) and error.code == RESTART  # all processes exit, at the same step
       if watchdog.count == 1 and isinstance(error, StartAgain):
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(RESTART) from None

@@ -5,7 +5,7 @@
 
 LARGEST fills the memory. EQUAL makes the steps of all buckets take about the same time. For 240p x 1, 256 x 1 and 144p x 1
 the search counted the next batch, which the host prepares during the step. The search of the other buckets is older, and
-arithmetic shows that their next batch fits as well. A stage uses them, on the mesh of that command, by
+arithmetic shows that their next batch fits as well. To use one, set the mesh of that command and write stages like
   dict(name=..., steps=..., **EQUAL[name])
 """
 

@@ -9,8 +9,8 @@
       144p:102:5376 --bucket 144p:51:11776 --bucket 144p:1:149248 --write-buckets \\
       configs/batches/open_sora_1_2_stage1_v6e_16x16.py --output /tmp/v6e_s1.json
 
-LARGEST fills the memory. EQUAL makes the steps of all buckets take about the same time. A stage uses them, on the mesh
-of that command, by
+LARGEST fills the memory. EQUAL makes the steps of all buckets take about the same time. To use one, set the mesh of
+that command and write stages like
   dict(name=..., steps=..., **EQUAL[name])
 """
 

@@ -49,9 +49,9 @@ def frames_to_encode(
   """Chooses the frames of reference `number` to encode: (frame numbers, {latent frame in use: index of its latents}).
 
   An image autoencoder encodes only the frames in use. A video autoencoder encodes the whole reference, unless the clip begins
-  with the last latent frames of the reference. Then the last frames of the reference are encoded as a clip of their own: the
-  first latent frames of a clip may cover fewer frames than the last ones. With `num_frames` (of a clip) None the whole
-  reference is always encoded, as in the original code.
+  with the last latent frames of the reference. In that case it encodes only these last frames, because a clip's first
+  latent frames may cover fewer frames than its last ones. If `num_frames` (of a clip) is None, a video autoencoder always
+  encodes the whole reference, as in the original code.
   """
   places = {(slot, int(t)) for p in placements for slot, (r, t) in enumerate(zip(p.reference, p.frame)) if r == number}
   used, count = sorted({t for _, t in places}), config.latent_frames(frames)
@@ -101,7 +101,7 @@ def make_videos(
     items: of one size and with the same number of loops.
     sample: `(loop, requests, given) -> latents`, a call of `Pipeline.sample_latents`.
     decode: `(loop, latents) -> videos`, a call of `Pipeline.decode`. None for a process that writes no files.
-    compat: with any of `conditions.COMPAT` a clip continues from the encoded pixels of the previous clip, not from its latents.
+    compat: if set, a clip continues from the re-encoded pixels of the previous clip. None: from the latents of that clip.
   """
   frames, loops, config = [list(item.references) for item in items], range(items[0].job.loops), pipeline.codec.config
   num_frames = items[0].requests[0].num_frames
@@ -121,7 +121,7 @@ def make_videos(
 
 
 def take_finished(seen: list, pieces: list, config: Any) -> list[Frames]:
-  """Removes the first pieces whose references or clips `seen` holds from `pieces` (`Job.pieces`), and returns their frames.
+  """Pops pieces from the front of `pieces` (`Job.pieces`) while `seen` has their frames, and returns these frames.
 
   Releases the entries of `seen` that no remaining piece needs.
   """

@@ -13,8 +13,10 @@ When the sampler reaches this level, the frames get noise and are denoised with 
 By default a position outside the clip or the reference is an error, a length is cut to what fits, and frames with edit ratio 1
 are generated from noise. `compat` restores the behaviour of the original code:
 
-  open-sora-1.1   a length that does not fit is an error, but one frame fills any length; positions far below 0 wrap around
-  open-sora-1.2   positions are moved to multiples of 5 latent frames, never the last ones of a clip; lengths are cut
+  open-sora-1.1   a length that does not fit is an error, but one frame fills any length. A position that stays negative counts
+                  from the end again
+  open-sora-1.2   positions are rounded to multiples of 5 latent frames, never up past the start of the last whole group.
+                  Lengths are cut
   both            frames with edit ratio 1 start from the reference, without noise
 """
 
@@ -73,7 +75,7 @@ def parse_mask_strategy(text: str | None) -> tuple[Rule, ...]:
 def nearest_group(value: int, total: int) -> int:
   """The multiple of GROUP near `value`, as in Open-Sora 1.2 (`find_nearest_point`).
 
-  Only a remainder above half a group rounds up. No value rounds up to the last whole group.
+  Only a remainder above half a group rounds up. No value rounds up past the start of the last whole group.
   """
   count = value // GROUP
   up = value % GROUP > GROUP / 2 and count < total // GROUP - 1

@@ -26,7 +26,7 @@ BT_709, LIMITED_RANGE = 1, 1  # FFmpeg: AVCOL_SPC_BT709, AVCOL_PRI_BT709 and AVC
 
 
 def check_rate(kind: str, fps: float) -> None:
-  """Raises ValueError if a gif cannot show `fps` frames per second. Players show shorter frame times as 100 ms."""
+  """Raises ValueError if a gif cannot show `fps` frames per second. Players show frame times below 20 ms as 100 ms."""
   if kind == "gif" and fps > MAX_GIF_FPS:
     raise ValueError(f"--fps is {fps:g}; a gif shows at most {MAX_GIF_FPS} frames per second. Lower --fps or change --format")
 
@@ -49,8 +49,8 @@ def open_media(path: Any, num_frames: int, fps: float, settings: dict) -> Iterat
   When the block ends, the file and the JSON file of `settings` exist. If the block raises, no file exists.
 
   The ending of `path` chooses the format: mp4 is H.264 (crf 17), gif and webp loop for ever, png has one frame. A path without
-  an ending is a folder with one png per frame; its settings are in the JSON file only. Parts of mp4 files and of folders are
-  written at once, gif and webp wait for the last part.
+  an ending is a folder with one png per frame; its settings are in the JSON file only. An mp4 file or a folder grows
+  with each part; a gif or webp is written after the last part.
 
   Raises ValueError if the ending is unknown, a png gets several frames, or the number of frames is not `num_frames`.
   """

@@ -1,4 +1,4 @@
-"""From prompts to pixels: conditioner, sampler, autoencoder. Sample videos of a training and `sample.py` come from here."""
+"""From prompts to pixels: conditioner, sampler, autoencoder. For `sample.py`, `evaluate.py` and `run_samples.py`."""
 
 import dataclasses
 import functools
@@ -229,7 +229,7 @@ class Pipeline:
     return unpatchify(multihost_utils.process_allgather(state.x, tiled=True)[:count], size, config.patch_size)
 
   def _computes(self, diffusion, step, t):
-    """`Reuse.computes` of a step at timesteps `t` `[B]`. They are equal: all requests of a batch have one size."""
+    """`Reuse.computes` of a step at timesteps `t` `[B]`. The values of `t` are equal: all requests of a batch have one size."""
     if self.cache is None:
       return {}
     return {kind: np.bool_(value) for kind, value in self.cache.computes(step, diffusion.model_timesteps(t[0])).items()}
@@ -261,7 +261,7 @@ class Pipeline:
     # Elements past an odd border are no latents. They stay zero, as in the original's padding (`PatchEmbed3D`).
     inside = image_valid(config, latent_size, self.token_parts)
     valid = jnp.broadcast_to(inside, state.x.shape)
-    # The model treats tokens as padding if they only fill the number up to a multiple of the devices.
+    # The model needs a mask only if whole tokens are padding, up to a multiple of the devices.
     shown = None if inside.any(-1).all() else valid
     before, cached = cached, list(cached)
 

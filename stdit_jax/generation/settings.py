@@ -62,7 +62,7 @@ class SampleSettings(PipelineSettings):
     "one prompt per line; .csv and .jsonl: `prompt` (or `text`), and if wanted `reference_path` and `mask_strategy`"
   )
   num_samples: int = _wanted("videos per prompt, with seeds SEED, SEED + 1, ... (default: %(default)s)", 1)
-  seed: int = _wanted("one seed makes one noise, in any batch (default: %(default)s)", 0)
+  seed: int = _wanted("the same seed gives the same noise in any batch (default: %(default)s)", 0)
   resolution: str | None = _wanted("name of a pixel count: 144p, 240p, 360p, 480p, 720p, ...")
   aspect_ratio: str | None = _wanted("height:width, e.g. 9:16 (landscape), 1:1, 16:9")
   image_size: Sequence[int] | None = _wanted("pixels, instead of --resolution and --aspect-ratio", nargs=2, metavar=("H", "W"))
@@ -75,10 +75,10 @@ class SampleSettings(PipelineSettings):
 
   task: Sequence[str] | None = _given("a task and its files, see above", nargs="+", metavar=("NAME", "FILE"))
   reference: Sequence[str] | None = _given("image or video for --mask-strategy", action="append", metavar="FILE")
-  mask_strategy: str | None = _given("of Open-Sora: LOOP,REFERENCE,ITS FRAME,FRAME,FRAMES,EDIT RATIO;...", metavar="TEXT")
+  mask_strategy: str | None = _given("Open-Sora: LOOP,REFERENCE,ITS FRAME,CLIP FRAME,FRAMES,EDIT RATIO;...", metavar="TEXT")
   loops: int = _given("clips; each continues from the last frames of the previous clip (default: %(default)s)", 1)
   condition_frames: int | None = _given("latent frames given from a video or the previous clip (default: up to 4)")
-  condition_edit: float = _given("edit ratio of the frames from the previous clip (default: %(default)s)", 0.0)
+  condition_edit: float = _given("change of the frames from the previous clip: 0 none, 1 all new (default: %(default)s)", 0.0)
   edit_strength: float = _given("noise level for --task edit, above 0, at most 1 (default: %(default)s)", 0.6)
   explain: bool = _given("print where each frame comes from, and make nothing", False)
 

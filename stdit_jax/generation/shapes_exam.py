@@ -57,7 +57,7 @@ def examine(
 
 
 def scenes_of(split: str, count: int, frames: int, objects: int = 1) -> list[tuple[shapes.Scene, str]]:
-  """`count` scenes with more than `frames` frames and `objects` objects, each with one caption.
+  """`count` scenes with exactly `objects` objects and more than `frames` frames, each with one caption.
 
   Captions use the four wordings in turn. Only the split "sizes" contains the size that training shows in short clips only.
   """
@@ -142,6 +142,7 @@ def _sizes(pipeline, exam, part, progress):
 
 
 def _given(pipeline, exam, part, progress):
+  """A task with given frames: how well they are `kept`, and how well the other frames (`made`) fit the scene."""
   pairs, items, known = scenes_of("train", exam.count, exam.frames), [], []
   length = tasks.condition_length(None, exam.frames)
   ends = [*range(length), *range(exam.frames - length, exam.frames)]

@@ -3,7 +3,7 @@
   animate IMAGE                   the image is the first frame
   extend-forward VIDEO            the clip starts with the last frames of the video; result: the video and its continuation
   extend-backward VIDEO           the clip ends with the first frames of the video; result: a new beginning and the video
-  connect VIDEO VIDEO             the clip leads from the last frames of one video to the first frames of the other; result: all
+  connect VIDEO VIDEO             the clip leads from the end of one video to the start of the other; result: video, clip, video
   interpolate IMAGE IMAGE ...     the images, evenly spaced from the first to the last frame
   loop [IMAGE]                    a clip (starting with the image), and a second clip from its end back to its beginning
   edit VIDEO                      the video again, denoised from the noise level --edit-strength
@@ -135,7 +135,7 @@ def make_job(
   """
   check_files(name, len(file_frames))
   if loops > 1 and name not in GOES_ON:
-    raise ValueError(f"--loops makes {', '.join(GOES_ON)} longer, or a prompt without a task; not {name}")
+    raise ValueError(f"--loops is not for --task {name}; allowed: {', '.join(GOES_ON)}, or no task. Leave --loops out")
   files = len(file_frames)
   if name in ("animate", "image"):
     if name == "animate" and frames < 2:

@@ -162,7 +162,7 @@ def explain(works: Sequence[Work], autoencoder: Any, compat: str | None) -> None
 
 
 def with_settings(works: Sequence[Work], settings: SampleSettings, sample: Any, model: str, autoencoder: Any) -> list[Work]:
-  """The videos with the settings that determine them, as plain values of JSON. `model`: its weights in words."""
+  """The works with the settings that determine them, as JSON values. `model`: description of the model's weights."""
   names = (
     "negative_prompt", "sampler", "timestep_shift", "guidance_interval", "guidance_rescale", "guidance_channels", "step_cache",
     "compat", "autoencoder_memory", "config", "changes", "autoencoder", "text_encoder",
@@ -191,10 +191,10 @@ def with_settings(works: Sequence[Work], settings: SampleSettings, sample: Any, 
 
 
 def choose_targets(settings: SampleSettings, works: Sequence[Work]) -> list[Work]:
-  """The videos that must still be made, with their paths, as the first process finds them.
+  """The works whose files are missing, with their paths. The first process decides for all processes.
 
   A file with other settings keeps its name, and the new file gets -2, -3, ... With --overwrite all files are made. Raises
-  ValueError if --output is one file, and the videos do not fit into it, or it exists with other settings.
+  ValueError if --output names one file that cannot hold the videos, or that exists with other settings.
   """
   ending = one_file(settings.output, works)
   files, missing, taken = [], [], False

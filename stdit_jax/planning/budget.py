@@ -1,4 +1,4 @@
-"""The hours of a recipe, from the shortest possible step of each bucket (its bound) and the frequency of the bucket."""
+"""Computes the hours of a training from each bucket's shortest possible step (its bound) and its frequency."""
 
 import functools
 import tempfile

@@ -127,7 +127,7 @@ def _bytes(shapes, shardings):
 
 
 def resident_bytes(config: Config, objective: Objective, mesh: AnyMesh) -> dict[str, int]:
-  """{what: bytes on one device} of the arrays that stay in memory while a program runs, with its arguments."""
+  """{what: bytes on one device} of the arrays that are in memory while a program runs, including the program's arguments."""
   params, frozen = objective.shapes
   states = state_shapes(params, make_optimizer(config.optimizer))
   sizes = {"parameters": states["params"], "average": states["ema"], "optimizer": states["opt"], "gradients": states["params"]}
@@ -154,7 +154,7 @@ def lower(job: Job) -> tuple[jax.stages.Lowered, dict[str, Any]]:
   layout, parts, resident = split.layout, split.micro_batches, resident_bytes(stage.config, objective, mesh)
   # The host prepares the next batch during the step. It may be of the same bucket.
   resident["next batch"] = _bytes(program.arguments[2], jax.tree.map(lambda s: layout.sharding(*s.axes), program.batch))
-  # The program's peak includes parameters, gradients and frozen arrays. All else stays beside it.
+  # The program's peak includes parameters, gradients and frozen arrays. The other arrays are added to it.
   own = resident["parameters"] + resident["gradients"] + bytes_per_device(objective.shapes[1], mesh, objective.rules)
   facts = {
     "stage": stage.name, "resolution": resolution, "frames": frames, "batch": rows, "batch_parts": layout.batch_parts,

@@ -1,4 +1,4 @@
-"""Searches the largest batch of a bucket that fits, the batch with which all buckets take equal time, and the mesh.
+"""Finds the largest batch of a bucket that fits, the batches with equal step times, and the fastest mesh.
 
 Open-Sora searches batch sizes on the hardware (v1.2, scripts/misc/search_bs.py). Here the compiler tells the memory. Memory
 grows by a fixed amount per sample. A formula estimates the first batch. Each compilation improves the estimate, until a
@@ -20,11 +20,11 @@ from stdit_jax.planning.programs import Job, resident_bytes, roofline
 from stdit_jax.training.stages import Stage
 
 ATTEMPTS = 6  # most compilations per bucket
-FILL = 0.85  # share of the memory beside the state that the first batch takes
+FILL = 0.85  # share of the memory that the state leaves free, for the first batch
 # A search ends with a batch that takes this share of the memory. For larger batches XLA recomputes activations, which takes
 # time (compiled for v5p at 1080p: 69 samples in 89.9 GiB, 96 in 95.4), and the compilations take long.
 FULL = 0.88
-LEAST = 0.7  # least share of the memory beside the state that grows with the batch (compiled for v5p: 84 to 100 %)
+LEAST = 0.7  # at least this share of the memory besides the state grows with the batch (compiled for v5p: 84 to 100 %)
 WORTH = 1.05  # the search ends if the predicted largest batch is below this multiple of the largest batch so far
 # Arrays of activations that a layer saves for the backward pass, by remat policy, and arrays that the running layer needs.
 # Counted for STDiT3-XL/2 on v5p, where the 26 buckets of stage 1 need 160 to 245 kB per token. They only set the first batch.
@@ -33,8 +33,8 @@ AT_WORK = 60
 
 
 def with_whole_batches(config: dict[str, Any], split: Sequence[str]) -> dict[str, Any]:
-  """The configuration (plain values) without micro batches. Only the buckets `split` ("480p:204") split their tokens over the
-  `sequence` axis."""
+  """The configuration (plain values) without micro batches, so that memory grows linearly with the batch. Only the buckets
+  `split` ("480p:204") split their tokens over the `sequence` axis."""
   changes = {"max_tokens_per_device": 0, "split_tokens": ",".join(split) or "never"}
   stages = [{key: value for key, value in stage.items() if key not in changes} for stage in config["stages"]]
   return {**config, **changes, "stages": stages}
@@ -47,7 +47,7 @@ def axis_sizes(config: dict[str, Any], chips: int, slices: int) -> dict[str, int
 
 
 def batch_units(config: dict[str, Any], chips: int, slices: int) -> tuple[int, int]:
-  """Parts of a batch on the whole mesh: (without split tokens, with tokens split over `sequence`)."""
+  """The smallest batch of the whole mesh: (without split tokens, with tokens split over `sequence`)."""
   sizes = axis_sizes(config, chips, slices)
   split = sizes["data"] * sizes["fsdp"]
   return split * sizes["sequence"], split
@@ -92,7 +92,7 @@ class Found:
 
 
 def most_growth(result: dict[str, Any], n: int) -> float:
-  """Bytes per sample if all memory beside the state grows with the batch. `result`: for `n` samples per device."""
+  """Bytes per sample if all memory besides the state grows with the batch. `result`: for `n` samples per device."""
   return (result["peak"] - sum(size for name, size in result["resident"].items() if name != "next batch")) / n
 
 
@@ -110,7 +110,7 @@ def predict(found: Found) -> int:
 
 
 def largest_batch(measure: Callable[[int], dict[str, Any]], first: int = 1) -> Found:
-  """Searches the largest batch that fits.
+  """Finds the largest batch that fits.
 
   Args:
     measure: compiles a batch of so many samples per device, and returns the result of `Compiler`.
@@ -139,7 +139,7 @@ def next_batch(found: Found) -> int | None:
 
 
 def first_batch(job: Job, chips: int) -> int:
-  """Samples per device, at least 1, whose activations take about `FILL` of the memory beside the state."""
+  """Samples per device, at least 1, whose activations take about `FILL` of the memory that the state leaves free."""
   stage, objective = job.objective()
   tokens, _ = objective.work(objective.batch(job.bucket[:2], 1))
   if not tokens:  # autoencoders have no formula
@@ -152,7 +152,7 @@ def first_batch(job: Job, chips: int) -> int:
 
 
 def search_bucket(compiler: Callable[[Job], dict[str, Any]], job: Job, chips: int, start: int | None = None) -> Found:
-  """Searches the largest batch of a job's bucket. If not one whole sample fits, its tokens are split.
+  """Finds the largest batch of a job's bucket. If not one whole sample fits, its tokens are split.
 
   Args:
     start: samples of the whole mesh in the first compilation (default: `first_batch`).
@@ -183,8 +183,8 @@ def fragment(stages: Sequence[Stage], found: dict[tuple, Found], equal: dict[tup
     "",
     " \\\\\n".join(textwrap.wrap(command, 120, initial_indent="  ", subsequent_indent="      ", break_on_hyphens=False)),
     "",
-    "LARGEST fills the memory. EQUAL makes the steps of all buckets take about the same time. A stage uses them, on the mesh",
-    "of that command, by",
+    "LARGEST fills the memory. EQUAL makes the steps of all buckets take about the same time. To use one, set the mesh of",
+    "that command and write stages like",
     "  dict(name=..., steps=..., **EQUAL[name])",
     '"""',
   ]

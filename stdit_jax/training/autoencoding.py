@@ -30,13 +30,13 @@ RULES = ((r"(^|/)((shortcut_)?(encoder|decoder)|quant_conv|post_quant_conv|discr
 
 
 class AutoencoderObjective:
-  """Trains an autoencoder on random crops of clips. training/objectives.py describes the methods.
+  """Trains an autoencoder on random crops of clips. training/objectives.py lists the methods.
 
   `params` has the autoencoder, and a discriminator if one trains. The loss of a sample is a sum of means with the weights
   `config.autoencoder.<name>_weight`:
     reconstruction: absolute or squared error of the pixels;
     kl: of the posterior, summed over the latents, per pixel value of the sample;
-    latent: absolute error of the image latents between Open-Sora 1.2's two autoencoders (its `z_rec`);
+    latent: absolute error of the image latents that the temporal autoencoder reconstructs (`z_rec` of Open-Sora 1.2);
     identity: absolute difference of the temporal and the image latent of clips of one frame (its `image_identity`);
     perceptual: mean `perceptual.distance` of the frames;
     adversarial: the discriminator's score, times `discriminator.adaptive_weight` if `adaptive`. The loss of the discriminator
@@ -160,12 +160,12 @@ class AutoencoderObjective:
       )
     if own.image_weights:
       if init:
-        raise ValueError("config: init has the image autoencoder as well; set either it or autoencoder.image_weights")
+        raise ValueError("config: init and autoencoder.image_weights both give the image autoencoder; set only one of the two")
       need_file(own.image_weights, "autoencoder.image_weights")
     for name in ("latent", "identity"):
       if self.weights[name] and not (init or own.image_weights):
         raise ValueError(
-          f"config: autoencoder.{name}_weight compares with latents of the image autoencoder inside, which would be random. "
+          f"config: autoencoder.{name}_weight compares with latents of the image autoencoder, whose weights would be random. "
           "Give autoencoder.image_weights or init"
         )
     if self.weights["perceptual"]:
@@ -241,7 +241,7 @@ class AutoencoderObjective:
     made = self._encode(params, frames, batch, layout)
     kl = losses.kl_divergence(made["mean"], made["logvar"])
     values = {"kl": kl / made["mean"][0].size}
-    loss = weights["kl"] * kl / frames[0].size  # as sums over pixels and latents: losses.py
+    loss = weights["kl"] * kl / frames[0].size  # because the reconstruction error is a mean: losses.py
     made["frame_latents"] = self.family.frame_latents(self.model, params, made["latents"], frames.shape[1])
     if self.family.image_autoencoder:
       values["latent"] = losses.reconstruction_error(made["frame_latents"], made["image_latents"])

@@ -91,7 +91,7 @@ class ClipEncoder:
   """Encodes clips to normalised posterior means and deviations on all local devices. `codec.py` cuts clips into pieces."""
 
   def __init__(self, codec, config, counter, name):
-    """`codec`: an `autoencoders.codec.Codec`; `config`: the group `autoencoder`; `name`: the stage that the counter names."""
+    """`codec`: an `autoencoders.codec.Codec`; `config`: the group `autoencoder`; `name`: of the stage, for program names."""
     self.config, self._counter, self._name = codec.config, counter, name
     self._codecs = [
       dataclasses.replace(codec, variables=jax.device_put(codec.variables, device), run=self._run)
@@ -127,7 +127,7 @@ class ClipEncoder:
     return finish
 
   def _begin_frames(self, clips, missing):
-    """Yields (numbers of clips, their pieces) of an autoencoder of frames. Micro batches go to one device after another."""
+    """Yields (numbers of clips, their pieces) of an autoencoder of frames. The devices take micro batches in turn."""
     by_size = collections.defaultdict(list)
     for i in missing:
       by_size[clips[i].shape[1:3]].append(i)
@@ -136,7 +136,7 @@ class ClipEncoder:
       yield members, [p for codec, batch in zip(itertools.cycle(self._codecs), batches) for p in codec.encode_parts(batch)]
 
   def _begin_clips(self, clips, missing):
-    """Yields ([number of a clip], its pieces) of an autoencoder of clips. Clips go to one device after another."""
+    """Yields ([number of a clip], its pieces) of an autoencoder of clips. The devices take clips in turn."""
     for codec, i in zip(itertools.cycle(self._codecs), missing):
       yield [i], list(codec.encode_parts(clips[i]))
 

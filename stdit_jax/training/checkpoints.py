@@ -1,7 +1,7 @@
 """Orbax checkpoints of a run, written asynchronously.
 
 `<output>/config.json` is the whole configuration. `<output>/checkpoints/<step>/` is a checkpoint, which exists only when it is
-complete. In a bucket a checkpoint counts once orbax has written `commit_success.txt`.
+complete. In a storage bucket a checkpoint counts once orbax has written `commit_success.txt`.
 
 Parameters, averages, optimizer and position are separate items. So a reader can restore the averages alone: Orbax does not
 restore parts of one item.
@@ -61,7 +61,7 @@ class DamagedCheckpointError(ValueError):
 
 class _Manager(ocp.CheckpointManager):
   def reached_preemption(self, step):
-    """Always False: signals.py asks the runtime, with a count of its own. Orbax would ask with the step of a checkpoint."""
+    """Always False: signals.py asks the runtime with its own count, which Orbax would disturb by asking with a step."""
     return False
 
 
@@ -77,7 +77,7 @@ class Checkpoints:
     self._output = paths.absolute(output)
     self.folder = paths.join(self._output, "checkpoints")
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True, create=True)
-    # Handlers by name let a new process read the shapes of an item on other devices than those that wrote the item.
+    # With a handler for each item, a new process can read an item's shapes on other devices than the writer's.
     handlers: dict[str, Any] = {name: ocp.StandardCheckpointHandler() for name in ("params", "ema", "opt", "constants")}
     handlers["position"] = ocp.JsonCheckpointHandler()
     self._manager = _Manager(self.folder, options=options, item_handlers=handlers)
@@ -177,7 +177,7 @@ class Checkpoints:
 
   @contextlib.contextmanager
   def _writing(self) -> Iterator[None]:
-    """Turns write errors, which orbax reports at its next call, into one line. A bucket without an answer is StartAgain."""
+    """Turns write errors, which orbax reports at its next call, into one line. Raises StartAgain if a restart may help."""
     try:
       with paths.errors(self.folder):
         yield

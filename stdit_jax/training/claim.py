@@ -5,8 +5,8 @@ seconds. A second training finds this note. On the same machine it asks the syst
 machine or container it watches the counter for a while.
 
 A killed training stops counting, so it does not block the next one. Clocks of two machines are never compared. The note works
-on any disk and in a bucket. If two trainings start at the same moment, one of them exits at its next count. A training
-also exits if it slept, and another training took the folder.
+on any disk and in a storage bucket. If two trainings start at the same moment, one of them exits at its next count. A
+suspended training also exits if another training has taken its folder meanwhile.
 """
 
 import contextlib
@@ -22,19 +22,19 @@ from collections.abc import Callable, Iterator
 from data import paths
 
 NAME = "running.json"
-PERIOD = 10.0  # seconds between counts; a bucket allows one write of an object per second
+PERIOD = 10.0  # seconds between counts; a storage bucket allows one write of an object per second
 SILENT = 3  # periods without a count before a holder is considered dead
-PATIENCE = 6  # periods to wait before a live holder is refused
+PATIENCE = 6  # periods to wait for a live holder to end before the new training is refused
 
 
 @contextlib.contextmanager
 def claim(folder: str, taken: Callable, period: float = PERIOD) -> Iterator[None]:
   """Holds a run folder for this process while the block runs.
 
-  If the holder is on another machine, `claim` waits up to PATIENCE periods until the holder ends. This process may replace it.
+  `claim` waits up to PATIENCE periods for a holder on another machine, because this process may be its replacement.
 
   Args:
-    folder: of the run, on a disk or in a bucket.
+    folder: of the run, on a disk or in a storage bucket.
     taken: called with one line, in another thread, if another process has taken the folder meanwhile.
 
   Raises:

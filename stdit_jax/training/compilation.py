@@ -63,14 +63,14 @@ class AheadOfTime:
 
 
 class StagePrograms:
-  """The compiled programs of one stage. Waits for a program inside `paused`, so that the wait is no time of steps."""
+  """The compiled programs of one stage. Waits for a program inside `paused`, so that step times do not include the wait."""
 
   def __init__(self, programs: Programs, splits: Mapping, compiler: AheadOfTime, beat: Callable, paused: Callable):
     self._programs, self._splits, self._compiler, self._beat, self._paused = programs, splits, compiler, beat, paused
     self._lowered = {}  # {bucket, or None for the update: (Program, future)}
 
   def prepare(self, buckets: Iterable[Bucket]) -> None:
-    """Lowers the programs of these buckets in their order, the update after the first, and starts to compile them."""
+    """Lowers and starts to compile the programs of these buckets in order, with the update after the first bucket."""
     for bucket in buckets:
       self._lower((bucket.resolution, bucket.num_frames), bucket.batch_size)
       self._lower(None, 0)

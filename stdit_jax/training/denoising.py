@@ -26,7 +26,7 @@ QUARTERS = ("t 0-25%", "t 25-50%", "t 50-75%", "t 75-100%")  # of the timesteps
 
 
 class DenoiserObjective:
-  """Trains a denoiser, with or without its text encoder. training/objectives.py describes the methods."""
+  """Trains a denoiser, with or without its text encoder. training/objectives.py lists the methods."""
 
   part = "denoiser"
   counts_flops = True
@@ -78,7 +78,7 @@ class DenoiserObjective:
     return [QUARTERS[min(3, int(4 * t / self.diffusion.num_timesteps))] for t in self.diffusion.fixed_timesteps(count)]
 
   def _loss_of(self, params, frozen, batch, layout, drop=None):
-    """-> `(noise keys [B], t [B], frame mask [B, T] or None) -> loss [B]` of these latents and conditions.
+    """Returns a function `(noise keys [B], t [B], frame mask [B, T] or None) -> loss [B]` for this batch.
 
     `drop` `[B]`: samples that get the unconditional branch; None: no sample.
     """
@@ -149,7 +149,7 @@ class DenoiserObjective:
     return latents.Cache(found, text, table, data)
 
   def worker(self, cache: latents.Cache | None) -> Callable | None:
-    """The function of captions and labels for the loader's workers, or None."""
+    """The function with which the loader's workers tokenize captions or read labels, or None."""
     return self.components.conditioner.worker(cached=bool(cache and cache.text))
 
   def check_plan(self, clips: plan.Plan) -> None:

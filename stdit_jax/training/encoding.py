@@ -29,8 +29,8 @@ from stdit_jax.training.denoising import autoencoder_identity, text_identity
 from stdit_jax.training.objectives import make_objective
 from stdit_jax.training.stages import Stage, naming
 
-_MICRO_BATCHES = 8  # per device and turn. The last one may be half empty, which costs little among eight
-_CAPTIONS = 8  # per device and turn
+_MICRO_BATCHES = 8  # per device, encoded together (a turn). A half-empty last one costs little among eight
+_CAPTIONS = 8  # per device, encoded together
 _AHEAD_BYTES = 2 << 30  # most bytes of decoded clips that wait for the encoder
 _RECORD_BYTES = 400  # approximate size of a record without its arrays
 
@@ -57,7 +57,7 @@ class Source:
       return cls(stage, data, plan.PlanSequence(sources.open_table(data, folder), data, folder))
 
   def made_for(self, epochs: int) -> dict[str, Any]:
-    """A description of the stage and of the plans of its first epochs. The records are written for them."""
+    """The stage and the plans of its first epochs, which need the records (`made_for` of `latents.Part`)."""
     identity = latents.plan_identity(self.data, self.plans.table)
     return {"stage": self.stage.name, "epochs": epochs, "plan": identity}
 
@@ -133,9 +133,9 @@ class LatentsWork:
     return max(1, -(-_MICRO_BATCHES * codec.micro_batch * devices // num_frames)) if codec.single_frames else devices
 
   def measure(self, keys: np.ndarray) -> tuple[float, str]:
-    """(seconds per megapixel of the encoder alone, what was measured), for the clips whose size has most of the pixels.
+    """(seconds per megapixel of the encoder alone, description). Measures the clip size that contributes most pixels.
 
-    Raises ValueError if no file of a sample of the rows exists.
+    Raises ValueError if none of up to 64 tested files exists.
     """
     loader.check_files(self.source.plans.table, latents.unpack(keys[:: -(-len(keys) // 64)])["row"].tolist())
     costs, first, counts = np.unique(self.cost(keys), return_index=True, return_counts=True)

@@ -132,7 +132,7 @@ def train(run: Run, on_sample: Callable | None = None, restarts: Restarts | None
                 sample()
             nonfinite.settle()
         except TooManyNonFinite as error:
-          failure = error.with_traceback(None)  # its frames hold the state
+          failure = error.with_traceback(None)  # the traceback's stack frames hold the state
         if failure is not None:
           del state, frozen, accumulator, batch
           state, frozen, step = restarts.go_back(failure)
@@ -171,5 +171,5 @@ def notes(loader: Loader, nonfinite: NonFinite) -> str:
 
 
 def largest(value: float) -> float:
-  """The largest value of all processes, which all call it."""
+  """The largest `value` among all processes. Every process must call this function."""
   return float(np.max(multihost_utils.process_allgather(np.asarray(value)))) if jax.process_count() > 1 else value

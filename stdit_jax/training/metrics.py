@@ -22,7 +22,7 @@ from data.shards import duration
 from stdit_jax.parallel.topology import peak_tflops
 
 MAX_DATA_SHARE = 0.02  # of the step time; above it the console gives advice
-UPLOAD_SECONDS = 60.0  # between uploads to a bucket, which stores whole files only
+UPLOAD_SECONDS = 60.0  # between uploads to a storage bucket, which stores whole files only
 _USUAL = {"nonfinite": 0, "stepped": 1}  # values that the console does not show
 SHARE = "/share"  # "NAME/share" is the share of the samples that have a value NAME
 
@@ -139,7 +139,7 @@ def speed_note(values: Mapping[str, float]) -> str:
 class Metrics:
   """Writes the measurements of the loop, on the first process only (`active`).
 
-  A bucket cannot append to a file. So the files of a run in a bucket grow in a local folder, and `flush` uploads them whole.
+  A storage bucket cannot append to a file. So the files of such a run grow in a local folder, and `flush` uploads them whole.
   """
 
   def __init__(self, output: str, first_step: int, total_steps: int, active: bool = True):

@@ -10,9 +10,9 @@ The configuration of a stage makes an objective. It has
   shapes, init(key)    (params, frozen). `params` train, and have averages. `frozen` are constants
   loss                 the loss per sample of a batch in training
   fixed_loss           the losses of a batch in validation, one row per timestep; fixed_names: the names of these rows
-  batch, work, data_config, worker, open_cache, check_plan, batch_maker            its data
+  batch, work, data_config, worker, open_cache, check_plan, batch_maker            for its data
   splits               whether the mesh may split the tokens of clips of this length
-  check_files, read_frozen, read_initial, load_checkpoint                          its weights
+  check_files, read_frozen, read_initial, load_checkpoint                          for its weights
   encoders             (shapes, sharding rules) of each encoder that is in neither `params` nor `frozen`
 
 All randomness comes from the key of the sample.

@@ -109,8 +109,8 @@ class Restarts:
       own = plain(made.stage.config)
       if other := changed_keys(identity(position.get("config", own)), identity(own)):
         raise ValueError(
-          f"config: step {step} was made with another model than that of stage {made.stage.name!r}, to which it belongs now "
-          f"({', '.join(other)}); give the stages the steps that they had"
+          f"config: checkpoint {step} belongs to stage {made.stage.name!r}, but another model made it ({', '.join(other)}). "
+          "Give the stages the steps that they had"
         )
       same = self._check_data(step, parts, position)
       constants = {n: tree for n, tree in made.objective.shapes[1].items() if n not in made.objective.from_files}
@@ -128,7 +128,7 @@ class Restarts:
   def _check_data(self, step, parts, position):
     """Whether the stage continues the data of the checkpoint. If not, raises ValueError, unless `restart_data` is set."""
     restart = self.run.config.restart_data
-    # The checkpoint ends the previous stage, and this stage was added later. It begins with its own data.
+    # If this stage was added after the checkpoint ended the previous stage, the stage begins with its own data.
     if step == parts.stage.start and position["stage"] != parts.stage.name:
       return True
     same = parts.data.check_same(position["data"], restart)
@@ -218,8 +218,8 @@ def check_place(step: int, stage: Stage, position: Mapping[str, Any]) -> None:
   """Raises ValueError if resuming would repeat or skip data."""
   if position["stage"] != stage.name:
     raise ValueError(
-      f"config: step {step} was made in stage {position['stage']!r} and belongs to {stage.name!r} now; give the stages the "
-      "names and steps that they had"
+      f"config: checkpoint {step} belongs to stage {stage.name!r}, but stage {position['stage']!r} made it. Give the stages "
+      "the names and steps that they had"
     )
   now, was = stage.config.optimizer.accumulate, position.get("config", {}).get("optimizer", {}).get("accumulate")
   if step > stage.start and was not in (None, now):

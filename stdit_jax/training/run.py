@@ -79,7 +79,7 @@ def check_output(folder: str, config: Config) -> list[str]:
 
 
 def _foreign(folder):
-  """Names of files in `folder` that a run without a checkpoint cannot have written."""
+  """Names of files in `folder` that no training writes before its config.json."""
   # A dot starts the temporary names of `paths.whole`. Older versions wrote tables to tmp*.
   data = [n for n in paths.names(paths.join(folder, "data")) if not n.removeprefix(".").startswith(("table-", "plan-", "tmp"))]
   own = {"checkpoints", "compilation_cache", claim.NAME} | (set() if data else {"data"})

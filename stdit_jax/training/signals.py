@@ -58,7 +58,7 @@ class Preemption(_Noted):
     if jax.process_count() == 1:
       return self._noted
     self._asked += 1
-    with contextlib.suppress(RuntimeError):  # the service is disabled
+    with contextlib.suppress(RuntimeError):  # the runtime's preemption service is disabled
       return multihost_utils.reached_preemption_sync_point(self._asked)
     return False
 

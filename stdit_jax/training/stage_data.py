@@ -97,7 +97,7 @@ class StageData:
     return not changes
 
   def sources(self, taken: int, skip: Iterable[int] = ()) -> list[int]:
-    """[encoded epoch that training epoch 0 reads, that epoch 1 reads, ...], up to the current epoch. [] without a cache.
+    """For each training epoch up to the current one, the encoded epoch that it reads. [] without a cache.
 
     A checkpoint stores this list. Training epochs after the last encoded epoch read the encoded epochs again.
     """
@@ -106,7 +106,7 @@ class StageData:
     return [self._plans.source(epoch) for epoch in range(self._plans.locate(plan.place(taken, skip))[0] + 1)]
 
   def follow(self, sources: Iterable[int]) -> None:
-    """Keeps the result of `sources` from a checkpoint, even if `encode` has added epochs since then."""
+    """Makes the loader read the encoded epochs that a checkpoint lists, even if `encode` has added epochs since then."""
     if self.cache is not None:
       self.cache.followed = dict(enumerate(sources))
 

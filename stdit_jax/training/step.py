@@ -23,7 +23,7 @@ from stdit_jax.training.objectives import Objective
 from stdit_jax.training.stages import Stage
 from stdit_jax.training.state import learning_rate, learning_rate_scales, make_optimizer, state_shapes
 
-ADVERSARY = "discriminator"  # name of its parameters; the norm of its own gradient clips it
+ADVERSARY = "discriminator"  # name of the discriminator's parameters; `update` clips their gradient by its own norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +90,7 @@ def accumulate_gradients(
   if split.micro_batches == 1:
     gradients, sums = gradient(params, batch)
   else:
-    # Row i * k + j goes to part j, so that each part has rows of each device.
+    # Row i * micro_batches + j goes to micro batch j, so that each micro batch has rows of each device.
     def take_apart(spec, x):
       x = jnp.swapaxes(x.reshape(-1, split.micro_batches, *x.shape[1:]), 0, 1)
       return constrain(x, split.layout, None, *spec.axes)

@@ -1,4 +1,4 @@
-"""Turns the state of one model into one of the next stage's model. Arrays of equal shape stay, new arrays are initialised."""
+"""Turns the state of a model into a state of the next stage's model. Arrays of equal shape stay, new arrays are initialised."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

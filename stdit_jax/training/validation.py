@@ -1,8 +1,8 @@
 """The loss on fixed samples at fixed timesteps, comparable over steps, stages and runs.
 
-It follows Open-Sora 1.2's `eval_loss`. Each bucket gets rows that fit it, whatever its probabilities. The timesteps are even
-inside (0, 1000), without the timestep transform. Row and timestep decide the noise. Rows that only fill a batch have weight 0.
-So the loss does not depend on batch, mesh or processes, except for rounding.
+It follows Open-Sora 1.2's `eval_loss`. Each bucket gets rows that fit it, whatever its probabilities. The timesteps are
+evenly spaced in (0, 1000), without the timestep transform. Row and timestep decide the noise. Rows that only fill a batch have
+weight 0. So the loss does not depend on batch, mesh or processes, except for rounding.
 """
 
 import collections
@@ -117,7 +117,7 @@ class Validation:
     return {f"validation/{key}": float(sums[key][0] / sums[key][1]) for key in keys}
 
   def _steps(self):
-    """Yields `LoadedStep`s. The `sample_id` of a sample is its row. A row counts in its first slot of a bucket only."""
+    """Yields `LoadedStep`s. The `sample_id` of a sample is its row. If a bucket repeats a row, the repetitions get weight 0."""
     with self.data.loader(0, epochs=1) as loader:
       plan, first = loader.plans.plan(0), {}
       for number in range(plan.num_steps):

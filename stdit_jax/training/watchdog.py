@@ -4,7 +4,7 @@ XLA's collectives wait for every process for ever. The heartbeat of the runtime 
 reports the progress of its loop to the others, through the key-value store of `jax.distributed`, and watches all reports.
 
 The process that finds no progress prints the process, its host, its last activity and the time since then. It dumps the stacks
-and exits with `RESTART`, on which a supervisor starts the run again. The other processes follow.
+and exits with `RESTART`, on which a supervisor starts the run again. The other processes exit with the same code.
 """
 
 import ctypes

@@ -62,7 +62,7 @@ def test_given_frames_and_length_of_the_video(task, files, options, expected, fr
     ("interpolate", [1], {}, "takes 2 or more files"),
     ("loop", [1, 1], {}, "takes 0 or 1 files"),
     ("edit", [9], {"strength": 0.0}, "--edit-strength is 0; allowed: above 0"),
-    ("edit", [9], {"loops": 2}, "--loops makes animate, extend-forward, endless longer"),
+    ("edit", [9], {"loops": 2}, "--loops is not for --task edit; allowed: animate, extend-forward, endless, or no task"),
     ("extend-forward", [30], {"length": 12}, "--condition-frames is 12; allowed: 1 to 11"),
     ("loop", [], {"length": 6}, "allowed with --task loop: 1 to 5"),
     ("connect", [30, 30], {"length": 6}, "leave nothing to generate"),

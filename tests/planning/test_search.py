@@ -76,7 +76,7 @@ def test_equal_batches_take_equal_time():
 
 
 def test_search_starts_with_the_given_batch(tmp_path, monkeypatch, capsys):
-  """`--bucket 144p:51:192` is 24 samples on each of 8 devices. 31 samples fill the memory beside the state."""
+  """`--bucket 144p:51:192` is 24 samples on each of 8 devices. 31 samples fill the memory that the state leaves free."""
   measure, asked = device(1.0, 0.4)
 
   def compiler(job):

@@ -227,7 +227,7 @@ def test_a_new_stage_after_a_finished_run_may_have_other_data(assets, trained, t
   assert step == 2
   with pytest.raises(ValueError, match="is not that of the checkpoint"):
     Run(tiny_config(assets, other, **{**ONE, "stages": ({**more, "steps": 2},)})).start()
-  with pytest.raises(ValueError, match="step 1 was made in stage 'one' and belongs to 'two' now"):
+  with pytest.raises(ValueError, match="checkpoint 1 belongs to stage 'two', but stage 'one' made it"):
     Run(tiny_config(assets, other, **{**ONE, "stages": ({"name": "two", "steps": 2},)})).start()
 
 

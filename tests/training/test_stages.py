@@ -147,7 +147,7 @@ def test_changed_stages_before_the_checkpoint_are_refused(assets, alone, tmp_pat
   images, norms, clips = STAGES
   with pytest.raises(ValueError, match=r"another run: model.fields.qk_norm differs in stage 'norms'; give another output"):
     started(images, {**norms, "model.fields.qk_norm": False}, clips)
-  with pytest.raises(ValueError, match=r"step 3 was made with another model than that of stage 'images', to which it belongs"):
+  with pytest.raises(ValueError, match=r"checkpoint 3 belongs to stage 'images', but another model made it"):
     started({**images, "steps": 4}, norms, clips)
   assert not (folder / "set-aside").exists()
   assert started(images, norms, {**clips, "name": "others", "model.fields.depth": 2}) == 3
