@@ -11,8 +11,8 @@ Time: 120,000 optimizer steps on 64 devices. The number of steps is our own. Har
 
 Stages, sizes and loss terms are those of the paper (arXiv 2408.06072, section 2.1 and appendix). The model first trains on 17
 frames of 256 x 256 pixels with L1, LPIPS and KL. A 3D patch discriminator follows. The last stage trains on 161 frames, split
-in time over the mesh. The paper publishes no weights of the terms, learning rates and numbers of steps. Those in this file are
-VQGAN's and our own.
+in time over the mesh. The paper publishes neither loss weights nor learning rates nor numbers of steps. This file uses
+VQGAN's values and our own.
 """
 
 from configs import base

@@ -38,7 +38,7 @@ def get_config():
   config.stages = (
     dict(name="mean", steps=1300, **{"autoencoder.sample_posterior": False}),
     dict(name="sampled", steps=300, **{"optimizer.learning_rate": 1e-4, "optimizer.warmup_steps": 20}),
-    # After colours have appeared, a higher rate works: 20.9 dB on crops after 150 steps, better than before after 700.
+    # Once colours have appeared, a higher rate works: 20.9 dB on crops in 150 steps, more than the lower rate in 700.
     dict(
       name="details", steps=1800, keep_optimizer=False,
       **{"optimizer.learning_rate": 1e-3, "optimizer.warmup_steps": 50, "optimizer.b2": 0.99},

@@ -6,11 +6,11 @@ Time: an hour and a quarter on two CPU cores, which are two devices with one thr
   python -m data.prepare.film --output data/film/prepared
   python -m stdit_jax.interop.fetch hed-vgg16 --output runs/hed.safetensors
   XLA_FLAGS="--xla_force_host_platform_device_count=2 --xla_cpu_multi_thread_eigen=false" \\
-      python -m stdit_jax.train --config configs/film_video_autoencoder.py --config.mesh.data=2  # accelerators: --config alone
+      python -m stdit_jax.train --config configs/film_video_autoencoder.py --config.mesh.data=2
 
-The next command measures the result on scenes that it did not see, and prints the shift and scale of the latents. The second
-command measures the baseline: the image autoencoder on every fourth frame, with the same number of latents. The third command
-writes the file:
+On GPUs and TPUs omit XLA_FLAGS and --config.mesh.data. The next command measures the result on scenes that it did not see, and
+prints the shift and scale of the latents. The second command measures the baseline: the image autoencoder on every fourth
+frame, with the same number of latents. The third command writes the file:
 
   python -m stdit_jax.evaluate --task autoencoder --run runs/film_video_autoencoder --tables data/film/prepared/held_out.csv \\
       --buckets 144p:17 --frame-interval 3 --count 1000 --perceptual hed-vgg16 runs/hed.safetensors --picture film.png

@@ -49,7 +49,7 @@ def get_config():
   config.text_encoder.update(max_length=200, fields=dict(dtype="bfloat16", param_dtype="bfloat16"))
   config.data.update(reference_devices=64, frame_interval=3, fps_rule="1.1", scores=())
   config.diffusion = dict(name="iddpm", fields={})
-  config.sample.fps = 8  # of the video; the condition of the model is 24
+  config.sample.fps = 8  # of the written video; the model gets fps * frame_interval = 24 (fps_rule)
   # The report adds the frame rate in stage 1b, and norms of queries and keys in stage 1c. (The released configurations have the
   # norms in all stages.) Stage 1a uses the buckets of stage 2: the report calls them similar.
   early = {"model.fields.qk_norm": False, "model.fields.fps_condition": False}

@@ -18,10 +18,10 @@ This file trains for as many steps in one run, which is not measured. The comman
   python -m stdit_jax.convert --input runs/shapes --part text_encoder --dtype float16 \\
       --output data/moving_shapes/text_encoder.safetensors
 
-The third and the fourth run set 'optimizer.learning_rate':6e-4. The fourth run also skips three of four images,
---config.data.buckets="(('64p',1,0.25,64),('64p',4,1.0,64),('64p',8,1.0,32))", and sets these --config.mask_ratios: image_head
-and image_head_tail 0.1, quarter_head_tail 0.08. The model learns directions last: 33, 67, 87 and 94 % of the videos have the
-right direction after the four runs.
+The third and the fourth run set 'optimizer.learning_rate':6e-4. The fourth run also sets
+--config.data.buckets="(('64p',1,0.25,64),('64p',4,1.0,64),('64p',8,1.0,32))", which skips three of four images. It changes
+--config.mask_ratios: image_head and image_head_tail 0.1, quarter_head_tail 0.08. The model learns directions last: 33, 67, 87
+and 94 % of the videos have the right direction after the four runs.
 """
 
 from configs import base

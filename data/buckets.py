@@ -105,7 +105,7 @@ def assign(
     bucket int16 [N]: index into `buckets`, -1 = none.
     ratio int8 [N]: index into the resolution's aspect ratios, -1 = none.
     reason int8 [N]: FITS, or the reason why the row has no bucket (TOO_SMALL, TOO_SHORT, NOT_KEPT).
-    refused int64 [len(buckets)]: number of rows that fit a bucket and that its keep probability refused.
+    refused int64 [len(buckets)]: number of rows that fit a bucket, but that the bucket's keep probability refused.
   """
   rng = np.random.default_rng(seed)
   parts = []

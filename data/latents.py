@@ -80,7 +80,7 @@ def clip_keys(
 
   Some rows, such as images, have only one place in time for a clip. All windows and copies of such a row share one key.
   """
-  # The condition of `video.clip_indices`.
+  # For so few frames `video.clip_indices` has only one start.
   one_place = rows_frames <= bucket.num_frames * config.frame_interval + 1
   return pack(
     resolution=_RESOLUTIONS.index(bucket.resolution), num_frames=bucket.num_frames, ratio=ratio,
@@ -147,7 +147,7 @@ def find(folder: str, kind: str, wanted: dict) -> "Encoded":
   changes = [differences(e.made_from, wanted) for e in found]
   if fits := [e for e, changed in zip(found, changes) if not changed]:
     if len(fits) > 1:
-      raise ValueError(f"data.latents={folder!r} has {kind} of several encoders. Name one by its weights.")
+      raise ValueError(f"data.latents={folder!r} has several encoders' {kind}. Set autoencoder.weights or text_encoder.weights")
     if not fits[0].parts:
       raise ValueError(f"the {kind} in data.latents={folder!r} are not complete. Start python -m stdit_jax.encode again.")
     return fits[0]
@@ -261,7 +261,7 @@ class Encoded:
     return [part for part in self.all_parts if part.is_whole]
 
   def epochs(self, identity: dict) -> int:
-    """The number of epochs of a plan that the parts hold completely, as the parts record it."""
+    """Number of first epochs of a plan that are cached completely, according to `made_for` of the parts."""
     return max((m["epochs"] for part in self.parts for m in part.made_for if m["plan"] == identity), default=0)
 
   def holds(self, keys: Any) -> np.ndarray:
@@ -325,7 +325,7 @@ class Cache:
     return not self.config.window(epoch) >> _BITS["window"]
 
   def _epochs_like(self, epoch):
-    """The epochs whose records may serve an epoch, best first: itself, the epoch that it repeats, then all others."""
+    """Epochs to look up for `epoch`, best first: `epoch`, the epoch that `epoch` repeats, then all encoded epochs."""
     return filter(self._has_key, dict.fromkeys([epoch, epoch % (self.epochs or self._rounds or 1), *range(self._rounds)]))
 
   def other_captions(self, epoch: int) -> bool:

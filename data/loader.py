@@ -168,7 +168,7 @@ class Loader(contextlib.AbstractContextManager["Loader"], Iterator[LoadedStep]):
     for _ in range(self.rows_per_step[current.bucket_index(index)]):
       element = next(self._rows)
       sample = Sample(**{"pixels": None, **element, "sample_id": tuple(element["sample_id"].tolist())})
-      # Finds batches of mixed buckets.
+      # An error in the order of rows would mix buckets in one batch.
       assert (sample.sample_id[0], sample.num_frames) == (epoch, bucket.num_frames), (sample.sample_id, epoch, index)
       self._limit.add(sample.path, sample.error)
       samples.append(sample)
@@ -275,7 +275,7 @@ class RowSource:
   def __init__(self, sequence, shares, rows_per_step, epoch, first, epochs):
     self.plans, self.shares, self.rows_per_step, self.epoch, self.epochs = sequence, shares, rows_per_step, epoch, epochs
     self._starts = [-first]  # first element of each epoch, from `epoch` on
-    self._ends = {}  # {epoch: `Plan.ends` of its steps}, of the epoch that was read last
+    self._ends = {}  # {epoch: `Plan.ends`}, only for the epoch that was read last
 
   def __len__(self):
     return _ENDLESS
@@ -348,7 +348,7 @@ class RowDecoder:
         fields["pixels"] = np.zeros((bucket.num_frames, *size, 3), np.uint8)
       fields.update(weight=0.0, error=str(e))
     except OSError as e:
-      raise _lasting(row, e) from e
+      raise _persistent_error(row, e) from e
     if self.condition:
       fields["cond"] = self.condition(fields["caption"], row.label)
     return fields
@@ -401,7 +401,8 @@ class RowDecoder:
     return video.read_frames(row.path, indices, size=size, resize=self.config.resize, crop=row.crop)
 
 
-def _lasting(row, error):
+def _persistent_error(row, error):
+  """The RuntimeError for an I/O error that stays after all attempts."""
   reason = f"reading failed again and again: {error.strerror or error}"
   return RuntimeError(f"{row.path}: {reason}. Check the disk or the bucket, then start again.")
 
@@ -423,5 +424,5 @@ class ClipDecoder(RowDecoder):
     except video.BadVideo as e:
       fields |= {"error": str(e), "away": isinstance(e, video.Away)}
     except OSError as e:
-      raise _lasting(row, e) from e
+      raise _persistent_error(row, e) from e
     return fields

@@ -60,7 +60,7 @@ def changed_keys(old: dict, new: dict) -> list[str]:
       named = [{f"{r[0]} x {r[1]}": r for r in rows} for rows in (a, b)]
       changes.append("buckets: " + ", ".join(n for n in {**named[0], **named[1]} if named[0].get(n) != named[1].get(n)))
     else:
-      why = " (another release, which draws the rows of buckets otherwise)" if key == "version" else ""
+      why = " (another release, which assigns rows to buckets differently)" if key == "version" else ""
       changes.append(f"{key}: {json.dumps(a)} -> {json.dumps(b)}{why}")
   return changes
 
@@ -166,6 +166,7 @@ def _shuffled(steps, slots, sizes, rng):
 
 
 def _nothing_fits(report, parsed, epoch, frames, height, width):
+  """The error message for an epoch without a step, with the reasons."""
   text = f"epoch {epoch} has no step: {report.rows:,} rows, {report.losses() or 'none fits a bucket'}"
   smallest = min(parsed, key=lambda b: aspect_ratios.NUM_PIXELS[b.resolution])
   least = int(np.ceil(buckets.PIXEL_TOLERANCE * aspect_ratios.NUM_PIXELS[smallest.resolution]))
@@ -202,7 +203,7 @@ class Plan:
     return int(self._bucket[step])
 
   def buckets(self, step: int, count: int) -> list[Bucket]:
-    """The buckets of the next `count` steps from `step` on, each once, in the order of need.
+    """The distinct buckets of the `count` steps from `step` on, in the order of their first use.
 
     The next epoch may have no plan yet. This epoch's first steps then stand for the next epoch's steps.
     """

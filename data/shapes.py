@@ -7,7 +7,7 @@ names this table in `data.tables` like a file. `data.shapes_vision` measures wha
 Splits: "train" lacks some combinations of shape, colour and direction. It also lacks long clips of one size. "held_out" has
 only the missing combinations. "sizes" is "train" with the missing long clips.
 
-Positions are in short sides of the frame, from its centre: x to the right, y down.
+Positions are (x right, y down) from the frame's centre. Their unit is the shorter side of the frame.
 """
 
 import dataclasses
@@ -36,8 +36,8 @@ LENGTHS = (5, 9)  # frames, for buckets of 4 and 8 frames: a clip must be longer
 FPS = 8
 SIDES = tuple((2 * height, 2 * width) for height, width in aspect_ratios.SIZES["64p"].values())  # height, width
 NOT_LONG = (160, 96)  # "train" has only short clips of this size
-# About half the side of a single object, and of each of two objects. Large objects move across the whole frame, so that even
-# single frames show their direction. With 0.15, a model without frame positions learned no direction in two hours.
+# SIZE is about half the side of a single object, SMALL that of each of two objects. Large objects move across the whole frame,
+# so that even single frames show their direction. With 0.15, a model without frame positions learned no direction in two hours.
 SIZE, SMALL = 0.24, 0.13
 HELD_OUT = 9  # "train" lacks one combination in 9
 VERSION = 4  # of tables and drawings: raise it when they change

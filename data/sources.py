@@ -3,7 +3,7 @@
 Needed columns, as in Open-Sora: `path`, `text`, `num_frames`, `height`, `width`. Optional columns:
 
   fps, aes, flow, cmotion   as in Open-Sora
-  start, end                the clip is the frames [start, end) of a file; num_frames counts those of the file or of the clip
+  start, end                the clip is frames [start, end) of the file; num_frames may be the length of the file or of the clip
   crop                      "x,y,width,height" or a list, in pixels of the displayed frame
   text_2, text_3...         more captions; `text` may also be a list
   text_features             a safetensors file with the caption's embedding `y` [L, C]

@@ -180,10 +180,10 @@ def read_frames(
     return shapes.draw(shapes.scene(path), wanted, size)
   fit = functools.partial(_fit_frame, size=size, resize=resize, crop=crop)
   runs = np.split(wanted, np.nonzero(np.diff(wanted) > _SEEK_GAP)[0] + 1)
-  return np.concatenate([retry(_translated, _read_run, path, index.times, run, fit) for run in runs])
+  return np.concatenate([retry(_translating_errors, _read_run, path, index.times, run, fit) for run in runs])
 
 
-def _translated(function, path, *args):
+def _translating_errors(function, path, *args):
   """Calls function(path, ...). Raises BadVideo for an unusable file, OSError for transient I/O errors."""
   try:
     with paths.errors(path):
@@ -253,12 +253,12 @@ def open_stream(path: str) -> tuple[InputContainer, VideoStream]:
 
 
 def _index(path):
-  return _cached_index(path, *retry(_translated, _check_file, path))
+  return _cached_index(path, *retry(_translating_errors, _check_file, path))
 
 
 @functools.lru_cache(512)
 def _cached_index(path, _size, _changed):
-  return retry(_translated, _build_index, path)
+  return retry(_translating_errors, _build_index, path)
 
 
 def _build_index(path):
@@ -343,7 +343,7 @@ def _read_image(path):
         return np.repeat((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)[..., None], 3, -1)
       return np.asarray(image.convert("RGB"))
 
-  return retry(_translated, read, path)
+  return retry(_translating_errors, read, path)
 
 
 def cut_out(image: np.ndarray, crop: Sequence[int] | None) -> np.ndarray:

@@ -15,7 +15,6 @@ make_environment() {
   if [ ! -e "$stamp" ]; then
     echo "setting up $folder from $requirements${*:+ and $*} ..."
     [ -x "$folder/bin/python" ] || "$python" -m venv "$folder"
-    # The tests need only the CPU build of torch. Its GPU builds have several GB.
     "$folder/bin/python" -m pip install -q --disable-pip-version-check -r "$requirements" "$@" -c constraints.txt
     touch "$stamp"
   fi

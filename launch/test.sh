@@ -9,5 +9,5 @@ ruff check .
 ruff format --check .
 lint-imports
 pyright
-# Two processes run whole files, the longest first (tests/conftest.py). Half of the time one thread compiles.
+# Two processes, because half of the time one thread compiles. Each runs whole files, the longest first (tests/conftest.py).
 JAX_PLATFORMS=${JAX_PLATFORMS:-cpu} python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

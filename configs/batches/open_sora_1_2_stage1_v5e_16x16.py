@@ -1,4 +1,4 @@
-"""Batch sizes found by the compiler for v5e:16x16, of the whole mesh. Computed, not measured on a device.
+"""Global batch sizes for v5e:16x16, found by `plan`. Computed, not measured on a device.
 
   python -m stdit_jax.plan --config configs/open_sora_1_2.py --config.mesh.sequence=4 --search-batch-size --jobs 2 \\
       --topology v5e:16x16 --stage stage1 --bucket 2048:1:768 --bucket 1080p:1:1280 --bucket 1024:1:3072 --bucket \\
@@ -9,8 +9,8 @@
       144p:102:2560 --bucket 144p:51:4864 --bucket 144p:1:46336 --write-buckets \\
       configs/batches/open_sora_1_2_stage1_v5e_16x16.py --output /tmp/v5e_s1.json
 
-LARGEST fills the memory. EQUAL makes the steps of all buckets take about the same time. To use one, set the mesh of
-that command and write stages like
+LARGEST fills the memory. EQUAL makes the steps of all buckets take about the same time. To use a table, set the mesh
+of the command above and write a stage:
   dict(name=..., steps=..., **EQUAL[name])
 """
 

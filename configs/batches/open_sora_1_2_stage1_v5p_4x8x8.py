@@ -1,11 +1,12 @@
-"""Batch sizes found by the compiler for v5p:4x8x8, of the whole mesh. Computed, not measured on a device.
+"""Global batch sizes for v5p:4x8x8, found by `plan`. Computed, not measured on a device.
 
   python -m stdit_jax.plan --config configs/open_sora_1_2.py --topology v5p:4x8x8 --stage stage1 --search-batch-size \\
       --write-buckets configs/batches/open_sora_1_2_stage1_v5p_4x8x8.py
 
 LARGEST fills the memory. EQUAL makes the steps of all buckets take about the same time. For 240p x 1, 256 x 1 and 144p x 1
-the search counted the next batch, which the host prepares during the step. The search of the other buckets is older, and
-arithmetic shows that their next batch fits as well. To use one, set the mesh of that command and write stages like
+the search counted the next batch, which the host prepares during the step. For the other buckets arithmetic shows that the
+next batch fits. LARGEST of 240p x 1 is outdated: the present code needs more memory per sample. To use a table, set the mesh
+of the command above and write a stage:
   dict(name=..., steps=..., **EQUAL[name])
 """
 

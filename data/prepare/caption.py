@@ -1,8 +1,8 @@
 """The step `caption`: captions from an endpoint, from existing texts, or from a model on this machine.
 
 A captioner is a class that takes the step as its argument. It has `make(rows, pictures) -> list of texts`, or
-`one(row, pictures) -> text`. Many threads call `one`. `pictures` are JPEG files. The class may have methods
-`say_estimate(rows)` and `close()`, and an attribute `pictures` (a `Pictures`). Without that attribute no frames are decoded.
+`one(row, pictures) -> text`. Many threads call `one`. The argument `pictures` holds JPEG files. The class may have methods
+`say_estimate(rows)` and `close()`. Its attribute `pictures`, a `Pictures`, chooses the frames: without it none is decoded.
 `BACKENDS` lists the captioners of this project; others have an import path "module:Class".
 """
 
@@ -51,8 +51,8 @@ class Caption(Step):
   backend: "endpoint" (OpenAI-compatible), "existing", "local" (transformers), or "module:Class".
   only_missing: whether rows with a text keep it. into: column of the answers, such as "tags".
 
-  Images: frames: frames of a clip. 1 is the middle frame, 3 are at 10, 50 and 90 %, other numbers are spread evenly. side:
-    pixels of their shorter side (Open-Sora: 336). grid: whether they form one image, row by row.
+  Images: frames: number of frames per clip. One is the middle frame, three lie at 10, 50 and 90 %, others spread evenly.
+    side: pixels of a frame's shorter side (Open-Sora: 336). grid: whether the frames form one image, row by row.
   Questions: prompt: a name in `prompts.PROMPTS`, or a text in which {what} and {text} are filled in. chain: "" asks one
     question. "cogvideox" asks for a short caption of the clip, for captions of single frames (one every `frame_seconds`), and
     for one text of both in at most 100 words (CogVideoX, section on captions).
@@ -318,7 +318,7 @@ class EndpointCaptioner:
     self.pictures = Pictures(step.frames, step.side, step.grid, step.frame_seconds if step.chain else 0.0)
 
   def close(self) -> None:
-    """Prints what was asked, and closes the connection and the cache."""
+    """Prints the numbers of calls and tokens and their price. Closes the connection and the cache."""
     usage = self._endpoint.usage
     if usage["calls"] or usage["cached"]:
       tokens = usage["prompt_tokens"], usage["completion_tokens"]

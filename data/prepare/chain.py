@@ -100,7 +100,7 @@ class Chain:
         try:
           return self._make(until)
         except _Outdated as error:
-          say(f"{error}: other machines listed files or retried failed rows since; starting again at the first step")
+          say(f"{error}: meanwhile another machine listed files or retried failed rows; starting again at the first step")
 
   def scan(self, name: str) -> pl.LazyFrame:
     """All shards of a step as one lazy table."""
@@ -128,9 +128,9 @@ class Chain:
   def _list(self, name: str) -> None:
     """Lists the files, or takes the list of another machine.
 
-    All machines of a run need one list, although files may appear meanwhile. So a machine takes a finished
-    list, but makes a new one if its earlier run used that list. Several machines may list at the same moment; `_missing` then
-    finds differences.
+    All machines of a run need one list, although files may appear meanwhile. So a machine takes the newest list. It makes a
+    new list only if its earlier run already used the newest one. If several machines list at the same moment, `_missing` finds
+    the differences.
     """
     source = self.steps[name]
     assert isinstance(source, Collect)
@@ -177,7 +177,7 @@ class Chain:
       return {}  # the facts are not known yet
     facts, keys = self._gathered(name, sources)[1] if step.gathers else None, {}
     for part, mark in sources.items():
-      place = step.beside, mark  # a step that changes nothing repeats the identity of its shard
+      place = step.beside, mark  # shards of one identity have the same rows, so the same files
       if place not in self._states:  # read once per run: the next run notices later changes
         self._states[place] = states_beside(step, self._path(before, part))
       keys[part] = digest([step.recipe(), mark, facts, *self._states[place]])
@@ -189,6 +189,7 @@ class Chain:
     return names[: names.index(last) + 1]
 
   def _before(self, name: str) -> str:
+    """The previous step, or the first step itself."""
     return self._through(name)[-2:][0]
 
   def _gathered(self, name: str, sources: dict[str, str]) -> tuple[Any, str]:
@@ -245,8 +246,8 @@ class Chain:
   def _missing(self, name: str) -> int:
     """Number of missing or outdated shards of a step.
 
-    Raises `_Outdated` if this machine, one of several, lacks a shard of its own. This machine has finished
-    the step already, and no other machine makes the shard.
+    On several machines, raises `_Outdated` if this machine's own shards are missing or outdated. Only this machine can make
+    them, so it would wait for ever.
     """
     missing = set(self.parts(self._source)) - set(self._identities(name))
     if self.share.count > 1 and (mine := sum(map(self._is_mine, missing))):
@@ -264,7 +265,7 @@ class Chain:
       context.history = tuple((n, c.rows_in, c.rows, c.errors, c.seconds, self.steps[n].tell(c.counted)) for n, c in counted)
       context.unselected = tuple(self.tables(self._before(n)) for n, _ in counted if self.steps[n].selects)
       said, files = step.write(self.tables(before), context)
-      # Readers would mix old archives with new ones. A table with another name stays.
+      # Deletes old archives in these folders: readers would mix them with the new ones. Other old files stay.
       folders = {os.path.dirname(file) for file in files}
       for file in {*old.get("files", ())} - {*files}:
         if file.endswith(".tar") and os.path.dirname(file) in folders and paths.exists(file):
@@ -307,7 +308,7 @@ class Chain:
       errors += failed_now - (failed_before if before != name else 0)  # an earlier step may have the same title
     return Counts(len(wanted), len(present), rows_in, rows, errors, retry, seconds, dict(counted))
 
-  def _current(self, name: str) -> list[str]:
+  def _reusable_shards(self, name: str) -> list[str]:
     """Shards of a step that the next run keeps if no file is new and no failed row succeeds."""
     step = self.steps[name]
     if isinstance(step, Collect):
@@ -328,7 +329,7 @@ class Chain:
         state = "done" if done and whole else "again" if old.get("key") else "waiting"
         lines.append(f"{name:<16} {state:>11}")
         continue
-      counts = self.counts(name, self._current(name))
+      counts = self.counts(name, self._reusable_shards(name))
       made = [meta for part in self.parts(name) if (meta := self._meta(name, part))]
       left, whole = "-", counts.done == counts.shards
       if before and not whole:

@@ -62,7 +62,7 @@ def _read(decoder: loader.RowDecoder, element: tuple, report: Any) -> str:
 
 def broken_rows(settings: DataConfig, folder: str, *, sample: int, pool: Pool) -> tuple[list[tuple[int, str, str]], int]:
   """Reads all clips that fit a bucket, or `sample` of them, in worker processes -> ([(row, path, reason)], clips read)."""
-  # Without probabilities: another epoch may read a row that one epoch skips.
+  # Probability 1 in all buckets: a later epoch may use a row that epoch 0 skips.
   buckets = tuple((b.resolution, b.num_frames, 1.0, 1) for b in settings.parsed_buckets())
   settings = dataclasses.replace(settings, buckets=buckets, reference_devices=1, drop_last=False)
   table = sources.open_table(settings, folder)

@@ -53,7 +53,7 @@ def _session(path: str) -> Any:
 
 
 def _embed(path: str, name: str, wanted: str, values: np.ndarray) -> np.ndarray:
-  """Output `wanted` [N, C] of a model for its input `name`, with length 1."""
+  """Output `wanted` of a model for its input `name`, [N, C], rows L2-normalised."""
   session, own = _session(path), _input(path, name)
   feeds = {own.name: values}
   for other in session.get_inputs():
@@ -86,7 +86,7 @@ def _blank(path: str, wanted: Any) -> np.ndarray:
 
 
 def embed_images(path: str, images: np.ndarray) -> np.ndarray:
-  """Images uint8 [T, H, W, 3] -> features [T, C] with length 1."""
+  """Images uint8 [T, H, W, 3] -> L2-normalised features [T, C]."""
   side = _side(path)
   return _embed(path, "pixel_values", "image_embeds", np.stack([preprocess(image, side) for image in images]))
 
@@ -102,7 +102,7 @@ def _tokenizer(folder: str) -> Any:
 
 
 def embed_text(path: str, folder: str, text: str, length: int = 77) -> np.ndarray:
-  """A text, truncated to `length` tokens with the end token -> features [C] with length 1."""
+  """A text, truncated to `length` tokens with the end token -> L2-normalised features [C]."""
   tokenizer = _tokenizer(folder)
   tokenizer.enable_truncation(length)
   ids = tokenizer.encode(text).ids
@@ -131,7 +131,7 @@ def _head(path: str) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def aesthetic(features: np.ndarray, layers: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-  """Features [N, C] with length 1 -> scores [N]: linear layers without activations between them."""
+  """L2-normalised features [N, C] -> scores [N]: linear layers without activations between them."""
   for weight, bias in layers:
     features = features @ weight.T + bias
   return features[:, 0]

@@ -132,7 +132,7 @@ def _steps(values: Mapping[str, Any], names: Iterable[str]) -> dict[str, Step]:
     settings = _settings(values, name)
     steps[name] = create(step_class(settings.pop("step", name)), settings, name)
   if [i for i, step in enumerate(steps.values()) if isinstance(step, Collect)] != [0]:
-    raise ValueError(f"steps has to begin with collect, and to have it only once; it is {tuple(steps)}")
+    raise ValueError(f"steps = {tuple(steps)} must begin with collect and contain collect once")
   return steps
 
 

@@ -29,7 +29,7 @@ from data.video import IMAGE_FPS, BadVideo, VideoInfo, cut_out, is_image, probe
 _DARK = 24.0  # mean luma (16 black, 235 white) below which a frame at either end of a scene belongs to a fade
 _KNOWN_COLORS = (1, 4, 5, 6, 7, 9, 10)
 _ITU601 = 6  # of `VideoFrame.colorspace`, whose numbers differ from those of `Colorspace`
-_GROUP_SECONDS = 60.0  # video that one call cuts: several clips per decoding, and work for all processes
+_GROUP_SECONDS = 60.0  # of video per call. Long calls decode once for many clips, short calls use all processes
 # Key frames at most 24 frames apart, no B-frames and no loop filter make clips quick to decode.
 # x264's macroblock tree is off: with it, one clip in fifty had other bits in every run.
 _ENCODER = {
@@ -213,8 +213,8 @@ class Cut(RowStep):
   Without this step the table keeps `start`, `end` and `crop`, and the loader reads that part of the source.
 
   short_side: pixels of the shorter side, 0: the source's. Smaller videos keep their size, rounded to even.
-  max_fps: largest frame rate; 0: no limit. The step lowers a higher rate to a whole fraction of itself. Open-Sora 1.2 uses
-    short_side 1080 and no limit, 1.1 used 720 and 30.
+  max_fps: largest frame rate; 0: no limit. The step divides a higher rate by the smallest whole number that meets the
+    limit. Open-Sora 1.2 uses short_side 1080 and no limit, 1.1 used 720 and 30.
   trim_dark: whether to drop black frames at both ends (fades).
   pictures: whether to write the clip's middle frame too, as a row of its own (an image).
   clips_folder, pictures_folder: folder for all files; "": folders beside the step's table.

@@ -91,7 +91,7 @@ class Reader:
       raise BadVideo(f"frame {expected} can't be decoded (damaged or cut short)")
 
   def _begins(self, start: int) -> list[int | None]:
-    """Frames to seek to, best first; None: no seek. After a key frame with missing references an earlier one helps."""
+    """Frames to seek to, best first; None: no seek. An earlier key frame helps if frames lack references."""
     here = self._frames is not None and self._next <= start and (self.times is None or start - self._next <= _SEEK_GAP)
     if self.times is None:
       return [None if here else 0]

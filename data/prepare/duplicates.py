@@ -12,7 +12,7 @@ import polars as pl
 from data.prepare.steps import Context, Step
 
 _BANDS = 6  # bands of 32 bits in a hash of 192 bits
-_CROWD = 20  # rows of one value of a band that are compared with all other rows of the value
+_CROWD = 20  # if more rows share a band's value, only the best 20 are compared with all of them
 _PLAIN = 4  # a band with fewer ones, or fewer zeros, is of a plain image (black, white) and is not compared
 
 
@@ -24,8 +24,8 @@ class Duplicates(Step):
 
   content: whether to compare the SHA-256 of the files (column `hash`).
   pictures: whether to compare the difference hashes of three frames (column `picture_hash`) of rows with a similar duration.
-  max_bits: bits of 192 in which two such hashes may differ, at most 5. Then two hashes share one of six bands of 32 bits, so
-    every pair is found. Plain images (black, white) are not compared.
+  max_bits: largest number of different bits (of 192), at most 5. So few differences leave one of six bands of 32 bits equal,
+    which finds every pair. Plain images (black, white) are not compared.
   """
 
   title: ClassVar[str] = "duplicates"

@@ -49,7 +49,7 @@ FILM_SHA256 = "475fbbf34c4c367998f80c29ea03b15a743941179b12da3373fc6706e68621d0"
 CREDIT = "Big Buck Bunny (c) 2008 Blender Foundation, www.bigbuckbunny.org, CC-BY 3.0"
 CAPTIONS = Path(__file__).parents[1] / "film" / "captions.csv"
 
-HELD_OUT = 10  # one scene of this number is held out
+HELD_OUT = 10  # one scene in ten is held out
 _COLUMNS = ("path", "text", "num_frames", "height", "width", "fps", "crop")
 
 
@@ -235,6 +235,7 @@ def hold_out(table: Path) -> None:
 
 
 def _outcome(made: Chain, videos: Videos) -> tuple[int, int, dict[str, str]]:
+  """(clips, rows, {skipped video: reason}) of a finished chain."""
   names = {os.path.abspath(file): name for name, (file, _) in videos.items()}
   source = pl.coalesce("video", "path").alias("path")
   rows = made.scan("crops").select(source, "crop", "num_frames").collect()

@@ -17,7 +17,7 @@ from data.prepare.steps import at_least
 
 _FLOW_SIZE = (576, 320)  # width and height of the frames whose flow Open-Sora measures
 _PRESETS = ("ultrafast", "fast", "medium")
-CLASSES = ("static", "pan_left", "pan_right", "tilt_up", "tilt_down", "zoom_in", "zoom_out")  # with a sentence in captions
+CLASSES = ("static", "pan_left", "pan_right", "tilt_up", "tilt_down", "zoom_in", "zoom_out")  # captions name them
 _DARK = 16.0  # mean grey (0 to 255) of a black frame, largest grey of a black bar
 _SAME = 0.25  # mean difference (0 to 255) below coding noise: the two frames show the same image
 
@@ -174,7 +174,7 @@ def camera_class(moved: np.ndarray, threshold: float) -> str:
   """Class for the moves [4, 2], (x, y) in pixels, of the middles of the top, bottom, left and right edge."""
   top, bottom, left, right = (np.where(np.abs(m) > threshold, np.sign(m), 0) for m in moved)
   labels = []
-  # For each direction the move of the first pair of opposite edges that agree (0: none agrees).
+  # x, y: sign of the move of top and bottom if they agree, else of left and right if they agree, else 0.
   x, y = ((top[i] if top[i] == bottom[i] else 0) or (left[i] if left[i] == right[i] else 0) for i in (0, 1))
   if x:
     labels.append("pan_right" if x < 0 else "pan_left")  # the image moves left: the camera moves right

@@ -1,7 +1,8 @@
 """The report: one HTML file, without links, about a table before and after filtering.
 
 For the rows before the filter it shows counts per step, failures, histograms, the effect of thresholds, and contact sheets of
-the best, worst and random clips of each score. For the rows after it, it shows hours and the buckets of a training config.
+the best, worst and random clips of each score. For the rows after the filter, it shows hours and the buckets of a training
+config.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ _CLIP = ("path", "text", "num_frames", "height", "width", "start", "crop")  # co
 class Report(Step):
   """Writes report.html.
 
-  file: its name, in the run's folder unless it is a path. training: training config whose buckets the report shows.
+  file: path of the report, from the run's folder. training: training config whose buckets the report shows.
   sheets: whether it has contact sheets of the scores, for which clips are read again.
   """
 
@@ -99,8 +100,8 @@ class Report(Step):
 def build(step: Report, tables: list[str], context: Context) -> str:
   """The page as HTML. It takes each column from the earliest table in which the column has values.
 
-  The tables are those before each filter, then the last one. So it shows the scores of all scored rows and the captions of all
-  captioned rows.
+  The tables are the inputs of the filters in order, then `tables`. So the page shows scores and captions also of rows that a
+  later filter removes.
   """
   import jinja2
 

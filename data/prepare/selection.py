@@ -112,7 +112,7 @@ class Filter(Step):
     return table.filter(pl.all_horizontal(list(met.values())))
 
   def tell(self, counts: dict[str, int]) -> str:
-    """Rows that each condition removes, and rows that no other condition removes."""
+    """A table: rows that each condition removes, and rows that only this condition removes."""
     if not counts or not counts["rows"]:
       return ""
     lines = [f"  {'':>40} {'removes':>12} {'only this':>12}"]

@@ -1,8 +1,8 @@
 """Shards of tables: the parquet files of a step, one for each shard of the previous step. The metadata hold the provenance.
 
 * `key`: digest of the step, its settings, the identity of the input shard and the facts gathered over the whole table.
-* `identity`: the part of the next step's keys that stands for this shard. It is the shard's own key. With rows to retry it is a
-  digest of the key and these rows. If the step gathers facts, it is a digest of all rows.
+* `identity`: stands for this shard in keys of the next step. It is `key`, or with rows to retry a digest of `key` and these
+  rows. If the step gathers facts, it is a digest of the shard's rows.
 
 A failed row keeps its place, with the reason in `error`, and later steps pass it on unchanged. `retry` is true if the reason is
 temporary (no answer, no file).
@@ -62,7 +62,7 @@ def identity(path: str) -> str:
 
 
 def scan(path: str) -> pl.LazyFrame:
-  """A table file, lazily. All cells of a csv or jsonl column decide its type, but the columns in `_TEXTS` are always text."""
+  """A table file, lazily. All cells of a csv or jsonl column decide its type. In csv files the columns in `_TEXTS` are text."""
   path = local(path)
   if path.endswith(".csv"):
     return pl.scan_csv(path, infer_schema_length=None, schema_overrides=dict.fromkeys(_TEXTS, pl.String))

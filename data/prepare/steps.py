@@ -1,4 +1,4 @@
-"""Steps, of which chains consist. The fields of a step are its settings. A step turns one shard of a table into another."""
+"""Base classes of a chain's steps. The fields of a step are its settings. A step turns one shard of a table into another."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def beside(path: str, ending: str) -> str:
 
 
 def states_beside(step: Step, source: str) -> list[tuple | None]:
-  """`paths.state_of` each file that a step reads beside the files of a table's rows.
+  """`paths.state_of` the extra files, such as captions, that a step reads beside each row's video.
 
   Files in a bucket are skipped, because each one would cost a request.
   """

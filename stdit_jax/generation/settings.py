@@ -77,8 +77,8 @@ class SampleSettings(PipelineSettings):
   reference: Sequence[str] | None = _given("image or video for --mask-strategy", action="append", metavar="FILE")
   mask_strategy: str | None = _given("Open-Sora: LOOP,REFERENCE,ITS FRAME,CLIP FRAME,FRAMES,EDIT RATIO;...", metavar="TEXT")
   loops: int = _given("clips; each continues from the last frames of the previous clip (default: %(default)s)", 1)
-  condition_frames: int | None = _given("latent frames given from a video or the previous clip (default: up to 4)")
-  condition_edit: float = _given("change of the frames from the previous clip: 0 none, 1 all new (default: %(default)s)", 0.0)
+  condition_frames: int | None = _given("latent frames given from a video or the previous clip (default: up to 4, or a chunk)")
+  condition_edit: float = _given("edit ratio of the frames from the previous clip (default: %(default)s)", 0.0)
   edit_strength: float = _given("noise level for --task edit, above 0, at most 1 (default: %(default)s)", 0.6)
   explain: bool = _given("print where each frame comes from, and make nothing", False)
 

@@ -179,12 +179,12 @@ def fragment(stages: Sequence[Stage], found: dict[tuple, Found], equal: dict[tup
     command: the command that made it.
   """
   lines = [
-    f'"""Batch sizes found by the compiler for {topology}, of the whole mesh. Computed, not measured on a device.',
+    f'"""Global batch sizes for {topology}, found by `plan`. Computed, not measured on a device.',
     "",
     " \\\\\n".join(textwrap.wrap(command, 120, initial_indent="  ", subsequent_indent="      ", break_on_hyphens=False)),
     "",
-    "LARGEST fills the memory. EQUAL makes the steps of all buckets take about the same time. To use one, set the mesh of",
-    "that command and write stages like",
+    "LARGEST fills the memory. EQUAL makes the steps of all buckets take about the same time. To use a table, set the mesh",
+    "of the command above and write a stage:",
     "  dict(name=..., steps=..., **EQUAL[name])",
     '"""',
   ]

@@ -119,7 +119,7 @@ def test_changed_keys(tmp_path, table_path):
   two, three = (sequence_of(tmp_path, labelled, num_classes=n).description for n in (2, 3))
   assert plan.changed_keys(two, three) == ["num_classes: 2 -> 3", "tables[0].fingerprint (contents of the table)"]
   assert plan.changed_keys({**old, "version": 1}, old) == [
-    "version: 1 -> 2 (another release, which draws the rows of buckets otherwise)"
+    "version: 1 -> 2 (another release, which assigns rows to buckets differently)"
   ]
   fewer = tuple(b for b in BUCKETS if b[:2] != ("240p", 9))
   assert plan.changed_keys(old, sequence_of(tmp_path, table_path, buckets=fewer).description) == ["buckets: 240p x 9"]

@@ -246,7 +246,7 @@ def test_unreadable_folders_are_named(tmp_path, monkeypatch, capsys):
     ("--config.scenes.min_seconds=long", "scenes.min_seconds = 'long' is no float"),
     ("--config.scenes.detector=best", "scenes: detector = 'best'; allowed: adaptive, content, none"),
     ("--config.steps=('collect','scene')", "there is no step 'scene', did you mean 'scenes'?"),
-    ("--config.steps=('probe',)", "steps has to begin with collect"),
+    ("--config.steps=('probe',)", "steps = ('probe',) must begin with collect"),
     ("--config.collect.sources=('/nowhere',)", "'/nowhere' is no folder, pattern or table"),
     ("--config.limits={'second':1}", "limits: there is no setting 'second', did you mean 'seconds'?"),
     ("--config.limits.seconds=2m", "limits.seconds = '2m' is no float"),
