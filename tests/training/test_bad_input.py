@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from configs import base
+from stdit_jax import train
 from stdit_jax.interop import CheckpointError
 from stdit_jax.run_samples import Sampler
 from stdit_jax.training.stages import make_stages
@@ -251,28 +252,39 @@ def refused(result, *words):
     assert word in lines[0]
 
 
-def test_errors_of_the_command_are_one_line(assets, trained, store, tmp_path):
-  config = write_config(tmp_path / "config.py", assets, tmp_path / "run", **ONE)
+def test_errors_of_flags_are_one_line(tmp_path, capsys):
   broken = tmp_path / "broken.py"
   broken.write_text("def get_config(:\n")
-  train = "stdit_jax.train"
-  refused(run_module(train, "--confg", "configs/quickstart.py"), "confg")
-  refused(run_module(train), "give a configuration: --config configs/quickstart.py")
-  quick = "configs/quickstart.py"  # the error occurs before the file matters
-  refused(run_module(train, "--config", quick, "--config.optimizer.learning_rat=1"), "did you mean 'optimizer.learning_rate'")
-  refused(run_module(train, "--config", quick, "--config.model.fields.depht=1"), "model.fields.depht=1: there is no key")
-  refused(run_module(train, "--config", quick, "--config.log_every=often"), "log_every")
-  refused(run_module(train, "--config", quick, "more"), "unrecognized arguments: more")
-  refused(run_module(train, "--config", broken), "broken.py", "SyntaxError")
-  refused(run_module(train, "--config", tmp_path / "none.py"), "none.py")
-  # Errors that show later: values, devices, the checkpoint.
-  refused(run_module(train, "--config", config, "--config.caption_dropout=3"), "caption_dropout is 3")
-  refused(run_module(train, "--config", config, "--config.platform=gpu", JAX_PLATFORMS="cuda"), "JAX finds no devices")
+  quick = ("--config", "configs/quickstart.py")  # the error occurs before the file matters
+  for arguments, *words in (
+    (("--confg", "configs/quickstart.py"), "confg"),
+    ((), "give a configuration: --config configs/quickstart.py"),
+    ((*quick, "--config.optimizer.learning_rat=1"), "did you mean 'optimizer.learning_rate'"),
+    ((*quick, "--config.model.fields.depht=1"), "model.fields.depht=1: there is no key"),
+    ((*quick, "--config.log_every=often"), "log_every"),
+    ((*quick, "more"), "unrecognized arguments: more"),
+    (("--config", str(broken)), "broken.py", "SyntaxError"),
+    (("--config", str(tmp_path / "none.py")), "none.py"),
+  ):
+    with pytest.raises(SystemExit) as exit:
+      train.main(arguments)
+    assert exit.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert all(word in line for word in words), line
+
+
+def test_errors_of_the_command_are_one_line(assets, trained, store, tmp_path):
+  """Errors that show late: values, devices, the checkpoint."""
+  config, program = write_config(tmp_path / "config.py", assets, tmp_path / "run", **ONE), "stdit_jax.train"
+  refused(run_module(program, "--confg", "configs/quickstart.py"), "confg")
+  refused(run_module(program, "--config", config, "--config.caption_dropout=3"), "caption_dropout is 3")
+  refused(run_module(program, "--config", config, "--config.platform=gpu", JAX_PLATFORMS="cuda"), "JAX finds no devices")
   elsewhere = "--config.output=gs://no-such-bucket/run"
-  refused(run_module(train, "--config", config, elsewhere, JAX_COMPILATION_CACHE_DIR=""), "there is no such bucket")
+  refused(run_module(program, "--config", config, elsewhere, JAX_COMPILATION_CACHE_DIR=""), "there is no such bucket")
   assert not (tmp_path / "run").exists()
   changed = write_config(tmp_path / "changed.py", assets, trained, **ONE, data__seed=5)
-  refused(run_module(train, "--config", changed), "seed: 42 -> 5", "restart_data")
+  refused(run_module(program, "--config", changed), "seed: 42 -> 5", "restart_data")
   assert json.loads((pathlib.Path(trained) / "config.json").read_text())["data"]["seed"] == 42
 
 

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from stdit_jax.training.compilation import AheadOfTime
-from tests.tiny_run import run_module, write_config
+from tests.tiny_run import run_module, text_from_disk, write_config
 
 
 def losses(output):
@@ -18,7 +18,7 @@ def test_a_second_start_compiles_nothing(assets, tmp_path):
   cache = tmp_path / "first" / "compilation_cache"
   texts = []
   for name, settings in (("first", {}), ("second", {"compilation_cache": str(cache)})):
-    settings |= {"data__buckets": (("64p", 1, 1.0, 2),), "stages": ({"name": "tiny", "steps": 2},)}
+    settings |= {"data__buckets": (("64p", 1, 1.0, 2),), "stages": ({"name": "tiny", "steps": 2},), **text_from_disk(assets)}
     config = write_config(tmp_path / f"{name}.py", assets, tmp_path / name, **settings)
     result = run_module("stdit_jax.train", "--config", config, JAX_COMPILATION_CACHE_DIR="")
     assert result.returncode == 0, result.stderr[-3000:]

@@ -88,9 +88,9 @@ def test_cached_batches_equal_those_from_videos(assets, table, folder, tmp_path)
     Sampler(cached)
 
 
-@pytest.mark.parametrize(("name", "frames"), [("tiny-temporal", 7), ("tiny-causal3d", 9)])
-def test_cached_latents_of_video_autoencoders_equal_those_from_videos(assets, table, tmp_path, name, frames):
+def test_cached_latents_of_a_video_autoencoder_equal_those_from_videos(assets, table, tmp_path):
   """The latents have fewer frames than the clips."""
+  name, frames = "tiny-causal3d", 9
   module, weights = registry.find(name), tmp_path / "autoencoder.safetensors"
   config = module.get_config(name)
   variables = module.init(module.build(config), jax.random.key(0))

@@ -62,8 +62,8 @@ def test_after_the_limit_the_run_goes_back_and_skips_failed_steps(assets, tmp_pa
   assert set(map(int, jax.tree.leaves(state["opt"][0].count))) == {STEPS}
   assert pathlib.Path(run.checkpoints.folder).is_dir()
 
-  # A run that stops after every few steps and resumes has the same bits.
-  for steps in (2, 4, 5, STEPS):
+  # A run that stops on the way and resumes has the same bits.
+  for steps in (5, STEPS):
     again, resumed, again_lines = trained(assets, tmp_path / "resumed", "one_nan.csv", steps, max_nonfinite=1)
   assert again.skip == run.skip
   jax.tree.map(np.testing.assert_array_equal, resumed, state)
