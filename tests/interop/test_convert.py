@@ -136,7 +136,7 @@ MISTAKES = {
   "unknown field 'dept'": ("--input", "GOLDEN", "--output", "y", "--model", "STDiT3-tiny/2", "--config", '{"dept": 1}'),
   "depth is 'two'": ("--input", "GOLDEN", "--output", "y", "--model", "STDiT3-tiny/2", "--config", '{"depth": "two"}'),
   "give a JSON object": ("--input", "GOLDEN", "--output", "y", "--model", "STDiT3-tiny/2", "--config", '{"depth"'),
-  "does not divide": ("--check", "--model", "STDiT3-XL/2", "--config", '{"num_heads": 7}'),
+  "multiples of num_heads=7": ("--check", "--model", "STDiT3-XL/2", "--config", '{"num_heads": 7}'),
   "has no key table": ("--check", "--model", "STDiT3-tiny/2"),
   "must end in .safetensors": ("--input", "GOLDEN", "--output", "y.json", "--model", "STDiT3-tiny/2"),
   "with layout t5 is called": ("--input", "GOLDEN", "--output", "y", "--model", "STDiT3-tiny/2", "--to", "t5"),

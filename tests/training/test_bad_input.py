@@ -49,7 +49,7 @@ WRONG = [
   ({"model__name": "STDiT3-tini/2"}, "unknown denoiser 'STDiT3-tini/2'; allowed: STDiT-XL/2"),
   ({"model__fields__dept": 3}, "unknown field 'dept'; allowed:"),
   ({"model__fields__depth": "two"}, "depth is 'two'; give a value like 2"),
-  ({"model__fields__hidden_size": 50}, "hidden_size 50 does not divide"),
+  ({"model__fields__hidden_size": 50}, "hidden_size is 50; allowed: multiples of num_heads=4"),
   ({"model__fields__dtype": "float8"}, "dtype is 'float8'; allowed: float32, bfloat16"),
   ({"model__fields__caption_channels": 32}, "gives 64 features, but the denoiser takes caption_channels=32; set"),
   ({"model__fields__model_max_length": 9}, "text_encoder.max_length is 16, but the denoiser's null caption has model_max"),
