@@ -294,7 +294,8 @@ class Pipeline:
 def image_valid(config: Any, latent_size: Sequence[int], token_parts: int = 1) -> np.ndarray:
   """bool `[T, S, P]`: True for the elements of tokens that are latents of this size.
 
-  The others are padding: at an odd border, or tokens up to a multiple of `token_parts`. `config`: of the denoiser.
+  The other elements are padding, at an odd border or in tokens that fill the number up to a multiple of `token_parts`.
+  `config` is the denoiser's.
   """
   valid = patchify(np.ones((*latent_size, config.in_channels), bool), config.patch_size)
   return np.pad(valid, ((0, 0), (0, -valid.shape[1] % token_parts), (0, 0)))

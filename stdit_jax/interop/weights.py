@@ -136,7 +136,7 @@ class Source:
 def open_source(
   path: paths.Path, layouts: LayoutLike | Sequence[LayoutLike], tree: Any, config: Any = None, allow_non_finite: bool = False
 ) -> Source:
-  """Opens a checkpoint with a layout. Of several layouts, chooses the one with the fewest differences."""
+  """Opens a checkpoint with the layout that has the fewest differences, or with the only layout."""
   several = (layouts,) if isinstance(layouts, LayoutLike) else layouts
   sources = [Source(path, get_layout(layout), tree, config, allow_non_finite) for layout in several]
   return min(sources, key=lambda s: len(s.report.missing) + len(s.report.mis_shaped) + 1e-6 * len(s.report.unexpected))

@@ -91,7 +91,7 @@ class ClipEncoder:
   """Encodes clips to normalised posterior means and deviations on all local devices. `codec.py` cuts clips into pieces."""
 
   def __init__(self, codec, config, counter, name):
-    """`codec`: an `autoencoders.codec.Codec`; `config`: the group `autoencoder`; `name`: of the stage, for program names."""
+    """`codec`: an `autoencoders.codec.Codec`; `config`: the group `autoencoder`; `name`: the stage's, for program names."""
     self.config, self._counter, self._name = codec.config, counter, name
     self._codecs = [
       dataclasses.replace(codec, variables=jax.device_put(codec.variables, device), run=self._run)

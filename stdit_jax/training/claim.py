@@ -34,7 +34,7 @@ def claim(folder: str, taken: Callable, period: float = PERIOD) -> Iterator[None
   `claim` waits up to PATIENCE periods for a holder on another machine, because this process may be its replacement.
 
   Args:
-    folder: of the run, on a disk or in a storage bucket.
+    folder: the run's folder, on a disk or in a storage bucket.
     taken: called with one line, in another thread, if another process has taken the folder meanwhile.
 
   Raises:

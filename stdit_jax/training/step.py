@@ -152,7 +152,7 @@ class Program:
   """A program that is not compiled yet.
 
   Attributes:
-    jitted: the function; arguments: of the function, as shapes.
+    jitted: the function; arguments: shapes of its arguments.
     batch, work: of a gradient program: the batch as a tree of `ArraySpec`, and its (tokens, model FLOPs).
   """
 
