@@ -1,4 +1,4 @@
-"""Goal: a better film than configs/quickstart.py, with four times the tokens and more steps. README shows its video.
+"""Goal: better videos than those of configs/quickstart.py, with four times the tokens and more steps. README shows one.
 
 Data: `data.prepare.film` downloads and prepares Big Buck Bunny.
 Time: less than an hour on two CPU cores (measured).
@@ -12,7 +12,7 @@ from configs import quickstart
 
 
 def get_config():
-  """configs/quickstart.py with patches of 2 x 2 latents, two windows per clip and a longer average."""
+  """configs/quickstart.py with patches of 2 x 2 latents, two windows per clip and a slower average of the weights."""
   config = quickstart.get_config()
   config.output = "runs/film"
   config.model.name = "STDiT3-mini/2"

@@ -8,7 +8,7 @@ Time: an hour and a quarter on two CPU cores, which are two devices with one thr
   XLA_FLAGS="--xla_force_host_platform_device_count=2 --xla_cpu_multi_thread_eigen=false" \\
       python -m stdit_jax.train --config configs/film_video_autoencoder.py --config.mesh.data=2
 
-On GPUs and TPUs omit XLA_FLAGS and --config.mesh.data. The next command measures the result on scenes that it did not see, and
+On GPUs and TPUs omit XLA_FLAGS and --config.mesh.data. The first command below measures the result on held-out scenes, and
 prints the shift and scale of the latents. The second command measures the baseline: the image autoencoder on every fourth
 frame, with the same number of latents. The third command writes the file:
 
@@ -63,7 +63,7 @@ def get_config():
   config.ema_decay = 0.99
   plain = {"autoencoder.perceptual_weight": 0.0}
   config.stages = (
-    # The shortcut starts as an average of frames. At the rate of the other parameters it would stay one.
+    # The shortcut starts as an average of frames. At the rate of the other parameters it would stay an average.
     dict(name="time", steps=300, train="^autoencoder/temporal", **plain, **{"optimizer.scales": (("shortcut", 30.0),)}),
     dict(
       name="pixels", steps=2000, keep_optimizer=False, **plain,

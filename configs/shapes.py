@@ -1,4 +1,4 @@
-"""Goal: a small STDiT-3 and a small T5 learn moving shapes (data/shapes.py). Every task is measured.
+"""Goal: a small STDiT-3 and a small T5 learn moving shapes (data/shapes.py). `evaluate --task shapes` measures them.
 
 Data: none. The loader draws the shapes.
 Time: about two hours on two CPU cores.
@@ -8,7 +8,7 @@ Time: about two hours on two CPU cores.
 
 README's section "Generate" has the results of the shipped files in data/moving_shapes. Four runs made them, each from the
 exported weights of the previous run: 1,000 steps of images and 1,983 of clips, then 3,000, 1,400 and 1,000 steps of clips.
-This file trains for as many steps in one run, which is not measured. The commands of the second run and of the export:
+This file trains for about as many steps in one run, which is not measured. The commands of the second run and of the export:
 
   python -m stdit_jax.train --config configs/shapes.py --config.output=runs/shapes-on \\
       --config.init=denoiser.safetensors --config.text_encoder.weights=text_encoder.safetensors \\

@@ -59,7 +59,7 @@ def closest_ratios(height: npt.ArrayLike, width: npt.ArrayLike, resolution: str)
 
 
 def get_num_frames(name: int | str) -> int:
-  """Pixel frames of a clip length: a number, or a name from "1x" (51) to "16x", from "2s" (51) to "32s"."""
+  """Pixel frames of a clip length: a number of frames, or one of the names "1x" (51) to "16x" and "2s" (51) to "32s"."""
   text = str(name)
   if text in DURATIONS:
     return DURATIONS[text]

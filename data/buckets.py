@@ -29,15 +29,15 @@ _CHUNK = 1 << 16  # rows per pass; bounds the memory of the draws and does not c
 class Bucket:
   """One row of a bucket table: clips of `num_frames` frames (1 = images) at a resolution name.
 
-  `batch_size`, the global number of samples per micro step, may be None if keep_prob is 0. Such a bucket takes no clip: its
-  clips go to smaller resolutions.
+  `batch_size`, the global number of samples per micro step, may be None if keep_prob is 0. Such a bucket stays empty: clips
+  that fit it go to smaller resolutions.
   """
 
   resolution: str
   num_frames: int
   keep_prob: float  # probability that a fitting row stays
   batch_size: int | None
-  duration_prob: float | None = None  # probability that this length counts at all; None = 1
+  duration_prob: float | None = None  # probability that a row considers this length; None = 1
 
   @property
   def name(self) -> str:
@@ -99,7 +99,7 @@ def assign(
     num_frames, height, width: integers [N], sizes of the source clips (1 frame = image).
     seed: whole numbers, the seed of the random draws.
     buckets: the result of `parse_buckets`.
-    interval: source frames per frame used.
+    interval: stride in time. One of `interval` source frames is used.
 
   Returns:
     bucket int16 [N]: index into `buckets`, -1 = none.

@@ -171,7 +171,7 @@ def load_tokenizer(spec: str) -> Any:
   except Exception as error:  # the library raises errors of any kind
     reason = " ".join(str(error).split())[:200]
     raise ValueError(f"tokenizer folder {folder} can't be read, {_NEEDED}: {reason}") from None
-  # Without its vocabulary the library silently makes a tokenizer that knows no word.
+  # If the vocabulary file is missing, the library silently makes a tokenizer that knows no word.
   if not isinstance(tokenizer, transformers.ByT5Tokenizer) and not any((folder / name).is_file() for name in _PIECES):
     raise ValueError(f"tokenizer folder {folder} is incomplete, {_NEEDED}.")
   if tokenizer.pad_token_id is None:
@@ -182,7 +182,7 @@ def load_tokenizer(spec: str) -> Any:
 class Tokenize:
   """Turns a caption into (ids int32 [max_length], mask bool [max_length]). Picklable.
 
-  The result is padded, or truncated before the end token. The class reads only the first 100 * max_length characters, far more
+  Pads short captions. Truncates long ones and keeps the end token. Reads only the first 100 * max_length characters, far more
   than the tokens can hold. A worker loads the tokenizer with its first caption. Invalid Unicode becomes replacement characters.
   """
 

@@ -23,7 +23,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def flag(help: str, default: Any = None, *names: str, group: str = "", **options: Any) -> Any:
-  """A field of a settings class that is a flag.
+  """Makes a field of a settings class that is also a command-line flag.
 
   Args:
     names: names of the flag (default: --FIELD). A name without dashes makes the flag a positional argument.

@@ -18,7 +18,7 @@ _LEAST = {"seed": 0, "workers": 0, "windows_per_row": 0, "reference_devices": 1,
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-  """Settings of the training data. The first group decides the plan. A run refuses changes of this group
+  """Settings of the training data. The first group and `num_classes` decide the plan. A resumed run refuses changes of them
   (`plan.changed_keys`).
 
   Attributes:
@@ -29,16 +29,16 @@ class DataConfig:
     reference_devices: number of devices for which `batch_size` in the table of buckets is given. The global batch size is
       batch_size * reference_devices. 1 = batch sizes are global.
     seed: seed of bucket draws, shuffling, clip positions and the choice of captions.
-    frame_interval: source frames per frame used (Open-Sora 1.1: 3, 1.2: 1).
+    frame_interval: stride in time. One of `frame_interval` source frames is used (Open-Sora 1.1: 3, 1.2: 1).
     drop_last: True drops the rows that fill no batch at the end of an epoch. False repeats other rows to fill the batch.
     captions: "required" skips rows without a caption. "optional" gives such rows an empty caption (autoencoders, labels).
     max_caption_length: the loader skips rows with longer captions (characters). The tokenizer cuts captions at far fewer
       characters.
-    rows_per_bucket: a number chooses a fixed set for measurements, with at most this number of rows per bucket. The set does
-      not depend on the probabilities and on the other buckets. A row may be in several buckets.
+    rows_per_bucket: a number selects at most this many rows per bucket, for measurements. The selection does not depend on
+      probabilities or on other buckets, and a row may be in several buckets. None = all rows, by the probabilities.
 
-    windows_per_row: number of clips (places in time) of a row. The epochs repeat these clips, so that a cache can hold their
-      latents. 0 = a new place in every epoch, as in Open-Sora.
+    windows_per_row: number of different clips (places in time) per row. The epochs cycle through them, so that a cache can hold
+      their latents. 0 = a new place in every epoch, as in Open-Sora.
     resize: "area" or "original" (`video.read_frames`).
     scores: names of the score columns that the loader writes behind captions ("aesthetic score: 6.5."), if a table has them.
       () = none.
@@ -114,7 +114,7 @@ class DataConfig:
       raise ValueError(f"data.max_bad_rows = {bad!r} is neither a number of rows nor a share (a float) from 0.0 to 1.0")
 
   def window(self, epoch: int) -> int:
-    """The window (place in time) that an epoch reads of every row, as a number."""
+    """Number of the window (place in time) at which an epoch reads every row."""
     return epoch % self.windows_per_row if self.windows_per_row else epoch
 
   def table_weights(self) -> list[tuple[str, float]]:

@@ -122,7 +122,7 @@ def _made_from(config, table, *keys):
 
 
 def plan_identity(config: DataConfig, table: Table) -> dict:
-  """Everything that decides which clips the first epochs need."""
+  """Everything that decides which clips each epoch needs. A part stores it in `made_for`."""
   return json.loads(json.dumps({**plan.describe(config, table), "windows_per_row": config.windows_per_row}))
 
 
@@ -283,8 +283,8 @@ class Cache:
   Attributes:
     latents, text: the `Encoded` of the clips, and of the captions or None.
     epochs: number of first epochs of this plan that are cached completely.
-    followed: {epoch: source} of a resumed training. The training keeps these sources, even if `encode` has cached more epochs
-      since.
+    followed: {epoch: source} that a resumed training used before, see `source`. The training keeps these sources, even if
+      `encode` has cached more epochs since.
   """
 
   def __init__(self, latents, text, table, config):
@@ -292,7 +292,7 @@ class Cache:
     identity = plan_identity(config, table)
     self.epochs = min(e.epochs(identity) for e in (latents, text) if e is not None)
     made_for = [m for part in latents.parts for m in part.made_for]
-    self._rounds = max((m["epochs"] for m in made_for), default=0)
+    self._rounds = max((m["epochs"] for m in made_for), default=0)  # most epochs that were encoded for any plan
     changes = [plan.changed_keys(m["plan"], identity) for m in made_for if m["plan"] != identity]
     self._changes = min(changes, key=len, default=[])
     self._captions_change = text is not None and table.captions_change(config.scores)
@@ -306,7 +306,7 @@ class Cache:
       return self.followed[epoch]
     if self._holds(epoch, plan_of):
       return epoch
-    if not self.epochs:  # the parts do not record this plan, which may have other batch sizes
+    if not self.epochs:  # no part names this plan, for instance after a change of batch sizes: look for complete epochs
       self.epochs = next((e for e in range(self._rounds) if not self._holds(e, plan_of)), self._rounds)
     if self.epochs:
       return epoch % self.epochs
@@ -368,7 +368,7 @@ def prepare(
     size_of_records: function of keys, returns the bytes of each record.
     shard_bytes: approximate size of a shard.
 
-  Raises ValueError if another command has begun a part, or if the folder has a set with another dtype or `log_variance`.
+  Raises ValueError if an unfinished part has other keys, or if the folder has a set with another dtype or `log_variance`.
   """
   same = _set_with(folder, kind, made_from)
   wanted = keys[~same.holds(keys)]
@@ -380,7 +380,7 @@ def prepare(
       return part
   if not len(wanted):
     for part in same.parts[-1:]:
-      if new := [m for m in made_for if m not in part.made_for]:  # the part holds the clips of these plans, too
+      if new := [m for m in made_for if m not in part.made_for]:  # all clips exist: record that these plans use them, too
         values = {"starts": part.starts.tolist(), "made_for": part.made_for + new}
         paths.write_text(paths.join(part.folder, _PART), json.dumps(values))
     return None

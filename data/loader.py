@@ -295,12 +295,12 @@ class RowSource:
       number = bisect.bisect_right(self._starts, element) - 1
       epoch = self.epoch + number
       current, ends = self.plans.plan(epoch), self._ends_of(epoch)
-    within = element - self._starts[number]
+    within = element - self._starts[number]  # row of the epoch
     step = int(np.searchsorted(ends, within, "right"))
-    within -= int(ends[step - 1]) if step else 0
+    within -= int(ends[step - 1]) if step else 0  # row of the step
     begin, end = current.slots(step)
     parts, count = self.shares[current.bucket_index(step)]
-    size = (end - begin) // count
+    size = (end - begin) // count  # slots of one part
     slot = begin + parts[within // size] * size + within % size
     row, key, bucket, _ = current.slot(slot)
     return epoch, slot, row, key, bucket
@@ -404,13 +404,13 @@ class RowDecoder:
 def _persistent_error(row, error):
   """The RuntimeError for an I/O error that stays after all attempts."""
   reason = f"reading failed again and again: {error.strerror or error}"
-  return RuntimeError(f"{row.path}: {reason}. Check the disk or the bucket, then start again.")
+  return RuntimeError(f"{row.path}: {reason}. Check the disk or the gs:// bucket, then start again.")
 
 
 class ClipDecoder(RowDecoder):
   """Turns the key of a clip into {pixels, path, fps, error, away}. Picklable.
 
-  `fps` is the file's own frame rate, 0 if unknown. `away` is True if the file was not found.
+  `fps` is the file's own frame rate, 0 if unknown. `away` is True if the file is missing or may not be read.
   """
 
   def __call__(self, key: int) -> dict:

@@ -44,7 +44,7 @@ def check(path: Path, what: str) -> None:
 
 def check_writable(folder: Path, what: str) -> None:
   """Makes a folder. Raises ValueError if the folder is not writable. The error names the option `what`."""
-  probe = join(folder, f".writable-{socket.gethostname()}-{os.getpid()}")  # other processes do the same
+  probe = join(folder, f".writable-{socket.gethostname()}-{os.getpid()}")  # unique: other processes probe, too
   try:
     write_text(probe, "")
     remove(probe)
@@ -240,7 +240,7 @@ def whole(path: Path) -> Iterator[str]:
 
 
 def remove_leftovers(folder: Path, finished: Collection[str]) -> None:
-  """Deletes what killed processes left of the files with the names `finished`. No other process may write these files."""
+  """Deletes the temporary files of killed writes to the names `finished`. No other process may be writing these files."""
   for name in names(folder):
     # `whole` puts .tmpPID-RANDOM before the ending. Older versions put .PID.tmp behind the ending.
     found = re.fullmatch(r"\.(.+?)(?:\.tmp\d+-[0-9a-f]{8}(\.[^.]*)?|\.\d+\.tmp)", name)

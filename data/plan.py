@@ -161,7 +161,7 @@ def _shuffled(steps, slots, sizes, rng):
   steps = steps[order]
   lengths = sizes[steps]
   ends = np.cumsum(lengths)
-  source = np.repeat(begins - (ends - lengths), lengths) + np.arange(len(slots))
+  source = np.repeat(begins - (ends - lengths), lengths) + np.arange(len(slots))  # old place of each shuffled slot
   return np.concatenate([[len(steps), len(slots)], steps, [0], ends, slots[source]]).astype(np.int64)
 
 
@@ -205,7 +205,7 @@ class Plan:
   def buckets(self, step: int, count: int) -> list[Bucket]:
     """The distinct buckets of the `count` steps from `step` on, in the order of their first use.
 
-    The next epoch may have no plan yet. This epoch's first steps then stand for the next epoch's steps.
+    This epoch's first steps stand in for the next epoch's steps, since the next epoch may have no plan yet.
     """
     ahead = [*self._bucket[step : step + count], *self._bucket[: max(0, step + count - self.num_steps)]]
     return [self._buckets[i] for i in dict.fromkeys(ahead)]

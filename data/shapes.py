@@ -5,7 +5,7 @@ of its address, `shapes://SPLIT/SEED/NUMBER`. `shapes://SPLIT/SEED/ROWS` is the 
 names this table in `data.tables` like a file. `data.shapes_vision` measures what a video of a trained model shows.
 
 Splits: "train" lacks some combinations of shape, colour and direction. It also lacks long clips of one size. "held_out" has
-only the missing combinations. "sizes" is "train" with the missing long clips.
+only the missing combinations. "sizes" is like "train", but has the missing long clips.
 
 Positions are (x right, y down) from the frame's centre. Their unit is the shorter side of the frame.
 """
@@ -36,8 +36,8 @@ LENGTHS = (5, 9)  # frames, for buckets of 4 and 8 frames: a clip must be longer
 FPS = 8
 SIDES = tuple((2 * height, 2 * width) for height, width in aspect_ratios.SIZES["64p"].values())  # height, width
 NOT_LONG = (160, 96)  # "train" has only short clips of this size
-# SIZE is about half the side of a single object, SMALL that of each of two objects. Large objects move across the whole frame,
-# so that even single frames show their direction. With 0.15, a model without frame positions learned no direction in two hours.
+# SIZE is about half the side of a single object, SMALL of each of two. To stay inside the frame, a large object starts near
+# an edge, so its first frame shows its direction. With 0.15, a model without frame positions learned no direction in two hours.
 SIZE, SMALL = 0.24, 0.13
 HELD_OUT = 9  # "train" lacks one combination in 9
 VERSION = 4  # of tables and drawings: raise it when they change

@@ -20,7 +20,7 @@ class Seen:
   direction: str
   speed: str
   path: np.ndarray  # float [T, 2], centre relative to the frame's centre, in short sides; NaN in frames without the object
-  smooth: float  # largest difference of a step from the mean step, in short sides; 0 is the smoothest motion
+  smooth: float  # largest difference of a step from the fitted step, in short sides; 0 is the smoothest motion
 
 
 def objects_of(frames: np.ndarray, size: float = shapes.SMALL) -> list[Seen]:

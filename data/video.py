@@ -35,6 +35,7 @@ RESIZE_MODES = ("area", "original")
 
 _SEEK_GAP = 250  # frames; the reader seeks if two wanted frames are further apart
 _HD_HEIGHT = 720  # frames of at least this height have BT.709 colours if the file names no colour space
+# Transient I/O errors.
 PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ECONNRESET, errno.ECONNABORTED, errno.EBUSY,
             errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENOTCONN, errno.ENETDOWN, errno.EPIPE}  # fmt: skip
 RETRY_DELAYS = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds between the attempts
@@ -57,7 +58,7 @@ class BadVideo(Exception):  # noqa: N818 - the fault is the file's, not the prog
 
 
 class Away(BadVideo):
-  """A file does not exist or may not be read. Its disk may return."""
+  """A file is missing or may not be read. A later run may find it, for instance if its disk is mounted again."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -305,15 +306,15 @@ def _decode_range(path, times, begin, wanted, fit):
     if begin:
       container.seek(int(times[begin]), stream=stream)
     stop = None if times is None else times[last]
-    # Before the first wanted frame the decoder skips frames that no other frame refers to. In codecs with hidden or
-    # layered frames, packets do not show which frames these are.
-    skips = stream.codec_context.name in ("h264", "mpeg4", "mpeg2video")
-    first = None if times is None or not skips else times[min(wanted)]
+    # Before the first wanted frame the decoder skips frames that no other frame refers to. Only these codecs allow this:
+    # in codecs with hidden or layered frames, packets do not show which frames these are.
+    can_skip = stream.codec_context.name in ("h264", "mpeg4", "mpeg2video")
+    skip_until = None if times is None or not can_skip else times[min(wanted)]
     count = 0
     with contextlib.suppress(InvalidDataError):  # the caller reports the missing frame by number
       for packet in container.demux(stream):
-        if first is not None and packet.pts is not None:
-          stream.codec_context.skip_frame = "NONREF" if packet.pts < first else "DEFAULT"
+        if skip_until is not None and packet.pts is not None:
+          stream.codec_context.skip_frame = "NONREF" if packet.pts < skip_until else "DEFAULT"
         for frame in packet.decode():
           number = count if times is None else _number(times, frame.pts)
           count += 1

@@ -234,7 +234,7 @@ prepare() {
   fi
 }
 
-# Checks the workers of an existing machine once. Ends the script with the training. `untended` is set until the first check.
+# Checks the workers of an existing machine once. Ends the script after the training. `untended` is set until the first check.
 tend() {
   local lines first=$untended
   if ! lines=$(worker_states); then

@@ -2,9 +2,9 @@
 
   python -m data.prepare run --config configs/data/local.py --config.collect.sources="('videos',)" --config.output=runs/data/my
 
-No clips are cut: the table keeps the range of each scene, and the loader reads it from the video. A caption comes from a list's
-column `text`, or else from NAME.txt beside the video, or else from the words of the file name. To use a vision-language model
-behind an OpenAI-compatible endpoint (vLLM, SGLang, Ollama):
+No clips are cut: the table keeps the range of each scene, and the loader reads it from the video. A caption comes from the
+column `text` of a source table, or else from NAME.txt beside the video, or else from the words of the file name. To use a
+vision-language model behind an OpenAI-compatible endpoint (vLLM, SGLang, Ollama):
 
   ... --config.caption.backend=endpoint --config.caption.url=http://localhost:8000/v1 --config.caption.model=NAME
 

@@ -57,7 +57,7 @@ class StepSettings:
 
 
 def main(arguments: list[str] | None = None) -> int:
-  """Returns the exit code: 0, 1 (`check` found broken files), 2 (an error, which is one line on stderr), 130 (^C)."""
+  """Returns the exit code: 0, 1 (`check` found broken files or an empty stage), 2 (an error, one line on stderr), 130 (^C)."""
   try:
     return _main(list(sys.argv[1:] if arguments is None else arguments))
   except (ValueError, OSError, pl.exceptions.PolarsError) as error:

@@ -2,8 +2,8 @@
 
 A captioner is a class that takes the step as its argument. It has `make(rows, pictures) -> list of texts`, or
 `one(row, pictures) -> text`. Many threads call `one`. The argument `pictures` holds JPEG files. The class may have methods
-`say_estimate(rows)` and `close()`. Its attribute `pictures`, a `Pictures`, chooses the frames: without it none is decoded.
-`BACKENDS` lists the captioners of this project; others have an import path "module:Class".
+`say_estimate(rows)` and `close()`. Its attribute `pictures`, of the class `Pictures`, chooses the frames to decode.
+Without it no frame is decoded. `BACKENDS` lists the captioners of this project; others have an import path "module:Class".
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Caption(Step):
   backend: "endpoint" (OpenAI-compatible), "existing", "local" (transformers), or "module:Class".
   only_missing: whether rows with a text keep it. into: column of the answers, such as "tags".
 
-  Images: frames: number of frames per clip. One is the middle frame, three lie at 10, 50 and 90 %, others spread evenly.
+  Images: frames: number per clip. One frame is the middle one, three lie at 10, 50 and 90 %, others are spread evenly.
     side: pixels of a frame's shorter side (Open-Sora: 336). grid: whether the frames form one image, row by row.
   Questions: prompt: a name in `prompts.PROMPTS`, or a text in which {what} and {text} are filled in. chain: "" asks one
     question. "cogvideox" asks for a short caption of the clip, for captions of single frames (one every `frame_seconds`), and
@@ -63,8 +63,8 @@ class Caption(Step):
     its own cache, concurrency and per_minute.
   Existing: the step takes the first text that a row has, in this order. A row without any keeps its text. timeline: column of
     records (start in seconds, text, focus); the clip that begins at start gets text and focus. column: column with the text.
-    sidecar: ending of a text file beside the video; on disks the next run reads a changed file again. name: whether to use the
-    words of the file name.
+    sidecar: ending of a text file beside the video. The next run reads a changed file again, except in a bucket. name: whether
+    to use the words of the file name.
   Local: model (folder of an image-text-to-text model of transformers with its processor), batch (clips at a time).
   """
 
@@ -338,7 +338,7 @@ class EndpointCaptioner:
       height, width = small_size(*part_of(row)[1:], self.step.side)
       image = math.ceil(height / _TOKEN_SIDE) * math.ceil(width / _TOKEN_SIDE)
       whole, single = len(self.pictures.places(row["num_frames"])), len(self.pictures.single(row))
-      calls += 1 + single + bool(single)
+      calls += 1 + single + bool(single)  # of the clip, of single frames, of the summary
       tokens += (whole + single) * image + 120 * (1 + single) + single * self.step.max_tokens
     out = calls * self.step.max_tokens
     price = self._cost(", at most about {:.3g}", tokens, out)
@@ -349,10 +349,10 @@ class EndpointCaptioner:
     ask = self._endpoint.ask
     if not self.step.chain:
       return ask(question(self.step, self.pictures, row), pictures)
-    single = len(pictures) - len(self.pictures.single(row))
+    whole = len(pictures) - len(self.pictures.single(row))  # number of images of the whole clip, which come first
     what = prompts.what(len(self.pictures.places(row["num_frames"])), self.step.grid)
-    short = ask(prompts.fill(prompts.PROMPTS["short"], what=what), pictures[:single])
-    described = [ask(prompts.PROMPTS["frame"], [frame]) for frame in pictures[single:]]
+    short = ask(prompts.fill(prompts.PROMPTS["short"], what=what), pictures[:whole])
+    described = [ask(prompts.PROMPTS["frame"], [frame]) for frame in pictures[whole:]]
     listed = "\n".join(f"{i}. {text}" for i, text in enumerate(described, 1))
     return ask(prompts.fill(prompts.PROMPTS["summary"], short=short, frames=listed), [])
 

@@ -189,7 +189,7 @@ class Chain:
     return names[: names.index(last) + 1]
 
   def _before(self, name: str) -> str:
-    """The previous step, or the first step itself."""
+    """The step before `name`. The first step has none: the result is this step itself."""
     return self._through(name)[-2:][0]
 
   def _gathered(self, name: str, sources: dict[str, str]) -> tuple[Any, str]:
@@ -258,7 +258,7 @@ class Chain:
     if self.share.index:
       return
     self._wait(before)
-    key, old, done = self._written(name, before)
+    key, result, done = self._written(name, before)
     if not done:
       context = Context(self._path(name), "", limits=self.limits, pool=self._pool)
       counted = [(n, self.counts(n)) for n in self._through(before)]
@@ -267,12 +267,12 @@ class Chain:
       said, files = step.write(self.tables(before), context)
       # Deletes old archives in these folders: readers would mix them with the new ones. Other old files stay.
       folders = {os.path.dirname(file) for file in files}
-      for file in {*old.get("files", ())} - {*files}:
+      for file in {*result.get("files", ())} - {*files}:
         if file.endswith(".tar") and os.path.dirname(file) in folders and paths.exists(file):
           paths.remove(file)
-      old = {"key": key, "said": said, "files": files}
-      paths.write_text(self._path(name, "done.json"), json.dumps(old))
-    say(f"{name}: {old['said']}")
+      result = {"key": key, "said": said, "files": files}
+      paths.write_text(self._path(name, "done.json"), json.dumps(result))
+    say(f"{name}: {result['said']}")
 
   def _written(self, name: str, before: str) -> tuple[str, dict[str, Any], bool]:
     """Returns, for a step that writes: (expected key, record of the last result or {}, whether that result is up to date)."""
@@ -294,7 +294,7 @@ class Chain:
     if of is None:
       recipe = step.recipe()
       of = [p for p in self.parts(name) if isinstance(step, Collect) or self._meta(name, p).get("recipe") == recipe]
-    # Another machine may have to make the shard of the previous step again.
+    # Only shards whose input exists: another machine may still have to make the input again.
     present = {*wanted} & {*of} & {*self.parts(name)} & {*self.parts(before)}
     rows = errors = retry = rows_in = 0
     seconds, counted = 0.0, collections.Counter()

@@ -40,7 +40,7 @@ class Clean(Step):
 
   openings: whether to remove phrases such as "The video shows" (`without_opening`).
   t5: whether to apply the two passes of Open-Sora's `clean_caption`: lower case, no markup, addresses or ids.
-  camera: whether to append Open-Sora's sentence about `cmotion` (" Camera motion: pan left."), if it is one class. The step
+  camera: whether to append Open-Sora's sentence (" Camera motion: pan left.") to rows whose `cmotion` is one class. The step
     renames the column to `camera`, because the loader would append `cmotion` again.
   tokenizer: folder of a tokenizer for `text_len`; "byt5" counts bytes (T5 has about a quarter as many tokens); "": no count.
   """

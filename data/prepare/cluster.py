@@ -27,7 +27,7 @@ def connect(address: str) -> Callable[[list[Job], int], Made]:
   except ImportError:
     raise ValueError("--ray needs `pip install -c constraints.txt ray`") from None
   try:
-    # Ray's log would also print files of other programs, such as libtpu's.
+    # With `log_to_driver` Ray would also print log files of other programs, such as libtpu.
     where = None if address == "local" else address
     ray.init(where, log_to_driver=False, logging_level=logging.ERROR, ignore_reinit_error=True)
   except ConnectionError as error:

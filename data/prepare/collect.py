@@ -243,7 +243,7 @@ class Probe(RowStep):
     whole = row.get("start") is None and row.get("end") is None
     cut = {"start": None, "end": None} if whole else {"start": begin, "end": begin + frames}
     content = sha256_of(path) if self.content_hash else None
-    known = content or f"{path} {row.get('changed')}"  # a changed file gives other clips
+    known = content or f"{path} {row.get('changed')}"  # a changed file gives its clips other ids
     return [{
       **cut, "id": clip_id(known, **cut), "bytes": size, "num_frames": frames, "height": info.height,
       "width": info.width, "fps": info.fps, "duration": frames / info.fps if codec else None,
@@ -266,7 +266,7 @@ def sha256_of(path: paths.Path) -> str:
 
 
 def _look(path: str, max_streams: int, max_pixels: int) -> tuple[str | None, int, bool]:
-  """(codec or None for an image, rotation in degrees, whether it has sound). Refuses files that declare too much."""
+  """(codec or None for an image, rotation in degrees, whether it has sound). Raises BadVideo for too many streams or pixels."""
   if video.is_image(path):
     try:
       with paths.open_file(path) as f, Image.open(f, formats=video.IMAGE_FORMATS) as image:

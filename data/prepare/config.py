@@ -97,7 +97,7 @@ def _set(values: dict, keys: list[str], value: Any, whole: str) -> None:
       values[key] = {}
     values = values[key]
     if not isinstance(values, dict):
-      raise ValueError(f"--config.{whole}: {key!r} holds no keys")
+      raise ValueError(f"--config.{whole}: {key!r} is no dict of settings")
   values[keys[-1]] = value  # `create` refuses unknown settings
 
 

@@ -74,14 +74,14 @@ def _cut(reader: decode.Reader, stream: VideoStream, clip: Clip, step: Cut) -> V
   known = np.arange(clip.end) if times is None else times
   time_base = float(stream.time_base if times is not None and stream.time_base else 1 / rate)
   repeats = _resample(known, clip.start, clip.end, time_base, (rate, fps))
-  half = min(int(np.searchsorted(np.cumsum(repeats), repeats.sum() // 2, side="right")), clip.end - clip.start - 1)
+  middle_at = min(int(np.searchsorted(np.cumsum(repeats), repeats.sum() // 2, side="right")), clip.end - clip.start - 1)
   reformatter, middle = VideoReformatter(), []
 
   def frames() -> Iterator[av.VideoFrame]:
     for number, frame in reader.frames(clip.start, clip.end):
       for _ in range(repeats[number - clip.start]):
         small = _upright(frame, reformatter, step.short_side, clip.crop)
-        if number - clip.start == half and not middle:
+        if number - clip.start == middle_at and not middle:
           middle.append(small.to_ndarray(format="rgb24"))
         yield small
 
@@ -241,7 +241,7 @@ class Cut(RowStep):
     for _, same in itertools.groupby(rows, lambda row: row["path"]):
       group, seconds = [], 0.0
       for row in same:
-        # Every group opens the file, which copies a file from a bucket: such a file stays one group.
+        # Each group opens its file. Opening a file in a bucket copies it, so such a file stays one group.
         if group and seconds >= _GROUP_SECONDS and not paths.is_remote(row["path"]):
           yield group
           group, seconds = [], 0.0

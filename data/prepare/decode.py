@@ -86,7 +86,7 @@ class Reader:
           if expected == end:
             return
       if expected > start or self.times is None:
-        break
+        break  # frames were yielded already, or there is no other start
     if expected < end:
       raise BadVideo(f"frame {expected} can't be decoded (damaged or cut short)")
 

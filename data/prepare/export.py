@@ -23,7 +23,7 @@ from data.prepare.steps import Context, Step, at_least
 
 FORMATS = ("table", "tfds", "webdataset")
 TFDS = "tfds/clips/1.0.0"  # folder, name and version of the data set
-# Columns that data/sources.py reads, then columns for people.
+# Columns that data/sources.py reads, except `label`, then columns for people.
 COLUMNS = (
   "path", "text", "num_frames", "height", "width", "fps", "start", "end", "crop", "aes", "flow", "cmotion", "text_features",
   "duration", "match", "id",
@@ -32,12 +32,12 @@ COLUMNS = (
 
 @dataclasses.dataclass(frozen=True)
 class Export(Step):
-  """Writes the rows without an `error`. A table with a column `split` gives one file or data set for each value of it.
+  """Writes the rows without an `error`. Each value of a column `split` becomes a table, a group of archives or a TFDS split.
 
   formats: any of "table", "tfds", "webdataset". folder: output folder; "": the run's folder.
   name: name of the table, .parquet or .csv; with `split` the names are train.parquet, validation.parquet, ... Paths below the
     folder are relative to it, so the folder may be moved.
-  columns: columns of the table; (): duration, match, id and the columns that `data/sources.py` reads, as far as they exist.
+  columns: columns of the table; (): duration, match, id and those that `data/sources.py` reads (not `label`), if they exist.
   samples: samples per WebDataset archive. A sample's name is its id, with a number if several rows have the same id.
   """
 
@@ -133,7 +133,7 @@ def _samples(table: pl.LazyFrame) -> Iterator[tuple[str, str, dict[str, Any]]]:
   for batch in table.with_columns(_name=name).collect_batches(maintain_order=True):
     for row in batch.iter_rows(named=True):
       if row.get("start") is not None or row.get("crop"):
-        raise ValueError("rows with a range or a crop of a file can't be exported as files: put the step cut (no crops) before")
+        raise ValueError("rows with a range or a crop can't be exported as files: put the step cut before, and omit crops")
       key = _key(row["_name"])
       if row["_name"] in seen:
         seen[row["_name"]] += 1

@@ -222,7 +222,7 @@ def prepare(videos: Videos, output: Path, *, short_side: int, workers: int) -> t
 
 
 def hold_out(table: Path) -> None:
-  """Writes held_out.csv, with every tenth scene from the fifth on, and train.csv, with the others, beside a table.
+  """Writes two tables beside `table`: held_out.csv has every tenth scene from the fifth on, train.csv has the others.
 
   All rows of a scene stay together. Their files have one name with different endings.
   """

@@ -213,7 +213,7 @@ class Text:
   """`text_area`: share of the frame that is text. `ocr`: number of text boxes. Both are the largest value over the frames.
 
   Open-Sora counts the boxes of its detector on frame 10. A detector alone takes grass and leaves for text (measured: 50 to 98 %
-  of such frames of Big Buck Bunny). So a box counts only if it can be read.
+  of the area of such frames of Big Buck Bunny). So a box counts only if it can be read.
 
   at: places of the frames, as shares of the clip. confidence, letters: least confidence and characters of a box that counts.
   """

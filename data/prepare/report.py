@@ -66,7 +66,7 @@ _CLIP = ("path", "text", "num_frames", "height", "width", "start", "crop")  # co
 class Report(Step):
   """Writes report.html.
 
-  file: path of the report, from the run's folder. training: training config whose buckets the report shows.
+  file: path of the report, relative to the run's folder. training: training config whose buckets the report shows.
   sheets: whether it has contact sheets of the scores, for which clips are read again.
   """
 
@@ -179,16 +179,16 @@ def measure(table: pl.LazyFrame, name: str) -> dict[str, Any] | None:
   found = dict(table.select(b=place).drop_nulls().group_by("b").len().collect(engine="streaming").iter_rows())
   heights = [found.get(i, 0) for i in range(_BINS)]
   title, better = MEASURES.get(name, (name.replace("_", " "), None))
-  side = better is not False  # thresholds remove low values, or high ones if low values are good
+  cut_low = better is not False  # thresholds remove low values, or high ones if low values are good
   # If many rows have one value, one threshold stands for several shares. So the removed rows are counted.
-  values = list(dict.fromkeys(facts[f"q{q if side else round(1 - q, 3)}"] for q in _THRESHOLDS))
-  kept = table.select((column >= v if side else column <= v).sum().alias(str(i)) for i, v in enumerate(values))
+  values = list(dict.fromkeys(facts[f"q{q if cut_low else round(1 - q, 3)}"] for q in _THRESHOLDS))
+  kept = table.select((column >= v if cut_low else column <= v).sum().alias(str(i)) for i, v in enumerate(values))
   rows = facts["count"] + facts["missing"]
   shares = [1 - k / rows for k in kept.collect(engine="streaming").row(0)]
   cuts = [{"share": share, "value": value} for share, value in zip(shares, values)]
   return {
     "name": name, "title": title, "better": better, "count": facts["count"], "missing": facts["missing"], "mean": facts["mean"],
-    "least": facts["least"], "most": facts["most"], "low": low, "high": high, "sign": ">=" if side else "<=", "cuts": cuts,
+    "least": facts["least"], "most": facts["most"], "low": low, "high": high, "sign": ">=" if cut_low else "<=", "cuts": cuts,
     "bars": [{"x": i, "h": 100 * h / max(heights), "count": h, "from": low + (high - low) * i / _BINS,
               "to": low + (high - low) * (i + 1) / _BINS}
              for i, h in enumerate(heights)],

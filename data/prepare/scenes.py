@@ -64,7 +64,7 @@ class Scenes(RowStep):
 
   @property
   def version(self) -> int:
-    """2 if version 1 made too short parts of long scenes, else 1: other settings keep their shards."""
+    """2 for settings with which version 1 made too short parts of long scenes. Else 1, so that existing shards stay valid."""
     return 2 if self.min_seconds >= self.max_seconds / 2 > 0 else 1
 
   def check(self) -> None:

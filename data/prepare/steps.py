@@ -20,7 +20,7 @@ from data.prepare.workers import DEFAULT_LIMITS, Failure, Limits, Pool
 from data.shards import digest
 
 _STAT_THREADS = 16  # file sizes that are asked for at a time
-_FRAME_BYTES = 5000  # least bytes per frame for time limits: a day of a still camera is a small file
+_FRAME_BYTES = 5000  # time limits count at least this many bytes per frame: a day of a still camera is a small file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,7 +212,7 @@ def run_shard(step: Step, source: str, target: str, key: str, context: Context) 
       retry = len(failed) - row_count(table.filter(passing))
       mark = digest([key, failed]) if retry else key
     if step.gathers:
-      mark = content(result)  # a new row changes the facts, so all keys, but few of the shards' rows
+      mark = content(result)  # a new row changes the facts and so all keys, but the rows of few shards
   except pl.exceptions.PolarsError as error:
     raise ValueError(f"{step.title}: {polars_line(error)}") from None
   seconds = round(time.monotonic() - begin, 3)

@@ -20,7 +20,7 @@
 #   --chips-per-host N        chips of the node pool's machine type: 4 (default), 1 for ...-1t, 8 for ...-8t
 #   --spot | --reservation R  which nodes to take; default: on demand
 #   --service-account A       Kubernetes service account that may write to the bucket
-#   --max-restarts N          number of restarts, with preemptions (1000)
+#   --max-restarts N          number of restarts, preemptions included (1000)
 #   --grace-seconds N         time between SIGTERM and SIGKILL (300; spot nodes have less)
 #   --env NAME=VALUE          environment variable of the training program; may be repeated
 #   --namespace NS, --context C    for kubectl
