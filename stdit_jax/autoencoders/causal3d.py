@@ -9,7 +9,8 @@ of the decoder.
 
 The original encodes 8 frames at a time and decodes 2 latents at a time. Convolutions carry their past from chunk to chunk, but
 norms take their statistics over one chunk. The chunks therefore change the result, and `statistics` chooses between them and
-the whole clip. For either choice, whole clips, chunks and several devices give the same numbers.
+the whole clip. For either choice, one device and several compute the same numbers. With "chunks", one call on the whole clip
+computes the same numbers as one call per chunk.
 
 Decoding restores only lengths of 8k and 8k + 1 frames. A clip of 8k + 5 frames, for instance, becomes three frames longer.
 """
@@ -129,7 +130,7 @@ class SpatialNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, z: AnyArray, frames: Frames) -> Array:
-    first = int(frames.first and x.shape[1] > 1)  # a single first frame has the first latent
+    first = int(frames.first and x.shape[1] > 1)  # 1: the first latent belongs to the first frame alone
     for axis in (2, 3):
       z = jnp.repeat(z, x.shape[axis] // z.shape[axis], axis)
     rest = jnp.repeat(z[:, first:], (x.shape[1] - first) // (z.shape[1] - first), axis=1)
@@ -309,14 +310,15 @@ class CausalCodec(Codec):
     return self._parts((decode_split, decode_causal), latents, num_frames, self.config.decode_chunk, as_uint8=self.as_uint8)
 
   def _parts(self, functions, values, num_frames, chunk, **static):
+    of_split_clip, of_chunk = functions
     for count in range(self.devices, 1, -1):
       if (mesh := self.mesh) and self.devices % count == 0 and splits(self.config, num_frames, count):
         mesh = Mesh(np.reshape(np.asarray(mesh.devices), (-1, count)), ("copies", *mesh.axis_names))
-        yield self._call(functions[0], values, mesh=mesh, **static)
+        yield self._call(of_split_clip, values, mesh=mesh, **static)
         return
     past, start = None, 0
     for size in chunk_sizes(len(values), chunk) if self.config.statistics == "chunks" else (len(values),):
-      part, past = self._call(functions[1], past, values[start : start + size], **static)
+      part, past = self._call(of_chunk, past, values[start : start + size], **static)
       yield part
       start += size
 

@@ -41,7 +41,7 @@ def run_jitted(function: Callable, model: Any, *args, **static) -> Any:
 
 
 def shape_of(x: Any, sharding: Any = None) -> jax.ShapeDtypeStruct:
-  """A ShapeDtypeStruct like `x`, with the sharding. `Codec.lower` uses it as `place`, since `lower` passes shapes."""
+  """A ShapeDtypeStruct of `x` with the sharding. `Codec.lower` uses it as `place`, to lay out shapes in place of arrays."""
   placed = isinstance(x, jax.ShapeDtypeStruct) and sharding is None
   return x if placed else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
@@ -114,7 +114,7 @@ class Codec:
     """
     if not self.config.keeps(num_frames) or self.config.latent_frames(num_frames) != len(latents):
       raise ValueError(
-        f"{len(latents)} latent frames do not decode to {num_frames} frames; give the latents of a length that is kept"
+        f"{len(latents)} latent frames do not decode to {num_frames} frames; encode a clip whose length the autoencoder keeps"
       )
     if self.tiles and self.tiles.cut(latents.shape[1:3]):
       whole = dataclasses.replace(self, tiles=None, as_uint8=False)
@@ -138,7 +138,7 @@ class Codec:
     """
     lowered, times = {}, collections.Counter()
 
-    def lower(function, model, variables, *arrays, **static):
+    def count(function, model, variables, *arrays, **static):  # takes the place of `run`, and computes nothing
       key = function, str(jax.tree.map(lambda x: (x.shape, x.dtype), arrays)), tuple(static.items())
       if key not in lowered:
         lowered[key] = jitted(function).lower(model, variables, *jax.tree.map(shape_of, arrays), **static)
@@ -146,7 +146,7 @@ class Codec:
       return jax.tree.map(lambda s: _empty(s.shape, s.dtype), lowered[key].out_info)
 
     cut, config = self.tiles and self.tiles.cut(size), self.config
-    plain = dataclasses.replace(self, run=lower, place=shape_of, tiles=None, as_uint8=self.as_uint8 and not cut)
+    plain = dataclasses.replace(self, run=count, place=shape_of, tiles=None, as_uint8=self.as_uint8 and not cut)
     for height, width in tile_sizes(self.tiles, size) if self.tiles and cut else [size]:
       if method == "encode":
         pixels = num_frames, height * config.downsampling, width * config.downsampling, 3
@@ -154,7 +154,7 @@ class Codec:
       else:
         latents = config.latent_frames(num_frames), height, width, config.latent_channels
         parts = plain.decode_parts(_empty(latents, np.float32), num_frames)
-      collections.deque(parts, maxlen=0)
+      collections.deque(parts, maxlen=0)  # runs the generator to its end
     return times
 
   def memory(self, method: str, size: Sequence[int], num_frames: int) -> float:
@@ -186,11 +186,11 @@ class Codec:
     return self.run(function, self.model, self.variables, *arrays, **static)
 
   def _frames_at_a_time(self, num_frames):
-    """Frames of one piece, summed over devices, equal for all pieces of a clip. All devices also work on a short clip."""
+    """Frames of one piece on all devices together. A device takes fewer than `micro_batch` of a short clip; all work."""
     return min(self.micro_batch, -(-num_frames // self.devices)) * self.devices
 
   def _spread(self, array):
-    """The array, split along its first axis over the devices, whose number divides the axis."""
+    """The array, split along its first axis over the devices. The axis must be a multiple of their number."""
     return self.place(array, NamedSharding(self.mesh, PartitionSpec(*self.mesh.axis_names))) if self.mesh else array
 
 

@@ -1,4 +1,4 @@
-"""The interface of an autoencoder. Each file of this folder with a TABLE defines one, and registry.py lists them."""
+"""The interface of an autoencoder. Each file of this folder with a FAMILY defines one, and registry.py lists them."""
 
 import functools
 from typing import Any
@@ -23,7 +23,7 @@ class AutoencoderConfig:
     latent_channels: channels C of the latents.
     scaling_factor, shift, scale: normalisation (latents.py). `shift` and `scale` are one number or one per latent channel.
     in_channels: channels of a frame.
-    remat: whether the backward pass stores only the output of a block and recomputes the rest.
+    remat: whether only the inputs of blocks are stored for the backward pass, which recomputes the rest.
     group: latent frames of one independently encoded chunk, the period of `frame_starts`. 1 without such chunks.
   """
 
@@ -39,7 +39,7 @@ class AutoencoderConfig:
       raise ValueError(f"{type(self).__name__}: {text}")
 
   def check_latents(self) -> None:
-    """Raises ValueError unless `shift` and `scale` are numbers for the latents."""
+    """Raises ValueError unless `shift` and `scale` are one number or one per latent channel."""
     for name in ("shift", "scale"):
       value, count = getattr(self, name), self.latent_channels
       fits = isinstance(value, (int, float)) or len(value) == count

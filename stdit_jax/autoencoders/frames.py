@@ -102,18 +102,18 @@ class Frames:
     return x if self.axis_name is None else jax.lax.psum(x, self.axis_name)
 
   def with_past(self, x: AnyArray, count: int) -> jax.Array:
-    """`x` with the `count` previous frames in front (at most a device's own). Copies of the first frame precede a clip."""
+    """`x` with the `count` previous frames in front. A device must have so many. Copies of the first frame precede a clip."""
     start = jnp.concatenate([jnp.repeat(x[:, :1], count, axis=1), x], axis=1)
     if self.axis_name is None:
       return start
     past = jax.lax.ppermute(x[:, -count:], self.axis_name, [(i, i + 1) for i in range(self.devices - 1)])
-    # Device 0 has the first frame where the others have the previous one.
+    # Other devices than 0 have no frame for the extra place in front. A past frame fills it, and no result depends on it.
     later = [past[:, :1], past, x[:, 1:]] if self.first else [past, x]
     return jnp.where(jax.lax.axis_index(self.axis_name) == 0, start, jnp.concatenate(later, axis=1))
 
 
 def _divides(frames, level):
-  """Whether each device gets equally many frames of a level, at least two. A single first frame does not count."""
+  """Whether devices get equally many frames of a level, at least two, beside a single first frame (in all levels or none)."""
   rest = level.count - level.first
   return rest % level.devices == 0 and rest >= 2 * level.devices and level.first == frames.first
 
@@ -127,7 +127,7 @@ def splits(config: Any, num_frames: int, devices: int) -> bool:
 def over_devices(model: Any, mesh: Mesh, axis_name: str, method: str, batch_axes: tuple[str, ...] = ()) -> Callable:
   """`encode` or `decode` of clips that are split in time over a mesh axis (context parallelism).
 
-  The result is a function to jit. It has the arguments and values of `model.apply(variables, x, method=method)`. Convolutions
+  The result is a function to jit, `(variables, x)` to the values of `model.apply(variables, x, method=method)`. Convolutions
   get their past from the previous device, and norms sum their statistics over all devices. Device 0 holds the first of an odd
   number of frames, and the other frames are divided evenly (as CogVideoX's SAT code does).
 
@@ -153,9 +153,10 @@ def over_devices(model: Any, mesh: Mesh, axis_name: str, method: str, batch_axes
 
     def local(variables, first, rest):
       y = model.apply(variables, jnp.concatenate([first, rest], axis=1), frames, method=method)
-      alone = jax.lax.axis_index(axis_name) == 0
-      keep = lambda part: jax.lax.psum(jnp.where(alone, part[:, : frames.first], 0), axis_name)  # noqa: E731
-      return jax.tree.map(keep, y), jax.tree.map(lambda part: part[:, frames.first :], y)
+      is_first = jax.lax.axis_index(axis_name) == 0
+      # The first frame of device 0, on all devices.
+      share = lambda part: jax.lax.psum(jnp.where(is_first, part[:, : frames.first], 0), axis_name)  # noqa: E731
+      return jax.tree.map(share, y), jax.tree.map(lambda part: part[:, frames.first :], y)
 
     whole, split = PartitionSpec(batch_axes or None), PartitionSpec(batch_axes or None, axis_name)
     shards = jax.shard_map(

@@ -129,7 +129,7 @@ class MidBlock(nn.Module):
 
 
 class Sampler(nn.Module):
-  """Halves a side with a strided convolution (stride 2) or doubles it, nearest neighbour first (stride 1)."""
+  """Halves both sides by a convolution of stride 2, or repeats pixels to double them before a convolution of stride 1."""
 
   stride: int
   dtype: jnp.dtype

@@ -16,7 +16,7 @@ def block_of(cls: type, remat: bool, static: tuple[int, ...] = ()) -> type:
   """The class of a block, or the same block recomputed in the backward pass.
 
   Args:
-    static: numbers of the arguments of its call that are no arrays; the module itself is 0.
+    static: positions of the arguments of its call that are no arrays; the module itself is at 0.
   """
   return nn.remat(cls, static_argnums=static) if remat else cls
 
@@ -65,7 +65,15 @@ def _conv3d_forward(x, kernel, *how):
 
 def _conv3d_backward(*args):
   *how, inputs, gradient = args
-  return _by_platform(lambda conv: lambda g, *inputs: jax.vjp(lambda *xs: conv(*xs, *how), *inputs)[1](g), gradient, *inputs)
+
+  def gradients_of(conv):
+    def gradients(gradient, *inputs):
+      _, pull_back = jax.vjp(lambda *xs: conv(*xs, *how), *inputs)
+      return pull_back(gradient)
+
+    return gradients
+
+  return _by_platform(gradients_of, gradient, *inputs)
 
 
 _conv3d.defvjp(_conv3d_forward, _conv3d_backward)
@@ -103,10 +111,10 @@ class GroupNorm(nn.Module):
       if frames is None:
         mean = values.mean(tuple(range(1, x.ndim - 1)), keepdims=True)
         return jnp.repeat(mean.reshape(*mean.shape[:-1], self.groups, -1).mean(-1), channels // self.groups, axis=-1)
-      belongs, own = membership
+      belongs, own = membership  # [T, chunks], [T]
       of_frames = values.mean((2, 3)).reshape(*x.shape[:2], self.groups, -1).mean(-1)  # [N, T, groups]
       of_chunks = frames.sum(jnp.einsum("ntg,tk,t->nkg", of_frames, belongs, own)) / frames.sum(own @ belongs)[:, None]
-      mean = jnp.einsum("nkg,tk->ntg", of_chunks, belongs)
+      mean = jnp.einsum("nkg,tk->ntg", of_chunks, belongs)  # of the chunk of each frame
       return jnp.repeat(mean, channels // self.groups, axis=-1)[:, :, None, None]
 
     x = x.astype(jnp.float32)

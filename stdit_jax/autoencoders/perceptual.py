@@ -87,7 +87,7 @@ def distance(name: str, params: dict, a: AnyArray, b: AnyArray) -> jax.Array:
 
 
 def _unit(x):
-  # The root has no derivative at 0, so lengths below 1e-10 count as 1e-10, which LPIPS adds to each length.
+  # The root has no derivative at 0, so lengths below 1e-10 count as 1e-10. LPIPS itself adds 1e-10.
   return x / (jnp.sqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-20)) + 1e-10)
 
 

@@ -120,7 +120,7 @@ class Exam:
 
   @property
   def scale(self) -> Any:
-    """The `scale` with which the latents that a denoiser sees have unit variance."""
+    """The `scale` that gives normalised latents, the denoiser's input, unit variance."""
     deviation = np.sqrt(np.maximum(self._squares / self._count - self.shift**2, 0))
     return deviation * self.codec.config.scaling_factor
 

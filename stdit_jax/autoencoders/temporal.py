@@ -39,7 +39,7 @@ class TemporalConfig(AutoencoderConfig):
     image: its image autoencoder, a name of `image_kl.TABLE`.
     latent_channels: of the image latents and of its own.
     filters: channels of the first level; channel_multipliers: of all levels, relative to it.
-    temporal_downsample: whether time is halved after each level but the last.
+    temporal_downsample: for each level but the last, whether time is halved after it.
     chunk: frames that are encoded together, 0: the whole clip.
     shortcut: adds two linear maps beside the network, from the frames of a latent to its mean and back. They start as the
       average and its repetition, so that the network learns the residual (DC-AE, Chen et al. 2024, section 3.2; DC-AE's
@@ -97,7 +97,8 @@ class TemporalConfig(AutoencoderConfig):
     size, starts = self.chunk or num_frames, []
     for begin in range(0, num_frames, size):
       end = min(begin + size, num_frames)
-      starts += [begin, *range(begin + self.factor - (begin - end) % self.factor, end, self.factor)]
+      padding = (begin - end) % self.factor  # zeros in front of the chunk, so its first latent has fewer frames
+      starts += [begin, *range(begin + self.factor - padding, end, self.factor)]
     return np.asarray([*starts, num_frames])
 
 
@@ -261,7 +262,7 @@ class VideoAutoencoder(nn.Module):
 
 
 def image_latents(model: Any, variables: dict, frames: AnyArray) -> Array:
-  """Frames `[N, H, W, 3]` -> image latents `[N, h, w, C]`. They are means, always the same; the original draws samples."""
+  """Frames `[N, H, W, 3]` -> image latents `[N, h, w, C]`. They are means, without randomness; the original draws samples."""
   return model.apply(variables, to_float(frames)[None], method="image_latents")[0]
 
 
@@ -294,7 +295,7 @@ class TemporalCodec(Codec):
       else:  # micro batches and chunks are split differently over devices, so the latents pass through the host
         latents = join(pieces, len(chunk))
       latents = latents.reshape(number, count, *latents.shape[1:])
-      # If the last chunk of a clip is alone, each device computes a copy of it.
+      # If there are fewer chunks than devices, the other devices compute copies of the last chunk.
       moments = self._call(encode_chunks, self._spread(filled(latents, self.devices)))
       yield tuple(m[:number].reshape(-1, *m.shape[2:]) for m in moments)
 

@@ -59,14 +59,15 @@ def tile_sizes(tiles: Tiles, size: Sequence[int]) -> list[tuple[int, int]]:
 def sizes_for(size: Sequence[int], smallest: int = 8) -> Iterator[Tiles]:
   """Yields tiles for latents of this (height, width), from large to small; each step cuts the longer side of a tile.
 
-  No tile lies within another one. diffusers has such tiles at the border, where they only add other statistics. A side without
+  No tile lies within another one. diffusers has such tiles at the border. They cover no new latents. A side without
   cuts gets a tile longer than the side, so that no second tile starts inside it.
   """
   parts, sides = [1, 1], list(size)
   overlap = Tiles(2, 2).overlap
   while True:
-    parts[int(sides[1] > sides[0])] += 1
+    parts[int(sides[1] > sides[0])] += 1  # one more part along the longer side of a tile
     steps = [math.ceil(length / n) for length, n in zip(size, parts)]
+    # The shortest sides whose steps are at least `steps`.
     tile = [next(n for n in itertools.count(step) if int(n * (1 - o)) >= step) for step, o in zip(steps, overlap)]
     sides = [min(pair) for pair in zip(tile, size)]
     if min(sides) < smallest:

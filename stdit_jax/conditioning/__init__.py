@@ -7,7 +7,7 @@
   encoder             its encoder of captions, None if there is none
   init(key)           (params, frozen): its parameters that train, and those that do not; {} for none
   from_files          names in `frozen` (see `init`) that every start reads from files; checkpoints do not hold them
-  worker(cached)      picklable `(caption, label) -> {name: array}` for the loader's processes, or None if files hold them
+  worker(cached)      picklable `(caption, label) -> {name: array}` for the loader's processes, or None if files hold the arrays
   specs(rows)         {name: ArraySpec}: what a batch holds
   collate(samples)    the arrays of `specs` from `data.loader.Sample`s; if `ahead`, the inputs of `program`
   ahead               whether its encoder runs in a separate program before the training step

@@ -153,15 +153,15 @@ def encode_ahead(encoder: Any, params: Any) -> Callable[[jax.Array, jax.Array, L
 
     def embed(params, ids, mask):
       apply = lambda rows: model.apply({"params": params}, *rows).astype(jnp.float32)  # noqa: E731
-      own = len(ids) // parts
-      each = max(n for n in range(1, AHEAD_ROWS + 1) if own % n == 0)
+      own = len(ids) // parts  # rows of one device
+      each = max(n for n in range(1, AHEAD_ROWS + 1) if own % n == 0)  # rows of one device in one piece
       if each == own:
         return apply((ids, mask))
-      # A device holds contiguous rows: [parts * pieces * each, ...] becomes pieces of [parts * each, ...].
+      # A device holds contiguous rows, so a piece takes `each` rows of every device: [pieces, parts, each, L].
       split = lambda x: x.reshape(parts, own // each, each, *x.shape[1:]).swapaxes(0, 1)  # noqa: E731
       merge = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
       piece = lambda rows: apply(tuple(map(merge, rows))).reshape(parts, each, *ids.shape[1:], -1)  # noqa: E731
-      made = jax.lax.map(piece, (split(ids), split(mask)))
+      made = jax.lax.map(piece, (split(ids), split(mask)))  # [pieces, parts, each, L, C]
       return made.swapaxes(0, 1).reshape(len(ids), *ids.shape[1:], -1)
 
     return jax.jit(embed, out_shardings=layout.sharding("batch"))

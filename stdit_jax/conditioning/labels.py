@@ -1,6 +1,6 @@
 """Class labels: one whole number per sample, the column `label` of a table.
 
-The model's configuration has `num_classes`. Its table of embeddings has one more row: index N is "no class".
+The model's configuration has `num_classes`. Its table of embeddings has one more row, with index `num_classes`, for "no class".
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -82,7 +82,7 @@ def prediction_of(output: Shaped[ArrayLike, "B T *S Q"], x: Latents, channels: i
   """Prediction channels (float32) of a model output with or without variance channels.
 
   Raises:
-    ValueError: the output fits neither `x` nor twice `x`.
+    ValueError: the output has neither the shape of `x` nor twice as many values per token.
   """
   output = output.astype(jnp.float32)
   if output.shape != x.shape:
@@ -112,8 +112,8 @@ def second_order(
 ) -> tuple[Latents, Previous]:
   """Extrapolates to the middle of a step of `size`, along the line through the previous and the present prediction.
 
-  value + size / (2 previous size) (value - previous value): Adams-Bashforth 2, or DPM-Solver++ 2M in log-SNR. The prediction
-  stays unchanged if either step size is infinite, and in frames that skipped the previous step.
+  value + size / (2 * previous size) * (value - previous value): Adams-Bashforth 2, or DPM-Solver++ 2M in log-SNR. The
+  prediction stays unchanged if either step size is infinite, and in frames that skipped the previous step.
 
   Args:
     active: frames that take part in this step, None = all.

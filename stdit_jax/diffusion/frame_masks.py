@@ -40,7 +40,9 @@ class FrameMasks:
 
   @classmethod
   def create(cls, ratios: dict[str, float]) -> "FrameMasks":
-    """Makes a distribution from {name: probability}: names all of 1.1, or all of 1.2, where a missing `identity` gets the rest.
+    """Makes a distribution from {name: probability}. The names are all of 1.1, or all of 1.2.
+
+    With names of 1.2, a missing `identity` gets the remaining probability.
 
     Raises:
       ValueError: unknown or mixed names, probabilities outside [0, 1] or with a wrong sum.

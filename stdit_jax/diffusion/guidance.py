@@ -51,9 +51,9 @@ def rescaled(
   Only `valid` elements count (arXiv 2305.08891, eq. 15 and 16).
   """
   features = prediction.shape[-1]
-  first = jnp.arange(features) % (features // positions) < channels
+  first = jnp.arange(features) % (features // positions) < channels  # [features], False for variance channels
   counted = jnp.broadcast_to(first, prediction.shape)
-  if valid is not None:
+  if valid is not None:  # repeated if each position also has variance channels
     elements = jnp.repeat(valid.reshape(*valid.shape[:-1], positions, 1, channels), features // positions // channels, -2)
     counted = counted & elements.reshape(prediction.shape)
   axes = tuple(range(1, prediction.ndim))

@@ -185,7 +185,7 @@ class IDDPM:
     return elements.split_channels(output.astype(jnp.float32), num_channels)
 
   def predict_x0(self, noise: Latents, x: Latents, index: PerSample) -> Latents:
-    """x0 by the predicted noise."""
+    """The x0 that follows from the predicted noise."""
     return self._at("sqrt_recip_alphas_cumprod", index, x) * x - self._at("sqrt_recipm1_alphas_cumprod", index, x) * noise
 
   def p_mean_variance(self, noise: Latents, v: Latents | None, x: Latents, index: PerSample) -> tuple[Latents, Latents]:
@@ -268,9 +268,9 @@ class IDDPM:
   ) -> StepState:  # fmt: skip
     """One step at schedule index `t`, to be jitted with the loop outside.
 
-    With frame masks, a frame starts at index m = trunc(ratio * steps). Before, the model sees it as clean and the step restores
-    it. At index m it gets `noises.frames` and takes part (with `compat` the model still sees it as clean). A frame of ratio 0
-    never starts, except with `compat`, where m is 0.
+    With frame masks, a frame starts at index m = trunc(ratio * steps). At higher indices the model sees it as clean and the
+    step restores it. At index m it gets `noises.frames` and takes part (with `compat` the model still sees it as clean). A
+    frame of ratio 0 never starts, except with `compat`, where m is 0.
 
     Args:
       state: what the previous step returned. Invalid elements of `x` become zeros.
@@ -287,9 +287,9 @@ class IDDPM:
       ratio, _ = edit
       start = (ratio * self.num_steps).astype(jnp.int32)
       start = start if self.compat else jnp.where(ratio > 0, start, -1)
-      x_mask = start > index[:, None] if self.compat else start >= index[:, None]
+      active = start >= index[:, None]  # [B, T]
+      x_mask = start > index[:, None] if self.compat else active
       x = jnp.where(expand(start == index[:, None], x), self.add_noise(x, noises.frames, index), x)
-      active = start >= index[:, None]
     x = zero_invalid(x, valid)
     predicted, v = self.split(denoise(x, self.model_timesteps(index), x_mask), x, num_channels)
     if self.sampler == "ancestral":

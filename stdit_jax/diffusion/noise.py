@@ -68,20 +68,20 @@ def element_index(
   if features != channels * int(np.prod(patch_size)):
     raise ValueError(f"token noise: {features} values per token do not divide into patches of {patch_size}; use multiples")
   if frames * spaces * features >= 2**32:
-    raise ValueError(f"token noise: tokens of shape {token_shape} hold more than 2^32 values per sample; make clips smaller")
-  inside = np.unravel_index(np.arange(features), (*patch_size, channels))
+    raise ValueError(f"token noise: tokens of shape {token_shape} hold 2^32 or more values per sample; make clips smaller")
+  inside = np.unravel_index(np.arange(features), (*patch_size, channels))  # position of every value in its patch
 
-  def axis(values, size):  # [B] -> [B, 1, 1, 1]
-    return values.astype(jnp.uint32).reshape(-1, *[1] * size)
+  def with_axes(values, count):  # [B] -> [B, 1, ...] with `count` axes of size 1
+    return values.astype(jnp.uint32).reshape(-1, *[1] * count)
 
-  _, rows, columns = (axis(grid[:, i], 2) for i in range(3))
-  space = jnp.arange(spaces, dtype=jnp.uint32)[None, :, None]
+  _, rows, columns = (with_axes(grid[:, i], 2) for i in range(3))  # [B, 1, 1]
+  space = jnp.arange(spaces, dtype=jnp.uint32)[None, :, None]  # [1, S, 1]
   pt, ph, pw = patch_size
-  dt, dh, dw, channel = (jnp.asarray(i, jnp.uint32) for i in inside)
-  t = (jnp.arange(frames, dtype=jnp.uint32)[:, None] * pt + dt)[None, :, None, :]
-  row, column = space // columns, space % columns
-  h, w = (row * ph + dh)[:, None], (column * pw + dw)[:, None]
-  time, height, width = (axis(latent_size[:, i], 3) for i in range(3))
+  dt, dh, dw, channel = (jnp.asarray(i, jnp.uint32) for i in inside)  # [P]
+  t = (jnp.arange(frames, dtype=jnp.uint32)[:, None] * pt + dt)[None, :, None, :]  # [1, T, 1, P]
+  row, column = space // columns, space % columns  # [B, S, 1]
+  h, w = (row * ph + dh)[:, None], (column * pw + dw)[:, None]  # [B, 1, S, P]
+  time, height, width = (with_axes(latent_size[:, i], 3) for i in range(3))  # [B, 1, 1, 1]
   valid = (t < time) & (h < height) & (w < width) & (row < rows)[:, None]
   return ((t * height + h) * width + w) * channels + channel, valid
 
@@ -107,7 +107,7 @@ def token_noise(
     )
   index, valid = element_index(latent_size, grid, token_shape, patch_size)
   # JAX hashes a position to the two words of `fold_in(key, position)`. The bits of that element are the XOR of both words
-  # (jax_threefry_partitionable, the default). `jax.random.normal` at the padded shape would need a gather of every element.
+  # (jax_threefry_partitionable, the default). A draw at the padded shape would need a gather of every element.
   words = jax.vmap(lambda key, positions: jax.random.key_data(jax.vmap(jax.random.fold_in, (None, 0))(key, positions)))
   words = words(keys, index.reshape(len(index), -1)).reshape(*index.shape, 2)
   return jnp.where(valid, _normal(words[..., 0] ^ words[..., 1]), 0.0)

@@ -1,4 +1,4 @@
-"""Names of CogVideoX's 3D causal autoencoder: diffusers' `AutoencoderKLCogVideoX`. Modules are nested as there."""
+"""Names of CogVideoX's 3D causal autoencoder: diffusers' `AutoencoderKLCogVideoX`. Our modules are nested in the same way."""
 
 from stdit_jax.interop.mapping import CheckpointLayout, same_path
 

@@ -42,6 +42,7 @@ _ATTENTION = (
 
 def _rows(column, attention_kind):
   """The rows of one layout, from column 0 (diffusers) or 1 (original) of the tables above."""
+  # [((name in diffusers, name in the original), kind)]
   rows = [(tuple(f"{at}.{name}" for at, name in zip(place, leaf)), leaf[2]) for place in _RESNET_AT for leaf in _RESNET]
   rows += [(row[:2], row[2]) for row in _REST]
   table: list[tuple[str, tuple[str, ...], str]] = [(same_path(names[0]), (names[column],), kind) for names, kind in rows]

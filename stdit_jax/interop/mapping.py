@@ -133,6 +133,7 @@ def _foreign(layout: CheckpointLayout, path: str, counts: Mapping[str, int]) -> 
       values = match.groupdict()
       for name, value in match.groupdict().items():
         if value.isdigit():
+          # The text before the number is the key of `_counts`.
           siblings = counts[_fill(own[: own.index("{" + name + "}")], values)]
           values["-" + name] = str(siblings - 1 - int(value))
       return tuple(_fill(template, values) for template in templates), axes
@@ -197,9 +198,9 @@ def transpose_into(target: np.ndarray, source: np.ndarray) -> None:
   if source.ndim < 2 or source.size < 1 << 16 or source.strides[-1] == source.itemsize:
     target[...] = source
   elif source.ndim > 2:
-    axis = 1 if source.strides[0] == source.itemsize else 0
-    for part, whole in zip(np.moveaxis(source, axis, 0), np.moveaxis(target, axis, 0)):
-      transpose_into(whole, part)
+    axis = 1 if source.strides[0] == source.itemsize else 0  # an axis along which the source is not contiguous
+    for target_part, source_part in zip(np.moveaxis(target, axis, 0), np.moveaxis(source, axis, 0)):
+      transpose_into(target_part, source_part)
   else:
     for start in range(0, source.shape[1], 64):
       target[:, start : start + 64] = source[:, start : start + 64]

@@ -20,7 +20,7 @@ def load_perceptual(name: str, path: paths.Path, sha256: str = "") -> dict:
   """
   shapes: dict[str, Any] = perceptual.shapes(name)
   if sha256 and (found := hashlib.sha256(paths.read_bytes(path)).hexdigest()) != sha256.lower():
-    raise CheckpointError(f"{path} has the SHA-256 {found}, not {sha256}. Give the file of this SHA-256, or change the SHA-256")
+    raise CheckpointError(f"{path} has the SHA-256 {found}, not {sha256}. Give the expected file or correct the SHA-256")
   file = open_checkpoint(path)
   if file.metadata.get("trunk", name) != name:
     raise ValueError(f"{path} holds the trunk {file.metadata['trunk']!r}, not {name!r}")

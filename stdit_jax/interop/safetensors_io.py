@@ -139,7 +139,7 @@ class Checkpoint:
 
   Attributes:
     tensors: {name: TensorInfo}.
-    metadata: of the first file.
+    metadata: of the first file that has any.
   """
 
   path: str
@@ -150,7 +150,7 @@ class Checkpoint:
     """A fresh array in the stored dtype. Raises CheckpointError for NaN and infinite values unless they are allowed."""
     info = self.tensors[name]
     # A plain read: pages of a memory map count as resident memory, and a map of a file that is cut short kills the process.
-    # NumPy's memory has large pages: reading into new bytes takes several times as long.
+    # NumPy allocates large pages, so this is several times as fast as reading into new `bytes`.
     array = np.empty(info.shape, DTYPES[info.dtype])
     with paths.errors(info.file), cast(io.BufferedIOBase, paths.open_file(info.file)) as file:
       file.seek(info.start)
@@ -168,8 +168,8 @@ def count_non_finite(array: np.ndarray) -> int:
   """The number of NaN and infinite values, counted in pieces so that the temporary stays small."""
   if array.dtype not in _FLOATS:
     return 0
-  # Exactly the non-finite values have all bits of the exponent set. Infinity has no other bits set. On bfloat16, comparing bits
-  # is 12 times as fast as isfinite (measured).
+  # Only NaN and infinite values have all bits of the exponent set. The mask, the bits of infinity, has just these bits. On
+  # bfloat16, comparing bits is 12 times as fast as isfinite (measured).
   mask, piece = np.array(np.inf, array.dtype).view(f"u{array.itemsize}"), 1 << 22
   bits = np.ascontiguousarray(array).reshape(-1).view(mask.dtype)
   return sum(int(np.count_nonzero((bits[i : i + piece] & mask) == mask)) for i in range(0, bits.size, piece))
@@ -298,7 +298,7 @@ def write_checkpoint(
     targets.append(folder / f"{stem}{INDEX_SUFFIX}")
   try:
     existing = _prepare_output(folder, stem, total, overwrite)
-    with contextlib.ExitStack() as stack:  # renames the files in reverse: the index last
+    with contextlib.ExitStack() as stack:  # leaves, and so renames, in reverse order: the index last
       temporary = [stack.enter_context(paths.whole(target)) for target in reversed(targets)][::-1]
       _write_shards(temporary, shards, tensors, metadata or {})
       if len(shards) > 1:

@@ -53,7 +53,7 @@ class Family:
     sizes: {name: configuration}, e.g. "STDiT3-XL/2".
     build: `(config, layout) -> nn.Module`. A layout of None means one device.
     condition: its conditioner, a key of `conditioning.CONDITIONERS`.
-    cond: `(config, rows) -> {name: ShapeDtypeStruct}`, the arrays of `cond` for this number of rows.
+    cond: `(config, rows) -> {name: ShapeDtypeStruct}`, the model input `cond` of a batch of `rows`.
     null: `(config, constants, cond) -> cond`, the unconditional branch; `constants` is the model's collection of that name.
     rules: sharding rules of the parameters (`parallel.shardings.spec_for`).
     flops: `(config, frames, space) -> FLOPs` of one forward pass over one sample of `frames * space` tokens.
@@ -81,7 +81,7 @@ class Family:
     return fields.replace(fields.choose(self.sizes, size, "denoiser"), overrides, f"denoiser {size}")
 
   def example(self, config: Any, rows: int = 1, frames: int = 1, side: int = 1) -> tuple:
-    """Inputs (tokens, t, cond, sizes) of a call over `frames` token frames of `side * side` tokens, all zeros or ones."""
+    """Placeholder inputs (tokens, t, cond, sizes) of a call over `frames` token frames of `side * side` tokens."""
     ones = jnp.ones((rows,), jnp.float32)
     cond = {name: jnp.zeros(s.shape, s.dtype) for name, s in self.cond(config, rows).items()}
     grid = jnp.tile(jnp.asarray((frames, side, side), jnp.int32), (rows, 1))

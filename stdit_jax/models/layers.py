@@ -1,4 +1,4 @@
-"""Layers that several denoisers share. Each names the original that it computes.
+"""Layers that several denoisers share.
 
 Norms, softmax, rotations and sinusoids run in float32, all else in `dtype`. Parameters are float32.
 """
@@ -23,7 +23,8 @@ MAX_PERIOD = 10000.0
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 COMPUTE_DTYPES = ("float32", "bfloat16")  # for training; float16 would need a scaled loss
-# Axes of tokens `[B, T, S, D]` in attention over space, and over time. The mesh may split "tokens", the axis without attention.
+# Names (of `Layout.axes`) of the axes of tokens `[B, T, S, D]`, for attention over space and over time. Attention does not mix
+# the axis "tokens", so the mesh may split it.
 OVER_SPACE, OVER_TIME = ("batch", "tokens", None, None), ("batch", None, "tokens", None)
 
 
@@ -69,9 +70,9 @@ class Linear(nn.Module):
     kernel = self.param("kernel", kernel_init, (*inputs, *self.features)).astype(self.dtype)
     bias = self.param("bias", self.bias_init, self.features).astype(self.dtype)
     lead, x = x.shape[: -len(inputs)], x.astype(self.dtype)
-    places = ["tensor" if axis == self.tensor else None for axis in range(kernel.ndim)]
-    names = [*self.axes, None, None, None][: len(lead)]
-    x = constrain(x, self.layout, *names, *places[: len(inputs)])
+    lead_names = [*self.axes, None, None, None][: len(lead)]
+    kernel_names = ["tensor" if axis == self.tensor else None for axis in range(kernel.ndim)]
+    x = constrain(x, self.layout, *lead_names, *kernel_names[: len(inputs)])
     parts = 1 if self.layout is None else self.layout.parts("tensor")
     if parts == 1:
       # One plain matrix product. With separate axes for heads, every step would transpose the kernel and its gradient.
@@ -83,7 +84,7 @@ class Linear(nn.Module):
         if self.tensor >= len(inputs):
           bias = pad(bias, self.tensor - len(inputs), parts)
       y = jnp.tensordot(x, kernel, len(inputs)) + bias
-    return constrain(y, self.layout, *names, *places[len(inputs) :])
+    return constrain(y, self.layout, *lead_names, *kernel_names[len(inputs) :])
 
 
 def pad(x: Array, axis: int, parts: int) -> Array:
@@ -140,7 +141,7 @@ class RMSNorm(nn.Module):
     return y.astype(x.dtype) * scale.astype(x.dtype)
 
 
-# NumPy computes frequencies on the host, since its functions round correctly. Operations have the order of the originals. An
+# NumPy computes frequencies on the host, since its functions round correctly. The order of operations is the originals'. An
 # error in the last digit of a frequency, times a timestep of 1000, is an error of 1e-5 in the embedding.
 
 
@@ -213,7 +214,8 @@ class SelfAttention(nn.Module):
       query, key = RMSNorm(name="query_norm")(query), RMSNorm(name="key_norm")(key)
     if rope is not None and not self.rope_first:
       query, key = apply_rope(query, rope), apply_rope(key, rope)
-    lengths = None if token_valid is None else token_valid.sum(2 if self.axis == "space" else 1)  # padding comes last
+    # Padding comes last, so each sequence needs only its number of valid tokens: [B, T] or [B, S].
+    lengths = None if token_valid is None else token_valid.sum(2 if self.axis == "space" else 1)
     y = attend(query, key, value, self.implementation, self.layout, lengths=lengths)
     if self.axis == "time":
       y = jnp.swapaxes(y, 1, 2)

@@ -1,6 +1,6 @@
 """The stack of blocks: equal layers whose parameters are stacked over depth, `[depth, ...]`.
 
-`run_layers` loops over depth, and `remat` selects the activations that the backward pass stores. `run_blocks` adds the needs of
+`run_layers` loops over depth. `remat` selects the activations to store for the backward pass. `run_blocks` adds the needs of
 denoisers: gathering of sharded parameters, cached outputs of earlier sampling steps (step_cache.py), captured activations.
 """
 
@@ -19,7 +19,7 @@ from stdit_jax.models.layers import DTYPES, OVER_TIME
 from stdit_jax.parallel.shardings import constrain, gather_layer
 
 BLOCK_INPUT = "block_input"
-REMAT_POLICIES = {  # activations of a layer that the backward pass stores; it recomputes the others
+REMAT_POLICIES = {  # activations of a layer to store for the backward pass, which recomputes the others
   "none": None,  # everything
   "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # products with parameters, not attention
   "full": jax.checkpoint_policies.nothing_saveable,  # inputs of the layer only
@@ -30,7 +30,7 @@ REMAT_POLICIES = {  # activations of a layer that the backward pass stores; it r
 
 
 def remat(layer: Callable, policy: str, scan: bool) -> Callable:
-  """`layer` whose backward pass stores the activations of `policy`, one of REMAT_POLICIES."""
+  """`layer` that stores the activations of `policy`, one of REMAT_POLICIES, for its backward pass."""
   if policy == "none":
     return layer
 
@@ -71,7 +71,7 @@ def stacked_params(module: nn.Module, blocks: Mapping[str, nn.Module], depth: in
     return lambda key: jax.vmap(lambda k: block.init(k, *inputs)["params"])(jax.random.split(key, depth))
 
   def parameters(name, block):
-    # For parameters that exist, `param` would trace a whole block to compare shapes. Each part of the block compares its own.
+    # If the parameters exist, `param` would trace a whole block only to compare shapes. The layers inside it check them, too.
     return module.get_variable("params", name) if module.has_variable("params", name) else module.param(name, init(block))
 
   return {name: parameters(name, block) for name, block in blocks.items()}
@@ -114,6 +114,7 @@ def run_blocks(
     outputs = {}
     for name in blocks:
       own = gather_layer(params[name], name, layout, DTYPES[config.dtype], rules)
+      # Without cached attention outputs the block gets no `call`: the list is empty.
       calls = [step_cache.CachedCalls(cached[name], pyramid.computes)] if pyramid else []
       x = apply(name, own, x, conditions, number, *calls)
       for call in calls:
@@ -125,6 +126,11 @@ def run_blocks(
   if reuse is None or isinstance(reuse.cache, step_cache.PyramidBroadcast):
     return run(x, (*layers, reuse and reuse.cached))
   first, others = jax.tree.map(lambda p: p[0], layers), jax.tree.map(lambda p: p[1:], layers)
-  return step_cache.residual_layers(
-    lambda x: run(x, (*others, None))[0], x, lambda x: layer(x, (*first, None))[0], reuse.cached, reuse.cache.threshold
-  )
+
+  def first_layer(x):
+    return layer(x, (*first, None))[0]
+
+  def other_layers(x):
+    return run(x, (*others, None))[0]
+
+  return step_cache.residual_layers(other_layers, x, first_layer, reuse.cached, reuse.cache.threshold)

@@ -19,7 +19,7 @@ class STDiT1Config(common.STDiTConfig):
   """Open-Sora 1.0.
 
   Attributes:
-    input_size: (T, H, W) of the latents. Only exports read it, for the fixed position tables of the original.
+    input_size: (T, H, W) of the latents. The model does not use it. Files of the original hold position tables of this size.
     space_scale: 0.5 for 256 pixels, 1.0 for 512.
   """
 

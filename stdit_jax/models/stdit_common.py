@@ -197,7 +197,7 @@ class STDiT(Part):
     return Linear((width,), None, init, bias_init, axes=OVER_TIME[:3], name="patch_embed", **self.how)(tokens)
 
   def scalar_embedder(self, name: str, features: int | None = None, fc1_init: Init = None, fc2_init: Init = None) -> Callable:
-    """-> `[B] -> [B, features]`: an MLP over the sinusoid of a timestep, frame rate, length or size."""
+    """Returns a function `[B] -> [B, features]`: an MLP over the sinusoid of a timestep, frame rate, length or size."""
     features = features or self.config.hidden_size
     mlp = Mlp(features, features, "silu", fc1_init, fc2_init, name=name, **self.how)
     return lambda values: mlp(layers.sinusoid(values))
@@ -205,7 +205,7 @@ class STDiT(Part):
   def embed_caption(self, text: Float[ArrayLike, "B L C"], init: Init = None) -> Float[Array, "B L D"]:
     """Text features `[B, L, C] -> [B, L, D]`.
 
-    Creates the constant `null_caption` `[L, C]`, too. `null` puts it in the place of dropped captions. It never trains.
+    Also creates the constant `null_caption` `[L, C]`, which never trains. `null` replaces dropped captions by it.
     """
     cfg = self.config
     shape = (cfg.model_max_length, cfg.caption_channels)

@@ -102,7 +102,7 @@ Call = Callable[..., Any]  # (kind of attention, module, *inputs) -> output: `co
 
 
 def compute(kind: str, function: Callable, *inputs) -> Any:
-  """`function(*inputs)`: the `call` of a block by default, without a cache of attention outputs."""
+  """Returns `function(*inputs)`. It is the default `call` of a block, without cached outputs."""
   return function(*inputs)
 
 
@@ -129,8 +129,8 @@ def residual_layers(layers: Callable, x: ArrayLike, first_layer: Callable, cache
   y = first_layer(x)
   added = (y - x).astype(jnp.float32)
   axes = (1, 2, 3)
-  change = jnp.abs(added - cached["first"]).mean(axes) / jnp.abs(cached["first"]).mean(axes)  # NaN before the first step
-  again = (change < threshold).all()
-  others = jax.lax.cond(again, lambda: cached["others"], lambda: layers(y) - y)
-  first = jnp.where(again, cached["first"], added)
-  return y + others, {"first": first, "others": others, "computed": cached["computed"] + ~again}
+  change = jnp.abs(added - cached["first"]).mean(axes) / jnp.abs(cached["first"]).mean(axes)  # not finite at the first step
+  skip = (change < threshold).all()
+  others = jax.lax.cond(skip, lambda: cached["others"], lambda: layers(y) - y)
+  first = jnp.where(skip, cached["first"], added)
+  return y + others, {"first": first, "others": others, "computed": cached["computed"] + ~skip}

@@ -159,12 +159,12 @@ def relative_buckets(distance: Int[ArrayLike, "*shape"], num_buckets: int, max_d
   """
   half = num_buckets // 2
   exact = half // 2
-  behind = jnp.where(distance > 0, half, 0)
+  side = jnp.where(distance > 0, half, 0)  # first bucket of the key's side of the query
   distance = jnp.abs(distance)
   # float32 and truncation as in the original: at whole numbers the rounding decides the bucket.
   steps = jnp.log(jnp.maximum(distance, 1).astype(jnp.float32) / exact) / math.log(max_distance / exact) * (half - exact)
   far = jnp.minimum(exact + steps.astype(jnp.int32), half - 1)
-  return behind + jnp.where(distance < exact, distance, far)
+  return side + jnp.where(distance < exact, distance, far)
 
 
 def relative_bias(

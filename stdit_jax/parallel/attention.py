@@ -105,7 +105,8 @@ def cudnn_kernel(
   """cuDNN's flash attention. It takes lengths. A mask would have to be an array of all queries by all keys.
 
   With a mask, valid keys move to the front, since attention does not depend on the order of keys. JAX (0.10, 0.11) refuses
-  odd lengths of sequences in training, so they become even. `implementation="xla"` computes the same everywhere.
+  odd lengths of sequences in training, so the function pads them to even ones. `implementation="xla"` computes the
+  same everywhere.
   """
   if mask is not None:
     order = jnp.argsort(~mask, axis=2)[..., None, None]
@@ -125,7 +126,7 @@ def cudnn_kernel(
 
 
 def _block(length):
-  """(block, padded length): the block of 256 to 1024 with the least padding. If two blocks tie, the larger one."""
+  """(block, padded length): the block of 256 to 1024 with the least padding, the larger of two equals. 128 up to length 256."""
   blocks = range(256, 1025, 128) if length > 256 else (128,)
   padded = {block: -(-length // block) * block for block in blocks}
   block = min(padded, key=lambda block: (padded[block], -block))

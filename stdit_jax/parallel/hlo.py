@@ -15,7 +15,7 @@ _BYTES = {
 }  # fmt: skip
 _SHAPE = re.compile(r"\b(" + "|".join(_BYTES) + r")\[([\d,]*)\](\{[^}]*\})?")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
-# Instructions that move nothing, or that run computations which count by themselves.
+# Instructions that move nothing, or that run computations whose instructions count separately.
 _FREE = {
   "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
   "partition-id", "replica-id", "opt-barrier", "iota",
@@ -124,9 +124,9 @@ def collectives(text: str) -> list[Collective]:
         continue
       seen.add(channel[1])
     moved = sum(shape_bytes(types[o]) for o in _operands(rest) if o in types)
-    if base == "all-gather":  # the result; a start returns operand and result
+    if base == "all-gather":  # its result; a start has the operand in its result, too
       moved = shape_bytes(kind) - (moved if opcode.endswith("-start") else 0)
-    if name.startswith("all-reduce-scatter"):  # the TPU compiler's name of it
+    if name.startswith("all-reduce-scatter"):  # the TPU compiler's name for a fused reduce-scatter
       base = "reduce-scatter"
     result.append(Collective(base, moved, times, times > 1))
   return result
@@ -135,7 +135,7 @@ def collectives(text: str) -> list[Collective]:
 def slice_bytes(text: str) -> int:
   """Bytes that a device sends to other slices.
 
-  The TPU compiler reduces within a slice first. Hosts then exchange the rest by instructions of their own (`megascale`).
+  The TPU compiler reduces within a slice first. Hosts then exchange the rest by `send` instructions of type `megascale`.
   """
   return sum(
     times * shape_bytes(types[_operands(rest)[0]])

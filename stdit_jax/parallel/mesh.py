@@ -45,7 +45,7 @@ def make_mesh(sizes: dict[str, int], devices: list | None = None, slices: dict[s
 
   Args:
     sizes: {axis: devices along it within a slice}. One size may be -1.
-    devices: by default all of this machine. Devices of a topology (`topology_devices`) work, too.
+    devices: by default all devices of all processes. Devices of a topology (`topology_devices`) work, too.
     slices: {axis: slices along it}, by default all along `data`.
 
   Raises:

@@ -47,7 +47,7 @@ class Layout:
 
   @property
   def axes(self) -> dict:
-    """Mesh axes of the names that `constrain` takes."""
+    """{name of a dimension, as `constrain` takes it: mesh axes that split it}."""
     if self.split_tokens:
       axes = {"batch": ("data", "fsdp"), "tokens": "sequence", "heads": ("sequence", "tensor")}
     else:
@@ -106,7 +106,7 @@ def constrain(x: Any, layout: Layout | None, *names: str | None) -> jax.Array:
 
 
 def gather_layer(params: Any, prefix: str, layout: Layout | None, dtype: DTypeLike, rules: Sequence) -> Any:
-  """Casts the parameters of one layer to `dtype`, then gathers them over `fsdp`, for the matrix products of the layer.
+  """Casts to `dtype` the parameters of one layer that `fsdp` splits, then gathers them for the layer's matrix products.
 
   Called inside the loop over depth. Without this function XLA gathers float32, gathers all layers before the loop, or reduces
   gradients over all devices before it splits them.
@@ -136,7 +136,7 @@ def _gather(x, split, whole, dtype):
 
 
 def _gather_forward(x, split, whole, dtype):
-  return _gather(x, split, whole, dtype), jnp.zeros((0,), x.dtype)
+  return _gather(x, split, whole, dtype), jnp.zeros((0,), x.dtype)  # an empty array that carries the dtype
 
 
 def _gather_backward(split, _whole, _dtype, like, gradient):
