@@ -92,13 +92,14 @@ class Components:
 
 
 def need_file(path: str | None, key: str) -> str:
-  """Returns `path`. Raises ValueError, which names the key `key`, if `path` is empty or does not exist."""
+  """Returns `path`. Raises ValueError if `path` is empty or does not exist. `key`: its key or flag, for the message."""
+  what = key if key.startswith("--") else f"config: {key}"
   module = "interop.fetch hed-vgg16" if key.startswith("autoencoder.perceptual") else "convert"
   how = f"give a safetensors file or a folder of them (python -m stdit_jax.{module})"
   if not path:
-    raise ValueError(f"config: {key} is empty; {how}")
+    raise ValueError(f"{what} is empty; {how}")
   if not paths.exists(path):
-    raise ValueError(f"config: {key}={path!r} does not exist; {how}")
+    raise ValueError(f"{what}={path!r} does not exist; {how}")
   return path
 
 
@@ -133,7 +134,10 @@ def load_text_encoder(config: TextEncoder, encoder: t5.T5Encoder, mesh: Mesh | N
 
 
 def load_denoiser(parts: Components, path: str, mesh: Mesh | None = None, **options: Any) -> Tree:
-  """Variables of the denoiser of `parts` from a checkpoint in one of the family's layouts; `options` of `load_variables`."""
+  """Variables of the denoiser of `parts` from a checkpoint in one of the family's layouts.
+
+  `options`: arguments of `load_variables`. The option `current` is its `target` (default: shapes).
+  """
   config = parts.model.config
   shapes = options.pop("current", None) or parts.family.init_shapes(config)
   shardings = tree_shardings(shapes, mesh, parts.rules) if mesh else None

@@ -138,7 +138,8 @@ def convert_file(settings: Settings, place: str, options: dict[str, Any]) -> tup
   name, model = find_model(settings, metadata)
   # The input's metadata gives the shift and scale of its latents. --config may set others for the output.
   said, own = models.described(metadata, settings.input)
-  source = open_source(settings, model, models.find_model(said, own).config if said and not settings.model else None)
+  stored = models.find_model(said, own).config if said and not settings.model else None
+  source = open_source(settings, model, stored)
   target = model.layout(settings.target or "native") if settings.target or source.layout.name != "native" else model.layouts[0]
   spec, tensors = weights.conversion(source, target, model.shapes, DTYPES.get(settings.dtype), model.config)
   metadata = weights.model_metadata(name, model.config)
@@ -193,6 +194,7 @@ def check(settings: Settings) -> None:
     return
   source = open_source(settings, model)
   spec, tensors = weights.conversion(source, source.layout, model.shapes)
+  # The file may use another of the names that the layout accepts.
   stored = {entry.names[0]: source.name_of(entry) for entry in source.entries}
   for name, array in progress(tensors, spec):
     name = stored.get(name, name)

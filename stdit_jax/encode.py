@@ -4,8 +4,8 @@
   python -m stdit_jax.train --config configs/film.py --config.data.latents=runs/film-latents
 
 The command writes each clip (row, bucket, place in time) and each caption of the first epochs once. A training from these files
-sees the same batches in the same order as a training from videos. After the last encoded epoch the training repeats the first
-one, and prints a warning.
+sees the same batches in the same order as a training from videos. After the last encoded epoch the training repeats the
+encoded epochs from the first on, and prints a warning.
 
 Stop the command at any time. The same command continues with the missing shards, on any number of processes and devices. A
 shard is complete or does not exist. A later command with more epochs or another stage adds what is missing.
@@ -53,7 +53,8 @@ class Settings(cli.ConfigSettings):
   stage: Sequence[str] | None = flag("only this stage; may be given several times (default: all)", action="append")
   dtype: str = flag(
     "type of the stored values. With float32 (default) the losses equal those from videos. The others take half the space. "
-    "float16 rounds by up to 0.05 %%, bfloat16 by 0.4 %%, but it holds values above 65504", "float32", choices=latents.DTYPES,
+    "float16 rounds by up to 0.05 %%. bfloat16 rounds by up to 0.4 %%, but holds values above 65504",
+    "float32", choices=latents.DTYPES,
   )  # fmt: skip
   text: bool | None = flag(
     "encode captions as well (default: if text_encoder.where is 'ahead')", action=argparse.BooleanOptionalAction
@@ -62,7 +63,7 @@ class Settings(cli.ConfigSettings):
   shard: str | None = flag("this process is number I of N, counted from 0 (default: JAX numbers the processes)", metavar="I/N")
 
 
-# The stages to encode, whether captions are encoded, and whether latents have their variance.
+# The stages to encode, whether captions are encoded, and whether the variance of latents is stored.
 Choice = tuple[Sequence[Any], bool, bool]
 
 
@@ -98,7 +99,7 @@ def choose(settings: Settings) -> Choice:
     check_lengths(stage.config, own.autoencoder.config)
   if text:
     need_file(stages[0].config.text_encoder.weights, "text_encoder.weights")
-  # If any stage samples the posterior, all latents get their variance. A later call with another --stage then reuses them.
+  # If any stage samples the posterior, all latents get a variance, so that a later call with another --stage reuses them.
   return stages, text, any(stage.config.autoencoder.sample_posterior for stage in every)
 
 

@@ -68,7 +68,9 @@ class Settings(PipelineSettings):
   output: str | None = flag("file that gets the result as JSON")
 
   tables: Sequence[str] | None = _loss(
-    "tables (default: validation.tables; --task autoencoder: or else data.tables, also folders or files of clips)", nargs="+"
+    "tables (default: validation.tables). For --task autoencoder also folders or files of clips (default: validation.tables, "
+    "else data.tables)",
+    nargs="+",
   )
   samples_per_bucket: int | None = _loss("rows per bucket (default: the run's)")
   timesteps: int | None = _loss("number of timesteps, evenly spaced (default: the run's)")
@@ -77,7 +79,7 @@ class Settings(PipelineSettings):
   count: int | None = _shapes("scenes per part (default: 200). For --task autoencoder: clips per bucket (default: 16)")
   batch_size: int = _shapes("videos per batch (default: %(default)s)", 20)
 
-  model: str | None = _autoencoder("for --autoencoder alone, if the file does not name it: sd-kl-f8...", metavar="NAME")
+  model: str | None = _autoencoder("model of --autoencoder, if its file does not name it: sd-kl-f8...", metavar="NAME")
   buckets: Sequence[str] | None = _autoencoder(
     "like 144p:17 (default: the configuration's)", nargs="+", metavar="RESOLUTION:FRAMES"
   )
@@ -87,7 +89,7 @@ class Settings(PipelineSettings):
     "perceptual distance by vgg16-lpips or hed-vgg16 (autoencoders/perceptual.py)", nargs=2, metavar=("TRUNK", "FILE")
   )
   i3d: str | None = _autoencoder(
-    "I3D of interop.fetch: Frechet video distance, from 16 frames of 16 x 16 pixels on", metavar="FILE"
+    "weights of I3D (interop.fetch): also measures the Frechet video distance, for clips of 16 frames or more", metavar="FILE"
   )
   picture: str | None = _autoencoder("writes original, reconstruction and error of one clip per bucket", metavar="FILE.png")
 

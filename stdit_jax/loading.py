@@ -60,9 +60,9 @@ def read_model(settings: PipelineSettings) -> tuple[Config, int | None]:
 
 def sampler_changes(trained: str, settings: PipelineSettings) -> dict[str, Any]:
   """The keys of `diffusion` and `sample` that flags replace. Raises ValueError for flags that the diffusion `trained` lacks."""
-  own = {"open-sora-1.1": "iddpm", "open-sora-1.2": "rectified-flow", None: trained}[settings.compat]
-  if trained != own:
-    raise ValueError(f"--compat {settings.compat} is for {own}; the model was trained with {trained}. Leave it out")
+  needed = {"open-sora-1.1": "iddpm", "open-sora-1.2": "rectified-flow", None: trained}[settings.compat]
+  if trained != needed:
+    raise ValueError(f"--compat {settings.compat} is for {needed}; the model was trained with {trained}. Leave it out")
   if settings.timestep_shift is not None and trained != "rectified-flow":
     raise ValueError(f"--timestep-shift is for rectified-flow; the model was trained with {trained}. Leave it out")
   fields = {"compat": settings.compat, "sampler": settings.sampler, "sampling_shift": settings.timestep_shift}
@@ -100,8 +100,9 @@ def load_pipeline(settings: PipelineSettings, config: Config, step: int | None, 
   reads_encoder = encoder is not None and not in_run
   if reads_encoder:
     components.need_file(config.text_encoder.weights, "text_encoder.weights (--text-encoder)")
-  weights = parts.weights(params, frozen)
+  weights = parts.weights(params, frozen)  # shapes of (denoiser, text encoder or None)
   if weights[1] is None and encoder is not None:
+    # The encoder ran before the training step, so the run has no parameters of it.
     weights = weights[0], with_shardings(t5.init_shapes(encoder.config), mesh, t5.RULES)["params"]
   cache = step_cache.parse(settings.step_cache) if settings.step_cache else None
   pieces = components.local_devices_mesh() if mesh else None
@@ -115,6 +116,7 @@ def load_pipeline(settings: PipelineSettings, config: Config, step: int | None, 
   if reads_encoder:
     weights = weights[0], components.load_text_encoder(config.text_encoder, parts.conditioner.encoder, mesh)
   pipeline.set_weights(weights if mesh else jax.device_put(weights, jax.local_devices()[0]))
+  # `check` may have changed tiles and micro batch to fit the memory.
   fitted = {"tiles": pipeline.codec.tiles, "micro_batch": pipeline.codec.micro_batch}
   pipeline.codec = dataclasses.replace(components.load_codec(config.autoencoder, pieces), **fitted)
   return pipeline
@@ -140,6 +142,7 @@ def load_autoencoder(model: ModelSettings, name: str | None = None) -> tuple[Any
     own = dataclasses.replace(own, weights=components.need_file(model.autoencoder, "--autoencoder"))
   if not config:
     metadata = open_checkpoint(own.weights).metadata
+    # The file's fields hold for the model that it names, not for another `name`.
     said, fields = (None, {}) if name not in (None, metadata.get("model")) else described(metadata, own.weights)
     if not (name or said):
       raise ValueError(f"{own.weights} doesn't say which autoencoder it is; give --model NAME")

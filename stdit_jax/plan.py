@@ -12,7 +12,7 @@ replace it. All figures are computed, none is measured on a device:
   batch        samples of the whole mesh. each: samples per device and micro batch; "s": tokens are split over `sequence`
   tokens       of one sample, with padding
   GiB          peak memory per chip, and the limit of the compiler. The peak is the program's memory (memory_analysis),
-               plus each device's part of average, optimizer, encoders and next batch
+               plus a device's part of averaged weights, optimizer state, encoders and next batch
   TFLOP        matrix products of the model for all samples, by formula (stdit_jax/models/flops.py): three forward passes
   GB moved     by collectives, per device and step. Read from the compiled program, with the iterations of its loops
   compute      seconds: FLOPs, with the forward pass that remat repeats, at the chip's published peak
@@ -21,8 +21,8 @@ replace it. All figures are computed, none is measured on a device:
   bound, MFU   bound: the longest of these times and of the traffic between slices (--slice-gbits), as if all overlapped.
                MFU: model-FLOP utilisation at the bound. The published peaks are in stdit_jax/parallel/topology.py
   hours        of a stage: its steps times the mean bound of its buckets, weighted by how often each occurs in the first epoch
-               of the tables, or of assumed rows. Updates read and write the whole state once. A second line adds the encoders
-               of videos and captions, if these are not cached: their FLOPs at the chips' peak. Checkpoints, samples and
+               of the tables, or of assumed rows. An update counts as one read and one write of the whole state. A second line
+               adds the FLOPs of the encoders at the chips' peak, if their results are not cached. Checkpoints, samples and
                restarts are not included
 
 A search compiles a bucket one to six times and fits a line to the memory. The last compilation confirms the prediction. The
@@ -276,7 +276,9 @@ def print_search(settings: Settings, compiler: Compiler, stages: Sequence[Stage]
   if settings.write_buckets:
     command = f"python -m stdit_jax.plan {shlex.join(settings.argv)}"
     paths.write_text(settings.write_buckets, search.fragment(stages, fits, equal, settings.topology, command))
-    print(f"wrote {settings.write_buckets}; {len(found) - len(fits)} buckets are missing, because not one sample fits")
+    missing = len(found) - len(fits)
+    note = f"; {missing} buckets are missing, because not one sample of them fits" if missing else ""
+    print(f"wrote {settings.write_buckets}{note}")
   return [result for answer in found.values() for result in answer.results.values()]
 
 

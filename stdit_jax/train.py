@@ -5,8 +5,8 @@
 configs/base.py has every key of a configuration; --config.KEY=VALUE replaces one. Stop the training at any time: the same
 command resumes from the newest checkpoint in `output`. On a pod every host runs the same command (see launch/).
 
-Exit codes: 0 finished; 2 an error, which the message explains; 130 interrupted; 75 stopped by SIGTERM, a process hangs or
-ended, or the storage bucket does not answer: start the command again.
+Exit codes: 0 finished; 2 an error, which the message explains; 130 interrupted. 75 means: start the command again. Reasons:
+SIGTERM, a process that hangs or ended, a storage bucket that does not answer.
 """
 
 import contextlib

@@ -49,15 +49,16 @@ def frames_to_encode(
   """Chooses the frames of reference `number` to encode: (frame numbers, {latent frame in use: index of its latents}).
 
   An image autoencoder encodes only the frames in use. A video autoencoder encodes the whole reference, unless the clip begins
-  with the last latent frames of the reference. In that case it encodes only these last frames, because a clip's first
-  latent frames may cover fewer frames than its last ones. If `num_frames` (of a clip) is None, a video autoencoder always
-  encodes the whole reference, as in the original code.
+  with the last latent frames of the reference. In that case it encodes only as many last frames as the first latent frames of
+  a clip cover, which may be fewer than at the end of the reference. If `num_frames` (of a clip) is None, a video autoencoder
+  always encodes the whole reference, as in the original code.
   """
   places = {(slot, int(t)) for p in placements for slot, (r, t) in enumerate(zip(p.reference, p.frame)) if r == number}
   used, count = sorted({t for _, t in places}), config.latent_frames(frames)
   in_order = {t: place for place, t in enumerate(used)}
-  if not used or count == frames:
+  if not used or count == frames:  # one latent frame per frame: an image autoencoder, or an image
     return np.asarray(used, int), in_order
+  # The last latent frames of the reference fill the slots 0, 1, ... of the clip.
   if num_frames and used[0] and places == {(slot, count - len(used) + slot) for slot in range(len(used))}:
     return np.arange(frames)[-config.frame_starts(num_frames)[len(used)] :], in_order
   return np.arange(frames), {t: t for t in used}

@@ -13,10 +13,10 @@ When the sampler reaches this level, the frames get noise and are denoised with 
 By default a position outside the clip or the reference is an error, a length is cut to what fits, and frames with edit ratio 1
 are generated from noise. `compat` restores the behaviour of the original code:
 
-  open-sora-1.1   a length that does not fit is an error, but one frame fills any length. A position that stays negative counts
-                  from the end again
-  open-sora-1.2   positions are rounded to multiples of 5 latent frames, never up past the start of the last whole group.
-                  Lengths are cut
+  open-sora-1.1   a length that does not fit is an error, but one frame fills any length. A position that is still negative
+                  after it was counted from the end is counted from the end once more
+  open-sora-1.2   positions are rounded to multiples of 5 latent frames. They are not rounded up beyond the start of the last
+                  whole group of 5. Lengths are cut
   both            frames with edit ratio 1 start from the reference, without noise
 """
 
@@ -93,7 +93,7 @@ def place(rules: Sequence[Rule], loop: int, num_frames: int, lengths: Sequence[i
     if rule.loop != loop:
       continue
     if rule.reference >= len(lengths):
-      raise ValueError(f"{describe(rule)}: there are {len(lengths)} references, from 0; give another number or more files")
+      raise ValueError(f"{describe(rule)}: there are {len(lengths)} references, counted from 0; give another or more files")
     total = lengths[rule.reference]
     first = rule.reference_start + total * (rule.reference_start < 0)
     start = rule.start + num_frames * (rule.start < 0)

@@ -65,7 +65,7 @@ class Pipeline:
     self._told_fps = data.frame_interval if data.fps_rule == "1.1" else 1
     channels = self.model.config.in_channels
     if (count := self.guidance.channels) is not None and not 1 <= count <= channels:
-      raise ValueError(f"guided_channels is {count}; allowed: 1 to {channels} (latent channels), or none for all")
+      raise ValueError(f"--guidance-channels is {count}; allowed: 1 to {channels} (latent channels). Leave it out for all")
     self.set_weights(weights)
     self._encode = jax.jit(lambda weights, arrays: components.conditioner.encode(weights, arrays, layout))
     # The results of a step have the shardings of its arguments. Otherwise the second step would be another program.
@@ -132,7 +132,10 @@ class Pipeline:
     }  # fmt: skip
 
   def _guidance_of(self, scale):
-    """Guidance of this scale. With scale 1 the unconditional branch is skipped, unless a step cache holds both branches."""
+    """Guidance of this scale. With scale 1 it is sequential, because `guided` then skips the unconditional branch.
+
+    A step cache holds both branches, so neither is skipped.
+    """
     sequential = self.guidance.sequential or (scale == 1 and self.cache is None)
     return dataclasses.replace(self.guidance, scale=float(scale), sequential=sequential)
 
@@ -203,8 +206,8 @@ class Pipeline:
     conditions = (conds[0], conds[1] if negative_prompt is not None else None), sizes
 
     diffusion = self.diffusion.for_sampling(steps)
-    sides = (np.full((batch,), n, np.float32) for n in (first.height, first.width, first.num_frames, size[0]))
-    timesteps = diffusion.sampling_timesteps(steps, *sides)
+    extents = (np.full((batch,), n, np.float32) for n in (first.height, first.width, first.num_frames, size[0]))
+    timesteps = diffusion.sampling_timesteps(steps, *extents)
     # `sample_keys` takes one seed for all samples, so the seeds of the requests take the place of the sample numbers.
     seeds = np.asarray([(r.loop, r.seed) for r in requests], np.uint32)
 

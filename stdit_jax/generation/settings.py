@@ -45,9 +45,9 @@ class PipelineSettings(ModelSettings):
   guidance_rescale: float = _sampler("0 to 1: lowers the contrast at large guidance scales (default: %(default)s)", 0.0)
   guidance_in_turn: bool = _sampler("prompt and null caption one after the other, which needs less memory", False)
   step_cache: str | None = _sampler(
-    "caches outputs of earlier steps (models/step_cache.py). Sampling is faster, and the result differs a little. pyramid "
-    "reuses attention; pyramid:2,4,6 reuses it for 2 steps over space, 4 over time and 6 to text. residual:0.1 skips "
-    "layers while the first layer changes by less than 10 %%", metavar="NAME",
+    "caches outputs of earlier steps (models/step_cache.py). Sampling is faster, and the result differs a little. "
+    "pyramid:2,4,6 (the default of pyramid) computes attention over space in every 2nd step, over time in every 4th, to text "
+    "in every 6th. residual:0.1 skips layers while the first layer changes by less than 10 %%", metavar="NAME",
   )  # fmt: skip
   guidance_channels: int | None = _sampler("guide the first N latent channels (default: all; Open-Sora 1.1: 3)", metavar="N")
   compat: str | None = _sampler("do what the original does where this project corrects it (README)", choices=COMPAT[1:])
@@ -82,9 +82,9 @@ class SampleSettings(PipelineSettings):
   edit_strength: float = _given("noise level for --task edit, above 0, at most 1 (default: %(default)s)", 0.6)
   explain: bool = _given("print where each frame comes from, and make nothing", False)
 
-  batch_size: int | None = _output("videos per batch (default: one per part of the mesh that holds whole videos)")
+  batch_size: int | None = _output("videos per batch (default: one per group of devices that share a video)")
   autoencoder_memory: float | None = _output(
-    "encode and decode in tiles if they need more memory of a device (default: the free memory)", metavar="GIB"
+    "memory of a device; the autoencoder works in tiles if it needs more (default: the free memory)", metavar="GIB"
   )
   output: str = _output("folder for the files, or one .mp4, .gif, .webp, .png (default: %(default)s)", "samples")
   format: str = _output(

@@ -84,7 +84,7 @@ def _make(pipeline, exam, items, name, progress):
     return pipeline.decode(latents, items[0].requests[loop].num_frames)
 
   for batch in progress(of_one_size, name):
-    # Full batches: every size needs one program only.
+    # The last batch of a size is filled up, so that each size needs one program only.
     filled = [*batch, *[batch[-1]] * (exam.batch - len(batch))]
     parts = make_videos(pipeline, [items[i] for i in filled], sample, decode)
     made |= zip(batch, whole_videos(parts))
@@ -167,7 +167,7 @@ def _given(pipeline, exam, part, progress):
     smooth = bool(seen and seen.smooth < np.hypot(*scene.objects[0].step) / 2)
     (drawn,) = shapes_vision.objects_of(true)  # the measured middle of a triangle is not its true middle
     error = np.abs(seen.path - drawn.path) if seen else np.full(1, np.inf)
-    if seen:
+    if seen:  # an object that is lost in a frame counts as infinitely far from its path
       error[np.isnan(seen.path) & ~np.isnan(drawn.path)] = np.inf
     rows.append((psnr(video[kept], true[kept]), psnr(alone, true[kept]), smooth, np.nanmax(error)))
   own, alone, smooth, error = np.array(rows, np.float64).T

@@ -60,6 +60,7 @@ def check_length(task: str | None, loops: int, num_frames: int, wanted: int | No
   Args:
     task: None without a task; wanted: --condition-frames, None for the default; autoencoder: its configuration.
   """
+  # Only here do last latent frames of a clip or file start another clip.
   if task not in ("extend-backward", "connect", "loop") and not (loops > 1 and task in (None, *GOES_ON)):
     return
 

@@ -142,15 +142,15 @@ def choose_size(settings: SampleSettings, config: Any, files: Sequence[str], dow
 
 def explain(works: Sequence[Work], autoencoder: Any, compat: str | None) -> None:
   """Prints where each latent frame of each loop comes from, for the first seed of each prompt."""
-  alone = autoencoder.latent_frames(100) == 100
-  what = "frames" if alone else "latent frames"
+  single = autoencoder.latent_frames(100) == 100  # an image autoencoder: each frame has its own latent frame
+  what = "frames" if single else "latent frames"
   for one in (one for one in works if one.requests[0].seed == works[0].requests[0].seed):
     print(f"{one.stem}:")
     for number, (path, count) in enumerate(zip(one.files, map(autoencoder.latent_frames, one.file_frames))):
       print(f"  reference {number}: {path}, {count} {what if count > 1 else what[:-1]}")
     placements = placements_of(one.job, one.file_frames, autoencoder, one.requests[0].num_frames, compat)
     for loop, (request, placement) in enumerate(zip(one.requests, placements)):
-      latents = "" if alone else f" ({autoencoder.latent_frames(request.num_frames)} latent frames)"
+      latents = "" if single else f" ({autoencoder.latent_frames(request.num_frames)} latent frames)"
       print(f"  loop {loop}: {request.num_frames} x {request.height} x {request.width}{latents}, {request.prompt}")
       print("\n".join(f"    {line}" for line in conditions.explain(placement, len(one.files))))
     names = [f"reference {r}" if r < len(one.files) else f"loop {r - len(one.files)}" for r, _, _ in one.job.pieces]

@@ -103,7 +103,7 @@ def work(values: dict[str, Any], cache: str) -> dict[str, Any]:
   job = Job(**values)
   lowered, facts = lower(job)
   versions = f"{job.topology} {jax.__version__} {importlib.metadata.version('jaxlib')} {compiler_version(job.topology)}"
-  text = f"{versions}\n{pathlib.Path(hlo.__file__).read_text()}\n{lowered.as_text()}"  # hlo.py reads what the compiler returns
+  text = f"{versions}\n{pathlib.Path(hlo.__file__).read_text()}\n{lowered.as_text()}"  # the results also depend on hlo.py
   path = pathlib.Path(cache) / f"program-{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
   if path.exists():
     compiled = json.loads(path.read_text())

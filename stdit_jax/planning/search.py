@@ -124,7 +124,7 @@ def largest_batch(measure: Callable[[int], dict[str, Any]], first: int = 1) -> F
 
 
 def next_batch(found: Found) -> int | None:
-  """Samples per device to try next. None ends the search: not one sample fits, or the largest batch fills the memory."""
+  """Samples per device to try next. None: no sample fits, the memory is full, or no larger batch is WORTH a compilation."""
   failed, high, result = found.results.keys() - set(found.fits), found.largest, found.result
   if not high:
     return min(failed) // 2 or None

@@ -35,12 +35,12 @@ class AutoencoderObjective:
   `params` has the autoencoder, and a discriminator if one trains. The loss of a sample is a sum of means with the weights
   `config.autoencoder.<name>_weight`:
     reconstruction: absolute or squared error of the pixels;
-    kl: of the posterior, summed over the latents, per pixel value of the sample;
+    kl: KL divergence of the posterior, summed over the latents and divided by the number of pixel values;
     latent: absolute error of the image latents that the temporal autoencoder reconstructs (`z_rec` of Open-Sora 1.2);
     identity: absolute difference of the temporal and the image latent of clips of one frame (its `image_identity`);
     perceptual: mean `perceptual.distance` of the frames;
-    adversarial: the discriminator's score, times `discriminator.adaptive_weight` if `adaptive`. The loss of the discriminator
-      is added. Each network gets the gradient of its own terms, and both step at the same time.
+    adversarial: the negative score of the discriminator, times `discriminator.adaptive_weight` if `adaptive`. The loss of the
+      discriminator is added. Each network gets the gradient of its own terms, and both step at the same time.
   The loss decodes `autoencoder.pixel_frames` frames, and none if no term needs pixels. A later stage may add a term.
   """
 
@@ -134,10 +134,10 @@ class AutoencoderObjective:
 
   def check_plan(self, clips: plan.Plan) -> None:
     """Raises ValueError if a clip of the first epoch is smaller than the crop."""
-    crop, seen = self.config.autoencoder.crop, self.config.data.parsed_buckets()
+    crop, buckets = self.config.autoencoder.crop, self.config.data.parsed_buckets()
     numbers, _, ratios = clips.all_slots()
     for number, ratio in np.unique(np.stack([numbers, ratios], 1), axis=0).tolist():
-      name = seen[number].resolution
+      name = buckets[number].resolution
       height, width = list(SIZES[name].values())[ratio]
       if min(height, width) < crop:
         raise ValueError(
@@ -241,7 +241,7 @@ class AutoencoderObjective:
     made = self._encode(params, frames, batch, layout)
     kl = losses.kl_divergence(made["mean"], made["logvar"])
     values = {"kl": kl / made["mean"][0].size}
-    loss = weights["kl"] * kl / frames[0].size  # because the reconstruction error is a mean: losses.py
+    loss = weights["kl"] * kl / frames[0].size  # per pixel value, like the reconstruction error (losses.py)
     made["frame_latents"] = self.family.frame_latents(self.model, params, made["latents"], frames.shape[1])
     if self.family.image_autoencoder:
       values["latent"] = losses.reconstruction_error(made["frame_latents"], made["image_latents"])
@@ -306,8 +306,8 @@ class AutoencoderObjective:
 
     if layout is None or not layout.split_tokens:
       return distance(params, *clips)
-    # Each device takes its own frames of each clip. After frames are folded into the batch, these frames are no range of rows,
-    # so a sharding constraint cannot express this.
+    # Each device scores its own frames of each clip. `distance` turns frames into rows, and then a device's frames are not
+    # contiguous rows. So a sharding constraint cannot express this split.
     frames = clips[0].shape[1]
     padded = (jnp.pad(clip, ((0, 0), (0, -frames % layout.token_parts), *[(0, 0)] * 3)) for clip in clips)
     spec = layout.spec("batch", "tokens")
@@ -323,14 +323,14 @@ class AutoencoderObjective:
     last = functools.reduce(lambda tree, name: tree[name], path, params["autoencoder"])
     with_last = functools.partial(_replaced, params["autoencoder"], path)
     decode = lambda last: self.family.decode(self.model, with_last(last), made["frame_latents"], layout)  # noqa: E731
-    pixels, pull = jax.vjp(decode, last)
-    share = batch["weight"] / jnp.maximum(batch["weight"].sum(), 1e-12)
+    pixels, to_last_layer = jax.vjp(decode, last)  # turns a gradient of the pixels into one of the last layer
+    share = batch["weight"] / jnp.maximum(batch["weight"].sum(), 1e-12)  # `[B]`, of each sample in the mean of the batch
     terms = (
       lambda x: self._pixel_terms(frozen, x, frames, batch, layout)[0],
       lambda x: discriminator.generator_loss(self._score(params["discriminator"], x, layout)),
     )
     gradients = [jax.grad(lambda x, term=term: jnp.sum(share * term(x)))(pixels) for term in terms]
-    return discriminator.adaptive_weight(*map(pull, gradients))
+    return discriminator.adaptive_weight(*map(to_last_layer, gradients))
 
 
 def _replaced(tree, path, leaf):

@@ -42,8 +42,8 @@ def to_global(batch: Any, specs: Any, layout: Layout) -> Any:
     rows = len(value) // len(parts)
 
     def piece(index):
-      start, stop, _ = index[0].indices(rows * count)
-      here = parts.index(start // rows) * rows + start % rows
+      start, stop, _ = index[0].indices(rows * count)  # rows of the global array
+      here = parts.index(start // rows) * rows + start % rows  # `start` among the rows of this process
       return value[(slice(here, here + stop - start), *index[1:])]
 
     return jax.make_array_from_callback((rows * count, *value.shape[1:]), layout.sharding(*spec.axes), piece)
@@ -118,8 +118,9 @@ class ClipEncoder:
     def finish():
       for members, parts in begun:
         lengths = [self.config.latent_frames(len(clips[i])) for i in members]
-        moments = join(parts, sum(lengths))
-        for i, *own in zip(members, *(np.split(m, np.cumsum(lengths)[:-1]) for m in moments)):
+        moments = join(parts, sum(lengths))  # mean and std of all members, joined in time
+        ends = np.cumsum(lengths)[:-1]
+        for i, *own in zip(members, *(np.split(moment, ends) for moment in moments)):
           latents[i] = [part.copy() for part in own]
           self.cache.put(keys[i], latents[i])
       return latents
@@ -142,7 +143,8 @@ class ClipEncoder:
 
   def _run(self, function, model, variables, *arrays):
     """Encodes a piece. Counts the traces of its program: "encode 144x256" for frames, "encode_chunks 1x17x18x32" for clips."""
-    shape, follows = jax.tree.leaves(arrays)[-1].shape, len(arrays) > 1 and arrays[0] is not None
+    shape = jax.tree.leaves(arrays)[-1].shape
+    follows = len(arrays) > 1 and arrays[0] is not None  # arrays[0]: state after the previous piece of a causal autoencoder
     key = function, shape, follows
     if key not in self._programs:
       alone = self._codecs[0].single_frames
@@ -159,7 +161,7 @@ def denoiser_batch(
   """One global batch, as `Components.batch` describes it, from the rows of this process.
 
   Args:
-    clips: for rows without cached latents; ahead: of `Encoders.conditioner`, or None.
+    clips: encodes rows without cached latents; ahead: encodes captions (`Encoders.conditioner`). None if not needed.
   """
   samples, config = step.samples, components.model.config
   pixels: list[Any] = [s.pixels for s in samples]
@@ -195,7 +197,7 @@ class AutoencoderBatches:
   def _cropped(self, s):
     """(sample, its pixels). A clip that is too small gets weight 0, since an error would end a run after days.
 
-    `check_plan` refuses such a clip in the first epoch, when the run starts.
+    When the run starts, `check_plan` refuses such clips in the first epoch.
     """
     crop, (height, width) = self.config.autoencoder.crop, s.pixels.shape[1:3]
     if min(height, width) < crop:

@@ -61,7 +61,7 @@ class DamagedCheckpointError(ValueError):
 
 class _Manager(ocp.CheckpointManager):
   def reached_preemption(self, step):
-    """Always False: signals.py asks the runtime with its own count, which Orbax would disturb by asking with a step."""
+    """Always False: only signals.py asks the runtime. It passes its own count, not to be mixed with Orbax's steps."""
     return False
 
 
@@ -77,7 +77,7 @@ class Checkpoints:
     self._output = paths.absolute(output)
     self.folder = paths.join(self._output, "checkpoints")
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True, create=True)
-    # With a handler for each item, a new process can read an item's shapes on other devices than the writer's.
+    # Without these handlers a new process could not read the shapes of an item on other devices than the writer's.
     handlers: dict[str, Any] = {name: ocp.StandardCheckpointHandler() for name in ("params", "ema", "opt", "constants")}
     handlers["position"] = ocp.JsonCheckpointHandler()
     self._manager = _Manager(self.folder, options=options, item_handlers=handlers)

@@ -70,7 +70,10 @@ def claim(folder: str, taken: Callable, period: float = PERIOD) -> Iterator[None
 
 
 def _wait_until_free(path, period):
-  """Returns when the counter in the note at `path` has stopped. Raises ValueError if its process still counts."""
+  """Returns when no live process holds the folder. Raises ValueError if one does.
+
+  It waits only for a process on another machine, at most PATIENCE periods.
+  """
   found = _read(path)
   if found and found["machine"] == _machine():
     if found["began"] is not None and _began(found["process"]) == found["began"]:

@@ -74,7 +74,7 @@ class DenoiserObjective:
     return jax.lax.map(at, (jnp.arange(count), jnp.asarray(self.diffusion.fixed_timesteps(count))))
 
   def fixed_names(self, count: int) -> Sequence[str | None]:
-    """The quarter of the timesteps of each row of `fixed_loss`."""
+    """For each row of `fixed_loss`, the name in QUARTERS of its timestep."""
     return [QUARTERS[min(3, int(4 * t / self.diffusion.num_timesteps))] for t in self.diffusion.fixed_timesteps(count)]
 
   def _loss_of(self, params, frozen, batch, layout, drop=None):

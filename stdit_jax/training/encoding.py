@@ -57,7 +57,7 @@ class Source:
       return cls(stage, data, plan.PlanSequence(sources.open_table(data, folder), data, folder))
 
   def made_for(self, epochs: int) -> dict[str, Any]:
-    """The stage and the plans of its first epochs, which need the records (`made_for` of `latents.Part`)."""
+    """Names the stage and the plan that need the records of the first epochs (`made_for` of `latents.Part`)."""
     identity = latents.plan_identity(self.data, self.plans.table)
     return {"stage": self.stage.name, "epochs": epochs, "plan": identity}
 
@@ -159,9 +159,9 @@ class LatentsWork:
     """
     data, table = self.source.data, self.source.plans.table
     self.bad_rows = loader.BadRows(data.max_bad_rows, len(np.unique(latents.unpack(keys)["row"])))
-    largest = int(3e6 * self.cost(keys).max())
-    turn = max(self._turn(int(n)) for n in np.unique(latents.unpack(keys)["num_frames"]))
-    ahead = data.read_ahead or max(2, min(2 * turn, _AHEAD_BYTES // largest))
+    largest = int(3e6 * self.cost(keys).max())  # bytes of a clip: three per pixel
+    most = max(self._turn(int(n)) for n in np.unique(latents.unpack(keys)["num_frames"]))
+    ahead = data.read_ahead or max(2, min(2 * most, _AHEAD_BYTES // largest))
     clips: Any = loader.read_clips(data, table, keys, ahead)
     with contextlib.closing(clips):
       started = ((turn, self.encoder.start([clip["pixels"] for _, clip in turn])) for turn in self._turns(clips, self.bad_rows))

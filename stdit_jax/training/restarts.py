@@ -60,20 +60,23 @@ class Restarts:
       raise ValueError(f"config: resume={wanted!r}, but {self.run.config.output} has only checkpoints {found}")
     for key in self.run.changed if found else ():
       say(f"config: {key} has changed since this run began")
-    for step in [int(wanted)] if wanted.isdigit() else reversed(found):
+    tried, then = ([int(wanted)], "") if wanted.isdigit() else (found[::-1], "; trying an older one")
+    for step in tried:
       if self.checkpoints.is_marked(step):
-        warn(f"a process could not read checkpoint {step}; trying an older one")
+        warn(f"a process could not read checkpoint {step}{then}")
         continue
       try:
         state, frozen = self._restore(step)
       except DamagedCheckpointError as error:
-        warn(f"{error}; trying an older one")
+        warn(f"{error}{then}")
         continue
       if newer := [s for s in found if s > step]:
         folder = self.checkpoints.set_aside(newer)  # else the run could not save these steps again
         warn(f"newer checkpoints, of steps {', '.join(map(str, newer))}, were moved to {folder}")
       say(f"resumed from step {step} of {self.run.config.output}")
       return state, frozen, step
+    if wanted.isdigit():
+      raise ValueError(f"config: resume={wanted!r}, but this checkpoint cannot be read; give another step of {found}")
     if found:
       raise ValueError(f"no checkpoint in {self.checkpoints.folder} can be read; move them away to start anew")
     state, frozen = self._initial()
@@ -83,8 +86,10 @@ class Restarts:
 
   def _went_back(self, steps, wanted):
     """Whether the run already went back to `wanted` and has newer checkpoints. A supervisor repeats the same command."""
+    if not steps or wanted == str(steps[-1]):
+      return False
     with contextlib.suppress(DamagedCheckpointError):
-      return bool(steps) and self.checkpoints.position(steps[-1]).get("config", {}).get("resume") == wanted != str(steps[-1])
+      return self.checkpoints.position(steps[-1]).get("config", {}).get("resume") == wanted
     return False
 
   def _initial(self):
@@ -101,7 +106,8 @@ class Restarts:
   def _restore(self, step):
     """(state, frozen) of a checkpoint. Sets `skip`. Raises ValueError as `start`, and DamagedCheckpointError.
 
-    In a run of several processes, others may not see the damage. Then StartAgain is raised, and the next start skips this step.
+    With several processes a damaged checkpoint raises StartAgain, since the others may not see the damage. The next start skips
+    this step.
     """
     parts, made = self.run.parts_of(step), self.run.parts_that_made(step)
     try:
@@ -109,8 +115,8 @@ class Restarts:
       own = plain(made.stage.config)
       if other := changed_keys(identity(position.get("config", own)), identity(own)):
         raise ValueError(
-          f"config: checkpoint {step} belongs to stage {made.stage.name!r}, but another model made it ({', '.join(other)}). "
-          "Give the stages the steps that they had"
+          f"config: by its step, checkpoint {step} belongs to stage {made.stage.name!r}, but another model made it: "
+          f"{', '.join(other)} differ. Give the stages the steps that they had"
         )
       same = self._check_data(step, parts, position)
       constants = {n: tree for n, tree in made.objective.shapes[1].items() if n not in made.objective.from_files}
@@ -128,7 +134,7 @@ class Restarts:
   def _check_data(self, step, parts, position):
     """Whether the stage continues the data of the checkpoint. If not, raises ValueError, unless `restart_data` is set."""
     restart = self.run.config.restart_data
-    # If this stage was added after the checkpoint ended the previous stage, the stage begins with its own data.
+    # The checkpoint ends the previous stage. This stage was added or renamed since then, so it begins with its own data.
     if step == parts.stage.start and position["stage"] != parts.stage.name:
       return True
     same = parts.data.check_same(position["data"], restart)
@@ -173,7 +179,7 @@ class Restarts:
     )
     if not self.checkpoints.steps():
       return *self._initial(), 0
-    skip = self.skip
+    skip = self.skip  # `_restore` replaces it with that of the checkpoint
     try:
       state, frozen = self._restore(target)
     except DamagedCheckpointError as error:
@@ -206,7 +212,9 @@ def from_run(objective: Objective, path: str, params: Tree, frozen: Tree, mesh: 
   if (part := part_of(config)) != (own := objective.part):
     raise ValueError(f"config: init={path!r} is a run that trains the {part}; this run trains the {own}; give another init")
   loaded, constants, _ = load_weights(path, step=step, mesh=mesh, rules=objective.rules)
-  new = params | {n: loaded[n] for n in params if n in loaded}, frozen | {n: constants[n] for n in frozen if n in constants}
+  new_params = params | {name: loaded[name] for name in params if name in loaded}
+  new_frozen = frozen | {name: constants[name] for name in frozen if name in constants}
+  new = new_params, new_frozen
   ours, theirs = ({name: tuple(x.shape) for name, x in transition.by_name(*trees).items()} for trees in ((params, frozen), new))
   if wrong := sorted({name for name, _ in ours.items() ^ theirs.items()}):
     details = "; ".join(f"{n}: {theirs.get(n, 'missing')}, model has {ours.get(n, 'none')}" for n in wrong[:5])
@@ -218,8 +226,8 @@ def check_place(step: int, stage: Stage, position: Mapping[str, Any]) -> None:
   """Raises ValueError if resuming would repeat or skip data."""
   if position["stage"] != stage.name:
     raise ValueError(
-      f"config: checkpoint {step} belongs to stage {stage.name!r}, but stage {position['stage']!r} made it. Give the stages "
-      "the names and steps that they had"
+      f"config: by its step, checkpoint {step} belongs to stage {stage.name!r}, but stage {position['stage']!r} made it. Give "
+      "the stages the names and steps that they had"
     )
   now, was = stage.config.optimizer.accumulate, position.get("config", {}).get("optimizer", {}).get("accumulate")
   if step > stage.start and was not in (None, now):

@@ -23,7 +23,7 @@ def choose_splits(stage: Stage, buckets: Iterable[Bucket], mesh: Mesh, objective
   "480p:204,720p:51" names the buckets to split.
 
   Raises:
-    ValueError: a batch does not divide. The message names the nearest batch that does.
+    ValueError: a batch does not divide (the message names the next larger batch that does), or a named bucket can't be split.
   """
   config, splits = stage.config, {}
   limit, sequence = config.max_tokens_per_device, mesh.shape["sequence"]
@@ -50,9 +50,10 @@ def choose_splits(stage: Stage, buckets: Iterable[Bucket], mesh: Mesh, objective
         f"config: stage {stage.name!r}: the batch of {rows} of bucket {bucket.name} does not divide by the "
         f"{layout.batch_parts} parts into which the mesh splits a batch; take {near}, or another mesh"
       )
-    per_device, each = rows // layout.batch_parts, tokens / layout.token_parts
+    per_device, each = rows // layout.batch_parts, tokens / layout.token_parts  # samples; tokens of one sample
     divisors = [k for k in range(1, per_device + 1) if per_device % k == 0]
-    splits[key] = Split(layout, next((k for k in divisors if not limit or per_device // k * each <= limit), per_device))
+    within_limit = (k for k in divisors if not limit or per_device // k * each <= limit)
+    splits[key] = Split(layout, next(within_limit, per_device))  # the fewest micro batches
   return splits
 
 

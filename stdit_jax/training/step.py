@@ -103,7 +103,7 @@ def accumulate_gradients(
     (gradients, sums), _ = jax.lax.scan(add, zero, parts)
 
   weight = batch["weight"].sum()
-  # A non-finite loss may have a finite gradient. So the count becomes NaN as well, and `update` skips the step.
+  # A non-finite loss may have a finite gradient. The count then becomes NaN, so that `update` skips the step.
   one = jnp.where(jnp.isfinite(sums["loss"]), (weight > 0).astype(jnp.float32), jnp.nan)
   scale = jnp.where(weight > 0, 1.0 / jnp.where(weight > 0, weight, 1.0), 0.0)
   accumulator = {
@@ -120,7 +120,7 @@ def update(
   """One optimizer step from the accumulated gradients.
 
   Skips the step if no sample had weight, or if a loss or gradient is not finite. The metrics `stepped` and `nonfinite` report
-  this. Clips by the global norm of the trained parameters, separately for a discriminator. AdamW follows, then the moving
+  this. Clips the gradients by their global norm, separately for a discriminator. AdamW follows, then the moving
   average `ema = decay * ema + (1 - decay) * params` in float32 (Open-Sora 1.2, `update_ema`). The average of a parameter that
   does not train equals the parameter, bit for bit.
 
@@ -129,6 +129,7 @@ def update(
   """
   count = jnp.maximum(accumulator["count"], 1.0)
   gradients = jax.tree.map(lambda g, s: g / count if s else jnp.zeros_like(g), accumulator["gradients"], scales)
+  # Names of the parameters, then of the discriminator alone. Their gradients are clipped separately.
   apart = [[name for name in gradients if (name == ADVERSARY) is adversary] for adversary in (False, True)]
   norms = [optax.tree.norm({name: gradients[name] for name in names}) for names in apart if names]
   finite = functools.reduce(jnp.logical_and, map(jnp.isfinite, norms)) & jnp.isfinite(accumulator["count"])

@@ -26,8 +26,8 @@ def fates(before: Mapping[str, Any], after: Mapping[str, Any], resizable: Sequen
   kept = {name for name in both if before[name].shape == after[name].shape}
   may = {name for name in both - kept if any(part in f"/{name}" for part in resizable)}
   resized = {name for name in may if before[name].shape[1:] == after[name].shape[1:]}
-  there = kept | resized
-  return {"kept": kept, "resized": resized, "new": after.keys() - there, "dropped": before.keys() - there}
+  used = kept | resized
+  return {"kept": kept, "resized": resized, "new": after.keys() - used, "dropped": before.keys() - used}
 
 
 def describe(before: Mapping[str, Any], after: Mapping[str, Any], resizable: Sequence[str] = ()) -> str:
@@ -38,6 +38,7 @@ def describe(before: Mapping[str, Any], after: Mapping[str, Any], resizable: Seq
     lines = {}
     for name in sorted(names):
       groups = (name[: i + 1] for i, letter in enumerate(name) if letter == "/")
+      # The largest group all of whose arrays are in `names`.
       whole = next((g for g in groups if all(n in names for n in everything if n.startswith(g))), None)
       lines[f"{whole}*" if whole else name] = None
     return ", ".join(lines) or "nothing"
@@ -74,7 +75,7 @@ def change_model(
   changed, trained = fate["new"] | fate["resized"], by_name(params).keys()
   names = changed, changed & trained  # the changed names in `values` and in `averages`
 
-  def make(key, *before):
+  def make(key, *before):  # `before`: the arrays to resize, in `values` and in `averages`
     # Weakly typed values would make every program trace again after the first update.
     fresh = {n: jax.lax.convert_element_type(x, x.dtype) for n, x in by_name(*objective.init(key)).items()}
     return [
@@ -84,18 +85,19 @@ def change_model(
 
   resized = [{n: old[n] for n in these & fate["resized"]} for these, old in zip(names, (values, averages))]
   made = jax.jit(make, out_shardings=[{n: places[n] for n in these} for these in names])(key, *resized)
+  values, averages = values | made[0], averages | made[1]
 
   def tree(shapes, by_name):
     return jax.tree_util.tree_map_with_path(lambda path, _: by_name[path_name(path)], shapes)
 
-  new = {"params": tree(params, values | made[0]), "ema": tree(params, averages | made[1])}
+  new = {"params": tree(params, values), "ema": tree(params, averages)}
   moments = tree_shardings(jax.eval_shape(optimizer.init, params), mesh, objective.rules)
   fresh = jax.jit(optimizer.init, out_shardings=moments)(new["params"])
   old = by_name(state["opt"])
 
   def moment(path, fresh):
-    name = path_name(path)  # 0/mu/ and the name of the parameter
+    name = path_name(path)  # such as 0/mu/denoiser/...: the name of the parameter follows two keys
     return old[name] if name.split("/", 2)[2] in fate["kept"] else fresh
 
   new["opt"] = jax.tree_util.tree_map_with_path(moment, fresh)
-  return new, tree(constants, values | made[0])
+  return new, tree(constants, values)

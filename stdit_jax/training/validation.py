@@ -122,6 +122,7 @@ class Validation:
       plan, first = loader.plans.plan(0), {}
       for number in range(plan.num_steps):
         for slot, row in zip(range(*plan.slots(number)), plan.rows(number)):
+          # The slot where a bucket has this row for the first time.
           first.setdefault((plan.bucket_index(number), int(row)), slot)
       rows = {slot: row for (_, row), slot in first.items()}
       try:

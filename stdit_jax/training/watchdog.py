@@ -3,8 +3,8 @@
 XLA's collectives wait for every process for ever. The heartbeat of the runtime continues while Python hangs. So every process
 reports the progress of its loop to the others, through the key-value store of `jax.distributed`, and watches all reports.
 
-The process that finds no progress prints the process, its host, its last activity and the time since then. It dumps the stacks
-and exits with `RESTART`, on which a supervisor starts the run again. The other processes exit with the same code.
+The process that finds no progress prints which process hangs, its host, its last activity and the time since then. It dumps its
+own stacks and exits with `RESTART`, on which a supervisor starts the run again. The other processes exit with the same code.
 """
 
 import ctypes

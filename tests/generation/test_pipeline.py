@@ -376,7 +376,7 @@ def test_safetensors_make_the_video_of_their_run(assets, trained, tmp_path):
   (["--num-samples", "0"], "--num-samples is 0"),
   (["--seed", "-1"], "seeds are -1 to -1; allowed: 0 to 4294967295"),
   (["--seed", "4294967296"], "allowed: 0 to 4294967295"),
-  (["--guidance-channels", "9"], "guided_channels is 9; allowed: 1 to 4"),
+  (["--guidance-channels", "9"], "--guidance-channels is 9; allowed: 1 to 4"),
   (["--step", "99"], "has no checkpoint of step 99; there are [1]"),
   (["--config", "configs/film.py"], "give either --run FOLDER"),
   (["--prompt-file", "/no/file"], "/no/file"),

@@ -240,6 +240,8 @@ def test_a_damaged_checkpoint_is_set_aside_with_a_warning(assets, left_alone, ca
     shutil.rmtree(checkpoints / str(step) / "params")
   with pytest.raises(ValueError, match=r"no checkpoint in .* can be read; move them away to start anew"):
     Run(tiny_config(assets, output, **settings)).start()
+  with pytest.raises(ValueError, match=r"resume='6', but this checkpoint cannot be read; give another step of \[3, 6\]"):
+    Run(tiny_config(assets, output, **settings, resume="6")).start()
   assert sorted(p.name for p in checkpoints.iterdir()) == ["3", "6"]
   with pytest.raises(ValueError, match=r"resume='required', but .* has no checkpoint"):
     Run(tiny_config(assets, folder / "empty", resume="required")).start()
