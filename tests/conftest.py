@@ -14,7 +14,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # tests/helpers.py). GPUs refuse these flags.
 if os.environ["JAX_PLATFORMS"] == "cpu" and QUICK_FLAGS not in os.environ.get("XLA_FLAGS", ""):
   os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_FLAGS}".strip()
-# XLA stores up to 100 stack frames for every operation of a program, and under pytest and Flax a stack has that many.
+# By default XLA stores up to 100 stack frames with each operation. Stacks under pytest and Flax are that deep.
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "1")
 
 LONGEST = (
@@ -42,8 +42,10 @@ def pytest_collection_finish():
 
 @pytest.fixture(scope="session")
 def assets(tmp_path_factory):
-  """Folder of `tests.tiny_run.make_assets`. Its tests share one cache of compiled programs, also with subprocesses and with
-  the other workers of this run of pytest."""
+  """Folder of `tests.tiny_run.make_assets`.
+
+  Tests with this fixture share one cache of compiled programs, also with their subprocesses and with other pytest workers.
+  """
   import jax
 
   from tests import tiny_run

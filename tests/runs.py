@@ -1,4 +1,4 @@
-"""A training run for tests, which start it, train it and make its batches."""
+"""The `Run` of most training tests: a training run whose parts a test calls one by one."""
 
 from stdit_jax.training import run
 from stdit_jax.training.loop import train

@@ -1,4 +1,4 @@
-"""Rules of the code base: one place asks for the task, only models/ and interop/ name a denoiser, functions are small, public
+"""Rules of the code base: one place reads the task, only models/ and interop/ name a denoiser, functions are small, public
 functions are annotated."""
 
 import ast
@@ -11,7 +11,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 PRODUCT = sorted([*ROOT.glob("stdit_jax/**/*.py"), *ROOT.glob("data/**/*.py")])
 OURS = [path for path in PRODUCT if path.is_relative_to(ROOT / "stdit_jax")]
 LONGEST, MOST_PARAMETERS = 60, 8
-LONG = {"train": "stdit_jax/training/loop.py"}  # the loop is one function that a reader can print
+LONG = {"train": "stdit_jax/training/loop.py"}  # one function, so that the training loop can be read in one piece
 
 
 def functions():
@@ -21,7 +21,7 @@ def functions():
         yield str(path.relative_to(ROOT)), node
 
 
-def test_one_place_asks_for_the_task():
+def test_only_one_place_reads_the_task():
   found = [
     f"{path.relative_to(ROOT)}: {line.strip()}"
     for path in OURS

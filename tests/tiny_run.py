@@ -152,7 +152,7 @@ def text_from_disk(assets):
 def small_autoencoder():
   """Changes of a config: a small image autoencoder trains, without text and without precomputed latents.
 
-  No other training starts as soon, for tests to which the model does not matter.
+  This training starts sooner than any other. Tests use it if the model does not matter.
   """
   return {
     "task": "autoencoder",

@@ -137,7 +137,7 @@ def test_tiles_need_less_memory(made):
   """`fit_tiles` takes the largest tiles that fit. Outside of overlaps, values are those of the tile alone."""
   made, _ = made
   made = dataclasses.replace(made, micro_batch=1)
-  length, size = 5, (40, 18)  # beside which the parts of kernels, of which CPUs make copies, are small
+  length, size = 5, (40, 18)  # so large that the copies of kernels that CPUs make hardly count
   latents = np.random.default_rng(0).standard_normal(
     (made.config.latent_frames(length), *size, made.config.latent_channels), np.float32
   )

@@ -38,7 +38,7 @@ def test_value_and_gradients_match_flax(case):
 
 
 def test_bfloat16_rounds_only_the_sum():
-  """The error against float32 is half a unit in the last of 8 binary places."""
+  """The error against float32 is at most that of one rounding to the 8 significant bits of bfloat16."""
   x = jax.random.normal(jax.random.key(0), (2, 8, 9, 10, 16))
   model = Conv3D(4, **CASES["causal"], use_bias=False)
   variables = model.init(jax.random.key(1), x)
@@ -50,7 +50,7 @@ def test_bfloat16_rounds_only_the_sum():
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
 def test_only_cpus_convolve_frame_by_frame(platform):
-  """A program holds one of the two implementations, also if it is lowered for another platform, and in its gradient."""
+  """The platform for which a program is lowered decides the implementation, also in the gradient."""
   model, x = Conv3D(4, **CASES["causal"]), jnp.zeros((2, 8, 9, 10, 3))
   variables = model.init(jax.random.key(0), x)
   loss = jax.jit(jax.grad(lambda v: model.apply(v, x).sum()))

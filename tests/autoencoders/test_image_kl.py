@@ -150,7 +150,7 @@ def test_full_size_has_the_published_shapes():
   assert sum(np.prod(shape) for shape in ours.values()) == 83_653_863
 
 
-def test_small_fits_its_file():
+def test_small_kl_f8_takes_less_than_4_mb_in_float16():
   model = image_kl.ImageKL(image_kl.get_config("small-kl-f8"))
   shapes = image_kl.init_shapes(model.config)
   assert 2 * sum(leaf.size for leaf in jax.tree.leaves(shapes)) < 3.9e6  # bytes in float16

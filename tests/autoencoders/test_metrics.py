@@ -79,7 +79,7 @@ def test_frechet_distance_of_fewer_features_than_dimensions():
 
 
 def test_i3d_has_the_parameters_of_the_original():
-  """12.7 M in 58 convolutions: three, six of each of nine blocks, and the linear layer."""
+  """12.7 M parameters in 58 convolutions: three at the start, six in each of nine blocks, and the linear layer."""
   leaves = jax.tree.leaves(i3d.init_shapes())
   assert len(leaves) == 2 * (3 + 6 * 9 + 1)
   assert sum(leaf.size for leaf in leaves) == 12_689_984

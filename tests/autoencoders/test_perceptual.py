@@ -68,7 +68,7 @@ def test_the_distance_is_lpips(weights):
     lambda x: (x.shape, x.dtype), perceptual.shapes("vgg16-lpips")
   )
   heads = list(params["heads"].values())
-  assert all(head.min() >= 0 and head.max() > 0.4 for head in heads)  # those of lpips, trained to be no less than 0
+  assert all(head.min() >= 0 and head.max() > 0.4 for head in heads)  # the trained heads of LPIPS are not negative
   found = jax.jit(functools.partial(perceptual.distance, "vgg16-lpips"))(params, pictures(1), pictures(2))
   shift, scale = np.float32([-0.030, -0.088, -0.188]), np.float32([0.458, 0.448, 0.450])
   np.testing.assert_allclose(

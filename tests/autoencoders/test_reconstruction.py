@@ -16,7 +16,7 @@ from tests.data import files
 
 
 class Darker:
-  """A stand-in for a codec. It decodes frames 10 levels darker. Raw latents are every eighth pixel's red plus 2 (`shift`)."""
+  """A stand-in for a codec. It decodes frames 10 levels darker. Raw latents are the red of every eighth pixel, plus `shift`."""
 
   config = dataclasses.replace(image_kl.get_config("tiny-kl-f8"), scaling_factor=0.5, shift=2.0)
 
@@ -67,7 +67,7 @@ def test_networks_measure_all_frames(monkeypatch):
   exam = reconstruction.Exam(Darker(), judges)
   values, _ = exam(clips(8, frames=33, size=(16, 16)))
   assert values["perceptual"] == pytest.approx(11)
-  assert values["FVD"] == pytest.approx(3 * 20**2)  # 16 parts; the means of three features differ by 2 x 10
+  assert values["FVD"] == pytest.approx(3 * 20**2)  # 16 parts of 16 frames; each of the three means differs by 2 x 10
   assert exam(clips(7, frames=33, size=(16, 16)))[0]["FVD"] is None
 
 

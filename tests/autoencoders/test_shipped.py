@@ -14,8 +14,10 @@ FILM = pathlib.Path(__file__).parents[2] / "data" / "film"
 
 @pytest.mark.parametrize(("name", "frames", "decibels"), [("autoencoder", 1, 27), ("video_autoencoder", 17, 33)])
 def test_shipped_autoencoders_reconstruct_frames(name, frames, decibels):
-  """Files are at most 6 MB and name their model. The clips are still scenes that the film's denoiser made and the video
-  autoencoder decoded, so the video autoencoder reconstructs them better."""
+  """Files are at most 6 MB and name their model. Each clip repeats one frame of data/film/film.webp.
+
+  The video autoencoder decoded these frames before, so it reconstructs them better than the image autoencoder.
+  """
   path = FILM / f"{name}.safetensors"
   assert path.stat().st_size <= 6e6
   codec, _, _ = load_autoencoder(ModelSettings(autoencoder=str(path)))

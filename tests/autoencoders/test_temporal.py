@@ -16,7 +16,7 @@ from tests.interop.test_layouts import random_tree
 golden = functools.cache(load_golden)
 LENGTHS = golden("vae_temporal_tiny_cases")[1]["cases"]
 CLIPS = golden("vae_pipeline_tiny_cases")[1]["cases"]
-CLIPS.pop("T17")  # T34 is two of it
+CLIPS.pop("T17")  # T34 tests two such chunks
 TOLERANCE = 1e-5  # the originals' float32 is within 2.5e-6 of their float64
 
 
@@ -141,7 +141,7 @@ def test_shortcut_starts_as_the_average():
 
 
 def test_shortcut_round_trips_through_a_file(tmp_path):
-  """Its names are not those of the original, and files with and without it belong to different models."""
+  """The shortcut has names that the original lacks. A model without the shortcut refuses the file."""
   config, path = temporal.get_config("tiny-temporal", shortcut=True), tmp_path / "x.safetensors"
   tree = random_tree(temporal.init_shapes(config))
   save_variables(path, "open-sora-vae", tree, config=config)

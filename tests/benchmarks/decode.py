@@ -2,7 +2,7 @@
 
   python tests/benchmarks/decode.py FILM.mp4 [clips] [workers]
 
-Required (issue 2): at least 300 frames per second with two workers on the 720p film Big Buck Bunny. The measurement begins
+Required: at least 300 frames per second with two workers on the 720p film Big Buck Bunny. The measurement begins
 after the start of the workers. Clip positions are random, with a fixed seed. The program also measures one process in each
 resize mode.
 """

@@ -9,8 +9,8 @@ step is an Euler step with guidance, whose two branches are one batch: it counts
 loss, gradients and AdamW: it counts as three. The last rows time one matrix product of the MLP, by XLA and by PyTorch.
 
 The repetitions of all programs are interleaved, and the table has medians, so that load on the machine affects both models. If
-it did not, the ratio of CPU seconds (of all threads) differs from the ratio of wall-clock seconds. Both models reuse freed
-memory, as `train` and `sample` do (`stdit_jax.cli.keep_freed_memory`).
+load affected only one model, the ratio of CPU seconds (of all threads) would differ from that of wall-clock seconds. Both
+models reuse freed memory, as `train` and `sample` do (`stdit_jax.cli.keep_freed_memory`).
 """
 
 import argparse
@@ -44,7 +44,7 @@ def block_flops(span, text_tokens, text_rows):
 
 
 def outer_flops(embedders):
-  """Forward FLOPs of the peer outside the blocks: patches, caption, final layer, timestep-like `embedders`, modulation."""
+  """Forward FLOPs outside the blocks: patches, caption, final layer, modulation, and `embedders` of scalars (timesteps)."""
   patches = 2 * TOKENS * WIDTH * (4 * CHANNELS + 8 * CHANNELS)
   caption = 2 * TEXT * (CAPTION + WIDTH) * WIDTH
   return patches + caption + 2 * embedders * (256 + WIDTH) * WIDTH + 12 * WIDTH**2

@@ -86,8 +86,8 @@ def print_loop(settings, requests, steps, scale):
   step = pipeline._step
 
   def record(variables, state, *args, **static):
-    kept = state if calls else jax.tree.map(jnp.copy, state)  # a copy of the first state, whose memory the program reuses
-    calls.append(((variables, kept, *args), static))
+    recorded = state if calls else jax.tree.map(jnp.copy, state)  # only the first state is used later; it is donated
+    calls.append(((variables, recorded, *args), static))
     return step(variables, state, *args, **static)
 
   pipeline._step = record

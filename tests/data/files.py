@@ -9,7 +9,7 @@ import numpy as np
 
 
 def picture(number, height=48, width=64):
-  """uint8 [H, W, 3]: six bits of the frame number as bright and dark columns, left to right; top third is brighter red."""
+  """uint8 [H, W, 3]: six bits of the frame number as bright and dark columns, left to right. The top third has more red."""
   image = np.zeros((height, width, 3), np.uint8)
   for bit in range(6):
     columns = slice(bit * width // 6, (bit + 1) * width // 6)

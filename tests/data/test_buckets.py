@@ -45,8 +45,11 @@ def run(parsed, videos, draws):
 
 
 def draws_of_the_original(parsed, seeds):
-  """Open-Sora draws from a generator of its own for every row and bucket: for the duration, if it has a probability, then
-  whether the row stays."""
+  """Draws as in Open-Sora, which makes a new generator for each row and bucket.
+
+  If the bucket has a duration probability, the first draw decides on the duration and the second one whether the row stays.
+  Otherwise the first draw decides whether the row stays.
+  """
   draws = np.zeros((len(seeds), len(parsed), 2))
   for row, seed in enumerate(seeds):
     for index, b in enumerate(parsed):
@@ -56,7 +59,7 @@ def draws_of_the_original(parsed, seeds):
 
 
 @pytest.mark.parametrize(("version", "name"), CASES)
-def test_the_rules_for_the_draws_of_the_original(version, name):
+def test_the_draws_of_the_original_give_its_buckets(version, name):
   golden, videos = GOLDEN[version]["configs"][name], GOLDEN[version]["videos"]
   parsed = buckets.parse_buckets(config_of(golden))
   order = {}
@@ -76,7 +79,7 @@ def test_the_rules_for_the_draws_of_the_original(version, name):
 
 @pytest.mark.parametrize(("version", "name"), CASES)
 def test_frequencies_are_those_of_the_original(version, name):
-  """Counts of as many draws as the original's differ by at most 4.5 standard deviations of such a difference."""
+  """Our counts and those of the original differ by at most 4.5 standard deviations of their difference."""
   golden = GOLDEN[version]["configs"][name]
   parsed = buckets.parse_buckets(config_of(golden))
   number = golden["frequencies"]["draws"]
@@ -109,7 +112,7 @@ def test_reasons():
   sides[:, 1:] = 400
   bucket, _, reason, refused = buckets.assign(frames, *sides, seed=(0,), buckets=parsed, interval=1)
   assert bucket.tolist() == [-1, 2, -1, -1, 2, -1]
-  # The 20 and 51 frames fit 240p x 17, which keeps nothing; the image finds no 1-frame bucket.
+  # Rows of 20 and 51 frames fit 240p x 17, whose keep probability is 0. The image fits no bucket, since none has one frame.
   assert [buckets.REASONS[r] for r in reason] == ["too small", "", "keep probability", "too short", "", "keep probability"]
   assert refused.tolist() == [2, 2, 0]
 

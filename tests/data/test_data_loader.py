@@ -140,7 +140,7 @@ def test_bad_rows_have_weight_0(folder):
   config = config_of(folder, "bad.csv", max_bad_rows=2)
   with loader.make_loader(config, str(folder / "cache"), epochs=2) as steps:
     samples = [s for step in steps for s in step.samples]
-    # The row that is longer in the table than its file fails where the clip lies beyond the file's end.
+    # The table gives one row more frames than its file has. It fails only if its clip lies beyond the end of the file.
     assert steps.bad_rows[str(folder / "missing.mp4")] == "no such file"
     assert set(steps.bad_rows) <= {str(folder / "missing.mp4"), str(folder / "0.mp4")}
   bad = [s for s in samples if s.error]

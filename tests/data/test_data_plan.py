@@ -114,7 +114,7 @@ def test_changed_keys(tmp_path, table_path):
   new = sequence_of(tmp_path, table_path, seed=7, frame_interval=2).description
   assert plan.changed_keys(old, new) == ["frame_interval: 1 -> 2", "seed: 42 -> 7"]
   assert digest(old) != digest(new)
-  assert "num_classes" not in old  # runs without classes keep their identity
+  assert "num_classes" not in old  # so that runs without classes have the same digest as before
   labelled = files.write_csv(tmp_path / "labels.csv", [{**BASE, "label": 1}])
   two, three = (sequence_of(tmp_path, labelled, num_classes=n).description for n in (2, 3))
   assert plan.changed_keys(two, three) == ["num_classes: 2 -> 3", "tables[0].fingerprint (contents of the table)"]
@@ -123,7 +123,7 @@ def test_changed_keys(tmp_path, table_path):
   ]
   fewer = tuple(b for b in BUCKETS if b[:2] != ("240p", 9))
   assert plan.changed_keys(old, sequence_of(tmp_path, table_path, buckets=fewer).description) == ["buckets: 240p x 9"]
-  # What doesn't touch the plan changes nothing.
+  # Settings without influence on the plan do not change the description.
   assert sequence_of(tmp_path, table_path, workers=0, resize="original").description == old
   with open(table_path) as f:
     other = tmp_path / "other.csv"

@@ -1,4 +1,4 @@
-"""Files in a bucket behave as on a disk: whole or not there, the same errors, the same samples."""
+"""Files in a bucket behave like files on a disk: no partial files, the same errors, the same samples."""
 
 import csv
 import errno
@@ -17,7 +17,7 @@ from tests.object_store import BUCKET
 
 @pytest.fixture(params=["disk", "bucket"])
 def place(request, store, tmp_path):
-  """A folder that is not there yet, here and there."""
+  """A folder that does not exist yet, on a disk or in the bucket."""
   return str(tmp_path / "new") if request.param == "disk" else f"gs://{BUCKET}/{request.node.originalname}"
 
 
@@ -105,7 +105,7 @@ def test_errors_of_a_bucket_become_os_errors(store, monkeypatch):
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory, store):
-  """A folder of six clips, two pictures, text features and a table; the bucket holds the same under clips/."""
+  """A folder of six clips, text features and three tables. The bucket holds the same files under clips/."""
   folder, rows = tmp_path_factory.mktemp("clips"), []
   (folder / "videos").mkdir()
   for i in range(6):
@@ -130,15 +130,15 @@ def load(table, cache, steps=3, **settings):
 
 
 def test_a_bucket_gives_the_same_samples_with_one_download_per_file(clips, store, tmp_path, monkeypatch):
-  there = f"gs://{BUCKET}/clips/table.csv"
+  remote_table = f"gs://{BUCKET}/clips/table.csv"
   local, _ = load(clips / "table.csv", tmp_path / "local")
   before = len(store.requests)
-  remote, bad = load(there, tmp_path / "remote")
+  remote, bad = load(remote_table, tmp_path / "remote")
   assert not bad
   reads = [path for method, path in store.requests[before:] if path.startswith("/download") and path.endswith(".mp4")]
-  monkeypatch.setattr(video, "_IN_MEMORY", 0)  # and what is too large for that, in pieces
+  monkeypatch.setattr(video, "_IN_MEMORY", 0)  # all files are now too large for memory and are read in pieces
   video._cached_index.cache_clear()
-  pieces, _ = load(there, tmp_path / "remote")
+  pieces, _ = load(remote_table, tmp_path / "remote")
   for a, b, c in zip(local, remote, pieces, strict=True):
     for x, y, z in zip(a.samples, b.samples, c.samples, strict=True):
       assert (x.caption, x.sample_id, x.row, x.fps) == (y.caption, y.sample_id, y.row, y.fps)

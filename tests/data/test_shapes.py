@@ -1,4 +1,4 @@
-"""Moving shapes: what is drawn is what the caption says, and what the measurement sees."""
+"""Moving shapes: the frames show what the caption says, and the measurement finds it in the frames."""
 
 import dataclasses
 
@@ -26,11 +26,11 @@ def examples():
 
 
 def test_drawn_objects_are_measured(examples):
-  """Of one object all properties, of two those of each, whatever the picture's shape, and in half of the frames."""
+  """All properties of a single object are measured, and nearly all of two objects, in every aspect ratio."""
   right, count = 0, 0
   for scene, frames in examples:
     judged = shapes_vision.judge(frames, scene)
-    exact = len(scene.objects) == 1  # of two small ones now and then a property is not seen: counted below
+    exact = len(scene.objects) == 1  # of two small objects a property may be missed; `right` counts the others
     assert all(judged[name] for name in (judged if exact else ("color", "count", "ground"))), (scene, judged)
     found = {seen.color: seen for seen in shapes_vision.objects_of(frames)}
     assert sorted(found) == sorted(o.color for o in scene.objects), scene
@@ -93,17 +93,17 @@ def test_one_aspect_ratio_has_short_clips_only_in_training():
 def test_training_lacks_held_out_combinations():
   train = [shapes.scene(f"shapes://train/0/{i}") for i in range(2000)]
   seen = {(o.shape, o.color, o.direction) for s in train for o in s.objects}
-  kept = {(s, c, d) for s in shapes.SHAPES for c in shapes.COLORS for d in shapes.DIRECTIONS if shapes.is_held_out(s, c, d)}
-  assert not seen & kept
-  assert len(seen | kept) == 4 * 6 * 8
-  assert 15 <= len(kept) <= 30
-  # Every word is learned: none is left out as a whole, nor any pair of shape and colour.
+  held_out = {(s, c, d) for s in shapes.SHAPES for c in shapes.COLORS for d in shapes.DIRECTIONS if shapes.is_held_out(s, c, d)}
+  assert not seen & held_out
+  assert len(seen | held_out) == 4 * 6 * 8
+  assert 15 <= len(held_out) <= 30
+  # Training shows every word, and every pair of shape and colour.
   assert {(s, c) for s, c, _ in seen} == {(s, c) for s in shapes.SHAPES for c in shapes.COLORS}
-  held = [shapes.scene(f"shapes://held_out/0/{i}") for i in range(100)]
-  assert {(o.shape, o.color, o.direction) for s in held for o in s.objects} <= kept
+  scenes = [shapes.scene(f"shapes://held_out/0/{i}") for i in range(100)]
+  assert {(o.shape, o.color, o.direction) for s in scenes for o in s.objects} <= held_out
 
 
-def test_captions_name_all_there_is(examples):
+def test_captions_name_every_property(examples):
   for scene, _ in examples[:60]:
     for caption in shapes.captions(scene):
       for o in scene.objects:

@@ -96,7 +96,7 @@ def test_bad_cells_are_counted(tmp_path):
 
 
 def test_one_odd_cell_does_not_change_other_cells(tmp_path):
-  """Numbers are read cell by cell, not as a guessed type: a text in row 70,000 leaves the others numbers."""
+  """Each cell is parsed alone: a text in the last of 70,001 rows does not turn the other numbers into texts."""
   rows = [BASE] * 70_000 + [{**BASE, "width": "wide"}]
   table = table_of(tmp_path, rows)
   assert (table.column("width")[:-1] == 256).all()

@@ -60,7 +60,7 @@ def test_rotated(tmp_path, rotation, resize):
   (frame,) = video.read_frames(path, [5], size=size, resize=resize)
   assert frame.shape == (*size, 3)
   assert np.abs(frame - want.reshape(size[0], 2, size[1], 2, 3).mean((1, 3))).mean() < 10
-  # The crop is one of the displayed picture.
+  # The crop counts in pixels of the upright frame.
   (part,) = video.read_frames(path, [5], size=(16, 8), resize=resize, crop=(4, 8, 16, 32))
   assert np.abs(part - want[8:40, 4:20].reshape(16, 2, 8, 2, 3).mean((1, 3))).mean() < 12
 
@@ -79,7 +79,7 @@ def test_clip_indices():
     assert (np.diff(indices) == 1).all()
     starts.add(int(indices[0]))
   assert starts == set(range(4))  # [0, total - window - 1]: the very last start is never taken, as in the original
-  # Interval 3: 48 frames are wanted of 49 and of 30: linspace over what is there, cut to whole numbers.
+  # With interval 3, 16 frames span 48. A file of only 30 frames gives 16 frames that are evenly spaced over the file.
   np.testing.assert_array_equal(video.clip_indices(49, 16, 3, rng), np.linspace(0, 47, 16).astype(int))
   np.testing.assert_array_equal(video.clip_indices(30, 16, 3, rng), np.linspace(0, 29, 16).astype(int))
   assert video.clip_indices(1, 1, 3, rng).tolist() == [0]
@@ -108,7 +108,7 @@ def test_original_resize_of_a_file(plain):
 
 
 def test_area_is_the_mean_and_keeps_colors(tmp_path):
-  """A lossless file with the colours of BT.709 or BT.601 named, or none (HD: BT.709), gives back what was drawn."""
+  """A lossless file has the drawn colours, whether it names BT.709, BT.601 or neither of them (then HD is BT.709)."""
   for height, width, space in ((720, 1280, None), (48, 64, None), (48, 64, 1), (48, 64, 5)):
     picture = np.empty((height, width, 3), np.uint8)
     picture[:] = 200, 60, 30

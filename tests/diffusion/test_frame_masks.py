@@ -1,4 +1,4 @@
-"""Frame masks against counts of the original; several thousand draws each, so equal names of 1.1 and 1.2 are drawn once."""
+"""Frame masks occur as often as in the original, in 20,000 draws. Names that 1.1 and 1.2 share use the same draws."""
 
 import collections
 import functools
@@ -53,7 +53,7 @@ def _single_cases():
 @pytest.mark.parametrize(("name", "length", "result"), _single_cases())
 def test_each_strategy(name, length, result):
   drawn = _draw(FrameMasks.create({name: 1.0}), length)
-  if "error" in result:  # quarter masks of clips with 2 or 3 latent frames: mended to one conditioning frame
+  if "error" in result:  # the original's quarter masks of 2 or 3 latent frames fail; ours give one frame, or one at each end
     assert (~drawn).sum(axis=1).max() == (2 if "head_tail" in name and length == 3 else 1)
   elif "number_of_true_frames" in result:
     counts = collections.Counter(drawn.sum(axis=1).tolist())
@@ -123,8 +123,8 @@ def test_published_ratios(length, case):
       exact[mask] += ratio * probability
   for mask, count in case["masks"].items():
     _close(counts[mask], count)
-  # The stored masks are the 40 most frequent of that run: the sum of the others is no unbiased figure, so ours is
-  # compared with the exact one.
+  # The original's run stored only its 40 most frequent masks, so its count of all other masks is biased. Our count of the
+  # others is compared with their exact probability.
   other = 1 - sum(exact[mask] for mask in case["masks"])
   ours = sum(count for mask, count in counts.items() if mask not in case["masks"])
   assert abs(ours - DRAWS * other) <= 4 * np.sqrt(DRAWS * max(other, 0) * (1 - other)) + 1e-6

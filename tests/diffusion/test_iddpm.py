@@ -112,7 +112,7 @@ def test_loss(layout, tables):
     assert relative_error(seen["x_t"], give(case[f"{name}/x_t"])) < 1e-5
     for term in ("mse", "loss", "vb"):
       expected, at_zero = stored[f"{name}/{term}"], np.asarray(t) == 0
-      # float64 tables: the stored losses also ran in float64, ours in float32 (README: vb at t = 0 within 1e-4).
+      # With float64 tables the stored losses are float64, and ours float32. At t = 0, `vb` then agrees only to 1e-4.
       error = np.abs(terms[term] - expected) / np.abs(expected)
       assert (error <= np.where(at_zero & (term != "mse"), 1e-4, 1e-5)).all(), (term, error)
     loss = diffusion.loss(denoise, x0, noise, t, num_channels=4, frame_mask=mask, valid=valid)
@@ -205,14 +205,14 @@ def test_sampling_step(layout, index):
   np.testing.assert_array_equal(seen["x_mask"], mask["x_mask"])
   assert relative_error(sample, give(mask["sample"])) < 1e-5
 
-  # The default differs in two things: frames of ratio 0 are never touched, and what has just been noised is not shown as clean.
-  mended = IDDPM().for_sampling(100)
-  mended, _, _ = mended.step(denoise, state, index, num_channels=4, noises=noises, valid=valid)
+  # The default differs in two points: frames of ratio 0 never change, and the model sees a frame noised in this step as noisy.
+  default = IDDPM().for_sampling(100)
+  made, _, _ = default.step(denoise, state, index, num_channels=4, noises=noises, valid=valid)
   ratio = np.asarray(case["in/mask"])
   kept = ratio == 0
   np.testing.assert_array_equal(seen["x_mask"], ~kept & (np.trunc(ratio * 100) >= index))
-  np.testing.assert_array_equal(np.asarray(mended)[kept], np.asarray(x)[kept])
-  np.testing.assert_array_equal(np.asarray(mended)[~kept], np.asarray(sample)[~kept])
+  np.testing.assert_array_equal(np.asarray(made)[kept], np.asarray(x)[kept])
+  np.testing.assert_array_equal(np.asarray(made)[~kept], np.asarray(sample)[~kept])
 
 
 def test_more_steps_than_timesteps_are_refused():
@@ -351,7 +351,7 @@ def test_dpm_steps_keep_frames_and_start_first_order_where_frames_become_active(
   for index in range(9, -1, -1):
     before = state.x
     state = diffusion.step(lambda *_: output, state, index, num_channels=4, noises=Noises(frames=-x))
-    if index == 5:  # noised and moved on the same step, as the original does; the next step does not use its prediction
+    if index == 5:  # the frame is noised and then denoised in the same step, by a first-order update
       noised = diffusion.add_noise(before, -x, index)
       first, _ = diffusion.dpm(split_channels(output, 4)[0], noised, jnp.full(1, index), elements.no_previous(x))
       np.testing.assert_allclose(state.x[:, 1], first[:, 1], rtol=1e-5)

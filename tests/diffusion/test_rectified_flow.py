@@ -257,7 +257,7 @@ def test_sampling_loop(name):
   sizes = {name: case[f"in/{name}"] for name in ("height", "width", "num_frames")}
   latent_frames = np.where(sizes["num_frames"] == 1, 1, sizes["num_frames"] // 17 * 5)
   timesteps = RectifiedFlow(**options).sampling_timesteps(steps, **sizes, latent_frames=latent_frames)
-  # The step itself is the same in the original's variant, only the timesteps could differ.
+  # `compat` changes only the timesteps, not the step. So its timesteps are compared, too.
   original = RectifiedFlow(**options, compat="open-sora-1.2").sampling_timesteps(steps, **sizes)
   _close(original[:-1], np.stack([case[f"step{i}/t"] for i in range(steps)]), 1e-6)
   x = jnp.asarray(to_tokens(z))
@@ -283,10 +283,10 @@ def test_compat_keeps_the_rounding_above_1000():
   state = StepState(x, elements.start_edit(ones))
   stepped, _, _ = flow.step(lambda x, *_: x, state, t[0, over[:1]], t[1, over[:1]], num_channels=4, noises=Noises(frames=x))
   np.testing.assert_array_equal(stepped, x)
-  mended = RectifiedFlow(use_timestep_transform=True).sampling_timesteps(
+  default = RectifiedFlow(use_timestep_transform=True).sampling_timesteps(
     4, heights, heights, latent_frames=np.ones_like(heights)
   )
-  assert (mended[0] <= 1000).all()
+  assert (default[0] <= 1000).all()
 
 
 def test_reference_frames_are_exact_and_padding_zero():

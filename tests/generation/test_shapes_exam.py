@@ -50,8 +50,8 @@ class Pupil:
     if known is not None:
       frame = int(np.flatnonzero(known[2])[0])
       (seen,) = shapes_vision.objects_of(known[1][[frame]].astype(np.uint8))
-      (there,) = shapes_vision.objects_of(shapes.draw(middle, [0]))  # the measured middle of a triangle is off
-      start = seen.path[0] - there.path[0] - np.array(one.step) * frame
+      (centred,) = shapes_vision.objects_of(shapes.draw(middle, [0]))  # the measured middle of a triangle is off
+      start = seen.path[0] - centred.path[0] - np.array(one.step) * frame
     scene = dataclasses.replace(middle, objects=(shapes.Object(**words, start=tuple(start)),))
     video = shapes.draw(scene, range(request.num_frames)).astype(np.float32)
     if self.hides:

@@ -59,7 +59,7 @@ def test_conversion_takes_a_dtype_and_other_sizes(tmp_path, capsys):
 
 
 def test_config_replaces_shift_and_scale_of_a_video_autoencoder(tmp_path, capsys):
-  """The file stores shift and scale like the original. --config gives measured values."""
+  """The file stores shift and scale, as the original does. --config replaces both in the file, here by other numbers."""
   config = temporal.get_config("tiny-temporal")
   first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
   metadata = weights.model_metadata("tiny-temporal", config)

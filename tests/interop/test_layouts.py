@@ -62,7 +62,7 @@ def test_open_sora_image_autoencoder_has_its_names_and_shapes():
 
 @pytest.mark.parametrize("name", ["cogvideox-2b", "cogvideox-5b"])
 def test_cogvideox_autoencoder_has_its_names_and_shapes(name):
-  """Names are those of diffusers at the released size; the parameter count is from reference/cogvideox.md, 3.1."""
+  """Names and shapes are those of diffusers at the released size, with 215.6 M parameters."""
   torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
   with torch.device("meta"):
     theirs = diffusers.AutoencoderKLCogVideoX(
@@ -219,7 +219,7 @@ def write_all(path, tensors):
 
 
 def to_original_names(name):
-  """The latent-diffusion names by diffusers' names for three levels, written by hand after its conversion script."""
+  """The latent-diffusion name for a name of diffusers, for three levels. Written by hand after diffusers' conversion script."""
   name = re.sub(r"down_blocks\.(\d)\.resnets", r"down.\1.block", name)
   name = re.sub(r"down_blocks\.(\d)\.downsamplers\.0", r"down.\1.downsample", name)
   name = re.sub(r"up_blocks\.(\d)\.resnets", lambda m: f"up.{2 - int(m[1])}.block", name)

@@ -130,7 +130,7 @@ def test_logs_of_one_worker(gcloud):
     (["ACTIVE"], ["READY"], [["running", "interrupted"], ["running"], ["finished"]], ["start"], 0),
     # One worker has finished, and the other will finish soon.
     (["ACTIVE"], ["READY"], [["running", "finished"], ["finished"]], [], 0),
-    # An error of the user ends the training on all workers, and so does a stop by hand.
+    # An error of the user ends the training on all workers. A stop by hand ends watch.
     (["ACTIVE"], ["READY"], [["running"], ["failed 2", "running"]], ["stop"], 1),
     (["ACTIVE"], ["READY"], [["running"], ["stopped"]], [], 0),
     # The state of an earlier run does not end this run.
@@ -218,8 +218,8 @@ elif verb == "ssh":
   sys.exit(max(codes))
 """
 
-# The Python of a worker: makes an environment and trains by the script. Training n of a worker ends with code 75, is preempted,
-# or finishes. A folder that outlives the machine counts n.
+# The Python of a worker: makes an environment and trains. The test scripts the end of each training: an exit code, or a
+# preemption. The scripts are in a folder that outlives the machine.
 PYTHON = """
 import shutil, time
 if sys.argv[1:3] == ["-m", "venv"]:

@@ -50,7 +50,7 @@ def sample(index, config, frames, tokens, text, junk):
     **dict(named),
   }
   if not isinstance(config, denoisers.STDiT1Config):
-    batch["x_mask"] = np.arange(frames) != index % 2  # clean frames: the second, the first, the second (padding)
+    batch["x_mask"] = np.arange(frames) != index % 2  # clean frame of each sample: the second, the first, the second (padding)
   return jax.tree.map(lambda x: np.asarray(x)[None], batch)
 
 
@@ -93,7 +93,7 @@ def assert_gradients_equal(a, b):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_padding_and_other_samples_change_nothing(name):
-  """Three samples of different sizes in a padded batch equal the single samples. The two videos alone have no padding."""
+  """Three samples of different sizes in a padded batch give the same as alone. Alone, the two videos need no padding."""
   config = CONFIGS[name]
   model, variables = denoisers.build(config), random_variables(config)
   mixed = join([sample(i, config, frames=4, tokens=14, text=6, junk=1e3) for i in range(3)])
@@ -142,7 +142,7 @@ def test_the_debugging_path_without_jit_and_scan_agrees(name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_bfloat16_keeps_float32_islands(name):
-  """bfloat16 outputs are close and float32. No exp, rsqrt, sin or cos runs in half precision."""
+  """Outputs are float32, and close to those of a float32 model. No exp, rsqrt, sin or cos runs in half precision."""
   config = CONFIGS[name]
   variables = random_variables(config)
   batch = sample(0, config, frames=3, tokens=12, text=4, junk=0)

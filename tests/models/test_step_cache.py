@@ -65,7 +65,7 @@ def test_cached_attention_is_not_computed(name):
 
 
 def test_pyramid_computes_the_steps_of_videosys():
-  """Inside the interval every 2nd, 4th and 6th step computes, outside every step."""
+  """Inside the interval every 2nd step computes attention over space, every 4th over time, every 6th to text. Outside, all."""
   cache = PyramidBroadcast()
   computes = [cache.computes(step, 1000 - 50 * step) for step in range(14)]
   assert [c["space"] for c in computes] == [True, True, True, False, True, False, True, False, True, False, True] + [True] * 3

@@ -94,7 +94,7 @@ def test_eight_devices_equal_one(name, mesh):
 @needs_devices
 @pytest.mark.parametrize("cache", [PyramidBroadcast(), ResidualCache(0.9)])
 def test_cached_outputs_are_sharded(cache):
-  """Three frames over four devices. The second step uses outputs of the first. They keep the sharding of the computation."""
+  """Three frames over four devices. The second step reuses outputs of the first step, which stay sharded like activations."""
   config = dataclasses.replace(CONFIGS["STDiT3"], depth=2)
   variables = random_variables(config)
   batch = join([sample(i % 3, config, frames=3, tokens=12, text=6, junk=0) for i in range(2)])
@@ -200,30 +200,30 @@ def test_an_autoencoder_trains_on_clips_split_in_time():
 
 
 @needs_devices
-@pytest.mark.parametrize(("judge", "crop"), [("perceptual", 16), ("adversarial", 32), ("adversarial", 24)])
-def test_perceptual_loss_and_discriminator_are_split_like_their_clips(monkeypatch, judge, crop):
+@pytest.mark.parametrize(("term", "crop"), [("perceptual", 16), ("adversarial", 32), ("adversarial", 24)])
+def test_perceptual_loss_and_discriminator_are_split_like_their_clips(monkeypatch, term, crop):
   """Values and gradients equal those of one device, and each of eight devices computes an eighth of the convolutions.
 
-  The inputs are not split, like real clips, and have two clips per part of the batch. The devices divide neither 33 frames nor
-  the 12 rows after the first layer.
+  As in training, the inputs are split over the batch only, with two clips per part. The devices divide neither the 33 frames
+  nor the 12 image rows after the first layer.
   """
   monkeypatch.setattr(perceptual, "BLOCKS", tuple((count, 4) for count, _ in perceptual.BLOCKS))
   config = base.get_config()
   config.task, config.data.buckets = "autoencoder", (("144p", 33, 1.0, 2),)
   config.autoencoder.update(name="tiny-causal3d", crop=crop, discriminator={"features": 8, "layers": 2, "groups": 4})
-  config.autoencoder[f"{judge}_weight"] = 1.0
+  config.autoencoder[f"{term}_weight"] = 1.0
   objective, rng = AutoencoderObjective(config), np.random.default_rng(0)
   draw = lambda s: rng.standard_normal(s.shape, np.float32) * 0.2  # noqa: E731
   params, frozen = jax.tree.map(draw, jax.eval_shape(objective.init, jax.random.key(0)))
   clips = rng.standard_normal((2, 4, 33, crop, crop, 3), np.float32)
 
   def losses(layout, params, made, real):
-    if judge == "perceptual":
+    if term == "perceptual":
       return objective._pixel_terms(frozen, made, real, {}, layout)[1]["perceptual"]
     return sum(jnp.square(objective._score(params["discriminator"], x, layout)).mean((1, 2, 3)) for x in (real, made))
 
   def results(layout):
-    gradient = jax.value_and_grad(lambda *a: losses(layout, *a).sum(), argnums=(0, 1) if judge == "adversarial" else 1)
+    gradient = jax.value_and_grad(lambda *a: losses(layout, *a).sum(), argnums=(0, 1) if term == "adversarial" else 1)
     place = functools.partial(jax.device_put, device=layout and layout.sharding("batch"))
     compiled = jax.jit(gradient).lower(params, *map(place, clips)).compile()
     instructions, _ = hlo.computations(compiled.as_text())

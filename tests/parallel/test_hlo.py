@@ -35,7 +35,8 @@ ENTRY %main (a: f32[8,4]) -> f32[8,4] {
 def test_loops_count_as_often_as_they_run():
   found = {(c.kind, c.bytes, c.times, c.in_loop) for c in hlo.collectives(TEXT)}
   assert found == {("all-gather", 64, 28, True), ("all-reduce", 128, 1, False)}
-  # per turn: the fusion reads 128 and writes 16, the gather reads 16 and writes 64; at the end 128 twice
+  # In each iteration the fusion reads 128 bytes and writes 16, and the gather reads 16 and writes 64. The all-reduce after the
+  # loop reads and writes 128.
   assert hlo.memory_bytes(TEXT) == 28 * (128 + 16 + 16 + 64) + 2 * 128
 
 
@@ -74,7 +75,8 @@ ENTRY %main (a: bf16[28,8,4], i: s32[], y: bf16[28,8,4]) -> bf16[8,4] {
 
 def test_memory_counts_slices_but_not_on_chip_memory():
   slice_bytes = 8 * 4 * 2
-  # the fusion reads one slice and writes one and its result; the copy writes one; the sum reads one, its other side is near
+  # The fusion reads one slice and writes two. The copy writes one, because its input is on the chip. The sum reads one,
+  # because its other input and its result are on the chip.
   assert hlo.memory_bytes(SLICES) == (1 + 2 + 1 + 1) * slice_bytes
 
 

@@ -73,6 +73,6 @@ def test_proposed_meshes_use_all_chips_and_whole_tiles():
   assert {"data": 32, "fsdp": 8, "sequence": 1, "tensor": 1} in found
   assert {"data": 2, "fsdp": 8, "sequence": 16, "tensor": 1} in found
   assert all(m["data"] * m["fsdp"] * m["sequence"] == 256 for m in found)
-  assert {m["fsdp"] for m in found} == {4, 8}  # 1152 rows are 72 tiles
+  assert {m["fsdp"] for m in found} == {4, 8}  # 1152 rows are 72 tiles, which 16 chips do not divide
   assert {m["fsdp"] for m in search.sensible_meshes(256, 1872)} == {4, 8, 16}  # STDiT3-3B/2: equal parts without whole tiles
   assert search.nearest_batch(100, 256) == 256

@@ -31,14 +31,14 @@ def device(constant, growth, limit=16.0, beside=2.0, noise=0.0):
 
 
 @pytest.mark.parametrize(("constant", "growth"), [(1.0, 0.01), (0.1, 0.13), (3.0, 1.2), (2.0, 6.0), (0.5, 0.0003)])
-def test_the_largest_batch_is_found_with_three_compilations(constant, growth):
+def test_the_largest_batch_is_found_with_three_or_four_compilations(constant, growth):
   measure, asked = device(constant, growth)
   found = search.largest_batch(measure)
   best = math.floor((16.0 - 2.0 - constant) / growth + 1e-9)
   assert found.largest <= best
   full = found.result["peak"] > search.FULL * 16 * GIB
   assert full or found.largest * search.WORTH >= search.round_down(best)
-  assert len(asked) <= 4  # three, and one more if the second is too near for a slope
+  assert len(asked) <= 4  # a fourth one if the first two batches are too close for a line through them
 
 
 def test_search_finds_a_batch_that_fits_for_nonlinear_memory():

@@ -342,7 +342,7 @@ def test_weights_load_from_every_layout_with_another_shift(assets, tmp_path, lay
   jax.tree.map(np.testing.assert_array_equal, state["params"]["autoencoder"], variables["params"])
   own = base.get_config().autoencoder
   own.update(name="tiny-temporal", weights=path)
-  if layout == "open-sora-vae":  # ours has no place for them
+  if layout == "open-sora-vae":  # our own layout does not store shift and scale
     with pytest.raises(CheckpointError, match=r"'shift' \(1, 2, 3, 4\) differs from .*fields\.shift"):
       load_codec(own)
   own.fields = {"shift": (1.0, 2.0, 3.0, 4.0)}
@@ -351,7 +351,7 @@ def test_weights_load_from_every_layout_with_another_shift(assets, tmp_path, lay
 
 @pytest.mark.parametrize(("name", "frames"), [("tiny-kl-f8", 2)])
 def test_remat_stores_less_and_keeps_the_gradients(name, frames):
-  """`python -m tests.long.remat` does this with the video autoencoders."""
+  """`python -m tests.long.remat` also tests the video autoencoders."""
   kept, gradients, data = [], [], batch(frames)
   for remat in (False, True):
     one = objective(name, fields={"remat": remat})

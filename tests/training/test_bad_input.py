@@ -291,7 +291,7 @@ def test_errors_of_the_command_are_one_line(assets, trained, store, tmp_path):
 def test_a_full_disk_leaves_no_partial_checkpoint(assets, tmp_path):
   """Files over 40 KB can't be written: the run ends with one clear line. With room it resumes."""
   settings = {**small_autoencoder(), **ONE}
-  settings.pop("autoencoder__fields")  # with those of tiny-kl-f8 its parameters are 260 KB
+  settings.pop("autoencoder__fields")  # the model is then tiny-kl-f8, whose parameters have 260 KB
   config = write_config(tmp_path / "config.py", assets, tmp_path / "run", **settings)
   command = f"ulimit -f 40; exec {sys.executable} -m stdit_jax.train --config {config}"
   own = environment(JAX_COMPILATION_CACHE_DIR="")

@@ -38,7 +38,7 @@ def elsewhere(folder, count):
   paths.write_text(folder / NAME, json.dumps(note))
 
 
-def test_a_live_holder_on_this_machine_is_refused_at_once(tmp_path):
+def test_a_live_holder_on_this_machine_blocks_the_folder_at_once(tmp_path):
   """A killed holder, reaped or not, does not block the folder, nor does another process that reuses its id."""
   holder = hold(tmp_path)
   try:
@@ -60,7 +60,7 @@ def test_a_live_holder_on_this_machine_is_refused_at_once(tmp_path):
     pass
 
 
-def test_a_counting_holder_on_another_machine_is_refused(tmp_path, capsys):
+def test_a_counting_holder_on_another_machine_blocks_the_folder(tmp_path, capsys):
   """A silent holder counts as dead. A holder that ends during the wait frees the folder."""
   elsewhere(tmp_path, 5)
   with claim(tmp_path, print, PERIOD):
@@ -89,7 +89,7 @@ def test_a_counting_holder_on_another_machine_is_refused(tmp_path, capsys):
   threading.Timer(PERIOD, (tmp_path / NAME).unlink).start()
   began = time.monotonic()
   with claim(tmp_path, print, 60 * PERIOD):
-    assert time.monotonic() - began < 60 * PERIOD  # and not three times as long
+    assert time.monotonic() - began < 60 * PERIOD  # the wait ends when the holder ends, not after three periods
 
 
 @pytest.mark.parametrize(

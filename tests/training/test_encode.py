@@ -219,7 +219,7 @@ def test_epochs_repeat_until_more_are_encoded(assets, table, tmp_path, caplog):
   first, more = samples()
   assert [s.row for s in first] != [s.row for s in more]
   assert len([m for m in caplog.messages if "repeats epoch" in m]) == 1
-  # Another batch size asks for other rows, and the cache still finds its epochs. No key can hold the window of epoch 2048.
+  # With another batch size, the cache finds the epochs whose clips it has. The window of epoch 2048 is too large for a key.
   changes["data__buckets"] = (("144p", 4, 1.0, 3),)
   (stage,) = make_stages(tiny_config(assets, tmp_path, **changes, data__latents=str(tmp_path / "out")))
   source = encoding.Source.open(stage, str(tmp_path / "out" / "data"))
@@ -267,7 +267,7 @@ def test_a_later_epoch_may_use_captions_of_an_earlier_one(assets, table, folder,
 
 
 def test_files_that_were_missing_are_encoded_later(assets, tmp_path):
-  """Without its disk, `encode` ends before it writes. If files vanish meanwhile, no written shard lacks them."""
+  """If no file exists, `encode` stops before it writes. If files vanish while it works, no shard without them remains."""
   disk, out, away = tmp_path / "disk", tmp_path / "out", tmp_path / "away"
   shutil.copytree(assets, disk)
   away.mkdir()

@@ -27,7 +27,7 @@ def test_profiles_by_configuration_and_by_signal(assets, tmp_path):
   try:
     wait_for(1)
     assert f"profile of steps 2 to 3: {folder}" in log.read_text()
-    time.sleep(1.1)  # the second is the name of a profile
+    time.sleep(1.1)  # profiles are named by the time in seconds
     process.send_signal(signal.SIGUSR1)
     wait_for(2)
     process.send_signal(signal.SIGTERM)

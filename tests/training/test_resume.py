@@ -1,6 +1,6 @@
 """A killed or stopped run that resumes ends with the same bits as an undisturbed run, over stages, buckets and epochs.
 
-`python -m tests.long.kill_and_resume` kills at 20 random moments, and also trains an autoencoder.
+`python -m tests.long.kill_and_resume` kills at 20 random moments. With `--task autoencoder` it trains an autoencoder.
 """
 
 import json
@@ -198,7 +198,7 @@ def largest_file(folder):
   ],
 )
 def test_temporary_errors_of_a_bucket_restart_the_run(store, tmp_path, kind, text, raised):
-  """A write error ends the run for good if a person must mend its cause. On a disk this is always so."""
+  """A write error ends the run for good if only a person can remove its cause. This applies to all write errors of a disk."""
   for folder, expected in ((f"gs://{BUCKET}/passing", raised), (tmp_path, InputError)):
     checkpoints = Checkpoints(folder)
     with pytest.raises(expected, match=re.escape(text)), checkpoints._writing():
@@ -248,7 +248,7 @@ def test_a_damaged_checkpoint_is_set_aside_with_a_warning(assets, left_alone, ca
 
 
 def test_a_run_goes_back_to_a_step_only_once(assets, left_alone, capfd):
-  """A supervisor repeats the same command. The repetition resumes from the newest checkpoint, also one of another process."""
+  """A supervisor repeats the same command. It then resumes from the newest checkpoint, also if another process wrote it."""
   folder, settings = left_alone
   output = folder / "back"
   shutil.copytree(folder / "alone", output)

@@ -225,7 +225,7 @@ def test_recipes_of_open_sora_have_their_settings(recipe):
   written = plain(recipe.get_config())
   assert plain(from_plain(written)) == written  # the form in checkpoints and in `plan`
   older = written | {"autoencoder": written["autoencoder"] | {"temporal": ""}}
-  assert plain(from_plain(older)) == written  # from a version with this key
+  assert plain(from_plain(older)) == written  # a config of an older version, which had this key
   before, stages = None, make_stages(recipe.get_config())
   assert [s.name for s in stages] == list(RECIPES[recipe])
   for stage in stages:

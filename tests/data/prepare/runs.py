@@ -32,7 +32,7 @@ def times(folder):
 
 
 def unopened(folder):
-  """A folder of two files with image names and other content."""
+  """A folder of two files that are named like images, for runs that open no file."""
   folder.mkdir()
   for name in ("a", "b"):
     (folder / f"{name}.png").write_text(name)

@@ -93,7 +93,7 @@ def test_a_vanished_file_is_tried_again(videos, tmp_path, undisturbed, capsys):
 
 
 def test_changed_captions_beside_videos_are_read_again(tmp_path, capsys):
-  """And the later steps run again, for the changed shards only."""
+  """The later steps also run again, for the changed shards only."""
   folder = tmp_path / "pictures"
   folder.mkdir()
   for name in ("a", "b", "c"):
@@ -123,7 +123,7 @@ def test_changed_captions_beside_videos_are_read_again(tmp_path, capsys):
 
 @pytest.mark.parametrize("listed", [False, True])
 def test_changed_sources_are_made_again(tmp_path, listed):
-  """For files of a folder or of a table. A file that is missing for a while keeps everything."""
+  """The source is a folder or a table. A file that was missing for a while repeats no work."""
   folder = tmp_path / "videos"
   folder.mkdir()
   for name in ("a", "b"):
@@ -149,7 +149,10 @@ def test_changed_sources_are_made_again(tmp_path, listed):
 
 
 def test_files_that_the_run_made_are_no_sources(tmp_path, capsys):
-  """Also through a symbolic link, and if only an earlier config had the step. Sources in the output stay sources."""
+  """This also holds behind a symbolic link, and after the config drops the step that made the files.
+
+  A source that the run did not make may lie in the output folder.
+  """
   folder = tmp_path / "videos"
   folder.mkdir()
   write_video(folder / "a.mp4", two_scenes(20, 0))
@@ -167,7 +170,7 @@ def test_files_that_the_run_made_are_no_sources(tmp_path, capsys):
     assert f"collect: 2 files below {folder} are skipped: this run made them" in capsys.readouterr().out
     assert times(folder) == before
   shutil.rmtree(folder / "out")
-  for output in (tmp_path, folder):  # the source lies in it, or is it
+  for output in (tmp_path, folder):  # the output contains the folder of sources, or is this folder
     configs.chain(dict(output=str(output), steps=("collect",), collect=dict(sources=(str(folder),)))).run()
     assert pl.read_parquet(output / "collect" / "part-00000.parquet")["path"].to_list() == [str(folder / "a.mp4")]
 
@@ -191,7 +194,7 @@ def test_shards_stay_in_order_when_there_are_many(tmp_path):
 
 
 def test_a_new_copy_does_not_repeat_other_shards(tmp_path):
-  """New facts change the keys of all shards of a step. Shards with the same rows as before do not repeat the next step."""
+  """A new copy changes the keys of all shards of `duplicates`. Later steps skip the shards whose rows stay the same."""
   folder = pictures(tmp_path / "pictures", "abc")
   values = dict(
     output=str(tmp_path / "out"), steps=("collect", "probe", "duplicates", "split", "filter"), workers=1,
@@ -204,7 +207,7 @@ def test_a_new_copy_does_not_repeat_other_shards(tmp_path):
   assert table(tmp_path / "out", "split")["error"].is_not_null().to_list() == [False, False, False, True]
   after = times(tmp_path / "out")
   assert {name for name in before if after[name] != before[name]} == {f"duplicates/part-0000{i}.parquet" for i in range(3)}
-  os.unlink(folder / "b.png")  # the copy is the one that is left
+  os.unlink(folder / "b.png")  # only the copy, z.png, is left
   values["collect"]["forget"] = True
   configs.chain(values).run()
   assert table(tmp_path / "out", "filter")["path"].to_list() == ["a.png", "c.png", "z.png"]
@@ -219,7 +222,7 @@ def test_machines_resume_after_a_folder_was_deleted(tmp_path):
   run(0)
   run(1)
   shutil.rmtree(tmp_path / "out" / "probe")
-  run(0)  # the other machine's later shards exist, but not the ones that they were made from
+  run(0)  # the other machine has its shards of `split`, but not those of `probe`
   run(1)
   run(0, None)
   run(1, None)

@@ -48,7 +48,7 @@ class Server:
       daemon_threads = True
 
       def handle_error(self, request, client_address):
-        pass  # who asked may have been killed
+        pass  # a killed client closes its connection
 
     self._server = Quiet(("127.0.0.1", 0), Handler)
     self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
@@ -136,7 +136,7 @@ def texts(tmp_path, name="out"):
 
 def test_questions_have_the_form_of_chat_completions(server, clips, tmp_path, monkeypatch, capsys):
   monkeypatch.setenv("MY_KEY", "secret")
-  monkeypatch.setattr(caption, "_TOGETHER", 10)  # three times, as in a large shard
+  monkeypatch.setattr(caption, "_TOGETHER", 10)  # the 24 clips form three groups, as in a large shard
   one = server()
   arguments = command(clips, tmp_path, one.url, "--key_variable=MY_KEY", "--prices=(1.0,2.0)", "--side=64")
   assert main.main(arguments) == 0
@@ -252,7 +252,7 @@ def test_calls_per_minute(server, clips, tmp_path):
   assert max(times) - min(times) >= 23 * 0.05 * 0.9
 
 
-def test_chain_of_cogvideox(server, clips, tmp_path):
+def test_the_cogvideox_chain_summarises_its_captions(server, clips, tmp_path):
   one = server()
   assert main.main(command(clips, tmp_path, one.url, "--chain=cogvideox", "--frame_seconds=0.2", "--concurrency=1")) == 0
   kinds = [[part["type"] for part in q["messages"][0]["content"]] for q in one.questions[:4]]
@@ -267,7 +267,7 @@ def test_chain_of_cogvideox(server, clips, tmp_path):
   assert texts(tmp_path)[0] == summary
 
 
-def test_tags_beside_captions(server, clips, tmp_path):
+def test_tags_have_their_own_column(server, clips, tmp_path):
   one = server()
   assert main.main(command(clips, tmp_path, one.url, "--prompt=tags", "--into=tags")) == 0
   found = pl.read_parquet(tmp_path / "out.parquet")
@@ -316,7 +316,7 @@ def test_existing_captions(tmp_path):
 
 
 def test_captions_of_a_list_are_kept(tmp_path):
-  """By the config of this project, and if there is no other caption."""
+  """This holds for configs/data/local.py, and for a backend that finds no other caption."""
   write_video(tmp_path / "v.mp4", two_scenes(5, 0))
   (tmp_path / "list.csv").write_text(",path,text\n1,v.mp4,A caption of mine.\n")  # pandas writes its index without a name
   local = dict(configs.load(str(REPOSITORY / "configs" / "data" / "local.py"))["caption"])
@@ -333,7 +333,7 @@ def test_captions_of_a_list_are_kept(tmp_path):
 
 
 def test_local_model_of_transformers(clips, tmp_path):
-  """A tiny BLIP with random weights gives the captions of its own `generate`."""
+  """The captions equal those of `generate` of the model itself, a tiny BLIP with random weights."""
   torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
   from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -397,7 +397,7 @@ def test_usable_answers():
     caption.usable("猫")
 
 
-def test_grid():
+def test_frames_fill_a_grid_row_by_row():
   images = [np.full((2, 3, 3), i, np.uint8) for i in range(1, 6)]
   grid = caption.as_grid(images)
   assert grid.shape == (4, 9, 3)
@@ -417,7 +417,7 @@ def test_grid():
     ("Videos show up.", "Videos show up."),
   ],
 )
-def test_openings(text, cleaned):
+def test_openings_of_captions_are_removed(text, cleaned):
   assert clean.without_opening(text) == cleaned
 
 

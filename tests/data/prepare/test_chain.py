@@ -88,8 +88,8 @@ class Meanwhile(steps.Step):
     return table
 
 
-def test_a_machine_repeats_shards_that_another_list_changed(tmp_path, capsys):
-  """While this machine works, the other one lists a new and a changed file of its shards."""
+def test_a_machine_repeats_its_shards_after_another_machine_listed_changes(tmp_path, capsys):
+  """While machine 0 works, machine 1 lists a changed and a new file in shards of machine 0."""
   folder = unopened(tmp_path / "pictures")
   made = {"collect": collect.Collect(sources=(str(folder),), rows_per_shard=1), "meanwhile": Meanwhile()}
   machine = lambda index: chain.Chain(  # noqa: E731
@@ -384,7 +384,7 @@ def test_a_bucket_is_a_folder(videos, tmp_path, undisturbed, store):
 
 
 def test_clips_of_a_relative_output_are_found_from_any_folder(videos, tmp_path, monkeypatch):
-  """And a later export with fewer rows deletes the archives that it does not write again."""
+  """A later export with fewer rows also deletes the archives that it does not write again."""
   (tmp_path / "here").mkdir()
   monkeypatch.chdir(tmp_path / "here")
   text = CONFIG.format(output="runs/my", sources=str(videos)).replace(
@@ -398,7 +398,7 @@ def test_clips_of_a_relative_output_are_found_from_any_folder(videos, tmp_path, 
   assert sorted(p.name for p in (folder / "webdataset").iterdir()) == [f"train-00000{i}.tar" for i in range(3)]
   found = pl.read_parquet(folder / "table.parquet")["path"].to_list()
   assert len(found) == 10
-  assert all((folder / path).is_file() for path in found)  # where the table lies, as the loader reads it
+  assert all((folder / path).is_file() for path in found)  # paths are relative to the table's folder, as the loader reads them
   assert main.main([*command, "--config.filter.where=('num_frames == 40',)"]) == 0
   assert sorted(p.name for p in (folder / "webdataset").iterdir()) == [f"train-00000{i}.tar" for i in range(2)]
 
@@ -429,7 +429,7 @@ def test_a_folder_in_a_bucket_costs_one_request(tmp_path, store, monkeypatch):
   for name in ("a", "b"):
     paths.write_text(f"gs://clips/listed/{name}.mp4", name)
   step = collect.Collect(sources=("gs://clips/listed",))
-  monkeypatch.setattr(paths, "state_of", None)  # nor for each file
+  monkeypatch.setattr(paths, "state_of", None)  # would fail if called for each file
   step.list(str(tmp_path / "out"))
   found = pl.read_parquet(tmp_path / "out" / "part-00000.parquet")
   assert found.select("path", "bytes").rows() == [("gs://clips/listed/a.mp4", 1), ("gs://clips/listed/b.mp4", 1)]

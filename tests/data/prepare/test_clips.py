@@ -142,10 +142,10 @@ def test_a_crop_is_cut_and_captioned(tmp_path):
     assert Image.open(io.BytesIO(seen[0])).size == crop[2:]
 
 
-def test_two_frames_of_one_time_are_two_frames(tmp_path):
+def test_frames_with_equal_time_stamps_count_separately(tmp_path):
   """A range means the same frames for the loader and for this pipeline."""
   times = [i * 10 for i in range(24)]
-  times[10] = times[9] + 1  # in 2400th of a second: the same of the milliseconds that Matroska counts
+  times[10] = times[9] + 1  # in 1/2400 s. Matroska rounds both to the same millisecond
   path = numbered_video(tmp_path / "a.mkv", 24, rate=240, times=times)
   assert video.probe(path).num_frames == 24
   assert video.frame_times(str(path)) is None

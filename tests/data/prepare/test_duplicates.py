@@ -49,5 +49,5 @@ def test_hashes_depend_on_images_not_on_encodings(tmp_path):
   hashes = [int(collect._picture_hash(path, 40), 16) for path in (first, second)]
   assert bin(hashes[0] ^ hashes[1]).count("1") <= 5
   ramp = np.repeat(np.arange(0, 240, 2, dtype=np.uint8)[None, ::-1, None], 90, 0).repeat(3, 2)
-  assert collect.difference_hash(np.ascontiguousarray(ramp)) == 0  # grey falls everywhere
+  assert collect.difference_hash(np.ascontiguousarray(ramp)) == 0  # brightness falls from left to right in all rows
   assert collect.difference_hash(np.ascontiguousarray(ramp[:, ::-1])) == 2**64 - 1

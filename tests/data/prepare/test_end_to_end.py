@@ -85,7 +85,7 @@ def test_real_clips_become_a_table_that_the_loader_reads(clips, tmp_path, monkey
   assert len(samples) >= 4
   assert all(not s.error and s.pixels.shape[0] == 8 and s.pixels.std() > 5 for s in samples)
   assert main.main(["check", str(output / "train.parquet"), "--config", "configs/film.py", "--sample", "4"]) == 1
-  assert "0 broken" in capsys.readouterr().out  # 1, since the stage "images" of this config gets no rows
+  assert "0 broken" in capsys.readouterr().out  # the exit code is 1, since the stage "images" gets no rows
   # The second run changes no file.
   times = {p: p.stat().st_mtime_ns for p in output.rglob("*") if p.is_file()}
   assert main.main(command) == 0

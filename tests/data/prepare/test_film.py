@@ -79,7 +79,7 @@ def test_videos_of_the_user(tmp_path, capsys):
   assert {p.stem for p in clips if p.stat().st_mtime_ns != times[p]} == {missing.stem}
   assert all(p.stat().st_mtime_ns == when for p, when in times.items() if p.parent.name in ("probe", "scenes"))
   assert (output / "table.csv").read_bytes() == before
-  # Other settings make other clips, beside the old ones; a video that has gone leaves the table.
+  # Other settings make new clips and keep the old files. The rows of a deleted video leave the table.
   (folder / "red_ball-01.mp4").unlink()
   assert film.main([*command, "--short-side", "64"]) == 0
   assert "short_side: 256 -> 64" in capsys.readouterr().out

@@ -74,7 +74,7 @@ def hostile(tmp_path_factory):
   add("video.png", content, "no image")
   add("huge.png", png(100_000, 100_000), "too large|frames of")
   add("bomb.png", png(12_000, 12_000, 12_000), "too large|frames of")
-  # The size in the sample entry of an mp4: the decoder knows better, but nobody may believe it before.
+  # A huge size in the sample entry of an mp4. The decoder finds the true size, but only after the entry was read.
   at = content.index(b"avc1") + 28
   add("enormous.mp4", content[:at] + struct.pack(">HH", 65535, 65535) + content[at + 4 :], "65535 x 65535|.*")
   playlist = "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nfile://" + str(good) + "\n#EXT-X-ENDLIST\n"

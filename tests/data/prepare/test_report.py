@@ -92,7 +92,8 @@ def test_the_report_shows_rows_before_the_filter(table, tmp_path):
   assert "9 rows, 2 of them failed; 4 are kept; 0.00185 hours" in text
   steps = text[text.index("work") : text.index("Failures")].split()
   assert steps[steps.index("filter") :][:5] == ["filter", "9", "4", "0", "0"]
-  # Removes, only this: 0 to 3 and the row without a value, of which two have an error, too.
+  # Per condition: the rows that it removes, and those that it alone removes. `moves` removes 0 to 3 and the row without a
+  # value. Two of these five rows also have an error.
   assert re.search(r" no error +2 +0\n +moves +5 +3\n +together +5 of 9 ", text)
   assert "probe: not a video, or damaged" in text
   assert "/x/<b>.mp4 by the next run" in text
@@ -117,7 +118,7 @@ def test_histograms_and_thresholds():
   assert low_is_good["sign"] == "<="
   for cut in low_is_good["cuts"]:
     assert (values / 20 > cut["value"]).mean() == pytest.approx(cut["share"], abs=0.0002)
-  # A value of many rows gives one threshold, with the share that it removes. It also removes rows without a value.
+  # A value that many rows share gives only one threshold. A threshold also removes the rows without a value.
   cuts = lambda *values, name: [tuple(c.values()) for c in report.measure(pl.DataFrame({name: values}).lazy(), name)["cuts"]]  # noqa: E731
   assert cuts(24.0, 24.0, 24.0, name="fps") == [(0.0, 24.0)]
   assert cuts(*[0.0] * 90, *[0.5] * 10, name="black") == [(0.0, 0.5), (pytest.approx(0.1), 0.0)]

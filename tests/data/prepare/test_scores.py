@@ -182,7 +182,7 @@ def test_clip_scores_equal_those_of_transformers(tiny):
   with torch.no_grad():
     pixels = processor(images=list(images), return_tensors="pt")["pixel_values"]
     ours = np.stack([clip.preprocess(image, 30) for image in images])
-    assert np.abs(ours - pixels.numpy()).max() < 0.03  # a level of 8 bits: the other one may round while it resizes
+    assert np.abs(ours - pixels.numpy()).max() < 0.03  # a level of 8 bits: transformers may round while it resizes
     out = model(pixel_values=pixels, input_ids=torch.tensor([[8, 0, 1, 2, 3, 9]]))
     wanted = head(out.image_embeds).mean()
   aesthetic = clip.Aesthetic(str(folder / "image.onnx"), str(folder / "head.safetensors"))
@@ -199,7 +199,7 @@ def test_clip_scores_equal_those_of_transformers(tiny):
     ].numpy()
   assert np.abs(cut - wanted / np.linalg.norm(wanted)).max() < 1e-5
   assert matching(images[:1], {"text": None}) == {"match": None}
-  # One file for both, as `optimum-cli` writes it, needs a text with every image.
+  # `optimum-cli` writes the image and the text model into one file, which needs a text with every image.
   whole = clip.Matching(*[str(folder / "whole.onnx")] * 2, str(folder), scale=scale)
   assert whole(images[1:2], {"text": "a big gray rabbit"})["match"] == pytest.approx(found, abs=0.02)
 

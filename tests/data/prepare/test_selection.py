@@ -79,7 +79,7 @@ def test_temporary_files_of_a_killed_write_are_no_tables(tmp_path):
   assert "30 rows, 3 of them failed" in (tmp_path / "r.html").read_text()
 
 
-def test_draws():
+def test_draws_are_uniform_and_depend_on_key_and_seed_alone():
   keys = pl.Series([f"{i:016x}" for i in range(20_000)])
   values = selection.draws(keys, 1)
   assert abs(values.mean() - 0.5) < 0.01
@@ -157,7 +157,7 @@ def test_the_loader_reads_the_table(clips, tmp_path):
   assert opened.row(0).captions == ("Clip number 1.",)
   del opened
   with pytest.raises(ValueError, match="too small"):
-    loader.make_loader(config, str(tmp_path))  # a real refusal, for the sizes of these clips
+    loader.make_loader(config, str(tmp_path))  # these clips are too small for 144p
 
 
 def test_foreign_tables_are_not_overwritten(clips, tmp_path, capsys):
@@ -230,14 +230,14 @@ def test_rows_with_one_id_are_several_samples(clips, tmp_path):
   table = pl.read_parquet(clips / "in.parquet").filter(pl.col("error").is_null()).drop("split")
   table.with_columns(id=pl.Series(["same", "same", "other", "", ""])).write_parquet(tmp_path / "t.parquet")
   command = ["export", str(tmp_path / "t.parquet"), "-o", str(tmp_path / "out" / "new")]
-  for samples in (1, 100):  # the second time without the archives of the first
+  for samples in (1, 100):  # the second export deletes the archives of the first one
     assert main.main([*command, "--formats=('webdataset',)", f"--samples={samples}"]) == 0
   (archive,) = (tmp_path / "out" / "new" / "webdataset").iterdir()
   with tarfile.open(archive) as opened:
     names = opened.getnames()
   assert len(set(names)) == len(names) == 15
   assert [name for name in names if name.endswith("mp4")][:3] == ["same_1.mp4", "same_2.mp4", "other.mp4"]
-  for _ in range(2):  # the second time it replaces the first; the folder does not exist before
+  for _ in range(2):  # the first export makes the folder, the second one replaces it
     assert main.main([*command, "--formats=('tfds',)", f"--folder={tmp_path / 'deep' / 'tfds'}"]) == 0
   import tensorflow_datasets as tfds
 

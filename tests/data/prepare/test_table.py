@@ -68,7 +68,7 @@ def test_a_folder_and_a_table(clips, capsys):
 
 
 def test_a_table_of_ranges_is_listed_the_same_way_twice(clips):
-  """Column by column: else a second run would make everything again."""
+  """A repeated listing writes shards with the same bytes. Otherwise a second run would repeat all steps."""
   rows = [{"path": "clips/a.mp4", "text": "x", "start": i, "end": i + 5} for i in range(3)]
   step = collect.Collect(sources=(files.write_csv(clips / "r.csv", rows),), rows_per_shard=2)
   for _ in range(2):
@@ -85,7 +85,7 @@ def test_a_table_of_ranges_is_listed_the_same_way_twice(clips):
 
 
 def test_ranges_stay_when_their_table_is_no_source_any_more(clips):
-  """And the whole file is a row beside them."""
+  """If a folder with the same file is a source, the whole file becomes another row."""
   rows = [{"path": "clips/a.mp4", "text": "x", "start": i, "end": i + 5} for i in range(3)]
   listed, folder = files.write_csv(clips / "r.csv", rows), str(clips / "clips")
   for sources_then, starts in (((listed,), [0, 1, 2]), ((folder,), [0, 1, 2, None]), ((listed, folder), [0, 1, 2, None])):

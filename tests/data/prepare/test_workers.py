@@ -43,7 +43,7 @@ def behave(item, report):
     raise RuntimeError("what is this")
   if kind == "away":
     raise Away("no such file")
-  if kind == "damaged":  # Pillow's words
+  if kind == "damaged":  # Pillow's message for a damaged image
     raise OSError("image file is truncated")
   return value
 

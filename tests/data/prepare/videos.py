@@ -32,7 +32,7 @@ def write_video(path, images, fps=24, pts=None, turned=False):
       frame.pts, frame.time_base = (i if pts is None else pts[i]), Fraction(1, fps)
       container.mux(stream.encode(frame))
     container.mux(stream.encode(None))
-  if turned:  # a quarter turn in the track header: the only place where the identity matrix stands after a `tkhd`
+  if turned:  # writes a quarter turn over the identity matrix of the track header, the first one after `tkhd`
     content = path.read_bytes()
     unit = lambda *v: b"".join((x & 0xFFFFFFFF).to_bytes(4, "big") for x in v)  # noqa: E731
     identity = unit(1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
