@@ -23,10 +23,10 @@ from data.prepare.steps import Context, Step, at_least
 
 FORMATS = ("table", "tfds", "webdataset")
 TFDS = "tfds/clips/1.0.0"  # folder, name and version of the data set
-# Columns that data/sources.py reads, except `label`, then columns for people.
+# Columns that data/sources.py reads, then columns for people.
 COLUMNS = (
   "path", "text", "num_frames", "height", "width", "fps", "start", "end", "crop", "aes", "flow", "cmotion", "text_features",
-  "duration", "match", "id",
+  "label", "duration", "match", "id",
 )  # fmt: skip
 
 
@@ -37,7 +37,7 @@ class Export(Step):
   formats: any of "table", "tfds", "webdataset". folder: output folder; "": the run's folder.
   name: name of the table, .parquet or .csv; with `split` the names are train.parquet, validation.parquet, ... Paths below the
     folder are relative to it, so the folder may be moved.
-  columns: columns of the table; (): duration, match, id and those that `data/sources.py` reads (not `label`), if they exist.
+  columns: columns of the table; (): duration, match, id and those that `data/sources.py` reads, if they exist.
   samples: samples per WebDataset archive. A sample's name is its id, with a number if several rows have the same id.
   """
 
