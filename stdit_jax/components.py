@@ -136,7 +136,7 @@ def load_text_encoder(config: TextEncoder, encoder: t5.T5Encoder, mesh: Mesh | N
 def load_denoiser(parts: Components, path: str, mesh: Mesh | None = None, **options: Any) -> Tree:
   """Variables of the denoiser of `parts` from a checkpoint in one of the family's layouts.
 
-  `options`: arguments of `load_variables`. The option `current` is its `target` (default: shapes).
+  `options`: arguments of `load_variables`, and `current`: the tree to load into (default: shapes).
   """
   config = parts.model.config
   shapes = options.pop("current", None) or parts.family.init_shapes(config)

@@ -149,7 +149,7 @@ def convert_file(settings: Settings, place: str, options: dict[str, Any]) -> tup
 
 def convert_run(settings: Settings, place: str, options: dict[str, Any]) -> tuple[str, list[pathlib.Path]]:
   """Writes weights of a training run to `place`. Returns (report, written files). The run's configuration names the models."""
-  from stdit_jax.training import checkpoints  # imports orbax, which files don't need
+  from stdit_jax.training import checkpoints  # imports orbax, which only runs need
   from stdit_jax.training.objectives import part_of
 
   run, step = checkpoints.stage_config(settings.input)

@@ -84,7 +84,7 @@ class Settings(PipelineSettings):
     "like 144p:17 (default: the configuration's)", nargs="+", metavar="RESOLUTION:FRAMES"
   )
   frame_interval: int | None = _autoencoder("use every N-th frame (default: the configuration's, or 1)", metavar="N")
-  repeat: int = _autoencoder("baseline: every N-th frame of an image autoencoder replaces its neighbours", 1, metavar="N")
+  repeat: int = _autoencoder("baseline of an image autoencoder: encode every N-th frame, repeat it in between", 1, metavar="N")
   perceptual: Sequence[str] | None = _autoencoder(
     "perceptual distance by vgg16-lpips or hed-vgg16 (autoencoders/perceptual.py)", nargs=2, metavar=("TRUNK", "FILE")
   )

@@ -310,7 +310,7 @@ def print_meshes(settings: Settings, compiler: Compiler, stages: Sequence[Stage]
     by_mesh.setdefault(tuple(result["mesh"].items()), []).append((result, bound))
     mesh = " ".join(f"{axis}={size}" for axis, size in result["mesh"].items() if size > 1)
     print(f"{describe(result, bound)}  {mesh}", flush=True)
-  print("\nmeshes, best first: seconds of one step of each of these buckets, at their bounds")
+  print("\nmeshes, best first: the bounds of one step of each of these buckets, added up")
   for mesh, results in sorted(by_mesh.items(), key=lambda found: mesh_rank(found[1])):
     misfit, seconds, peak = mesh_rank(results)
     text = "does not fit" if misfit else f"{seconds:>8.2f}s  largest peak {peak / GIB:.1f} GiB"

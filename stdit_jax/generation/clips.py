@@ -49,17 +49,17 @@ def frames_to_encode(
   """Chooses the frames of reference `number` to encode: (frame numbers, {latent frame in use: index of its latents}).
 
   An image autoencoder encodes only the frames in use. A video autoencoder encodes the whole reference, unless the clip begins
-  with the last latent frames of the reference. In that case it encodes only as many last frames as the first latent frames of
-  a clip cover, which may be fewer than at the end of the reference. If `num_frames` (of a clip) is None, a video autoencoder
-  always encodes the whole reference, as in the original code.
+  with the last latent frames of the reference. Then it encodes the last frames alone, like the start of a clip: as many as the
+  first latent frames of a clip cover. If `num_frames` (of a clip) is None, a video autoencoder always encodes the whole
+  reference, as in the original code.
   """
-  places = {(slot, int(t)) for p in placements for slot, (r, t) in enumerate(zip(p.reference, p.frame)) if r == number}
-  used, count = sorted({t for _, t in places}), config.latent_frames(frames)
-  in_order = {t: place for place, t in enumerate(used)}
+  uses = {(slot, int(t)) for p in placements for slot, (r, t) in enumerate(zip(p.reference, p.frame)) if r == number}
+  used, count = sorted({t for _, t in uses}), config.latent_frames(frames)
+  in_order = {t: index for index, t in enumerate(used)}
   if not used or count == frames:  # one latent frame per frame: an image autoencoder, or an image
     return np.asarray(used, int), in_order
   # The last latent frames of the reference fill the slots 0, 1, ... of the clip.
-  if num_frames and used[0] and places == {(slot, count - len(used) + slot) for slot in range(len(used))}:
+  if num_frames and used[0] and uses == {(slot, count - len(used) + slot) for slot in range(len(used))}:
     return np.arange(frames)[-config.frame_starts(num_frames)[len(used)] :], in_order
   return np.arange(frames), {t: t for t in used}
 
@@ -72,7 +72,7 @@ def encode_used(
   for number, frames in enumerate(references):
     which, used = frames_to_encode(number, len(frames), placements, pipeline.codec.config, num_frames)
     latents = pipeline.encode(frames[which]) if used else []
-    encoded.append({t: latents[place] for t, place in used.items()})
+    encoded.append({t: latents[index] for t, index in used.items()})
   return encoded
 
 
@@ -114,6 +114,7 @@ def make_videos(
     given = [given_frames(placed[loop], known) for placed, known in zip(placements, latents)]
     made = sample(loop, [item.requests[loop] for item in items], given)
     encodes = compat and loop + 1 < len(loops)
+    # A process decodes only if it writes the video, or encodes its pixels again.
     videos = decode(loop, made) if decode else pipeline.decode(made, num_frames) if encodes else [None] * len(made)
     for known, seen, z, pixels in zip(latents, frames, made, videos):
       known.append(pipeline.encode(pixels) if encodes else z)

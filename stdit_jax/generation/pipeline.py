@@ -264,7 +264,7 @@ class Pipeline:
     # Elements past an odd border are no latents. They stay zero, as in the original's padding (`PatchEmbed3D`).
     inside = image_valid(config, latent_size, self.token_parts)
     valid = jnp.broadcast_to(inside, state.x.shape)
-    # The model needs a mask only if whole tokens are padding, up to a multiple of the devices.
+    # The model needs a mask only if there are padding tokens, which make the number of tokens divisible by the devices.
     shown = None if inside.any(-1).all() else valid
     before, cached = cached, list(cached)
 

@@ -24,7 +24,7 @@ class ModelSettings:
   step: int | None = _model("which checkpoint of the run (default: the newest)")
   config: str | None = _model("configuration file of the model, instead of --run", metavar="FILE")
   changes: Sequence[str] = _model("replaces one key of --config", (), "--config.KEY", metavar="VALUE")
-  weights: str | None = _model("for --config: safetensors of the denoiser with its original names")
+  weights: str | None = _model("for --config: safetensors of the denoiser, with original or native names")
   text_encoder: str | None = _model("safetensors file or folder of the T5 encoder (default: that of the configuration)")
   autoencoder: str | None = _model("safetensors of the autoencoder (default: that of the configuration)")
   mesh: Sequence[str] | None = _model(

@@ -10,8 +10,9 @@ connect       the first and the last frames are given
 loop          two clips that form a loop (`tasks`): difference of the last and the first frame, divided by the median difference
               of neighbouring frames
 
-Given frames are compared with their round trip through the autoencoder. The motion is measured in the generated frames and
-their neighbours. It is smooth if every step differs from the mean step by less than half of the mean step.
+The given frames of the video, and their round trip through the autoencoder, are compared with the true frames. The motion is
+measured in the generated frames and their neighbours. It is smooth if every step of the video differs from the fitted step by
+less than half of the scene's true step.
 """
 
 import dataclasses

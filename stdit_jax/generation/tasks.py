@@ -54,17 +54,17 @@ def check_files(task: str, count: int) -> None:
 def check_length(task: str | None, loops: int, num_frames: int, wanted: int | None, autoencoder: Any) -> None:
   """Raises ValueError unless the last latent frames of a clip cover the same numbers of frames as its first ones.
 
-  Otherwise they cannot be the first latent frames of another clip. An autoencoder that works in chunks (Open-Sora 1.2's) needs
-  whole chunks. CogVideoX's autoencoder needs clips whose first frame has no latent frame of its own.
+  Otherwise the last ones cannot start another clip, and the first ones cannot end one. An autoencoder that works in chunks
+  (Open-Sora 1.2's) needs whole chunks. CogVideoX's autoencoder needs clips whose first frame has no latent frame of its own.
 
   Args:
     task: None without a task; wanted: --condition-frames, None for the default; autoencoder: its configuration.
   """
-  # Only here do last latent frames of a clip or file start another clip.
+  # In other tasks no clip starts with the last latent frames of another clip, or ends with the first ones of a clip or video.
   if task not in ("extend-backward", "connect", "loop") and not (loops > 1 and task in (None, *GOES_ON)):
     return
 
-  def joins(frames, wanted):
+  def joins(frames, wanted):  # whether clips of `frames` frames can share so many latent frames
     count, of_each = autoencoder.latent_frames(frames), np.diff(autoencoder.frame_starts(frames))
     length = default_length(count, autoencoder.group, task) if wanted is None else wanted
     given = length * (2 if task in ("connect", "loop") else 1)
@@ -76,7 +76,8 @@ def check_length(task: str | None, loops: int, num_frames: int, wanted: int | No
   if joins(num_frames, None):
     lengths = [str(n) for n in range(1, autoencoder.latent_frames(num_frames)) if joins(num_frames, n)]
     raise ValueError(
-      f"--condition-frames is {wanted}, no whole chunk of latent frames; allowed for {what}: {', '.join(lengths)}"
+      f"--condition-frames is {wanted}; for {what} the given latent frames must be whole chunks, and some must be left to "
+      f"generate. Allowed: {', '.join(lengths)}"
     )
   near = sorted(filter(lambda n: joins(n, None), range(1, 2 * num_frames + 100)), key=lambda n: abs(n - num_frames))[:2]
   raise ValueError(

@@ -133,7 +133,7 @@ def next_batch(found: Found) -> int | None:
   n = round_down(predict(found))
   if failed and n >= (least := min(failed)):  # the line is wrong there: try 5 % less, then 20 %, then half
     n = max(high, round_down(int(least * (1 - min(0.5, 0.05 * 4 ** (len(failed) - 1))))))
-  if len(found.results) == 1 and n <= high:  # only the largest growth is known: one more sample may fit
+  if len(found.results) == 1 and n <= high:  # only an upper bound of the growth is known: one more may fit
     n = high + (result["peak"] + LEAST * most_growth(result, high) <= result["limit"])
   return n if n > high * WORTH and n not in found.results else None
 

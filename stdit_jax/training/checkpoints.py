@@ -61,7 +61,7 @@ class DamagedCheckpointError(ValueError):
 
 class _Manager(ocp.CheckpointManager):
   def reached_preemption(self, step):
-    """Always False: only signals.py asks the runtime. It passes its own count, not to be mixed with Orbax's steps."""
+    """Always False: only signals.py may ask the runtime, since its own counter and Orbax's steps would conflict."""
     return False
 
 
@@ -77,7 +77,7 @@ class Checkpoints:
     self._output = paths.absolute(output)
     self.folder = paths.join(self._output, "checkpoints")
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True, create=True)
-    # Without these handlers a new process could not read the shapes of an item on other devices than the writer's.
+    # Without these handlers a process could not read the shapes of an item that was written on other devices.
     handlers: dict[str, Any] = {name: ocp.StandardCheckpointHandler() for name in ("params", "ema", "opt", "constants")}
     handlers["position"] = ocp.JsonCheckpointHandler()
     self._manager = _Manager(self.folder, options=options, item_handlers=handlers)

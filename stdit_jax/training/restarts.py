@@ -134,7 +134,8 @@ class Restarts:
   def _check_data(self, step, parts, position):
     """Whether the stage continues the data of the checkpoint. If not, raises ValueError, unless `restart_data` is set."""
     restart = self.run.config.restart_data
-    # The checkpoint ends the previous stage. This stage was added or renamed since then, so it begins with its own data.
+    # The checkpoint is the end of the previous stage and does not name this stage, which was added or renamed since then. So
+    # this stage begins with its own data.
     if step == parts.stage.start and position["stage"] != parts.stage.name:
       return True
     same = parts.data.check_same(position["data"], restart)

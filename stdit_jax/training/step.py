@@ -129,7 +129,7 @@ def update(
   """
   count = jnp.maximum(accumulator["count"], 1.0)
   gradients = jax.tree.map(lambda g, s: g / count if s else jnp.zeros_like(g), accumulator["gradients"], scales)
-  # Names of the parameters, then of the discriminator alone. Their gradients are clipped separately.
+  # [[names of all parts but the discriminator], [name of the discriminator]]. Each list is clipped by its own norm.
   apart = [[name for name in gradients if (name == ADVERSARY) is adversary] for adversary in (False, True)]
   norms = [optax.tree.norm({name: gradients[name] for name in names}) for names in apart if names]
   finite = functools.reduce(jnp.logical_and, map(jnp.isfinite, norms)) & jnp.isfinite(accumulator["count"])

@@ -73,9 +73,9 @@ def change_model(
   values, averages = by_name(state["params"], frozen), by_name(state["ema"])
   fate = fates(values, by_name(*shapes), objective.resizable)
   changed, trained = fate["new"] | fate["resized"], by_name(params).keys()
-  names = changed, changed & trained  # the changed names in `values` and in `averages`
+  names = changed, changed & trained  # the changed names in `values` and in `averages`; all pairs below have this order
 
-  def make(key, *before):  # `before`: the arrays to resize, in `values` and in `averages`
+  def make(key, *before):  # `before`: the arrays to resize
     # Weakly typed values would make every program trace again after the first update.
     fresh = {n: jax.lax.convert_element_type(x, x.dtype) for n, x in by_name(*objective.init(key)).items()}
     return [
@@ -87,17 +87,17 @@ def change_model(
   made = jax.jit(make, out_shardings=[{n: places[n] for n in these} for these in names])(key, *resized)
   values, averages = values | made[0], averages | made[1]
 
-  def tree(shapes, by_name):
-    return jax.tree_util.tree_map_with_path(lambda path, _: by_name[path_name(path)], shapes)
+  def tree(shapes, leaves):
+    return jax.tree_util.tree_map_with_path(lambda path, _: leaves[path_name(path)], shapes)
 
   new = {"params": tree(params, values), "ema": tree(params, averages)}
-  moments = tree_shardings(jax.eval_shape(optimizer.init, params), mesh, objective.rules)
-  fresh = jax.jit(optimizer.init, out_shardings=moments)(new["params"])
-  old = by_name(state["opt"])
+  shardings = tree_shardings(jax.eval_shape(optimizer.init, params), mesh, objective.rules)
+  fresh_moments = jax.jit(optimizer.init, out_shardings=shardings)(new["params"])
+  old_moments = by_name(state["opt"])
 
   def moment(path, fresh):
     name = path_name(path)  # such as 0/mu/denoiser/...: the name of the parameter follows two keys
-    return old[name] if name.split("/", 2)[2] in fate["kept"] else fresh
+    return old_moments[name] if name.split("/", 2)[2] in fate["kept"] else fresh
 
-  new["opt"] = jax.tree_util.tree_map_with_path(moment, fresh)
+  new["opt"] = jax.tree_util.tree_map_with_path(moment, fresh_moments)
   return new, tree(constants, values)

@@ -90,7 +90,8 @@ def test_lengths_that_split_a_chunk_are_refused(trained, capsys):
      "ones, and some must be left to generate. Give 51 or 68\n"),
     (["endless", "--loops", "2"], "--num-frames is 20; for --loops the last latent frames of a clip must cover as many"),
     (["endless", "--loops", "2", "--num-frames", "34", "--condition-frames", "3"],
-     "--condition-frames is 3, no whole chunk of latent frames; allowed for --loops: 5\n"),
+     "--condition-frames is 3; for --loops the given latent frames must be whole chunks, and some must be left to generate. "
+     "Allowed: 5\n"),
   ):  # fmt: skip
     with pytest.raises(SystemExit):
       sample.main([*arguments, *task])
