@@ -58,9 +58,9 @@ def _adaptation(original, config):
   """The eight stages of report 03 from PixArt-Sigma 2K to STDiT-3.
 
   The report names the changes and optimizer steps of each stage. Open-Sora published one configuration of the adaptation, that
-  of the last stage ("adapt"). All stages take that configuration's learning rate without warm-up, average and buckets. Only
-  the last stage trains on clips. Earlier stages use the image buckets, and the image bucket of 2048 from stage 1: the report
-  says "from 144p to 2K". The report mentions no stage that keeps its optimizer.
+  of the last stage ("adapt"). All stages take that configuration's learning rate, average and buckets, and have no warm-up.
+  Only the last stage trains on clips. Earlier stages use the image buckets, and the image bucket of 2048 from stage 1: the
+  report says "from 144p to 2K". The report mentions no stage that keeps its optimizer.
   """
   images = original["adapt"]["buckets"] | {"2048": original["stage1"]["buckets"]["2048"]}
   now = {

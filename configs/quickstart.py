@@ -39,7 +39,8 @@ def get_config():
   config.data.drop_last = False  # works with a handful of videos
   config.data.windows_per_row = 1  # the cache then encodes every clip once
   config.data.workers = 1
-  # loc=1.0 draws mostly noisy timesteps, which decide layout and text. An error at t weighs (t / 1000)^2 in the video.
+  # loc=1.0 draws mostly noisy timesteps, which decide layout and text. In the predicted video, a squared error at timestep t
+  # has the weight (t / 1000)^2.
   config.diffusion.fields = dict(sample_method="logit-normal", loc=1.0, use_timestep_transform=False)
   config.mask_ratios = dict(image_head=0.05, random=0.05)
   config.optimizer.update(learning_rate=8e-4, b2=0.95, warmup_steps=50, eps=1e-8)

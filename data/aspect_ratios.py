@@ -1,7 +1,7 @@
 """Resolution names, aspect ratios and clip lengths of Open-Sora, from `tables/aspect_ratios.json`, and the resolution 64p.
 
 A resolution name ("240p") stands for a number of pixels and a table {aspect-ratio key: (height, width)}. A key is
-height / width rounded to two decimals, as text ("0.56"). Names such as "9:16" are height:width, so 9:16 is landscape.
+about height / width, as text ("0.56"). Names such as "9:16" are height:width, so 9:16 is landscape.
 """
 
 import difflib
@@ -18,7 +18,7 @@ _TABLE = json.loads((pathlib.Path(__file__).parent / "tables" / "aspect_ratios.j
 # {name: {key: (height, width)}}, in the order of Open-Sora's tables. The first of two equally close ratios wins.
 SIZES = {n: {k: tuple(hw) for k, hw in r["sizes"].items()} for n, r in _TABLE["resolutions"].items()}
 NUM_PIXELS = {n: r["num_pixels"] for n, r in _TABLE["resolutions"].items()}
-# 64p is for models that train on a laptop. A key is the ratio of its two sides, which are multiples of 8.
+# 64p is for models that train on a laptop. Its sides are multiples of 8, so a key can differ from their ratio by up to 0.12.
 SIZES["64p"] = {"0.56": (48, 80), "0.75": (56, 72), "1.00": (64, 64), "1.33": (72, 56), "1.78": (80, 48)}
 NUM_PIXELS["64p"] = 64 * 64
 RATIO_NAMES: dict[str, str] = _TABLE["ratio_names"]

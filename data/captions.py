@@ -1,8 +1,8 @@
 """Captions: cleaning, score suffixes, tokens.
 
 `clean_caption` repeats the cleaning of Open-Sora 1.1 and 1.2 (`text_preprocessing`, from DeepFloyd IF and PixArt), pattern by
-pattern. At inference every prompt is cleaned twice. As in Open-Sora, the training does not clean captions. The step `clean` of
-`data.prepare` can clean the table before.
+pattern. At inference every prompt is cleaned twice. As in Open-Sora, the training does not clean captions by default
+(`text_encoder.clean_captions`). The step `clean` of `data.prepare` can clean the table before.
 """
 
 import functools

@@ -292,9 +292,9 @@ class Cache:
     identity = plan_identity(config, table)
     self.epochs = min(e.epochs(identity) for e in (latents, text) if e is not None)
     made_for = [m for part in latents.parts for m in part.made_for]
-    self._rounds = max((m["epochs"] for m in made_for), default=0)  # most epochs that were encoded for any plan
+    self._most_epochs = max((m["epochs"] for m in made_for), default=0)  # that were encoded for any plan
     changes = [plan.changed_keys(m["plan"], identity) for m in made_for if m["plan"] != identity]
-    self._changes = min(changes, key=len, default=[])
+    self._changes = min(changes, key=len, default=[])  # from the most similar encoded plan to this plan
     self._captions_change = text is not None and table.captions_change(config.scores)
 
   def source(self, epoch: int, plan_of: Callable[[int], plan.Plan]) -> int:
@@ -306,8 +306,8 @@ class Cache:
       return self.followed[epoch]
     if self._holds(epoch, plan_of):
       return epoch
-    if not self.epochs:  # no part names this plan, for instance after a change of batch sizes: look for complete epochs
-      self.epochs = next((e for e in range(self._rounds) if not self._holds(e, plan_of)), self._rounds)
+    if not self.epochs:  # no part names this plan, for instance after a change of batch sizes: check epochs 0, 1, ...
+      self.epochs = next((e for e in range(self._most_epochs) if not self._holds(e, plan_of)), self._most_epochs)
     if self.epochs:
       return epoch % self.epochs
     folder, why = os.path.dirname(self.latents.folder), "; ".join(self._changes) or "encode has not finished"
@@ -326,7 +326,8 @@ class Cache:
 
   def _epochs_like(self, epoch):
     """Epochs to look up for `epoch`, best first: `epoch`, the epoch that `epoch` repeats, then all encoded epochs."""
-    return filter(self._has_key, dict.fromkeys([epoch, epoch % (self.epochs or self._rounds or 1), *range(self._rounds)]))
+    most = self._most_epochs
+    return filter(self._has_key, dict.fromkeys([epoch, epoch % (self.epochs or most or 1), *range(most)]))
 
   def other_captions(self, epoch: int) -> bool:
     """Whether the cache may lack captions of an epoch. Rows then keep the caption of an earlier epoch."""
@@ -438,7 +439,7 @@ def shard_writer(part: Part, numbers: Sequence[int], features: Any) -> Generator
       ):
         for wanted in part.keys[slice(*part.starts[number : number + 2])]:
           key, record = yield
-          # A failed record must not shift the following ones: such a shard would look complete.
+          # If the caller skipped a record, the following records would get wrong keys without a sign of it.
           assert key == wanted, (key, wanted, temporary)
           writer.write(features.serialize_example(record))
     except RuntimeError as error:  # array_record's error for a disk

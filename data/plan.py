@@ -109,7 +109,7 @@ def build_epoch(table: sources.Table, config: DataConfig, epoch: int) -> tuple[n
   members, reason, refused = _members(sizes, config, epoch)
   lines, steps, slots = [], [], []
   for i, (b, (rows, ratio)) in enumerate(zip(parsed, members)):
-    # The seed of a fixed set does not depend on i: other buckets must not change the set.
+    # With `rows_per_bucket` the seed does not depend on i: other buckets must not change the selected rows.
     rng = np.random.default_rng([config.seed, epoch, 0 if config.rows_per_bucket else i, 1])
     order = rng.permutation(len(rows))[: config.rows_per_bucket]
     size = b.batch_size or 1  # a bucket without a batch size has no rows

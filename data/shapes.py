@@ -36,8 +36,9 @@ LENGTHS = (5, 9)  # frames, for buckets of 4 and 8 frames: a clip must be longer
 FPS = 8
 SIDES = tuple((2 * height, 2 * width) for height, width in aspect_ratios.SIZES["64p"].values())  # height, width
 NOT_LONG = (160, 96)  # "train" has only short clips of this size
-# SIZE is about half the side of a single object, SMALL of each of two. To stay inside the frame, a large object starts near
-# an edge, so its first frame shows its direction. With 0.15, a model without frame positions learned no direction in two hours.
+# Half a side of an object that is alone (SIZE) or one of two (SMALL). To stay inside the frame, a large object starts at the
+# edge that it moves away from, so its first frame shows its direction. With SIZE 0.15, a model without frame positions learned
+# no direction in two hours.
 SIZE, SMALL = 0.24, 0.13
 HELD_OUT = 9  # "train" lacks one combination in 9
 VERSION = 4  # of tables and drawings: raise it when they change

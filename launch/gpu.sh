@@ -13,8 +13,8 @@
 #   --install                 makes the Python environment, and does not train
 #   --dry-run                 prints the commands instead of running them
 #
-# One process drives all GPUs of its host. All hosts must see the output folder (a shared disk or gs://). After exit code 75
-# the training starts again (launch/supervise.sh). After Ctrl-C it saves and ends.
+# One process drives all GPUs of its host, or with --cluster one GPU. All hosts must see the output folder (a shared disk or
+# gs://). After exit code 75 the training starts again (launch/supervise.sh). After Ctrl-C it saves and ends.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/common.sh

@@ -18,7 +18,7 @@
 #   stop      lets the training save, then ends it
 #   delete    deletes the machine
 #
-# A command whose work is done already does nothing.
+# create, install, run, stop and delete do nothing if their work is already done.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 multislice=''

@@ -5,8 +5,8 @@
 
 LARGEST fills the memory. EQUAL makes the steps of all buckets take about the same time. For 240p x 1, 256 x 1 and 144p x 1
 the search counted the next batch, which the host prepares during the step. For the other buckets arithmetic shows that the
-next batch fits. LARGEST of 240p x 1 is outdated: the present code needs more memory per sample. To use a table, set the mesh
-of the command above and write a stage:
+next batch fits. LARGEST of 240p x 1 is outdated: the present code needs more memory per sample. To use a table, keep the mesh
+of the configuration and write a stage:
   dict(name=..., steps=..., **EQUAL[name])
 """
 

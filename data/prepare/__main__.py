@@ -2,7 +2,7 @@
 
   python -m data.prepare run    --config configs/data/local.py [--config.output=... --config.scenes.min_seconds=1]
   python -m data.prepare status --config configs/data/local.py     finished, failed and remaining work of a run
-  python -m data.prepare table  FOLDER -o table.csv                only the columns that training needs
+  python -m data.prepare table  FOLDER -o table.csv                only path, frames, size and rate of each file
   python -m data.prepare check  TABLE --config configs/film.py     reads every clip as training does
   python -m data.prepare report TABLE -o report.html               histograms and contact sheets of any table
   python -m data.prepare film   --output FOLDER                    the data of the quick start, see data/prepare/film.py

@@ -1,9 +1,13 @@
 """A run: a chain of steps over a table in shards, on one machine or several.
 
-Each shard stores a key: a digest of everything that decides the shard. A run keeps a shard if it has the expected key and no
-rows to retry, and makes all others. So the same command resumes a killed run. The key covers the settings, the rows, and the
-size and modification time of sources (`Collect`) and of files beside them (`states_beside`). It covers only the names of
-weights, tokenizers and endpoints. If such a file changes under its name, delete the step's folder to repeat the step.
+A step's *recipe* is its name, version and settings. Its *facts* are what it gathers from the whole table. A shard's *identity*
+is a digest that stands for its rows. Its *key* is a digest of all that decides the shard: recipe, facts, the input shard's
+identity, and the size and modification time of files beside the sources (`states_beside`).
+
+Each shard stores its key and identity. A run keeps a shard if it has the expected key and no rows to retry, and makes all
+others. So the same command resumes a killed run. Size and modification time of the sources are part of the rows (`Collect`).
+Weights, tokenizers and models count by name only, and an endpoint's address does not count. If the contents behind a name
+change, delete the step's folder to repeat the step.
 """
 
 from __future__ import annotations
@@ -129,8 +133,8 @@ class Chain:
     """Lists the files, or takes the list of another machine.
 
     All machines of a run need one list, although files may appear meanwhile. So a machine takes the newest list. It makes a
-    new list only if its earlier run already used the newest one. If several machines list at the same moment, `_missing` finds
-    the differences.
+    new list if its earlier run already used the newest one, or if no list has its recipe. If several machines list at the same
+    moment, `_missing` finds the differences.
     """
     source = self.steps[name]
     assert isinstance(source, Collect)
@@ -170,17 +174,17 @@ class Chain:
     return {part: meta["identity"] for part, key in keys if (meta := self._meta(name, part)).get("key") == key}
 
   def _expected_keys(self, name: str) -> dict[str, str]:
-    """{shard: key that a current shard of this step has}, for the shards that are current in the previous step."""
+    """{shard: key that the step must give it}, for the shards that are up to date in the previous step."""
     step, before = self.steps[name], self._before(name)
-    sources = self._identities(before)
-    if not sources or (step.gathers and len(sources) < len(self.parts(self._source))):
+    inputs = self._identities(before)
+    if not inputs or (step.gathers and len(inputs) < len(self.parts(self._source))):
       return {}  # the facts are not known yet
-    facts, keys = self._gathered(name, sources)[1] if step.gathers else None, {}
-    for part, mark in sources.items():
-      place = step.beside, mark  # shards of one identity have the same rows, so the same files
+    facts, keys = self._gathered(name, inputs)[1] if step.gathers else None, {}
+    for part, identity in inputs.items():
+      place = step.beside, identity  # shards of one identity have the same rows, so the same files
       if place not in self._states:  # read once per run: the next run notices later changes
         self._states[place] = states_beside(step, self._path(before, part))
-      keys[part] = digest([step.recipe(), mark, facts, *self._states[place]])
+      keys[part] = digest([step.recipe(), identity, facts, *self._states[place]])
     return keys
 
   def _through(self, last: str) -> list[str]:
@@ -192,12 +196,12 @@ class Chain:
     """The step before `name`. The first step has none: the result is this step itself."""
     return self._through(name)[-2:][0]
 
-  def _gathered(self, name: str, sources: dict[str, str]) -> tuple[Any, str]:
-    """(facts that a step gathers from the whole table, their digest)."""
-    mark = digest(sources)
-    if self._facts.get(name, ("", None, ""))[0] != mark:
+  def _gathered(self, name: str, inputs: dict[str, str]) -> tuple[Any, str]:
+    """(facts that a step gathers from the whole table, their digest). `inputs`: identities of the previous step's shards."""
+    table = digest(inputs)
+    if self._facts.get(name, ("", None, ""))[0] != table:
       facts = self.steps[name].gather(self.scan(self._before(name)))
-      self._facts[name] = (mark, facts, digest(_plain(facts)))
+      self._facts[name] = (table, facts, digest(_plain(facts)))
     return self._facts[name][1:]
 
   def _run_step(self, name: str, step: Step, before: str) -> None:
@@ -289,7 +293,7 @@ class Chain:
     return text + _told_failures(step, counts.errors, counts.retry, self.tables(name) if counts.done == counts.shards else [])
 
   def counts(self, name: str, of: Collection[str] | None = None) -> Counts:
-    """State of a step over the shards in `of`, or (None) over the shards that the present settings made."""
+    """State of a step, counted over the shards in `of`. None: over all shards that the present settings made."""
     step, before, wanted = self.steps[name], self._before(name), self.parts(self._source)
     if of is None:
       recipe = step.recipe()
@@ -309,7 +313,7 @@ class Chain:
     return Counts(len(wanted), len(present), rows_in, rows, errors, retry, seconds, dict(counted))
 
   def _reusable_shards(self, name: str) -> list[str]:
-    """Shards of a step that the next run keeps if no file is new and no failed row succeeds."""
+    """Shards of a step that are up to date, by their settings and input. They may have rows to retry."""
     step = self.steps[name]
     if isinstance(step, Collect):
       return [part for part in self.parts(name) if self._meta(name, part).get("recipe") == step.recipe()]

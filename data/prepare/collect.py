@@ -95,16 +95,16 @@ class Collect(Step):
     """Updates existing shards from the list `found`. Returns the listed rows that are in none of these shards."""
     shards = [_plain_crops(scan(paths.join(folder, name))).with_columns(_part=pl.lit(i)) for i, name in enumerate(names)]
     old = pl.concat(shards, how="diagonal_relaxed").collect().with_row_index("_row")
-    # A range and the whole file are different rows, even if only one of the two tables has the column `start`.
+    # A column that only the list or only the shards have is null in the other: a row without `start` is the whole file.
     key = [name for name in _KEY if name in found.columns or name in old.columns]
     found = found.with_columns(pl.lit(None, old.schema[k]).alias(k) for k in key if k not in found.columns)
     old = old.with_columns(pl.lit(None, found.schema[k]).alias(k) for k in key if k not in old.columns)
     was = pl.col("changed") if "changed" in old.columns else pl.lit(None, pl.Int64)  # older versions have no such column
     rows = old.select("_part", "_row", *key, was.alias("_was")).join(found, on=key, how="inner", nulls_equal=True)
-    rows = rows.with_columns(pl.coalesce("changed", "_was").alias("changed")).drop("_was")  # None: the file is missing
+    rows = rows.with_columns(pl.coalesce("changed", "_was").alias("changed")).drop("_was")  # a missing file keeps its time
     if not self.forget:  # a deleted file keeps its row and fails in the step that reads it
       rows = pl.concat([rows, old.join(found, on=key, how="anti", nulls_equal=True)], how="diagonal_relaxed")
-    # The order of the first run: another order would look like a change.
+    # Columns and rows have the order of the first run: another order would change the digest of a shard.
     rows = rows.select(*found.columns, *(c for c in rows.columns if c not in found.columns))
     by_part = rows.sort("_row").partition_by("_part", as_dict=True)
     for i, name in enumerate(names):
@@ -112,10 +112,10 @@ class Collect(Step):
     return found.join(old, on=key, how="anti", nulls_equal=True, maintain_order="left")
 
   def _write(self, path: str, table: pl.DataFrame) -> None:
-    mark = hashlib.sha256(table.write_ndjson().encode()).hexdigest()[:32]
+    rows = hashlib.sha256(table.write_ndjson().encode()).hexdigest()[:32]
     old, recipe = read_meta(path) or {}, self.recipe()
-    if old.get("key") != mark or old.get("recipe") != recipe:
-      write_shard(path, table.lazy(), {"key": mark, "identity": mark, "retry": 0, "seconds": 0.0, "recipe": recipe})
+    if old.get("key") != rows or old.get("recipe") != recipe:
+      write_shard(path, table.lazy(), {"key": rows, "identity": rows, "retry": 0, "seconds": 0.0, "recipe": recipe})
 
   def _listed(self, source: str, own: Sequence[str]) -> pl.DataFrame:
     """The files of one source as a table, in an order that does not depend on the file system."""

@@ -293,7 +293,7 @@ class Cut(RowStep):
 
 
 def _existing(clip: Clip) -> VideoInfo | None:
-  """Size and rate of a clip that an earlier run wrote; None if it or its image is missing or damaged."""
+  """Size and rate of a clip that an earlier run wrote; None if it is missing or damaged, or if its image is missing."""
   with contextlib.suppress(BadVideo):
     return probe(clip.output) if clip.picture is None or paths.exists(clip.picture) else None
 

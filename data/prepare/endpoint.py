@@ -145,7 +145,7 @@ class Endpoint:
       try:
         useful = self._check(answer)
       except ValueError as error:
-        reason, seed = f"a useless answer ({error})", seed + 1  # after a lost answer the seed stays
+        reason, seed = f"a useless answer ({error})", seed + 1  # a request without an answer keeps its seed
       else:
         self._cache.put(key, answer)
         return useful

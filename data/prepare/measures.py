@@ -18,7 +18,7 @@ from data.prepare.steps import at_least
 _FLOW_SIZE = (576, 320)  # width and height of the frames whose flow Open-Sora measures
 _PRESETS = ("ultrafast", "fast", "medium")
 CLASSES = ("static", "pan_left", "pan_right", "tilt_up", "tilt_down", "zoom_in", "zoom_out")  # captions name them
-_DARK = 16.0  # mean grey (0 to 255) of a black frame, largest grey of a black bar
+_DARK = 16.0  # a frame with a lower mean grey (0 to 255) is black; black bars may be 8 brighter
 _SAME = 0.25  # mean difference (0 to 255) below coding noise: the two frames show the same image
 
 

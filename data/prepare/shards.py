@@ -1,8 +1,8 @@
 """Shards of tables: the parquet files of a step, one for each shard of the previous step. The metadata hold the provenance.
 
-* `key`: digest of the step, its settings, the identity of the input shard and the facts gathered over the whole table.
+* `key`: digest of all that decides the shard, see data/prepare/chain.py.
 * `identity`: stands for this shard in keys of the next step. It is `key`, or with rows to retry a digest of `key` and these
-  rows. If the step gathers facts, it is a digest of the shard's rows.
+  rows. If the step gathers facts, it is a digest of the shard's rows. `Collect` uses such a digest as key and identity.
 
 A failed row keeps its place, with the reason in `error`, and later steps pass it on unchanged. `retry` is true if the reason is
 temporary (no answer, no file).
@@ -117,7 +117,7 @@ def tables_in(source: str) -> list[str]:
 def refuse_overwriting(target: str, read: Iterable[str]) -> None:
   """Raises ValueError if the output is one of the inputs."""
   if os.path.realpath(target) in map(os.path.realpath, read):
-    raise ValueError(f"{target} is a file that is read: give another name for the output")
+    raise ValueError(f"{target} is an input of this command: give another name for the output")
 
 
 def with_failures(table: pl.LazyFrame) -> pl.LazyFrame:

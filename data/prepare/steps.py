@@ -201,7 +201,7 @@ def run_shard(step: Step, source: str, target: str, key: str, context: Context) 
   table = with_failures(scan(source))
   if missing := [name for name in step.needs if name not in table.collect_schema().names()]:
     raise ValueError(f"{step.title} needs the column {' and '.join(missing)}, which {source} doesn't have")
-  mark, retry = key, 0
+  identity, retry = key, 0
   try:
     result = step.transform(table, context)
     if step.fails:
@@ -210,12 +210,13 @@ def run_shard(step: Step, source: str, target: str, key: str, context: Context) 
       failed = result.with_row_index("_i").filter(passing).collect()["_i"].to_list()
       # An earlier step with the same title has failures of its own.
       retry = len(failed) - row_count(table.filter(passing))
-      mark = digest([key, failed]) if retry else key
+      identity = digest([key, failed]) if retry else key
     if step.gathers:
-      mark = content(result)  # a new row changes the facts and so all keys, but the rows of few shards
+      # A new row changes the facts, so all keys of this step. Later steps keep the shards whose rows stay the same.
+      identity = content(result)
   except pl.exceptions.PolarsError as error:
     raise ValueError(f"{step.title}: {polars_line(error)}") from None
-  seconds = round(time.monotonic() - begin, 3)
-  meta = {"key": key, "identity": mark, "retry": retry, "recipe": step.recipe(), "counts": context.counts, "seconds": seconds}
+  took = round(time.monotonic() - begin, 3)
+  meta = {"key": key, "identity": identity, "retry": retry, "recipe": step.recipe(), "counts": context.counts, "seconds": took}
   write_shard(target, result, meta)
   return meta

@@ -1,4 +1,4 @@
-"""Lists the files of a folder or a table with the columns that training needs: path, num_frames, height, width, fps.
+"""Lists the files of a folder or a table with path, num_frames, height, width and fps. Training also needs `text`.
 
   python -m data.prepare table FOLDER -o table.csv      all videos and images below a folder
   python -m data.prepare table TABLE -o new.parquet     the files of a table, which keeps its other columns

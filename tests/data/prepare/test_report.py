@@ -201,7 +201,7 @@ def test_inputs_are_not_overwritten(table, tmp_path, capsys):
   for command in (["report", "-o"], ["check", f"--config={table / 'training.py'}", "--bad"]):
     arguments = [*command, str(tmp_path / "link.parquet"), str(tmp_path / "t.parquet")]
     assert main.main([*arguments, "--workers=1"]) == 2
-    assert "is a file that is read: give another name" in capsys.readouterr().err
+    assert "is an input of this command: give another name" in capsys.readouterr().err
   assert (tmp_path / "t.parquet").read_bytes() == (table / "t.parquet").read_bytes()
 
 

@@ -101,7 +101,7 @@ def test_errors(clips, capsys):
   mistakes = (
     ("nothing.csv", "t.csv", "does not exist"),
     ("clips", "t.txt", "must end in .csv or .parquet"),
-    ("none.csv", "none.csv", "is a file that is read: give another name"),
+    ("none.csv", "none.csv", "is an input of this command: give another name"),
     ("none.csv", "t.csv", "has no usable file: all 1 failed"),
   )
   for source, output, message in mistakes:
