@@ -9,8 +9,8 @@
       144p:102:2560 --bucket 144p:51:4864 --bucket 144p:1:46336 --write-buckets \\
       configs/batches/open_sora_1_2_stage1_v5e_16x16.py --output /tmp/v5e_s1.json
 
-LARGEST fills the memory. EQUAL makes the steps of all buckets take about the same time. To use a table, set the mesh
-of the command above and write a stage:
+LARGEST fills the memory. EQUAL makes the steps of all buckets take about the same time. To use a table, train
+on the mesh of this plan and write a stage:
   dict(name=..., steps=..., **EQUAL[name])
 """
 

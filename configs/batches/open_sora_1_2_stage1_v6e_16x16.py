@@ -9,8 +9,8 @@
       144p:102:5376 --bucket 144p:51:11776 --bucket 144p:1:149248 --write-buckets \\
       configs/batches/open_sora_1_2_stage1_v6e_16x16.py --output /tmp/v6e_s1.json
 
-LARGEST fills the memory. EQUAL makes the steps of all buckets take about the same time. To use a table, set the mesh
-of the command above and write a stage:
+LARGEST fills the memory. EQUAL makes the steps of all buckets take about the same time. To use a table, train
+on the mesh of this plan and write a stage:
   dict(name=..., steps=..., **EQUAL[name])
 """
 

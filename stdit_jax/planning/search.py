@@ -183,8 +183,8 @@ def fragment(stages: Sequence[Stage], found: dict[tuple, Found], equal: dict[tup
     "",
     " \\\\\n".join(textwrap.wrap(command, 120, initial_indent="  ", subsequent_indent="      ", break_on_hyphens=False)),
     "",
-    "LARGEST fills the memory. EQUAL makes the steps of all buckets take about the same time. To use a table, set the mesh",
-    "of the command above and write a stage:",
+    "LARGEST fills the memory. EQUAL makes the steps of all buckets take about the same time. To use a table, train",
+    "on the mesh of this plan and write a stage:",
     "  dict(name=..., steps=..., **EQUAL[name])",
     '"""',
   ]

@@ -134,7 +134,7 @@ def clips(tmp_path_factory):
   for i in range(6):
     path = write_video(folder / f"clip {i}.mp4", two_scenes(12 + i, 0))
     rows.append({"path": str(path), "text": f"Clip number {i}.", "num_frames": 12 + i, "height": 72, "width": 128, "fps": 24.0,
-                 "id": f"{i:016x}", "flow": 1.5, "cmotion": "static", "split": "train" if i < 4 else "validation",
+                 "id": f"{i:016x}", "flow": 1.5, "cmotion": "static", "label": i, "split": "train" if i < 4 else "validation",
                  "error": None if i else "probe: bad", "hash": "x"})  # fmt: skip
   pl.DataFrame(rows).write_parquet(folder / "in.parquet")
   return folder
@@ -149,6 +149,7 @@ def test_the_loader_reads_the_table(clips, tmp_path):
   table = pl.read_parquet(clips / "train.parquet")
   assert table["path"].to_list() == [f"clip {i}.mp4" for i in (1, 2, 3)]
   assert "hash" not in table.columns
+  assert table["label"].to_list() == [1, 2, 3]
   assert pl.read_parquet(clips / "validation.parquet").height == 2
   config = data_config.DataConfig.create(
     dict(tables=(str(clips / "train.parquet"),), buckets=(("144p", 8, 1.0, 3),), workers=0)
