@@ -2,8 +2,8 @@
 
 CogVideoX (Yang et al. 2024, arXiv 2408.06072, section 2.1), as `diffusers.AutoencoderKLCogVideoX` 0.42. Convolutions see only
 the past, and the first frame repeats before the clip. Averaging pairs of frames halves time, and repeating frames doubles it.
-The first of an odd number of frames stays alone in both, so an image is a clip of one frame. Latents scale and shift the norms
-of the decoder.
+If the number of frames is odd, the first frame is neither paired nor repeated, so an image is a clip of one frame. Latents
+scale and shift the norms of the decoder.
 
     clip [N,T,H,W,3] in [-1,1] --Encoder--> moments --> mean, logvar [N,T',H/8,W/8,16] --draw--> z --Decoder--> [N,T,H,W,3]
 

@@ -4,8 +4,8 @@ A piece is what one call of a program computes: a micro batch of frames, or a ch
 chunk. Memory therefore does not grow with the length of a clip. Pieces of one shape share one compiled program.
 Cutting into pieces changes no value.
 
-If the weights lie whole on all devices of a one-dimensional mesh, all devices work. Each device takes one piece, or, if the
-piece is a whole clip, one part of the clip (`frames.over_devices`). This changes no value either. Tiles do (tiles.py).
+If the weights lie whole on all devices of a one-dimensional mesh, the devices share each piece: its frames, its chunks, or the
+parts of a whole clip (`frames.over_devices`). This changes no value either. Tiles do (tiles.py).
 """
 
 import collections
@@ -24,7 +24,7 @@ from jaxtyping import Float, Num
 from stdit_jax.autoencoders.latents import AnyArray, to_uint8
 from stdit_jax.autoencoders.tiles import Tiles, decode_in_tiles, encode_in_tiles, sizes_for, tile_sizes
 
-Parts = Iterator[Any]  # arrays or tuples of arrays, on the device
+Parts = Iterator[Any]  # arrays or tuples of arrays, on the device or in NumPy
 
 
 @functools.cache
@@ -175,18 +175,18 @@ class Codec:
     return sum(times * program.cost_analysis()["flops"] for program, times in self.lower(method, size, num_frames).items())
 
   def encode_parts(self, frames: np.ndarray) -> Parts:
-    """Yields the pieces of `encode`, (mean, std) each, on the device. It does not wait for them."""
+    """Yields the pieces of `encode`, (mean, std) each. Arrays on the device may still be computing."""
     raise NotImplementedError
 
   def decode_parts(self, latents: np.ndarray, num_frames: int) -> Parts:
-    """Yields the pieces of `decode` on the device. It does not wait for them."""
+    """Yields the pieces of `decode`. Arrays on the device may still be computing."""
     raise NotImplementedError
 
   def _call(self, function, *arrays, **static):
     return self.run(function, self.model, self.variables, *arrays, **static)
 
   def _frames_at_a_time(self, num_frames):
-    """Frames of one piece on all devices together. A device takes fewer than `micro_batch` of a short clip; all work."""
+    """Frames of one piece on all devices together. All devices share a short clip, fewer than `micro_batch` frames each."""
     return min(self.micro_batch, -(-num_frames // self.devices)) * self.devices
 
   def _spread(self, array):

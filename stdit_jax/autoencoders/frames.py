@@ -48,11 +48,15 @@ def in_chunks(function: Callable, x: AnyArray, num_frames: int, chunk: int, leng
 
 @dataclasses.dataclass(frozen=True)
 class Frames:
-  """The place of an array's frames `[N, T, ...]` in their clip, for autoencoders that pair frames (CogVideoX's).
+  """Which frames of a clip an array `[N, T, ...]` holds, for autoencoders that pair frames (CogVideoX's).
 
-  A clip may be split over a mesh (inside `shard_map`). Every device then has the same number of frames. If the clip has an odd
-  number of frames, the array of every device has an extra place in front. Device 0 holds the first frame there. On the other
-  devices this place holds no frame of their own, and no result depends on it.
+  A clip may be split over a mesh (inside `shard_map`). All devices then hold equally many frames. If the clip has an odd number
+  of frames, every array has an extra place in front. Device 0 holds frame 0 there. The other devices hold any value there
+  (`-`), and no result depends on it. Nine frames on two devices:
+
+                  array `x`        `with_past(x, 2)`    convolution of 3 frames over it
+      device 0    0 | 1 2 3 4      0 0 0 | 1 2 3 4      0 | 1 2 3 4
+      device 1    - | 5 6 7 8      - 3 4 | 5 6 7 8      - | 5 6 7 8
 
   Attributes:
     count: frames of the whole clip.
@@ -86,7 +90,7 @@ class Frames:
     return list(itertools.accumulate([change] * halvings, Frames.scaled, initial=self))
 
   def membership(self) -> tuple[AnyArray, AnyArray]:
-    """-> (`[T, chunks]`, 1 if the frame belongs to the chunk; `[T]`, 0 for a frame in front that another device holds)."""
+    """-> (`[T, chunks]`, 1 if the frame belongs to the chunk; `[T]`, 1 for own frames, 0 for the extra place `-`)."""
     chunks = self.chunks or (self.count,)
     belongs, own = np.repeat(np.eye(len(chunks), dtype=np.float32), chunks, axis=0), np.ones(self.local, np.float32)
     if self.axis_name is None:
@@ -102,18 +106,21 @@ class Frames:
     return x if self.axis_name is None else jax.lax.psum(x, self.axis_name)
 
   def with_past(self, x: AnyArray, count: int) -> jax.Array:
-    """`x` with the `count` previous frames in front. A device must have so many. Copies of the first frame precede a clip."""
+    """`x` with the `count` previous frames in front: copies of frame 0 before the clip. Needs `count` frames per device."""
     start = jnp.concatenate([jnp.repeat(x[:, :1], count, axis=1), x], axis=1)
     if self.axis_name is None:
       return start
     past = jax.lax.ppermute(x[:, -count:], self.axis_name, [(i, i + 1) for i in range(self.devices - 1)])
-    # Other devices than 0 have no frame for the extra place in front. A past frame fills it, and no result depends on it.
+    # Devices other than 0 fill the extra place with a past frame, only to get the same shape.
     later = [past[:, :1], past, x[:, 1:]] if self.first else [past, x]
     return jnp.where(jax.lax.axis_index(self.axis_name) == 0, start, jnp.concatenate(later, axis=1))
 
 
 def _divides(frames, level):
-  """Whether devices get equally many frames of a level, at least two, beside a single first frame (in all levels or none)."""
+  """Whether a level can be split: after the first frame of an odd number, each device gets equally many frames, at least two.
+
+  The number of frames must be odd in all levels or in none.
+  """
   rest = level.count - level.first
   return rest % level.devices == 0 and rest >= 2 * level.devices and level.first == frames.first
 
@@ -127,9 +134,9 @@ def splits(config: Any, num_frames: int, devices: int) -> bool:
 def over_devices(model: Any, mesh: Mesh, axis_name: str, method: str, batch_axes: tuple[str, ...] = ()) -> Callable:
   """`encode` or `decode` of clips that are split in time over a mesh axis (context parallelism).
 
-  The result is a function to jit, `(variables, x)` to the values of `model.apply(variables, x, method=method)`. Convolutions
-  get their past from the previous device, and norms sum their statistics over all devices. Device 0 holds the first of an odd
-  number of frames, and the other frames are divided evenly (as CogVideoX's SAT code does).
+  Returns a function `(variables, x)` to jit. It computes `model.apply(variables, x, method=method)`. Convolutions get their
+  past from the previous device, and norms sum their statistics over all devices. Device 0 holds the first of an odd number of
+  frames, and the other frames are divided evenly (as CogVideoX's SAT code does).
 
   Args:
     batch_axes: mesh axes that split the batch.
@@ -147,8 +154,8 @@ def over_devices(model: Any, mesh: Mesh, axis_name: str, method: str, batch_axes
       if not _divides(frames, level):
         raise ValueError(
           f"a clip of {x.shape[1]} {'frames' if method == 'encode' else 'latents'} can't be split over the {devices} devices "
-          f"of mesh axis {axis_name!r}: one of its levels has {level.count} frames, and beside a single first frame each "
-          "device needs equally many, at least two; use fewer devices"
+          f"of mesh axis {axis_name!r}: one of its levels has {level.count} frames. Levels must be all odd or all even. After "
+          "the first frame of an odd level, each device needs equally many, at least two. Use fewer devices or another length"
         )
 
     def local(variables, first, rest):

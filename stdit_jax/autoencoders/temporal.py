@@ -4,10 +4,9 @@ Open-Sora v1.2.0, `models/vae/vae_temporal.py` and `vae.py`. Four frames of 8 x 
 
     clip [N,T,H,W,3] --image autoencoder--> image latents [N,T,h,w,4] --in time, 17 frames at a time--> [N,T',h,w,4]
 
-Chunks of 17 frames give 5 latents and are independent of each other, also in the statistics of norms. The last chunk of a clip
-may be shorter. The encoder pads a chunk in front with zeros to a multiple of 4 frames, and the decoder drops as many frames.
-Convolutions in time see only the past, with zeros before the chunk. The image latents are scaled by 0.18215 although they are
-SDXL's. The original trained in this space.
+Chunks of 17 frames give 5 latents and are independent, also in the statistics of norms. The last chunk of a clip may be
+shorter. The encoder pads a chunk in front with zeros to a multiple of 4 frames, and the decoder drops as many frames.
+Convolutions in time see only the past, with zeros before the chunk. Image latents are SDXL's, but with SD's factor 0.18215.
 """
 
 import dataclasses
@@ -41,8 +40,8 @@ class TemporalConfig(AutoencoderConfig):
     filters: channels of the first level; channel_multipliers: of all levels, relative to it.
     temporal_downsample: for each level but the last, whether time is halved after it.
     chunk: frames that are encoded together, 0: the whole clip.
-    shortcut: adds two linear maps beside the network, from the frames of a latent to its mean and back. They start as the
-      average and its repetition, so that the network learns the residual (DC-AE, Chen et al. 2024, section 3.2; DC-AE's
+    shortcut: adds a linear map beside the encoder and one beside the decoder. They start as the average of the frames of a
+      latent, and as its repetition, so that the network learns the residual (DC-AE, Chen et al. 2024, section 3.2; DC-AE's
       shortcut has no parameters). The original has no shortcut, so it cannot load weights trained with one.
   """
 

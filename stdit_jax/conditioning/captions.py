@@ -104,7 +104,8 @@ class Captions:
         raise InputError(f"{s.path}: its text_features have {s.text_features.shape[1]} channels, but {self._taken}")
       if (tokens := len(s.text_features)) > self.length and not self._cut:
         self._cut = True
-        log.warning("cut text_features of %d tokens to text_encoder.max_length=%d, first of %s", tokens, self.length, s.path)
+        what = "%s: cut text_features of %d tokens to text_encoder.max_length=%d; later cuts are not logged"
+        log.warning(what, s.path, tokens, self.length)
       rows = s.text_features[: self.length]
       text[i, : len(rows)], mask[i, : len(rows)] = rows, True
     return {"text": text, "text_mask": mask}

@@ -14,8 +14,8 @@ latent frames and q = T // 4, the clean frames are
   intepolate (1.2)          every second frame, from the first or the second
 
 Two errors of the original are corrected. With T < 4 its quarter masks raise an error (empty range); here q is at least 1.
-With T = 2 its image_head_tail and quarter_head_tail mask all frames, and the loss is 0 / 0; here the last frame is then
-generated, as in the original's `random`.
+With T = 2 its image_head_tail makes all frames clean, and the loss is 0 / 0. Here, if a mask would make all frames clean, the
+last frame is generated, as in the original's `random`.
 """
 
 import dataclasses

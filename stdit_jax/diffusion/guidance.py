@@ -72,7 +72,7 @@ def guided(
   Args:
     denoise: a callable that takes a doubled batch, conditional rows first (it holds the doubled conditions). Or a pair
       (conditional, unconditional) of callables, which run one after the other. Both compute the same numbers.
-    scale: with 1 (a number), a pair runs the conditional branch alone.
+    scale: one number, or one per sample. If it is the Python number 1, a pair runs the conditional branch alone.
     num_channels, guided_channels: latent channels, and how many of them are guided, from the first; None = all.
     interval, rescale: as in `Guidance`; `valid` is for `rescale`.
 

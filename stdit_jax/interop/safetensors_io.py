@@ -298,7 +298,7 @@ def write_checkpoint(
     targets.append(folder / f"{stem}{INDEX_SUFFIX}")
   try:
     existing = _prepare_output(folder, stem, total, overwrite)
-    with contextlib.ExitStack() as stack:  # leaves, and so renames, in reverse order: the index last
+    with contextlib.ExitStack() as stack:  # its end renames the files, last opened first: shards, then the index
       temporary = [stack.enter_context(paths.whole(target)) for target in reversed(targets)][::-1]
       _write_shards(temporary, shards, tensors, metadata or {})
       if len(shards) > 1:

@@ -88,7 +88,7 @@ class Source:
     with contextlib.suppress(CheckpointError):
       needed = mapping.foreign_shape(entry, self.sizes)
       return None if needed == shape else needed
-    with contextlib.suppress(CheckpointError):  # only a config tells the sides of a patch; without one, the file's may fit
+    with contextlib.suppress(CheckpointError):  # without a config, any sides of a patch fit whose product is ours
       mapping.to_ours(entry, np.broadcast_to(np.uint8(0), shape))
       return None
     return entry.shape
@@ -199,7 +199,8 @@ def _load_leaf(source: Source, leaf: Any, entries: list[Entry], sharding: jax.sh
   shape, dtype = tuple(leaf.shape), np.dtype(leaf.dtype)
   readable = [(name := source.name_of(e)) and name not in source.report.mis_shaped for e in entries]
   if not all(readable) and isinstance(leaf, jax.ShapeDtypeStruct):
-    raise CheckpointError(f"{entries[0].path} is not in the file; a non-strict load needs initialised arrays to keep")
+    problem = f"{entries[0].path} is not in the file, or not whole, or has another shape there"
+    raise CheckpointError(f"{problem}; a non-strict load needs initialised arrays to keep their values")
   if not any(readable):
     return leaf if sharding is None else jax.device_put(leaf, sharding)
   sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

@@ -23,8 +23,8 @@ MAX_PERIOD = 10000.0
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 COMPUTE_DTYPES = ("float32", "bfloat16")  # for training; float16 would need a scaled loss
-# Names (of `Layout.axes`) of the axes of tokens `[B, T, S, D]`, for attention over space and over time. Attention does not mix
-# the axis "tokens", so the mesh may split it.
+# Names (of `Layout.axes`) of the dimensions of `[B, T, S, D]` during attention over space and during attention over time.
+# "tokens" names the dimension that this attention does not mix, T or S. The mesh may split it.
 OVER_SPACE, OVER_TIME = ("batch", "tokens", None, None), ("batch", None, "tokens", None)
 
 

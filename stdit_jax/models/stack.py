@@ -88,7 +88,7 @@ def run_blocks(
   """Tokens `[B, T, S, D]` through the layers of a denoiser.
 
   Args:
-    module: the denoiser; it has `config` and `layout`. Its compact method must make the call.
+    module: the denoiser; it has `config` and `layout`. Only its compact method may call `run_blocks`.
     blocks: {name of its parameters: block}, the blocks of one layer in order, called as `block(x, conditions, layer number)`.
     rules: sharding rules of the parameters.
     reuse: `step_cache.Reuse`, or None.
@@ -103,7 +103,7 @@ def run_blocks(
   pyramid = reuse if reuse is not None and isinstance(reuse.cache, step_cache.PyramidBroadcast) else None
 
   def apply(name, params, *inputs):
-    if not capturing or config.scan:
+    if not capturing or config.scan:  # `sow` cannot take values out of a scan
       return blocks[name].apply({"params": params}, *inputs)
     x, state = blocks[name].apply({"params": params}, *inputs, capture_intermediates=True, mutable="intermediates")
     module.sow("intermediates", name, state["intermediates"])
@@ -125,6 +125,7 @@ def run_blocks(
   run = functools.partial(run_layers, layer, scan=config.scan, policy="none" if capturing else config.remat)
   if reuse is None or isinstance(reuse.cache, step_cache.PyramidBroadcast):
     return run(x, (*layers, reuse and reuse.cached))
+  # ResidualCache: the first layer always runs, and its output decides whether the others run.
   first, others = jax.tree.map(lambda p: p[0], layers), jax.tree.map(lambda p: p[1:], layers)
 
   def first_layer(x):

@@ -44,7 +44,7 @@ class STDiTConfig:
   Attributes:
     input_sq_size: side in pixels at which the spatial position embedding has unit scale (STDiT-2 and 3).
     pred_sigma: the model also predicts one variance per channel, for IDDPM. Rectified flow ignores the variances.
-    scan, remat: `scan` and `policy` of `stack.run_layers`. Without `scan`, a profile has one name per block.
+    scan, remat: `scan` and `policy` of `stack.run_layers`. Without `scan`, a profile shows each layer's own instructions.
     compat: "open-sora" scales positions by the size of the *first* sample of the batch, as the originals do. By default
       every sample has its own scale.
   """

@@ -49,8 +49,8 @@ class T5Config:
     feed_forward_proj: "gated-gelu" (v1.1) or "relu" (v1.0).
     dtype: of the computation; norms, softmax and position bias are float32.
     param_dtype: of the parameters; bfloat16 halves the memory of a frozen XXL.
-    relative_bias_std: standard deviation of the initial position biases. None: d_model ** -0.5, as in the original. A larger
-      value makes each head initially attend to other distances than the next one, so an untrained encoder can tell words apart.
+    relative_bias_std: standard deviation of the initial position biases. None: d_model ** -0.5, as in the original. With a
+      larger value, each head initially attends to distances of its own, so an untrained encoder can tell words apart.
     scan, remat: `scan` and `policy` of `stack.run_layers`.
   """
 

@@ -126,7 +126,7 @@ def cudnn_kernel(
 
 
 def _block(length):
-  """(block, padded length): the block of 256 to 1024 with the least padding, the larger of two equals. 128 up to length 256."""
+  """(block size, padded length): 128 up to length 256, else the size of 256 to 1024 that pads least (the largest of equals)."""
   blocks = range(256, 1025, 128) if length > 256 else (128,)
   padded = {block: -(-length // block) * block for block in blocks}
   block = min(padded, key=lambda block: (padded[block], -block))

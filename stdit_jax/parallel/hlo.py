@@ -189,7 +189,8 @@ def _uses(found, body, name):
   total = 0
   for user, kind, opcode, rest in body:
     for i, operand in enumerate(_operands(rest)):
-      if operand != name or opcode == "parameter" or (opcode == "dynamic-update-slice" and i == 0):  # in place: not read
+      # A dynamic-update-slice changes its first operand in place, without reading it.
+      if operand != name or opcode == "parameter" or (opcode == "dynamic-update-slice" and i == 0):
         continue
       if opcode in ("dynamic-slice", "slice"):
         total += shape_bytes(kind)
@@ -203,7 +204,7 @@ def _uses(found, body, name):
 
 
 def _writes(found, body, name=None):
-  """Bytes that a fused computation writes: its result, or only the update where it updates in place."""
+  """Bytes that a fused computation writes for its value `name`, by default its result. An update in place writes the update."""
   types = {n: kind for n, kind, _, _ in body}
   name, kind, opcode, rest = next(i for i in body if i[0] == name) if name else body[-1]
   if opcode == "dynamic-update-slice":
