@@ -123,7 +123,7 @@ def run_blocks(
 
   # A captured value cannot leave a layer that the backward pass recomputes.
   run = functools.partial(run_layers, layer, scan=config.scan, policy="none" if capturing else config.remat)
-  if reuse is None or pyramid:
+  if reuse is None or isinstance(reuse.cache, step_cache.PyramidBroadcast):
     return run(x, (*layers, reuse and reuse.cached))
   # ResidualCache: the first layer always runs, and its output decides whether the others run.
   first, others = jax.tree.map(lambda p: p[0], layers), jax.tree.map(lambda p: p[1:], layers)
