@@ -74,7 +74,10 @@ def _bucket():
 
 @contextlib.contextmanager
 def errors(path: Path) -> Iterator[None]:
-  """Turns an error of a bucket into the OSError of a disk: file missing, no permission, or EIO for any other error."""
+  """Turns an error of a bucket into the OSError of a disk: file missing, no permission, or EIO for any other error.
+
+  A timeout becomes ETIMEDOUT. fsspec and asyncio raise TimeoutError without a number, like Pillow for a damaged file.
+  """
   try:
     yield
   except Exception as error:
@@ -84,6 +87,8 @@ def errors(path: Path) -> Iterator[None]:
     if getattr(error, "code", 0) == 401 or (isinstance(error, OSError) and text.startswith("Forbidden")):
       reason = "no permission, or not signed in (gcloud auth application-default login)"
       raise PermissionError(errno.EACCES, reason, str(path)) from error
+    if isinstance(error, TimeoutError) and is_remote(path):
+      raise OSError(errno.ETIMEDOUT, "the bucket gives no answer in time", str(path)) from error
     if type(error).__module__.partition(".")[0] in _NETWORK:
       raise OSError(errno.EIO, f"the bucket gives no answer or an error ({text[:200]})", str(path)) from error
     raise

@@ -67,7 +67,9 @@ class _Manager(ocp.CheckpointManager):
 
 def _lost_process(error):
   """Whether an error comes from waiting for a process that died. Orbax turns such an error into a TimeoutError."""
-  return any(isinstance(e, jax.errors.JaxRuntimeError) for e in (error, error.__cause__, error.__context__))
+  while error and not isinstance(error, jax.errors.JaxRuntimeError):
+    error = error.__cause__ or error.__context__
+  return error is not None
 
 
 class Checkpoints:

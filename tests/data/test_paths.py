@@ -4,6 +4,7 @@ import csv
 import errno
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -103,6 +104,38 @@ def test_errors_of_a_bucket_become_os_errors(store, monkeypatch):
       paths.check(address, "output")
 
 
+@pytest.mark.parametrize("kind", [TimeoutError, fsspec.FSTimeoutError])  # fsspec's is that of asyncio, without a number
+def test_timeouts_of_a_bucket_pass(clips, store, tmp_path, monkeypatch, kind):
+  """The reader tries again. If every attempt fails, the run ends. The row is not taken for a damaged file."""
+  path, attempts = f"gs://{BUCKET}/clips/videos/1.mp4", []
+  monkeypatch.setattr(video, "RETRY_DELAYS", (0, 0))
+  expected = video.read_frames(path, [3])
+  bucket = fsspec.filesystem("gs")
+  original = bucket.info
+
+  def slow(*args, **kwargs):
+    attempts.append(args)
+    if len(attempts) <= failures:
+      raise kind
+    return original(*args, **kwargs)
+
+  monkeypatch.setattr(bucket, "info", slow)
+
+  def forget():
+    for cache in (video._cached_index, video._bucket_stat, video._bucket_content):
+      cache.cache_clear()
+
+  forget()
+  failures = 2
+  np.testing.assert_array_equal(video.read_frames(path, [3]), expected)
+  assert len(attempts) > 2
+  forget()
+  failures = 10**9
+  with pytest.raises(RuntimeError, match="reading failed again and again: the bucket gives no answer in time"):
+    load(clips / "table_of_bucket.csv", tmp_path, max_bad_rows=6)
+  forget()
+
+
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory, store):
   """A folder of six clips, text features and three tables. The bucket holds the same files under clips/."""
@@ -117,6 +150,8 @@ def clips(tmp_path_factory, store):
   folder.rename(folder.parent / "clips")
   folder = folder.parent / "clips"
   files.write_csv(folder / "table.csv", rows)
+  of_bucket = [{**row, "path": f"gs://{BUCKET}/clips/videos/{i}.mp4", "text_features": ""} for i, row in enumerate(rows)]
+  files.write_csv(folder / "table_of_bucket.csv", of_bucket)
   files.write_csv(folder / "one_gone.csv", [*rows[:5], {**rows[5], "path": "videos/gone.mp4"}])
   files.write_csv(folder / "gone.csv", [{**row, "path": f"videos/gone{i}.mp4"} for i, row in enumerate(rows)])
   store.copy_in(folder, "clips")
