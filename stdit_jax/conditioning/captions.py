@@ -6,6 +6,7 @@ program before the step ("ahead"), or before the run ("disk": the tables name fi
 
 import functools
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 from data import latents
 from data.captions import Tokenize, clean_caption
 from stdit_jax.errors import InputError
-from stdit_jax.models import flops, t5
+from stdit_jax.models import flops, layers, t5
 from stdit_jax.parallel.shardings import ArraySpec, Layout
 
 AHEAD_ROWS = 16  # captions that the encoder works on at a time, per device; so its memory does not grow with the batch
@@ -155,15 +156,21 @@ def encode_ahead(encoder: Any, params: Any) -> Callable[[jax.Array, jax.Array, L
     def embed(params, ids, mask):
       apply = lambda rows: model.apply({"params": params}, *rows).astype(jnp.float32)  # noqa: E731
       own = len(ids) // parts  # rows of one device
-      each = max(n for n in range(1, AHEAD_ROWS + 1) if own % n == 0)  # rows of one device in one piece
-      if each == own:
+      pieces = math.ceil(own / AHEAD_ROWS)
+      if pieces == 1:
         return apply((ids, mask))
-      # A device holds contiguous rows, so a piece takes `each` rows of every device: [pieces, parts, each, L].
-      split = lambda x: x.reshape(parts, own // each, each, *x.shape[1:]).swapaxes(0, 1)  # noqa: E731
+      each = math.ceil(own / pieces)  # rows of one device in one piece
+
+      # A device holds contiguous rows, so a piece takes `each` rows of every device. The last piece of a device is padded.
+      def split(x):  # [pieces, parts, each, L]
+        x = layers.pad(x.reshape(parts, own, *x.shape[1:]), 1, each)
+        return x.reshape(parts, pieces, each, *x.shape[2:]).swapaxes(0, 1)
+
       merge = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
       piece = lambda rows: apply(tuple(map(merge, rows))).reshape(parts, each, *ids.shape[1:], -1)  # noqa: E731
       made = jax.lax.map(piece, (split(ids), split(mask)))  # [pieces, parts, each, L, C]
-      return made.swapaxes(0, 1).reshape(len(ids), *ids.shape[1:], -1)
+      made = made.swapaxes(0, 1).reshape(parts, pieces * each, *made.shape[3:])[:, :own]
+      return made.reshape(len(ids), *made.shape[2:])
 
     return jax.jit(embed, out_shardings=layout.sharding("batch"))
 

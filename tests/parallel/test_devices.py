@@ -241,15 +241,16 @@ def test_perceptual_loss_and_discriminator_are_split_like_their_clips(monkeypatc
 def test_captions_are_embedded_in_pieces_on_every_device(monkeypatch):
   config = t5.get_config("byt5-tiny")
   params = t5.init(config, jax.random.key(0))["params"]
-  ids = np.random.default_rng(0).integers(3, 200, (16, 5)).astype(np.int32)
-  mask = np.arange(5) < np.arange(1, 17)[:, None] % 5 + 1
+  ids = np.random.default_rng(0).integers(3, 200, (40, 5)).astype(np.int32)
+  mask = np.arange(5) < np.arange(1, 41)[:, None] % 5 + 1
   model, mesh = t5.build(config), make_mesh({"data": 2, "fsdp": 4})
   expected = model.apply({"params": params}, ids, mask)
-  monkeypatch.setattr(captions, "AHEAD_ROWS", 1)  # each device has two rows and embeds one at a time
+  monkeypatch.setattr(captions, "AHEAD_ROWS", 2)  # each device has five rows: three pieces, the last one padded
   layout = Layout(mesh)
   place = functools.partial(jax.device_put, device=layout.sharding("batch"))
   encode = captions.encode_ahead(model, jax.device_put(params, tree_shardings(params, mesh, t5.RULES)))
   made = encode(place(ids), place(mask), layout)
+  assert "length=3" in str(jax.make_jaxpr(functools.partial(encode, layout=layout))(ids, mask))
   assert made.sharding.is_equivalent_to(layout.sharding("batch"), made.ndim)
   assert relative_error(np.asarray(made)[mask], np.asarray(expected)[mask]) < 1e-5
 
