@@ -35,27 +35,33 @@ def learning_rate(config: Any, start: int, steps: int) -> Callable:
   return schedule
 
 
-def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:
   """Adam (arXiv 1412.6980, algorithm 1) without its learning rate, like `optax.scale_by_adam`.
 
-  Every parameter has its own step count. So a parameter that a later stage adds starts with the full bias correction.
+  Every parameter has its own step count. So a parameter that a later stage adds starts with the full bias correction. `update`
+  also takes `scales`, a tree of learning rate scales. The moments and the count of a parameter with scale 0.0 do not change, as
+  in PyTorch, which skips parameters without a gradient.
   """
 
   def init(params):
     count, mu, nu = (jax.tree.map(f, params) for f in (lambda p: jnp.zeros((), jnp.int32), jnp.zeros_like, jnp.zeros_like))
     return optax.ScaleByAdamState(count, mu, nu)
 
-  def update(updates, state, params=None):
-    count = jax.tree.map(lambda n: n + 1, state.count)
-    mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, updates)
-    nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g**2, state.nu, updates)
-    steps = jax.tree.map(lambda m, v, n: m / (1 - b1**n) / (jnp.sqrt(v / (1 - b2**n)) + eps), mu, nu, count)
-    return steps, optax.ScaleByAdamState(count, mu, nu)
+  def update(updates, state, params=None, **extra):
+    scales = extra["scales"]
+    count = jax.tree.map(lambda n, s: n + 1 if s else n, state.count, scales)
+    mu = jax.tree.map(lambda m, g, s: b1 * m + (1 - b1) * g if s else m, state.mu, updates, scales)
+    nu = jax.tree.map(lambda v, g, s: b2 * v + (1 - b2) * g**2 if s else v, state.nu, updates, scales)
 
-  return optax.GradientTransformation(init, update)
+    def step(m, v, n, s):
+      return m / (1 - b1**n) / (jnp.sqrt(v / (1 - b2**n)) + eps) if s else jnp.zeros_like(m)
+
+    return jax.tree.map(step, mu, nu, count, scales), optax.ScaleByAdamState(count, mu, nu)
+
+  return optax.GradientTransformationExtraArgs(init, update)
 
 
-def make_optimizer(config: Any) -> optax.GradientTransformation:
+def make_optimizer(config: Any) -> optax.GradientTransformationExtraArgs:
   """AdamW (decoupled weight decay) without its learning rate, for the group `optimizer` of the configuration.
 
   The update program multiplies by the learning rate, so all stages share one optimizer state. Open-Sora 1.2 uses betas

@@ -114,7 +114,7 @@ def accumulate_gradients(
 
 
 def update(
-  optimizer: optax.GradientTransformation, scales: Tree, schedule: Callable, clip_norm: float, ema_decay: float,
+  optimizer: optax.GradientTransformationExtraArgs, scales: Tree, schedule: Callable, clip_norm: float, ema_decay: float,
   state: Tree, accumulator: Tree, step: jax.Array,
 ) -> tuple[Tree, Tree, Tree]:  # fmt: skip
   """One optimizer step from the accumulated gradients.
@@ -139,7 +139,7 @@ def update(
     gradients |= jax.tree.map(lambda g: jnp.where(good, g * clip, 0.0), {name: gradients[name] for name in names})  # noqa: B023
 
   rate = schedule(step)
-  updates, opt = optimizer.update(gradients, state["opt"], state["params"])
+  updates, opt = optimizer.update(gradients, state["opt"], state["params"], scales=scales)
   params = jax.tree.map(lambda p, u, s: p - rate * s * u if s else p, state["params"], updates, scales)
   ema = jax.tree.map(lambda e, p: e + (p - e) * (1 - ema_decay), state["ema"], params)
   new = {"params": params, "ema": ema, "opt": opt}

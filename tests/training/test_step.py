@@ -306,6 +306,23 @@ def test_train_freezes_all_other_parameters():
     states.learning_rate_scales(PARAMS, "c")
 
 
+def test_a_parameter_that_begins_to_train_later_matches_pytorch():
+  """Steps in which a parameter is frozen do not count for its moments. Else its first steps would be several times too long."""
+  stages = [toy_update(pattern, clip_norm=0.0, warmup_steps=0) for pattern in (".*", "^b/", ".*")]
+  state = stages[0][1]
+  theirs = [torch.nn.Parameter(torch.from_numpy(p.copy())) for p in jax.tree.leaves(PARAMS)]
+  settings = {"lr": OPTIMIZER["learning_rate"], "betas": (OPTIMIZER["b1"], OPTIMIZER["b2"]), "eps": OPTIMIZER["eps"]}
+  reference = torch.optim.AdamW(theirs, **settings, weight_decay=OPTIMIZER["weight_decay"])
+  for k in range(24):
+    gradients = random_gradients(k)
+    for p, g, trains in zip(theirs, jax.tree.leaves(gradients), (not 2 <= k < 20, True)):
+      p.grad = torch.from_numpy(g.copy()) if trains else None
+    reference.step()
+    state, _, _ = stages[0 if k < 2 else 1 if k < 20 else 2][0](state, accumulated(gradients), np.int32(k))
+    for ours, p in zip(jax.tree.leaves(state["params"]), theirs, strict=True):
+      assert relative_error(ours, p.detach().numpy()) < 2e-6
+
+
 def test_scales_multiply_the_learning_rate():
   moved = []
   for scales in ((), (("^b/", 0.25), ("w$", 1.0))):
