@@ -89,7 +89,8 @@ def get_config():
   config.ema_decay = 0.99
 
   # The stages of a run: name, steps, and (dotted) keys that this stage alone changes, e.g.
-  # dict(name="second", steps=1000, keep_optimizer=True, **{"optimizer.learning_rate": 5e-5}).
+  # dict(name="second", steps=1000, keep_optimizer=True, **{"optimizer.learning_rate": 5e-5}). With keep_optimizer=False a stage
+  # begins like a run: with a fresh optimizer, and with the parameters as their average.
   # A stage may change `model`, `diffusion` and the autoencoder's name, fields and weights. Parameters of equal name and shape
   # stay. New parameters are initialised, and one line of output lists them. `mesh`, `seed`, `output` and the text encoder (but
   # not its max_length) belong to the whole run.

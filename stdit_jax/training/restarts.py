@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
@@ -191,7 +192,8 @@ class Restarts:
   def enter(self, parts: StageParts, state: Tree, frozen: Tree, step: int) -> tuple[Tree, Tree]:
     """(state, frozen) for the stage at `step`.
 
-    Changes the model if the stage has another model. Resets the optimizer at the start of a stage with keep_optimizer=False.
+    Changes the model if the stage has another model. At the start of a stage with keep_optimizer=False, resets the optimizer,
+    and the average to a copy of the parameters: so begins each run of the original.
     """
     objective, optimizer = parts.objective, parts.programs.optimizer
     before, own = transition.by_name(state["params"], frozen), transition.by_name(*objective.shapes)
@@ -204,6 +206,7 @@ class Restarts:
     if step == parts.stage.start and step > 0 and not parts.stage.keep_optimizer:
       shardings = tree_shardings(parts.programs.shapes[0]["opt"], self.run.mesh, objective.rules)
       state["opt"] = jax.jit(optimizer.init, out_shardings=shardings)(state["params"])
+      state["ema"] = jax.tree.map(jnp.copy, state["params"])
     return state, frozen
 
 

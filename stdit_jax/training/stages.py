@@ -25,7 +25,7 @@ class Stage:
 
   Attributes:
     index: of the stage; start: its first optimizer step; steps: their number.
-    keep_optimizer: False starts with a fresh optimizer.
+    keep_optimizer: False starts with a fresh optimizer, and with the parameters as their average.
     config: the run's configuration with the changes of the stage.
   """
 

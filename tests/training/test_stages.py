@@ -90,12 +90,14 @@ def test_new_norms_leave_all_other_arrays_unchanged(assets, alone, tmp_path, cap
   assert "stage 'norms' changes the model; kept: " in said
   norms = [f"denoiser/spatial_blocks/attention/{name}/*" for name in ("key_norm", "query_norm")]
   assert f"; new: {', '.join(norms)}; dropped: nothing" in said
-  for item in ("params", "ema"):
-    before, after = transition.by_name(state[item]), transition.by_name(new[item])
-    assert all(np.array_equal(after[name], value) for name, value in before.items())
-    assert sorted(after.keys() - before.keys()) == [name.replace("*", "scale") for name in norms]
-    assert all((after[name] == 1).all() for name in after.keys() - before.keys())
-  assert not any(leaf.any() for leaf in jax.tree.leaves(new["opt"]))  # fresh, since keep_optimizer=False
+  before, after = transition.by_name(state["params"]), transition.by_name(new["params"])
+  assert all(np.array_equal(after[name], value) for name, value in before.items())
+  assert sorted(after.keys() - before.keys()) == [name.replace("*", "scale") for name in norms]
+  assert all((after[name] == 1).all() for name in after.keys() - before.keys())
+  # The optimizer and the average are fresh, since keep_optimizer=False.
+  assert not any(leaf.any() for leaf in jax.tree.leaves(new["opt"]))
+  jax.tree.map(np.testing.assert_array_equal, new["ema"], new["params"])
+  assert not all(map(np.array_equal, *map(jax.tree.leaves, (state["ema"], state["params"]))))
   jax.tree.map(np.testing.assert_array_equal, new_frozen, frozen)
 
 
