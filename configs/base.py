@@ -107,8 +107,11 @@ def get_config():
   config.compilation_cache = ""
   config.profile_steps = ()  # (first, last) optimizer step of a profile in `<output>/profile`; SIGUSR1 profiles the next three
   config.log_every = 10
+  # A run also saves at the end of every stage, and after every `keep_every` steps (0: never). It never deletes these
+  # checkpoints. Of the others it keeps the newest `keep_checkpoints`.
   config.checkpoint_every = 200
   config.keep_checkpoints = 3
+  config.keep_every = 10_000
   # An optimizer step with a non-finite loss or gradient changes nothing. After `max_nonfinite` such steps in a row the run goes
   # back to the last checkpoint and skips the failed micro steps. If the failure repeats, the run stops.
   config.max_nonfinite = 5

@@ -181,6 +181,7 @@ class Config:
   log_every: Count
   checkpoint_every: Count
   keep_checkpoints: Count
+  keep_every: Whole
   max_nonfinite: Count
   watchdog: Watchdog
   sample_every: Whole

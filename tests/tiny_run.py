@@ -109,8 +109,11 @@ def run_module(name, *arguments, **more):
   return subprocess.run(command, cwd=ROOT, env=environment(**more), capture_output=True, text=True, timeout=300)
 
 
-def start_processes(config, folder, count=2, devices=2, module="stdit_jax.train", **more):
-  """Starts `count` connected processes of a module, with `devices` CPU devices each. Their logs are `folder/<i>.log`."""
+def start_processes(config, folder, count=2, devices=2, module="stdit_jax.train", places=(ROOT, ROOT), **more):
+  """Starts `count` connected processes of a module, with `devices` CPU devices each. Their logs are `folder/<i>.log`.
+
+  `places` are their working directories.
+  """
   with socket.socket() as free:
     free.bind(("localhost", 0))
     port = free.getsockname()[1]
@@ -122,7 +125,7 @@ def start_processes(config, folder, count=2, devices=2, module="stdit_jax.train"
     own = environment(XLA_FLAGS=flags, NPROC="64", **place, STDIT_JAX_PROCESS_ID=str(i), **more)
     command = [sys.executable, "-m", module, "--config", str(config)]
     with (folder / f"{i}.log").open("a") as log:
-      processes.append(subprocess.Popen(command, cwd=ROOT, env=own, stdout=log, stderr=subprocess.STDOUT))
+      processes.append(subprocess.Popen(command, cwd=places[i], env=own, stdout=log, stderr=subprocess.STDOUT))
   return processes
 
 

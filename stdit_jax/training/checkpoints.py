@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
+from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
 from configs import base
 from data import paths
@@ -73,12 +74,19 @@ def _lost_process(error):
 
 
 class Checkpoints:
-  """The checkpoints of one run folder."""
+  """The checkpoints of one run folder.
 
-  def __init__(self, output: Any, keep: int = 3):
+  It never deletes checkpoints of the steps `ends`, and of multiples of `every` (0: of none). Of the others it keeps the newest
+  `keep`.
+  """
+
+  def __init__(self, output: Any, keep: int = 3, every: int = 0, ends: Sequence[int] = ()):
     self._output = paths.absolute(output)
     self.folder = paths.join(self._output, "checkpoints")
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True, create=True)
+    policies = [policy.LatestN(keep), policy.CustomSteps(ends), *([policy.EveryNSteps(every)] if every else [])]
+    options = ocp.CheckpointManagerOptions(
+      preservation_policy=policy.AnyPreservationPolicy(policies), enable_async_checkpointing=True, create=True
+    )
     # Without these handlers a process could not read the shapes of an item that was written on other devices.
     handlers: dict[str, Any] = {name: ocp.StandardCheckpointHandler() for name in ("params", "ema", "opt", "constants")}
     handlers["position"] = ocp.JsonCheckpointHandler()

@@ -69,6 +69,12 @@ def claim(folder: str, taken: Callable, period: float = PERIOD) -> Iterator[None
         paths.remove(path)
 
 
+def holder(folder: str) -> str:
+  """Identity of the training that holds a run folder, "" if there is none."""
+  found = _read(paths.join(folder, NAME))
+  return found["id"] if found else ""
+
+
 def _wait_until_free(path, period):
   """Returns when no live process holds the folder. Raises ValueError if one does.
 

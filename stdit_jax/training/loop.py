@@ -32,7 +32,7 @@ def train(run: Run, on_sample: Callable | None = None, restarts: Restarts | None
     Preempted: the process received SIGTERM, and everything is saved.
     InputError: the disk is full, too many files can't be decoded, or steps fail again after `Restarts.go_back`.
   """
-  beat, total = run.beat, run.total_steps
+  beat, total, keep_every = run.beat, run.total_steps, run.config.keep_every
   restarts = restarts or Restarts(run)
   state, frozen, step = started or restarts.start()
   metrics = Metrics(run.config.output, step, total, active=jax.process_index() == 0)
@@ -120,7 +120,7 @@ def train(run: Run, on_sample: Callable | None = None, restarts: Restarts | None
                 with speed.paused():
                   validate(validation, step, state["ema"], frozen, make_batch, metrics)
               # The checkpoint waits for a finite step, so that the run never goes back to broken parameters.
-              save_due = save_due or step % config.checkpoint_every == 0
+              save_due = save_due or step % config.checkpoint_every == 0 or (keep_every > 0 and step % keep_every == 0)
               if save_due and not nonfinite.settle():
                 save()
                 save_due = False
@@ -142,7 +142,7 @@ def train(run: Run, on_sample: Callable | None = None, restarts: Restarts | None
         run.counter.check()
         steps, seconds, share = speed.stage_data()
         say(f"stage {stage.name!r}: {stage_note(steps, seconds, largest(share), config.data)}")
-    save()
+        save()
     run.checkpoints.wait()
     run.counter.check()
     if run.config.sample_every:

@@ -12,13 +12,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from data import paths
+from data.shards import digest
 from stdit_jax.errors import InputError
 from stdit_jax.parallel.shardings import Tree, tree_shardings, with_shardings
-from stdit_jax.training import transition
+from stdit_jax.training import claim, transition
 from stdit_jax.training.checkpoints import CONFIG, DamagedCheckpointError, is_run_folder, load_weights, plain, stage_config
 from stdit_jax.training.nonfinite import TooManyNonFinite
 from stdit_jax.training.objectives import Objective, part_of
@@ -26,6 +28,9 @@ from stdit_jax.training.run import Run, StageParts, say, warn
 from stdit_jax.training.stages import Stage, changed_keys, identity
 from stdit_jax.training.state import new_state
 from stdit_jax.training.watchdog import StartAgain
+
+# (group, key) of settings in which hosts may differ.
+PER_HOST = (("data", "workers"), ("data", "read_ahead"), ("", "compile_threads"), ("", "compilation_cache"))
 
 
 class Restarts:
@@ -50,6 +55,7 @@ class Restarts:
     # The first process may have waited until another run released the folder. `reload` finds the checkpoints of that run.
     if jax.process_count() > 1:
       multihost_utils.sync_global_devices("the folder is ours")
+      check_alike(self.run)
     self.checkpoints.reload()
     found, wanted = self.checkpoints.steps(), self.run.config.resume
     if wanted.isdigit() and self._went_back(found, wanted):
@@ -208,6 +214,26 @@ class Restarts:
       state["opt"] = jax.jit(optimizer.init, out_shardings=shardings)(state["params"])
       state["ema"] = jax.tree.map(jnp.copy, state["params"])
     return state, frozen
+
+
+def check_alike(run: Run) -> None:
+  """Compares what the processes see. Every process must call it, after the first one has claimed the folder.
+
+  Raises ValueError, the same on all processes, for a folder that they do not share, another configuration or other data.
+  """
+  config = plain(run.config)
+  for group, key in PER_HOST:
+    del (config[group] if group else config)[key]
+  seen = claim.holder(run.config.output), config, [parts.data.identity for parts in run.parts]
+  numbers = np.array([int(digest(value)[:8], 16) for value in seen], np.uint32)
+  of_all = multihost_utils.process_allgather(numbers)  # [processes, 3]
+  for values, what in zip(of_all.T, (
+    f"does not see in output={run.config.output!r} what process 0 wrote. Give a folder that all hosts share, e.g. gs://BUCKET/NAME",
+    "has another configuration than process 0. Start the same command with the same files on every host",
+    "finds other data than process 0. Give every host the same data.tables",
+  )):  # fmt: skip
+    if others := np.flatnonzero(values != values[0]).tolist():
+      raise ValueError(f"config: process {others[0]} {what}")
 
 
 def from_run(objective: Objective, path: str, params: Tree, frozen: Tree, mesh: Mesh) -> tuple[Tree, Tree]:

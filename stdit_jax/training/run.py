@@ -132,7 +132,8 @@ class Run:
       validation = Validation(*sources) if stage.config.validation.every else None
       self.parts.append(StageParts(stage, objective, programs, data, validation))
     self._check_split()
-    self.checkpoints = Checkpoints(config.output, config.keep_checkpoints)
+    ends = [stage.start + stage.steps for stage in self.stages]
+    self.checkpoints = Checkpoints(config.output, config.keep_checkpoints, config.keep_every, ends)
     self.compiler = AheadOfTime(config.compile_threads, say)
     self.encoders = Encoders(self.counter, self.mesh)
 

@@ -12,8 +12,8 @@ from stdit_jax.config import Config
 
 # Keys of the whole run, which no stage may change.
 _FIXED = (
-  "output", "seed", "task", "platform", "mesh", "slices", "init", "stages", "keep_checkpoints", "resume", "restart_data",
-  "watchdog", "compile_threads", "compilation_cache", "profile_steps",
+  "output", "seed", "task", "platform", "mesh", "slices", "init", "stages", "keep_checkpoints", "keep_every", "resume",
+  "restart_data", "watchdog", "compile_threads", "compilation_cache", "profile_steps",
   *(f"text_encoder.{key}" for key in ("name", "weights", "tokenizer", "where", "train", "fields", "clean_captions")),
   *(f"autoencoder.{key}" for key in ("dtype", "micro_batch", "cache_gb", "perceptual", "image_weights")),
 )  # fmt: skip

@@ -145,6 +145,29 @@ def test_two_processes_sample_the_frames_of_one(assets, folder, one):
   assert np.abs(sheets[0] - sheets[1]).max() <= 1  # of 255: rounding
 
 
+@pytest.mark.parametrize("what", ["output", "data.tables", "configuration"])
+def test_hosts_that_do_not_share_a_folder_or_a_configuration_are_refused(assets, tmp_path, what):
+  """A relative path means another folder in each process, as a local path does on each host."""
+  output, table = tmp_path / "run", assets / "table.csv"
+  places = tmp_path / "a", tmp_path / "b"
+  for place, name in zip(places, ("table.csv", "other.csv")):
+    place.mkdir()
+    (place / "table.csv").write_bytes((assets / name).read_bytes())
+  output, table = "run" if what == "output" else output, "table.csv" if what == "data.tables" else table
+  config = write_config(tmp_path / "config.py", assets, output, **small_autoencoder(), data__tables=str(table))
+  if what == "configuration":
+    config.write_text(f"import os\n{config.read_text()}".replace("**{", "seed=int(os.environ['STDIT_JAX_PROCESS_ID']), **{"))
+  codes = [p.wait(120) for p in start_processes(config, tmp_path, devices=1, places=places)]
+  texts = [(tmp_path / f"{i}.log").read_text() for i in (0, 1)]
+  assert codes == [2, 2], texts
+  for text in texts:
+    (line,) = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert what in line
+    assert "process 1" in line
+    assert "Traceback" not in text
+  assert not list(tmp_path.rglob("checkpoints/*"))
+
+
 def test_both_processes_stop_at_the_same_step_when_one_gets_sigterm(assets, folder):
   with two(assets, folder / "told") as processes:
     processes[1].send_signal(signal.SIGTERM)

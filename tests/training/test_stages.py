@@ -21,7 +21,7 @@ from stdit_jax.training.stages import make_stages
 from stdit_jax.training.state import make_optimizer, new_state
 from tests import denoisers
 from tests.runs import Run
-from tests.tiny_run import frozen_text, run_module, tiny_config
+from tests.tiny_run import frozen_text, run_module, small_autoencoder, tiny_config
 from tests.training.test_resume import assert_same_bits, metrics
 
 IMAGES = {"data.buckets": (("64p", 1, 1.0, 2),)}
@@ -65,6 +65,15 @@ def test_each_stage_has_its_programs_and_samples(alone):
   assert counts == {f"{stage}: {program}" for stage, n in frames.items() for program in ("update", f"gradient 64p x {n}")}
   assert {name.partition(" ")[0] for name in run.counter.counts if "encode" in name} == {"images:", "clips:"}
   assert sorted(p.stem for p in (folder / "samples").glob("*.json")) == ["step0000004-0", "step0000006-0"]
+
+
+def test_ends_of_stages_and_every_nth_step_stay(assets, tmp_path):
+  """Stage "rare" saves at step 4 for `keep_every`, and at its end. The other stages save every step and keep the newest."""
+  stages = tuple({"name": name, "steps": steps, "checkpoint_every": every}
+                 for name, steps, every in (("often", 3, 1), ("rare", 3, 100), ("last", 4, 1)))  # fmt: skip
+  run = Run(tiny_config(assets, tmp_path / "run", stages=stages, keep_checkpoints=1, keep_every=4, **small_autoencoder()))
+  run.train()
+  assert sorted(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir()) == [3, 4, 6, 8, 10]
 
 
 @pytest.mark.parametrize("step", [3, 4])
