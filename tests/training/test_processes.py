@@ -154,7 +154,8 @@ def test_hosts_that_do_not_share_a_folder_or_a_configuration_are_refused(assets,
     place.mkdir()
     (place / "table.csv").write_bytes((assets / name).read_bytes())
   output, table = "run" if what == "output" else output, "table.csv" if what == "data.tables" else table
-  config = write_config(tmp_path / "config.py", assets, output, **small_autoencoder(), data__tables=str(table))
+  settings = {**small_autoencoder(), **WATCHDOG, "data__tables": str(table)}
+  config = write_config(tmp_path / "config.py", assets, output, **settings)
   if what == "configuration":
     config.write_text(f"import os\n{config.read_text()}".replace("**{", "seed=int(os.environ['STDIT_JAX_PROCESS_ID']), **{"))
   codes = [p.wait(120) for p in start_processes(config, tmp_path, devices=1, places=places)]
