@@ -90,6 +90,8 @@ def make_loader(
     sequence = plan.PlanSequence(table, config, folder, cache)
     first = sequence.plan(0)
   except OSError as e:
+    if e.errno in paths.PASSING:
+      raise
     raise ValueError(f"data folder {folder} or a table cannot be used: {e.filename or ''} {e.strerror or e}") from None
   shares = _shares(config.parsed_buckets(), shard)
   if cache is None:
@@ -234,7 +236,7 @@ def read_clips(config: DataConfig, table: sources.Table, keys: np.ndarray, ahead
     keys: keys of `latents.clip_keys`, in the order of the result.
     ahead: number of clips to decode in advance.
 
-  Raises RuntimeError if I/O errors persist.
+  Raises OSError if I/O errors persist.
   """
   rows = _read_ahead(keys.tolist(), ClipDecoder(config, table, None), dataclasses.replace(config, read_ahead=ahead), [ahead])
   with contextlib.closing(rows):
@@ -402,9 +404,8 @@ class RowDecoder:
 
 
 def _persistent_error(row, error):
-  """The RuntimeError for an I/O error that stays after all attempts."""
-  reason = f"reading failed again and again: {error.strerror or error}"
-  return RuntimeError(f"{row.path}: {reason}. Check the disk or the gs:// bucket, then start again.")
+  """The OSError for an I/O error that stays after all attempts."""
+  return OSError(error.errno, f"reading failed again and again: {error.strerror or error}", row.path)
 
 
 class ClipDecoder(RowDecoder):

@@ -29,6 +29,9 @@ conf.setdefault("gs", {}).setdefault("use_listings_cache", False)
 logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs the traceback of each error that `errors` turns into one line
 
 Path = str | os.PathLike
+# I/O errors that may pass by themselves.
+PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ECONNRESET, errno.ECONNABORTED, errno.EBUSY,
+           errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENOTCONN, errno.ENETDOWN, errno.EPIPE}  # fmt: skip
 _NETWORK = {"gcsfs", "google", "aiohttp", "requests"}  # packages whose exceptions mean trouble with a bucket
 
 
@@ -49,6 +52,8 @@ def check_writable(folder: Path, what: str) -> None:
     write_text(probe, "")
     remove(probe)
   except OSError as error:
+    if error.errno in PASSING:
+      raise
     reason = "there is no such bucket" if is_remote(folder) and error.errno == errno.ENOENT else error.strerror
     raise ValueError(f"{what}={str(folder)!r} can't be used: {reason}; give another folder") from None
 

@@ -7,7 +7,6 @@ Open-Sora does. For an unusable file it raises `BadVideo` with one reason. It re
 
 import contextlib
 import dataclasses
-import errno
 import functools
 import io
 import threading
@@ -25,6 +24,7 @@ from av.video.stream import VideoStream
 from PIL import Image, ImageOps
 
 from data import paths, shapes
+from data.paths import PASSING
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 IMAGE_FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")  # Pillow reads no other format: some of them start programs
@@ -35,9 +35,6 @@ RESIZE_MODES = ("area", "original")
 
 _SEEK_GAP = 250  # frames; the reader seeks if two wanted frames are further apart
 _HD_HEIGHT = 720  # frames of at least this height have BT.709 colours if the file names no colour space
-# Transient I/O errors.
-PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ECONNRESET, errno.ECONNABORTED, errno.EBUSY,
-            errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENOTCONN, errno.ENETDOWN, errno.EPIPE}  # fmt: skip
 RETRY_DELAYS = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds between the attempts
 
 # Without the two flags, frames that are converted but not scaled are about one level (of 255) too dark.

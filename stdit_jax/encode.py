@@ -15,7 +15,8 @@ A row that can't be decoded is written with the reason, and training masks it ou
 data set that can be read without TensorFlow:
 tfds.builder_from_directory(PART).as_data_source("train").
 
-Exit codes: 0 finished, 2 an error that the message names, 75 stopped by SIGTERM, 130 interrupted.
+Exit codes: 0 finished, 2 an error that the message names, 130 interrupted. 75 means: start the command again. Reasons: SIGTERM,
+an I/O error that may pass.
 """
 
 import argparse
@@ -40,6 +41,7 @@ from data.shards import Progress, Share, duration
 from stdit_jax import cli
 from stdit_jax.errors import InputError
 from stdit_jax.parallel.processes import coordination
+from stdit_jax.training.watchdog import RESTART, StartAgain, start_again
 
 _PENDING = 64  # records that wait for the writer
 
@@ -192,16 +194,20 @@ def write(work: Any, numbers: Sequence[int], keys: np.ndarray, shows: bool = Tru
 def main(argv: Sequence[str] | None = None) -> None:
   settings = parse(argv)
   logging.set_verbosity(logging.ERROR)
-  with cli.one_line_errors():
-    check(settings)
-    choice = choose(settings)
-    paths.check_writable(settings.output, "--output")
-    cli.connect_processes()
-    cli.use_compilation_cache()
-    cli.keep_freed_memory()
-    import jax
+  try:
+    with cli.one_line_errors(), start_again():
+      check(settings)
+      choice = choose(settings)
+      paths.check_writable(settings.output, "--output")
+      cli.connect_processes()
+      cli.use_compilation_cache()
+      cli.keep_freed_memory()
+      import jax
 
-    run(settings, choice, Share.parse(settings.shard) if settings.shard else Share(jax.process_index(), jax.process_count()))
+      run(settings, choice, Share.parse(settings.shard) if settings.shard else Share(jax.process_index(), jax.process_count()))
+  except StartAgain as error:
+    print(f"error: {error}", file=sys.stderr)
+    raise SystemExit(RESTART) from None
 
 
 def run(settings: Settings, choice: Choice, own: Share) -> None:
@@ -235,7 +241,7 @@ if __name__ == "__main__":
 
   def stop(*_):
     print("stopped; the same command continues", file=sys.stderr)
-    raise SystemExit(75)  # as for train: start the command again
+    raise SystemExit(RESTART)
 
   signal.signal(signal.SIGTERM, stop)
   with cli.interruptible("the same command continues"):

@@ -6,7 +6,8 @@ configs/base.py has every key of a configuration; --config.KEY=VALUE replaces on
 command resumes from the newest checkpoint in `output`. On a pod every host runs the same command (see launch/).
 
 Exit codes: 0 finished; 2 an error, which the message explains; 130 interrupted. 75 means: start the command again. Reasons:
-SIGTERM, a process that hangs or ended, a storage bucket that does not answer.
+SIGTERM, a process that hangs or ended, an I/O error that may pass, an error of JAX's runtime. After 10 starts in a row from the
+same step the exit code is 2.
 """
 
 import contextlib
@@ -20,17 +21,17 @@ from absl import logging
 
 from stdit_jax import cli
 from stdit_jax.config import Config
-from stdit_jax.errors import InputError
+from stdit_jax.errors import InputError, may_pass
 from stdit_jax.parallel.processes import coordination
 from stdit_jax.training.claim import claim
 from stdit_jax.training.stages import make_stages
-from stdit_jax.training.watchdog import RESTART, StartAgain, Watchdog
+from stdit_jax.training.watchdog import RESTART, StartAgain, Watchdog, start_again
 
 
 def run(config: Config, watchdog: Watchdog) -> None:
   """Trains. Exits with 2 and one line after a user's error, with RESTART after SIGTERM, with 130 after ^C."""
   with cli.interruptible("the same command resumes from the newest checkpoint"), contextlib.ExitStack() as held:
-    with cli.one_line_errors():
+    with cli.one_line_errors(), start_again():
       from stdit_jax.interop import CheckpointError
       from stdit_jax.run_samples import Sampler
       from stdit_jax.training.loop import train
@@ -45,7 +46,7 @@ def run(config: Config, watchdog: Watchdog) -> None:
       on_sample = Sampler(training) if config.sample_every else None
       restarts = Restarts(training)
       started = restarts.start()
-    with cli.one_line_errors((InputError, CheckpointError, OSError)):
+    with cli.one_line_errors((InputError, CheckpointError, OSError)), start_again():
       try:
         train(training, on_sample, restarts, started)
       except Preempted as stop:
@@ -69,14 +70,17 @@ def main(argv: Sequence[str] | None = None) -> None:
       run(config, watchdog)
     except BaseException as error:
       preempted = isinstance(error, SystemExit) and error.code == RESTART  # all processes exit, at the same step
-      if watchdog.count == 1 and isinstance(error, StartAgain):
-        print(f"error: {error}", file=sys.stderr)
+      again = isinstance(error, StartAgain)
+      if watchdog.count == 1 and (again or may_pass(error)):
+        if not again:
+          traceback.print_exc()
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(RESTART) from None
       if watchdog.count == 1 or preempted:
         raise
       # A normal exit would wait for the other processes, and they would wait for this one.
-      code: Any = error.code if isinstance(error, SystemExit) else RESTART if isinstance(error, StartAgain) else 1
-      if code == 1:
+      code: Any = error.code if isinstance(error, SystemExit) else RESTART if again or may_pass(error) else 1
+      if not again and not isinstance(error, SystemExit):
         traceback.print_exc()
         watchdog.connection_lost()
       watchdog.leave(f"exit code {code}" if isinstance(error, SystemExit) else str(error), code)

@@ -19,7 +19,7 @@ os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "1")
 
 LONGEST = (
   "resume", "processes", "plan", "devices", "runs", "autoencoding", "encode", "bad_input", "pipeline", "compilation",
-  "nonfinite", "stages",
+  "nonfinite", "stages", "faults",
 )  # fmt: skip
 
 

@@ -18,8 +18,9 @@ from av.error import FFmpegError
 from av.video.stream import VideoStream
 
 from data import paths
+from data.paths import PASSING
 from data.prepare.workers import FULL
-from data.video import DEFAULT_FPS, PASSING, BadVideo, frame_times, open_stream, read_through
+from data.video import DEFAULT_FPS, BadVideo, frame_times, open_stream, read_through
 
 _SEEK_GAP = 250  # frames. The reader seeks over a larger gap, and decodes through a smaller one
 

@@ -44,7 +44,7 @@ def train(run: Run, on_sample: Callable | None = None, restarts: Restarts | None
     try:
       with speed.waiting_for_data():
         loaded = next(loader)
-    except (ValueError, RuntimeError) as error:  # too many bad files, or a disk that fails
+    except (ValueError, RuntimeError) as error:  # too many bad files
       raise InputError(str(error)) from error
     beat(f"step {step + 1}: making a batch of {loaded.bucket[0]} x {loaded.bucket[1]}", slow=True)  # may compile
     return loaded, make_batch(loaded, parts.data.splits[loaded.bucket].layout)

@@ -29,6 +29,7 @@ from stdit_jax.training.stages import Stage, changed_keys, identity
 from stdit_jax.training.state import new_state
 from stdit_jax.training.watchdog import StartAgain
 
+MOST_STARTS = 10  # from one step
 # (group, key) of settings in which hosts may differ.
 PER_HOST = (("data", "workers"), ("data", "read_ahead"), ("", "compile_threads"), ("", "compilation_cache"))
 
@@ -81,6 +82,7 @@ class Restarts:
         folder = self.checkpoints.set_aside(newer)  # else the run could not save these steps again
         warn(f"newer checkpoints, of steps {', '.join(map(str, newer))}, were moved to {folder}")
       say(f"resumed from step {step} of {self.run.config.output}")
+      self._count_start(step)
       return state, frozen, step
     if wanted.isdigit():
       raise ValueError(f"config: resume={wanted!r}, but this checkpoint cannot be read; give another step of {found}")
@@ -89,7 +91,23 @@ class Restarts:
     state, frozen = self._initial()
     if jax.process_index() == 0:
       paths.write_text(paths.join(self.run.config.output, CONFIG), json.dumps(plain(self.run.config), indent=1))
+    self._count_start(0)
     return state, frozen, 0
+
+  def _count_start(self, step):
+    """Raises ValueError after MOST_STARTS starts in a row from one step, so that a fault does not restart a run for ever."""
+    if jax.process_index() or step == self.run.total_steps:
+      return
+    path = paths.join(self.run.config.output, "starts.json")
+    before = json.loads(paths.read_text(path)) if paths.exists(path) else {}
+    count = before["count"] + 1 if before.get("step") == step else 1
+    if count > MOST_STARTS:
+      paths.remove(path)
+      raise ValueError(
+        f"{self.run.config.output}: the run started {MOST_STARTS} times in a row from step {step} and made no new checkpoint. "
+        "Look for the cause in the messages of these starts. The same command tries again"
+      )
+    paths.write_text(path, json.dumps({"step": step, "count": count}))
 
   def _went_back(self, steps, wanted):
     """Whether the run already went back to `wanted` and has newer checkpoints. A supervisor repeats the same command."""

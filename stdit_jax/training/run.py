@@ -14,6 +14,7 @@ import jax
 from data import paths
 from stdit_jax.components import need_file
 from stdit_jax.config import Config
+from stdit_jax.errors import may_pass
 from stdit_jax.parallel.mesh import make_mesh
 from stdit_jax.training import claim
 from stdit_jax.training.batches import Encoders
@@ -65,6 +66,8 @@ def check_output(folder: str, config: Config) -> list[str]:
       return []
     old = json.loads(paths.read_text(path))
   except OSError as error:
+    if may_pass(error):
+      raise
     raise ValueError(f"config: output={folder!r} can't be used: {error.strerror}; give another folder") from None
   except (json.JSONDecodeError, UnicodeDecodeError) as error:
     raise ValueError(f"{path} is damaged ({error}); give another output folder") from None

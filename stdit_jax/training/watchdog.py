@@ -7,6 +7,7 @@ The process that finds no progress prints which process hangs, its host, its las
 own stacks and exits with `RESTART`, on which a supervisor starts the run again. The other processes exit with the same code.
 """
 
+import contextlib
 import ctypes
 import faulthandler
 import json
@@ -16,8 +17,10 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
+
+from stdit_jax.errors import may_pass
 
 RESTART = 75  # EX_TEMPFAIL of sysexits.h: the same command resumes from the newest checkpoint
 
@@ -27,6 +30,17 @@ _VERDICT = f"{_PREFIX}verdict"
 
 class StartAgain(Exception):  # noqa: N818 - a request to restart, not an error of the run
   """Asks all processes to restart, for a reason that perhaps only this process has seen."""
+
+
+@contextlib.contextmanager
+def start_again() -> Iterator[None]:
+  """Raises StartAgain for an I/O error that may pass."""
+  try:
+    yield
+  except OSError as error:
+    if not may_pass(error):
+      raise
+    raise StartAgain(f"{' '.join(str(error).split())}. The same command resumes") from error
 
 
 class Watchdog:

@@ -161,7 +161,7 @@ def test_persistent_io_errors_are_fatal(folder, monkeypatch):
     raise OSError(5, "Input/output error")
 
   monkeypatch.setattr(video, "read_frames", broken)
-  with pytest.raises(RuntimeError, match="failed again and again: Input/output error"):
+  with pytest.raises(OSError, match="failed again and again: Input/output error"):
     load(folder, 1)
 
 

@@ -131,7 +131,7 @@ def test_timeouts_of_a_bucket_pass(clips, store, tmp_path, monkeypatch, kind):
   assert len(attempts) > 2
   forget()
   failures = 10**9
-  with pytest.raises(RuntimeError, match="reading failed again and again: the bucket gives no answer in time"):
+  with pytest.raises(OSError, match="reading failed again and again: the bucket gives no answer in time"):
     load(clips / "table_of_bucket.csv", tmp_path, max_bad_rows=6)
   forget()
 

@@ -1,0 +1,95 @@
+"""Faults that may pass end a training with code 75, and the same command resumes it. Faults of the user end it with code 2."""
+
+import errno
+import itertools
+
+import jax
+import pytest
+
+from data import video
+from stdit_jax import train
+from stdit_jax.errors import may_pass
+from stdit_jax.training import restarts
+from stdit_jax.training.compilation import StagePrograms
+from tests.tiny_run import small_autoencoder, write_config
+from tests.training.test_resume import assert_same_bits
+
+SETTINGS = {**small_autoencoder(), "stages": ({"name": "four", "steps": 4},), "checkpoint_every": 1}
+
+
+@pytest.fixture(scope="module")
+def alone(assets, tmp_path_factory):
+  """Folder of an undisturbed run."""
+  folder = tmp_path_factory.mktemp("faults")
+  assert end_of(write_config(folder / "config.py", assets, folder / "run", **SETTINGS)) == 0
+  return folder / "run"
+
+
+def end_of(config):
+  """Exit code of `train`, which runs in this process."""
+  try:
+    train.main(["--config", str(config)])
+  except SystemExit as stop:
+    return stop.code
+  return 0
+
+
+def fail(patch, owner, name, error, good):
+  """Makes a method raise `error` after `good` calls."""
+  original, calls = getattr(owner, name), itertools.count()
+
+  def method(*args, **kwargs):
+    if next(calls) >= good:
+      raise error
+    return original(*args, **kwargs)
+
+  patch.setattr(owner, name, method)
+
+
+HALTED = jax.errors.JaxRuntimeError("INTERNAL: Core halted unexpectedly")
+
+
+@pytest.mark.parametrize(
+  ("owner", "name", "error"),
+  [
+    (StagePrograms, "update", HALTED),
+    (video, "read_frames", OSError(errno.EIO, "Input/output error")),
+    (train.Watchdog, "beat", OSError(errno.ETIMEDOUT, "the bucket gives no answer in time")),  # as at any place of the loop
+  ],
+)
+def test_a_passing_fault_asks_for_a_new_start(assets, alone, tmp_path, monkeypatch, capsys, owner, name, error):
+  config = write_config(tmp_path / "config.py", assets, tmp_path / "run", **SETTINGS)
+  monkeypatch.setattr(video, "RETRY_DELAYS", ())
+  with monkeypatch.context() as patch:
+    fail(patch, owner, name, error, good=8 if name == "beat" else 2)
+    assert end_of(config) == 75
+  text = capsys.readouterr().err
+  assert str(error.strerror if isinstance(error, OSError) else error) in text
+  assert ("Traceback" in text) == (error is HALTED)  # JAX's own errors may be bugs
+  assert end_of(config) == 0
+  assert_same_bits(alone, tmp_path / "run", 4, least=20)
+
+
+def test_a_fault_of_the_user_is_an_error(assets, tmp_path, monkeypatch, capsys):
+  config = write_config(tmp_path / "config.py", assets, tmp_path / "run", **SETTINGS)
+  full, small = OSError(errno.ENOSPC, "No space left on device"), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 GB")
+  for error, words in ((full, "No space left"), (small, "a device has too little memory")):
+    with monkeypatch.context() as patch:
+      fail(patch, StagePrograms, "update", error, good=1)
+      assert end_of(config) == 2
+    assert words in capsys.readouterr().err
+  assert not any(may_pass(error) for error in (full, small, ValueError("x"), RuntimeError("x"), OSError("no number")))
+
+
+def test_a_fault_that_stays_ends_the_restarts(assets, tmp_path, monkeypatch, capsys):
+  config = write_config(tmp_path / "config.py", assets, tmp_path / "run", **SETTINGS)
+  monkeypatch.setattr(restarts, "MOST_STARTS", 2)
+  codes = []
+  for _ in range(4):
+    with monkeypatch.context() as patch:
+      fail(patch, StagePrograms, "update", HALTED, good=1 if not codes else 0)
+      codes.append(end_of(config))
+  # The first start makes a checkpoint. The next two start from it. The last one is refused.
+  assert codes == [75, 75, 75, 2]
+  assert "the run started 2 times in a row from step 1 and made no new checkpoint" in capsys.readouterr().err
+  assert end_of(config) == 0
