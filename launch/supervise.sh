@@ -3,10 +3,11 @@
 #
 #   bash launch/supervise.sh python -m stdit_jax.train --config configs/film.py
 #
-# Exit code 75 (EX_TEMPFAIL) asks for a new start: the program saved after a preemption, or lost another process. Codes from 128
-# up also ask for a new start: a signal ended the program. Code 137 often means that no memory was left. Code 134 means that
-# JAX's runtime aborted, because another process ended. All processes then start again and wait for each other. All other codes
-# end the supervision: 0 is success, 2 an error of the user.
+# Exit code 75 (EX_TEMPFAIL) asks for a new start: the program saved after a preemption, lost another process, or met a fault
+# that may pass. Codes from 128 up also ask for a new start: a signal ended the program. Code 137 often means that no memory was
+# left. Code 134 means that JAX's runtime aborted, because another process ended. All processes then start again and wait for
+# each other. All other codes end the supervision: 0 is success, 2 an error of the user. A training also ends with 2 after ten
+# starts in a row from the same step.
 # The supervisor passes SIGTERM and SIGINT on as SIGTERM, so that the program can save. It then returns 143.
 #
 # STDIT_JAX_RESTART_WAIT: seconds between two starts (10). After 10 starts in a row that last less than a minute, it gives up.

@@ -33,7 +33,7 @@ The training, for run and watch:
 Others:
   --worker N|all              worker whose log is shown, for logs (0)
   --poll SECONDS              time between two checks, for watch (60)
-  --delete-when-finished      delete the machine after the training, for watch
+  --delete-when-finished      delete the machine after the training, also after a failed one, for watch
   --dry-run                   print the commands instead of running them
 TEXT
 }
@@ -249,6 +249,11 @@ tend() {
     grep ' failed ' <<< "$lines" >&2
     note "training failed; ending it on all workers. To see why: $(quote bash "$0" logs "--name=$name" "--zone=$zone")"
     stop || true
+    if [ -n "$delete_at_end" ]; then
+      note "the last lines of the logs, since the machine is deleted now"
+      on_workers all all "timeout 10 bash $code/launch/worker.sh logs" || true # it would show new lines for ever
+      delete_machine
+    fi
     exit 1
   elif grep -q ' stopped$' <<< "$lines"; then
     note "training was stopped by hand"

@@ -180,6 +180,15 @@ def test_watch_deletes_the_machine_with_delete_when_finished(gcloud):
   assert gcloud.calls[-1]["argv"] == ["compute", "tpus", "tpu-vm", "delete", "film", "--zone=z", "--quiet"]
 
 
+def test_watch_also_deletes_the_machine_of_a_failed_training(gcloud):
+  """Before that it prints the logs, which are deleted with the machine."""
+  gcloud.script(states=["READY"], workers=[["running"], ["failed 2"]])
+  gcloud.run("tpu_vm.sh", "watch", *POD, "--delete-when-finished", *TRAIN, code=1)
+  *_, logs, last = [call["argv"] for call in gcloud.calls if "argv" in call]
+  assert "worker.sh logs" in logs[-1]
+  assert "delete" in last
+
+
 # A stand-in for gcloud with two workers, which are folders. Commands over ssh run there, with the real worker.sh. Deleting the
 # machine kills its processes.
 MACHINE = """
