@@ -9,7 +9,8 @@ Needed columns, as in Open-Sora: `path`, `text`, `num_frames`, `height`, `width`
   text_features             a safetensors file with the caption's embedding `y` [L, C]
   label                     a class, a whole number from 0
 
-Tables and their files may lie in gs://, or be drawn (`data.shapes`). Relative paths start at the table's folder. The Arrow file
+Tables and their files may lie in gs://, or be drawn (`data.shapes`). Rows with network addresses are refused, unless the
+environment variable STDIT_JAX_SCHEMES allows their scheme. Relative paths start at the table's folder. The Arrow file
 contains unusable rows, too, with the reason, so that rows keep their numbers.
 """
 

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import io
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -43,6 +44,9 @@ _SCALER = Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.FULL_C
 # The containers that FFmpeg may open. FFmpeg's other formats hold no video, or are playlists: FFmpeg would open the
 # files and addresses in them.
 _FORMATS = "mov,matroska,webm,avi,mpeg,mpegvideo,mpegts,m4v,ogg,gif,flv,asf,mxf,dv,h264,hevc,ivf,nut,rm,yuv4mpegpipe"
+# Environment variable: schemes of network addresses that rows may name, such as "https,http". By default none: a table of a
+# stranger could otherwise make workers send requests to addresses inside of their network.
+SCHEMES = "STDIT_JAX_SCHEMES"
 _IN_MEMORY = 32 << 20  # bytes; a smaller file in a bucket is downloaded as a whole, once
 _BLOCK = 4 << 20  # bytes per request for a larger file
 
@@ -215,11 +219,17 @@ def read_through(path: str) -> None:
 def _check_file(path):
   """Returns (size, version) of a file. Raises BadVideo for an empty file, OSError for a missing file."""
   if is_address(path):
+    if (scheme := path.partition("://")[0].lower()) not in _schemes():
+      raise BadVideo(f"a network address. To allow {scheme}:// set {SCHEMES}={scheme} in the environment")
     return 0, 0
   size, version = _bucket_stat(path) if paths.is_remote(path) else paths.stat(path)
   if not size:
     raise BadVideo("the file is empty (0 bytes)")
   return size, version
+
+
+def _schemes():
+  return [scheme for scheme in os.environ.get(SCHEMES, "").lower().split(",") if scheme]
 
 
 def _readable(path):
@@ -239,7 +249,10 @@ _bucket_content = functools.lru_cache(4)(paths.read_bytes)
 
 def open_stream(path: str) -> tuple[InputContainer, VideoStream]:
   """Opens (container, its video stream). Raises `BadVideo` or OSError, and FFmpegError for damaged files."""
-  container = av.open(_readable(path), "r", metadata_errors="replace", options={"format_whitelist": _FORMATS})
+  # An address may redirect to another one, and a file may name others: FFmpeg opens only those of these protocols.
+  protocols = ",".join([*_schemes(), "tcp", "tls"]) if is_address(path) else "file"
+  options = {"format_whitelist": _FORMATS, "protocol_whitelist": protocols}
+  container = av.open(_readable(path), "r", metadata_errors="replace", options=options)
   for stream in container.streams.video:
     if not stream.disposition & Disposition.attached_pic:
       # The loader has parallel worker processes. More decoder threads would only decode frames that the clip does not use.

@@ -1,6 +1,9 @@
 """Frames are the right ones, for every kind of file; resizing is the original's; bad files give one reason."""
 
 import errno
+import functools
+import http.server
+import threading
 from typing import Any
 
 import av
@@ -212,6 +215,38 @@ def test_crop_outside_and_unknown_resize(plain):
     video.read_frames(plain, [0], crop=(60, 0, 10, 10))
   with pytest.raises(ValueError, match="resize 'nearest' is none of area, original"):
     video.read_frames(plain, [0], resize="nearest")
+
+
+def test_network_addresses_need_permission(tmp_path, monkeypatch):
+  """An allowed address may not redirect to a file of this machine, nor to a scheme that is not allowed."""
+  path, secret = tmp_path / "clip.mp4", tmp_path / "secret.mp4"
+  files.write_video(path, frames=6)
+  files.write_video(secret, frames=6)
+
+  class Handler(http.server.SimpleHTTPRequestHandler):
+    def do_GET(self):
+      if self.path == "/redirect.mp4":
+        self.send_response(302)
+        self.send_header("Location", f"file://{secret}")
+        self.end_headers()
+        return
+      super().do_GET()
+
+    def log_message(self, *_):
+      pass
+
+  with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=tmp_path)) as server:
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    for scheme, allowed in (("http", ""), ("http", "https"), ("rtmp", "http")):
+      monkeypatch.setenv(video.SCHEMES, allowed)
+      with pytest.raises(video.BadVideo, match=f"a network address. To allow {scheme}:// set STDIT_JAX_SCHEMES={scheme}"):
+        video.read_frames(address.replace("http", scheme) + "/clip.mp4", [2])
+    monkeypatch.setenv(video.SCHEMES, "https,http")
+    np.testing.assert_array_equal(video.read_frames(f"{address}/clip.mp4", [2]), video.read_frames(path, [2]))
+    with pytest.raises(video.BadVideo, match="not a video, or damaged"):
+      video.read_frames(f"{address}/redirect.mp4", [2])
+    server.shutdown()
 
 
 def test_transient_errors_are_retried(monkeypatch):
