@@ -49,6 +49,8 @@ class DataConfig:
       It reads captions as embeddings if the folder has them. "" = read videos.
     workers: number of decoding processes; 0 = threads of this process.
     read_ahead: number of rows to decode in advance; None = two steps of the largest bucket, at most 2 GB.
+    row_timeout: seconds after which a row that is still being read counts as undecodable; 0 = never. Keep it below
+      `watchdog.timeout`, which ends a training that waits too long for data.
     max_bad_rows: files that may fail to decode before the run stops: a number, or (a float) a share of the usable rows.
     num_classes: every row needs a label from 0 to num_classes - 1; None = rows need no label. The model's conditioner sets this
       value. A configuration cannot set it.
@@ -72,6 +74,7 @@ class DataConfig:
   latents: str = ""
   workers: int = 2
   read_ahead: int | None = None
+  row_timeout: float = 240.0
   max_bad_rows: int | float = 0.1
   num_classes: int | None = None
 
@@ -107,6 +110,8 @@ class DataConfig:
     for score in self.scores:
       if score not in SCORES:
         raise ValueError(f"data.scores has {score!r}, which is none of {', '.join(SCORES)}")
+    if not _is_number(self.row_timeout) or self.row_timeout < 0:
+      raise ValueError(f"data.row_timeout = {self.row_timeout!r} is no number of seconds from 0 up")
     if not _is_number(self.score_drop) or not 0 <= self.score_drop <= 1:
       raise ValueError(f"data.score_drop = {self.score_drop!r} is no number from 0 to 1")
     bad = self.max_bad_rows

@@ -11,8 +11,10 @@ import logging
 import math
 import multiprocessing
 import os
+import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -319,6 +321,49 @@ def _end_with_parent(*_):
     threading.Thread(target=watch, args=(parent,), daemon=True).start()
 
 
+class _Helper:
+  """A thread that computes the calls of another thread, and ends with it."""
+
+  def __init__(self):
+    self.calls, self.results = queue.SimpleQueue(), queue.SimpleQueue()
+    threading.Thread(target=_compute, args=(self.calls, self.results), daemon=True).start()
+
+  def __del__(self):
+    self.calls.put(None)
+
+
+def _compute(calls, results):
+  while call := calls.get():
+    function, args = call
+    try:
+      results.put((function(*args), None))
+    except Exception as error:
+      results.put((None, error))
+
+
+_helpers = threading.local()  # a helper for each thread that reads rows, since scalers belong to threads
+
+
+def in_time(seconds: float, function: Callable, *args: Any) -> Any:
+  """`function(*args)`. Raises BadVideo if it takes longer than `seconds` (0: never), for instance if a server gives no answer.
+
+  Python can't interrupt such a read, so another thread makes it. That thread stays behind if it takes too long.
+  """
+  if not seconds:
+    return function(*args)
+  if not hasattr(_helpers, "own"):
+    _helpers.own = _Helper()
+  _helpers.own.calls.put((function, args))
+  try:
+    result, error = _helpers.own.results.get(timeout=seconds)
+  except queue.Empty:
+    del _helpers.own
+    raise video.BadVideo(f"reading took longer than data.row_timeout={seconds:g} s") from None
+  if error:
+    raise error
+  return result
+
+
 class RowDecoder:
   """Turns an element of `RowSource` into the fields of a `Sample`. Picklable.
 
@@ -341,10 +386,10 @@ class RowDecoder:
         self._read_cached(self.cache, fields, element, row)
       else:
         fields["caption"] = self.caption(row, epoch, slot_row)
-        fields["fps"] = self._fps(self._rate(row, bucket.num_frames), bucket.num_frames)
-        fields["pixels"] = self._pixels(row, bucket.num_frames, size, self.config.window(epoch), slot_row)
+        rate, fields["pixels"] = self._read(row, bucket.num_frames, size, self.config.window(epoch), slot_row)
+        fields["fps"] = self._fps(rate, bucket.num_frames)
       if row.text_features:
-        fields["text_features"] = sources.text_embedding(row.text_features)
+        fields["text_features"] = in_time(self.config.row_timeout, sources.text_embedding, row.text_features)
     except video.BadVideo as e:
       if not self.cache:
         fields["pixels"] = np.zeros((bucket.num_frames, *size, 3), np.uint8)
@@ -397,10 +442,15 @@ class RowDecoder:
     rules = {"exact": rate / interval, "1.2": rate // interval, "1.1": rate}
     return video.IMAGE_FPS if num_frames == 1 else rules[self.config.fps_rule]
 
-  def _pixels(self, row, num_frames, size, window, slot_row):
-    rng = self._rng(window, slot_row, _CLIP)
-    indices = row.start + video.clip_indices(row.num_frames, num_frames, self.config.frame_interval, rng)
-    return video.read_frames(row.path, indices, size=size, resize=self.config.resize, crop=row.crop)
+  def _read(self, row, num_frames, size, window, slot_row):
+    """(frame rate of the file, pixels) of a row. Raises BadVideo if the file can't be read within `row_timeout`."""
+
+    def read():
+      rate, rng = self._rate(row, num_frames), self._rng(window, slot_row, _CLIP)
+      indices = row.start + video.clip_indices(row.num_frames, num_frames, self.config.frame_interval, rng)
+      return rate, video.read_frames(row.path, indices, size=size, resize=self.config.resize, crop=row.crop)
+
+    return in_time(self.config.row_timeout, read)
 
 
 def _persistent_error(row, error):
@@ -420,8 +470,8 @@ class ClipDecoder(RowDecoder):
     _, _, size = latents.size_of(clip["resolution"], clip["ratio"])
     fields = {"path": row.path, "fps": 0.0, "error": "", "away": False, "pixels": np.zeros((num_frames, *size, 3), np.uint8)}
     try:
-      fields["fps"] = float(self._rate(row, num_frames))
-      fields["pixels"] = self._pixels(row, num_frames, size, clip["window"], clip["row"])
+      rate, fields["pixels"] = self._read(row, num_frames, size, clip["window"], clip["row"])
+      fields["fps"] = float(rate)
     except video.BadVideo as e:
       fields |= {"error": str(e), "away": isinstance(e, video.Away)}
     except OSError as e:

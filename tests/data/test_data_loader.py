@@ -3,8 +3,11 @@
 import dataclasses
 import logging
 import pathlib
+import socket
 import subprocess
 import sys
+import threading
+import time
 
 import numpy as np
 import pyarrow as pa
@@ -154,6 +157,38 @@ def test_bad_rows_have_weight_0(folder):
     ValueError, match=r"1 files cannot be decoded, more than data.max_bad_rows allows .0.; first: .*missing.mp4"
   ):
     load(folder, 12, strict)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_row_that_hangs_is_a_bad_row(folder, monkeypatch, workers):
+  """A server accepts the connection and never answers."""
+  with socket.create_server(("127.0.0.1", 0)) as silent:
+    address = f"http://127.0.0.1:{silent.getsockname()[1]}/clip.mp4"
+    rows = [{"path": f"{i}.mp4", "text": f"clip {i}", "num_frames": 24, "height": 144, "width": 256} for i in range(6)]
+    rows[2]["path"] = address
+    files.write_csv(folder / "hangs.csv", rows)
+    monkeypatch.setenv(video.SCHEMES, "http")
+    settings = {"buckets": (("144p", 9, 1.0, 2),), "row_timeout": 3.0, "workers": workers}
+    steps = load(folder, 3, config_of(folder, "hangs.csv", **settings, max_bad_rows=1))
+    samples = [sample for step in steps for sample in step.samples]
+    assert {s.path: s.weight for s in samples if s.error} == {address: 0.0}
+    assert next(s.error for s in samples if s.error) == "reading took longer than data.row_timeout=3 s"
+    with pytest.raises(ValueError, match=r"1 files cannot be decoded.*took longer than"):
+      load(folder, 3, config_of(folder, "hangs.csv", **settings, max_bad_rows=0))
+
+
+def test_threads_that_read_rows_end_with_their_reader():
+  def read():
+    assert loader.in_time(60.0, threading.get_ident) == loader.in_time(60.0, threading.get_ident) != threading.get_ident()
+
+  before = threading.active_count()
+  reader = threading.Thread(target=read)
+  reader.start()
+  reader.join()
+  end = time.monotonic() + 10
+  while threading.active_count() > before and time.monotonic() < end:
+    time.sleep(0.01)
+  assert threading.active_count() <= before
 
 
 def test_persistent_io_errors_are_fatal(folder, monkeypatch):
