@@ -193,7 +193,7 @@ class Checkpoints:
         yield
     except (OSError, RuntimeError, ValueError) as error:
       if _lost_process(error):
-        raise RuntimeError("a process died while a checkpoint was written") from error
+        raise jax.errors.JaxRuntimeError("a process died while a checkpoint was written") from error
       reason = re.sub(r"\W*\[os_error_code.*", "", " ".join(str(error).split()))[-200:]  # the reason is at the end
       if paths.is_remote(self.folder) and re.search(_PASSES, str(error)):
         raise StartAgain(f"a checkpoint could not be written to {self.folder}; a restart may help: {reason}") from error

@@ -24,7 +24,7 @@ from stdit_jax.training import claim, transition
 from stdit_jax.training.checkpoints import CONFIG, DamagedCheckpointError, is_run_folder, load_weights, plain, stage_config
 from stdit_jax.training.nonfinite import TooManyNonFinite
 from stdit_jax.training.objectives import Objective, part_of
-from stdit_jax.training.run import Run, StageParts, say, warn
+from stdit_jax.training.run import STARTS, Run, StageParts, say, warn
 from stdit_jax.training.stages import Stage, changed_keys, identity
 from stdit_jax.training.state import new_state
 from stdit_jax.training.watchdog import StartAgain
@@ -66,6 +66,7 @@ class Restarts:
       raise ValueError(f"config: resume='required', but {self.run.config.output} has no checkpoint")
     if wanted.isdigit() and int(wanted) not in found:
       raise ValueError(f"config: resume={wanted!r}, but {self.run.config.output} has only checkpoints {found}")
+    self._count_start(found[-1] if found else 0)
     for key in self.run.changed if found else ():
       say(f"config: {key} has changed since this run began")
     tried, then = ([int(wanted)], "") if wanted.isdigit() else (found[::-1], "; trying an older one")
@@ -82,7 +83,6 @@ class Restarts:
         folder = self.checkpoints.set_aside(newer)  # else the run could not save these steps again
         warn(f"newer checkpoints, of steps {', '.join(map(str, newer))}, were moved to {folder}")
       say(f"resumed from step {step} of {self.run.config.output}")
-      self._count_start(step)
       return state, frozen, step
     if wanted.isdigit():
       raise ValueError(f"config: resume={wanted!r}, but this checkpoint cannot be read; give another step of {found}")
@@ -91,14 +91,16 @@ class Restarts:
     state, frozen = self._initial()
     if jax.process_index() == 0:
       paths.write_text(paths.join(self.run.config.output, CONFIG), json.dumps(plain(self.run.config), indent=1))
-    self._count_start(0)
     return state, frozen, 0
 
   def _count_start(self, step):
-    """Raises ValueError after MOST_STARTS starts in a row from one step, so that a fault does not restart a run for ever."""
+    """Raises ValueError after MOST_STARTS starts in a row with the same newest checkpoint, that of `step`.
+
+    A supervisor would else restart the run for ever, if a fault does not pass.
+    """
     if jax.process_index() or step == self.run.total_steps:
       return
-    path = paths.join(self.run.config.output, "starts.json")
+    path = paths.join(self.run.config.output, STARTS)
     before = json.loads(paths.read_text(path)) if paths.exists(path) else {}
     count = before["count"] + 1 if before.get("step") == step else 1
     if count > MOST_STARTS:

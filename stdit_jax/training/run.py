@@ -26,6 +26,8 @@ from stdit_jax.training.stages import Stage, changed_keys, identity, make_stages
 from stdit_jax.training.step import ADVERSARY, Programs, TraceCounter
 from stdit_jax.training.validation import Validation
 
+STARTS = "starts.json"  # in the run folder: how often the run started from its newest checkpoint
+
 
 def say(text: str, file: TextIO | None = None) -> None:
   """Prints on the first process only."""
@@ -85,8 +87,8 @@ def _foreign(folder):
   """Names of files in `folder` that no training writes before its config.json."""
   # A dot starts the temporary names of `paths.whole`. Older versions wrote tables to tmp*.
   data = [n for n in paths.names(paths.join(folder, "data")) if not n.removeprefix(".").startswith(("table-", "plan-", "tmp"))]
-  own = {"checkpoints", "compilation_cache", claim.NAME} | (set() if data else {"data"})
-  temporary = (".config.tmp", ".running.tmp", ".writable")
+  own = {"checkpoints", "compilation_cache", claim.NAME, STARTS} | (set() if data else {"data"})
+  temporary = (".config.tmp", ".running.tmp", ".starts.tmp", ".writable")
   return [name for name in paths.names(folder) if name not in own and not name.startswith(temporary)]
 
 
