@@ -146,7 +146,7 @@ def test_a_killed_run_in_a_bucket_has_the_bits_of_a_run_on_disk(assets, left_alo
     assert_same_bits(folder / "alone", tmp_path / "there", step)
   assert metrics(tmp_path / "there") == metrics(folder / "alone")
   written = {path.name for path in (tmp_path / "there").iterdir()}
-  assert written == {"checkpoints", "compilation_cache", "config.json", "metrics.jsonl", "tensorboard"}
+  assert written == {"checkpoints", "compilation_cache", "config.json", "metrics.jsonl", "starts.json", "tensorboard"}
   assert len(list((tmp_path / "there" / "tensorboard").iterdir())) == 2  # one per start
   assert list((tmp_path / "cache" / "stdit_jax" / "data").glob("table-*.arrow"))
   weights, _, step = load_weights(f"gs://{BUCKET}/runs/there")
