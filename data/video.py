@@ -249,7 +249,7 @@ _bucket_content = functools.lru_cache(4)(paths.read_bytes)
 
 def open_stream(path: str) -> tuple[InputContainer, VideoStream]:
   """Opens (container, its video stream). Raises `BadVideo` or OSError, and FFmpegError for damaged files."""
-  # An address may redirect to another one, and a file may name others: FFmpeg opens only those of these protocols.
+  # An address may redirect to another address, and a file may name other files. FFmpeg opens them by these protocols only.
   protocols = ",".join([*_schemes(), "tcp", "tls"]) if is_address(path) else "file"
   options = {"format_whitelist": _FORMATS, "protocol_whitelist": protocols}
   container = av.open(_readable(path), "r", metadata_errors="replace", options=options)

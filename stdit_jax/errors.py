@@ -13,8 +13,8 @@ def may_pass(error: BaseException) -> bool:
   True for I/O errors of disks and networks, and for errors of JAX's runtime, such as a chip that halted. A device with too
   little memory is the user's error.
   """
-  import jax  # takes seconds; commands parse their flags before
-
   if isinstance(error, OSError):
     return error.errno in PASSING
+  import jax  # takes seconds; commands parse their flags before
+
   return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error)

@@ -139,7 +139,7 @@ class Checkpoint:
 
   Attributes:
     tensors: {name: TensorInfo}.
-    metadata: of the first file that has any.
+    metadata: that of the first file with metadata.
   """
 
   path: str

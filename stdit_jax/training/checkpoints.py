@@ -21,7 +21,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 from configs import base
 from data import paths
 from stdit_jax.config import Config
-from stdit_jax.errors import InputError
+from stdit_jax.errors import InputError, may_pass
 from stdit_jax.parallel.shardings import with_shardings
 from stdit_jax.training.stages import make_stages, stage_that_made
 from stdit_jax.training.watchdog import StartAgain
@@ -76,8 +76,8 @@ def _lost_process(error):
 class Checkpoints:
   """The checkpoints of one run folder.
 
-  It never deletes checkpoints of the steps `ends`, and of multiples of `every` (0: of none). Of the others it keeps the newest
-  `keep`.
+  It never deletes the checkpoints of the steps `ends` and of multiples of `every` (0: of none). It also keeps the newest `keep`
+  of all checkpoints.
   """
 
   def __init__(self, output: Any, keep: int = 3, every: int = 0, ends: Sequence[int] = ()):
@@ -195,7 +195,7 @@ class Checkpoints:
       if _lost_process(error):
         raise jax.errors.JaxRuntimeError("a process died while a checkpoint was written") from error
       reason = re.sub(r"\W*\[os_error_code.*", "", " ".join(str(error).split()))[-200:]  # the reason is at the end
-      if paths.is_remote(self.folder) and re.search(_PASSES, str(error)):
+      if may_pass(error) or (paths.is_remote(self.folder) and re.search(_PASSES, str(error))):
         raise StartAgain(f"a checkpoint could not be written to {self.folder}; a restart may help: {reason}") from error
       raise InputError(
         f"a checkpoint could not be written to {self.folder}: {reason}. Make room there or mend the cause; the same command "

@@ -219,7 +219,7 @@ class Restarts:
     """(state, frozen) for the stage at `step`.
 
     Changes the model if the stage has another model. At the start of a stage with keep_optimizer=False, resets the optimizer,
-    and the average to a copy of the parameters: so begins each run of the original.
+    and the average to a copy of the parameters. Each run of the original begins like that.
     """
     objective, optimizer = parts.objective, parts.programs.optimizer
     before, own = transition.by_name(state["params"], frozen), transition.by_name(*objective.shapes)

@@ -79,7 +79,7 @@ def test_the_draws_of_the_original_give_its_buckets(version, name):
 
 @pytest.mark.parametrize(("version", "name"), CASES)
 def test_frequencies_are_those_of_the_original(version, name):
-  """Our counts and those of the original differ by at most 4.5 standard deviations of their difference."""
+  """Our counts differ from those of the original by at most 4.5 standard deviations of this difference."""
   golden = GOLDEN[version]["configs"][name]
   parsed = buckets.parse_buckets(config_of(golden))
   number = golden["frequencies"]["draws"]
