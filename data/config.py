@@ -13,7 +13,7 @@ FPS_RULES = ("exact", "1.2", "1.1")
 SCORES = ("aes", "flow", "cmotion")
 # The smallest allowed value of each key that is a whole number.
 _LEAST = {"seed": 0, "workers": 0, "windows_per_row": 0, "reference_devices": 1, "frame_interval": 1, "max_caption_length": 1,
-          "read_ahead": 1, "rows_per_bucket": 1, "num_classes": 1}  # fmt: skip
+          "read_ahead": 1, "rows_per_bucket": 1, "num_classes": 1, "aspect_ratios": 1}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +34,8 @@ class DataConfig:
     captions: "required" skips rows without a caption. "optional" gives such rows an empty caption (autoencoders, labels).
     max_caption_length: the loader skips rows with longer captions (characters). The tokenizer cuts captions at far fewer
       characters.
+    aspect_ratios: number of aspect ratios of each resolution that are used; None = all. A training from videos compiles a
+      program for each size of clips. Fewer ratios mean fewer programs, and a little more cropping.
     rows_per_bucket: a number selects at most this many rows per bucket, for measurements. The selection does not depend on
       probabilities or on other buckets, and a row may be in several buckets. None = all rows, by the probabilities.
 
@@ -64,6 +66,7 @@ class DataConfig:
   drop_last: bool = True
   captions: str = "required"
   max_caption_length: int = 20_000
+  aspect_ratios: int | None = None
   rows_per_bucket: int | None = None
 
   windows_per_row: int = 0
@@ -97,7 +100,7 @@ class DataConfig:
     self.parsed_buckets()
     for key, least in _LEAST.items():
       value = getattr(self, key)
-      if value is None and key in ("read_ahead", "rows_per_bucket", "num_classes"):
+      if value is None and key in ("read_ahead", "rows_per_bucket", "num_classes", "aspect_ratios"):
         continue
       if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"data.{key} = {value!r} is no whole number from {least} up")

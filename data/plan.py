@@ -34,7 +34,7 @@ def describe(config: DataConfig, table: sources.Table) -> dict:
   tables = [{"fingerprint": p.fingerprint, "weight": p.weight} for p in table.parts]
   parsed = [[b.resolution, b.num_frames, b.keep_prob, b.duration_prob, b.batch_size] for b in config.parsed_buckets()]
   plain = {k: getattr(config, k) for k in ("seed", "frame_interval", "drop_last", "captions", "max_caption_length")}
-  given = {k: getattr(config, k) for k in ("rows_per_bucket", "num_classes") if getattr(config, k) is not None}
+  given = {k: getattr(config, k) for k in ("rows_per_bucket", "num_classes", "aspect_ratios") if getattr(config, k) is not None}
   return {"version": _VERSION, "tables": tables, "buckets": parsed, **plain, **given}
 
 
@@ -138,7 +138,9 @@ def _members(sizes, config, epoch):
   parsed, seed = config.parsed_buckets(), (config.seed, epoch, 0)
 
   def assign(own):
-    bucket, ratio, reason, refused = buckets.assign(*sizes, seed=seed, buckets=own, interval=config.frame_interval)
+    bucket, ratio, reason, refused = buckets.assign(
+      *sizes, seed=seed, buckets=own, interval=config.frame_interval, ratios=config.aspect_ratios
+    )
     rows = [np.flatnonzero(bucket == i) for i in range(len(own))]
     return [(r, ratio[r]) for r in rows], reason, refused
 
@@ -209,6 +211,16 @@ class Plan:
     """
     ahead = [*self._bucket[step : step + count], *self._bucket[: max(0, step + count - self.num_steps)]]
     return [self._buckets[i] for i in dict.fromkeys(ahead)]
+
+  def sizes(self, step: int) -> list[tuple[int, int, int]]:
+    """(frames, height, width) of the clips of all steps, each once, in the order of first use from `step` on.
+
+    The sizes that only earlier steps have come last.
+    """
+    bucket, _, ratio = self.all_slots()
+    values, first = np.unique(np.roll(bucket * _RATIOS + ratio, -int(self._begin[step])), return_index=True)
+    found = ((self._buckets[value // _RATIOS], value % _RATIOS) for value in values[first.argsort()].tolist())
+    return [(b.num_frames, *list(aspect_ratios.SIZES[b.resolution].values())[ratio]) for b, ratio in found]
 
   def slots(self, step: int) -> tuple[int, int]:
     """Returns (first slot, end) of a step."""

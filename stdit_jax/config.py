@@ -175,7 +175,7 @@ class Config:
   ema_decay: Share
   stages: tuple
   validation: Validation
-  compile_threads: Count
+  compile_threads: Whole
   compilation_cache: str
   profile_steps: Steps
   log_every: Count

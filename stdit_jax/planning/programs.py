@@ -33,11 +33,12 @@ from stdit_jax.parallel.mesh import make_mesh
 from stdit_jax.parallel.shardings import AnyMesh, tree_shardings
 from stdit_jax.parallel.topology import CHIPS, TPU_ENVIRONMENT, compiler_version, is_gpu, parse_topology, topology_devices
 from stdit_jax.training.checkpoints import from_plain
+from stdit_jax.training.counter import CompileCounter
 from stdit_jax.training.objectives import Objective, make_objective
 from stdit_jax.training.stage_data import choose_splits
 from stdit_jax.training.stages import Stage, make_stages
 from stdit_jax.training.state import make_optimizer, state_shapes
-from stdit_jax.training.step import Programs, TraceCounter
+from stdit_jax.training.step import Programs
 
 GIB = 2**30
 ROOT = pathlib.Path(__file__).parents[2]
@@ -150,7 +151,7 @@ def lower(job: Job) -> tuple[jax.stages.Lowered, dict[str, Any]]:
   split = choose_splits(stage, [Bucket(resolution, frames, 1.0, rows)], mesh, objective)[resolution, frames]
   if is_gpu(job.topology):
     split = dataclasses.replace(split, layout=dataclasses.replace(split.layout, cudnn=stand_in))
-  program = Programs(objective, stage, mesh, TraceCounter()).gradient((resolution, frames), rows, split)
+  program = Programs(objective, stage, mesh, CompileCounter()).gradient((resolution, frames), rows, split)
   layout, parts, resident = split.layout, split.micro_batches, resident_bytes(stage.config, objective, mesh)
   # The host prepares the next batch during the step. It may be of the same bucket.
   resident["next batch"] = _bytes(program.arguments[2], jax.tree.map(lambda s: layout.sharding(*s.axes), program.batch))

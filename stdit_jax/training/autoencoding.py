@@ -21,7 +21,7 @@ from stdit_jax.config import Config
 from stdit_jax.diffusion.noise import Purpose, fold_in, sample_keys
 from stdit_jax.interop import load_variables, measures
 from stdit_jax.parallel.shardings import ArraySpec, Layout, Tree, tree_shardings
-from stdit_jax.training.batches import AutoencoderBatches, Encoders
+from stdit_jax.training.batches import BatchMaker, Encoders, autoencoder_batches
 from stdit_jax.training.state import init_shapes
 
 WEIGHTS = ("reconstruction", "kl", "latent", "identity", "perceptual", "adversarial")  # autoencoder.<name>_weight
@@ -145,9 +145,8 @@ class AutoencoderObjective:
           f"{min(height, width)}, a larger resolution, or remove such files from the table"
         )
 
-  def batch_maker(self, encoders: Encoders, name: str) -> AutoencoderBatches:
-    """`(LoadedStep, layout) -> global arrays`."""
-    return AutoencoderBatches(self.config)
+  def batch_maker(self, encoders: Encoders, name: str) -> BatchMaker:
+    return autoencoder_batches(self.config)
 
   # Weights.
 

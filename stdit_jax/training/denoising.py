@@ -19,7 +19,7 @@ from stdit_jax.diffusion.frame_masks import FrameMasks
 from stdit_jax.diffusion.noise import Purpose, element_index, fold_in, sample_keys, token_noise
 from stdit_jax.models import flops, t5
 from stdit_jax.parallel.shardings import Layout, Tree
-from stdit_jax.training.batches import Encoders, denoiser_batch
+from stdit_jax.training.batches import BatchMaker, Encoders, denoiser_batches
 from stdit_jax.training.state import init_shapes
 
 QUARTERS = ("t 0-25%", "t 25-50%", "t 50-75%", "t 75-100%")  # of the timesteps
@@ -155,11 +155,11 @@ class DenoiserObjective:
   def check_plan(self, clips: plan.Plan) -> None:
     """Accepts clips of every size."""
 
-  def batch_maker(self, encoders: Encoders, name: str) -> Callable[..., Tree]:
-    """`(LoadedStep, layout) -> global arrays` of the stage `name`. Loads the encoders of these batches."""
+  def batch_maker(self, encoders: Encoders, name: str) -> BatchMaker:
+    """Makes the batches of the stage `name`. Loads the encoders of these batches."""
     clips = encoders.clips(self.config.autoencoder, name) if self._encodes_clips else None
     ahead = encoders.conditioner(self.components) if self._encodes_ahead else None
-    return functools.partial(denoiser_batch, self.components, clips, ahead)
+    return denoiser_batches(self.components, clips, ahead)
 
   # A cache has no rows of the validation, so validation needs the encoders.
 

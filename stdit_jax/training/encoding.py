@@ -18,13 +18,14 @@ import numpy as np
 from data import latents, loader, plan, sources
 from data.config import DataConfig
 from stdit_jax.autoencoders.registry import autoencoder_model
-from stdit_jax.components import load_codec, load_text_encoder
+from stdit_jax.components import load_text_encoder
 from stdit_jax.conditioning.captions import encode_ahead, text_encoder, tokenizer
 from stdit_jax.errors import InputError
 from stdit_jax.models import t5
 from stdit_jax.parallel.mesh import make_mesh
 from stdit_jax.parallel.shardings import Layout
 from stdit_jax.training import batches
+from stdit_jax.training.clip_encoder import ClipEncoder, load_encoder
 from stdit_jax.training.denoising import autoencoder_identity, text_identity
 from stdit_jax.training.objectives import make_objective
 from stdit_jax.training.stages import Stage, naming
@@ -80,8 +81,8 @@ class LatentsWork:
     identity = autoencoder_identity(source.stage.config.autoencoder)
     return {**clips, "autoencoder": identity, "dtype": dtype, "log_variance": log_variance}
 
-  def __init__(self, made_from, members: Sequence[Source], folder: str, epochs: int, shard_bytes: int, counter):
-    self.source, self._counter = members[0], counter
+  def __init__(self, made_from, members: Sequence[Source], folder: str, epochs: int, shard_bytes: int, compiler):
+    self.source, self._compiler = members[0], compiler
     self._autoencoder = autoencoder_model(self.source.stage.config.autoencoder).config
     dtype, channels, self._log_variance = made_from["dtype"], self._autoencoder.latent_channels, made_from["log_variance"]
     self._bytes = (4 if dtype == "float32" else 2) * channels * (1 + self._log_variance)
@@ -122,15 +123,15 @@ class LatentsWork:
     return f"{len(keys):,} clips ({frames:,} frames) of {len(np.unique(fields['row'])):,} rows"
 
   @functools.cached_property
-  def encoder(self) -> batches.ClipEncoder:
+  def encoder(self) -> ClipEncoder:
     """A `ClipEncoder` without a cache: each clip is encoded once."""
     config = dataclasses.replace(self.source.stage.config.autoencoder, cache_gb=0.0)
-    return batches.ClipEncoder(load_codec(config), config, self._counter, self.source.stage.name)
+    return load_encoder(config, self._compiler, self.source.stage.name)
 
   def _turn(self, num_frames):
     """Number of clips that are encoded together."""
-    codec, devices = self.encoder._codecs[0], jax.local_device_count()
-    return max(1, -(-_MICRO_BATCHES * codec.micro_batch * devices // num_frames)) if codec.single_frames else devices
+    frames = _MICRO_BATCHES * self.encoder.codec.micro_batch * jax.local_device_count()
+    return max(-(-frames // num_frames), self.encoder.clips_at_once(num_frames))
 
   def measure(self, keys: np.ndarray) -> tuple[float, str]:
     """(seconds per megapixel of the encoder alone, description). Measures the clip size that contributes most pixels.
@@ -159,6 +160,9 @@ class LatentsWork:
     """
     data, table = self.source.data, self.source.plans.table
     self.bad_rows = loader.BadRows(data.max_bad_rows, len(np.unique(latents.unpack(keys)["row"])))
+    fields = latents.unpack(keys)
+    kinds = dict.fromkeys(zip(*(fields[name].tolist() for name in ("num_frames", "resolution", "ratio"))))
+    self.encoder.prepare((frames, *latents.size_of(*kind)[2]) for frames, *kind in kinds)
     largest = int(3e6 * self.cost(keys).max())  # bytes of a clip: three per pixel
     most = max(self._turn(int(n)) for n in np.unique(latents.unpack(keys)["num_frames"]))
     ahead = data.read_ahead or max(2, min(2 * most, _AHEAD_BYTES // largest))

@@ -29,7 +29,7 @@ WRONG = [
   ({"optimizer__accumulate": 0}, "optimizer.accumulate is 0; allowed: a whole number of at least 1"),
   ({"log_every": 0}, "log_every is 0"),
   ({"profile_steps": (3, 2)}, "profile_steps is (3, 2); allowed: (), or (first, last) optimizer steps"),
-  ({"compile_threads": 0}, "compile_threads is 0; allowed: a whole number of at least 1"),
+  ({"compile_threads": -1}, "compile_threads is -1; allowed: a whole number of at least 0"),
   ({"max_nonfinite": 0}, "max_nonfinite is 0; allowed: a whole number of at least 1"),
   ({"watchdog__timeout": -1.0}, "watchdog.timeout is -1.0; allowed: a number of at least 0"),
   ({"split_tokens": "some"}, "split_tokens is 'some'; allowed: 'auto', 'never', 'always', or buckets: '480p:204,720p:51'"),
