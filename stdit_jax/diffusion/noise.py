@@ -34,7 +34,7 @@ class Purpose(enum.IntEnum):
 def sample_keys(seed: int, sample_id: Integer[ArrayLike | np.ndarray, "B 2"], purpose: int) -> Key[Array, " B"]:
   """One key per sample `[B]`: fold_in(fold_in(fold_in(key(seed), epoch), slot), purpose).
 
-  `sample_id` is (epoch, slot in the epoch's plan); `purpose` is a `Purpose` or another integer.
+  `sample_id` is (`DataConfig.sample_epoch`, slot in the epoch's plan); `purpose` is a `Purpose` or another integer.
   """
   root = jax.random.key(seed, impl="threefry2x32")
 

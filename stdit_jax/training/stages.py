@@ -5,6 +5,7 @@ The number of optimizer steps alone tells the loop the stage, the step within th
 
 import contextlib
 import dataclasses
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -67,7 +68,9 @@ def make_stages(config: Any) -> list[Stage]:
       own = run.replace({**changes, "stages": ()})
       if own.validation.every and not own.validation.tables:
         raise ValueError("validation.tables is empty; give the tables to measure the loss on, or set validation.every=0")
-    stages.append(Stage(name, index, start, steps, keep_optimizer, own))
+    # The name alone decides: the same stage has the same data in a run with other stages before it.
+    data = dataclasses.replace(own.data, stage=zlib.crc32(name.encode()))
+    stages.append(Stage(name, index, start, steps, keep_optimizer, dataclasses.replace(own, data=data)))
     start += steps
   return stages
 
