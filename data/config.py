@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -52,7 +53,7 @@ class DataConfig:
     row_timeout: seconds after which a row that is still being read counts as undecodable; 0 = never. Keep it below
       `watchdog.timeout`, which ends a training that waits too long for data.
     max_bad_rows: files that may fail to decode before the run stops: a number, or (a float) a share of the usable rows.
-    stage: number of the stage of a training, which decides bucket draws, shuffling and sample ids together with `seed`. So no
+    stage: name of the stage of a training, which decides bucket draws, shuffling and sample ids together with `seed`. So no
       stage repeats the order of another one, or its noise. None = no stage. The program sets this value.
     num_classes: every row needs a label from 0 to num_classes - 1; None = rows need no label. The model's conditioner sets this
       value. A configuration cannot set it.
@@ -79,7 +80,7 @@ class DataConfig:
   row_timeout: float = 240.0
   max_bad_rows: int | float = 0.1
   num_classes: int | None = None
-  stage: int | None = None
+  stage: str | None = None
 
   @classmethod
   def create(cls, values: Mapping) -> "DataConfig":
@@ -97,11 +98,11 @@ class DataConfig:
   @property
   def draws(self) -> tuple[int, ...]:
     """Seed of the draws that differ between stages."""
-    return (self.seed,) if self.stage is None else (self.seed, self.stage)
+    return (self.seed,) if self.stage is None else (self.seed, zlib.crc32(self.stage.encode()))
 
   def sample_epoch(self, epoch: int) -> int:
     """The epoch in the ids of samples: other numbers in every stage."""
-    return (epoch + (self.stage or 0)) % 2**32
+    return (epoch + sum(self.draws[1:])) % 2**32
 
   def validate(self) -> None:
     """Raises ValueError if a value is wrong. The error is one line: the key, the value, what is allowed."""

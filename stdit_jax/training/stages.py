@@ -5,7 +5,6 @@ The number of optimizer steps alone tells the loop the stage, the step within th
 
 import contextlib
 import dataclasses
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -56,6 +55,8 @@ def make_stages(config: Any) -> list[Stage]:
       name, steps = changes.pop("name"), changes.pop("steps")
     except KeyError as error:
       raise ValueError(f"config: stage {index} has no {error}; every stage needs name and steps") from None
+    if not isinstance(name, str):
+      raise ValueError(f"config: stages[{index}]: name is {name!r}; allowed: a text such as 'main'")
     if any(stage.name == name for stage in stages):
       raise ValueError(f"config: two stages are called {name!r}; give each its own name")
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
@@ -69,7 +70,7 @@ def make_stages(config: Any) -> list[Stage]:
       if own.validation.every and not own.validation.tables:
         raise ValueError("validation.tables is empty; give the tables to measure the loss on, or set validation.every=0")
     # The name alone decides: the same stage has the same data in a run with other stages before it.
-    data = dataclasses.replace(own.data, stage=zlib.crc32(name.encode()))
+    data = dataclasses.replace(own.data, stage=name)
     stages.append(Stage(name, index, start, steps, keep_optimizer, dataclasses.replace(own, data=data)))
     start += steps
   return stages
