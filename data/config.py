@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,8 +19,8 @@ _LEAST = {"seed": 0, "workers": 0, "windows_per_row": 0, "reference_devices": 1,
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-  """Settings of the training data. The first group and `num_classes` decide the plan. A resumed run refuses changes of them
-  (`plan.changed_keys`).
+  """Settings of the training data. The first group, `num_classes` and `stage` decide the plan. A resumed run refuses changes
+  of them (`plan.changed_keys`).
 
   Attributes:
     tables: metadata tables (.parquet, .csv, .jsonl): a path, or a tuple of paths and of (path, weight) pairs. With weight 3
@@ -54,6 +55,8 @@ class DataConfig:
     row_timeout: seconds after which a row that is still being read counts as undecodable; 0 = never. Keep it below
       `watchdog.timeout`, which ends a training that waits too long for data.
     max_bad_rows: files that may fail to decode before the run stops: a number, or (a float) a share of the usable rows.
+    stage: name of the stage of a training, which decides bucket draws, shuffling and sample ids together with `seed`. So no
+      stage repeats the order of another one, or its noise. None = no stage. The program sets this value.
     num_classes: every row needs a label from 0 to num_classes - 1; None = rows need no label. The model's conditioner sets this
       value. A configuration cannot set it.
   """
@@ -80,11 +83,12 @@ class DataConfig:
   row_timeout: float = 240.0
   max_bad_rows: int | float = 0.1
   num_classes: int | None = None
+  stage: str | None = None
 
   @classmethod
   def create(cls, values: Mapping) -> "DataConfig":
     """Makes a checked configuration from a dict or ConfigDict. Raises ValueError for an unknown key or a wrong value."""
-    names = [f.name for f in dataclasses.fields(cls) if f.name != "num_classes"]
+    names = [f.name for f in dataclasses.fields(cls) if f.name not in ("num_classes", "stage")]
     for key in values:
       if key not in names:
         close = difflib.get_close_matches(key, names, 1)
@@ -93,6 +97,15 @@ class DataConfig:
     config = cls(**{k: plain(v) for k, v in values.items()})
     config.validate()
     return config
+
+  @property
+  def draws(self) -> tuple[int, ...]:
+    """Seed of the draws that differ between stages."""
+    return (self.seed,) if self.stage is None else (self.seed, zlib.crc32(self.stage.encode()))
+
+  def sample_epoch(self, epoch: int) -> int:
+    """The epoch in the ids of samples: other numbers in every stage."""
+    return (epoch + sum(self.draws[1:])) % 2**32
 
   def validate(self) -> None:
     """Raises ValueError if a value is wrong. The error is one line: the key, the value, what is allowed."""
