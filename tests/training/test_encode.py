@@ -355,6 +355,7 @@ WRONG = [
   ({"data__frame_interval": 1}, "have another provenance: frame_interval: 3 -> 1"),
   ({"data__seed": 1, "data__resize": "original"}, 'resize: "area" -> "original"; seed: 42 -> 1'),
   ({"autoencoder__fields": {"scale": 2.0}}, "autoencoder.fields.scale: 1.0 -> 2.0"),
+  ({"autoencoder__dtype": "bfloat16"}, 'autoencoder.dtype: "float32" -> "bfloat16"'),
   ({"data__score_drop": 0.5}, "the text in data.latents=.*have another provenance: score_drop: 0.2 -> 0.5"),
   ({"autoencoder__weights": "t5.safetensors"}, "autoencoder.weights: "),
   ({"data__tables": "table.csv"}, "contents of the table"),
