@@ -62,6 +62,10 @@ class Settings(cli.ConfigSettings):
     "encode captions as well (default: if text_encoder.where is 'ahead')", action=argparse.BooleanOptionalAction
   )
   shard_mb: float = flag("approximate size of a shard (default: %(default)s)", 256.0)
+  autoencoder_memory: float | None = flag(
+    "memory of a device beside the weights; the autoencoder takes fewer frames at a time if it needs more (default: the free "
+    "memory)", metavar="GIB",
+  )  # fmt: skip
   shard: str | None = flag("this process is number I of N, counted from 0 (default: JAX numbers the processes)", metavar="I/N")
 
 
@@ -78,7 +82,7 @@ def check(settings: Settings) -> None:
   """Raises ValueError for values that are not allowed."""
   if paths.is_remote(settings.output):
     raise ValueError(f"--output {settings.output}: ArrayRecord reads local folders only; give one, or a bucket mounted as one")
-  cli.check_positive(settings, "epochs", "shard_mb")
+  cli.check_positive(settings, "epochs", "shard_mb", "autoencoder_memory")
   if settings.shard:
     Share.parse(settings.shard)
 
@@ -142,10 +146,15 @@ def gigabytes(size: float) -> str:
   return f"{size / 1e9:.3g} GB" if size >= 1e8 else f"{size / 1e6:.3g} MB"
 
 
-def estimate(works: Sequence[Any], own: Share, say: Callable[[str], None]) -> list[tuple[Any, list[int], np.ndarray]]:
-  """[(work, numbers of its shards, keys of their records)] for this process. `say` prints their sizes and the writing time.
+def estimate(
+  works: Sequence[Any], own: Share, say: Callable[[str], None], limit: float | None = None
+) -> list[tuple[Any, list[int], np.ndarray]]:
+  """[(work, numbers of its shards, keys of their records)] for this process. `say` prints sizes, memory and writing time.
 
-  Raises InputError if the disk has too little space.
+  Raises InputError if the disk has too little space, and ValueError if a device has too little memory. Nothing is encoded then.
+
+  Args:
+    limit: bytes of a device for the autoencoder beside its weights. None: the free memory.
   """
   jobs, sizes = [], []
   for work in works:
@@ -159,6 +168,8 @@ def estimate(works: Sequence[Any], own: Share, say: Callable[[str], None]) -> li
       sizes.append(work.expected_bytes(keys))
   if jobs and sum(sizes) > (free := shutil.disk_usage(folder := jobs[0][0].part.folder).free):
     raise InputError(f"{gigabytes(sum(sizes))} are to be written, and {folder} has {gigabytes(free)} left; free some space")
+  for work, _, keys in jobs:
+    say(work.fit(keys, limit))
   for (work, numbers, keys), size in zip(jobs, sizes):
     seconds, how = work.measure(keys)
     time = duration(seconds * work.cost(keys).sum())
@@ -212,6 +223,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(settings: Settings, choice: Choice, own: Share) -> None:
   """Encodes this process's share of the choice."""
+  from stdit_jax.autoencoders.memory import GIB
   from stdit_jax.training.compilation import AheadOfTime
   from stdit_jax.training.run import check_platform
 
@@ -220,7 +232,8 @@ def run(settings: Settings, choice: Choice, own: Share) -> None:
   check_platform(choice[0][0].config.platform)
   compiler = AheadOfTime(choice[0][0].config.compile_threads, say)
   works = [work for work in make_work(settings, choice, compiler) if work.part is not None]
-  for work, numbers, keys in estimate(works, own, say):
+  limit = settings.autoencoder_memory and settings.autoencoder_memory * GIB
+  for work, numbers, keys in estimate(works, own, say, limit):
     write(work, numbers, keys, shows)
     latents.finish(work.part, work.features)
     compiler.counter.check()

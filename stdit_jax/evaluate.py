@@ -14,17 +14,20 @@
   python -m stdit_jax.evaluate --task autoencoder --autoencoder data/film/autoencoder.safetensors \\
       --tables data/film/prepared/table.csv --buckets 144p:1 144p:17 --picture film.png
 
-The flags of the sampler are for --task shapes. The command writes nothing into the run. On several hosts, every process runs
-the same command (`cli.connect_processes`).
+The tasks shapes and autoencoder print the memory that each device needs. If a bucket of --task autoencoder needs too much, the
+autoencoder works in tiles, which changes the values a little, and the output names these buckets. The flags of the sampler are
+for --task shapes. The command writes nothing into the run. On several hosts, every process runs the same command
+(`cli.connect_processes`).
 """
 
 import contextlib
 import dataclasses
 import functools
 import json
+import math
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -33,14 +36,17 @@ from absl import logging
 from tqdm import tqdm
 
 from data import paths
-from data.buckets import parse_buckets
+from data.buckets import Bucket, parse_buckets
 from data.command_line import flag
 from data.config import DataConfig
 from stdit_jax import cli, loading
 from stdit_jax.autoencoders import i3d, reconstruction
+from stdit_jax.autoencoders.codec import Codec, fit_tiles
+from stdit_jax.autoencoders.memory import GIB, free_memory, tile_pixels
 from stdit_jax.config import Config
+from stdit_jax.generation import production
 from stdit_jax.generation.settings import PipelineSettings
-from stdit_jax.generation.shapes_exam import PARTS, Exam, examine
+from stdit_jax.generation.shapes_exam import PARTS, Exam, examine, largest_request
 from stdit_jax.interop import load_variables, measures
 from stdit_jax.parallel.mesh import make_mesh
 from stdit_jax.training.batches import Encoders
@@ -127,9 +133,15 @@ def evaluate_loss(settings: Settings, folder: str) -> tuple[str, dict[str, float
 def evaluate_shapes(settings: Settings, folder: str) -> tuple[str, dict[str, dict[str, float]]]:
   """(description of the weights, {part: {measure: value}})."""
   config, step = loading.read_model(settings)
-  pipeline, described = loading.load_pipeline(settings, config, step), loading.describe(settings, step)
-  progress = functools.partial(tqdm, unit="batch", leave=False, disable=True if jax.process_index() else None)
   exam = Exam(config.sample.steps, config.sample.guidance_scale, settings.count or 200, batch=settings.batch_size)
+
+  def check(pipeline):
+    advice = "lower --batch-size, use --guidance-in-turn, or more devices with --mesh"
+    encoded, limit = {exam.frames}, settings.autoencoder_memory
+    production.fit_memory(pipeline, largest_request(exam), exam.batch, limit, advice, encoded=encoded, given=True)
+
+  pipeline, described = loading.load_pipeline(settings, config, step, check), loading.describe(settings, step)
+  progress = functools.partial(tqdm, unit="batch", leave=False, disable=True if jax.process_index() else None)
   how = f"{exam.count} scenes of each part, {config.diffusion.fields.get('sampler', 'euler')}, {exam.steps} steps, "
   how += f"guidance scale {exam.scale:g}" + (f", step cache {settings.step_cache}" if settings.step_cache else "")
   how += f", timestep shift {settings.timestep_shift:g}" if settings.timestep_shift else ""
@@ -156,18 +168,53 @@ def evaluate_autoencoder(settings: Settings, folder: str) -> tuple[str, dict[str
   exam, found, shown = reconstruction.Exam(codec, judges, settings.repeat), {}, []
   for bucket in buckets:
     exam.check(bucket)
-  for bucket in reversed(buckets):  # from few pixels and frames to many
-    chosen = reconstruction.choose(table, bucket, settings.count or 16, interval)
-    rows = tqdm(chosen, bucket.name, unit="clip", leave=False, disable=None)
+  chosen = {bucket: reconstruction.choose(table, bucket, settings.count or 16, interval) for bucket in reversed(buckets)}
+  codecs = fit_buckets(exam, chosen, settings.autoencoder_memory)
+  for bucket, picked in chosen.items():  # from few pixels and frames to many
+    rows = tqdm(picked, bucket.name, unit="clip", leave=False, disable=None)
     clips = reconstruction.read(rows, bucket.num_frames, interval)
-    found[bucket.name], seen = exam(clips, show=(len(chosen) - 1) // 2)  # the first clips of a film are often black
+    exam.codec = codecs.get(bucket, codec)
+    found[bucket.name], seen = exam(clips, show=(len(picked) - 1) // 2)  # the first clips of a film are often black
     shown += [(bucket.name, *seen)] if seen else []
   if not shown:
     raise ValueError(f"no row of --tables is large and long enough for {', '.join(found)}; give smaller --buckets")
   if settings.picture and not jax.process_index():
     with paths.whole(settings.picture) as temporary:
       reconstruction.picture(shown).save(temporary)
-  return described, {"buckets": found, "shift": np.ravel(exam.shift).tolist(), "scale": exam.scale.tolist()}
+  values: dict[str, Any] = {"buckets": found, "shift": np.ravel(exam.shift).tolist(), "scale": exam.scale.tolist()}
+  tiles = {bucket.name: dataclasses.asdict(one.tiles) for bucket, one in codecs.items() if one.tiles}
+  return described, values | ({"tiles": tiles} if tiles else {})
+
+
+def fit_buckets(exam: reconstruction.Exam, chosen: Mapping[Bucket, Any], limit: float | None) -> dict[Bucket, Codec]:
+  """For each bucket with rows, the codec that fits into the memory of a device: with fewer frames at a time, or with tiles.
+
+  Prints the memory of each device. Raises ValueError if a device has too little.
+
+  Args:
+    chosen: rows of `reconstruction.choose`; limit: GiB beside the weights. None: the free memory.
+  """
+  free = free_memory()
+  budget = limit * GIB if limit else math.inf if free is None else free
+  codecs, needed, shows = {}, {}, jax.process_index() == 0
+  for bucket, rows in chosen.items():
+    if not rows:
+      continue
+    size = exam.codec.config.latent_size(*max((size for _, size in rows), key=math.prod))
+    frames = {-(-bucket.num_frames // exam.repeat)}
+    codecs[bucket], needs = fit_tiles(exam.codec, size, {"encode": frames, "decode": frames}, budget)
+    needed[bucket.name] = max(needs.values())
+    if shows and codecs[bucket].tiles:
+      print(f"{bucket.name} in tiles of {tile_pixels(codecs[bucket], size)} pixels, to need less memory", flush=True)
+  if not needed:
+    return {}
+  parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in needed.items())
+  text = f"memory of each device beside the weights: {max(needed.values()) / GIB:.2f} GiB (the largest of {parts})"
+  if free is not None and max(needed.values()) > free:
+    raise ValueError(f"{text}, but only {free / GIB:.2f} GiB are free: give --buckets with fewer pixels or frames")
+  if shows:
+    print(text + ("" if free is None else f" of {free / GIB:.2f} GiB free"), flush=True)
+  return codecs
 
 
 def what_to_measure(settings: Settings, config: Config | None) -> tuple[Sequence[str], list[list[str]]]:
@@ -186,14 +233,16 @@ def what_to_measure(settings: Settings, config: Config | None) -> tuple[Sequence
 
 def check_settings(settings: Settings) -> None:
   """Raises ValueError for flags that the task does not use, and for outputs that can't be written."""
-  cli.check_positive(settings, "count", "batch_size", "repeat", "frame_interval")
+  cli.check_positive(settings, "count", "batch_size", "repeat", "frame_interval", "autoencoder_memory")
   if settings.changes and not settings.config:
     raise ValueError(f"{settings.changes[0]}: changes need --config FILE; a --run is measured as it was trained")
   unused = {
-    "loss": ("config", "weights", "autoencoder", "model", "buckets", "picture", "perceptual", "i3d", "count"),
+    "loss": (
+      "config", "weights", "autoencoder", "model", "buckets", "picture", "perceptual", "i3d", "count", "autoencoder_memory",
+    ),
     "shapes": ("tables", "model", "buckets", "picture", "perceptual", "i3d"),
     "autoencoder": ("mesh", "weights", "samples_per_bucket", "timesteps"),
-  }
+  }  # fmt: skip
   for name in unused[settings.task]:
     if getattr(settings, name):
       raise ValueError(f"--{name.replace('_', '-')} has no effect on --task {settings.task}; leave it out")

@@ -13,6 +13,8 @@ replace it. All figures are computed, none is measured on a device:
   tokens       of one sample, with padding
   GiB          peak memory per chip, and the limit of the compiler. The peak is the program's memory (memory_analysis),
                plus a device's part of averaged weights, optimizer state, encoders and next batch
+  text encoder of each stage that encodes captions before the step: its program for the bucket with most rows. The GiB include
+               the whole state, the batch in work and the next one
   TFLOP        matrix products of the model for all samples, by formula (stdit_jax/models/flops.py): three forward passes
   GB moved     by collectives, per device and step. Read from the compiled program, with the iterations of its loops
   compute      seconds: FLOPs, with the forward pass that remat repeats, at the chip's published peak
@@ -54,6 +56,7 @@ from stdit_jax.models.family import find_model
 from stdit_jax.parallel.topology import is_gpu, parse_topology, topology_chips
 from stdit_jax.planning import budget, search
 from stdit_jax.planning.budget import Key
+from stdit_jax.planning.lines import describe, print_header
 from stdit_jax.planning.programs import GIB, Compiler, Job, roofline
 from stdit_jax.training.checkpoints import plain
 from stdit_jax.training.objectives import make_objective
@@ -138,43 +141,16 @@ def make_jobs(settings: Settings) -> tuple[list[Stage], list[Job]]:
   return stages, jobs
 
 
+def text_jobs(stages: Sequence[Stage], jobs: Sequence[Job]) -> list[Job]:
+  """For each stage that encodes captions before the step: the job of this program, for the bucket with most rows."""
+  ahead = [stage.name for stage in stages if make_objective(stage.config).encodes_ahead]
+  of_stages = [[job for job in jobs if job.stage == name] for name in ahead]
+  return [dataclasses.replace(max(own, key=lambda job: job.bucket[2]), text=True) for own in of_stages if own]
+
+
 def stage_buckets(stage: Stage) -> dict[Key, int]:
   """{(resolution, frames): batch} of the buckets of a stage that have a batch size."""
   return {(b.resolution, b.num_frames): b.batch_size for b in stage.config.data.parsed_buckets() if b.batch_size}
-
-
-COLUMNS = (
-  ("stage", 10), ("bucket", 12), ("batch", 7), ("each", 5), ("parts", 5), ("tokens", 8), ("compile", 8), ("GiB", 13),
-  ("activations", 11), ("TFLOP", 9), ("GB moved", 9), ("compute", 8), ("memory", 8), ("links", 8), ("bound", 8), ("MFU", 5),
-)  # fmt: skip
-
-
-def line(values: Sequence[Any]) -> str:
-  """A line of the table with the first columns."""
-  return " ".join(f"{value:>{width}}" for value, (_, width) in zip(values, COLUMNS))
-
-
-def describe(result: dict[str, Any], bound: dict[str, Any] | None) -> str:
-  """The line of the table for a result and its roofline."""
-  values = [
-    result["stage"], f"{result['resolution']} x {result['frames']}", result["batch"],
-    f"{result['samples_per_part']}" + ("s" if result["split_tokens"] else ""), result["micro_batches"],
-    result.get("tokens", ""), f"{result['compile_seconds']:.0f}s",
-  ]  # fmt: skip
-  if "oom" in result:
-    return f"{line(values)}   does not fit: {result['oom']}"
-  values.append(f"{result['peak'] / GIB:.1f} / {result['limit'] / GIB:.1f}" + ("" if result["fits"] else " !"))
-  values.append(f"{result['activations'] / GIB:.1f}")
-  if bound:
-    seconds = [f"{bound[what]:.2f}s" for what in ("compute", "memory", "links")]
-    moved = sum(result["collectives"].values()) / 1e9
-    values += [f"{result['model_flops'] / 1e12:.0f}", f"{moved:.1f}", *seconds, bound["bound"], f"{bound['utilisation']:.0%}"]
-  return line(values)
-
-
-def print_header() -> None:
-  print("each: samples per device and micro batch, s: tokens are split; parts: micro batches; !: does not fit")
-  print(line([name for name, _ in COLUMNS]), flush=True)
 
 
 def in_order(settings: Settings, function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
@@ -202,14 +178,14 @@ def print_plan(settings: Settings, compiler: Compiler, stages: Sequence[Stage], 
   """Prints a line per bucket, the bytes per chip besides activations, and the hours of the stages. Returns all results."""
   print_header()
   results, seconds = [], {}
-  for result in in_order(settings, compiler, jobs):
+  for result in in_order(settings, compiler, [*jobs, *text_jobs(stages, jobs)]):
     bound = bound_of(settings, result)
     results.append(result | ({"roofline": bound} if bound else {}))
     if bound:
       seconds[result["stage"], result["resolution"], result["frames"]] = bound["step"]
     print(describe(result, bound), flush=True)
   print("per chip besides activations: " + ", ".join(f"{k} {size / GIB:.2f} GiB" for k, size in results[0]["resident"].items()))
-  print(f"mesh: {results[0]['mesh']}; {sum(r['fits'] for r in results)} of {len(results)} buckets fit")
+  print(f"mesh: {results[0]['mesh']}; {sum(r['fits'] for r in results[: len(jobs)])} of {len(jobs)} buckets fit")
   print_budget(settings, stages, seconds, results[0])
   return results
 
@@ -260,6 +236,10 @@ def print_search(settings: Settings, compiler: Compiler, stages: Sequence[Stage]
     found[job.stage, *job.bucket[:2]] = answer
     print(describe(answer.result, bound_of(settings, answer.result)), flush=True)
   fits = {key: answer for key, answer in found.items() if answer.largest}
+  largest = [search.largest_job(job, fits[key]) for job in jobs if (key := (job.stage, *job.bucket[:2])) in fits]
+  texts = list(in_order(settings, compiler, text_jobs(stages, largest)))
+  for result in texts:
+    print(describe(result, None))
   lines = {key: answer.seconds(settings.topology, settings.slice_gbits) for key, answer in fits.items()}
   target = settings.step_seconds or max((constant + slope for constant, slope in lines.values()), default=0.0)
   print(f"\nwith steps of {target:.2f} s at their bound:")
@@ -279,7 +259,7 @@ def print_search(settings: Settings, compiler: Compiler, stages: Sequence[Stage]
     missing = len(found) - len(fits)
     note = f"; {missing} buckets are missing, because not one sample of them fits" if missing else ""
     print(f"wrote {settings.write_buckets}{note}")
-  return [result for answer in found.values() for result in answer.results.values()]
+  return [result for answer in found.values() for result in answer.results.values()] + texts
 
 
 def probe_buckets(stage: Stage) -> list[tuple[str, int, int]]:
@@ -299,10 +279,12 @@ def print_meshes(settings: Settings, compiler: Compiler, stages: Sequence[Stage]
     jobs = [job for job in jobs if (job.stage, job.bucket) in wanted]
   tries = []
   for mesh in search.sensible_meshes(topology_chips(settings.topology), width):
+    on_mesh = []
     for job in jobs:
       rows = search.nearest_batch(job.bucket[2], settings.chips)
       config = {**job.config, "mesh": {**job.config["mesh"], **mesh}}
-      tries.append(dataclasses.replace(job, config=config, bucket=(*job.bucket[:2], rows)))
+      on_mesh.append(dataclasses.replace(job, config=config, bucket=(*job.bucket[:2], rows)))
+    tries += [*on_mesh, *text_jobs(stages, on_mesh)]
   print_header()
   by_mesh = {}
   for result in in_order(settings, compiler, tries):

@@ -162,13 +162,7 @@ class Codec:
 
     They are infinite if the compiler reports that the device has too little memory.
     """
-    try:
-      programs = [program.compile() for program in self.lower(method, size, num_frames)]
-    except jax.errors.JaxRuntimeError as error:
-      if "RESOURCE_EXHAUSTED" not in str(error):
-        raise
-      return math.inf
-    return max(memory_beside(program, self.variables) for program in programs)
+    return max(needed_memory(program, self.variables) for program in self.lower(method, size, num_frames))
 
   def flops(self, method: str, size: Sequence[int], num_frames: int) -> float:
     """FLOPs of `method` as XLA counts them, without compilation. Arguments as `lower`."""
@@ -251,6 +245,16 @@ def memory_beside(compiled: Any, weights: Any) -> int:
   memory = compiled.memory_analysis()
   kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
   return kept + memory.temp_size_in_bytes - bytes_on_device(weights)
+
+
+def needed_memory(lowered: jax.stages.Lowered, weights: Any) -> float:
+  """`memory_beside` of a lowered program. Infinite if the compiler reports that the device has too little memory."""
+  try:
+    return memory_beside(lowered.compile(), weights)
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    return math.inf
 
 
 def fit_tiles(codec: Codec, size: Sequence[int], lengths: Mapping[str, Iterable[int]], budget: float) -> tuple[Codec, dict]:

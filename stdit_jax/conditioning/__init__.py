@@ -12,6 +12,7 @@
   collate(samples)    the arrays of `specs` from `data.loader.Sample`s; if `ahead`, the inputs of `program`
   ahead               whether its encoder runs in a separate program before the training step
   program(weights)    that program: `(arrays, layout) -> cond`; only if `ahead`
+  lower(rows, layout) that program, lowered for so many rows; only if `ahead`
   is_cached(folder)   whether a folder of cached latents also holds the outputs of its encoder
   encode(weights, arrays, layout)   inside a program: arrays of `collate` -> `cond`; `weights` are those of its encoder
   prompts(texts)      the arrays of `collate` for prompts

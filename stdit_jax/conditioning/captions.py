@@ -18,7 +18,7 @@ from data import latents
 from data.captions import Tokenize, clean_caption
 from stdit_jax.errors import InputError
 from stdit_jax.models import flops, layers, t5
-from stdit_jax.parallel.shardings import ArraySpec, Layout
+from stdit_jax.parallel.shardings import ArraySpec, Layout, with_shardings
 
 AHEAD_ROWS = 16  # captions that the encoder works on at a time, per device; so its memory does not grow with the batch
 
@@ -129,6 +129,14 @@ class Captions:
       return {"text": run(arrays["text_ids"], arrays["text_mask"], layout), "text_mask": arrays["text_mask"]}
 
     return encode
+
+  def lower(self, rows: int, layout: Layout) -> jax.stages.Lowered:
+    """`program` for a batch of `rows`, lowered for shapes in place of weights and arrays."""
+    place = layout.sharding("batch")
+    run = jax.jit(lambda weights, arrays: self.program(weights)(arrays, layout), out_shardings=place)
+    tokens = {"text_ids": jnp.int32, "text_mask": jnp.bool_}
+    arrays = {name: jax.ShapeDtypeStruct((rows, self.length), dtype, sharding=place) for name, dtype in tokens.items()}
+    return run.lower(with_shardings(t5.init_shapes(self.encoder.config)["params"], layout.mesh, t5.RULES), arrays)
 
   def is_cached(self, folder: str | None) -> bool:
     """Whether the loader reads the features of captions from this folder of `data.latents`."""

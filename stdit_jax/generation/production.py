@@ -3,10 +3,9 @@
 import collections
 import contextlib
 import dataclasses
-import pathlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 import jax
@@ -15,66 +14,62 @@ from tqdm import tqdm
 
 from data.captions import clean_caption
 from stdit_jax.autoencoders.codec import fit_tiles
+from stdit_jax.autoencoders.memory import GIB, free_memory, tile_pixels
 from stdit_jax.generation.clips import Item, batches, encoded_lengths, length_of, make_videos
 from stdit_jax.generation.media import open_media
-from stdit_jax.generation.pipeline import Pipeline
+from stdit_jax.generation.pipeline import Pipeline, Request
 from stdit_jax.generation.references import read_reference
 from stdit_jax.generation.settings import SampleSettings
 from stdit_jax.generation.work import Work
-
-GIB = 2**30
-
 
 # ------------------------------------------------------------------------------------------------------------------ memory
 
 
 def check_memory(pipeline: Pipeline, works: Sequence[Work], settings: SampleSettings) -> None:
-  """Prints the memory that each device will need. Switches the autoencoder to tiles if the memory is too small for it.
-
-  Compiles the programs of the largest video, and allocates nothing. Raises ValueError if a device has too little free memory.
-  """
-  sample, shows = pipeline.components.config.sample, jax.process_index() == 0
-  pipeline.diffusion.for_sampling(sample.steps)  # raises ValueError for numbers of steps that the sampler can't take
+  """`fit_memory` for the largest video. Raises ValueError if a device has too little free memory."""
   request = max((one.requests[0] for one in works), key=lambda r: r.height * r.width * r.num_frames)
   batch, config = min(settings.batch_size or pipeline.batch_parts, len(works)), pipeline.codec.config
   of_each = (encoded_lengths(one.job, one.file_frames, config, request.num_frames, settings.compat) for one in works)
-  encoded = set().union(*of_each)
+  options = {"given": any(one.job.rules for one in works), "negative": settings.negative_prompt is not None}
+  how = "lower --batch-size, --num-frames or the size, use --guidance-in-turn, or more devices with --mesh"
+  fit_memory(pipeline, request, batch, settings.autoencoder_memory, how, encoded=set().union(*of_each), **options)
+
+
+def fit_memory(
+  pipeline: Pipeline, request: Request, batch: int, limit: float | None, how: str, *, encoded: Set[int], **options: bool
+) -> None:
+  """Prints the memory that each device will need. Switches the autoencoder to tiles if the memory is too small for it.
+
+  Compiles the programs of `batch` requests like this one, and allocates nothing. Raises ValueError if a device has too little
+  free memory.
+
+  Args:
+    limit: GiB of the autoencoder's programs. None: the free memory.
+    how: what the user can do about too little memory.
+    encoded, options: as in `Pipeline.needed_memory`.
+  """
+  sample, shows = pipeline.components.config.sample, jax.process_index() == 0
+  pipeline.diffusion.for_sampling(sample.steps)  # raises ValueError for numbers of steps that the sampler can't take
   if shows:
     print(f"compiling for {batch} x {request.num_frames} x {request.height} x {request.width} ...", file=sys.stderr, flush=True)
-  options = {"given": any(one.job.rules for one in works), "encoded": encoded, "negative": settings.negative_prompt is not None}
-  needed = pipeline.needed_memory(request, batch, sample.steps, sample.guidance_scale, **options)
+  needed = pipeline.needed_memory(request, batch, sample.steps, sample.guidance_scale, encoded=encoded, **options)
   weights, free = needed.pop("weights"), free_memory()
-  budget = settings.autoencoder_memory * GIB if settings.autoencoder_memory else free and free - weights
+  budget = limit * GIB if limit else free and free - weights
   lengths = {"decode": {request.num_frames}} | ({"encode": encoded} if encoded else {})
   if budget and max(needed[method] for method in lengths) > budget:
     size = pipeline.latent_size(request)[1:]
     pipeline.codec, less = fit_tiles(pipeline.codec, size, lengths, budget)
     needed |= less
     if shows and pipeline.codec.tiles:
-      sides = (min(pair) * config.downsampling for pair in zip((pipeline.codec.tiles.height, pipeline.codec.tiles.width), size))
       what = " and ".join(f"{method}s" for method in lengths)
-      print(f"{what} in tiles of {' x '.join(map(str, sides))} pixels, to need less memory", flush=True)
+      print(f"{what} in tiles of {tile_pixels(pipeline.codec, size)} pixels, to need less memory", flush=True)
   total = weights + max(needed.values())
   parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in needed.items())
   text = f"memory of each device: {total / GIB:.2f} GiB (weights {weights / GIB:.2f}, and the largest of {parts})"
   if free is not None and total > free:
-    how = "lower --batch-size, --num-frames or the size, use --guidance-in-turn, or more devices with --mesh"
     raise ValueError(f"{text}, but only {free / GIB:.2f} GiB are free: {how}")
   if shows:
     print(text + ("" if free is None else f" of {free / GIB:.2f} GiB free"), flush=True)
-
-
-def free_memory() -> int | None:
-  """Free bytes of one device, None if unknown."""
-  device = jax.local_devices()[0]
-  stats = device.memory_stats() if device.platform != "cpu" else None
-  if stats and "bytes_limit" in stats:
-    return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-  try:
-    lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-  except (OSError, StopIteration):
-    return None
 
 
 # ------------------------------------------------------------------------------------------------------------------ videos

@@ -31,6 +31,9 @@ class ModelSettings:
     "mesh of all devices, e.g. data=-1 fsdp=4; sequence=4 splits each video (default: one device; several processes: data=-1)",
     nargs="+", metavar="AXIS=DEVICES",
   )  # fmt: skip
+  autoencoder_memory: float | None = _model(
+    "memory of a device; the autoencoder works in tiles if it needs more (default: the free memory)", metavar="GIB"
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,9 +86,6 @@ class SampleSettings(PipelineSettings):
   explain: bool = _given("print where each frame comes from, and make nothing", False)
 
   batch_size: int | None = _output("videos per batch (default: one per group of devices that share a video)")
-  autoencoder_memory: float | None = _output(
-    "memory of a device; the autoencoder works in tiles if it needs more (default: the free memory)", metavar="GIB"
-  )
   output: str = _output("folder for the files, or one .mp4, .gif, .webp, .png (default: %(default)s)", "samples")
   format: str = _output(
     "of videos (default: mp4); frames: a folder of png. Images are png", "mp4", choices=(*VIDEO_FORMATS, FRAMES)

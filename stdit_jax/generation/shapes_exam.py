@@ -17,6 +17,7 @@ less than half of the scene's true step.
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -70,6 +71,12 @@ def scenes_of(split: str, count: int, frames: int, objects: int = 1) -> list[tup
 
 def _size(scene):
   return aspect_ratios.size(RESOLUTION, aspect_ratios.closest_ratio(scene.height, scene.width, RESOLUTION))
+
+
+def largest_request(exam: Exam) -> Request:
+  """A request with the size and length of the largest clip."""
+  height, width = max(aspect_ratios.SIZES[RESOLUTION].values(), key=math.prod)
+  return Request("a red circle", height, width, max(exam.frames, max(shapes.LENGTHS) - 1))
 
 
 def _make(pipeline, exam, items, name, progress):

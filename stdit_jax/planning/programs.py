@@ -25,8 +25,9 @@ from jax import Array
 
 from data import paths
 from data.buckets import Bucket
+from stdit_jax.components import Components
 from stdit_jax.config import Config
-from stdit_jax.models import flops
+from stdit_jax.models import flops, t5
 from stdit_jax.parallel import hlo
 from stdit_jax.parallel.attention import valid_keys
 from stdit_jax.parallel.mesh import make_mesh
@@ -52,6 +53,7 @@ class Job:
     config: of the whole run, made plain by `checkpoints.plain`; stage: name of one of its stages.
     bucket: (resolution, frames, global batch size).
     topology, slices: of `topology.topology_devices`.
+    text: False: the gradient program. True: the program that encodes captions before the step (`Objective.encodes_ahead`).
   """
 
   config: dict[str, Any]
@@ -59,6 +61,7 @@ class Job:
   bucket: tuple[str, int, int]
   topology: str
   slices: int = 1
+  text: bool = False
 
   def objective(self) -> tuple[Stage, Objective]:
     """The job's stage and its objective. Raises ValueError for a configuration that is not allowed."""
@@ -138,7 +141,7 @@ def resident_bytes(config: Config, objective: Objective, mesh: AnyMesh) -> dict[
 
 
 def lower(job: Job) -> tuple[jax.stages.Lowered, dict[str, Any]]:
-  """Lowers the gradient program of a bucket. It is the program that trains, except for attention on GPUs (`stand_in`).
+  """Lowers a job. It is the program that trains, except for attention on GPUs (`stand_in`).
 
   Returns:
     (lowered program, facts that are known before it is compiled: a dict of plain values)
@@ -154,22 +157,37 @@ def lower(job: Job) -> tuple[jax.stages.Lowered, dict[str, Any]]:
   program = Programs(objective, stage, mesh, CompileCounter()).gradient((resolution, frames), rows, split)
   layout, parts, resident = split.layout, split.micro_batches, resident_bytes(stage.config, objective, mesh)
   # The host prepares the next batch during the step. It may be of the same bucket.
-  resident["next batch"] = _bytes(program.arguments[2], jax.tree.map(lambda s: layout.sharding(*s.axes), program.batch))
-  # The program's peak includes parameters, gradients and frozen arrays. The other arrays are added to it.
-  own = resident["parameters"] + resident["gradients"] + bytes_per_device(objective.shapes[1], mesh, objective.rules)
+  places = jax.tree.map(lambda s: layout.sharding(*s.axes), program.batch)
+  resident["next batch"] = _bytes(program.arguments[2], places)
+  if job.text:
+    lowered, own = _lower_text(stage, rows, layout)
+    own -= resident["next batch"]  # the host makes a batch while the previous batch trains, so there are two
+  else:
+    # The program's peak includes parameters, gradients and frozen arrays. The other arrays are added to it.
+    lowered = program.lower()
+    own = resident["parameters"] + resident["gradients"] + bytes_per_device(objective.shapes[1], mesh, objective.rules)
   facts = {
     "stage": stage.name, "resolution": resolution, "frames": frames, "batch": rows, "batch_parts": layout.batch_parts,
     "samples_per_part": rows // layout.batch_parts // parts, "micro_batches": parts, "split_tokens": layout.split_tokens,
     "mesh": dict(mesh.shape), "chips": mesh.devices.size, "resident": resident, "beside": sum(resident.values()) - own,
-    "limit": CHIPS[parse_topology(job.topology)].memory_gib * GIB,
+    "limit": CHIPS[parse_topology(job.topology)].memory_gib * GIB, "text": job.text,
   }  # fmt: skip
   tokens, model_flops = program.work
-  if model_flops:
+  if model_flops and not job.text:
     # The backward pass computes the whole forward pass of the blocks again.
     again = objective.model.config.remat in ("full", "offload")
     hardware = model_flops * (flops.TRAINING + again) / flops.TRAINING
     facts |= {"tokens": tokens // rows, "model_flops": model_flops, "hardware_flops": hardware}
-  return program.lower(), facts
+  return lowered, facts
+
+
+def _lower_text(stage, rows, layout):
+  """-> (the lowered program that encodes captions before the step, bytes of its weights and results on one device)."""
+  conditioner = Components.of(stage.config).conditioner
+  weights = bytes_per_device(t5.init_shapes(conditioner.encoder.config), layout.mesh, t5.RULES)
+  lowered = conditioner.lower(rows, layout)
+  results = jax.tree.map(lambda s: layout.sharding("batch"), lowered.out_info)  # they are in the next batch
+  return lowered, weights + _bytes(lowered.out_info, results)
 
 
 def compile_program(lowered: jax.stages.Lowered) -> dict[str, Any]:

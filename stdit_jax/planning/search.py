@@ -171,6 +171,13 @@ def search_bucket(compiler: Callable[[Job], dict[str, Any]], job: Job, chips: in
   return found
 
 
+def largest_job(job: Job, found: Found) -> Job:
+  """The job of the largest batch that fits."""
+  (resolution, frames, _), result = job.bucket, found.result
+  config = with_whole_batches(job.config, [f"{resolution}:{frames}"] if result["split_tokens"] else ())
+  return dataclasses.replace(job, config=config, bucket=(resolution, frames, found.largest * result["batch_parts"]))
+
+
 def fragment(stages: Sequence[Stage], found: dict[tuple, Found], equal: dict[tuple, int], topology: str, command: str) -> str:
   """The text of a config fragment in Python.
 

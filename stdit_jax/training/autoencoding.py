@@ -45,7 +45,7 @@ class AutoencoderObjective:
   """
 
   part = "autoencoder"
-  counts_flops = False
+  counts_flops = encodes_ahead = False
   rules, resizable, encoders = RULES, (), ()
   shapes = functools.cached_property(init_shapes)
 

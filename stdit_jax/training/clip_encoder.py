@@ -70,9 +70,25 @@ def encode_program(codec: Codec, size: Size) -> tuple[Callable, int, jax.ShapeDt
   return shared, count, jax.ShapeDtypeStruct(shape, np.uint8, sharding=NamedSharding(mesh, P(axis)))
 
 
+def lower_program(codec: Codec, size: Size) -> jax.stages.Lowered:
+  """The lowered program of `encode_program`. The variables of `codec` may be shapes."""
+  function, _, frames = encode_program(codec, program_size(codec, size))
+  return jax.jit(function).lower(codec.variables, frames)
+
+
+def program_size(codec: Codec, size: Sequence[int]) -> Size:
+  """The size of the program that encodes clips of a size (frames, height, width). An image autoencoder takes single frames."""
+  return (1 if codec.single_frames else size[0], size[1], size[2])
+
+
+def devices_of_process() -> Mesh:
+  """The mesh of all devices of this process, which share the encoding of clips."""
+  return Mesh(np.asarray(jax.local_devices()), ("pieces",))
+
+
 def load_encoder(config: Autoencoder, compiler: AheadOfTime, stage: str) -> "ClipEncoder":
   """The `ClipEncoder` of the group `autoencoder` on all devices of this process, with its weights."""
-  return ClipEncoder(load_codec(config, Mesh(np.asarray(jax.local_devices()), ("pieces",))), config, compiler, stage)
+  return ClipEncoder(load_codec(config, devices_of_process()), config, compiler, stage)
 
 
 class ClipEncoder:
@@ -92,7 +108,7 @@ class ClipEncoder:
 
   def prepare(self, sizes: Iterable[Size]) -> None:
     """Starts to load or compile the programs of these sizes of clips, in this order."""
-    sizes = [size for size in dict.fromkeys(map(self._size, sizes)) if size not in self._programs]
+    sizes = [size for size in dict.fromkeys(program_size(self.codec, size) for size in sizes) if size not in self._programs]
     made = [self._program(size) for size in sizes]
     futures = self._compiler.add_own([program for program, _, _ in made])
     self._programs |= {size: (future, *rest) for size, future, (_, *rest) in zip(sizes, futures, made)}
@@ -100,10 +116,6 @@ class ClipEncoder:
   def clips_at_once(self, num_frames: int) -> int:
     """Number of clips that give work to all devices."""
     return family_of(self.config).clips_at_once(num_frames, self.codec.micro_batch, self.codec.devices)
-
-  def _size(self, size):
-    """The size of the program that encodes clips of a size: an image autoencoder takes single frames."""
-    return (1, *size[1:]) if self.codec.single_frames else tuple(size)
 
   def _program(self, size):
     """(`OwnProgram`, number of clips, shape of their frames), see `encode_program`."""
@@ -127,7 +139,7 @@ class ClipEncoder:
     by_size = collections.defaultdict(list)
     for i, clip in enumerate(clips):
       if latents[i] is None:
-        by_size[self._size(clip.shape[:3])].append(i)
+        by_size[program_size(self.codec, clip.shape)].append(i)
     self.prepare(by_size)
     begun = [(members, self._begin(size, [clips[i] for i in members])) for size, members in by_size.items()]
 

@@ -158,7 +158,7 @@ class DenoiserObjective:
   def batch_maker(self, encoders: Encoders, name: str) -> BatchMaker:
     """Makes the batches of the stage `name`. Loads the encoders of these batches."""
     clips = encoders.clips(self.config.autoencoder, name) if self._encodes_clips else None
-    ahead = encoders.conditioner(self.components) if self._encodes_ahead else None
+    ahead = encoders.conditioner(self.components) if self.encodes_ahead else None
     return denoiser_batches(self.components, clips, ahead)
 
   # A cache has no rows of the validation, so validation needs the encoders.
@@ -168,7 +168,8 @@ class DenoiserObjective:
     return bool(self.config.validation.every) or not self.config.data.latents
 
   @property
-  def _encodes_ahead(self):
+  def encodes_ahead(self) -> bool:
+    """Whether a separate program encodes captions before the step."""
     conditioner, folder = self.components.conditioner, self.config.data.latents
     return conditioner.ahead and (bool(self.config.validation.every) or not conditioner.is_cached(folder))
 
@@ -180,7 +181,7 @@ class DenoiserObjective:
     check_lengths(config, self.components.autoencoder.config)
     if self._encodes_clips:
       need_file(config.autoencoder.weights, "autoencoder.weights")
-    if self._encodes_ahead or self.from_files:
+    if self.encodes_ahead or self.from_files:
       need_file(config.text_encoder.weights, "text_encoder.weights")
 
   def read_frozen(self, mesh: Mesh) -> Tree:

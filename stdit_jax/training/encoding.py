@@ -17,15 +17,17 @@ import numpy as np
 
 from data import latents, loader, plan, sources
 from data.config import DataConfig
+from stdit_jax.autoencoders.codec import bytes_on_device, needed_memory
+from stdit_jax.autoencoders.memory import check_fits, free_memory, halve_to_fit
 from stdit_jax.autoencoders.registry import autoencoder_model
-from stdit_jax.components import load_text_encoder
+from stdit_jax.components import Components, codec_of_shapes, load_text_encoder
 from stdit_jax.conditioning.captions import encode_ahead, text_encoder, tokenizer
 from stdit_jax.errors import InputError
 from stdit_jax.models import t5
 from stdit_jax.parallel.mesh import make_mesh
-from stdit_jax.parallel.shardings import Layout
+from stdit_jax.parallel.shardings import Layout, with_shardings
 from stdit_jax.training import batches
-from stdit_jax.training.clip_encoder import ClipEncoder, load_encoder
+from stdit_jax.training.clip_encoder import ClipEncoder, devices_of_process, load_encoder, lower_program
 from stdit_jax.training.denoising import autoencoder_identity, text_identity
 from stdit_jax.training.objectives import make_objective
 from stdit_jax.training.stages import Stage, naming
@@ -83,7 +85,9 @@ class LatentsWork:
 
   def __init__(self, made_from, members: Sequence[Source], folder: str, epochs: int, shard_bytes: int, compiler):
     self.source, self._compiler = members[0], compiler
-    self._autoencoder = autoencoder_model(self.source.stage.config.autoencoder).config
+    # Without a cache of latents: each clip is encoded once.
+    self._config = dataclasses.replace(self.source.stage.config.autoencoder, cache_gb=0.0)
+    self._autoencoder = autoencoder_model(self._config).config
     dtype, channels, self._log_variance = made_from["dtype"], self._autoencoder.latent_channels, made_from["log_variance"]
     self._bytes = (4 if dtype == "float32" else 2) * channels * (1 + self._log_variance)
     keys = [latents.plan_keys(s.plans.plan(e), s.plans.table, s.data, e) for s in members for e in range(epochs)]
@@ -94,13 +98,17 @@ class LatentsWork:
     self.bad_rows: loader.BadRows | None = None
     self.away: list[int] = []
 
-  def _per_clip(self, keys, function):
-    """An array with `function(frames, height, width)` of each clip."""
+  def _kinds(self, keys):
+    """[(frames, height, width)] of the different clips, and the index of each clip in this list."""
     fields = latents.unpack(keys)
     kinds = np.stack([fields[name] for name in ("resolution", "num_frames", "ratio")])
     kinds, inverse = np.unique(kinds, axis=1, return_inverse=True)
-    values = [function(int(n), *latents.size_of(int(r), int(a))[2]) for r, n, a in kinds.T]
-    return np.asarray(values)[inverse.reshape(-1)]
+    return [(int(n), *latents.size_of(int(r), int(a))[2]) for r, n, a in kinds.T], inverse.reshape(-1)
+
+  def _per_clip(self, keys, function):
+    """An array with `function(frames, height, width)` of each clip."""
+    kinds, inverse = self._kinds(keys)
+    return np.asarray([function(*kind) for kind in kinds])[inverse]
 
   def sizes(self, keys: np.ndarray) -> np.ndarray:
     """Bytes of the record of each clip."""
@@ -124,9 +132,36 @@ class LatentsWork:
 
   @functools.cached_property
   def encoder(self) -> ClipEncoder:
-    """A `ClipEncoder` without a cache: each clip is encoded once."""
-    config = dataclasses.replace(self.source.stage.config.autoencoder, cache_gb=0.0)
-    return load_encoder(config, self._compiler, self.source.stage.name)
+    return load_encoder(self._config, self._compiler, self.source.stage.name)
+
+  def fit(self, keys: np.ndarray, limit: float | None) -> str:
+    """Halves `autoencoder.micro_batch` until the largest clips fit into the memory of a device. Returns the memory in words.
+
+    Compiles programs, and allocates nothing. Raises ValueError if a clip does not fit. There are no tiles, because
+    tiles change the latents.
+
+    Args:
+      limit: bytes beside the weights. None: the free memory.
+    """
+    codec, kinds = codec_of_shapes(self._config, devices_of_process()), self._kinds(keys)[0]
+    weights, free = bytes_on_device(codec.variables), free_memory()
+    budget = limit or (free and free - weights)
+    # Depending on the autoencoder, memory grows with the pixels of a frame or of the whole clip.
+    largest = {max(kinds, key=lambda kind: (kind[1] * kind[2], kind[0])), max(kinds, key=math.prod)}
+
+    def needed(micro_batch):
+      made = dataclasses.replace(codec, micro_batch=micro_batch)
+      return max(needed_memory(lower_program(made, size), codec.variables) for size in largest)
+
+    first = codec.micro_batch if codec.uses_micro_batch else 1
+    micro_batch, size = halve_to_fit(needed, first, math.inf if budget is None else budget)
+    names = " and ".join(" x ".join(map(str, kind)) for kind in sorted(largest))
+    how = "Remove these buckets, set autoencoder.dtype='bfloat16', or take a device with more memory"
+    text = check_fits(f"clips of {names} pixels", weights, size, budget, how)
+    if micro_batch == first:
+      return text
+    self._config = dataclasses.replace(self._config, micro_batch=micro_batch)
+    return f"{text}, with {micro_batch} instead of {first} frames at a time"
 
   def _turn(self, num_frames):
     """Number of clips that are encoded together."""
@@ -160,9 +195,8 @@ class LatentsWork:
     """
     data, table = self.source.data, self.source.plans.table
     self.bad_rows = loader.BadRows(data.max_bad_rows, len(np.unique(latents.unpack(keys)["row"])))
-    fields = latents.unpack(keys)
-    kinds = dict.fromkeys(zip(*(fields[name].tolist() for name in ("num_frames", "resolution", "ratio"))))
-    self.encoder.prepare((frames, *latents.size_of(*kind)[2]) for frames, *kind in kinds)
+    kinds, numbers = self._kinds(keys)
+    self.encoder.prepare(kinds[number] for number in dict.fromkeys(numbers.tolist()))
     largest = int(3e6 * self.cost(keys).max())  # bytes of a clip: three per pixel
     most = max(self._turn(int(n)) for n in np.unique(latents.unpack(keys)["num_frames"]))
     ahead = data.read_ahead or max(2, min(2 * most, _AHEAD_BYTES // largest))
@@ -265,12 +299,25 @@ class TextWork:
   def count(self, keys: np.ndarray) -> str:
     return f"{len(keys):,} captions"
 
+  def fit(self, keys: np.ndarray, limit: float | None) -> str:
+    """The memory of the text encoder on each device, in words. Raises ValueError if it does not fit. `limit` does not count."""
+    conditioner = Components.of(self._members[0].stage.config).conditioner
+    weights = with_shardings(t5.init_shapes(conditioner.encoder.config)["params"], self._layout.mesh, t5.RULES)
+    needed = needed_memory(conditioner.lower(self._turn, self._layout), weights)
+    own, free = bytes_on_device(weights), free_memory()
+    how = "Set text_encoder.fields.param_dtype='bfloat16', or take more devices, which share the weights"
+    return check_fits("captions", own, needed, free and free - own, how)
+
+  @functools.cached_property
+  def _layout(self):
+    """The devices of this process share the encoder."""
+    return Layout(make_mesh({"fsdp": -1}, jax.local_devices(), {"data": -1}))
+
   @functools.cached_property
   def _embed(self):
-    """A function that starts the encoder: (ids `[B, L]`, mask) -> features. The devices of this process share the encoder."""
-    mesh, model = make_mesh({"fsdp": -1}, jax.local_devices(), {"data": -1}), text_encoder(self._config)
-    params = load_text_encoder(self._config, model, mesh)
-    layout, encode = Layout(mesh), encode_ahead(model, params)
+    """A function that starts the encoder: (ids `[B, L]`, mask) -> features."""
+    model, layout = text_encoder(self._config), self._layout
+    encode = encode_ahead(model, load_text_encoder(self._config, model, layout.mesh))
 
     def embed(ids, mask):
       ids, mask = batches.to_global([ids, mask], [batches.ROWS] * 2, layout)

@@ -11,6 +11,7 @@ The configuration of a stage makes an objective. It has
   loss                 the loss per sample of a batch in training
   fixed_loss           the losses of a batch in validation, one row per timestep; fixed_names: the names of these rows
   batch, work, data_config, worker, open_cache, check_plan, batch_maker            for its data
+  encodes_ahead        whether a separate program encodes captions before the step
   splits               whether the mesh may split the tokens of clips of this length
   check_files, read_frozen, read_initial, load_checkpoint                          for its weights
   encoders             (shapes, sharding rules) of each encoder that is in neither `params` nor `frozen`

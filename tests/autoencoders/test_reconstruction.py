@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import numpy as np
@@ -116,12 +117,15 @@ def test_the_command_prints_and_writes_its_measures(weights, media, tmp_path, ca
     "--picture", picture,
   )  # fmt: skip
   printed = capsys.readouterr().out.splitlines()
-  assert printed[0] == f"{weights}/tiny.safetensors:"
-  assert printed[1].split()[:4] == ["clips", "PSNR", "dB", "SSIM"]
-  assert [line[:9].strip() for line in printed[2:4]] == ["64p x 1", "64p x 3"]
-  assert [line.split()[-1] == "-" for line in printed[2:4]] == [False, False]
+  said = r"memory of each device beside the weights: \S+ GiB \(the largest of 64p x 1 \S+, 64p x 3 \S+\) of \S+ GiB free"
+  assert re.fullmatch(said, printed[0])
+  assert printed[1] == f"{weights}/tiny.safetensors:"
+  assert printed[2].split()[:4] == ["clips", "PSNR", "dB", "SSIM"]
+  assert [line[:9].strip() for line in printed[3:5]] == ["64p x 1", "64p x 3"]
+  assert [line.split()[-1] == "-" for line in printed[3:5]] == [False, False]
   found = json.loads(output.read_text())
   assert list(found["buckets"]) == ["64p x 1", "64p x 3"]
+  assert "tiles" not in found
   assert [found["buckets"][f"64p x {frames}"]["clips"] for frames in (1, 3)] == [2, 1]
   assert len(found["shift"]) == len(found["scale"]) == 4
   pixels = np.asarray(Image.open(picture))
@@ -131,6 +135,38 @@ def test_the_command_prints_and_writes_its_measures(weights, media, tmp_path, ca
   np.testing.assert_array_equal(original, files.picture(5, 64, 64))
   assert np.abs(original - decoded).max() > 10
   np.testing.assert_array_equal(error, np.minimum(np.abs(original - decoded) * reconstruction.ERROR_FACTOR, 255))
+
+
+def test_only_frames_that_need_too_much_memory_are_measured_in_tiles(weights, tmp_path, capsys):
+  Image.fromarray(files.picture(5, 192, 192)).save(tmp_path / "a.png")
+  found = {}
+  # With one frame at a time, 64p needs 0.4 MB, 144p 3.6 MB (compiled for a CPU).
+  for name, limit in (("whole", ()), ("tiles", ("--autoencoder-memory", 0.001))):
+    output = tmp_path / f"{name}.json"
+    arguments = "--autoencoder", weights / "tiny.safetensors", "--tables", tmp_path, "--buckets", "64p:1", "144p:1"
+    run(*arguments, "--output", output, *limit)
+    found[name], printed = json.loads(output.read_text()), capsys.readouterr().out
+    assert ("144p x 1 in tiles of" in printed) == (name == "tiles")
+    assert "64p x 1 in tiles" not in printed
+  assert "tiles" not in found["whole"]
+  ((bucket, tiles),) = found["tiles"]["tiles"].items()
+  assert bucket == "144p x 1"
+  assert f"144p x 1 in tiles of {tiles['height'] * 8} x {tiles['width'] * 8} pixels, to need less memory" in printed
+  errors = [{name: values["PSNR dB"] for name, values in found[which]["buckets"].items()} for which in ("whole", "tiles")]
+  assert errors[0]["64p x 1"] == errors[1]["64p x 1"]
+  assert errors[0]["144p x 1"] != errors[1]["144p x 1"]
+  assert errors[0]["144p x 1"] == pytest.approx(errors[1]["144p x 1"], rel=0.1)
+
+
+def test_too_little_memory_is_an_error_before_anything_is_measured(weights, media, capsys, monkeypatch):
+  monkeypatch.setattr(evaluate, "free_memory", lambda: 100_000)
+  monkeypatch.setattr(reconstruction.Exam, "__call__", None)
+  with pytest.raises(SystemExit) as stopped:
+    run("--autoencoder", weights / "tiny.safetensors", "--tables", media, "--buckets", "64p:1")
+  assert stopped.value.code == 2
+  error = capsys.readouterr().err.splitlines()[-1]
+  assert error.startswith("error: memory of each device beside the weights: 0.00 GiB (the largest of 64p x 1 0.00), but only")
+  assert error.endswith("0.00 GiB are free: give --buckets with fewer pixels or frames")
 
 
 def test_unreadable_files_are_skipped(weights, media, tmp_path, capsys):
@@ -162,12 +198,12 @@ def get_config():
 """)
   run("--config", config, "--count", 1)
   by_config = capsys.readouterr().out.splitlines()
-  assert by_config[0].endswith(", one of 2 frames:")
-  assert [line[:9].strip() for line in by_config[2:4]] == ["64p x 1", "64p x 3"]
+  assert by_config[1].endswith(", one of 2 frames:")
+  assert [line[:9].strip() for line in by_config[3:5]] == ["64p x 1", "64p x 3"]
   where = "--tables", media, "--buckets", "64p:1", "64p:3", "--count", 1, "--frame-interval", 2
   run("--autoencoder", weights / "plain.safetensors", "--model", "tiny-kl-f8", *where)
   by_name = capsys.readouterr().out.splitlines()
-  assert [line.split()[4:6] for line in by_name[2:4]] == [line.split()[4:6] for line in by_config[2:4]]
+  assert [line.split()[4:6] for line in by_name[3:5]] == [line.split()[4:6] for line in by_config[3:5]]
 
 
 def test_wrong_arguments_are_refused(weights, tmp_path, capsys):
@@ -184,6 +220,7 @@ def test_wrong_arguments_are_refused(weights, tmp_path, capsys):
     ((*tiny, *tables, "--buckets", "64p:14"), "no row of --tables is large and long enough for 64p x 14"),
     ((*tiny, "--tables", tmp_path / "empty", "--buckets", "64p:1"), "empty is no table (.parquet, .csv, .jsonl), no image"),
     ((*tiny, *tables, "--buckets", "64p:1", "--repeat", 0), "--repeat is 0; allowed: at least 1"),
+    ((*tiny, *tables, "--buckets", "64p:1", "--autoencoder-memory", -1), "--autoencoder-memory is -1; allowed: above 0"),
     ((*tiny, *tables, "--mesh", "data=2"), "--mesh has no effect on --task autoencoder"),
     ((*tiny, *tables, "--config.autoencoder.dtype=bfloat16"), "changes need --config FILE"),
     ((*tiny, *tables, "--output", weights / "tiny.safetensors" / "a.json"), "can't be used"),

@@ -1,13 +1,22 @@
 """Programs compiled for TPUs without a TPU: communication, memory and the output of `plan`. Needs libtpu."""
 
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
 
 from stdit_jax import plan
+from stdit_jax.models import t5
+from stdit_jax.planning.programs import Compiler, Job
+from stdit_jax.training.checkpoints import plain
+from stdit_jax.training.objectives import make_objective
+from stdit_jax.training.stages import make_stages
 from tests.tiny_run import ROOT
 
 SMALL = """
@@ -43,14 +52,19 @@ def plan_here(capsys, folder, *arguments):
 def test_fsdp_communicates_no_more_than_it_must(tmp_path, capsys):
   """Inside the scan each layer gathers its kernels twice, in bfloat16, and scatters their gradients once.
 
-  Only gradients of biases and norms are summed as well. Activations do not move. The second call compiles nothing.
+  Only gradients of biases and norms are summed as well. Activations do not move. The second call compiles nothing. The text
+  encoder has a line of its own.
   """
   pytest.importorskip("libtpu")
   arguments = ("--config.mesh.data=1", "--topology", "v5e:2x4", "--bucket", "144p:1:8", "--stage", "stage1")
   first = run_plan(tmp_path, *arguments, "--output", str(tmp_path / "plan.json"))
   assert first.returncode == 0, first.stderr
   assert "1 of 1 buckets fit" in first.stdout
-  (result,) = json.loads((tmp_path / "plan.json").read_text())
+  result, text = json.loads((tmp_path / "plan.json").read_text())
+  assert re.search(
+    r"stage1: text encoder before the step \(144p x 1, 8 rows\): \S+ / 15.8 GiB, fits, compiled in", first.stdout
+  )
+  assert sum(text["resident"].values()) < text["peak"] < result["limit"]
   kernels = 2 * 16 * 1024**2 * 2  # two blocks of 16 width^2, bfloat16
   assert result["in_loop"]["all-gather"] == 2 * kernels
   assert result["in_loop"]["reduce-scatter"] == kernels
@@ -63,8 +77,8 @@ def test_fsdp_communicates_no_more_than_it_must(tmp_path, capsys):
   # The text of a program is its key, so a change without effect on the program, such as the run's folder, compiles nothing.
   changed = plan_here(capsys, tmp_path, *arguments, "--config.checkpoint_every=7")
   assert next(line for line in changed.splitlines() if "144p x 1 " in line) in first.stdout
-  assert len(list((tmp_path / "cache").glob("program-*"))) == 1
-  assert len(list((tmp_path / "cache").glob("job-*"))) == 2
+  assert len(list((tmp_path / "cache").glob("program-*"))) == 2
+  assert len(list((tmp_path / "cache").glob("job-*"))) == 4
 
 
 def test_split_tokens_use_all_to_all(tmp_path):
@@ -82,12 +96,37 @@ def test_split_tokens_use_all_to_all(tmp_path):
       "--output", str(tmp_path / "plan.json"),
     )
   )  # fmt: skip
-  (result,) = json.loads((tmp_path / "plan.json").read_text())
+  result, _ = json.loads((tmp_path / "plan.json").read_text())
   assert result["split_tokens"]
   tokens = 6 * 150 * width * 2 // 2  # one sample on one device: 5 latent frames, padded to 6, and 150 tokens
   assert 0 < result["in_loop"]["all-to-all"] <= 8 * tokens
   kernels = 2 * 16 * width**2 * 2
   assert 2 * kernels <= result["in_loop"]["all-gather"] < 2.01 * kernels
+
+
+def test_memory_of_the_text_encoder_includes_the_state(tmp_path):
+  """The encoder needs the same memory of its own in both jobs. Only beside the larger state it does not fit."""
+  pytest.importorskip("libtpu")
+  namespace, results = {}, []
+  exec(SMALL, namespace)
+  config = namespace["get_config"]()
+  config.mesh.fsdp = 1
+  for width, depth in ((256, 1), (2048, 26)):
+    config.model.fields.update(hidden_size=width, depth=depth)
+    job = Job(plain(config), "stage1", ("144p", 1, 512), "v5e:2x2", text=True)
+    results.append(Compiler(tmp_path, job.topology)(job))
+  small, large = results
+  assert small["own_peak"] == large["own_peak"]
+  assert small["fits"]
+  assert not large["fits"]
+  cond = jax.tree.leaves(make_objective(make_stages(config)[0].config).batch(("144p", 1), 512)["cond"])
+  features = sum(math.prod(spec.shape) * np.dtype(spec.dtype).itemsize for spec in cond) // 4  # of one device, with the mask
+  for result in results:
+    weights = 2 * sum(x.size for x in jax.tree.leaves(t5.init_shapes(t5.get_config("byt5-tiny"))))  # bfloat16
+    batch = result["resident"]["next batch"]
+    state = sum(result["resident"].values()) - batch
+    # The program's own peak has weights and features, which are also in the state and in the next batch.
+    assert result["peak"] == result["own_peak"] + state - weights + 2 * batch - features
 
 
 @pytest.mark.parametrize(

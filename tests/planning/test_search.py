@@ -78,18 +78,26 @@ def test_equal_batches_take_equal_time():
 def test_search_starts_with_the_given_batch(tmp_path, monkeypatch, capsys):
   """`--bucket 144p:51:192` is 24 samples on each of 8 devices. 31 samples fill the memory that the state leaves free."""
   measure, asked = device(1.0, 0.4)
+  texts = []
 
   def compiler(job):
     n = job.bucket[2] // 8
+    if job.text:
+      texts.append(job.bucket)
+      shown = {"stage": "stage1", "resolution": "144p", "frames": 51, "batch": 8 * n, "compile_seconds": 1, "text": True}
+      return shown | {"fits": False, "peak": 17 * GIB, "limit": 16 * GIB}
     shown = {"stage": "stage1", "resolution": "144p", "frames": 51, "batch": 8 * n, "samples_per_part": n, "micro_batches": 1}
-    return result(n, n / 10) | shown | {"compile_seconds": 1, "activations": 0} | measure(n)
+    return result(n, n / 10) | shown | {"compile_seconds": 1, "activations": 0, "text": False} | measure(n)
 
   monkeypatch.setattr(plan, "Compiler", lambda *_: compiler)
   plan.main(
     command_line(tmp_path, "--topology", "v5e:2x4", "--stage", "stage1", "--search-batch-size", "--bucket", "144p:51:192")
   )
   assert asked == [24, 31]
-  assert re.search(r"144p x 51 +248 +3.10s", capsys.readouterr().out)
+  assert texts == [("144p", 51, 248)]  # the text encoder is compiled for the largest batch
+  out = capsys.readouterr().out
+  assert re.search(r"144p x 51 +248 +3.10s", out)
+  assert "stage1: text encoder before the step (144p x 51, 248 rows): 17.0 / 16.0 GiB, does not fit, compiled in 1s" in out
 
 
 def test_shipped_batches_belong_to_their_stage():
