@@ -266,7 +266,7 @@ class TextWork:
     """A function that starts the encoder: (ids `[B, L]`, mask) -> features. The devices of this process share the encoder."""
     mesh, model = make_mesh({"fsdp": -1}, jax.local_devices(), {"data": -1}), text_encoder(self._config)
     params = load_text_encoder(self._config, model, mesh)
-    layout, encode = Layout(mesh), encode_ahead(model, params)
+    layout, encode = Layout(mesh), encode_ahead(model, params, np.float32)
 
     def embed(ids, mask):
       ids, mask = batches.to_global([ids, mask], [batches.ROWS] * 2, layout)
