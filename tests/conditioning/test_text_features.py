@@ -52,9 +52,10 @@ def test_encoded_captions_have_the_denoisers_dtype(tmp_path, dtype, encoder):
     model = t5.build(t5.get_config("byt5-tiny", dtype=encoder))
     parts.conditioner.encoder, weights = model, t5.init(model.config, jax.random.key(0))["params"]
     arrays = parts.conditioner.prompts(["a cat", "two dogs run"])
-    encode = jax.jit(parts.conditioner.encode) if where == "step" else lambda weights, arrays: run(arrays, layout)
-    run = parts.conditioner.program(weights) if where == "ahead" else None
-    cond[where] = encode(weights, arrays)
+    if where == "step":
+      cond[where] = jax.jit(parts.conditioner.encode)(weights, arrays)
+    else:
+      cond[where] = parts.conditioner.program(weights)(arrays, layout)
     assert cond[where]["text"].dtype == DTYPES[dtype]
     made = jax.jit(model.apply)({"params": weights}, arrays["text_ids"], arrays["text_mask"])
     assert made.dtype == DTYPES[encoder]
