@@ -7,8 +7,8 @@ import pytest
 
 from data.loader import Sample
 from stdit_jax.components import Components
-from stdit_jax.config import Config
 from stdit_jax.conditioning import replace_rows
+from stdit_jax.config import Config
 from stdit_jax.models import t5
 from stdit_jax.models.family import find_model
 from stdit_jax.parallel.mesh import make_mesh
