@@ -30,7 +30,8 @@ class Sampler:
       raise ValueError("config: sample.prompts is empty; give prompts or set sample_every=0")
     for parts in run.parts:
       check(parts, sample.num_frames)
-    self.run, self.stage = run, None
+    self.run = run
+    self.stage: Any = None  # `StageParts` of the last sample
     self.pipeline: Any = None  # of the stage
     self.autoencoder: Any = None  # its weights for the stage, in host memory
     how = *aspect_ratios.size(sample.resolution, sample.aspect_ratio), sample.num_frames, sample.fps, sample.seed
