@@ -67,6 +67,16 @@ class AutoencoderConfig:
     return True
 
 
+DECODING = ("decoder", "post_quant_conv", "shortcut_decoder")  # names of the modules that only `decode` uses
+
+
+def encoder_only(variables: dict) -> dict:
+  """The tree without the parameters of its decoder, from arrays or shapes of any autoencoder. `encode` needs no others."""
+  return {
+    name: encoder_only(value) if isinstance(value, dict) else value for name, value in variables.items() if name not in DECODING
+  }
+
+
 @functools.cache
 def _init_shapes(model, shape):
   return {"params": jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(shape))["params"]}

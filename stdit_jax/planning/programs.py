@@ -131,7 +131,10 @@ def _bytes(shapes, shardings):
 
 
 def resident_bytes(config: Config, objective: Objective, mesh: AnyMesh) -> dict[str, int]:
-  """{what: bytes on one device} of the arrays that are in memory while a program runs, including the program's arguments."""
+  """{what: bytes on one device} of the arrays that are in memory while a program runs, including the program's arguments.
+
+  "frozen" are the constants, the parts of the encoders that training uses, and the encoded prompts of samples.
+  """
   params, frozen = objective.shapes
   states = state_shapes(params, make_optimizer(config.optimizer))
   sizes = {"parameters": states["params"], "average": states["ema"], "optimizer": states["opt"], "gradients": states["params"]}
@@ -169,6 +172,7 @@ def lower(job: Job) -> tuple[jax.stages.Lowered, dict[str, Any]]:
   facts = {
     "stage": stage.name, "resolution": resolution, "frames": frames, "batch": rows, "batch_parts": layout.batch_parts,
     "samples_per_part": rows // layout.batch_parts // parts, "micro_batches": parts, "split_tokens": layout.split_tokens,
+    "in_samples": max([bytes_per_device(shapes, mesh, rules) for shapes, rules in objective.sample_weights], default=0),
     "mesh": dict(mesh.shape), "chips": mesh.devices.size, "resident": resident, "beside": sum(resident.values()) - own,
     "limit": CHIPS[parse_topology(job.topology)].memory_gib * GIB, "text": job.text,
   }  # fmt: skip

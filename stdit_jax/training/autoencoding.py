@@ -46,7 +46,7 @@ class AutoencoderObjective:
 
   part = "autoencoder"
   counts_flops = encodes_ahead = False
-  rules, resizable, encoders = RULES, (), ()
+  rules, resizable, encoders, sample_weights = RULES, (), (), ()
   shapes = functools.cached_property(init_shapes)
 
   def __init__(self, config: Config):

@@ -207,3 +207,8 @@ class Encoders:
     if self._ahead is None:
       self._ahead = load_text_encoder(conditioner.config, conditioner.encoder, self._mesh)
     return conditioner.program(self._ahead)
+
+  @property
+  def text_encoder(self) -> Tree | None:
+    """The weights of the encoder that `conditioner` has loaded, or None."""
+    return self._ahead

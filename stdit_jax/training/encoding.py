@@ -317,7 +317,7 @@ class TextWork:
   def _embed(self):
     """A function that starts the encoder: (ids `[B, L]`, mask) -> features."""
     model, layout = text_encoder(self._config), self._layout
-    encode = encode_ahead(model, load_text_encoder(self._config, model, layout.mesh))
+    encode = encode_ahead(model, load_text_encoder(self._config, model, layout.mesh), np.float32)
 
     def embed(ids, mask):
       ids, mask = batches.to_global([ids, mask], [batches.ROWS] * 2, layout)
