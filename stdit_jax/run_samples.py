@@ -70,7 +70,7 @@ class Sampler:
 
   def _text_encoder(self, conditioner):
     """The weights of the encoder before the step. A training that reads features from a cache has not loaded them."""
-    held = self.run.encoders.text_encoder
+    held = self.run.encoders.text_weights
     return load_text_encoder(conditioner.config, conditioner.encoder, self.run.mesh) if held is None else held
 
   def _decode(self, latents):

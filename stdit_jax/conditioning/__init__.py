@@ -9,10 +9,9 @@
   from_files          names in `frozen` (see `init`) that every start reads from files; checkpoints do not hold them
   worker(cached)      picklable `(caption, label) -> {name: array}` for the loader's processes, or None if files hold the arrays
   specs(rows)         {name: ArraySpec}: what a batch holds
-  collate(samples)    the arrays of `specs` from `data.loader.Sample`s; if `ahead`, the inputs of `program`
+  collate(samples)    the arrays of `specs` from `data.loader.Sample`s; if `ahead`, the inputs of `lower`'s program
   ahead               whether its encoder runs in a separate program before the training step
-  program(weights)    that program: `(arrays, layout) -> cond`; only if `ahead`
-  lower(rows, layout) that program, lowered for so many rows; only if `ahead`
+  lower(rows, layout) that program, `(weights, arrays) -> cond`, lowered for so many rows; only if `ahead`
   is_cached(folder)   whether a folder of cached latents also holds the outputs of its encoder
   encode(weights, arrays, layout)   inside a program: arrays of `collate` -> `cond`; `weights` are those of its encoder
   prompts(texts)      the arrays of `collate` for prompts

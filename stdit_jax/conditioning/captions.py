@@ -121,24 +121,18 @@ class Captions:
     text = encoder.apply({"params": weights}, arrays["text_ids"], arrays["text_mask"])
     return {"text": text.astype(self.dtype), "text_mask": arrays["text_mask"]}
 
-  def program(self, weights: Any) -> Callable[[Mapping[str, Any], Layout], Mapping[str, Any]]:
-    """`(arrays, layout) -> cond` as a separate program, for captions that are encoded before the step."""
-    run = encode_ahead(self.encoder, weights, self.dtype)
-
-    def encode(arrays, layout):
-      if "text" in arrays:  # from a cache
-        return arrays
-      return {"text": run(arrays["text_ids"], arrays["text_mask"], layout), "text_mask": arrays["text_mask"]}
-
-    return encode
-
   def lower(self, rows: int, layout: Layout) -> jax.stages.Lowered:
-    """`program` for a batch of `rows`, lowered for shapes in place of weights and arrays."""
-    place = layout.sharding("batch")
-    run = jax.jit(lambda weights, arrays: self.program(weights)(arrays, layout), out_shardings=place)
+    """The program `(weights, arrays of collate) -> cond` for captions that are encoded before the step, lowered for shapes."""
+    place, embed = layout.sharding("batch"), embed_in_pieces(self.encoder, self.dtype, layout)
+
+    def text_encoder(weights, arrays):
+      ids, mask = arrays["text_ids"], arrays["text_mask"]
+      return {"text": embed(weights, ids, mask), "text_mask": mask}
+
     tokens = {"text_ids": jnp.int32, "text_mask": jnp.bool_}
     arrays = {name: jax.ShapeDtypeStruct((rows, self.length), dtype, sharding=place) for name, dtype in tokens.items()}
-    return run.lower(with_shardings(t5.init_shapes(self.encoder.config)["params"], layout.mesh, t5.RULES), arrays)
+    weights = with_shardings(t5.init_shapes(self.encoder.config)["params"], layout.mesh, t5.RULES)
+    return jax.jit(text_encoder, out_shardings=place).lower(weights, arrays)
 
   def is_cached(self, folder: str | None) -> bool:
     """Whether the loader reads the features of captions from this folder of `data.latents`."""
@@ -153,35 +147,30 @@ class Captions:
     return 0 if self.encoder is None else rows * times * flops.text(self.encoder.config, self.config.max_length)
 
 
-def encode_ahead(encoder: Any, params: Any, dtype: DTypeLike) -> Callable[[jax.Array, jax.Array, Layout], jax.Array]:
-  """The text encoder as a separate program per layout: `(ids, mask, layout) -> features of this dtype`, global arrays.
+def embed_in_pieces(encoder: Any, dtype: DTypeLike, layout: Layout) -> Callable[[Any, Any, Any], jax.Array]:
+  """A function to jit: (parameters of the text encoder, ids `[B, L]`, mask) -> features `[B, L, C]` of this dtype.
 
   It works on at most AHEAD_ROWS rows of every device at a time.
   """
+  model, parts = encoder.clone(layout=layout), layout.batch_parts
 
-  @functools.cache
-  def program(layout):
-    model, parts = encoder.clone(layout=layout), layout.batch_parts
+  def embed(params, ids, mask):
+    apply = lambda rows: model.apply({"params": params}, *rows).astype(dtype)  # noqa: E731
+    own = len(ids) // parts  # rows of one device
+    pieces = math.ceil(own / AHEAD_ROWS)
+    if pieces == 1:
+      return apply((ids, mask))
+    each = math.ceil(own / pieces)  # rows of one device in one piece
 
-    def embed(params, ids, mask):
-      apply = lambda rows: model.apply({"params": params}, *rows).astype(dtype)  # noqa: E731
-      own = len(ids) // parts  # rows of one device
-      pieces = math.ceil(own / AHEAD_ROWS)
-      if pieces == 1:
-        return apply((ids, mask))
-      each = math.ceil(own / pieces)  # rows of one device in one piece
+    # A device holds contiguous rows, so a piece takes `each` rows of every device. The last piece of a device is padded.
+    def split(x):  # [pieces, parts, each, L]
+      x = layers.pad(x.reshape(parts, own, *x.shape[1:]), 1, each)
+      return x.reshape(parts, pieces, each, *x.shape[2:]).swapaxes(0, 1)
 
-      # A device holds contiguous rows, so a piece takes `each` rows of every device. The last piece of a device is padded.
-      def split(x):  # [pieces, parts, each, L]
-        x = layers.pad(x.reshape(parts, own, *x.shape[1:]), 1, each)
-        return x.reshape(parts, pieces, each, *x.shape[2:]).swapaxes(0, 1)
+    merge = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
+    piece = lambda rows: apply(tuple(map(merge, rows))).reshape(parts, each, *ids.shape[1:], -1)  # noqa: E731
+    made = jax.lax.map(piece, (split(ids), split(mask)))  # [pieces, parts, each, L, C]
+    made = made.swapaxes(0, 1).reshape(parts, pieces * each, *made.shape[3:])[:, :own]
+    return made.reshape(len(ids), *made.shape[2:])
 
-      merge = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
-      piece = lambda rows: apply(tuple(map(merge, rows))).reshape(parts, each, *ids.shape[1:], -1)  # noqa: E731
-      made = jax.lax.map(piece, (split(ids), split(mask)))  # [pieces, parts, each, L, C]
-      made = made.swapaxes(0, 1).reshape(parts, pieces * each, *made.shape[3:])[:, :own]
-      return made.reshape(len(ids), *made.shape[2:])
-
-    return jax.jit(embed, out_shardings=layout.sharding("batch"))
-
-  return lambda ids, mask, layout: program(layout)(params, ids, mask)
+  return embed

@@ -17,7 +17,6 @@ from jax.sharding import Mesh
 
 from data.loader import LoadedStep, Sample
 from data.tokens import patchify
-from stdit_jax.autoencoders.registry import autoencoder_model
 from stdit_jax.components import Components, load_text_encoder
 from stdit_jax.config import Autoencoder, Config
 from stdit_jax.errors import InputError
@@ -68,12 +67,13 @@ class BatchMaker:
     arrays: `(LoadedStep, layout) -> (NumPy arrays, tree of ArraySpec)` of the rows of this process. It uses this process's own
       devices alone, so a thread may call it.
     place: `(result of arrays, layout) -> global arrays`. All processes must call it in the same order.
-    prepare: takes the sizes (frames, height, width) of the clips to come, in order, and starts to compile their programs.
+    prepare: `(sizes, batches)`, starts to compile the programs that encode clips of these sizes (frames, height, width) and
+      captions of these batches (rows, layout), in this order.
   """
 
   arrays: Callable[[LoadedStep, Layout], tuple[Tree, Tree]]
   place: Callable[[tuple[Tree, Tree], Layout], Tree]
-  prepare: Callable[[Iterable[Size]], None] = lambda sizes: None
+  prepare: Callable[[Iterable[Size], Iterable[tuple[int, Layout]]], None] = lambda sizes, batches: None
 
   def __call__(self, step: LoadedStep, layout: Layout) -> Tree:
     """The global batch of a step."""
@@ -119,20 +119,25 @@ class NextBatch:
     self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-def denoiser_batches(components: Components, clips: ClipEncoder | None, ahead: Callable | None) -> BatchMaker:
+def denoiser_batches(components: Components, clips: ClipEncoder | None, text: "TextEncoder | None") -> BatchMaker:
   """Makes batches as `Components.batch` describes them.
 
   Args:
-    clips: encodes rows without cached latents; ahead: encodes captions (`Encoders.conditioner`). None if not needed.
+    clips: encodes rows without cached latents; text: encodes captions. None if not needed.
   """
+
+  def prepare(sizes, batches):
+    if clips:
+      clips.prepare(sizes)
+    if text:
+      text.prepare(batches)
 
   def place(made, layout):
     arrays, specs = made
     batch = to_global(arrays, specs, layout)
-    return {**batch, "cond": ahead(batch["cond"], layout)} if ahead else batch
+    return {**batch, "cond": text(batch["cond"], layout)} if text else batch
 
-  arrays = functools.partial(_denoiser_arrays, components, clips)
-  return BatchMaker(arrays, place, clips.prepare) if clips else BatchMaker(arrays, place)
+  return BatchMaker(functools.partial(_denoiser_arrays, components, clips), place, prepare)
 
 
 def _denoiser_arrays(components, clips, step, layout):
@@ -189,11 +194,12 @@ class Encoders:
   def __init__(self, compiler: AheadOfTime, mesh: Mesh):
     self._compiler, self._mesh = compiler, mesh
     self.clip_encoder: Any = None  # a ClipEncoder
-    self._source, self._names, self._ahead = None, set(), None
+    self.text_weights: Any = None  # of the text encoder that runs before the step, once `text` has loaded it
+    self._source, self._names = None, set()
 
   def clips(self, config: Autoencoder, stage: str) -> ClipEncoder:
     """The `ClipEncoder` of the group `autoencoder`. Its programs count under the name of the stage."""
-    source = autoencoder_model(config).config, config.weights
+    source = dataclasses.replace(config, cache_gb=0.0)
     if source != self._source:
       while stage in self._names:  # the run came back to this stage: the counter needs a new name for new programs
         stage += " again"
@@ -201,14 +207,35 @@ class Encoders:
       self.clip_encoder, self._source = load_encoder(config, self._compiler, stage), source
     return self.clip_encoder
 
-  def conditioner(self, parts: Components) -> Callable[[Tree, Layout], Tree]:
-    """`(global arrays, layout) -> cond` of a conditioner that encodes before the step. All stages share the weights."""
-    conditioner = parts.conditioner
-    if self._ahead is None:
-      self._ahead = load_text_encoder(conditioner.config, conditioner.encoder, self._mesh)
-    return conditioner.program(self._ahead)
+  def text(self, conditioner: Any, stage: str) -> "TextEncoder":
+    """The `TextEncoder` of a conditioner that encodes before the step. All stages share the weights."""
+    if self.text_weights is None:
+      self.text_weights = load_text_encoder(conditioner.config, conditioner.encoder, self._mesh)
+    return TextEncoder(conditioner, self.text_weights, self._compiler, stage)
 
-  @property
-  def text_encoder(self) -> Tree | None:
-    """The weights of the encoder that `conditioner` has loaded, or None."""
-    return self._ahead
+
+class TextEncoder:
+  """Encodes captions before the step, by one program of the whole mesh for each number of rows and layout.
+
+  Args:
+    conditioner: its `lower` makes the programs; weights: of its encoder.
+  """
+
+  def __init__(self, conditioner: Any, weights: Tree, compiler: AheadOfTime, stage: str):
+    self._conditioner, self._weights, self._compiler, self._stage = conditioner, weights, compiler, stage
+    self._programs = {}  # {(rows, layout): future}
+
+  def prepare(self, batches: Iterable[tuple[int, Layout]]) -> None:
+    """Lowers the programs of batches (rows, layout), and starts to compile them in this order."""
+    for rows, layout in batches:
+      if (rows, layout) not in self._programs:
+        name = f"{self._stage}: text encoder, {rows} captions"
+        self._programs[rows, layout] = self._compiler.add(name, self._conditioner.lower(rows, layout))
+
+  def __call__(self, arrays: Tree, layout: Layout) -> Tree:
+    """Global arrays of `Captions.collate` -> `cond`. Features from a cache stay as they are."""
+    if "text" in arrays:
+      return arrays
+    rows = len(arrays["text_ids"])
+    self.prepare([(rows, layout)])
+    return self._programs[rows, layout].result()(self._weights, arrays)

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from stdit_jax.autoencoders.codec import Codec, filled, join, micro_batches
+from stdit_jax.autoencoders.family import encoder_only
 from stdit_jax.autoencoders.frames import Sharers
 from stdit_jax.autoencoders.registry import family_of
 from stdit_jax.components import load_codec
@@ -87,8 +88,9 @@ def devices_of_process() -> Mesh:
 
 
 def load_encoder(config: Autoencoder, compiler: AheadOfTime, stage: str) -> "ClipEncoder":
-  """The `ClipEncoder` of the group `autoencoder` on all devices of this process, with its weights."""
-  return ClipEncoder(load_codec(config, devices_of_process()), config, compiler, stage)
+  """The `ClipEncoder` of the group `autoencoder` on all devices of this process, with the weights that encode."""
+  codec = load_codec(config, devices_of_process())
+  return ClipEncoder(dataclasses.replace(codec, variables=encoder_only(codec.variables)), config, compiler, stage)
 
 
 class ClipEncoder:

@@ -159,8 +159,8 @@ class DenoiserObjective:
   def batch_maker(self, encoders: Encoders, name: str) -> BatchMaker:
     """Makes the batches of the stage `name`. Loads the encoders of these batches."""
     clips = encoders.clips(self.config.autoencoder, name) if self._encodes_clips else None
-    ahead = encoders.conditioner(self.components) if self.encodes_ahead else None
-    return denoiser_batches(self.components, clips, ahead)
+    text = encoders.text(self.components.conditioner, name) if self.encodes_ahead else None
+    return denoiser_batches(self.components, clips, text)
 
   # A cache has no rows of the validation, so validation needs the encoders.
 
@@ -213,7 +213,7 @@ class DenoiserObjective:
     Also of the encoded prompts of samples, which every device holds at most once.
     """
     clips = [(encoder_only(self._autoencoder_shapes), REPLICATED)] if self._encodes_clips else []
-    text = [self._text_encoder] if self._encodes_ahead else []
+    text = [self._text_encoder] if self.encodes_ahead else []
     count = len(self.config.sample.prompts) if self.config.sample_every else 0
     return [*clips, *text, (self.components.family.cond(self.model.config, count), REPLICATED)]
 
@@ -225,7 +225,7 @@ class DenoiserObjective:
     """
     if not self.config.sample_every:
       return []
-    text = [self._text_encoder] if self.components.conditioner.ahead and not self._encodes_ahead else []
+    text = [self._text_encoder] if self.components.conditioner.ahead and not self.encodes_ahead else []
     return [*text, (self._autoencoder_shapes, REPLICATED)]
 
   @property

@@ -18,10 +18,11 @@ import numpy as np
 from data import latents, loader, plan, sources
 from data.config import DataConfig
 from stdit_jax.autoencoders.codec import bytes_on_device, needed_memory
+from stdit_jax.autoencoders.family import encoder_only
 from stdit_jax.autoencoders.memory import check_fits, free_memory, halve_to_fit
 from stdit_jax.autoencoders.registry import autoencoder_model
 from stdit_jax.components import Components, codec_of_shapes, load_text_encoder
-from stdit_jax.conditioning.captions import encode_ahead, text_encoder, tokenizer
+from stdit_jax.conditioning.captions import embed_in_pieces, text_encoder, tokenizer
 from stdit_jax.errors import InputError
 from stdit_jax.models import t5
 from stdit_jax.parallel.mesh import make_mesh
@@ -144,6 +145,7 @@ class LatentsWork:
       limit: bytes beside the weights. None: the free memory.
     """
     codec, kinds = codec_of_shapes(self._config, devices_of_process()), self._kinds(keys)[0]
+    codec = dataclasses.replace(codec, variables=encoder_only(codec.variables))
     weights, free = bytes_on_device(codec.variables), free_memory()
     budget = limit or (free and free - weights)
     # Depending on the autoencoder, memory grows with the pixels of a frame or of the whole clip.
@@ -317,11 +319,12 @@ class TextWork:
   def _embed(self):
     """A function that starts the encoder: (ids `[B, L]`, mask) -> features."""
     model, layout = text_encoder(self._config), self._layout
-    encode = encode_ahead(model, load_text_encoder(self._config, model, layout.mesh), np.float32)
+    weights = load_text_encoder(self._config, model, layout.mesh)
+    program = jax.jit(embed_in_pieces(model, np.float32, layout), out_shardings=layout.sharding("batch"))
 
     def embed(ids, mask):
       ids, mask = batches.to_global([ids, mask], [batches.ROWS] * 2, layout)
-      return encode(ids, mask, layout)
+      return program(weights, ids, mask)
 
     return embed
 

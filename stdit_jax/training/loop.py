@@ -55,7 +55,7 @@ def train(run: Run, on_sample: Callable | None = None, restarts: Restarts | None
         steps = following.stage.steps * following.stage.config.optimizer.accumulate
         compiled[following.stage.index].prepare(following.data.buckets_ahead(0, steps))
       if following.stage.config.autoencoder == config.autoencoder:
-        make_batch.prepare(following.data.sizes_ahead(0))
+        make_batch.prepare(following.data.sizes_ahead(0), ())
 
   def save():
     metrics.flush()
@@ -80,13 +80,15 @@ def train(run: Run, on_sample: Callable | None = None, restarts: Restarts | None
         say(f"stage {stage.name!r}: steps {step} to {end} on {run.mesh.devices.size} device(s)")
         say(str(parts.data.report))
         taken, skip = (step - stage.start) * accumulate, restarts.skip.get(stage.name, ())
-        programs.prepare(parts.data.buckets_ahead(taken, stage.steps * accumulate - taken, skip))
+        buckets = parts.data.buckets_ahead(taken, stage.steps * accumulate - taken, skip)
+        programs.prepare(buckets)
         if validation:
           validation.compile_ahead(run.compiler, parts.programs.shapes[0]["ema"], parts.programs.shapes[1])
         accumulator = parts.programs.new_accumulator(state["params"])
         averages, nonfinite, save_due, failure = Averages(), NonFinite(config.max_nonfinite), False, None
         make_batch = parts.objective.batch_maker(run.encoders, stage.name)
-        make_batch.prepare([*parts.data.sizes_ahead(taken, skip), *(validation.data.sizes_ahead(0) if validation else ())])
+        sizes = [*parts.data.sizes_ahead(taken, skip), *(validation.data.sizes_ahead(0) if validation else ())]
+        make_batch.prepare(sizes, parts.data.text_ahead(buckets))
         make_rows = lambda loaded: make_batch.arrays(loaded, layout_of(loaded))  # noqa: B023, E731 - of this stage
         count = (end - step) * accumulate
         try:

@@ -126,6 +126,12 @@ class StageData:
     epoch, step = self._plans.locate(plan.place(taken, skip))
     return self._plans.plan(epoch).sizes(step)
 
+  def text_ahead(self, buckets: Iterable[Bucket]) -> list[tuple[int, Layout]]:
+    """(rows, layout) of the batches of these buckets whose captions are encoded; [] if a cache has their features."""
+    if self.cache is not None and self.cache.text:
+      return []
+    return [(b.batch_size, self.splits[b.resolution, b.num_frames].layout) for b in buckets if b.batch_size]
+
   def loader(self, taken: int, skip: Sequence[int] = (), epochs: int | None = None) -> Loader:
     """The loader of this process after `taken` micro steps of the stage. `skip`: micro steps of the plan to skip."""
     shard: Any = {bucket: (split.layout.process_parts(), split.layout.batch_parts) for bucket, split in self.splits.items()}

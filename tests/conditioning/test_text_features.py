@@ -55,7 +55,7 @@ def test_encoded_captions_have_the_denoisers_dtype(tmp_path, dtype, encoder):
     if where == "step":
       cond[where] = jax.jit(parts.conditioner.encode)(weights, arrays)
     else:
-      cond[where] = parts.conditioner.program(weights)(arrays, layout)
+      cond[where] = parts.conditioner.lower(2, layout).compile()(weights, arrays)
     assert cond[where]["text"].dtype == DTYPES[dtype]
     made = jax.jit(model.apply)({"params": weights}, arrays["text_ids"], arrays["text_mask"])
     assert made.dtype == DTYPES[encoder]

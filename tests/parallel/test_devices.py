@@ -17,9 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from configs import base
 from stdit_jax.autoencoders import causal3d, perceptual, registry
-from stdit_jax.components import Components
 from stdit_jax.conditioning import captions
-from stdit_jax.config import Config
 from stdit_jax.models import t5
 from stdit_jax.models.layers import OVER_TIME
 from stdit_jax.models.stdit_common import RULES
@@ -32,7 +30,6 @@ from stdit_jax.training.autoencoding import AutoencoderObjective
 from tests import denoisers
 from tests.helpers import random_variables, relative_error
 from tests.models.test_invariants import CONFIGS, join, outputs_and_gradients, sample, split
-from tests.tiny_run import tiny_config
 
 DEVICES = 8
 needs_devices = pytest.mark.skipif(jax.device_count() < DEVICES, reason="runs in the child process")
@@ -251,27 +248,12 @@ def test_captions_are_embedded_in_pieces_on_every_device(monkeypatch):
   monkeypatch.setattr(captions, "AHEAD_ROWS", 2)  # each device has five rows: three pieces, the last one padded
   layout = Layout(mesh)
   place = functools.partial(jax.device_put, device=layout.sharding("batch"))
-  encode = captions.encode_ahead(model, jax.device_put(params, tree_shardings(params, mesh, t5.RULES)))
-  made = encode(place(ids), place(mask), layout)
-  assert "length=3" in str(jax.make_jaxpr(functools.partial(encode, layout=layout))(ids, mask))
+  embed = captions.embed_in_pieces(model, np.float32, layout)
+  params = jax.device_put(params, tree_shardings(params, mesh, t5.RULES))
+  made = jax.jit(embed, out_shardings=layout.sharding("batch"))(params, place(ids), place(mask))
+  assert "length=3" in str(jax.make_jaxpr(embed)(params, ids, mask))
   assert made.sharding.is_equivalent_to(layout.sharding("batch"), made.ndim)
   assert relative_error(np.asarray(made)[mask], np.asarray(expected)[mask]) < 1e-5
-
-
-@needs_devices
-def test_the_planned_text_encoder_is_the_one_that_trains(tmp_path):
-  """`plan` compiles the program of `lower`. It takes the weights and arrays of a training, and returns the same bits."""
-  config = Config.of(tiny_config(tmp_path, tmp_path, text_encoder__where="ahead", text_encoder__train=False))
-  conditioner, layout = Components.of(config).conditioner, Layout(make_mesh({"data": 2, "fsdp": 4}))
-  params = t5.init(conditioner.encoder.config, jax.random.key(0))["params"]
-  params = jax.device_put(params, tree_shardings(params, layout.mesh, t5.RULES))
-  arrays = jax.device_put(conditioner.prompts([f"caption {i}" for i in range(160)]), layout.sharding("batch"))
-  planned = conditioner.lower(160, layout).compile()(params, arrays)
-  trained = conditioner.program(params)(arrays, layout)
-  assert planned.keys() == trained.keys()
-  for name in planned:
-    assert planned[name].sharding.is_equivalent_to(trained[name].sharding, planned[name].ndim)
-    np.testing.assert_array_equal(planned[name], trained[name])
 
 
 @needs_devices
