@@ -45,10 +45,10 @@ def fixed_data(stage: Stage, mesh: Mesh, objective: Objective) -> Stage:
     parts = split.layout.batch_parts
     each = min(b.batch_size // parts // split.micro_batches, math.ceil(samples / parts))
     rows.append((b.resolution, b.num_frames, 1.0, parts * each))
+  own = dataclasses.replace(config.data, stage=None)  # all stages are measured on the same rows with the same noise
   data = dataclasses.replace(
-    config.data, tables=config.validation.tables, buckets=tuple(rows), rows_per_bucket=samples, reference_devices=1,
+    own, tables=config.validation.tables, buckets=tuple(rows), rows_per_bucket=samples, reference_devices=1,
     drop_last=False,
-    stage=None,  # all stages are measured on the same rows with the same noise
     workers=0,  # threads: the few clips are read in less time than processes take to start
     latents="",  # a cache holds the clips of the training
   )  # fmt: skip
