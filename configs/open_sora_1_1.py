@@ -5,7 +5,7 @@ Data: a table with the columns of data/sources.py. `python -m data.prepare run -
   images: give the stage "stage3" its own "data.tables".
 Weights: `init` (denoiser, in Open-Sora's layout; PixArt's layout cannot be read), T5 v1.1 XXL and its tokenizer, sd-vae-ft-ema.
 Time: 113,000 optimizer steps. Published (report 02): about 9 days on 64 H800 of 80 GB. Stage 1a took 4 days, 1b 2 days, 1c 14
-  hours, stages 2 and 3 one day each. `plan` computes memory and hours for TPUs and GPUs. Nothing here is measured.
+  hours, stages 2 and 3 one day each. `plan` computes memory and hours for TPUs and GPUs. Neither is measured.
 
   python -m stdit_jax.plan --config configs/open_sora_1_1.py --topology v5e:8x8
   python -m stdit_jax.train --config configs/open_sora_1_1.py --config.data.tables="(('table.parquet', 1),)" \\
@@ -19,8 +19,8 @@ the originals" lists all known differences. One of them: all stages draw timeste
 to 1b with SpeeD's (`iddpm-speed`).
 
 A batch that does not fit on a device is split into micro batches. An optimizer step uses one bucket, or `optimizer.accumulate`
-buckets. The original's way of resizing takes 2.6 times the CPU time of `--config.data.resize=area` (measured with
-tests/benchmarks/decode.py: 51 frames of 720p to 240p).
+buckets. The original's way of resizing is slow: it reads 101 frames per CPU second, `--config.data.resize=area` 260 (measured
+with tests/benchmarks/decode.py, from a simple film of 720p to 240p).
 """
 
 import json

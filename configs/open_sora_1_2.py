@@ -8,7 +8,7 @@ Weights: `init` (denoiser, in Open-Sora's layout; PixArt's layout cannot be read
   1.2's autoencoder. The stages before "autoencoder" need SDXL's autoencoder as their own "autoencoder.weights".
 Time: 155,000 optimizer steps of adaptation from PixArt-Sigma's image model, then 68,000 steps of stages 1 to 3. Published
   (report 03): 8 GPUs for the adaptation. 96 GPUs for about two weeks, 35,000 H100 hours, for stages 1 to 3. `plan` computes
-  memory and hours for TPUs and GPUs. Nothing here is measured.
+  memory and hours for TPUs and GPUs. Neither is measured.
 
   python -m stdit_jax.plan --config configs/open_sora_1_2.py --topology v5p:4x8x8
   python -m stdit_jax.train --config configs/open_sora_1_2.py:stage1 --config.data.tables="(('table.parquet', 1),)" \\
@@ -25,8 +25,8 @@ from the originals" lists all known differences.
 
 The original's batch sizes are per GPU of 80 GB. This recipe multiplies them by 256 devices. A batch that does not fit on a
 device is split into micro batches. An optimizer step uses one bucket, or `optimizer.accumulate` buckets. The original's way of
-resizing takes 2.6 times the CPU time of `--config.data.resize=area` (measured with tests/benchmarks/decode.py: 51 frames of
-720p to 240p).
+resizing is slow: it reads 101 frames per CPU second, `--config.data.resize=area` 260 (measured with tests/benchmarks/decode.py,
+from a simple film of 720p to 240p).
 """
 
 import json
