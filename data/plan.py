@@ -210,6 +210,10 @@ class Plan:
     ahead = [*self._bucket[step : step + count], *self._bucket[: max(0, step + count - self.num_steps)]]
     return [self._buckets[i] for i in dict.fromkeys(ahead)]
 
+  def first_slots(self) -> dict[int, int]:
+    """{index of a bucket: the first slot of its first step} of the buckets that have steps."""
+    return {int(bucket): int(self._begin[step]) for bucket, step in zip(*np.unique(self._bucket, return_index=True))}
+
   def slots(self, step: int) -> tuple[int, int]:
     """Returns (first slot, end) of a step."""
     return int(self._begin[step]), int(self._begin[step + 1])
