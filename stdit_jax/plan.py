@@ -20,6 +20,7 @@ replace it. All figures are computed, none is measured on a device:
   links        seconds: bytes that a device sends (all-reduce sends its bytes twice). GPUs: NVLink speed, even between hosts
   bound, MFU   bound: the longest of these times and of the traffic between slices (--slice-gbits), as if all overlapped.
                MFU: model-FLOP utilisation at the bound. The published peaks are in stdit_jax/parallel/topology.py
+  rows/s       that each host must read, decode and encode at the bound. A host has 4 TPU chips or 8 GPUs
   hours        of a stage: its steps times the mean bound of its buckets, weighted by how often each occurs in the first epoch
                of the tables, or of assumed rows. An update counts as one read and one write of the whole state. A second line
                adds the FLOPs of the encoders at the chips' peak, if their results are not cached. Checkpoints, samples and
@@ -146,6 +147,7 @@ def stage_buckets(stage: Stage) -> dict[Key, int]:
 COLUMNS = (
   ("stage", 10), ("bucket", 12), ("batch", 7), ("each", 5), ("parts", 5), ("tokens", 8), ("compile", 8), ("GiB", 13),
   ("activations", 11), ("TFLOP", 9), ("GB moved", 9), ("compute", 8), ("memory", 8), ("links", 8), ("bound", 8), ("MFU", 5),
+  ("rows/s", 7),
 )  # fmt: skip
 
 
@@ -169,6 +171,7 @@ def describe(result: dict[str, Any], bound: dict[str, Any] | None) -> str:
     seconds = [f"{bound[what]:.2f}s" for what in ("compute", "memory", "links")]
     moved = sum(result["collectives"].values()) / 1e9
     values += [f"{result['model_flops'] / 1e12:.0f}", f"{moved:.1f}", *seconds, bound["bound"], f"{bound['utilisation']:.0%}"]
+    values.append(f"{(rate := budget.host_rate(result, bound['step'])):,.{int(rate < 10)}f}")
   return line(values)
 
 

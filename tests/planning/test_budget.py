@@ -39,6 +39,12 @@ def test_hours_of_a_stage_follow_its_shares():
   assert budget.update_seconds(resident, "v5e:2x4") == pytest.approx(10 / 819)
 
 
+def test_hosts_that_share_the_parts_of_a_batch_read_the_same_rows():
+  facts = {"batch": 96, "hosts": 64}
+  assert budget.host_rate(facts | {"batch_parts": 256}, 1.5) == pytest.approx(1.0)
+  assert budget.host_rate(facts | {"batch_parts": 16}, 1.5) == pytest.approx(4.0)
+
+
 def test_encoder_cost_grows_with_rows_frames_and_pixels():
   buckets = (("144p", 1, 1.0, 8), ("144p", 51, 1.0, 2))
 

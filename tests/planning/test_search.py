@@ -62,7 +62,7 @@ def result(n, seconds, fits=True):
   flops = seconds * 197e12
   return {
     "fits": fits, "hardware_flops": flops, "model_flops": flops, "chips": 1, "memory_traffic": 0, "between_slices": 0,
-    "collectives": {"all-reduce": 0}, "batch_parts": 8, "split_tokens": False,
+    "collectives": {"all-reduce": 0}, "batch_parts": 8, "hosts": 2, "split_tokens": False,
   }  # fmt: skip
 
 
@@ -89,7 +89,9 @@ def test_search_starts_with_the_given_batch(tmp_path, monkeypatch, capsys):
     command_line(tmp_path, "--topology", "v5e:2x4", "--stage", "stage1", "--search-batch-size", "--bucket", "144p:51:192")
   )
   assert asked == [24, 31]
-  assert re.search(r"144p x 51 +248 +3.10s", capsys.readouterr().out)
+  said = capsys.readouterr().out
+  assert re.search(r"144p x 51 +248 +3.10s", said)
+  assert re.search(r"144p x 51 +248 +31 .* compute +100% +40\n", said)  # 124 rows of a host in 3.1 s
 
 
 def test_shipped_batches_belong_to_their_stage():
