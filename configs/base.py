@@ -77,7 +77,7 @@ def get_config():
   config.data = dict(
     tables=(), buckets=(), reference_devices=1, seed=42, frame_interval=1, drop_last=True, captions="required",
     max_caption_length=20_000, aspect_ratios=None, windows_per_row=0, resize="area", scores=("aes", "flow", "cmotion"),
-    score_drop=0.2, fps_rule="exact", latents="", workers=2, read_ahead=None, row_timeout=240.0, max_bad_rows=0.1,
+    score_drop=0.2, fps_rule="exact", latents="", workers=None, read_ahead=None, row_timeout=240.0, max_bad_rows=0.1,
   )  # fmt: skip
 
   config.optimizer = dict(

@@ -50,8 +50,10 @@ class DataConfig:
       file rate.
     latents: a folder that `python -m stdit_jax.encode` wrote. The loader reads the same clips, in the same order, as latents.
       It reads captions as embeddings if the folder has them. "" = read videos.
-    workers: number of decoding processes; 0 = threads of this process.
-    read_ahead: number of rows to decode in advance; None = two steps of the largest bucket, at most 2 GB.
+    workers: number of decoding processes; 0 = threads of this process. None = seven eighths of the CPUs that this process may
+      use, at most 16 for cached latents. If several processes of a run share a machine, set it: they do not know each other.
+    read_ahead: number of rows to decode in advance. None = by their bytes: eight steps of the bucket with the most bytes, at
+      most 4 GiB, but at least two steps; at most a quarter of the free memory. `train` prints the result.
     row_timeout: seconds after which a row that is still being read counts as undecodable; 0 = never. Keep it below
       `watchdog.timeout`, which ends a training that waits too long for data.
     max_bad_rows: files that may fail to decode before the run stops: a number, or (a float) a share of the usable rows.
@@ -78,7 +80,7 @@ class DataConfig:
   score_drop: float = 0.2
   fps_rule: str = "exact"
   latents: str = ""
-  workers: int = 2
+  workers: int | None = None
   read_ahead: int | None = None
   row_timeout: float = 240.0
   max_bad_rows: int | float = 0.1
@@ -113,7 +115,7 @@ class DataConfig:
     self.parsed_buckets()
     for key, least in _LEAST.items():
       value = getattr(self, key)
-      if value is None and key in ("read_ahead", "rows_per_bucket", "num_classes", "aspect_ratios"):
+      if value is None and key in ("workers", "read_ahead", "rows_per_bucket", "num_classes", "aspect_ratios"):
         continue
       if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"data.{key} = {value!r} is no whole number from {least} up")

@@ -1,15 +1,13 @@
 """The loader: decoded samples of this process, step by step, in the order of the plan.
 
-grain decodes rows in advance, in worker processes. The loader groups the rows into steps. Its whole state is the next
-global micro step. This state is the same for any number of processes: n processes split each step's rows into n equal parts.
+`read_ahead.py` decodes rows in advance. The loader groups the rows into steps. Its whole state is the next global micro step.
+This state is the same for any number of processes: n processes split each step's rows into n equal parts.
 """
 
-import bisect
 import contextlib
 import dataclasses
 import logging
 import math
-import multiprocessing
 import os
 import queue
 import threading
@@ -18,14 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from data import aspect_ratios, latents, paths, plan, sources, video
+from data import aspect_ratios, latents, paths, plan, read_ahead, sources, video
 from data.config import DataConfig
 
 log = logging.getLogger("data")
 log.setLevel(logging.WARNING)  # reports skipped rows, although entry points silence libraries at the root logger
 
-_ENDLESS = 1 << 40  # length of an endless source; grain requires a length
-_AHEAD_BYTES = 2 << 30  # largest size of all rows that are decoded in advance
 _CAPTION, _CLIP, _SCORES = 3, 4, 5  # purposes of a row's random numbers
 
 Shard = tuple[int | Sequence[int], int]
@@ -133,6 +129,7 @@ class Loader(contextlib.AbstractContextManager["Loader"], Iterator[LoadedStep]):
 
   Attributes:
     state: the next global micro step.
+    ahead: how far it reads ahead.
     bad_rows: {path: reason} of the files that cannot be decoded.
   """
 
@@ -147,12 +144,13 @@ class Loader(contextlib.AbstractContextManager["Loader"], Iterator[LoadedStep]):
     self._limit = BadRows(config.max_bad_rows, min(usable, table.num_rows))
     self.bad_rows = self._limit.found
     epoch, step = sequence.locate(start)
-    first = 0
-    if step and (epochs is None or epoch < epochs):
-      first = int(sequence.plan(epoch).ends(self.rows_per_step)[step - 1])
     self._prepare(epoch + 1)
-    source = RowSource(sequence, shares, self.rows_per_step, epoch, first, epochs)
-    self._rows = _read_ahead(source, RowDecoder(config, table, condition, sequence.cache), config, self.rows_per_step)
+    decode = RowDecoder(config, table, condition, sequence.cache)
+    names = [b.name for b in config.parsed_buckets()]
+    row_bytes = bytes_of_rows(decode, sequence.plan(0))
+    self.ahead = read_ahead.Ahead.of(config, row_bytes, self.rows_per_step, names, cached=bool(sequence.cache))
+    source = read_ahead.RowSource(sequence, shares, self.rows_per_step, self.ahead, (epoch, step), epochs)
+    self._rows = read_ahead.Rows(source, decode, self.ahead)
 
   def __next__(self) -> LoadedStep:
     while self.state in self.skip:
@@ -170,8 +168,7 @@ class Loader(contextlib.AbstractContextManager["Loader"], Iterator[LoadedStep]):
       self._report_gaps(self.plans.cache, epoch)
     bucket, samples = current.bucket(index), []
     for _ in range(self.rows_per_step[current.bucket_index(index)]):
-      element = next(self._rows)
-      sample = Sample(**{"pixels": None, **element, "sample_id": tuple(element["sample_id"].tolist())})
+      sample = Sample(**{"pixels": None, **next(self._rows)})
       # An error in the order of rows would mix buckets in one batch.
       assert (sample.sample_id[0], sample.num_frames) == (self.plans.config.sample_epoch(epoch), bucket.num_frames)
       self._limit.add(sample.path, sample.error)
@@ -231,94 +228,46 @@ class BadRows:
       raise ValueError(f"{number}; first: {path}: {error}. Repair or remove the files, or raise data.max_bad_rows.")
 
 
-def read_clips(config: DataConfig, table: sources.Table, keys: np.ndarray, ahead: int) -> Iterator[tuple[int, dict]]:
+def read_clips(
+  config: DataConfig, table: sources.Table, keys: np.ndarray, clip_bytes: np.ndarray, together: int
+) -> Iterator[tuple[int, dict]]:
   """Yields (key, {pixels, path, fps, error, away}) of decoded clips, see `ClipDecoder`. Close the iterator after use.
 
   Args:
-    keys: keys of `latents.clip_keys`, in the order of the result.
-    ahead: number of clips to decode in advance.
+    keys: keys of `latents.clip_keys`, in the order of the result; clip_bytes: bytes of each clip.
+    together: number of clips that the caller takes at a time.
 
   Raises OSError if I/O errors persist.
   """
-  rows = _read_ahead(keys.tolist(), ClipDecoder(config, table, None), dataclasses.replace(config, read_ahead=ahead), [ahead])
+  ahead = read_ahead.Ahead.of(config, [int(clip_bytes.max())], [together], ["clips"])
+  weights, most = np.ones(len(keys), np.int64) if ahead.in_rows else clip_bytes, ahead.groups[0] * ahead.weights[0]
+  rows = read_ahead.Rows(read_ahead.ListSource(keys, weights, most), ClipDecoder(config, table, None), ahead)
   with contextlib.closing(rows):
     yield from zip(keys, rows)
 
 
-def _read_ahead(source, decode, config, rows_per_step):
-  """Makes grain's iterator over decoded rows, with worker processes or threads."""
-  import grain  # takes seconds, since it imports jax
-  from absl import flags
+def bytes_of_rows(decode: "RowDecoder", current: plan.Plan) -> list[int]:
+  """About the bytes of a decoded row of every bucket: its pixels, or its cached latents, and its text features.
 
-  dataset = grain.MapDataset.source(source).map(decode)
-  used = [b for b in config.parsed_buckets() if b.batch_size]
-  largest = max(rows_per_step)
-  row_bytes = max(b.num_frames * 3 * aspect_ratios.NUM_PIXELS[b.resolution] for b in used)
-  ahead = config.read_ahead or max(2, min(2 * largest, _AHEAD_BYTES // row_bytes))
-  if not config.workers:
-    threads = min(ahead, os.cpu_count() or 1)
-    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)))
-  if not flags.FLAGS.is_parsed():  # grain reads absl flags, but a library's user may never call app.run
-    flags.FLAGS.mark_as_parsed()
-  rows = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-  options = grain.MultiprocessingOptions(num_workers=config.workers, per_worker_buffer_size=-(-ahead // config.workers))
-  return iter(rows.mp_prefetch(options, worker_init_fn=_end_with_parent))
-
-
-class RowSource:
-  """The rows that one process reads, in the order of the plan. Element i is an argument of `RowDecoder`. Picklable.
-
-  Args:
-    shares: (parts, number of parts) of every bucket.
-    rows_per_step: number of rows of a step that the process reads, for every bucket.
-    epoch: the epoch of element 0.
-    first: number of rows of this epoch that come before element 0.
-    epochs: the source ends after this many epochs. None = never.
+  Reads one row of each bucket of the plan, unless it has only pixels. Captions differ in length, so all buckets have the mean
+  bytes of the text features.
   """
-
-  def __init__(self, sequence, shares, rows_per_step, epoch, first, epochs):
-    self.plans, self.shares, self.rows_per_step, self.epoch, self.epochs = sequence, shares, rows_per_step, epoch, epochs
-    self._starts = [-first]  # first element of each epoch, from `epoch` on
-    self._ends = {}  # {epoch: `Plan.ends`}, only for the epoch that was read last
-
-  def __len__(self):
-    return _ENDLESS
-
-  def _ends_of(self, epoch):
-    if epoch not in self._ends:
-      self._ends = {epoch: self.plans.plan(epoch).ends(self.rows_per_step)}
-    return self._ends[epoch]
-
-  def __getitem__(self, element):
-    with self.plans.lock:
-      while element >= self._starts[-1]:
-        epoch = self.epoch + len(self._starts) - 1
-        if self.epochs is not None and epoch >= self.epochs:
-          return ()  # not None: grain skips None and would search for ever
-        self._starts.append(self._starts[-1] + int(self._ends_of(epoch)[-1]))
-      number = bisect.bisect_right(self._starts, element) - 1
-      epoch = self.epoch + number
-      current, ends = self.plans.plan(epoch), self._ends_of(epoch)
-    within = element - self._starts[number]  # row of the epoch
-    step = int(np.searchsorted(ends, within, "right"))
-    within -= int(ends[step - 1]) if step else 0  # row of the step
-    begin, end = current.slots(step)
-    parts, count = self.shares[current.bucket_index(step)]
-    size = (end - begin) // count  # slots of one part
-    slot = begin + parts[within // size] * size + within % size
+  parsed = decode.config.parsed_buckets()
+  sizes, features = [3 * b.num_frames * aspect_ratios.NUM_PIXELS[b.resolution] for b in parsed], []
+  for index, slot in current.first_slots().items():
     row, key, bucket, _ = current.slot(slot)
-    return epoch, slot, row, key, bucket
-
-
-def _end_with_parent(*_):
-  """Ends this worker process when its parent ends. Otherwise the workers of a killed training keep their memory for ever."""
-
-  def watch(parent):
-    parent.join()
-    os._exit(1)
-
-  if parent := multiprocessing.parent_process():
-    threading.Thread(target=watch, args=(parent,), daemon=True).start()
+    if decode.cache:
+      fields = decode((0, slot, row, key, bucket))
+    elif path := decode.table.row(row).text_features:
+      fields = {}
+      with contextlib.suppress(video.BadVideo, OSError):  # the loader reports a file that it can't read
+        fields["text_features"] = in_time(decode.config.row_timeout, sources.text_embedding, path)
+    else:
+      continue
+    arrays = {name: value.nbytes for name, value in fields.items() if isinstance(value, np.ndarray)}
+    features.append(arrays.pop("text_features", 0))
+    sizes[index] = sum(arrays.values()) if decode.cache else sizes[index]
+  return [size + int(np.mean(features or [0])) for size in sizes]
 
 
 class _Helper:
@@ -365,20 +314,18 @@ def in_time(seconds: float, function: Callable, *args: Any) -> Any:
 
 
 class RowDecoder:
-  """Turns an element of `RowSource` into the fields of a `Sample`. Picklable.
+  """Turns a row of `read_ahead.RowSource` into the fields of a `Sample`. Picklable.
 
-  An element is (epoch, slot, slot row, aspect-ratio key, bucket), or () after the last epoch.
+  A row is (epoch, slot, slot row, aspect-ratio key, bucket).
   """
 
   def __init__(self, config, table, condition, cache=None):
     self.config, self.table, self.condition, self.cache = config, table, condition, cache
 
   def __call__(self, element: tuple) -> dict:
-    if not element:
-      return {"end": np.zeros(1)}
     epoch, slot, slot_row, key, bucket = element
     row, size = self.table.row(slot_row), aspect_ratios.size(bucket.resolution, key)
-    sample_id = np.array([self.config.sample_epoch(epoch), slot])
+    sample_id = self.config.sample_epoch(epoch), slot
     fields = {"caption": "", "num_frames": bucket.num_frames, "height": size[0], "width": size[1], "fps": video.DEFAULT_FPS,
               "weight": 1.0, "sample_id": sample_id, "row": self.table.locate(slot_row)[1], "path": row.path,
               "label": row.label}  # fmt: skip

@@ -224,6 +224,10 @@ class Plan:
     found = ((self._buckets[value // _RATIOS], value % _RATIOS) for value in values[first.argsort()].tolist())
     return [(b.num_frames, *list(aspect_ratios.SIZES[b.resolution].values())[ratio]) for b, ratio in found]
 
+  def first_slots(self) -> dict[int, int]:
+    """{index of a bucket: the first slot of its first step} of the buckets that have steps."""
+    return {int(bucket): int(self._begin[step]) for bucket, step in zip(*np.unique(self._bucket, return_index=True))}
+
   def slots(self, step: int) -> tuple[int, int]:
     """Returns (first slot, end) of a step."""
     return int(self._begin[step]), int(self._begin[step + 1])

@@ -3,6 +3,7 @@
 import functools
 import tempfile
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -54,6 +55,14 @@ def bucket_shares(stage: Stage) -> tuple[dict[Key, float], str]:
     counted = "assumed rows, without a table: large enough for every resolution, a tenth images, clips of all lengths alike"
   total = sum(steps.values())
   return {key: n / total for key, n in steps.items() if n}, counted
+
+
+def host_rate(result: Mapping[str, Any], seconds: float) -> float:
+  """Rows a second that each host must read, decode and encode, so that a micro step takes `seconds`.
+
+  `result`: of `programs.Compiler`. If a batch has fewer parts than there are hosts, several hosts read the same rows.
+  """
+  return result["batch"] / min(result["hosts"], result["batch_parts"]) / seconds
 
 
 def update_seconds(resident: dict[str, int], topology: str) -> float:

@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
+from stdit_jax.planning import budget
 from stdit_jax.planning.programs import GIB
 
 COLUMNS = (
   ("stage", 10), ("bucket", 12), ("batch", 7), ("each", 5), ("parts", 5), ("tokens", 8), ("compile", 8), ("GiB", 13),
   ("activations", 11), ("TFLOP", 9), ("GB moved", 9), ("compute", 8), ("memory", 8), ("links", 8), ("bound", 8), ("MFU", 5),
+  ("rows/s", 7),
 )  # fmt: skip
 
 
@@ -33,6 +35,7 @@ def describe(result: dict[str, Any], bound: dict[str, Any] | None) -> str:
     seconds = [f"{bound[what]:.2f}s" for what in ("compute", "memory", "links")]
     moved = sum(result["collectives"].values()) / 1e9
     values += [f"{result['model_flops'] / 1e12:.0f}", f"{moved:.1f}", *seconds, bound["bound"], f"{bound['utilisation']:.0%}"]
+    values.append(f"{(rate := budget.host_rate(result, bound['step'])):,.{int(rate < 10)}f}")
   return line(values)
 
 

@@ -173,7 +173,8 @@ def lower(job: Job) -> tuple[jax.stages.Lowered, dict[str, Any]]:
     "stage": stage.name, "resolution": resolution, "frames": frames, "batch": rows, "batch_parts": layout.batch_parts,
     "samples_per_part": rows // layout.batch_parts // parts, "micro_batches": parts, "split_tokens": layout.split_tokens,
     "in_samples": max([bytes_per_device(shapes, mesh, rules) for shapes, rules in objective.sample_weights], default=0),
-    "mesh": dict(mesh.shape), "chips": mesh.devices.size, "resident": resident, "beside": sum(resident.values()) - own,
+    "hosts": len({device.process_index for device in mesh.devices.flat}), "mesh": dict(mesh.shape), "chips": mesh.devices.size,
+    "resident": resident, "beside": sum(resident.values()) - own,
     "limit": CHIPS[parse_topology(job.topology)].memory_gib * GIB, "text": job.text,
   }  # fmt: skip
   tokens, model_flops = program.work

@@ -35,7 +35,6 @@ from stdit_jax.training.stages import Stage, naming
 
 _MICRO_BATCHES = 8  # per device, encoded together (a turn). A half-empty last one costs little among eight
 _CAPTIONS = 8  # per device, encoded together
-_AHEAD_BYTES = 2 << 30  # most bytes of decoded clips that wait for the encoder
 _RECORD_BYTES = 400  # approximate size of a record without its arrays
 
 
@@ -199,10 +198,9 @@ class LatentsWork:
     self.bad_rows = loader.BadRows(data.max_bad_rows, len(np.unique(latents.unpack(keys)["row"])))
     kinds, numbers = self._kinds(keys)
     self.encoder.prepare(kinds[number] for number in dict.fromkeys(numbers.tolist()))
-    largest = int(3e6 * self.cost(keys).max())  # bytes of a clip: three per pixel
-    most = max(self._turn(int(n)) for n in np.unique(latents.unpack(keys)["num_frames"]))
-    ahead = data.read_ahead or max(2, min(2 * most, _AHEAD_BYTES // largest))
-    clips: Any = loader.read_clips(data, table, keys, ahead)
+    clip_bytes = (3e6 * self.cost(keys)).round().astype(np.int64)  # three per pixel
+    frames = int(latents.unpack(keys[clip_bytes.argmax()])["num_frames"])
+    clips: Any = loader.read_clips(data, table, keys, clip_bytes, self._turn(frames))
     with contextlib.closing(clips):
       started = ((turn, self.encoder.start([clip["pixels"] for _, clip in turn])) for turn in self._turns(clips, self.bad_rows))
       for turn, finish in _one_behind(started):

@@ -93,6 +93,7 @@ def train(run: Run, on_sample: Callable | None = None, restarts: Restarts | None
         count = (end - step) * accumulate
         try:
           with parts.data.loader(taken, skip) as loader, NextBatch(loader, count, make_rows) as batches:
+            say(f"stage {stage.name!r}: {loader.ahead}")
             began = time.monotonic()
             batch: Any = next_batch()
             say(f"stage {stage.name!r}: the first batch is ready after {duration(time.monotonic() - began)}")
@@ -157,7 +158,7 @@ def train(run: Run, on_sample: Callable | None = None, restarts: Restarts | None
           continue
         run.counter.check()
         steps, seconds, share = speed.stage_data()
-        say(f"stage {stage.name!r}: {stage_note(steps, seconds, largest(share), config.data)}")
+        say(f"stage {stage.name!r}: {stage_note(steps, seconds, largest(share), loader.ahead)}")
         save()
     run.checkpoints.wait()
     run.counter.check()

@@ -18,6 +18,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 
 from data import paths
+from data.read_ahead import Ahead
 from data.shards import duration
 from stdit_jax.parallel.topology import peak_tflops
 
@@ -119,13 +120,16 @@ class Speed:
     return int(steps), seconds / max(steps, 1), data / max(seconds, 1e-9)
 
 
-def stage_note(steps: int, seconds: float, share: float, config: Any) -> str:
-  """The console's note at the end of a stage. `share`: largest share of waiting for data among the processes."""
+def stage_note(steps: int, seconds: float, share: float, ahead: Ahead) -> str:
+  """The console's note at the end of a stage.
+
+  `share`: largest share of waiting for data among the processes; `ahead`: how far the loader read ahead.
+  """
   text = f"{steps} steps of {seconds:.3g} s, {share:.1%} of it waiting for data"
   if share <= MAX_DATA_SHARE:
     return text
-  ahead = config.read_ahead or "two batches"
-  return f"{text}: more than {MAX_DATA_SHARE:.0%}; raise data.workers (now {config.workers}) or data.read_ahead (now {ahead})"
+  now = f"data.workers (now {ahead.workers}) or data.read_ahead (now {ahead.amount})"
+  return f"{text}: more than {MAX_DATA_SHARE:.0%}; cache latents (python -m stdit_jax.encode), or raise {now}"
 
 
 def speed_note(values: Mapping[str, float]) -> str:

@@ -59,7 +59,8 @@ def measure(args, folder):
   (work,) = encode.make_work(settings, encode.choose(settings), AheadOfTime(0, print))
   keys = np.asarray(work.part.keys)
   source = work.source
-  clips = [clip["pixels"] for _, clip in loader.read_clips(source.data, source.plans.table, keys, 8)]
+  sizes = (3e6 * work.cost(keys)).astype(int)
+  clips = [clip["pixels"] for _, clip in loader.read_clips(source.data, source.plans.table, keys, sizes, 8)]
   turn = work._turn(args.frames)
   work.encoder(clips[:turn])  # compiles
   began = time.monotonic()

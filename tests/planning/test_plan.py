@@ -72,6 +72,8 @@ def test_fsdp_communicates_no_more_than_it_must(tmp_path, capsys):
   assert result["in_loop"]["all-to-all"] == result["in_loop"]["collective-permute"] == 0
   state = sum(result["resident"][name] for name in ("parameters", "average", "optimizer", "gradients"))
   assert state < result["peak"] < result["limit"]
+  rate = 8 / 2 / result["roofline"]["step"]  # two hosts of four chips
+  assert first.stdout.partition("144p x 1 ")[2].splitlines()[0].endswith(f"  {rate:,.0f}")
   again = plan_here(capsys, tmp_path, *arguments)
   assert next(line for line in again.splitlines() if "144p x 1 " in line) in first.stdout
   # The text of a program is its key, so a change without effect on the program, such as the run's folder, compiles nothing.

@@ -62,7 +62,7 @@ def result(n, seconds, fits=True):
   flops = seconds * 197e12
   return {
     "fits": fits, "hardware_flops": flops, "model_flops": flops, "chips": 1, "memory_traffic": 0, "between_slices": 0,
-    "collectives": {"all-reduce": 0}, "batch_parts": 8, "split_tokens": False,
+    "collectives": {"all-reduce": 0}, "batch_parts": 8, "hosts": 2, "split_tokens": False,
   }  # fmt: skip
 
 
@@ -97,6 +97,7 @@ def test_search_starts_with_the_given_batch(tmp_path, monkeypatch, capsys):
   assert texts == [("144p", 51, 248)]  # the text encoder is compiled for the largest batch
   out = capsys.readouterr().out
   assert re.search(r"144p x 51 +248 +3.10s", out)
+  assert re.search(r"144p x 51 +248 +31 .* compute +100% +40\n", out)  # 124 rows of a host in 3.1 s
   assert "stage1: text encoder before the step (144p x 51, 248 rows): 17.0 / 16.0 GiB, does not fit, compiled in 1s" in out
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from configs import base
+from data.read_ahead import Ahead
 from stdit_jax import evaluate
 from stdit_jax.errors import InputError
 from stdit_jax.interop import CheckpointError, save_variables
@@ -70,7 +70,7 @@ def test_averages_skip_nonfinite_and_weightless_values():
 
 def test_speed_measures_the_wait_for_data_of_a_stage():
   """The time before the first step and the time of checkpoints and samples do not count."""
-  speed, config = Speed(jax.devices()), base.get_config().data
+  speed, ahead = Speed(jax.devices()), Ahead(2, 2, 3 * 10**9, False, (10**6,), (1,), ("144p x 1",))
   with speed.waiting_for_data():
     time.sleep(0.05)
   speed.start_stage()
@@ -85,9 +85,9 @@ def test_speed_measures_the_wait_for_data_of_a_stage():
   assert steps == 2
   assert 0.01 <= seconds < 0.03
   assert share > 0.8
-  note = stage_note(steps, seconds, share, config)
-  assert "more than 2%; raise data.workers (now 2) or data.read_ahead (now two batches)" in note
-  assert "raise" not in stage_note(steps, seconds, 0.019, config)
+  note = stage_note(steps, seconds, share, ahead)
+  assert "or raise data.workers (now 2) or data.read_ahead (now 3 GB)" in note
+  assert "raise" not in stage_note(steps, seconds, 0.019, ahead)
 
 
 def test_time_left_follows_the_steps_of_the_stage(tmp_path, monkeypatch, capsys):
