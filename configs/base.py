@@ -76,8 +76,8 @@ def get_config():
   # Data: data/config.py describes each field.
   config.data = dict(
     tables=(), buckets=(), reference_devices=1, seed=42, frame_interval=1, drop_last=True, captions="required",
-    max_caption_length=20_000, windows_per_row=0, resize="area", scores=("aes", "flow", "cmotion"), score_drop=0.2,
-    fps_rule="exact", latents="", workers=2, read_ahead=None, row_timeout=240.0, max_bad_rows=0.1,
+    max_caption_length=20_000, aspect_ratios=None, windows_per_row=0, resize="area", scores=("aes", "flow", "cmotion"),
+    score_drop=0.2, fps_rule="exact", latents="", workers=2, read_ahead=None, row_timeout=240.0, max_bad_rows=0.1,
   )  # fmt: skip
 
   config.optimizer = dict(
@@ -101,7 +101,7 @@ def get_config():
   # bucket, whatever its keep probabilities.
   config.validation = dict(tables=(), every=0, samples_per_bucket=64, timesteps=10)
 
-  config.compile_threads = 1  # programs compiled at the same time during training, after the first one
+  config.compile_threads = 0  # programs compiled at the same time; 0: one for each eight cores, at most 16
   # Folder of compiled programs, so that a restart compiles nothing. "" is `<output>/compilation_cache`. The environment
   # variable JAX_COMPILATION_CACHE_DIR overrides this key.
   config.compilation_cache = ""

@@ -13,10 +13,14 @@ Time: 113,000 optimizer steps. Published (report 02): about 9 days on 64 H800 of
       --config.autoencoder.weights=sd-vae-ft-ema.safetensors
 
 Buckets, keep probabilities, mask ratios, learning rate and average are the original's (open_sora_1_1.json, from Open-Sora
-v1.1.0, configs/opensora-v1-1/train). Stages and steps are those of report 02. A batch that does not fit on a device is split
-into micro batches. An optimizer step uses one bucket, or `optimizer.accumulate` buckets.
+v1.1.0, configs/opensora-v1-1/train). Stages and steps are those of report 02. Frame rates, resizing and the autoencoder's
+precision are the original's, too. The comments name the file of v1.1.0 that has each rule. README's section "Differences from
+the originals" lists all known differences. One of them: all stages draw timesteps uniformly, but the original trained stages 0
+to 1b with SpeeD's (`iddpm-speed`).
 
-Difference: all stages draw timesteps uniformly. The original trained stages 0 to 1b with SpeeD's (`iddpm-speed`).
+A batch that does not fit on a device is split into micro batches. An optimizer step uses one bucket, or `optimizer.accumulate`
+buckets. The original's way of resizing takes 2.6 times the CPU time of `--config.data.resize=area` (measured with
+tests/benchmarks/decode.py: 51 frames of 720p to 240p).
 """
 
 import json
@@ -46,8 +50,15 @@ def get_config():
   config.max_tokens_per_device = 16_384
   config.model.name = "STDiT2-XL/2"
   config.model.fields = dict(dtype="bfloat16", remat="full")
+  # Not the original's float16 (opensora/models/text_encoder/t5.py), in which T5 XXL can overflow.
   config.text_encoder.update(max_length=200, fields=dict(dtype="bfloat16", param_dtype="bfloat16"))
-  config.data.update(reference_devices=64, frame_interval=3, fps_rule="1.1", scores=())
+  config.autoencoder.dtype = "bfloat16"  # scripts/train.py converts the autoencoder to the run's dtype
+  config.data.update(
+    reference_devices=64, scores=(),
+    frame_interval=3,  # configs/opensora-v1-1/train
+    fps_rule="1.1",  # opensora/datasets/datasets.py: the file's own rate, not divided by the interval
+    resize="original",  # "resize_crop" of opensora/datasets/utils.py and video_transforms.py
+  )  # fmt: skip
   config.diffusion = dict(name="iddpm", fields={})
   config.sample.fps = 8  # of the written video; the model gets fps * frame_interval = 24 (fps_rule)
   # The report adds the frame rate in stage 1b, and norms of queries and keys in stage 1c. (The released configurations have the

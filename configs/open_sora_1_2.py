@@ -19,9 +19,14 @@ The name after the colon is the first stage. Use `stage1` with weights of STDiT-
 adaptation.
 
 Buckets, keep probabilities, mask ratios, learning rates, epsilon and average are the original's (open_sora_1_2.json, from
-Open-Sora v1.2.0, configs/opensora-v1-2/train). The steps are those of report 03. The original's batch sizes are per GPU of
-80 GB. This recipe multiplies them by 256 devices. A batch that does not fit on a device is split into micro batches. An
-optimizer step uses one bucket, or `optimizer.accumulate` buckets.
+Open-Sora v1.2.0, configs/opensora-v1-2/train). The steps are those of report 03. Frame rates, resizing and the precision of
+both encoders are the original's, too. The comments name the file of v1.2.0 that has each rule. README's section "Differences
+from the originals" lists all known differences.
+
+The original's batch sizes are per GPU of 80 GB. This recipe multiplies them by 256 devices. A batch that does not fit on a
+device is split into micro batches. An optimizer step uses one bucket, or `optimizer.accumulate` buckets. The original's way of
+resizing takes 2.6 times the CPU time of `--config.data.resize=area` (measured with tests/benchmarks/decode.py: 51 frames of
+720p to 240p).
 """
 
 import json
@@ -101,9 +106,14 @@ def get_config(first="images"):
   config.max_tokens_per_device = 16_384
   config.model.name = "STDiT3-XL/2"
   config.model.fields = dict(dtype="bfloat16", remat="full")
+  # scripts/train.py converts both encoders to the run's dtype, bfloat16.
   config.text_encoder.fields = dict(dtype="bfloat16", param_dtype="bfloat16")
-  config.autoencoder.name = "open-sora-1.2"
-  config.data.reference_devices = 256
+  config.autoencoder.update(name="open-sora-1.2", dtype="bfloat16")
+  config.data.update(
+    reference_devices=256,
+    fps_rule="1.2",  # opensora/datasets/datasets.py: rounded down, 23 for 23.976
+    resize="original",  # "resize_crop" of opensora/datasets/utils.py and video_transforms.py
+  )
   config.diffusion.fields = dict(sample_method="logit-normal", use_timestep_transform=True)
   stages = _adaptation(original, config) + [
     stage(name, steps, original[name], train="^denoiser/(?!caption_embed/)")  # freeze_y_embedder

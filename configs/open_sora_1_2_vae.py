@@ -19,7 +19,7 @@ Differences from the original:
 * The original divides pixel terms by the frames of the clip, but not the KL term. So `kl_weight` is 17 times its 1e-6.
 * The original takes the first frame of every fifth clip as an image. This recipe mixes in images of a second table. Give this
   table the weight that makes images a fifth.
-* The original crops the middle of frames of 256 pixels. This recipe crops at random places in 360p.
+* The original cuts the central square and scales it to 256 pixels. This recipe crops at random places in 360p.
 """
 
 from configs import base
@@ -38,7 +38,8 @@ def get_config():
   config.autoencoder.update(name="open-sora-1.2", dtype="bfloat16", crop=256, reconstruction_weight=0.0, kl_weight=0.0)
   config.autoencoder.fields = dict(chunk=0, remat=True)  # `grad_checkpoint` in the original
   config.autoencoder.perceptual.name = "vgg16-lpips"
-  config.data.captions = "optional"
+  # The original scales bilinearly without antialiasing (opensora/datasets/video_transforms.py).
+  config.data.update(captions="optional", resize="original")
   config.data.buckets = (("360p", 17, 1.0, 1), ("360p", 1, 1.0, 1))
   config.data.reference_devices = 8
   config.optimizer.update(learning_rate=1e-5, warmup_steps=0, clip_norm=0.0, eps=1e-8)

@@ -5,6 +5,7 @@ about height / width, as text ("0.56"). Names such as "9:16" are height:width, s
 """
 
 import difflib
+import functools
 import json
 import math
 import pathlib
@@ -51,11 +52,31 @@ def closest_ratio(height: int, width: int, resolution: str) -> str:
   return list(SIZES[check_resolution(resolution)])[int(closest_ratios(height, width, resolution))]
 
 
-def closest_ratios(height: npt.ArrayLike, width: npt.ArrayLike, resolution: str) -> np.ndarray:
-  """Does the same as `closest_ratio` for arrays of heights and widths. Returns indices into `list(SIZES[resolution])`."""
-  keys = np.array([float(key) for key in SIZES[check_resolution(resolution)]])
+def closest_ratios(height: npt.ArrayLike, width: npt.ArrayLike, resolution: str, count: int | None = None) -> np.ndarray:
+  """Does the same as `closest_ratio` for arrays of heights and widths. Returns indices into `list(SIZES[resolution])`.
+
+  `count`: number of ratios to choose from (`used_ratios`); None: all.
+  """
+  used = np.array(used_ratios(check_resolution(resolution), count))
+  keys = np.array([float(key) for key in SIZES[resolution]])[used]
   ratio = np.asarray(height, np.float64) / np.asarray(width, np.float64)
-  return np.abs(keys - ratio[..., None]).argmin(-1)
+  return used[np.abs(keys - ratio[..., None]).argmin(-1)]
+
+
+@functools.cache
+def used_ratios(resolution: str, count: int | None) -> tuple[int, ...]:
+  """The `count` ratios of a resolution that `data.aspect_ratios` keeps, as ascending indices; None: all.
+
+  The common ratios come first: those nearest to 16:9, 9:16, 1:1, 4:3 and 3:4. Then always comes the ratio whose logarithm is
+  farthest from all chosen ones.
+  """
+  keys = np.log([float(key) for key in SIZES[resolution]])
+  if count is None or count >= len(keys):
+    return tuple(range(len(keys)))
+  chosen = list(dict.fromkeys(int(np.abs(keys - np.log(ratio)).argmin()) for ratio in (9 / 16, 16 / 9, 1, 3 / 4, 4 / 3)))
+  while len(chosen) < count:
+    chosen.append(int(np.abs(keys[:, None] - keys[chosen]).min(1).argmax()))
+  return tuple(sorted(chosen[:count]))
 
 
 def get_num_frames(name: int | str) -> int:

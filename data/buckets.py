@@ -91,7 +91,13 @@ def _parse_row(row):
 
 
 def assign(
-  num_frames: np.ndarray, height: np.ndarray, width: np.ndarray, seed: Sequence[int], buckets: Sequence[Bucket], interval: int
+  num_frames: np.ndarray,
+  height: np.ndarray,
+  width: np.ndarray,
+  seed: Sequence[int],
+  buckets: Sequence[Bucket],
+  interval: int,
+  ratios: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
   """Chooses the bucket of every row.
 
@@ -100,6 +106,7 @@ def assign(
     seed: whole numbers, the seed of the random draws.
     buckets: the result of `parse_buckets`.
     interval: stride in time. One of `interval` source frames is used.
+    ratios: number of aspect ratios of each resolution that are used; None: all.
 
   Returns:
     bucket int16 [N]: index into `buckets`, -1 = none.
@@ -112,13 +119,19 @@ def assign(
   for begin in range(0, len(num_frames), _CHUNK):
     sizes = [np.asarray(a[begin : begin + _CHUNK], np.int64) for a in (num_frames, height, width)]
     draws = rng.random((len(sizes[0]), len(buckets), 2), np.float32)
-    parts.append(choose(*sizes, draws=draws, buckets=buckets, interval=interval))
+    parts.append(choose(*sizes, draws=draws, buckets=buckets, interval=interval, ratios=ratios))
   bucket, ratio, reason, refused = zip(*parts)
   return np.concatenate(bucket), np.concatenate(ratio), np.concatenate(reason), np.sum(refused, 0)
 
 
 def choose(
-  frames: np.ndarray, height: np.ndarray, width: np.ndarray, draws: np.ndarray, buckets: Sequence[Bucket], interval: int
+  frames: np.ndarray,
+  height: np.ndarray,
+  width: np.ndarray,
+  draws: np.ndarray,
+  buckets: Sequence[Bucket],
+  interval: int,
+  ratios: int | None = None,
 ) -> tuple[np.ndarray, ...]:
   """Applies the rules of `assign` to `draws`, random numbers in [0, 1), [N, buckets, 2].
 
@@ -144,6 +157,6 @@ def choose(
       refused[index] = len(rows) - len(chosen)
       reason[rows] = NOT_KEPT
       bucket[chosen], reason[chosen] = index, FITS
-      ratio[chosen] = aspect_ratios.closest_ratios(height[chosen], width[chosen], name)
+      ratio[chosen] = aspect_ratios.closest_ratios(height[chosen], width[chosen], name, ratios)
     undecided = undecided[bucket[undecided] < 0]
   return bucket, ratio, reason, refused

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,13 +14,13 @@ FPS_RULES = ("exact", "1.2", "1.1")
 SCORES = ("aes", "flow", "cmotion")
 # The smallest allowed value of each key that is a whole number.
 _LEAST = {"seed": 0, "workers": 0, "windows_per_row": 0, "reference_devices": 1, "frame_interval": 1, "max_caption_length": 1,
-          "read_ahead": 1, "rows_per_bucket": 1, "num_classes": 1}  # fmt: skip
+          "read_ahead": 1, "rows_per_bucket": 1, "num_classes": 1, "aspect_ratios": 1}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-  """Settings of the training data. The first group and `num_classes` decide the plan. A resumed run refuses changes of them
-  (`plan.changed_keys`).
+  """Settings of the training data. The first group, `num_classes` and `stage` decide the plan. A resumed run refuses changes
+  of them (`plan.changed_keys`).
 
   Attributes:
     tables: metadata tables (.parquet, .csv, .jsonl): a path, or a tuple of paths and of (path, weight) pairs. With weight 3
@@ -34,6 +35,8 @@ class DataConfig:
     captions: "required" skips rows without a caption. "optional" gives such rows an empty caption (autoencoders, labels).
     max_caption_length: the loader skips rows with longer captions (characters). The tokenizer cuts captions at far fewer
       characters.
+    aspect_ratios: number of aspect ratios of each resolution that are used; None = all. A training from videos compiles a
+      program for each size of clips. Fewer ratios mean fewer programs, and a little more cropping.
     rows_per_bucket: a number selects at most this many rows per bucket, for measurements. The selection does not depend on
       probabilities or on other buckets, and a row may be in several buckets. None = all rows, by the probabilities.
 
@@ -52,6 +55,8 @@ class DataConfig:
     row_timeout: seconds after which a row that is still being read counts as undecodable; 0 = never. Keep it below
       `watchdog.timeout`, which ends a training that waits too long for data.
     max_bad_rows: files that may fail to decode before the run stops: a number, or (a float) a share of the usable rows.
+    stage: name of the stage of a training, which decides bucket draws, shuffling and sample ids together with `seed`. So no
+      stage repeats the order of another one, or its noise. None = no stage. The program sets this value.
     num_classes: every row needs a label from 0 to num_classes - 1; None = rows need no label. The model's conditioner sets this
       value. A configuration cannot set it.
   """
@@ -64,6 +69,7 @@ class DataConfig:
   drop_last: bool = True
   captions: str = "required"
   max_caption_length: int = 20_000
+  aspect_ratios: int | None = None
   rows_per_bucket: int | None = None
 
   windows_per_row: int = 0
@@ -77,11 +83,12 @@ class DataConfig:
   row_timeout: float = 240.0
   max_bad_rows: int | float = 0.1
   num_classes: int | None = None
+  stage: str | None = None
 
   @classmethod
   def create(cls, values: Mapping) -> "DataConfig":
     """Makes a checked configuration from a dict or ConfigDict. Raises ValueError for an unknown key or a wrong value."""
-    names = [f.name for f in dataclasses.fields(cls) if f.name != "num_classes"]
+    names = [f.name for f in dataclasses.fields(cls) if f.name not in ("num_classes", "stage")]
     for key in values:
       if key not in names:
         close = difflib.get_close_matches(key, names, 1)
@@ -91,13 +98,22 @@ class DataConfig:
     config.validate()
     return config
 
+  @property
+  def draws(self) -> tuple[int, ...]:
+    """Seed of the draws that differ between stages."""
+    return (self.seed,) if self.stage is None else (self.seed, zlib.crc32(self.stage.encode()))
+
+  def sample_epoch(self, epoch: int) -> int:
+    """The epoch in the ids of samples: other numbers in every stage."""
+    return (epoch + sum(self.draws[1:])) % 2**32
+
   def validate(self) -> None:
     """Raises ValueError if a value is wrong. The error is one line: the key, the value, what is allowed."""
     self.table_weights()
     self.parsed_buckets()
     for key, least in _LEAST.items():
       value = getattr(self, key)
-      if value is None and key in ("read_ahead", "rows_per_bucket", "num_classes"):
+      if value is None and key in ("read_ahead", "rows_per_bucket", "num_classes", "aspect_ratios"):
         continue
       if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"data.{key} = {value!r} is no whole number from {least} up")

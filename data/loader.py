@@ -43,7 +43,7 @@ class Sample:
   width: int
   fps: float  # the frame rate that the model is told
   weight: float
-  sample_id: tuple[int, int]  # epoch, slot in the epoch's plan
+  sample_id: tuple[int, int]  # `DataConfig.sample_epoch`, slot in the epoch's plan
   row: int  # number of the row in its table
   path: str
   error: str = ""
@@ -173,7 +173,7 @@ class Loader(contextlib.AbstractContextManager["Loader"], Iterator[LoadedStep]):
       element = next(self._rows)
       sample = Sample(**{"pixels": None, **element, "sample_id": tuple(element["sample_id"].tolist())})
       # An error in the order of rows would mix buckets in one batch.
-      assert (sample.sample_id[0], sample.num_frames) == (epoch, bucket.num_frames), (sample.sample_id, epoch, index)
+      assert (sample.sample_id[0], sample.num_frames) == (self.plans.config.sample_epoch(epoch), bucket.num_frames)
       self._limit.add(sample.path, sample.error)
       samples.append(sample)
     self.state += 1
@@ -378,8 +378,9 @@ class RowDecoder:
       return {"end": np.zeros(1)}
     epoch, slot, slot_row, key, bucket = element
     row, size = self.table.row(slot_row), aspect_ratios.size(bucket.resolution, key)
+    sample_id = np.array([self.config.sample_epoch(epoch), slot])
     fields = {"caption": "", "num_frames": bucket.num_frames, "height": size[0], "width": size[1], "fps": video.DEFAULT_FPS,
-              "weight": 1.0, "sample_id": np.array([epoch, slot]), "row": self.table.locate(slot_row)[1], "path": row.path,
+              "weight": 1.0, "sample_id": sample_id, "row": self.table.locate(slot_row)[1], "path": row.path,
               "label": row.label}  # fmt: skip
     try:
       if self.cache:

@@ -34,7 +34,8 @@ def describe(config: DataConfig, table: sources.Table) -> dict:
   tables = [{"fingerprint": p.fingerprint, "weight": p.weight} for p in table.parts]
   parsed = [[b.resolution, b.num_frames, b.keep_prob, b.duration_prob, b.batch_size] for b in config.parsed_buckets()]
   plain = {k: getattr(config, k) for k in ("seed", "frame_interval", "drop_last", "captions", "max_caption_length")}
-  given = {k: getattr(config, k) for k in ("rows_per_bucket", "num_classes") if getattr(config, k) is not None}
+  optional = ("rows_per_bucket", "num_classes", "aspect_ratios", "stage")
+  given = {k: getattr(config, k) for k in optional if getattr(config, k) is not None}
   return {"version": _VERSION, "tables": tables, "buckets": parsed, **plain, **given}
 
 
@@ -60,7 +61,8 @@ def changed_keys(old: dict, new: dict) -> list[str]:
       named = [{f"{r[0]} x {r[1]}": r for r in rows} for rows in (a, b)]
       changes.append("buckets: " + ", ".join(n for n in {**named[0], **named[1]} if named[0].get(n) != named[1].get(n)))
     else:
-      why = " (another release, which assigns rows to buckets differently)" if key == "version" else ""
+      why = {"version": " (another release, which assigns rows to buckets differently)",
+             "stage": " (an earlier release gave all stages one order)" if a is None else ""}.get(key, "")  # fmt: skip
       changes.append(f"{key}: {json.dumps(a)} -> {json.dumps(b)}{why}")
   return changes
 
@@ -103,14 +105,14 @@ class BucketReport:
 def build_epoch(table: sources.Table, config: DataConfig, epoch: int) -> tuple[np.ndarray, BucketReport]:
   """Builds the plan of one epoch: (int64 array as `Plan` reads it, report). Raises ValueError if the plan has no step."""
   parsed = config.parsed_buckets()
-  problem, left_out = table.column("problem"), table.left_out(config.seed, epoch)
+  problem, left_out = table.column("problem"), table.left_out(config.draws, epoch)
   unusable = (problem > 0) | left_out
   sizes = [np.where(unusable, 0, table.column(name)).astype(np.int32) for name in ("num_frames", "height", "width")]
   members, reason, refused = _members(sizes, config, epoch)
   lines, steps, slots = [], [], []
   for i, (b, (rows, ratio)) in enumerate(zip(parsed, members)):
     # With `rows_per_bucket` the seed does not depend on i: other buckets must not change the selected rows.
-    rng = np.random.default_rng([config.seed, epoch, 0 if config.rows_per_bucket else i, 1])
+    rng = np.random.default_rng([*config.draws, epoch, 0 if config.rows_per_bucket else i, 1])
     order = rng.permutation(len(rows))[: config.rows_per_bucket]
     size = b.batch_size or 1  # a bucket without a batch size has no rows
     count = len(order) // size if config.drop_last else -(-len(order) // size)
@@ -126,7 +128,7 @@ def build_epoch(table: sources.Table, config: DataConfig, epoch: int) -> tuple[n
   report = BucketReport(len(problem), lines, {k: v for k, v in dropped.items() if v}, table.problem_examples())
   if not report.steps:
     raise ValueError(_nothing_fits(report, parsed, epoch, *sizes))
-  rng = np.random.default_rng([config.seed, epoch, 2])
+  rng = np.random.default_rng([*config.draws, epoch, 2])
   return _shuffled(np.concatenate(steps), np.concatenate(slots), np.array([b.batch_size or 0 for b in parsed]), rng), report
 
 
@@ -135,10 +137,12 @@ def _members(sizes, config, epoch):
 
   Returns [(rows, index of the aspect ratio of each row)] of the buckets, and `reason` and `refused` as `buckets.assign`.
   """
-  parsed, seed = config.parsed_buckets(), (config.seed, epoch, 0)
+  parsed, seed = config.parsed_buckets(), (*config.draws, epoch, 0)
 
   def assign(own):
-    bucket, ratio, reason, refused = buckets.assign(*sizes, seed=seed, buckets=own, interval=config.frame_interval)
+    bucket, ratio, reason, refused = buckets.assign(
+      *sizes, seed=seed, buckets=own, interval=config.frame_interval, ratios=config.aspect_ratios
+    )
     rows = [np.flatnonzero(bucket == i) for i in range(len(own))]
     return [(r, ratio[r]) for r in rows], reason, refused
 
@@ -209,6 +213,16 @@ class Plan:
     """
     ahead = [*self._bucket[step : step + count], *self._bucket[: max(0, step + count - self.num_steps)]]
     return [self._buckets[i] for i in dict.fromkeys(ahead)]
+
+  def sizes(self, step: int) -> list[tuple[int, int, int]]:
+    """(frames, height, width) of the clips of all steps, each once, in the order of first use from `step` on.
+
+    The sizes that only earlier steps have come last.
+    """
+    bucket, _, ratio = self.all_slots()
+    values, first = np.unique(np.roll(bucket * _RATIOS + ratio, -int(self._begin[step])), return_index=True)
+    found = ((self._buckets[value // _RATIOS], value % _RATIOS) for value in values[first.argsort()].tolist())
+    return [(b.num_frames, *list(aspect_ratios.SIZES[b.resolution].values())[ratio]) for b, ratio in found]
 
   def slots(self, step: int) -> tuple[int, int]:
     """Returns (first slot, end) of a step."""

@@ -149,14 +149,14 @@ class Table:
     """Values of a numeric column for all slot rows."""
     return np.concatenate([np.tile(f[name].to_numpy(), math.ceil(p.weight)) for f, p in zip(self._files, self.parts)])
 
-  def left_out(self, seed: int, epoch: int) -> np.ndarray:
-    """bool [slot rows]: True where a fractional weight leaves a row out of this epoch."""
+  def left_out(self, draws: Sequence[int], epoch: int) -> np.ndarray:
+    """bool [slot rows]: True where a fractional weight leaves a row out of this epoch. `draws`: seed of the draws."""
     out = np.zeros(len(self), bool)
     for i, (file, part) in enumerate(zip(self._files, self.parts)):
       share = part.weight - math.floor(part.weight)
       if share:
         end = self._bases[i + 1]
-        out[end - file.num_rows : end] = np.random.default_rng([seed, epoch, i, 77]).random(file.num_rows) >= share
+        out[end - file.num_rows : end] = np.random.default_rng([*draws, epoch, i, 77]).random(file.num_rows) >= share
     return out
 
   def locate(self, slot_row: int) -> tuple[int, int]:

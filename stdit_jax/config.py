@@ -18,7 +18,7 @@ from stdit_jax.fields import KINDS, is_of_type
 Fields = dict[str, Any]  # the dataclass that takes these fields checks them
 
 _AXES = ("data", "fsdp", "sequence", "tensor")
-_NO_KEYS = ("rows_per_bucket", "num_classes")  # fields of DataConfig that the program sets
+_NO_KEYS = ("rows_per_bucket", "num_classes", "stage")  # fields of DataConfig that the program sets
 
 
 def _compiles(pattern):
@@ -175,7 +175,7 @@ class Config:
   ema_decay: Share
   stages: tuple
   validation: Validation
-  compile_threads: Count
+  compile_threads: Whole
   compilation_cache: str
   profile_steps: Steps
   log_every: Count

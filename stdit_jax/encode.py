@@ -121,7 +121,7 @@ def choose_text(settings: Settings, config: Any, conditioner: Any) -> bool:
   return wanted
 
 
-def make_work(settings: Settings, choice: Choice, counter: Any) -> Iterator[Any]:
+def make_work(settings: Settings, choice: Choice, compiler: Any) -> Iterator[Any]:
   """Yields a `LatentsWork` or `TextWork` for each group of stages with the same provenance."""
   from stdit_jax.training import encoding
 
@@ -136,7 +136,7 @@ def make_work(settings: Settings, choice: Choice, counter: Any) -> Iterator[Any]
     return [(json.loads(values), group) for values, group in found.items()]
 
   for values, group in groups(lambda m: encoding.LatentsWork.made_from(m, settings.dtype, log_variance)):
-    yield encoding.LatentsWork(values, group, *common, counter)
+    yield encoding.LatentsWork(values, group, *common, compiler)
   if text:
     for values, group in groups(lambda m: encoding.TextWork.made_from(m, settings.dtype)):
       yield encoding.TextWork(values, group, *common)
@@ -224,19 +224,19 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(settings: Settings, choice: Choice, own: Share) -> None:
   """Encodes this process's share of the choice."""
   from stdit_jax.autoencoders.memory import GIB
+  from stdit_jax.training.compilation import AheadOfTime
   from stdit_jax.training.run import check_platform
-  from stdit_jax.training.step import TraceCounter
 
   shows = bool(settings.shard) or own.index == 0
   say = functools.partial(print, flush=True) if shows else lambda text: None
   check_platform(choice[0][0].config.platform)
-  counter = TraceCounter()
-  works = [work for work in make_work(settings, choice, counter) if work.part is not None]
+  compiler = AheadOfTime(choice[0][0].config.compile_threads, say)
+  works = [work for work in make_work(settings, choice, compiler) if work.part is not None]
   limit = settings.autoencoder_memory and settings.autoencoder_memory * GIB
   for work, numbers, keys in estimate(works, own, say, limit):
     write(work, numbers, keys, shows)
     latents.finish(work.part, work.features)
-    counter.check()
+    compiler.counter.check()
   bad = sum(len(work.bad_rows.found) for work in works if work.bad_rows)
   client, _, _ = coordination()
   if client:

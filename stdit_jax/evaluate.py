@@ -55,7 +55,6 @@ from stdit_jax.training.compilation import AheadOfTime
 from stdit_jax.training.objectives import make_objective
 from stdit_jax.training.run import say
 from stdit_jax.training.stages import make_stages
-from stdit_jax.training.step import TraceCounter
 from stdit_jax.training.validation import Validation
 
 TASKS = ("loss", "shapes", "autoencoder")
@@ -120,14 +119,14 @@ def read_stage(settings: Settings) -> tuple[Any, int | None]:
 def evaluate_loss(settings: Settings, folder: str) -> tuple[str, dict[str, float]]:
   """(description of the weights, {"validation/...": loss}). Tables and plans are written to `folder`."""
   stage, step = read_stage(settings)
-  config, counter = stage.config, TraceCounter()
+  config = stage.config
   mesh, objective = make_mesh(config.mesh, slices=config.slices), make_objective(config)
   params, frozen, _ = load_weights(settings.run, settings.item, step, mesh, objective.rules)
   frozen |= objective.read_frozen(mesh)
   validation = Validation(stage, folder, mesh, objective)
-  make_batch = objective.batch_maker(Encoders(counter, mesh), stage.name)
   with contextlib.closing(AheadOfTime(config.compile_threads, say)) as compiler:
-    validation.compile_ahead(compiler, counter, *objective.shapes)
+    make_batch = objective.batch_maker(Encoders(compiler, mesh), stage.name)
+    validation.compile_ahead(compiler, *objective.shapes)
     return loading.describe(settings, step), validation(params, frozen, make_batch)
 
 

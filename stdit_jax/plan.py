@@ -12,7 +12,8 @@ replace it. All figures are computed, none is measured on a device:
   batch        samples of the whole mesh. each: samples per device and micro batch; "s": tokens are split over `sequence`
   tokens       of one sample, with padding
   GiB          peak memory per chip, and the limit of the compiler. The peak is the program's memory (memory_analysis),
-               plus a device's part of averaged weights, optimizer state, encoders and next batch
+               plus a device's part of averaged weights, optimizer state, encoders and next batch. A line tells the
+               memory of the weights that only samples need (`sample_every`)
   text encoder of each stage that encodes captions before the step: its program for the bucket with most rows. The GiB include
                the whole state, the batch in work and the next one
   TFLOP        matrix products of the model for all samples, by formula (stdit_jax/models/flops.py): three forward passes
@@ -185,6 +186,8 @@ def print_plan(settings: Settings, compiler: Compiler, stages: Sequence[Stage], 
       seconds[result["stage"], result["resolution"], result["frames"]] = bound["step"]
     print(describe(result, bound), flush=True)
   print("per chip besides activations: " + ", ".join(f"{k} {size / GIB:.2f} GiB" for k, size in results[0]["resident"].items()))
+  if in_samples := max(result["in_samples"] for result in results):
+    print(f"per chip during a sample, without the activations of a step: {in_samples / GIB:.2f} GiB more for weights")
   print(f"mesh: {results[0]['mesh']}; {sum(r['fits'] for r in results[: len(jobs)])} of {len(jobs)} buckets fit")
   print_budget(settings, stages, seconds, results[0])
   return results

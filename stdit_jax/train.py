@@ -40,7 +40,7 @@ def run(config: Config, watchdog: Watchdog) -> None:
       from stdit_jax.training.signals import Preempted
 
       cli.keep_freed_memory()
-      training = Run(config, watchdog.beat)
+      training = Run(config, watchdog.beat, watchdog.alive)
       if watchdog.index == 0:
         held.enter_context(claim(config.output, functools.partial(watchdog.leave, code=2)))
       on_sample = Sampler(training) if config.sample_every else None

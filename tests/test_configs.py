@@ -1,13 +1,16 @@
 """Configurations as typed values: the same keys as the defaults, changes by key, files of earlier versions, shipped files."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 import typing
 
+import numpy as np
 import pytest
 
-from configs import base
+from configs import base, open_sora_1_1, open_sora_1_2, open_sora_1_2_vae
+from data import loader, sources, video
 from data.config import DataConfig
 from stdit_jax import config as typed
 from stdit_jax.cli import read_config
@@ -15,6 +18,7 @@ from stdit_jax.config import Config
 from stdit_jax.parallel.mesh import AXES
 from stdit_jax.training.checkpoints import from_plain, plain
 from stdit_jax.training.stages import make_stages
+from tests.data import files
 
 FILES = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
 DEFAULTS = json.loads(json.dumps(base.get_config().to_dict()))
@@ -93,3 +97,92 @@ def test_every_file_has_valid_stages_that_round_trip(path):
     assert from_plain(saved) == stage.config
     assert saved.keys() == DEFAULTS.keys()
     assert saved["stages"] == []
+
+
+# Values of every stage, with the file of Open-Sora that has them (tags v1.1.0 and v1.2.0).
+ORIGINALS = {
+  open_sora_1_1: {
+    "seed": 1024,  # scripts/train.py, set_seed
+    "data.seed": 42,  # configs/opensora-v1-1/train
+    "data.frame_interval": 3,  # configs/opensora-v1-1/train
+    "data.fps_rule": "1.1",  # opensora/datasets/datasets.py: the file's own rate
+    "data.resize": "original",  # configs/opensora-v1-1/train, transform_name="resize_crop"
+    "autoencoder.name": "sd-kl-f8",  # configs/opensora-v1-1/train, stabilityai/sd-vae-ft-ema
+    "autoencoder.dtype": "bfloat16",  # scripts/train.py, vae.to(device, dtype)
+    "autoencoder.sample_posterior": True,  # opensora/models/vae/vae.py
+    "text_encoder.max_length": 200,  # configs/opensora-v1-1/train
+    "text_encoder.clean_captions": False,  # opensora/models/text_encoder/t5.py cleans nothing in training
+    "model.fields.dtype": "bfloat16",  # configs/opensora-v1-1/train
+    "caption_dropout": 0.1,  # opensora/models/stdit/stdit2.py, class_dropout_prob
+    "optimizer.learning_rate": 2e-5,  # configs/opensora-v1-1/train
+    "optimizer.eps": 1e-8,  # scripts/train.py, default of HybridAdam
+    "optimizer.warmup_steps": 0,  # scripts/train.py, lr_scheduler=None
+    "optimizer.clip_norm": 1.0,  # configs/opensora-v1-1/train
+    "optimizer.weight_decay": 0.0,  # scripts/train.py
+    "ema_decay": 0.9999,  # opensora/utils/train_utils.py, update_ema
+    "diffusion.name": "iddpm",  # configs/opensora-v1-1/train
+  },
+  open_sora_1_2: {
+    "seed": 42,  # configs/opensora-v1-2/train
+    "data.seed": 42,  # configs/opensora-v1-2/train
+    "data.frame_interval": 1,  # opensora/datasets/datasets.py, default
+    "data.fps_rule": "1.2",  # opensora/datasets/datasets.py: fps // frame_interval
+    "data.resize": "original",  # configs/opensora-v1-2/train, transform_name="resize_crop"
+    "autoencoder.dtype": "bfloat16",  # scripts/train.py, .to(device, dtype)
+    "autoencoder.sample_posterior": True,  # opensora/models/vae/vae_temporal.py
+    "text_encoder.max_length": 300,  # configs/opensora-v1-2/train
+    "text_encoder.clean_captions": False,  # opensora/models/text_encoder/t5.py cleans nothing in training
+    "text_encoder.fields": {"dtype": "bfloat16", "param_dtype": "bfloat16"},  # scripts/train.py, dtype=dtype
+    "model.fields.dtype": "bfloat16",  # configs/opensora-v1-2/train
+    "caption_dropout": 0.1,  # opensora/models/stdit/stdit3.py, class_dropout_prob
+    "optimizer.learning_rate": 1e-4,  # configs/opensora-v1-2/train
+    "optimizer.clip_norm": 1.0,  # configs/opensora-v1-2/train
+    "optimizer.weight_decay": 0.0,  # scripts/train.py
+    "ema_decay": 0.99,  # configs/opensora-v1-2/train
+  },
+  open_sora_1_2_vae: {
+    "seed": 42,  # configs/vae/train
+    "data.frame_interval": 1,  # configs/vae/train
+    "data.resize": "original",  # opensora/datasets/video_transforms.py: bilinear without antialiasing
+    "autoencoder.name": "open-sora-1.2",  # configs/vae/train
+    "autoencoder.dtype": "bfloat16",  # configs/vae/train
+    "autoencoder.crop": 256,  # configs/vae/train, image_size
+    "optimizer.learning_rate": 1e-5,  # configs/vae/train
+    "optimizer.eps": 1e-8,  # scripts/train_vae.py, default of HybridAdam
+    "optimizer.warmup_steps": 0,  # scripts/train_vae.py, lr_scheduler=None
+    "optimizer.weight_decay": 0.0,  # scripts/train_vae.py
+    "ema_decay": 0.0,  # configs/vae/train
+  },
+}
+
+
+@pytest.mark.parametrize("recipe", ORIGINALS, ids=lambda module: module.__name__)
+def test_recipes_of_open_sora_have_the_values_of_the_original(recipe):
+  for stage in make_stages(recipe.get_config()):
+    values = plain(stage.config)
+    found = {key: functools.reduce(lambda group, name: group[name], key.split("."), values) for key in ORIGINALS[recipe]}
+    assert found == ORIGINALS[recipe], stage.name
+
+
+@pytest.mark.parametrize("recipe", ORIGINALS, ids=lambda module: module.__name__)
+def test_stages_begin_with_a_fresh_optimizer_and_average_as_the_runs_of_the_original(recipe):
+  """Each stage of the original is a run (scripts/train.py, update_ema with decay=0). Report 02 names the only exception."""
+  kept = [stage.name for stage in make_stages(recipe.get_config())[1:] if stage.keep_optimizer]
+  assert kept == (["stage3"] if recipe is open_sora_1_1 else [])
+
+
+@pytest.mark.parametrize(("recipe", "fps"), [(open_sora_1_1, 23.976), (open_sora_1_2, 23.0)])
+def test_recipes_read_clips_as_the_original(recipe, fps, tmp_path):
+  """The frame rate that the model is told for a file of 23.976 frames per second, and the way of resizing."""
+  path = files.write_video(tmp_path / "clip.mp4", frames=60, height=288, width=512)
+  row = {"path": path, "text": "x", "num_frames": 60, "height": 288, "width": 512, "fps": 23.976}
+  table = files.write_csv(tmp_path / "table.csv", [row])
+  data = make_stages(recipe.get_config())[-1].config.data
+  data = dataclasses.replace(data, tables=(table,), buckets=(("144p", 16, 1.0, 1),), reference_devices=1)
+  decode = loader.RowDecoder(data, sources.open_table(data, str(tmp_path)), None)
+  sample = decode((0, 0, 0, "0.56", data.parsed_buckets()[0]))
+  assert sample["fps"] == np.float32(fps)  # the loader stores rates in float32
+  first = files.number_of(sample["pixels"][0])
+  original = video.read_frames(path, [first], size=(144, 256), resize="original")
+  assert not np.array_equal(original, video.read_frames(path, [first], size=(144, 256)))
+  np.testing.assert_array_equal(sample["pixels"][:1], original)

@@ -93,7 +93,7 @@ def main(arguments: list[str]) -> int:
   with tempfile.TemporaryDirectory() as folder, Pool(settings.workers) as pool:
     for name in [settings.stage] if settings.stage else found:
       try:
-        print(f"{name}:\n{preview(found[name], folder)}\n", flush=True)
+        print(f"{name}:\n{preview(dataclasses.replace(found[name], stage=name), folder)}\n", flush=True)
       except ValueError as error:
         print(f"{name}: {error}\n", flush=True)
         empty = True

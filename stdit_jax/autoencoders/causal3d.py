@@ -16,6 +16,7 @@ Decoding restores only lengths of 8k and 8k + 1 frames. A clip of 8k + 5 frames,
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -270,6 +271,23 @@ def encode_causal(model: nn.Module, variables: dict, past: Any, frames: AnyArray
   return normalised_posterior(model.config, *moments), past
 
 
+def _encode_clip(model, variables, frames):
+  """A whole clip -> normalised (mean, std). The chunks after the first one are a loop, as `CausalCodec` runs them."""
+  if model.config.statistics != "chunks":
+    return encode_causal(model, variables, None, frames)[0]
+  first, *rest = chunk_sizes(len(frames), model.config.encode_chunk)
+  moments, past = encode_causal(model, variables, None, frames[:first])
+  if not rest:
+    return moments
+
+  def encode_next(past, chunk):
+    moments, past = encode_causal(model, variables, past, chunk)
+    return past, moments
+
+  _, later = jax.lax.scan(encode_next, past, frames[first:].reshape(len(rest), rest[0], *frames.shape[1:]))
+  return jax.tree.map(lambda a, b: jnp.concatenate([a, b.reshape(-1, *b.shape[2:])]), moments, later)
+
+
 def decode_causal(model: nn.Module, variables: dict, past: Any, latents: AnyArray, *, as_uint8: bool) -> tuple[AnyArray, Any]:
   """Normalised latents `[T', h, w, C]` of a chunk and the past, or None -> pixels, past."""
   pixels, past = _apply_chunk(model, variables, past, denormalise(model.config, latents), "decode")
@@ -330,6 +348,14 @@ class _Causal3D(Autoencoder):
 
   def splits(self, config, num_frames, devices):
     return splits(config, num_frames, devices)
+
+  def clips_at_once(self, num_frames, micro_batch, devices):
+    return devices * max(1, micro_batch // num_frames)  # a device encodes whole clips
+
+  def encode_clips(self, model, variables, frames, clips, sharers):
+    frames = sharers.gather(frames)[: math.prod(clips)]
+    encode = jax.vmap(lambda clip: _encode_clip(model, variables, clip))
+    return sharers.share(encode, frames.reshape(*clips, *frames.shape[1:]), max(1, sharers.micro_batch // clips[1]))
 
   def encode(self, model, params, clips, image_noise=None, layout=None):
     return *self._apply(model, params, clips, "encode", layout), None

@@ -6,9 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 
 from stdit_jax import fields
+from stdit_jax.autoencoders.frames import Sharers
+from stdit_jax.autoencoders.latents import AnyArray, Moments
 from stdit_jax.autoencoders.layers import init_like_torch
 from stdit_jax.parallel.shardings import Layout
 
@@ -65,6 +67,16 @@ class AutoencoderConfig:
     return True
 
 
+DECODING = ("decoder", "post_quant_conv", "shortcut_decoder")  # names of the modules that only `decode` uses
+
+
+def encoder_only(variables: dict) -> dict:
+  """The tree without the parameters of its decoder, from arrays or shapes of any autoencoder. `encode` needs no others."""
+  return {
+    name: encoder_only(value) if isinstance(value, dict) else value for name, value in variables.items() if name not in DECODING
+  }
+
+
 @functools.cache
 def _init_shapes(model, shape):
   return {"params": jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(shape))["params"]}
@@ -115,6 +127,24 @@ class Autoencoder:
   def splits(self, config: Any, num_frames: int, devices: int) -> bool:
     """Whether a clip can be split in time over so many devices."""
     return False
+
+  # `training/clip_encoder.py` encodes clips of one size by one program. `Codec.encode` gives the same values by several
+  # programs, which serve clips of all lengths.
+
+  def clips_at_once(self, num_frames: int, micro_batch: int, devices: int) -> int:
+    """Number of clips that one call of `encode_clips` should have, to give work to all devices."""
+    return max(1, devices * micro_batch // num_frames)
+
+  def encode_clips(
+    self, model: Any, variables: dict, frames: Num[AnyArray, "n H W 3"], clips: tuple[int, int], sharers: Sharers
+  ) -> Moments:
+    """Clips of one size -> normalised posterior (mean, std) `[N, T', h, w, C]`, on all devices.
+
+    Args:
+      frames: this device's part of the frames of all clips, uint8, padded to `sharers.padded(N * T, micro_batch)` in all.
+      clips: (N, T), number of clips and of their frames.
+    """
+    raise NotImplementedError
 
   # Training calls the functions below with batches of whole clips. `layout` is a `parallel.shardings.Layout` or None.
 

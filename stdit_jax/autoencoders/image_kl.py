@@ -14,6 +14,7 @@ Parameter names follow diffusers (interop/image_kl.py). `ImageKL` works on raw l
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -271,6 +272,10 @@ class _ImageKL(Autoencoder):
 
   def example_shape(self, config):
     return super().example_shape(config)[1:]
+
+  def encode_clips(self, model, variables, frames, clips, sharers):
+    moments = sharers.own(lambda part: encode_frames(model, variables, part), frames, sharers.micro_batch)
+    return tuple(m[: math.prod(clips)].reshape(*clips, *m.shape[1:]) for m in moments)
 
   def encode(self, model, params, clips, image_noise=None, layout=None):
     moments = model.apply({"params": params}, clips.reshape(-1, *clips.shape[2:]), method="encode")

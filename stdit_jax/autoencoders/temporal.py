@@ -11,6 +11,7 @@ Convolutions in time see only the past, with zeros before the chunk. Image laten
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import einops
@@ -334,6 +335,16 @@ class _Temporal(Autoencoder):
       # Latents drawn with a variance of 1 could not be decoded.
       own["quant_conv"]["conv"]["bias"] = jnp.repeat(jnp.asarray([0.0, FIRST_LOGVAR]), model.config.latent_channels)
     return variables
+
+  def encode_clips(self, model, variables, frames, clips, sharers):
+    latents = sharers.own(lambda part: image_latents(model, variables, part), frames, sharers.micro_batch)
+    latents = latents[: math.prod(clips)].reshape(*clips, *latents.shape[1:])  # [N, T, h, w, C]
+    chunk = model.config.chunk or clips[1]
+
+    def encode(chunks, length):  # one full chunk at a time, or as many frames of shorter ones
+      return sharers.share(lambda part: encode_chunks(model, variables, part), chunks, chunk // length)
+
+    return in_chunks(encode, latents, clips[1], chunk, chunk)
 
   def encode(self, model, params, clips, image_noise=None, layout=None):
     image_latents = model.apply({"params": params}, clips, image_noise, method="image_latents")

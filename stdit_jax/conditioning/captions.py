@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from data import latents
 from data.captions import Tokenize, clean_caption
@@ -59,7 +60,8 @@ class Captions:
 
   def __init__(self, config, family, model_config):
     self.config = config.text_encoder
-    _, self.length, self.channels = family.cond(model_config, 1)["text"].shape  # of the features of a caption
+    spec = family.cond(model_config, 1)["text"]
+    (_, self.length, self.channels), self.dtype = spec.shape, spec.dtype  # of the features of a caption
     self.in_step, self.ahead = (self.config.where == where for where in ("step", "ahead"))
     self.from_files = ("text_encoder",) if self.in_step and not self.config.train else ()
     self.encoder: Any = None if self.config.where == "disk" else text_encoder(self.config)  # None: features come from disk
@@ -84,7 +86,7 @@ class Captions:
     return None if self.encoder is None or cached else functools.partial(_tokens, tokenizer(self.config))
 
   def specs(self, rows: int) -> dict[str, ArraySpec]:
-    ids, text = ArraySpec((rows, self.length), jnp.int32), ArraySpec((rows, self.length, self.channels))
+    ids, text = ArraySpec((rows, self.length), jnp.int32), ArraySpec((rows, self.length, self.channels), self.dtype)
     return {**({"text_ids": ids} if self.in_step else {"text": text}), "text_mask": ArraySpec((rows, self.length), jnp.bool_)}
 
   def collate(self, samples: Sequence[Any]) -> dict[str, np.ndarray]:
@@ -94,7 +96,7 @@ class Captions:
 
   def _features(self, samples):
     """Features of every sample, cut or padded to one length. Rows that could not be read have none."""
-    text = np.zeros((len(samples), self.length, self.channels), np.float32)
+    text = np.zeros((len(samples), self.length, self.channels), self.dtype)
     mask = np.zeros((len(samples), self.length), bool)
     for i, s in enumerate(samples):
       if s.text_features is None:
@@ -112,16 +114,16 @@ class Captions:
     return {"text": text, "text_mask": mask}
 
   def encode(self, weights: Any, arrays: Mapping[str, Any], layout: Layout | None = None) -> Mapping[str, Any]:
-    """{"text": `[B, L, C]`, "text_mask": `[B, L]`}. `arrays` that hold features are returned as they are."""
+    """{"text": `[B, L, C]` in the denoiser's dtype, "text_mask": `[B, L]`}. Returns `arrays` that hold features unchanged."""
     if "text" in arrays:
       return arrays
     encoder = self.encoder.clone(layout=layout)
     text = encoder.apply({"params": weights}, arrays["text_ids"], arrays["text_mask"])
-    return {"text": text, "text_mask": arrays["text_mask"]}
+    return {"text": text.astype(self.dtype), "text_mask": arrays["text_mask"]}
 
   def program(self, weights: Any) -> Callable[[Mapping[str, Any], Layout], Mapping[str, Any]]:
     """`(arrays, layout) -> cond` as a separate program, for captions that are encoded before the step."""
-    run = encode_ahead(self.encoder, weights)
+    run = encode_ahead(self.encoder, weights, self.dtype)
 
     def encode(arrays, layout):
       if "text" in arrays:  # from a cache
@@ -151,8 +153,8 @@ class Captions:
     return 0 if self.encoder is None else rows * times * flops.text(self.encoder.config, self.config.max_length)
 
 
-def encode_ahead(encoder: Any, params: Any) -> Callable[[jax.Array, jax.Array, Layout], jax.Array]:
-  """The text encoder as a separate program per layout: `(ids, mask, layout) -> float32 features`, global arrays.
+def encode_ahead(encoder: Any, params: Any, dtype: DTypeLike) -> Callable[[jax.Array, jax.Array, Layout], jax.Array]:
+  """The text encoder as a separate program per layout: `(ids, mask, layout) -> features of this dtype`, global arrays.
 
   It works on at most AHEAD_ROWS rows of every device at a time.
   """
@@ -162,7 +164,7 @@ def encode_ahead(encoder: Any, params: Any) -> Callable[[jax.Array, jax.Array, L
     model, parts = encoder.clone(layout=layout), layout.batch_parts
 
     def embed(params, ids, mask):
-      apply = lambda rows: model.apply({"params": params}, *rows).astype(jnp.float32)  # noqa: E731
+      apply = lambda rows: model.apply({"params": params}, *rows).astype(dtype)  # noqa: E731
       own = len(ids) // parts  # rows of one device
       pieces = math.ceil(own / AHEAD_ROWS)
       if pieces == 1:

@@ -1,6 +1,6 @@
 """Random numbers per sample, independent of padding, batch and sharding.
 
-Every random draw of a sample comes from key(seed) folded with the sample's id (epoch, slot) and with a purpose.
+Every random draw of a sample comes from key(seed) folded with the sample's id (epoch and stage, slot) and with a purpose.
 The noise of latents is `jax.random.normal(key, (T, H, W, C))` at the sample's own, unpadded latent size. `token_noise` returns
 exactly these bits as tokens, for a batch of different sizes: it computes the position of every token element in the unpadded
 array and hashes that position, as JAX's counter-based generator does.
@@ -34,7 +34,7 @@ class Purpose(enum.IntEnum):
 def sample_keys(seed: int, sample_id: Integer[ArrayLike | np.ndarray, "B 2"], purpose: int) -> Key[Array, " B"]:
   """One key per sample `[B]`: fold_in(fold_in(fold_in(key(seed), epoch), slot), purpose).
 
-  `sample_id` is (epoch, slot in the epoch's plan); `purpose` is a `Purpose` or another integer.
+  `sample_id` is (`DataConfig.sample_epoch`, slot in the epoch's plan); `purpose` is a `Purpose` or another integer.
   """
   root = jax.random.key(seed, impl="threefry2x32")
 

@@ -66,6 +66,7 @@ class Pipeline:
     channels = self.model.config.in_channels
     if (count := self.guidance.channels) is not None and not 1 <= count <= channels:
       raise ValueError(f"--guidance-channels is {count}; allowed: 1 to {channels} (latent channels). Leave it out for all")
+    self._encoded: dict[tuple[str, ...], Any] = {}  # {prompts: their `cond`}
     self.set_weights(weights)
     self._encode = jax.jit(lambda weights, arrays: components.conditioner.encode(weights, arrays, layout))
     # The results of a step have the shardings of its arguments. Otherwise the second step would be another program.
@@ -75,8 +76,13 @@ class Pipeline:
     self._step = jax.jit(self._sampler_step, static_argnames="how", out_shardings=places, donate_argnames=("state", "cached"))
 
   def set_weights(self, weights: tuple[Any, Any]) -> None:
-    """Replaces the weights by others of the same models. Nothing is compiled again."""
-    (self.variables, self.encoder_weights), self._encoded = weights, {}
+    """Replaces the weights by others of the same models. Nothing is compiled again.
+
+    Without weights of the encoder (None) the pipeline samples only prompts that it has encoded (`encode_prompts`).
+    """
+    self.variables, self.encoder_weights = weights
+    if self.encoder_weights is not None:
+      self._encoded = {}
 
   def _cache_specs(self, batch, frames, space):
     """What the step cache holds for each call of the model in a step, a tuple of trees of `shardings.ArraySpec`."""
@@ -154,6 +160,14 @@ class Pipeline:
       self._encoded[key] = jax.block_until_ready(self._encode(self.encoder_weights, arrays))
     return self._encoded[key]
 
+  def encode_prompts(self, requests: Sequence[Request]) -> None:
+    """Encodes the prompts of a batch, so that `sample_latents` of these requests needs no encoder."""
+    self.cond([r.prompt for r in self._filled(requests)])
+
+  def _filled(self, items):
+    """A batch that the mesh divides: the last item is repeated."""
+    return [*items, *[items[-1]] * (-len(items) % self.batch_parts)]
+
   def encode(self, frames: np.ndarray) -> np.ndarray:
     """Frames uint8 `[T, 8h, 8w, 3]` -> normalised latents `[T', h, w, C]`: means (the originals draw a sample)."""
     return self.codec.encode(frames)[0]
@@ -187,10 +201,8 @@ class Pipeline:
 
     Raises ValueError if the requests differ in size, frames or fps, or if the model can't be given frames.
     """
-    count = len(requests)
-    filled = -count % self.batch_parts
-    requests = [*requests, *[requests[-1]] * filled]
-    given = [*given, *[given[-1]] * filled] if given and any(given) else None
+    count, requests = len(requests), self._filled(requests)
+    given = self._filled(given) if given and any(given) else None
     first, batch = requests[0], len(requests)
     if any(dataclasses.replace(r, prompt=first.prompt, seed=first.seed) != first for r in requests):
       raise ValueError("requests of one batch must have the same size, frames and fps; sample them in several batches")

@@ -280,10 +280,10 @@ class FinalLayer(Part):
 
 
 def cond(config: Any, rows: int) -> dict:
-  """`Family.cond`: text features and which of them are valid."""
+  """`Family.cond`: text features, in the dtype of the model, and which of them are valid."""
   length = rows, config.model_max_length
   return {
-    "text": jax.ShapeDtypeStruct((*length, config.caption_channels), jnp.float32),
+    "text": jax.ShapeDtypeStruct((*length, config.caption_channels), DTYPES[config.dtype]),
     "text_mask": jax.ShapeDtypeStruct(length, jnp.bool_),
   }
 

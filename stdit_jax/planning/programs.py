@@ -34,11 +34,12 @@ from stdit_jax.parallel.mesh import make_mesh
 from stdit_jax.parallel.shardings import AnyMesh, tree_shardings
 from stdit_jax.parallel.topology import CHIPS, TPU_ENVIRONMENT, compiler_version, is_gpu, parse_topology, topology_devices
 from stdit_jax.training.checkpoints import from_plain
+from stdit_jax.training.counter import CompileCounter
 from stdit_jax.training.objectives import Objective, make_objective
 from stdit_jax.training.stage_data import choose_splits
 from stdit_jax.training.stages import Stage, make_stages
 from stdit_jax.training.state import make_optimizer, state_shapes
-from stdit_jax.training.step import Programs, TraceCounter
+from stdit_jax.training.step import Programs
 
 GIB = 2**30
 ROOT = pathlib.Path(__file__).parents[2]
@@ -130,7 +131,10 @@ def _bytes(shapes, shardings):
 
 
 def resident_bytes(config: Config, objective: Objective, mesh: AnyMesh) -> dict[str, int]:
-  """{what: bytes on one device} of the arrays that are in memory while a program runs, including the program's arguments."""
+  """{what: bytes on one device} of the arrays that are in memory while a program runs, including the program's arguments.
+
+  "frozen" are the constants, the parts of the encoders that training uses, and the encoded prompts of samples.
+  """
   params, frozen = objective.shapes
   states = state_shapes(params, make_optimizer(config.optimizer))
   sizes = {"parameters": states["params"], "average": states["ema"], "optimizer": states["opt"], "gradients": states["params"]}
@@ -153,7 +157,7 @@ def lower(job: Job) -> tuple[jax.stages.Lowered, dict[str, Any]]:
   split = choose_splits(stage, [Bucket(resolution, frames, 1.0, rows)], mesh, objective)[resolution, frames]
   if is_gpu(job.topology):
     split = dataclasses.replace(split, layout=dataclasses.replace(split.layout, cudnn=stand_in))
-  program = Programs(objective, stage, mesh, TraceCounter()).gradient((resolution, frames), rows, split)
+  program = Programs(objective, stage, mesh, CompileCounter()).gradient((resolution, frames), rows, split)
   layout, parts, resident = split.layout, split.micro_batches, resident_bytes(stage.config, objective, mesh)
   # The host prepares the next batch during the step. It may be of the same bucket.
   places = jax.tree.map(lambda s: layout.sharding(*s.axes), program.batch)
@@ -168,6 +172,7 @@ def lower(job: Job) -> tuple[jax.stages.Lowered, dict[str, Any]]:
   facts = {
     "stage": stage.name, "resolution": resolution, "frames": frames, "batch": rows, "batch_parts": layout.batch_parts,
     "samples_per_part": rows // layout.batch_parts // parts, "micro_batches": parts, "split_tokens": layout.split_tokens,
+    "in_samples": max([bytes_per_device(shapes, mesh, rules) for shapes, rules in objective.sample_weights], default=0),
     "mesh": dict(mesh.shape), "chips": mesh.devices.size, "resident": resident, "beside": sum(resident.values()) - own,
     "limit": CHIPS[parse_topology(job.topology)].memory_gib * GIB, "text": job.text,
   }  # fmt: skip

@@ -21,7 +21,7 @@ from stdit_jax.config import Config
 from stdit_jax.diffusion.noise import Purpose, fold_in, sample_keys
 from stdit_jax.interop import load_variables, measures
 from stdit_jax.parallel.shardings import ArraySpec, Layout, Tree, channels, gather_whole, tree_shardings
-from stdit_jax.training.batches import AutoencoderBatches, Encoders
+from stdit_jax.training.batches import BatchMaker, Encoders, autoencoder_batches
 from stdit_jax.training.state import init_shapes
 
 WEIGHTS = ("reconstruction", "kl", "latent", "identity", "perceptual", "adversarial")  # autoencoder.<name>_weight
@@ -51,7 +51,7 @@ class AutoencoderObjective:
 
   part = "autoencoder"
   counts_flops = encodes_ahead = False
-  rules, resizable, encoders = RULES, (), ()
+  rules, resizable, encoders, sample_weights = RULES, (), (), ()
   shapes = functools.cached_property(init_shapes)
 
   def __init__(self, config: Config):
@@ -150,9 +150,8 @@ class AutoencoderObjective:
           f"{min(height, width)}, a larger resolution, or remove such files from the table"
         )
 
-  def batch_maker(self, encoders: Encoders, name: str) -> AutoencoderBatches:
-    """`(LoadedStep, layout) -> global arrays`."""
-    return AutoencoderBatches(self.config)
+  def batch_maker(self, encoders: Encoders, name: str) -> BatchMaker:
+    return autoencoder_batches(self.config)
 
   # Weights.
 

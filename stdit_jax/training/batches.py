@@ -4,26 +4,27 @@ Each process encodes the pixels of its rows with the autoencoder, on its own dev
 to the length of their (resolution, frames) bucket. The rows of all processes form one global array.
 """
 
-import collections
+import concurrent.futures
 import dataclasses
 import functools
-import hashlib
-import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from data.loader import LoadedStep, Sample
 from data.tokens import patchify
-from stdit_jax.autoencoders.codec import join, micro_batches
 from stdit_jax.autoencoders.registry import autoencoder_model
-from stdit_jax.components import Components, load_codec, load_text_encoder
-from stdit_jax.config import Autoencoder
+from stdit_jax.components import Components, load_text_encoder
+from stdit_jax.config import Autoencoder, Config
+from stdit_jax.errors import InputError
 from stdit_jax.models.family import SCALARS, token_grid
 from stdit_jax.parallel.shardings import ArraySpec, Layout, Tree
+from stdit_jax.training.clip_encoder import ClipEncoder, Size, load_encoder
+from stdit_jax.training.compilation import AheadOfTime
 
 log = logging.getLogger("data")  # where data/loader.py reports skipped rows
 ROWS = ArraySpec(())  # any array whose first axis is the rows
@@ -59,110 +60,82 @@ def sample_fields(samples: Sequence[Sample]) -> dict[str, np.ndarray]:
   }
 
 
-class LatentCache:
-  """Caches the latents of clips, up to `limit` bytes. Drops the least recently used latents first."""
+@dataclasses.dataclass(frozen=True)
+class BatchMaker:
+  """Makes the global batches of a stage from the rows of this process.
 
-  def __init__(self, limit):
-    self.limit, self.bytes, self.hits, self._entries = limit, 0, 0, collections.OrderedDict()
+  Attributes:
+    arrays: `(LoadedStep, layout) -> (NumPy arrays, tree of ArraySpec)` of the rows of this process. It uses this process's own
+      devices alone, so a thread may call it.
+    place: `(result of arrays, layout) -> global arrays`. All processes must call it in the same order.
+    prepare: takes the sizes (frames, height, width) of the clips to come, in order, and starts to compile their programs.
+  """
 
-  @staticmethod
-  def key(clip: np.ndarray) -> tuple[tuple[int, ...], bytes]:
-    """Key of the pixels, whatever row, window or crop they come from."""
-    return clip.shape, hashlib.blake2b(np.ascontiguousarray(clip).data, digest_size=16).digest()
+  arrays: Callable[[LoadedStep, Layout], tuple[Tree, Tree]]
+  place: Callable[[tuple[Tree, Tree], Layout], Tree]
+  prepare: Callable[[Iterable[Size]], None] = lambda sizes: None
 
-  def get(self, key: Any) -> Sequence[np.ndarray] | None:
-    """(mean, std) `[T, h, w, C]`, or None."""
-    if key in self._entries:
-      self.hits += 1
-      self._entries.move_to_end(key)
-    return self._entries.get(key)
-
-  def put(self, key: Any, latents: Sequence[np.ndarray]) -> None:
-    size = sum(part.nbytes for part in latents)
-    if key in self._entries or size > self.limit:
-      return
-    self._entries[key] = latents
-    self.bytes += size
-    while self.bytes > self.limit:
-      self.bytes -= sum(part.nbytes for part in self._entries.popitem(last=False)[1])
+  def __call__(self, step: LoadedStep, layout: Layout) -> Tree:
+    """The global batch of a step."""
+    return self.place(self.arrays(step, layout), layout)
 
 
-class ClipEncoder:
-  """Encodes clips to normalised posterior means and deviations on all local devices. `codec.py` cuts clips into pieces."""
+class NextBatch:
+  """An iterator of (LoadedStep, result of `make`). A thread makes one item ahead, while the device works on the current one.
 
-  def __init__(self, codec, config, counter, name):
-    """`codec`: an `autoencoders.codec.Codec`; `config`: the group `autoencoder`; `name`: the stage's, for program names."""
-    self.config, self._counter, self._name = codec.config, counter, name
-    self._codecs = [
-      dataclasses.replace(codec, variables=jax.device_put(codec.variables, device), run=self._run)
-      for device in jax.local_devices()
-    ]
-    self._programs = {}
-    self.cache = LatentCache(config.cache_gb * 2**30)
+  Args:
+    loader: its steps; count: number of steps to take from it.
+    make: called with each `LoadedStep`.
+  """
 
-  def __call__(self, clips: Sequence[np.ndarray]) -> list[Any]:
-    """uint8 clips `[T, H, W, 3]` -> list of (mean, std), float32 NumPy `[T', h, w, C]`.
+  def __init__(self, loader: Iterator[LoadedStep], count: int, make: Callable[[LoadedStep], Any]):
+    self._loader, self._left, self._make = loader, count, make
+    self._pool = concurrent.futures.ThreadPoolExecutor(1, "next batch")
+    self._start()
 
-    In image autoencoders, frames of the same size share micro batches.
-    """
-    return self.start(clips)()
+  def _start(self):
+    self._left -= 1
+    self._next = self._pool.submit(self._load) if self._left >= 0 else None
 
-  def start(self, clips: Sequence[np.ndarray]) -> Callable[[], list[Any]]:
-    """Starts to encode. Returns a function that waits for the devices and returns the latents."""
-    keys = [self.cache.key(clip) if self.cache.limit else None for clip in clips]
-    latents = [self.cache.get(key) for key in keys]
-    missing = [i for i, known in enumerate(latents) if known is None]
-    begin = self._begin_frames if self._codecs[0].single_frames else self._begin_clips
-    begun = list(begin(clips, missing))
+  def _load(self):
+    try:
+      step = next(self._loader)
+    except (ValueError, RuntimeError) as error:  # too many bad files
+      raise InputError(str(error)) from error
+    return step, self._make(step)
 
-    def finish():
-      for members, parts in begun:
-        lengths = [self.config.latent_frames(len(clips[i])) for i in members]
-        moments = join(parts, sum(lengths))  # mean and std of all members, joined in time
-        ends = np.cumsum(lengths)[:-1]
-        for i, *own in zip(members, *(np.split(moment, ends) for moment in moments)):
-          latents[i] = [part.copy() for part in own]
-          self.cache.put(keys[i], latents[i])
-      return latents
+  def __next__(self) -> tuple[LoadedStep, Any]:
+    """Waits for the next item. Raises InputError if too many files can't be decoded."""
+    if self._next is None:
+      raise StopIteration
+    made = self._next.result()
+    self._start()
+    return made
 
-    return finish
+  def __enter__(self) -> "NextBatch":
+    return self
 
-  def _begin_frames(self, clips, missing):
-    """Yields (numbers of clips, their pieces) of an autoencoder of frames. The devices take micro batches in turn."""
-    by_size = collections.defaultdict(list)
-    for i in missing:
-      by_size[clips[i].shape[1:3]].append(i)
-    for members in by_size.values():
-      batches = micro_batches(np.concatenate([clips[i] for i in members]), self._codecs[0].micro_batch)
-      yield members, [p for codec, batch in zip(itertools.cycle(self._codecs), batches) for p in codec.encode_parts(batch)]
-
-  def _begin_clips(self, clips, missing):
-    """Yields ([number of a clip], its pieces) of an autoencoder of clips. The devices take clips in turn."""
-    for codec, i in zip(itertools.cycle(self._codecs), missing):
-      yield [i], list(codec.encode_parts(clips[i]))
-
-  def _run(self, function, model, variables, *arrays):
-    """Encodes a piece. Counts the traces of its program: "encode 144x256" for frames, "encode_chunks 1x17x18x32" for clips."""
-    shape = jax.tree.leaves(arrays)[-1].shape
-    follows = len(arrays) > 1 and arrays[0] is not None  # arrays[0]: state after the previous piece of a causal autoencoder
-    key = function, shape, follows
-    if key not in self._programs:
-      alone = self._codecs[0].single_frames
-      name = "encode" if alone else function.__name__
-      name += " " + "x".join(map(str, shape[1:3] if alone else shape[:-1])) + " after another" * follows
-      counted = self._counter.counted(f"{self._name}: {name}", functools.partial(function, model))
-      self._programs[key] = jax.jit(counted)
-    return self._programs[key](variables, *arrays)
+  def __exit__(self, *_):
+    self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-def denoiser_batch(
-  components: Components, clips: ClipEncoder | None, ahead: Callable | None, step: LoadedStep, layout: Layout
-) -> Tree:
-  """One global batch, as `Components.batch` describes it, from the rows of this process.
+def denoiser_batches(components: Components, clips: ClipEncoder | None, ahead: Callable | None) -> BatchMaker:
+  """Makes batches as `Components.batch` describes them.
 
   Args:
     clips: encodes rows without cached latents; ahead: encodes captions (`Encoders.conditioner`). None if not needed.
   """
+
+  def place(made, layout):
+    arrays, specs = made
+    batch = to_global(arrays, specs, layout)
+    return {**batch, "cond": ahead(batch["cond"], layout)} if ahead else batch
+
+  arrays = functools.partial(_denoiser_arrays, components, clips)
+  return BatchMaker(arrays, place, clips.prepare) if clips else BatchMaker(arrays, place)
+
+
+def _denoiser_arrays(components, clips, step, layout):
   samples, config = step.samples, components.model.config
   pixels: list[Any] = [s.pixels for s in samples]
   latents: Any = clips(pixels) if clips and pixels[0] is not None else [(s.latents_mean, s.latents_std) for s in samples]
@@ -175,24 +148,24 @@ def denoiser_batch(
   sizes = np.asarray([mean.shape[:3] for mean, _ in latents], np.int32)
   grids = np.asarray([token_grid(config, size) for size in sizes], np.int32)
   scalars = {name: np.asarray([getattr(s, name) for s in samples], np.float32) for name in SCALARS}
-  arrays = components.conditioner.collate(samples)
-  cond = to_global(arrays, dict.fromkeys(arrays, ROWS), layout)
-  batch = {**moments, "latent_size": sizes, "sizes": {"grid": grids, **scalars}, **sample_fields(samples)}
-  specs.pop("cond")
-  return to_global(batch, specs, layout) | {"cond": ahead(cond, layout) if ahead else cond}
+  cond = components.conditioner.collate(samples)
+  batch = {**moments, "latent_size": sizes, "sizes": {"grid": grids, **scalars}, "cond": cond, **sample_fields(samples)}
+  return batch, specs | {"cond": dict.fromkeys(cond, ROWS)}
 
 
-class AutoencoderBatches:
+def autoencoder_batches(config: Config) -> BatchMaker:
   """Makes the autoencoder's batches: a random square crop of each clip. The sample alone decides the place of the crop."""
+  return BatchMaker(_Crops(config), lambda made, layout: to_global(*made, layout))
 
+
+class _Crops:
   def __init__(self, config):
     self.config, self._too_small = config, set()
 
-  def __call__(self, step: LoadedStep, layout: Layout) -> Tree:
-    """One global batch from this process's `data.loader.LoadedStep`."""
+  def __call__(self, step, layout):
     samples, pixels = zip(*map(self._cropped, step.samples))
     batch = {"pixels": np.stack(pixels)} | sample_fields(samples)
-    return to_global(batch, dict.fromkeys(batch, ROWS), layout)
+    return batch, dict.fromkeys(batch, ROWS)
 
   def _cropped(self, s):
     """(sample, its pixels). A clip that is too small gets weight 0, since an error would end a run after days.
@@ -213,8 +186,8 @@ class AutoencoderBatches:
 class Encoders:
   """The frozen encoders of the stages. Stages with the same encoder share its weights."""
 
-  def __init__(self, counter, mesh):
-    self._counter, self._mesh = counter, mesh
+  def __init__(self, compiler: AheadOfTime, mesh: Mesh):
+    self._compiler, self._mesh = compiler, mesh
     self.clip_encoder: Any = None  # a ClipEncoder
     self._source, self._names, self._ahead = None, set(), None
 
@@ -225,7 +198,7 @@ class Encoders:
       while stage in self._names:  # the run came back to this stage: the counter needs a new name for new programs
         stage += " again"
       self._names.add(stage)
-      self.clip_encoder, self._source = ClipEncoder(load_codec(config), config, self._counter, stage), source
+      self.clip_encoder, self._source = load_encoder(config, self._compiler, stage), source
     return self.clip_encoder
 
   def conditioner(self, parts: Components) -> Callable[[Tree, Layout], Tree]:
@@ -234,3 +207,8 @@ class Encoders:
     if self._ahead is None:
       self._ahead = load_text_encoder(conditioner.config, conditioner.encoder, self._mesh)
     return conditioner.program(self._ahead)
+
+  @property
+  def text_encoder(self) -> Tree | None:
+    """The weights of the encoder that `conditioner` has loaded, or None."""
+    return self._ahead

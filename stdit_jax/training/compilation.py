@@ -1,98 +1,130 @@
-"""Compiles programs in threads beside training, before they are needed.
+"""Compiles programs in threads beside training, before they are needed, in the order in which the plan needs them.
 
-The main thread traces and lowers the programs, since JAX's context (`jax.set_mesh`) belongs to one thread. Compiling releases
-the GIL and needs no context. After a restart the programs come from the persistent cache.
+The main thread traces and lowers programs of the mesh, since JAX's context (`jax.set_mesh`) belongs to one thread. Compiling
+releases the GIL and needs no context. After a restart these programs come from JAX's cache. Programs of this process's own
+devices need no context at all. They come from `Executables`.
 """
 
 import concurrent.futures
+import dataclasses
+import os
+import statistics
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 
-from data.buckets import Bucket
-from stdit_jax.training.step import Program, Programs
+from data.shards import duration
+from stdit_jax.training.counter import CompileCounter, was_cached
+from stdit_jax.training.executables import Executables
 
-_HIT = "/jax/compilation_cache/cache_hits"
-_here = threading.local()  # whether the last compilation of this thread came from the cache
-
-
-def _note(event, **_):
-  if event == _HIT:
-    _here.hit = True
+Future = concurrent.futures.Future
 
 
-jax.monitoring.register_event_listener(_note)  # JAX calls it in the thread that compiles
+@dataclasses.dataclass(frozen=True)
+class OwnProgram:
+  """A program of this process's own devices.
+
+  Attributes:
+    name: of the program; kind: of such programs, for messages.
+    what: value for JSON that, with the code and the devices, determines the program.
+    lower: traces and lowers it.
+    inputs, outputs: trees like (args, kwargs) and like the result.
+  """
+
+  name: str
+  kind: str
+  what: Any
+  lower: Callable[[], jax.stages.Lowered]
+  inputs: Any
+  outputs: Any
+
+
+def thread_count(wanted: int) -> int:
+  """Programs to compile at a time. 0: one for each eight cores, at least one and at most 16 (each takes up to 2 GB)."""
+  return wanted or max(1, min(16, (os.cpu_count() or 1) // 8))
 
 
 class AheadOfTime:
   """Compiles lowered programs in the background.
 
   Args:
-    threads: number of programs that compile at the same time.
+    threads: number of programs that compile at the same time; see `thread_count`.
     say: prints a line when a program is ready, and a line when all programs are ready.
+    alive: `watchdog.Watchdog.alive`, called after each program.
+
+  Attributes:
+    counter: counts the programs by name.
   """
 
-  def __init__(self, threads, say):
-    self._say, self._pool = say, concurrent.futures.ThreadPoolExecutor(threads, "compilation")
-    self._lock, self._open, self._done = threading.Lock(), 0, []  # _done: [(from the cache, seconds)]
+  def __init__(self, threads: int, say: Callable[[str], None], alive: Callable = lambda waits=None: None):
+    self._say, self.alive, self._threads, self.counter = say, alive, thread_count(threads), CompileCounter()
+    # Programs of the mesh and own programs do not wait for each other: a step needs both.
+    self._pool, self._own_pool = (concurrent.futures.ThreadPoolExecutor(self._threads, "compilation") for _ in range(2))
+    self._lock, self._open, self._done = threading.Lock(), 0, []  # _done: [(from a cache, seconds)]
+    self._own = Executables.beside_jax()
 
-  def add(self, name: str, lowered: jax.stages.Lowered) -> concurrent.futures.Future:
-    """Compiles a lowered program. Returns the future of the compiled program. Messages contain `name`."""
+  def add(self, name: str, lowered: jax.stages.Lowered) -> Future:
+    """Compiles a lowered program of the mesh. Returns the future of the compiled program. Messages contain `name`."""
     with self._lock:
       self._open += 1
     return self._pool.submit(self._compile, name, lowered)
 
   def _compile(self, name, lowered):
-    _here.hit, began = False, time.monotonic()
-    compiled = lowered.compile()
+    began = time.monotonic()
+    compiled, cached = lowered.compile(), was_cached()
     seconds = time.monotonic() - began
-    self._say(f"{name}: {'from the compilation cache' if _here.hit else 'compiled'} in {seconds:.1f} s")
+    self.alive()
+    self._say(f"{name}: {'from the compilation cache' if cached else 'compiled'} in {seconds:.1f} s")
     with self._lock:
       self._open -= 1
-      self._done.append((_here.hit, seconds))
+      self._done.append((cached, seconds))
       if not self._open:
         done, (hits, total) = len(self._done), map(sum, zip(*self._done))
         self._say(f"{done} programs are ready: {hits} from the cache, {done - hits} compiled; {total:.1f} s in all")
     return compiled
 
+  def add_own(self, programs: Sequence[OwnProgram]) -> list[Future]:
+    """Loads or compiles programs of this process's own devices, which nothing traces before. Returns their futures.
+
+    `say` prints how many there are, how many have a file, and then the time that the others take.
+    """
+    missing = sum(not self._own.has(program.what) for program in programs)
+    if programs:
+      kind, number = programs[0].kind, len(programs)
+      self._say(f"{number} {kind} programs: {number - missing} from files, {missing} to compile, {self._threads} at a time")
+    left = _Countdown(missing, self._say)
+    return [self._own_pool.submit(self._make_own, program, left) for program in programs]
+
+  def _make_own(self, program, left):
+    began = time.monotonic()
+    if (compiled := self._own.load(program.what, program.inputs, program.outputs)) is None:
+      compiled = program.lower().compile()
+      self._own.save(program.what, compiled)
+      left.note(program.kind, (time.monotonic() - began) / self._threads)
+    self.alive()
+    return compiled
+
   def close(self) -> None:
     """Drops the programs that wait to be compiled."""
-    self._pool.shutdown(wait=False, cancel_futures=True)
+    for pool in (self._pool, self._own_pool):
+      pool.shutdown(wait=False, cancel_futures=True)
 
 
-class StagePrograms:
-  """The compiled programs of one stage. Waits for a program inside `paused`, so that step times do not include the wait."""
+class _Countdown:
+  """Prints how many programs are still to compile and how long they take, at most once in ten seconds."""
 
-  def __init__(self, programs: Programs, splits: Mapping, compiler: AheadOfTime, beat: Callable, paused: Callable):
-    self._programs, self._splits, self._compiler, self._beat, self._paused = programs, splits, compiler, beat, paused
-    self._lowered = {}  # {bucket, or None for the update: (Program, future)}
+  def __init__(self, left, say):
+    self._left, self._say, self._seconds, self._lock, self._printed = left, say, [], threading.Lock(), 0.0
 
-  def prepare(self, buckets: Iterable[Bucket]) -> None:
-    """Lowers and starts to compile the programs of these buckets in order, with the update after the first bucket."""
-    for bucket in buckets:
-      self._lower((bucket.resolution, bucket.num_frames), bucket.batch_size)
-      self._lower(None, 0)
-
-  def _lower(self, bucket, rows):
-    if bucket not in self._lowered:
-      program = self._programs.gradient(bucket, rows, self._splits[bucket]) if bucket else self._programs.update
-      self._beat(f"lowering {program.name}", slow=True)
-      self._lowered[bucket] = program, self._compiler.add(program.name, program.lower())
-    return self._lowered[bucket]
-
-  def gradient(self, bucket: tuple[str, int], rows: int) -> tuple[Program, jax.stages.Compiled]:
-    """(`step.Program`, its executable) of a bucket. Lowers the program if `prepare` did not."""
-    return self._finished(*self._lower(bucket, rows))
-
-  def update(self) -> jax.stages.Compiled:
-    """The executable of the update program."""
-    return self._finished(*self._lower(None, 0))[1]
-
-  def _finished(self, program, compiled):
-    if not compiled.done():
-      self._beat(f"waiting for the program {program.name}", slow=True)
-      with self._paused():
-        concurrent.futures.wait([compiled])
-    return program, compiled.result()
+  def note(self, kind, seconds):
+    """One more program is compiled. `seconds`: its time divided by the number of threads."""
+    with self._lock:
+      self._left -= 1
+      self._seconds.append(seconds)
+      if (now := time.monotonic()) - self._printed > 10 or self._left == 0:
+        self._printed = now
+        rest = f"{self._left} left, about {duration(self._left * statistics.mean(self._seconds))}"
+        self._say(f"{kind} programs: {len(self._seconds)} compiled, {rest if self._left > 0 else 'all are ready'}")

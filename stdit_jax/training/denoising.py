@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from data import latents, paths, plan, sources
 from data.config import DataConfig
+from stdit_jax.autoencoders.family import encoder_only
 from stdit_jax.autoencoders.registry import autoencoder_model, check_lengths, family_of
 from stdit_jax.components import REPLICATED, Components, load_denoiser, load_text_encoder, need_file
 from stdit_jax.conditioning import replace_rows
@@ -19,7 +20,7 @@ from stdit_jax.diffusion.frame_masks import FrameMasks
 from stdit_jax.diffusion.noise import Purpose, element_index, fold_in, sample_keys, token_noise
 from stdit_jax.models import flops, t5
 from stdit_jax.parallel.shardings import Layout, Tree
-from stdit_jax.training.batches import Encoders, denoiser_batch
+from stdit_jax.training.batches import BatchMaker, Encoders, denoiser_batches
 from stdit_jax.training.state import init_shapes
 
 QUARTERS = ("t 0-25%", "t 25-50%", "t 50-75%", "t 75-100%")  # of the timesteps
@@ -155,11 +156,11 @@ class DenoiserObjective:
   def check_plan(self, clips: plan.Plan) -> None:
     """Accepts clips of every size."""
 
-  def batch_maker(self, encoders: Encoders, name: str) -> Callable[..., Tree]:
-    """`(LoadedStep, layout) -> global arrays` of the stage `name`. Loads the encoders of these batches."""
+  def batch_maker(self, encoders: Encoders, name: str) -> BatchMaker:
+    """Makes the batches of the stage `name`. Loads the encoders of these batches."""
     clips = encoders.clips(self.config.autoencoder, name) if self._encodes_clips else None
     ahead = encoders.conditioner(self.components) if self.encodes_ahead else None
-    return functools.partial(denoiser_batch, self.components, clips, ahead)
+    return denoiser_batches(self.components, clips, ahead)
 
   # A cache has no rows of the validation, so validation needs the encoders.
 
@@ -207,10 +208,34 @@ class DenoiserObjective:
 
   @property
   def encoders(self) -> Sequence[tuple[Tree, Sequence]]:
-    """(shapes, sharding rules) of each encoder that is in neither `params` nor `frozen`."""
-    autoencoder, conditioner = self.components.autoencoder.config, self.components.conditioner
-    text = [(t5.init_shapes(conditioner.encoder.config), t5.RULES)] if conditioner.ahead else []
-    return [(family_of(autoencoder).init_shapes(autoencoder), REPLICATED), *text]
+    """(shapes, sharding rules) of each encoder that lies on the devices and is in neither `params` nor `frozen`.
+
+    Also of the encoded prompts of samples, which every device holds at most once.
+    """
+    clips = [(encoder_only(self._autoencoder_shapes), REPLICATED)] if self._encodes_clips else []
+    text = [self._text_encoder] if self._encodes_ahead else []
+    count = len(self.config.sample.prompts) if self.config.sample_every else 0
+    return [*clips, *text, (self.components.family.cond(self.model.config, count), REPLICATED)]
+
+  @property
+  def sample_weights(self) -> Sequence[tuple[Tree, Sequence]]:
+    """(shapes, sharding rules) of the weights that lie on the devices only during a sample (run_samples.py), one after another.
+
+    These are the whole autoencoder, and the text encoder before the step if the training does not hold it.
+    """
+    if not self.config.sample_every:
+      return []
+    text = [self._text_encoder] if self.components.conditioner.ahead and not self._encodes_ahead else []
+    return [*text, (self._autoencoder_shapes, REPLICATED)]
+
+  @property
+  def _autoencoder_shapes(self):
+    autoencoder = self.components.autoencoder.config
+    return family_of(autoencoder).init_shapes(autoencoder)
+
+  @property
+  def _text_encoder(self):
+    return t5.init_shapes(self.components.conditioner.encoder.config), t5.RULES
 
 
 def autoencoder_identity(config: Autoencoder) -> dict[str, Any]:

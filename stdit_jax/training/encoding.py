@@ -20,13 +20,14 @@ from data.config import DataConfig
 from stdit_jax.autoencoders.codec import bytes_on_device, needed_memory
 from stdit_jax.autoencoders.memory import check_fits, free_memory, halve_to_fit
 from stdit_jax.autoencoders.registry import autoencoder_model
-from stdit_jax.components import Components, codec_of_shapes, load_codec, load_text_encoder
+from stdit_jax.components import Components, codec_of_shapes, load_text_encoder
 from stdit_jax.conditioning.captions import encode_ahead, text_encoder, tokenizer
 from stdit_jax.errors import InputError
 from stdit_jax.models import t5
 from stdit_jax.parallel.mesh import make_mesh
 from stdit_jax.parallel.shardings import Layout, with_shardings
 from stdit_jax.training import batches
+from stdit_jax.training.clip_encoder import ClipEncoder, devices_of_process, load_encoder, lower_program
 from stdit_jax.training.denoising import autoencoder_identity, text_identity
 from stdit_jax.training.objectives import make_objective
 from stdit_jax.training.stages import Stage, naming
@@ -82,8 +83,8 @@ class LatentsWork:
     identity = autoencoder_identity(source.stage.config.autoencoder)
     return {**clips, "autoencoder": identity, "dtype": dtype, "log_variance": log_variance}
 
-  def __init__(self, made_from, members: Sequence[Source], folder: str, epochs: int, shard_bytes: int, counter):
-    self.source, self._counter = members[0], counter
+  def __init__(self, made_from, members: Sequence[Source], folder: str, epochs: int, shard_bytes: int, compiler):
+    self.source, self._compiler = members[0], compiler
     # Without a cache of latents: each clip is encoded once.
     self._config = dataclasses.replace(self.source.stage.config.autoencoder, cache_gb=0.0)
     self._autoencoder = autoencoder_model(self._config).config
@@ -130,19 +131,19 @@ class LatentsWork:
     return f"{len(keys):,} clips ({frames:,} frames) of {len(np.unique(fields['row'])):,} rows"
 
   @functools.cached_property
-  def encoder(self) -> batches.ClipEncoder:
-    return batches.ClipEncoder(load_codec(self._config), self._config, self._counter, self.source.stage.name)
+  def encoder(self) -> ClipEncoder:
+    return load_encoder(self._config, self._compiler, self.source.stage.name)
 
   def fit(self, keys: np.ndarray, limit: float | None) -> str:
     """Halves `autoencoder.micro_batch` until the largest clips fit into the memory of a device. Returns the memory in words.
 
-    Compiles programs, and allocates nothing. Raises ValueError if one piece of a clip does not fit. There are no tiles, because
+    Compiles programs, and allocates nothing. Raises ValueError if a clip does not fit. There are no tiles, because
     tiles change the latents.
 
     Args:
       limit: bytes beside the weights. None: the free memory.
     """
-    codec, kinds = codec_of_shapes(self._config), self._kinds(keys)[0]
+    codec, kinds = codec_of_shapes(self._config, devices_of_process()), self._kinds(keys)[0]
     weights, free = bytes_on_device(codec.variables), free_memory()
     budget = limit or (free and free - weights)
     # Depending on the autoencoder, memory grows with the pixels of a frame or of the whole clip.
@@ -150,7 +151,7 @@ class LatentsWork:
 
     def needed(micro_batch):
       made = dataclasses.replace(codec, micro_batch=micro_batch)
-      return max(made.memory("encode", self._autoencoder.latent_size(*size), frames) for frames, *size in largest)
+      return max(needed_memory(lower_program(made, size), codec.variables) for size in largest)
 
     first = codec.micro_batch if codec.uses_micro_batch else 1
     micro_batch, size = halve_to_fit(needed, first, math.inf if budget is None else budget)
@@ -164,8 +165,8 @@ class LatentsWork:
 
   def _turn(self, num_frames):
     """Number of clips that are encoded together."""
-    codec, devices = self.encoder._codecs[0], jax.local_device_count()
-    return max(1, -(-_MICRO_BATCHES * codec.micro_batch * devices // num_frames)) if codec.single_frames else devices
+    frames = _MICRO_BATCHES * self.encoder.codec.micro_batch * jax.local_device_count()
+    return max(-(-frames // num_frames), self.encoder.clips_at_once(num_frames))
 
   def measure(self, keys: np.ndarray) -> tuple[float, str]:
     """(seconds per megapixel of the encoder alone, description). Measures the clip size that contributes most pixels.
@@ -194,6 +195,8 @@ class LatentsWork:
     """
     data, table = self.source.data, self.source.plans.table
     self.bad_rows = loader.BadRows(data.max_bad_rows, len(np.unique(latents.unpack(keys)["row"])))
+    kinds, numbers = self._kinds(keys)
+    self.encoder.prepare(kinds[number] for number in dict.fromkeys(numbers.tolist()))
     largest = int(3e6 * self.cost(keys).max())  # bytes of a clip: three per pixel
     most = max(self._turn(int(n)) for n in np.unique(latents.unpack(keys)["num_frames"]))
     ahead = data.read_ahead or max(2, min(2 * most, _AHEAD_BYTES // largest))
@@ -314,7 +317,7 @@ class TextWork:
   def _embed(self):
     """A function that starts the encoder: (ids `[B, L]`, mask) -> features."""
     model, layout = text_encoder(self._config), self._layout
-    encode = encode_ahead(model, load_text_encoder(self._config, model, layout.mesh))
+    encode = encode_ahead(model, load_text_encoder(self._config, model, layout.mesh), np.float32)
 
     def embed(ids, mask):
       ids, mask = batches.to_global([ids, mask], [batches.ROWS] * 2, layout)

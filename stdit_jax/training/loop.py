@@ -10,14 +10,14 @@ from jax.experimental import multihost_utils
 
 from data.loader import Loader
 from data.shards import duration
-from stdit_jax.errors import InputError
 from stdit_jax.parallel.shardings import Tree
-from stdit_jax.training.compilation import StagePrograms
+from stdit_jax.training.batches import NextBatch
 from stdit_jax.training.metrics import Averages, Metrics, Speed, speed_note, stage_note
 from stdit_jax.training.nonfinite import MicroStep, NonFinite, TooManyNonFinite
 from stdit_jax.training.restarts import Restarts
 from stdit_jax.training.run import Run, say
 from stdit_jax.training.signals import Preempted, Preemption, Profiler
+from stdit_jax.training.stage_programs import StagePrograms
 from stdit_jax.training.validation import Validation
 
 
@@ -41,13 +41,21 @@ def train(run: Run, on_sample: Callable | None = None, restarts: Restarts | None
 
   def next_batch():
     beat(f"step {step + 1}: waiting for data")
-    try:
-      with speed.waiting_for_data():
-        loaded = next(loader)
-    except (ValueError, RuntimeError) as error:  # too many bad files
-      raise InputError(str(error)) from error
-    beat(f"step {step + 1}: making a batch of {loaded.bucket[0]} x {loaded.bucket[1]}", slow=True)  # may compile
-    return loaded, make_batch(loaded, parts.data.splits[loaded.bucket].layout)
+    with speed.waiting_for_data():
+      loaded, arrays = next(batches)
+    beat(f"step {step + 1}: placing a batch of {loaded.bucket[0]} x {loaded.bucket[1]}", slow=True)  # may compile
+    return loaded, make_batch.place(arrays, layout_of(loaded))
+
+  def layout_of(loaded):
+    return parts.data.splits[loaded.bucket].layout
+
+  def compile_next_stage():
+    for following in run.parts[stage.index + 1 : stage.index + 2]:
+      with speed.paused():
+        steps = following.stage.steps * following.stage.config.optimizer.accumulate
+        compiled[following.stage.index].prepare(following.data.buckets_ahead(0, steps))
+      if following.stage.config.autoencoder == config.autoencoder:
+        make_batch.prepare(following.data.sizes_ahead(0))
 
   def save():
     metrics.flush()
@@ -67,18 +75,22 @@ def train(run: Run, on_sample: Callable | None = None, restarts: Restarts | None
         parts = run.parts_of(step)
         stage, config, validation, programs = parts.stage, parts.stage.config, parts.validation, compiled[parts.stage.index]
         accumulate, end, entered = config.optimizer.accumulate, stage.start + stage.steps, step
+        last_part = max(step + 1, end - stage.steps // 10)  # its first step
         state, frozen = restarts.enter(parts, state, frozen, step)
         say(f"stage {stage.name!r}: steps {step} to {end} on {run.mesh.devices.size} device(s)")
         say(str(parts.data.report))
         taken, skip = (step - stage.start) * accumulate, restarts.skip.get(stage.name, ())
         programs.prepare(parts.data.buckets_ahead(taken, stage.steps * accumulate - taken, skip))
         if validation:
-          validation.compile_ahead(run.compiler, run.counter, parts.programs.shapes[0]["ema"], parts.programs.shapes[1])
+          validation.compile_ahead(run.compiler, parts.programs.shapes[0]["ema"], parts.programs.shapes[1])
         accumulator = parts.programs.new_accumulator(state["params"])
         averages, nonfinite, save_due, failure = Averages(), NonFinite(config.max_nonfinite), False, None
         make_batch = parts.objective.batch_maker(run.encoders, stage.name)
+        make_batch.prepare([*parts.data.sizes_ahead(taken, skip), *(validation.data.sizes_ahead(0) if validation else ())])
+        make_rows = lambda loaded: make_batch.arrays(loaded, layout_of(loaded))  # noqa: B023, E731 - of this stage
+        count = (end - step) * accumulate
         try:
-          with parts.data.loader(taken, skip) as loader:
+          with parts.data.loader(taken, skip) as loader, NextBatch(loader, count, make_rows) as batches:
             began = time.monotonic()
             batch: Any = next_batch()
             say(f"stage {stage.name!r}: the first batch is ready after {duration(time.monotonic() - began)}")
@@ -106,6 +118,8 @@ def train(run: Run, on_sample: Callable | None = None, restarts: Restarts | None
               state, accumulator, values = update(state, accumulator, np.int32(step))
               step += 1
               speed.step()
+              if step == last_part:
+                compile_next_stage()
               if note := profiler.after(step, values):
                 say(note)
               averages.add(values)

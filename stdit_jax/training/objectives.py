@@ -14,7 +14,8 @@ The configuration of a stage makes an objective. It has
   encodes_ahead        whether a separate program encodes captions before the step
   splits               whether the mesh may split the tokens of clips of this length
   check_files, read_frozen, read_initial, load_checkpoint                          for its weights
-  encoders             (shapes, sharding rules) of each encoder that is in neither `params` nor `frozen`
+  encoders             (shapes, sharding rules) of each encoder that lies on the devices and is in neither `params` nor `frozen`
+  sample_weights       (shapes, sharding rules) of the weights that lie on the devices only during a sample, one after another
 
 All randomness comes from the key of the sample.
 """

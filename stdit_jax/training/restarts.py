@@ -165,9 +165,10 @@ class Restarts:
     # this stage begins with its own data.
     if step == parts.stage.start and position["stage"] != parts.stage.name:
       return True
+    if not restart:
+      check_place(step, parts.stage, position)  # first, since another name of the stage is also another order of the data
     same = parts.data.check_same(position["data"], restart)
     if not restart:
-      check_place(step, parts.stage, position)
       parts.data.follow(position.get("sources", ()))
     return same
 

@@ -23,7 +23,7 @@ from stdit_jax.training.compilation import AheadOfTime
 from stdit_jax.training.objectives import make_objective
 from stdit_jax.training.stage_data import StageData
 from stdit_jax.training.stages import Stage, changed_keys, identity, make_stages, naming, stage_of, stage_that_made
-from stdit_jax.training.step import ADVERSARY, Programs, TraceCounter
+from stdit_jax.training.step import ADVERSARY, Programs
 from stdit_jax.training.validation import Validation
 
 STARTS = "starts.json"  # in the run folder: how often the run started from its newest checkpoint
@@ -109,6 +109,7 @@ class Run:
   Args:
     config: of the run, as `Config.of` takes it.
     beat: `(activity, slow)`, called when the run begins an activity (`watchdog.Watchdog.beat`).
+    alive: called when a thread beside the loop makes progress (`watchdog.Watchdog.alive`).
 
   Attributes:
     config, mesh; stages: list of `Stage`; total_steps: of all stages; parts: list of `StageParts`, one per stage.
@@ -119,13 +120,15 @@ class Run:
     ValueError: an error in the configuration, its files or the output folder.
   """
 
-  def __init__(self, config, beat=lambda what, slow=False: None):
+  def __init__(self, config, beat=lambda what, slow=False: None, alive=lambda waits=None: None):
     config = Config.of(config)
     self.config, self.beat = config, beat
     self.stages = make_stages(config)
     self.total_steps = self.stages[-1].start + self.stages[-1].steps
     check_platform(config.platform)
-    self.mesh, self.counter = make_mesh(config.mesh, slices=config.slices), TraceCounter()
+    self.mesh = make_mesh(config.mesh, slices=config.slices)
+    self.compiler = AheadOfTime(config.compile_threads, say, alive)
+    self.counter = self.compiler.counter
     if config.init:
       need_file(config.init, "init")
     made = [self._programs(stage) for stage in self.stages]
@@ -139,8 +142,7 @@ class Run:
     self._check_split()
     ends = [stage.start + stage.steps for stage in self.stages]
     self.checkpoints = Checkpoints(config.output, config.keep_checkpoints, config.keep_every, ends)
-    self.compiler = AheadOfTime(config.compile_threads, say)
-    self.encoders = Encoders(self.counter, self.mesh)
+    self.encoders = Encoders(self.compiler, self.mesh)
 
   def _programs(self, stage):
     """(objective, `Programs`) of a stage."""

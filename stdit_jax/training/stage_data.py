@@ -116,6 +116,16 @@ class StageData:
     epoch, step = self._plans.locate(plan.place(taken, skip))
     return self._plans.plan(epoch).buckets(step, count)
 
+  def sizes_ahead(self, taken: int, skip: Iterable[int] = ()) -> list[tuple[int, int, int]]:
+    """(frames, height, width) of the clips that are encoded in an epoch, in the order of first use after `taken` micro steps.
+
+    [] if a cache has their latents.
+    """
+    if self.cache is not None:
+      return []
+    epoch, step = self._plans.locate(plan.place(taken, skip))
+    return self._plans.plan(epoch).sizes(step)
+
   def loader(self, taken: int, skip: Sequence[int] = (), epochs: int | None = None) -> Loader:
     """The loader of this process after `taken` micro steps of the stage. `skip`: micro steps of the plan to skip."""
     shard: Any = {bucket: (split.layout.process_parts(), split.layout.batch_parts) for bucket, split in self.splits.items()}

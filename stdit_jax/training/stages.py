@@ -55,6 +55,8 @@ def make_stages(config: Any) -> list[Stage]:
       name, steps = changes.pop("name"), changes.pop("steps")
     except KeyError as error:
       raise ValueError(f"config: stage {index} has no {error}; every stage needs name and steps") from None
+    if not isinstance(name, str):
+      raise ValueError(f"config: stages[{index}]: name is {name!r}; allowed: a text such as 'main'")
     if any(stage.name == name for stage in stages):
       raise ValueError(f"config: two stages are called {name!r}; give each its own name")
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
@@ -67,7 +69,9 @@ def make_stages(config: Any) -> list[Stage]:
       own = run.replace({**changes, "stages": ()})
       if own.validation.every and not own.validation.tables:
         raise ValueError("validation.tables is empty; give the tables to measure the loss on, or set validation.every=0")
-    stages.append(Stage(name, index, start, steps, keep_optimizer, own))
+    # The name alone decides: the same stage has the same data in a run with other stages before it.
+    data = dataclasses.replace(own.data, stage=name)
+    stages.append(Stage(name, index, start, steps, keep_optimizer, dataclasses.replace(own, data=data)))
     start += steps
   return stages
 

@@ -1,11 +1,10 @@
 """The two programs that train: a gradient program per (resolution, frames), and an update program per stage.
 
 A micro step is the batch of one bucket. The gradient program normalises its gradient by the weight of the batch, and adds it to
-an accumulator. An optimizer step is `accumulate` micro steps of equal weight. Programs count their traces, so that a test and
-the loop notice a second trace.
+an accumulator. An optimizer step is `accumulate` micro steps of equal weight. A counter asks
+the compiler, so that a test and the loop notice a second compilation.
 """
 
-import collections
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from stdit_jax.parallel.shardings import Layout, Tree, constrain, tree_shardings
+from stdit_jax.training.counter import CompileCounter
 from stdit_jax.training.objectives import Objective
 from stdit_jax.training.stages import Stage
 from stdit_jax.training.state import learning_rate, learning_rate_scales, make_optimizer, state_shapes
@@ -32,28 +32,6 @@ class Split:
 
   layout: Layout
   micro_batches: int = 1
-
-
-class TraceCounter:
-  """Counts the traces of each program, so that a silent recompilation is an error."""
-
-  def __init__(self):
-    self.counts = collections.Counter()
-
-  def counted(self, name: str, function: Callable) -> Callable:
-    """`function`, with its calls counted under `name`. JAX calls it only to trace it."""
-
-    @functools.wraps(function)
-    def traced(*args):
-      self.counts[name] += 1
-      return function(*args)
-
-    return traced
-
-  def check(self) -> None:
-    """Raises RuntimeError if JAX traced a program more than once."""
-    if again := {name: n for name, n in self.counts.items() if n > 1}:
-      raise RuntimeError(f"programs were traced more than once (shapes or dtypes changed between steps): {again}")
 
 
 def new_accumulator(params: Tree) -> Tree:
@@ -178,7 +156,7 @@ class Programs:
     update: the `Program` `(state, accumulator, step) -> (state, accumulator, metrics)`.
   """
 
-  def __init__(self, objective: Objective, stage: Stage, mesh: Mesh, counter: TraceCounter):
+  def __init__(self, objective: Objective, stage: Stage, mesh: Mesh, counter: CompileCounter):
     self.objective, self.name, self._counter = objective, stage.name, counter
     params, frozen = objective.shapes
     config = stage.config

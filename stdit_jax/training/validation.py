@@ -23,7 +23,6 @@ from stdit_jax.training.compilation import AheadOfTime
 from stdit_jax.training.objectives import Objective
 from stdit_jax.training.stage_data import StageData, choose_splits
 from stdit_jax.training.stages import Stage
-from stdit_jax.training.step import TraceCounter
 
 
 def fixed_data(stage: Stage, mesh: Mesh, objective: Objective) -> Stage:
@@ -49,6 +48,7 @@ def fixed_data(stage: Stage, mesh: Mesh, objective: Objective) -> Stage:
   data = dataclasses.replace(
     config.data, tables=config.validation.tables, buckets=tuple(rows), rows_per_bucket=samples, reference_devices=1,
     drop_last=False,
+    stage=None,  # all stages are measured on the same rows with the same noise
     workers=0,  # threads: the few clips are read in less time than processes take to start
     latents="",  # a cache holds the clips of the training
   )  # fmt: skip
@@ -63,7 +63,7 @@ class Validation:
     self.data = StageData(self.stage, output, mesh, objective)
     self.config, self._programs = self.stage.config.validation, {}
 
-  def compile_ahead(self, compiler: AheadOfTime, counter: TraceCounter, params: Tree, frozen: Tree) -> None:
+  def compile_ahead(self, compiler: AheadOfTime, params: Tree, frozen: Tree) -> None:
     """Starts to compile the programs of all buckets that have rows, for parameters of these shapes."""
     for line, bucket in zip(self.data.report.buckets, self.data.config.parsed_buckets()):
       key = bucket.resolution, bucket.num_frames
@@ -73,7 +73,7 @@ class Validation:
       batch = self.objective.batch(key, bucket.batch_size, layout.token_parts)
       places = jax.tree.map(lambda spec: layout.sharding(*spec.axes), batch)  # noqa: B023 - called at once
       program = jax.jit(
-        counter.counted(name, functools.partial(self._losses, layout)),
+        compiler.counter.counted(name, functools.partial(self._losses, layout)),
         in_shardings=(*(tree_shardings(tree, self.mesh, self.objective.rules) for tree in (params, frozen)), places),
         out_shardings=NamedSharding(self.mesh, P()),
       )

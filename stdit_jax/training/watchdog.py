@@ -59,6 +59,7 @@ class Watchdog:
     self.period = min(10.0, max(0.2, timeout / 10))
     self.host = socket.gethostname()
     self._beats, self._what, self._slow, self._last_beat = 0, "starting", True, time.monotonic()
+    self._waits = False  # whether a thread beside the loop waits for the compiler
     self._peers = {}  # index -> (report, time of its arrival)
     self._answered = self._started = time.monotonic()  # when the key-value store last answered
     self._ending = threading.Lock()
@@ -71,6 +72,17 @@ class Watchdog:
     """Notes progress of the loop, which begins the activity `what`."""
     self._what, self._slow, self._last_beat = what, slow, time.monotonic()
     self._beats += 1
+
+  def alive(self, waits: bool | None = None) -> None:
+    """Notes progress of a thread beside the loop, which is no progress of the loop itself.
+
+    Args:
+      waits: the thread begins (True) or ends (False) to wait for the compiler, so that `slow_timeout` holds. None: unchanged.
+    """
+    self._waits, self._last_beat = self._waits if waits is None else waits, time.monotonic()
+
+  def _is_slow(self):
+    return self._slow or self._waits
 
   def __enter__(self) -> "Watchdog":
     if self.timeout:
@@ -110,7 +122,13 @@ class Watchdog:
     number = 0
     while not self._stopped.wait(self.period):
       number += 1
-      report = {"number": number, "host": self.host, "beats": self._beats, "what": self._what, "slow": self._slow}
+      report = {
+        "number": number,
+        "host": self.host,
+        "beats": self._beats,
+        "what": self._what,
+        "slow": self._is_slow(),
+      }
       try:
         self._tell(f"{_PREFIX}{self.index}", report)
         found = dict(self.client.key_value_dir_get(_PREFIX))
@@ -149,7 +167,7 @@ class Watchdog:
     while not self._stopped.wait(self.period / 2):
       # A process that waits for a slower process needs the longer timeout as well.
       reports = [report for report, _ in list(self._peers.values())]
-      slow = self._slow or any(r.get("slow") and r["beats"] <= self._beats for r in reports)
+      slow = self._is_slow() or any(r.get("slow") and r["beats"] <= self._beats for r in reports)
       allowed = self.slow_timeout if slow else self.timeout
       if time.monotonic() - self._last_beat > allowed:
         self._end(self._silent(3 * self.period) or self._slowest(), RESTART)

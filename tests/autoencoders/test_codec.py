@@ -2,14 +2,17 @@
 
 import collections
 import dataclasses
+import functools
 import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from stdit_jax.autoencoders import causal3d, codec, image_kl, registry, temporal, tiles
 from stdit_jax.autoencoders.codec import fit_tiles
+from stdit_jax.autoencoders.family import encoder_only
 from stdit_jax.autoencoders.latents import to_uint8
 from stdit_jax.autoencoders.registry import make_codec
 from tests.helpers import relative_error
@@ -52,6 +55,22 @@ def whole(made, frames):
   factor = config.scaling_factor / np.asarray(config.scale)
   normalised = (mean - np.asarray(config.shift)) * factor
   return squeeze(normalised), squeeze(np.exp(0.5 * logvar) * factor), squeeze(to_uint8(pixels))
+
+
+def test_encoding_needs_only_the_encoder(made):
+  made, _ = made
+  frames = np.random.default_rng(0).integers(0, 256, (9, 16, 24, 3), np.uint8)
+  reduced = dataclasses.replace(made, variables=encoder_only(made.variables))
+  jax.tree.map(np.testing.assert_array_equal, reduced.encode(frames), made.encode(frames))
+
+
+@pytest.mark.parametrize("config", [*CONFIGS.values(), temporal.get_config("tiny-temporal", shortcut=True)])
+def test_encoder_only_keeps_exactly_what_encode_initialises(config):
+  family = registry.family_of(config)
+  init = functools.partial(family.build(config).init, method="encode")
+  needed = jax.eval_shape(init, jax.random.key(0), jnp.zeros(family.example_shape(config)))["params"]
+  whole = family.init_shapes(config)
+  assert encoder_only(whole) == {"params": needed} != whole
 
 
 @pytest.mark.parametrize("length", [9, 16])

@@ -20,7 +20,7 @@ from stdit_jax import encode
 from stdit_jax.autoencoders import registry
 from stdit_jax.cli import keep_freed_memory, use_compilation_cache
 from stdit_jax.interop import save_variables
-from stdit_jax.training.step import TraceCounter
+from stdit_jax.training.compilation import AheadOfTime
 from tests import tiny_run
 from tests.data import files
 
@@ -56,7 +56,7 @@ def measure(args, folder):
   }  # fmt: skip
   file = tiny_run.write_config(folder / "config.py", folder, folder / "run", **changes)
   settings = encode.parse(["--config", str(file), "--output", str(folder / "out"), "--epochs", "1", "--no-text"])
-  (work,) = encode.make_work(settings, encode.choose(settings), TraceCounter())
+  (work,) = encode.make_work(settings, encode.choose(settings), AheadOfTime(0, print))
   keys = np.asarray(work.part.keys)
   source = work.source
   clips = [clip["pixels"] for _, clip in loader.read_clips(source.data, source.plans.table, keys, 8)]

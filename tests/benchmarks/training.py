@@ -30,11 +30,12 @@ from stdit_jax.parallel.shardings import tree_shardings
 from stdit_jax.parallel.topology import peak_tflops
 from stdit_jax.plan import parse_bucket
 from stdit_jax.planning.programs import GIB
+from stdit_jax.training.counter import CompileCounter
 from stdit_jax.training.objectives import make_objective
 from stdit_jax.training.stage_data import choose_splits
 from stdit_jax.training.stages import make_stages
 from stdit_jax.training.state import new_state
-from stdit_jax.training.step import Programs, TraceCounter
+from stdit_jax.training.step import Programs
 
 
 def random_batch(parts, bucket, specs, layout):
@@ -73,7 +74,7 @@ def measure(stage, mesh, bucket, repeats, compiled):
   config, objective = stage.config, make_objective(stage.config)
   resolution, frames, rows = bucket
   split = choose_splits(stage, [Bucket(resolution, frames, 1.0, rows)], mesh, objective)[resolution, frames]
-  programs = Programs(objective, stage, mesh, TraceCounter())
+  programs = Programs(objective, stage, mesh, CompileCounter())
   program = programs.gradient((resolution, frames), rows, split)
   key = bucket, config.model.fields["attention"]
   if key not in compiled:

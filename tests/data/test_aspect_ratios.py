@@ -50,6 +50,16 @@ def test_closest_ratios_are_the_first_minimum():
     np.testing.assert_array_equal(ar.closest_ratios(ratios, np.ones(len(ratios)), resolution), want)
 
 
+def test_fewer_ratios_keep_the_common_ones_and_the_widest_range():
+  keys = list(ar.SIZES["144p"])
+  nine = [keys[i] for i in ar.used_ratios("144p", 9)]
+  assert nine == ["0.38", "0.48", "0.56", "0.75", "1.00", "1.33", "1.50", "1.78", "2.08"]
+  assert [keys[i] for i in ar.used_ratios("144p", 3)] == ["0.56", "1.00", "1.78"]
+  assert ar.used_ratios("144p", None) == ar.used_ratios("144p", 17) == ar.used_ratios("144p", 99) == tuple(range(17))
+  chosen = ar.closest_ratios([470, 620, 1000], [1000, 1000, 1000], "144p", 9)
+  assert [keys[i] for i in chosen] == ["0.48", "0.56", "1.00"]
+
+
 def test_max_tokens():
   # Counted one by one over the sizes of 144p: 18 x 32 latents of 144 x 256 pixels are 9 x 16 tokens.
   counts = [math.ceil(h // 8 / 2) * math.ceil(w // 8 / 2) for h, w in ar.SIZES["144p"].values()]

@@ -121,6 +121,10 @@ def test_changed_keys(tmp_path, table_path):
   assert plan.changed_keys({**old, "version": 1}, old) == [
     "version: 1 -> 2 (another release, which assigns rows to buckets differently)"
   ]
+  assert "stage" not in old  # a validation has one order in all releases
+  one, two = (sequence_of(tmp_path, table_path, stage=name).description for name in ("one", "two"))
+  assert plan.changed_keys(one, two) == ['stage: "one" -> "two"']
+  assert plan.changed_keys(old, one) == ['stage: null -> "one" (an earlier release gave all stages one order)']
   fewer = tuple(b for b in BUCKETS if b[:2] != ("240p", 9))
   assert plan.changed_keys(old, sequence_of(tmp_path, table_path, buckets=fewer).description) == ["buckets: 240p x 9"]
   # Settings without influence on the plan do not change the description.

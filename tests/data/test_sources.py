@@ -126,11 +126,11 @@ def test_weights(tmp_path):
   assert len(table) == 12 + 400
   assert [table.locate(i) for i in (0, 3, 4, 11, 12, 411)] == [(0, 0), (0, 3), (0, 0), (0, 3), (1, 0), (1, 399)]
   assert table.row(12).path.endswith("b.mp4")
-  left_out = table.left_out(1, 0)
+  left_out = table.left_out((1,), 0)
   assert not left_out[:8].any()
   assert 250 < left_out[12:].sum() < 350
-  np.testing.assert_array_equal(left_out, table.left_out(1, 0))
-  assert (left_out != table.left_out(1, 1)).any()
+  np.testing.assert_array_equal(left_out, table.left_out((1,), 0))
+  assert (left_out != table.left_out((1,), 1)).any()
 
 
 def test_the_fingerprint_is_of_the_contents(tmp_path):

@@ -27,9 +27,9 @@ def trained(assets, tmp_path_factory):
   more |= {"data__buckets": (("64p", 9, 1.0, 2),), "stages": ({"name": "tiny", "steps": 2},)}
   run = Run(tiny_config(assets, folder / "run", **more))
   run.train()
-  encodes = {name: n for name, n in run.counter.counts.items() if "encode" in name or "latents" in name}
-  assert set(encodes.values()) == {1}
-  assert {name.split()[1] for name in encodes} == {"image_latents", "encode_chunks"}
+  encodes = {name: n for name, n in run.counter.counts.items() if "encode" in name}
+  assert max(encodes.values()) <= 1  # 0: from a file of an earlier test
+  assert {name.split()[2].split("x")[0] for name in encodes} == {"9"}
   return folder / "run"
 
 

@@ -122,7 +122,7 @@ class Joint(nn.Module):
 def cond(config, rows):
   length = rows, config.model_max_length
   return {
-    "text": jax.ShapeDtypeStruct((*length, config.caption_channels), jnp.float32),
+    "text": jax.ShapeDtypeStruct((*length, config.caption_channels), DTYPES[config.dtype]),
     "text_mask": jax.ShapeDtypeStruct(length, jnp.bool_),
   }
 

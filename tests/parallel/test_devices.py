@@ -30,6 +30,7 @@ from stdit_jax.parallel.mesh import make_mesh, mesh_sizes
 from stdit_jax.parallel.shardings import Layout, constrain, tree_shardings, with_shardings
 from stdit_jax.training import step
 from stdit_jax.training.autoencoding import AutoencoderObjective
+from stdit_jax.training.counter import CompileCounter
 from stdit_jax.training.objectives import make_objective
 from stdit_jax.training.stages import make_stages
 from tests import denoisers
@@ -223,7 +224,7 @@ def test_fsdp_splits_an_autoencoder_that_trains():
 
   def results(**axes):
     mesh = make_mesh(axes)
-    programs = step.Programs(objective, stage, mesh, step.TraceCounter())
+    programs = step.Programs(objective, stage, mesh, CompileCounter())
     program = programs.gradient(("64p", 1), 8, step.Split(Layout(mesh)))
     compiled = program.lower().compile()
     placed = jax.device_put((params, frozen, batch), compiled.input_shardings[0][:3])

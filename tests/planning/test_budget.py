@@ -6,10 +6,15 @@ import math
 import jax
 import pytest
 
+from stdit_jax.autoencoders import registry
+from stdit_jax.autoencoders.family import encoder_only
 from stdit_jax.components import Components
 from stdit_jax.models import t5
+from stdit_jax.parallel.mesh import AXES
 from stdit_jax.planning import budget, search
+from stdit_jax.planning.programs import bytes_per_device, resident_bytes
 from stdit_jax.training.autoencoding import autoencoder_model
+from stdit_jax.training.objectives import make_objective
 from stdit_jax.training.stages import make_stages
 from tests.planning.test_plan import SMALL
 
@@ -37,6 +42,39 @@ def test_hours_of_a_stage_follow_its_shares():
   assert budget.stage_hours(stage, shares, {("144p", 1): 12.0}, 2.0) == pytest.approx(100 * (3 * 12.0 + 2.0) / 3600)
   resident = {"parameters": 10**9, "gradients": 10**9, "optimizer": 2 * 10**9, "average": 10**9, "frozen": 10**12}
   assert budget.update_seconds(resident, "v5e:2x4") == pytest.approx(10 / 819)
+
+
+def test_memory_counts_the_encoders_that_training_uses(tmp_path):
+  """Of the autoencoder only its encoder, and no text encoder if its results are cached. Samples add the other weights."""
+  size = lambda tree: sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))  # noqa: E731
+  mesh = jax.sharding.AbstractMesh((1, 8, 1, 1), AXES)
+  (tmp_path / "text-0123456789ab").mkdir()
+  (tmp_path / "text-0123456789ab" / "made_from.json").write_text("{}")
+
+  def frozen(**changes):
+    objective = make_objective(stage_with((("144p", 1, 1.0, 8),), {"where": "ahead"}, **changes).config)
+    constants = bytes_per_device(objective.shapes[1], mesh, objective.rules)
+    weights = [bytes_per_device(shapes, mesh, rules) for shapes, rules in objective.sample_weights]
+    return objective, resident_bytes(objective.config, objective, mesh)["frozen"] - constants, weights
+
+  objective, held, in_samples = frozen()
+  autoencoder, text = objective.components.autoencoder, objective.components.conditioner.encoder
+  whole = registry.family_of(autoencoder.config).init_shapes(autoencoder.config)
+  split_text = bytes_per_device(t5.init_shapes(text.config), mesh, t5.RULES)
+  assert split_text < size(t5.init_shapes(text.config))
+  assert held == size(encoder_only(whole)) + split_text
+  assert size(encoder_only(whole)) < 0.5 * size(whole)
+  assert in_samples == []
+
+  sampling = {"sample_every": 10, "sample.prompts": ("a cat", "a dog")}
+  config = objective.model.config
+  prompts = 2 * config.model_max_length * (2 * config.caption_channels + 1)  # features in bfloat16, and the mask
+  _, with_prompts, in_samples = frozen(**sampling)
+  assert with_prompts == held + prompts
+  assert in_samples == [size(whole)]
+  _, with_prompts, in_samples = frozen(**sampling, **{"data.latents": str(tmp_path)})
+  assert with_prompts == prompts
+  assert in_samples == [split_text, size(whole)]
 
 
 def test_encoder_cost_grows_with_rows_frames_and_pixels():

@@ -13,6 +13,7 @@ from stdit_jax.parallel.mesh import make_mesh
 from stdit_jax.parallel.shardings import Layout, path_name, tree_shardings
 from stdit_jax.training import step
 from stdit_jax.training.batches import to_global
+from stdit_jax.training.counter import CompileCounter
 from tests.runs import Run
 from tests.tiny_run import eight_config, frozen_text, small_autoencoder
 
@@ -23,7 +24,7 @@ del AUTOENCODER["data__buckets"]  # `eight_config` has its own
 def one_micro_step(run, mesh, params, frozen, batch):
   """(gradients, loss, noise bits) of a batch on a mesh."""
   objective, split = run.parts[0].objective, step.Split(Layout(mesh))
-  programs = step.Programs(objective, run.stages[0], mesh, step.TraceCounter())
+  programs = step.Programs(objective, run.stages[0], mesh, CompileCounter())
   program = programs.gradient(("64p", 1), 8, split)
   placed, constants = jax.device_put((params, frozen), tree_shardings((params, frozen), mesh, objective.rules))
   arrays = to_global(batch, program.batch, split.layout)

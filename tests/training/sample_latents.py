@@ -19,8 +19,8 @@ if __name__ == "__main__":
   connect_processes()
   run = Run(config)
   state, frozen, _ = run.start()
-  sampler, settings = Sampler(run), config.sample
+  sampler = Sampler(run)
   sampler(0, state, frozen)
-  latents = sampler.pipeline.sample_latents(sampler.requests, settings.steps, settings.guidance_scale)
+  latents = sampler.latents(0, state, frozen)
   assert sampler.pipeline._step._cache_size() == 1, sampler.pipeline._step._cache_size()
   np.save(pathlib.Path(config.output) / f"{jax.process_index()}.npy", latents)

@@ -1,4 +1,4 @@
-"""Programs compile during training, each is traced once, and a second start finds all of them in the cache."""
+"""Programs compile during training, each one once, and a second start finds all of them in the cache."""
 
 import json
 import re
@@ -30,6 +30,8 @@ def test_a_second_start_compiles_nothing(assets, tmp_path):
     assert re.search(rf"tiny: {program}: from the compilation cache in \d+", texts[1]), texts[1]
   assert "2 programs are ready: 0 from the cache, 2 compiled" in texts[0]
   assert "2 programs are ready: 2 from the cache, 0 compiled" in texts[1]
+  assert "3 encode programs: 0 from files, 3 to compile" in texts[0]
+  assert "3 encode programs: 3 from files, 0 to compile" in texts[1]
   # No program was added to the cache.
   assert {p.name for p in cache.iterdir() if p.name.endswith("-cache")} == {f for f in files if f.endswith("-cache")}
   assert losses(tmp_path / "first") == losses(tmp_path / "second")

@@ -68,21 +68,24 @@ def shards(folder):
   return {p.relative_to(folder): p.read_bytes() for p in pathlib.Path(folder).glob("*/part-*/[!.]*array_record*")}
 
 
-def batches_of(run, count):
-  """The first batches of a run that does not train."""
-  make_batch = run.maker()
-  with run.parts[0].data.loader(0) as steps:
-    return [(loaded.bucket, jax.tree.map(np.asarray, make_batch(loaded))) for loaded, _ in zip(steps, range(count))]
+def steps_of(run, count, stage):
+  """The first loaded steps of a run that does not train."""
+  with run.parts[stage].data.loader(0) as steps:
+    return [loaded for loaded, _ in zip(steps, range(count))]
 
 
 def test_cached_batches_equal_those_from_videos(assets, table, folder, tmp_path):
-  """They have the same order and masked rows, also after the last encoded epoch, since all windows are encoded."""
+  """They have the same order and masked rows, also after the last encoded epoch, since all windows are encoded.
+
+  Epoch 2 draws a caption that epochs 0 and 1 lack. Its row keeps an encoded caption.
+  """
   nothing = {"data__latents": str(folder), "autoencoder__weights": "", "text_encoder__weights": ""}
   videos, cached = (
     Run(tiny_config(assets, tmp_path / str(len(own)), **{**settings(assets, table), **own})) for own in ({}, nothing)
   )
-  assert cached.parts[0].data._plans.locate(15)[0] >= 2
-  assert set(same_batches(videos, cached, 16)) == {0, 1}
+  weights, kept = same_batches(videos, cached, cached.parts[0].data._plans.first_step(3), encoded=2)
+  assert set(weights) == {0, 1}
+  assert kept == {"columns that move": "clip 0 of columns"}
   assert cached.encoders.clip_encoder is None
   with pytest.raises(ValueError, match=r"autoencoder\.weights is empty"):  # at the start, not at the first samples
     Sampler(cached)
@@ -105,14 +108,51 @@ def test_cached_latents_of_a_video_autoencoder_equal_those_from_videos(assets, t
     Run(tiny_config(assets, tmp_path / str(len(more)), **settings(assets, table, **own, **more)))
     for more in ({}, {"data__latents": str(tmp_path / "out")})
   )
-  same_batches(videos, cached, 6)
+  _, kept = same_batches(videos, cached, 6, encoded=2)
+  assert not kept
 
 
-def same_batches(videos, cached, count):
-  """Asserts that the first batches of two runs are equal. Returns the weights of their samples."""
+def test_stages_with_a_common_cache_have_their_own_orders(assets, table, tmp_path):
+  """Each bucket refuses half of its rows, other ones in each stage. So the stages need different clips."""
+  own = {"data__buckets": (("64p", 1, 0.5, 2), ("64p", 4, 0.5, 2)), "data__windows_per_row": 0}
+  own |= {"stages": ({"name": "first", "steps": 2}, {"name": "second", "steps": 2})}
+  changes, out = settings(assets, table, **own), tmp_path / "out"
+  file = write_config(tmp_path / "config.py", assets, tmp_path / "run", **changes)
+  videos = Run(tiny_config(assets, tmp_path / "videos", **changes))
+  changes["data__latents"] = str(out)
+  run(file, out, "--epochs", 1, "--stage", "first")
+  with pytest.raises(
+    ValueError, match=r"stage 'second': .* lacks clips that the plan of epoch 0 asks for \(stage: \"first\" -> "
+  ):
+    Run(tiny_config(assets, tmp_path / "refused", **changes))
+  run(file, out, "--epochs", 1)
+  cached = Run(tiny_config(assets, tmp_path / "cached", **changes))
+  for stage, parts in enumerate(cached.parts):
+    assert parts.data.cache.epochs == 1
+    _, kept = same_batches(videos, cached, parts.data.report.steps, encoded=1, stage=stage)
+    assert not kept
+
+
+def same_batches(videos, cached, count, encoded, stage=0):
+  """Asserts that the first batches of two runs are equal, except that rows may keep the caption of an encoded epoch.
+
+  Returns the weights of all samples, and {caption that is not encoded: caption that its row kept}.
+  """
+  batches, captions, kept = [], {}, {}
+  condition, make, make_cached = videos.parts[stage].data._condition, videos.maker(stage), cached.maker(stage)
+  for ours, theirs in zip(steps_of(videos, count, stage), steps_of(cached, count, stage), strict=True):
+    assert (ours.bucket, ours.epoch) == (theirs.bucket, theirs.epoch)
+    for a, b in zip(ours.samples, theirs.samples, strict=True):
+      if ours.epoch < encoded:
+        captions.setdefault(a.row, set()).add(a.caption)
+      if a.caption != b.caption:
+        assert a.caption not in set().union(*captions.values())
+        assert b.caption in captions[a.row]
+        kept[a.caption] = b.caption
+        a.caption, a.cond = b.caption, condition(b.caption, a.label)
+    batches.append([jax.tree.map(np.asarray, batch) for batch in (make(ours), make_cached(theirs))])
   weights = []
-  for (bucket, a), (other, b) in zip(batches_of(videos, count), batches_of(cached, count), strict=True):
-    assert bucket == other
+  for a, b in batches:
     a, b = transition.by_name(a), transition.by_name(b)
     assert a.keys() == b.keys()
     weights += b["weight"].tolist()
@@ -121,7 +161,7 @@ def same_batches(videos, cached, count):
       x, y = (v[name] * (v["cond/text_mask"][..., None] if name == "cond/text" else 1) for v in (a, b))
       atol, rtol = {"cond/text": (5e-6, 0), "latents_std": (0, 5e-7)}.get(name, (0, 0))  # NumPy and XLA round exp differently
       np.testing.assert_allclose(y, x, atol=atol, rtol=rtol, err_msg=name)
-  return weights
+  return weights, kept
 
 
 def test_training_from_a_cache_has_the_losses_of_videos(assets, table, folder, tmp_path):
@@ -205,7 +245,7 @@ def test_epochs_repeat_until_more_are_encoded(assets, table, tmp_path, caplog):
     cache = make_objective(stage.config).open_cache(stage.config.data, source.plans.table)
     with loader.make_loader(source.data, str(tmp_path / "out" / "data"), epochs=2, cache=cache) as steps:
       found = [s for step in steps for s in step.samples]
-    return [[s for s in found if s.sample_id[0] == epoch] for epoch in range(2)]
+    return [[s for s in found if s.sample_id[0] == source.data.sample_epoch(epoch)] for epoch in range(2)]
 
   first, again = samples()
   assert [s.row for s in first] == [s.row for s in again]
@@ -315,6 +355,7 @@ WRONG = [
   ({"data__frame_interval": 1}, "have another provenance: frame_interval: 3 -> 1"),
   ({"data__seed": 1, "data__resize": "original"}, 'resize: "area" -> "original"; seed: 42 -> 1'),
   ({"autoencoder__fields": {"scale": 2.0}}, "autoencoder.fields.scale: 1.0 -> 2.0"),
+  ({"autoencoder__dtype": "bfloat16"}, 'autoencoder.dtype: "float32" -> "bfloat16"'),
   ({"data__score_drop": 0.5}, "the text in data.latents=.*have another provenance: score_drop: 0.2 -> 0.5"),
   ({"autoencoder__weights": "t5.safetensors"}, "autoencoder.weights: "),
   ({"data__tables": "table.csv"}, "contents of the table"),

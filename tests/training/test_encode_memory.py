@@ -49,7 +49,7 @@ def test_fewer_frames_at_a_time_need_less_memory(config, tmp_path, capsys):
 
 
 def test_too_little_memory_is_an_error_before_anything_is_encoded(config, tmp_path, monkeypatch, capsys):
-  monkeypatch.setattr(encoding, "load_codec", None)
+  monkeypatch.setattr(encoding, "load_encoder", None)
   monkeypatch.setattr(encoding, "load_text_encoder", None)
   arguments = ["--config", str(config), "--epochs", "1"]
   with pytest.raises(SystemExit) as stopped:

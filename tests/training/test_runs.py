@@ -104,11 +104,13 @@ def test_time_left_follows_the_steps_of_the_stage(tmp_path, monkeypatch, capsys)
   ]  # fmt: skip
 
 
-def test_every_program_is_traced_once(first):
+def test_every_program_is_compiled_once(first):
   run, _ = first
-  gradients = {f"tiny: gradient 64p x {frames}": 1 for frames in (1, 4)}
-  encodes = {f"tiny: encode {h}x{w}": 1 for h, w in ((48, 80), (80, 48), (64, 64))}
-  assert dict(run.counter.counts) == {**gradients, "tiny: update": 1, **encodes}
+  counts = run.counter.counts
+  encodes = {f"tiny: encode 1x{h}x{w}" for h, w in ((48, 80), (80, 48), (64, 64))}
+  assert counts.keys() == {"tiny: gradient 64p x 1", "tiny: gradient 64p x 4", "tiny: update", *encodes}
+  # Encode programs come from files if an earlier test has made them.
+  assert all(n == 1 or (n == 0 and name in encodes) for name, n in counts.items())
 
 
 def test_a_run_writes_its_configuration_metrics_and_checkpoints(first):

@@ -67,6 +67,27 @@ def test_each_stage_has_its_programs_and_samples(alone):
   assert sorted(p.stem for p in (folder / "samples").glob("*.json")) == ["step0000004-0", "step0000006-0"]
 
 
+def test_stages_with_the_same_data_have_their_own_order_and_noise(assets, tmp_path):
+  """The name of a stage decides them, whatever the stages before it. All stages have the same validation."""
+
+  def samples(run, number):
+    with run.parts[number].data.loader(0) as rows:
+      return [(s.sample_id, s.path) for step in (next(rows) for _ in range(6)) for s in step.samples]
+
+  validation = {"tables": (str(assets / "table.csv"),), "every": 4, "samples_per_bucket": 2, "timesteps": 2}
+  first, second = {"name": "first", "steps": 4}, {"name": "second", "steps": 4}
+  settings = {**small_autoencoder(), "validation": validation}
+  both, alone = (Run(tiny_config(assets, tmp_path / name, stages=stages, **settings))
+                 for name, stages in (("both", (first, second)), ("alone", (second,))))  # fmt: skip
+  a, b = samples(both, 0), samples(both, 1)
+  assert samples(alone, 0) == b
+  assert not {sample_id for sample_id, _ in a} & {sample_id for sample_id, _ in b}  # keys of all noise
+  assert [path for _, path in a] != [path for _, path in b]
+  assert {path for _, path in a} == {path for _, path in b}
+  fixed = [parts.validation.data.identity for parts in both.parts]
+  assert fixed[0] == fixed[1]
+
+
 def test_ends_of_stages_and_every_nth_step_stay(assets, tmp_path):
   """Stage "rare" saves at step 4 for `keep_every`, and at its end. The other stages save every step and keep the newest."""
   stages = tuple({"name": name, "steps": steps, "checkpoint_every": every}

@@ -19,6 +19,7 @@ from stdit_jax.parallel.shardings import ArraySpec, Layout
 from stdit_jax.training import state as states
 from stdit_jax.training import step
 from stdit_jax.training.batches import to_global
+from stdit_jax.training.counter import CompileCounter
 from stdit_jax.training.stage_data import choose_splits
 from tests.denoisers import denoise_latents
 from tests.helpers import relative_error
@@ -52,7 +53,7 @@ def programs(made):
   run, state, _, batches = made
   layout = Layout(run.mesh)
   stage = dataclasses.replace(run.stages[0], name="test")
-  programs = step.Programs(run.parts[0].objective, stage, run.mesh, step.TraceCounter())
+  programs = step.Programs(run.parts[0].objective, stage, run.mesh, CompileCounter())
   whole = {bucket: programs.gradient(bucket, 3, step.Split(layout)) for bucket in batches}
   parts = programs.gradient(("144p", 4), 3, step.Split(layout, 3))
   return types.SimpleNamespace(
@@ -213,14 +214,24 @@ def test_accumulation_is_the_mean_over_valid_batches(made, programs):
   assert_close_groups(mean, jax.tree.map(lambda *g: sum(g) / 2, *single))
 
 
-def test_a_second_trace_is_an_error():
-  counter = step.TraceCounter()
+def test_a_second_compilation_is_an_error():
+  counter = CompileCounter()
   toy = jax.jit(counter.counted("toy: gradient 144p x 1", lambda x: 2 * x))
   toy(np.ones((2, 3), np.float32))
   toy(np.ones((2, 3), np.float32))
   counter.check()
   toy(np.ones((2, 4), np.float32))
   with pytest.raises(RuntimeError, match=r"toy: gradient 144p x 1.*2"):
+    counter.check()
+
+
+@pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")
+def test_one_trace_that_is_compiled_for_each_device_is_an_error():
+  counter = CompileCounter()
+  toy = jax.jit(counter.counted("toy: encode", lambda x: 2 * x))
+  for device in jax.devices()[:2]:
+    toy(jax.device_put(np.ones(2, np.float32), device))
+  with pytest.raises(RuntimeError, match=r"toy: encode.*2"):
     counter.check()
 
 

@@ -1,0 +1,72 @@
+"""Counts the programs that JAX compiles, from JAX's own events."""
+
+import collections
+import threading
+from collections.abc import Callable
+
+import jax
+
+_COMPILED, _HIT = "/jax/core/compile/backend_compile_duration", "/jax/compilation_cache/cache_hits"
+_lock, _here = threading.Lock(), threading.local()  # flags of the thread's program
+_requests, _compilations = collections.Counter(), collections.Counter()  # of each function name, in this process
+
+
+def _note_hit(event, **_):
+  if event == _HIT:
+    _here.hit = True
+
+
+def _note_program(event, duration_secs, **values):
+  """JAX calls it in the thread that compiles, after a program was compiled or read from JAX's cache."""
+  if event == _COMPILED:
+    name, hit = str(values.get("fun_name", "")).removeprefix("jit(").removesuffix(")"), getattr(_here, "hit", False)
+    _here.hit, _here.cached = False, hit
+    with _lock:
+      _requests[name] += 1
+      _compilations[name] += not hit
+
+
+jax.monitoring.register_event_listener(_note_hit)
+jax.monitoring.register_event_duration_secs_listener(_note_program)
+
+
+def was_cached() -> bool:
+  """Whether the last program of this thread came from JAX's cache."""
+  return getattr(_here, "cached", False)
+
+
+def compilations() -> collections.Counter:
+  """{function name: programs that the compiler made in this process, without those from JAX's cache}."""
+  with _lock:
+    return +_compilations
+
+
+class CompileCounter:
+  """Counts how often each named program is compiled or read from JAX's cache. More than once is an error.
+
+  A second time means that shapes, dtypes or devices changed, or that one program is compiled for each device.
+  """
+
+  def __init__(self):
+    self._before = {}
+
+  def counted(self, name: str, function: Callable) -> Callable:
+    """`function` under another name, by which JAX reports its programs."""
+
+    def named(*args):
+      return function(*args)
+
+    named.__name__ = named.__qualname__ = name
+    self._before.setdefault(name, _requests[name])
+    return named
+
+  @property
+  def counts(self) -> dict[str, int]:
+    """{name: number of its programs}."""
+    with _lock:
+      return {name: _requests[name] - before for name, before in self._before.items()}
+
+  def check(self) -> None:
+    """Raises RuntimeError if a program was compiled more than once."""
+    if again := {name: n for name, n in self.counts.items() if n > 1}:
+      raise RuntimeError(f"programs were compiled more than once (shapes, dtypes or devices changed between steps): {again}")
