@@ -20,13 +20,18 @@ from stdit_jax.components import need_file
 from stdit_jax.config import Config
 from stdit_jax.diffusion.noise import Purpose, fold_in, sample_keys
 from stdit_jax.interop import load_variables, measures
-from stdit_jax.parallel.shardings import ArraySpec, Layout, Tree, tree_shardings
+from stdit_jax.parallel.shardings import ArraySpec, Layout, Tree, channels, gather_whole, tree_shardings
 from stdit_jax.training.batches import BatchMaker, Encoders, autoencoder_batches
 from stdit_jax.training.state import init_shapes
 
 WEIGHTS = ("reconstruction", "kl", "latent", "identity", "perceptual", "adversarial")  # autoencoder.<name>_weight
-# Autoencoders and the networks that train them are small, so every device has all of their parameters.
-RULES = ((r"(^|/)((shortcut_)?(encoder|decoder)|quant_conv|post_quant_conv|discriminator|perceptual)/", P()),)
+# `fsdp` splits kernels `[..., in, out]` along the input channels, which are the rows of a TPU tile (parallel/shardings.py). It
+# splits output channels if it does not divide the input channels. Other parameters are small, or do not train.
+_TRAINED = r"(^|/)((shortcut_)?(encoder|decoder)|quant_conv|post_quant_conv|discriminator)/"
+RULES = (
+  (rf"{_TRAINED}(.*/)?kernel$", channels(-2), channels(-1), P()),
+  (rf"{_TRAINED}|(^|/)perceptual/", P()),
+)
 
 
 class AutoencoderObjective:
@@ -215,6 +220,7 @@ class AutoencoderObjective:
 
   def loss(self, params: Tree, frozen: Tree, batch: Tree, layout: Layout | None = None) -> tuple[jax.Array, Tree]:
     """A batch with pixels uint8 `[B, T, crop, crop, 3]` -> (loss per sample, its terms and further values per sample)."""
+    params = self._gathered(params, layout)
     loss, values, made = self._terms(params["autoencoder"], frozen, batch, layout)
     if not self.weights["adversarial"]:
       return loss, values
@@ -229,7 +235,11 @@ class AutoencoderObjective:
 
   def fixed_loss(self, params: Tree, frozen: Tree, batch: Tree, count: int, layout: Layout | None = None) -> jax.Array:
     """Loss `[1, B]` without the adversarial term. There are no timesteps. The sample alone decides its crop and noise."""
-    return self._terms(params["autoencoder"], frozen, batch, layout)[0][None]
+    return self._terms(self._gathered(params, layout)["autoencoder"], frozen, batch, layout)[0][None]
+
+  def _gathered(self, params, layout):
+    """Whole parameters on all devices. Layers cast kernels to the model's dtype anyway."""
+    return gather_whole(params, layout, DTYPES[self.config.autoencoder.dtype], self.rules)
 
   def fixed_names(self, count: int) -> Sequence[str | None]:
     return [None]

@@ -16,17 +16,21 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from configs import base
-from stdit_jax.autoencoders import causal3d, perceptual, registry
+from stdit_jax.autoencoders import causal3d, codec, perceptual, registry
 from stdit_jax.conditioning import captions
 from stdit_jax.models import t5
 from stdit_jax.models.layers import OVER_TIME
 from stdit_jax.models.stdit_common import RULES
 from stdit_jax.models.step_cache import PyramidBroadcast, ResidualCache, Reuse
-from stdit_jax.parallel import hlo
+from stdit_jax.parallel import hlo, shardings
 from stdit_jax.parallel.attention import attend, cudnn_kernel
 from stdit_jax.parallel.mesh import make_mesh, mesh_sizes
-from stdit_jax.parallel.shardings import Layout, constrain, tree_shardings
+from stdit_jax.parallel.shardings import Layout, constrain, tree_shardings, with_shardings
+from stdit_jax.training import step
 from stdit_jax.training.autoencoding import AutoencoderObjective
+from stdit_jax.training.counter import CompileCounter
+from stdit_jax.training.objectives import make_objective
+from stdit_jax.training.stages import make_stages
 from tests import denoisers
 from tests.helpers import random_variables, relative_error
 from tests.models.test_invariants import CONFIGS, join, outputs_and_gradients, sample, split
@@ -180,8 +184,9 @@ def test_a_codec_over_devices_gives_the_values_of_one(name, length):
 
 
 @needs_devices
-def test_an_autoencoder_trains_on_clips_split_in_time():
-  """Loss and gradients equal those of one device. Clips whose length does not divide are not split."""
+def test_an_autoencoder_trains_on_clips_split_in_time(monkeypatch):
+  """Loss and gradients equal those of one device. Clips whose length does not divide are not split. `fsdp` splits kernels."""
+  monkeypatch.setattr(shardings, "SMALL", 1)
   config = base.get_config()
   config.task, config.data.buckets = "autoencoder", (("144p", 33, 1.0, 2),)
   config.autoencoder.update(name="tiny-causal3d", crop=16, reconstruction="l2")
@@ -195,8 +200,48 @@ def test_an_autoencoder_trains_on_clips_split_in_time():
     total = lambda p: objective.loss(p, frozen, batch, layout)[0].sum()  # noqa: E731
     return jax.tree.leaves(jax.jit(jax.value_and_grad(total))(params))
 
-  for ours, alone in zip(results(Layout(make_mesh({"data": 2, "sequence": 4}), True)), results(None)):
+  for ours, alone in zip(results(Layout(make_mesh({"fsdp": 2, "sequence": 4}), True)), results(None)):
     assert relative_error(ours, alone) < 1e-5
+
+
+@needs_devices
+def test_fsdp_splits_an_autoencoder_that_trains():
+  """Loss and gradients are those of whole parameters. A device needs less memory, and gathers each kernel once."""
+  config = base.get_config()
+  config.task, config.data.buckets = "autoencoder", (("64p", 1, 1.0, 8),)
+  config.autoencoder.update(name="tiny-kl-f8", crop=16)
+  config.autoencoder.fields = {"block_out_channels": (128, 128)}
+  stage = make_stages(config)[0]
+  objective, rng = make_objective(stage.config), np.random.default_rng(0)
+  params, frozen = objective.init(jax.random.key(0))
+  batch = {
+    "pixels": rng.integers(0, 256, (8, 1, 16, 16, 3), np.uint8), "weight": np.ones(8, np.float32),
+    "sample_id": np.stack([np.zeros(8, np.uint32), np.arange(8, dtype=np.uint32)], 1),
+  }  # fmt: skip
+
+  def results(**axes):
+    mesh = make_mesh(axes)
+    programs = step.Programs(objective, stage, mesh, CompileCounter())
+    program = programs.gradient(("64p", 1), 8, step.Split(Layout(mesh)))
+    compiled = program.lower().compile()
+    placed = jax.device_put((params, frozen, batch), compiled.input_shardings[0][:3])
+    accumulator, values = compiled(*placed, programs.new_accumulator(placed[0]))
+    state = codec.bytes_on_device(with_shardings(programs.shapes[0], mesh, objective.rules))
+    memory, gathered = compiled.memory_analysis(), 0
+    for c in hlo.collectives(compiled.as_text()):
+      gathered += c.bytes * c.times if c.kind == "all-gather" else 0
+    return accumulator["gradients"], values["loss"], state, memory.argument_size_in_bytes + memory.temp_size_in_bytes, gathered
+
+  ours, loss, state, memory, gathered = results(data=2, fsdp=4)
+  expected, expected_loss, whole_state, whole_memory, _ = results(data=8)
+  np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
+  largest = max(float(np.abs(x).max()) for x in jax.tree.leaves(expected))
+  for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+    assert np.abs(np.asarray(a) - np.asarray(b)).max() <= 1e-5 * largest
+  assert state < 0.27 * whole_state
+  total = sum(x.nbytes for x in jax.tree.leaves(params))
+  assert 0.98 * total < gathered <= total
+  assert memory < whole_memory - total  # parameters and accumulator are split, the gathered kernels are temporary
 
 
 @needs_devices

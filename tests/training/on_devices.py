@@ -15,7 +15,10 @@ from stdit_jax.training import step
 from stdit_jax.training.batches import to_global
 from stdit_jax.training.counter import CompileCounter
 from tests.runs import Run
-from tests.tiny_run import eight_config, frozen_text
+from tests.tiny_run import eight_config, frozen_text, small_autoencoder
+
+AUTOENCODER = {**small_autoencoder(), "autoencoder__fields": {"block_out_channels": (128, 128)}}
+del AUTOENCODER["data__buckets"]  # `eight_config` has its own
 
 
 def one_micro_step(run, mesh, params, frozen, batch):
@@ -59,6 +62,13 @@ def main(folder):
   params = {path_name(p): np.asarray(x) for p, x in jax.tree_util.tree_flatten_with_path(state["params"])[0]}
   save_file(params, folder / "resumed.safetensors")
   resumed.train(started=(state, frozen, at))
+
+  # `fsdp` splits the kernels of an autoencoder, and everything that the optimizer keeps for them.
+  trained = Run(eight_config(assets, folder / "autoencoder", steps=1, mesh={"data": 2, "fsdp": 4}, **AUTOENCODER)).train()
+  share = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(trained)) / sum(
+    x.nbytes for x in jax.tree.leaves(trained)
+  )
+  assert 0.25 < share < 0.27, share
 
   # A separate program runs the text encoder, sharded like the denoiser.
   ahead = Run(eight_config(assets, folder / "ahead", steps=1, mesh={"data": 2, "fsdp": 4}, **frozen_text(assets, "ahead")))

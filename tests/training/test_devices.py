@@ -14,6 +14,7 @@ from stdit_jax.training.checkpoints import load_weights
 from tests import QUICK_FLAGS
 from tests.runs import Run
 from tests.tiny_run import ROOT, eight_config, environment, frozen_text
+from tests.training.on_devices import AUTOENCODER
 
 
 def by_name(tree):
@@ -68,6 +69,20 @@ def test_a_checkpoint_of_one_mesh_resumes_on_another(folder):
   ours, theirs = (by_name(load_weights(devices / name, "params", 3)[0]) for name in ("eight", "single"))
   for name, value in ours.items():
     np.testing.assert_allclose(theirs[name], value, atol=2e-5, err_msg=name)
+
+
+def test_a_split_autoencoder_resumes_on_one_device(folder):
+  """The run on eight devices saved its first step. Both runs then make the same steps."""
+  devices = folder / "devices"
+  run = Run(eight_config(folder / "assets", devices / "autoencoder", steps=2, **AUTOENCODER))
+  state, frozen, step = run.start()
+  assert step == 1
+  run.train(started=(state, frozen, step))
+  Run(eight_config(folder / "assets", devices / "alone", steps=2, **AUTOENCODER)).train()
+  ours, alone = (by_name(load_weights(devices / name, "params", 2)[0]) for name in ("autoencoder", "alone"))
+  assert ours.keys() == alone.keys()
+  for name, value in ours.items():
+    np.testing.assert_allclose(alone[name], value, atol=2e-5, err_msg=name)
 
 
 def test_a_sharded_text_encoder_ahead_of_the_step_has_the_same_loss(folder):
