@@ -34,7 +34,10 @@ Condition = Callable[[str, int | None], dict[str, np.ndarray]]
 
 @dataclasses.dataclass
 class Sample:
-  """One decoded row. If the row cannot be decoded, the weight is 0, `error` is the reason and all pixels are 0."""
+  """One decoded row. If the row cannot be decoded, the weight is 0, `error` is the reason and all pixels are 0.
+
+  A process that reads no row of a step gets one sample of weight 0 instead, which gives its arrays their shapes.
+  """
 
   pixels: np.ndarray | None  # uint8 [T, H, W, 3]; None if the loader reads latents
   caption: str
@@ -75,7 +78,8 @@ def make_loader(
     config: settings of the data.
     folder: folder for tables and plans. Processes may share it.
     shard: the share of every batch that this process reads: (parts, n). The batch is split into n parts. `parts` is the
-      number of one part, or several in order. A dict {(resolution, frames): (parts, n)} splits each bucket in its own way.
+      number of one part, or several in order, or none. A dict {(resolution, frames): (parts, n)} splits each bucket in its own
+      way.
     start: the first global micro step.
     skip: global micro steps to skip.
     condition: makes `Sample.cond` from caption and label. Workers call it for every row, also for rows that they cannot decode.
@@ -140,8 +144,10 @@ class Loader(contextlib.AbstractContextManager["Loader"], Iterator[LoadedStep]):
     self.plans, self.state, self.skip, self.epochs = sequence, start, frozenset(skip), epochs
     self._reported = {""}  # kinds of gaps, each logged once
     config, table = sequence.config, sequence.table
-    # Rows of a step that this process reads, for every bucket.
-    self.rows_per_step = [(b.batch_size or 0) // n * len(parts) for b, (parts, n) in zip(config.parsed_buckets(), shares)]
+    # Samples of a step for this process, for every bucket. At least one, so that reading ahead stays close to this step.
+    self.rows_per_step = [
+      b.batch_size // n * len(parts) or 1 if b.batch_size else 0 for b, (parts, n) in zip(config.parsed_buckets(), shares)
+    ]
     report = sequence.report(0)
     usable = report.rows - sum(n for reason, n in report.dropped.items() if reason in sources.PROBLEMS)
     self._limit = BadRows(config.max_bad_rows, min(usable, table.num_rows))
@@ -270,7 +276,7 @@ class RowSource:
 
   Args:
     shares: (parts, number of parts) of every bucket.
-    rows_per_step: number of rows of a step that the process reads, for every bucket.
+    rows_per_step: number of samples of a step for the process, for every bucket.
     epoch: the epoch of element 0.
     first: number of rows of this epoch that come before element 0.
     epochs: the source ends after this many epochs. None = never.
@@ -305,9 +311,9 @@ class RowSource:
     begin, end = current.slots(step)
     parts, count = self.shares[current.bucket_index(step)]
     size = (end - begin) // count  # slots of one part
-    slot = begin + parts[within // size] * size + within % size
+    slot = begin + parts[within // size] * size + within % size if parts else begin
     row, key, bucket, _ = current.slot(slot)
-    return epoch, slot, row, key, bucket
+    return epoch, slot, row, key, bucket, bool(parts)
 
 
 def _end_with_parent(*_):
@@ -367,7 +373,8 @@ def in_time(seconds: float, function: Callable, *args: Any) -> Any:
 class RowDecoder:
   """Turns an element of `RowSource` into the fields of a `Sample`. Picklable.
 
-  An element is (epoch, slot, slot row, aspect-ratio key, bucket), or () after the last epoch.
+  An element is (epoch, slot, slot row, aspect-ratio key, bucket, owned), or () after the last epoch. If the process does not
+  own the row, the sample gets weight 0, and no video is read.
   """
 
   def __init__(self, config, table, condition, cache=None):
@@ -376,19 +383,21 @@ class RowDecoder:
   def __call__(self, element: tuple) -> dict:
     if not element:
       return {"end": np.zeros(1)}
-    epoch, slot, slot_row, key, bucket = element
+    epoch, slot, slot_row, key, bucket, owned = element
     row, size = self.table.row(slot_row), aspect_ratios.size(bucket.resolution, key)
     fields = {"caption": "", "num_frames": bucket.num_frames, "height": size[0], "width": size[1], "fps": video.DEFAULT_FPS,
-              "weight": 1.0, "sample_id": np.array([epoch, slot]), "row": self.table.locate(slot_row)[1], "path": row.path,
-              "label": row.label}  # fmt: skip
+              "weight": float(owned), "sample_id": np.array([epoch, slot]), "row": self.table.locate(slot_row)[1],
+              "path": row.path, "label": row.label}  # fmt: skip
     try:
       if self.cache:
         self._read_cached(self.cache, fields, element, row)
+      elif not owned:
+        fields["pixels"] = np.zeros((bucket.num_frames, *size, 3), np.uint8)
       else:
         fields["caption"] = self.caption(row, epoch, slot_row)
         rate, fields["pixels"] = self._read(row, bucket.num_frames, size, self.config.window(epoch), slot_row)
         fields["fps"] = self._fps(rate, bucket.num_frames)
-      if row.text_features:
+      if row.text_features and owned:
         fields["text_features"] = in_time(self.config.row_timeout, sources.text_embedding, row.text_features)
     except video.BadVideo as e:
       if not self.cache:
@@ -405,7 +414,7 @@ class RowDecoder:
 
     Raises BadVideo if `encode` could not decode the row.
     """
-    epoch, _, slot_row, key, bucket = element
+    epoch, _, slot_row, key, bucket, _ = element
     clip = cache.clip(epoch, slot_row, row, bucket, list(aspect_ratios.SIZES[bucket.resolution]).index(key))
     fields |= {name: clip[name] for name in ("latents_mean", "latents_std") if clip[name] is not None}
     fields["caption"] = self.caption(row, epoch, slot_row)
