@@ -30,7 +30,10 @@ Condition = Callable[[str, int | None], dict[str, np.ndarray]]
 
 @dataclasses.dataclass
 class Sample:
-  """One decoded row. If the row cannot be decoded, the weight is 0, `error` is the reason and all pixels are 0."""
+  """One decoded row. If the row cannot be decoded, the weight is 0, `error` is the reason and all pixels are 0.
+
+  A process that reads no row of a step gets one sample of weight 0 instead, which gives its arrays their shapes.
+  """
 
   pixels: np.ndarray | None  # uint8 [T, H, W, 3]; None if the loader reads latents
   caption: str
@@ -71,7 +74,8 @@ def make_loader(
     config: settings of the data.
     folder: folder for tables and plans. Processes may share it.
     shard: the share of every batch that this process reads: (parts, n). The batch is split into n parts. `parts` is the
-      number of one part, or several in order. A dict {(resolution, frames): (parts, n)} splits each bucket in its own way.
+      number of one part, or several in order, or none. A dict {(resolution, frames): (parts, n)} splits each bucket in its own
+      way.
     start: the first global micro step.
     skip: global micro steps to skip.
     condition: makes `Sample.cond` from caption and label. Workers call it for every row, also for rows that they cannot decode.
@@ -137,8 +141,10 @@ class Loader(contextlib.AbstractContextManager["Loader"], Iterator[LoadedStep]):
     self.plans, self.state, self.skip, self.epochs = sequence, start, frozenset(skip), epochs
     self._reported = {""}  # kinds of gaps, each logged once
     config, table = sequence.config, sequence.table
-    # Rows of a step that this process reads, for every bucket.
-    self.rows_per_step = [(b.batch_size or 0) // n * len(parts) for b, (parts, n) in zip(config.parsed_buckets(), shares)]
+    # Samples of a step for this process, for every bucket. At least one, so that reading ahead stays close to this step.
+    self.rows_per_step = [
+      b.batch_size // n * len(parts) or 1 if b.batch_size else 0 for b, (parts, n) in zip(config.parsed_buckets(), shares)
+    ]
     report = sequence.report(0)
     usable = report.rows - sum(n for reason, n in report.dropped.items() if reason in sources.PROBLEMS)
     self._limit = BadRows(config.max_bad_rows, min(usable, table.num_rows))
@@ -257,7 +263,7 @@ def bytes_of_rows(decode: "RowDecoder", current: plan.Plan) -> list[int]:
   for index, slot in current.first_slots().items():
     row, key, bucket, _ = current.slot(slot)
     if decode.cache:
-      fields = decode((0, slot, row, key, bucket))
+      fields = decode((0, slot, row, key, bucket, True))
     elif path := decode.table.row(row).text_features:
       fields = {}
       with contextlib.suppress(video.BadVideo, OSError):  # the loader reports a file that it can't read
@@ -316,27 +322,30 @@ def in_time(seconds: float, function: Callable, *args: Any) -> Any:
 class RowDecoder:
   """Turns a row of `read_ahead.RowSource` into the fields of a `Sample`. Picklable.
 
-  A row is (epoch, slot, slot row, aspect-ratio key, bucket).
+  A row is (epoch, slot, slot row, aspect-ratio key, bucket, owned). If the process does not own the row, the sample gets weight
+  0, and no video is read.
   """
 
   def __init__(self, config, table, condition, cache=None):
     self.config, self.table, self.condition, self.cache = config, table, condition, cache
 
   def __call__(self, element: tuple) -> dict:
-    epoch, slot, slot_row, key, bucket = element
+    epoch, slot, slot_row, key, bucket, owned = element
     row, size = self.table.row(slot_row), aspect_ratios.size(bucket.resolution, key)
     sample_id = self.config.sample_epoch(epoch), slot
     fields = {"caption": "", "num_frames": bucket.num_frames, "height": size[0], "width": size[1], "fps": video.DEFAULT_FPS,
-              "weight": 1.0, "sample_id": sample_id, "row": self.table.locate(slot_row)[1], "path": row.path,
+              "weight": float(owned), "sample_id": sample_id, "row": self.table.locate(slot_row)[1], "path": row.path,
               "label": row.label}  # fmt: skip
     try:
       if self.cache:
         self._read_cached(self.cache, fields, element, row)
+      elif not owned:
+        fields["pixels"] = np.zeros((bucket.num_frames, *size, 3), np.uint8)
       else:
         fields["caption"] = self.caption(row, epoch, slot_row)
         rate, fields["pixels"] = self._read(row, bucket.num_frames, size, self.config.window(epoch), slot_row)
         fields["fps"] = self._fps(rate, bucket.num_frames)
-      if row.text_features:
+      if row.text_features and owned:
         fields["text_features"] = in_time(self.config.row_timeout, sources.text_embedding, row.text_features)
     except video.BadVideo as e:
       if not self.cache:
@@ -353,7 +362,7 @@ class RowDecoder:
 
     Raises BadVideo if `encode` could not decode the row.
     """
-    epoch, _, slot_row, key, bucket = element
+    epoch, _, slot_row, key, bucket, _ = element
     clip = cache.clip(epoch, slot_row, row, bucket, list(aspect_ratios.SIZES[bucket.resolution]).index(key))
     fields |= {name: clip[name] for name in ("latents_mean", "latents_std") if clip[name] is not None}
     fields["caption"] = self.caption(row, epoch, slot_row)

@@ -136,7 +136,7 @@ class RowSource:
 
   Args:
     shares: (parts, number of parts) of every bucket.
-    rows_per_step: number of rows of a step that the process reads, for every bucket.
+    rows_per_step: number of samples of a step for the process, for every bucket.
     ahead: weights and groups of the buckets.
     start: (epoch, step of the epoch) of the first group.
     epochs: the source ends after this many epochs. None = never.
@@ -203,9 +203,9 @@ class RowSource:
     parts, count = self.shares[index]
     size, rows = (end - begin) // count, []  # slots of one part
     for within in self._rows_of(index, group):
-      slot = begin + parts[within // size] * size + within % size
+      slot = begin + parts[within // size] * size + within % size if parts else begin
       row, key, bucket, _ = current.slot(slot)
-      rows.append((epoch, slot, row, key, bucket))
+      rows.append((epoch, slot, row, key, bucket, bool(parts)))
     return rows
 
 

@@ -21,6 +21,7 @@ from stdit_jax.components import Components, load_text_encoder
 from stdit_jax.config import Autoencoder, Config
 from stdit_jax.errors import InputError
 from stdit_jax.models.family import SCALARS, token_grid
+from stdit_jax.parallel.exchange import crosses_processes, exchange, row_places
 from stdit_jax.parallel.shardings import ArraySpec, Layout, Tree
 from stdit_jax.training.clip_encoder import ClipEncoder, Size, load_encoder
 from stdit_jax.training.compilation import AheadOfTime
@@ -29,13 +30,17 @@ log = logging.getLogger("data")  # where data/loader.py reports skipped rows
 ROWS = ArraySpec(())  # any array whose first axis is the rows
 
 
-def to_global(batch: Any, specs: Any, layout: Layout) -> Any:
-  """Global arrays over the mesh from the rows of this process.
+def to_global(batch: Any, specs: Any, layout: Layout, count: int | None = None) -> Any:
+  """Global arrays over the mesh from the rows of this process. If processes share parts of the batch, they exchange rows.
 
   Args:
-    batch: tree of NumPy arrays. Their rows are in the order of `layout.process_parts()`.
+    batch: tree of NumPy arrays. Their rows are `exchange.process_rows`, in this order.
     specs: tree of `ArraySpec`. Only the axes matter.
+    count: rows of the global batch. Needed if the devices of `layout` belong to several processes.
   """
+  if crosses_processes(layout):
+    assert count, "processes share parts of the batch, so they need the number of its rows"
+    return exchange(batch, specs, layout, row_places(layout, count))
   parts, count = layout.process_parts(), layout.batch_parts
 
   def lay_out(spec, value):
@@ -153,9 +158,17 @@ def _denoiser_arrays(components, clips, step, layout):
   sizes = np.asarray([mean.shape[:3] for mean, _ in latents], np.int32)
   grids = np.asarray([token_grid(config, size) for size in sizes], np.int32)
   scalars = {name: np.asarray([getattr(s, name) for s in samples], np.float32) for name in SCALARS}
+<<<<<<< HEAD
   cond = components.conditioner.collate(samples)
   batch = {**moments, "latent_size": sizes, "sizes": {"grid": grids, **scalars}, "cond": cond, **sample_fields(samples)}
   return batch, specs | {"cond": dict.fromkeys(cond, ROWS)}
+=======
+  arrays = components.conditioner.collate(samples)
+  cond = to_global(arrays, dict.fromkeys(arrays, ROWS), layout, step.batch_size)
+  batch = {**moments, "latent_size": sizes, "sizes": {"grid": grids, **scalars}, **sample_fields(samples)}
+  specs.pop("cond")
+  return to_global(batch, specs, layout, step.batch_size) | {"cond": ahead(cond, layout) if ahead else cond}
+>>>>>>> item11
 
 
 def autoencoder_batches(config: Config) -> BatchMaker:
@@ -170,7 +183,11 @@ class _Crops:
   def __call__(self, step, layout):
     samples, pixels = zip(*map(self._cropped, step.samples))
     batch = {"pixels": np.stack(pixels)} | sample_fields(samples)
+<<<<<<< HEAD
     return batch, dict.fromkeys(batch, ROWS)
+=======
+    return to_global(batch, dict.fromkeys(batch, ROWS), layout, step.batch_size)
+>>>>>>> item11
 
   def _cropped(self, s):
     """(sample, its pixels). A clip that is too small gets weight 0, since an error would end a run after days.

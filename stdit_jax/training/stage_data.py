@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from data import paths, plan, sources
 from data.buckets import Bucket
 from data.loader import Loader, make_loader
+from stdit_jax.parallel.exchange import process_rows
 from stdit_jax.parallel.shardings import Layout
 from stdit_jax.training.objectives import Objective
 from stdit_jax.training.stages import Stage, naming
@@ -134,7 +135,8 @@ class StageData:
 
   def loader(self, taken: int, skip: Sequence[int] = (), epochs: int | None = None) -> Loader:
     """The loader of this process after `taken` micro steps of the stage. `skip`: micro steps of the plan to skip."""
-    shard: Any = {bucket: (split.layout.process_parts(), split.layout.batch_parts) for bucket, split in self.splits.items()}
+    sizes = {(b.resolution, b.num_frames): b.batch_size or 0 for b in self.config.parsed_buckets()}
+    shard: Any = {key: (process_rows(split.layout, sizes[key]), sizes[key]) for key, split in self.splits.items()}
     start = plan.place(taken, skip)
     return make_loader(
       self.config, self.folder, shard=shard, start=start, skip=skip, condition=self._condition, epochs=epochs, cache=self.cache

@@ -122,6 +122,24 @@ def test_shards_of_two_processes_make_the_same_batches(folder, sequence):
     assert_same(whole, parts[0])
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_process_without_rows_of_a_step_reads_nothing_and_stays_in_step(folder, sequence, workers):
+  """Of the bucket of single frames the process reads no row, of the other buckets the second half, also of the whole plan."""
+  shard = {("144p", 17): ((1,), 2), ("144p", 9): ((2, 3), 4), ("144p", 1): ((), 2)}
+  for start, whole in ((0, shard), (5, shard), (0, dict.fromkeys(shard, ((), 2)))):
+    steps = load(folder, 6, config_of(folder, workers=workers), shard=whole, start=start, condition=condition)
+    for ours, wanted in zip(steps, sequence[start:], strict=False):
+      assert (ours.bucket, ours.step, ours.batch_size) == (wanted.bucket, wanted.step, wanted.batch_size)
+      if whole[ours.bucket][0]:
+        ours.samples = [*wanted.samples[: -len(ours.samples)], *ours.samples]
+        assert_same(ours, wanted)
+      else:
+        (only,) = ours.samples
+        assert (only.weight, only.error) == (0, "")
+        np.testing.assert_array_equal(only.pixels, np.zeros_like(wanted.samples[0].pixels))
+        assert only.cond.keys() == wanted.samples[0].cond.keys()
+
+
 def test_worker_processes_change_nothing(folder, sequence):
   config = config_of(folder, workers=2)
   with loader.make_loader(config, str(folder / "cache"), start=1, condition=condition) as steps:
@@ -250,7 +268,7 @@ def test_labels_and_conditions_pass_through_worker_processes(tmp_path, suffix):
 
 
 def test_fps_rules(folder):
-  element = (0, 0, 0, "0.56", config_of(folder).parsed_buckets()[1])
+  element = (0, 0, 0, "0.56", config_of(folder).parsed_buckets()[1], True)
   for rule, want in (("exact", 24 / 5), ("1.2", 4.0), ("1.1", 24.0)):
     config = config_of(folder, fps_rule=rule, frame_interval=5)
     table = sources.open_table(config, str(folder / "cache"))

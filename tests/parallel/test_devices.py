@@ -6,6 +6,7 @@ A process with fewer devices runs this file again in a child with eight.
 import dataclasses
 import functools
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -44,7 +45,8 @@ def test_in_a_process_with_eight_devices():
   flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
   # NPROC: a waiting collective holds a thread of XLA's pool (see tests/training/test_devices.py).
   environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "NPROC": "64"}
-  command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-k", "not in_a_process", __file__]
+  files = __file__, str(pathlib.Path(__file__).with_name("test_exchange.py"))
+  command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-k", "not in_a_process", *files]
   child = subprocess.run(command, env=environment, capture_output=True, text=True)
   assert child.returncode == 0, child.stdout[-5000:] + child.stderr[-2000:]
   assert "skipped" not in child.stdout

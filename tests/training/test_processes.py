@@ -1,8 +1,13 @@
 """Two processes with two CPU devices each: they train like one process with four, stop together, and end if one dies."""
 
+import collections
 import contextlib
+import csv
+import itertools
 import json
+import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +19,7 @@ from PIL import Image
 
 from stdit_jax.training.checkpoints import Checkpoints
 from tests import QUICK_FLAGS
+from tests.data import files
 from tests.object_store import BUCKET
 from tests.tiny_run import ROOT, environment, frozen_text, small_autoencoder, start_processes, text_from_disk, write_config
 
@@ -113,6 +119,60 @@ def test_both_processes_restart_when_one_finds_a_damaged_checkpoint(both, store)
   assert codes == [75, 75], [text[-3000:] for text in texts]
   assert any("is damaged" in text for text in texts)
   assert Checkpoints(f"gs://{BUCKET}/both").is_marked(STEPS)  # test_resume.py tests the next start
+
+
+@pytest.fixture(scope="module")
+def sharing(assets, folder, one):
+  """What shared_rows.py wrote for two processes whose devices split the tokens of the rows: first the run `one`, then a stage.
+
+  Its batches have one row, which the first process owns. Of three files one exists only for the first process, one only for
+  the second process.
+  """
+  places = [folder / "sharing" / str(i) for i in (0, 1)]
+  for i, place in enumerate(places):
+    place.mkdir(parents=True)
+    shutil.copy(assets / f"{i}.png", place / f"only{i}.png")
+  shutil.copy(assets / "2.png", folder / "sharing" / "both.png")
+  with (assets / "features.csv").open() as file:
+    rows = [{**row, "text_features": assets / row["text_features"]} for row in csv.DictReader(file)][6:9]
+  for row, path in zip(rows, ("/proc/self/cwd/only0.png", "/proc/self/cwd/only1.png", folder / "sharing" / "both.png")):
+    row["path"] = path
+  files.write_csv(folder / "sharing" / "table.csv", rows)
+  data = {"tables": str(folder / "sharing" / "table.csv"), "buckets": (("64p", 1, 1.0, 1),), "max_bad_rows": 1}
+  stages = {"name": "same", "steps": STEPS}, {"name": "few", "steps": 3, **{f"data.{key}": data[key] for key in data}}
+  settings = {**SETTINGS, **text_from_disk(assets), "mesh": {"sequence": 4}, "split_tokens": "always"}
+  config = write_config(folder / "sharing" / "config.py", assets, folder / "sharing" / "run", **settings, stages=stages)
+  processes = start_processes(config, folder / "sharing", module="tests.training.shared_rows", places=places)
+  codes = [p.wait(300) for p in processes]
+  assert codes == [0, 0], [(folder / "sharing" / f"{i}.log").read_text()[-3000:] for i in (0, 1)]
+  return [json.loads((folder / "sharing" / "run" / f"{i}.json").read_text()) for i in (0, 1)]
+
+
+def test_processes_that_share_rows_read_each_row_once_and_train_like_one(folder, one, sharing):
+  decoded, used = collections.Counter(tuple(clip) for record in sharing for clip in record["decoded"]), collections.Counter()
+  for ours, theirs in itertools.islice(zip(*(record["steps"] for record in sharing), strict=True), STEPS):
+    assert ours["ids"] == theirs["ids"]
+    assert [len(step["samples"]) for step in (ours, theirs)] == [4, 4]
+    both = ours["samples"] + theirs["samples"]
+    assert sorted(ids for ids, _ in both) == sorted(ours["ids"][0])
+    used.update((path, epoch) for (epoch, _), path in both)  # an epoch of six images reads two of them twice
+  assert {clip: decoded[clip] for clip in used} == used  # without what was read ahead for later steps
+  losses = [[line["loss"] for line in lines(output) if "loss" in line][:STEPS] for output in (one, folder / "sharing" / "run")]
+  assert len(losses[0]) == STEPS
+  np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+
+
+def test_a_row_that_one_process_cannot_read_has_one_weight_on_both(folder, sharing):
+  """The owner decides: a file that only the owner has is read, a file that the owner lacks is masked."""
+  weights = {}
+  for ours, theirs in zip(*(record["steps"][STEPS:] for record in sharing), strict=True):
+    assert ours["ids"] == theirs["ids"]
+    ((_, path),) = ours["samples"]
+    weights[pathlib.Path(path).name] = ours["weights"] + theirs["weights"]  # of all devices
+  assert weights == {"only0.png": [[1.0]] * 4, "only1.png": [[0.0]] * 4, "both.png": [[1.0]] * 4}
+  ours, theirs = (np.load(folder / "sharing" / "run" / f"{i}.npz") for i in (0, 1))
+  for name in ours:
+    assert len({x.tobytes() for x in (*ours[name], *theirs[name])}) == 1, name
 
 
 def test_two_processes_sample_the_frames_of_one(assets, folder, one):
