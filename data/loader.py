@@ -7,6 +7,7 @@ global micro step. This state is the same for any number of processes: n process
 import bisect
 import contextlib
 import dataclasses
+import errno
 import logging
 import math
 import multiprocessing
@@ -26,6 +27,8 @@ log.setLevel(logging.WARNING)  # reports skipped rows, although entry points sil
 
 _ENDLESS = 1 << 40  # length of an endless source; grain requires a length
 _AHEAD_BYTES = 2 << 30  # largest size of all rows that are decoded in advance
+_LATE = "reading took longer than data.row_timeout"
+_MOST_LATE = 4  # after so many late rows, one after the other, the disk or the network is at fault
 _CAPTION, _CLIP, _SCORES = 3, 4, 5  # purposes of a row's random numbers
 
 Shard = tuple[int | Sequence[int], int]
@@ -152,7 +155,7 @@ class Loader(contextlib.AbstractContextManager["Loader"], Iterator[LoadedStep]):
       first = int(sequence.plan(epoch).ends(self.rows_per_step)[step - 1])
     self._prepare(epoch + 1)
     source = RowSource(sequence, shares, self.rows_per_step, epoch, first, epochs)
-    self._rows = _read_ahead(source, RowDecoder(config, table, condition, sequence.cache), config, self.rows_per_step)
+    self._rows = _steady(_read_ahead(source, RowDecoder(config, table, condition, sequence.cache), config, self.rows_per_step))
 
   def __next__(self) -> LoadedStep:
     while self.state in self.skip:
@@ -240,7 +243,8 @@ def read_clips(config: DataConfig, table: sources.Table, keys: np.ndarray, ahead
 
   Raises OSError if I/O errors persist.
   """
-  rows = _read_ahead(keys.tolist(), ClipDecoder(config, table, None), dataclasses.replace(config, read_ahead=ahead), [ahead])
+  config = dataclasses.replace(config, read_ahead=ahead)
+  rows = _steady(_read_ahead(keys.tolist(), ClipDecoder(config, table, None), config, [ahead]))
   with contextlib.closing(rows):
     yield from zip(keys, rows)
 
@@ -263,6 +267,31 @@ def _read_ahead(source, decode, config, rows_per_step):
   rows = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
   options = grain.MultiprocessingOptions(num_workers=config.workers, per_worker_buffer_size=-(-ahead // config.workers))
   return iter(rows.mp_prefetch(options, worker_init_fn=_end_with_parent))
+
+
+def _steady(rows):
+  """Yields the rows. Raises OSError for a fault that is not the rows': a worker that ended, or no row that is read in time.
+
+  A row that takes too long waits here for the next one, so that no step is made of rows that were not read.
+  """
+  late = []
+  with contextlib.closing(rows):
+    while True:
+      try:
+        row = next(rows)
+      except StopIteration:
+        yield from late
+        return
+      except RuntimeError as error:
+        if not str(error).startswith("Worker process was terminated"):
+          raise
+        raise OSError(errno.EPIPE, f"data.workers: {error}") from error
+      late.append(row)
+      if not row.get("error", "").startswith(_LATE):
+        yield from late
+        late = []
+      elif len(late) == _MOST_LATE:
+        raise OSError(errno.ETIMEDOUT, f"{_MOST_LATE} rows, one after the other: {row['error']}", row["path"])
 
 
 class RowSource:
@@ -358,7 +387,7 @@ def in_time(seconds: float, function: Callable, *args: Any) -> Any:
     result, error = _helpers.own.results.get(timeout=seconds)
   except queue.Empty:
     del _helpers.own
-    raise video.BadVideo(f"reading took longer than data.row_timeout={seconds:g} s") from None
+    raise video.BadVideo(f"{_LATE}={seconds:g} s") from None
   if error:
     raise error
   return result

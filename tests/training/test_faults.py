@@ -2,6 +2,7 @@
 
 import errno
 import itertools
+import multiprocessing
 
 import jax
 import pytest
@@ -25,10 +26,10 @@ def alone(assets, tmp_path_factory):
   return folder / "run"
 
 
-def end_of(config):
+def end_of(config, *changes):
   """Exit code of `train`, which runs in this process."""
   try:
-    train.main(["--config", str(config)])
+    train.main(["--config", str(config), *changes])
   except SystemExit as stop:
     return stop.code
   return 0
@@ -66,6 +67,25 @@ def test_a_passing_fault_asks_for_a_new_start(assets, alone, tmp_path, monkeypat
   text = capsys.readouterr().err
   assert str(error.strerror if isinstance(error, OSError) else error) in text
   assert ("Traceback" in text) == (error is HALTED)  # JAX's own errors may be bugs
+  assert end_of(config) == 0
+  assert_same_bits(alone, tmp_path / "run", 4, least=20)
+
+
+def test_a_killed_worker_asks_for_a_new_start(assets, alone, tmp_path, monkeypatch, capsys):
+  """The kernel kills a worker, for instance, if memory is full."""
+  config, update = write_config(tmp_path / "config.py", assets, tmp_path / "run", **SETTINGS), StagePrograms.update
+
+  def killing(programs):
+    for worker in multiprocessing.active_children():
+      worker.kill()
+    return update(programs)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(StagePrograms, "update", killing)
+    assert end_of(config, "--config.data.workers=1", "--config.data.read_ahead=1") == 75
+  text = capsys.readouterr().err
+  assert "Worker process was terminated unexpectedly with exit code -9" in text
+  assert "Traceback" not in text
   assert end_of(config) == 0
   assert_same_bits(alone, tmp_path / "run", 4, least=20)
 
