@@ -50,7 +50,8 @@ class DataConfig:
     workers: number of decoding processes; 0 = threads of this process.
     read_ahead: number of rows to decode in advance; None = two steps of the largest bucket, at most 2 GB.
     row_timeout: seconds after which a row that is still being read counts as undecodable; 0 = never. Keep it below
-      `watchdog.timeout`, which ends a training that waits too long for data.
+      `watchdog.timeout`, which ends a training that waits too long for data. If four rows, one after the other, take longer,
+      the loader raises OSError, because then the disk or the network is at fault.
     max_bad_rows: files that may fail to decode before the run stops: a number, or (a float) a share of the usable rows.
     num_classes: every row needs a label from 0 to num_classes - 1; None = rows need no label. The model's conditioner sets this
       value. A configuration cannot set it.

@@ -6,8 +6,8 @@ configs/base.py has every key of a configuration; --config.KEY=VALUE replaces on
 command resumes from the newest checkpoint in `output`. On a pod every host runs the same command (see launch/).
 
 Exit codes: 0 finished; 2 an error, which the message explains; 130 interrupted. 75 means: start the command again. Reasons:
-SIGTERM, a process that hangs or ended, an I/O error that may pass, an error of JAX's runtime. After 10 starts in a row from the
-same step the exit code is 2.
+SIGTERM, a process that hangs or ended (also one of the loader's workers), an I/O error that may pass, storage that gives no
+answer, an error of JAX's runtime. After 10 starts in a row from the same step the exit code is 2.
 """
 
 import contextlib

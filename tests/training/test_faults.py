@@ -3,6 +3,8 @@
 import errno
 import itertools
 import multiprocessing
+import resource
+import threading
 
 import jax
 import pytest
@@ -12,6 +14,7 @@ from stdit_jax import train
 from stdit_jax.errors import may_pass
 from stdit_jax.training import restarts
 from stdit_jax.training.compilation import StagePrograms
+from stdit_jax.training.metrics import Metrics
 from tests.tiny_run import small_autoencoder, write_config
 from tests.training.test_resume import assert_same_bits
 
@@ -99,6 +102,29 @@ def test_a_fault_of_the_user_is_an_error(assets, tmp_path, monkeypatch, capsys):
       assert end_of(config) == 2
     assert words in capsys.readouterr().err
   assert not any(may_pass(error) for error in (full, small, ValueError("x"), RuntimeError("x"), OSError("no number")))
+
+
+def test_metrics_on_a_full_disk_are_an_error_and_no_hang(tmp_path):
+  """A limit on file sizes stands for the full disk. TensorBoard's file reaches it first."""
+  metrics, errors = Metrics(str(tmp_path), 0, 1000), []
+
+  def record():
+    try:
+      for step in range(1000):
+        metrics.record(step, dict.fromkeys("abcdefgh", 1))
+    except OSError as error:
+      errors.append(error.errno)
+
+  thread, limit = threading.Thread(target=record, daemon=True), resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
+  try:
+    thread.start()
+    thread.join(30)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+  assert errors == [errno.EFBIG]
+  assert (tmp_path / "metrics.jsonl").stat().st_size < 20_000
+  metrics.close()
 
 
 def test_a_fault_that_stays_ends_the_restarts(assets, tmp_path, monkeypatch, capsys):
