@@ -12,12 +12,13 @@ answer, an error of JAX's runtime. After 10 starts in a row from the same step t
 
 import contextlib
 import functools
+import logging
 import sys
 import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from absl import logging
+import absl.logging
 
 from stdit_jax import cli
 from stdit_jax.config import Config
@@ -56,7 +57,9 @@ def run(config: Config, watchdog: Watchdog) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
   settings = cli.parse_settings(cli.ConfigSettings, "stdit_jax.train", __doc__, argv)
-  logging.set_verbosity(logging.ERROR)  # orbax reports every step of a checkpoint
+  # Orbax reports every step of a checkpoint, and each error with tracebacks of all its threads before it raises the error.
+  absl.logging.set_verbosity(absl.logging.FATAL)
+  logging.getLogger("asyncio").setLevel(logging.CRITICAL)
   with cli.one_line_errors():
     config = Config.of(cli.read_config(settings.config, settings.changes))
     make_stages(config)  # finds errors before any process waits for another

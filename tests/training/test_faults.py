@@ -1,8 +1,10 @@
 """Faults that may pass end a training with code 75, and the same command resumes it. Faults of the user end it with code 2."""
 
 import errno
+import gc
 import itertools
 import multiprocessing
+import re
 import resource
 import threading
 
@@ -102,6 +104,29 @@ def test_a_fault_of_the_user_is_an_error(assets, tmp_path, monkeypatch, capsys):
       assert end_of(config) == 2
     assert words in capsys.readouterr().err
   assert not any(may_pass(error) for error in (full, small, ValueError("x"), RuntimeError("x"), OSError("no number")))
+
+
+def test_a_checkpoint_on_a_full_disk_is_one_line(assets, alone, tmp_path, monkeypatch, capsys, caplog):
+  """A limit on file sizes stands for the full disk. Without the logs of orbax and asyncio the line is easy to find."""
+  config, update = write_config(tmp_path / "config.py", assets, tmp_path / "run", **SETTINGS), StagePrograms.update
+  limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+  def fill(programs):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limit[1]))
+    return update(programs)
+
+  try:
+    with monkeypatch.context() as patch:
+      patch.setattr(StagePrograms, "update", fill)
+      assert end_of(config) == 2
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+  gc.collect()  # asyncio reports the errors of its tasks when they are deleted
+  (line,) = capsys.readouterr().err.splitlines()
+  assert re.fullmatch(r"error: a checkpoint could not be written to .*File too large.*then resumes from .*", line)
+  assert not caplog.records
+  assert end_of(config) == 0
+  assert_same_bits(alone, tmp_path / "run", 4, least=20)
 
 
 def test_metrics_on_a_full_disk_are_an_error_and_no_hang(tmp_path):
