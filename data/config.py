@@ -55,7 +55,8 @@ class DataConfig:
     read_ahead: number of rows to decode in advance. None = by their bytes: eight steps of the bucket with the most bytes, at
       most 4 GiB, but at least two steps; at most a quarter of the free memory. `train` prints the result.
     row_timeout: seconds after which a row that is still being read counts as undecodable; 0 = never. Keep it below
-      `watchdog.timeout`, which ends a training that waits too long for data.
+      `watchdog.timeout`, which ends a training that waits too long for data. If four rows, one after the other, take longer,
+      the loader raises OSError, because then the disk or the network is at fault.
     max_bad_rows: files that may fail to decode before the run stops: a number, or (a float) a share of the usable rows.
     stage: name of the stage of a training, which decides bucket draws, shuffling and sample ids together with `seed`. So no
       stage repeats the order of another one, or its noise. None = no stage. The program sets this value.

@@ -6,6 +6,7 @@ This state is the same for any number of processes: n processes split each step'
 
 import contextlib
 import dataclasses
+import errno
 import logging
 import math
 import os
@@ -22,6 +23,8 @@ from data.config import DataConfig
 log = logging.getLogger("data")
 log.setLevel(logging.WARNING)  # reports skipped rows, although entry points silence libraries at the root logger
 
+_LATE = "reading took longer than data.row_timeout"
+_MOST_LATE = 4  # after so many late rows, one after the other, the disk or the network is at fault
 _CAPTION, _CLIP, _SCORES = 3, 4, 5  # purposes of a row's random numbers
 
 Shard = tuple[int | Sequence[int], int]
@@ -156,7 +159,8 @@ class Loader(contextlib.AbstractContextManager["Loader"], Iterator[LoadedStep]):
     row_bytes = bytes_of_rows(decode, sequence.plan(0))
     self.ahead = read_ahead.Ahead.of(config, row_bytes, self.rows_per_step, names, cached=bool(sequence.cache))
     source = read_ahead.RowSource(sequence, shares, self.rows_per_step, self.ahead, (epoch, step), epochs)
-    self._rows = read_ahead.Rows(source, decode, self.ahead)
+    self._reading = read_ahead.Rows(source, decode, self.ahead)
+    self._rows = _steady(self._reading)
 
   def __next__(self) -> LoadedStep:
     while self.state in self.skip:
@@ -200,7 +204,7 @@ class Loader(contextlib.AbstractContextManager["Loader"], Iterator[LoadedStep]):
 
   def close(self) -> None:
     if self._rows is not None:
-      self._rows.close()
+      self._reading.close()
     self._rows = None
 
   def __exit__(self, *_):
@@ -249,7 +253,31 @@ def read_clips(
   weights, most = np.ones(len(keys), np.int64) if ahead.in_rows else clip_bytes, ahead.groups[0] * ahead.weights[0]
   rows = read_ahead.Rows(read_ahead.ListSource(keys, weights, most), ClipDecoder(config, table, None), ahead)
   with contextlib.closing(rows):
-    yield from zip(keys, rows)
+    yield from zip(keys, _steady(rows))
+
+
+def _steady(rows):
+  """Yields the rows. Raises OSError for a fault that is not the rows': a worker that ended, or no row that is read in time.
+
+  A row that takes too long waits here for the next one, so that no step is made of rows that were not read.
+  """
+  late = []
+  while True:
+    try:
+      row = next(rows)
+    except StopIteration:
+      yield from late
+      return
+    except RuntimeError as error:
+      if not str(error).startswith("Worker process was terminated"):
+        raise
+      raise OSError(errno.EPIPE, f"data.workers: {error}") from error
+    late.append(row)
+    if not row.get("error", "").startswith(_LATE):
+      yield from late
+      late = []
+    elif len(late) == _MOST_LATE:
+      raise OSError(errno.ETIMEDOUT, f"{_MOST_LATE} rows, one after the other: {row['error']}", row["path"])
 
 
 def bytes_of_rows(decode: "RowDecoder", current: plan.Plan) -> list[int]:
@@ -313,7 +341,7 @@ def in_time(seconds: float, function: Callable, *args: Any) -> Any:
     result, error = _helpers.own.results.get(timeout=seconds)
   except queue.Empty:
     del _helpers.own
-    raise video.BadVideo(f"reading took longer than data.row_timeout={seconds:g} s") from None
+    raise video.BadVideo(f"{_LATE}={seconds:g} s") from None
   if error:
     raise error
   return result

@@ -6,18 +6,19 @@ configs/base.py has every key of a configuration; --config.KEY=VALUE replaces on
 command resumes from the newest checkpoint in `output`. On a pod every host runs the same command (see launch/).
 
 Exit codes: 0 finished; 2 an error, which the message explains; 130 interrupted. 75 means: start the command again. Reasons:
-SIGTERM, a process that hangs or ended, an I/O error that may pass, an error of JAX's runtime. After 10 starts in a row from the
-same step the exit code is 2.
+SIGTERM, a process that hangs or ended (also one of the loader's workers), an I/O error that may pass, storage that gives no
+answer, an error of JAX's runtime. After 10 starts in a row from the same step the exit code is 2.
 """
 
 import contextlib
 import functools
+import logging
 import sys
 import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from absl import logging
+import absl.logging
 
 from stdit_jax import cli
 from stdit_jax.config import Config
@@ -56,7 +57,9 @@ def run(config: Config, watchdog: Watchdog) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
   settings = cli.parse_settings(cli.ConfigSettings, "stdit_jax.train", __doc__, argv)
-  logging.set_verbosity(logging.ERROR)  # orbax reports every step of a checkpoint
+  # Orbax reports every step of a checkpoint, and each error with tracebacks of all its threads before it raises the error.
+  absl.logging.set_verbosity(absl.logging.FATAL)
+  logging.getLogger("asyncio").setLevel(logging.CRITICAL)
   with cli.one_line_errors():
     config = Config.of(cli.read_config(settings.config, settings.changes))
     make_stages(config)  # finds errors before any process waits for another

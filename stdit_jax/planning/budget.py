@@ -60,9 +60,9 @@ def bucket_shares(stage: Stage) -> tuple[dict[Key, float], str]:
 def host_rate(result: Mapping[str, Any], seconds: float) -> float:
   """Rows a second that each host must read, decode and encode, so that a micro step takes `seconds`.
 
-  `result`: of `programs.Compiler`. If a batch has fewer parts than there are hosts, several hosts read the same rows.
+  `result`: of `programs.Compiler`.
   """
-  return result["batch"] / min(result["hosts"], result["batch_parts"]) / seconds
+  return result["batch"] / result["hosts"] / seconds
 
 
 def update_seconds(resident: dict[str, int], topology: str) -> float:

@@ -71,18 +71,18 @@ class BatchMaker:
   Attributes:
     arrays: `(LoadedStep, layout) -> (NumPy arrays, tree of ArraySpec)` of the rows of this process. It uses this process's own
       devices alone, so a thread may call it.
-    place: `(result of arrays, layout) -> global arrays`. All processes must call it in the same order.
+    place: `(result of arrays, LoadedStep, layout) -> global arrays`. All processes must call it in the same order.
     prepare: `(sizes, batches)`, starts to compile the programs that encode clips of these sizes (frames, height, width) and
       captions of these batches (rows, layout), in this order.
   """
 
   arrays: Callable[[LoadedStep, Layout], tuple[Tree, Tree]]
-  place: Callable[[tuple[Tree, Tree], Layout], Tree]
+  place: Callable[[tuple[Tree, Tree], LoadedStep, Layout], Tree]
   prepare: Callable[[Iterable[Size], Iterable[tuple[int, Layout]]], None] = lambda sizes, batches: None
 
   def __call__(self, step: LoadedStep, layout: Layout) -> Tree:
     """The global batch of a step."""
-    return self.place(self.arrays(step, layout), layout)
+    return self.place(self.arrays(step, layout), step, layout)
 
 
 class NextBatch:
@@ -122,6 +122,8 @@ class NextBatch:
 
   def __exit__(self, *_):
     self._pool.shutdown(wait=False, cancel_futures=True)
+    if self._next:  # the loader must not close while the thread reads from it; a read that hangs does not end
+      concurrent.futures.wait([self._next], timeout=30)
 
 
 def denoiser_batches(components: Components, clips: ClipEncoder | None, text: "TextEncoder | None") -> BatchMaker:
@@ -137,9 +139,9 @@ def denoiser_batches(components: Components, clips: ClipEncoder | None, text: "T
     if text:
       text.prepare(batches)
 
-  def place(made, layout):
+  def place(made, step, layout):
     arrays, specs = made
-    batch = to_global(arrays, specs, layout)
+    batch = to_global(arrays, specs, layout, step.batch_size)
     return {**batch, "cond": text(batch["cond"], layout)} if text else batch
 
   return BatchMaker(functools.partial(_denoiser_arrays, components, clips), place, prepare)
@@ -158,22 +160,14 @@ def _denoiser_arrays(components, clips, step, layout):
   sizes = np.asarray([mean.shape[:3] for mean, _ in latents], np.int32)
   grids = np.asarray([token_grid(config, size) for size in sizes], np.int32)
   scalars = {name: np.asarray([getattr(s, name) for s in samples], np.float32) for name in SCALARS}
-<<<<<<< HEAD
   cond = components.conditioner.collate(samples)
   batch = {**moments, "latent_size": sizes, "sizes": {"grid": grids, **scalars}, "cond": cond, **sample_fields(samples)}
   return batch, specs | {"cond": dict.fromkeys(cond, ROWS)}
-=======
-  arrays = components.conditioner.collate(samples)
-  cond = to_global(arrays, dict.fromkeys(arrays, ROWS), layout, step.batch_size)
-  batch = {**moments, "latent_size": sizes, "sizes": {"grid": grids, **scalars}, **sample_fields(samples)}
-  specs.pop("cond")
-  return to_global(batch, specs, layout, step.batch_size) | {"cond": ahead(cond, layout) if ahead else cond}
->>>>>>> item11
 
 
 def autoencoder_batches(config: Config) -> BatchMaker:
   """Makes the autoencoder's batches: a random square crop of each clip. The sample alone decides the place of the crop."""
-  return BatchMaker(_Crops(config), lambda made, layout: to_global(*made, layout))
+  return BatchMaker(_Crops(config), lambda made, step, layout: to_global(made[0], made[1], layout, step.batch_size))
 
 
 class _Crops:
@@ -183,11 +177,7 @@ class _Crops:
   def __call__(self, step, layout):
     samples, pixels = zip(*map(self._cropped, step.samples))
     batch = {"pixels": np.stack(pixels)} | sample_fields(samples)
-<<<<<<< HEAD
     return batch, dict.fromkeys(batch, ROWS)
-=======
-    return to_global(batch, dict.fromkeys(batch, ROWS), layout, step.batch_size)
->>>>>>> item11
 
   def _cropped(self, s):
     """(sample, its pixels). A clip that is too small gets weight 0, since an error would end a run after days.

@@ -194,7 +194,8 @@ class Checkpoints:
     except (OSError, RuntimeError, ValueError) as error:
       if _lost_process(error):
         raise jax.errors.JaxRuntimeError("a process died while a checkpoint was written") from error
-      reason = re.sub(r"\W*\[os_error_code.*", "", " ".join(str(error).split()))[-200:]  # the reason is at the end
+      reason = re.sub(r"\W*\[os_error_code.*", "", " ".join(str(error).split()))
+      reason = re.sub(r".*(?=\s.{200})\s", "... ", reason)  # the reason is at the end
       if may_pass(error) or (paths.is_remote(self.folder) and re.search(_PASSES, str(error))):
         raise StartAgain(f"a checkpoint could not be written to {self.folder}; a restart may help: {reason}") from error
       raise InputError(

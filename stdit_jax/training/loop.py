@@ -44,7 +44,7 @@ def train(run: Run, on_sample: Callable | None = None, restarts: Restarts | None
     with speed.waiting_for_data():
       loaded, arrays = next(batches)
     beat(f"step {step + 1}: placing a batch of {loaded.bucket[0]} x {loaded.bucket[1]}", slow=True)  # may compile
-    return loaded, make_batch.place(arrays, layout_of(loaded))
+    return loaded, make_batch.place(arrays, loaded, layout_of(loaded))
 
   def layout_of(loaded):
     return parts.data.splits[loaded.bucket].layout

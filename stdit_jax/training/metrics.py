@@ -186,6 +186,8 @@ class Metrics:
     self._file.flush()
     for name, value in values.items():
       self._board.add_scalar(name.replace(" ", "_"), value, step)
+    # A full disk must show here. In the writer's own thread the error would end that thread, and then `add_scalar` would hang.
+    self._board.flush()
     if self._remote and time.monotonic() - self._uploaded > UPLOAD_SECONDS:
       self.flush()
 

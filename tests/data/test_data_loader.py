@@ -19,6 +19,7 @@ from PIL import Image
 
 from data import loader, plan, sources, video
 from data.config import DataConfig
+from data.paths import PASSING
 from tests.data import files
 
 BUCKETS = (("144p", 17, (1.0, 0.5), 2), ("144p", 9, 1.0, 4), ("144p", 1, 1.0, 2))
@@ -193,6 +194,19 @@ def test_a_row_that_hangs_is_a_bad_row(folder, monkeypatch, workers):
     assert next(s.error for s in samples if s.error) == "reading took longer than data.row_timeout=3 s"
     with pytest.raises(ValueError, match=r"1 files cannot be decoded.*took longer than"):
       load(folder, 3, config_of(folder, "hangs.csv", **settings, max_bad_rows=0))
+
+
+def test_rows_that_all_hang_are_a_fault_of_the_network(folder, monkeypatch):
+  """Otherwise the training would make steps of rows that were not read, up to `max_bad_rows`."""
+  with socket.create_server(("127.0.0.1", 0)) as silent:
+    address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+    rows = [{"path": f"{address}/{i}.mp4", "text": "clip", "num_frames": 24, "height": 144, "width": 256} for i in range(6)]
+    files.write_csv(folder / "all_hang.csv", rows)
+    monkeypatch.setenv(video.SCHEMES, "http")
+    settings = {"buckets": (("144p", 9, 1.0, 2),), "row_timeout": 0.5, "workers": 0, "max_bad_rows": 6}
+    with pytest.raises(OSError, match=r"4 rows, one after the other: .*took longer") as error:
+      load(folder, 1, config_of(folder, "all_hang.csv", **settings))
+    assert error.value.errno in PASSING
 
 
 def test_threads_that_read_rows_end_with_their_reader():

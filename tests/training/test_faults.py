@@ -1,7 +1,12 @@
 """Faults that may pass end a training with code 75, and the same command resumes it. Faults of the user end it with code 2."""
 
 import errno
+import gc
 import itertools
+import multiprocessing
+import re
+import resource
+import threading
 
 import jax
 import pytest
@@ -11,6 +16,7 @@ from stdit_jax import train
 from stdit_jax.errors import may_pass
 from stdit_jax.training import restarts
 from stdit_jax.training.compilation import StagePrograms
+from stdit_jax.training.metrics import Metrics
 from tests.tiny_run import small_autoencoder, write_config
 from tests.training.test_resume import assert_same_bits
 
@@ -25,10 +31,10 @@ def alone(assets, tmp_path_factory):
   return folder / "run"
 
 
-def end_of(config):
+def end_of(config, *changes):
   """Exit code of `train`, which runs in this process."""
   try:
-    train.main(["--config", str(config)])
+    train.main(["--config", str(config), *changes])
   except SystemExit as stop:
     return stop.code
   return 0
@@ -70,6 +76,25 @@ def test_a_passing_fault_asks_for_a_new_start(assets, alone, tmp_path, monkeypat
   assert_same_bits(alone, tmp_path / "run", 4, least=20)
 
 
+def test_a_killed_worker_asks_for_a_new_start(assets, alone, tmp_path, monkeypatch, capsys):
+  """The kernel kills a worker, for instance, if memory is full."""
+  config, update = write_config(tmp_path / "config.py", assets, tmp_path / "run", **SETTINGS), StagePrograms.update
+
+  def killing(programs):
+    for worker in multiprocessing.active_children():
+      worker.kill()
+    return update(programs)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(StagePrograms, "update", killing)
+    assert end_of(config, "--config.data.workers=1", "--config.data.read_ahead=1") == 75
+  text = capsys.readouterr().err
+  assert "Worker process was terminated unexpectedly with exit code -9" in text
+  assert "Traceback" not in text
+  assert end_of(config) == 0
+  assert_same_bits(alone, tmp_path / "run", 4, least=20)
+
+
 def test_a_fault_of_the_user_is_an_error(assets, tmp_path, monkeypatch, capsys):
   config = write_config(tmp_path / "config.py", assets, tmp_path / "run", **SETTINGS)
   full, small = OSError(errno.ENOSPC, "No space left on device"), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 GB")
@@ -79,6 +104,52 @@ def test_a_fault_of_the_user_is_an_error(assets, tmp_path, monkeypatch, capsys):
       assert end_of(config) == 2
     assert words in capsys.readouterr().err
   assert not any(may_pass(error) for error in (full, small, ValueError("x"), RuntimeError("x"), OSError("no number")))
+
+
+def test_a_checkpoint_on_a_full_disk_is_one_line(assets, alone, tmp_path, monkeypatch, capsys, caplog):
+  """A limit on file sizes stands for the full disk. Without the logs of orbax and asyncio the line is easy to find."""
+  config, update = write_config(tmp_path / "config.py", assets, tmp_path / "run", **SETTINGS), StagePrograms.update
+  limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+  def fill(programs):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limit[1]))
+    return update(programs)
+
+  try:
+    with monkeypatch.context() as patch:
+      patch.setattr(StagePrograms, "update", fill)
+      assert end_of(config) == 2
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+  gc.collect()  # asyncio reports the errors of its tasks when they are deleted
+  (line,) = capsys.readouterr().err.splitlines()
+  assert re.fullmatch(r"error: a checkpoint could not be written to .*File too large.*then resumes from .*", line)
+  assert not caplog.records
+  assert end_of(config) == 0
+  assert_same_bits(alone, tmp_path / "run", 4, least=20)
+
+
+def test_metrics_on_a_full_disk_are_an_error_and_no_hang(tmp_path):
+  """A limit on file sizes stands for the full disk. TensorBoard's file reaches it first."""
+  metrics, errors = Metrics(str(tmp_path), 0, 1000), []
+
+  def record():
+    try:
+      for step in range(1000):
+        metrics.record(step, dict.fromkeys("abcdefgh", 1))
+    except OSError as error:
+      errors.append(error.errno)
+
+  thread, limit = threading.Thread(target=record, daemon=True), resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
+  try:
+    thread.start()
+    thread.join(30)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+  assert errors == [errno.EFBIG]
+  assert (tmp_path / "metrics.jsonl").stat().st_size < 20_000
+  metrics.close()
 
 
 def test_a_fault_that_stays_ends_the_restarts(assets, tmp_path, monkeypatch, capsys):

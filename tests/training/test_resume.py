@@ -1,6 +1,6 @@
 """A killed or stopped run that resumes ends with the same bits as an undisturbed run, over stages, buckets and epochs.
 
-`python -m tests.long.kill_and_resume` kills at 20 random moments. With `--task autoencoder` it trains an autoencoder.
+`python -m tests.long.kills` kills trainings and other programs at 200 random moments.
 """
 
 import json
