@@ -24,6 +24,8 @@ replace it. All figures are computed, none is measured on a device:
   bound, MFU   bound: the longest of these times and of the traffic between slices (--slice-gbits), as if all overlapped.
                MFU: model-FLOP utilisation at the bound. The published peaks are in stdit_jax/parallel/topology.py
   rows/s       that each host must read, decode and encode at the bound. A host has 4 TPU chips or 8 GPUs
+  programs     that encode clips on each host in a training from videos: their number, and the compiler's processor time from
+               one program of a middle size for frames and one for clips
   hours        of a stage: its steps times the mean bound of its buckets, weighted by how often each occurs in the first epoch
                of the tables, or of assumed rows. An update counts as one read and one write of the whole state. A second line
                adds the FLOPs of the encoders at the chips' peak, if their results are not cached. Checkpoints, samples and
@@ -56,7 +58,7 @@ from stdit_jax.components import Components
 from stdit_jax.config import Config
 from stdit_jax.models.family import find_model
 from stdit_jax.parallel.topology import is_gpu, parse_topology, topology_chips
-from stdit_jax.planning import budget, search
+from stdit_jax.planning import budget, encoding, search
 from stdit_jax.planning.budget import Key
 from stdit_jax.planning.lines import describe, print_header
 from stdit_jax.planning.programs import GIB, Compiler, Job, roofline
@@ -191,7 +193,28 @@ def print_plan(settings: Settings, compiler: Compiler, stages: Sequence[Stage], 
     print(f"per chip during a sample, without the activations of a step: {in_samples / GIB:.2f} GiB more for weights")
   print(f"mesh: {results[0]['mesh']}; {sum(r['fits'] for r in results[: len(jobs)])} of {len(jobs)} buckets fit")
   print_budget(settings, stages, seconds, results[0])
+  for stage in stages:
+    print_encode_programs(settings, compiler, stage)
   return results
+
+
+def print_encode_programs(settings: Settings, compiler: Compiler, stage: Stage) -> None:
+  """Prints how many programs encode the clips of a stage on each host, if it trains from videos, and their compile time."""
+  if not make_objective(stage.config).encodes_clips:
+    return
+  kinds = encoding.encode_sizes(stage)
+  job = Job(plain(Config.of(cli.read_config(settings.config, settings.changes))), stage.name, ("", 0, 0), settings.topology)
+  seconds = []
+  for sizes in kinds:
+    for size in encoding.typical(sizes):
+      own = compiler(dataclasses.replace(job, size=size))["compile_seconds"]
+      seconds.append((len(sizes) * own, f"{own:.0f} s for {' x '.join(map(str, size))}"))
+  total = sum(own for own, _ in seconds)
+  print(
+    f"{stage.name}: each host encodes videos with {sum(map(len, kinds))} programs, {len(kinds[0])} for frames and "
+    f"{len(kinds[1])} for clips; they take about {total / 3600:.1f} processor hours to compile once "
+    f"({', '.join(text for _, text in seconds)}). data.aspect_ratios lowers their number"
+  )
 
 
 def print_budget(settings: Settings, stages: Sequence[Stage], seconds: Mapping[tuple, float], result: dict[str, Any]) -> None:

@@ -16,7 +16,6 @@ Decoding restores only lengths of 8k and 8k + 1 frames. A clip of 8k + 5 frames,
 """
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -28,7 +27,7 @@ from jaxtyping import Array, Float
 
 from stdit_jax.autoencoders.codec import Codec, Parts, pixels_of
 from stdit_jax.autoencoders.family import Autoencoder, AutoencoderConfig
-from stdit_jax.autoencoders.frames import Frames, chunk_sizes, double, half, over_devices, splits
+from stdit_jax.autoencoders.frames import Frames, chunk_sizes, double, half, in_pieces, over_devices, splits
 from stdit_jax.autoencoders.latents import AnyArray, Moments, denormalise, normalised_posterior, posterior, to_float
 from stdit_jax.autoencoders.layers import Conv3D, GroupNorm, block_of
 
@@ -349,13 +348,9 @@ class _Causal3D(Autoencoder):
   def splits(self, config, num_frames, devices):
     return splits(config, num_frames, devices)
 
-  def clips_at_once(self, num_frames, micro_batch, devices):
-    return devices * max(1, micro_batch // num_frames)  # a device encodes whole clips
-
-  def encode_clips(self, model, variables, frames, clips, sharers):
-    frames = sharers.gather(frames)[: math.prod(clips)]
+  def encode_clips(self, model, variables, clips, frames):
     encode = jax.vmap(lambda clip: _encode_clip(model, variables, clip))
-    return sharers.share(encode, frames.reshape(*clips, *frames.shape[1:]), max(1, sharers.micro_batch // clips[1]))
+    return in_pieces(encode, clips, max(1, frames // clips.shape[1]))
 
   def encode(self, model, params, clips, image_noise=None, layout=None):
     return *self._apply(model, params, clips, "encode", layout), None

@@ -9,7 +9,6 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Num
 
 from stdit_jax import fields
-from stdit_jax.autoencoders.frames import Sharers
 from stdit_jax.autoencoders.latents import AnyArray, Moments
 from stdit_jax.autoencoders.layers import init_like_torch
 from stdit_jax.parallel.shardings import Layout
@@ -131,18 +130,12 @@ class Autoencoder:
   # `training/clip_encoder.py` encodes clips of one size by one program. `Codec.encode` gives the same values by several
   # programs, which serve clips of all lengths.
 
-  def clips_at_once(self, num_frames: int, micro_batch: int, devices: int) -> int:
-    """Number of clips that one call of `encode_clips` should have, to give work to all devices."""
-    return max(1, devices * micro_batch // num_frames)
-
-  def encode_clips(
-    self, model: Any, variables: dict, frames: Num[AnyArray, "n H W 3"], clips: tuple[int, int], sharers: Sharers
-  ) -> Moments:
-    """Clips of one size -> normalised posterior (mean, std) `[N, T', h, w, C]`, on all devices.
+  def encode_clips(self, model: Any, variables: dict, clips: Num[AnyArray, "N T H W 3"], frames: int) -> Moments:
+    """Clips of one size -> normalised posterior (mean, std) `[N, T', h, w, C]`.
 
     Args:
-      frames: this device's part of the frames of all clips, uint8, padded to `sharers.padded(N * T, micro_batch)` in all.
-      clips: (N, T), number of clips and of their frames.
+      clips: uint8, or float in [-1, 1].
+      frames: number of frames that the image autoencoder takes at a time.
     """
     raise NotImplementedError
 

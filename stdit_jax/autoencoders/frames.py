@@ -30,41 +30,13 @@ def chunk_sizes(frames: int, chunk: int) -> tuple[int, ...]:
   return frames - (count - 1) * chunk, *[chunk] * (count - 1)
 
 
-@dataclasses.dataclass(frozen=True)
-class Sharers:
-  """Devices that share the encoding of clips, inside a `shard_map` over one mesh axis.
-
-  All pieces have one size, so results do not depend on the number of devices.
-
-  Attributes:
-    axis_name: the mesh axis; count: its size.
-    micro_batch: frames of one piece of the image autoencoder.
-  """
-
-  axis_name: str
-  count: int
-  micro_batch: int
-
-  def padded(self, number: int, size: int) -> int:
-    """The smallest number of elements, at least `number`, of which each device gets equally many pieces of `size`."""
-    return -(-number // (size * self.count)) * size * self.count
-
-  def own(self, function: Callable, x: AnyArray, size: int) -> Any:
-    """`function` of this device's elements, `size` at a time in a loop. -> the results of all devices."""
-    made = jax.lax.map(function, x.reshape(-1, size, *x.shape[1:]))
-    return jax.tree.map(lambda y: self.gather(y.reshape(-1, *y.shape[2:])), made)
-
-  def share(self, function: Callable, x: AnyArray, size: int) -> Any:
-    """`function` of the elements of `x` `[N, ...]`, which all devices have, `size` at a time. -> all results `[N, ...]`."""
-    total = self.padded(len(x), size)
-    x, number = jnp.concatenate([x, jnp.repeat(x[-1:], total - len(x), axis=0)]), len(x)
-    each = total // self.count
-    here = jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(self.axis_name) * each, each)
-    return jax.tree.map(lambda y: y[:number], self.own(function, here, size))
-
-  def gather(self, x: AnyArray) -> jax.Array:
-    """The elements of all devices `[count * n, ...]` from each device's own `[n, ...]`."""
-    return jax.lax.all_gather(x, self.axis_name, tiled=True)
+def in_pieces(function: Callable, x: AnyArray, size: int) -> Any:
+  """`function` of the elements of `x` `[N, ...]`, `size` of them at a time in a loop. Joins the results `[N, ...]`."""
+  if len(x) <= size:
+    return function(x)
+  x, number = jnp.concatenate([x, jnp.repeat(x[-1:], -len(x) % size, axis=0)]), len(x)
+  made = jax.lax.map(function, x.reshape(-1, size, *x.shape[1:]))
+  return jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:])[:number], made)
 
 
 def in_chunks(function: Callable, x: AnyArray, num_frames: int, chunk: int, length: int) -> Any:

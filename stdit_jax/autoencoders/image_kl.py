@@ -14,7 +14,6 @@ Parameter names follow diffusers (interop/image_kl.py). `ImageKL` works on raw l
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -25,6 +24,7 @@ from jaxtyping import Array, Float
 
 from stdit_jax.autoencoders.codec import Codec, Parts, micro_batches, pixels_of
 from stdit_jax.autoencoders.family import Autoencoder, AutoencoderConfig
+from stdit_jax.autoencoders.frames import in_pieces
 from stdit_jax.autoencoders.latents import AnyArray, Moments, denormalise, normalised_posterior, posterior, to_float
 from stdit_jax.autoencoders.layers import GroupNorm, block_of
 
@@ -273,9 +273,9 @@ class _ImageKL(Autoencoder):
   def example_shape(self, config):
     return super().example_shape(config)[1:]
 
-  def encode_clips(self, model, variables, frames, clips, sharers):
-    moments = sharers.own(lambda part: encode_frames(model, variables, part), frames, sharers.micro_batch)
-    return tuple(m[: math.prod(clips)].reshape(*clips, *m.shape[1:]) for m in moments)
+  def encode_clips(self, model, variables, clips, frames):
+    moments = in_pieces(lambda part: encode_frames(model, variables, part), clips.reshape(-1, *clips.shape[2:]), frames)
+    return tuple(m.reshape(*clips.shape[:2], *m.shape[1:]) for m in moments)
 
   def encode(self, model, params, clips, image_noise=None, layout=None):
     moments = model.apply({"params": params}, clips.reshape(-1, *clips.shape[2:]), method="encode")

@@ -11,7 +11,6 @@ Convolutions in time see only the past, with zeros before the chunk. Image laten
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import einops
@@ -24,7 +23,7 @@ from jaxtyping import Array, Float
 from stdit_jax.autoencoders import image_kl
 from stdit_jax.autoencoders.codec import Codec, Parts, filled, join, micro_batches, pixels_of
 from stdit_jax.autoencoders.family import Autoencoder, AutoencoderConfig
-from stdit_jax.autoencoders.frames import in_chunks
+from stdit_jax.autoencoders.frames import in_chunks, in_pieces
 from stdit_jax.autoencoders.latents import AnyArray, Moments, denormalise, draw, normalised_posterior, posterior, to_float
 from stdit_jax.autoencoders.layers import Conv3D, GroupNorm, block_of
 
@@ -336,15 +335,15 @@ class _Temporal(Autoencoder):
       own["quant_conv"]["conv"]["bias"] = jnp.repeat(jnp.asarray([0.0, FIRST_LOGVAR]), model.config.latent_channels)
     return variables
 
-  def encode_clips(self, model, variables, frames, clips, sharers):
-    latents = sharers.own(lambda part: image_latents(model, variables, part), frames, sharers.micro_batch)
-    latents = latents[: math.prod(clips)].reshape(*clips, *latents.shape[1:])  # [N, T, h, w, C]
-    chunk = model.config.chunk or clips[1]
+  def encode_clips(self, model, variables, clips, frames):
+    latents = in_pieces(lambda part: image_latents(model, variables, part), clips.reshape(-1, *clips.shape[2:]), frames)
+    latents = latents.reshape(*clips.shape[:2], *latents.shape[1:])
+    chunk = model.config.chunk or clips.shape[1]
 
     def encode(chunks, length):  # one full chunk at a time, or as many frames of shorter ones
-      return sharers.share(lambda part: encode_chunks(model, variables, part), chunks, chunk // length)
+      return in_pieces(lambda part: encode_chunks(model, variables, part), chunks, chunk // length)
 
-    return in_chunks(encode, latents, clips[1], chunk, chunk)
+    return in_chunks(encode, latents, clips.shape[1], chunk, chunk)
 
   def encode(self, model, params, clips, image_noise=None, layout=None):
     image_latents = model.apply({"params": params}, clips, image_noise, method="image_latents")

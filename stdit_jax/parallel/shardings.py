@@ -199,9 +199,9 @@ def spec_for(name: str, shape: tuple[int, ...], mesh: AnyMesh, rules: Sequence) 
   specs = next((specs for pattern, *specs in rules if re.search(pattern, name)), None)
   if specs is None:
     raise ValueError(f"no sharding rule matches the parameter {name!r} of shape {shape}; add one to the rules of its model")
-  specs = [spec(shape) if callable(spec) else spec for spec in specs]
+  choices: list[Any] = [spec(shape) if callable(spec) else spec for spec in specs]
   divides = lambda spec: all(shape[dim] % _parts(mesh, axes) == 0 for dim, axes in enumerate(spec))  # noqa: E731
-  spec = next(filter(divides, specs), specs[-1])
+  spec = next(filter(divides, choices), choices[-1])
   for dim, axes in enumerate(spec):
     if shape[dim] % (size := _parts(mesh, axes)):
       raise ValueError(

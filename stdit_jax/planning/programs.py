@@ -33,6 +33,7 @@ from stdit_jax.parallel.attention import valid_keys
 from stdit_jax.parallel.mesh import make_mesh
 from stdit_jax.parallel.shardings import AnyMesh, tree_shardings
 from stdit_jax.parallel.topology import CHIPS, TPU_ENVIRONMENT, compiler_version, is_gpu, parse_topology, topology_devices
+from stdit_jax.planning.encoding import compile_seconds, lower_encoder
 from stdit_jax.training.checkpoints import from_plain
 from stdit_jax.training.counter import CompileCounter
 from stdit_jax.training.objectives import Objective, make_objective
@@ -54,6 +55,7 @@ class Job:
     bucket: (resolution, frames, global batch size).
     topology, slices: of `topology.topology_devices`.
     text: False: the gradient program. True: the program that encodes captions before the step (`Objective.encodes_ahead`).
+    size: if given, the program that encodes clips of this size (frames, height, width) on one host.
   """
 
   config: dict[str, Any]
@@ -62,6 +64,7 @@ class Job:
   topology: str
   slices: int = 1
   text: bool = False
+  size: tuple[int, ...] = ()
 
   def objective(self) -> tuple[Stage, Objective]:
     """The job's stage and its objective. Raises ValueError for a configuration that is not allowed."""
@@ -102,9 +105,15 @@ def work(values: dict[str, Any], cache: str) -> dict[str, Any]:
   """Lowers the job, and compiles it if the cache has no program of the same text. Runs in the compiling process.
 
   Returns:
-    the facts of `lower` and `compile_program`, whether the program "fits", and its "peak" of memory.
+    the facts of `lower` and `compile_program`, whether the program "fits", and its "peak" of memory. For the program of a
+    `size`: its "compile_seconds" of a processor.
   """
   job = Job(**values)
+  if job.size:
+    stage, _ = job.objective()
+    frames, height, width = job.size
+    device = topology_devices(job.topology, job.slices)[0]
+    return {"compile_seconds": compile_seconds(lower_encoder(stage.config.autoencoder, (frames, height, width), device))}
   lowered, facts = lower(job)
   versions = f"{job.topology} {jax.__version__} {importlib.metadata.version('jaxlib')} {compiler_version(job.topology)}"
   text = f"{versions}\n{pathlib.Path(hlo.__file__).read_text()}\n{lowered.as_text()}"  # the results also depend on hlo.py

@@ -50,7 +50,7 @@ class AutoencoderObjective:
   """
 
   part = "autoencoder"
-  counts_flops = encodes_ahead = False
+  counts_flops = encodes_ahead = encodes_clips = False
   rules, resizable, encoders, sample_weights = RULES, (), (), ()
   shapes = functools.cached_property(init_shapes)
 

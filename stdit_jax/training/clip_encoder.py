@@ -4,21 +4,21 @@ import collections
 import concurrent.futures
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import SingleDeviceSharding
 
-from stdit_jax.autoencoders.codec import Codec, filled, join, micro_batches
+from stdit_jax.autoencoders.codec import Codec, join, micro_batches
 from stdit_jax.autoencoders.family import encoder_only
-from stdit_jax.autoencoders.frames import Sharers
 from stdit_jax.autoencoders.registry import family_of
 from stdit_jax.components import load_codec
 from stdit_jax.config import Autoencoder
-from stdit_jax.training.compilation import AheadOfTime, OwnProgram
+from stdit_jax.training.compilation import AheadOfTime
+from stdit_jax.training.executables import OwnProgram
 
 Size = tuple[int, int, int]  # frames, height, width
 
@@ -51,30 +51,28 @@ class LatentCache:
       self.bytes -= sum(part.nbytes for part in self._entries.popitem(last=False)[1])
 
 
-def encode_program(codec: Codec, size: Size) -> tuple[Callable, int, jax.ShapeDtypeStruct]:
-  """How clips of a size are encoded by one program on all devices of `codec.mesh`.
+def lower_program(codec: Codec, size: Size, device: Any, name: str = "encode") -> jax.stages.Lowered:
+  """The program `(variables, clips) -> (mean, std)` `[N, T', h, w, C]` of one device, lowered.
 
-  Returns:
-    `(variables, frames) -> (mean, std)` `[N, T', h, w, C]`, to jit.
-    N, the number of clips of one call.
-    The shape of `frames`, which holds the frames of N clips and padding.
+  Args:
+    codec: its variables may be shapes; their devices do not matter.
+    size: (frames, height, width) of the N = `clips_at_once` clips; see `program_size`.
+    name: by which JAX reports the program.
   """
-  mesh, family, num_frames = codec.mesh, family_of(codec.config), size[0]
-  (axis,), count = mesh.axis_names, family.clips_at_once(num_frames, codec.micro_batch, mesh.size)
-  sharers = Sharers(axis, mesh.size, codec.micro_batch)
+  place, family = SingleDeviceSharding(device), family_of(codec.config)
 
-  def encode(variables, frames):
-    return family.encode_clips(codec.model, variables, frames, (count, num_frames), sharers)
+  def encode(variables, clips):
+    return family.encode_clips(codec.model, variables, clips, codec.micro_batch)
 
-  shared = jax.shard_map(encode, mesh=mesh, in_specs=(P(), P(axis)), out_specs=P(), check_vma=False)
-  shape = sharers.padded(count * num_frames, codec.micro_batch), *size[1:], 3
-  return shared, count, jax.ShapeDtypeStruct(shape, np.uint8, sharding=NamedSharding(mesh, P(axis)))
+  encode.__name__ = name
+  variables = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), codec.variables)
+  clips = jax.ShapeDtypeStruct((clips_at_once(codec, size[0]), *size, 3), np.uint8, sharding=place)
+  return jax.jit(encode, keep_unused=True).lower(variables, clips)
 
 
-def lower_program(codec: Codec, size: Size) -> jax.stages.Lowered:
-  """The lowered program of `encode_program`. The variables of `codec` may be shapes."""
-  function, _, frames = encode_program(codec, program_size(codec, size))
-  return jax.jit(function).lower(codec.variables, frames)
+def clips_at_once(codec: Codec, num_frames: int) -> int:
+  """Number of clips of one call of a program: as many as fit into a micro batch of frames, at least one."""
+  return max(1, codec.micro_batch // num_frames)
 
 
 def program_size(codec: Codec, size: Sequence[int]) -> Size:
@@ -82,14 +80,9 @@ def program_size(codec: Codec, size: Sequence[int]) -> Size:
   return (1 if codec.single_frames else size[0], size[1], size[2])
 
 
-def devices_of_process() -> Mesh:
-  """The mesh of all devices of this process, which share the encoding of clips."""
-  return Mesh(np.asarray(jax.local_devices()), ("pieces",))
-
-
 def load_encoder(config: Autoencoder, compiler: AheadOfTime, stage: str) -> "ClipEncoder":
-  """The `ClipEncoder` of the group `autoencoder` on all devices of this process, with the weights that encode."""
-  codec = load_codec(config, devices_of_process())
+  """The `ClipEncoder` of the group `autoencoder`, with the weights that encode."""
+  codec = load_codec(config)
   return ClipEncoder(dataclasses.replace(codec, variables=encoder_only(codec.variables)), config, compiler, stage)
 
 
@@ -97,38 +90,31 @@ class ClipEncoder:
   """Encodes clips to normalised posterior means and deviations on all local devices.
 
   Args:
-    codec: an `autoencoders.codec.Codec` with a mesh.
+    codec: an `autoencoders.codec.Codec`.
     config: the group `autoencoder`.
     compiler: makes the programs.
     stage: its name, for the names of programs.
   """
 
   def __init__(self, codec: Codec, config: Autoencoder, compiler: AheadOfTime, stage: str):
-    self.config, self.codec, self._stage = codec.config, codec, stage
-    self._compiler, self._programs = compiler, {}  # {size: (future of the program, shape of its clips)}
+    self.config, self.codec, self._compiler, self._stage = codec.config, codec, compiler, stage
+    self._variables = [jax.device_put(codec.variables, device) for device in jax.local_devices()]
+    self._programs = {}  # {size: future of the `executables.Loaded`}
     self.cache = LatentCache(config.cache_gb * 2**30)
 
   def prepare(self, sizes: Iterable[Size]) -> None:
     """Starts to load or compile the programs of these sizes of clips, in this order."""
-    sizes = [size for size in dict.fromkeys(program_size(self.codec, size) for size in sizes) if size not in self._programs]
-    made = [self._program(size) for size in sizes]
-    futures = self._compiler.add_own([program for program, _, _ in made])
-    self._programs |= {size: (future, *rest) for size, future, (_, *rest) in zip(sizes, futures, made)}
-
-  def clips_at_once(self, num_frames: int) -> int:
-    """Number of clips that give work to all devices."""
-    return family_of(self.config).clips_at_once(num_frames, self.codec.micro_batch, self.codec.devices)
+    found = dict.fromkeys(program_size(self.codec, size) for size in sizes)
+    sizes = [size for size in found if size not in self._programs]
+    self._programs |= zip(sizes, self._compiler.add_own([self._program(size) for size in sizes]))
 
   def _program(self, size):
-    """(`OwnProgram`, number of clips, shape of their frames), see `encode_program`."""
-    name, variables = f"{self._stage}: encode {'x'.join(map(str, size))}", self.codec.variables
-    function, count, frames = encode_program(self.codec, size)
-    jitted = jax.jit(self._compiler.counter.counted(name, function))
-    fields = dataclasses.asdict(self.config) | {"class": type(self.config).__name__, "dtype": str(self.codec.model.dtype)}
-    names = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(variables)]
-    what = ["encode", fields, names, size, count, frames.shape, self.codec.micro_batch]
-    program = OwnProgram(name, "encode", what, lambda: jitted.lower(variables, frames), ((variables, frames), {}), (0, 0))
-    return program, count, frames
+    codec, name = self.codec, f"{self._stage}: encode {'x'.join(map(str, size))}"
+    self._compiler.counter.expect(name)
+    fields = dataclasses.asdict(self.config) | {"class": type(self.config).__name__, "dtype": str(codec.model.dtype)}
+    parameters = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(codec.variables)]
+    what = ["encode", fields, parameters, size, codec.micro_batch]
+    return OwnProgram(name, "encode", what, lambda device: lower_program(codec, size, device, name), (0, 0))
 
   def __call__(self, clips: Sequence[np.ndarray]) -> list[Any]:
     """uint8 clips `[T, H, W, 3]` -> list of (mean, std), float32 NumPy `[T', h, w, C]`."""
@@ -143,10 +129,11 @@ class ClipEncoder:
       if latents[i] is None:
         by_size[program_size(self.codec, clip.shape)].append(i)
     self.prepare(by_size)
-    begun = [(members, self._begin(size, [clips[i] for i in members])) for size, members in by_size.items()]
+    devices = itertools.cycle(range(len(self._variables)))  # they take micro batches in turn
+    begun = [(members, *self._begin(size, [clips[i] for i in members], devices)) for size, members in by_size.items()]
 
     def finish():
-      for members, (parts, count) in begun:
+      for members, parts, count in begun:
         lengths = [self.config.latent_frames(len(clips[i])) for i in members]
         moments = [m.reshape(-1, *m.shape[2:]) for m in join(parts, count)]  # of all members, joined in time
         ends = np.cumsum(lengths)[:-1]
@@ -157,16 +144,14 @@ class ClipEncoder:
 
     return finish
 
-  def _begin(self, size, clips):
+  def _begin(self, size, clips, devices):
     """(pieces of (mean, std) `[n, T', h, w, C]` that the devices compute, number of valid clips in them)."""
     units = np.concatenate([clip.reshape(-1, *size, 3) for clip in clips])
-    program, count, shape = self._programs[size]
-    if not program.done():
+    if not self._programs[size].done():
       self._compiler.alive(True)
-      concurrent.futures.wait([program])
-    parts = []
-    for batch in micro_batches(units, count):
+      concurrent.futures.wait([self._programs[size]])
+    program, parts = self._programs[size].result(), []
+    for batch, number in zip(micro_batches(units, clips_at_once(self.codec, size[0])), devices):
       self._compiler.alive(False)
-      frames = filled(batch.reshape(-1, *size[1:], 3), shape.shape[0])
-      parts.append(program.result()(self.codec.variables, jax.device_put(frames, shape.sharding)))
+      parts.append(program(number, self._variables[number], jax.device_put(batch, jax.local_devices()[number])))
     return parts, len(units)

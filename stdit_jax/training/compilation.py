@@ -6,40 +6,19 @@ devices need no context at all. They come from `Executables`.
 """
 
 import concurrent.futures
-import dataclasses
 import os
 import statistics
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 
 from data.shards import duration
 from stdit_jax.training.counter import CompileCounter, was_cached
-from stdit_jax.training.executables import Executables
+from stdit_jax.training.executables import Executables, OwnProgram
 
 Future = concurrent.futures.Future
-
-
-@dataclasses.dataclass(frozen=True)
-class OwnProgram:
-  """A program of this process's own devices.
-
-  Attributes:
-    name: of the program; kind: of such programs, for messages.
-    what: value for JSON that, with the code and the devices, determines the program.
-    lower: traces and lowers it.
-    inputs, outputs: trees like (args, kwargs) and like the result.
-  """
-
-  name: str
-  kind: str
-  what: Any
-  lower: Callable[[], jax.stages.Lowered]
-  inputs: Any
-  outputs: Any
 
 
 def thread_count(wanted: int) -> int:
@@ -91,7 +70,7 @@ class AheadOfTime:
 
     `say` prints how many there are, how many have a file, and then the time that the others take.
     """
-    missing = sum(not self._own.has(program.what) for program in programs)
+    missing = sum(not self._own.has(program) for program in programs)
     if programs:
       kind, number = programs[0].kind, len(programs)
       self._say(f"{number} {kind} programs: {number - missing} from files, {missing} to compile, {self._threads} at a time")
@@ -100,12 +79,11 @@ class AheadOfTime:
 
   def _make_own(self, program, left):
     began = time.monotonic()
-    if (compiled := self._own.load(program.what, program.inputs, program.outputs)) is None:
-      compiled = program.lower().compile()
-      self._own.save(program.what, compiled)
+    if (loaded := self._own.load(program)) is None:
+      loaded = self._own.compile(program)
       left.note(program.kind, (time.monotonic() - began) / self._threads)
     self.alive()
-    return compiled
+    return loaded
 
   def close(self) -> None:
     """Drops the programs that wait to be compiled."""

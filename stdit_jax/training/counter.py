@@ -57,8 +57,12 @@ class CompileCounter:
       return function(*args)
 
     named.__name__ = named.__qualname__ = name
-    self._before.setdefault(name, _requests[name])
+    self.expect(name)
     return named
+
+  def expect(self, name: str) -> None:
+    """Counts the programs of functions of this name from now on."""
+    self._before.setdefault(name, _requests[name])
 
   @property
   def counts(self) -> dict[str, int]:

@@ -158,14 +158,15 @@ class DenoiserObjective:
 
   def batch_maker(self, encoders: Encoders, name: str) -> BatchMaker:
     """Makes the batches of the stage `name`. Loads the encoders of these batches."""
-    clips = encoders.clips(self.config.autoencoder, name) if self._encodes_clips else None
+    clips = encoders.clips(self.config.autoencoder, name) if self.encodes_clips else None
     text = encoders.text(self.components.conditioner, name) if self.encodes_ahead else None
     return denoiser_batches(self.components, clips, text)
 
   # A cache has no rows of the validation, so validation needs the encoders.
 
   @property
-  def _encodes_clips(self):
+  def encodes_clips(self) -> bool:
+    """Whether the run encodes clips of videos."""
     return bool(self.config.validation.every) or not self.config.data.latents
 
   @property
@@ -180,7 +181,7 @@ class DenoiserObjective:
     """Raises ValueError if a file that the run will read does not exist, or if a bucket does not suit the autoencoder."""
     config = self.config
     check_lengths(config, self.components.autoencoder.config)
-    if self._encodes_clips:
+    if self.encodes_clips:
       need_file(config.autoencoder.weights, "autoencoder.weights")
     if self.encodes_ahead or self.from_files:
       need_file(config.text_encoder.weights, "text_encoder.weights")
@@ -212,7 +213,7 @@ class DenoiserObjective:
 
     Also of the encoded prompts of samples, which every device holds at most once.
     """
-    clips = [(encoder_only(self._autoencoder_shapes), REPLICATED)] if self._encodes_clips else []
+    clips = [(encoder_only(self._autoencoder_shapes), REPLICATED)] if self.encodes_clips else []
     text = [self._text_encoder] if self.encodes_ahead else []
     count = len(self.config.sample.prompts) if self.config.sample_every else 0
     return [*clips, *text, (self.components.family.cond(self.model.config, count), REPLICATED)]

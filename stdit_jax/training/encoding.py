@@ -28,7 +28,7 @@ from stdit_jax.models import t5
 from stdit_jax.parallel.mesh import make_mesh
 from stdit_jax.parallel.shardings import Layout, with_shardings
 from stdit_jax.training import batches
-from stdit_jax.training.clip_encoder import ClipEncoder, devices_of_process, load_encoder, lower_program
+from stdit_jax.training.clip_encoder import ClipEncoder, load_encoder, lower_program, program_size
 from stdit_jax.training.denoising import autoencoder_identity, text_identity
 from stdit_jax.training.objectives import make_objective
 from stdit_jax.training.stages import Stage, naming
@@ -143,7 +143,7 @@ class LatentsWork:
     Args:
       limit: bytes beside the weights. None: the free memory.
     """
-    codec, kinds = codec_of_shapes(self._config, devices_of_process()), self._kinds(keys)[0]
+    codec, kinds = codec_of_shapes(self._config), self._kinds(keys)[0]
     codec = dataclasses.replace(codec, variables=encoder_only(codec.variables))
     weights, free = bytes_on_device(codec.variables), free_memory()
     budget = limit or (free and free - weights)
@@ -152,7 +152,8 @@ class LatentsWork:
 
     def needed(micro_batch):
       made = dataclasses.replace(codec, micro_batch=micro_batch)
-      return max(needed_memory(lower_program(made, size), codec.variables) for size in largest)
+      programs = [lower_program(made, program_size(made, size), jax.local_devices()[0]) for size in largest]
+      return max(needed_memory(program, codec.variables) for program in programs)
 
     first = codec.micro_batch if codec.uses_micro_batch else 1
     micro_batch, size = halve_to_fit(needed, first, math.inf if budget is None else budget)
@@ -167,7 +168,7 @@ class LatentsWork:
   def _turn(self, num_frames):
     """Number of clips that are encoded together."""
     frames = _MICRO_BATCHES * self.encoder.codec.micro_batch * jax.local_device_count()
-    return max(-(-frames // num_frames), self.encoder.clips_at_once(num_frames))
+    return max(-(-frames // num_frames), jax.local_device_count())
 
   def measure(self, keys: np.ndarray) -> tuple[float, str]:
     """(seconds per megapixel of the encoder alone, description). Measures the clip size that contributes most pixels.

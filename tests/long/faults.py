@@ -38,7 +38,7 @@ HALT = """
 import pathlib, sys
 import jax
 from stdit_jax import train
-from stdit_jax.training.compilation import StagePrograms
+from stdit_jax.training.stage_programs import StagePrograms
 
 mark, made, calls = pathlib.Path(sys.argv.pop(1)), StagePrograms.update, []
 

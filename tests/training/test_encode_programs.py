@@ -1,6 +1,7 @@
 """Clips are encoded by one program per size, which a process compiles once in its life."""
 
 import json
+import re
 
 import jax
 
@@ -43,9 +44,9 @@ def test_each_process_compiles_each_size_once_and_never_again(assets, tmp_path):
   features = {"text": "columns", "fps": 24, "text_features": f"{assets}/text0.safetensors"}
   files.write_csv(tmp_path / "table.csv", [{**row, **features} for row in rows])
   first, logs = train_in_two_processes(assets, tmp_path, "first")
-  for programs in first:
-    assert len(programs) == len(set(programs)) == 12
-  assert "12 encode programs: 0 from files, 12 to compile" in logs[0]
+  assert all(len(programs) == len(set(programs)) for programs in first)  # a process may find a file of the other one
+  assert len({*first[0], *first[1]}) == 12
+  assert re.search(r"12 encode programs: \d from files, \d+ to compile", logs[0])
   assert logs[0].index("step 1/8") < logs[0].index("all are ready")  # training waits only for the sizes of its step
   again, logs = train_in_two_processes(assets, tmp_path, "again")
   assert again == [[], []]
