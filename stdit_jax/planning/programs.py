@@ -160,7 +160,8 @@ def lower(job: Job) -> tuple[jax.stages.Lowered, dict[str, Any]]:
     "stage": stage.name, "resolution": resolution, "frames": frames, "batch": rows, "batch_parts": layout.batch_parts,
     "samples_per_part": rows // layout.batch_parts // parts, "micro_batches": parts, "split_tokens": layout.split_tokens,
     "mesh": dict(mesh.shape), "chips": mesh.devices.size,
-    "hosts": len({device.process_index for device in mesh.devices.flat}), "resident": resident, "beside": sum(resident.values()) - own,
+    "hosts": len({device.process_index for device in mesh.devices.flat}),
+    "resident": resident, "beside": sum(resident.values()) - own,
     "limit": CHIPS[parse_topology(job.topology)].memory_gib * GIB,
   }  # fmt: skip
   tokens, model_flops = program.work
