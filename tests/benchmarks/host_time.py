@@ -17,7 +17,7 @@ machine count little:
   rows/s     that one core of the workers reads; need: rows a second of the host
 
 `videos` writes an mp4 of 10 s for each resolution (H.264, a key frame every 2 s, textures that move) and reads clips of it at
-random places, as the loader's workers do. One process decodes, so the rates are of one core.
+random places, as the loader's workers do. It also reads JPEG files. One process decodes, so the rates are of one core.
 """
 
 import argparse
@@ -223,17 +223,31 @@ def measure_videos(args):
     for resolution in ("144p", "240p", "256", "360p", "480p"):
       size = aspect_ratios.size(resolution, aspect_ratios.closest_ratio(9, 16, resolution))
       rates["720p", resolution] = decode_rate(os.path.join(name, "720p.mp4"), size, args.film_seconds * 24)
+    images = {resolution: image_rate(name, resolution) for resolution, frames in buckets() if frames == 1}
   for (source, resolution), rate in rates.items():
     print(f"{source:>6} {resolution:>8} {rate:>19,.0f}")
-  print(f"\nclips of 720p files; {args.cores} cores decode, the host needs:")
+  print(f"\nclips of 720p files, images of at least 720p; {args.cores} cores decode, the host needs:")
   print(f"{'bucket':>12} {'rows':>5} {'step':>6} {'need rows/s':>12} {'cores give':>11} {'cores needed':>13}")
   for (resolution, frames), (rows, seconds) in buckets().items():
-    if frames > 1:
-      rate, need = rates["720p", resolution] / frames, rows / seconds
-      cores = need / rate
-      print(
-        f"{f'{resolution} x {frames}':>12} {rows:>5} {seconds:>5.2f}s {need:>12.1f} {args.cores * rate:>11.1f} {cores:>13.1f}"
-      )
+    rate, need = rates["720p", resolution] / frames if frames > 1 else images[resolution], rows / seconds
+    given = args.cores * rate
+    print(f"{f'{resolution} x {frames}':>12} {rows:>5} {seconds:>5.2f}s {need:>12.1f} {given:>11.1f} {need / rate:>13.1f}")
+
+
+def image_rate(folder, resolution):
+  """JPEG files that a core reads a second. They have the size of the bucket, or 1280 x 720 if that is larger."""
+  height, width = aspect_ratios.size(resolution, aspect_ratios.closest_ratio(9, 16, resolution))
+  size = max((720, 1280), (height, width))
+  rng = np.random.default_rng(0)
+  small = rng.integers(0, 255, (size[0] // 8, size[1] // 8, 3), np.uint8)
+  image, path = video.Image.fromarray(small).resize(size[::-1], video.Image.Resampling.BICUBIC), f"{folder}/{resolution}.jpg"
+  image.save(path, quality=90)
+  video.read_frames(path, size=(height, width))
+  began, count = time.process_time(), 0
+  while time.process_time() - began < 1:
+    video.read_frames(path, size=(height, width))
+    count += 1
+  return count / (time.process_time() - began)
 
 
 def decode_rate(path, size, total, frames=51):

@@ -306,6 +306,18 @@ def test_a_later_epoch_may_use_captions_of_an_earlier_one(assets, table, folder,
   ]
 
 
+def test_cached_rows_have_the_bytes_of_latents_and_embeddings(assets, table, folder, tmp_path):
+  """The limit of the rows ahead counts what the loader reads, not the pixels of the videos."""
+  config = tiny_config(assets, tmp_path, **settings(assets, table, data__latents=str(folder)))
+  data, read = Run(config).parts[0].data, {}
+  with data.loader(0) as steps:
+    for step, _ in zip(steps, range(8)):
+      for s in step.samples:
+        read.setdefault(s.num_frames, []).append(s.latents_mean.nbytes + s.latents_std.nbytes + s.text_features.nbytes)
+    for bucket, weight in zip(data.config.parsed_buckets(), steps.ahead.weights):
+      assert 0.5 * min(read[bucket.num_frames]) < weight < 2 * max(read[bucket.num_frames])
+
+
 def test_files_that_were_missing_are_encoded_later(assets, tmp_path):
   """If no file exists, `encode` stops before it writes. If files vanish while it works, no shard without them remains."""
   disk, out, away = tmp_path / "disk", tmp_path / "out", tmp_path / "away"

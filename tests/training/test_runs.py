@@ -241,6 +241,7 @@ def test_undecodable_rows_are_counted_and_skipped_up_to_the_limit(assets, tmp_pa
   said = capsys.readouterr().out
   assert "1 bad files" in said
   assert re.search(r"stage 'one': 1 steps of \S+ s, \S+% of it waiting for data", said)
+  assert re.search(r"stage 'one': up to \d+ threads, at most \S+ MB ahead \(\d+ rows of 64p x 1\)", said)
   with pytest.raises(InputError, match=r"1 files cannot be decoded.*broken.png"):
     Run(tiny_config(assets, tmp_path / "none", data__max_bad_rows=0, **table)).train()
 
