@@ -53,7 +53,7 @@ class Family:
     sizes: {name: configuration}, e.g. "STDiT3-XL/2".
     build: `(config, layout) -> nn.Module`. A layout of None means one device.
     condition: its conditioner, a key of `conditioning.CONDITIONERS`.
-    cond: `(config, rows) -> {name: ShapeDtypeStruct}`, the model input `cond` of a batch of `rows`.
+    cond: `(config, rows) -> {name: ShapeDtypeStruct}`, the model input `cond` of a batch of `rows`. Batches have these dtypes.
     null: `(config, constants, cond) -> cond`, the unconditional branch; `constants` is the model's collection of that name.
     rules: sharding rules of the parameters (`parallel.shardings.spec_for`).
     flops: `(config, frames, space) -> FLOPs` of one forward pass over one sample of `frames * space` tokens.
