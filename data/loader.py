@@ -178,7 +178,8 @@ class Loader(contextlib.AbstractContextManager["Loader"], Iterator[LoadedStep]):
       self._report_gaps(self.plans.cache, epoch)
     bucket, samples = current.bucket(index), []
     for _ in range(self.rows_per_step[current.bucket_index(index)]):
-      sample = Sample(**{"pixels": None, **next(self._rows)})
+      row = next(self._rows)
+      sample = Sample(**{"pixels": None, **row, "sample_id": tuple(row["sample_id"])})
       # An error in the order of rows would mix buckets in one batch.
       assert (sample.sample_id[0], sample.num_frames) == (self.plans.config.sample_epoch(epoch), bucket.num_frames)
       self._limit.add(sample.path, sample.error)

@@ -12,9 +12,10 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
+import json
+import math
 import multiprocessing
 import os
-import pickle
 import threading
 import time
 import weakref
@@ -322,8 +323,8 @@ class _Numbers:
   def __len__(self):
     return _ENDLESS
 
-  def __getitem__(self, number):
-    return number
+  def __getitem__(self, index):
+    return index
 
 
 class _Gate:
@@ -335,16 +336,21 @@ class _Gate:
   def __init__(self, room, name=None):
     self.room, self._memory = room, shared_memory.SharedMemory(name, create=name is None, size=8)
 
+  @property
+  def _number(self) -> memoryview:
+    memory: Any = self._memory.buf
+    return memory[:8]
+
   def __reduce__(self):
     return _Gate, (self.room, self._memory.name)
 
   def take(self, end):
     """Tells the workers that the reader has taken everything before `end`. -1 closes the gate."""
-    self._memory.buf[:8] = end.to_bytes(8, "little", signed=True)  # one store: workers never read a half-written number
+    self._number[:] = end.to_bytes(8, "little", signed=True)  # one store: workers never read a half-written number
 
   def wait(self, begin, weight):
     """Waits until a group has room. The next group always has. Returns False if the gate was closed."""
-    while (taken := int.from_bytes(self._memory.buf[:8], "little", signed=True)) >= 0:
+    while (taken := int.from_bytes(self._number, "little", signed=True)) >= 0:
       if begin <= taken or begin + weight - taken <= self.room:
         return True
       time.sleep(_POLL)
@@ -363,31 +369,39 @@ def _packed_group(source, decode, gate, number):
   return _pack([decode(row) for row in source[number]])
 
 
-_ALIGNMENT, _SMALL = 64, 4096  # bytes; smaller arrays are not worth a place of their own
+_ALIGNMENT = 64  # bytes
 
 
 def _pack(rows):
-  """Rows as one array with the values of all arrays. grain would put each array into a shared memory of its own."""
-  buffers = []
+  """Rows as JSON and one array with the values of all arrays. grain would put each array into a shared memory of its own."""
+  arrays, begin = [], 0
 
-  def keep(buffer):
-    if (values := buffer.raw()).nbytes < _SMALL:
-      return True  # into the pickle
-    return buffers.append(values)
+  def plain(value):  # json calls it for the values that it does not know
+    nonlocal begin
+    if isinstance(value, np.generic):
+      return value.item()
+    arrays.append((begin, np.ascontiguousarray(value)))
+    begin += -(-value.nbytes // _ALIGNMENT) * _ALIGNMENT
+    return {"array": arrays[-1][0], "dtype": value.dtype.name, "shape": value.shape}
 
-  text = pickle.dumps(rows, protocol=5, buffer_callback=keep)
-  starts = np.cumsum([0] + [-(-values.nbytes // _ALIGNMENT) * _ALIGNMENT for values in buffers])
-  packed = np.empty(int(starts[-1]), np.uint8)
-  for start, values in zip(starts, buffers):
-    packed[start : start + values.nbytes] = values
-  places = [(int(start), values.nbytes) for start, values in zip(starts, buffers)]
-  return {"rows": pickle.dumps((text, places)), "packed": packed}
+  text = json.dumps(rows, default=plain)
+  packed = np.empty(begin, np.uint8)
+  for start, value in arrays:
+    packed[start : start + value.nbytes] = value.reshape(-1).view(np.uint8)
+  return {"rows": text, "packed": packed}
 
 
 def _unpack(element):
-  """The rows of `_pack`. Their arrays are views of the packed one."""
-  (text, places), packed = pickle.loads(element["rows"]), memoryview(element["packed"])
-  return pickle.loads(text, buffers=[packed[start : start + size] for start, size in places])
+  """The rows of `_pack`. Their arrays are views of the packed one. Tuples are lists."""
+  packed = element["packed"]
+
+  def restore(values):
+    if values.keys() != {"array", "dtype", "shape"}:
+      return values
+    dtype, shape = np.dtype(values["dtype"]), values["shape"]
+    return packed[values["array"] :][: math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
+
+  return json.loads(element["rows"], object_hook=restore)
 
 
 def _end_with_parent(*_):

@@ -74,7 +74,7 @@ def test_groups_have_the_rows_of_the_plan(tmp_path, most, parts):
     while group := source[number]:
       begin, weight = source.place(number)
       assert begin == end
-      assert weight == sum(weights[bucket.num_frames == 1] for *_, bucket in group)
+      assert weight == sum(weights[bucket.num_frames == 1] for *_, bucket, _ in group)
       assert len({(epoch, plans.plan(epoch).slot(slot)[3]) for epoch, slot, *_ in group}) == 1  # of one step
       end, number, rows = begin + weight, number + 1, rows + group
     return rows

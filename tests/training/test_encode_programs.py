@@ -1,13 +1,24 @@
 """Clips are encoded by one program per size, which a process compiles once in its life."""
 
+import dataclasses
 import json
 import re
+import threading
 
 import jax
+import numpy as np
+import pytest
 
+from configs import base
 from stdit_jax.autoencoders import temporal
+from stdit_jax.autoencoders.family import encoder_only
+from stdit_jax.autoencoders.registry import find, make_codec
+from stdit_jax.config import Config
 from stdit_jax.interop import save_variables
+from stdit_jax.training import clip_encoder, executables
+from stdit_jax.training.compilation import AheadOfTime
 from tests.data import files
+from tests.helpers import relative_error
 from tests.tiny_run import SIZES, start_processes, text_from_disk, write_config
 
 LENGTHS = {9: 48, 5: 20, 2: 10, 1: 1}  # {frames of a bucket: frames of the rows that fit it alone}
@@ -51,3 +62,61 @@ def test_each_process_compiles_each_size_once_and_never_again(assets, tmp_path):
   again, logs = train_in_two_processes(assets, tmp_path, "again")
   assert again == [[], []]
   assert "12 encode programs: 12 from files, 0 to compile" in logs[0]
+
+
+@pytest.mark.parametrize(("name", "shape"), [
+  ("tiny-kl-f8", (1, 5, 32, 48)), ("tiny-temporal", (1, 40, 24, 32)), ("tiny-temporal", (3, 1, 24, 40)),
+  ("tiny-causal3d", (1, 25, 16, 24)), ("tiny-causal3d", (3, 1, 16, 24)),
+])  # fmt: skip
+def test_one_program_gives_the_latents_of_the_pieces(name, shape):
+  """Frames that fill no micro batch, chunks with a shorter last one, chunks that follow each other, and images."""
+  family = find(name)
+  model = family.build(family.get_config(name))
+  variables = family.init(model, jax.random.key(0))
+  clips = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+  made = jax.jit(lambda v, x: family.encode_clips(model, v, x, 2))(encoder_only(variables), clips)
+  codec = make_codec(model, variables, 2)
+  for number, clip in enumerate(clips):
+    for ours, theirs in zip(made, codec.encode(clip), strict=True):
+      assert relative_error(ours[number], theirs) < 1e-5
+
+
+def test_a_batch_waits_only_for_the_programs_of_its_own_sizes(monkeypatch):
+  """The compiler is kept from the second size until the clips of the first one are encoded."""
+  family, go_on = find("tiny-kl-f8"), threading.Event()
+  model = family.build(family.get_config("tiny-kl-f8"))
+  codec = make_codec(model, family.init(model, jax.random.key(0)), 2)
+  config = Config.of(base.get_config()).autoencoder
+  lower = clip_encoder.lower_program
+
+  def wait_with_others(codec, size, *more):
+    assert size[2] == 16 or go_on.wait(60)
+    return lower(codec, size, *more)
+
+  monkeypatch.setattr(clip_encoder, "lower_program", wait_with_others)
+  monkeypatch.setattr(executables.Executables, "beside_jax", lambda: executables.Executables(None))
+  compiler = AheadOfTime(1, lambda text: None)
+  encoder = clip_encoder.ClipEncoder(codec, dataclasses.replace(config, cache_gb=0.0), compiler, "tiny")
+  encoder.prepare([(1, 16, 16), (1, 16, 24)])
+  (mean, _), *_ = encoder([np.zeros((1, 16, 16, 3), np.uint8)])
+  assert mean.shape == (1, 2, 2, 4)
+  assert compiler.counter.counts == {"tiny: encode 1x16x16": 1, "tiny: encode 1x16x24": 0}
+  go_on.set()
+  assert encoder([np.zeros((1, 16, 24, 3), np.uint8)])[0][0].shape == (1, 2, 3, 4)
+  compiler.close()
+
+
+def test_a_damaged_file_is_compiled_again(tmp_path, capsys):
+  store = executables.Executables(str(tmp_path))
+  shape = lambda device: jax.ShapeDtypeStruct((3,), np.float32, sharding=jax.sharding.SingleDeviceSharding(device))  # noqa: E731
+  double = executables.OwnProgram("double", "test", "double", lambda d: jax.jit(lambda x: 2 * x).lower(shape(d)), 0)
+  assert store.load(double) is None
+  x = jax.device_put(np.arange(3, dtype=np.float32), jax.local_devices()[0])
+  for _ in range(2):
+    np.testing.assert_array_equal(store.compile(double)(0, x), [0, 2, 4])
+    (file,) = tmp_path.glob("*.bin")
+    np.testing.assert_array_equal(store.load(double)(0, x), [0, 2, 4])
+    file.write_bytes(file.read_bytes()[:-20])
+    assert store.load(double) is None
+    assert "so its program is compiled again" in capsys.readouterr().out
+  assert store.load(dataclasses.replace(double, what="triple")) is None
