@@ -285,6 +285,16 @@ def test_perceptual_loss_and_discriminator_are_split_like_their_clips(monkeypatc
 
 
 @needs_devices
+def test_one_trace_that_is_compiled_for_each_device_is_an_error():
+  counter = CompileCounter()
+  toy = jax.jit(counter.counted("toy: encode", lambda x: 2 * x))
+  for device in jax.devices()[:2]:
+    toy(jax.device_put(np.ones(2, np.float32), device))
+  with pytest.raises(RuntimeError, match=r"toy: encode.*2"):
+    counter.check()
+
+
+@needs_devices
 def test_captions_are_embedded_in_pieces_on_every_device(monkeypatch):
   config = t5.get_config("byt5-tiny")
   params = t5.init(config, jax.random.key(0))["params"]

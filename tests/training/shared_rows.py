@@ -2,10 +2,11 @@
 
 python -m tests.training.shared_rows --config FILE
 
-`<output>/<process>.json` has `decoded`: [path, epoch] of each image; `steps`: for each micro step the samples of this process,
-and the weights and sample numbers on each of its devices. `<output>/<process>.npz` has the parameters on each device.
+`<output>/<process>.json` has `decoded`: [path, epoch] of each image; `steps`: for each micro step its epoch, the samples of this
+process, and the weights and sample numbers on each of its devices. `<output>/<process>.npz` has the parameters on each device.
 """
 
+import dataclasses
 import json
 import pathlib
 import runpy
@@ -37,13 +38,13 @@ def main(config):
     def noted(encoders, name):
       make = batch_maker(encoders, name)
 
-      def batch_of(loaded, layout):
-        batch = make(loaded, layout)
-        samples = [(s.sample_id, s.path) for s in loaded.samples]
-        steps.append({"samples": samples, "weights": on_devices(batch["weight"]), "ids": on_devices(batch["sample_id"])})
+      def place_and_note(made, loaded, layout):
+        batch = make.place(made, loaded, layout)
+        step = {"epoch": loaded.epoch, "samples": [(s.sample_id, s.path) for s in loaded.samples]}
+        steps.append(step | {"weights": on_devices(batch["weight"]), "ids": on_devices(batch["sample_id"])})
         return batch
 
-      return batch_of
+      return dataclasses.replace(make, place=place_and_note)
 
     objective.batch_maker = noted
 

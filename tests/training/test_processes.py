@@ -155,7 +155,7 @@ def test_processes_that_share_rows_read_each_row_once_and_train_like_one(folder,
     assert [len(step["samples"]) for step in (ours, theirs)] == [4, 4]
     both = ours["samples"] + theirs["samples"]
     assert sorted(ids for ids, _ in both) == sorted(ours["ids"][0])
-    used.update((path, epoch) for (epoch, _), path in both)  # an epoch of six images reads two of them twice
+    used.update((path, ours["epoch"]) for _, path in both)  # an epoch of six images reads two of them twice
   assert {clip: decoded[clip] for clip in used} == used  # without what was read ahead for later steps
   losses = [[line["loss"] for line in lines(output) if "loss" in line][:STEPS] for output in (one, folder / "sharing" / "run")]
   assert len(losses[0]) == STEPS

@@ -225,16 +225,6 @@ def test_a_second_compilation_is_an_error():
     counter.check()
 
 
-@pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")
-def test_one_trace_that_is_compiled_for_each_device_is_an_error():
-  counter = CompileCounter()
-  toy = jax.jit(counter.counted("toy: encode", lambda x: 2 * x))
-  for device in jax.devices()[:2]:
-    toy(jax.device_put(np.ones(2, np.float32), device))
-  with pytest.raises(RuntimeError, match=r"toy: encode.*2"):
-    counter.check()
-
-
 # ---------------------------------------------------------------------------------------------------------- update program
 
 
