@@ -80,6 +80,7 @@ def write_cache(folder, config, latent_shape, dtype):
     features = latents.features_of(kind, channels, dtype)
     size_of = lambda keys: np.ones(len(keys))  # noqa: E731
     part = latents.prepare(str(folder / "cache"), kind, {"kind": kind}, keys[kind], made_for, size_of, 1 << 30)
+    assert part is not None
     with contextlib.closing(latents.shard_writer(part, range(part.num_shards), features)) as writer:
       next(writer)
       for key in part.keys:
@@ -237,11 +238,10 @@ def measure_videos(args):
 def image_rate(folder, resolution):
   """JPEG files that a core reads a second. They have the size of the bucket, or 1280 x 720 if that is larger."""
   height, width = aspect_ratios.size(resolution, aspect_ratios.closest_ratio(9, 16, resolution))
-  size = max((720, 1280), (height, width))
-  rng = np.random.default_rng(0)
-  small = rng.integers(0, 255, (size[0] // 8, size[1] // 8, 3), np.uint8)
-  image, path = video.Image.fromarray(small).resize(size[::-1], video.Image.Resampling.BICUBIC), f"{folder}/{resolution}.jpg"
-  image.save(path, quality=90)
+  high, wide = max((720, 1280), (height, width))
+  rng, path = np.random.default_rng(0), f"{folder}/{resolution}.jpg"
+  small = video.Image.fromarray(rng.integers(0, 255, (high // 8, wide // 8, 3), np.uint8))
+  small.resize((wide, high), video.Image.Resampling.BICUBIC).save(path, quality=90)
   video.read_frames(path, size=(height, width))
   began, count = time.process_time(), 0
   while time.process_time() - began < 1:
