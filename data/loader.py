@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from data import aspect_ratios, latents, paths, plan, read_ahead, sources, video
+from data import aspect_ratios, groups, latents, paths, plan, read_ahead, sources, video
 from data.config import DataConfig
 
 log = logging.getLogger("data")
@@ -158,7 +158,7 @@ class Loader(contextlib.AbstractContextManager["Loader"], Iterator[LoadedStep]):
     names = [b.name for b in config.parsed_buckets()]
     row_bytes = bytes_of_rows(decode, sequence.plan(0))
     self.ahead = read_ahead.Ahead.of(config, row_bytes, self.rows_per_step, names, cached=bool(sequence.cache))
-    source = read_ahead.RowSource(sequence, shares, self.rows_per_step, self.ahead, (epoch, step), epochs)
+    source = groups.RowSource(sequence, shares, self.rows_per_step, self.ahead, (epoch, step), epochs)
     self._reading = read_ahead.Rows(source, decode, self.ahead)
     self._rows = _steady(self._reading)
 
@@ -252,7 +252,7 @@ def read_clips(
   """
   ahead = read_ahead.Ahead.of(config, [int(clip_bytes.max())], [together], ["clips"])
   weights, most = np.ones(len(keys), np.int64) if ahead.in_rows else clip_bytes, ahead.groups[0] * ahead.weights[0]
-  rows = read_ahead.Rows(read_ahead.ListSource(keys, weights, most), ClipDecoder(config, table, None), ahead)
+  rows = read_ahead.Rows(groups.ListSource(keys, weights, most), ClipDecoder(config, table, None), ahead)
   with contextlib.closing(rows):
     yield from zip(keys, _steady(rows))
 
@@ -349,7 +349,7 @@ def in_time(seconds: float, function: Callable, *args: Any) -> Any:
 
 
 class RowDecoder:
-  """Turns a row of `read_ahead.RowSource` into the fields of a `Sample`. Picklable.
+  """Turns a row of `groups.RowSource` into the fields of a `Sample`. Picklable.
 
   A row is (epoch, slot, slot row, aspect-ratio key, bucket, owned). If the process does not own the row, the sample gets weight
   0, and no video is read.

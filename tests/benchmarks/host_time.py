@@ -12,7 +12,7 @@ loader has read ahead, as if devices computed. Times are processor seconds of th
 machine count little:
 
   next       until the loader returns a step; threads: of the loader's threads, which fetch and free memory
-  batch      `denoiser_batch`, up to the arrays
+  batch      `denoiser_batches`, up to the arrays
   share      of `next` and `batch` in the computed step. Required: at most 5 %
   rows/s     that one core of the workers reads; need: rows a second of the host
 
@@ -80,6 +80,7 @@ def write_cache(folder, config, latent_shape, dtype):
     features = latents.features_of(kind, channels, dtype)
     size_of = lambda keys: np.ones(len(keys))  # noqa: E731
     part = latents.prepare(str(folder / "cache"), kind, {"kind": kind}, keys[kind], made_for, size_of, 1 << 30)
+    assert part is not None
     with contextlib.closing(latents.shard_writer(part, range(part.num_shards), features)) as writer:
       next(writer)
       for key in part.keys:
@@ -129,10 +130,10 @@ def measure_latents(args):
 
 
 def measure_bucket(args, parts, layout, key, rows):
-  """(seconds of `next`, of the loader's threads, of `denoiser_batch`, rows a second of one worker) of a bucket; medians."""
+  """(seconds of `next`, of the loader's threads, of `denoiser_batches`, rows a second of one worker) of a bucket; medians."""
   import jax
 
-  from stdit_jax.training.batches import denoiser_batch
+  from stdit_jax.training.batches import denoiser_batches
 
   config = parts.autoencoder.config
   size = aspect_ratios.size(key[0], aspect_ratios.closest_ratio(9, 16, key[0]))
@@ -151,7 +152,7 @@ def measure_bucket(args, parts, layout, key, rows):
         of_all = time.process_time() - of_all
         began, arrays = time.process_time(), None
         if not args.loader_only:
-          arrays = jax.block_until_ready(denoiser_batch(parts, None, None, step, layout))
+          arrays = jax.block_until_ready(denoiser_batches(parts, None, None)(step, layout))
         times.append((of_thread, of_all - of_thread, time.process_time() - began))
         del step, arrays
     decoder = loader.RowDecoder(data, cache.table, None, cache)
@@ -237,11 +238,10 @@ def measure_videos(args):
 def image_rate(folder, resolution):
   """JPEG files that a core reads a second. They have the size of the bucket, or 1280 x 720 if that is larger."""
   height, width = aspect_ratios.size(resolution, aspect_ratios.closest_ratio(9, 16, resolution))
-  size = max((720, 1280), (height, width))
-  rng = np.random.default_rng(0)
-  small = rng.integers(0, 255, (size[0] // 8, size[1] // 8, 3), np.uint8)
-  image, path = video.Image.fromarray(small).resize(size[::-1], video.Image.Resampling.BICUBIC), f"{folder}/{resolution}.jpg"
-  image.save(path, quality=90)
+  high, wide = max((720, 1280), (height, width))
+  rng, path = np.random.default_rng(0), f"{folder}/{resolution}.jpg"
+  small = video.Image.fromarray(rng.integers(0, 255, (high // 8, wide // 8, 3), np.uint8))
+  small.resize((wide, high), video.Image.Resampling.BICUBIC).save(path, quality=90)
   video.read_frames(path, size=(height, width))
   began, count = time.process_time(), 0
   while time.process_time() - began < 1:
@@ -265,7 +265,7 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("what", choices=("latents", "videos"))
   parser.add_argument("--bucket", action="append", help="only this bucket: RESOLUTION:FRAMES")
-  parser.add_argument("--loader-only", action="store_true", help="without denoiser_batch")
+  parser.add_argument("--loader-only", action="store_true", help="without denoiser_batches")
   parser.add_argument("--steps", type=int, default=5)
   parser.add_argument("--workers", type=int, default=2)
   parser.add_argument("--dtype", default="float16", help="of the cache")

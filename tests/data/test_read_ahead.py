@@ -10,8 +10,9 @@ import pytest
 from data import plan, read_ahead, sources, video
 from data.aspect_ratios import NUM_PIXELS
 from data.config import DataConfig
+from data.groups import ListSource, RowSource
 from data.loader import make_loader
-from data.read_ahead import Ahead, ListSource, Rows, RowSource
+from data.read_ahead import Ahead, Rows
 
 IMAGE = 3 * NUM_PIXELS["64p"]  # bytes
 

@@ -2,8 +2,9 @@
 
 python -m tests.training.shared_rows --config FILE
 
-`<output>/<process>.json` has `decoded`: [path, epoch] of each image; `steps`: for each micro step its epoch, the samples of this
-process, and the weights and sample numbers on each of its devices. `<output>/<process>.npz` has the parameters on each device.
+`<output>/<process>.json` has `decoded`: [path, epoch] of each image; `steps`: for each micro step its epoch, the samples of
+this process, and the weights and sample numbers on each of its devices. `<output>/<process>.npz` has the parameters on each
+device.
 """
 
 import dataclasses
