@@ -157,25 +157,23 @@ def full_at_a_checkpoint(bench, name):
   return run.start().wait()
 
 
-def full_at_a_sample(bench, name):
-  run = Run(bench, name, sample_every=5)
-  run.start().until((run.output / "config.json").exists, "the beginning")  # before, the folder must not hold samples
-  make_room = small_disk(run.output / "samples", 4096)
-  run.wait()
+def full_in(bench, name, folder, **changes):
+  """`folder` of the run is on a disk of one block. The run has a config.json, as if it had been stopped at its start."""
+  run, reference = Run(bench, name, **changes), bench.undisturbed("alone", alone)
+  run.output.mkdir()
+  (run.output / "config.json").write_bytes((reference / "config.json").read_bytes())
+  make_room = small_disk(run.output / folder, 4096)
+  run.start().wait()
   make_room()
   return run.start().wait()
 
 
+def full_at_a_sample(bench, name):
+  return full_in(bench, name, "samples", sample_every=5)
+
+
 def full_at_the_metrics(bench, name):
-  run = Run(bench, name, checkpoint_every=5)
-  small_disk(run.output, 200 << 20)
-  run.start().until_step(6)
-  with contextlib.suppress(OSError), (run.output / "filler").open("wb", buffering=0) as filler:
-    while True:
-      filler.write(bytes(1 << 20))
-  run.wait()
-  (run.output / "filler").unlink()
-  return run.start().wait()
+  return full_in(bench, name, "tensorboard")
 
 
 def worker_killed(bench, name, count=1):
@@ -237,7 +235,7 @@ ROWS = (
   Row("all rows hang", all_rows_hang, "75,0", EVERY),
   Row("disk full at a checkpoint", full_at_a_checkpoint, "2 / 0", 2 * EVERY),
   Row("disk full at a sample", full_at_a_sample, "2 / 0", EVERY),
-  Row("disk full at the metrics", full_at_the_metrics, "2 / 0", 5),
+  Row("disk full at the metrics", full_at_the_metrics, "2 / 0", 2 * EVERY),
   Row("worker killed", worker_killed, "75,0", EVERY),
   Row("process killed", process_killed, "137,0", 2 * EVERY),
   Row("Core halted", core_halted, "75,0", EVERY),

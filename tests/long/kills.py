@@ -221,10 +221,11 @@ def main() -> None:
   arguments = parser.parse_args()
   jax.config.update("jax_platforms", "cpu")
   folder = (arguments.folder or pathlib.Path(tempfile.mkdtemp(prefix="kills-"))).absolute()
-  (folder / "assets").mkdir(parents=True, exist_ok=True)
-  tiny_run.make_assets(folder / "assets")
-  programs = make(folder)
-  victims = [Victim(name, programs[name](), folder) for name in programs if name in (*arguments.programs, "train")]
+  if not (folder / "assets" / "t5.safetensors").exists():  # the last file
+    (folder / "assets").mkdir(parents=True, exist_ok=True)
+    tiny_run.make_assets(folder / "assets")
+  programs, wanted = make(folder), {*arguments.programs, *(["train"] if "sample" in arguments.programs else [])}
+  victims = [Victim(name, programs[name](), folder) for name in programs if name in wanted]
   victims = [victim for victim in victims if victim.name in arguments.programs]
   notes = folder / "kills.jsonl"
   killed = first = len(notes.read_text().splitlines()) if notes.exists() else 0
