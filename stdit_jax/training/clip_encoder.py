@@ -5,6 +5,7 @@ import concurrent.futures
 import dataclasses
 import hashlib
 import itertools
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -24,10 +25,11 @@ Size = tuple[int, int, int]  # frames, height, width
 
 
 class LatentCache:
-  """Caches the latents of clips, up to `limit` bytes. Drops the least recently used latents first."""
+  """Caches the latents of clips, up to `limit` bytes. Drops the least recently used latents first. Threads may share it."""
 
   def __init__(self, limit):
     self.limit, self.bytes, self.hits, self._entries = limit, 0, 0, collections.OrderedDict()
+    self._lock = threading.Lock()
 
   @staticmethod
   def key(clip: np.ndarray) -> tuple[tuple[int, ...], bytes]:
@@ -36,19 +38,21 @@ class LatentCache:
 
   def get(self, key: Any) -> Sequence[np.ndarray] | None:
     """(mean, std) `[T, h, w, C]`, or None."""
-    if key in self._entries:
-      self.hits += 1
-      self._entries.move_to_end(key)
-    return self._entries.get(key)
+    with self._lock:
+      if key in self._entries:
+        self.hits += 1
+        self._entries.move_to_end(key)
+      return self._entries.get(key)
 
   def put(self, key: Any, latents: Sequence[np.ndarray]) -> None:
     size = sum(part.nbytes for part in latents)
-    if key in self._entries or size > self.limit:
-      return
-    self._entries[key] = latents
-    self.bytes += size
-    while self.bytes > self.limit:
-      self.bytes -= sum(part.nbytes for part in self._entries.popitem(last=False)[1])
+    with self._lock:
+      if key in self._entries or size > self.limit:
+        return
+      self._entries[key] = latents
+      self.bytes += size
+      while self.bytes > self.limit:
+        self.bytes -= sum(part.nbytes for part in self._entries.popitem(last=False)[1])
 
 
 def lower_program(codec: Codec, size: Size, device: Any, name: str = "encode") -> jax.stages.Lowered:
@@ -87,7 +91,7 @@ def load_encoder(config: Autoencoder, compiler: AheadOfTime, stage: str) -> "Cli
 
 
 class ClipEncoder:
-  """Encodes clips to normalised posterior means and deviations on all local devices.
+  """Encodes clips to normalised posterior means and deviations on all local devices. Threads may share it.
 
   Args:
     codec: an `autoencoders.codec.Codec`.
@@ -99,14 +103,15 @@ class ClipEncoder:
   def __init__(self, codec: Codec, config: Autoencoder, compiler: AheadOfTime, stage: str):
     self.config, self.codec, self._compiler, self._stage = codec.config, codec, compiler, stage
     self._variables = [jax.device_put(codec.variables, device) for device in jax.local_devices()]
-    self._programs = {}  # {size: future of the `executables.Loaded`}
+    self._programs, self._lock = {}, threading.Lock()  # {size: future of the `executables.Loaded`}
     self.cache = LatentCache(config.cache_gb * 2**30)
 
   def prepare(self, sizes: Iterable[Size]) -> None:
     """Starts to load or compile the programs of these sizes of clips, in this order."""
     found = dict.fromkeys(program_size(self.codec, size) for size in sizes)
-    sizes = [size for size in found if size not in self._programs]
-    self._programs |= zip(sizes, self._compiler.add_own([self._program(size) for size in sizes]))
+    with self._lock:
+      sizes = [size for size in found if size not in self._programs]
+      self._programs |= zip(sizes, self._compiler.add_own([self._program(size) for size in sizes]))
 
   def _program(self, size):
     codec, name = self.codec, f"{self._stage}: encode {'x'.join(map(str, size))}"

@@ -45,6 +45,8 @@ def make_run(assets, output, stages=STAGES):
 def alone(assets, tmp_path_factory):
   """(folder, run) of an undisturbed run of the three stages."""
   run = make_run(assets, tmp_path_factory.mktemp("stages") / "alone")
+  run.beat = lambda what, slow=False: run.activities.append(what)
+  run.activities = []
   run.train(Sampler(run))
   return pathlib.Path(run.config.output), run
 
@@ -86,6 +88,13 @@ def test_stages_with_the_same_data_have_their_own_order_and_noise(assets, tmp_pa
   assert {path for _, path in a} == {path for _, path in b}
   fixed = [parts.validation.data.identity for parts in both.parts]
   assert fixed[0] == fixed[1]
+
+
+def test_the_next_stage_is_lowered_during_the_last_part_of_a_stage(alone):
+  """Before the checkpoint that ends the stage, so that the compiler works beside the training."""
+  _, run = alone
+  for stage, last in (("norms", 2), ("clips", 4)):
+    assert run.activities.index(f"lowering {stage}: update") < run.activities.index(f"step {last}: saving"), run.activities
 
 
 def test_ends_of_stages_and_every_nth_step_stay(assets, tmp_path):
