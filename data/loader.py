@@ -373,8 +373,8 @@ def in_time(seconds: float, function: Callable, *args: Any) -> Any:
 class RowDecoder:
   """Turns an element of `RowSource` into the fields of a `Sample`. Picklable.
 
-  An element is (epoch, slot, slot row, aspect-ratio key, bucket, owned), or () after the last epoch. If the process does not
-  own the row, the sample gets weight 0, and no video is read.
+  An element is (epoch, slot, slot row, aspect-ratio key, bucket), or () after the last epoch. A sixth entry may say whether the
+  process owns the row. If not, the sample gets weight 0, and no video is read.
   """
 
   def __init__(self, config, table, condition, cache=None):
@@ -383,7 +383,7 @@ class RowDecoder:
   def __call__(self, element: tuple) -> dict:
     if not element:
       return {"end": np.zeros(1)}
-    epoch, slot, slot_row, key, bucket, owned = element
+    (epoch, slot, slot_row, key, bucket), owned = element[:5], all(element[5:])
     row, size = self.table.row(slot_row), aspect_ratios.size(bucket.resolution, key)
     fields = {"caption": "", "num_frames": bucket.num_frames, "height": size[0], "width": size[1], "fps": video.DEFAULT_FPS,
               "weight": float(owned), "sample_id": np.array([epoch, slot]), "row": self.table.locate(slot_row)[1],
@@ -414,7 +414,7 @@ class RowDecoder:
 
     Raises BadVideo if `encode` could not decode the row.
     """
-    epoch, _, slot_row, key, bucket, _ = element
+    epoch, _, slot_row, key, bucket = element[:5]
     clip = cache.clip(epoch, slot_row, row, bucket, list(aspect_ratios.SIZES[bucket.resolution]).index(key))
     fields |= {name: clip[name] for name in ("latents_mean", "latents_std") if clip[name] is not None}
     fields["caption"] = self.caption(row, epoch, slot_row)
