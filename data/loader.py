@@ -351,15 +351,15 @@ def in_time(seconds: float, function: Callable, *args: Any) -> Any:
 class RowDecoder:
   """Turns a row of `groups.RowSource` into the fields of a `Sample`. Picklable.
 
-  A row is (epoch, slot, slot row, aspect-ratio key, bucket, owned). If the process does not own the row, the sample gets weight
-  0, and no video is read.
+  A row is (epoch, slot, slot row, aspect-ratio key, bucket), and may have a sixth entry: whether the process owns the row. If
+  not, the sample gets weight 0, and no video is read.
   """
 
   def __init__(self, config, table, condition, cache=None):
     self.config, self.table, self.condition, self.cache = config, table, condition, cache
 
   def __call__(self, element: tuple) -> dict:
-    epoch, slot, slot_row, key, bucket, owned = element
+    (epoch, slot, slot_row, key, bucket), owned = element[:5], all(element[5:])
     row, size = self.table.row(slot_row), aspect_ratios.size(bucket.resolution, key)
     sample_id = self.config.sample_epoch(epoch), slot
     fields = {"caption": "", "num_frames": bucket.num_frames, "height": size[0], "width": size[1], "fps": video.DEFAULT_FPS,
@@ -391,7 +391,7 @@ class RowDecoder:
 
     Raises BadVideo if `encode` could not decode the row.
     """
-    epoch, _, slot_row, key, bucket, _ = element
+    epoch, _, slot_row, key, bucket = element[:5]
     clip = cache.clip(epoch, slot_row, row, bucket, list(aspect_ratios.SIZES[bucket.resolution]).index(key))
     fields |= {name: clip[name] for name in ("latents_mean", "latents_std") if clip[name] is not None}
     fields["caption"] = self.caption(row, epoch, slot_row)

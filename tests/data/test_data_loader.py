@@ -282,7 +282,7 @@ def test_labels_and_conditions_pass_through_worker_processes(tmp_path, suffix):
 
 
 def test_fps_rules(folder):
-  element = (0, 0, 0, "0.56", config_of(folder).parsed_buckets()[1], True)
+  element = (0, 0, 0, "0.56", config_of(folder).parsed_buckets()[1])
   for rule, want in (("exact", 24 / 5), ("1.2", 4.0), ("1.1", 24.0)):
     config = config_of(folder, fps_rule=rule, frame_interval=5)
     table = sources.open_table(config, str(folder / "cache"))
