@@ -157,7 +157,7 @@ def evaluate_autoencoder(settings: Settings, folder: str) -> tuple[str, dict[str
   if interval > 1:
     described = f"{described}, one of {interval} frames"
   if settings.repeat > 1:
-    if not codec.single_frames:
+    if codec.config.unit != 1:
       raise ValueError("--repeat is a baseline for image autoencoders, and this model encodes videos; leave --repeat out")
     described += f", each frame replaced by the nearest of every {settings.repeat} frames"
   table, buckets = reconstruction.open_rows(*what_to_measure(settings, config), folder)

@@ -199,8 +199,11 @@ def print_plan(settings: Settings, compiler: Compiler, stages: Sequence[Stage], 
 
 
 def print_encode_programs(settings: Settings, compiler: Compiler, stage: Stage) -> None:
-  """Prints how many programs encode the clips of a stage on each host, if it trains from videos, and their compile time."""
-  if not make_objective(stage.config).encodes_clips:
+  """Prints how many programs encode the clips of a stage on each host, and their compile time.
+
+  Nothing for a training from cached latents, or with --bucket.
+  """
+  if settings.bucket or not make_objective(stage.config).encodes_clips:
     return
   kinds = encoding.encode_sizes(stage)
   job = Job(plain(Config.of(cli.read_config(settings.config, settings.changes))), stage.name, ("", 0, 0), settings.topology)

@@ -63,7 +63,6 @@ class Codec:
     place: `(array, sharding) -> array`, which lays an array out over devices.
     tiles: how larger frames are cut; None: they are not cut.
     as_uint8: True: decoded pixels are uint8. False: they are float32, about [-1, 1], not clipped.
-    single_frames: whether each frame is encoded independently.
     uses_micro_batch: whether `micro_batch` matters.
   """
 
@@ -75,7 +74,6 @@ class Codec:
   tiles: Tiles | None = None
   as_uint8: bool = True
 
-  single_frames = False
   uses_micro_batch = True
 
   def __post_init__(self):

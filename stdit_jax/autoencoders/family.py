@@ -26,6 +26,7 @@ class AutoencoderConfig:
     in_channels: channels of a frame.
     remat: whether only the inputs of blocks are stored for the backward pass, which recomputes the rest.
     group: latent frames of one independently encoded chunk, the period of `frame_starts`. 1 without such chunks.
+    unit: frames that are encoded independently of all others; 0: the whole clip.
   """
 
   latent_channels: int
@@ -33,6 +34,7 @@ class AutoencoderConfig:
   norm_num_groups: int
   in_channels = 3
   group = 1
+  unit = 0
 
   def require(self, holds: bool, text: str) -> None:
     """Raises ValueError with the text unless the condition holds."""
@@ -60,6 +62,11 @@ class AutoencoderConfig:
   def latent_size(self, height: int, width: int) -> tuple[int, int]:
     """(height, width) of the latents of frames of this size in pixels."""
     return height // self.downsampling, width // self.downsampling
+
+  def units(self, num_frames: int) -> list[int]:
+    """Frames of the units of a clip, in order. The last unit may be shorter."""
+    size = self.unit or num_frames
+    return [min(size, num_frames - begin) for begin in range(0, num_frames, size)]
 
   def keeps(self, num_frames: int) -> bool:
     """Whether a decoded clip has as many frames as the encoded one."""
@@ -131,10 +138,10 @@ class Autoencoder:
   # programs, which serve clips of all lengths.
 
   def encode_clips(self, model: Any, variables: dict, clips: Num[AnyArray, "N T H W 3"], frames: int) -> Moments:
-    """Clips of one size -> normalised posterior (mean, std) `[N, T', h, w, C]`.
+    """Units of one size -> normalised posterior (mean, std) `[N, T', h, w, C]`.
 
     Args:
-      clips: uint8, or float in [-1, 1].
+      clips: units of clips, uint8 or float in [-1, 1].
       frames: number of frames that the image autoencoder takes at a time.
     """
     raise NotImplementedError

@@ -55,6 +55,8 @@ class ImageKLConfig(AutoencoderConfig):
     self.check_groups()
     self.check_latents()
 
+  unit = 1
+
   def latent_frames(self, num_frames: int) -> int:
     return num_frames
 
@@ -253,8 +255,6 @@ def decode_frames(model: Any, variables: dict, latents: AnyArray, *, as_uint8: b
 
 class ImageKLCodec(Codec):
   """A piece is a micro batch of frames."""
-
-  single_frames = True
 
   def encode_parts(self, frames: np.ndarray) -> Parts:
     for part in micro_batches(frames, self._frames_at_a_time(len(frames))):

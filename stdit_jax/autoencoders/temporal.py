@@ -89,6 +89,10 @@ class TemporalConfig(AutoencoderConfig):
     return chunks * -(-self.chunk // self.factor) + -(-rest // self.factor)
 
   @property
+  def unit(self) -> int:
+    return self.chunk
+
+  @property
   def group(self) -> int:
     return self.latent_frames(self.chunk) if self.chunk else 1
 
@@ -338,12 +342,9 @@ class _Temporal(Autoencoder):
   def encode_clips(self, model, variables, clips, frames):
     latents = in_pieces(lambda part: image_latents(model, variables, part), clips.reshape(-1, *clips.shape[2:]), frames)
     latents = latents.reshape(*clips.shape[:2], *latents.shape[1:])
-    chunk = model.config.chunk or clips.shape[1]
-
-    def encode(chunks, length):  # one full chunk at a time, or as many frames of shorter ones
-      return in_pieces(lambda part: encode_chunks(model, variables, part), chunks, chunk // length)
-
-    return in_chunks(encode, latents, clips.shape[1], chunk, chunk)
+    # One full chunk at a time, or as many frames of shorter ones.
+    size = max(1, model.config.chunk // clips.shape[1])
+    return in_pieces(lambda part: encode_chunks(model, variables, part), latents, size)
 
   def encode(self, model, params, clips, image_noise=None, layout=None):
     image_latents = model.apply({"params": params}, clips, image_noise, method="image_latents")

@@ -11,19 +11,18 @@ from data import aspect_ratios
 from stdit_jax.autoencoders.family import encoder_only
 from stdit_jax.autoencoders.registry import autoencoder_model, family_of, make_codec
 from stdit_jax.config import Autoencoder
-from stdit_jax.training.clip_encoder import Size, lower_program, program_size
+from stdit_jax.training.clip_encoder import Size, lower_program, program_sizes
 from stdit_jax.training.stages import Stage
 
 
 def encode_sizes(stage: Stage) -> tuple[list[Size], list[Size]]:
   """Sizes (frames, height, width) of a stage's programs: (of single frames, of longer clips), by pixels. One program each."""
-  codec = make_codec(autoencoder_model(stage.config.autoencoder), {})
-  sizes = set()
+  config, sizes = autoencoder_model(stage.config.autoencoder).config, set()
   for bucket in stage.config.data.parsed_buckets():
     if bucket.batch_size and bucket.keep_prob:
       own = list(aspect_ratios.SIZES[bucket.resolution].values())
       used = aspect_ratios.used_ratios(bucket.resolution, stage.config.data.aspect_ratios)
-      sizes |= {program_size(codec, (bucket.num_frames, *own[i])) for i in used}
+      sizes |= {size for i in used for size in program_sizes(config, (bucket.num_frames, *own[i]))}
   found = sorted(sizes, key=lambda size: (np.prod(size), size))
   return [size for size in found if size[0] == 1], [size for size in found if size[0] > 1]
 

@@ -60,7 +60,7 @@ def lower_program(codec: Codec, size: Size, device: Any, name: str = "encode") -
 
   Args:
     codec: its variables may be shapes; their devices do not matter.
-    size: (frames, height, width) of the N = `clips_at_once` clips; see `program_size`.
+    size: (frames, height, width) of the N = `clips_at_once` units.
     name: by which JAX reports the program.
   """
   place, family = SingleDeviceSharding(device), family_of(codec.config)
@@ -79,9 +79,12 @@ def clips_at_once(codec: Codec, num_frames: int) -> int:
   return max(1, codec.micro_batch // num_frames)
 
 
-def program_size(codec: Codec, size: Sequence[int]) -> Size:
-  """The size of the program that encodes clips of a size (frames, height, width). An image autoencoder takes single frames."""
-  return (1 if codec.single_frames else size[0], size[1], size[2])
+def program_sizes(config: Any, size: Sequence[int]) -> list[Size]:
+  """Sizes of the units of a clip of a size (frames, height, width), in order: those of the programs that encode it.
+
+  `config`: of the autoencoder.
+  """
+  return [(frames, size[1], size[2]) for frames in config.units(size[0])]
 
 
 def load_encoder(config: Autoencoder, compiler: AheadOfTime, stage: str) -> "ClipEncoder":
@@ -108,7 +111,7 @@ class ClipEncoder:
 
   def prepare(self, sizes: Iterable[Size]) -> None:
     """Starts to load or compile the programs of these sizes of clips, in this order."""
-    found = dict.fromkeys(program_size(self.codec, size) for size in sizes)
+    found = dict.fromkeys(unit for size in sizes for unit in program_sizes(self.config, size))
     with self._lock:
       sizes = [size for size in found if size not in self._programs]
       self._programs |= zip(sizes, self._compiler.add_own([self._program(size) for size in sizes]))
@@ -129,34 +132,37 @@ class ClipEncoder:
     """Starts to encode. Returns a function that waits for the devices and returns the latents."""
     keys = [self.cache.key(clip) if self.cache.limit else None for clip in clips]
     latents = [self.cache.get(key) for key in keys]
-    by_size = collections.defaultdict(list)
-    for i, clip in enumerate(clips):
-      if latents[i] is None:
-        by_size[program_size(self.codec, clip.shape)].append(i)
+    missing = [i for i, known in enumerate(latents) if known is None]
+    by_size = collections.defaultdict(list)  # {size: [(number of the clip, pixels of one of its units)]}
+    for i in missing:
+      begin = 0
+      for size in program_sizes(self.config, clips[i].shape):
+        by_size[size].append((i, clips[i][begin : begin + size[0]]))
+        begin += size[0]
     self.prepare(by_size)
     devices = itertools.cycle(range(len(self._variables)))  # they take micro batches in turn
-    begun = [(members, *self._begin(size, [clips[i] for i in members], devices)) for size, members in by_size.items()]
+    # A clip's shorter last unit has another size, so it comes after the other units.
+    begun = [(units, self._begin(size, [pixels for _, pixels in units], devices)) for size, units in by_size.items()]
 
     def finish():
-      for members, parts, count in begun:
-        lengths = [self.config.latent_frames(len(clips[i])) for i in members]
-        moments = [m.reshape(-1, *m.shape[2:]) for m in join(parts, count)]  # of all members, joined in time
-        ends = np.cumsum(lengths)[:-1]
-        for i, *own in zip(members, *(np.split(moment, ends) for moment in moments)):
-          latents[i] = [part.copy() for part in own]
-          self.cache.put(keys[i], latents[i])
+      made = {i: [] for i in missing}
+      for units, parts in begun:
+        for (i, _), *moments in zip(units, *join(parts, len(units))):
+          made[i].append(moments)
+      for i, of_units in made.items():
+        latents[i] = own = [np.concatenate(moments) for moments in zip(*of_units)]
+        self.cache.put(keys[i], own)
       return latents
 
     return finish
 
-  def _begin(self, size, clips, devices):
-    """(pieces of (mean, std) `[n, T', h, w, C]` that the devices compute, number of valid clips in them)."""
-    units = np.concatenate([clip.reshape(-1, *size, 3) for clip in clips])
+  def _begin(self, size, units, devices):
+    """Pieces of (mean, std) `[n, T', h, w, C]` of the units, which the devices compute. The last piece has some padding."""
     if not self._programs[size].done():
       self._compiler.alive(True)
       concurrent.futures.wait([self._programs[size]])
     program, parts = self._programs[size].result(), []
-    for batch, number in zip(micro_batches(units, clips_at_once(self.codec, size[0])), devices):
+    for batch, number in zip(micro_batches(np.stack(units), clips_at_once(self.codec, size[0])), devices):
       self._compiler.alive(False)
       parts.append(program(number, self._variables[number], jax.device_put(batch, jax.local_devices()[number])))
-    return parts, len(units)
+    return parts

@@ -28,7 +28,7 @@ from stdit_jax.models import t5
 from stdit_jax.parallel.mesh import make_mesh
 from stdit_jax.parallel.shardings import Layout, with_shardings
 from stdit_jax.training import batches
-from stdit_jax.training.clip_encoder import ClipEncoder, load_encoder, lower_program, program_size
+from stdit_jax.training.clip_encoder import ClipEncoder, load_encoder, lower_program, program_sizes
 from stdit_jax.training.denoising import autoencoder_identity, text_identity
 from stdit_jax.training.objectives import make_objective
 from stdit_jax.training.stages import Stage, naming
@@ -152,8 +152,8 @@ class LatentsWork:
 
     def needed(micro_batch):
       made = dataclasses.replace(codec, micro_batch=micro_batch)
-      programs = [lower_program(made, program_size(made, size), jax.local_devices()[0]) for size in largest]
-      return max(needed_memory(program, codec.variables) for program in programs)
+      programs = {size for clip in largest for size in program_sizes(codec.config, clip)}
+      return max(needed_memory(lower_program(made, size, jax.local_devices()[0]), codec.variables) for size in programs)
 
     first = codec.micro_batch if codec.uses_micro_batch else 1
     micro_batch, size = halve_to_fit(needed, first, math.inf if budget is None else budget)

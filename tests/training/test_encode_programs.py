@@ -64,29 +64,36 @@ def test_each_process_compiles_each_size_once_and_never_again(assets, tmp_path):
   assert "12 encode programs: 12 from files, 0 to compile" in logs[0]
 
 
-@pytest.mark.parametrize(("name", "shape"), [
-  ("tiny-kl-f8", (1, 5, 32, 48)), ("tiny-temporal", (1, 40, 24, 32)), ("tiny-temporal", (3, 1, 24, 40)),
-  ("tiny-causal3d", (1, 25, 16, 24)), ("tiny-causal3d", (3, 1, 16, 24)),
-])  # fmt: skip
-def test_one_program_gives_the_latents_of_the_pieces(name, shape):
-  """Frames that fill no micro batch, chunks with a shorter last one, chunks that follow each other, and images."""
+def clip_encoder_of(name):
+  """(`ClipEncoder`, whose programs have no files, its codec, its compiler)."""
   family = find(name)
   model = family.build(family.get_config(name))
-  variables = family.init(model, jax.random.key(0))
-  clips = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
-  made = jax.jit(lambda v, x: family.encode_clips(model, v, x, 2))(encoder_only(variables), clips)
-  codec = make_codec(model, variables, 2)
-  for number, clip in enumerate(clips):
+  codec = make_codec(model, family.init(model, jax.random.key(0)), 2)
+  compiler = AheadOfTime(1, lambda text: None)
+  config = dataclasses.replace(Config.of(base.get_config()).autoencoder, cache_gb=0.0)
+  own = dataclasses.replace(codec, variables=encoder_only(codec.variables))
+  return clip_encoder.ClipEncoder(own, config, compiler, "tiny"), codec, compiler
+
+
+@pytest.mark.parametrize("name", ["tiny-kl-f8", "tiny-temporal", "tiny-causal3d"])
+def test_latents_are_those_of_the_codec(name, monkeypatch):
+  """Clips of several sizes, with a shorter last chunk, and more images than one program takes."""
+  monkeypatch.setattr(executables.Executables, "beside_jax", lambda: executables.Executables(None))
+  encoder, codec, compiler = clip_encoder_of(name)
+  rng = np.random.default_rng(0)
+  shapes = [(1, 16, 24), (25, 16, 24), (1, 16, 24), (1, 24, 16), (1, 16, 24), (25, 16, 24)]
+  clips = [rng.integers(0, 256, (*shape, 3), dtype=np.uint8) for shape in shapes]
+  for clip, made in zip(clips, encoder(clips), strict=True):
     for ours, theirs in zip(made, codec.encode(clip), strict=True):
-      assert relative_error(ours[number], theirs) < 1e-5
+      assert relative_error(ours, theirs) < 1e-5
+  programs = {"tiny-kl-f8": (1,), "tiny-temporal": (1, 17, 8), "tiny-causal3d": (1, 25)}[name]
+  assert compiler.counter.counts == dict.fromkeys([*(f"tiny: encode {t}x16x24" for t in programs), "tiny: encode 1x24x16"], 1)
+  compiler.close()
 
 
 def test_a_batch_waits_only_for_the_programs_of_its_own_sizes(monkeypatch):
   """The compiler is kept from the second size until the clips of the first one are encoded."""
-  family, go_on = find("tiny-kl-f8"), threading.Event()
-  model = family.build(family.get_config("tiny-kl-f8"))
-  codec = make_codec(model, family.init(model, jax.random.key(0)), 2)
-  config = Config.of(base.get_config()).autoencoder
+  go_on = threading.Event()
   lower = clip_encoder.lower_program
 
   def wait_with_others(codec, size, *more):
@@ -95,8 +102,7 @@ def test_a_batch_waits_only_for_the_programs_of_its_own_sizes(monkeypatch):
 
   monkeypatch.setattr(clip_encoder, "lower_program", wait_with_others)
   monkeypatch.setattr(executables.Executables, "beside_jax", lambda: executables.Executables(None))
-  compiler = AheadOfTime(1, lambda text: None)
-  encoder = clip_encoder.ClipEncoder(codec, dataclasses.replace(config, cache_gb=0.0), compiler, "tiny")
+  encoder, _, compiler = clip_encoder_of("tiny-kl-f8")
   encoder.prepare([(1, 16, 16), (1, 16, 24)])
   (mean, _), *_ = encoder([np.zeros((1, 16, 16, 3), np.uint8)])
   assert mean.shape == (1, 2, 2, 4)
