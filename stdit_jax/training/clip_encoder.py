@@ -122,7 +122,11 @@ class ClipEncoder:
     fields = dataclasses.asdict(self.config) | {"class": type(self.config).__name__, "dtype": str(codec.model.dtype)}
     parameters = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(codec.variables)]
     what = ["encode", fields, parameters, size, codec.micro_batch]
-    return OwnProgram(name, "encode", what, lambda device: lower_program(codec, size, device, name), (0, 0))
+
+    def lower(device):  # other devices need another program only if they can't load the first device's
+      return lower_program(codec, size, device, name if device == jax.local_devices()[0] else f"{name} for {device}")
+
+    return OwnProgram(name, "encode", what, lower, (0, 0))
 
   def __call__(self, clips: Sequence[np.ndarray]) -> list[Any]:
     """uint8 clips `[T, H, W, 3]` -> list of (mean, std), float32 NumPy `[T', h, w, C]`."""
@@ -133,24 +137,24 @@ class ClipEncoder:
     keys = [self.cache.key(clip) if self.cache.limit else None for clip in clips]
     latents = [self.cache.get(key) for key in keys]
     missing = [i for i, known in enumerate(latents) if known is None]
-    by_size = collections.defaultdict(list)  # {size: [(number of the clip, pixels of one of its units)]}
+    by_size = collections.defaultdict(list)  # {size: [(number of the clip, first frame) of each unit]}
     for i in missing:
       begin = 0
       for size in program_sizes(self.config, clips[i].shape):
-        by_size[size].append((i, clips[i][begin : begin + size[0]]))
+        by_size[size].append((i, begin))
         begin += size[0]
     self.prepare(by_size)
-    devices = itertools.cycle(range(len(self._variables)))  # they take micro batches in turn
-    # A clip's shorter last unit has another size, so it comes after the other units.
-    begun = [(units, self._begin(size, [pixels for _, pixels in units], devices)) for size, units in by_size.items()]
+    devices, begun = itertools.cycle(range(len(self._variables))), []  # the devices take micro batches in turn
+    for size, units in by_size.items():
+      begun.append((units, self._begin(size, [clips[i][begin : begin + size[0]] for i, begin in units], devices)))
 
     def finish():
-      made = {i: [] for i in missing}
+      made = {i: {} for i in missing}  # {first frame of a unit: (mean, std)}
       for units, parts in begun:
-        for (i, _), *moments in zip(units, *join(parts, len(units))):
-          made[i].append(moments)
+        for (i, begin), *moments in zip(units, *join(parts, len(units))):
+          made[i][begin] = moments
       for i, of_units in made.items():
-        latents[i] = own = [np.concatenate(moments) for moments in zip(*of_units)]
+        latents[i] = own = [np.concatenate(moments) for moments in zip(*(of_units[begin] for begin in sorted(of_units)))]
         self.cache.put(keys[i], own)
       return latents
 
