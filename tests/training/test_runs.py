@@ -257,5 +257,6 @@ def test_the_autoencoder_trains(assets, first, tmp_path, capsys):
   capsys.readouterr()
   evaluate.main(["--task", "autoencoder", "--run", run.config.output, "--buckets", "64p:1", "--count", "1"])
   said = capsys.readouterr().out.splitlines()
-  assert said[0] == f"{run.config.output}, step 1, ema, one of 3 frames:"
-  assert said[2].startswith("64p x 1 ")
+  assert said[0].startswith("memory of each device beside the weights: ")
+  assert said[1] == f"{run.config.output}, step 1, ema, one of 3 frames:"
+  assert said[3].startswith("64p x 1 ")
