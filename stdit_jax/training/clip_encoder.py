@@ -3,6 +3,7 @@
 import collections
 import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import itertools
 import threading
@@ -122,11 +123,7 @@ class ClipEncoder:
     fields = dataclasses.asdict(self.config) | {"class": type(self.config).__name__, "dtype": str(codec.model.dtype)}
     parameters = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(codec.variables)]
     what = ["encode", fields, parameters, size, codec.micro_batch]
-
-    def lower(device):  # other devices need another program only if they can't load the first device's
-      return lower_program(codec, size, device, name if device == jax.local_devices()[0] else f"{name} for {device}")
-
-    return OwnProgram(name, "encode", what, lower, (0, 0))
+    return OwnProgram(name, "encode", what, functools.partial(lower_program, codec, size), (0, 0))
 
   def __call__(self, clips: Sequence[np.ndarray]) -> list[Any]:
     """uint8 clips `[T, H, W, 3]` -> list of (mean, std), float32 NumPy `[T', h, w, C]`."""

@@ -6,6 +6,7 @@ devices need no context at all. They come from `Executables`.
 """
 
 import concurrent.futures
+import functools
 import os
 import statistics
 import threading
@@ -41,7 +42,8 @@ class AheadOfTime:
   def __init__(self, threads: int, say: Callable[[str], None], alive: Callable = lambda waits=None: None):
     self._say, self.alive, self._threads, self.counter = say, alive, thread_count(threads), CompileCounter()
     # Programs of the mesh and own programs do not wait for each other: a step needs both.
-    self._pool, self._own_pool = (concurrent.futures.ThreadPoolExecutor(self._threads, "compilation") for _ in range(2))
+    make_pool = functools.partial(concurrent.futures.ThreadPoolExecutor, self._threads, "compilation", self.counter.take_thread)
+    self._pool, self._own_pool = make_pool(), make_pool()
     self._lock, self._open, self._done = threading.Lock(), 0, []  # _done: [(from a cache, seconds)]
     self._own = Executables.beside_jax()
 
@@ -70,17 +72,18 @@ class AheadOfTime:
 
     `say` prints how many there are, how many have a file, and then the time that the others take.
     """
-    missing = sum(not self._own.has(program) for program in programs)
+    known = [self._own.has(program) for program in programs]
     if programs:
-      kind, number = programs[0].kind, len(programs)
-      self._say(f"{number} {kind} programs: {number - missing} from files, {missing} to compile, {self._threads} at a time")
-    left = _Countdown(missing, self._say)
-    return [self._own_pool.submit(self._make_own, program, left) for program in programs]
+      text = f"{len(known)} {programs[0].kind} programs: {sum(known)} from files, {known.count(False)} to compile"
+      self._say(f"{text}, {self._threads} at a time")
+    left = _Countdown(known.count(False), self._say)
+    return [self._own_pool.submit(self._make_own, program, None if k else left) for program, k in zip(programs, known)]
 
   def _make_own(self, program, left):
     began = time.monotonic()
     if (loaded := self._own.load(program)) is None:
       loaded = self._own.compile(program)
+    if left:  # another process may have written the file since
       left.note(program.kind, (time.monotonic() - began) / self._threads)
     self.alive()
     return loaded
@@ -98,11 +101,11 @@ class _Countdown:
     self._left, self._say, self._seconds, self._lock, self._printed = left, say, [], threading.Lock(), 0.0
 
   def note(self, kind, seconds):
-    """One more program is compiled. `seconds`: its time divided by the number of threads."""
+    """One more program is ready. `seconds`: its time divided by the number of threads."""
     with self._lock:
       self._left -= 1
       self._seconds.append(seconds)
       if (now := time.monotonic()) - self._printed > 10 or self._left == 0:
         self._printed = now
         rest = f"{self._left} left, about {duration(self._left * statistics.mean(self._seconds))}"
-        self._say(f"{kind} programs: {len(self._seconds)} compiled, {rest if self._left > 0 else 'all are ready'}")
+        self._say(f"{kind} programs: {len(self._seconds)} are ready, {rest if self._left > 0 else 'none is left'}")

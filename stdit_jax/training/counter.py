@@ -7,6 +7,7 @@ from collections.abc import Callable
 import jax
 
 _COMPILED, _HIT = "/jax/core/compile/backend_compile_duration", "/jax/compilation_cache/cache_hits"
+UNIQUE = " #"  # starts the part of a name that does not count
 _lock, _here = threading.Lock(), threading.local()  # flags of the thread's program
 _requests, _compilations = collections.Counter(), collections.Counter()  # of each function name, in this process
 
@@ -19,10 +20,11 @@ def _note_hit(event, **_):
 def _note_program(event, duration_secs, **values):
   """JAX calls it in the thread that compiles, after a program was compiled or read from JAX's cache."""
   if event == _COMPILED:
-    name, hit = str(values.get("fun_name", "")).removeprefix("jit(").removesuffix(")"), getattr(_here, "hit", False)
+    name, hit = str(values.get("fun_name", "")), getattr(_here, "hit", False)
+    name = name.removeprefix("jit(").removesuffix(")").partition(UNIQUE)[0]
     _here.hit, _here.cached = False, hit
     with _lock:
-      _requests[name] += 1
+      getattr(_here, "requests", _requests)[name] += 1
       _compilations[name] += not hit
 
 
@@ -48,7 +50,11 @@ class CompileCounter:
   """
 
   def __init__(self):
-    self._before = {}
+    self._before, self._of_threads = {}, collections.Counter()
+
+  def take_thread(self) -> None:
+    """Counts the programs of this thread for this counter alone. Another run of the process may have the same names."""
+    _here.requests = self._of_threads
 
   def counted(self, name: str, function: Callable) -> Callable:
     """`function` under another name, by which JAX reports its programs."""
@@ -68,7 +74,7 @@ class CompileCounter:
   def counts(self) -> dict[str, int]:
     """{name: number of its programs}."""
     with _lock:
-      return {name: _requests[name] - before for name, before in self._before.items()}
+      return {name: self._of_threads[name] + _requests[name] - before for name, before in self._before.items()}
 
   def check(self) -> None:
     """Raises RuntimeError if a program was compiled more than once."""

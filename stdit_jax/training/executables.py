@@ -13,6 +13,7 @@ import functools
 import importlib.metadata
 import os
 import pathlib
+import uuid
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +25,7 @@ from jaxlib import xla_client
 import stdit_jax
 from data import paths
 from data.shards import digest
+from stdit_jax.training import counter
 
 _PACKAGES = ("jax", "jaxlib", "flax", "libtpu", "jax-cuda12-plugin")
 _SOURCES = ("autoencoders", "parallel")  # folders of stdit_jax whose code the programs run
@@ -36,14 +38,15 @@ class OwnProgram:
   Attributes:
     name: of the program; kind: of such programs, for messages.
     what: value for JSON that, with the code and the devices, determines the program.
-    lower: `device -> Lowered` for this device. No argument may be unused, or else must be kept (`keep_unused`).
+    lower: `(device, name) -> Lowered` for this device. JAX reports the program by `name`. No argument may be unused, or else
+      must be kept (`keep_unused`).
     outputs: a tree like the result.
   """
 
   name: str
   kind: str
   what: Any
-  lower: Callable[[Any], jax.stages.Lowered]
+  lower: Callable[[Any, str], jax.stages.Lowered]
   outputs: Any
 
 
@@ -91,13 +94,16 @@ class Executables:
   def compile(self, program: OwnProgram) -> Loaded:
     """Compiles the program once, stores it, and loads it for each device."""
     first, *others = jax.local_devices()
-    compiled = program.lower(first).compile().runtime_executable()
+    # A new name keeps the program out of JAX's cache: XLA can't serialize again what came from a file.
+    new = f"{counter.UNIQUE}{uuid.uuid4().hex[:8]}"
+    compiled = program.lower(first, program.name + new).compile().runtime_executable()
     try:
       data = first.client.serialize_executable(compiled)
       loaded = [compiled, *(_on_device(data, device) for device in others)]
     except (ValueError, jax.errors.JaxRuntimeError) as error:
       print(f"warning: {program.name} can't be shared by devices, so it is compiled for each of them: {error}", flush=True)
-      return Loaded([compiled, *(program.lower(d).compile().runtime_executable() for d in others)], program.outputs)
+      lowered = [program.lower(device, f"{program.name} for {device}{new}") for device in others]
+      return Loaded([compiled, *(one.compile().runtime_executable() for one in lowered)], program.outputs)
     if self._folder:
       try:
         with paths.whole(self._path(program)) as path:

@@ -15,8 +15,8 @@ from data import video
 from stdit_jax import train
 from stdit_jax.errors import may_pass
 from stdit_jax.training import restarts
-from stdit_jax.training.compilation import StagePrograms
 from stdit_jax.training.metrics import Metrics
+from stdit_jax.training.stage_programs import StagePrograms
 from tests.tiny_run import small_autoencoder, write_config
 from tests.training.test_resume import assert_same_bits
 
