@@ -52,6 +52,7 @@ class Run:
       "stages": ({"name": "all", "steps": STEPS},),
       "checkpoint_every": EVERY,
       "keep_checkpoints": 2,
+      "data__read_ahead": 2,  # rows; else all rows would be read before the fault begins
       **tiny_run.frozen_text(bench.folder / "assets", "ahead"),
       **changes,
     }
