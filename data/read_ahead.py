@@ -45,7 +45,7 @@ class Ahead:
     room: the most that is decoded, or being decoded, and not yet taken: bytes, or rows if `in_rows`.
     weights: bytes of a row of each kind (bucket); 1 if `in_rows`.
     groups: rows of a group of each kind.
-    names: of the kinds. A kind without a name is not in use.
+    names: names of the kinds; "" for a kind that is not in use.
   """
 
   workers: int
@@ -106,11 +106,16 @@ def usable_cpus() -> int:
   return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def available_memory() -> int | None:
+  """Bytes of this machine's memory that programs can still take; None if unknown."""
+  with contextlib.suppress(OSError), open("/proc/meminfo") as f:
+    return next((int(line.split()[1]) << 10 for line in f if line.startswith("MemAvailable")), None)
+  return None
+
+
 def free_memory(shared: bool) -> int:
   """Bytes of memory that programs can still take. `shared`: as shared memory, which a container may limit to less."""
-  free = 4 * _USUAL_BYTES
-  with contextlib.suppress(OSError), open("/proc/meminfo") as f:
-    free = next((int(line.split()[1]) << 10 for line in f if line.startswith("MemAvailable")), free)
+  free = available_memory() or 4 * _USUAL_BYTES
   with contextlib.suppress(OSError):
     place = os.statvfs("/dev/shm")
     free = min(free, place.f_bavail * place.f_frsize) if shared else free

@@ -1,10 +1,11 @@
 """The memory of one device: how much is free, and how an autoencoder fits into it."""
 
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+
+from data.read_ahead import available_memory
 
 GIB = 2**30
 
@@ -15,11 +16,7 @@ def free_memory() -> int | None:
   stats = device.memory_stats() if device.platform != "cpu" else None
   if stats and "bytes_limit" in stats:
     return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-  try:
-    lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-  except (OSError, StopIteration):
-    return None
+  return available_memory()
 
 
 def tile_pixels(codec: Any, size: Sequence[int]) -> str:

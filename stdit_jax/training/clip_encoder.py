@@ -62,7 +62,7 @@ def lower_program(codec: Codec, size: Size, device: Any, name: str = "encode") -
   Args:
     codec: its variables may be shapes; their devices do not matter.
     size: (frames, height, width) of the N = `clips_at_once` units.
-    name: by which JAX reports the program.
+    name: JAX reports the program by this name.
   """
   place, family = SingleDeviceSharding(device), family_of(codec.config)
 

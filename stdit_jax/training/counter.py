@@ -9,7 +9,7 @@ import jax
 _COMPILED, _HIT = "/jax/core/compile/backend_compile_duration", "/jax/compilation_cache/cache_hits"
 UNIQUE = " #"  # starts the part of a name that does not count
 _lock, _here = threading.Lock(), threading.local()  # flags of the thread's program
-_requests, _compilations = collections.Counter(), collections.Counter()  # of each function name, in this process
+_requests = collections.Counter()  # of each function name, in threads that belong to no counter
 
 
 def _note_hit(event, **_):
@@ -25,7 +25,6 @@ def _note_program(event, duration_secs, **values):
     _here.hit, _here.cached = False, hit
     with _lock:
       getattr(_here, "requests", _requests)[name] += 1
-      _compilations[name] += not hit
 
 
 jax.monitoring.register_event_listener(_note_hit)
@@ -35,12 +34,6 @@ jax.monitoring.register_event_duration_secs_listener(_note_program)
 def was_cached() -> bool:
   """Whether the last program of this thread came from JAX's cache."""
   return getattr(_here, "cached", False)
-
-
-def compilations() -> collections.Counter:
-  """{function name: programs that the compiler made in this process, without those from JAX's cache}."""
-  with _lock:
-    return +_compilations
 
 
 class CompileCounter:
@@ -57,7 +50,7 @@ class CompileCounter:
     _here.requests = self._of_threads
 
   def counted(self, name: str, function: Callable) -> Callable:
-    """`function` under another name, by which JAX reports its programs."""
+    """`function` under another name. JAX reports its programs by this name."""
 
     def named(*args):
       return function(*args)

@@ -13,6 +13,7 @@ import functools
 import importlib.metadata
 import os
 import pathlib
+import sys
 import uuid
 import zlib
 from collections.abc import Callable
@@ -36,7 +37,7 @@ class OwnProgram:
   """A program for each device of this process.
 
   Attributes:
-    name: of the program; kind: of such programs, for messages.
+    name, kind: name of the program and of its kind, for messages.
     what: value for JSON that, with the code and the devices, determines the program.
     lower: `(device, name) -> Lowered` for this device. JAX reports the program by `name`. No argument may be unused, or else
       must be kept (`keep_unused`).
@@ -88,7 +89,7 @@ class Executables:
       data = zlib.decompress(paths.read_bytes(self._path(program)))
       return Loaded([_on_device(data, device) for device in jax.local_devices()], program.outputs)
     except (OSError, zlib.error, jax.errors.JaxRuntimeError) as error:
-      print(f"warning: {self._path(program)} can't be used, so its program is compiled again: {error}", flush=True)
+      _warn(f"{self._path(program)} can't be used, so its program is compiled again: {error}")
       return None
 
   def compile(self, program: OwnProgram) -> Loaded:
@@ -101,7 +102,7 @@ class Executables:
       data = first.client.serialize_executable(compiled)
       loaded = [compiled, *(_on_device(data, device) for device in others)]
     except (ValueError, jax.errors.JaxRuntimeError) as error:
-      print(f"warning: {program.name} can't be shared by devices, so it is compiled for each of them: {error}", flush=True)
+      _warn(f"{program.name} can't be shared by devices, so it is compiled for each of them: {error}")
       lowered = [program.lower(device, f"{program.name} for {device}{new}") for device in others]
       return Loaded([compiled, *(one.compile().runtime_executable() for one in lowered)], program.outputs)
     if self._folder:
@@ -109,8 +110,12 @@ class Executables:
         with paths.whole(self._path(program)) as path:
           pathlib.Path(path).write_bytes(zlib.compress(data, 1))
       except OSError as error:
-        print(f"warning: {self._path(program)} can't be written, so a restart compiles it again: {error}", flush=True)
+        _warn(f"{self._path(program)} can't be written, so a restart compiles it again: {error}")
     return Loaded(loaded, program.outputs)
+
+
+def _warn(text):
+  print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def _on_device(data, device):

@@ -74,7 +74,7 @@ class Watchdog:
     self._beats += 1
 
   def alive(self, waits: bool | None = None) -> None:
-    """Notes progress of a thread beside the loop, which is no progress of the loop itself.
+    """Notes that a thread beside the loop makes progress. It does not count as a beat of the loop.
 
     Args:
       waits: the thread begins (True) or ends (False) to wait for the compiler, so that `slow_timeout` holds. None: unchanged.

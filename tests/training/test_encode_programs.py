@@ -130,5 +130,5 @@ def test_a_damaged_file_is_compiled_again(tmp_path, capsys):
     np.testing.assert_array_equal(store.load(double)(0, x), [0, 2, 4])
     file.write_bytes(file.read_bytes()[:-20])
     assert store.load(double) is None
-    assert "so its program is compiled again" in capsys.readouterr().out
+    assert "so its program is compiled again" in capsys.readouterr().err
   assert store.load(dataclasses.replace(double, what="triple")) is None
