@@ -107,8 +107,8 @@ def get_config():
   config.compilation_cache = ""
   config.profile_steps = ()  # (first, last) optimizer step of a profile in `<output>/profile`; SIGUSR1 profiles the next three
   config.log_every = 10
-  # A run also saves at the end of every stage, and after every `keep_every` steps (0: never). It never deletes these
-  # checkpoints. It also keeps the newest `keep_checkpoints` of all.
+  # A run also saves at the end of every stage, and after every `keep_every` steps (0: never), or at the next finite step. It
+  # never deletes these checkpoints. It also keeps the newest `keep_checkpoints` of all.
   config.checkpoint_every = 200
   config.keep_checkpoints = 3
   config.keep_every = 10_000

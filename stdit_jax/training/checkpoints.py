@@ -8,6 +8,8 @@ restore parts of one item.
 """
 
 import contextlib
+import dataclasses
+import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -73,17 +75,28 @@ def _lost_process(error):
   return error is not None
 
 
+@dataclasses.dataclass
+class _FirstOfEach(policy.PreservationPolicy):
+  """Preserves the first checkpoint at or after each multiple of `every`. A step that is not finite delays its checkpoint."""
+
+  every: int
+
+  def should_preserve(self, checkpoints, *, context):
+    multiples = [0, *(checkpoint.step // self.every for checkpoint in checkpoints)]
+    return [before < here for before, here in itertools.pairwise(multiples)]
+
+
 class Checkpoints:
   """The checkpoints of one run folder.
 
-  It never deletes the checkpoints of the steps `ends` and of multiples of `every` (0: of none). It also keeps the newest `keep`
-  of all checkpoints.
+  It never deletes the checkpoints of the steps `ends`, and the first one at or after each multiple of `every` (0: no such
+  ones). It also keeps the newest `keep` of all checkpoints.
   """
 
   def __init__(self, output: Any, keep: int = 3, every: int = 0, ends: Sequence[int] = ()):
     self._output = paths.absolute(output)
     self.folder = paths.join(self._output, "checkpoints")
-    policies = [policy.LatestN(keep), policy.CustomSteps(ends), *([policy.EveryNSteps(every)] if every else [])]
+    policies = [policy.LatestN(keep), policy.CustomSteps(ends), *([_FirstOfEach(every)] if every else [])]
     options = ocp.CheckpointManagerOptions(
       preservation_policy=policy.AnyPreservationPolicy(policies), enable_async_checkpointing=True, create=True
     )

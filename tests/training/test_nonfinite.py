@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from stdit_jax.errors import InputError
+from stdit_jax.training.checkpoints import Checkpoints
 from tests.runs import Run
 from tests.tiny_run import tiny_config
 
@@ -72,6 +73,16 @@ def test_after_the_limit_the_run_goes_back_and_skips_failed_steps(assets, tmp_pa
   losses = [line["loss"] for line in lines]
   assert [line["loss"] for line in again_lines] == losses
   assert len(set(losses)) == STEPS
+
+
+def test_the_first_checkpoint_after_a_multiple_of_keep_every_stays(tmp_path):
+  """Step 10 was not finite, so the checkpoint waited for step 11."""
+  checkpoints = Checkpoints(tmp_path, keep=1, every=10)
+  for step in (8, 11, 12, 19, 20, 21, 29):
+    checkpoints.save(step, {"params": {"weight": np.zeros(1, np.float32)}}, {}, {"step": step})
+    checkpoints.wait()
+  assert checkpoints.steps() == [11, 20, 29]
+  checkpoints.close()
 
 
 def test_a_repeated_failure_stops_the_run_with_a_report(assets, tmp_path):
