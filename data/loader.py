@@ -24,7 +24,8 @@ log = logging.getLogger("data")
 log.setLevel(logging.WARNING)  # reports skipped rows, although entry points silence libraries at the root logger
 
 _LATE = "reading took longer than data.row_timeout"
-_MOST_LATE = 4  # after so many late rows, one after the other, the disk or the network is at fault
+_MOST_LATE = 4  # after so many late files, one after the other, the disk or the network is at fault
+_LATE_AGAIN = 8  # a row after a late one has this part of the time, so that two of them do not look like a loop that hangs
 _CAPTION, _CLIP, _SCORES = 3, 4, 5  # purposes of a row's random numbers
 
 Shard = tuple[int | Sequence[int], int]
@@ -260,7 +261,7 @@ def read_clips(
 def _steady(rows):
   """Yields the rows. Raises OSError for a fault that is not the rows': a worker that ended, or no row that is read in time.
 
-  A row that takes too long waits here for the next one, so that no step is made of rows that were not read.
+  Holds late rows until a row is read in time, so that a broken disk does not produce steps without rows.
   """
   late = []
   while True:
@@ -277,8 +278,8 @@ def _steady(rows):
     if not row.get("error", "").startswith(_LATE):
       yield from late
       late = []
-    elif len(late) == _MOST_LATE:
-      raise OSError(errno.ETIMEDOUT, f"{_MOST_LATE} rows, one after the other: {row['error']}", row["path"])
+    elif len({row["path"] for row in late}) == _MOST_LATE:  # clips of one film may be late for a reason of their own
+      raise OSError(errno.ETIMEDOUT, f"{_MOST_LATE} files, one after the other: {row['error']}", row["path"])
 
 
 def bytes_of_rows(decode: "RowDecoder", current: plan.Plan) -> list[int]:
@@ -338,11 +339,15 @@ def in_time(seconds: float, function: Callable, *args: Any) -> Any:
   if not hasattr(_helpers, "own"):
     _helpers.own = _Helper()
   _helpers.own.calls.put((function, args))
+  late = getattr(_helpers, "late", False)
+  _helpers.late = True
   try:
-    result, error = _helpers.own.results.get(timeout=seconds)
+    result, error = _helpers.own.results.get(timeout=seconds / _LATE_AGAIN if late else seconds)
   except queue.Empty:
     del _helpers.own
-    raise video.BadVideo(f"{_LATE}={seconds:g} s") from None
+    less = f". It had {seconds / _LATE_AGAIN:g} s, because the row before it was late" if late else ""
+    raise video.BadVideo(f"{_LATE}={seconds:g} s{less}") from None
+  _helpers.late = False
   if error:
     raise error
   return result

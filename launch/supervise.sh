@@ -10,7 +10,8 @@
 # starts in a row from the same step.
 # The supervisor passes SIGTERM and SIGINT on as SIGTERM, so that the program can save. It then returns 143.
 #
-# STDIT_JAX_RESTART_WAIT: seconds between two starts (10). After 10 starts in a row that last less than a minute, it gives up.
+# STDIT_JAX_RESTART_WAIT: seconds between two starts (10). After a start of less than ten minutes the next wait is twice as long,
+# up to five minutes. After 10 starts in a row that last less than a minute, the supervisor gives up.
 set -euo pipefail
 
 if [ $# -eq 0 ] || [ "$1" = --help ]; then
@@ -25,7 +26,7 @@ stop() {
 }
 trap stop TERM INT
 
-quick=0
+quick=0 wait=0
 while :; do
   began=$SECONDS code=0
   "$@" &
@@ -45,8 +46,10 @@ while :; do
     echo "error: $quick starts in a row lasted less than a minute, the last ended with exit code $code: giving up" >&2
     exit "$code"
   fi
+  least=${STDIT_JAX_RESTART_WAIT:-10}
+  wait=$((wait && SECONDS - began < 600 ? (2 * wait < 300 ? 2 * wait : 300) : least))
   echo "ended with exit code $code: starting again" >&2
-  for ((waited = 0; waited < ${STDIT_JAX_RESTART_WAIT:-10}; waited++)); do
+  for ((waited = 0; waited < wait; waited++)); do
     sleep 1
     [ -z "$stopping" ] || exit 143
   done

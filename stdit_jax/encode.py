@@ -41,7 +41,7 @@ from data.shards import Progress, Share, duration
 from stdit_jax import cli
 from stdit_jax.errors import InputError
 from stdit_jax.parallel.processes import coordination
-from stdit_jax.training.watchdog import RESTART, StartAgain, start_again
+from stdit_jax.training.watchdog import RESTART, exit_to_start_again, start_again
 
 _PENDING = 64  # records that wait for the writer
 
@@ -205,20 +205,16 @@ def write(work: Any, numbers: Sequence[int], keys: np.ndarray, shows: bool = Tru
 def main(argv: Sequence[str] | None = None) -> None:
   settings = parse(argv)
   logging.set_verbosity(logging.ERROR)
-  try:
-    with cli.one_line_errors(), start_again():
-      check(settings)
-      choice = choose(settings)
-      paths.check_writable(settings.output, "--output")
-      cli.connect_processes()
-      cli.use_compilation_cache()
-      cli.keep_freed_memory()
-      import jax
+  with exit_to_start_again(), cli.one_line_errors(), start_again():
+    check(settings)
+    choice = choose(settings)
+    paths.check_writable(settings.output, "--output")
+    cli.connect_processes()
+    cli.use_compilation_cache()
+    cli.keep_freed_memory()
+    import jax
 
-      run(settings, choice, Share.parse(settings.shard) if settings.shard else Share(jax.process_index(), jax.process_count()))
-  except StartAgain as error:
-    print(f"error: {error}", file=sys.stderr)
-    raise SystemExit(RESTART) from None
+    run(settings, choice, Share.parse(settings.shard) if settings.shard else Share(jax.process_index(), jax.process_count()))
 
 
 def run(settings: Settings, choice: Choice, own: Share) -> None:
@@ -230,13 +226,13 @@ def run(settings: Settings, choice: Choice, own: Share) -> None:
   shows = bool(settings.shard) or own.index == 0
   say = functools.partial(print, flush=True) if shows else lambda text: None
   check_platform(choice[0][0].config.platform)
-  compiler = AheadOfTime(choice[0][0].config.compile_threads, say)
-  works = [work for work in make_work(settings, choice, compiler) if work.part is not None]
-  limit = settings.autoencoder_memory and settings.autoencoder_memory * GIB
-  for work, numbers, keys in estimate(works, own, say, limit):
-    write(work, numbers, keys, shows)
-    latents.finish(work.part, work.features)
-    compiler.counter.check()
+  with contextlib.closing(AheadOfTime(choice[0][0].config.compile_threads, say)) as compiler:
+    works = [work for work in make_work(settings, choice, compiler) if work.part is not None]
+    limit = settings.autoencoder_memory and settings.autoencoder_memory * GIB
+    for work, numbers, keys in estimate(works, own, say, limit):
+      write(work, numbers, keys, shows)
+      latents.finish(work.part, work.features)
+      compiler.counter.check()
   bad = sum(len(work.bad_rows.found) for work in works if work.bad_rows)
   client, _, _ = coordination()
   if client:

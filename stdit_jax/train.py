@@ -26,7 +26,7 @@ from stdit_jax.errors import InputError, may_pass
 from stdit_jax.parallel.processes import coordination
 from stdit_jax.training.claim import claim
 from stdit_jax.training.stages import make_stages
-from stdit_jax.training.watchdog import RESTART, StartAgain, Watchdog, start_again
+from stdit_jax.training.watchdog import RESTART, StartAgain, Watchdog, exit_to_start_again, start_again
 
 
 def run(config: Config, watchdog: Watchdog) -> None:
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   # Orbax reports every step of a checkpoint, and each error with tracebacks of all its threads before it raises the error.
   absl.logging.set_verbosity(absl.logging.FATAL)
   logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-  with cli.one_line_errors():
+  with exit_to_start_again(), cli.one_line_errors(), start_again():
     config = Config.of(cli.read_config(settings.config, settings.changes))
     make_stages(config)  # finds errors before any process waits for another
     cli.use_compilation_cache(config.compilation_cache or f"{config.output}/compilation_cache")
@@ -74,13 +74,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except BaseException as error:
       preempted = isinstance(error, SystemExit) and error.code == RESTART  # all processes exit, at the same step
       again = isinstance(error, StartAgain)
-      if watchdog.count == 1 and (again or may_pass(error)):
-        if not again:
-          traceback.print_exc()
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(RESTART) from None
       if watchdog.count == 1 or preempted:
-        raise
+        with exit_to_start_again():
+          raise
       # A normal exit would wait for the other processes, and they would wait for this one.
       code: Any = error.code if isinstance(error, SystemExit) else RESTART if again or may_pass(error) else 1
       if not again and not isinstance(error, SystemExit):

@@ -18,8 +18,8 @@ if os.environ["JAX_PLATFORMS"] == "cpu" and QUICK_FLAGS not in os.environ.get("X
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "1")
 
 LONGEST = (
-  "resume", "processes", "plan", "devices", "runs", "autoencoding", "encode", "bad_input", "pipeline", "compilation",
-  "nonfinite", "stages", "faults",
+  "processes", "resume", "new_family", "plan", "encode_programs", "devices", "autoencoding", "pipeline", "invariants", "runs",
+  "stages", "faults", "encode", "codec", "temporal", "step", "bad_input", "validation", "step_cache", "samples", "nonfinite",
 )  # fmt: skip
 
 

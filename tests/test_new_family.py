@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stdit_jax import sample
+from stdit_jax import convert, sample
 from stdit_jax.training.checkpoints import load_weights
 from tests import QUICK_FLAGS
 from tests.data import files
@@ -74,8 +74,7 @@ def family(request, assets, tmp_path_factory):
 
 def export(folder, path, *more):
   """The file of averaged weights that `convert` writes from a run's newest checkpoint."""
-  done = run_module("stdit_jax.convert", "--input", folder, "--output", path, *more)
-  assert done.returncode == 0, done.stderr
+  convert.main(list(map(str, ("--input", folder, "--output", path, *more))))
   return path
 
 
@@ -99,20 +98,19 @@ def test_a_killed_run_resumes_bit_for_bit(family, tmp_path):
   assert len(losses[0]) == 20
 
 
-def test_exported_weights_give_the_same_samples(family, tmp_path, assets):
+def test_exported_weights_give_the_same_samples(family, tmp_path, capsys):
   """The averaged weights of the run and their export give the same pixels."""
   name, config, output = family
   _, arguments = FAMILIES[name]
   arguments = (*arguments, "--image-size", "48", "64", "--steps", "2", "--seed", "1", "--format", "frames")
   exported = export(output, tmp_path / "denoiser.safetensors")
-  checked = run_module("stdit_jax.convert", "--check", "--input", exported)  # the file says which model it holds
-  assert "imported and exported: bit-exact" in checked.stdout, checked.stderr
+  convert.main(["--check", "--input", str(exported)])  # the file says which model it holds
+  assert "imported and exported: bit-exact" in capsys.readouterr().out
   text = export(output, tmp_path / "text.safetensors", "--part", "text_encoder") if name == "joint" else None
   more = ("--text-encoder", text) if text else ()
   made = []
   for kind, model in (("run", ("--run", output)), ("file", ("--config", config, "--weights", exported, *more))):
-    done = run_module("stdit_jax.sample", *model, *arguments, "--output", tmp_path / kind, XLA_FLAGS=QUICK_FLAGS)
-    assert done.returncode == 0, done.stderr[-3000:]
+    sample.main(list(map(str, (*model, *arguments, "--output", tmp_path / kind))))
     made.append([np.asarray(Image.open(path)) for path in sorted((tmp_path / kind).rglob("*.png"))])
   assert [frame.shape for frame in made[0]] == [(48, 64, 3)] * len(made[0])
   assert len(made[0]) == (3 if name == "joint" else 1)

@@ -121,14 +121,18 @@ class Captions:
     text = encoder.apply({"params": weights}, arrays["text_ids"], arrays["text_mask"])
     return {"text": text.astype(self.dtype), "text_mask": arrays["text_mask"]}
 
-  def lower(self, rows: int, layout: Layout) -> jax.stages.Lowered:
-    """The program `(weights, arrays of collate) -> cond` for captions that are encoded before the step, lowered for shapes."""
+  def lower(self, rows: int, layout: Layout, name: str = "text encoder") -> jax.stages.Lowered:
+    """The program `(weights, arrays of collate) -> cond` for captions that are encoded before the step, lowered for shapes.
+
+    JAX reports the program by `name`.
+    """
     place, embed = layout.sharding("batch"), embed_in_pieces(self.encoder, self.dtype, layout)
 
     def text_encoder(weights, arrays):
       ids, mask = arrays["text_ids"], arrays["text_mask"]
       return {"text": embed(weights, ids, mask), "text_mask": mask}
 
+    text_encoder.__name__ = name
     tokens = {"text_ids": jnp.int32, "text_mask": jnp.bool_}
     arrays = {name: jax.ShapeDtypeStruct((rows, self.length), dtype, sharding=place) for name, dtype in tokens.items()}
     weights = with_shardings(t5.init_shapes(self.encoder.config)["params"], layout.mesh, t5.RULES)

@@ -114,6 +114,8 @@ def _open_file(path: str) -> "Checkpoint":
   except CheckpointError as error:
     raise CheckpointError(f"{path}: {error}") from None
   except OSError as error:
+    if error.errno in paths.PASSING:
+      raise
     raise CheckpointError(f"{path}: {error.strerror}") from None
   except (safetensors.SafetensorError, ValueError) as error:
     problem = repr(str(error).removeprefix("Error while deserializing header: "))[:200]  # repr: it may quote the file
@@ -206,6 +208,8 @@ def _open_index(path: str) -> Checkpoint:
   try:
     index = json.loads(paths.read_bytes(path), object_pairs_hook=_unique)
   except (ValueError, RecursionError, OSError) as error:
+    if isinstance(error, OSError) and error.errno in paths.PASSING:
+      raise
     raise CheckpointError(f"{path}: {error}") from None
   weight_map = index.get("weight_map") if isinstance(index, dict) else None
   if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):

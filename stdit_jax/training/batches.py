@@ -8,6 +8,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import logging
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -95,19 +96,26 @@ class NextBatch:
 
   def __init__(self, loader: Iterator[LoadedStep], count: int, make: Callable[[LoadedStep], Any]):
     self._loader, self._left, self._make = loader, count, make
-    self._pool = concurrent.futures.ThreadPoolExecutor(1, "next batch")
     self._start()
 
   def _start(self):
     self._left -= 1
-    self._next = self._pool.submit(self._load) if self._left >= 0 else None
+    self._next = concurrent.futures.Future() if self._left >= 0 else None
+    if self._next:  # a thread of an executor would hold up the end of the program if a read hangs
+      threading.Thread(target=self._load, args=(self._next,), name="next batch", daemon=True).start()
 
-  def _load(self):
+  def _load(self, made):
     try:
-      step = next(self._loader)
+      step = self._next_step()
+      made.set_result((step, self._make(step)))
+    except BaseException as error:
+      made.set_exception(error)
+
+  def _next_step(self):
+    try:
+      return next(self._loader)
     except (ValueError, RuntimeError) as error:  # too many bad files
       raise InputError(str(error)) from error
-    return step, self._make(step)
 
   def __next__(self) -> tuple[LoadedStep, Any]:
     """Waits for the next item. Raises InputError if too many files can't be decoded."""
@@ -121,7 +129,6 @@ class NextBatch:
     return self
 
   def __exit__(self, *_):
-    self._pool.shutdown(wait=False, cancel_futures=True)
     if self._next:  # the loader must not close while the thread reads from it; a read that hangs does not end
       concurrent.futures.wait([self._next], timeout=30)
 
@@ -236,8 +243,10 @@ class TextEncoder:
     """Lowers the programs of batches (rows, layout), and starts to compile them in this order."""
     for rows, layout in batches:
       if (rows, layout) not in self._programs:
-        name = f"{self._stage}: text encoder, {rows} captions"
-        self._programs[rows, layout] = self._compiler.add(name, self._conditioner.lower(rows, layout))
+        name = f"text encoder, {rows} captions"
+        self._compiler.counter.expect(name)
+        lowered = self._conditioner.lower(rows, layout, name)
+        self._programs[rows, layout] = self._compiler.add(f"{self._stage}: {name}", lowered)
 
   def __call__(self, arrays: Tree, layout: Layout) -> Tree:
     """Global arrays of `Captions.collate` -> `cond`. Features from a cache stay as they are."""

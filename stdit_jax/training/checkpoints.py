@@ -194,6 +194,8 @@ class Checkpoints:
     except Exception as error:
       text = " ".join(str(error).split())
       refused = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+      if paths.is_remote(self.folder) and re.search(_PASSES, text):
+        raise StartAgain(f"{self.folder}: checkpoint {step} could not be read; a restart may help: {text[-200:]}") from error
       if _lost_process(error) or refused or isinstance(error, MemoryError) or re.search(_NOT_ITS_FAULT, text):
         raise
       raise DamagedCheckpointError(f"checkpoint {paths.join(self.folder, str(step))} is damaged: {text[:200]}") from error

@@ -1,7 +1,6 @@
-"""Encodes clips to latents on the devices of this process, with one program per size of clips."""
+"""Encodes clips to latents on the devices of this process, with one program per size of units: images, chunks or clips."""
 
 import collections
-import concurrent.futures
 import dataclasses
 import functools
 import hashlib
@@ -23,6 +22,7 @@ from stdit_jax.training.compilation import AheadOfTime
 from stdit_jax.training.executables import OwnProgram
 
 Size = tuple[int, int, int]  # frames, height, width
+_AHEAD = 2  # calls of programs that a device has in its queue
 
 
 class LatentCache:
@@ -81,7 +81,7 @@ def clips_at_once(codec: Codec, num_frames: int) -> int:
 
 
 def program_sizes(config: Any, size: Sequence[int]) -> list[Size]:
-  """Sizes of the units of a clip of a size (frames, height, width), in order: those of the programs that encode it.
+  """Sizes (frames, height, width) of the units of a clip, in order. Each size has one program.
 
   `config`: of the autoencoder.
   """
@@ -107,6 +107,7 @@ class ClipEncoder:
   def __init__(self, codec: Codec, config: Autoencoder, compiler: AheadOfTime, stage: str):
     self.config, self.codec, self._compiler, self._stage = codec.config, codec, compiler, stage
     self._variables = [jax.device_put(codec.variables, device) for device in jax.local_devices()]
+    self._begun = [collections.deque(maxlen=_AHEAD) for _ in self._variables]  # the last results of each device
     self._programs, self._lock = {}, threading.Lock()  # {size: future of the `executables.Loaded`}
     self.cache = LatentCache(config.cache_gb * 2**30)
 
@@ -121,7 +122,8 @@ class ClipEncoder:
     codec, name = self.codec, f"{self._stage}: encode {'x'.join(map(str, size))}"
     self._compiler.counter.expect(name)
     fields = dataclasses.asdict(self.config) | {"class": type(self.config).__name__, "dtype": str(codec.model.dtype)}
-    parameters = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(codec.variables)]
+    leaves = jax.tree.leaves_with_path(codec.variables)
+    parameters = [(jax.tree_util.keystr(path), x.shape, str(x.dtype)) for path, x in leaves]
     what = ["encode", fields, parameters, size, codec.micro_batch]
     return OwnProgram(name, "encode", what, functools.partial(lower_program, codec, size), (0, 0))
 
@@ -159,11 +161,11 @@ class ClipEncoder:
 
   def _begin(self, size, units, devices):
     """Pieces of (mean, std) `[n, T', h, w, C]` of the units, which the devices compute. The last piece has some padding."""
-    if not self._programs[size].done():
-      self._compiler.alive(True)
-      concurrent.futures.wait([self._programs[size]])
-    program, parts = self._programs[size].result(), []
+    program, parts = self._compiler.wait_for(self._programs[size]), []
     for batch, number in zip(micro_batches(np.stack(units), clips_at_once(self.codec, size[0])), devices):
-      self._compiler.alive(False)
+      self._compiler.alive()
+      if len(begun := self._begun[number]) == _AHEAD:  # else the pixels of a whole batch would lie on the devices
+        jax.block_until_ready(begun[0])
       parts.append(program(number, self._variables[number], jax.device_put(batch, jax.local_devices()[number])))
+      begun.append(parts[-1])
     return parts

@@ -7,14 +7,15 @@ devices need no context at all. They come from `Executables`.
 
 import concurrent.futures
 import functools
-import os
 import statistics
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 
+from data.read_ahead import usable_cpus
 from data.shards import duration
 from stdit_jax.training.counter import CompileCounter, was_cached
 from stdit_jax.training.executables import Executables, OwnProgram
@@ -24,7 +25,7 @@ Future = concurrent.futures.Future
 
 def thread_count(wanted: int) -> int:
   """Programs to compile at a time. 0: one for each eight cores, at least one and at most 16 (each takes up to 2 GB)."""
-  return wanted or max(1, min(16, (os.cpu_count() or 1) // 8))
+  return wanted or max(1, min(16, usable_cpus() // 8))
 
 
 class AheadOfTime:
@@ -33,13 +34,13 @@ class AheadOfTime:
   Args:
     threads: number of programs that compile at the same time; see `thread_count`.
     say: prints a line when a program is ready, and a line when all programs are ready.
-    alive: `watchdog.Watchdog.alive`, called after each program.
+    alive: `watchdog.Watchdog.alive`.
 
   Attributes:
     counter: counts the programs by name.
   """
 
-  def __init__(self, threads: int, say: Callable[[str], None], alive: Callable = lambda waits=None: None):
+  def __init__(self, threads: int, say: Callable[[str], None], alive: Callable = lambda waits=0: None):
     self._say, self.alive, self._threads, self.counter = say, alive, thread_count(threads), CompileCounter()
     # Programs of the mesh and own programs do not wait for each other: a step needs both.
     make_pool = functools.partial(concurrent.futures.ThreadPoolExecutor, self._threads, "compilation", self.counter.take_thread)
@@ -55,7 +56,12 @@ class AheadOfTime:
 
   def _compile(self, name, lowered):
     began = time.monotonic()
-    compiled, cached = lowered.compile(), was_cached()
+    try:
+      compiled, cached = lowered.compile(), was_cached()
+    except BaseException:
+      with self._lock:
+        self._open -= 1
+      raise
     seconds = time.monotonic() - began
     self.alive()
     self._say(f"{name}: {'from the compilation cache' if cached else 'compiled'} in {seconds:.1f} s")
@@ -68,9 +74,9 @@ class AheadOfTime:
     return compiled
 
   def add_own(self, programs: Sequence[OwnProgram]) -> list[Future]:
-    """Loads or compiles programs of this process's own devices, which nothing traces before. Returns their futures.
+    """Loads or compiles programs of this process's own devices, which are not traced yet. Returns their futures.
 
-    `say` prints how many there are, how many have a file, and then the time that the others take.
+    `say` prints their number, how many have a file, and the time left for the others.
     """
     known = [self._own.has(program) for program in programs]
     if programs:
@@ -87,6 +93,16 @@ class AheadOfTime:
       left.note(program.kind, (time.monotonic() - began) / self._threads)
     self.alive()
     return loaded
+
+  def wait_for(self, program: Future) -> Any:
+    """The result of a future of this class, for a thread beside the loop. Raises CancelledError after `close`."""
+    if program.done():
+      return program.result()
+    self.alive(1)
+    try:
+      return program.result()  # unlike concurrent.futures.wait, it also ends when `close` cancels the future
+    finally:
+      self.alive(-1)
 
   def close(self) -> None:
     """Drops the programs that wait to be compiled."""

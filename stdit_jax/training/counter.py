@@ -7,7 +7,6 @@ from collections.abc import Callable
 import jax
 
 _COMPILED, _HIT = "/jax/core/compile/backend_compile_duration", "/jax/compilation_cache/cache_hits"
-UNIQUE = " #"  # starts the part of a name that does not count
 _lock, _here = threading.Lock(), threading.local()  # flags of the thread's program
 _requests = collections.Counter()  # of each function name, in threads that belong to no counter
 
@@ -21,7 +20,7 @@ def _note_program(event, duration_secs, **values):
   """JAX calls it in the thread that compiles, after a program was compiled or read from JAX's cache."""
   if event == _COMPILED:
     name, hit = str(values.get("fun_name", "")), getattr(_here, "hit", False)
-    name = name.removeprefix("jit(").removesuffix(")").partition(UNIQUE)[0]
+    name = name.removeprefix("jit(").removesuffix(")")
     _here.hit, _here.cached = False, hit
     with _lock:
       getattr(_here, "requests", _requests)[name] += 1
@@ -37,13 +36,14 @@ def was_cached() -> bool:
 
 
 class CompileCounter:
-  """Counts how often each named program is compiled or read from JAX's cache. More than once is an error.
+  """Counts how often the programs of each name are compiled or read from JAX's cache: at most once for each program.
 
-  A second time means that shapes, dtypes or devices changed, or that one program is compiled for each device.
+  A second time means that shapes, dtypes or devices changed, or that one program is compiled for each device. Programs of
+  several stages may share a name. If they are equal, JAX's cache then finds the program of the other stage.
   """
 
   def __init__(self):
-    self._before, self._of_threads = {}, collections.Counter()
+    self._before, self._programs, self._of_threads = {}, collections.Counter(), collections.Counter()
 
   def take_thread(self) -> None:
     """Counts the programs of this thread for this counter alone. Another run of the process may have the same names."""
@@ -60,16 +60,17 @@ class CompileCounter:
     return named
 
   def expect(self, name: str) -> None:
-    """Counts the programs of functions of this name from now on."""
+    """Counts one more program of this name."""
     self._before.setdefault(name, _requests[name])
+    self._programs[name] += 1
 
   @property
   def counts(self) -> dict[str, int]:
-    """{name: number of its programs}."""
+    """{name: how often its programs were compiled or read}."""
     with _lock:
       return {name: self._of_threads[name] + _requests[name] - before for name, before in self._before.items()}
 
   def check(self) -> None:
     """Raises RuntimeError if a program was compiled more than once."""
-    if again := {name: n for name, n in self.counts.items() if n > 1}:
+    if again := {name: n for name, n in self.counts.items() if n > self._programs[name]}:
       raise RuntimeError(f"programs were compiled more than once (shapes, dtypes or devices changed between steps): {again}")

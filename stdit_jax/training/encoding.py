@@ -155,7 +155,7 @@ class LatentsWork:
       programs = {size for clip in largest for size in program_sizes(codec.config, clip)}
       return max(needed_memory(lower_program(made, size, jax.local_devices()[0]), codec.variables) for size in programs)
 
-    first = codec.micro_batch if codec.uses_micro_batch else 1
+    first = codec.micro_batch
     micro_batch, size = halve_to_fit(needed, first, math.inf if budget is None else budget)
     names = " and ".join(" x ".join(map(str, kind)) for kind in sorted(largest))
     how = "Remove these buckets, set autoencoder.dtype='bfloat16', or take a device with more memory"
@@ -206,6 +206,7 @@ class LatentsWork:
       started = ((turn, self.encoder.start([clip["pixels"] for _, clip in turn])) for turn in self._turns(clips, self.bad_rows))
       for turn, finish in _one_behind(started):
         yield from self._finished(turn, finish)
+    del self.encoder  # captions, which follow, need the memory
 
   def _turns(self, clips, bad_rows):
     """Yields the clips that are encoded together, [(key, clip)]: clips of one size that follow each other."""

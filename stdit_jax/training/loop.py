@@ -1,5 +1,6 @@
 """The training loop, the same for every objective: stages of steps, resumable at every checkpoint."""
 
+import contextlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -40,7 +41,7 @@ def train(run: Run, on_sample: Callable | None = None, restarts: Restarts | None
   compiled = [StagePrograms(p.programs, p.data.splits, run.compiler, beat, speed.paused) for p in run.parts]
 
   def next_batch():
-    beat(f"step {step + 1}: waiting for data")
+    beat(f"step {step + 1}: waiting for data", waits=True)
     with speed.waiting_for_data():
       loaded, arrays = next(batches)
     beat(f"step {step + 1}: placing a batch of {loaded.bucket[0]} x {loaded.bucket[1]}", slow=True)  # may compile
@@ -81,14 +82,16 @@ def train(run: Run, on_sample: Callable | None = None, restarts: Restarts | None
         say(str(parts.data.report))
         taken, skip = (step - stage.start) * accumulate, restarts.skip.get(stage.name, ())
         buckets = parts.data.buckets_ahead(taken, stage.steps * accumulate - taken, skip)
-        programs.prepare(buckets)
+        make_batch = parts.objective.batch_maker(run.encoders, stage.name)
+        sizes = [*parts.data.sizes_ahead(taken, skip), *(validation.data.sizes_ahead(0) if validation else ())]
+        make_batch.prepare(sizes, ())
+        for bucket in buckets:  # all programs of the first step come first
+          make_batch.prepare((), parts.data.text_ahead([bucket]))
+          programs.prepare([bucket])
         if validation:
           validation.compile_ahead(run.compiler, parts.programs.shapes[0]["ema"], parts.programs.shapes[1])
         accumulator = parts.programs.new_accumulator(state["params"])
         averages, nonfinite, save_due, failure = Averages(), NonFinite(config.max_nonfinite), False, None
-        make_batch = parts.objective.batch_maker(run.encoders, stage.name)
-        sizes = [*parts.data.sizes_ahead(taken, skip), *(validation.data.sizes_ahead(0) if validation else ())]
-        make_batch.prepare(sizes, parts.data.text_ahead(buckets))
         make_rows = lambda loaded: make_batch.arrays(loaded, layout_of(loaded))  # noqa: B023, E731 - of this stage
         count = (end - step) * accumulate
         try:
@@ -156,18 +159,18 @@ def train(run: Run, on_sample: Callable | None = None, restarts: Restarts | None
           metrics.close()
           metrics = Metrics(run.config.output, step, total, active=jax.process_index() == 0)
           continue
-        run.counter.check()
         steps, seconds, share = speed.stage_data()
         say(f"stage {stage.name!r}: {stage_note(steps, seconds, largest(share), loader.ahead)}")
         save()
+        run.counter.check()
     run.checkpoints.wait()
     run.counter.check()
     if run.config.sample_every:
       sample()
   finally:
-    metrics.close()
-    run.compiler.close()
-    run.checkpoints.close()
+    run.compiler.close()  # first, since the others raise an error if the disk is full
+    with contextlib.closing(run.checkpoints):
+      metrics.close()
   say(f"finished: {step} steps; checkpoints and metrics are in {run.config.output}")
   return state
 

@@ -108,8 +108,7 @@ class Run:
 
   Args:
     config: of the run, as `Config.of` takes it.
-    beat: `(activity, slow)`, called when the run begins an activity (`watchdog.Watchdog.beat`).
-    alive: called when a thread beside the loop makes progress (`watchdog.Watchdog.alive`).
+    beat, alive: `Watchdog.beat`, called when the run begins an activity, and `Watchdog.alive`.
 
   Attributes:
     config, mesh; stages: list of `Stage`; total_steps: of all stages; parts: list of `StageParts`, one per stage.
@@ -120,7 +119,7 @@ class Run:
     ValueError: an error in the configuration, its files or the output folder.
   """
 
-  def __init__(self, config, beat=lambda what, slow=False: None, alive=lambda waits=None: None):
+  def __init__(self, config, beat=lambda what, slow=False, waits=False: None, alive=lambda waits=0: None):
     config = Config.of(config)
     self.config, self.beat = config, beat
     self.stages = make_stages(config)

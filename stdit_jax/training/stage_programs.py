@@ -1,6 +1,5 @@
 """The compiled programs of a stage."""
 
-import concurrent.futures
 from collections.abc import Callable, Iterable, Mapping
 
 import jax
@@ -40,7 +39,7 @@ class StagePrograms:
 
   def _finished(self, program, compiled):
     if not compiled.done():
-      self._beat(f"waiting for the program {program.name}", slow=True)
+      self._beat(f"waiting for the program {program.name}", slow=True, waits=True)
       with self._paused():
-        concurrent.futures.wait([compiled])
+        compiled.result()
     return program, compiled.result()

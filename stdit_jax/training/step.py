@@ -1,8 +1,8 @@
 """The two programs that train: a gradient program per (resolution, frames), and an update program per stage.
 
 A micro step is the batch of one bucket. The gradient program normalises its gradient by the weight of the batch, and adds it to
-an accumulator. An optimizer step is `accumulate` micro steps of equal weight. A counter asks
-the compiler, so that a test and the loop notice a second compilation.
+an accumulator. An optimizer step is `accumulate` micro steps of equal weight. A counter listens to JAX's compile events, so a
+test and the loop notice a second compilation.
 """
 
 import dataclasses
@@ -175,16 +175,17 @@ class Programs:
     self.new_accumulator = jax.jit(new_accumulator, out_shardings=self._accumulator)
     schedule = learning_rate(config.optimizer, stage.start, stage.steps)
     function = functools.partial(update, self.optimizer, self.scales, schedule, config.optimizer.clip_norm, config.ema_decay)
-    places, name = (self.state_shardings, self._accumulator, self._replicated), f"{stage.name}: update"
-    jitted = jax.jit(counter.counted(name, function), in_shardings=places, out_shardings=places, donate_argnums=(0, 1))
-    self.update = Program(name, jitted, (self.shapes[0], self.shapes[2], jax.ShapeDtypeStruct((), jnp.int32)))
+    places = self.state_shardings, self._accumulator, self._replicated
+    jitted = jax.jit(counter.counted("update", function), in_shardings=places, out_shardings=places, donate_argnums=(0, 1))
+    arguments = self.shapes[0], self.shapes[2], jax.ShapeDtypeStruct((), jnp.int32)
+    self.update = Program(f"{stage.name}: update", jitted, arguments)
 
   def gradient(self, bucket: tuple[str, int], rows: int, split: Split) -> Program:
     """`(params, frozen, batch, accumulator) -> (accumulator, metrics)` of a (resolution, frames) bucket, for `rows` samples."""
     layout, batch = split.layout, self.objective.batch(bucket, rows, split.layout.token_parts)
     function = functools.partial(accumulate_gradients, self.objective.loss, split, batch, self.scales)
     places = jax.tree.map(lambda spec: layout.sharding(*spec.axes), batch)
-    name = f"{self.name}: gradient {bucket[0]} x {bucket[1]}"
+    name = f"gradient {bucket[0]} x {bucket[1]}"  # without the stage: JAX's cache serves equal programs of other stages
     jitted = jax.jit(
       self._counter.counted(name, function),
       compiler_options=self._options,
@@ -193,4 +194,4 @@ class Programs:
       donate_argnums=(3,),
     )
     arguments = self.shapes[0]["params"], self.shapes[1], jax.tree.map(lambda spec: spec.struct, batch), self.shapes[2]
-    return Program(name, jitted, arguments, batch, self.objective.work(batch))
+    return Program(f"{self.name}: {name}", jitted, arguments, batch, self.objective.work(batch))

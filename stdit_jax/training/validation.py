@@ -69,16 +69,16 @@ class Validation:
       key = bucket.resolution, bucket.num_frames
       if not (line["steps"] and bucket.batch_size) or key in self._programs:
         continue
-      layout, name = self.data.splits[key].layout, f"{self.stage.name} {bucket.resolution} x {bucket.num_frames}"
+      layout, name = self.data.splits[key].layout, f"{bucket.resolution} x {bucket.num_frames}"
       batch = self.objective.batch(key, bucket.batch_size, layout.token_parts)
       places = jax.tree.map(lambda spec: layout.sharding(*spec.axes), batch)  # noqa: B023 - called at once
       program = jax.jit(
-        compiler.counter.counted(name, functools.partial(self._losses, layout)),
+        compiler.counter.counted(f"validation {name}", functools.partial(self._losses, layout)),
         in_shardings=(*(tree_shardings(tree, self.mesh, self.objective.rules) for tree in (params, frozen)), places),
         out_shardings=NamedSharding(self.mesh, P()),
       )
       shapes = jax.tree.map(lambda spec: spec.struct, batch)
-      self._programs[key] = compiler.add(name, program.lower(params, frozen, shapes))
+      self._programs[key] = compiler.add(f"{self.stage.name} {name}", program.lower(params, frozen, shapes))
 
   def _losses(self, layout, params, frozen, batch):
     return self.objective.fixed_loss(params, frozen, batch, self.config.timesteps, layout), batch["weight"]

@@ -17,6 +17,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
@@ -43,6 +44,20 @@ def start_again() -> Iterator[None]:
     raise StartAgain(f"{' '.join(str(error).split())}. The same command resumes") from error
 
 
+@contextlib.contextmanager
+def exit_to_start_again() -> Iterator[None]:
+  """Exits with RESTART, and one line, after StartAgain and other errors that may pass. Prints the traceback of the latter."""
+  try:
+    yield
+  except Exception as error:
+    if not isinstance(error, StartAgain):
+      if not may_pass(error):
+        raise
+      traceback.print_exc()
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    raise SystemExit(RESTART) from None
+
+
 class Watchdog:
   """Watches the loop of this process. With a key-value store it watches the loops of the other processes as well.
 
@@ -59,7 +74,8 @@ class Watchdog:
     self.period = min(10.0, max(0.2, timeout / 10))
     self.host = socket.gethostname()
     self._beats, self._what, self._slow, self._last_beat = 0, "starting", True, time.monotonic()
-    self._waits = False  # whether a thread beside the loop waits for the compiler
+    self._loop_waits = False  # whether the loop waits for a thread beside it
+    self._waiting, self._last_alive, self._lock = 0, 0.0, threading.Lock()  # _waiting: threads that wait for the compiler
     self._peers = {}  # index -> (report, time of its arrival)
     self._answered = self._started = time.monotonic()  # when the key-value store last answered
     self._ending = threading.Lock()
@@ -68,21 +84,26 @@ class Watchdog:
 
   # Called by the loop.
 
-  def beat(self, what: str, slow: bool = False) -> None:
-    """Notes progress of the loop, which begins the activity `what`."""
-    self._what, self._slow, self._last_beat = what, slow, time.monotonic()
+  def beat(self, what: str, slow: bool = False, waits: bool = False) -> None:
+    """Notes progress of the loop, which begins the activity `what`. `waits`: for threads, whose progress then counts too."""
+    self._what, self._slow, self._loop_waits, self._last_beat = what, slow, waits, time.monotonic()
     self._beats += 1
 
-  def alive(self, waits: bool | None = None) -> None:
-    """Notes that a thread beside the loop makes progress. It does not count as a beat of the loop.
+  def alive(self, waits: int = 0) -> None:
+    """Notes progress of a thread beside the loop. It restarts the timeout of a loop that waits. The number of beats stays.
 
     Args:
-      waits: the thread begins (True) or ends (False) to wait for the compiler, so that `slow_timeout` holds. None: unchanged.
+      waits: 1: the thread begins to wait for the compiler, so that `slow_timeout` holds; -1: it ends to wait.
     """
-    self._waits, self._last_beat = self._waits if waits is None else waits, time.monotonic()
+    with self._lock:
+      self._waiting, self._last_alive = self._waiting + waits, time.monotonic()
 
   def _is_slow(self):
-    return self._slow or self._waits
+    return self._slow or (self._loop_waits and self._waiting > 0)
+
+  def _progress(self):
+    """Time of the last progress."""
+    return max(self._last_beat, self._last_alive) if self._loop_waits else self._last_beat
 
   def __enter__(self) -> "Watchdog":
     if self.timeout:
@@ -169,7 +190,7 @@ class Watchdog:
       reports = [report for report, _ in list(self._peers.values())]
       slow = self._is_slow() or any(r.get("slow") and r["beats"] <= self._beats for r in reports)
       allowed = self.slow_timeout if slow else self.timeout
-      if time.monotonic() - self._last_beat > allowed:
+      if time.monotonic() - self._progress() > allowed:
         self._end(self._silent(3 * self.period) or self._slowest(), RESTART)
       elif silent := self._silent(self.timeout):
         self._end(silent, RESTART)
@@ -201,7 +222,7 @@ class Watchdog:
     places |= {i: (r["beats"], r["what"]) for i, (r, _) in self._peers.items() if i != self.index and not r.get("done")}
     least = min(beats for beats, _ in places.values())
     names = ", ".join(f"{self._name(i)}, at: {what}" for i, (beats, what) in sorted(places.items()) if beats == least)
-    return f"no progress for {time.monotonic() - self._last_beat:.0f} s in {names}"
+    return f"no progress for {time.monotonic() - self._progress():.0f} s in {names}"
 
   # The end.
 

@@ -204,7 +204,7 @@ def test_rows_that_all_hang_are_a_fault_of_the_network(folder, monkeypatch):
     files.write_csv(folder / "all_hang.csv", rows)
     monkeypatch.setenv(video.SCHEMES, "http")
     settings = {"buckets": (("144p", 9, 1.0, 2),), "row_timeout": 0.5, "workers": 0, "max_bad_rows": 6}
-    with pytest.raises(OSError, match=r"4 rows, one after the other: .*took longer") as error:
+    with pytest.raises(OSError, match=r"4 files, one after the other: .*took longer") as error:
       load(folder, 1, config_of(folder, "all_hang.csv", **settings))
     assert error.value.errno in PASSING
 

@@ -69,6 +69,8 @@ def main(folder):
     x.nbytes for x in jax.tree.leaves(trained)
   )
   assert 0.25 < share < 0.27, share
+  arrays = {path_name(p): np.asarray(x) for p, x in jax.tree_util.tree_flatten_with_path(trained)[0]}
+  save_file(arrays, folder / "split_autoencoder.safetensors")
 
   # A separate program runs the text encoder, sharded like the denoiser.
   ahead = Run(eight_config(assets, folder / "ahead", steps=1, mesh={"data": 2, "fsdp": 4}, **frozen_text(assets, "ahead")))

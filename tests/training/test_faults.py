@@ -15,12 +15,14 @@ from data import video
 from stdit_jax import train
 from stdit_jax.errors import may_pass
 from stdit_jax.training import restarts
+from stdit_jax.training.checkpoints import Checkpoints
 from stdit_jax.training.metrics import Metrics
 from stdit_jax.training.stage_programs import StagePrograms
 from tests.tiny_run import small_autoencoder, write_config
 from tests.training.test_resume import assert_same_bits
 
-SETTINGS = {**small_autoencoder(), "stages": ({"name": "four", "steps": 4},), "checkpoint_every": 1}
+STEPS = 8
+SETTINGS = {**small_autoencoder(), "stages": ({"name": "eight", "steps": STEPS},), "checkpoint_every": 1}
 
 
 @pytest.fixture(scope="module")
@@ -55,30 +57,30 @@ def fail(patch, owner, name, error, good):
 HALTED = jax.errors.JaxRuntimeError("INTERNAL: Core halted unexpectedly")
 
 
-@pytest.mark.parametrize(
-  ("owner", "name", "error"),
-  [
-    (StagePrograms, "update", HALTED),
-    (video, "read_frames", OSError(errno.EIO, "Input/output error")),
-    (train.Watchdog, "beat", OSError(errno.ETIMEDOUT, "the bucket gives no answer in time")),  # as at any place of the loop
-  ],
-)
-def test_a_passing_fault_asks_for_a_new_start(assets, alone, tmp_path, monkeypatch, capsys, owner, name, error):
-  config = write_config(tmp_path / "config.py", assets, tmp_path / "run", **SETTINGS)
-  monkeypatch.setattr(video, "RETRY_DELAYS", ())
-  with monkeypatch.context() as patch:
-    fail(patch, owner, name, error, good=8 if name == "beat" else 2)
-    assert end_of(config) == 75
-  text = capsys.readouterr().err
-  assert str(error.strerror if isinstance(error, OSError) else error) in text
-  assert ("Traceback" in text) == (error is HALTED)  # JAX's own errors may be bugs
-  assert end_of(config) == 0
-  assert_same_bits(alone, tmp_path / "run", 4, least=20)
+# (class or module, its function, error, calls without an error)
+PASSING = [
+  (StagePrograms, "update", HALTED, 1),
+  (video, "read_frames", OSError(errno.EIO, "Input/output error"), 4),
+  (train.Watchdog, "beat", OSError(errno.ETIMEDOUT, "the bucket gives no answer in time"), 12),  # anywhere in the loop
+  (Checkpoints, "latest", OSError(errno.EIO, "Input/output error"), 2),
+]
 
 
-def test_a_killed_worker_asks_for_a_new_start(assets, alone, tmp_path, monkeypatch, capsys):
-  """The kernel kills a worker, for instance, if memory is full."""
+def test_passing_faults_ask_for_new_starts(assets, alone, tmp_path, monkeypatch, capsys):
+  """Each start meets another fault. The last fault is a killed worker, as by the kernel if memory is full."""
   config, update = write_config(tmp_path / "config.py", assets, tmp_path / "run", **SETTINGS), StagePrograms.update
+  monkeypatch.setattr(video, "RETRY_DELAYS", ())
+  resumed = []
+  for owner, name, error, good in PASSING:
+    with monkeypatch.context() as patch:
+      fail(patch, owner, name, error, good)
+      assert end_of(config) == 75, name
+    out, text = capsys.readouterr()
+    assert str(error.strerror if isinstance(error, OSError) else error) in text
+    assert ("Traceback" in text) == (error is HALTED)  # JAX's own errors may be bugs
+    resumed.append(int(re.search(r"steps (\d+) to 8", out)[1]))
+  assert resumed[:2] == [0, 1]
+  assert sorted(resumed) == resumed
 
   def killing(programs):
     for worker in multiprocessing.active_children():
@@ -92,7 +94,7 @@ def test_a_killed_worker_asks_for_a_new_start(assets, alone, tmp_path, monkeypat
   assert "Worker process was terminated unexpectedly with exit code -9" in text
   assert "Traceback" not in text
   assert end_of(config) == 0
-  assert_same_bits(alone, tmp_path / "run", 4, least=20)
+  assert_same_bits(alone, tmp_path / "run", STEPS, least=20)
 
 
 def test_a_fault_of_the_user_is_an_error(assets, tmp_path, monkeypatch, capsys):
@@ -107,7 +109,7 @@ def test_a_fault_of_the_user_is_an_error(assets, tmp_path, monkeypatch, capsys):
 
 
 def test_a_checkpoint_on_a_full_disk_is_one_line(assets, alone, tmp_path, monkeypatch, capsys, caplog):
-  """A limit on file sizes stands for the full disk. Without the logs of orbax and asyncio the line is easy to find."""
+  """A limit on file sizes stands for the full disk. Orbax and asyncio log nothing, so the error is one line."""
   config, update = write_config(tmp_path / "config.py", assets, tmp_path / "run", **SETTINGS), StagePrograms.update
   limit = resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -125,8 +127,9 @@ def test_a_checkpoint_on_a_full_disk_is_one_line(assets, alone, tmp_path, monkey
   (line,) = capsys.readouterr().err.splitlines()
   assert re.fullmatch(r"error: a checkpoint could not be written to .*File too large.*then resumes from .*", line)
   assert not caplog.records
+  assert not [path for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit()]
   assert end_of(config) == 0
-  assert_same_bits(alone, tmp_path / "run", 4, least=20)
+  assert_same_bits(alone, tmp_path / "run", STEPS, least=20)
 
 
 def test_metrics_on_a_full_disk_are_an_error_and_no_hang(tmp_path):

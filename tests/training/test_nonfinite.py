@@ -53,8 +53,8 @@ def test_a_nonfinite_step_changes_nothing_and_is_counted(assets, tmp_path, capsy
 
 def test_after_the_limit_the_run_goes_back_and_skips_failed_steps(assets, tmp_path, capsys):
   run, state, lines = trained(assets, tmp_path / "alone", "one_nan.csv", max_nonfinite=1)
-  assert run.counter.counts["images: gradient 64p x 1"] == 1
-  assert run.counter.counts["images: update"] == 1
+  assert run.counter.counts["gradient 64p x 1"] == 1
+  assert run.counter.counts["update"] == 1
   bad = failing_positions(run)
   skipped = run.skip["images"]
   assert list(skipped) == bad[: len(skipped)]

@@ -69,6 +69,7 @@ def long_config(assets, folder, name, output):
   """Configuration file of a run of STEPS steps with a checkpoint every four steps and a validation at its end."""
   (folder / name).mkdir()
   settings = {**SETTINGS, **text_from_disk(assets), "stages": ({"name": "same", "steps": STEPS},), "checkpoint_every": 4}
+  settings["watchdog"] = {"timeout": 30.0, "slow_timeout": 300.0}  # before it ends, process 0 waits for a part of `timeout`
   validation = {"tables": (str(assets / "features.csv"),), "every": STEPS, "samples_per_bucket": 5, "timesteps": 3}
   return write_config(folder / name / "config.py", assets, output, **settings, validation=validation)
 

@@ -47,7 +47,7 @@ def test_validation_does_not_change_training(assets, validated, tmp_path):
   plain = Run(tiny_config(assets, tmp_path / "plain", data__buckets=BUCKETS, checkpoint_every=2, **text_from_disk(assets)))
   jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, plain.train()), state)
   assert lines_of(run)[1] == lines_of(plain)[1]
-  own = {f"tiny: validation 144p x {frames}": 1 for frames in (1, 4)}
+  own = {f"validation 144p x {frames}": 1 for frames in (1, 4)}
   assert run.counter.counts.keys() == {**plain.counter.counts, **own}.keys()
 
 
