@@ -4,7 +4,7 @@
 
 The programs are `train`, `encode` and `sample`, the training of an autoencoder, and `data.prepare`. They take turns. A third of
 the kills hits any moment of a start, a third a moment after new work, a third a half-written file. If a program ends before its
-kill, its result is compared and it starts from nothing. With the `--folder` of a killed call, the same command resumes.
+kill, its result is compared and it starts from nothing. If this script is killed, the same command with its `--folder` resumes.
 It takes about ten seconds per kill on two idle cores. Exit code 0: all results have the bits of an undisturbed run.
 """
 
@@ -32,7 +32,7 @@ from tests.data.prepare.videos import two_scenes, write_video
 from tests.training import test_resume
 
 STEPS, CLIPS, PROMPTS, VIDEOS = 40, 120, 8, 6
-# Changed keys and two stages of both trainings.
+# Changed keys and stages of the autoencoder's training.
 AUTOENCODER = {
   **tiny_run.small_autoencoder(),
   "data__buckets": (("64p", 1, 1.0, 2), ("64p", 4, 1.0, 2)),
@@ -100,6 +100,7 @@ def encoding(folder):
       is_shard = "array_record" in path.name
       content = list(map(parse, ArrayRecordReader(str(path)).read_all())) if is_shard else path.read_bytes()
       found[str(path.relative_to(output))] = content
+    assert any("array_record" in name for name in found)
     return found
 
   shards = lambda output: len(list(output.glob("*/part-*/[!.]*array_record*")))  # noqa: E731
@@ -114,7 +115,9 @@ def sampling(folder):
     return ["-m", "stdit_jax.sample", "--run", str(folder / "train" / "alone"), *flags, "--output", str(output)]
 
   def result(output):
-    return {path.name: path.read_bytes() for path in output.glob("[!.]*")}
+    found = {path.name: path.read_bytes() for path in output.glob("[!.]*")}
+    assert len(found) == 2 * PROMPTS
+    return found
 
   return Program(
     command, lambda output: len(list(output.glob("[!.]*.json"))), lambda output: any(output.glob(".*.tmp*")), result, 2

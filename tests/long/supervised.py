@@ -4,6 +4,7 @@ import contextlib
 import os
 import pathlib
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -18,16 +19,16 @@ STEPS, EVERY = 12, 2  # of each run; between checkpoints
 
 
 class Bench:
-  """What all rows share: a folder with assets, compiled programs, a stand-in of Cloud Storage."""
+  """The assets, the compilation cache and the stand-in of Cloud Storage that all rows share."""
 
   def __init__(self, folder: pathlib.Path, quick: bool):
     self.folder, self.quick, self.store = folder, quick, ObjectStore()
     (folder / "assets").mkdir(parents=True)
     tiny_run.make_assets(folder / "assets")
-    self.references = {}  # name -> run folder
+    self.references, self.runs = {}, []  # {name: run folder}; all runs
 
   def undisturbed(self, name: str, run: Callable) -> pathlib.Path:
-    """The output of `run(Run of this name)`, made once."""
+    """The output folder of the run that `run(self, name)` makes. Makes it once."""
     if name not in self.references:
       made = run(self, name)
       made.end("0" if made.count == 1 else "0+0")
@@ -44,7 +45,8 @@ class Run:
   """
 
   def __init__(self, bench: Bench, name: str, count: int = 1, assets: str = "", output: str = "", **changes):
-    self.bench, self.count, self.codes, self.seen = bench, count, [], [0] * count
+    self.bench, self.count, self.codes, self.seen, self.processes = bench, count, [], [0] * count, []
+    bench.runs.append(self)
     self.folder = bench.folder / name
     self.folder.mkdir()
     self.output, self.places = self.folder / "run", [self.folder] * count
@@ -113,6 +115,12 @@ class Run:
     self.codes.append("+".join(found))
     return self
 
+  def kill(self) -> None:
+    """Ends the supervisors and the trainings that still run."""
+    for process in self.processes:
+      for pid in [*children(process.pid), process.pid] if process.poll() is None else []:
+        os.kill(pid, signal.SIGKILL)
+
   def end(self, codes: str) -> None:
     """Starts the run, and waits until it ends with these exit codes."""
     self.start().wait()
@@ -146,7 +154,7 @@ def small_disk(folder: pathlib.Path, size: int) -> Callable[[], None]:
 
 
 class Refusals:
-  """What the bucket does to requests whose path contains `part`: see `ObjectStore.refuse`."""
+  """`rules` maps a part of a request's path to a function that returns None or a status: see `ObjectStore.refuse`."""
 
   def __init__(self, store: ObjectStore):
     self.rules, store.refuse = {}, self
