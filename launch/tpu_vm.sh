@@ -12,7 +12,7 @@
 #   create    creates the TPU VM: at once, or with --queued as soon as one is free
 #   copy      copies this folder (the files that git tracks, or would track) to ~/stdit_jax/code on all workers
 #   install   installs a Python environment with the versions of constraints.txt on all workers
-#   run       starts the training on all workers, in the background, and again after exit code 75
+#   run       starts the training on all workers, in the background, and again after exit code 75 or a signal
 #   logs      follows the log of a worker
 #   status    prints the state of the machine and of the training
 #   stop      lets the training save, then ends it

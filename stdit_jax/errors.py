@@ -1,4 +1,4 @@
-"""Errors that only show while a command is under way: those of users, and those that may pass by themselves."""
+"""Errors during a command: errors of the user, and errors that may pass."""
 
 from data.paths import PASSING
 

@@ -24,8 +24,8 @@ replace it. All figures are computed, none is measured on a device:
   bound, MFU   bound: the longest of these times and of the traffic between slices (--slice-gbits), as if all overlapped.
                MFU: model-FLOP utilisation at the bound. The published peaks are in stdit_jax/parallel/topology.py
   rows/s       that each host must read, decode and encode at the bound. A host has 4 TPU chips or 8 GPUs
-  programs     that encode clips on each host in a training from videos: their number, and the compiler's processor time from
-               one program of a middle size for frames and one for clips
+  programs     number of programs that encode clips on each host in a training from videos, and their compile time, estimated
+               from one frame size and one clip size
   hours        of a stage: its steps times the mean bound of its buckets, weighted by how often each occurs in the first epoch
                of the tables, or of assumed rows. An update counts as one read and one write of the whole state. A second line
                adds the FLOPs of the encoders at the chips' peak, if their results are not cached. Checkpoints, samples and

@@ -31,6 +31,16 @@ def sequence_of(folder, path, **settings):
   return plan.PlanSequence(sources.open_table(config, str(folder)), config, str(folder))
 
 
+def test_a_plan_uses_only_the_chosen_aspect_ratios(tmp_path, table_path):
+  found = {}
+  for number in (None, 1):
+    current = sequence_of(tmp_path, table_path, aspect_ratios=number).plan(0)
+    slots = [current.slot(slot) for slot in range(current.num_slots)]
+    found[number] = {(bucket.resolution, key) for _, key, bucket, _ in slots}
+  assert found[None] == {("144p", "0.56"), ("144p", "1.78"), ("240p", "0.56")}
+  assert found[1] == {("144p", "0.56"), ("240p", "0.56")}  # landscape alone
+
+
 def test_every_row_is_in_its_bucket_once(tmp_path, table_path):
   sequence = sequence_of(tmp_path, table_path)
   table, config, parsed = sequence.table, sequence.config, sequence.config.parsed_buckets()

@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 from stdit_jax.training.checkpoints import Checkpoints
+from stdit_jax.training.watchdog import Watchdog
 from tests import QUICK_FLAGS
 from tests.data import files
 from tests.object_store import BUCKET
@@ -257,3 +258,26 @@ def test_a_process_names_the_other_one_that_hangs_or_dies(assets, folder, victim
   assert f"process {1 - victim} of 2 (host " in said
   assert "ends with exit code 75" in said
   assert "most recent call first" in text  # stacks
+
+
+def test_threads_keep_alive_only_a_loop_that_waits_for_them(monkeypatch):
+  """A loop that hangs elsewhere is noticed although programs compile beside it. A wait for the compiler may take longer."""
+  ended = []
+  monkeypatch.setattr(Watchdog, "_end", lambda self, text, code: ended.append(text))
+  with Watchdog(0.4, 30.0) as watchdog:
+
+    def ends(what, waits, threads=0):
+      watchdog.beat(what, waits=waits)
+      ended.clear()
+      watchdog.alive(threads)
+      end = time.monotonic() + 1
+      while time.monotonic() < end and not threads:
+        watchdog.alive()
+        time.sleep(0.05)
+      time.sleep(1 if threads else 0)
+      return bool(ended)
+
+    assert ends("step 1", waits=False)
+    assert not ends("step 2: waiting for data", waits=True)
+    assert not ends("step 2: waiting for data", waits=True, threads=1)  # nothing is ready, but a thread waits for a program
+    assert ends("step 2: waiting for data", waits=True, threads=-1)

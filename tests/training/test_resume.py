@@ -266,7 +266,7 @@ def test_a_finished_run_does_not_change(assets, left_alone):
   folder, settings = left_alone
   before = items(folder / "alone")
   state = Run(tiny_config(assets, folder / "alone", **settings)).train()
-  assert [a.tobytes() == np.asarray(b).tobytes() for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(state))]
+  assert all(a.tobytes() == np.asarray(b).tobytes() for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(state)))
   jax.tree.map(np.testing.assert_array_equal, items(folder / "alone"), before)
   assert metrics(folder / "alone")[0] == list(range(1, STEPS + 1))
 
