@@ -26,7 +26,7 @@ stop() {
 }
 trap stop TERM INT
 
-quick=0 wait=0
+quick=0 pause=0
 while :; do
   began=$SECONDS code=0
   "$@" &
@@ -47,9 +47,9 @@ while :; do
     exit "$code"
   fi
   least=${STDIT_JAX_RESTART_WAIT:-10}
-  wait=$((wait && SECONDS - began < 600 ? (2 * wait < 300 ? 2 * wait : 300) : least))
+  pause=$((pause && SECONDS - began < 600 ? (2 * pause < 300 ? 2 * pause : 300) : least))
   echo "ended with exit code $code: starting again" >&2
-  for ((waited = 0; waited < wait; waited++)); do
+  for ((waited = 0; waited < pause; waited++)); do
     sleep 1
     [ -z "$stopping" ] || exit 143
   done

@@ -20,6 +20,7 @@ from stdit_jax.diffusion.rectified_flow import RectifiedFlow
 from stdit_jax.interop import load_variables
 from stdit_jax.models import t5
 from stdit_jax.models.family import SCALARS, Family, find_model, token_grid, token_values
+from stdit_jax.parallel.mesh import own_devices
 from stdit_jax.parallel.shardings import ArraySpec, Tree, tree_shardings, with_shardings
 
 DIFFUSIONS = {"rectified-flow": RectifiedFlow, "iddpm": IDDPM}
@@ -104,8 +105,8 @@ def need_file(path: str | None, key: str) -> str:
 
 
 def local_devices_mesh() -> Mesh | None:
-  """The mesh of all devices of this process, over which a codec spreads its pieces. None for one device."""
-  return Mesh(np.asarray(jax.local_devices()), ("pieces",)) if jax.local_device_count() > 1 else None
+  """The mesh of `own_devices`, over which a codec spreads its pieces. None for one device."""
+  return Mesh(np.asarray(own_devices()), ("pieces",)) if len(own_devices()) > 1 else None
 
 
 def codec_of_shapes(config: Autoencoder, mesh: Mesh | None = None) -> Codec:

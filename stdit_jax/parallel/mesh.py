@@ -67,3 +67,13 @@ def make_mesh(sizes: dict[str, int], devices: list | None = None, slices: dict[s
   else:
     grid = np.asarray(devices).reshape(shape)
   return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def own_devices() -> list[jax.Device]:
+  """The devices of this process that one program may use together. On TPUs of several hosts this is the first device alone.
+
+  There libtpu refuses programs for the devices of one host: on v5e:16x16 all of them, on v5e:4x4 and v6e:4x4 those with
+  collectives (compiled with libtpu, without TPUs).
+  """
+  devices = jax.local_devices()
+  return devices[:1] if devices[0].platform == "tpu" and jax.process_count() > 1 else devices

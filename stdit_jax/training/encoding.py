@@ -25,7 +25,7 @@ from stdit_jax.components import Components, codec_of_shapes, load_text_encoder
 from stdit_jax.conditioning.captions import embed_in_pieces, text_encoder, tokenizer
 from stdit_jax.errors import InputError
 from stdit_jax.models import t5
-from stdit_jax.parallel.mesh import make_mesh
+from stdit_jax.parallel.mesh import make_mesh, own_devices
 from stdit_jax.parallel.shardings import Layout, with_shardings
 from stdit_jax.training import batches
 from stdit_jax.training.clip_encoder import ClipEncoder, load_encoder, lower_program, program_sizes
@@ -256,7 +256,7 @@ class TextWork:
 
   def __init__(self, made_from, members: Sequence[Source], folder: str, epochs: int, shard_bytes: int):
     self._members, self._config = members, members[0].stage.config.text_encoder
-    self._turn = _CAPTIONS * jax.local_device_count()  # captions that are encoded together
+    self._turn = _CAPTIONS * len(own_devices())  # captions that are encoded together
     self._decoders = [loader.RowDecoder(s.data, s.plans.table, None) for s in members]
     self._tokenize = tokenizer(self._config)
     self._channels = t5.get_config(self._config.name, **self._config.fields).d_model
@@ -312,8 +312,8 @@ class TextWork:
 
   @functools.cached_property
   def _layout(self):
-    """The devices of this process share the encoder."""
-    return Layout(make_mesh({"fsdp": -1}, jax.local_devices(), {"data": -1}))
+    """`own_devices` share the encoder."""
+    return Layout(make_mesh({"fsdp": -1}, own_devices(), {"data": -1}))
 
   @functools.cached_property
   def _embed(self):
@@ -341,7 +341,7 @@ class TextWork:
     np.asarray(self._start(captions)[1])
     seconds = (time.monotonic() - began) / self._turn
     del self._embed  # the latents need the memory first; `records` loads the encoder again
-    return seconds, f"a caption takes {seconds:.3g} s on {jax.local_device_count()} device(s)"
+    return seconds, f"a caption takes {seconds:.3g} s on {len(own_devices())} device(s)"
 
   def records(self, keys: np.ndarray) -> Iterator[tuple[Any, dict[str, Any]]]:
     def start(turn):
