@@ -69,7 +69,7 @@ def make_mesh(sizes: dict[str, int], devices: list | None = None, slices: dict[s
   return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def own_devices() -> list[jax.Device]:
+def own_devices() -> list:
   """The devices of this process that one program may use together. On TPUs of several hosts this is the first device alone.
 
   There libtpu refuses programs for the devices of one host: on v5e:16x16 all of them, on v5e:4x4 and v6e:4x4 those with
