@@ -25,6 +25,7 @@ from jax import Array
 
 from data import paths
 from data.buckets import Bucket
+from stdit_jax.autoencoders.memory import GIB
 from stdit_jax.components import Components
 from stdit_jax.config import Config
 from stdit_jax.models import flops, t5
@@ -42,7 +43,6 @@ from stdit_jax.training.stages import Stage, make_stages
 from stdit_jax.training.state import make_optimizer, state_shapes
 from stdit_jax.training.step import Programs
 
-GIB = 2**30
 ROOT = pathlib.Path(__file__).parents[2]
 
 

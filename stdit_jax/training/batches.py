@@ -209,17 +209,21 @@ class Encoders:
     self._compiler, self._mesh = compiler, mesh
     self.clip_encoder: Any = None  # a ClipEncoder
     self.text_weights: Any = None  # of the text encoder that runs before the step, once `text` has loaded it
-    self._source, self._names = None, set()
+    self._source: Any = None
+    self._names = set()
 
   def clips(self, config: Autoencoder, stage: str) -> ClipEncoder:
     """The `ClipEncoder` of the group `autoencoder`. Its programs count under the name of the stage."""
-    source = dataclasses.replace(config, cache_gb=0.0)
-    if source != self._source:
+    if not self.holds(config):
       while stage in self._names:  # the run came back to this stage: the counter needs a new name for new programs
         stage += " again"
       self._names.add(stage)
-      self.clip_encoder, self._source = load_encoder(config, self._compiler, stage), source
+      self.clip_encoder, self._source = load_encoder(config, self._compiler, stage), config
     return self.clip_encoder
+
+  def holds(self, config: Autoencoder) -> bool:
+    """Whether the last `ClipEncoder` is that of the group `autoencoder`. Stages that share it share its cache of latents."""
+    return self._source is not None and dataclasses.replace(config, cache_gb=self._source.cache_gb) == self._source
 
   def text(self, conditioner: Any, stage: str) -> "TextEncoder":
     """The `TextEncoder` of a conditioner that encodes before the step. All stages share the weights."""

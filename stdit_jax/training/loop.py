@@ -55,7 +55,7 @@ def train(run: Run, on_sample: Callable | None = None, restarts: Restarts | None
       with speed.paused():
         steps = following.stage.steps * following.stage.config.optimizer.accumulate
         compiled[following.stage.index].prepare(following.data.buckets_ahead(0, steps))
-      if following.stage.config.autoencoder == config.autoencoder:
+      if run.encoders.holds(following.stage.config.autoencoder):
         make_batch.prepare(following.data.sizes_ahead(0), ())
 
   def save():

@@ -215,8 +215,10 @@ def test_rows_that_all_hang_are_a_fault_of_the_network(folder, monkeypatch):
 
 
 def test_threads_that_read_rows_end_with_their_reader():
+  found = []
+
   def read():
-    assert loader.in_time(60.0, threading.get_ident) == loader.in_time(60.0, threading.get_ident) != threading.get_ident()
+    found.extend([*(loader.in_time(60.0, threading.get_ident) for _ in range(2)), threading.get_ident()])
 
   before = threading.active_count()
   reader = threading.Thread(target=read)
@@ -226,6 +228,7 @@ def test_threads_that_read_rows_end_with_their_reader():
   while threading.active_count() > before and time.monotonic() < end:
     time.sleep(0.01)
   assert threading.active_count() <= before
+  assert found[0] == found[1] != found[2]
 
 
 def test_persistent_io_errors_are_fatal(folder, monkeypatch):
