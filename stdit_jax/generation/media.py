@@ -61,37 +61,38 @@ def open_media(path: Any, num_frames: int, fps: float, settings: dict) -> Iterat
     raise ValueError(f"{path}: {num_frames} frames don't fit into a {kind}; choose one of {', '.join(VIDEO_FORMATS)}")
   comment = json.dumps(settings, ensure_ascii=False)
   written = 0
-  opened = _open_mp4(path, fps, comment) if kind == "mp4" else _open_images(path, kind, fps, comment)
-  with opened if kind else _open_folder(path) as write:
+  with paths.whole(path) if kind else _whole_folder(path) as place:
+    opened = _open_mp4(place, fps, comment) if kind == "mp4" else _open_images(place, kind, fps, comment)
+    with opened if kind else _open_folder(place) as write:
 
-    def count_and_write(frames):
-      nonlocal written
-      written += len(frames)
-      write(frames)
+      def count_and_write(frames):
+        nonlocal written
+        written += len(frames)
+        write(frames)
 
-    yield count_and_write
-    if written != num_frames:
-      raise ValueError(f"{path}: {written} frames were given, not {num_frames}; write exactly {num_frames}")
-  paths.write_text(settings_file(path), json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+      yield count_and_write
+      if written != num_frames:
+        raise ValueError(f"{path}: {written} frames were given, not {num_frames}; write exactly {num_frames}")
+    # The settings come before the file that they describe. After a kill in between, the same command makes the file again.
+    if kind:  # else an old file could stay beside the new settings
+      with contextlib.suppress(FileNotFoundError):
+        paths.remove(path)
+    elif not paths.is_remote(path):
+      shutil.rmtree(path, ignore_errors=True)
+    paths.write_text(settings_file(path), json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
 
 
 @contextlib.contextmanager
-def _open_folder(path):
-  """A folder with 00000.png, 00001.png, ..."""
-  remote, numbers = paths.is_remote(path), itertools.count()
+def _whole_folder(path):
+  """As `paths.whole`, for a folder."""
+  remote = paths.is_remote(path)
   unique = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"  # like `paths.whole`
   temporary = path if remote else os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.tmp{unique}")
   try:
     with paths.local_folder(temporary) as folder:
       os.makedirs(folder, exist_ok=True)
-
-      def write(frames):
-        for frame in frames:
-          Image.fromarray(frame).save(os.path.join(folder, f"{next(numbers):05d}.png"))
-
-      yield write
+      yield folder
     if not remote:
-      shutil.rmtree(path, ignore_errors=True)
       os.rename(temporary, path)
   finally:
     if not remote:
@@ -99,10 +100,22 @@ def _open_folder(path):
 
 
 @contextlib.contextmanager
+def _open_folder(folder):
+  """00000.png, 00001.png, ... in a folder."""
+  numbers = itertools.count()
+
+  def write(frames):
+    for frame in frames:
+      Image.fromarray(frame).save(os.path.join(folder, f"{next(numbers):05d}.png"))
+
+  yield write
+
+
+@contextlib.contextmanager
 def _open_mp4(path, fps, comment):
   rate, numbers = Fraction(fps).limit_denominator(1001), itertools.count()
   options = {"movflags": "use_metadata_tags+faststart"}
-  with paths.whole(path) as temporary, av.open(temporary, "w", options=options) as container:
+  with av.open(path, "w", options=options) as container:
     container.metadata["comment"] = comment
     stream = container.add_stream("libx264", rate=rate, options={"crf": "17"})
     stream.pix_fmt, codec = "yuv420p", stream.codec_context
@@ -127,18 +140,17 @@ def _open_mp4(path, fps, comment):
 def _open_images(path, kind, fps, comment):
   """A gif, webp or png file. Pillow wants all frames at once."""
   images = []
-  with paths.whole(path) as temporary:
-    yield lambda frames: images.extend(Image.fromarray(frame) for frame in frames)
-    if kind == "png":
-      info = PngInfo()
-      info.add_itxt("Comment", comment)
-      own = {"pnginfo": info}
-    else:
-      unit = 10 if kind == "gif" else 1  # milliseconds per unit of time in the file; rounding the end times keeps the mean rate
-      ends = np.round(np.arange(len(images) + 1) * 1000 / fps / unit).astype(int) * unit
-      own = {"save_all": True, "append_images": images[1:], "duration": np.diff(ends).tolist(), "loop": 0}
-      own |= {"comment": comment.encode()} if kind == "gif" else {"quality": 90, "method": 4, "xmp": comment.encode()}
-    images[0].save(temporary, **own)
+  yield lambda frames: images.extend(Image.fromarray(frame) for frame in frames)
+  if kind == "png":
+    info = PngInfo()
+    info.add_itxt("Comment", comment)
+    own = {"pnginfo": info}
+  else:
+    unit = 10 if kind == "gif" else 1  # milliseconds per unit of time in the file; rounding the end times keeps the mean rate
+    ends = np.round(np.arange(len(images) + 1) * 1000 / fps / unit).astype(int) * unit
+    own = {"save_all": True, "append_images": images[1:], "duration": np.diff(ends).tolist(), "loop": 0}
+    own |= {"comment": comment.encode()} if kind == "gif" else {"quality": 90, "method": 4, "xmp": comment.encode()}
+  images[0].save(path, **own)
 
 
 def contact_sheet(videos: Sequence[UInt8[np.ndarray, "T H W 3"]], columns: int = 8) -> Image.Image:

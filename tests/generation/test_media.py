@@ -1,6 +1,7 @@
 """Media files: frames and settings round-trip, and a failure leaves no partial file."""
 
 import json
+import os
 
 import av
 import numpy as np
@@ -138,3 +139,22 @@ def test_contact_sheet_shows_evenly_spaced_frames():
   sheet = contact_sheet([frames(), frames()], columns=3)
   assert sheet.size == (3 * 64, 2 * 48)
   assert [number_of(np.asarray(sheet)[:48, x * 64 : (x + 1) * 64]) for x in range(3)] == [0, 2, 4]
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a"])
+def test_a_kill_leaves_settings_without_a_file_and_no_file_without_settings(tmp_path, monkeypatch, name):
+  """So `sample` makes the file again under the same name. An old file with other settings is gone."""
+  write_media(tmp_path / name, frames(), 24, {"prompt": "old"})
+
+  def killed(source, target):
+    if str(target) == str(tmp_path / name):
+      raise KeyboardInterrupt
+    rename(source, target)
+
+  rename = os.rename
+  monkeypatch.setattr(os, "rename", killed)
+  monkeypatch.setattr(os, "replace", killed)
+  with pytest.raises(KeyboardInterrupt):
+    write_media(tmp_path / name, frames(), 24, SETTINGS)
+  assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+  assert json.loads((tmp_path / "a.json").read_text()) == SETTINGS
