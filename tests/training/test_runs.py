@@ -108,7 +108,7 @@ def test_every_program_is_compiled_once(first):
   run, _ = first
   counts = run.counter.counts
   encodes = {f"tiny: encode 1x{h}x{w}" for h, w in ((48, 80), (80, 48), (64, 64))}
-  assert counts.keys() == {"tiny: gradient 64p x 1", "tiny: gradient 64p x 4", "tiny: update", *encodes}
+  assert counts.keys() == {"gradient 64p x 1", "gradient 64p x 4", "update", *encodes}
   # Encode programs come from files if an earlier test has made them.
   assert all(n == 1 or (n == 0 and name in encodes) for name, n in counts.items())
 
