@@ -222,7 +222,7 @@ class Encoders:
     return self.clip_encoder
 
   def holds(self, config: Autoencoder) -> bool:
-    """Whether the last `ClipEncoder` is that of the group `autoencoder`. Stages that share it share its cache of latents."""
+    """Whether the last `ClipEncoder` has the settings of this group `autoencoder`. Its own `cache_gb` stays."""
     return self._source is not None and dataclasses.replace(config, cache_gb=self._source.cache_gb) == self._source
 
   def text(self, conditioner: Any, stage: str) -> "TextEncoder":

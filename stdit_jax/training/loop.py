@@ -44,7 +44,7 @@ def train(run: Run, on_sample: Callable | None = None, restarts: Restarts | None
     beat(f"step {step + 1}: waiting for data", waits=True)
     with speed.waiting_for_data():
       loaded, arrays = next(batches)
-    beat(f"step {step + 1}: placing a batch of {loaded.bucket[0]} x {loaded.bucket[1]}", slow=True)  # may compile
+    beat(f"step {step + 1}: placing a batch of {loaded.bucket[0]} x {loaded.bucket[1]}", slow=True, waits=True)  # for programs
     return loaded, make_batch.place(arrays, loaded, layout_of(loaded))
 
   def layout_of(loaded):
@@ -136,7 +136,7 @@ def train(run: Run, on_sample: Callable | None = None, restarts: Restarts | None
                 values, rates = averages.take(), speed.take()  # waits for the device
                 metrics.write(step, values | rates, speed_note(rates) + notes(loader, nonfinite))
               if validation and (step % config.validation.every == 0 or step == end):
-                beat(f"step {step}: validating", slow=True)
+                beat(f"step {step}: validating", slow=True, waits=True)
                 with speed.paused():
                   validate(validation, step, state["ema"], frozen, make_batch, metrics)
               # The checkpoint waits for a finite step, so that the run never goes back to broken parameters.
