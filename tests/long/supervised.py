@@ -99,7 +99,8 @@ class Run:
     return self.until(lambda: max(test_resume.metrics_steps(self.output), default=0) >= step, f"step {step}")
 
   def until_restart(self, number: int = 1) -> "Run":
-    return self.until(lambda: self.text().count("starting again") >= number, f"restart {number}")
+    """Waits for a restart by the supervisor. While a bucket fails, each start retries for about four minutes."""
+    return self.until(lambda: self.text().count("starting again") >= number, f"restart {number}", 1200)
 
   def training(self, i: int = 0) -> int:
     """Process id of the training below supervisor i."""
