@@ -58,9 +58,9 @@ def pipeline_model():
   return temporal.VideoAutoencoder(config), load_variables(path, "open-sora-vae", temporal.init_shapes(config), config=config)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 2), static_argnames="num_frames")
 def call(model, variables, method, *args, **static):
-  run = jax.jit(lambda v, *a: model.apply(v, *a, method=method, **static))
-  return run(variables, *args)
+  return model.apply(variables, *args, method=method, **static)
 
 
 @pytest.mark.parametrize("name", LENGTHS)

@@ -243,7 +243,8 @@ def run_config(assets, output, **changes):
 
 def test_video_autoencoder_trains_in_stages(assets, trunk, tmp_path, capsys):
   """The first stage trains the temporal part on image latents, with given weights of the image autoencoder. The second stage
-  trains all on pixels, with the perceptual and the adversarial term. The run resumes and is exported with the original's names.
+  trains all on pixels, with the perceptual and the adversarial term. The checkpoint is read again, and is exported
+  with the original's names.
   """
   stages = (
     {"name": "latents", "steps": 1, "train": "^autoencoder/temporal", "autoencoder.latent_weight": 1.0,
@@ -279,10 +280,9 @@ def test_video_autoencoder_trains_in_stages(assets, trunk, tmp_path, capsys):
 
   final, constants, _ = checkpoints.load_weights(str(tmp_path / "run"), "params")
   assert not constants  # the trunk is in no checkpoint
-  again = Run(run_config(assets, tmp_path / "run", resume="2", **changes))
-  state = again.train()
-  for a, b in zip(jax.tree.leaves(state["params"]), jax.tree.leaves(final)):
-    assert np.array_equal(a, b)
+  resumed, _, step = Run(run_config(assets, tmp_path / "run", **changes)).start()  # tests.long.kills resumes such runs
+  assert step == 3
+  jax.tree.map(np.testing.assert_array_equal, resumed["params"], final)
 
   convert(["--input", str(tmp_path / "run"), "--item", "params", "--output", str(tmp_path / "vae.safetensors")])
   exported = load_file(tmp_path / "vae.safetensors")
