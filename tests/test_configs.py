@@ -167,7 +167,10 @@ def test_recipes_of_open_sora_have_the_values_of_the_original(recipe):
 
 @pytest.mark.parametrize("recipe", ORIGINALS, ids=lambda module: module.__name__)
 def test_stages_begin_with_a_fresh_optimizer_and_average_as_the_runs_of_the_original(recipe):
-  """Each stage of the original is a run (scripts/train.py, update_ema with decay=0). Report 02 names the only exception."""
+  """Each stage of the original is a run of its own (scripts/train.py, update_ema with decay=0).
+
+  The original's report 02 names the only exception: stage 3 of Open-Sora 1.1 continues stage 2.
+  """
   kept = [stage.name for stage in make_stages(recipe.get_config())[1:] if stage.keep_optimizer]
   assert kept == (["stage3"] if recipe is open_sora_1_1 else [])
 

@@ -2,11 +2,11 @@
 
   python -m stdit_jax.plan --config configs/open_sora_1_2.py --config.mesh.sequence=4 --search-batch-size --jobs 2 \\
       --topology v5e:16x16 --stage stage1 --bucket 2048:1:768 --bucket 1080p:1:1280 --bucket 1024:1:3072 --bucket \\
-      720p:1:3328 --bucket 480p:1:7680 --bucket 512:1:11264 --bucket 360p:408:64 --bucket 360p:204:192 --bucket \\
-      360p:102:256 --bucket 360p:51:768 --bucket 360p:1:12544 --bucket 240p:408:192 --bucket 240p:204:256 --bucket \\
-      240p:102:768 --bucket 240p:51:1792 --bucket 240p:1:22016 --bucket 256:408:256 --bucket 256:204:768 --bucket \\
-      256:102:1536 --bucket 256:51:3072 --bucket 256:1:34816 --bucket 144p:408:512 --bucket 144p:204:1280 --bucket \\
-      144p:102:2560 --bucket 144p:51:4864 --bucket 144p:1:46336 --write-buckets \\
+      720p:1:3328 --bucket 480p:1:7424 --bucket 512:1:12800 --bucket 360p:408:64 --bucket 360p:204:192 --bucket \\
+      360p:102:256 --bucket 360p:51:768 --bucket 360p:1:13568 --bucket 240p:408:192 --bucket 240p:204:256 --bucket \\
+      240p:102:768 --bucket 240p:51:1792 --bucket 240p:1:24576 --bucket 256:408:256 --bucket 256:204:768 --bucket \\
+      256:102:1536 --bucket 256:51:3072 --bucket 256:1:40960 --bucket 144p:408:512 --bucket 144p:204:1280 --bucket \\
+      144p:102:2560 --bucket 144p:51:4864 --bucket 144p:1:53760 --write-buckets \\
       configs/batches/open_sora_1_2_stage1_v5e_16x16.py --output /tmp/v5e_s1.json
 
 LARGEST fills the memory. EQUAL makes the steps of all buckets take about the same time. To use a table, train
@@ -21,28 +21,28 @@ LARGEST = {
       ("1080p", 1, 0.1, 1280),
       ("1024", 1, 0.05, 3072),
       ("720p", 1, 0.05, 3328),
-      ("480p", 1, 0.1, 6656),
-      ("512", 1, 0.1, 11264),
+      ("480p", 1, 0.1, 7424),
+      ("512", 1, 0.1, 12800),
       ("360p", 408, (0.15, 0.1), 64),
       ("360p", 204, (0.15, 0.1), 192),
       ("360p", 102, (0.15, 0.33), 256),
       ("360p", 51, 0.15, 768),
-      ("360p", 1, 0.2, 12544),
+      ("360p", 1, 0.2, 13568),
       ("240p", 408, (0.4, 0.1), 192),
       ("240p", 204, (0.4, 0.1), 256),
       ("240p", 102, (0.4, 0.33), 768),
       ("240p", 51, 0.4, 1792),
-      ("240p", 1, 0.3, 22016),
+      ("240p", 1, 0.3, 24576),
       ("256", 408, (0.5, 0.1), 256),
       ("256", 204, (0.5, 0.1), 768),
       ("256", 102, (0.5, 0.33), 1536),
       ("256", 51, 0.5, 3072),
-      ("256", 1, 0.4, 34816),
+      ("256", 1, 0.4, 40960),
       ("144p", 408, (1.0, 0.1), 512),
       ("144p", 204, (1.0, 0.1), 1280),
       ("144p", 102, (1.0, 0.33), 2560),
       ("144p", 51, 1.0, 4864),
-      ("144p", 1, 1.0, 46336),
+      ("144p", 1, 1.0, 53760),
     ),
     "data.reference_devices": 1,
     "max_tokens_per_device": 0,

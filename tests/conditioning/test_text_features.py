@@ -65,7 +65,7 @@ def test_encoded_captions_have_the_denoisers_dtype(tmp_path, dtype, encoder):
 
 @pytest.mark.parametrize("name", DENOISERS)
 def test_a_bfloat16_denoiser_gives_the_same_bits_for_float32_and_bfloat16_features(name):
-  """Its first operation on text casts to bfloat16. So do rows with the null caption, and so does the gradient."""
+  """The denoiser first casts text to bfloat16. Null captions and the gradient are cast, too."""
   family, config = find_model(name, {"dtype": "bfloat16", "hidden_size": 48, "depth": 1})
   rng = np.random.default_rng(1)
   draw = lambda shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731

@@ -69,7 +69,7 @@ def test_each_stage_has_its_programs_and_samples(alone):
 
 
 def test_stages_with_the_same_data_have_their_own_order_and_noise(assets, tmp_path):
-  """The name of a stage decides them, whatever the stages before it. All stages have the same validation."""
+  """Order and noise depend on the name of the stage, not on earlier stages. All stages have the same validation."""
 
   def samples(run, number):
     with run.parts[number].data.loader(0) as rows:
