@@ -5,8 +5,8 @@
 
 LARGEST fills the memory. EQUAL makes the steps of all buckets take about the same time. For 240p x 1, 256 x 1 and 144p x 1
 the search counted the next batch, which the host prepares during the step. For the other buckets arithmetic shows that the
-next batch fits. LARGEST of 240p x 1 is outdated: the present code needs more memory per sample. To use a table, keep the mesh
-of the configuration and write a stage:
+next batch fits. Later searches of these three buckets started with --bucket 240p:1:168960 --bucket 256:1:358400 --bucket
+144p:1:473600. To use a table, keep the mesh of the configuration and write a stage:
   dict(name=..., steps=..., **EQUAL[name])
 """
 
@@ -28,17 +28,17 @@ LARGEST = {
       ("240p", 204, (0.4, 0.1), 4608),
       ("240p", 102, (0.4, 0.33), 7936),
       ("240p", 51, 0.4, 15872),
-      ("240p", 1, 0.3, 184320),
+      ("240p", 1, 0.3, 168960),
       ("256", 408, (0.5, 0.1), 4096),
       ("256", 204, (0.5, 0.1), 7936),
       ("256", 102, (0.5, 0.33), 15616),
       ("256", 51, 0.5, 30720),
-      ("256", 1, 0.4, 332800),
+      ("256", 1, 0.4, 358400),
       ("144p", 408, (1.0, 0.1), 6656),
       ("144p", 204, (1.0, 0.1), 12288),
       ("144p", 102, (1.0, 0.33), 22272),
       ("144p", 51, 1.0, 48640),
-      ("144p", 1, 1.0, 435200),
+      ("144p", 1, 1.0, 473600),
     ),
     "data.reference_devices": 1,
     "max_tokens_per_device": 0,

@@ -5,8 +5,8 @@
       720p:1:8704 --bucket 480p:1:19968 --bucket 512:1:31232 --bucket 360p:408:256 --bucket 360p:204:512 --bucket \\
       360p:102:1024 --bucket 360p:51:2048 --bucket 360p:1:33024 --bucket 240p:408:512 --bucket 240p:204:1280 --bucket \\
       240p:102:2560 --bucket 240p:51:5120 --bucket 240p:1:57856 --bucket 256:408:1024 --bucket 256:204:2048 --bucket \\
-      256:102:3840 --bucket 256:51:7424 --bucket 256:1:93184 --bucket 144p:408:1536 --bucket 144p:204:3072 --bucket \\
-      144p:102:5376 --bucket 144p:51:11776 --bucket 144p:1:149248 --write-buckets \\
+      256:102:3840 --bucket 256:51:7424 --bucket 256:1:110080 --bucket 144p:408:1536 --bucket 144p:204:3072 --bucket \\
+      144p:102:5376 --bucket 144p:51:11776 --bucket 144p:1:156160 --write-buckets \\
       configs/batches/open_sora_1_2_stage1_v6e_16x16.py --output /tmp/v6e_s1.json
 
 LARGEST fills the memory. EQUAL makes the steps of all buckets take about the same time. To use a table, train
@@ -37,12 +37,12 @@ LARGEST = {
       ("256", 204, (0.5, 0.1), 2304),
       ("256", 102, (0.5, 0.33), 4608),
       ("256", 51, 0.5, 9216),
-      ("256", 1, 0.4, 93184),
+      ("256", 1, 0.4, 110080),
       ("144p", 408, (1.0, 0.1), 1792),
       ("144p", 204, (1.0, 0.1), 3584),
       ("144p", 102, (1.0, 0.33), 7168),
       ("144p", 51, 1.0, 14080),
-      ("144p", 1, 1.0, 133120),
+      ("144p", 1, 1.0, 156160),
     ),
     "data.reference_devices": 1,
     "max_tokens_per_device": 0,
